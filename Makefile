@@ -1,0 +1,43 @@
+# Two commands do everything on a fresh machine with Python 3.11+, git and make:
+#   make demo   train a small BN network on real digits, convert it, prove it, fine-tune it at batch size 2
+#   make test   lint, types and tests
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.normswap-ready
+
+.PHONY: demo test lint types unit evidence bench clean
+
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"normswap needs Python 3.11 or newer, {sys.executable} is {v[0]}.{v[1]}; try: make PYTHON=python3.12 $(MAKECMDGOALS)")'
+	@echo "== setting up $(VENV): torch, torchvision, timm and the development tools (about 2 minutes, 6 GB)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+demo: $(READY)  ## the main job, end to end, with measured figures
+	@$(BIN)/python benchmarks/demo.py
+
+test: lint types unit  ## everything that has to hold
+
+lint: $(READY)
+	@echo "== lint and format (ruff)"
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+types: $(READY)
+	@echo "== types (mypy)"
+	@$(BIN)/mypy
+
+unit: $(READY)
+	@echo "== tests (pytest, one worker per core)"
+	@$(BIN)/python -m pytest -n auto
+
+evidence: $(READY)  ## fine-tuning at batch size 2, 3 seeds -> docs/evidence.md (about an hour on 2 cores)
+	@$(BIN)/python benchmarks/evidence.py
+
+bench: $(READY)  ## cost of planning, converting and starting -> docs/cost.md
+	@$(BIN)/python benchmarks/cost.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info demo-output

@@ -1,0 +1,41 @@
+"""The errors that normswap raises on purpose.
+
+Every message says what was expected, what came, and what to type. The command line turns them into one line
+on stderr and their `exit_code`; anything else is a defect and keeps its traceback.
+"""
+
+
+class NormswapError(Exception):
+    """Root of all errors raised on purpose. `exit_code` is what the command line exits with."""
+
+    exit_code = 2
+
+
+class LayerError(NormswapError, ValueError):
+    """A layer was built with, or fed, something it cannot normalise."""
+
+
+class PlanError(NormswapError, ValueError):
+    """A plan, a pattern or a setting does not fit the model."""
+
+
+class SwapError(NormswapError):
+    """A planned swap cannot be carried out or undone."""
+
+
+class ModelError(NormswapError):
+    """The model's own forward pass failed; carries the model's message and the module that raised it."""
+
+
+class CheckpointError(NormswapError):
+    """A file cannot be read, identified or written."""
+
+
+class ArchitectureError(NormswapError):
+    """An architecture is unknown, or does not fit the tensors."""
+
+
+class NothingToDo(NormswapError):  # noqa: N818 - an answer, not a failure
+    """The honest answer is "no": there is nothing to convert, or the proof failed."""
+
+    exit_code = 1

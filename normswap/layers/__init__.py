@@ -1,0 +1,1 @@
+"""The Switchable Normalization layer: gates, moments, the plain-torch definition, the modules."""

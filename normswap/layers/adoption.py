@@ -1,0 +1,119 @@
+"""Turning a norm module into a Switchable Normalization layer in place, and back.
+
+The module object stays: its class changes and a few entries join its `__dict__`, so every alias, Python list,
+closure, hook, flag, buffer and `Parameter` object that pointed at it still does. This room decides nothing: which
+module, which class and which branches come from the caller.
+"""
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from normswap.errors import SwapError
+from normswap.layers.importance import BnStatistics, Branch, Gate, initial_point
+
+GATE_PARAMETERS = ("mean_weight", "var_weight")
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """What a layer was before: its class by name, and the attributes that adoption added."""
+
+    class_name: str
+    added: tuple[str, ...]
+
+
+def qualified_name(cls: type) -> str:
+    """Return `module.QualName` of a class."""
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def adopt(
+    module: nn.Module,
+    target: type[nn.Module],
+    *,
+    gate: Gate,
+    branches: tuple[Branch, ...],
+    bn_statistics: BnStatistics,
+    train_gates: bool,
+    synchronize: bool = False,
+) -> None:
+    """Make `module`, a norm with BN statistics, an instance of `target` that computes the same function.
+
+    The gate parameters are created beside the module's own tensors, at the `bn` vertex for `simplex`.
+
+    Args:
+        module: BatchNorm, or a frozen form of it that keeps (C,) tensors under torch's names as buffers.
+        target: the SwitchNorm class to become.
+        train_gates: whether the new gate parameters require a gradient.
+        synchronize: recorded only; whether the replaced norm pooled its statistics over processes.
+    """
+    tensors = [t for t in (module.weight, module.running_mean, module.bias) if isinstance(t, torch.Tensor)]
+    settings: dict[str, Any] = {
+        "gate": gate,
+        "branches": branches,
+        "bn_statistics": bn_statistics,
+        "synchronize": synchronize,
+    }
+    missing: dict[str, Any] = {"momentum": 0.0, "affine": True, "track_running_stats": True}
+    if tensors:
+        missing["num_features"] = tensors[0].shape[0]
+    settings |= {name: value for name, value in missing.items() if name not in module.__dict__}
+    if "num_batches_tracked" not in module._buffers:
+        settings["num_batches_tracked"] = None
+    like = tensors[0] if tensors else torch.empty(0)
+    gates = {
+        name: nn.Parameter(initial_point(gate, branches, vertex="bn").to(like), requires_grad=train_gates)
+        for name in GATE_PARAMETERS
+    }
+    settings["replaced"] = Replaced(qualified_name(type(module)), tuple(settings))
+
+    module.__class__ = target
+    module.__dict__.update(settings)
+    module._parameters.update(gates)
+
+
+def original_class(layer: nn.Module) -> type[nn.Module]:
+    """Return the class that `layer` had before it was adopted, from the modules that are imported already.
+
+    Raises:
+        SwapError: the layer was built as it is, or its old class is not imported.
+    """
+    replaced = layer.__dict__.get("replaced")
+    if not isinstance(replaced, Replaced):
+        raise SwapError(
+            f"expected a layer made by normswap.convert, got a {type(layer).__name__} that replaced nothing"
+        )
+    path = replaced.class_name.split(".")
+    for cut in range(len(path) - 1, 0, -1):
+        found: Any = sys.modules.get(".".join(path[:cut]))
+        for name in path[cut:]:
+            found = getattr(found, name, None)
+        if isinstance(found, type) and issubclass(found, nn.Module):
+            return found
+    raise SwapError(f"cannot put back {replaced.class_name}: import its module first, then revert again")
+
+
+def release(layer: nn.Module) -> None:
+    """Undo `adopt`: the class and the `__dict__` are again what they were, with the tensors as they are now.
+
+    Raises:
+        SwapError: as `original_class`.
+    """
+    cls = original_class(layer)
+    for name in layer.__dict__["replaced"].added:
+        layer.__dict__.pop(name, None)
+    layer.__dict__.pop("replaced")
+    for name in GATE_PARAMETERS:
+        layer._parameters.pop(name)
+    layer.__class__ = cls
+
+
+def shallow_twin(module: nn.Module) -> nn.Module:
+    """Return a second module with the same tensors and children, whose registries can change on their own."""
+    twin: nn.Module = module.__new__(type(module))
+    twin.__dict__ = {k: v.copy() if isinstance(v, dict | set) else v for k, v in module.__dict__.items()}
+    return twin

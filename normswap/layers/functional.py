@@ -1,0 +1,122 @@
+"""Functional Switchable Normalization: `switch_norm`, in the manner of `torch.nn.functional.batch_norm`.
+
+Checks the input, turns gate parameters into importance weights, settles which moments the `bn` branch uses, calls
+the backend and records the moments of the batch. Empty batches, single values and single positions are met here.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from normswap.errors import LayerError
+from normswap.layers.importance import BRANCHES, BnStatistics, Branch, Gate, importance_weights
+from normswap.layers.moments import Moments, accumulation_dtype
+from normswap.layers.reference import switch_norm_reference
+
+
+def switch_norm(
+    x: Tensor,
+    mean_weight: Tensor,
+    var_weight: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    gate: Gate = "softmax",
+    branches: Sequence[Branch] = BRANCHES,
+    bn_statistics: BnStatistics = "batch",
+) -> Tensor:
+    """Apply Switchable Normalization (Luo et al., ICLR 2019, eq. 3), in the manner of `F.batch_norm`.
+
+    Args:
+        x: (N, C, *spatial), of any floating dtype; moments are accumulated in float32 or wider.
+        mean_weight, var_weight: gate parameters (K,), one entry per branch.
+        running_mean, running_var: (C,), updated in place in training unless `bn_statistics="running"`; the
+            variance is stored unbiased. None: the `bn` branch always takes the moments of the batch.
+        weight, bias: (C,) or None.
+        training: take (and record) the moments of the batch in the `bn` branch.
+        momentum: share of the new moments in the running ones.
+        gate: `"softmax"` (logits) or `"simplex"` (points; see `normswap.layers.importance`).
+        branches: which statistics are mixed, in the order of the gate parameters' entries.
+        bn_statistics: `"batch"`, or `"running"` to use running statistics as constants in training too.
+
+    Returns:
+        A tensor of the shape, dtype and memory format of x. With one value per channel in training, where
+        `F.batch_norm` raises, the `bn` branch uses the running statistics and updates nothing.
+
+    Raises:
+        LayerError: x is not floating or has another rank or number of channels; one spatial position meets
+            weight on `in`; the `bn` branch has neither running statistics nor more than one value per channel.
+    """
+    _check_input(x, running_mean if running_mean is not None else weight)
+    if x.numel() == 0:
+        return _empty_output(x, [mean_weight, var_weight, weight, bias])
+    mean_weights, var_weights = importance_weights(mean_weight, gate), importance_weights(var_weight, gate)
+    values = x.numel() // x.shape[1]
+    if values == x.shape[0] and "in" in branches:
+        _refuse_single_position(x, mean_weights, var_weights, branches.index("in"))
+    running = None
+    if "bn" in branches:
+        running = _running_moments(x, running_mean, running_var, training and bn_statistics == "batch", values)
+    y, used = switch_norm_reference(x, mean_weights, var_weights, weight, bias, running, branches=branches, eps=eps)
+    if training and running is None and "bn" in branches and running_mean is not None and running_var is not None:
+        _update_running(running_mean, running_var, used, momentum, values)
+    return y
+
+
+def _check_input(x: Tensor, per_channel: Tensor | None) -> None:
+    if x.dim() < 2 or not x.is_floating_point():
+        raise LayerError(f"expected a floating tensor (N, C, *spatial), got {x.dtype} of shape {tuple(x.shape)}")
+    if per_channel is not None and x.shape[1] != per_channel.shape[0]:
+        channels = per_channel.shape[0]
+        raise LayerError(f"expected {channels} channels in dimension 1, got an input of shape {tuple(x.shape)}")
+
+
+def _empty_output(x: Tensor, parameters: list[Tensor | None]) -> Tensor:
+    """An empty y that still reaches every parameter, so that each has a zero gradient as in `F.batch_norm`."""
+    y = x.clone()
+    for parameter in parameters:
+        if parameter is not None:
+            y = y + 0 * parameter.sum().to(x.dtype)
+    return y
+
+
+def _refuse_single_position(x: Tensor, mean_weights: Tensor, var_weights: Tensor, index: int) -> None:
+    # Reading the weights would break a compiled graph, and meta tensors have none.
+    if torch.compiler.is_compiling() or x.is_meta:
+        return
+    if bool(mean_weights[index] != 0) or bool(var_weights[index] != 0):
+        raise LayerError(
+            f"one spatial position per channel (input of shape {tuple(x.shape)}) leaves the `in` branch no variance, "
+            "but it has weight: build the layer with branches=('ln', 'bn'), or plan with an input of the real size"
+        )
+
+
+def _running_moments(
+    x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, batch_wanted: bool, values: int
+) -> Moments | None:
+    """The constants for the `bn` branch, or None where it takes the moments of the batch."""
+    tracked = running_mean is not None and running_var is not None
+    if values == 1 and not tracked:
+        raise LayerError(
+            f"expected more than 1 value per channel for the moments of a batch, got an input of shape "
+            f"{tuple(x.shape)} and no running statistics: give the layer track_running_stats=True or drop `bn`"
+        )
+    if not tracked or (batch_wanted and values > 1):
+        return None
+    # Copies: an update between this forward pass and its backward must not change what was used.
+    dtype = accumulation_dtype(x)
+    mean, var = (statistic.detach().to(dtype, copy=True)[None] for statistic in (running_mean, running_var))  # type: ignore[union-attr]
+    return Moments(mean, var)
+
+
+@torch.no_grad()
+def _update_running(running_mean: Tensor, running_var: Tensor, batch: Moments, momentum: float, values: int) -> None:
+    for running, new in ((running_mean, batch.mean), (running_var, batch.var * (values / (values - 1)))):
+        new = new.detach().squeeze(0)
+        running.copy_((1 - momentum) * running.to(new.dtype) + momentum * new)

@@ -1,0 +1,97 @@
+"""What every module with gates shares: reading them, projecting them, and never mistaking their kind.
+
+Points and logits share names and shapes, so a state dict carries the kind of gate in its `_metadata`, and a
+mismatch is refused on loading. Published checkpoints (weights of shape (1, C, 1, 1)) hold logits; a simplex
+module stores their softmax, which is the same function.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normswap.layers.adoption import GATE_PARAMETERS
+from normswap.layers.importance import BnStatistics, Branch, Gate, importance_weights, project_to_simplex
+
+# How far from the simplex a stored point may lie and still be taken for one: float16 rounding of three shares.
+_SIMPLEX_TOLERANCE = 1e-2
+
+
+class GatedModule(nn.Module):
+    """A module with `mean_weight` and `var_weight` of shape (number of branches,), and what they mean."""
+
+    _version = 1
+
+    gate: Gate
+    branches: tuple[Branch, ...]
+    bn_statistics: BnStatistics
+    mean_weight: nn.Parameter
+    var_weight: nn.Parameter
+
+    def importance_weights(self) -> tuple[Tensor, Tensor]:
+        """Return the importance weights of means and of variances, each (K,), detached."""
+        mean, var = (importance_weights(getattr(self, name).detach(), self.gate) for name in GATE_PARAMETERS)
+        return mean, var
+
+    @torch.no_grad()
+    def project_gates(self) -> None:
+        """Put trained simplex points back on the simplex: the second half of projected gradient descent."""
+        if self.gate == "simplex":
+            for name in GATE_PARAMETERS:
+                point = getattr(self, name)
+                if point.requires_grad:
+                    point.copy_(project_to_simplex(point))
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if hasattr(destination, "_metadata"):
+            destination._metadata[prefix[:-1]]["gate"] = self.gate
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        published = _flatten_published(state_dict, prefix)
+        for name in GATE_PARAMETERS:
+            value = state_dict.get(prefix + name)
+            if value is None or value.is_meta:
+                continue
+            if published and self.gate == "simplex":
+                state_dict[prefix + name] = value.float().softmax(-1).to(value.dtype)
+            elif not published and (problem := self._gate_problem(value, local_metadata.get("gate"))):
+                error_msgs.append(f"{prefix}{name}: {problem}")
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def _gate_problem(self, value: Tensor, stored_gate: str | None) -> str | None:
+        if stored_gate not in (None, self.gate):
+            return f"expected a {self.gate} gate, the state dict holds a {stored_gate} one"
+        if stored_gate is None and self.gate == "simplex" and not _lies_on_simplex(value):
+            return (
+                f"expected a point of the simplex (shares >= 0 of sum 1), got {value.tolist()}; "
+                "if these are logits, build the layer with gate='softmax'"
+            )
+        return None
+
+
+def _lies_on_simplex(value: Tensor) -> bool:
+    value = value.float()
+    return bool((value >= -_SIMPLEX_TOLERANCE).all()) and abs(float(value.sum()) - 1) <= _SIMPLEX_TOLERANCE
+
+
+def _flatten_published(state_dict: dict[str, Any], prefix: str) -> bool:
+    """Flatten (1, C, 1, 1) tensors of the published layout to (C,) in place; say whether that layout was met."""
+    published = False
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        value = state_dict.get(prefix + name)
+        if isinstance(value, Tensor) and value.dim() > 1 and value.numel() == value.shape[1]:
+            state_dict[prefix + name] = value.flatten()
+            published = True
+    return published

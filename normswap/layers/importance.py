@@ -1,0 +1,87 @@
+"""Gates: how importance weights follow from their parameters.
+
+Tensors in, tensors out. A layer has one parameter for the means and one for the variances, each of shape (K,)
+for K branches. This room knows no module and refuses unknown gates and branches.
+
+- `softmax`: the published gate, w = softmax(z) (Luo et al., ICLR 2019, eq. 5).
+- `simplex`: z is itself a point of the probability simplex and w its Euclidean projection. At a vertex the
+  weights are exactly one-hot, so a layer that starts at `bn` *is* Batch Normalization, and its gate is alive
+  all the same: the backward pass is linear, the incoming gradient with its mean removed (projected gradient
+  descent), never the zero-or-one Jacobian of the projection.
+"""
+
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from normswap.errors import LayerError
+
+Branch = Literal["in", "ln", "bn"]
+Gate = Literal["simplex", "softmax"]
+BnStatistics = Literal["batch", "running"]
+
+BRANCHES: tuple[Branch, ...] = get_args(Branch)
+GATES: tuple[Gate, ...] = get_args(Gate)
+BN_STATISTICS: tuple[BnStatistics, ...] = get_args(BnStatistics)
+
+
+def check_branches(branches: Sequence[str]) -> tuple[Branch, ...]:
+    """Return `branches` as a tuple in canonical order.
+
+    Raises:
+        LayerError: for an empty set, an unknown or a repeated branch.
+    """
+    if isinstance(branches, str) or not branches or len(set(branches)) != len(branches) or set(branches) - {*BRANCHES}:
+        raise LayerError(f"branches: expected a non-empty subset of {BRANCHES}, got {branches!r}")
+    return tuple(branch for branch in BRANCHES if branch in branches)
+
+
+def check_gate(gate: str) -> Gate:
+    """Return `gate` if it names a gate.
+
+    Raises:
+        LayerError: otherwise.
+    """
+    if gate not in GATES:
+        raise LayerError(f"gate: expected one of {GATES}, got {gate!r}")
+    return gate
+
+
+def project_to_simplex(point: Tensor) -> Tensor:
+    """Return the Euclidean projection of `point` (..., K) on the probability simplex.
+
+    Exact at vertices: projecting a one-hot vector returns it bit for bit.
+    """
+    sorted_values = point.sort(dim=-1, descending=True).values
+    excess = sorted_values.cumsum(dim=-1) - 1
+    ranks = torch.arange(1, point.shape[-1] + 1, device=point.device, dtype=point.dtype)
+    support = (ranks * sorted_values > excess).sum(dim=-1, keepdim=True)
+    threshold = excess.gather(-1, support.clamp(min=1) - 1) / support
+    return (point - threshold).clamp(min=0)
+
+
+def importance_weights(parameter: Tensor, gate: Gate) -> Tensor:
+    """Return the importance weights (K,), non-negative and of sum 1, in float32 or wider.
+
+    For `simplex` the value is the projection and the gradient to `parameter` is g - mean(g).
+    """
+    point = parameter.to(torch.promote_types(parameter.dtype, torch.float32))
+    if gate == "softmax":
+        return point.softmax(dim=-1)
+    centred = point - point.mean(dim=-1, keepdim=True)
+    # The difference is exactly zero: it adds the gradient and leaves the value as projected.
+    return project_to_simplex(point.detach()) + (centred - centred.detach())
+
+
+def initial_point(gate: Gate, branches: Sequence[Branch], *, vertex: Branch | None = None) -> Tensor:
+    """Return the initial gate parameter (K,).
+
+    Softmax logits are 1 as published. A simplex point is the given vertex, or the uniform mix without one.
+    """
+    if gate == "softmax":
+        return torch.ones(len(branches))
+    if vertex is None:
+        return torch.full((len(branches),), 1 / len(branches))
+    return torch.tensor([float(branch == vertex) for branch in branches])

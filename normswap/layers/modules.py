@@ -1,0 +1,315 @@
+"""The modules: `SwitchNorm1d/2d/3d`, and the forms that surgery puts in place of other norms.
+
+Names, shapes and the sense of momentum are torch's, so a BatchNorm state dict is a subset of a SwitchNorm one.
+None of these classes is a `_BatchNorm`: torch's converters would otherwise swallow it and drop the gates.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Self
+
+import torch
+import torch.fx
+from torch import Tensor, nn
+from torch.distributed import get_world_size, is_available, is_initialized
+
+from normswap.errors import LayerError
+from normswap.layers.adoption import GATE_PARAMETERS, adopt, shallow_twin
+from normswap.layers.functional import switch_norm
+from normswap.layers.gates import GatedModule
+from normswap.layers.importance import (
+    BN_STATISTICS,
+    BRANCHES,
+    BnStatistics,
+    Branch,
+    Gate,
+    check_branches,
+    check_gate,
+    initial_point,
+)
+
+
+class SwitchNorm(GatedModule):
+    """Switchable Normalization over (N, C, *spatial) of any rank from 2 up; the children pin the rank.
+
+    Args:
+        num_features: C.
+        eps, momentum, affine, track_running_stats, bias, device, dtype: as in `torch.nn.BatchNorm2d`.
+        gate: `"softmax"`, the published one, or `"simplex"`.
+        branches: which of `in`, `ln`, `bn` are mixed. Leave out `in` where there is one spatial position,
+            `ln` where C = 1.
+        bn_statistics: what the `bn` branch uses in training, the `"batch"`'s or the `"running"` ones.
+
+    Shapes: weight, bias, running_mean, running_var (C,); mean_weight, var_weight (number of branches,).
+
+    Raises:
+        LayerError: unknown gate, branch or `bn_statistics`.
+    """
+
+    _ranks: tuple[int, ...] = ()
+
+    weight: Tensor | None
+    bias: Tensor | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    num_batches_tracked: Tensor | None
+
+    # Adopted layers (normswap.layers.adoption) carry what they replaced and whether it was synchronised.
+    synchronize = False
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        *,
+        bias: bool = True,
+        gate: Gate = "softmax",
+        branches: Sequence[Branch] = BRANCHES,
+        bn_statistics: BnStatistics = "batch",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if bn_statistics not in BN_STATISTICS:
+            raise LayerError(f"bn_statistics: expected one of {BN_STATISTICS}, got {bn_statistics!r}")
+        self.num_features = num_features
+        self.eps = eps
+        self.momentum = momentum
+        self.affine = affine
+        self.track_running_stats = track_running_stats
+        self.gate = check_gate(gate)
+        self.branches = check_branches(branches)
+        self.bn_statistics = bn_statistics
+
+        def parameter(wanted: bool, size: int = num_features) -> nn.Parameter | None:
+            return nn.Parameter(torch.empty(size, device=device, dtype=dtype)) if wanted else None
+
+        self.register_parameter("weight", parameter(affine))
+        self.register_parameter("bias", parameter(affine and bias))
+        self.register_parameter("mean_weight", parameter(True, len(self.branches)))
+        self.register_parameter("var_weight", parameter(True, len(self.branches)))
+        tracked = track_running_stats and "bn" in self.branches
+        for name in ("running_mean", "running_var"):
+            self.register_buffer(name, torch.empty(num_features, device=device, dtype=dtype) if tracked else None)
+        counter = torch.tensor(0, dtype=torch.long, device=device) if tracked else None
+        self.register_buffer("num_batches_tracked", counter)
+        self.reset_parameters()
+
+    @classmethod
+    def from_batch_norm(
+        cls,
+        bn: nn.Module,
+        *,
+        gate: Gate = "simplex",
+        branches: Sequence[Branch] | None = None,
+        bn_statistics: BnStatistics | None = None,
+    ) -> Self:
+        """Return a layer that shares the tensors of `bn` and, with `gate="simplex"`, computes the same function.
+
+        Args:
+            bn: a BatchNorm of any rank, or a frozen form of it with (C,) tensors under torch's names as buffers.
+            gate: `"softmax"` starts at the uniform mix, which is *not* the same function.
+            branches: default all, without `ln` where C = 1; must hold `bn`.
+            bn_statistics: default `"batch"`, and `"running"` for a frozen form.
+
+        Raises:
+            LayerError: `bn` has no BatchNorm statistics, or `branches` lacks `bn`.
+        """
+        if not hasattr(bn, "running_mean") or not hasattr(bn, "eps"):
+            raise LayerError(f"expected a BatchNorm module, got {type(bn).__name__}")
+        frozen = "weight" in bn._buffers
+        channels = bn.running_mean.shape[0] if isinstance(bn.running_mean, Tensor) else bn.num_features
+        chosen = check_branches(branches or (BRANCHES if channels != 1 else ("in", "bn")))
+        if "bn" not in chosen:
+            raise LayerError(f"branches: expected `bn` among them to start from Batch Normalization, got {chosen}")
+        layer = shallow_twin(bn)
+        adopt(
+            layer,
+            cls,
+            gate=check_gate(gate),
+            branches=chosen,
+            bn_statistics=bn_statistics or ("running" if frozen else "batch"),
+            train_gates=not frozen,
+        )
+        return layer  # type: ignore[return-value]
+
+    def reset_running_stats(self) -> None:
+        """Set running mean 0, running variance 1 and the count of batches 0, where they are kept."""
+        for name, value in (("running_mean", 0), ("running_var", 1), ("num_batches_tracked", 0)):
+            if getattr(self, name) is not None:
+                getattr(self, name).fill_(value)
+
+    def reset_parameters(self) -> None:
+        """Set weight 1, bias 0, the gates to the uniform mix, and reset the running statistics."""
+        self.reset_running_stats()
+        with torch.no_grad():
+            for name in GATE_PARAMETERS:
+                getattr(self, name).copy_(initial_point(self.gate, self.branches))
+            for name, value in (("weight", 1), ("bias", 0)):
+                if getattr(self, name) is not None:
+                    getattr(self, name).fill_(value)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise x (N, C, *spatial); see `switch_norm`."""
+        return apply_layer(self, x)
+
+    def extra_repr(self) -> str:
+        """Return the options that differ between layers, for `print(model)`."""
+        return (
+            f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}, "
+            f"track_running_stats={self.track_running_stats}, gate={self.gate!r}, branches={self.branches}, "
+            f"bn_statistics={self.bn_statistics!r}"
+        )
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        if "weight" in self._buffers:  # a frozen site keeps no count and, as torchvision's does, drops a stored one
+            state_dict.pop(prefix + "num_batches_tracked", None)
+        elif "gate" not in local_metadata and self.num_batches_tracked is not None:
+            # Written before torch counted batches (BatchNorm version < 2), or in the published layout.
+            state_dict.setdefault(prefix + "num_batches_tracked", torch.tensor(0, dtype=torch.long))
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+
+def apply_layer(layer: SwitchNorm, x: Tensor) -> Tensor:
+    """Run a layer's forward pass. A leaf for every FX tracer, so that no trace freezes `layer.training`."""
+    ranks = layer._ranks
+    if ranks and x.dim() not in ranks:
+        raise LayerError(f"expected a {' or '.join(f'{r}-D' for r in ranks)} input, got shape {tuple(x.shape)}")
+    training = layer.training
+    if training:
+        layer.project_gates()
+    if layer.synchronize and training and is_available() and is_initialized() and get_world_size() > 1:
+        raise LayerError(
+            "this layer replaced a SyncBatchNorm, and statistics are not synchronised across processes yet: "
+            "train in one process, or exclude the site from the conversion"
+        )
+    updates = training and layer.track_running_stats and layer.bn_statistics == "batch" and "bn" in layer.branches
+    tracked = not training or layer.track_running_stats
+    return switch_norm(
+        x,
+        layer.mean_weight,
+        layer.var_weight,
+        layer.running_mean if tracked else None,
+        layer.running_var if tracked else None,
+        layer.weight,
+        layer.bias,
+        training,
+        _count_batch(layer, x) if updates else 0.0,
+        layer.eps,
+        gate=layer.gate,
+        branches=layer.branches,
+        bn_statistics=layer.bn_statistics,
+    )
+
+
+torch.fx.wrap("apply_layer")
+
+
+def _count_batch(layer: SwitchNorm, x: Tensor) -> float:
+    """Count one more batch and return the share of its moments; 0 where nothing may be updated."""
+    if x.dim() > 1 and x.numel() == x.shape[1]:
+        return 0.0
+    if layer.num_batches_tracked is not None:
+        layer.num_batches_tracked.add_(1)
+    if layer.momentum is not None:
+        return layer.momentum
+    return 1.0 / float(layer.num_batches_tracked) if layer.num_batches_tracked is not None else 0.0
+
+
+class SwitchNorm1d(SwitchNorm):
+    """Switchable Normalization over (N, C) or (N, C, L). For (N, C) give `branches=("ln", "bn")`."""
+
+    _ranks = (2, 3)
+
+
+class SwitchNorm2d(SwitchNorm):
+    """Switchable Normalization over (N, C, H, W)."""
+
+    _ranks = (4,)
+
+
+class SwitchNorm3d(SwitchNorm):
+    """Switchable Normalization over (N, C, D, H, W)."""
+
+    _ranks = (5,)
+
+
+class SwitchNormAct2d(SwitchNorm2d):
+    """Switchable Normalization over (N, C, H, W), then `drop`, then `act`: what replaces timm's BatchNormAct2d.
+
+    Args:
+        act, drop: modules, identity by default; the rest as in `SwitchNorm`.
+    """
+
+    def __init__(
+        self, num_features: int, *args: Any, act: nn.Module | None = None, drop: nn.Module | None = None, **options: Any
+    ) -> None:
+        super().__init__(num_features, *args, **options)
+        self.drop = drop or nn.Identity()
+        self.act = act or nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise x (N, C, H, W), drop, activate."""
+        return self.act(self.drop(apply_layer(self, x)))  # type: ignore[no-any-return]
+
+
+class FunctionalSwitchNorm(GatedModule):
+    """The gates of a functional site; called with the arguments of `F.batch_norm` in its place.
+
+    Running statistics and affine parameters stay where the owner keeps them, under their own names.
+    """
+
+    def __init__(self, *, gate: Gate, branches: Sequence[Branch], bn_statistics: BnStatistics = "batch") -> None:
+        super().__init__()
+        self.gate = check_gate(gate)
+        self.branches = check_branches(branches)
+        self.bn_statistics = bn_statistics
+        for name in GATE_PARAMETERS:
+            self.register_parameter(name, nn.Parameter(initial_point(self.gate, self.branches, vertex="bn")))
+
+    def forward(
+        self,
+        x: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        training: bool = False,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        """Normalise x (N, C, *spatial); arguments as in `F.batch_norm`."""
+        if training:
+            self.project_gates()
+        return switch_norm(
+            x,
+            self.mean_weight,
+            self.var_weight,
+            running_mean,
+            running_var,
+            weight,
+            bias,
+            training,
+            momentum,
+            eps,
+            gate=self.gate,
+            branches=self.branches,
+            bn_statistics=self.bn_statistics,
+        )
+
+    def extra_repr(self) -> str:
+        """Return the options that differ between sites."""
+        return f"gate={self.gate!r}, branches={self.branches}, bn_statistics={self.bn_statistics!r}"

@@ -1,0 +1,59 @@
+"""Switchable Normalization in plain torch: the definition, and the path that everything else is held against.
+
+Any rank, any device, differentiable to any order. One pass over x gives the (N, C) table of moments; the rest
+is algebra on that table, and y is affine in x per (n, c) (Luo et al., ICLR 2019, eq. 3 and 4).
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from normswap.layers.importance import Branch
+from normswap.layers.moments import Moments, accumulation_dtype, instance_moments, pool_moments
+
+
+def switch_norm_reference(
+    x: Tensor,
+    mean_weights: Tensor,
+    var_weights: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    constants: Moments | None,
+    *,
+    branches: Sequence[Branch],
+    eps: float,
+) -> tuple[Tensor, Moments]:
+    """Normalise x (N, C, *spatial) with the given importance weights (K,), one per branch.
+
+    Args:
+        constants: moments (1, C) for the `bn` branch; None takes those of the batch.
+
+    Returns:
+        y of the shape, dtype and memory format of x, and the moments (1, C) that the `bn` branch used.
+    """
+    table = instance_moments(x)
+    bn = pool_moments(table, 0) if constants is None else constants
+    moments = {"in": table, "ln": pool_moments(table, 1), "bn": bn}
+    mean = _mix(mean_weights, [moments[branch].mean for branch in branches])
+    var = _mix(var_weights, [moments[branch].var for branch in branches])
+
+    dtype = accumulation_dtype(x)
+    spatial = (1,) * (x.dim() - 2)
+    scale = (var + eps).rsqrt()
+    if weight is not None:
+        scale = scale * weight.to(dtype)
+    y = (x.to(dtype) - mean.reshape(mean.shape + spatial)) * scale.reshape(scale.shape + spatial)
+    if bias is not None:
+        y = y + bias.to(dtype).reshape((1, -1) + spatial)
+    return y.to(x.dtype), bn
+
+
+def _mix(weights: Tensor, statistics: list[Tensor]) -> Tensor:
+    """Sum weights (K,) times statistics; a weight of exactly zero silences inf and NaN instead of spreading them."""
+    weights = weights.to(statistics[0].dtype)
+    terms = [
+        share * torch.where((share == 0) & ~statistic.isfinite(), 0.0, statistic)
+        for share, statistic in zip(weights.unbind(), statistics, strict=True)
+    ]
+    return sum(terms[1:], start=terms[0])
