@@ -1,1 +1,58 @@
-"""normswap."""
+"""Swap Batch Normalization for Switchable Normalization in trained PyTorch models, without changing their function.
+
+Names are loaded when first used: importing normswap costs nothing and imports neither torch nor timm.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from normswap.errors import NormswapError as NormswapError
+    from normswap.layers.functional import switch_norm as switch_norm
+    from normswap.layers.modules import SwitchNorm1d as SwitchNorm1d
+    from normswap.layers.modules import SwitchNorm2d as SwitchNorm2d
+    from normswap.layers.modules import SwitchNorm3d as SwitchNorm3d
+    from normswap.surgery.conversion import Conversion as Conversion
+    from normswap.surgery.conversion import apply_plan as apply_plan
+    from normswap.surgery.conversion import convert as convert
+    from normswap.surgery.conversion import revert as revert
+    from normswap.surgery.gated import importance_weights as importance_weights
+    from normswap.surgery.norms import KNOWN_NORMS as KNOWN_NORMS
+    from normswap.surgery.norms import read_batch_norm as read_batch_norm
+    from normswap.surgery.plan import SwapPlan as SwapPlan
+    from normswap.surgery.plan import plan_swaps as plan_swaps
+    from normswap.surgery.sites import NormSite as NormSite
+    from normswap.surgery.sites import find_norm_sites as find_norm_sites
+
+_HOMES = {
+    "NormswapError": "normswap.errors",
+    "switch_norm": "normswap.layers.functional",
+    "SwitchNorm1d": "normswap.layers.modules",
+    "SwitchNorm2d": "normswap.layers.modules",
+    "SwitchNorm3d": "normswap.layers.modules",
+    "Conversion": "normswap.surgery.conversion",
+    "apply_plan": "normswap.surgery.conversion",
+    "convert": "normswap.surgery.conversion",
+    "revert": "normswap.surgery.conversion",
+    "importance_weights": "normswap.surgery.gated",
+    "KNOWN_NORMS": "normswap.surgery.norms",
+    "read_batch_norm": "normswap.surgery.norms",
+    "SwapPlan": "normswap.surgery.plan",
+    "plan_swaps": "normswap.surgery.plan",
+    "NormSite": "normswap.surgery.sites",
+    "find_norm_sites": "normswap.surgery.sites",
+}
+
+__version__ = "0.1.0"
+__all__ = sorted(_HOMES)  # noqa: PLE0605 - one table of names, not two
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'normswap' has no attribute {name!r}")
+    return getattr(importlib.import_module(home), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
-from normswap.errors import SwapError
+from normswap.errors import LayerError, SwapError
 from normswap.layers.importance import BnStatistics, Branch, Gate, initial_point
 
 GATE_PARAMETERS = ("mean_weight", "var_weight")
@@ -29,6 +30,35 @@ class Replaced:
 def qualified_name(cls: type) -> str:
     """Return `module.QualName` of a class."""
     return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def check_replaceable(module: nn.Module, target: type[nn.Module], children: frozenset[str]) -> None:
+    """Refuse a module whose function `target`, which runs just these `children`, would not compute.
+
+    Raises:
+        LayerError: `module` is not a BatchNorm or a frozen form of it, is a lazy one that has not run, or has other
+            child modules than `target` runs.
+    """
+    kind = type(module).__name__
+    tensors = module._parameters | module._buffers
+    names = {"weight", "bias", "running_mean", "running_var"}
+    if (
+        not hasattr(module, "eps")
+        or not names <= {*tensors}
+        or isinstance(module, nn.modules.instancenorm._InstanceNorm)
+    ):
+        raise LayerError(f"expected a BatchNorm module, got {kind}")
+    if not {*GATE_PARAMETERS}.isdisjoint(tensors):
+        raise LayerError(f"expected a BatchNorm module, got {kind}, which is a SwitchNorm layer already")
+    if any(isinstance(tensor, torch.Tensor) and is_lazy(tensor) for tensor in tensors.values()):
+        raise LayerError(
+            f"expected tensors of known size, got {kind} that has seen no input: run one batch through it first"
+        )
+    if children != {*module._modules}:
+        raise LayerError(
+            f"{target.__name__} runs the child modules {sorted(children)}, but {kind} has {sorted(module._modules)}: "
+            "use SwitchNormAct2d for a norm with `act` and `drop`, another SwitchNorm class for one without"
+        )
 
 
 def adopt(

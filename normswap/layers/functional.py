@@ -10,7 +10,16 @@ import torch
 from torch import Tensor
 
 from normswap.errors import LayerError
-from normswap.layers.importance import BRANCHES, BnStatistics, Branch, Gate, importance_weights
+from normswap.layers.importance import (
+    BRANCHES,
+    BnStatistics,
+    Branch,
+    Gate,
+    check_bn_statistics,
+    check_branches,
+    check_gate,
+    importance_weights,
+)
 from normswap.layers.moments import Moments, accumulation_dtype
 from normswap.layers.reference import switch_norm_reference
 
@@ -50,9 +59,16 @@ def switch_norm(
         `F.batch_norm` raises, the `bn` branch uses the running statistics and updates nothing.
 
     Raises:
-        LayerError: x is not floating or has another rank or number of channels; one spatial position meets
-            weight on `in`; the `bn` branch has neither running statistics nor more than one value per channel.
+        LayerError: an unknown option, or gate parameters of another shape than (K,); x is not floating or has
+            another rank or number of channels; one spatial position meets weight on `in`; the `bn` branch has
+            neither running statistics nor more than one value per channel.
     """
+    check_gate(gate)
+    check_bn_statistics(bn_statistics)
+    check_branches(branches)
+    for parameter in (mean_weight, var_weight):
+        if parameter.shape != (len(branches),):
+            raise LayerError(f"expected gate parameters of shape {(len(branches),)}, got {tuple(parameter.shape)}")
     _check_input(x, running_mean if running_mean is not None else weight)
     if x.numel() == 0:
         return _empty_output(x, [mean_weight, var_weight, weight, bias])

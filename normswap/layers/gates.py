@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from normswap.layers.adoption import GATE_PARAMETERS
-from normswap.layers.importance import BnStatistics, Branch, Gate, importance_weights, project_to_simplex
+from normswap.layers.importance import BnStatistics, Branch, Gate, importance_weights
 
 # How far from the simplex a stored point may lie and still be taken for one: float16 rounding of three shares.
 _SIMPLEX_TOLERANCE = 1e-2
@@ -40,7 +40,8 @@ class GatedModule(nn.Module):
             for name in GATE_PARAMETERS:
                 point = getattr(self, name)
                 if point.requires_grad:
-                    point.copy_(project_to_simplex(point))
+                    # Read as the forward pass reads it: a half-precision point is projected in float32.
+                    point.copy_(importance_weights(point, self.gate))
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -60,10 +61,10 @@ class GatedModule(nn.Module):
         published = _flatten_published(state_dict, prefix)
         for name in GATE_PARAMETERS:
             value = state_dict.get(prefix + name)
-            if value is None or value.is_meta:
-                continue
+            if not isinstance(value, Tensor):
+                continue  # missing, or not a tensor: torch says so in its own words
             if published and self.gate == "simplex":
-                state_dict[prefix + name] = value.float().softmax(-1).to(value.dtype)
+                state_dict[prefix + name] = importance_weights(value, "softmax").to(value.dtype)
             elif not published and (problem := self._gate_problem(value, local_metadata.get("gate"))):
                 error_msgs.append(f"{prefix}{name}: {problem}")
         super()._load_from_state_dict(
@@ -73,7 +74,7 @@ class GatedModule(nn.Module):
     def _gate_problem(self, value: Tensor, stored_gate: str | None) -> str | None:
         if stored_gate not in (None, self.gate):
             return f"expected a {self.gate} gate, the state dict holds a {stored_gate} one"
-        if stored_gate is None and self.gate == "simplex" and not _lies_on_simplex(value):
+        if stored_gate is None and self.gate == "simplex" and not value.is_meta and not _lies_on_simplex(value):
             return (
                 f"expected a point of the simplex (shares >= 0 of sum 1), got {value.tolist()}; "
                 "if these are logits, build the layer with gate='softmax'"

@@ -38,6 +38,17 @@ def check_branches(branches: Sequence[str]) -> tuple[Branch, ...]:
     return tuple(branch for branch in BRANCHES if branch in branches)
 
 
+def check_bn_statistics(bn_statistics: str) -> BnStatistics:
+    """Return `bn_statistics` if it names what the `bn` branch may use in training.
+
+    Raises:
+        LayerError: otherwise.
+    """
+    if bn_statistics not in BN_STATISTICS:
+        raise LayerError(f"bn_statistics: expected one of {BN_STATISTICS}, got {bn_statistics!r}")
+    return bn_statistics
+
+
 def check_gate(gate: str) -> Gate:
     """Return `gate` if it names a gate.
 
@@ -54,6 +65,8 @@ def project_to_simplex(point: Tensor) -> Tensor:
 
     Exact at vertices: projecting a one-hot vector returns it bit for bit.
     """
+    # A common shift changes no projection; with the largest entry at 0, no size of it can swallow the 1 below.
+    point = point - point.amax(dim=-1, keepdim=True)
     sorted_values = point.sort(dim=-1, descending=True).values
     excess = sorted_values.cumsum(dim=-1) - 1
     ranks = torch.arange(1, point.shape[-1] + 1, device=point.device, dtype=point.dtype)
@@ -79,9 +92,14 @@ def initial_point(gate: Gate, branches: Sequence[Branch], *, vertex: Branch | No
     """Return the initial gate parameter (K,).
 
     Softmax logits are 1 as published. A simplex point is the given vertex, or the uniform mix without one.
+
+    Raises:
+        LayerError: the vertex of a simplex point is not among `branches`.
     """
     if gate == "softmax":
         return torch.ones(len(branches))
     if vertex is None:
         return torch.full((len(branches),), 1 / len(branches))
+    if vertex not in branches:
+        raise LayerError(f"branches: expected {vertex!r} among them to start from it, got {tuple(branches)}")
     return torch.tensor([float(branch == vertex) for branch in branches])

@@ -13,15 +13,15 @@ from torch import Tensor, nn
 from torch.distributed import get_world_size, is_available, is_initialized
 
 from normswap.errors import LayerError
-from normswap.layers.adoption import GATE_PARAMETERS, adopt, shallow_twin
+from normswap.layers.adoption import GATE_PARAMETERS, adopt, check_replaceable, shallow_twin
 from normswap.layers.functional import switch_norm
 from normswap.layers.gates import GatedModule
 from normswap.layers.importance import (
-    BN_STATISTICS,
     BRANCHES,
     BnStatistics,
     Branch,
     Gate,
+    check_bn_statistics,
     check_branches,
     check_gate,
     initial_point,
@@ -46,6 +46,7 @@ class SwitchNorm(GatedModule):
     """
 
     _ranks: tuple[int, ...] = ()
+    _children: frozenset[str] = frozenset()
 
     weight: Tensor | None
     bias: Tensor | None
@@ -72,8 +73,6 @@ class SwitchNorm(GatedModule):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if bn_statistics not in BN_STATISTICS:
-            raise LayerError(f"bn_statistics: expected one of {BN_STATISTICS}, got {bn_statistics!r}")
         self.num_features = num_features
         self.eps = eps
         self.momentum = momentum
@@ -81,7 +80,7 @@ class SwitchNorm(GatedModule):
         self.track_running_stats = track_running_stats
         self.gate = check_gate(gate)
         self.branches = check_branches(branches)
-        self.bn_statistics = bn_statistics
+        self.bn_statistics = check_bn_statistics(bn_statistics)
 
         def parameter(wanted: bool, size: int = num_features) -> nn.Parameter | None:
             return nn.Parameter(torch.empty(size, device=device, dtype=dtype)) if wanted else None
@@ -108,6 +107,8 @@ class SwitchNorm(GatedModule):
     ) -> Self:
         """Return a layer that shares the tensors of `bn` and, with `gate="simplex"`, computes the same function.
 
+        The gates are trainable unless every affine parameter of `bn` is frozen.
+
         Args:
             bn: a BatchNorm of any rank, or a frozen form of it with (C,) tensors under torch's names as buffers.
             gate: `"softmax"` starts at the uniform mix, which is *not* the same function.
@@ -115,23 +116,24 @@ class SwitchNorm(GatedModule):
             bn_statistics: default `"batch"`, and `"running"` for a frozen form.
 
         Raises:
-            LayerError: `bn` has no BatchNorm statistics, or `branches` lacks `bn`.
+            LayerError: this class does not compute the function of `bn`, or `branches` lacks `bn`.
         """
-        if not hasattr(bn, "running_mean") or not hasattr(bn, "eps"):
-            raise LayerError(f"expected a BatchNorm module, got {type(bn).__name__}")
+        check_replaceable(bn, cls, cls._children)
         frozen = "weight" in bn._buffers
         channels = bn.running_mean.shape[0] if isinstance(bn.running_mean, Tensor) else bn.num_features
         chosen = check_branches(branches or (BRANCHES if channels != 1 else ("in", "bn")))
         if "bn" not in chosen:
             raise LayerError(f"branches: expected `bn` among them to start from Batch Normalization, got {chosen}")
+        affine = [t for t in (bn.weight, bn.bias) if isinstance(t, Tensor)]
         layer = shallow_twin(bn)
         adopt(
             layer,
             cls,
             gate=check_gate(gate),
             branches=chosen,
-            bn_statistics=bn_statistics or ("running" if frozen else "batch"),
-            train_gates=not frozen,
+            bn_statistics=check_bn_statistics(bn_statistics or ("running" if frozen else "batch")),
+            train_gates=not affine or any(t.requires_grad for t in affine),
+            synchronize=isinstance(bn, nn.SyncBatchNorm),
         )
         return layer  # type: ignore[return-value]
 
@@ -177,7 +179,9 @@ class SwitchNorm(GatedModule):
             state_dict.pop(prefix + "num_batches_tracked", None)
         elif "gate" not in local_metadata and self.num_batches_tracked is not None:
             # Written before torch counted batches (BatchNorm version < 2), or in the published layout.
-            state_dict.setdefault(prefix + "num_batches_tracked", torch.tensor(0, dtype=torch.long))
+            count = self.num_batches_tracked
+            kept = torch.tensor(0, dtype=torch.long) if count.is_meta else count
+            state_dict.setdefault(prefix + "num_batches_tracked", kept)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -198,7 +202,7 @@ def apply_layer(layer: SwitchNorm, x: Tensor) -> Tensor:
         )
     updates = training and layer.track_running_stats and layer.bn_statistics == "batch" and "bn" in layer.branches
     tracked = not training or layer.track_running_stats
-    return switch_norm(
+    y = switch_norm(
         x,
         layer.mean_weight,
         layer.var_weight,
@@ -207,26 +211,26 @@ def apply_layer(layer: SwitchNorm, x: Tensor) -> Tensor:
         layer.weight,
         layer.bias,
         training,
-        _count_batch(layer, x) if updates else 0.0,
+        _share_of_batch(layer) if updates else 0.0,
         layer.eps,
         gate=layer.gate,
         branches=layer.branches,
         bn_statistics=layer.bn_statistics,
     )
+    # Counted last, so that an input that was refused leaves no trace; one value per channel updates nothing.
+    if updates and layer.num_batches_tracked is not None and x.numel() != x.shape[1]:
+        layer.num_batches_tracked.add_(1)
+    return y
 
 
 torch.fx.wrap("apply_layer")
 
 
-def _count_batch(layer: SwitchNorm, x: Tensor) -> float:
-    """Count one more batch and return the share of its moments; 0 where nothing may be updated."""
-    if x.dim() > 1 and x.numel() == x.shape[1]:
-        return 0.0
-    if layer.num_batches_tracked is not None:
-        layer.num_batches_tracked.add_(1)
+def _share_of_batch(layer: SwitchNorm) -> float:
+    """The share of the next batch in the running statistics: the momentum, or that of a plain average."""
     if layer.momentum is not None:
         return layer.momentum
-    return 1.0 / float(layer.num_batches_tracked) if layer.num_batches_tracked is not None else 0.0
+    return 1.0 / (float(layer.num_batches_tracked) + 1.0) if layer.num_batches_tracked is not None else 0.0
 
 
 class SwitchNorm1d(SwitchNorm):
@@ -254,12 +258,14 @@ class SwitchNormAct2d(SwitchNorm2d):
         act, drop: modules, identity by default; the rest as in `SwitchNorm`.
     """
 
+    _children = frozenset({"act", "drop"})
+
     def __init__(
         self, num_features: int, *args: Any, act: nn.Module | None = None, drop: nn.Module | None = None, **options: Any
     ) -> None:
         super().__init__(num_features, *args, **options)
-        self.drop = drop or nn.Identity()
-        self.act = act or nn.Identity()
+        self.drop = nn.Identity() if drop is None else drop
+        self.act = nn.Identity() if act is None else act
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x (N, C, H, W), drop, activate."""
@@ -276,9 +282,16 @@ class FunctionalSwitchNorm(GatedModule):
         super().__init__()
         self.gate = check_gate(gate)
         self.branches = check_branches(branches)
-        self.bn_statistics = bn_statistics
+        self.bn_statistics = check_bn_statistics(bn_statistics)
         for name in GATE_PARAMETERS:
-            self.register_parameter(name, nn.Parameter(initial_point(self.gate, self.branches, vertex="bn")))
+            self.register_parameter(name, nn.Parameter(torch.empty(len(self.branches))))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Put the gates back where a functional site starts: at the `bn` vertex, or at the uniform softmax."""
+        with torch.no_grad():
+            for name in GATE_PARAMETERS:
+                getattr(self, name).copy_(initial_point(self.gate, self.branches, vertex="bn"))
 
     def forward(
         self,
@@ -292,24 +305,20 @@ class FunctionalSwitchNorm(GatedModule):
         eps: float = 1e-5,
     ) -> Tensor:
         """Normalise x (N, C, *spatial); arguments as in `F.batch_norm`."""
-        if training:
-            self.project_gates()
-        return switch_norm(
-            x,
-            self.mean_weight,
-            self.var_weight,
-            running_mean,
-            running_var,
-            weight,
-            bias,
-            training,
-            momentum,
-            eps,
-            gate=self.gate,
-            branches=self.branches,
-            bn_statistics=self.bn_statistics,
-        )
+        statistics = {"running_mean": running_mean, "running_var": running_var}
+        return apply_site(self, x, training, weight=weight, bias=bias, momentum=momentum, eps=eps, **statistics)
 
     def extra_repr(self) -> str:
         """Return the options that differ between sites."""
         return f"gate={self.gate!r}, branches={self.branches}, bn_statistics={self.bn_statistics!r}"
+
+
+def apply_site(site: FunctionalSwitchNorm, x: Tensor, training: bool, **options: Any) -> Tensor:
+    """Run a functional site. A leaf for every FX tracer, as `apply_layer`."""
+    if training and site.training:  # without running statistics, `training=True` comes in evaluation too
+        site.project_gates()
+    options |= {"gate": site.gate, "branches": site.branches, "bn_statistics": site.bn_statistics}
+    return switch_norm(x, site.mean_weight, site.var_weight, training=training, **options)
+
+
+torch.fx.wrap("apply_site")

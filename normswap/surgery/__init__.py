@@ -1,0 +1,1 @@
+"""Finding norm sites, planning, swapping, rewriting and reverting."""

@@ -1,0 +1,223 @@
+"""convert and apply_plan: the plan carried out, all or nothing. No rule of what to swap lives here."""
+
+import copy
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from torch import nn
+from torch.distributed import get_world_size, is_available, is_initialized
+
+from normswap.errors import PlanError, SwapError
+from normswap.layers.adoption import adopt, original_class, release
+from normswap.layers.importance import BnStatistics, Branch, Gate
+from normswap.layers.modules import FunctionalSwitchNorm
+from normswap.surgery.gated import gated_modules, moved_sites
+from normswap.surgery.graph_rewrite import free_names, is_rewritten, restore_forward, rewrite_forward
+from normswap.surgery.norms import KNOWN_NORMS, Norms, read_norm
+from normswap.surgery.plan import Swap, SwapPlan, plan_swaps
+from normswap.surgery.tracing import batch_norm_nodes, trace_own_forward
+from normswap.surgery.tree import class_name, join, modules_by_name, walk_modules
+from normswap.surgery.whole_graph import to_graph_module
+
+
+class Conversion(NamedTuple):
+    """The converted model, the plan that was carried out, and the new layers by fqn."""
+
+    model: nn.Module
+    plan: SwapPlan
+    replaced: dict[str, nn.Module]
+
+
+def convert(
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    plan: SwapPlan | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    gate: Gate = "simplex",
+    branches: Sequence[Branch] | None = None,
+    bn_statistics: BnStatistics = "batch",
+    train_frozen_gates: bool = False,
+    norms: Norms = KNOWN_NORMS,
+    as_graph: bool = False,
+    inplace: bool = False,
+) -> Conversion:
+    """Swap Batch Normalization for Switchable Normalization that computes the same function.
+
+    Works on a deep copy, or with `inplace=True` on the very module objects: then aliases, Python lists, hooks and
+    optimizers that hold on to modules or parameters stay right, also those outside the model.
+
+    Args:
+        model: any module that is not wrapped for parallel training or compiled.
+        example_inputs: a tensor, a tuple or a dict for one forward pass in evaluation; recommended, since sites with
+            one spatial position need other branches.
+        plan: carry out this plan; excludes the deciding arguments, which are those of `plan_swaps`.
+        as_graph: return the whole converted model as a `torch.fx.GraphModule` that obeys `train()` and `eval()`.
+
+    Returns:
+        The model, the plan and the new layers by fqn. With nothing to swap the plan has no swaps and says why.
+
+    Raises:
+        PlanError: a pattern matches nothing, or the plan was made for another model.
+        ModelError: the forward pass on `example_inputs` failed.
+        SwapError: the model is wrapped, or cannot be copied, rewritten or traced as asked.
+    """
+    _refuse_wrapped(model)
+    if plan is None:
+        plan = plan_swaps(
+            model,
+            example_inputs,
+            include=include,
+            exclude=exclude,
+            gate=gate,
+            branches=branches,
+            bn_statistics=bn_statistics,
+            train_frozen_gates=train_frozen_gates,
+            norms=norms,
+        )
+    elif include or exclude or branches is not None or gate != "simplex" or bn_statistics != "batch":
+        raise PlanError(
+            "expected either a plan or deciding arguments (include, exclude, gate, branches, ...), got both"
+        )
+    target = model if inplace else _copy(model)
+    replaced = apply_plan(target, plan, norms=norms)
+    if as_graph:
+        target = to_graph_module(target)
+    return Conversion(target, plan, replaced)
+
+
+def apply_plan(model: nn.Module, plan: SwapPlan, *, norms: Norms = KNOWN_NORMS) -> dict[str, nn.Module]:
+    """Carry out `plan` on `model` itself, all or nothing, and return the new layers by fqn.
+
+    Raises:
+        PlanError: the plan was made for another model.
+        SwapError: a functional site cannot be rewritten; the model is as it was.
+    """
+    if any(swap.synchronize for swap in plan.swaps) and is_available() and is_initialized() and get_world_size() > 1:
+        raise SwapError(
+            "statistics of SyncBatchNorm sites are not synchronised across processes yet: convert and train in one "
+            "process, or exclude those sites"
+        )
+    by_name = modules_by_name(model)
+    module_swaps = [swap for swap in plan.swaps if swap.owner is None]
+    owners: dict[str, list[Swap]] = {}
+    for swap in plan.swaps:
+        if swap.owner is not None:
+            owners.setdefault(swap.owner, []).append(swap)
+    targets = _check_fit(plan, by_name, norms)
+    replaced: dict[str, nn.Module] = {}
+    rewritten: list[nn.Module] = []
+    try:
+        for owner, swaps in owners.items():
+            replaced |= _rewrite_owner(by_name[owner], owner, swaps)
+            rewritten.append(by_name[owner])
+    except SwapError:
+        for module in rewritten:
+            restore_forward(module)
+        raise
+    for swap in module_swaps:
+        layer = by_name[swap.fqn]
+        adopt(
+            layer,
+            targets[swap.fqn],
+            gate=swap.gate,
+            branches=swap.branches,
+            bn_statistics=swap.bn_statistics,
+            train_gates=swap.train_gates,
+            synchronize=swap.synchronize,
+        )
+        replaced[swap.fqn] = layer
+    return replaced
+
+
+def revert(model: nn.Module, *, discard: bool = False) -> nn.Module:
+    """Put the original norms back in `model` itself and return it: the inverse of `convert(inplace=True)`.
+
+    Args:
+        discard: also where importance weights have moved, and with them the function.
+
+    Raises:
+        SwapError: importance weights have moved (unless `discard`), a layer was not made by `convert`, or its old
+            class is not imported; the model is as it was.
+    """
+    moved = moved_sites(model)
+    if moved and not discard:
+        raise SwapError(
+            f"{len(moved)} sites have learned importance weights ({', '.join(moved[:3])}{', ...' * (len(moved) > 3)}): "
+            "reverting would change the function; pass discard=True to do it all the same"
+        )
+    layers = [layer for layer in gated_modules(model).values() if not isinstance(layer, FunctionalSwitchNorm)]
+    owners = [place.module for place in walk_modules(model) if is_rewritten(place.module)]
+    inside = {child for owner in owners for child in owner.children()}
+    if any(isinstance(layer, FunctionalSwitchNorm) and layer not in inside for layer in gated_modules(model).values()):
+        raise SwapError("a functional site of a whole-model graph cannot be put back: revert before as_graph=True")
+    for layer in layers:
+        original_class(layer)
+    for layer in layers:
+        release(layer)
+    for owner in owners:
+        restore_forward(owner)
+    return model
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:
+        raise SwapError(f"the model cannot be copied ({error}): pass inplace=True to convert it as it is") from error
+
+
+def _check_fit(plan: SwapPlan, by_name: dict[str, nn.Module], norms: Norms) -> dict[str, type[nn.Module]]:
+    """Return the class that each module site becomes, or say in one error what does not fit."""
+    targets: dict[str, type[nn.Module]] = {}
+    misfits: list[str] = []
+    for swap in plan.swaps:
+        module = by_name.get(swap.fqn if swap.owner is None else swap.owner)
+        if module is None:
+            misfits.append(f"{swap.fqn or 'the model'}: not in this model")
+            continue
+        if swap.owner is not None:
+            continue
+        spec = read_norm(module, norms)
+        if spec is None or spec.target is None or class_name(module) != swap.class_name:
+            misfits.append(f"{swap.fqn}: expected {swap.class_name}, got {class_name(module)}")
+        elif spec.num_features != swap.num_features:
+            misfits.append(f"{swap.fqn}: expected {swap.num_features} channels, got {spec.num_features}")
+        else:
+            targets[swap.fqn] = spec.target
+    if misfits:
+        more = f" (+{len(misfits) - 3} more)" if len(misfits) > 3 else ""
+        raise PlanError(f"the plan was made for another model ({plan.model_class}): {'; '.join(misfits[:3])}{more}")
+    return targets
+
+
+def _rewrite_owner(module: nn.Module, owner: str, swaps: list[Swap]) -> dict[str, nn.Module]:
+    trace = trace_own_forward(module)
+    calls = len(batch_norm_nodes(trace.evaluation)) if trace.evaluation else 0
+    wanted = {swap.fqn: swap for swap in swaps}
+    names = free_names(module, calls)
+    planned = {name: wanted[join(owner, name)] for name in names if join(owner, name) in wanted}
+    if len(planned) != len(swaps):
+        raise SwapError(f"{owner or 'the model'}: expected {sorted(wanted)} among its batch_norm calls, found {names}")
+    like = next((t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()), None)
+    gates = {}
+    for name, swap in planned.items():
+        gates[name] = FunctionalSwitchNorm(
+            gate=swap.gate, branches=swap.branches, bn_statistics=swap.bn_statistics
+        ).requires_grad_(swap.train_gates)
+        gates[name].train(module.training)
+        if like is not None:
+            gates[name].to(like)
+    rewrite_forward(module, gates, tuple(name if name in gates else None for name in names))
+    return {join(owner, name): layer for name, layer in gates.items()}
+
+
+def _refuse_wrapped(model: nn.Module) -> None:
+    name = type(model).__name__
+    if name in ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel"):
+        raise SwapError(f"the model is wrapped in {name}: convert model.module, then wrap the result again")
+    if name == "OptimizedModule":
+        raise SwapError("the model is compiled: convert model._orig_mod, then compile the result again")
+    if name in ("RecursiveScriptModule", "TopLevelTracedModule"):
+        raise SwapError("the model is TorchScript, whose code is fixed: convert the Python model, then script it again")

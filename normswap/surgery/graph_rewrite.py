@@ -1,0 +1,144 @@
+"""Functional sites: rewriting the FX graph of the one module that calls `F.batch_norm` itself.
+
+Only that module's own forward is traced, with its children as leaves, once in training and once in evaluation;
+the rewritten module runs the graph of its present mode, so it obeys `train()` and `eval()` in everything that its
+forward does. The module object stays and remains an instance of its class, with its methods, attributes, buffers
+and parameters; it gains one small child per site that holds the gates.
+"""
+
+import functools
+import itertools
+import linecache
+from collections.abc import Callable
+from typing import Any
+
+from torch import fx, nn
+
+from normswap.errors import SwapError
+from normswap.layers.modules import FunctionalSwitchNorm
+from normswap.surgery.tracing import batch_norm_arguments, batch_norm_nodes, trace_own_forward
+
+# Where a rewritten module keeps, per batch_norm call of its own forward in order, the child that replaced it.
+_SITE_NAMES = "_switch_norm_names"
+
+SiteNames = tuple[str | None, ...]
+
+
+def free_names(module: nn.Module, count: int) -> list[str]:
+    """Return `count` attribute names that `module` does not have, for the gates of its sites in order."""
+    names: list[str] = []
+    number = 0
+    while len(names) < count:
+        name = f"batch_norm_{number}" if number else "batch_norm"
+        if not hasattr(module, name):
+            names.append(name)
+        number += 1
+    return names
+
+
+def compile_forward(module: nn.Module, site_names: SiteNames = ()) -> Callable[..., Any]:
+    """Return a forward function for `module` made from its own graphs; the module itself is left as it is.
+
+    Args:
+        site_names: for each batch_norm call in order the child of `module` to call in its place, None to keep it.
+
+    Raises:
+        SwapError: the forward cannot be traced.
+    """
+    trace = trace_own_forward(module)
+    if trace.training is None or trace.evaluation is None:
+        raise SwapError(f"the forward of {type(module).__name__} cannot be traced: {trace.reason}")
+    training, evaluation = (_function(module, _rewrite(g, site_names)) for g in (trace.training, trace.evaluation))
+
+    @functools.wraps(type(module).forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return (training if self.training else evaluation)(self, *args, **kwargs)
+
+    return forward
+
+
+def rewrite_forward(module: nn.Module, gates: dict[str, FunctionalSwitchNorm], site_names: SiteNames) -> None:
+    """Put SN in place of batch_norm calls in `module`'s own forward.
+
+    Args:
+        gates: the new children by name.
+        site_names: for each batch_norm call in order the name of its child, None for a call that stays.
+
+    Raises:
+        SwapError: the forward cannot be traced; the module is as it was.
+    """
+    forward = compile_forward(module, site_names)
+    for name, child in gates.items():
+        module.add_module(name, child)
+    module.__dict__[_SITE_NAMES] = site_names
+    module.__class__ = _rewritten_class(type(module), forward)
+
+
+def restore_forward(module: nn.Module) -> None:
+    """Undo `rewrite_forward`: class, forward and children are what they were."""
+    for name in module.__dict__.pop(_SITE_NAMES):
+        if name is not None:
+            del module._modules[name]
+    module.__class__ = type(module).original_class  # type: ignore[attr-defined]
+
+
+def is_rewritten(module: nn.Module) -> bool:
+    """Say whether `module` runs a rewritten forward."""
+    return isinstance(module, _RewrittenForward)
+
+
+class _RewrittenForward(nn.Module):
+    """What a rewritten module is besides its own class. Graphs are not pickled: a copy is rewritten again."""
+
+    original_class: type[nn.Module]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _blank, (self.original_class,), self.__dict__
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        original = self.original_class
+        self.__class__ = original  # type: ignore[assignment]
+        self.__class__ = _rewritten_class(original, compile_forward(self, state[_SITE_NAMES]))  # type: ignore[assignment]
+
+
+def _blank(original: type[nn.Module]) -> nn.Module:
+    cls = _rewritten_class(original, original.forward)
+    return cls.__new__(cls)
+
+
+def _rewritten_class(original: type[nn.Module], forward: Callable[..., Any]) -> type[nn.Module]:
+    body = {
+        "__module__": original.__module__,
+        "__qualname__": original.__qualname__,
+        "__doc__": original.__doc__,
+        "original_class": original,
+        "forward": forward,
+    }
+    return type(original.__name__, (_RewrittenForward, original), body)
+
+
+def _rewrite(graph: fx.Graph, site_names: SiteNames) -> fx.Graph:
+    for node, name in zip(batch_norm_nodes(graph), site_names, strict=False):
+        if name is None:
+            continue
+        arguments = batch_norm_arguments(node)
+        with graph.inserting_before(node):
+            call = graph.call_module(name, (arguments.pop("input"),), arguments)
+        node.replace_all_uses_with(call)
+        graph.erase_node(node)
+    return graph
+
+
+def _function(module: nn.Module, graph: fx.Graph) -> Callable[..., Any]:
+    """Compile a graph to a function of (self, ...) that reads everything from `self`."""
+    code = graph.python_code("self")
+    # Tracebacks and debuggers show the generated lines.
+    name = f"<normswap: forward of {type(module).__qualname__} #{next(_counter)}>"
+    linecache.cache[name] = (len(code.src), None, code.src.splitlines(keepends=True), name)
+    namespace = dict(code.globals)
+    exec(compile(code.src, name, "exec"), namespace)
+    return namespace["forward"]  # type: ignore[no-any-return]
+
+
+_counter = itertools.count()

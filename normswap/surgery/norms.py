@@ -1,0 +1,169 @@
+"""The table of norm modules that normswap knows, matched by exact type, and a name for all the others.
+
+A reader turns a module into a `NormSpec`: what it is and what it becomes. A caller adds a class with one entry,
+`norms=KNOWN_NORMS | {TheirNorm: read_batch_norm}`. Foreign classes are named, never imported. A class that looks
+like a norm and is not in the table is never guessed at: it gets a spec whose `problem` tells what to do.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.modules.lazy import LazyModuleMixin
+
+from normswap.layers.adoption import qualified_name
+from normswap.layers.gates import GatedModule
+from normswap.layers.modules import SwitchNorm, SwitchNorm1d, SwitchNorm2d, SwitchNorm3d, SwitchNormAct2d
+
+
+@dataclass(frozen=True)
+class NormSpec:
+    """What a norm module is.
+
+    `kind` is the word for it in reports and `target` the class it becomes; `problem` says why it stays, and then
+    there is no target. `frozen` norms use running statistics in training too and keep weight and bias as buffers.
+    """
+
+    kind: str
+    num_features: int = 0
+    eps: float | None = None
+    momentum: float | None = None
+    target: type[SwitchNorm] | None = None
+    frozen: bool = False
+    synchronize: bool = False
+    problem: str | None = None
+
+
+Reader = Callable[[nn.Module], NormSpec]
+Norms = Mapping[str | type, Reader]
+
+
+def read_batch_norm(module: nn.Module, target: type[SwitchNorm] = SwitchNorm) -> NormSpec:
+    """Read a module with torch's BatchNorm attributes and forward pass."""
+    return NormSpec("bn", module.num_features, module.eps, module.momentum, target)  # type: ignore[arg-type]
+
+
+def read_frozen_batch_norm(module: nn.Module, target: type[SwitchNorm] = SwitchNorm2d) -> NormSpec:
+    """Read a norm whose weight, bias, running_mean and running_var are buffers (C,) that never change."""
+    return NormSpec("frozen bn", module.running_mean.shape[0], module.eps, None, target, frozen=True)  # type: ignore[arg-type, index]
+
+
+def _read_1d(module: nn.Module) -> NormSpec:
+    return read_batch_norm(module, SwitchNorm1d)
+
+
+def _read_2d(module: nn.Module) -> NormSpec:
+    return read_batch_norm(module, SwitchNorm2d)
+
+
+def _read_3d(module: nn.Module) -> NormSpec:
+    return read_batch_norm(module, SwitchNorm3d)
+
+
+def _read_sync(module: nn.Module) -> NormSpec:
+    return replace(read_batch_norm(module), synchronize=True)
+
+
+def _read_act(module: nn.Module) -> NormSpec:
+    return _with_activation(module, read_batch_norm(module, SwitchNormAct2d))
+
+
+def _read_sync_act(module: nn.Module) -> NormSpec:
+    return replace(_read_act(module), synchronize=True)
+
+
+def _read_frozen_act(module: nn.Module) -> NormSpec:
+    return _with_activation(module, read_frozen_batch_norm(module, SwitchNormAct2d))
+
+
+def _with_activation(module: nn.Module, spec: NormSpec) -> NormSpec:
+    if {"act", "drop"} <= set(module._modules):
+        return spec
+    return replace(spec, target=None, problem="expected `act` and `drop` inside it: exclude it, or rebuild the model")
+
+
+KNOWN_NORMS: Norms = MappingProxyType(
+    {
+        nn.BatchNorm1d: _read_1d,
+        nn.BatchNorm2d: _read_2d,
+        nn.BatchNorm3d: _read_3d,
+        nn.SyncBatchNorm: _read_sync,
+        "torchvision.ops.misc.FrozenBatchNorm2d": read_frozen_batch_norm,
+        "timm.layers.norm_act.BatchNormAct2d": _read_act,
+        "timm.layers.norm_act.SyncBatchNormAct": _read_sync_act,
+        "timm.layers.norm_act.FrozenBatchNorm2d": read_frozen_batch_norm,
+        "timm.layers.norm_act.FrozenBatchNormAct2d": _read_frozen_act,
+    }
+)
+
+
+def read_norm(module: nn.Module, norms: Norms = KNOWN_NORMS) -> NormSpec | None:
+    """Return what norm `module` is, or None where it is none.
+
+    A spec without `problem` has a target; all others explain in `problem` why the module stays as it is.
+    """
+    cls = type(module)
+    if isinstance(module, GatedModule):
+        return NormSpec("sn", problem="is Switchable Normalization already: nothing to do")
+    reader = norms.get(cls) or norms.get(qualified_name(cls))
+    if reader is None:
+        return _unknown(module) if looks_like_norm(module) else None
+    spec = reader(module)
+    if "forward" in vars(module):
+        return replace(spec, target=None, problem="its forward is overridden on the instance: remove that first")
+    return spec
+
+
+def is_norm_layer(module: nn.Module, norms: Norms = KNOWN_NORMS) -> bool:
+    """Say whether `module` is a norm by class: known, derived from a torch norm, or a SwitchNorm.
+
+    What such a module calls in its own forward pass is its own affair and no functional site.
+    """
+    cls = type(module)
+    return cls in norms or qualified_name(cls) in norms or isinstance(module, (*_TORCH_KINDS, GatedModule))
+
+
+def looks_like_norm(module: nn.Module) -> bool:
+    """Say whether `module` is a norm by its torch ancestry, its running statistics, or its name and tensors."""
+    if isinstance(module, tuple(_TORCH_KINDS)) or {"running_mean", "running_var"} & set(module._buffers):
+        return True
+    named = re.search("Norm", type(module).__name__) is not None
+    return (
+        named
+        and bool(module._parameters or module._buffers)
+        and not any(looks_like_norm(child) for child in module.children())
+    )
+
+
+# Norms that torch defines, most derived first, with what there is to say of them.
+_TORCH_KINDS: dict[type, tuple[str, str]] = {
+    _BatchNorm: ("bn", ""),
+    _InstanceNorm: ("in", "has no batch statistics to lose at small batches: stays as it is"),
+    nn.GroupNorm: ("gn", "has no batch statistics to lose at small batches: stays as it is"),
+    nn.LayerNorm: ("ln", "has no batch statistics to lose at small batches: stays as it is"),
+    nn.RMSNorm: ("rms", "has no batch statistics to lose at small batches: stays as it is"),
+}
+
+
+def _unknown(module: nn.Module) -> NormSpec:
+    name = type(module).__name__
+    if isinstance(module, LazyModuleMixin):
+        return NormSpec("bn", problem=f"{name} has no sizes yet: run one forward pass, then convert")
+    if hasattr(module, "parametrizations"):
+        return NormSpec(
+            "bn" if isinstance(module, _BatchNorm) else "other",
+            problem="is parametrized: call torch.nn.utils.parametrize.remove_parametrizations on it first",
+        )
+    kind, reason = next((told for base, told in _TORCH_KINDS.items() if isinstance(module, base)), ("other", ""))
+    if kind == "other" and not {"running_mean", "running_var"} <= set(module._buffers):
+        reason = "has no batch statistics to lose at small batches: stays as it is"
+    if not reason:
+        reason = (
+            f"{name} is not in the table of known norms, and its forward may do more than BatchNorm: if it does not, "
+            f"pass norms=KNOWN_NORMS | {{{name}: read_batch_norm}}"
+        )
+    return NormSpec(kind, problem=reason)

@@ -1,0 +1,240 @@
+"""Norm sites: the module tree, the FX graph and one observed forward pass in one ordered tuple of facts.
+
+Discovery never decides: a site says what is there and what is known of it, `plan` says what becomes of it.
+"""
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from normswap.modes import seeded, training_flags
+from normswap.surgery.graph_rewrite import compile_forward, free_names
+from normswap.surgery.norms import KNOWN_NORMS, Norms, NormSpec, is_norm_layer, read_norm
+from normswap.surgery.observation import Observation, Shape, observe_forward
+from normswap.surgery.tracing import (
+    GraphFacts,
+    batch_norm_arguments,
+    batch_norm_nodes,
+    read_graph,
+    trace_model,
+    trace_own_forward,
+)
+from normswap.surgery.tree import Place, class_name, join, modules_by_name, walk_modules
+
+
+@dataclass(frozen=True)
+class NormSite:
+    """One place where a model normalizes: a module with all its names, or a functional call and its owner.
+
+    Attributes:
+        fqn, aliases: the first name and the others; of a functional site the name that its gates will have.
+        kind, class_name, num_features, eps, momentum: what it is; None or 0 where the place does not tell.
+        frozen: normalizes with running statistics in training too, weight and bias are buffers.
+        trainable: some parameter of its own requires a gradient, or it has none of its own.
+        registered: its tensors are in the model's state dict (false: held in a Python container only).
+        owner: fqn of the module whose forward calls `F.batch_norm`; None for a module site.
+        shapes: distinct input shapes (N, C, *spatial) in the observed pass, None without one.
+        calls: calls per forward pass in evaluation, None if not observed.
+        order: place in the order of execution, None if it was not seen to run.
+        producer: module or function whose output it reads, where known.
+        seen_by: what told the order: "forward pass", "graph", or "module tree" where it was not seen to run.
+        problem: why it cannot be swapped, or None.
+    """
+
+    fqn: str
+    aliases: tuple[str, ...]
+    kind: str
+    class_name: str
+    num_features: int = 0
+    eps: float | None = None
+    momentum: float | None = None
+    frozen: bool = False
+    trainable: bool = True
+    registered: bool = True
+    synchronize: bool = False
+    owner: str | None = None
+    shapes: tuple[Shape, ...] | None = None
+    calls: int | None = None
+    order: int | None = None
+    producer: str | None = None
+    seen_by: str = "module tree"
+    problem: str | None = None
+
+    @property
+    def positions(self) -> int | None:
+        """Smallest number of spatial positions per sample that was fed, None where nothing was."""
+        return min((_positions(shape) for shape in self.shapes), default=None) if self.shapes else None
+
+
+def _positions(shape: Shape) -> int:
+    return int(torch.Size(shape[2:]).numel())
+
+
+def find_norm_sites(
+    model: nn.Module, example_inputs: Any = None, *, norms: Norms = KNOWN_NORMS
+) -> tuple[NormSite, ...]:
+    """Find every place where `model` normalizes, in order of execution where that is known.
+
+    Args:
+        model: any module; it is left as it is.
+        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments for one forward pass in
+            evaluation. Without it shapes, calls and modules' real order stay unknown.
+        norms: table of known norm classes, see `normswap.surgery.norms`.
+
+    Raises:
+        ModelError: the forward pass on `example_inputs` failed.
+    """
+    places = walk_modules(model)
+    by_name = {name: place for place in places for name in place.names}
+    facts = _graph_facts(model, by_name, norms)
+    seen = None if example_inputs is None else observe_forward(model, example_inputs, places, norms=norms)
+
+    owners = facts.functional_owners if facts else ()
+    owners += tuple(name for name in seen.functional if name not in owners) if seen else ()
+    functional = [site for owner in owners for site in _functional_sites(by_name[owner], facts, seen)]
+    spoken_for = {by_name[owner].module for owner in owners}
+    modules = [
+        _module_site(place, spec, facts, seen)
+        for place in places
+        if place.module not in spoken_for and (spec := read_norm(place.module, norms)) is not None
+    ]
+    # Sites that were seen to run come first, in their order; the others keep the order of the module tree.
+    return tuple(sorted(modules + functional, key=lambda site: (site.order is None, site.order or 0)))
+
+
+def _graph_facts(model: nn.Module, by_name: dict[str, Place], norms: Norms) -> GraphFacts | None:
+    trace = trace_model(model, norms=norms)
+    if trace.graph is None:
+        return None
+
+    def is_norm_fqn(name: str) -> bool:
+        place = by_name.get(name)
+        return place is not None and is_norm_layer(place.module, norms)
+
+    return read_graph(trace.graph, is_norm_fqn)
+
+
+def _module_site(place: Place, spec: NormSpec, facts: GraphFacts | None, seen: Observation | None) -> NormSite:
+    name = place.names[0]
+    own = list(place.module.parameters(recurse=False))
+    shapes = seen.shapes.get(name, []) if seen else None
+    order, seen_by = _order(place, facts, seen)
+    producer = next((facts.producers[alias] for alias in place.names if facts and alias in facts.producers), None)
+    return NormSite(
+        fqn=name,
+        aliases=place.names[1:],
+        kind=spec.kind,
+        class_name=class_name(place.module),
+        num_features=spec.num_features,
+        eps=spec.eps,
+        momentum=spec.momentum,
+        frozen=spec.frozen,
+        trainable=not spec.frozen and (not own or any(parameter.requires_grad for parameter in own)),
+        registered=place.registered,
+        synchronize=spec.synchronize,
+        shapes=None if shapes is None else tuple(dict.fromkeys(shapes)),
+        calls=None if shapes is None else len(shapes),
+        order=order,
+        producer=producer or (seen.producers.get(name) if seen else None),
+        seen_by=seen_by,
+        problem=spec.problem,
+    )
+
+
+def _order(place: Place, facts: GraphFacts | None, seen: Observation | None) -> tuple[int | None, str]:
+    """When the site runs and what told so; the forward pass knows better than the graph."""
+    if seen is not None and place.names[0] in seen.order:
+        return seen.order[place.names[0]], "forward pass"
+    traced = [facts.order.index(name) for name in place.names if name in facts.order] if facts and not seen else []
+    return (traced[0], "graph") if traced else (None, "module tree")
+
+
+def _functional_sites(place: Place, facts: GraphFacts | None, seen: Observation | None) -> list[NormSite]:
+    """One site per `F.batch_norm` call in the owner's own forward, or one with a problem if that is unreadable."""
+    owner, module = place.names[0], place.module
+    fed = seen.functional.get(owner, []) if seen else []
+    runs = max(1, seen.runs.get(owner, 0)) if seen else 1
+    trace = trace_own_forward(module)
+    nodes = batch_norm_nodes(trace.evaluation) if trace.evaluation else []
+    problem = trace.reason and (
+        f"the forward of {type(module).__name__} cannot be traced ({trace.reason}): move its F.batch_norm call into "
+        "a module of its own, or use nn.BatchNorm"
+    )
+    if not problem and seen and len(fed) not in (0, runs * len(nodes)):
+        problem = "not every F.batch_norm call runs in every pass: move the call into a module of its own"
+    if not problem and seen and owner in seen.owner_inputs:
+        problem = _differs_from_eager(module, *seen.owner_inputs[owner])
+    order, seen_by = _order(place, facts, seen)
+    sites = []
+    for index, name in enumerate(free_names(module, max(1, len(nodes)))):
+        shapes = fed[index :: len(nodes)] if nodes else fed
+        sites.append(
+            NormSite(
+                fqn=join(owner, name),
+                aliases=tuple(join(alias, name) for alias in place.names[1:]),
+                kind="bn",
+                class_name="torch.nn.functional.batch_norm",
+                num_features=_channels(module, nodes[index] if nodes else None, shapes),
+                trainable=_affine_trainable(module, nodes[index] if nodes else None),
+                registered=place.registered,
+                owner=owner,
+                shapes=tuple(dict.fromkeys(shapes)) if seen else None,
+                calls=len(shapes) if seen else None,
+                order=order,
+                seen_by=seen_by,
+                problem=problem,
+            )
+        )
+    return sites
+
+
+def _differs_from_eager(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    """A trace can succeed and be wrong: hold it against the module itself, in both modes, on what it was fed."""
+    for training in (True, False):
+        results = []
+        for traced in (False, True):
+            twin = copy.deepcopy(module)
+            with torch.no_grad(), training_flags(twin.modules(), training=training), seeded(0):
+                try:
+                    forward = compile_forward(twin) if traced else type(twin).forward
+                    results.append(tree_leaves(forward(twin, *copy.deepcopy(args), **copy.deepcopy(kwargs))))
+                except Exception as error:  # noqa: BLE001 - the user's code; where both sides fail there is no answer
+                    results.append([type(error).__name__])
+        if len(results[0]) != len(results[1]) or not all(map(_same, *results)):
+            return "its traced forward differs from the real one: move its F.batch_norm call into a module of its own"
+    return None
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return torch.allclose(a, b, equal_nan=True)
+    return bool(a == b)
+
+
+def _channels(module: nn.Module, node: Any, shapes: list[Shape]) -> int:
+    if shapes:
+        return shapes[0][1]
+    for name in ("running_mean", "weight"):
+        tensor = _attribute(module, batch_norm_arguments(node).get(name)) if node is not None else None
+        if tensor is not None:
+            return tensor.shape[0]
+    return 0
+
+
+def _affine_trainable(module: nn.Module, node: Any) -> bool:
+    arguments = batch_norm_arguments(node) if node is not None else {}
+    tensors = [_attribute(module, arguments.get(name)) for name in ("weight", "bias")]
+    own = [tensor for tensor in tensors if isinstance(tensor, nn.Parameter)]
+    return not own or any(tensor.requires_grad for tensor in own)
+
+
+def _attribute(module: nn.Module, node: Any) -> Tensor | None:
+    if getattr(node, "op", None) != "get_attr":
+        return None
+    owner, _, name = str(node.target).rpartition(".")
+    found = getattr(modules_by_name(module).get(owner), name, None)
+    return found if isinstance(found, Tensor) else None

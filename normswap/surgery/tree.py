@@ -1,0 +1,76 @@
+"""The one walk over a model's modules: every module with all its names, held in Python containers or registered.
+
+A module kept only in a plain list, tuple or dict is in no `named_modules()`, has no state-dict keys and no
+optimizer, but it runs. It is found through its owner's `__dict__` and named like Python would: `blocks.norms[0]`.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from normswap.layers.adoption import qualified_name
+
+# Registries of nn.Module itself: `_modules` is walked by name, the rest holds no modules of the model.
+_OWN_REGISTRIES = {"_parameters", "_buffers", "_modules"}
+_CONTAINER_DEPTH = 3
+
+
+@dataclass(frozen=True)
+class Place:
+    """A module, all its names (first the one met first), and whether its tensors are in the state dict."""
+
+    module: nn.Module
+    names: tuple[str, ...]
+    registered: bool
+
+
+def walk_modules(model: nn.Module) -> tuple[Place, ...]:
+    """Return every distinct module of `model`, the root included (named ""), in registration order."""
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+    registered = set(names)
+    pending = list(names)
+    while pending:
+        owner = pending.pop(0)
+        for suffix, module in _referenced_modules(owner):
+            if module not in names:
+                for inner_name, inner in module.named_modules(prefix=join(names[owner][0], suffix)):
+                    if inner not in names:
+                        names[inner] = [inner_name]
+                        pending.append(inner)
+    return tuple(Place(module, tuple(found), module in registered) for module, found in names.items())
+
+
+def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
+    """Return every name of every module of `model`."""
+    return {name: place.module for place in walk_modules(model) for name in place.names}
+
+
+def join(owner: str, name: str) -> str:
+    """Return the fqn of `name` inside the module called `owner`, which is "" for the root."""
+    return f"{owner}.{name}" if owner else name
+
+
+def class_name(module: nn.Module) -> str:
+    """Return the module's class as `module.QualName`."""
+    return qualified_name(type(module))
+
+
+def _referenced_modules(owner: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, value in vars(owner).items():
+        if name not in _OWN_REGISTRIES and not name.endswith("_hooks"):
+            yield from _modules_in(value, name, _CONTAINER_DEPTH)
+
+
+def _modules_in(value: Any, name: str, depth: int) -> Iterator[tuple[str, nn.Module]]:
+    if isinstance(value, nn.Module):
+        yield name, value
+    elif depth and isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            yield from _modules_in(item, f"{name}[{index}]", depth - 1)
+    elif depth and isinstance(value, dict):
+        for key, item in value.items():
+            yield from _modules_in(item, f"{name}[{key!r}]", depth - 1)
