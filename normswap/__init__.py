@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from normswap.surgery.plan import plan_swaps as plan_swaps
     from normswap.surgery.sites import NormSite as NormSite
     from normswap.surgery.sites import find_norm_sites as find_norm_sites
+    from normswap.verification import Verification as Verification
+    from normswap.verification import verify as verify
 
 _HOMES = {
     "NormswapError": "normswap.errors",
@@ -41,10 +43,12 @@ _HOMES = {
     "plan_swaps": "normswap.surgery.plan",
     "NormSite": "normswap.surgery.sites",
     "find_norm_sites": "normswap.surgery.sites",
+    "Verification": "normswap.verification",
+    "verify": "normswap.verification",
 }
 
 __version__ = "0.1.0"
-__all__ = sorted(_HOMES)  # noqa: PLE0605 - one table of names, not two
+__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:

@@ -93,7 +93,7 @@ def find_norm_sites(
     facts = _graph_facts(model, by_name, norms)
     seen = None if example_inputs is None else observe_forward(model, example_inputs, places, norms=norms)
 
-    owners = facts.functional_owners if facts else ()
+    owners = facts.functional_owners if facts else _owners_by_own_forward(places, norms) if seen is None else ()
     owners += tuple(name for name in seen.functional if name not in owners) if seen else ()
     functional = [site for owner in owners for site in _functional_sites(by_name[owner], facts, seen)]
     spoken_for = {by_name[owner].module for owner in owners}
@@ -116,6 +116,13 @@ def _graph_facts(model: nn.Module, by_name: dict[str, Place], norms: Norms) -> G
         return place is not None and is_norm_layer(place.module, norms)
 
     return read_graph(trace.graph, is_norm_fqn)
+
+
+def _owners_by_own_forward(places: tuple[Place, ...], norms: Norms) -> tuple[str, ...]:
+    """Where neither a graph nor a pass tells, every module's own forward is asked for calls of batch_norm."""
+    foreign = [p for p in places if not type(p.module).__module__.startswith("torch.nn.")]
+    traces = [(p.names[0], trace_own_forward(p.module)) for p in foreign if not is_norm_layer(p.module, norms)]
+    return tuple(name for name, trace in traces if trace.evaluation and batch_norm_nodes(trace.evaluation))
 
 
 def _module_site(place: Place, spec: NormSpec, facts: GraphFacts | None, seen: Observation | None) -> NormSite:

@@ -1,7 +1,8 @@
 """The whole of a converted model as one `GraphModule` that still obeys `train()` and `eval()`.
 
 Two traces, in training and in evaluation, must be one graph: where they differ in a flag, the flag is read from a
-child when it runs. Where they differ in structure, modules without norm sites stay whole, as leaves.
+child when it runs. Where they differ in structure, the modules whose own forward does so stay whole, as leaves; where
+the trace fails, so do all modules without norm sites.
 """
 
 from typing import Any
@@ -11,7 +12,7 @@ from torch import fx, nn
 from normswap.errors import SwapError
 from normswap.layers.gates import GatedModule
 from normswap.modes import training_flags
-from normswap.surgery.tracing import first_line, sharing_twin, trace_with
+from normswap.surgery.tracing import first_line, sharing_twin, trace_own_forward, trace_with
 from normswap.surgery.tree import modules_by_name
 
 _FLAG = "training_flag"
@@ -32,7 +33,7 @@ def to_graph_module(model: nn.Module) -> fx.GraphModule:
         SwapError: it cannot be traced, or does different things in training and in evaluation at a norm site.
     """
     reason = ""
-    for leaves in (_gated, _without_sites):
+    for leaves in (_gated, _gated_or_forked, _forked_or_without_sites):
         try:
             twin = sharing_twin(model)
             graphs = []
@@ -49,13 +50,29 @@ def _gated(module: nn.Module) -> bool:
     return isinstance(module, GatedModule)
 
 
-def _without_sites(module: nn.Module) -> bool:
-    return _gated(module) or not any(map(_gated, module.modules()))
+def _gated_or_forked(module: nn.Module) -> bool:
+    return _gated(module) or _is_forked(module)
+
+
+def _forked_or_without_sites(module: nn.Module) -> bool:
+    return _gated_or_forked(module) or not any(map(_gated, module.modules()))
+
+
+def _is_forked(module: nn.Module) -> bool:
+    """Say whether the module's own forward runs other operations in training than in evaluation."""
+    trace = trace_own_forward(module)
+    if trace.training is None or trace.evaluation is None:
+        return False
+    return _operations(trace.training) != _operations(trace.evaluation)
+
+
+def _operations(graph: fx.Graph) -> list[tuple[Any, ...]]:
+    return [(node.op, node.target, node.name) for node in graph.nodes]
 
 
 def _merge(training: fx.Graph, evaluation: fx.Graph) -> fx.Graph:
     """Return the evaluation graph with every flag that differs in training read at run time."""
-    if len(training.nodes) != len(evaluation.nodes):
+    if _operations(training) != _operations(evaluation):
         raise SwapError("training and evaluation run different operations")
     flag: fx.Node | None = None
 
@@ -68,8 +85,6 @@ def _merge(training: fx.Graph, evaluation: fx.Graph) -> fx.Graph:
         return flag
 
     for train_node, eval_node in zip(list(training.nodes), list(evaluation.nodes), strict=True):
-        if (train_node.op, train_node.target, train_node.name) != (eval_node.op, eval_node.target, eval_node.name):
-            raise SwapError("training and evaluation run different operations")
         eval_node.args = _with_flags(train_node.args, eval_node.args, read_flag)
         eval_node.kwargs = _with_flags(train_node.kwargs, eval_node.kwargs, read_flag)
     return evaluation
