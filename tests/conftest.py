@@ -1,4 +1,4 @@
-"""What holds for every test: one thread, and the same random numbers whatever ran before."""
+"""What holds for every test: one thread, the same random numbers, and the same warnings whatever ran before."""
 
 import pytest
 import torch
@@ -8,3 +8,4 @@ import torch
 def _deterministic() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    torch.set_warn_always(True)  # else a warning of torch's C++ code fails only the first test that causes it

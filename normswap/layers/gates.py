@@ -83,7 +83,7 @@ class GatedModule(nn.Module):
 
 
 def _lies_on_simplex(value: Tensor) -> bool:
-    value = value.float()
+    value = value.detach().float()
     return bool((value >= -_SIMPLEX_TOLERANCE).all()) and abs(float(value.sum()) - 1) <= _SIMPLEX_TOLERANCE
 
 
