@@ -64,9 +64,10 @@ class GatedModule(nn.Module):
             if not isinstance(value, Tensor):
                 continue  # missing, or not a tensor: torch says so in its own words
             if published and self.gate == "simplex":
-                state_dict[prefix + name] = importance_weights(value, "softmax").to(value.dtype)
+                state_dict[prefix + name] = importance_weights(value.detach(), "softmax").to(value.dtype)
             elif not published and (problem := self._gate_problem(value, local_metadata.get("gate"))):
                 error_msgs.append(f"{prefix}{name}: {problem}")
+                state_dict[prefix + name] = getattr(self, name)  # torch loads the rest and then raises
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
