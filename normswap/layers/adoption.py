@@ -6,7 +6,7 @@ module, which class and which branches come from the caller.
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,10 +21,11 @@ GATE_PARAMETERS = ("mean_weight", "var_weight")
 
 @dataclass(frozen=True)
 class Replaced:
-    """What a layer was before: its class by name, and the attributes that adoption added."""
+    """What a layer was before: its class by name, the attributes that adoption set, and what these names held."""
 
     class_name: str
     added: tuple[str, ...]
+    displaced: dict[str, Any] = field(default_factory=dict)
 
 
 def qualified_name(cls: type) -> str:
@@ -99,7 +100,8 @@ def adopt(
         name: nn.Parameter(initial_point(gate, branches, vertex="bn").to(like), requires_grad=train_gates)
         for name in GATE_PARAMETERS
     }
-    settings["replaced"] = Replaced(qualified_name(type(module)), tuple(settings))
+    displaced = {name: module.__dict__[name] for name in (*settings, "replaced") if name in module.__dict__}
+    settings["replaced"] = Replaced(qualified_name(type(module)), tuple(settings), displaced)
 
     module.__class__ = target
     module.__dict__.update(settings)
@@ -134,9 +136,10 @@ def release(layer: nn.Module) -> None:
         SwapError: as `original_class`.
     """
     cls = original_class(layer)
-    for name in layer.__dict__["replaced"].added:
+    replaced: Replaced = layer.__dict__.pop("replaced")
+    for name in replaced.added:
         layer.__dict__.pop(name, None)
-    layer.__dict__.pop("replaced")
+    layer.__dict__.update(replaced.displaced)
     for name in GATE_PARAMETERS:
         layer._parameters.pop(name)
     layer.__class__ = cls
