@@ -173,6 +173,19 @@ def test_without_tracking_the_statistics_that_are_kept_serve_evaluation_alone(tr
     assert_same_over_steps(bn, sn, [torch.randn(3, 4, 5, 2).double() for _ in range(2)], tolerance=1e-12)
 
 
+def test_statistics_that_are_kept_but_not_tracked_can_be_constants_in_training_too() -> None:
+    bn = trained(nn.BatchNorm2d(4, dtype=torch.float64))
+    bn.track_running_stats = False
+    constant = SwitchNorm2d.from_batch_norm(copy.deepcopy(bn), bn_statistics="running")
+    x = torch.randn(3, 4, 5, 2).double()
+    assert oracles.relative_error(constant(x).detach(), bn.eval()(x).detach()) < 1e-12
+    # On the batch, one value per channel has neither moments nor tracked statistics: refused, as in BatchNorm.
+    batch = SwitchNorm2d.from_batch_norm(copy.deepcopy(bn).train())
+    for layer, message in ((bn.train(), "Expected more than 1 value"), (batch, "expected more than 1 value")):
+        with pytest.raises(ValueError, match=message):
+            layer(x[:1, :, :1, :1])
+
+
 FROZEN: dict[str, tuple[Callable[[], nn.Module], type[SwitchNorm]]] = {
     "torchvision": (lambda: FrozenBatchNorm2d(4, eps=0.0), SwitchNorm2d),
     "timm": (lambda: FrozenBatchNormAct2d(4, act_layer=nn.SiLU), SwitchNormAct2d),
@@ -681,6 +694,18 @@ def test_compiles_with_its_updates_of_gates_and_statistics(momentum: float | Non
     for (name, value), expected in zip(layer.state_dict().items(), eager.state_dict().values(), strict=True):
         torch.testing.assert_close(value, expected, msg=name)
     assert float(layer.mean_weight.detach().sum()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_compiles_and_exports_at_one_spatial_position(training: bool) -> None:
+    """Whether `in` has weight is read from a tensor, which a graph cannot do: the check is left to eager mode."""
+    torch.compiler.reset()
+    layer = SwitchNorm2d.from_batch_norm(trained(nn.BatchNorm2d(4))).train(training)
+    x = torch.randn(3, 4, 1, 1)
+    expected = copy.deepcopy(layer)(x)
+    torch.testing.assert_close(torch.compile(copy.deepcopy(layer), fullgraph=True, backend="eager")(x), expected)
+    if not training:
+        torch.testing.assert_close(torch.export.export(layer, (x,), strict=False).module()(x), expected)
 
 
 @LAYER_CASES

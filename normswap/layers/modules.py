@@ -201,7 +201,7 @@ def apply_layer(layer: SwitchNorm, x: Tensor) -> Tensor:
             "train in one process, or exclude the site from the conversion"
         )
     updates = training and layer.track_running_stats and layer.bn_statistics == "batch" and "bn" in layer.branches
-    tracked = not training or layer.track_running_stats
+    tracked = not training or layer.track_running_stats or layer.bn_statistics == "running"
     y = switch_norm(
         x,
         layer.mean_weight,
