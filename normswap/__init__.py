@@ -7,6 +7,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from normswap.checkpoints.checkpoint import Loaded as Loaded
+    from normswap.checkpoints.checkpoint import load as load
+    from normswap.checkpoints.checkpoint import save as save
     from normswap.errors import NormswapError as NormswapError
     from normswap.layers.functional import switch_norm as switch_norm
     from normswap.layers.modules import SwitchNorm1d as SwitchNorm1d
@@ -27,6 +30,9 @@ if TYPE_CHECKING:
     from normswap.verification import verify as verify
 
 _HOMES = {
+    "Loaded": "normswap.checkpoints.checkpoint",
+    "load": "normswap.checkpoints.checkpoint",
+    "save": "normswap.checkpoints.checkpoint",
     "NormswapError": "normswap.errors",
     "switch_norm": "normswap.layers.functional",
     "SwitchNorm1d": "normswap.layers.modules",

@@ -1,0 +1,94 @@
+"""Pouring tensors into a model, and saying in one line what does not fit: missing, unexpected, mis-shaped keys.
+
+Types and memory formats are the file's: a network stored in half precision or channels_last comes back as that.
+"""
+
+import difflib
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from normswap.errors import ArchitectureError
+from normswap.surgery.tracing import first_line
+
+_MOST = 3
+# difflib compares every pair: of more names than these the first ones are searched.
+_MOST_SEARCHED = 2000
+
+
+def fill(model: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
+    """Load `state` into `model` strictly.
+
+    Args:
+        name: what the model is called in the error.
+
+    Raises:
+        ArchitectureError: keys or shapes differ, or a layer refuses its tensors; the model may be partly filled.
+    """
+    for key, tensor in model.state_dict(keep_vars=True).items():
+        stored = state.get(key)
+        if stored is not None and isinstance(tensor, Tensor) and _wants_another_layout(tensor, stored):
+            # The Parameter object stays, and with it ties between modules.
+            tensor.data = torch.empty_like(stored, device=tensor.device)
+    try:
+        model.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        raise ArchitectureError(f"the tensors do not fit {name}: {_misfit(model, state) or _told(error)}") from error
+
+
+def _wants_another_layout(tensor: Tensor, stored: Tensor) -> bool:
+    floating = tensor.is_floating_point() and stored.is_floating_point()
+    differs = tensor.dtype != stored.dtype or tensor.stride() != stored.stride()
+    return floating and differs and tensor.shape == stored.shape
+
+
+def _misfit(model: nn.Module, state: Mapping[str, Tensor]) -> str:
+    wanted = {key: tuple(value.shape) for key, value in model.state_dict().items() if isinstance(value, Tensor)}
+    given = {key: tuple(value.shape) for key, value in state.items()}
+    missing = [key for key in wanted if key not in given]
+    unexpected = [key for key in given if key not in wanted]
+    shaped = [key for key in wanted if key in given and wanted[key] != given[key]]
+    parts = [
+        _listed(missing, "missing", {key: _nearest(key, unexpected, "in the file") for key in missing[:_MOST]}),
+        _listed(unexpected, "unexpected", {key: _nearest(key, missing, "in the model") for key in unexpected[:_MOST]}),
+        _listed(
+            shaped,
+            "of another shape",
+            {key: f" (is {_size(given[key])}, expected {_size(wanted[key])})" for key in shaped[:_MOST]},
+        ),
+        _advice(unexpected, [(given[key], wanted[key]) for key in shaped]),
+    ]
+    return "; ".join(part for part in parts if part)
+
+
+def _listed(keys: list[str], what: str, remarks: Mapping[str, str]) -> str:
+    if not keys:
+        return ""
+    more = f", +{len(keys) - _MOST} more" if len(keys) > _MOST else ""
+    return f"{len(keys)} {what}: {', '.join(key + remark for key, remark in remarks.items())}{more}"
+
+
+def _nearest(key: str, candidates: list[str], where: str) -> str:
+    near = difflib.get_close_matches(key, candidates[:_MOST_SEARCHED], n=1, cutoff=0.7)
+    return f" (nearest {where}: {near[0]})" if near else ""
+
+
+def _size(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape)) or "a single number"
+
+
+def _advice(unexpected: list[str], shapes: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> str:
+    """What the pattern of misfits most likely means."""
+    if any(key.endswith(".mean_weight") for key in unexpected):
+        return "the file holds importance weights without a plan: write converted models with normswap.save(plan=...)"
+    classes = {given[0] for given, wanted in shapes if given[1:] == wanted[1:] and len(given) in (1, 2)}
+    if shapes and len(classes) == 1 and all(given[1:] == wanted[1:] for given, wanted in shapes):
+        return f"perhaps the architecture lacks num_classes={classes.pop()}"
+    return ""
+
+
+def _told(error: RuntimeError) -> str:
+    """What a layer said: torch puts a heading over it."""
+    heading, _, rest = str(error).partition("\n\t")
+    return first_line(RuntimeError(rest or heading))

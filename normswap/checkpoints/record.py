@@ -1,0 +1,106 @@
+"""The record: what travels in a file beside the tensors - architecture, plan, proof, history.
+
+Plain JSON: no tensor, no code, nothing that runs when it is read. What a record says is data from a file and is
+checked like any other.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from typing import Any, Literal, Self
+
+import torch
+
+import normswap
+from normswap.errors import CheckpointError, PlanError
+from normswap.surgery.plan import SwapPlan
+from normswap.verification import Verification
+
+RECORD_VERSION = 1
+
+Payload = Literal["state dict", "module"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One thing that was done to a model: what, when (UTC), by which normswap, from which file of which SHA-256."""
+
+    action: str
+    date: str
+    normswap: str
+    source: str | None = None
+    sha256: str | None = None
+
+    @classmethod
+    def now(cls, action: str, *, source: str | None = None, sha256: str | None = None) -> Self:
+        """Return a step of this moment, done by this version."""
+        return cls(action, datetime.now(UTC).isoformat(timespec="seconds"), normswap.__version__, source, sha256)
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a file says of the model in it.
+
+    `payload` is what the tensors are held in, `architecture` what builds the model (`timm:resnet50`), `verification`
+    the proof. `tied` maps a tensor's key to the key under which its value is stored, `channels_last`
+    names the tensors of that memory format: only safetensors, which knows neither, needs them.
+    """
+
+    payload: Payload
+    architecture: str | None = None
+    plan: SwapPlan | None = None
+    verification: Verification | None = None
+    history: tuple[Step, ...] = ()
+    tied: Mapping[str, str] = field(default_factory=dict)
+    channels_last: tuple[str, ...] = ()
+    normswap: str = normswap.__version__
+    torch: str = str(torch.__version__)
+
+    def to_json(self) -> str:
+        """Return the record as JSON of one line."""
+        plan = None if self.plan is None else self.plan.to_dict()
+        return json.dumps({"version": RECORD_VERSION, **asdict(self), "plan": plan})
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Return the record in a JSON text.
+
+        Raises:
+            CheckpointError: not a record, of a newer version, or a field is unknown or of the wrong kind.
+        """
+        try:
+            data = json.loads(text)
+            if data.pop("version") > RECORD_VERSION:
+                raise CheckpointError(f"its record is of a newer version than {RECORD_VERSION}: update normswap")
+            return cls(**{name: _FIELDS[name](value) for name, value in data.items()})
+        except (ValueError, TypeError, KeyError, AttributeError, PlanError) as error:
+            raise CheckpointError(f"its record is damaged ({error}): convert the original file again") from error
+
+
+def _payload(value: Any) -> Payload:
+    if value not in ("state dict", "module"):
+        raise ValueError(f"payload: unexpected {value!r}")
+    return value  # type: ignore[no-any-return]
+
+
+def _of(*kinds: type) -> Callable[[Any], Any]:
+    def check(value: Any) -> Any:
+        if not isinstance(value, kinds):
+            raise ValueError(f"expected {' or '.join(kind.__name__ for kind in kinds)}, got {value!r}")
+        return value
+
+    return check
+
+
+_FIELDS: dict[str, Callable[[Any], Any]] = {
+    "payload": _payload,
+    "architecture": _of(str, type(None)),
+    "plan": lambda value: None if value is None else SwapPlan.from_dict(value),
+    "verification": lambda value: None if value is None else Verification.from_dict(value),
+    "history": lambda value: tuple(Step(**_of(dict)(step)) for step in value),
+    "tied": lambda value: {_of(str)(key): _of(str)(kept) for key, kept in _of(dict)(value).items()},
+    "channels_last": lambda value: tuple(_of(str)(key) for key in value),
+    "normswap": _of(str),
+    "torch": _of(str),
+}
