@@ -1,0 +1,23 @@
+"""The command line: parse, call the library, print. Results on stdout, progress and errors on stderr.
+
+Exit status 0 done, 1 the answer is "no", 2 cannot. torch, timm and rich are imported when a command runs, so that
+`--help` costs nothing.
+"""
+
+import click
+
+from normswap import __version__
+from normswap.cli.convert import convert_command
+from normswap.cli.inspect import inspect_command
+from normswap.cli.verify import verify_command
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, message="normswap %(version)s")
+def main() -> None:
+    """Swap Batch Normalization for Switchable Normalization in trained networks, without changing their function."""
+
+
+main.add_command(inspect_command)
+main.add_command(convert_command)
+main.add_command(verify_command)

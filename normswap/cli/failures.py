@@ -1,0 +1,39 @@
+"""Known failures become one line on stderr and their exit status; unknown ones keep their traceback."""
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import NoReturn, ParamSpec
+
+import click
+
+from normswap.errors import NormswapError
+
+P = ParamSpec("P")
+
+_INTERRUPTED = 130  # what shells use for SIGINT
+
+
+def one_line_failures(command: Callable[P, None]) -> Callable[P, None]:
+    """Wrap the function of a command so that it fails as the command line promises."""
+
+    @functools.wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except NormswapError as error:
+            _exit(str(error), error.exit_code)
+        except OSError as error:
+            if error.filename is None:
+                raise
+            _exit(f"{error.filename}: {error.strerror}", NormswapError.exit_code)
+        except KeyboardInterrupt:
+            sys.exit(_INTERRUPTED)
+
+    return run
+
+
+def _exit(message: str, status: int) -> NoReturn:
+    click.secho("error: ", fg="red", nl=False, err=True)
+    click.echo(" ".join(message.split()), err=True)
+    sys.exit(status)

@@ -1,0 +1,110 @@
+"""`normswap inspect`: what a file holds and what would become of it; nothing is written."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from normswap.checkpoints.atomic import check_readable
+from normswap.cli.failures import one_line_failures
+from normswap.cli.opening import describe_file, describe_size, open_model, read_file
+from normswap.cli.options import InputSpec, arch_option, input_option, json_option, print_json, trust_option
+from normswap.cli.progress import stage
+
+if TYPE_CHECKING:
+    from normswap.checkpoints.record import Record
+    from normswap.surgery.gated import ImportanceWeights
+    from normswap.surgery.plan import SwapPlan
+
+
+@click.command("inspect", short_help="Show the norm sites of a file, or its record once converted.")
+@click.argument("file", type=click.Path(path_type=Path))
+@arch_option
+@input_option
+@trust_option
+@json_option
+@one_line_failures
+def inspect_command(file: Path, arch: str | None, inputs: tuple[InputSpec, ...], trust: bool, as_json: bool) -> None:
+    """Show the norm sites of FILE with the decision for each, or the record of a converted FILE.
+
+    FILE is a state dict (torch or safetensors) or a pickled module. Of a converted file the plan, the proof, the
+    history and the importance weights are shown, which needs no --arch.
+    """
+    check_readable(file)
+    from normswap.checkpoints.checkpoint import read_record
+
+    record = read_record(file)
+    if record is not None and record.plan is not None and record.plan.swaps:
+        _show_converted(file, record, record.plan, trust=trust, as_json=as_json)
+    else:
+        _show_sites(file, arch, inputs, trust=trust, as_json=as_json)
+
+
+def _show_sites(file: Path, arch: str | None, inputs: Sequence[InputSpec], *, trust: bool, as_json: bool) -> None:
+    from rich.console import Console
+
+    from normswap.reports.tables import heading, plan_summary, site_table
+    from normswap.surgery.plan import plan_swaps
+    from normswap.surgery.sites import find_norm_sites
+
+    opened = open_model(read_file(file, trust=trust), arch=arch, inputs=inputs)
+    with stage("finding norm sites"):
+        sites = find_norm_sites(opened.model, opened.inputs)
+        plan = plan_swaps(opened.model, opened.inputs)
+    if as_json:
+        facts = {"file": str(file), "architecture": opened.architecture, "converted": False}
+        print_json({**facts, "sites": [asdict(site) for site in sites], "plan": plan.to_dict()})
+        return
+    console = Console(highlight=False)
+    console.print(heading(file.name, describe_file(opened)))
+    for part in (site_table(sites, plan), plan_summary(plan)):
+        console.print()
+        console.print(part)
+
+
+def _show_converted(file: Path, record: "Record", plan: "SwapPlan", *, trust: bool, as_json: bool) -> None:
+    from rich.console import Console
+
+    from normswap.reports.tables import heading, history, importance_table, missing, parity, plan_summary
+
+    weights = _weights(file, record, trust=trust)
+    if as_json:
+        print_json(_converted_document(file, record, plan, weights))
+        return
+    proof = record.verification
+    facts = (f"converted {record.payload}", record.architecture, describe_size(file))
+    console = Console(highlight=False)
+    console.print(heading(file.name, ", ".join(fact for fact in facts if fact)))
+    for part in (
+        plan_summary(plan),
+        parity(proof) if proof else missing("Parity", "no proof travels with this file"),
+        history(record.history),
+        importance_table(weights) if weights is not None else missing("Importance weights", "pickled: add --trust"),
+    ):
+        console.print()
+        console.print(part)
+
+
+def _weights(file: Path, record: "Record", *, trust: bool) -> "dict[str, ImportanceWeights] | None":
+    """The importance weights in the file, or None where only running its code would show them."""
+    from normswap.checkpoints.checkpoint import stored_importance_weights
+
+    if record.payload == "module" and not trust:
+        return None
+    return stored_importance_weights(read_file(file, trust=trust))
+
+
+def _converted_document(
+    file: Path, record: "Record", plan: "SwapPlan", weights: "dict[str, ImportanceWeights] | None"
+) -> dict[str, Any]:
+    return {
+        "file": str(file),
+        "architecture": record.architecture,
+        "converted": True,
+        "plan": plan.to_dict(),
+        "verification": record.verification and record.verification.to_dict(),
+        "history": [asdict(step) for step in record.history],
+        "importance_weights": weights and {fqn: found._asdict() for fqn, found in weights.items()},
+    }

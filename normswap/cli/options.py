@@ -1,0 +1,115 @@
+"""Options that several commands share, and how their values are read."""
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+_FLOATING = ("float16", "bfloat16", "float32", "float64")
+_INTEGER = ("int32", "int64")
+_SEED = 0
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """One example input as `--input` gives it: a shape, and a dtype or None for the model's own."""
+
+    shape: tuple[int, ...]
+    dtype: str | None = None
+
+
+def parse_input(text: str) -> InputSpec:
+    """Return the input that `2x3x224x224[:dtype]` describes.
+
+    Raises:
+        click.BadParameter: another form, an empty dimension, or an unknown dtype.
+    """
+    sizes, _, dtype = text.partition(":")
+    if not re.fullmatch(r"\d+(x\d+)*", sizes) or "0" in sizes.split("x"):
+        raise click.BadParameter(f"expected sizes such as 2x3x224x224[:dtype], got {text!r}")
+    if (dtype or "float32") not in _FLOATING + _INTEGER:
+        raise click.BadParameter(f"expected a dtype among {', '.join(_FLOATING + _INTEGER)}, got {dtype!r}")
+    return InputSpec(tuple(map(int, sizes.split("x"))), dtype or None)
+
+
+def _parse_inputs(_context: click.Context, _parameter: click.Parameter, texts: Sequence[str]) -> tuple[InputSpec, ...]:
+    return tuple(map(parse_input, texts))
+
+
+def example_inputs(specs: Sequence[InputSpec], model: "nn.Module", architecture: str | None) -> Any:
+    """Return a tensor, a tuple of tensors for several specs, or None where nothing tells the shape.
+
+    Values are random normal (integers: 0 to 9) from a fixed seed. Without specs the shape is the one that timm's
+    configuration of `model` gives, with batch size 2.
+    """
+    from normswap.checkpoints.architecture import default_input_shape
+
+    if not specs:
+        shape = default_input_shape(model, architecture)
+        if shape is None:
+            return None
+        specs = (InputSpec(shape),)
+    tensors = tuple(_random(spec, _dtype_of(model), _SEED + index) for index, spec in enumerate(specs))
+    return tensors[0] if len(tensors) == 1 else tensors
+
+
+def _random(spec: InputSpec, default: "torch.dtype", seed: int) -> "torch.Tensor":
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    dtype = getattr(torch, spec.dtype) if spec.dtype else default
+    if not dtype.is_floating_point:
+        return torch.randint(0, 10, spec.shape, generator=generator, dtype=dtype)
+    return torch.randn(spec.shape, generator=generator).to(dtype)
+
+
+def _dtype_of(model: "nn.Module") -> "torch.dtype":
+    import torch
+
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
+def print_json(document: dict[str, Any]) -> None:
+    """Print one JSON document on stdout; numbers that JSON does not have become null."""
+    click.echo(json.dumps(_finite(document), indent=2))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+arch_option = click.option(
+    "--arch",
+    metavar="ZOO:NAME[,KEY=VALUE...]",
+    help="What a state dict belongs to: timm:NAME or torchvision:NAME, with keywords such as num_classes=10. "
+    "Files that normswap wrote say it themselves.",
+)
+input_option = click.option(
+    "--input",
+    "inputs",
+    metavar="SIZES[:DTYPE]",
+    multiple=True,
+    callback=_parse_inputs,
+    help="Example input such as 2x3x224x224; repeat it for several arguments. Default: what timm's configuration says.",
+)
+trust_option = click.option(
+    "--trust", is_flag=True, help="Run the code that a pickled module names. Only for files whose origin you trust."
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of tables.")
+tolerance_option = click.option(
+    "--tolerance",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Relative L2 in float64 that still counts as the same function. Default: 1e-9.",
+)

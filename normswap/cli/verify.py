@@ -1,0 +1,81 @@
+"""`normswap verify`: whether two files hold the same function."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from normswap.checkpoints.atomic import check_readable
+from normswap.cli.failures import one_line_failures
+from normswap.cli.opening import Opened, describe_file, open_model, read_file
+from normswap.cli.options import (
+    InputSpec,
+    arch_option,
+    input_option,
+    json_option,
+    print_json,
+    tolerance_option,
+    trust_option,
+)
+from normswap.cli.progress import stage
+from normswap.errors import ArchitectureError, NothingToDo
+
+if TYPE_CHECKING:
+    from normswap.checkpoints.checkpoint import Checkpoint
+
+
+@click.command("verify", short_help="Measure whether two files hold the same function.")
+@click.argument("original", type=click.Path(path_type=Path))
+@click.argument("converted", type=click.Path(path_type=Path))
+@arch_option
+@input_option
+@tolerance_option
+@trust_option
+@json_option
+@one_line_failures
+def verify_command(
+    original: Path,
+    converted: Path,
+    arch: str | None,
+    inputs: tuple[InputSpec, ...],
+    tolerance: float | None,
+    trust: bool,
+    as_json: bool,
+) -> None:
+    """Measure whether CONVERTED computes the same function as ORIGINAL: exit status 0 the same, 1 not the same.
+
+    Outputs in evaluation and in training, gradients and running statistics are compared in float64. The architecture
+    of either file is taken from the other where only one says it.
+    """
+    for path in (original, converted):
+        check_readable(path)
+    from rich.console import Console
+
+    from normswap.reports.tables import heading, parity, worst_sites
+    from normswap.verification import verify
+
+    files = [read_file(path, trust=trust) for path in (original, converted)]
+    said = [file.record.architecture for file in files if file.record and file.record.architecture]
+    first, second = (_open(file, arch or next(iter(said), None), inputs) for file in files)
+    if first.inputs is None:
+        raise ArchitectureError("nothing tells the size of an input: give one with --input 2x3x224x224")
+    with stage("comparing the two in float64"):
+        result = verify(first.model, second.model, [first.inputs], tolerance=tolerance)
+    if as_json:
+        print_json({"original": str(original), "converted": str(converted), **result.to_dict()})
+    else:
+        console = Console(highlight=False)
+        for opened in (first, second):
+            console.print(heading(opened.checkpoint.path.name, describe_file(opened)))
+        console.print()
+        console.print(parity(result))
+        if not result.passed and result.sites:
+            console.print()
+            console.print(worst_sites(result))
+    if not result.passed:
+        raise NothingToDo(f"{converted} does not compute the same function as {original}")
+
+
+def _open(file: "Checkpoint", arch: str | None, inputs: tuple[InputSpec, ...]) -> Opened:
+    own = file.record.architecture if file.record else None
+    return open_model(file, arch=None if file.payload == "module" else own or arch, inputs=inputs)

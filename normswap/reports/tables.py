@@ -1,0 +1,194 @@
+"""Tables for the terminal: plans, proofs, importance weights, histories, as rich renderables.
+
+Made for 80 columns. Nothing is computed or decided here beyond counting and choosing what to show.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from normswap.checkpoints.record import Step
+from normswap.layers.importance import BRANCHES
+from normswap.surgery.gated import ImportanceWeights
+from normswap.surgery.plan import Swap, SwapPlan
+from normswap.surgery.sites import NormSite
+from normswap.verification import Verification
+
+_MOST_EXAMPLES = 3
+_LEFT_OUT = {
+    "in": "no `in`: it has no variance at one spatial position",
+    "ln": "no `ln`: one channel, or too few at one position",
+}
+_VERDICTS = {True: Text("same", style="green"), False: Text("DIFFERS", style="bold red"), None: Text("silent", "dim")}
+
+
+def heading(text: str, aside: str = "") -> RenderableType:
+    """Return a title with a quieter remark beside it."""
+    grid = Table.grid(padding=(0, 2))
+    grid.add_row(Text(text, "bold", overflow="fold"), Text(aside, "dim", overflow="fold"))
+    return grid
+
+
+def plan_summary(plan: SwapPlan) -> RenderableType:
+    """Return the sites by kind, the decisions with their reasons, and the plan's notes."""
+    parts: list[RenderableType] = [_kinds(plan), Text(""), _decisions(plan)]
+    if plan.notes:
+        parts += [Text(""), bullets(plan.notes)]
+    return Group(*parts)
+
+
+def parity(verification: Verification) -> RenderableType:
+    """Return every check with its error, its limit and its verdict, and the float32 error for the record."""
+    loosened = "; limit loosened by --tolerance" if verification.loosened else ""
+    # The model's own response to a change of one unit in the last place is measured only where an error is large.
+    own = any(check.own_response is not None for check in verification.checks)
+    table = _table("Parity", "error", "limit", "verdict", *(["own response"] if own else []), right={1, 2, 4})
+    for check in verification.checks:
+        limit = _number(check.limit) if check.passed is not None else ""
+        response = [_number(check.own_response)] if own else []
+        table.add_row(check.name, _number(check.error), limit, _VERDICTS[check.passed], *response)
+    if verification.fp32_error is not None:
+        table.add_row(Text("outputs in float32", "dim"), _number(verification.fp32_error), "", Text("noted", "dim"))
+    lines: list[RenderableType] = [table]
+    silences = dict.fromkeys(check.note for check in verification.checks if check.note)
+    lines += [Text(f"  {note}", "dim") for note in silences]
+    lines.append(Text(f"  relative L2 in float64 on {verification.inputs}{loosened}", "dim"))
+    return Group(*lines)
+
+
+def missing(title: str, reason: str) -> RenderableType:
+    """Return a line in place of a table, such as the parity of a conversion that was not measured."""
+    return Text.assemble((title, "bold"), "  ", (reason, "yellow"))
+
+
+def worst_sites(verification: Verification, limit: int = 5) -> RenderableType:
+    """Return the sites that differ most from what they replaced, fed the same input."""
+    table = _table("Sites that differ most", "evaluation", "training", right={1, 2})
+    ranked = sorted(verification.sites, key=lambda site: max(site.evaluation or 0, site.training or 0), reverse=True)
+    for site in ranked[:limit]:
+        table.add_row(Text(site.fqn, overflow="fold"), _number(site.evaluation), _number(site.training))
+    return table
+
+
+def site_table(sites: Sequence[NormSite], plan: SwapPlan) -> RenderableType:
+    """Return one row per site, in order of execution: what it is, what it was fed, what becomes of it."""
+    swaps = {swap.fqn: swap for swap in plan.swaps}
+    table = _table("Site", "class", "C", "fed", "becomes", right={2})
+    for site in sites:
+        swap = swaps.get(site.fqn)
+        becomes = Text("+".join(swap.branches)) if swap else Text("stays", "dim")
+        shapes = ["x".join(map(str, shape)) for shape in site.shapes or ()]
+        fed = " ".join(shapes[:1]) + (f" +{len(shapes) - 1}" if len(shapes) > 1 else "")
+        table.add_row(
+            Text(site.fqn or "(the model)", overflow="fold"),
+            Text(_short(site.class_name), "dim", overflow="ellipsis"),
+            str(site.num_features or ""),
+            fed or ("" if site.shapes is None else "did not run"),
+            becomes,
+        )
+    return table
+
+
+def importance_table(weights: Mapping[str, ImportanceWeights]) -> RenderableType:
+    """Return the importance weights of every site, for means and for variances."""
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("Importance weights", header_style="bold")
+    for kind in ("mean", "var"):
+        for branch in BRANCHES:
+            table.add_column(f"{kind} {branch}", justify="right")
+    for fqn, shares in weights.items():
+        table.add_row(
+            Text(fqn or "(the model)", overflow="fold"),
+            *(_share(side.get(branch)) for side in shares for branch in BRANCHES),
+        )
+    still = sum(all(side["bn"] == 1 for side in shares) for shares in weights.values())
+    return Group(table, Text(f"  {still} of {len(weights)} sites are still exactly Batch Normalization", "dim"))
+
+
+def history(steps: Iterable[Step]) -> RenderableType:
+    """Return what was done to a model so far, a line each."""
+    table = _table("History", "when (UTC)", "by", "from")
+    for step in steps:
+        source = f"{step.source}{f' ({step.sha256[:12]})' if step.sha256 else ''}" if step.source else ""
+        when = step.date.removesuffix("+00:00").replace("T", " ")
+        table.add_row(step.action, when, f"normswap {step.normswap}", Text(source, overflow="fold"))
+    return table
+
+
+def bullets(notes: Iterable[str]) -> RenderableType:
+    """Return notes as a list whose lines hang."""
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 1, 0, 0))
+    for note in notes:
+        table.add_row(Text("note", "yellow"), Text(note))
+    return table
+
+
+def _table(first: str, *others: str, right: set[int] | None = None) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column(first, header_style="bold", no_wrap=False)
+    for index, name in enumerate(others, start=1):
+        table.add_column(name, justify="right" if index in (right or ()) else "left")
+    return table
+
+
+def _kinds(plan: SwapPlan) -> RenderableType:
+    swapped, skipped = (Counter(item.class_name for item in side) for side in (plan.swaps, plan.skips))
+    table = _table("Sites by kind", "found", "swapped", "skipped", right={1, 2, 3})
+    rows = [(name, swapped[name], skipped[name]) for name in sorted({**swapped, **skipped})]
+    if len(rows) != 1:
+        rows.append(("", len(plan.swaps), len(plan.skips)))
+    for name, ours, theirs in rows:
+        kind = Text.assemble(_short(name), (f"  {name.partition('.')[0]}", "dim")) if name else Text("all", "dim")
+        table.add_row(kind, str(ours + theirs), str(ours), str(theirs))
+    return table
+
+
+def _decisions(plan: SwapPlan) -> RenderableType:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
+    table.add_column(justify="right")
+    table.add_column()
+    table.add_column(ratio=1)
+    groups: dict[tuple[str, str], list[str]] = {}
+    for swap in plan.swaps:
+        groups.setdefault(("swap", _describe(swap)), []).append(swap.fqn)
+    for skip in plan.skips:
+        groups.setdefault(("skip", skip.reason), []).append(skip.fqn)
+    for (decision, reason), names in groups.items():
+        everything = decision == "swap" and len(names) == len(plan.swaps) and not plan.skips
+        what = Text.assemble(reason, ("" if everything else f"\n{_examples(names)}", "dim"))
+        table.add_row(str(len(names)), Text(decision, "green" if decision == "swap" else "yellow"), what)
+    return table
+
+
+def _describe(swap: Swap) -> str:
+    parts = [f"{'+'.join(swap.branches)}, {swap.gate} gate, {swap.bn_statistics} statistics"]
+    parts += [_LEFT_OUT[branch] for branch in BRANCHES if branch not in swap.branches]
+    if not swap.train_gates:
+        parts.append("frozen, and so are its importance weights")
+    if swap.owner is not None:
+        parts.append("a call of F.batch_norm: the forward of its module is rewritten")
+    return "; ".join(parts)
+
+
+def _examples(names: list[str]) -> str:
+    shown = ", ".join(name or "(the model)" for name in names[:_MOST_EXAMPLES])
+    return shown + (f" +{len(names) - _MOST_EXAMPLES}" if len(names) > _MOST_EXAMPLES else "")
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return ""
+    return "0" if value == 0 else f"{value:.1e}"
+
+
+def _share(value: float | None) -> RenderableType:
+    if value is None:
+        return Text("-", "dim")
+    return Text(f"{value:.2f}", "dim" if value == 0 else "")
+
+
+def _short(class_name: str) -> str:
+    return class_name.rpartition(".")[2]
