@@ -1,8 +1,11 @@
 """Context managers that change a model's state for a while and always put it back, also on failure.
 
-What they touch: training flags, buffers, hooks, the random state. Nothing else is changed, nothing is decided.
+What they touch: training flags, buffers, attributes, hooks, the random state. Nothing else is changed, nothing is
+decided.
 """
 
+import random
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -10,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
+
+_CONTAINERS = (list, dict, set)
 
 
 @contextmanager
@@ -26,27 +31,103 @@ def training_flags(modules: Iterable[nn.Module], *, training: bool) -> Iterator[
 
 
 @contextmanager
-def preserved_buffers(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Put the value of every buffer back at the end; the tensors stay the same objects."""
-    saved: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-    for module in modules:
-        for buffer in module._buffers.values():
-            if buffer is not None and id(buffer) not in saved:
-                saved[id(buffer)] = (buffer, buffer.detach().clone())
+def preserved_state(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Put back at the end what a forward pass changed: values of buffers, attributes, what containers hold.
+
+    Tensors and containers stay the same objects. Modules found inside containers are not followed: name them all.
+    """
+    everything = list(modules)
+    buffers = {id(b): b for module in everything for b in module._buffers.values() if b is not None}
+    values = [(buffer, buffer.detach().clone()) for buffer in buffers.values()]
+    states = [(module, module_state(module)) for module in everything]
     try:
         yield
     finally:
+        for module, state in states:
+            _put_back(module, state)
         with torch.no_grad():
-            for buffer, value in saved.values():
+            for buffer, value in values:
                 buffer.copy_(value)
 
 
 @contextmanager
+def all_or_nothing(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """If what is done inside fails, put back the class, the attributes and the registries of every module."""
+    states = [(module, type(module), module_state(module)) for module in modules]
+    try:
+        yield
+    except BaseException:
+        for module, cls, state in states:
+            module.__class__ = cls
+            _put_back(module, state)
+        raise
+
+
+def module_state(module: nn.Module) -> dict[str, tuple[Any, list[Any]]]:
+    """Return the attributes of `module` by name, each with what it holds if it is a list, dict or set."""
+    return {name: (value, _contents(value)) for name, value in vars(module).items()}
+
+
+def changed_names(before: dict[str, tuple[Any, list[Any]]], after: dict[str, tuple[Any, list[Any]]]) -> list[str]:
+    """Return the attributes that are not the same objects, holding the same objects, in two states of a module."""
+    names = dict.fromkeys([*before, *after])
+    return [name for name in names if not _same(before.get(name), after.get(name))]
+
+
+def _contents(value: Any) -> list[Any]:
+    if isinstance(value, dict):
+        return list(value.items())
+    return list(value) if isinstance(value, _CONTAINERS) else []
+
+
+def _same(a: tuple[Any, list[Any]] | None, b: tuple[Any, list[Any]] | None) -> bool:
+    if a is None or b is None or a[0] is not b[0] or len(a[1]) != len(b[1]):
+        return False
+    if isinstance(a[0], dict):
+        return all(k is j and v is w for (k, v), (j, w) in zip(a[1], b[1], strict=True))
+    return all(x is y for x, y in zip(a[1], b[1], strict=True))
+
+
+def _put_back(module: nn.Module, state: dict[str, tuple[Any, list[Any]]]) -> None:
+    now = module_state(module)
+    for name in changed_names(state, now):
+        if name not in state:
+            del vars(module)[name]
+            continue
+        value, contents = state[name]
+        vars(module)[name] = value
+        if isinstance(value, dict | set):
+            value.clear()
+            value.update(contents)
+        elif isinstance(value, list):
+            value[:] = contents
+
+
+@contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Run with a fixed random state on every device in use, and restore the caller's."""
+    """Run with a fixed random state - torch's on every device in use, Python's, NumPy's - and restore the caller's."""
+    numpy = sys.modules.get("numpy")
+    python_state, numpy_state = random.getstate(), numpy and numpy.random.get_state()
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
-        yield
+        random.seed(seed)
+        if numpy:
+            numpy.random.seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            if numpy:
+                numpy.random.set_state(numpy_state)
+
+
+def random_state() -> list[Any]:
+    """Return the state of torch's CPU generator, Python's and NumPy's, to be compared with `==`."""
+    numpy = sys.modules.get("numpy")
+    numpy_state = (
+        [part.tolist() if hasattr(part, "tolist") else part for part in numpy.random.get_state()] if numpy else []
+    )
+    return [torch.get_rng_state().tolist(), random.getstate(), numpy_state]
 
 
 @contextmanager

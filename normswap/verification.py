@@ -6,7 +6,6 @@ times the original's own response to a one-ulp change of its input. Where the or
 Both models are judged on copies; nothing is repaired here.
 """
 
-import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Self
@@ -17,12 +16,12 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from normswap.errors import ModelError
 from normswap.layers.modules import SwitchNorm
-from normswap.modes import call_model, hooked, preserved_buffers, seeded, training_flags
+from normswap.modes import call_model, hooked, preserved_state, seeded, training_flags
 from normswap.surgery.gated import gated_modules
 from normswap.surgery.graph_rewrite import is_rewritten
 from normswap.surgery.observation import describe_shapes
 from normswap.surgery.tracing import first_line
-from normswap.surgery.tree import join, modules_by_name, walk_modules
+from normswap.surgery.tree import copy_model, join, modules_by_name, walk_modules
 
 LAW_TOLERANCE = 1e-9
 _RESPONSE_FACTOR = 10
@@ -186,7 +185,7 @@ def _as_batches(batches: Iterable[Any]) -> list[Any]:
 
 
 def _in_float64(model: nn.Module) -> nn.Module:
-    twin = copy.deepcopy(model)
+    twin = copy_model(model)
     for place in walk_modules(twin):  # also those that are in no registry, which twin.double() does not reach
         place.module.double()
     return twin
@@ -205,7 +204,7 @@ def _training_silence(converted: nn.Module) -> str:
 def _attempt(model: nn.Module, batch: Any, *, training: bool) -> _Pass | Exception:
     """One pass with a fixed seed; flags, buffers and gradients are put back. The model's own error is the result."""
     modules = [place.module for place in walk_modules(model)]
-    with training_flags(modules, training=training), preserved_buffers(modules), seeded(_SEED):
+    with training_flags(modules, training=training), preserved_state(modules), seeded(_SEED):
         try:
             with torch.set_grad_enabled(training):
                 outputs = tree_leaves(call_model(model, batch))
@@ -343,7 +342,7 @@ def _compare_call(
 ) -> Callable[[], Any]:
     def hook(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         modules = list(new.modules())
-        with torch.no_grad(), training_flags(modules, training=training), preserved_buffers(modules), seeded(_SEED):
+        with torch.no_grad(), training_flags(modules, training=training), preserved_state(modules), seeded(_SEED):
             torch.set_rng_state(states.pop())
             try:
                 result = tree_leaves(new.forward(*args, **kwargs))

@@ -1,22 +1,24 @@
 """convert and apply_plan: the plan carried out, all or nothing. No rule of what to swap lives here."""
 
-import copy
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 from torch.distributed import get_world_size, is_available, is_initialized
 
 from normswap.errors import PlanError, SwapError
-from normswap.layers.adoption import adopt, original_class, release
+from normswap.layers.adoption import adopt, release
 from normswap.layers.importance import BnStatistics, Branch, Gate
 from normswap.layers.modules import FunctionalSwitchNorm
+from normswap.modes import all_or_nothing
 from normswap.surgery.gated import gated_modules, moved_sites
 from normswap.surgery.graph_rewrite import free_names, is_rewritten, restore_forward, rewrite_forward
 from normswap.surgery.norms import KNOWN_NORMS, Norms, read_norm
+from normswap.surgery.own_forward import trace_own_forward
 from normswap.surgery.plan import Swap, SwapPlan, plan_swaps
-from normswap.surgery.tracing import batch_norm_nodes, trace_own_forward
-from normswap.surgery.tree import class_name, join, modules_by_name, walk_modules
+from normswap.surgery.tracing import batch_norm_nodes
+from normswap.surgery.tree import class_name, copy_model, join, modules_by_name, walk_modules
 from normswap.surgery.whole_graph import to_graph_module
 
 
@@ -76,14 +78,15 @@ def convert(
             train_frozen_gates=train_frozen_gates,
             norms=norms,
         )
-    elif include or exclude or branches is not None or gate != "simplex" or bn_statistics != "batch":
+    elif include or exclude or branches or gate != "simplex" or bn_statistics != "batch" or train_frozen_gates:
         raise PlanError(
             "expected either a plan or deciding arguments (include, exclude, gate, branches, ...), got both"
         )
     target = model if inplace else _copy(model)
-    replaced = apply_plan(target, plan, norms=norms)
-    if as_graph:
-        target = to_graph_module(target)
+    with all_or_nothing(place.module for place in walk_modules(target)):
+        replaced = apply_plan(target, plan, norms=norms)
+        if as_graph:
+            target = to_graph_module(target, example_inputs)
     return Conversion(target, plan, replaced)
 
 
@@ -92,8 +95,9 @@ def apply_plan(model: nn.Module, plan: SwapPlan, *, norms: Norms = KNOWN_NORMS) 
 
     Raises:
         PlanError: the plan was made for another model.
-        SwapError: a functional site cannot be rewritten; the model is as it was.
+        SwapError: the model is wrapped, or a site cannot be swapped; the model is as it was.
     """
+    _refuse_wrapped(model)
     if any(swap.synchronize for swap in plan.swaps) and is_available() and is_initialized() and get_world_size() > 1:
         raise SwapError(
             "statistics of SyncBatchNorm sites are not synchronised across processes yet: convert and train in one "
@@ -107,27 +111,11 @@ def apply_plan(model: nn.Module, plan: SwapPlan, *, norms: Norms = KNOWN_NORMS) 
             owners.setdefault(swap.owner, []).append(swap)
     targets = _check_fit(plan, by_name, norms)
     replaced: dict[str, nn.Module] = {}
-    rewritten: list[nn.Module] = []
-    try:
+    with all_or_nothing(by_name[swap.fqn if swap.owner is None else swap.owner] for swap in plan.swaps):
         for owner, swaps in owners.items():
             replaced |= _rewrite_owner(by_name[owner], owner, swaps)
-            rewritten.append(by_name[owner])
-    except SwapError:
-        for module in rewritten:
-            restore_forward(module)
-        raise
-    for swap in module_swaps:
-        layer = by_name[swap.fqn]
-        adopt(
-            layer,
-            targets[swap.fqn],
-            gate=swap.gate,
-            branches=swap.branches,
-            bn_statistics=swap.bn_statistics,
-            train_gates=swap.train_gates,
-            synchronize=swap.synchronize,
-        )
-        replaced[swap.fqn] = layer
+        for swap in module_swaps:
+            replaced[swap.fqn] = _adopt(by_name[swap.fqn], targets[swap.fqn], swap)
     return replaced
 
 
@@ -152,18 +140,17 @@ def revert(model: nn.Module, *, discard: bool = False) -> nn.Module:
     inside = {child for owner in owners for child in owner.children()}
     if any(isinstance(layer, FunctionalSwitchNorm) and layer not in inside for layer in gated_modules(model).values()):
         raise SwapError("a functional site of a whole-model graph cannot be put back: revert before as_graph=True")
-    for layer in layers:
-        original_class(layer)
-    for layer in layers:
-        release(layer)
-    for owner in owners:
-        restore_forward(owner)
+    with all_or_nothing((*layers, *owners)):
+        for layer in layers:
+            release(layer)
+        for owner in owners:
+            restore_forward(owner)
     return model
 
 
 def _copy(model: nn.Module) -> nn.Module:
     try:
-        return copy.deepcopy(model)
+        return copy_model(model)
     except Exception as error:
         raise SwapError(f"the model cannot be copied ({error}): pass inplace=True to convert it as it is") from error
 
@@ -172,11 +159,17 @@ def _check_fit(plan: SwapPlan, by_name: dict[str, nn.Module], norms: Norms) -> d
     """Return the class that each module site becomes, or say in one error what does not fit."""
     targets: dict[str, type[nn.Module]] = {}
     misfits: list[str] = []
+    planned: dict[tuple[int, str], str] = {}
     for swap in plan.swaps:
         module = by_name.get(swap.fqn if swap.owner is None else swap.owner)
         if module is None:
             misfits.append(f"{swap.fqn or 'the model'}: not in this model")
             continue
+        site = id(module), "" if swap.owner is None else swap.fqn
+        if site in planned:
+            misfits.append(f"{swap.fqn}: planned already, as {planned[site]}")
+            continue
+        planned[site] = swap.fqn
         if swap.owner is not None:
             continue
         spec = read_norm(module, norms)
@@ -190,6 +183,24 @@ def _check_fit(plan: SwapPlan, by_name: dict[str, nn.Module], norms: Norms) -> d
         more = f" (+{len(misfits) - 3} more)" if len(misfits) > 3 else ""
         raise PlanError(f"the plan was made for another model ({plan.model_class}): {'; '.join(misfits[:3])}{more}")
     return targets
+
+
+def _adopt(layer: nn.Module, target: type[nn.Module], swap: Swap) -> nn.Module:
+    try:
+        adopt(
+            layer,
+            target,
+            gate=swap.gate,
+            branches=swap.branches,
+            bn_statistics=swap.bn_statistics,
+            train_gates=swap.train_gates,
+            synchronize=swap.synchronize,
+        )
+    except TypeError as error:  # Python cannot change the class of objects with another layout
+        raise SwapError(
+            f"{swap.fqn}: a {swap.class_name} cannot become a {target.__name__} ({error}): exclude it"
+        ) from error
+    return layer
 
 
 def _rewrite_owner(module: nn.Module, owner: str, swaps: list[Swap]) -> dict[str, nn.Module]:
@@ -213,11 +224,20 @@ def _rewrite_owner(module: nn.Module, owner: str, swaps: list[Swap]) -> dict[str
     return {join(owner, name): layer for name, layer in gates.items()}
 
 
+_WRAPPED = {
+    "DataParallel": "is wrapped in DataParallel: convert {}.module, then wrap the result again",
+    "DistributedDataParallel": "is wrapped in DistributedDataParallel: convert {}.module, then wrap the result again",
+    "FullyShardedDataParallel": "is wrapped in FullyShardedDataParallel: convert {}.module, then wrap the result again",
+    "FSDPModule": "is sharded by fully_shard: convert {} first, then shard it with the gates in ignored_params",
+    "OptimizedModule": "is compiled: convert {}._orig_mod, then compile the result again",
+}
+
+
 def _refuse_wrapped(model: nn.Module) -> None:
-    name = type(model).__name__
-    if name in ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel"):
-        raise SwapError(f"the model is wrapped in {name}: convert model.module, then wrap the result again")
-    if name == "OptimizedModule":
-        raise SwapError("the model is compiled: convert model._orig_mod, then compile the result again")
-    if name in ("RecursiveScriptModule", "TopLevelTracedModule"):
+    if isinstance(model, torch.jit.ScriptModule):
         raise SwapError("the model is TorchScript, whose code is fixed: convert the Python model, then script it again")
+    for place in walk_modules(model):
+        where = f"model.{place.names[0]}".rstrip(".")
+        for cls in type(place.module).__mro__:
+            if cls.__name__ in _WRAPPED:
+                raise SwapError(f"{where} {_WRAPPED[cls.__name__].format(where)}")

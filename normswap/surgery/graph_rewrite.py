@@ -15,8 +15,10 @@ from typing import Any
 from torch import fx, nn
 
 from normswap.errors import SwapError
+from normswap.layers.adoption import shallow_twin
 from normswap.layers.modules import FunctionalSwitchNorm
-from normswap.surgery.tracing import batch_norm_arguments, batch_norm_nodes, trace_own_forward
+from normswap.surgery.own_forward import trace_own_forward
+from normswap.surgery.tracing import batch_norm_arguments, batch_norm_nodes
 
 # Where a rewritten module keeps, per batch_norm call of its own forward in order, the child that replaced it.
 _SITE_NAMES = "_switch_norm_names"
@@ -37,20 +39,21 @@ def free_names(module: nn.Module, count: int) -> list[str]:
 
 
 def compile_forward(module: nn.Module, site_names: SiteNames = ()) -> Callable[..., Any]:
-    """Return a forward function for `module` made from its own graphs; the module itself is left as it is.
+    """Return a forward function for `module` made from the graphs of its class's; the module is left as it is.
 
     Args:
         site_names: for each batch_norm call in order the child of `module` to call in its place, None to keep it.
 
     Raises:
-        SwapError: the forward cannot be traced.
+        SwapError: the forward cannot be traced, or not so that the graph may run in its place.
     """
-    trace = trace_own_forward(module)
-    if trace.training is None or trace.evaluation is None:
-        raise SwapError(f"the forward of {type(module).__name__} cannot be traced: {trace.reason}")
-    training, evaluation = (_function(module, _rewrite(g, site_names)) for g in (trace.training, trace.evaluation))
+    original = _as_it_was(module) if is_rewritten(module) else module
+    own = trace_own_forward(original)
+    if own.training is None or own.evaluation is None:
+        raise SwapError(f"the forward of {type(module).__name__} cannot be rewritten: {own.reason}")
+    training, evaluation = (_function(module, _rewrite(g, site_names)) for g in (own.training, own.evaluation))
 
-    @functools.wraps(type(module).forward)
+    @functools.wraps(type(original).forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return (training if self.training else evaluation)(self, *args, **kwargs)
 
@@ -67,11 +70,18 @@ def rewrite_forward(module: nn.Module, gates: dict[str, FunctionalSwitchNorm], s
     Raises:
         SwapError: the forward cannot be traced; the module is as it was.
     """
+    original = type(module)
+    if is_rewritten(module):
+        # Its remaining calls are those that were left in place before.
+        remaining = iter(site_names)
+        earlier = module.__dict__[_SITE_NAMES]
+        site_names = tuple(next(remaining, None) if name is None else name for name in earlier)
+        original = original.original_class  # type: ignore[attr-defined]
     forward = compile_forward(module, site_names)
     for name, child in gates.items():
         module.add_module(name, child)
     module.__dict__[_SITE_NAMES] = site_names
-    module.__class__ = _rewritten_class(type(module), forward)
+    module.__class__ = _rewritten_class(original, forward)
 
 
 def restore_forward(module: nn.Module) -> None:
@@ -97,9 +107,14 @@ class _RewrittenForward(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        original = self.original_class
-        self.__class__ = original  # type: ignore[assignment]
-        self.__class__ = _rewritten_class(original, compile_forward(self, state[_SITE_NAMES]))  # type: ignore[assignment]
+        self.__class__ = _rewritten_class(self.original_class, compile_forward(self, state[_SITE_NAMES]))  # type: ignore[assignment]
+
+
+def _as_it_was(module: nn.Module) -> nn.Module:
+    """Return a twin on the same tensors and children, of the original class and without the gates."""
+    twin = shallow_twin(module)
+    restore_forward(twin)
+    return twin
 
 
 def _blank(original: type[nn.Module]) -> nn.Module:

@@ -5,17 +5,20 @@ A reader turns a module into a `NormSpec`: what it is and what it becomes. A cal
 like a norm and is not in the table is never guessed at: it gets a spec whose `problem` tells what to do.
 """
 
+import inspect
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from normswap.layers.adoption import qualified_name
+from normswap.errors import LayerError
+from normswap.layers.adoption import check_replaceable, qualified_name
 from normswap.layers.gates import GatedModule
 from normswap.layers.modules import SwitchNorm, SwitchNorm1d, SwitchNorm2d, SwitchNorm3d, SwitchNormAct2d
 
@@ -81,7 +84,7 @@ def _read_frozen_act(module: nn.Module) -> NormSpec:
 
 
 def _with_activation(module: nn.Module, spec: NormSpec) -> NormSpec:
-    if {"act", "drop"} <= set(module._modules):
+    if {"act", "drop"} <= {*module._modules}:
         return spec
     return replace(spec, target=None, problem="expected `act` and `drop` inside it: exclude it, or rebuild the model")
 
@@ -112,10 +115,30 @@ def read_norm(module: nn.Module, norms: Norms = KNOWN_NORMS) -> NormSpec | None:
     reader = norms.get(cls) or norms.get(qualified_name(cls))
     if reader is None:
         return _unknown(module) if looks_like_norm(module) else None
+    problem = _unfit(module)
+    if problem is not None:
+        return NormSpec("bn", problem=problem)
     spec = reader(module)
-    if "forward" in vars(module):
-        return replace(spec, target=None, problem="its forward is overridden on the instance: remove that first")
+    if spec.target is None:
+        return spec
+    try:
+        check_replaceable(module, spec.target, spec.target._children)
+    except LayerError as error:
+        return replace(spec, target=None, problem=f"is not what norms= says of its class: {error}")
     return spec
+
+
+def _unfit(module: nn.Module) -> str | None:
+    """What was done to an instance that its class does not tell."""
+    if "forward" in vars(module):
+        return "its forward is overridden on the instance: remove that first"
+    computed = [name for name in _STATE if isinstance(vars(module).get(name), Tensor)]
+    if computed:
+        return (
+            f"its {' and '.join(computed)} is computed before each call (pruned, or weight-normalized): make that "
+            "permanent first, as with torch.nn.utils.prune.remove"
+        )
+    return None
 
 
 def is_norm_layer(module: nn.Module, norms: Norms = KNOWN_NORMS) -> bool:
@@ -129,7 +152,9 @@ def is_norm_layer(module: nn.Module, norms: Norms = KNOWN_NORMS) -> bool:
 
 def looks_like_norm(module: nn.Module) -> bool:
     """Say whether `module` is a norm by its torch ancestry, its running statistics, or its name and tensors."""
-    if isinstance(module, tuple(_TORCH_KINDS)) or {"running_mean", "running_var"} & set(module._buffers):
+    if inspect.getattr_static(type(module), "forward") is nn.Module.forward:  # it only holds tensors for another
+        return False
+    if isinstance(module, tuple(_TORCH_KINDS)) or {"running_mean", "running_var"} & {*module._buffers.keys()}:
         return True
     named = re.search("Norm", type(module).__name__) is not None
     return (
@@ -138,6 +163,8 @@ def looks_like_norm(module: nn.Module) -> bool:
         and not any(looks_like_norm(child) for child in module.children())
     )
 
+
+_STATE = ("weight", "bias", "running_mean", "running_var")
 
 # Norms that torch defines, most derived first, with what there is to say of them.
 _TORCH_KINDS: dict[type, tuple[str, str]] = {
@@ -151,6 +178,8 @@ _TORCH_KINDS: dict[type, tuple[str, str]] = {
 
 def _unknown(module: nn.Module) -> NormSpec:
     name = type(module).__name__
+    if isinstance(module, torch.jit.ScriptModule):
+        return NormSpec("other", problem="is TorchScript, whose code is fixed: convert before scripting")
     if isinstance(module, LazyModuleMixin):
         return NormSpec("bn", problem=f"{name} has no sizes yet: run one forward pass, then convert")
     if hasattr(module, "parametrizations"):
@@ -159,7 +188,7 @@ def _unknown(module: nn.Module) -> NormSpec:
             problem="is parametrized: call torch.nn.utils.parametrize.remove_parametrizations on it first",
         )
     kind, reason = next((told for base, told in _TORCH_KINDS.items() if isinstance(module, base)), ("other", ""))
-    if kind == "other" and not {"running_mean", "running_var"} <= set(module._buffers):
+    if kind == "other" and not {"running_mean", "running_var"} <= {*module._buffers.keys()}:
         reason = "has no batch statistics to lose at small batches: stays as it is"
     if not reason:
         reason = (

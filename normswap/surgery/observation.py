@@ -1,7 +1,7 @@
 """One forward pass, watched: which modules ran, on what shapes, in which order, and who called batch_norm itself.
 
-Runs in evaluation without gradients, on the model as it is; flags, buffers, hooks and the random state are put
-back. It knows what tracing cannot: real shapes, real calls, modules that are in no registry. The model's own
+Runs in evaluation without gradients, on the model as it is; flags, buffers, attributes, hooks and the random state
+are put back. It knows what tracing cannot: real shapes, real calls, modules that are in no registry. The model's own
 error is passed on with the module that raised it and the shapes that were fed.
 """
 
@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from normswap.errors import ModelError
-from normswap.modes import call_model, hooked, preserved_buffers, seeded, training_flags
+from normswap.modes import call_model, hooked, preserved_state, seeded, training_flags
 from normswap.surgery.norms import KNOWN_NORMS, Norms, is_norm_layer
 from normswap.surgery.tracing import BATCH_NORM_CALLS, first_line
 from normswap.surgery.tree import Place
@@ -56,7 +56,8 @@ class _Watcher(TorchFunctionMode):
         self.notes = Observation()
         self.stack: list[_Call] = []
         self._norms = norms
-        self._kernels = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        # By the storage object, not its address: those of meta tensors and of empty ones are all 0.
+        self._kernels = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
         self._last_output: tuple[Tensor | None, str] = (None, "")
 
     def enter(self, place: Place) -> Callable[..., None]:
@@ -86,7 +87,7 @@ class _Watcher(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in BATCH_NORM_CALLS and self.stack and not is_norm_layer(self.stack[-1].place.module, self._norms):
             x = args[0] if args else (kwargs or {})["input"]
-            if x.untyped_storage().data_ptr() not in self._kernels:
+            if x.untyped_storage()._cdata not in self._kernels:
                 call = self.stack[-1]
                 name = call.place.names[0]
                 self.notes.functional.setdefault(name, []).append(tuple(x.shape))
@@ -107,7 +108,7 @@ def observe_forward(
     modules = [place.module for place in places]
     with (
         training_flags(modules, training=False),
-        preserved_buffers(modules),
+        preserved_state(modules),
         seeded(0),
         torch.no_grad(),
         hooked(_registrations(watcher, places)),
@@ -128,8 +129,9 @@ def describe_shapes(inputs: Any) -> str:
 
 def _registrations(watcher: _Watcher, places: tuple[Place, ...]) -> Iterator[Callable[[], Any]]:
     for place in places:
-        yield _pre_hook(watcher, place)
-        yield _post_hook(watcher, place)
+        if not isinstance(place.module, torch.jit.ScriptModule):  # those take no hooks
+            yield _pre_hook(watcher, place)
+            yield _post_hook(watcher, place)
 
 
 def _pre_hook(watcher: _Watcher, place: Place) -> Callable[[], Any]:

@@ -4,26 +4,30 @@ Discovery never decides: a site says what is there and what is known of it, `pla
 """
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.nn.parameter import is_lazy
 
-from normswap.modes import seeded, training_flags
+from normswap.errors import ModelError
 from normswap.surgery.graph_rewrite import compile_forward, free_names
 from normswap.surgery.norms import KNOWN_NORMS, Norms, NormSpec, is_norm_layer, read_norm
 from normswap.surgery.observation import Observation, Shape, observe_forward
+from normswap.surgery.own_forward import mentions_batch_norm, trace_own_forward
 from normswap.surgery.tracing import (
     GraphFacts,
     batch_norm_arguments,
     batch_norm_nodes,
+    is_batch_norm_call,
     read_graph,
     trace_model,
-    trace_own_forward,
 )
 from normswap.surgery.tree import Place, class_name, join, modules_by_name, walk_modules
+from normswap.surgery.trial import agree, outcome
 
 
 @dataclass(frozen=True)
@@ -86,43 +90,63 @@ def find_norm_sites(
         norms: table of known norm classes, see `normswap.surgery.norms`.
 
     Raises:
-        ModelError: the forward pass on `example_inputs` failed.
+        ModelError: the forward pass on `example_inputs` failed, or sizes are not settled before one.
     """
     places = walk_modules(model)
     by_name = {name: place for place in places for name in place.names}
-    facts = _graph_facts(model, by_name, norms)
-    seen = None if example_inputs is None else observe_forward(model, example_inputs, places, norms=norms)
-
-    owners = facts.functional_owners if facts else _owners_by_own_forward(places, norms) if seen is None else ()
-    owners += tuple(name for name in seen.functional if name not in owners) if seen else ()
-    functional = [site for owner in owners for site in _functional_sites(by_name[owner], facts, seen)]
-    spoken_for = {by_name[owner].module for owner in owners}
+    facts, owners = _read_traces(model, places, by_name, norms)
+    seen = None
+    if example_inputs is not None:
+        _refuse_lazy(places)
+        seen = observe_forward(model, example_inputs, places, norms=norms)
+        owners = tuple(dict.fromkeys((*owners, *seen.functional)))
+    functional = {owner: _functional_sites(by_name[owner], facts, seen) for owner in owners}
+    spoken_for = {by_name[owner].module for owner, sites in functional.items() if sites}
     modules = [
         _module_site(place, spec, facts, seen)
         for place in places
         if place.module not in spoken_for and (spec := read_norm(place.module, norms)) is not None
     ]
     # Sites that were seen to run come first, in their order; the others keep the order of the module tree.
-    return tuple(sorted(modules + functional, key=lambda site: (site.order is None, site.order or 0)))
+    everything = modules + [site for sites in functional.values() for site in sites]
+    return tuple(sorted(everything, key=lambda site: (site.order is None, site.order or 0)))
 
 
-def _graph_facts(model: nn.Module, by_name: dict[str, Place], norms: Norms) -> GraphFacts | None:
-    trace = trace_model(model, norms=norms)
-    if trace.graph is None:
-        return None
+def _refuse_lazy(places: tuple[Place, ...]) -> None:
+    """A lazy module settles its sizes in its first forward pass, which must not be this one."""
+    for place in places:
+        tensors = (*place.module._parameters.values(), *place.module._buffers.values())
+        if any(tensor is not None and is_lazy(tensor) for tensor in tensors):
+            name = place.names[0] or "the model"
+            raise ModelError(f"{name} ({type(place.module).__name__}) has no sizes yet: run one forward pass first")
+
+
+def _read_traces(
+    model: nn.Module, places: tuple[Place, ...], by_name: dict[str, Place], norms: Norms
+) -> tuple[GraphFacts | None, tuple[str, ...]]:
+    """What the graph in evaluation tells, and the first names of the modules that call batch_norm, in either mode."""
 
     def is_norm_fqn(name: str) -> bool:
         place = by_name.get(name)
         return place is not None and is_norm_layer(place.module, norms)
 
-    return read_graph(trace.graph, is_norm_fqn)
+    traces = [trace_model(model, training=training, norms=norms) for training in (False, True)]
+    facts = [read_graph(trace.graph, is_norm_fqn) for trace in traces if trace.graph is not None]
+    owners = [by_name[owner].names[0] for found in facts for owner in found.functional_owners]
+    # Whatever a trace did not pass through is asked for calls in its own forward.
+    entered = traces[0].entered | traces[1].entered if len(facts) == 2 else frozenset()
+    unread = [place for place in places if entered.isdisjoint(place.names)]
+    owners += [place.names[0] for place in unread if _calls_batch_norm(place.module, norms)]
+    evaluation = facts[0] if traces[0].graph is not None else None
+    return evaluation, tuple(dict.fromkeys(owners))
 
 
-def _owners_by_own_forward(places: tuple[Place, ...], norms: Norms) -> tuple[str, ...]:
-    """Where neither a graph nor a pass tells, every module's own forward is asked for calls of batch_norm."""
-    foreign = [p for p in places if not type(p.module).__module__.startswith("torch.nn.")]
-    traces = [(p.names[0], trace_own_forward(p.module)) for p in foreign if not is_norm_layer(p.module, norms)]
-    return tuple(name for name, trace in traces if trace.evaluation and batch_norm_nodes(trace.evaluation))
+def _calls_batch_norm(module: nn.Module, norms: Norms) -> bool:
+    """Ask a module's own forward; where it cannot be traced, its code, so that a call in it is not lost."""
+    if type(module).__module__.startswith("torch.nn.") or is_norm_layer(module, norms):
+        return False
+    own = trace_own_forward(module)
+    return bool(batch_norm_nodes(own.evaluation)) if own.evaluation else mentions_batch_norm(module)
 
 
 def _module_site(place: Place, spec: NormSpec, facts: GraphFacts | None, seen: Observation | None) -> NormSite:
@@ -165,11 +189,13 @@ def _functional_sites(place: Place, facts: GraphFacts | None, seen: Observation 
     owner, module = place.names[0], place.module
     fed = seen.functional.get(owner, []) if seen else []
     runs = max(1, seen.runs.get(owner, 0)) if seen else 1
-    trace = trace_own_forward(module)
-    nodes = batch_norm_nodes(trace.evaluation) if trace.evaluation else []
-    problem = trace.reason and (
-        f"the forward of {type(module).__name__} cannot be traced ({trace.reason}): move its F.batch_norm call into "
-        "a module of its own, or use nn.BatchNorm"
+    own = trace_own_forward(module)
+    nodes = batch_norm_nodes(own.evaluation) if own.evaluation else []
+    if own.evaluation and not nodes and any(map(is_batch_norm_call, own.evaluation.nodes)):
+        return []  # what was seen is a kernel, computed into a new tensor
+    problem = own.reason and (
+        f"the forward of {type(module).__name__} cannot be rewritten ({own.reason}): move its F.batch_norm call into a "
+        "module of its own, or use nn.BatchNorm"
     )
     if not problem and seen and len(fed) not in (0, runs * len(nodes)):
         problem = "not every F.batch_norm call runs in every pass: move the call into a module of its own"
@@ -201,25 +227,16 @@ def _functional_sites(place: Place, facts: GraphFacts | None, seen: Observation 
 
 def _differs_from_eager(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
     """A trace can succeed and be wrong: hold it against the module itself, in both modes, on what it was fed."""
+
+    def run(forward: Callable[..., Any]) -> Any:
+        return forward(module, *copy.deepcopy(args), **copy.deepcopy(kwargs))
+
+    forwards = type(module).forward, compile_forward(module)
     for training in (True, False):
-        results = []
-        for traced in (False, True):
-            twin = copy.deepcopy(module)
-            with torch.no_grad(), training_flags(twin.modules(), training=training), seeded(0):
-                try:
-                    forward = compile_forward(twin) if traced else type(twin).forward
-                    results.append(tree_leaves(forward(twin, *copy.deepcopy(args), **copy.deepcopy(kwargs))))
-                except Exception as error:  # noqa: BLE001 - the user's code; where both sides fail there is no answer
-                    results.append([type(error).__name__])
-        if len(results[0]) != len(results[1]) or not all(map(_same, *results)):
+        real, traced = (outcome(module, partial(run, forward), training=training) for forward in forwards)
+        if not agree(real, traced):
             return "its traced forward differs from the real one: move its F.batch_norm call into a module of its own"
     return None
-
-
-def _same(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return torch.allclose(a, b, equal_nan=True)
-    return bool(a == b)
 
 
 def _channels(module: nn.Module, node: Any, shapes: list[Shape]) -> int:

@@ -1,7 +1,8 @@
-"""FX graphs: of a whole model, to know its order and producers; of one module's own forward, to rewrite it.
+"""FX graphs of whole models, to know order, producers and functional calls of batch_norm.
 
 A trace is always made of a twin that shares the parameters, since tracing can leave a `Proxy` in a module's state.
-A failed trace is a value with a reason, never an exception. Nothing is decided or changed here.
+A failed trace is a value with a reason, never an exception; one that succeeds says what the graph does not hold.
+Nothing is decided or changed here.
 """
 
 import copy
@@ -14,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from normswap.modes import training_flags
+from normswap.modes import changed_names, module_state, random_state, seeded, training_flags
 from normswap.surgery.norms import KNOWN_NORMS, Norms, is_norm_layer, looks_like_norm
+from normswap.surgery.tree import join
 
 # The calls that make a functional site, with the order of their parameters under the names of `F.batch_norm`.
 BATCH_NORM_CALLS: Mapping[Any, tuple[str, ...]] = {
@@ -26,10 +28,16 @@ BATCH_NORM_CALLS: Mapping[Any, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Trace:
-    """A graph, or the reason why there is none."""
+    """A graph, or the reason why there is none.
+
+    `omission` tells what the code does that its graph does not hold: good enough to read, not to run in its place.
+    `entered` names the modules whose forward was traced through, the root included.
+    """
 
     graph: fx.Graph | None
     reason: str | None = None
+    omission: str | None = None
+    entered: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -45,26 +53,34 @@ class GraphFacts:
     functional_owners: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class OwnTrace:
-    """The forward of one module with its children as leaves, in training and in evaluation."""
-
-    training: fx.Graph | None
-    evaluation: fx.Graph | None
-    reason: str | None = None
-
-
 class _Tracer(fx.Tracer):
-    """A tracer with our leaf rule; buffers stay symbolic, so that their updates are recorded."""
+    """A tracer with our leaf rule; buffers stay symbolic, so that their updates are recorded.
+
+    It also notes the modules that it enters, and whether the code switches gradients or autocast for a while.
+    """
 
     proxy_buffer_attributes = True
 
-    def __init__(self, is_leaf: Callable[[nn.Module], bool], wrapped: tuple[Callable[..., Any], ...] = ()) -> None:
+    # Both have defaults because torch makes a tracer without arguments when it unpickles a GraphModule.
+    def __init__(
+        self, is_leaf: Callable[[nn.Module], bool] = lambda _: True, wrapped: tuple[Callable[..., Any], ...] = ()
+    ) -> None:
         super().__init__(autowrap_functions=wrapped)
         self._is_leaf = is_leaf
+        self._depth = _autocast_depth()
+        self.entered = {""}
+        self.switches_context = False
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return self._is_leaf(m) or super().is_leaf_module(m, module_qualified_name)
+        leaf = self._is_leaf(m) or super().is_leaf_module(m, module_qualified_name)
+        if not leaf:
+            self.entered.add(module_qualified_name)
+        return leaf
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        if not torch.is_grad_enabled() or _autocast_depth() != self._depth:
+            self.switches_context = True
+        return super().create_node(*args, **kwargs)
 
 
 def sharing_twin(module: nn.Module) -> nn.Module:
@@ -72,38 +88,74 @@ def sharing_twin(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module, {id(parameter): parameter for parameter in module.parameters()})
 
 
-def trace_model(model: nn.Module, *, norms: Norms = KNOWN_NORMS) -> Trace:
+def trace_model(model: nn.Module, *, training: bool, norms: Norms = KNOWN_NORMS) -> Trace:
     """Trace the whole of `model` with norm layers as leaves, or say why it cannot be traced."""
     reason = None
     for is_leaf, wrapped in _leaf_rules(norms):
-        try:
-            return Trace(trace_with(sharing_twin(model), is_leaf, wrapped))
-        except Exception as error:  # noqa: BLE001 - tracing runs the user's code on proxies: anything may come
-            reason = reason or f"{type(error).__name__}: {first_line(error)}"
+        trace = trace_with(lambda: _without_hooks(sharing_twin(model)), is_leaf, wrapped, training=training)
+        if trace.graph is not None:
+            return trace
+        reason = reason or trace.reason
     return Trace(None, reason)
 
 
 def trace_with(
-    twin: nn.Module, is_leaf: Callable[[nn.Module], bool], wrapped: tuple[Callable[..., Any], ...] = ()
-) -> fx.Graph:
-    """Trace a twin, whose state may be spoiled by it; raises whatever its code raises on proxies."""
-    return _Tracer(is_leaf, wrapped).trace(twin)
+    make_twin: Callable[[], nn.Module],
+    is_leaf: Callable[[nn.Module], bool],
+    wrapped: tuple[Callable[..., Any], ...] = (),
+    *,
+    training: bool,
+    concrete: dict[str, Any] | None = None,
+) -> Trace:
+    """Trace a twin, whose state may be spoiled by it, in training or in evaluation.
 
-
-def trace_own_forward(module: nn.Module) -> OwnTrace:
-    """Trace `module.forward` alone, its children as leaves, once in training and once in evaluation."""
-    graphs = []
-    for training in (True, False):
+    Args:
+        make_twin: makes it; what it raises is a reason like any other.
+        concrete: values for arguments of its forward that are not to be symbolic.
+    """
+    tracer = _Tracer(is_leaf, wrapped)
+    with seeded(0), torch.enable_grad():
         try:
-            twin = sharing_twin(module)
-            with training_flags([twin], training=training):
-                graphs.append(trace_with(twin, lambda _: True))
-        except Exception as error:  # noqa: BLE001 - as above
-            return OwnTrace(None, None, f"{type(error).__name__}: {first_line(error)}")
-    calls = [len(batch_norm_nodes(graph)) for graph in graphs]
-    if calls[0] != calls[1]:
-        return OwnTrace(None, None, f"it makes {calls[0]} batch_norm calls in training and {calls[1]} in evaluation")
-    return OwnTrace(graphs[0], graphs[1])
+            twin = make_twin()
+            with training_flags(twin.modules(), training=training):
+                states = {name: module_state(module) for name, module in twin.named_modules()}
+                drawn = random_state()
+                graph = tracer.trace(twin, concrete)
+                omission = "it draws random numbers in Python" if random_state() != drawn else None
+                written = _written_attributes(twin, states, graph)
+        except Exception as error:  # noqa: BLE001 - tracing runs the user's code on proxies: anything may come
+            return Trace(None, f"{type(error).__name__}: {first_line(error)}")
+    if tracer.switches_context:
+        omission = "it switches gradients or autocast for a part of what it does"
+    elif written:
+        omission = f"it writes to {', '.join(written)}"
+    return Trace(graph, None, omission, frozenset(tracer.entered))
+
+
+def _written_attributes(twin: nn.Module, states: dict[str, Any], graph: fx.Graph) -> list[str]:
+    """What tracing changed in the state of the modules, other than the constants that the tracer stores there."""
+    stored = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
+    written = [
+        join(owner, name)
+        for owner, module in twin.named_modules()
+        for name in changed_names(states.get(owner, {}), module_state(module))
+    ]
+    return [name for name in written if name not in stored]
+
+
+def _without_hooks(twin: nn.Module) -> nn.Module:
+    """Hooks of a deep copy may still reach the user's own objects, which must not be handed proxies."""
+    for module in twin.modules():
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
+    return twin
+
+
+def _autocast_depth() -> int:
+    """How many autocast contexts are open, also those that switch it off; torch tells only while it counts."""
+    depth = torch.autocast_increment_nesting()
+    torch.autocast_decrement_nesting()
+    return int(depth)
 
 
 def read_graph(graph: fx.Graph, is_norm_fqn: Callable[[str], bool]) -> GraphFacts:
@@ -117,7 +169,7 @@ def read_graph(graph: fx.Graph, is_norm_fqn: Callable[[str], bool]) -> GraphFact
             order.append(fqn)
             if node.args and isinstance(node.args[0], fx.Node):
                 producers.setdefault(fqn, _describe(node.args[0]))
-        elif _is_batch_norm_call(node) and _reads_activation(batch_norm_arguments(node)["input"]):
+        elif is_batch_norm_call(node) and _reads_activation(batch_norm_arguments(node)["input"]):
             stack = node.meta.get("nn_module_stack") or {"": ("", None)}
             owners.append(next(reversed(stack.values()))[0])
             order.append(owners[-1])
@@ -129,7 +181,7 @@ def batch_norm_nodes(graph: fx.Graph) -> list[fx.Node]:
     return [
         node
         for node in graph.nodes
-        if _is_batch_norm_call(node) and _reads_activation(batch_norm_arguments(node)["input"])
+        if is_batch_norm_call(node) and _reads_activation(batch_norm_arguments(node)["input"])
     ]
 
 
@@ -138,6 +190,11 @@ def batch_norm_arguments(node: fx.Node) -> dict[str, Any]:
     names = BATCH_NORM_CALLS[node.target]
     named = dict(zip(names, node.args, strict=False))
     return named | {name: value for name, value in node.kwargs.items() if name in names}
+
+
+def is_batch_norm_call(node: fx.Node) -> bool:
+    """Say whether a node calls batch_norm, on whatever."""
+    return node.op == "call_function" and node.target in BATCH_NORM_CALLS
 
 
 def first_line(error: BaseException) -> str:
@@ -166,17 +223,13 @@ def _leaf_rules(norms: Norms) -> list[tuple[Callable[[nn.Module], bool], tuple[C
     return rules
 
 
-def _is_batch_norm_call(node: fx.Node) -> bool:
-    return node.op == "call_function" and node.target in BATCH_NORM_CALLS
-
-
 def _reads_activation(value: Any) -> bool:
-    """Say whether a value depends on the model's input: a kernel that is standardised does not."""
+    """Say whether a value depends on what flows through the model: a kernel that is standardised does not."""
     seen: set[fx.Node] = set()
     pending = [value] if isinstance(value, fx.Node) else []
     while pending:
         node = pending.pop()
-        if node.op in ("placeholder", "call_module"):
+        if node.op == "placeholder" or (node.op == "call_module" and "parametrizations" not in str(node.target)):
             return True
         if node not in seen:
             seen.add(node)

@@ -4,10 +4,12 @@ A module kept only in a plain list, tuple or dict is in no `named_modules()`, ha
 optimizer, but it runs. It is found through its owner's `__dict__` and named like Python would: `blocks.norms[0]`.
 """
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from normswap.layers.adoption import qualified_name
@@ -49,6 +51,19 @@ def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
     return {name: place.module for place in walk_modules(model) for name in place.names}
 
 
+def copy_model(model: nn.Module) -> nn.Module:
+    """Return a deep copy of `model` whose parameters can be trained like its own.
+
+    The deep copy of TorchScript inside a model would stay tied to the original by its gradients (torch 2.14).
+    """
+    with torch.no_grad():
+        twin = copy.deepcopy(model)
+    for parameter, copied in zip(model.parameters(), twin.parameters(), strict=True):
+        if copied.requires_grad != parameter.requires_grad:
+            copied.requires_grad_(parameter.requires_grad)
+    return twin
+
+
 def join(owner: str, name: str) -> str:
     """Return the fqn of `name` inside the module called `owner`, which is "" for the root."""
     return f"{owner}.{name}" if owner else name
@@ -60,6 +75,8 @@ def class_name(module: nn.Module) -> str:
 
 
 def _referenced_modules(owner: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    if isinstance(owner, torch.jit.ScriptModule):  # keeps wrappers of itself there
+        return
     for name, value in vars(owner).items():
         if name not in _OWN_REGISTRIES and not name.endswith("_hooks"):
             yield from _modules_in(value, name, _CONTAINER_DEPTH)

@@ -5,15 +5,20 @@ child when it runs. Where they differ in structure, the modules whose own forwar
 the trace fails, so do all modules without norm sites.
 """
 
+import copy
+from functools import partial
 from typing import Any
 
-from torch import fx, nn
+import torch
+from torch import Tensor, fx, nn
 
 from normswap.errors import SwapError
 from normswap.layers.gates import GatedModule
-from normswap.modes import training_flags
-from normswap.surgery.tracing import first_line, sharing_twin, trace_own_forward, trace_with
+from normswap.modes import call_model
+from normswap.surgery.own_forward import trace_own_forward
+from normswap.surgery.tracing import first_line, sharing_twin, trace_with
 from normswap.surgery.tree import modules_by_name
+from normswap.surgery.trial import agree, outcome
 
 _FLAG = "training_flag"
 
@@ -26,44 +31,55 @@ class TrainingFlag(nn.Module):
         return self.training
 
 
-def to_graph_module(model: nn.Module) -> fx.GraphModule:
-    """Return `model`, converted, as a GraphModule on the same submodules, parameters and buffers.
+def to_graph_module(model: nn.Module, example_inputs: Any = None) -> fx.GraphModule:
+    """Return `model`, converted, as a GraphModule on the same submodules, parameters, buffers and hooks.
+
+    Args:
+        example_inputs: held against the model itself on these, in both modes; a wrong trace is noticed only so.
 
     Raises:
-        SwapError: it cannot be traced, or does different things in training and in evaluation at a norm site.
+        SwapError: it cannot be traced, or only wrongly, or does different things in training and in evaluation.
     """
     reason = ""
-    for leaves in (_gated, _gated_or_forked, _forked_or_without_sites):
+    for leaves in (_kept_whole, _kept_whole_or_forked, _forked_or_without_sites):
         try:
-            twin = sharing_twin(model)
-            graphs = []
-            for training in (True, False):
-                with training_flags(twin.modules(), training=training):
-                    graphs.append(trace_with(twin, leaves))
-            return _graph_module(model, twin, _merge(*graphs))
-        except Exception as error:  # noqa: BLE001 - tracing runs the user's code on proxies: anything may come
-            reason = first_line(error)
+            graph_module = _graph_module(model, leaves)
+        except Exception as error:  # noqa: BLE001 - the copy and the model's state are the user's code
+            reason = reason or first_line(error)
+            continue
+        if example_inputs is None or _does_the_same(model, graph_module, example_inputs):
+            return graph_module
+        reason = reason or "its traced forward differs from the real one"
     raise SwapError(f"{type(model).__name__} cannot be made one graph ({reason}): convert without as_graph")
 
 
-def _gated(module: nn.Module) -> bool:
-    return isinstance(module, GatedModule)
+def _does_the_same(model: nn.Module, graph_module: fx.GraphModule, inputs: Any) -> bool:
+    for training in (True, False):
+        runs = [(module, partial(call_model, module, copy.deepcopy(inputs))) for module in (model, graph_module)]
+        if not agree(*(outcome(module, run, training=training) for module, run in runs)):
+            return False
+    return True
 
 
-def _gated_or_forked(module: nn.Module) -> bool:
-    return _gated(module) or _is_forked(module)
+def _kept_whole(module: nn.Module) -> bool:
+    """Gates read their mode when they run; a hook is called by its module, not by the graph."""
+    return isinstance(module, GatedModule) or bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def _kept_whole_or_forked(module: nn.Module) -> bool:
+    return _kept_whole(module) or _is_forked(module)
 
 
 def _forked_or_without_sites(module: nn.Module) -> bool:
-    return _gated_or_forked(module) or not any(map(_gated, module.modules()))
+    return _kept_whole_or_forked(module) or not any(isinstance(inner, GatedModule) for inner in module.modules())
 
 
 def _is_forked(module: nn.Module) -> bool:
-    """Say whether the module's own forward runs other operations in training than in evaluation."""
-    trace = trace_own_forward(module)
-    if trace.training is None or trace.evaluation is None:
-        return False
-    return _operations(trace.training) != _operations(trace.evaluation)
+    """Say whether the module's own forward cannot be one graph for both modes."""
+    own = trace_own_forward(module)
+    if own.training is None or own.evaluation is None:
+        return True
+    return _operations(own.training) != _operations(own.evaluation)
 
 
 def _operations(graph: fx.Graph) -> list[tuple[Any, ...]]:
@@ -107,9 +123,17 @@ def _with_flags(training: Any, evaluation: Any, read_flag: Any) -> Any:
     return evaluation
 
 
-def _graph_module(model: nn.Module, twin: nn.Module, graph: fx.Graph) -> fx.GraphModule:
-    """Build on the model's own objects; constants that tracing made exist on the twin only."""
-    own, traced = modules_by_name(model), modules_by_name(twin)
+def _graph_module(model: nn.Module, leaves: Any) -> fx.GraphModule:
+    """Build on the model's own objects; constants that tracing made exist on the twins only."""
+    twins, graphs = [], []
+    for training in (True, False):
+        twins.append(sharing_twin(model))
+        trace = trace_with(lambda: twins[-1], leaves, training=training)
+        if trace.graph is None or trace.omission:
+            raise SwapError(trace.reason or trace.omission)
+        graphs.append(trace.graph)
+    graph = _merge(*graphs)
+    own = modules_by_name(model)
     root: dict[str, Any] = {}
     for node in graph.nodes:
         target = str(node.target)
@@ -117,7 +141,16 @@ def _graph_module(model: nn.Module, twin: nn.Module, graph: fx.Graph) -> fx.Grap
             root[target] = TrainingFlag() if target == _FLAG else own[target]
         elif node.op == "get_attr":
             owner, _, name = target.rpartition(".")
-            root[target] = getattr(own[owner], name) if hasattr(own.get(owner), name) else getattr(traced[owner], name)
+            root[target] = getattr(own[owner], name) if hasattr(own.get(owner), name) else _constant(twins, name)
     module = fx.GraphModule(root, graph, type(model).__name__)
+    # Hooks of the model itself: the registries, so that a handle still removes its hook.
+    module.__dict__.update({name: value for name, value in vars(model).items() if name.endswith(("_hooks", "_hook"))})
     module.train(model.training)
     return module
+
+
+def _constant(twins: list[nn.Module], name: str) -> Any:
+    training, evaluation = (getattr(twin, name) for twin in twins)
+    if not (isinstance(training, Tensor) and torch.equal(training, evaluation)):
+        raise SwapError("training and evaluation use different constants")
+    return evaluation
