@@ -117,7 +117,7 @@ def _protocol_4(path: Path) -> None:
 FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "missing": (lambda path: None, "bad.pt: no such file"),
     "a folder": (Path.mkdir, "bad.pt: expected a file, got a folder: give the file inside it"),
-    "empty": (Path.touch, "bad.pt: expected a checkpoint, got an empty file: copy or download it again"),
+    "empty": (Path.touch, "bad.pt: the file is empty: copy or download it again"),
     "text": (lambda path: path.write_text("lr: 0.1\n" * 90), 'got text ("lr: 0.1'),
     "short text": (lambda path: path.write_text("hello"), 'got text ("hello"...)'),
     "a web page": (lambda path: path.write_text("<!DOCTYPE html><html>"), "got a web page: the download went wrong"),
@@ -466,7 +466,7 @@ def test_a_plan_for_another_model_is_told(folder: Path) -> None:
 
 PLANS = {
     "missing": (None, "bad.json: no such file"),
-    "empty": (b"", "bad.json: expected a checkpoint, got an empty file"),
+    "empty": (b"", "bad.json: the file is empty"),
     "no JSON": (b"swap everything", "bad.json: expected a plan as JSON, written by --save-plan; "),
     "not text": (b"\xff\xfe\x00", "bad.json: 'utf-8' codec can't decode"),
     "another document": (b'{"a": 1}', "bad.json: the plan lacks ["),

@@ -25,7 +25,7 @@ def check_readable(path: Path) -> None:
     if not path.exists():
         raise CheckpointError(f"{path}: no such file{_nearest(path)}")
     if path.is_file() and path.stat().st_size == 0:
-        raise CheckpointError(f"{path}: expected a checkpoint, got an empty file: copy or download it again")
+        raise CheckpointError(f"{path}: the file is empty: copy or download it again")
 
 
 def check_writable(path: Path, *, replace: bool) -> None:

@@ -225,8 +225,10 @@ def write_checkpoint(model: nn.Module, path: Path, container: Container, record:
         try:
             encode(temporary, container, content, record.to_json())
         except Exception as error:
+            # torch's writer hides the system's own words behind a position in the file.
+            cause = error.__context__ if isinstance(error.__context__, OSError) else error
             hint = ": save it as a state dict" if record.payload == "module" else ""
-            raise CheckpointError(f"{path}: cannot be written ({first_line(error)}){hint}") from error
+            raise CheckpointError(f"{path}: cannot be written ({first_line(cause)}){hint}") from error
         _compare(path, model, record, read_checkpoint(temporary, trust=True))
 
 

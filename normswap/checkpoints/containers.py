@@ -133,7 +133,9 @@ def _root(archive: zipfile.ZipFile) -> str:
 
 
 def _check_zip(path: Path) -> None:
-    if not zipfile.is_zipfile(path):
+    with _damage_told(path):
+        whole = zipfile.is_zipfile(path)
+    if not whole:
         raise CheckpointError(f"{path}: begins like a torch file and ends too early: truncated, copy it again")
     with _damage_told(path), zipfile.ZipFile(path) as archive:
         names = {name.partition("/")[2] for name in archive.namelist()}
@@ -150,9 +152,9 @@ def _damage_told(path: Path) -> Iterator[None]:
     """Turn what the readers of damaged archives raise into one line."""
     try:
         yield
-    except OSError:
-        raise  # the disk's fault or a missing permission, not the file's
     except Exception as error:
+        if isinstance(error, OSError) and error.filename is not None:
+            raise  # a missing permission or file; a damaged offset that leads nowhere names no file
         raise CheckpointError(f"{path}: truncated or damaged ({first_line(error)}): copy it again") from error
 
 

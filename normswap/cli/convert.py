@@ -88,9 +88,9 @@ class _Wish:
 def convert_command(file: Path, output: Path | None, as_json: bool, **options: Any) -> None:
     """Swap Batch Normalization for Switchable Normalization in FILE and write the model to a new file.
 
-    FILE is a state dict (torch or safetensors; name its architecture with --arch) or a pickled module. Nothing is
-    written unless the converted model was measured to compute the same function. Exit status 0 done, 1 nothing to
-    convert or not the same function, 2 cannot.
+    FILE is a state dict (torch or safetensors; name its architecture with --arch) or a pickled module. The converted
+    model is measured against the original wherever the size of an input is known, and written only if it computes the
+    same function. Exit status 0 done, 1 nothing to convert or not the same function, 2 cannot.
     """
     wish = _Wish(file, output, **options)
     _check(wish)
@@ -159,9 +159,10 @@ def _convert(wish: _Wish, console: "Console", document: dict[str, Any]) -> None:
 
 
 def _refuse_converted(file: Path, document: dict[str, Any]) -> None:
-    from normswap.checkpoints.checkpoint import read_record
+    with stage("starting"):
+        from normswap.checkpoints.checkpoint import read_record
 
-    record = read_record(file)
+        record = read_record(file)
     if record is not None and record.plan is not None and record.plan.swaps:
         document |= {"architecture": record.architecture, "plan": record.plan.to_dict()}
         raise NothingToDo(

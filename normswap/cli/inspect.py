@@ -33,9 +33,10 @@ def inspect_command(file: Path, arch: str | None, inputs: tuple[InputSpec, ...],
     history and the importance weights are shown, which needs no --arch.
     """
     check_readable(file)
-    from normswap.checkpoints.checkpoint import read_record
+    with stage("starting"):
+        from normswap.checkpoints.checkpoint import read_record
 
-    record = read_record(file)
+        record = read_record(file)
     if record is not None and record.plan is not None and record.plan.swaps:
         _show_converted(file, record, record.plan, trust=trust, as_json=as_json)
     else:

@@ -95,7 +95,7 @@ def site_table(sites: Sequence[NormSite], plan: SwapPlan) -> RenderableType:
 def importance_table(weights: Mapping[str, ImportanceWeights]) -> RenderableType:
     """Return the importance weights of every site, for means and for variances."""
     table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column("Importance weights", header_style="bold")
+    table.add_column("Importance weights", header_style="bold not dim")
     for kind in ("mean", "var"):
         for branch in BRANCHES:
             table.add_column(f"{kind} {branch}", justify="right")
@@ -128,7 +128,7 @@ def bullets(notes: Iterable[str]) -> RenderableType:
 
 def _table(first: str, *others: str, right: set[int] | None = None) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    table.add_column(first, header_style="bold", no_wrap=False)
+    table.add_column(first, header_style="bold not dim", no_wrap=False)
     for index, name in enumerate(others, start=1):
         table.add_column(name, justify="right" if index in (right or ()) else "left")
     return table
