@@ -1,0 +1,144 @@
+"""The house rules on imports: a room imports only from rooms above it, and heavy packages live in one room each."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[1] / "normswap"
+
+# From the ground floor up; inside a floor a room may import from those listed before it. See docs/architecture.md.
+ROOMS = [
+    "errors",
+    "modes",
+    "layers.importance",
+    "layers.moments",
+    "layers.reference",
+    "layers.functional",
+    "layers.adoption",
+    "layers.gates",
+    "layers.modules",
+    "surgery.tree",
+    "surgery.norms",
+    "surgery.tracing",
+    "surgery.observation",
+    "surgery.own_forward",
+    "surgery.trial",
+    "surgery.graph_rewrite",
+    "surgery.sites",
+    "surgery.plan",
+    "surgery.gated",
+    "surgery.whole_graph",
+    "surgery.conversion",
+    "verification",
+    "checkpoints.atomic",
+    "checkpoints.record",
+    "checkpoints.containers",
+    "checkpoints.architecture",
+    "checkpoints.layout",
+    "checkpoints.fit",
+    "checkpoints.checkpoint",
+    "reports.tables",
+    "cli.failures",
+    "cli.progress",
+    "cli.options",
+    "cli.opening",
+    "cli.convert",
+    "cli.inspect",
+    "cli.verify",
+    "cli",
+]
+# Where a package may be imported.
+HOMES = {
+    "timm": ("checkpoints.architecture",),
+    "torchvision": ("checkpoints.architecture",),
+    "safetensors": ("checkpoints.",),
+    "click": ("cli",),
+    "rich": ("cli", "reports."),
+}
+FILES = [p for p in sorted(PACKAGE.rglob("*.py")) if p.parent != PACKAGE or p.stem not in ("__init__", "__main__")]
+
+
+def room_of(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imported(source: str) -> set[str]:
+    """Every module that `source` imports anywhere, by full name; `from a import b` counts as a.b where that is one."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            names |= {name for name in inner if name.removeprefix("normswap.") in ROOMS} or {node.module}
+    return names
+
+
+def violations(room: str, source: str) -> list[str]:
+    found = []
+    for name in sorted(imported(source)):
+        top, _, rest = name.partition(".")
+        if top == "normswap" and rest and rest in ROOMS and ROOMS.index(rest) >= ROOMS.index(room):
+            found.append(f"{room} imports {rest}, which is not above it")
+        if top in HOMES and not room.startswith(HOMES[top]):
+            found.append(f"{room} imports {top}, which belongs in {' or '.join(HOMES[top])}")
+    return found
+
+
+def test_every_file_is_a_listed_room() -> None:
+    folders = {"layers", "surgery", "checkpoints", "reports"}  # their __init__ is a docstring
+    assert {room_of(path) for path in FILES} - folders == set(ROOMS)
+
+
+@pytest.mark.parametrize("path", FILES, ids=room_of)
+def test_a_room_imports_only_from_rooms_above_it(path: Path) -> None:
+    if room_of(path) in ROOMS:
+        assert violations(room_of(path), path.read_text()) == []
+
+
+@pytest.mark.parametrize(
+    ("room", "source"),
+    [
+        ("layers.moments", "from normswap.surgery.plan import SwapPlan"),
+        ("layers.moments", "from normswap.surgery import plan"),
+        ("surgery.plan", "def f():\n    import timm"),
+        ("verification", "from rich.table import Table"),
+        ("reports.tables", "import click"),
+        ("surgery.sites", "import normswap.surgery.conversion"),
+    ],
+)
+def test_a_planted_violation_is_found(room: str, source: str) -> None:
+    assert len(violations(room, source)) == 1
+
+
+def test_every_room_is_in_the_architecture_page() -> None:
+    page = (PACKAGE.parent / "docs" / "architecture.md").read_text()
+    for room in ROOMS:
+        folder, _, name = room.rpartition(".")
+        shown = f"{folder}/{name}.py" if folder in ("layers", "surgery") else f"{folder or name}"
+        assert shown in page, f"docs/architecture.md does not show {room}"
+
+
+@pytest.mark.parametrize(
+    ("statement", "absent"),
+    [
+        ("import normswap", {"torch", "timm", "torchvision", "click", "rich"}),
+        ("import normswap; dir(normswap); normswap.NormswapError", {"torch", "timm"}),
+        ("import normswap; normswap.convert, normswap.verify, normswap.SwitchNorm2d", {"timm", "torchvision", "rich"}),
+        ("import normswap; normswap.load, normswap.save", {"timm", "torchvision", "rich", "click"}),
+        ("import normswap.cli", {"torch", "timm", "rich"}),
+    ],
+)
+def test_importing_costs_no_more_than_it_must(statement: str, absent: set[str]) -> None:
+    code = f"import sys; {statement}; print(sorted({absent!r} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_every_public_name_can_be_had() -> None:
+    code = "import normswap; [getattr(normswap, name) for name in normswap.__all__]; normswap.nothing_of_the_kind"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "module 'normswap' has no attribute 'nothing_of_the_kind'" in done.stderr
