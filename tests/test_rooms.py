@@ -32,6 +32,8 @@ ROOMS = [
     "surgery.gated",
     "surgery.whole_graph",
     "surgery.conversion",
+    "comparison",
+    "site_watch",
     "verification",
     "checkpoints.atomic",
     "checkpoints.record",
