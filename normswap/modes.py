@@ -4,11 +4,12 @@ What they touch: training flags, buffers, attributes, hooks, the random state. N
 decided.
 """
 
+import operator
 import random
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -63,40 +64,50 @@ def all_or_nothing(modules: Iterable[nn.Module]) -> Iterator[None]:
         raise
 
 
-def module_state(module: nn.Module) -> dict[str, tuple[Any, list[Any]]]:
-    """Return the attributes of `module` by name, each with what it holds if it is a list, dict or set."""
-    return {name: (value, _contents(value)) for name, value in vars(module).items()}
+class ModuleState(NamedTuple):
+    """The attributes of a module by name, and what those that are lists, dicts or sets hold."""
+
+    attributes: dict[str, Any]
+    contents: dict[str, list[Any]]
 
 
-def changed_names(before: dict[str, tuple[Any, list[Any]]], after: dict[str, tuple[Any, list[Any]]]) -> list[str]:
+def module_state(module: nn.Module) -> ModuleState:
+    """Return the attributes of `module` as they are now, and what its containers hold."""
+    attributes = vars(module).copy()
+    held = {name: value for name, value in attributes.items() if isinstance(value, _CONTAINERS) and value}
+    return ModuleState(attributes, {name: _items(value) for name, value in held.items()})
+
+
+def changed_names(before: ModuleState, after: ModuleState) -> list[str]:
     """Return the attributes that are not the same objects, holding the same objects, in two states of a module."""
-    names = dict.fromkeys([*before, *after])
-    return [name for name in names if not _same(before.get(name), after.get(name))]
+    names = dict.fromkeys([*before.attributes, *after.attributes])
+    return [name for name in names if not _same(before, after, name)]
 
 
-def _contents(value: Any) -> list[Any]:
-    if isinstance(value, dict):
-        return list(value.items())
-    return list(value) if isinstance(value, _CONTAINERS) else []
+def _items(container: Any) -> list[Any]:
+    """What a container holds, flat: keys and values of a dict in turn."""
+    return [part for item in container.items() for part in item] if isinstance(container, dict) else list(container)
 
 
-def _same(a: tuple[Any, list[Any]] | None, b: tuple[Any, list[Any]] | None) -> bool:
-    if a is None or b is None or a[0] is not b[0] or len(a[1]) != len(b[1]):
+def _same(a: ModuleState, b: ModuleState, name: str) -> bool:
+    if name not in a.attributes or name not in b.attributes or a.attributes[name] is not b.attributes[name]:
         return False
-    if isinstance(a[0], dict):
-        return all(k is j and v is w for (k, v), (j, w) in zip(a[1], b[1], strict=True))
-    return all(x is y for x, y in zip(a[1], b[1], strict=True))
+    first, second = a.contents.get(name, []), b.contents.get(name, [])
+    return len(first) == len(second) and all(map(operator.is_, first, second))
 
 
-def _put_back(module: nn.Module, state: dict[str, tuple[Any, list[Any]]]) -> None:
+def _put_back(module: nn.Module, state: ModuleState) -> None:
     now = module_state(module)
     for name in changed_names(state, now):
-        if name not in state:
+        if name not in state.attributes:
             del vars(module)[name]
             continue
-        value, contents = state[name]
+        value, contents = state.attributes[name], state.contents.get(name, [])
         vars(module)[name] = value
-        if isinstance(value, dict | set):
+        if isinstance(value, dict):
+            value.clear()
+            value.update(zip(contents[::2], contents[1::2], strict=True))
+        elif isinstance(value, set):
             value.clear()
             value.update(contents)
         elif isinstance(value, list):
