@@ -21,6 +21,7 @@ ROOMS = [
     "layers.gates",
     "layers.modules",
     "surgery.tree",
+    "surgery.frozen",
     "surgery.norms",
     "surgery.tracing",
     "surgery.observation",

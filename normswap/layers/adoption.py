@@ -33,8 +33,13 @@ def qualified_name(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def check_replaceable(module: nn.Module, target: type[nn.Module], children: frozenset[str]) -> None:
+def check_replaceable(
+    module: nn.Module, target: type[nn.Module], children: frozenset[str], *, eps: float | None = None
+) -> None:
     """Refuse a module whose function `target`, which runs just these `children`, would not compute.
+
+    Args:
+        eps: as in `adopt`.
 
     Raises:
         LayerError: `module` is not a BatchNorm or a frozen form of it, is a lazy one that has not run, or has other
@@ -44,7 +49,7 @@ def check_replaceable(module: nn.Module, target: type[nn.Module], children: froz
     tensors = module._parameters | module._buffers
     names = {"weight", "bias", "running_mean", "running_var"}
     if (
-        not hasattr(module, "eps")
+        (eps is None and not hasattr(module, "eps"))
         or not names <= {*tensors}
         or isinstance(module, nn.modules.instancenorm._InstanceNorm)
     ):
@@ -71,6 +76,7 @@ def adopt(
     bn_statistics: BnStatistics,
     train_gates: bool,
     synchronize: bool = False,
+    eps: float | None = None,
 ) -> None:
     """Make `module`, a norm with BN statistics, an instance of `target` that computes the same function.
 
@@ -81,6 +87,7 @@ def adopt(
         target: the SwitchNorm class to become.
         train_gates: whether the new gate parameters require a gradient.
         synchronize: recorded only; whether the replaced norm pooled its statistics over processes.
+        eps: of a class that has none as an attribute, since it is a constant in its forward.
     """
     tensors = [t for t in (module.weight, module.running_mean, module.bias) if isinstance(t, torch.Tensor)]
     settings: dict[str, Any] = {
@@ -92,6 +99,8 @@ def adopt(
     missing: dict[str, Any] = {"momentum": 0.0, "affine": True, "track_running_stats": True}
     if tensors:
         missing["num_features"] = tensors[0].shape[0]
+    if eps is not None:
+        missing["eps"] = eps
     settings |= {name: value for name, value in missing.items() if name not in module.__dict__}
     if "num_batches_tracked" not in module._buffers:
         settings["num_batches_tracked"] = None

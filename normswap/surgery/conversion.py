@@ -14,7 +14,7 @@ from normswap.layers.modules import FunctionalSwitchNorm
 from normswap.modes import all_or_nothing
 from normswap.surgery.gated import gated_modules, moved_sites
 from normswap.surgery.graph_rewrite import free_names, is_rewritten, restore_forward, rewrite_forward
-from normswap.surgery.norms import KNOWN_NORMS, Norms, read_norm
+from normswap.surgery.norms import KNOWN_NORMS, Norms, NormSpec, read_norm
 from normswap.surgery.own_forward import trace_own_forward
 from normswap.surgery.plan import Swap, SwapPlan, plan_swaps
 from normswap.surgery.tracing import batch_norm_nodes
@@ -109,13 +109,13 @@ def apply_plan(model: nn.Module, plan: SwapPlan, *, norms: Norms = KNOWN_NORMS) 
     for swap in plan.swaps:
         if swap.owner is not None:
             owners.setdefault(swap.owner, []).append(swap)
-    targets = _check_fit(plan, by_name, norms)
+    specs = _check_fit(plan, by_name, norms)
     replaced: dict[str, nn.Module] = {}
     with all_or_nothing(by_name[swap.fqn if swap.owner is None else swap.owner] for swap in plan.swaps):
         for owner, swaps in owners.items():
             replaced |= _rewrite_owner(by_name[owner], owner, swaps)
         for swap in module_swaps:
-            replaced[swap.fqn] = _adopt(by_name[swap.fqn], targets[swap.fqn], swap)
+            replaced[swap.fqn] = _adopt(by_name[swap.fqn], specs[swap.fqn], swap)
     return replaced
 
 
@@ -155,9 +155,9 @@ def _copy(model: nn.Module) -> nn.Module:
         raise SwapError(f"the model cannot be copied ({error}): pass inplace=True to convert it as it is") from error
 
 
-def _check_fit(plan: SwapPlan, by_name: dict[str, nn.Module], norms: Norms) -> dict[str, type[nn.Module]]:
-    """Return the class that each module site becomes, or say in one error what does not fit."""
-    targets: dict[str, type[nn.Module]] = {}
+def _check_fit(plan: SwapPlan, by_name: dict[str, nn.Module], norms: Norms) -> dict[str, NormSpec]:
+    """Return what each module site is, or say in one error what does not fit."""
+    specs: dict[str, NormSpec] = {}
     misfits: list[str] = []
     planned: dict[tuple[int, str], str] = {}
     for swap in plan.swaps:
@@ -178,14 +178,15 @@ def _check_fit(plan: SwapPlan, by_name: dict[str, nn.Module], norms: Norms) -> d
         elif spec.num_features != swap.num_features:
             misfits.append(f"{swap.fqn}: expected {swap.num_features} channels, got {spec.num_features}")
         else:
-            targets[swap.fqn] = spec.target
+            specs[swap.fqn] = spec
     if misfits:
         more = f" (+{len(misfits) - 3} more)" if len(misfits) > 3 else ""
         raise PlanError(f"the plan was made for another model ({plan.model_class}): {'; '.join(misfits[:3])}{more}")
-    return targets
+    return specs
 
 
-def _adopt(layer: nn.Module, target: type[nn.Module], swap: Swap) -> nn.Module:
+def _adopt(layer: nn.Module, spec: NormSpec, swap: Swap) -> nn.Module:
+    target = spec.target or nn.Module
     try:
         adopt(
             layer,
@@ -195,6 +196,7 @@ def _adopt(layer: nn.Module, target: type[nn.Module], swap: Swap) -> nn.Module:
             bn_statistics=swap.bn_statistics,
             train_gates=swap.train_gates,
             synchronize=swap.synchronize,
+            eps=spec.eps,
         )
     except TypeError as error:  # Python cannot change the class of objects with another layout
         raise SwapError(

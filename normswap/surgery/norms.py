@@ -21,6 +21,7 @@ from normswap.errors import LayerError
 from normswap.layers.adoption import check_replaceable, qualified_name
 from normswap.layers.gates import GatedModule
 from normswap.layers.modules import SwitchNorm, SwitchNorm1d, SwitchNorm2d, SwitchNorm3d, SwitchNormAct2d
+from normswap.surgery.frozen import frozen_eps, has_frozen_structure
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,16 @@ def read_batch_norm(module: nn.Module, target: type[SwitchNorm] = SwitchNorm) ->
     return NormSpec("bn", module.num_features, module.eps, module.momentum, target)  # type: ignore[arg-type]
 
 
-def read_frozen_batch_norm(module: nn.Module, target: type[SwitchNorm] = SwitchNorm2d) -> NormSpec:
-    """Read a norm whose weight, bias, running_mean and running_var are buffers (C,) that never change."""
-    return NormSpec("frozen bn", module.running_mean.shape[0], module.eps, None, target, frozen=True)  # type: ignore[arg-type, index]
+def read_frozen_batch_norm(
+    module: nn.Module, target: type[SwitchNorm] = SwitchNorm2d, *, eps: float | None = None
+) -> NormSpec:
+    """Read a norm whose weight, bias, running_mean and running_var are buffers (C,) that never change.
+
+    Args:
+        eps: where it is a constant in the forward of the class, and no attribute.
+    """
+    channels = module.running_mean.shape[0]  # type: ignore[index]
+    return NormSpec("frozen bn", channels, module.eps if eps is None else eps, None, target, frozen=True)  # type: ignore[arg-type]
 
 
 def _read_1d(module: nn.Module) -> NormSpec:
@@ -122,7 +130,7 @@ def read_norm(module: nn.Module, norms: Norms = KNOWN_NORMS) -> NormSpec | None:
     if spec.target is None:
         return spec
     try:
-        check_replaceable(module, spec.target, spec.target._children)
+        check_replaceable(module, spec.target, spec.target._children, eps=spec.eps)
     except LayerError as error:
         return replace(spec, target=None, problem=f"is not what norms= says of its class: {error}")
     return spec
@@ -147,7 +155,12 @@ def is_norm_layer(module: nn.Module, norms: Norms = KNOWN_NORMS) -> bool:
     What such a module calls in its own forward pass is its own affair and no functional site.
     """
     cls = type(module)
-    return cls in norms or qualified_name(cls) in norms or isinstance(module, (*_TORCH_KINDS, GatedModule))
+    return (
+        cls in norms
+        or qualified_name(cls) in norms
+        or isinstance(module, (*_TORCH_KINDS, GatedModule))
+        or has_frozen_structure(module)
+    )
 
 
 def looks_like_norm(module: nn.Module) -> bool:
@@ -187,6 +200,9 @@ def _unknown(module: nn.Module) -> NormSpec:
             "bn" if isinstance(module, _BatchNorm) else "other",
             problem="is parametrized: call torch.nn.utils.parametrize.remove_parametrizations on it first",
         )
+    eps = frozen_eps(module)
+    if eps is not None and _unfit(module) is None:
+        return read_frozen_batch_norm(module, eps=eps)
     kind, reason = next((told for base, told in _TORCH_KINDS.items() if isinstance(module, base)), ("other", ""))
     if kind == "other" and not {"running_mean", "running_var"} <= {*module._buffers.keys()}:
         reason = "has no batch statistics to lose at small batches: stays as it is"
