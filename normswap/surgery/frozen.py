@@ -19,7 +19,7 @@ _CLOSE = 1e-6
 
 def has_frozen_structure(module: nn.Module) -> bool:
     """Say whether `module` holds just what a frozen BN holds: four buffers (C,) under torch's names."""
-    if module._parameters or module._modules or {*module._buffers} != {*_STATE}:
+    if module._parameters or module._modules or {*module._buffers.keys()} != {*_STATE}:
         return False
     buffers = [buffer for buffer in module._buffers.values() if isinstance(buffer, Tensor)]
     return len(buffers) == len(_STATE) and len({buffer.shape for buffer in buffers}) == 1 and buffers[0].dim() == 1

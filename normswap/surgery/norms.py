@@ -126,12 +126,12 @@ def read_norm(module: nn.Module, norms: Norms = KNOWN_NORMS) -> NormSpec | None:
     problem = _unfit(module)
     if problem is not None:
         return NormSpec("bn", problem=problem)
-    spec = reader(module)
-    if spec.target is None:
-        return spec
+    spec = NormSpec("bn")
     try:
-        check_replaceable(module, spec.target, spec.target._children, eps=spec.eps)
-    except LayerError as error:
+        spec = reader(module)
+        if spec.target is not None:
+            check_replaceable(module, spec.target, spec.target._children, eps=spec.eps)
+    except (LayerError, AttributeError) as error:
         return replace(spec, target=None, problem=f"is not what norms= says of its class: {error}")
     return spec
 
