@@ -48,14 +48,14 @@ def check_replaceable(
     kind = type(module).__name__
     tensors = module._parameters | module._buffers
     names = {"weight", "bias", "running_mean", "running_var"}
+    if not {*GATE_PARAMETERS}.isdisjoint(tensors):
+        raise LayerError(f"expected a BatchNorm module, got {kind}, which is a SwitchNorm layer already")
     if (
         (eps is None and not hasattr(module, "eps"))
         or not names <= {*tensors}
         or isinstance(module, nn.modules.instancenorm._InstanceNorm)
     ):
         raise LayerError(f"expected a BatchNorm module, got {kind}")
-    if not {*GATE_PARAMETERS}.isdisjoint(tensors):
-        raise LayerError(f"expected a BatchNorm module, got {kind}, which is a SwitchNorm layer already")
     if any(isinstance(tensor, torch.Tensor) and is_lazy(tensor) for tensor in tensors.values()):
         raise LayerError(
             f"expected tensors of known size, got {kind} that has seen no input: run one batch through it first"

@@ -33,6 +33,13 @@ class GatedModule(nn.Module):
         mean, var = (importance_weights(getattr(self, name).detach(), self.gate) for name in GATE_PARAMETERS)
         return mean, var
 
+    def is_batch_norm(self) -> bool:
+        """Say whether the weights are exactly one-hot at `bn`, where the module computes Batch Normalization."""
+        if "bn" not in self.branches:
+            return False
+        index = self.branches.index("bn")
+        return all(bool(weights[index] == 1) for weights in self.importance_weights())
+
     @torch.no_grad()
     def project_gates(self) -> None:
         """Put trained simplex points back on the simplex: the second half of projected gradient descent."""

@@ -137,6 +137,28 @@ class SwitchNorm(GatedModule):
         )
         return layer  # type: ignore[return-value]
 
+    @property
+    def eps(self) -> float:
+        """The eps of the normalisation, for as long as this layer can be folded as the BN that it replaced.
+
+        Whatever folds a norm into a convolution (`fuse_conv_bn_eval`, the `fuse()` and `reparameterize()` of
+        re-parameterisable blocks) reads eps and the running statistics from outside and knows nothing of gates. At
+        the `bn` vertex that is right in evaluation; anywhere else it would be wrong without a word.
+
+        Raises:
+            LayerError: the importance weights are not exactly those of BN.
+        """
+        if not self.is_batch_norm():
+            raise LayerError(
+                "a SwitchNorm layer whose importance weights have moved cannot be folded as a BN: keep the layer, or "
+                "put BN back with normswap.revert(model, discard=True)"
+            )
+        return float(self.__dict__["eps"])
+
+    @eps.setter
+    def eps(self, value: float) -> None:
+        self.__dict__["eps"] = value
+
     def reset_running_stats(self) -> None:
         """Set running mean 0, running variance 1 and the count of batches 0, where they are kept."""
         for name, value in (("running_mean", 0), ("running_var", 1), ("num_batches_tracked", 0)):
@@ -160,7 +182,7 @@ class SwitchNorm(GatedModule):
     def extra_repr(self) -> str:
         """Return the options that differ between layers, for `print(model)`."""
         return (
-            f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}, "
+            f"{self.num_features}, eps={self.__dict__['eps']}, momentum={self.momentum}, affine={self.affine}, "
             f"track_running_stats={self.track_running_stats}, gate={self.gate!r}, branches={self.branches}, "
             f"bn_statistics={self.bn_statistics!r}"
         )
@@ -212,7 +234,7 @@ def apply_layer(layer: SwitchNorm, x: Tensor) -> Tensor:
         layer.bias,
         training,
         _share_of_batch(layer) if updates else 0.0,
-        layer.eps,
+        layer.__dict__["eps"],
         gate=layer.gate,
         branches=layer.branches,
         bn_statistics=layer.bn_statistics,

@@ -31,4 +31,4 @@ def importance_weights(model: nn.Module) -> dict[str, ImportanceWeights]:
 
 def moved_sites(model: nn.Module) -> list[str]:
     """Return the sites whose importance weights have left the `bn` vertex, where the layer is the original norm."""
-    return [name for name, weights in importance_weights(model).items() if min(w["bn"] for w in weights) != 1.0]
+    return [name for name, layer in gated_modules(model).items() if not layer.is_batch_norm()]
