@@ -1,0 +1,111 @@
+"""The arms: what each one makes of the trained BN network before and after fine-tuning at a small batch size.
+
+An arm gets a network of its own; the trained one is never changed. All arms start from the same trained
+parameters: where a norm is replaced, its scale and shift are carried over.
+"""
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from protocol import IMAGE_SIZE
+from torch import Tensor, nn
+
+import normswap
+
+# Batch size for re-estimating statistics: large, since no gradient needs to be held.
+_REESTIMATION_BATCH = 50
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to go on with a trained BN network.
+
+    Args:
+        title: how tables call it.
+        prepare: (trained network, target training pixels) -> the network to fine-tune, a copy.
+        freezes_statistics: BN keeps its running statistics while fine-tuning; all parameters are trained.
+        reestimates_after: BN statistics are averaged anew over the target training images after fine-tuning.
+    """
+
+    title: str
+    prepare: Callable[[nn.Module, Tensor], nn.Module]
+    freezes_statistics: bool = False
+    reestimates_after: bool = False
+
+
+def batch_norms(model: nn.Module) -> list[nn.BatchNorm2d]:
+    """Return the BN layers of a model, in order."""
+    return [module for module in model.modules() if type(module) is nn.BatchNorm2d]
+
+
+@torch.no_grad()
+def reestimate_statistics(model: nn.Module, pixels: Tensor) -> None:
+    """Replace the running statistics of every BN by their average over `pixels` (N, 3, H, W), in batches of 50."""
+    layers = batch_norms(model)
+    momenta = [layer.momentum for layer in layers]
+    was_training = model.training
+    for layer in layers:
+        layer.reset_running_stats()
+        layer.momentum = None  # torch's sign for a plain average over the batches
+    model.train()
+    for batch in pixels.split(_REESTIMATION_BATCH):
+        model(batch)
+    model.train(was_training)
+    for layer, momentum in zip(layers, momenta, strict=True):
+        layer.momentum = momentum
+
+
+def replace_batch_norms(model: nn.Module, build: Callable[[nn.BatchNorm2d], nn.Module]) -> nn.Module:
+    """Return a copy of `model` with every BN replaced by `build` of it, scale and shift carried over."""
+    model = copy.deepcopy(model)
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is nn.BatchNorm2d:
+                replacement = build(child)
+                replacement.load_state_dict({"weight": child.weight, "bias": child.bias})
+                setattr(parent, name, replacement)
+    return model
+
+
+def group_norm(bn: nn.BatchNorm2d) -> nn.GroupNorm:
+    """Return a GroupNorm of 32 groups, the default of Wu and He, or of the largest common divisor with the channels.
+
+    In these narrow layers fewer groups do far worse (at 16 channels a group the arm does not learn at all).
+    """
+    return nn.GroupNorm(math.gcd(32, bn.num_features), bn.num_features, eps=bn.eps)
+
+
+def instance_norm(bn: nn.BatchNorm2d) -> nn.InstanceNorm2d:
+    """Return an InstanceNorm without running statistics."""
+    return nn.InstanceNorm2d(bn.num_features, eps=bn.eps, affine=True)
+
+
+def convert(model: nn.Module, *, gate: str = "simplex") -> nn.Module:
+    """Return `model` converted by normswap, with an input of the real size."""
+    example = torch.zeros(2, 3, IMAGE_SIZE, IMAGE_SIZE)
+    return normswap.convert(model, example, gate=gate).model
+
+
+def _adapt(model: nn.Module, pixels: Tensor) -> nn.Module:
+    model = copy.deepcopy(model)
+    reestimate_statistics(model, pixels)
+    return model
+
+
+def _copy(model: nn.Module, _: Tensor) -> nn.Module:
+    return copy.deepcopy(model)
+
+
+ARMS = {
+    "bn": Arm("BN in training mode", _copy),
+    "bn_then_reestimated": Arm("BN in training mode, statistics re-estimated after", _copy, reestimates_after=True),
+    "frozen": Arm("BN frozen", _copy, freezes_statistics=True),
+    "adapted": Arm("BN re-estimated on the target, then frozen", _adapt, freezes_statistics=True),
+    "group_norm": Arm("GroupNorm swap", lambda model, _: replace_batch_norms(model, group_norm)),
+    "instance_norm": Arm("InstanceNorm swap", lambda model, _: replace_batch_norms(model, instance_norm)),
+    "uniform": Arm("SN swap, softmax gate, uniform start", lambda model, _: convert(model, gate="softmax")),
+    "converted": Arm("converted by normswap", lambda model, _: convert(model)),
+}

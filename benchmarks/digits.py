@@ -1,0 +1,102 @@
+"""The two domains: scikit-learn's scanned digits, clean (source) and shifted (target).
+
+The shift is one of colour, texture, contrast, brightness and noise; its numbers are in `protocol`. Splits first,
+draws after: the six sets come from disjoint images, and every draw follows from one seed. Hands on pixels in
+-1 to 1 with their labels.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from protocol import IMAGE_SIZE, SHIFT, SPLIT, Shift
+from sklearn.datasets import load_digits
+from torch import Tensor
+
+
+class Images(NamedTuple):
+    """pixels (N, 3, size, size) in -1 to 1, labels (N,)."""
+
+    pixels: Tensor
+    labels: Tensor
+
+
+@dataclass(frozen=True)
+class Domain:
+    """The images of one domain, in three disjoint sets."""
+
+    train: Images
+    validation: Images
+    test: Images
+
+
+@dataclass(frozen=True)
+class Digits:
+    """Clean digits (source) and shifted ones (target), of different images."""
+
+    source: Domain
+    target: Domain
+
+
+def prepare_digits(*, seed: int) -> Digits:
+    """Return both domains; the seed decides which image falls in which set, and every draw of the shift."""
+    ink, labels = load_ink()
+    index = split_indices(len(labels), seed=seed)
+    source = {
+        part: Images(render_source(ink[i]), labels[i]) for (domain, part), i in index.items() if domain == "source"
+    }
+    target = {
+        part: Images(render_target(ink[i], seed=1000 * seed + draw), labels[i])
+        for draw, ((domain, part), i) in enumerate(index.items())
+        if domain == "target"
+    }
+    return Digits(Domain(**source), Domain(**target))
+
+
+def load_ink() -> tuple[Tensor, Tensor]:
+    """Return the scanned digits: ink (1797, 1, 8, 8) from 0 to 1, and labels (1797,)."""
+    digits = load_digits()
+    return torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16, torch.tensor(digits.target)
+
+
+def split_indices(total: int, *, seed: int) -> dict[tuple[str, str], Tensor]:
+    """Return disjoint random indices for each (domain, part) of the protocol's split."""
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
+    return dict(zip(SPLIT, order[: sum(SPLIT.values())].split(list(SPLIT.values())), strict=True))
+
+
+def render_source(ink: Tensor) -> Tensor:
+    """Return ink (N, 1, 8, 8) as white strokes on black, (N, 3, size, size)."""
+    return _to_signed(_enlarge(ink, mode="bilinear").expand(-1, 3, -1, -1))
+
+
+def render_target(ink: Tensor, *, seed: int, shift: Shift = SHIFT) -> Tensor:
+    """Return ink (N, 1, 8, 8) as coloured strokes on a coloured, textured ground, (N, 3, size, size).
+
+    Contrast and brightness differ from image to image; strokes stay lighter than the ground.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    count = len(ink)
+
+    def uniform(low: float, high: float, channels: int) -> Tensor:
+        return low + (high - low) * torch.rand(count, channels, 1, 1, generator=generator)
+
+    ink = _enlarge(ink, mode="bilinear")
+    stroke, ground = uniform(*shift.stroke, 3), uniform(*shift.ground, 3)
+    coarse = torch.randn(count, 3, shift.texture_cells, shift.texture_cells, generator=generator)
+    texture = shift.texture * _enlarge(coarse, mode="bicubic")
+    image = stroke * ink + (ground + texture) * (1 - ink)
+    image = image + shift.noise * torch.randn(image.shape, generator=generator)
+    contrast = uniform(math.log(shift.contrast[0]), math.log(shift.contrast[1]), 1).exp()
+    image = 0.5 + contrast * (image - 0.5) + uniform(-shift.brightness, shift.brightness, 1)
+    return _to_signed(image.clamp(0, 1))
+
+
+def _enlarge(image: Tensor, *, mode: str) -> Tensor:
+    return F.interpolate(image, size=(IMAGE_SIZE, IMAGE_SIZE), mode=mode, align_corners=False)
+
+
+def _to_signed(image: Tensor) -> Tensor:
+    return 2 * image - 1

@@ -1,0 +1,154 @@
+"""The fine-tuning evidence: every arm at batch size 2 on shifted digits, over several seeds -> docs/evidence.md.
+
+Run by `make evidence`. Raw numbers go to docs/evidence.json; `--rewrite` writes the report from them without
+running anything. Exit status 1 where the converted network lacks the wanted lead or equality.
+"""
+
+import argparse
+import os
+import platform
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from arms import ARMS, convert
+from digits import Digits, prepare_digits
+from evidence_records import Evidence, Parity, Section, choose, read_json, write_json
+from evidence_report import is_claim_held, write_report
+from finetuning import Outcome, accuracy, relative_output_error, run_arm, train_source
+from protocol import MAIN, OTHERS, SHIFT, SOURCE_TRAINING, SPLIT, Setting, architecture
+from torch import nn
+from torchvision.utils import save_image
+
+import normswap
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+Weights = dict[str, list[dict[str, float]]]
+
+
+def main() -> int:
+    """Run (or only rewrite) the evidence; return the exit status."""
+    options = _options()
+    raw = options.output / "evidence.json"
+    if options.rewrite:
+        evidence = read_json(raw)
+    else:
+        torch.set_num_threads(1)  # images this small gain nothing from a second thread, and sums keep their order
+        evidence = collect(options.seeds)
+        write_json(evidence, raw)
+    write_report(evidence, options.output / "evidence.md")
+    write_sample(options.output / "digits.png")
+    held = is_claim_held(evidence)
+    print(f"wrote {options.output / 'evidence.md'}: the claim {'holds' if held else 'DOES NOT HOLD'}")
+    return 0 if held else 1
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds to run (default 0 1 2)")
+    parser.add_argument("--output", type=Path, default=DOCS, help="existing folder of the report (default docs)")
+    parser.add_argument("--rewrite", action="store_true", help="run nothing, write the report from evidence.json")
+    options = parser.parse_args()
+    if len(set(options.seeds)) != len(options.seeds) or min(options.seeds) < 0:
+        parser.error(f"--seeds: expected different numbers from 0 up, got {options.seeds}")
+    if not options.output.is_dir():
+        parser.error(f"--output: expected an existing folder, got {options.output}")
+    if options.rewrite and not (options.output / "evidence.json").is_file():
+        parser.error(f"--rewrite: no evidence.json in {options.output}; run without --rewrite first")
+    return options
+
+
+def collect(seeds: list[int]) -> Evidence:
+    """Run every setting on every seed."""
+    start = time.monotonic()
+    parity: list[Parity] = []
+    weights: list[Weights] = []
+    outcomes: dict[str, list[Outcome]] = {setting.title: [] for setting in (MAIN, *OTHERS)}
+    for seed in seeds:
+        digits = prepare_digits(seed=seed)
+        network = train_source(digits, seed=seed)
+        parity.append(measure_parity(network, digits, seed=seed))
+        print(f"seed {seed}: {parity[-1]}", flush=True)
+        for setting in (MAIN, *OTHERS):
+            for name in setting.arms:
+                runs = list(run_grid(name, setting, network, digits, seed=seed))
+                outcomes[setting.title] += [outcome for outcome, _ in runs]
+                if setting is MAIN and name == "converted":
+                    best = choose(outcome for outcome, _ in runs)
+                    weights += [learned for outcome, learned in runs if outcome is best]
+    sections = [Section(s.title, asdict(s.tuning), outcomes[s.title]) for s in (MAIN, *OTHERS)]
+    return Evidence(
+        date=datetime.now(UTC).date().isoformat(),
+        machine=describe_machine(),
+        versions=describe_versions(),
+        seconds=time.monotonic() - start,
+        seeds=seeds,
+        protocol={
+            "architecture": architecture(),
+            "split": {" ".join(key): count for key, count in SPLIT.items()},
+            "shift": asdict(SHIFT),
+            "source_training": asdict(SOURCE_TRAINING),
+        },
+        parity=parity,
+        weights=weights,
+        sections=sections,
+    )
+
+
+def run_grid(
+    name: str, setting: Setting, network: nn.Module, digits: Digits, *, seed: int
+) -> Iterator[tuple[Outcome, Weights]]:
+    """Yield the outcome of one arm at every rate, with the importance weights that it learned."""
+    for rate in setting.tuning.rates:
+        model, outcome = run_arm(name, ARMS[name], network, digits, rate=rate, settings=setting.tuning, seed=seed)
+        print(
+            f"seed {seed} | {setting.title} | {ARMS[name].title} | rate {rate:g}: validation {outcome.validation:.1f}, "
+            f"target {outcome.target:.1f}, source {outcome.source:.1f} "
+            f"({outcome.seconds:.0f} s{'' if outcome.is_finite else ', DIVERGED'})",
+            flush=True,
+        )
+        yield outcome, {site: [w.mean, w.var] for site, w in normswap.importance_weights(model).items()}
+
+
+def measure_parity(network: nn.Module, digits: Digits, *, seed: int) -> Parity:
+    """Compare the trained network with its conversion before any step, on all test images."""
+    converted = convert(network)
+    source, target = digits.source.test, digits.target.test
+    return Parity(
+        seed=seed,
+        source_original=accuracy(network, source),
+        source_converted=accuracy(converted, source),
+        target_original=accuracy(network, target),
+        target_converted=accuracy(converted, target),
+        relative_error=relative_output_error(network, converted, torch.cat([source.pixels, target.pixels])),
+    )
+
+
+def write_sample(path: Path, *, count: int = 12) -> None:
+    """Write a picture of `count` test images of the source over as many of the target."""
+    digits = prepare_digits(seed=0)
+    pixels = [domain.test.pixels[:count] for domain in (digits.source, digits.target)]
+    save_image((torch.cat(pixels) + 1) / 2, path, nrow=count)
+
+
+def describe_machine() -> str:
+    """Return the processor's name and the number of cores."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+
+
+def describe_versions() -> dict[str, str]:
+    """Return the versions that the numbers depend on."""
+    packages = ("torch", "timm", "scikit-learn", "normswap")
+    return {"python": platform.python_version()} | {name: version(name) for name in packages}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

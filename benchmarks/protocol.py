@@ -1,0 +1,133 @@
+"""Every number of the demo and of the fine-tuning evidence: network, data split, shift, training, learning rates.
+
+Holds constants only. The demo and the evidence read the same ones; the evidence copies them into its report.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+NETWORK = (
+    "test_resnet"  # the smallest ResNet of timm: basic and bottleneck blocks, 15 BN sites, 0.37 million parameters
+)
+# Stride 8 leaves 4 x 4 positions at the last stage, where the smallest images would otherwise end at 1 x 1.
+NETWORK_OPTIONS = {"in_chans": 3, "num_classes": 10, "output_stride": 8}
+IMAGE_SIZE = 32
+
+# Images of the 1797 scanned digits; the six sets are disjoint.
+SPLIT = {
+    ("source", "train"): 700,
+    ("source", "validation"): 100,
+    ("source", "test"): 200,
+    ("target", "train"): 400,
+    ("target", "validation"): 147,
+    ("target", "test"): 250,
+}
+
+
+@dataclass(frozen=True)
+class Shift:
+    """How the target domain is drawn: ranges in units of the pixel range 0 to 1, each draw made per image.
+
+    Args:
+        stroke, ground: range of each colour channel of the strokes and of the ground behind them.
+        texture: standard deviation of the smooth coloured texture of the ground.
+        texture_cells: cells per side of the coarse random grid that the texture is interpolated from.
+        contrast: the image's distance from mid-grey is multiplied by a factor from this range, log-uniform.
+        brightness: largest brightness added or taken away, after the contrast.
+        noise: standard deviation of the noise per pixel and channel, before the contrast.
+    """
+
+    stroke: tuple[float, float] = (0.7, 1.0)
+    ground: tuple[float, float] = (0.0, 0.3)
+    texture: float = 0.1
+    texture_cells: int = 6
+    contrast: tuple[float, float] = (0.2, 1.0)
+    brightness: float = 0.2
+    noise: float = 0.05
+
+
+@dataclass(frozen=True)
+class SourceTraining:
+    """How the BN network is trained on clean digits, by SGD under a one-cycle schedule."""
+
+    epochs: int = 20
+    batch_size: int = 64
+    rate: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    least_validation_accuracy: float = 90.0
+
+
+@dataclass(frozen=True)
+class FineTuning:
+    """How every arm is fine-tuned on the target domain; the rate falls linearly to 0.
+
+    Args:
+        steps, batch_size: the same for all arms, as are the batches and their order.
+        rates: the grid that each arm's learning rate is chosen from, on the target's validation images.
+        momentum: of SGD; AdamW keeps torch's own betas.
+        clip: largest norm of the gradient of the network's own parameters. Gates are left out: they cannot run
+            away from the simplex, and beside large gradients of the network they would hardly move.
+        gate_rate: learning rate of the gates, in units of the network's.
+    """
+
+    steps: int = 400
+    batch_size: int = 2
+    rates: tuple[float, ...] = (0.003, 0.01, 0.03, 0.1, 0.3)
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    clip: float = 1.0
+    gate_rate: float = 1.0
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way of fine-tuning, and the arms that are put through it."""
+
+    title: str
+    tuning: FineTuning
+    arms: tuple[str, ...]
+
+
+SHIFT = Shift()
+SOURCE_TRAINING = SourceTraining()
+FINE_TUNING = FineTuning()
+_ADAMW_RATES = (0.0003, 0.001, 0.003, 0.01)
+
+ALL_ARMS = (
+    "bn",
+    "frozen",
+    "adapted",
+    "bn_then_reestimated",
+    "group_norm",
+    "instance_norm",
+    "uniform",
+    "converted",
+)
+_MAIN_RIVALS = ("bn", "adapted", "bn_then_reestimated", "group_norm", "converted")
+MAIN = Setting("The comparison", FINE_TUNING, ALL_ARMS)
+OTHERS = (
+    Setting("Twice the steps", FineTuning(steps=800), _MAIN_RIVALS),
+    Setting("AdamW", FineTuning(optimizer="adamw", rates=_ADAMW_RATES), _MAIN_RIVALS),
+    Setting(
+        "AdamW, gates at 5 times the rate",
+        FineTuning(optimizer="adamw", rates=_ADAMW_RATES, gate_rate=5.0),
+        ("converted",),
+    ),
+)
+
+DEMO_SEED = 0
+DEMO_RATE = 0.01
+DEMO_ARMS = ("bn", "frozen", "group_norm", "converted")
+
+# Points of accuracy by which the converted network is to lead the best arm of WANTED_LEAD_OVER after fine-tuning.
+WANTED_LEAD = 20.0
+WANTED_LEAD_OVER = ("bn", "frozen", "adapted")
+# Largest relative output error right after the swap, in float32.
+WANTED_ERROR = 1e-5
+
+
+def architecture() -> str:
+    """Return the network as `normswap --arch` takes it."""
+    return ",".join([f"timm:{NETWORK}", *(f"{key}={value}" for key, value in NETWORK_OPTIONS.items())])
