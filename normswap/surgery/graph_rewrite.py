@@ -38,16 +38,19 @@ def free_names(module: nn.Module, count: int) -> list[str]:
     return names
 
 
-def compile_forward(module: nn.Module, site_names: SiteNames = ()) -> Callable[..., Any]:
+def compile_forward(module: nn.Module, site_names: SiteNames | None = None) -> Callable[..., Any]:
     """Return a forward function for `module` made from the graphs of its class's; the module is left as it is.
 
     Args:
-        site_names: for each batch_norm call in order the child of `module` to call in its place, None to keep it.
+        site_names: for each batch_norm call in order the child of `module` to call in its place, None to keep it;
+            by default those that are in its place already.
 
     Raises:
         SwapError: the forward cannot be traced, or not so that the graph may run in its place.
     """
     original = _as_it_was(module) if is_rewritten(module) else module
+    if site_names is None:
+        site_names = module.__dict__.get(_SITE_NAMES, ())
     own = trace_own_forward(original)
     if own.training is None or own.evaluation is None:
         raise SwapError(f"the forward of {type(module).__name__} cannot be rewritten: {own.reason}")
@@ -107,7 +110,7 @@ class _RewrittenForward(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self.__class__ = _rewritten_class(self.original_class, compile_forward(self, state[_SITE_NAMES]))  # type: ignore[assignment]
+        self.__class__ = _rewritten_class(self.original_class, compile_forward(self))  # type: ignore[assignment]
 
 
 def _as_it_was(module: nn.Module) -> nn.Module:
