@@ -158,7 +158,7 @@ def _swap(data: Any) -> Swap:
         raise PlanError(f"{where}: expected bn_statistics among {BN_STATISTICS}, got {data['bn_statistics']!r}")
     try:
         return Swap(**{**data, "gate": check_gate(data["gate"]), "branches": _with_bn(data["branches"])})
-    except ValueError as error:
+    except (TypeError, ValueError) as error:  # of a value that is no string: unhashable, or no branch
         raise PlanError(f"{where}: {error}") from None
 
 
