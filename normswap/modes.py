@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.utils.hooks import RemovableHandle
 
 _CONTAINERS = (list, dict, set)
@@ -61,6 +61,8 @@ def all_or_nothing(modules: Iterable[nn.Module]) -> Iterator[None]:
         for module, cls, state in states:
             module.__class__ = cls
             _put_back(module, state)
+            if isinstance(module, fx.GraphModule):
+                module.recompile()
         raise
 
 

@@ -103,7 +103,6 @@ REFUSED = {
     "a keyword option": (KeywordOption, "what it does depends on its optional arguments (mask)"),
     "a switch": (Switch, "TraceError: symbolically traced variables"),
     "children in a list": (ListHeld, "NameError: module is not installed as a submodule"),
-    "a GraphModule": (lambda: zoo.traced(zoo.FunctionalBlock()), "it is a GraphModule, made by another trace: convert"),
     "TorchScript": (lambda: zoo.BY_NAME["TorchScript inside"].model().part, "it is TorchScript, whose code is fixed"),
     "overridden on the instance": (
         lambda: zoo.overridden(nn.Sequential(zoo.FunctionalBlock()), "0")[0],

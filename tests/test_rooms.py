@@ -28,6 +28,7 @@ ROOMS = [
     "surgery.own_forward",
     "surgery.trial",
     "surgery.graph_rewrite",
+    "surgery.graph_edit",
     "surgery.sites",
     "surgery.plan",
     "surgery.gated",

@@ -129,7 +129,10 @@ def test_a_refusal_in_place_leaves_the_model_as_it_was() -> None:
     assert type(model.bn) is nn.BatchNorm2d
 
 
-def test_a_functional_site_of_a_graph_cannot_be_put_back() -> None:
-    graph = normswap.convert(Functional(), torch.randn(2, 3, 9, 9), as_graph=True).model
-    with pytest.raises(SwapError, match="a functional site of a whole-model graph cannot be put back"):
-        normswap.revert(graph)
+def test_a_functional_site_of_a_graph_is_put_back() -> None:
+    model, x = Functional(), torch.randn(4, 3, 9, 9)
+    graph = normswap.revert(normswap.convert(model, x, as_graph=True).model)
+    assert graph.state_dict().keys() == model.state_dict().keys()
+    assert not any(isinstance(module, GatedModule) for module in graph.modules())
+    for training in (True, False):
+        assert torch.equal(run(graph, x, training=training), run(model, x, training=training))

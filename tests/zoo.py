@@ -823,6 +823,12 @@ def traced(module: nn.Module) -> nn.Module:
     return fx.symbolic_trace(module)
 
 
+def exported(*, training: bool) -> nn.Module:
+    """The module of a program exported in one mode, whose batch_norm calls are ATen nodes."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), bn(), nn.ReLU(), bn()).train(training)
+    return torch.export.export(model, (IMAGE(),), strict=False).module()
+
+
 def own_parameter_kernel() -> nn.Module:
     """A weight-standardised convolution whose kernel is parametrized besides."""
     model = nn.Sequential(StdConv2d(3, 8, 3), bn())
@@ -895,12 +901,9 @@ TRAPS: tuple[Trap, ...] = (
         skips={"0.batch_norm": "overridden on the instance"},
     ),
     _trap("BN as a container", NormAsContainer, IMAGE, "bn", "batch_norm", idle=("bn",)),
-    _trap(
-        "a GraphModule with a functional call",
-        lambda: traced(FunctionalBlock()),
-        IMAGE,
-        skips={"batch_norm": "GraphModule"},
-    ),
+    _trap("a GraphModule with a functional call", lambda: traced(FunctionalBlock()), IMAGE, "batch_norm"),
+    _trap("a program exported in evaluation", lambda: exported(training=False), IMAGE, "batch_norm", "batch_norm_1"),
+    _trap("a program exported in training", lambda: exported(training=True), IMAGE, "batch_norm", "batch_norm_1"),
     # weights, which are no activations
     _trap("StdConv2d", lambda: nn.Sequential(StdConv2d(3, 8, 3), bn()), IMAGE, "1", kernels=True),
     _trap("ScaledStdConv2d", lambda: nn.Sequential(ScaledStdConv2d(3, 8, 3), bn()), IMAGE, "1", kernels=True),

@@ -300,6 +300,9 @@ class FunctionalSwitchNorm(GatedModule):
     Running statistics and affine parameters stay where the owner keeps them, under their own names.
     """
 
+    # Which of the functions that normalize it was put in place of; surgery tells.
+    replaced_call = "torch.nn.functional.batch_norm"
+
     def __init__(self, *, gate: Gate, branches: Sequence[Branch], bn_statistics: BnStatistics = "batch") -> None:
         super().__init__()
         self.gate = check_gate(gate)

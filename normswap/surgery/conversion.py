@@ -4,20 +4,21 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.distributed import get_world_size, is_available, is_initialized
 
 from normswap.errors import PlanError, SwapError
 from normswap.layers.adoption import adopt, release
 from normswap.layers.importance import BnStatistics, Branch, Gate
-from normswap.layers.modules import FunctionalSwitchNorm
+from normswap.layers.modules import FunctionalSwitchNorm, SwitchNorm
 from normswap.modes import all_or_nothing
-from normswap.surgery.gated import gated_modules, moved_sites
+from normswap.surgery.gated import moved_sites
+from normswap.surgery.graph_edit import edit_graph, edited_nodes, restore_graph
 from normswap.surgery.graph_rewrite import free_names, is_rewritten, restore_forward, rewrite_forward
 from normswap.surgery.norms import KNOWN_NORMS, Norms, NormSpec, read_norm
 from normswap.surgery.own_forward import trace_own_forward
 from normswap.surgery.plan import Swap, SwapPlan, plan_swaps
-from normswap.surgery.tracing import batch_norm_nodes
+from normswap.surgery.tracing import batch_norm_nodes, call_name
 from normswap.surgery.tree import class_name, copy_model, join, modules_by_name, walk_modules
 from normswap.surgery.whole_graph import to_graph_module
 
@@ -135,16 +136,17 @@ def revert(model: nn.Module, *, discard: bool = False) -> nn.Module:
             f"{len(moved)} sites have learned importance weights ({', '.join(moved[:3])}{', ...' * (len(moved) > 3)}): "
             "reverting would change the function; pass discard=True to do it all the same"
         )
-    layers = [layer for layer in gated_modules(model).values() if not isinstance(layer, FunctionalSwitchNorm)]
-    owners = [place.module for place in walk_modules(model) if is_rewritten(place.module)]
-    inside = {child for owner in owners for child in owner.children()}
-    if any(isinstance(layer, FunctionalSwitchNorm) and layer not in inside for layer in gated_modules(model).values()):
-        raise SwapError("a functional site of a whole-model graph cannot be put back: revert before as_graph=True")
-    with all_or_nothing((*layers, *owners)):
+    modules = [place.module for place in walk_modules(model)]
+    layers = [module for module in modules if isinstance(module, SwitchNorm)]
+    owners = [module for module in modules if is_rewritten(module)]
+    graphs = [module for module in modules if isinstance(module, fx.GraphModule) and edited_nodes(module)]
+    with all_or_nothing((*layers, *owners, *graphs)):
         for layer in layers:
             release(layer)
         for owner in owners:
             restore_forward(owner)
+        for graph in graphs:
+            restore_graph(graph)
     return model
 
 
@@ -207,9 +209,9 @@ def _adopt(layer: nn.Module, spec: NormSpec, swap: Swap) -> nn.Module:
 
 def _rewrite_owner(module: nn.Module, owner: str, swaps: list[Swap]) -> dict[str, nn.Module]:
     trace = trace_own_forward(module)
-    calls = len(batch_norm_nodes(trace.evaluation)) if trace.evaluation else 0
+    nodes = batch_norm_nodes(trace.evaluation) if trace.evaluation else []
     wanted = {swap.fqn: swap for swap in swaps}
-    names = free_names(module, calls)
+    names = free_names(module, len(nodes))
     planned = {name: wanted[join(owner, name)] for name in names if join(owner, name) in wanted}
     if len(planned) != len(swaps):
         raise SwapError(f"{owner or 'the model'}: expected {sorted(wanted)} among its batch_norm calls, found {names}")
@@ -219,10 +221,15 @@ def _rewrite_owner(module: nn.Module, owner: str, swaps: list[Swap]) -> dict[str
         gates[name] = FunctionalSwitchNorm(
             gate=swap.gate, branches=swap.branches, bn_statistics=swap.bn_statistics
         ).requires_grad_(swap.train_gates)
+        gates[name].replaced_call = call_name(nodes[names.index(name)].target)
         gates[name].train(module.training)
         if like is not None:
             gates[name].to(like)
-    rewrite_forward(module, gates, tuple(name if name in gates else None for name in names))
+    site_names = tuple(name if name in gates else None for name in names)
+    if isinstance(module, fx.GraphModule):
+        edit_graph(module, gates, site_names)
+    else:
+        rewrite_forward(module, gates, site_names)
     return {join(owner, name): layer for name, layer in gates.items()}
 
 

@@ -27,14 +27,19 @@ class OwnForward:
 
 def trace_own_forward(module: nn.Module) -> OwnForward:
     """Trace `module.forward` alone, once in training and once in evaluation. The module is left as it is."""
+    if isinstance(module, fx.GraphModule):  # its graph is its code, in both modes
+        return OwnForward(module.graph, module.graph)
     reason = _fixed_code(module)
-    graphs = []
+    graphs: list[fx.Graph] = []
     for training in () if reason else (True, False):
         trace = _trace(module, training=training)
         reason = trace.reason or trace.omission
         if trace.graph is None or reason:
             break
-        reason = _constant(module, trace.graph) or _depends_on_options(module, trace.graph, training=training)
+        options = deciding_options(module, training=training)
+        reason = _constant(module, trace.graph)
+        if options:
+            reason = f"what it does depends on its optional arguments ({', '.join(options)})"
         if reason:
             break
         graphs.append(trace.graph)
@@ -65,8 +70,6 @@ def _trace(module: nn.Module, *, training: bool, concrete: dict[str, Any] | None
 
 def _fixed_code(module: nn.Module) -> str | None:
     """Why the forward of the class is not what runs, or is no code to be rewritten."""
-    if isinstance(module, fx.GraphModule):
-        return "it is a GraphModule, made by another trace: convert the model that it was made of"
     if isinstance(module, torch.jit.ScriptModule):
         return "it is TorchScript, whose code is fixed: convert the Python model, then script it again"
     if "forward" in vars(module):
@@ -91,22 +94,21 @@ def _has(module: nn.Module, path: str) -> bool:
     return True
 
 
-def _depends_on_options(module: nn.Module, graph: fx.Graph, *, training: bool) -> str | None:
-    """With its optional arguments at their defaults, the forward must be the same sequence of operations."""
+def deciding_options(module: nn.Module, *, training: bool = False) -> dict[str, Any]:
+    """Return the optional arguments of the forward with their defaults if they decide what it does, else none."""
     parameters = inspect.signature(type(module).forward).parameters.values()
     plain = (type(None), bool, int, float, str)
     defaults = {p.name: p.default for p in parameters if isinstance(p.default, plain)}
     if not defaults:
-        return None
-    trace = _trace(module, training=training, concrete=defaults)
-    if trace.graph is not None and _operations(trace.graph) == _operations(graph):
-        return None
-    return f"what it does depends on its optional arguments ({', '.join(defaults)})"
+        return {}
+    free, settled = (_trace(module, training=training, concrete=concrete).graph for concrete in (None, defaults))
+    same = free is not None and settled is not None and _operations(free) == _operations(settled)
+    return {} if same else defaults
 
 
 def _operations(graph: fx.Graph) -> list[Any]:
     """What a graph runs, without the assertions that concrete arguments bring."""
-    asserting = {node for node in graph.nodes if getattr(node.target, "__name__", "") in ("_assert", "_assert_is_none")}
+    asserting = {node for node in graph.nodes if getattr(node.target, "__name__", "") == "_assert"}
     for node in graph.nodes:
         if node.users and asserting.issuperset(node.users):
             asserting.add(node)

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 
 from normswap.errors import ModelError
@@ -22,6 +22,7 @@ from normswap.surgery.tracing import (
     GraphFacts,
     batch_norm_arguments,
     batch_norm_nodes,
+    call_name,
     is_batch_norm_call,
     read_graph,
     trace_model,
@@ -199,7 +200,7 @@ def _functional_sites(place: Place, facts: GraphFacts | None, seen: Observation 
     )
     if not problem and seen and len(fed) not in (0, runs * len(nodes)):
         problem = "not every F.batch_norm call runs in every pass: move the call into a module of its own"
-    if not problem and seen and owner in seen.owner_inputs:
+    if not problem and seen and owner in seen.owner_inputs and not isinstance(module, fx.GraphModule):
         problem = _differs_from_eager(module, *seen.owner_inputs[owner])
     order, seen_by = _order(place, facts, seen)
     sites = []
@@ -210,7 +211,7 @@ def _functional_sites(place: Place, facts: GraphFacts | None, seen: Observation 
                 fqn=join(owner, name),
                 aliases=tuple(join(alias, name) for alias in place.names[1:]),
                 kind="bn",
-                class_name="torch.nn.functional.batch_norm",
+                class_name=call_name(nodes[index].target) if nodes else "torch.nn.functional.batch_norm",
                 num_features=_channels(module, nodes[index] if nodes else None, shapes),
                 trainable=_affine_trainable(module, nodes[index] if nodes else None),
                 registered=place.registered,

@@ -6,6 +6,7 @@ Nothing is decided or changed here.
 """
 
 import copy
+import operator
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,6 +24,10 @@ from normswap.surgery.tree import join
 BATCH_NORM_CALLS: Mapping[Any, tuple[str, ...]] = {
     F.batch_norm: ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),
     torch.batch_norm: ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps"),
+    # Of exported programs; the last argument, cudnn_enabled, says nothing of the function.
+    torch.ops.aten.batch_norm.default: (
+        *("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps", "cudnn_enabled"),
+    ),
 }
 
 
@@ -154,7 +159,7 @@ def trace_with(
             with training_flags(twin.modules(), training=training):
                 states = {name: module_state(module) for name, module in twin.named_modules()}
                 drawn = random_state()
-                graph = tracer.trace(twin, concrete)
+                graph = _with_plain_assertions(tracer.trace(twin, concrete))
                 omission = "it draws random numbers in Python" if random_state() != drawn else None
                 written = _written_attributes(twin, states, graph)
         except Exception as error:  # noqa: BLE001 - tracing runs the user's code on proxies: anything may come
@@ -166,12 +171,26 @@ def trace_with(
     return Trace(graph, None, omission, frozenset(tracer.entered))
 
 
+def _with_plain_assertions(graph: fx.Graph) -> fx.Graph:
+    """Say `x is None` without FX's own helper: a GraphModule that names it breaks all later traces (torch 2.14)."""
+    for node in list(graph.nodes):
+        if getattr(node.target, "__name__", "") == "_assert_is_none":
+            value, message = node.args
+            with graph.inserting_before(node):
+                node.replace_all_uses_with(
+                    graph.call_function(torch._assert, (graph.call_function(operator.is_, (value, None)), message))
+                )
+            graph.erase_node(node)
+    return graph
+
+
 def _written_attributes(twin: nn.Module, states: dict[str, ModuleState], graph: fx.Graph) -> list[str]:
     """What tracing changed in the state of the modules, other than the constants that the tracer stores there."""
     stored = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
     written = [
         join(owner, name)
         for owner, module in twin.named_modules()
+        if not isinstance(module, torch.jit.ScriptModule)  # they cache their methods
         for name in changed_names(states.get(owner, ModuleState({}, {})), module_state(module))
     ]
     return [name for name in written if name not in stored]
@@ -223,12 +242,19 @@ def batch_norm_arguments(node: fx.Node) -> dict[str, Any]:
     """Return the arguments of a batch_norm node by the names of `F.batch_norm`."""
     names = BATCH_NORM_CALLS[node.target]
     named = dict(zip(names, node.args, strict=False))
-    return named | {name: value for name, value in node.kwargs.items() if name in names}
+    named |= {name: value for name, value in node.kwargs.items() if name in names}
+    named.pop("cudnn_enabled", None)
+    return named
 
 
 def is_batch_norm_call(node: fx.Node) -> bool:
     """Say whether a node calls batch_norm, on whatever."""
     return node.op == "call_function" and node.target in BATCH_NORM_CALLS
+
+
+def call_name(call: Any) -> str:
+    """Return the name of one of `BATCH_NORM_CALLS`, such as `torch.nn.functional.batch_norm`."""
+    return str(call) if isinstance(call, torch._ops.OpOverload) else f"{call.__module__ or 'torch'}.{call.__name__}"
 
 
 def first_line(error: BaseException) -> str:

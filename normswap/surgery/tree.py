@@ -7,10 +7,11 @@ optimizer, but it runs. It is found through its owner's `__dict__` and named lik
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from normswap.layers.adoption import qualified_name
 
@@ -61,7 +62,21 @@ def copy_model(model: nn.Module) -> nn.Module:
     for parameter, copied in zip(model.parameters(), twin.parameters(), strict=True):
         if copied.requires_grad != parameter.requires_grad:
             copied.requires_grad_(parameter.requires_grad)
+    for module, copied_module in zip(model.modules(), twin.modules(), strict=True):
+        if isinstance(module, fx.GraphModule):
+            _complete_graph_copy(module, copied_module)
     return twin
+
+
+def _complete_graph_copy(module: nn.Module, twin: nn.Module) -> None:
+    """Give the copy of a GraphModule what torch's own copying leaves behind: name, hooks, attributes (torch 2.14)."""
+    type(twin).__name__, type(twin).__qualname__ = type(module).__name__, type(module).__qualname__
+    for name, value in vars(module).items():
+        if name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")) and value:
+            vars(twin)[name] = value.copy()
+        elif name not in vars(twin):
+            bound = isinstance(value, MethodType) and value.__self__ is module
+            vars(twin)[name] = MethodType(value.__func__, twin) if bound else value
 
 
 def join(owner: str, name: str) -> str:

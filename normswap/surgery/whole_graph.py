@@ -2,7 +2,7 @@
 
 Two traces, in training and in evaluation, must be one graph: where they differ in a flag, the flag is read from a
 child when it runs. Where they differ in structure, the modules whose own forward does so stay whole, as leaves; where
-the trace fails, so do all modules without norm sites.
+the trace fails, so do all modules without norm sites. Optional arguments that decide what runs keep their defaults.
 """
 
 import copy
@@ -17,12 +17,12 @@ from torch import Tensor, fx, nn
 from normswap.errors import SwapError
 from normswap.layers.gates import GatedModule
 from normswap.modes import call_model
-from normswap.surgery.own_forward import trace_own_forward
+from normswap.surgery.own_forward import deciding_options, trace_own_forward
 from normswap.surgery.tracing import first_line, sharing_twin, trace_with
-from normswap.surgery.tree import modules_by_name
+from normswap.surgery.tree import join, modules_by_name
 from normswap.surgery.trial import agree, outcome
 
-_FLAG = "training_flag"
+_FLAG = "_training_flag"
 
 
 class TrainingFlag(nn.Module):
@@ -44,10 +44,11 @@ def to_graph_module(model: nn.Module, example_inputs: Any = None) -> fx.GraphMod
     """
     if isinstance(model, GatedModule):
         raise SwapError(f"{type(model).__name__} is a single norm layer, not a model to be made one graph")
+    options = deciding_options(model)
     reason = ""
     for leaves in (_kept_whole, _kept_whole_or_forked, _forked_or_without_sites):
         try:
-            graph_module = _graph_module(model, leaves)
+            graph_module = _graph_module(model, leaves, options)
         except Exception as error:  # noqa: BLE001 - the copy and the model's state are the user's code
             reason = reason or first_line(error)
             continue
@@ -93,22 +94,24 @@ def _operations(graph: fx.Graph) -> list[tuple[Any, ...]]:
 
 
 def _merge(training: fx.Graph, evaluation: fx.Graph) -> fx.Graph:
-    """Return the evaluation graph with every flag that differs in training read at run time."""
+    """Return the evaluation graph with every flag that differs in training read at run time, where its owner has it."""
     if _operations(training) != _operations(evaluation):
         raise SwapError("training and evaluation run different operations")
-    flag: fx.Node | None = None
+    flags: dict[str, fx.Node] = {}
 
-    def read_flag() -> fx.Node:
-        nonlocal flag
-        if flag is None:
+    def read_flag(target: str) -> fx.Node:
+        if target not in flags:
             first = next(node for node in evaluation.nodes if node.op != "placeholder")
             with evaluation.inserting_before(first):
-                flag = evaluation.call_module(_FLAG)
-        return flag
+                flags[target] = evaluation.call_module(target)
+        return flags[target]
 
     for train_node, eval_node in zip(list(training.nodes), list(evaluation.nodes), strict=True):
-        eval_node.args = _with_flags(train_node.args, eval_node.args, read_flag)
-        eval_node.kwargs = _with_flags(train_node.kwargs, eval_node.kwargs, read_flag)
+        stack = eval_node.meta.get("nn_module_stack")
+        owner = next(reversed(stack.values()))[0] if stack else ""
+        read = partial(read_flag, join(owner, _FLAG))
+        eval_node.args = _with_flags(train_node.args, eval_node.args, read)
+        eval_node.kwargs = _with_flags(train_node.kwargs, eval_node.kwargs, read)
     return evaluation
 
 
@@ -129,12 +132,12 @@ def _with_flags(training: Any, evaluation: Any, read_flag: Any) -> Any:
     return evaluation
 
 
-def _graph_module(model: nn.Module, leaves: Any) -> fx.GraphModule:
+def _graph_module(model: nn.Module, leaves: Any, options: dict[str, Any]) -> fx.GraphModule:
     """Build on the model's own objects; constants that tracing made exist on the twins only."""
     twins, graphs = [], []
     for training in (True, False):
         twins.append(sharing_twin(model))
-        trace = trace_with(lambda: twins[-1], leaves, training=training)
+        trace = trace_with(lambda: twins[-1], leaves, training=training, concrete=options)
         if trace.graph is None or trace.omission:
             raise SwapError(trace.reason or trace.omission)
         graphs.append(trace.graph)
@@ -143,15 +146,17 @@ def _graph_module(model: nn.Module, leaves: Any) -> fx.GraphModule:
     root: dict[str, Any] = {}
     for node in graph.nodes:
         target = str(node.target)
+        owner, _, name = target.rpartition(".")
         if node.op == "call_module":
-            root[target] = TrainingFlag() if target == _FLAG else own[target]
+            root[target] = TrainingFlag() if name == _FLAG else own[target]
         elif node.op == "get_attr":
-            owner, _, name = target.rpartition(".")
             root[target] = getattr(own[owner], name) if hasattr(own.get(owner), name) else _constant(twins, name)
     module = fx.GraphModule(root, graph, type(model).__name__)
     # Hooks of the model itself: the registries, so that a handle still removes its hook.
     module.__dict__.update({name: value for name, value in vars(model).items() if name.endswith(("_hooks", "_hook"))})
-    module.train(model.training)
+    for name, made in module.named_modules():
+        if name not in own or made is not own[name]:  # those that FX made on the way to others, and our flags
+            made.training = own[name.removesuffix(_FLAG).removesuffix(".")].training
     return module
 
 

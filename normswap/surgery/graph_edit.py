@@ -1,0 +1,72 @@
+"""Functional sites of a `torch.fx.GraphModule`: its graph is its code, so the nodes themselves are swapped, and back.
+
+Serves graphs that symbolic tracing made and those of exported programs, whose batch_norm nodes are ATen calls. What the
+graph has frozen stays so: a graph traced in evaluation keeps using the running statistics in training.
+"""
+
+import copy
+
+import torch
+from torch import fx
+
+from normswap.layers.modules import FunctionalSwitchNorm
+from normswap.surgery.tracing import BATCH_NORM_CALLS, batch_norm_arguments, batch_norm_nodes, call_name
+
+
+def edit_graph(
+    module: fx.GraphModule, gates: dict[str, FunctionalSwitchNorm], site_names: tuple[str | None, ...]
+) -> None:
+    """Put SN in place of batch_norm nodes of `module`'s graph.
+
+    Args:
+        gates: the new children by name.
+        site_names: for each batch_norm node in order the name of its child, None for a node that stays.
+    """
+    for child_name, child in gates.items():
+        module.add_module(child_name, child)
+    graph = copy.deepcopy(module.graph)
+    for node, name in zip(batch_norm_nodes(graph), site_names, strict=True):
+        if name is None:
+            continue
+        arguments = batch_norm_arguments(node)
+        with graph.inserting_before(node):
+            call = graph.call_module(name, (arguments.pop("input"),), arguments)
+        _replace(graph, node, call)
+    module.graph = graph
+
+
+def restore_graph(module: fx.GraphModule) -> None:
+    """Undo `edit_graph`: the nodes call what they called before, and the children are gone."""
+    calls = {call_name(call): call for call in BATCH_NORM_CALLS}
+    gates = _functional_gates(module)
+    graph = copy.deepcopy(module.graph)
+    for node in _calls_of(graph, gates):
+        call = calls[gates[str(node.target)].replaced_call]
+        arguments = {"input": node.args[0], "cudnn_enabled": torch.backends.cudnn.enabled, **node.kwargs}
+        ordered = tuple(arguments[parameter] for parameter in BATCH_NORM_CALLS[call] if parameter in arguments)
+        with graph.inserting_before(node):
+            restored = graph.call_function(call, ordered)
+        _replace(graph, node, restored)
+    for name in gates:
+        module.delete_submodule(name)
+    module.graph = graph
+
+
+def edited_nodes(module: fx.GraphModule) -> list[fx.Node]:
+    """Return the nodes that call the gates of a functional site."""
+    return _calls_of(module.graph, _functional_gates(module))
+
+
+def _functional_gates(module: fx.GraphModule) -> dict[str, FunctionalSwitchNorm]:
+    called = {str(node.target) for node in module.graph.nodes if node.op == "call_module"}
+    return {n: m for n, m in module.named_modules() if n in called and isinstance(m, FunctionalSwitchNorm)}
+
+
+def _calls_of(graph: fx.Graph, gates: dict[str, FunctionalSwitchNorm]) -> list[fx.Node]:
+    return [node for node in graph.nodes if node.op == "call_module" and str(node.target) in gates]
+
+
+def _replace(graph: fx.Graph, node: fx.Node, new: fx.Node) -> None:
+    new.meta = dict(node.meta)
+    node.replace_all_uses_with(new)
+    graph.erase_node(node)
