@@ -30,8 +30,13 @@ class GatedModule(nn.Module):
 
     def importance_weights(self) -> tuple[Tensor, Tensor]:
         """Return the importance weights of means and of variances, each (K,), detached."""
-        mean, var = (importance_weights(getattr(self, name).detach(), self.gate) for name in GATE_PARAMETERS)
+        # From the registry: FX hands out proxies for attributes while it traces, and these are values.
+        mean, var = (importance_weights(self._gate(name).detach(), self.gate) for name in GATE_PARAMETERS)
         return mean, var
+
+    def _gate(self, name: str) -> Tensor:
+        registered = self._parameters.get(name)
+        return getattr(self, name) if registered is None else registered
 
     def is_batch_norm(self) -> bool:
         """Say whether the weights are exactly one-hot at `bn`, where the module computes Batch Normalization."""
