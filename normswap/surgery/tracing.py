@@ -178,7 +178,7 @@ def _with_plain_assertions(graph: fx.Graph) -> fx.Graph:
             value, message = node.args
             with graph.inserting_before(node):
                 node.replace_all_uses_with(
-                    graph.call_function(torch._assert, (graph.call_function(operator.is_, (value, None)), message))
+                    graph.call_function(torch._assert, (graph.call_function(operator.eq, (value, None)), message))
                 )
             graph.erase_node(node)
     return graph

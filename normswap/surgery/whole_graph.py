@@ -42,6 +42,8 @@ def to_graph_module(model: nn.Module, example_inputs: Any = None) -> fx.GraphMod
     Raises:
         SwapError: it cannot be traced, or only wrongly, or does different things in training and in evaluation.
     """
+    if isinstance(model, fx.GraphModule):
+        return model
     if isinstance(model, GatedModule):
         raise SwapError(f"{type(model).__name__} is a single norm layer, not a model to be made one graph")
     options = deciding_options(model)
@@ -83,6 +85,8 @@ def _forked_or_without_sites(module: nn.Module) -> bool:
 
 def _is_forked(module: nn.Module) -> bool:
     """Say whether the module's own forward cannot be one graph for both modes."""
+    if type(module).__module__.startswith("torch.nn."):
+        return False
     own = trace_own_forward(module)
     if own.training is None or own.evaluation is None:
         return True
@@ -107,12 +111,17 @@ def _merge(training: fx.Graph, evaluation: fx.Graph) -> fx.Graph:
         return flags[target]
 
     for train_node, eval_node in zip(list(training.nodes), list(evaluation.nodes), strict=True):
-        stack = eval_node.meta.get("nn_module_stack")
-        owner = next(reversed(stack.values()))[0] if stack else ""
-        read = partial(read_flag, join(owner, _FLAG))
+        read = partial(read_flag, join(_caller(eval_node), _FLAG))
         eval_node.args = _with_flags(train_node.args, eval_node.args, read)
         eval_node.kwargs = _with_flags(train_node.kwargs, eval_node.kwargs, read)
     return evaluation
+
+
+def _caller(node: fx.Node) -> str:
+    """The module whose forward made the node, and whose flag it was that the node was given."""
+    stack = [name for name, _ in (node.meta.get("nn_module_stack") or {}).values()]
+    callers = stack[:-1] if node.op == "call_module" else stack
+    return str(callers[-1]) if callers else ""
 
 
 def _with_flags(training: Any, evaluation: Any, read_flag: Any) -> Any:
