@@ -489,6 +489,25 @@ class NormAsContainer(nn.Module):
         )
 
 
+class ForwardCalled(nn.Module):
+    """A BatchNorm that is called by its forward: no hook sees it run, and its call seems to be its owner's."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn = conv(), nn.BatchNorm2d(8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.bn.forward(self.conv(x))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = self.Block()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.block(x))
+
+
 class Standardised(nn.Module):
     """A kernel that is standardised by hand, and stored in a new tensor: a norm of a weight is no site."""
 
@@ -900,7 +919,22 @@ TRAPS: tuple[Trap, ...] = (
         IMAGE,
         skips={"0.batch_norm": "overridden on the instance"},
     ),
-    _trap("BN as a container", NormAsContainer, IMAGE, "bn", "batch_norm", idle=("bn",)),
+    _trap(
+        "BN as a container",
+        NormAsContainer,
+        IMAGE,
+        "batch_norm",
+        skips={"bn": "does not run, but holds the tensors of a batch_norm call in the model: that is the site"},
+    ),
+    _trap(
+        "BN whose forward is called past its hooks",
+        ForwardCalled,
+        IMAGE,
+        "block.bn",
+        skips={"block.batch_norm": NOT_TRACED},
+        blind=(("block.bn",), {}),
+        idle=("block.bn",),
+    ),
     _trap("a GraphModule with a functional call", lambda: traced(FunctionalBlock()), IMAGE, "batch_norm"),
     _trap("a program exported in evaluation", lambda: exported(training=False), IMAGE, "batch_norm", "batch_norm_1"),
     _trap("a program exported in training", lambda: exported(training=True), IMAGE, "batch_norm", "batch_norm_1"),

@@ -5,7 +5,7 @@ Discovery never decides: a site says what is there and what is known of it, `pla
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,8 @@ from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 
 from normswap.errors import ModelError
-from normswap.surgery.graph_rewrite import compile_forward, free_names
+from normswap.layers.modules import FunctionalSwitchNorm
+from normswap.surgery.graph_rewrite import compile_forward, free_names, is_rewritten
 from normswap.surgery.norms import KNOWN_NORMS, Norms, NormSpec, is_norm_layer, read_norm
 from normswap.surgery.observation import Observation, Shape, observe_forward
 from normswap.surgery.own_forward import mentions_batch_norm, trace_own_forward
@@ -108,8 +109,14 @@ def find_norm_sites(
         for place in places
         if place.module not in spoken_for and (spec := read_norm(place.module, norms)) is not None
     ]
+    calls = [site for sites in functional.values() for site in sites]
+    rewritten = {place.names[0] for place in places if is_rewritten(place.module)}
+    used = _tensors_used(
+        by_name, {site.owner for site in calls if site.owner is not None and not site.problem} | rewritten
+    )
+    modules = [_unless_only_a_holder(site, by_name[site.fqn].module, used, facts, seen) for site in modules]
     # Sites that were seen to run come first, in their order; the others keep the order of the module tree.
-    everything = modules + [site for sites in functional.values() for site in sites]
+    everything = modules + calls
     return tuple(sorted(everything, key=lambda site: (site.order is None, site.order or 0)))
 
 
@@ -224,6 +231,46 @@ def _functional_sites(place: Place, facts: GraphFacts | None, seen: Observation 
             )
         )
     return sites
+
+
+def _tensors_used(by_name: dict[str, Place], owners: set[str]) -> dict[int, str]:
+    """By identity, the tensors that functional sites read, those swapped before included, each with its owner."""
+    used: dict[int, str] = {}
+    for owner in owners:
+        module = by_name[owner].module
+        graph = trace_own_forward(module).evaluation
+        for arguments in map(_site_arguments(module), graph.nodes) if graph else ():
+            tensors = [_attribute(module, arguments.get(name)) for name in _OWN_TENSORS]
+            used |= {id(tensor): owner for tensor in tensors if tensor is not None}
+    return used
+
+
+def _site_arguments(module: nn.Module) -> Callable[[fx.Node], dict[str, Any]]:
+    gates = {name for name, child in module.named_children() if isinstance(child, FunctionalSwitchNorm)}
+
+    def arguments(node: fx.Node) -> dict[str, Any]:
+        if is_batch_norm_call(node):
+            return batch_norm_arguments(node)
+        return node.kwargs if node.op == "call_module" and node.target in gates else {}
+
+    return arguments
+
+
+_OWN_TENSORS = ("running_mean", "running_var", "weight", "bias")
+
+
+def _unless_only_a_holder(
+    site: NormSite, module: nn.Module, used: dict[int, str], facts: GraphFacts | None, seen: Observation | None
+) -> NormSite:
+    """A norm that never runs, but whose tensors a functional site reads: gates of its own would be dead."""
+    tensors = (*module._parameters.values(), *module._buffers.values())
+    owner = next((used[id(tensor)] for tensor in tensors if id(tensor) in used), None)
+    if owner is None or site.problem or site.order is not None or (facts is None and seen is None):
+        return site
+    return replace(
+        site,
+        problem=f"does not run, but holds the tensors of a batch_norm call in {owner or 'the model'}: that is the site",
+    )
 
 
 def _differs_from_eager(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
