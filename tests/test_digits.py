@@ -25,7 +25,21 @@ from finetuning import (
     split_parameters,
     train_source,
 )
-from protocol import ALL_ARMS, DEMO_ARMS, FINE_TUNING, MAIN, OTHERS, SPLIT, WANTED_LEAD_OVER, FineTuning, SourceTraining
+from protocol import (
+    ALL_ARMS,
+    DEMO_ARMS,
+    DEMO_RATE,
+    DEMO_SEED,
+    FINE_TUNING,
+    MAIN,
+    OTHERS,
+    SPLIT,
+    WANTED_LEAD_OVER,
+    FineTuning,
+    SourceTraining,
+)
+
+from normswap.surgery.gated import gated_modules, moved_sites
 
 SHORT = FineTuning(steps=3)
 
@@ -177,3 +191,12 @@ def test_the_demo_refuses_unequal_accuracies(network: nn.Module) -> None:
     with pytest.raises(RuntimeError, match=r"accuracies right after the swap differ \(original, converted\): \["):
         demo.check_same(network, ARMS["group_norm"].prepare(network, torch.empty(0)), digits)
     assert "relative output error in float32 0.0e+00" in demo.check_same(network, network, digits)
+
+
+def test_at_least_half_of_the_sites_of_the_demo_leave_the_vertex_within_50_steps() -> None:
+    digits = prepare_digits(seed=DEMO_SEED)
+    trained = train_source(digits, seed=DEMO_SEED)
+    model = ARMS["converted"].prepare(trained, digits.target.train.pixels)
+    assert moved_sites(model) == []
+    finetune(model, digits.target.train, rate=DEMO_RATE, settings=FineTuning(steps=50), seed=DEMO_SEED)
+    assert len(moved_sites(model)) >= len(gated_modules(model)) / 2
