@@ -1,0 +1,91 @@
+"""The zoo proof: every model of timm, torchvision and transformers converted and put through the laws.
+
+Run by `make zoo`. Each model has a process of its own with a limit of time and memory; results are appended to
+zoo-output/records.jsonl and a later run goes on where this one stopped. `--report` writes docs/coverage.md.
+"""
+
+import argparse
+import fnmatch
+import os
+import time
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import torch
+from zoo_catalog import ZOOS, Entry, entries
+from zoo_laws import blank, prove, smallest_of_each_family
+from zoo_records import FAILED, NO_NORM, OUTPUT, Record, append_record, code_version, read_records
+from zoo_report import write_report
+from zoo_workers import Limits, run_all
+
+
+def main() -> None:
+    """Run what is asked for and is not recorded yet, then write the report if asked."""
+    options = _options()
+    torch.set_num_threads(1)
+    records_file: Path = options.output / "records.jsonl"
+    options.output.mkdir(parents=True, exist_ok=True)
+    if options.sample:
+        for zoo in options.zoo or ZOOS:
+            print(zoo, smallest_of_each_family(zoo))
+        return
+    if not options.report:
+        _run(options, records_file)
+    if options.output == OUTPUT:
+        write_report(read_records(records_file))
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--zoo", choices=ZOOS, action="append", help="only this zoo; repeatable (default: all)")
+    parser.add_argument("--only", metavar="PATTERN", help="only models whose name matches this glob pattern")
+    parser.add_argument("--every", metavar="N", type=int, default=1, help="only every N-th model of each zoo")
+    parser.add_argument("--limit", metavar="N", type=int, help="at most N models")
+    parser.add_argument("--workers", metavar="N", type=int, default=1, help="processes at a time (default 1)")
+    parser.add_argument("--seconds", type=float, default=900, help="time limit of one model (default 900)")
+    parser.add_argument("--gigabytes", type=float, default=8, help="memory limit of one model (default 8)")
+    parser.add_argument("--again", choices=("failed", "all"), help="repeat what is recorded as failed, or everything")
+    parser.add_argument("--report", action="store_true", help="run nothing, write docs/coverage.md from what is there")
+    parser.add_argument("--sample", action="store_true", help="run nothing, print the smallest model of each family")
+    parser.add_argument("--output", type=Path, default=OUTPUT, help="folder of the records (default zoo-output)")
+    return parser.parse_args()
+
+
+def _run(options: argparse.Namespace, records_file: Path) -> None:
+    done = read_records(records_file)
+    jobs = list(islice(_wanted(options, done), options.limit))
+    commit, start = code_version(), time.monotonic()
+    limits = Limits(options.seconds, options.gigabytes)
+    scratch = options.output / "running"
+    results = run_all(prove, jobs, workers=options.workers, limits=limits, scratch=scratch, blank=blank)
+    for number, record in enumerate(results, 1):
+        record.commit = commit
+        append_record(records_file, record)
+        if record.outcome != NO_NORM:
+            print(_line(record, f"{number}/{len(jobs)} {time.monotonic() - start:.0f} s"), flush=True)
+
+
+def _wanted(options: argparse.Namespace, done: dict[str, Record]) -> Iterator[Entry]:
+    for zoo in options.zoo or ZOOS:
+        for entry in islice(entries(zoo), None, None, options.every):
+            if options.only and not fnmatch.fnmatchcase(entry.name, options.only):
+                continue
+            record = done.get(entry.key)
+            if record is None or options.again == "all" or (options.again == "failed" and record.outcome == FAILED):
+                yield entry
+
+
+def _line(record: Record, progress: str) -> str:
+    ratio = "" if record.ratio is None else f", ratio {record.ratio:.1f}"
+    failures = "".join(f"\n    {failure}" for failure in record.failures)
+    total = record.seconds.get("total", 0.0)
+    counts = f"{record.swapped}/{record.sites} sites"
+    return f"[{progress}] {record.key}: {record.outcome}, {counts}, {total:.1f} s{ratio}{failures}"
+
+
+if __name__ == "__main__":
+    main()

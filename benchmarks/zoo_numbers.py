@@ -1,0 +1,100 @@
+"""Numbers by which a mistake shows: batch norms near the statistics of what they are fed, but not on them.
+
+A batch norm fresh from its constructor has mean 0, variance 1, weight 1 and bias 0: a conversion could lose any of
+them unseen. Arbitrary numbers make deep networks explode. So the statistics are measured first, then disturbed.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from normswap.modes import call_model, seeded, training_flags
+
+_SEED = 1
+_MEAN_SPREAD = 0.1
+_VAR_RANGE = (0.7, 1.4)
+_WEIGHT_RANGE = (0.7, 1.3)
+_BIAS_SPREAD = 0.1
+_SMALLEST_VAR = 1e-3
+
+
+def batch_norms(model: nn.Module) -> set[nn.Module]:
+    """Return every module that normalizes with batch statistics, by what it holds, whatever its class is called."""
+    return {module for module in model.modules() if _is_batch_norm(module)}
+
+
+def _is_batch_norm(module: nn.Module) -> bool:
+    if isinstance(module, _InstanceNorm):
+        return False
+    return isinstance(module, _BatchNorm) or {"running_mean", "running_var"} <= module._buffers.keys()
+
+
+def randomise(model: nn.Module, inputs: Any | None) -> None:
+    """Give every batch norm of `model` its own statistics, weight and bias, near those of `inputs` if it is given."""
+    generator = torch.Generator().manual_seed(_SEED)
+    norms = [module for module in model.modules() if _is_batch_norm(module)]
+    for norm in norms:
+        _reset(norm)
+    for norm in norms:
+        _fill(getattr(norm, "weight", None), generator, uniform=_WEIGHT_RANGE)
+        _fill(getattr(norm, "bias", None), generator, normal=_BIAS_SPREAD)
+    if inputs is not None:
+        _measure(model, norms, inputs)
+    for norm in norms:
+        _disturb(norm, generator)
+
+
+def _reset(norm: nn.Module) -> None:
+    if isinstance(norm.running_mean, Tensor) and isinstance(norm.running_var, Tensor):
+        norm.running_mean.zero_()
+        norm.running_var.fill_(1.0)
+
+
+def _fill(
+    tensor: Any,
+    generator: torch.Generator,
+    *,
+    uniform: tuple[float, float] | None = None,
+    normal: float | None = None,
+) -> None:
+    if not isinstance(tensor, Tensor):
+        return
+    with torch.no_grad():
+        if uniform is not None:
+            tensor.uniform_(*uniform, generator=generator)
+        if normal is not None:
+            tensor.normal_(0.0, normal, generator=generator)
+
+
+def _measure(model: nn.Module, norms: list[nn.Module], inputs: Any) -> None:
+    """One pass in training with momentum 1; where the model cannot, the statistics stay at 0 and 1."""
+    momenta = [(norm, norm.momentum) for norm in norms if isinstance(norm, _BatchNorm)]
+    try:
+        for norm, _ in momenta:
+            norm.momentum = 1.0
+        with torch.no_grad(), seeded(0), training_flags(list(model.modules()), training=True):
+            call_model(model, inputs)
+    except Exception:  # noqa: BLE001 - it is tried again, and judged, by the caller
+        for norm in norms:
+            _reset(norm)
+    finally:
+        for norm, momentum in momenta:
+            norm.momentum = momentum
+
+
+def _disturb(norm: nn.Module, generator: torch.Generator) -> None:
+    mean, var = norm.running_mean, norm.running_var
+    if not (isinstance(mean, Tensor) and isinstance(var, Tensor)):
+        return
+    finite = mean.isfinite().all() and var.isfinite().all()
+    if not finite:
+        _reset(norm)
+    var.clamp_(min=max(_SMALLEST_VAR, 0.05 * float(var.mean())))
+    var.mul_(torch.empty_like(var).uniform_(*_VAR_RANGE, generator=generator))
+    mean.add_(torch.empty_like(mean).normal_(0.0, _MEAN_SPREAD, generator=generator) * var.sqrt())
+    count = getattr(norm, "num_batches_tracked", None)
+    if isinstance(count, Tensor):
+        count.fill_(7)
