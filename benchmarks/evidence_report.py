@@ -220,6 +220,11 @@ layers. All started at (0, 0, 1): BN.
 def _protocol(evidence: Evidence) -> str:
     shift, source = evidence.protocol["shift"], evidence.protocol["source_training"]
     tuning = evidence.sections[0].tuning
+    longer = (
+        "with more steps the arms that keep BN come closer (above)"
+        if len(evidence.sections) > 1
+        else "with more steps the arms that keep BN come closer, which `--sensitivity` measures"
+    )
     sets = "; ".join(f"{name} {count}" for name, count in evidence.protocol["split"].items())
     return f"""## How it was done
 
@@ -262,8 +267,7 @@ per seed; test images decide nothing.
 - *{ARMS["converted"].title}*: `normswap.convert(model, x)`, all defaults.
 
 **What this does not show.** One small network, one data set, one kind of shift, few seeds: differences of a few points
-mean nothing. The lead is one at few steps and two images a batch: with twice the steps it is already smaller (above),
-and at large batches BN has no such trouble.
+mean nothing. The lead is one at few steps and two images a batch: {longer}. At large batches BN has no such trouble.
 
 **Reproduce.** `make evidence`, or `python benchmarks/evidence.py --seeds 0 1 2`. All numbers that define the run are in
 `benchmarks/protocol.py`. Results repeat on one machine; another processor may differ in single images.
