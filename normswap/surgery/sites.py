@@ -96,12 +96,11 @@ def find_norm_sites(
     """
     places = walk_modules(model)
     by_name = {name: place for place in places for name in place.names}
-    facts, owners = _read_traces(model, places, by_name, norms)
     seen = None
     if example_inputs is not None:
         _refuse_lazy(places)
         seen = observe_forward(model, example_inputs, places, norms=norms)
-        owners = tuple(dict.fromkeys((*owners, *seen.functional)))
+    facts, owners = _read_traces(model, places, by_name, seen, norms)
     functional = {owner: _functional_sites(by_name[owner], facts, seen) for owner in owners}
     spoken_for = {by_name[owner].module for owner, sites in functional.items() if sites}
     modules = [
@@ -130,7 +129,7 @@ def _refuse_lazy(places: tuple[Place, ...]) -> None:
 
 
 def _read_traces(
-    model: nn.Module, places: tuple[Place, ...], by_name: dict[str, Place], norms: Norms
+    model: nn.Module, places: tuple[Place, ...], by_name: dict[str, Place], seen: Observation | None, norms: Norms
 ) -> tuple[GraphFacts | None, tuple[str, ...]]:
     """What the graph in evaluation tells, and the first names of the modules that call batch_norm, in either mode."""
 
@@ -141,17 +140,24 @@ def _read_traces(
     traces = [trace_model(model, training=training, norms=norms) for training in (False, True)]
     facts = [read_graph(trace.graph, is_norm_fqn) for trace in traces if trace.graph is not None]
     owners = [by_name[owner].names[0] for found in facts for owner in found.functional_owners]
-    # Whatever a trace did not pass through is asked for calls in its own forward.
+    owners += seen.functional if seen else ()
+    # Whatever a trace did not pass through is asked itself.
     entered = traces[0].entered | traces[1].entered if len(facts) == 2 else frozenset()
     unread = [place for place in places if entered.isdisjoint(place.names)]
-    owners += [place.names[0] for place in unread if _calls_batch_norm(place.module, norms)]
+    ran = seen.runs if seen else {}
+    owners += [p.names[0] for p in unread if _calls_batch_norm(p.module, norms, ran=p.names[0] in ran)]
     evaluation = facts[0] if traces[0].graph is not None else None
     return evaluation, tuple(dict.fromkeys(owners))
 
 
-def _calls_batch_norm(module: nn.Module, norms: Norms) -> bool:
-    """Ask a module's own forward; where it cannot be traced, its code, so that a call in it is not lost."""
+def _calls_batch_norm(module: nn.Module, norms: Norms, *, ran: bool) -> bool:
+    """Ask a module's own forward; where it cannot be traced, its code, so that a call in it is not lost.
+
+    Of one that `ran` a call would have been seen, unless it makes it in training only: the code tells whether to ask.
+    """
     if type(module).__module__.startswith("torch.nn.") or is_norm_layer(module, norms):
+        return False
+    if ran and not mentions_batch_norm(module):
         return False
     own = trace_own_forward(module)
     return bool(batch_norm_nodes(own.evaluation)) if own.evaluation else mentions_batch_norm(module)
