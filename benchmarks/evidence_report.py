@@ -81,7 +81,7 @@ the best of "{'", "'.join(ARMS[arm].title for arm in WANTED_LEAD_OVER)}" by {poi
 target's test images (mean of {len(evidence.seeds)} seeds; best rival: {ARMS[rival].title}). The claim, a lead of at
 least {WANTED_LEAD:.0f} points from an unchanged start, {verdict}.
 
-Run of {evidence.date}, {evidence.seconds / 60:.0f} minutes on one thread of {evidence.machine};
+Run of {evidence.date}, {evidence.seconds / 60:.0f} minutes, seeds side by side in processes of one thread, on {evidence.machine};
 {", ".join(f"{name} {number}" for name, number in evidence.versions.items())}.
 """
 
