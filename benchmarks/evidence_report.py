@@ -272,7 +272,7 @@ from 0.2 led the best of these BN arms by 19.7 points, less than wanted (convert
 77.5). The range was then widened to start at 0.15, judged on seeds that are not used here, and everything run anew.
 
 **What this does not show.** One small network, one data set, one kind of shift, few seeds: differences of a few points
-mean nothing. The lead is one at few steps and two images a batch: {longer}. At large batches BN has no such trouble.
+mean nothing. The lead is one at few steps and two images a batch: {longer}.
 
 **Reproduce.** `make evidence`, or `python benchmarks/evidence.py --seeds 0 1 2`. All numbers that define the run are in
 `benchmarks/protocol.py`. Results repeat on one machine; another processor may differ in single images.
