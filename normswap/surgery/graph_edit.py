@@ -10,7 +10,8 @@ import torch
 from torch import fx
 
 from normswap.layers.modules import FunctionalSwitchNorm
-from normswap.surgery.tracing import BATCH_NORM_CALLS, batch_norm_arguments, batch_norm_nodes, call_name
+from normswap.surgery.graph_rewrite import replace_node, swap_calls
+from normswap.surgery.tracing import BATCH_NORM_CALLS, call_name
 
 
 def edit_graph(
@@ -24,15 +25,7 @@ def edit_graph(
     """
     for child_name, child in gates.items():
         module.add_module(child_name, child)
-    graph = copy.deepcopy(module.graph)
-    for node, name in zip(batch_norm_nodes(graph), site_names, strict=True):
-        if name is None:
-            continue
-        arguments = batch_norm_arguments(node)
-        with graph.inserting_before(node):
-            call = graph.call_module(name, (arguments.pop("input"),), arguments)
-        _replace(graph, node, call)
-    module.graph = graph
+    module.graph = swap_calls(copy.deepcopy(module.graph), site_names)
 
 
 def restore_graph(module: fx.GraphModule) -> None:
@@ -46,7 +39,7 @@ def restore_graph(module: fx.GraphModule) -> None:
         ordered = tuple(arguments[parameter] for parameter in BATCH_NORM_CALLS[call] if parameter in arguments)
         with graph.inserting_before(node):
             restored = graph.call_function(call, ordered)
-        _replace(graph, node, restored)
+        replace_node(graph, node, restored)
     for name in gates:
         module.delete_submodule(name)
     module.graph = graph
@@ -64,9 +57,3 @@ def _functional_gates(module: fx.GraphModule) -> dict[str, FunctionalSwitchNorm]
 
 def _calls_of(graph: fx.Graph, gates: dict[str, FunctionalSwitchNorm]) -> list[fx.Node]:
     return [node for node in graph.nodes if node.op == "call_module" and str(node.target) in gates]
-
-
-def _replace(graph: fx.Graph, node: fx.Node, new: fx.Node) -> None:
-    new.meta = dict(node.meta)
-    node.replace_all_uses_with(new)
-    graph.erase_node(node)

@@ -54,7 +54,7 @@ def compile_forward(module: nn.Module, site_names: SiteNames | None = None) -> C
     own = trace_own_forward(original)
     if own.training is None or own.evaluation is None:
         raise SwapError(f"the forward of {type(module).__name__} cannot be rewritten: {own.reason}")
-    training, evaluation = (_function(module, _rewrite(g, site_names)) for g in (own.training, own.evaluation))
+    training, evaluation = (_function(module, swap_calls(g, site_names)) for g in (own.training, own.evaluation))
 
     @functools.wraps(type(original).forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -136,16 +136,23 @@ def _rewritten_class(original: type[nn.Module], forward: Callable[..., Any]) -> 
     return type(original.__name__, (_RewrittenForward, original), body)
 
 
-def _rewrite(graph: fx.Graph, site_names: SiteNames) -> fx.Graph:
+def swap_calls(graph: fx.Graph, site_names: SiteNames) -> fx.Graph:
+    """Make `graph` call the named child for each batch_norm call in order, None to keep it; return the graph."""
     for node, name in zip(batch_norm_nodes(graph), site_names, strict=False):
         if name is None:
             continue
         arguments = batch_norm_arguments(node)
         with graph.inserting_before(node):
             call = graph.call_module(name, (arguments.pop("input"),), arguments)
-        node.replace_all_uses_with(call)
-        graph.erase_node(node)
+        replace_node(graph, node, call)
     return graph
+
+
+def replace_node(graph: fx.Graph, node: fx.Node, new: fx.Node) -> None:
+    """Put `new` in the place of `node`, with what is known of it."""
+    new.meta = dict(node.meta)
+    node.replace_all_uses_with(new)
+    graph.erase_node(node)
 
 
 def _function(module: nn.Module, graph: fx.Graph) -> Callable[..., Any]:
