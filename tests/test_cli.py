@@ -366,7 +366,7 @@ def test_inspect_shows_the_record_and_the_weights_of_a_converted_file(folder: Pa
     assert re.search(r"^saved +\d{4}-\d\d-\d\d \d\d:\d\d:\d\d +normswap", text, re.M)
     weights = r"0\.00 +0\.00 +1\.00 +0\.00 +0\.00 +1\.00"
     assert len(re.findall(weights, text)) == files.SITES
-    assert f"{files.SITES} of {files.SITES} sites are still exactly Batch Normalization" in text
+    assert f"{files.SITES} of {files.SITES} sites are still exactly the norm they replaced" in text
 
 
 def test_inspect_shows_moved_weights_and_absent_branches(folder: Path) -> None:
