@@ -21,7 +21,8 @@ COPYABLE = [trap for trap in zoo.TRAPS if trap.copyable]
 
 def options_of(trap: zoo.Trap) -> dict[str, Any]:
     classes = trap.also_read_as_batch_norm
-    return {"norms": KNOWN_NORMS | dict.fromkeys(classes, read_batch_norm)} if classes else {}
+    norms = {"norms": KNOWN_NORMS | dict.fromkeys(classes, read_batch_norm)} if classes else {}
+    return {**trap.options, **norms}
 
 
 def named(trap: zoo.Trap) -> str:
@@ -64,17 +65,17 @@ def test_a_model_that_torch_cannot_copy_is_planned_and_left_alone(trap: zoo.Trap
     assert conversion.plan.swaps == ()
 
 
-NO_BATCH_NORM_LEFT = [trap for trap in COPYABLE if trap.swaps and not trap.skips and not trap.kernels]
+NO_NORM_LEFT = [trap for trap in COPYABLE if trap.swaps and not trap.skips and not trap.kernels]
 
 
-@pytest.mark.parametrize("trap", NO_BATCH_NORM_LEFT, ids=named)
+@pytest.mark.parametrize("trap", NO_NORM_LEFT, ids=named)
 @pytest.mark.parametrize("mode", ["evaluation", "training"])
-def test_no_batch_norm_of_torch_runs_any_more(trap: zoo.Trap, mode: str) -> None:
+def test_no_norm_of_torch_runs_any_more(trap: zoo.Trap, mode: str) -> None:
     original, inputs = trap.model(), trap.inputs()
     converted = convert(original, inputs, **options_of(trap)).model
     if not any("Frozen" in type(module).__name__ for module in zoo.everything_in(original)):
-        assert laws.batch_norm_calls(original, inputs, mode) > 0
-    assert laws.batch_norm_calls(converted, inputs, mode) == 0
+        assert laws.norm_calls(original, inputs, mode) > 0
+    assert laws.norm_calls(converted, inputs, mode) == 0
 
 
 @pytest.mark.parametrize("branches", [("in", "bn"), ("ln", "bn"), ("in", "ln", "bn")])

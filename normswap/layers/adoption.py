@@ -189,7 +189,8 @@ def release(layer: nn.Module) -> None:
     cls = original_class(layer)
     replaced: Replaced = layer.__dict__.pop("replaced")
     for name in replaced.added:
-        layer.__dict__.pop(name, None)
+        if name not in replaced.displaced:  # those keep their place in the `__dict__`
+            layer.__dict__.pop(name, None)
     layer.__dict__.update(replaced.displaced)
     for name in GATE_PARAMETERS:
         layer._parameters.pop(name)
