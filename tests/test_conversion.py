@@ -112,6 +112,8 @@ def test_a_plan_is_carried_out_to_the_letter() -> None:
         {"gate": "softmax"},
         {"bn_statistics": "running"},
         {"train_frozen_gates": True},
+        {"kinds": ["in"]},
+        {"settings": {"1": {"gate": "softmax"}}},
     ],
     ids=lambda options: next(iter(options)),
 )

@@ -96,7 +96,7 @@ def read_instance_norm(module: nn.Module, target: type[SwitchNorm] = SwitchNorm)
 def read_group_norm(module: nn.Module, target: type[SwitchNorm] = SwitchNorm) -> NormSpec:
     """Read a module with torch's GroupNorm attributes and forward pass; of more than one group it stays as it is."""
     if module.num_groups != 1:
-        return NormSpec("gn", module.num_channels, module.eps, problem=_STAYS)  # type: ignore[arg-type]
+        return NormSpec("gn", problem=_STAYS)
     return NormSpec("gn1", module.num_channels, module.eps, None, target)  # type: ignore[arg-type]
 
 
