@@ -339,8 +339,8 @@ def test_a_norm_without_tensors_is_given_dtype_and_device_by_what_is_around_it()
 def test_the_layer_mixes_as_the_oracle_does_once_it_has_moved() -> None:
     layer = converted(**BEGUN).model.double().group.train()
     with torch.no_grad():
-        layer.mean_weight.copy_(torch.tensor([0.2, 0.5, 0.3]))
-        layer.var_weight.copy_(torch.tensor([0.6, 0.1, 0.3]))
+        layer.mean_weight.copy_(torch.tensor([0.25, 0.5, 0.25]))
+        layer.var_weight.copy_(torch.tensor([0.5, 0.125, 0.375]))
     x = torch.randn(3, 8, 4, 5).double()
     tensors = [getattr(layer, name).detach() for name in ("mean_weight", "var_weight", "weight", "bias")]
     expected = oracles.forward(x, *tensors, eps=1e-3)
