@@ -1,8 +1,8 @@
 """All laws on every trap of the zoo, and on whole networks of timm and torchvision."""
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import laws
@@ -111,11 +111,12 @@ IMAGES = zoo.image(2, 3, 64, 64)
 
 @dataclass(frozen=True)
 class Network:
-    """A network, its input, and how many sites it has."""
+    """A network, its input, how many sites it has, and the deciding arguments of its conversion."""
 
     make: Callable[[], nn.Module]
     inputs: Callable[[], Tensor]
     sites: int
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def model(self) -> nn.Module:
         torch.manual_seed(11)
@@ -135,6 +136,15 @@ NETWORKS = {
     ),
     "timm regnety_002": Network(from_timm("regnety_002"), IMAGES, 44),
     "torchvision resnet18": Network(lambda: torchvision.models.resnet18(num_classes=10), IMAGES, 20),
+    "torchvision resnet18 of InstanceNorm": Network(
+        lambda: torchvision.models.resnet18(num_classes=10, norm_layer=nn.InstanceNorm2d), IMAGES, 20, zoo.OTHER_KINDS
+    ),
+    "torchvision resnet18 of GroupNorm": Network(
+        lambda: torchvision.models.resnet18(num_classes=10, norm_layer=lambda c: nn.GroupNorm(1, c)),
+        IMAGES,
+        20,
+        zoo.BEGUN,
+    ),
     "torchvision r3d_18": Network(
         lambda: torchvision.models.video.r3d_18(num_classes=10), zoo.image(2, 3, 4, 48, 48), 20
     ),
@@ -144,7 +154,7 @@ NETWORKS = {
 @pytest.mark.parametrize("network", NETWORKS.values(), ids=NETWORKS)
 def test_every_law_holds_on_a_network(network: Network) -> None:
     inputs = network.inputs()
-    held = laws.hold(network.model, inputs, modes=("evaluation", "training"))
+    held = laws.hold(network.model, inputs, modes=("evaluation", "training"), **network.options)
     assert held.conversion.plan.skips == ()
     assert len(held.conversion.plan.swaps) == network.sites
     assert None not in held.errors.values()

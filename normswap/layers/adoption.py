@@ -129,19 +129,14 @@ def adopt(
         "vertex": vertex,
         "synchronize": synchronize,
     }
-    missing = {
-        "num_features": channels,
-        "eps": eps,
-        "momentum": 0.0,
-        "affine": True,
-        "track_running_stats": "bn" in branches,
-    }
-    settings |= {name: value for name, value in missing.items() if value is not None and name not in module.__dict__}
+    defaults = {"num_features": channels, "eps": eps, "momentum": 0.0, "affine": True}
+    defaults |= {"track_running_stats": "bn" in branches}
+    settings |= {name: value for name, value in defaults.items() if value is not None and name not in module.__dict__}
     statistics: dict[str, torch.Tensor] = {}
     if vertex != "bn" and "bn" in branches:
         settings |= {"momentum": None, "track_running_stats": True}
         statistics = _fresh_statistics(module.__dict__.get("num_features", channels), like)
-    settings |= {name: None for name in STATISTICS if name not in module._buffers and name not in statistics}
+    settings |= {name: None for name in STATISTICS if name not in module._buffers | statistics}
     displaced = {name: module.__dict__[name] for name in (*settings, "replaced") if name in module.__dict__}
     created = tuple((name, name in module._buffers) for name in statistics)
     settings["replaced"] = Replaced(qualified_name(type(module)), tuple(settings), displaced, created)

@@ -178,7 +178,7 @@ def _branches(site: NormSite) -> tuple[Branch, ...]:
 
 def _channels(site: NormSite) -> int:
     """The fewest channels that were fed: an InstanceNorm without weight takes any number, whatever it was told."""
-    return min((shape[1] for shape in site.shapes), default=0) if site.shapes else site.num_features
+    return min(shape[1] for shape in site.shapes) if site.shapes else site.num_features
 
 
 def _nothing_to_switch(site: NormSite, left: Branch, allowed: tuple[Branch, ...]) -> str:
