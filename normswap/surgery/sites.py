@@ -16,7 +16,7 @@ from torch.nn.parameter import is_lazy
 from normswap.errors import ModelError
 from normswap.layers.modules import FunctionalSwitchNorm
 from normswap.surgery.graph_rewrite import compile_forward, free_names, is_rewritten
-from normswap.surgery.norms import KNOWN_NORMS, Norms, NormSpec, is_norm_layer, read_norm
+from normswap.surgery.norms import KNOWN_NORMS, Norms, NormSpec, is_norm_layer, read_norm, refused_shape
 from normswap.surgery.observation import Observation, Shape, observe_forward
 from normswap.surgery.own_forward import mentions_batch_norm, trace_own_forward
 from normswap.surgery.tracing import (
@@ -186,7 +186,7 @@ def _module_site(place: Place, spec: NormSpec, facts: GraphFacts | None, seen: O
         order=order,
         producer=producer or (seen.producers.get(name) if seen else None),
         seen_by=seen_by,
-        problem=spec.problem,
+        problem=spec.problem or refused_shape(spec, shapes or ()),
     )
 
 
