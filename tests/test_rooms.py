@@ -24,6 +24,7 @@ ROOMS = [
     "surgery.frozen",
     "surgery.norms",
     "surgery.tracing",
+    "surgery.wrapping",
     "surgery.observation",
     "surgery.own_forward",
     "surgery.trial",

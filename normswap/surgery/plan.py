@@ -29,6 +29,7 @@ from normswap.surgery.norms import KNOWN_NORMS, Norms
 from normswap.surgery.observation import describe_shapes
 from normswap.surgery.sites import NormSite, find_norm_sites
 from normswap.surgery.tree import class_name
+from normswap.surgery.wrapping import unwrap
 
 PLAN_VERSION = 1
 
@@ -199,6 +200,7 @@ def plan_swaps(
     if bn_statistics not in BN_STATISTICS:
         raise PlanError(f"bn_statistics: expected one of {BN_STATISTICS}, got {bn_statistics!r}")
     allowed = _with_bn(BRANCHES if branches is None else branches)
+    model = unwrap(model)
     sites = find_norm_sites(model, example_inputs, norms=norms)
     included, excluded = _matches(include, sites), _matches(exclude, sites)
     swaps: list[Swap] = []
