@@ -35,6 +35,7 @@ ROOMS = [
     "surgery.gated",
     "surgery.whole_graph",
     "surgery.conversion",
+    "statistics",
     "comparison",
     "site_watch",
     "verification",
