@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from normswap.layers.modules import SwitchNorm1d as SwitchNorm1d
     from normswap.layers.modules import SwitchNorm2d as SwitchNorm2d
     from normswap.layers.modules import SwitchNorm3d as SwitchNorm3d
+    from normswap.statistics import freeze_statistics as freeze_statistics
+    from normswap.statistics import unfreeze_statistics as unfreeze_statistics
+    from normswap.statistics import update_statistics as update_statistics
     from normswap.surgery.conversion import Conversion as Conversion
     from normswap.surgery.conversion import apply_plan as apply_plan
     from normswap.surgery.conversion import convert as convert
@@ -40,6 +43,9 @@ _HOMES = {
     "SwitchNorm1d": "normswap.layers.modules",
     "SwitchNorm2d": "normswap.layers.modules",
     "SwitchNorm3d": "normswap.layers.modules",
+    "freeze_statistics": "normswap.statistics",
+    "unfreeze_statistics": "normswap.statistics",
+    "update_statistics": "normswap.statistics",
     "Conversion": "normswap.surgery.conversion",
     "apply_plan": "normswap.surgery.conversion",
     "convert": "normswap.surgery.conversion",

@@ -23,6 +23,7 @@ from normswap.surgery.gated import gated_modules
 from normswap.surgery.observation import describe_shapes
 from normswap.surgery.tracing import first_line
 from normswap.surgery.tree import copy_model, join, walk_modules
+from normswap.surgery.wrapping import unwrap
 
 LAW_TOLERANCE = 1e-9
 _RESPONSE_FACTOR = 10
@@ -109,13 +110,14 @@ def verify(
     """Compare two models on data, end to end and site by site, in evaluation and in training.
 
     Args:
-        original, converted: both are left as they are.
+        original, converted: both are left as they are; of wrapped ones the models inside are compared.
         batches: an iterable of inputs, each a tensor, a tuple or a dict; a list for a single one.
         tolerance: relative L2 in float64; default is the law's 1e-9, a wider one is reported as loosened.
 
     Raises:
         ModelError: `batches` holds no inputs, or the original fails on them in evaluation.
     """
+    original, converted = unwrap(original), unwrap(converted)
     inputs = _as_batches(batches)
     limit = LAW_TOLERANCE if tolerance is None else tolerance
     first, second = _in_float64(original), _in_float64(converted)

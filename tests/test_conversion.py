@@ -13,7 +13,6 @@ import pytest
 import torch
 import zoo
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from normswap import KNOWN_NORMS, SwitchNorm2d, apply_plan, convert, plan_swaps, read_batch_norm, revert
 from normswap.errors import PlanError, SwapError
@@ -277,64 +276,6 @@ def test_sites_of_one_owner_can_be_converted_one_after_the_other() -> None:
 
 
 # --- models that are refused ------------------------------------------------------------------------------------------
-
-
-def stand_in(name: str) -> nn.Module:
-    """A wrapper by the name of its class: torch's own needs processes or devices."""
-    return type(name, (nn.Module,), {})()
-
-
-WRAPPED: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "DataParallel": (
-        lambda: nn.DataParallel(zoo.Chain(zoo.bn())),
-        "model is wrapped in DataParallel: convert model.module, then wrap the result again",
-    ),
-    "DistributedDataParallel": (
-        lambda: DistributedDataParallel.__new__(DistributedDataParallel),
-        "model is wrapped in DistributedDataParallel: convert model.module, then wrap",
-    ),
-    "FSDP": (
-        lambda: stand_in("FullyShardedDataParallel"),
-        "model is wrapped in FullyShardedDataParallel: convert model.module, then wrap",
-    ),
-    "fully_shard": (
-        lambda: stand_in("FSDPModule"),
-        "model is sharded by fully_shard: convert model first, then shard it with the gates in ignored_params",
-    ),
-    "torch.compile": (
-        lambda: torch.compile(zoo.Chain(zoo.bn())),  # type: ignore[return-value]
-        "model is compiled: convert model._orig_mod, then compile the result again",
-    ),
-    "inside": (
-        lambda: nn.Sequential(nn.ReLU(), nn.DataParallel(zoo.Chain(zoo.bn()))),
-        "model.1 is wrapped in DataParallel: convert model.1.module, then wrap",
-    ),
-    "a class derived from it": (
-        lambda: type("Theirs", (nn.DataParallel,), {})(zoo.bn()),
-        "model is wrapped in DataParallel",
-    ),
-    "TorchScript": (
-        lambda: zoo.BY_NAME["TorchScript inside"].model().part,
-        "the model is TorchScript, whose code is fixed: convert the Python model, then script it again",
-    ),
-}
-
-
-@pytest.mark.parametrize(("make", "message"), WRAPPED.values(), ids=WRAPPED)
-def test_wrapped_models_are_refused_with_the_way_out(make: Callable[[], nn.Module], message: str) -> None:
-    model = make()
-    if isinstance(model, DistributedDataParallel):
-        nn.Module.__init__(model)
-    with pytest.raises(SwapError, match=f"^{re.escape(message)}"):
-        convert(model)
-    with pytest.raises(SwapError, match=f"^{re.escape(message)}"):
-        apply_plan(model, NOTHING)
-
-
-def test_the_way_out_works() -> None:
-    wrapped = nn.DataParallel(zoo.BY_NAME["half-frozen"].model())
-    original = copy.deepcopy(wrapped.module)
-    laws.same_function(original, nn.DataParallel(convert(wrapped.module).model).module, zoo.IMAGE())
 
 
 def test_a_model_that_cannot_be_copied_is_refused_with_the_way_out() -> None:

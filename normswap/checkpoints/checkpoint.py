@@ -30,6 +30,7 @@ from normswap.surgery.gated import ImportanceWeights, gated_modules, importance_
 from normswap.surgery.plan import SwapPlan
 from normswap.surgery.tracing import first_line
 from normswap.surgery.tree import join
+from normswap.surgery.wrapping import unwrap
 from normswap.verification import Verification
 
 Architecture = str | nn.Module | Callable[[], nn.Module]
@@ -100,7 +101,7 @@ def save(
     all others are torch files. The tensors stand alone: `model.load_state_dict(torch.load(path), strict=True)` works.
 
     Args:
-        model: converted or not.
+        model: converted or not; of a wrapped one the model inside is saved.
         plan: of a converted model, `Conversion.plan` or `Loaded.plan`.
         architecture: what builds the original model, `"timm:NAME[,key=value...]"`; without it `load` must be told.
         verification: the proof, to travel with the model.
@@ -122,7 +123,7 @@ def save(
         verification=verification,
         history=(*history, Step.now("saved")),
     )
-    write_checkpoint(model, target, container, record)
+    write_checkpoint(unwrap(model), target, container, record)
 
 
 def sha256_of(path: Path) -> str:

@@ -5,6 +5,7 @@ the backend and records the moments of the batch. Empty batches, single values a
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -39,6 +40,7 @@ def switch_norm(
     gate: Gate = "softmax",
     branches: Sequence[Branch] = BRANCHES,
     bn_statistics: BnStatistics = "batch",
+    num_batches_tracked: Tensor | None = None,
 ) -> Tensor:
     """Apply Switchable Normalization (Luo et al., ICLR 2019, eq. 3), in the manner of `F.batch_norm`.
 
@@ -53,6 +55,7 @@ def switch_norm(
         gate: `"softmax"` (logits) or `"simplex"` (points; see `normswap.layers.importance`).
         branches: which statistics are mixed, in the order of the gate parameters' entries.
         bn_statistics: `"batch"`, or `"running"` to use running statistics as constants in training too.
+        num_batches_tracked: a count, one higher after each update of the running statistics and each empty batch.
 
     Returns:
         A tensor of the shape, dtype and memory format of x. With one value per channel in training, where
@@ -71,6 +74,8 @@ def switch_norm(
             raise LayerError(f"expected gate parameters of shape {(len(branches),)}, got {tuple(parameter.shape)}")
     _check_input(x, running_mean if running_mean is not None else weight)
     if x.numel() == 0:
+        if training and num_batches_tracked is not None:
+            num_batches_tracked.add_(1)
         return _empty_output(x, [mean_weight, var_weight, weight, bias])
     mean_weights, var_weights = importance_weights(mean_weight, gate), importance_weights(var_weight, gate)
     values = x.numel() // x.shape[1]
@@ -79,10 +84,12 @@ def switch_norm(
     running = None
     if "bn" in branches:
         running = _running_moments(x, running_mean, running_var, training and bn_statistics == "batch", values)
-    y, used = switch_norm_reference(x, mean_weights, var_weights, weight, bias, running, branches=branches, eps=eps)
+    record = None
     if training and running is None and "bn" in branches and running_mean is not None and running_var is not None:
-        _update_running(running_mean, running_var, used, momentum, values)
-    return y
+        record = partial(_update_running, running_mean, running_var, num_batches_tracked, momentum, values)
+    return switch_norm_reference(
+        x, mean_weights, var_weights, weight, bias, running, branches=branches, eps=eps, record=record
+    )
 
 
 def _check_input(x: Tensor, per_channel: Tensor | None) -> None:
@@ -132,7 +139,11 @@ def _running_moments(
 
 
 @torch.no_grad()
-def _update_running(running_mean: Tensor, running_var: Tensor, batch: Moments, momentum: float, values: int) -> None:
+def _update_running(
+    running_mean: Tensor, running_var: Tensor, count: Tensor | None, momentum: float, values: int, batch: Moments
+) -> None:
     for running, new in ((running_mean, batch.mean), (running_var, batch.var * (values / (values - 1)))):
         new = new.detach().squeeze(0)
         running.copy_((1 - momentum) * running.to(new.dtype) + momentum * new)
+    if count is not None:
+        count.add_(1)

@@ -168,11 +168,15 @@ class SwitchNorm(GatedModule):
                 getattr(self, name).fill_(value)
 
     def reset_parameters(self) -> None:
-        """Set weight 1, bias 0, the gates to the uniform mix, and reset the running statistics."""
+        """Set weight 1, bias 0, the gates where the layer starts, and reset the running statistics.
+
+        A layer that replaced a norm starts as that, any other at the uniform mix.
+        """
         self.reset_running_stats()
+        start = self.vertex if "replaced" in self.__dict__ else None
         with torch.no_grad():
             for name in GATE_PARAMETERS:
-                getattr(self, name).copy_(initial_point(self.gate, self.branches))
+                getattr(self, name).copy_(initial_point(self.gate, self.branches, vertex=start))
             for name, value in (("weight", 1), ("bias", 0)):
                 if getattr(self, name) is not None:
                     getattr(self, name).fill_(value)
@@ -226,7 +230,7 @@ def apply_layer(layer: SwitchNorm, x: Tensor) -> Tensor:
         )
     updates = training and layer.track_running_stats and layer.bn_statistics == "batch" and "bn" in layer.branches
     tracked = not training or layer.track_running_stats or layer.bn_statistics == "running"
-    y = switch_norm(
+    return switch_norm(
         x,
         layer.mean_weight,
         layer.var_weight,
@@ -240,11 +244,8 @@ def apply_layer(layer: SwitchNorm, x: Tensor) -> Tensor:
         gate=layer.gate,
         branches=layer.branches,
         bn_statistics=layer.bn_statistics,
+        num_batches_tracked=layer.num_batches_tracked if updates else None,
     )
-    # Counted last, so that an input that was refused leaves no trace; one value per channel updates nothing.
-    if updates and layer.num_batches_tracked is not None and x.numel() != x.shape[1]:
-        layer.num_batches_tracked.add_(1)
-    return y
 
 
 torch.fx.wrap("apply_layer")

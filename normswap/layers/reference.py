@@ -4,7 +4,7 @@ Any rank, any device, differentiable to any order. One pass over x gives the (N,
 is algebra on that table, and y is affine in x per (n, c) (Luo et al., ICLR 2019, eq. 3 and 4).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -23,17 +23,22 @@ def switch_norm_reference(
     *,
     branches: Sequence[Branch],
     eps: float,
-) -> tuple[Tensor, Moments]:
+    record: Callable[[Moments], None] | None = None,
+) -> Tensor:
     """Normalise x (N, C, *spatial) with the given importance weights (K,), one per branch.
 
     Args:
         constants: moments (1, C) for the `bn` branch; None takes those of the batch.
+        record: is given the moments (1, C) that the `bn` branch uses.
 
     Returns:
-        y of the shape, dtype and memory format of x, and the moments (1, C) that the `bn` branch used.
+        y of the shape, dtype and memory format of x.
     """
     table = instance_moments(x)
     bn = pool_moments(table, 0) if constants is None else constants
+    if record is not None:
+        # Before the rest: gradient checkpointing runs this again, but only as far as backward needs it.
+        record(bn)
     moments = {"in": table, "ln": pool_moments(table, 1), "bn": bn}
     mean = _mix(mean_weights, [moments[branch].mean for branch in branches])
     var = _mix(var_weights, [moments[branch].var for branch in branches])
@@ -46,7 +51,7 @@ def switch_norm_reference(
     y = (x.to(dtype) - mean.reshape(mean.shape + spatial)) * scale.reshape(scale.shape + spatial)
     if bias is not None:
         y = y + bias.to(dtype).reshape((1, -1) + spatial)
-    return y.to(x.dtype), bn
+    return y.to(x.dtype)
 
 
 def _mix(weights: Tensor, statistics: list[Tensor]) -> Tensor:

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, fx, nn
 from torch.distributed import get_world_size, is_available, is_initialized
 
@@ -24,6 +23,7 @@ from normswap.surgery.settings import Settings
 from normswap.surgery.tracing import batch_norm_nodes, call_name
 from normswap.surgery.tree import class_name, copy_model, join, modules_by_name, walk_modules
 from normswap.surgery.whole_graph import to_graph_module
+from normswap.surgery.wrapping import check_wrapping, rewrap, unwrap
 
 
 class Conversion(NamedTuple):
@@ -57,7 +57,8 @@ def convert(
     optimizers that hold on to modules or parameters stay right, also those outside the model.
 
     Args:
-        model: any module that is not wrapped for parallel training or compiled.
+        model: any module. DataParallel, DistributedDataParallel and `torch.compile` around it stay around it, with
+            their settings; all names are those of the model inside.
         example_inputs: a tensor, a tuple or a dict for one forward pass in evaluation; recommended, since sites with
             one spatial position need other branches.
         plan: carry out this plan; excludes the deciding arguments, which are those of `plan_swaps`.
@@ -69,12 +70,14 @@ def convert(
     Raises:
         PlanError: a pattern matches nothing, or the plan was made for another model.
         ModelError: the forward pass on `example_inputs` failed.
-        SwapError: the model is wrapped, or cannot be copied, rewritten or traced as asked.
+        SwapError: the model is wrapped in what cannot be kept or built again, or cannot be copied, rewritten or traced
+            as asked.
     """
-    _refuse_wrapped(model)
+    check_wrapping(model, inplace=inplace, rebuilt=as_graph or not inplace)
+    inside = unwrap(model)
     if plan is None:
         plan = plan_swaps(
-            model,
+            inside,
             example_inputs,
             include=include,
             exclude=exclude,
@@ -94,11 +97,12 @@ def convert(
         raise PlanError(
             "expected either a plan or deciding arguments (include, exclude, gate, branches, ...), got both"
         )
-    target = model if inplace else _copy(model)
+    target = inside if inplace else _copy(inside)
     with all_or_nothing(place.module for place in walk_modules(target)):
         replaced = apply_plan(target, plan, norms=norms)
         if as_graph:
             target = to_graph_module(target, example_inputs)
+        target = rewrap(model, target)
     return Conversion(target, plan, replaced)
 
 
@@ -107,9 +111,10 @@ def apply_plan(model: nn.Module, plan: SwapPlan, *, norms: Norms = KNOWN_NORMS) 
 
     Raises:
         PlanError: the plan was made for another model.
-        SwapError: the model is wrapped, or a site cannot be swapped; the model is as it was.
+        SwapError: the model is in a wrapper that would not notice, or a site cannot be swapped; it is as it was.
     """
-    _refuse_wrapped(model)
+    check_wrapping(model, inplace=True, rebuilt=False)
+    model = unwrap(model)
     if any(swap.synchronize for swap in plan.swaps) and is_available() and is_initialized() and get_world_size() > 1:
         raise SwapError(
             "statistics of SyncBatchNorm sites are not synchronised across processes yet: convert and train in one "
@@ -139,15 +144,16 @@ def revert(model: nn.Module, *, discard: bool = False) -> nn.Module:
 
     Raises:
         SwapError: importance weights have moved (unless `discard`), a layer was not made by `convert`, or its old
-            class is not imported; the model is as it was.
+            class is not imported, or the model is in a wrapper that would not notice; it is as it was.
     """
+    check_wrapping(model, inplace=True, rebuilt=False, verb="revert")
     moved = moved_sites(model)
     if moved and not discard:
         raise SwapError(
             f"{len(moved)} sites have learned importance weights ({', '.join(moved[:3])}{', ...' * (len(moved) > 3)}): "
             "reverting would change the function; pass discard=True to do it all the same"
         )
-    modules = [place.module for place in walk_modules(model)]
+    modules = [place.module for place in walk_modules(unwrap(model))]
     layers = [module for module in modules if isinstance(module, SwitchNorm)]
     owners = [module for module in modules if is_rewritten(module)]
     graphs = [module for module in modules if isinstance(module, fx.GraphModule) and edited_nodes(module)]
@@ -259,22 +265,3 @@ def _rewrite_owner(module: nn.Module, owner: str, swaps: list[Swap]) -> dict[str
     else:
         rewrite_forward(module, gates, site_names)
     return {join(owner, name): layer for name, layer in gates.items()}
-
-
-_WRAPPED = {
-    "DataParallel": "is wrapped in DataParallel: convert {}.module, then wrap the result again",
-    "DistributedDataParallel": "is wrapped in DistributedDataParallel: convert {}.module, then wrap the result again",
-    "FullyShardedDataParallel": "is wrapped in FullyShardedDataParallel: convert {}.module, then wrap the result again",
-    "FSDPModule": "is sharded by fully_shard: convert {} first, then shard it with the gates in ignored_params",
-    "OptimizedModule": "is compiled: convert {}._orig_mod, then compile the result again",
-}
-
-
-def _refuse_wrapped(model: nn.Module) -> None:
-    if isinstance(model, torch.jit.ScriptModule):
-        raise SwapError("the model is TorchScript, whose code is fixed: convert the Python model, then script it again")
-    for place in walk_modules(model):
-        where = f"model.{place.names[0]}".rstrip(".")
-        for cls in type(place.module).__mro__:
-            if cls.__name__ in _WRAPPED:
-                raise SwapError(f"{where} {_WRAPPED[cls.__name__].format(where)}")

@@ -6,6 +6,7 @@ from torch import nn
 
 from normswap.layers.gates import GatedModule
 from normswap.surgery.tree import walk_modules
+from normswap.surgery.wrapping import unwrap
 
 
 class ImportanceWeights(NamedTuple):
@@ -17,7 +18,8 @@ class ImportanceWeights(NamedTuple):
 
 def gated_modules(model: nn.Module) -> dict[str, GatedModule]:
     """Return every module with gates by its first name."""
-    return {place.names[0]: place.module for place in walk_modules(model) if isinstance(place.module, GatedModule)}
+    places = walk_modules(unwrap(model))
+    return {place.names[0]: place.module for place in places if isinstance(place.module, GatedModule)}
 
 
 def importance_weights(model: nn.Module) -> dict[str, ImportanceWeights]:

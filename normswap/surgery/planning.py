@@ -19,6 +19,7 @@ from normswap.surgery.plan import NEVER_FILLED, Skip, Swap, SwapPlan, notes_on, 
 from normswap.surgery.settings import Settings, SiteSettings, settle
 from normswap.surgery.sites import NormSite, find_norm_sites
 from normswap.surgery.tree import class_name
+from normswap.surgery.wrapping import unwrap
 
 # LN of fewer values than this at one position erases the signal (two values normalise to +1 and -1).
 _MIN_LN_VALUES = 8
@@ -71,6 +72,7 @@ def plan_swaps(
         ModelError: the forward pass on `example_inputs` failed.
     """
     ground = _ground(kinds, gate, branches, bn_statistics, train_frozen_gates)
+    model = unwrap(model)
     sites = find_norm_sites(model, example_inputs, norms=norms)
     names = [(site.fqn, *site.aliases) for site in sites]
     included, excluded = first_matches(include, names), first_matches(exclude, names)

@@ -30,6 +30,7 @@ from normswap.surgery.tracing import (
 )
 from normswap.surgery.tree import Place, class_name, join, modules_by_name, walk_modules
 from normswap.surgery.trial import agree, outcome
+from normswap.surgery.wrapping import unwrap
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def find_norm_sites(
     """Find every place where `model` normalizes, in order of execution where that is known.
 
     Args:
-        model: any module; it is left as it is.
+        model: any module; it is left as it is. Names are those of the model inside wrappers.
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments for one forward pass in
             evaluation. Without it shapes, calls and modules' real order stay unknown.
         norms: table of known norm classes, see `normswap.surgery.norms`.
@@ -94,6 +95,7 @@ def find_norm_sites(
     Raises:
         ModelError: the forward pass on `example_inputs` failed, or sizes are not settled before one.
     """
+    model = unwrap(model)
     places = walk_modules(model)
     by_name = {name: place for place in places for name in place.names}
     seen = None

@@ -1,0 +1,136 @@
+"""Running statistics of a whole model: what libraries do to BatchNorm by its class, for SN and BN layers alike.
+
+`torch.optim.swa_utils.update_bn` and the freezing of timm ask for BatchNorm's classes and pass an SN layer by without
+a word. A functional site is frozen with the rest; its statistics are its owner's, and `update_statistics` leaves
+them to the momentum of the owner's call, as `update_bn` does.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from normswap.errors import ModelError
+from normswap.layers.gates import GatedModule
+from normswap.layers.modules import SwitchNorm
+from normswap.modes import training_flags
+from normswap.surgery.tree import walk_modules
+from normswap.surgery.wrapping import unwrap
+
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+def freeze_statistics(model: nn.Module) -> list[str]:
+    """Let SN and BN layers use their running statistics in training too, and leave these alone.
+
+    In place and for good: `model.train()` does not undo it. IN and LN statistics are those of the sample as ever, and
+    parameters train on. Pass a part of a model to freeze that part.
+
+    Returns:
+        The fqns of the layers that were not frozen before; one without running statistics cannot be.
+    """
+    live = {place.names[0]: place.module for place in walk_modules(unwrap(model)) if _is_live(place.module)}
+    for layer in live.values():
+        if isinstance(layer, GatedModule):
+            layer.bn_statistics = "running"
+        else:
+            layer.register_forward_pre_hook(_enter_evaluation)
+            layer.register_forward_hook(_leave_evaluation, always_call=True)
+    return list(live)
+
+
+def unfreeze_statistics(model: nn.Module) -> list[str]:
+    """Let SN and BN layers use the statistics of the batch in training again, and gather running ones.
+
+    Also SN layers that were planned with `bn_statistics="running"`; not those that replaced a frozen BatchNorm.
+
+    Returns:
+        The fqns of the layers that were frozen before.
+    """
+    frozen = {place.names[0]: place.module for place in walk_modules(unwrap(model)) if _is_frozen(place.module)}
+    for layer in frozen.values():
+        if isinstance(layer, GatedModule):
+            layer.bn_statistics = "batch"
+        for hooks in (layer._forward_pre_hooks, layer._forward_hooks):
+            for key in [key for key, hook in hooks.items() if hook in (_enter_evaluation, _leave_evaluation)]:
+                del hooks[key]
+                layer._forward_hooks_always_called.pop(key, None)
+    return list(frozen)
+
+
+@torch.no_grad()
+def update_statistics(model: nn.Module, loader: Iterable[Any], *, device: torch.device | str | None = None) -> None:
+    """Set the running statistics of SN and BN layers to their average over `loader`, as `update_bn` does for BN.
+
+    One pass in training; frozen statistics stay. Momenta and training flags are put back, and the statistics too if the
+    pass fails.
+
+    Args:
+        loader: batches, each an input tensor, or a list or tuple with that first.
+        device: where to move the inputs; default is to leave them.
+
+    Raises:
+        ModelError: `loader` is empty.
+    """
+    modules = [place.module for place in walk_modules(model)]
+    layers = [module for module in modules if isinstance(module, SwitchNorm | _BatchNorm) and _is_live(module)]
+    with training_flags(modules, training=True), _averaging(layers):
+        batches = 0
+        for batch in loader:
+            x = batch[0] if isinstance(batch, list | tuple) else batch
+            model(x if device is None else x.to(device))
+            batches += 1
+        if not batches:
+            raise ModelError("loader: expected at least one batch, got none")
+
+
+@contextmanager
+def _averaging(layers: list[Any]) -> Iterator[None]:
+    """Gather a plain average from nothing; put momenta back, and after a failure what was known before."""
+    momenta = [layer.momentum for layer in layers]
+    buffers = [getattr(layer, name) for layer in layers for name in _STATISTICS]
+    known = [(buffer, buffer.clone()) for buffer in buffers if buffer is not None]
+    try:
+        for layer in layers:
+            layer.reset_running_stats()
+            layer.momentum = None
+        yield
+    except BaseException:
+        for buffer, value in known:
+            buffer.copy_(value)
+        raise
+    finally:
+        for layer, momentum in zip(layers, momenta, strict=True):
+            layer.momentum = momentum
+
+
+def _is_live(module: nn.Module) -> bool:
+    """Whether the layer uses batch statistics in training, and could use running ones."""
+    if isinstance(module, GatedModule):
+        tracked = not isinstance(module, SwitchNorm) or module.running_mean is not None
+        return module.bn_statistics == "batch" and "bn" in module.branches and tracked
+    return isinstance(module, _BatchNorm) and module.running_mean is not None and not _is_hooked(module)
+
+
+def _is_frozen(module: nn.Module) -> bool:
+    """Whether the layer uses running statistics in training, and not because it replaced one that always did."""
+    if isinstance(module, GatedModule) and module.bn_statistics == "running":
+        return "weight" not in module._buffers
+    return _is_hooked(module)
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    return _enter_evaluation in module._forward_pre_hooks.values()
+
+
+def _enter_evaluation(module: nn.Module, _args: Any) -> None:
+    # Not by its flag for good, which the next `model.train()` would set again.
+    vars(module)["unfrozen_training"] = module.training
+    module.training = False
+
+
+def _leave_evaluation(module: nn.Module, _args: Any, _output: Any) -> None:
+    module.training = vars(module).pop("unfrozen_training", module.training)
