@@ -512,3 +512,30 @@ def test_a_layer_without_gates_on_bn_needs_no_statistics() -> None:
     x = torch.randn(1, 3, 1, 1)
     y = switch_norm(x, torch.ones(1), torch.ones(1), branches=("ln",))
     torch.testing.assert_close(y, F.layer_norm(x, x.shape[1:]))
+
+
+@pytest.mark.parametrize(
+    ("options", "counted"),
+    [
+        ({}, 1),
+        ({"training": False}, 0),
+        ({"bn_statistics": "running"}, 0),
+        ({"x": torch.randn(1, 3)}, 0),
+        ({"x": torch.empty(0, 3)}, 1),
+    ],
+    ids=["training", "evaluation", "running", "one value", "empty"],
+)
+def test_batches_are_counted_where_batch_norm_counts_them(options: dict[str, Any], counted: int) -> None:
+    count, gate = torch.tensor(0), torch.ones(2)
+    given: dict[str, Any] = {"x": torch.randn(4, 3), "training": True} | options
+    switch_norm(
+        given.pop("x"),
+        gate,
+        gate,
+        torch.zeros(3),
+        torch.ones(3),
+        branches=("ln", "bn"),
+        num_batches_tracked=count,
+        **given,
+    )
+    assert count == counted

@@ -600,6 +600,19 @@ def test_meta_device_to_empty_and_reset_parameters(make: Callable[..., SwitchNor
     assert all(value.equal(fresh[name]) for name, value in layer.state_dict().items())
 
 
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_a_checkpointed_layer_gathers_statistics_as_batch_norm_does(momentum: float | None) -> None:
+    bn = nn.BatchNorm2d(4, momentum=momentum).double()
+    sn = SwitchNorm2d.from_batch_norm(copy.deepcopy(bn))
+    x = torch.randn(3, 4, 5, 5).double().requires_grad_()
+    for layer in (bn, sn):
+        # Recomputed only as far as backward needs it, and so not to the end of the layer's forward.
+        checkpoint(layer, x, use_reentrant=False).square().sum().backward()
+    assert sn.num_batches_tracked == bn.num_batches_tracked == 2
+    torch.testing.assert_close(sn.running_mean, bn.running_mean)
+    torch.testing.assert_close(sn.running_var, bn.running_var)
+
+
 def test_from_batch_norm_on_the_meta_device() -> None:
     sn = SwitchNorm2d.from_batch_norm(nn.BatchNorm2d(4, device="meta"))
     assert {t.device.type for t in sn.state_dict().values()} == {"meta"}
