@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from normswap.surgery.conversion import convert as convert
     from normswap.surgery.conversion import revert as revert
     from normswap.surgery.gated import importance_weights as importance_weights
+    from normswap.surgery.norm_site import NormSite as NormSite
     from normswap.surgery.norms import KNOWN_NORMS as KNOWN_NORMS
     from normswap.surgery.norms import read_batch_norm as read_batch_norm
     from normswap.surgery.plan import SwapPlan as SwapPlan
     from normswap.surgery.plan import plan_swaps as plan_swaps
-    from normswap.surgery.sites import NormSite as NormSite
     from normswap.surgery.sites import find_norm_sites as find_norm_sites
     from normswap.verification import Verification as Verification
     from normswap.verification import verify as verify
@@ -47,7 +47,7 @@ _HOMES = {
     "read_batch_norm": "normswap.surgery.norms",
     "SwapPlan": "normswap.surgery.plan",
     "plan_swaps": "normswap.surgery.plan",
-    "NormSite": "normswap.surgery.sites",
+    "NormSite": "normswap.surgery.norm_site",
     "find_norm_sites": "normswap.surgery.sites",
     "Verification": "normswap.verification",
     "verify": "normswap.verification",

@@ -25,9 +25,10 @@ from normswap.layers.importance import (
     check_branches,
     check_gate,
 )
+from normswap.surgery.norm_site import NormSite
 from normswap.surgery.norms import KNOWN_NORMS, Norms
 from normswap.surgery.observation import describe_shapes
-from normswap.surgery.sites import NormSite, find_norm_sites
+from normswap.surgery.sites import find_norm_sites
 from normswap.surgery.tree import class_name
 
 PLAN_VERSION = 1
