@@ -2,7 +2,7 @@
 
 It gets through what symbolic tracing does not - sizes in control flow, type checks, keyword and dict inputs - but not
 through decisions on values. Only facts are taken from its graph, which is of ATen operators: each node tells by its
-stack of modules whose code made it. A failure is a value with a reason, and what torch logs, warns or prints is kept in.
+stack of modules whose code made it. A failure is a value with a reason, and what torch logs or prints is kept in.
 """
 
 import logging

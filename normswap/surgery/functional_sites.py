@@ -7,13 +7,23 @@ batch_norm call on samples that were folded into the channels: neither has batch
 import copy
 from collections.abc import Callable
 from functools import partial
+from itertools import compress, cycle
 from typing import Any
 
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from normswap.layers.modules import FunctionalSwitchNorm
-from normswap.surgery.calls import call_name, is_batch_norm_call, is_folded, norm_arguments, norm_nodes, other_use
+from normswap.surgery.calls import (
+    call_name,
+    is_batch_norm_call,
+    is_folded,
+    norm_arguments,
+    norm_call,
+    norm_nodes,
+    other_use,
+    reads_activation,
+)
 from normswap.surgery.graph_rewrite import compile_forward, free_names
 from normswap.surgery.norm_site import NormSite, order_of
 from normswap.surgery.norms import Norms, is_norm_layer
@@ -71,8 +81,8 @@ def _sites_of_kind(
     kind: str, place: Place, own: OwnForward, facts: GraphFacts | None, seen: Observation | None
 ) -> list[NormSite]:
     owner, module = place.names[0], place.module
-    fed = _seen_calls(kind, seen).get(owner, []) if seen else []
     nodes = norm_nodes(own.evaluation, kind) if own.evaluation else []
+    fed = _fed(kind, owner, own, seen) if seen else []
     order, seen_by = order_of(place, facts, seen)
     general = _problem_of_owner(place, own, len(nodes), fed, seen) if kind == "bn" else None
     sites = []
@@ -99,6 +109,17 @@ def _sites_of_kind(
             )
         )
     return sites
+
+
+def _fed(kind: str, owner: str, own: OwnForward, seen: Observation) -> list[Shape]:
+    """The shapes that were seen, without those of kernels that were computed into new tensors."""
+    shapes = _seen_calls(kind, seen).get(owner, [])
+    graph = own.evaluation.nodes if own.evaluation else ()
+    calls = [node for node in graph if (call := norm_call(node)) and call.kind == kind]
+    if len(shapes) != max(1, seen.runs.get(owner, 0)) * len(calls):
+        return shapes
+    on_activations = [reads_activation(norm_arguments(node)["input"]) for node in calls]
+    return list(compress(shapes, cycle(on_activations)))
 
 
 def _problem_of_owner(

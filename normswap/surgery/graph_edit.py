@@ -51,7 +51,8 @@ def restore_graph(module: fx.GraphModule) -> None:
 
 def _arguments_of(node: fx.Node, parameters: tuple[str, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of the call that a gate stands for: by position up to the first that is not given."""
-    given = {"input": node.args[0], "cudnn_enabled": torch.backends.cudnn.enabled, **node.kwargs}
+    cudnn = node.meta.get("cudnn_enabled", torch.backends.cudnn.enabled)
+    given = {"input": node.args[0], "cudnn_enabled": cudnn, **node.kwargs}
     gap = next((index for index, name in enumerate(parameters) if name not in given), len(parameters))
     later = {name: given[name] for name in parameters[gap:] if name in given}
     return tuple(given[name] for name in parameters[:gap]), later

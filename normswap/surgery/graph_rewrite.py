@@ -188,6 +188,8 @@ def swap_calls(graph: fx.Graph, site_names: SiteNames) -> fx.Graph:
         with graph.inserting_before(node):
             new = graph.call_module(name, (arguments.pop("input"),), arguments)
             new.meta = dict(node.meta)
+            if "cudnn_enabled" in call.parameters[: len(node.args)]:  # says nothing of the function, but is put back
+                new.meta["cudnn_enabled"] = node.args[call.parameters.index("cudnn_enabled")]
             if call.results is not None:
                 new = graph.call_function(as_results, all_results(call, new, arguments))
                 new.meta["is_wrapped"] = True
