@@ -5,7 +5,7 @@ are put back. It knows what tracing cannot: real shapes, real calls, modules tha
 error is passed on with the module that raised it and the shapes that were fed.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
 
 from normswap.errors import ModelError
 from normswap.modes import call_model, hooked, preserved_state, seeded, training_flags
@@ -28,7 +29,7 @@ Shape = tuple[int, ...]
 class Observation:
     """What one forward pass showed, by first name of each module.
 
-    `shapes` holds the input shapes of norm layers, call by call; `producers` the module whose output was fed in;
+    `shapes` holds the input shapes of norm layers, call by call; `producers` the module or function that made it;
     `functional` the input shapes of batch_norm calls on activations by the module that made them, `instance` those of
     instance_norm and `tracked` who gave it running statistics; `runs` how often each module ran and `owner_inputs` what
     the first run with such a call was given; `calls` the norm layers and owners as they normalized, call by call, and
@@ -64,7 +65,7 @@ class _Watcher(TorchFunctionMode):
         self._norms = norms
         # By the storage object, not its address: those of meta tensors and of empty ones are all 0.
         self._kernels = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-        self._last_output: tuple[Tensor | None, str] = (None, "")
+        self._makers: MutableMapping[Tensor, str] = WeakIdKeyDictionary()
 
     def enter(self, place: Place) -> Callable[..., None]:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -75,8 +76,8 @@ class _Watcher(TorchFunctionMode):
             if x is not None and is_norm_layer(place.module, self._norms):
                 self.notes.shapes.setdefault(name, []).append(tuple(x.shape))
                 self._normalized(name)
-                if x is self._last_output[0]:
-                    self.notes.producers.setdefault(name, self._last_output[1])
+                if x in self._makers:
+                    self.notes.producers.setdefault(name, self._makers[x])
 
         return hook
 
@@ -86,7 +87,7 @@ class _Watcher(TorchFunctionMode):
             while any(call.place is place for call in self.stack):
                 self.stack.pop()
             if isinstance(output, Tensor):
-                self._last_output = (output, place.names[0])
+                self._makers[output] = place.names[0]
 
         return hook
 
@@ -94,7 +95,10 @@ class _Watcher(TorchFunctionMode):
         call = NORM_CALLS.get(func)
         if call and self.stack and not is_norm_layer(self.stack[-1].place.module, self._norms):
             self._functional_call(call, dict(zip(call.parameters, args, strict=False)) | (kwargs or {}))
-        return func(*args, **(kwargs or {}))
+        output = func(*args, **(kwargs or {}))
+        if type(output) is Tensor and output not in self._makers:
+            self._makers[output] = getattr(func, "__name__", "").strip("_")
+        return output
 
     def _functional_call(self, call: NormCall, arguments: dict[str, Any]) -> None:
         x, owner = arguments["input"], self.stack[-1]

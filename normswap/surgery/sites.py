@@ -86,7 +86,7 @@ def _module_site(place: Place, spec: NormSpec, facts: GraphFacts | None, seen: O
     own = list(place.module.parameters(recurse=False))
     shapes = seen.shapes.get(name, []) if seen else None
     order, seen_by = order_of(place, facts, seen)
-    producer = next((facts.producers[alias] for alias in place.names if facts and alias in facts.producers), None)
+    told = next((facts.producers[alias] for alias in place.names if facts and alias in facts.producers), None)
     return NormSite(
         fqn=name,
         aliases=place.names[1:],
@@ -102,7 +102,7 @@ def _module_site(place: Place, spec: NormSpec, facts: GraphFacts | None, seen: O
         shapes=None if shapes is None else tuple(dict.fromkeys(shapes)),
         calls=None if shapes is None else len(shapes),
         order=order,
-        producer=producer or (seen.producers.get(name) if seen else None),
+        producer=seen.producers.get(name, told) if seen else told,
         seen_by=seen_by,
         problem=spec.problem,
     )
