@@ -20,6 +20,7 @@ class Entry:
         build: makes the model with random parameters, on whatever device is the default.
         inputs: example inputs in order of preference, the small one first; a tensor, a tuple or a dict each.
         view: for a model that selects (boxes, keypoints): a thin module around it that gives what comes before.
+        smaller: an input for a model that is too slow for this machine on the first of `inputs`.
         reduced: how it differs from the model's default size.
     """
 
@@ -29,6 +30,7 @@ class Entry:
     build: Callable[[], nn.Module]
     inputs: Callable[[nn.Module], Sequence[Any]]
     view: Callable[[nn.Module], nn.Module] | None = None
+    smaller: Callable[[nn.Module], Any] | None = None
     reduced: str = ""
 
     @property

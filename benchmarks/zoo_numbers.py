@@ -32,8 +32,11 @@ def _is_batch_norm(module: nn.Module) -> bool:
     return isinstance(module, _BatchNorm) or {"running_mean", "running_var"} <= module._buffers.keys()
 
 
-def randomise(model: nn.Module, inputs: Any | None) -> None:
-    """Give every batch norm of `model` its own statistics, weight and bias, near those of `inputs` if it is given."""
+def randomise(model: nn.Module, inputs: Any | None) -> Any:
+    """Give every batch norm of `model` its own statistics, weight and bias, near those of `inputs` if it is given.
+
+    Returns what the model gives in training on `inputs`, or the exception that it raises; None without them.
+    """
     generator = torch.Generator().manual_seed(_SEED)
     norms = [module for module in model.modules() if _is_batch_norm(module)]
     for norm in norms:
@@ -41,10 +44,10 @@ def randomise(model: nn.Module, inputs: Any | None) -> None:
     for norm in norms:
         _fill(getattr(norm, "weight", None), generator, uniform=_WEIGHT_RANGE)
         _fill(getattr(norm, "bias", None), generator, normal=_BIAS_SPREAD)
-    if inputs is not None:
-        _measure(model, norms, inputs)
+    outputs = None if inputs is None else _measure(model, norms, inputs)
     for norm in norms:
         _disturb(norm, generator)
+    return outputs
 
 
 def _reset(norm: nn.Module) -> None:
@@ -69,17 +72,18 @@ def _fill(
             tensor.normal_(0.0, normal, generator=generator)
 
 
-def _measure(model: nn.Module, norms: list[nn.Module], inputs: Any) -> None:
+def _measure(model: nn.Module, norms: list[nn.Module], inputs: Any) -> Any:
     """One pass in training with momentum 1; where the model cannot, the statistics stay at 0 and 1."""
     momenta = [(norm, norm.momentum) for norm in norms if isinstance(norm, _BatchNorm)]
     try:
         for norm, _ in momenta:
             norm.momentum = 1.0
         with torch.no_grad(), seeded(0), training_flags(list(model.modules()), training=True):
-            call_model(model, inputs)
-    except Exception:  # noqa: BLE001 - it is tried again, and judged, by the caller
+            return call_model(model, inputs)
+    except Exception as error:  # noqa: BLE001 - it is judged by the caller
         for norm in norms:
             _reset(norm)
+        return error
     finally:
         for norm, momentum in momenta:
             norm.momentum = momentum

@@ -23,8 +23,10 @@ if TYPE_CHECKING:
     from normswap.surgery.norm_site import NormSite as NormSite
     from normswap.surgery.norms import KNOWN_NORMS as KNOWN_NORMS
     from normswap.surgery.norms import read_batch_norm as read_batch_norm
+    from normswap.surgery.norms import read_group_norm as read_group_norm
+    from normswap.surgery.norms import read_instance_norm as read_instance_norm
     from normswap.surgery.plan import SwapPlan as SwapPlan
-    from normswap.surgery.plan import plan_swaps as plan_swaps
+    from normswap.surgery.planning import plan_swaps as plan_swaps
     from normswap.surgery.sites import find_norm_sites as find_norm_sites
     from normswap.verification import Verification as Verification
     from normswap.verification import verify as verify
@@ -45,9 +47,11 @@ _HOMES = {
     "importance_weights": "normswap.surgery.gated",
     "KNOWN_NORMS": "normswap.surgery.norms",
     "read_batch_norm": "normswap.surgery.norms",
+    "read_group_norm": "normswap.surgery.norms",
+    "read_instance_norm": "normswap.surgery.norms",
     "SwapPlan": "normswap.surgery.plan",
-    "plan_swaps": "normswap.surgery.plan",
     "NormSite": "normswap.surgery.norm_site",
+    "plan_swaps": "normswap.surgery.planning",
     "find_norm_sites": "normswap.surgery.sites",
     "Verification": "normswap.verification",
     "verify": "normswap.verification",

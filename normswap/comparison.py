@@ -1,5 +1,6 @@
 """How far two values are apart: relative L2 of tensors, equal or not for anything else. Values in, numbers out."""
 
+from math import hypot, isfinite
 from typing import Any
 
 import torch
@@ -19,14 +20,16 @@ def distance(reference: Any, value: Any) -> float:
         return float("inf")
     if not (reference.is_floating_point() or reference.is_complex()):
         return 0.0 if torch.equal(reference, value) else float("inf")
-    finite = reference.isfinite()
-    odd, other = reference[~finite], value[~finite]
-    if not torch.equal(odd.isnan(), other.isnan()) or not torch.equal(odd.nan_to_num(), other.nan_to_num()):
-        return float("inf")
-    difference, size = (value - reference)[finite].norm().item(), reference[finite].norm().item()
+    difference, size = (value - reference).norm().item(), reference.norm().item()
+    if not (isfinite(difference) and isfinite(size)):  # something is not finite, or too large to be squared
+        finite = reference.isfinite()
+        odd, other = reference[~finite], value[~finite]
+        if not torch.equal(odd.isnan(), other.isnan()) or not torch.equal(odd.nan_to_num(), other.nan_to_num()):
+            return float("inf")
+        difference, size = (value - reference)[finite].norm().item(), reference[finite].norm().item()
     if difference == 0.0:
         return 0.0
-    return difference / size if size > 0 and difference == difference else float("inf")
+    return difference / size if size > 0 and isfinite(difference) else float("inf")
 
 
 def absolute(reference: Any, value: Any) -> float:
@@ -34,7 +37,11 @@ def absolute(reference: Any, value: Any) -> float:
     tensors = isinstance(reference, Tensor) and isinstance(value, Tensor)
     if not tensors or not reference.is_floating_point() or reference.shape != value.shape:
         return 0.0
-    difference = (value - reference)[reference.isfinite()].abs()
+    difference = (value - reference).abs()
+    largest = difference.max().item() if difference.numel() else 0.0
+    if isfinite(largest):
+        return largest
+    difference = difference[reference.isfinite()]
     return difference.max().item() if difference.numel() else 0.0
 
 
@@ -49,6 +56,12 @@ def vector_distance(references: list[Tensor], values: list[Tensor]) -> float:
     """Return the distance of paired tensors taken as one vector, 0 where there are none."""
     if not references:
         return 0.0
+    pairs = list(zip(references, values, strict=True))
+    if any(a.shape != b.shape or a.dtype != b.dtype for a, b in pairs):
+        return float("inf")
+    size, difference = hypot(*(a.norm().item() for a, _ in pairs)), hypot(*((b - a).norm().item() for a, b in pairs))
+    if isfinite(size) and isfinite(difference) and size > 0:
+        return difference / size
     first, second = (torch.cat([tensor.flatten() for tensor in side]) for side in (references, values))
     return distance(first, second)
 

@@ -25,6 +25,7 @@ LIMIT = 1e-9
 OWN_RESPONSES = 10
 MODES = ("evaluation", "training", "as it is")
 GATES = ("mean_weight", "var_weight")
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 GENERATED = ("_graph", "_code", "_lineno_map", "_prologue_start", "_in_spec")
 
 
@@ -44,7 +45,8 @@ def paths(model: nn.Module) -> dict[str, nn.Module]:
             for name, child in value._modules.items():
                 visit(dot + name, child, 3, inside)
             for name, item in [] if isinstance(value, torch.jit.ScriptModule) else list(vars(value).items()):
-                if name not in ("_parameters", "_buffers", "_modules") and not name.endswith("_hooks"):
+                holds = isinstance(item, nn.Module | list | tuple | dict)
+                if holds and name not in ("_parameters", "_buffers", "_modules") and not name.endswith("_hooks"):
                     visit(dot + name, item, 3, inside)
         elif depth and isinstance(value, list | tuple):
             for index, item in enumerate(value):
@@ -261,14 +263,15 @@ def _identical(a: Tensor, b: Tensor) -> bool:
 
 
 def planned_names(plan: SwapPlan, record: Record) -> set[str]:
-    """The names of the gates that a plan brings, under every path of their site or owner."""
+    """The names of the gates that a plan brings, and of the statistics that it begins, under every path of a site."""
     names = set()
     for swap in plan.swaps:
         site = swap.fqn if swap.owner is None else swap.owner
         suffix = "" if swap.owner is None else swap.fqn.removeprefix(swap.owner).removeprefix(".")
         for path, module in record.modules.items():
             if module is record.modules[site]:
-                names |= {".".join(part for part in (path, suffix, gate) if part) for gate in GATES}
+                begun = STATISTICS if swap.kind in ("in", "gn1") and "bn" in swap.branches else ()
+                names |= {".".join(part for part in (path, suffix, name) if part) for name in (*GATES, *begun)}
     return names
 
 
@@ -356,7 +359,7 @@ def _watch(layer: Any) -> Site:
         told = (
             dict(zip(names, args[1:], strict=False)) | kwargs
             if functional
-            else {n: getattr(layer, n) for n in names if n != "momentum"}
+            else {n: vars(layer).get(n) if n == "eps" else getattr(layer, n) for n in names if n != "momentum"}
         )
         batch = layer.bn_statistics == "batch" and told.get("training", False)
         untracked = not functional and told["training"] and not layer.track_running_stats
@@ -454,14 +457,19 @@ def alive(converted: nn.Module, fqns: list[str], inputs: Any, mode: str = "train
     generator = torch.Generator().manual_seed(2)
     if not outputs:
         return 0
-    sum((y * torch.randn(y.shape, generator=generator, dtype=y.dtype)).sum() for y in outputs).backward()  # type: ignore[union-attr]
+    loss = sum((y * torch.randn(y.shape, generator=generator, dtype=y.dtype)).sum() for y in outputs)
+    # Of the gates alone: the gradients of everything else would take half of the time, and are not looked at.
+    gates = [p for site in sites.values() for gate in GATES if (p := getattr(site.layer, gate)).requires_grad]
+    found = torch.autograd.grad(loss, gates, allow_unused=True) if gates else ()
+    gradients = {id(gate): gradient for gate, gradient in zip(gates, found, strict=True)}
     compared = 0
     for fqn, site in sites.items():
         for gate, (expected, size) in zip(GATES, _expected(site) if site.visits else [], strict=False):
             parameter = getattr(site.layer, gate)
             if not parameter.requires_grad:
                 continue
-            actual = torch.zeros_like(expected) if parameter.grad is None else parameter.grad
+            gradient = gradients[id(parameter)]
+            actual = torch.zeros_like(expected) if gradient is None else gradient
             assert actual.isfinite().all(), f"law 3: {fqn}.{gate} has the gradient {actual.tolist()}"
             off = (actual - expected).abs().max().item()
             assert off <= LIMIT * size, f"law 3: {fqn}.{gate} is {off:.1e} off the oracle's {expected.tolist()}"
@@ -492,12 +500,12 @@ class _Count(TorchDispatchMode):
     calls = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.calls += "batch_norm" in func.name()
+        self.calls += "batch_norm" in func.name() or "group_norm" in func.name()
         return func(*args, **(kwargs or {}))
 
 
-def batch_norm_calls(model: nn.Module, inputs: Any, mode: str) -> int:
-    """How many batch norms of torch's own run in one pass, whoever calls them."""
+def norm_calls(model: nn.Module, inputs: Any, mode: str) -> int:
+    """How many batch, instance and group norms of torch's own run in one pass, whoever calls them."""
     model = copy.deepcopy(model)
     set_mode(model, mode)
     with _Count() as count, torch.no_grad():
@@ -575,7 +583,8 @@ def hold(make: Callable[[], nn.Module], inputs: Any, *, modes: tuple[str, ...] =
     inplace = make()
     record = Record.of(inplace)
     optimizer_owns = [p for group in _optimizer_groups(inplace) for p in group]
-    second = normswap.convert(inplace, inputs, inplace=True, plan=plan_survives_json(plan), **_norms(options))
+    norms = _only(options, "norms")
+    second = normswap.convert(inplace, inputs, inplace=True, plan=plan_survives_json(plan), **norms)
     assert second.model is inplace, "another model came back"
     nothing_else_changed(record, inplace, plan, same_objects=True)
     assert {id(p) for p in optimizer_owns} <= {id(p) for p in inplace.parameters()}, "law 2: the optimizer is stale"
@@ -587,12 +596,12 @@ def hold(make: Callable[[], nn.Module], inputs: Any, *, modes: tuple[str, ...] =
     gates = 0 if inputs is None else alive(model, list(conversion.replaced), inputs)
     accounted_for(original, plan, inputs, options.get("norms"))
     reverts(make(), inputs, **options)
-    converting_twice_changes_nothing(model, plan, inputs, **_norms(options))
+    converting_twice_changes_nothing(model, plan, inputs, **_only(options, "norms", "kinds"))
     return Held(conversion, errors, gates)
 
 
-def _norms(options: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if name == "norms"}
+def _only(options: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if name in names}
 
 
 def _optimizer_groups(model: nn.Module) -> list[list[nn.Parameter]]:

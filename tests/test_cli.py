@@ -352,6 +352,39 @@ def test_inspect_shows_frozen_gates_and_left_out_branches(folder: Path) -> None:
     assert "frozen, and so are its importance weights" in text
 
 
+def other_norms(folder: Path) -> None:
+    torch.save(nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.InstanceNorm2d(8), nn.GroupNorm(1, 8)), "all.pt")
+
+
+def test_other_norms_stay_and_say_how_to_swap_them(folder: Path) -> None:
+    other_norms(folder)
+    text = " ".join(ok("inspect", "all.pt", "--trust", "--input", "2x3x8x8").stdout.split())
+    assert "unless asked for with kinds=('bn', 'in') (--kinds bn,in)" in text
+    assert "in+ln, simplex gate; no `bn`: the old norm has no running statistics" not in text
+    text = " ".join(ok("inspect", "all.pt", "--trust", "--input", "2x3x8x8", "--kinds", "bn, in,gn1").stdout.split())
+    assert "in+ln, simplex gate; no `bn`: the old norm has no running statistics" in text
+
+
+def test_other_norms_are_converted_on_request(folder: Path) -> None:
+    other_norms(folder)
+    found = document("convert", "all.pt", "--trust", "--input", "2x3x8x8", "--kinds", "bn,in,gn1")
+    assert [swap["kind"] for swap in found["plan"]["swaps"]] == ["bn", "in", "gn1"]
+    assert found["verification"]["passed"]
+    text = ok("inspect", "all.normswap.pt", "--trust").stdout
+    assert re.search(r"^2 +1\.00 +0\.00 +- +1\.00 +0\.00 +-", text, re.M)
+    assert "3 of 3 sites are still exactly the norm they replaced" in text
+
+
+def test_settings_in_a_plan_file_are_carried_out(folder: Path) -> None:
+    ok("convert", "bn.pt", *ARCH, *INPUT, "--dry-run", "--save-plan", "plan.json")
+    edited = json.loads((folder / "plan.json").read_text()) | {"settings": {"layer1.*": {"branches": ["ln", "bn"]}}}
+    (folder / "plan.json").write_text(json.dumps(edited))
+    ok("convert", "bn.pt", *ARCH, *INPUT, "--plan", "plan.json")
+    plan = read_record(folder / "bn.normswap.pt").plan
+    branches = {swap.fqn.startswith("layer1."): swap.branches for swap in plan.swaps}
+    assert branches == {True: ("ln", "bn"), False: ("in", "ln", "bn")}
+
+
 def test_inspect_as_json(folder: Path) -> None:
     found = document("inspect", "bn.pt", *ARCH, *INPUT)
     assert found["converted"] is False
@@ -366,7 +399,7 @@ def test_inspect_shows_the_record_and_the_weights_of_a_converted_file(folder: Pa
     assert re.search(r"^saved +\d{4}-\d\d-\d\d \d\d:\d\d:\d\d +normswap", text, re.M)
     weights = r"0\.00 +0\.00 +1\.00 +0\.00 +0\.00 +1\.00"
     assert len(re.findall(weights, text)) == files.SITES
-    assert f"{files.SITES} of {files.SITES} sites are still exactly Batch Normalization" in text
+    assert f"{files.SITES} of {files.SITES} sites are still exactly the norm they replaced" in text
 
 
 def test_inspect_shows_moved_weights_and_absent_branches(folder: Path) -> None:

@@ -112,6 +112,8 @@ def test_a_plan_is_carried_out_to_the_letter() -> None:
         {"gate": "softmax"},
         {"bn_statistics": "running"},
         {"train_frozen_gates": True},
+        {"kinds": ["in"]},
+        {"settings": {"1": {"gate": "softmax"}}},
     ],
     ids=lambda options: next(iter(options)),
 )
@@ -266,7 +268,7 @@ def test_sites_of_one_owner_can_be_converted_one_after_the_other() -> None:
         result = convert(model, zoo.IMAGE(), inplace=True, include=names)
         assert [s.fqn for s in result.plan.swaps] == names
     assert type(model).__mro__[2] is zoo.TwiceBlock  # rewritten once, not on top of itself
-    assert laws.batch_norm_calls(model, zoo.IMAGE(), "training") == 0
+    assert laws.norm_calls(model, zoo.IMAGE(), "training") == 0
     laws.same_function(original, model, zoo.IMAGE())
     again = copy.deepcopy(model)
     laws.same_function(original, again, zoo.IMAGE())

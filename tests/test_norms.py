@@ -145,7 +145,11 @@ STAYING: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
     "LayerNorm": (lambda: nn.LayerNorm(4), "ln", f"^{STAYS}$"),
     "timm LayerNorm2d": (lambda: LayerNorm2d(4), "ln", f"^{STAYS}$"),
     "RMSNorm": (lambda: nn.RMSNorm(4), "rms", f"^{STAYS}$"),
-    "InstanceNorm with statistics": (lambda: nn.InstanceNorm2d(4, track_running_stats=True), "in", f"^{STAYS}$"),
+    "InstanceNorm with statistics": (
+        lambda: nn.InstanceNorm2d(4, track_running_stats=True),
+        "in",
+        r"^uses running statistics in evaluation \(track_running_stats=True\), which no InstanceNorm branch has: stays",
+    ),
     "SwitchNorm": (lambda: SwitchNorm2d(4), "sn", "^is Switchable Normalization already: nothing to do$"),
     "functional SwitchNorm": (
         lambda: FunctionalSwitchNorm(gate="simplex", branches=("ln", "bn")),

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from normswap.errors import ModelError, PlanError
 from normswap.layers.importance import Branch
-from normswap.surgery.plan import SwapPlan, plan_swaps
+from normswap.surgery.plan import SwapPlan
+from normswap.surgery.planning import plan_swaps
 from normswap.surgery.sites import find_norm_sites
 
 

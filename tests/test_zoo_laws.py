@@ -1,8 +1,8 @@
 """All laws on every trap of the zoo, and on whole networks of timm and torchvision."""
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import laws
@@ -21,7 +21,8 @@ COPYABLE = [trap for trap in zoo.TRAPS if trap.copyable]
 
 def options_of(trap: zoo.Trap) -> dict[str, Any]:
     classes = trap.also_read_as_batch_norm
-    return {"norms": KNOWN_NORMS | dict.fromkeys(classes, read_batch_norm)} if classes else {}
+    norms = {"norms": KNOWN_NORMS | dict.fromkeys(classes, read_batch_norm)} if classes else {}
+    return {**trap.options, **norms}
 
 
 def named(trap: zoo.Trap) -> str:
@@ -64,17 +65,17 @@ def test_a_model_that_torch_cannot_copy_is_planned_and_left_alone(trap: zoo.Trap
     assert conversion.plan.swaps == ()
 
 
-NO_BATCH_NORM_LEFT = [trap for trap in COPYABLE if trap.swaps and not trap.skips and not trap.kernels]
+NO_NORM_LEFT = [trap for trap in COPYABLE if trap.swaps and not trap.skips and not trap.kernels]
 
 
-@pytest.mark.parametrize("trap", NO_BATCH_NORM_LEFT, ids=named)
+@pytest.mark.parametrize("trap", NO_NORM_LEFT, ids=named)
 @pytest.mark.parametrize("mode", ["evaluation", "training"])
-def test_no_batch_norm_of_torch_runs_any_more(trap: zoo.Trap, mode: str) -> None:
+def test_no_norm_of_torch_runs_any_more(trap: zoo.Trap, mode: str) -> None:
     original, inputs = trap.model(), trap.inputs()
     converted = convert(original, inputs, **options_of(trap)).model
     if not any("Frozen" in type(module).__name__ for module in zoo.everything_in(original)):
-        assert laws.batch_norm_calls(original, inputs, mode) > 0
-    assert laws.batch_norm_calls(converted, inputs, mode) == 0
+        assert laws.norm_calls(original, inputs, mode) > 0
+    assert laws.norm_calls(converted, inputs, mode) == 0
 
 
 @pytest.mark.parametrize("branches", [("in", "bn"), ("ln", "bn"), ("in", "ln", "bn")])
@@ -110,11 +111,12 @@ IMAGES = zoo.image(2, 3, 64, 64)
 
 @dataclass(frozen=True)
 class Network:
-    """A network, its input, and how many sites it has."""
+    """A network, its input, how many sites it has, and the deciding arguments of its conversion."""
 
     make: Callable[[], nn.Module]
     inputs: Callable[[], Tensor]
     sites: int
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def model(self) -> nn.Module:
         torch.manual_seed(11)
@@ -134,6 +136,15 @@ NETWORKS = {
     ),
     "timm regnety_002": Network(from_timm("regnety_002"), IMAGES, 44),
     "torchvision resnet18": Network(lambda: torchvision.models.resnet18(num_classes=10), IMAGES, 20),
+    "torchvision resnet18 of InstanceNorm": Network(
+        lambda: torchvision.models.resnet18(num_classes=10, norm_layer=nn.InstanceNorm2d), IMAGES, 20, zoo.OTHER_KINDS
+    ),
+    "torchvision resnet18 of GroupNorm": Network(
+        lambda: torchvision.models.resnet18(num_classes=10, norm_layer=lambda c: nn.GroupNorm(1, c)),
+        IMAGES,
+        20,
+        zoo.BEGUN,
+    ),
     "torchvision r3d_18": Network(
         lambda: torchvision.models.video.r3d_18(num_classes=10), zoo.image(2, 3, 4, 48, 48), 20
     ),
@@ -143,7 +154,7 @@ NETWORKS = {
 @pytest.mark.parametrize("network", NETWORKS.values(), ids=NETWORKS)
 def test_every_law_holds_on_a_network(network: Network) -> None:
     inputs = network.inputs()
-    held = laws.hold(network.model, inputs, modes=("evaluation", "training"))
+    held = laws.hold(network.model, inputs, modes=("evaluation", "training"), **network.options)
     assert held.conversion.plan.skips == ()
     assert len(held.conversion.plan.swaps) == network.sites
     assert None not in held.errors.values()

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import ScaledStdConv2d, StdConv2d
-from timm.layers.norm_act import BatchNormAct2d, FrozenBatchNormAct2d
+from timm.layers import GroupNorm1, ScaledStdConv2d, StdConv2d
+from timm.layers.norm_act import BatchNormAct2d, FrozenBatchNormAct2d, GroupNorm1Act, GroupNormAct
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize, prune
 from torchvision.ops.misc import FrozenBatchNorm2d
@@ -27,6 +27,7 @@ class Trap:
 
     `blind` holds both as they are without an input, where that differs. `raises_in` are the modes in which the model in
     float64 raises by itself, `idle` the sites that do not run; `kernels` says that batch norms of weights remain.
+    `options` are deciding arguments of the conversion.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Trap:
     raises_in: tuple[str, ...] = ()
     idle: tuple[str, ...] = ()
     kernels: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def model(self) -> nn.Module:
         """The model with random statistics and affine parameters, the same one at every call."""
@@ -756,6 +758,49 @@ class ActivatedNorm(nn.BatchNorm2d):
         return self.activation(super().forward(x))
 
 
+class TheirInstanceNorm(nn.InstanceNorm2d):
+    """A subclass that may do anything."""
+
+
+class TheirGroupNorm(nn.GroupNorm):
+    """The same of GroupNorm."""
+
+
+class WithoutBatch(nn.Module):
+    """An InstanceNorm that is fed one image at a time, as (C, H, W)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = conv(), nn.InstanceNorm2d(8, affine=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([self.norm(single) for single in self.conv(x)])
+
+
+class Sequences(nn.Module):
+    """Norms over (N, C, L) and (N, C)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.instance, self.group, self.flat = nn.InstanceNorm1d(3, affine=True), nn.GroupNorm(1, 3), nn.GroupNorm(1, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.flat(self.group(self.instance(x)).mean(2))
+
+
+class Stylised(nn.Module):
+    """BN and InstanceNorm side by side, as IBN blocks have them, and a GroupNorm called twice under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn, self.instance = conv(), bn(4), nn.InstanceNorm2d(4, affine=True)
+        self.group = self.again = nn.GroupNorm(1, 8, eps=1e-3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = self.conv(x).chunk(2, 1)
+        return self.again(F.relu(self.group(torch.cat([self.bn(left), self.instance(right)], 1))))
+
+
 class ConvNormAct(nn.Module):
     """A container that is named like a norm and is none."""
 
@@ -861,6 +906,8 @@ def _trap(name: str, make: Callable[[], nn.Module], inputs: Callable[[], Any], *
 
 NOT_TRACED = r"cannot be rewritten.*module of its own"
 STAYS = "has no batch statistics to lose at small batches: stays as it is"
+OTHER_KINDS = {"kinds": ("bn", "in", "gn1")}
+BEGUN = {**OTHER_KINDS, "settings": {"*": {"branches": ("in", "ln", "bn")}}}
 
 TRAPS: tuple[Trap, ...] = (
     # functional sites
@@ -1031,7 +1078,125 @@ TRAPS: tuple[Trap, ...] = (
         OtherNorms,
         IMAGE,
         "bn",
-        skips={"group": STAYS, "instance": STAYS, "layer": STAYS, "rms": STAYS},
+        skips={"group": STAYS, "instance": "running statistics in evaluation", "layer": STAYS, "rms": STAYS},
+    ),
+    # other norms on request
+    _trap(
+        "other norms, not asked for",
+        Stylised,
+        IMAGE,
+        "bn",
+        skips={
+            "instance": rf"is Instance Normalization, .*{STAYS}, unless asked .*kinds=\('bn', 'in'\) \(--kinds bn,in\)",
+            "group": rf"is GroupNorm of one group, .*{STAYS}, unless asked .*kinds=\('bn', 'gn1'\)",
+        },
+    ),
+    _trap("three kinds", Stylised, IMAGE, "bn", "instance", "group", options=OTHER_KINDS),
+    _trap(
+        "InstanceNorm alone",
+        Stylised,
+        IMAGE,
+        "instance",
+        skips={
+            "bn": r"is Batch Normalization: stays as it is, unless asked for with kinds=\('bn', 'in'\)",
+            "group": "--kinds in,gn1",
+        },
+        options={"kinds": ("in",)},
+    ),
+    _trap("three kinds, statistics begun", Stylised, IMAGE, "bn", "instance", "group", options=BEGUN),
+    _trap("InstanceNorm, affine=False", lambda: Chain(nn.InstanceNorm2d(8)), IMAGE, "1", options=OTHER_KINDS),
+    _trap("affine=False, statistics begun", lambda: Chain(nn.InstanceNorm2d(8)), IMAGE, "1", options=BEGUN),
+    _trap("the root is an InstanceNorm", lambda: nn.InstanceNorm2d(3, eps=0.7), IMAGE, "", options=OTHER_KINDS),
+    _trap(
+        "InstanceNorm with statistics",
+        lambda: Chain(nn.InstanceNorm2d(8, track_running_stats=True)),
+        IMAGE,
+        skips={"1": "track_running_stats=True"},
+        options=OTHER_KINDS,
+    ),
+    _trap(
+        "InstanceNorm of one channel",
+        lambda: Chain(nn.InstanceNorm2d(1, affine=True), channels=1),
+        IMAGE,
+        skips={"1": "^1 channel leaves only the branch in: nothing to switch to$"},
+        options=OTHER_KINDS,
+    ),
+    _trap(
+        "one channel, statistics begun",
+        lambda: Chain(nn.InstanceNorm2d(1, affine=True), channels=1),
+        IMAGE,
+        "1",
+        options=BEGUN,
+    ),
+    _trap(
+        "InstanceNorm without a batch",
+        WithoutBatch,
+        IMAGE,
+        skips={"norm": r"^was fed 8x9x9, .* takes \(N, C, \*spatial\): add the dimension of the batch$"},
+        blind=(("norm",), {}),
+        options=OTHER_KINDS,
+    ),
+    _trap(
+        "other norms of sequences",
+        Sequences,
+        image(4, 3, 10),
+        "instance",
+        "group",
+        skips={"flat": "^3 channels at one spatial position leave only the branch ln"},
+        blind=(("instance", "group", "flat"), {}),
+        options=OTHER_KINDS,
+    ),
+    _trap("one position, statistics begun", Sequences, image(4, 3, 10), "instance", "group", "flat", options=BEGUN),
+    _trap(
+        "InstanceNorm of volumes",
+        lambda: nn.Sequential(nn.Conv3d(1, 4, 3), nn.InstanceNorm3d(4, affine=True)),
+        image(2, 1, 5, 6, 7),
+        "1",
+        options=OTHER_KINDS,
+    ),
+    _trap("GroupNorm, affine=False", lambda: Chain(nn.GroupNorm(1, 8, affine=False)), IMAGE, "1", options=OTHER_KINDS),
+    _trap("GroupNorm, affine=False, begun", lambda: Chain(nn.GroupNorm(1, 8, affine=False)), IMAGE, "1", options=BEGUN),
+    _trap("GroupNorm of two groups", lambda: Chain(nn.GroupNorm(2, 8)), IMAGE, skips={"1": STAYS}, options=OTHER_KINDS),
+    _trap(
+        "GroupNorm of one channel",
+        lambda: Chain(nn.GroupNorm(1, 1), channels=1),
+        IMAGE,
+        skips={"1": "^1 channel leaves only the branch ln: nothing to switch to$"},
+        options=OTHER_KINDS,
+    ),
+    _trap("GroupNorm1 of timm", lambda: Chain(GroupNorm1(8)), IMAGE, "1", options=OTHER_KINDS),
+    _trap(
+        "GroupNormAct of timm",
+        lambda: Chain(GroupNormAct(8, 1, act_layer=nn.Hardswish, drop_layer=lambda: nn.Dropout(0.4)), GroupNorm1Act(8)),
+        IMAGE,
+        "1",
+        "2",
+        options=OTHER_KINDS,
+    ),
+    _trap(
+        "frozen InstanceNorm",
+        lambda: Chain(nn.InstanceNorm2d(8, affine=True).requires_grad_(False)),
+        IMAGE,
+        "1",
+        options=OTHER_KINDS,
+    ),
+    _trap(
+        "bfloat16 without weight",
+        lambda: half(Chain(nn.InstanceNorm2d(8)), torch.bfloat16),
+        lambda: IMAGE().bfloat16(),
+        "1",
+        options=BEGUN,
+    ),
+    _trap(
+        "unknown subclasses of other norms",
+        lambda: Chain(TheirInstanceNorm(8), TheirGroupNorm(1, 8), TheirGroupNorm(2, 8)),
+        IMAGE,
+        skips={
+            "1": r"KNOWN_NORMS \| \{TheirInstanceNorm: read_instance_norm\}$",
+            "2": r"KNOWN_NORMS \| \{TheirGroupNorm: read_group_norm\}$",
+            "3": f"^{STAYS}$",
+        },
+        options=OTHER_KINDS,
     ),
 )
 

@@ -15,6 +15,7 @@ from normswap.cli.options import (
     arch_option,
     input_option,
     json_option,
+    kinds_option,
     print_json,
     tolerance_option,
     trust_option,
@@ -43,6 +44,7 @@ class _Wish:
     inputs: tuple[InputSpec, ...]
     include: tuple[str, ...]
     exclude: tuple[str, ...]
+    kinds: tuple[str, ...] | None
     gate: str | None
     plan: Path | None
     save_plan: Path | None
@@ -71,6 +73,7 @@ class _Wish:
 @input_option
 @click.option("--include", multiple=True, metavar="PATTERN", help="Swap only these sites: glob on names, or re:REGEX.")
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="Leave these sites as they are; wins over --include.")
+@kinds_option
 @click.option(
     "--gate",
     type=click.Choice(_GATES),
@@ -86,7 +89,7 @@ class _Wish:
 @json_option
 @one_line_failures
 def convert_command(file: Path, output: Path | None, as_json: bool, **options: Any) -> None:
-    """Swap Batch Normalization for Switchable Normalization in FILE and write the model to a new file.
+    """Swap Batch Normalization (and more, see --kinds) for Switchable Normalization in FILE, into a new file.
 
     FILE is a state dict (torch or safetensors; name its architecture with --arch) or a pickled module. The converted
     model is measured against the original wherever the size of an input is known, and written only if it computes the
@@ -110,8 +113,8 @@ def convert_command(file: Path, output: Path | None, as_json: bool, **options: A
 
 def _check(wish: _Wish) -> None:
     """Refuse what can be refused before anything slow is done, torch's import included."""
-    if wish.plan is not None and (wish.include or wish.exclude or wish.gate is not None):
-        raise click.UsageError("--plan decides everything: leave --include, --exclude and --gate out")
+    if wish.plan is not None and (wish.include or wish.exclude or wish.kinds or wish.gate is not None):
+        raise click.UsageError("--plan decides everything: leave --include, --exclude, --kinds and --gate out")
     if not wish.verify and wish.tolerance is not None:
         raise click.UsageError("--tolerance has no meaning with --no-verify")
     if wish.save_plan is not None and wish.save_plan.resolve() == wish.target.resolve():
@@ -195,10 +198,16 @@ def _stored_plan(path: Path | None) -> "SwapPlan | None":
 
 def _fresh_plan(wish: _Wish, opened: Opened) -> "SwapPlan":
     from normswap.layers.importance import check_gate
-    from normswap.surgery.plan import plan_swaps
+    from normswap.surgery.planning import plan_swaps
 
-    gate = check_gate(wish.gate or "simplex")
-    return plan_swaps(opened.model, opened.inputs, include=wish.include, exclude=wish.exclude, gate=gate)
+    return plan_swaps(
+        opened.model,
+        opened.inputs,
+        include=wish.include,
+        exclude=wish.exclude,
+        kinds=wish.kinds or ("bn",),
+        gate=check_gate(wish.gate or "simplex"),
+    )
 
 
 def _nothing(plan: "SwapPlan") -> str:

@@ -10,7 +10,15 @@ import click
 from normswap.checkpoints.atomic import check_readable
 from normswap.cli.failures import one_line_failures
 from normswap.cli.opening import describe_file, describe_size, open_model, read_file
-from normswap.cli.options import InputSpec, arch_option, input_option, json_option, print_json, trust_option
+from normswap.cli.options import (
+    InputSpec,
+    arch_option,
+    input_option,
+    json_option,
+    kinds_option,
+    print_json,
+    trust_option,
+)
 from normswap.cli.progress import stage
 
 if TYPE_CHECKING:
@@ -23,10 +31,11 @@ if TYPE_CHECKING:
 @click.argument("file", type=click.Path(path_type=Path))
 @arch_option
 @input_option
+@kinds_option
 @trust_option
 @json_option
 @one_line_failures
-def inspect_command(file: Path, arch: str | None, inputs: tuple[InputSpec, ...], trust: bool, as_json: bool) -> None:
+def inspect_command(file: Path, trust: bool, as_json: bool, **options: Any) -> None:
     """Show the norm sites of FILE with the decision for each, or the record of a converted FILE.
 
     FILE is a state dict (torch or safetensors) or a pickled module. Of a converted file the plan, the proof, the
@@ -40,20 +49,28 @@ def inspect_command(file: Path, arch: str | None, inputs: tuple[InputSpec, ...],
     if record is not None and record.plan is not None and record.plan.swaps:
         _show_converted(file, record, record.plan, trust=trust, as_json=as_json)
     else:
-        _show_sites(file, arch, inputs, trust=trust, as_json=as_json)
+        _show_sites(file, **options, trust=trust, as_json=as_json)
 
 
-def _show_sites(file: Path, arch: str | None, inputs: Sequence[InputSpec], *, trust: bool, as_json: bool) -> None:
+def _show_sites(
+    file: Path,
+    *,
+    arch: str | None,
+    inputs: Sequence[InputSpec],
+    kinds: Sequence[str] | None,
+    trust: bool,
+    as_json: bool,
+) -> None:
     from rich.console import Console
 
     from normswap.reports.tables import heading, plan_summary, site_table
-    from normswap.surgery.plan import plan_swaps
+    from normswap.surgery.planning import plan_swaps
     from normswap.surgery.sites import find_norm_sites
 
     opened = open_model(read_file(file, trust=trust), arch=arch, inputs=inputs)
     with stage("finding norm sites"):
         sites = find_norm_sites(opened.model, opened.inputs)
-        plan = plan_swaps(opened.model, opened.inputs)
+        plan = plan_swaps(opened.model, opened.inputs, kinds=kinds or ("bn",))
     if as_json:
         facts = {"file": str(file), "architecture": opened.architecture, "converted": False}
         print_json({**facts, "sites": [asdict(site) for site in sites], "plan": plan.to_dict()})
@@ -82,7 +99,9 @@ def _show_converted(file: Path, record: "Record", plan: "SwapPlan", *, trust: bo
         plan_summary(plan),
         parity(proof) if proof else missing("Parity", "no proof travels with this file"),
         history(record.history),
-        importance_table(weights) if weights is not None else missing("Importance weights", "pickled: add --trust"),
+        importance_table(weights, plan)
+        if weights is not None
+        else missing("Importance weights", "pickled: add --trust"),
     ):
         console.print()
         console.print(part)

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 _FLOATING = ("float16", "bfloat16", "float32", "float64")
 _INTEGER = ("int32", "int64")
 _SEED = 0
+# As `normswap.surgery.norms.KINDS`, which is not imported for a look at --help.
+_KINDS = ("bn", "in", "gn1")
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,15 @@ def parse_input(text: str) -> InputSpec:
 
 def _parse_inputs(_context: click.Context, _parameter: click.Parameter, texts: Sequence[str]) -> tuple[InputSpec, ...]:
     return tuple(map(parse_input, texts))
+
+
+def _parse_kinds(_context: click.Context, _parameter: click.Parameter, text: str | None) -> tuple[str, ...] | None:
+    if text is None:
+        return None
+    kinds = tuple(word.strip() for word in text.split(","))
+    if not {*kinds} <= {*_KINDS}:
+        raise click.BadParameter(f"expected some of {', '.join(_KINDS)} with commas between, got {text!r}")
+    return kinds
 
 
 def example_inputs(specs: Sequence[InputSpec], model: "nn.Module", architecture: str | None) -> Any:
@@ -103,6 +114,12 @@ input_option = click.option(
     multiple=True,
     callback=_parse_inputs,
     help="Example input such as 2x3x224x224; repeat it for several arguments. Default: what timm's configuration says.",
+)
+kinds_option = click.option(
+    "--kinds",
+    metavar="KIND[,KIND...]",
+    callback=_parse_kinds,
+    help="Which norms to swap: bn (default), in (InstanceNorm), gn1 (GroupNorm of one group); such as bn,in.",
 )
 trust_option = click.option(
     "--trust", is_flag=True, help="Run the code that a pickled module names. Only for files whose origin you trust."

@@ -6,6 +6,7 @@ module, which class and which branches come from the caller.
 """
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,15 +18,20 @@ from normswap.errors import LayerError, SwapError
 from normswap.layers.importance import BnStatistics, Branch, Gate, initial_point
 
 GATE_PARAMETERS = ("mean_weight", "var_weight")
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 @dataclass(frozen=True)
 class Replaced:
-    """What a layer was before: its class by name, the attributes that adoption set, and what these names held."""
+    """What a layer was before: its class by name, the attributes that adoption set, and what these names held.
+
+    `created` names the buffers that adoption made, each with whether the registry held the name (and None) before.
+    """
 
     class_name: str
     added: tuple[str, ...]
     displaced: dict[str, Any] = field(default_factory=dict)
+    created: tuple[tuple[str, bool], ...] = ()
 
 
 def qualified_name(cls: type) -> str:
@@ -33,29 +39,42 @@ def qualified_name(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
+# By the branch that computes a norm: what to call the norm, and the tensors that it must have a name for.
+_EXPECTED: Mapping[Branch, tuple[str, frozenset[str]]] = {
+    "in": ("an InstanceNorm", frozenset({"weight", "bias"})),
+    "ln": ("a GroupNorm", frozenset({"weight", "bias"})),
+    "bn": ("a BatchNorm", frozenset({"weight", "bias", "running_mean", "running_var"})),
+}
+
+
 def check_replaceable(
-    module: nn.Module, target: type[nn.Module], children: frozenset[str], *, eps: float | None = None
+    module: nn.Module,
+    target: type[nn.Module],
+    children: frozenset[str],
+    *,
+    vertex: Branch = "bn",
+    eps: float | None = None,
 ) -> None:
     """Refuse a module whose function `target`, which runs just these `children`, would not compute.
 
     Args:
-        eps: as in `adopt`.
+        vertex, eps: as in `adopt`.
 
     Raises:
-        LayerError: `module` is not a BatchNorm or a frozen form of it, is a lazy one that has not run, or has other
-            child modules than `target` runs.
+        LayerError: `module` is not the norm that `vertex` computes (for `bn` a BatchNorm or a frozen form of it), is
+            a lazy one that has not run, or has other child modules than `target` runs.
     """
     kind = type(module).__name__
     tensors = module._parameters | module._buffers
-    names = {"weight", "bias", "running_mean", "running_var"}
+    expected, names = _EXPECTED[vertex]
     if not {*GATE_PARAMETERS}.isdisjoint(tensors):
-        raise LayerError(f"expected a BatchNorm module, got {kind}, which is a SwitchNorm layer already")
+        raise LayerError(f"expected {expected} module, got {kind}, which is a SwitchNorm layer already")
     if (
         (eps is None and not hasattr(module, "eps"))
         or not names <= {*tensors}
-        or isinstance(module, nn.modules.instancenorm._InstanceNorm)
+        or isinstance(module, nn.modules.instancenorm._InstanceNorm) != (vertex == "in")
     ):
-        raise LayerError(f"expected a BatchNorm module, got {kind}")
+        raise LayerError(f"expected {expected} module, got {kind}")
     if any(isinstance(tensor, torch.Tensor) and is_lazy(tensor) for tensor in tensors.values()):
         raise LayerError(
             f"expected tensors of known size, got {kind} that has seen no input: run one batch through it first"
@@ -75,46 +94,64 @@ def adopt(
     branches: tuple[Branch, ...],
     bn_statistics: BnStatistics,
     train_gates: bool,
+    vertex: Branch = "bn",
     synchronize: bool = False,
     eps: float | None = None,
+    like: torch.Tensor | None = None,
 ) -> None:
-    """Make `module`, a norm with BN statistics, an instance of `target` that computes the same function.
+    """Make `module`, a norm, an instance of `target` that computes the same function.
 
-    The gate parameters are created beside the module's own tensors, at the `bn` vertex for `simplex`.
+    The gate parameters are created beside the module's own tensors, at `vertex` for `simplex`. A norm that is not BN
+    and gets a `bn` branch gets running statistics too: mean 0, variance 1, to be averaged over the batches to come.
 
     Args:
-        module: BatchNorm, or a frozen form of it that keeps (C,) tensors under torch's names as buffers.
+        module: BatchNorm, or a frozen form of it that keeps (C,) tensors under torch's names as buffers; for another
+            `vertex` an InstanceNorm without running statistics or a GroupNorm of one group.
         target: the SwitchNorm class to become.
         train_gates: whether the new gate parameters require a gradient.
+        vertex: the branch that computes what `module` computes.
         synchronize: recorded only; whether the replaced norm pooled its statistics over processes.
         eps: of a class that has none as an attribute, since it is a constant in its forward.
+        like: gives dtype and device where the module has no tensor of its own.
     """
-    tensors = [t for t in (module.weight, module.running_mean, module.bias) if isinstance(t, torch.Tensor)]
+    own = (getattr(module, name, None) for name in ("weight", "running_mean", "bias"))
+    tensors = [tensor for tensor in own if isinstance(tensor, torch.Tensor)]
+    like = tensors[0] if tensors else torch.empty(0) if like is None else like
+    channels: Any = tensors[0].shape[0] if tensors else getattr(module, "num_channels", None)
+    gates = {
+        name: nn.Parameter(initial_point(gate, branches, vertex=vertex).to(like), requires_grad=train_gates)
+        for name in GATE_PARAMETERS
+    }
     settings: dict[str, Any] = {
         "gate": gate,
         "branches": branches,
         "bn_statistics": bn_statistics,
+        "vertex": vertex,
         "synchronize": synchronize,
     }
-    missing: dict[str, Any] = {"momentum": 0.0, "affine": True, "track_running_stats": True}
-    if tensors:
-        missing["num_features"] = tensors[0].shape[0]
-    if eps is not None:
-        missing["eps"] = eps
-    settings |= {name: value for name, value in missing.items() if name not in module.__dict__}
-    if "num_batches_tracked" not in module._buffers:
-        settings["num_batches_tracked"] = None
-    like = tensors[0] if tensors else torch.empty(0)
-    gates = {
-        name: nn.Parameter(initial_point(gate, branches, vertex="bn").to(like), requires_grad=train_gates)
-        for name in GATE_PARAMETERS
-    }
+    defaults = {"num_features": channels, "eps": eps, "momentum": 0.0, "affine": True}
+    defaults |= {"track_running_stats": "bn" in branches}
+    settings |= {name: value for name, value in defaults.items() if value is not None and name not in module.__dict__}
+    statistics: dict[str, torch.Tensor] = {}
+    if vertex != "bn" and "bn" in branches:
+        settings |= {"momentum": None, "track_running_stats": True}
+        statistics = _fresh_statistics(module.__dict__.get("num_features", channels), like)
+    settings |= {name: None for name in STATISTICS if name not in module._buffers | statistics}
     displaced = {name: module.__dict__[name] for name in (*settings, "replaced") if name in module.__dict__}
-    settings["replaced"] = Replaced(qualified_name(type(module)), tuple(settings), displaced)
+    created = tuple((name, name in module._buffers) for name in statistics)
+    settings["replaced"] = Replaced(qualified_name(type(module)), tuple(settings), displaced, created)
 
     module.__class__ = target
     module.__dict__.update(settings)
     module._parameters.update(gates)
+    module._buffers.update(statistics)
+
+
+def _fresh_statistics(channels: int, like: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Running statistics before the first batch, as a BatchNorm is born with."""
+    mean = torch.zeros(channels, dtype=like.dtype, device=like.device)
+    count = torch.tensor(0, dtype=torch.long, device=like.device)
+    return dict(zip(STATISTICS, (mean, torch.ones_like(mean), count), strict=True))
 
 
 def original_class(layer: nn.Module) -> type[nn.Module]:
@@ -147,10 +184,15 @@ def release(layer: nn.Module) -> None:
     cls = original_class(layer)
     replaced: Replaced = layer.__dict__.pop("replaced")
     for name in replaced.added:
-        layer.__dict__.pop(name, None)
+        if name not in replaced.displaced:  # those keep their place in the `__dict__`
+            layer.__dict__.pop(name, None)
     layer.__dict__.update(replaced.displaced)
     for name in GATE_PARAMETERS:
         layer._parameters.pop(name)
+    for name, registered in replaced.created:
+        layer._buffers[name] = None
+        if not registered:
+            del layer._buffers[name]
     layer.__class__ = cls
 
 

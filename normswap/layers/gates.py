@@ -18,13 +18,17 @@ _SIMPLEX_TOLERANCE = 1e-2
 
 
 class GatedModule(nn.Module):
-    """A module with `mean_weight` and `var_weight` of shape (number of branches,), and what they mean."""
+    """A module with `mean_weight` and `var_weight` of shape (number of branches,), and what they mean.
+
+    `vertex` is the branch at which it is the norm that it replaced.
+    """
 
     _version = 1
 
     gate: Gate
     branches: tuple[Branch, ...]
     bn_statistics: BnStatistics
+    vertex: Branch = "bn"
     mean_weight: nn.Parameter
     var_weight: nn.Parameter
 
@@ -38,11 +42,11 @@ class GatedModule(nn.Module):
         registered = self._parameters.get(name)
         return getattr(self, name) if registered is None else registered
 
-    def is_batch_norm(self) -> bool:
-        """Say whether the weights are exactly one-hot at `bn`, where the module computes Batch Normalization."""
-        if "bn" not in self.branches:
+    def is_at(self, branch: Branch) -> bool:
+        """Say whether the weights are exactly one-hot at `branch`, where the module computes just that norm."""
+        if branch not in self.branches:
             return False
-        index = self.branches.index("bn")
+        index = self.branches.index(branch)
         return all(bool(weights[index] == 1) for weights in self.importance_weights())
 
     @torch.no_grad()

@@ -139,19 +139,21 @@ class SwitchNorm(GatedModule):
 
     @property
     def eps(self) -> float:
-        """The eps of the normalisation, for as long as this layer can be folded as the BN that it replaced.
+        """The eps of the normalisation, for as long as this layer can be folded as a BN or has nothing to fold.
 
         Whatever folds a norm into a convolution (`fuse_conv_bn_eval`, the `fuse()` and `reparameterize()` of
         re-parameterisable blocks) reads eps and the running statistics from outside and knows nothing of gates. At
-        the `bn` vertex that is right in evaluation; anywhere else it would be wrong without a word.
+        the `bn` vertex that is right in evaluation; anywhere else it would be wrong without a word. What replaced an
+        InstanceNorm or a GroupNorm, is it still and has no running statistics cannot be mistaken.
 
         Raises:
-            LayerError: the importance weights are not exactly those of BN.
+            LayerError: the importance weights are neither exactly those of BN nor those of such a norm.
         """
-        if not self.is_batch_norm():
+        unmistakable = self.running_mean is None and self.is_at(self.vertex)
+        if not (unmistakable or self.is_at("bn")):
             raise LayerError(
-                "a SwitchNorm layer whose importance weights have moved cannot be folded as a BN: keep the layer, or "
-                "put BN back with normswap.revert(model, discard=True)"
+                "a SwitchNorm layer whose importance weights are not those of BN cannot be folded as one: keep the "
+                "layer, or put the old norm back with normswap.revert(model, discard=True)"
             )
         return float(self.__dict__["eps"])
 

@@ -21,6 +21,7 @@ _MOST_EXAMPLES = 3
 _LEFT_OUT = {
     "in": "no `in`: it has no variance at one spatial position",
     "ln": "no `ln`: one channel, or too few at one position",
+    "bn": "no `bn`: the old norm has no running statistics",
 }
 _VERDICTS = {True: Text("same", style="green"), False: Text("DIFFERS", style="bold red"), None: Text("silent", "dim")}
 
@@ -92,8 +93,8 @@ def site_table(sites: Sequence[NormSite], plan: SwapPlan) -> RenderableType:
     return table
 
 
-def importance_table(weights: Mapping[str, ImportanceWeights]) -> RenderableType:
-    """Return the importance weights of every site, for means and for variances."""
+def importance_table(weights: Mapping[str, ImportanceWeights], plan: SwapPlan) -> RenderableType:
+    """Return the importance weights of every site, for means and for variances, and how many are where they began."""
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column("Importance weights", header_style="bold not dim")
     for kind in ("mean", "var"):
@@ -104,8 +105,9 @@ def importance_table(weights: Mapping[str, ImportanceWeights]) -> RenderableType
             Text(fqn or "(the model)", overflow="fold"),
             *(_share(side.get(branch)) for side in shares for branch in BRANCHES),
         )
-    still = sum(all(side["bn"] == 1 for side in shares) for shares in weights.values())
-    return Group(table, Text(f"  {still} of {len(weights)} sites are still exactly Batch Normalization", "dim"))
+    began = {swap.fqn: swap.vertex for swap in plan.swaps}
+    still = sum(all(side[began[fqn]] == 1 for side in shares) for fqn, shares in weights.items())
+    return Group(table, Text(f"  {still} of {len(weights)} sites are still exactly the norm they replaced", "dim"))
 
 
 def history(steps: Iterable[Step]) -> RenderableType:
@@ -164,7 +166,8 @@ def _decisions(plan: SwapPlan) -> RenderableType:
 
 
 def _describe(swap: Swap) -> str:
-    parts = [f"{'+'.join(swap.branches)}, {swap.gate} gate, {swap.bn_statistics} statistics"]
+    statistics = f", {swap.bn_statistics} statistics" if "bn" in swap.branches else ""
+    parts = [f"{'+'.join(swap.branches)}, {swap.gate} gate{statistics}"]
     parts += [_LEFT_OUT[branch] for branch in BRANCHES if branch not in swap.branches]
     if not swap.train_gates:
         parts.append("frozen, and so are its importance weights")

@@ -1,10 +1,11 @@
 """convert and apply_plan: the plan carried out, all or nothing. No rule of what to swap lives here."""
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.distributed import get_world_size, is_available, is_initialized
 
 from normswap.errors import PlanError, SwapError
@@ -18,7 +19,9 @@ from normswap.surgery.graph_edit import edit_graph, edited_nodes, restore_graph
 from normswap.surgery.graph_rewrite import free_names, is_rewritten, restore_forward, rewrite_forward
 from normswap.surgery.norms import KNOWN_NORMS, Norms, NormSpec, read_norm
 from normswap.surgery.own_forward import trace_own_forward
-from normswap.surgery.plan import Swap, SwapPlan, plan_swaps
+from normswap.surgery.plan import Swap, SwapPlan
+from normswap.surgery.planning import plan_swaps
+from normswap.surgery.settings import Settings
 from normswap.surgery.tree import class_name, copy_model, join, modules_by_name, walk_modules
 from normswap.surgery.whole_graph import to_graph_module
 
@@ -38,15 +41,17 @@ def convert(
     plan: SwapPlan | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    kinds: Sequence[str] = ("bn",),
     gate: Gate = "simplex",
     branches: Sequence[Branch] | None = None,
     bn_statistics: BnStatistics = "batch",
     train_frozen_gates: bool = False,
+    settings: Settings | None = None,
     norms: Norms = KNOWN_NORMS,
     as_graph: bool = False,
     inplace: bool = False,
 ) -> Conversion:
-    """Swap Batch Normalization for Switchable Normalization that computes the same function.
+    """Swap Batch Normalization, and other norms on request, for Switchable Normalization of the same function.
 
     Works on a deep copy, or with `inplace=True` on the very module objects: then aliases, Python lists, hooks and
     optimizers that hold on to modules or parameters stay right, also those outside the model.
@@ -73,13 +78,19 @@ def convert(
             example_inputs,
             include=include,
             exclude=exclude,
+            kinds=kinds,
             gate=gate,
             branches=branches,
             bn_statistics=bn_statistics,
             train_frozen_gates=train_frozen_gates,
+            settings=settings,
             norms=norms,
         )
-    elif include or exclude or branches or gate != "simplex" or bn_statistics != "batch" or train_frozen_gates:
+    elif (
+        (include or exclude or branches or settings or train_frozen_gates)
+        or tuple(kinds) != ("bn",)
+        or (gate, bn_statistics) != ("simplex", "batch")
+    ):
         raise PlanError(
             "expected either a plan or deciding arguments (include, exclude, gate, branches, ...), got both"
         )
@@ -116,7 +127,7 @@ def apply_plan(model: nn.Module, plan: SwapPlan, *, norms: Norms = KNOWN_NORMS) 
         for owner, swaps in owners.items():
             replaced |= _rewrite_owner(by_name[owner], owner, swaps)
         for swap in module_swaps:
-            replaced[swap.fqn] = _adopt(by_name[swap.fqn], specs[swap.fqn], swap)
+            replaced[swap.fqn] = _adopt(by_name[swap.fqn], specs[swap.fqn], swap, _tensor_near(swap.fqn, by_name))
     return replaced
 
 
@@ -175,8 +186,12 @@ def _check_fit(plan: SwapPlan, by_name: dict[str, nn.Module], norms: Norms) -> d
         if swap.owner is not None:
             continue
         spec = read_norm(module, norms)
-        if spec is None or spec.target is None or class_name(module) != swap.class_name:
+        if spec is None or class_name(module) != swap.class_name:
             misfits.append(f"{swap.fqn}: expected {swap.class_name}, got {class_name(module)}")
+        elif spec.kind != swap.kind:
+            misfits.append(f"{swap.fqn}: expected the kind {swap.kind}, got {spec.kind}")
+        elif spec.target is None:
+            misfits.append(f"{swap.fqn}: {spec.problem}")
         elif spec.num_features != swap.num_features:
             misfits.append(f"{swap.fqn}: expected {swap.num_features} channels, got {spec.num_features}")
         else:
@@ -187,7 +202,18 @@ def _check_fit(plan: SwapPlan, by_name: dict[str, nn.Module], norms: Norms) -> d
     return specs
 
 
-def _adopt(layer: nn.Module, spec: NormSpec, swap: Swap) -> nn.Module:
+def _tensor_near(fqn: str, by_name: dict[str, nn.Module]) -> Tensor | None:
+    """A floating tensor of the nearest module around a site: what tells a norm without tensors its dtype and device."""
+    while fqn:
+        fqn = fqn.rpartition(".")[0]
+        around = by_name.get(fqn)
+        for tensor in chain(around.parameters(), around.buffers()) if around is not None else ():
+            if tensor.is_floating_point():
+                return tensor
+    return None
+
+
+def _adopt(layer: nn.Module, spec: NormSpec, swap: Swap, like: Tensor | None) -> nn.Module:
     target = spec.target or nn.Module
     try:
         adopt(
@@ -197,8 +223,10 @@ def _adopt(layer: nn.Module, spec: NormSpec, swap: Swap) -> nn.Module:
             branches=swap.branches,
             bn_statistics=swap.bn_statistics,
             train_gates=swap.train_gates,
+            vertex=swap.vertex,
             synchronize=swap.synchronize,
             eps=spec.eps,
+            like=like,
         )
     except TypeError as error:  # Python cannot change the class of objects with another layout
         raise SwapError(

@@ -35,7 +35,10 @@ from normswap.surgery.trial import agree, outcome
 
 _FUNCTIONS = {"bn": "torch.nn.functional.batch_norm", "in": "torch.nn.functional.instance_norm"}
 _STEMS = {"bn": "batch_norm", "in": "instance_norm"}
-_BY_ITSELF = "has no batch statistics to lose at small batches: stays as it is"
+_BY_ITSELF = (
+    "has no batch statistics to lose at small batches: stays as it is, since of other kinds only modules are swapped "
+    "(use nn.InstanceNorm and kinds=('bn', 'in') to have it swapped)"
+)
 _TRACKED = (
     "instance_norm with running statistics uses each sample's own in training and the running ones in evaluation, and "
     "no mix of SN does both: stays as it is"

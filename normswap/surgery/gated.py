@@ -30,5 +30,5 @@ def importance_weights(model: nn.Module) -> dict[str, ImportanceWeights]:
 
 
 def moved_sites(model: nn.Module) -> list[str]:
-    """Return the sites whose importance weights have left the `bn` vertex, where the layer is the original norm."""
-    return [name for name, layer in gated_modules(model).items() if not layer.is_batch_norm()]
+    """Return the sites whose importance weights have left their vertex, where the layer is the original norm."""
+    return [name for name, layer in gated_modules(model).items() if not layer.is_at(layer.vertex)]

@@ -7,7 +7,7 @@ like a norm and is not in the table is never guessed at: it gets a spec whose `p
 
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
@@ -20,8 +20,28 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from normswap.errors import LayerError
 from normswap.layers.adoption import check_replaceable, qualified_name
 from normswap.layers.gates import GatedModule
+from normswap.layers.importance import Branch
 from normswap.layers.modules import SwitchNorm, SwitchNorm1d, SwitchNorm2d, SwitchNorm3d, SwitchNormAct2d
 from normswap.surgery.frozen import frozen_eps, has_frozen_structure
+
+# The kinds of norms that can be asked for, each with the branch that computes it and what it is called.
+KINDS: Mapping[str, tuple[Branch, str]] = MappingProxyType(
+    {
+        "bn": ("bn", "Batch Normalization"),
+        "in": ("in", "Instance Normalization"),
+        "gn1": ("ln", "GroupNorm of one group"),
+    }
+)
+
+
+def requested_kind(kind: str) -> str:
+    """Return the word of `KINDS` that asks for sites of `kind`: all that is nothing else, frozen BN too, is `bn`."""
+    return kind if kind in KINDS else "bn"
+
+
+def vertex_of(kind: str) -> Branch:
+    """Return the branch that computes, with weight 1, what a norm of `kind` does."""
+    return KINDS[requested_kind(kind)][0]
 
 
 @dataclass(frozen=True)
@@ -30,6 +50,7 @@ class NormSpec:
 
     `kind` is the word for it in reports and `target` the class it becomes; `problem` says why it stays, and then
     there is no target. `frozen` norms use running statistics in training too and keep weight and bias as buffers.
+    A norm of kind `in` or `gn1` has no running statistics; any other one with a target is BN.
     """
 
     kind: str
@@ -63,6 +84,22 @@ def read_frozen_batch_norm(
     return NormSpec("frozen bn", channels, module.eps if eps is None else eps, None, target, frozen=True)  # type: ignore[arg-type]
 
 
+def read_instance_norm(module: nn.Module, target: type[SwitchNorm] = SwitchNorm) -> NormSpec:
+    """Read a module with torch's InstanceNorm attributes and forward pass."""
+    spec = NormSpec("in", module.num_features, module.eps, None, target)  # type: ignore[arg-type]
+    if module.track_running_stats or isinstance(module.running_mean, Tensor):
+        problem = "uses running statistics in evaluation (track_running_stats=True), which no InstanceNorm branch has"
+        return replace(spec, target=None, problem=f"{problem}: stays as it is")
+    return spec
+
+
+def read_group_norm(module: nn.Module, target: type[SwitchNorm] = SwitchNorm) -> NormSpec:
+    """Read a module with torch's GroupNorm attributes and forward pass; of more than one group it stays as it is."""
+    if module.num_groups != 1:
+        return NormSpec("gn", problem=_STAYS)
+    return NormSpec("gn1", module.num_channels, module.eps, None, target)  # type: ignore[arg-type]
+
+
 def _read_1d(module: nn.Module) -> NormSpec:
     return read_batch_norm(module, SwitchNorm1d)
 
@@ -91,11 +128,29 @@ def _read_frozen_act(module: nn.Module) -> NormSpec:
     return _with_activation(module, read_frozen_batch_norm(module, SwitchNormAct2d))
 
 
+def _read_instance_1d(module: nn.Module) -> NormSpec:
+    return read_instance_norm(module, SwitchNorm1d)
+
+
+def _read_instance_2d(module: nn.Module) -> NormSpec:
+    return read_instance_norm(module, SwitchNorm2d)
+
+
+def _read_instance_3d(module: nn.Module) -> NormSpec:
+    return read_instance_norm(module, SwitchNorm3d)
+
+
+def _read_group_act(module: nn.Module) -> NormSpec:
+    return _with_activation(module, read_group_norm(module, SwitchNormAct2d))
+
+
 def _with_activation(module: nn.Module, spec: NormSpec) -> NormSpec:
-    if {"act", "drop"} <= {*module._modules}:
+    if spec.target is None or {"act", "drop"} <= {*module._modules}:
         return spec
     return replace(spec, target=None, problem="expected `act` and `drop` inside it: exclude it, or rebuild the model")
 
+
+_STAYS = "has no batch statistics to lose at small batches: stays as it is"
 
 KNOWN_NORMS: Norms = MappingProxyType(
     {
@@ -103,11 +158,19 @@ KNOWN_NORMS: Norms = MappingProxyType(
         nn.BatchNorm2d: _read_2d,
         nn.BatchNorm3d: _read_3d,
         nn.SyncBatchNorm: _read_sync,
+        nn.InstanceNorm1d: _read_instance_1d,
+        nn.InstanceNorm2d: _read_instance_2d,
+        nn.InstanceNorm3d: _read_instance_3d,
+        nn.GroupNorm: read_group_norm,
         "torchvision.ops.misc.FrozenBatchNorm2d": read_frozen_batch_norm,
         "timm.layers.norm_act.BatchNormAct2d": _read_act,
         "timm.layers.norm_act.SyncBatchNormAct": _read_sync_act,
         "timm.layers.norm_act.FrozenBatchNorm2d": read_frozen_batch_norm,
         "timm.layers.norm_act.FrozenBatchNormAct2d": _read_frozen_act,
+        "timm.layers.norm.GroupNorm": read_group_norm,
+        "timm.layers.norm.GroupNorm1": read_group_norm,
+        "timm.layers.norm_act.GroupNormAct": _read_group_act,
+        "timm.layers.norm_act.GroupNorm1Act": _read_group_act,
     }
 )
 
@@ -123,17 +186,29 @@ def read_norm(module: nn.Module, norms: Norms = KNOWN_NORMS) -> NormSpec | None:
     reader = norms.get(cls) or norms.get(qualified_name(cls))
     if reader is None:
         return _unknown(module) if looks_like_norm(module) else None
-    problem = _unfit(module)
-    if problem is not None:
-        return NormSpec("bn", problem=problem)
     spec = NormSpec("bn")
     try:
         spec = reader(module)
-        if spec.target is not None:
-            check_replaceable(module, spec.target, spec.target._children, eps=spec.eps)
+        if spec.target is None:
+            return spec
+        problem = _unfit(module)
+        if problem is not None:
+            return replace(spec, target=None, problem=problem)
+        check_replaceable(module, spec.target, spec.target._children, vertex=vertex_of(spec.kind), eps=spec.eps)
     except (LayerError, AttributeError) as error:
         return replace(spec, target=None, problem=f"is not what norms= says of its class: {error}")
     return spec
+
+
+def refused_shape(spec: NormSpec, shapes: Sequence[tuple[int, ...]]) -> str | None:
+    """Return why a norm that was fed these shapes cannot become its target, or None."""
+    ranks = spec.target._ranks if spec.target is not None else ()
+    # Two dimensions are (N, C) for a SwitchNorm1d, and (C, L) without a batch for an InstanceNorm1d.
+    wrong = next((s for s in shapes if (ranks and len(s) not in ranks) or (spec.kind == "in" and len(s) < 3)), None)
+    if wrong is None:
+        return None
+    shape = "x".join(map(str, wrong))
+    return f"was fed {shape}, and Switchable Normalization takes (N, C, *spatial): add the dimension of the batch"
 
 
 def _unfit(module: nn.Module) -> str | None:
@@ -179,36 +254,40 @@ def looks_like_norm(module: nn.Module) -> bool:
 
 _STATE = ("weight", "bias", "running_mean", "running_var")
 
-# Norms that torch defines, most derived first, with what there is to say of them.
-_TORCH_KINDS: dict[type, tuple[str, str]] = {
-    _BatchNorm: ("bn", ""),
-    _InstanceNorm: ("in", "has no batch statistics to lose at small batches: stays as it is"),
-    nn.GroupNorm: ("gn", "has no batch statistics to lose at small batches: stays as it is"),
-    nn.LayerNorm: ("ln", "has no batch statistics to lose at small batches: stays as it is"),
-    nn.RMSNorm: ("rms", "has no batch statistics to lose at small batches: stays as it is"),
+# Norms that torch defines, most derived first, with their kind.
+_TORCH_KINDS: dict[type, str] = {
+    _BatchNorm: "bn",
+    _InstanceNorm: "in",
+    nn.GroupNorm: "gn",
+    nn.LayerNorm: "ln",
+    nn.RMSNorm: "rms",
 }
 
 
 def _unknown(module: nn.Module) -> NormSpec:
     name = type(module).__name__
+    kind = next((kind for base, kind in _TORCH_KINDS.items() if isinstance(module, base)), "other")
     if isinstance(module, torch.jit.ScriptModule):
         return NormSpec("other", problem="is TorchScript, whose code is fixed: convert before scripting")
     if isinstance(module, LazyModuleMixin):
-        return NormSpec("bn", problem=f"{name} has no sizes yet: run one forward pass, then convert")
+        return NormSpec(kind, problem=f"{name} has no sizes yet: run one forward pass, then convert")
     if hasattr(module, "parametrizations"):
-        return NormSpec(
-            "bn" if isinstance(module, _BatchNorm) else "other",
-            problem="is parametrized: call torch.nn.utils.parametrize.remove_parametrizations on it first",
-        )
+        problem = "is parametrized: call torch.nn.utils.parametrize.remove_parametrizations on it first"
+        return NormSpec(kind, problem=problem)
     eps = frozen_eps(module)
     if eps is not None and _unfit(module) is None:
         return read_frozen_batch_norm(module, eps=eps)
-    kind, reason = next((told for base, told in _TORCH_KINDS.items() if isinstance(module, base)), ("other", ""))
-    if kind == "other" and not {"running_mean", "running_var"} <= {*module._buffers.keys()}:
-        reason = "has no batch statistics to lose at small batches: stays as it is"
-    if not reason:
-        reason = (
-            f"{name} is not in the table of known norms, and its forward may do more than BatchNorm: if it does not, "
-            f"pass norms=KNOWN_NORMS | {{{name}: read_batch_norm}}"
-        )
-    return NormSpec(kind, problem=reason)
+    if kind == "bn" or (kind == "other" and {"running_mean", "running_var"} <= {*module._buffers.keys()}):
+        return NormSpec(kind, problem=_not_in_the_table(name, "BatchNorm", "read_batch_norm"))
+    if kind == "in":
+        return NormSpec(kind, problem=f"{_STAYS}; {_not_in_the_table(name, 'InstanceNorm', 'read_instance_norm')}")
+    if kind == "gn" and module.num_groups == 1:
+        return NormSpec(kind, problem=f"{_STAYS}; {_not_in_the_table(name, 'GroupNorm', 'read_group_norm')}")
+    return NormSpec(kind, problem=_STAYS)
+
+
+def _not_in_the_table(name: str, what: str, reader: str) -> str:
+    return (
+        f"{name} is not in the table of known norms, and its forward may do more than {what}: if it does not, "
+        f"pass norms=KNOWN_NORMS | {{{name}: {reader}}}"
+    )

@@ -1,40 +1,20 @@
-"""The plan: an immutable, tensor-free list of swaps and skips, each with its reason. All decisions are made here.
+"""The plan: an immutable, tensor-free list of swaps and skips, each with its reason.
 
-A plan can be printed, stored as JSON, edited and fed back; `conversion.apply_plan` carries it out to the letter and
-decides nothing. swaps + skips = sites found.
+`planning` makes it. A plan can be printed, stored as JSON, edited and fed back; `conversion.apply_plan` carries it out
+to the letter and decides nothing. swaps + skips = sites found.
 """
 
-import difflib
-import fnmatch
 import json
-import re
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Self
 
-from torch import nn
-from torch.utils._pytree import tree_leaves
-
 from normswap.errors import PlanError
-from normswap.layers.importance import (
-    BN_STATISTICS,
-    BRANCHES,
-    BnStatistics,
-    Branch,
-    Gate,
-    check_branches,
-    check_gate,
-)
-from normswap.surgery.norm_site import NormSite
-from normswap.surgery.norms import KNOWN_NORMS, Norms
-from normswap.surgery.observation import describe_shapes
-from normswap.surgery.sites import find_norm_sites
-from normswap.surgery.tree import class_name
+from normswap.layers.importance import BN_STATISTICS, BnStatistics, Branch, Gate, check_branches, check_gate
+from normswap.surgery.norms import vertex_of
+from normswap.surgery.settings import SiteSettings, settle
 
 PLAN_VERSION = 1
-
-# LN of fewer values than this at one position erases the signal (two values normalise to +1 and -1).
-_MIN_LN_VALUES = 8
 
 
 @dataclass(frozen=True)
@@ -55,6 +35,16 @@ class Swap:
     kind: str = "bn"
     owner: str | None = None
     synchronize: bool = False
+
+    @property
+    def vertex(self) -> Branch:
+        """The branch that computes what the old norm does, where a simplex gate starts."""
+        return vertex_of(self.kind)
+
+    @property
+    def starts_statistics(self) -> bool:
+        """Whether its `bn` branch has to begin running statistics, since the old norm has none."""
+        return self.vertex != "bn" and "bn" in self.branches
 
 
 @dataclass(frozen=True)
@@ -90,17 +80,27 @@ class SwapPlan:
 
     @classmethod
     def from_dict(cls, data: Any) -> Self:
-        """Return the plan in `data`.
+        """Return the plan in `data`, with its swaps as its optional `settings` say.
+
+        Settings change what is to be swapped, by patterns on the swaps' own names; of their branches those are kept
+        that the swap has, since its shape leaves the others no signal.
 
         Raises:
-            PlanError: not a plan, of a newer version, or a field is missing, unknown or of the wrong kind.
+            PlanError: not a plan, of a newer version, or a field is missing, unknown or of the wrong kind; settings
+                are, match no swap, or leave it one branch.
         """
-        data = _checked(data, {"version": int, **_types(cls)}, "the plan")
+        data = _checked(data, {"version": int, **_types(cls)}, "the plan", optional={"settings"})
         if data.pop("version") > PLAN_VERSION:
             raise PlanError(f"the plan is of a newer version than {PLAN_VERSION}: update normswap")
         swaps = tuple(_swap(item) for item in data.pop("swaps"))
         skips = tuple(Skip(**_checked(item, _types(Skip), "a skip")) for item in data.pop("skips"))
-        return cls(swaps, skips, data["model_class"], data["inputs"], tuple(data["notes"]))
+        plan = cls(swaps, skips, data["model_class"], data["inputs"], tuple(data["notes"]))
+        return plan._with_settings(data["settings"]) if "settings" in data else plan
+
+    def _with_settings(self, settings: Any) -> Self:
+        told = settle(settings, [(swap.fqn,) for swap in self.swaps], "swaps of the plan")
+        swaps = tuple(_set(swap, told[swap.fqn]) for swap in self.swaps)
+        return replace(self, swaps=swaps, notes=tuple(dict.fromkeys((*self.notes, *notes_on(swaps)))))
 
     @classmethod
     def from_json(cls, text: str) -> Self:
@@ -139,10 +139,10 @@ def _types(record: type) -> dict[str, Any]:
     return {field.name: _FIELD_TYPES[field.name] for field in fields(record)}
 
 
-def _checked(data: Any, types: dict[str, Any], what: str) -> dict[str, Any]:
+def _checked(data: Any, types: dict[str, Any], what: str, optional: set[str] | None = None) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise PlanError(f"expected {what} as a JSON object, got {type(data).__name__}")
-    missing, unknown = types.keys() - data.keys(), data.keys() - types.keys()
+    missing, unknown = types.keys() - data.keys(), data.keys() - types.keys() - (optional or set())
     if missing or unknown:
         parts = [f"lacks {sorted(missing)}"] * bool(missing) + [f"has unknown fields {sorted(unknown)}"] * bool(unknown)
         raise PlanError(f"{what} {' and '.join(parts)}: expected {sorted(types)}")
@@ -158,164 +158,60 @@ def _swap(data: Any) -> Swap:
     if data["bn_statistics"] not in BN_STATISTICS:
         raise PlanError(f"{where}: expected bn_statistics among {BN_STATISTICS}, got {data['bn_statistics']!r}")
     try:
-        return Swap(**{**data, "gate": check_gate(data["gate"]), "branches": _with_bn(data["branches"])})
+        branches = with_vertex(data["branches"], data["kind"])
+        return _consistent(Swap(**{**data, "gate": check_gate(data["gate"]), "branches": branches}))
     except (TypeError, ValueError) as error:  # of a value that is no string: unhashable, or no branch
         raise PlanError(f"{where}: {error}") from None
 
 
-def _with_bn(branches: Sequence[str]) -> tuple[Branch, ...]:
-    chosen = check_branches(branches)
-    if "bn" not in chosen:
-        raise PlanError(f"branches: expected `bn` among them, the function starts there; got {chosen}")
+def with_vertex(branches: Sequence[str], kind: str) -> tuple[Branch, ...]:
+    """Return `branches` in canonical order if a site of `kind` can start among them.
+
+    Raises:
+        PlanError: the branch that computes the old norm is missing.
+        LayerError: as `check_branches`.
+    """
+    chosen, vertex = check_branches(branches), vertex_of(kind)
+    if vertex not in chosen:
+        raise PlanError(f"branches: expected `{vertex}` among them, the function starts there; got {chosen}")
     return chosen
 
 
-def plan_swaps(
-    model: nn.Module,
-    example_inputs: Any = None,
-    *,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    gate: Gate = "simplex",
-    branches: Sequence[Branch] | None = None,
-    bn_statistics: BnStatistics = "batch",
-    train_frozen_gates: bool = False,
-    norms: Norms = KNOWN_NORMS,
-) -> SwapPlan:
-    """Decide for every norm site of `model` whether and how it is swapped. The model is left as it is.
-
-    Args:
-        example_inputs: tensor, tuple or dict for one forward pass; without it spatial sizes are unknown.
-        include, exclude: glob patterns on fqns, or regular expressions after `re:`; exclude wins.
-        gate: `"simplex"` starts as exactly the same function, `"softmax"` at the uniform mix, which is another.
-        branches: restrict the branches that a site would get by its shape; must hold `bn`.
-        bn_statistics: of sites that are not frozen; frozen ones always use the running statistics.
-        train_frozen_gates: let gates learn at sites whose own parameters are all frozen.
-        norms: table of known norm classes.
-
-    Raises:
-        PlanError: a pattern matches no site, or an option is unknown.
-        ModelError: the forward pass on `example_inputs` failed.
-    """
-    if bn_statistics not in BN_STATISTICS:
-        raise PlanError(f"bn_statistics: expected one of {BN_STATISTICS}, got {bn_statistics!r}")
-    allowed = _with_bn(BRANCHES if branches is None else branches)
-    sites = find_norm_sites(model, example_inputs, norms=norms)
-    included, excluded = _matches(include, sites), _matches(exclude, sites)
-    swaps: list[Swap] = []
-    skips: list[Skip] = []
-    for site in sites:
-        chosen = tuple(branch for branch in _branches(site) if branch in allowed)
-        reason = _skip_reason(site, chosen, allowed, bool(include), included.get(site), excluded.get(site))
-        if reason is not None:
-            skips.append(Skip(site.fqn, site.class_name, site.kind, reason))
-            continue
-        swaps.append(
-            Swap(
-                fqn=site.fqn,
-                class_name=site.class_name,
-                num_features=site.num_features,
-                gate=check_gate(gate),
-                branches=chosen,
-                bn_statistics="running" if site.frozen else bn_statistics,
-                train_gates=site.trainable or train_frozen_gates,
-                kind=site.kind,
-                owner=site.owner,
-                synchronize=site.synchronize,
-            )
-        )
-    inputs = None if example_inputs is None else describe_shapes(example_inputs)
-    notes = tuple(_notes(model, example_inputs, swaps, sites))
-    return SwapPlan(tuple(swaps), tuple(skips), class_name(model), inputs, notes)
+def _consistent(swap: Swap) -> Swap:
+    if swap.starts_statistics and swap.bn_statistics == "running":
+        raise PlanError(f"bn_statistics: expected 'batch', {NEVER_FILLED}; got 'running'")
+    return swap
 
 
-def _branches(site: NormSite) -> tuple[Branch, ...]:
-    """The branches that leave a signal: IN needs more than one position, LN more than a few values."""
-    single = site.positions == 1
-    dropped = {"in"} if single else set()
-    if site.num_features == 1 or (single and site.num_features < _MIN_LN_VALUES):
-        dropped.add("ln")
-    return tuple(branch for branch in BRANCHES if branch not in dropped)
+# Why running statistics that are only begun cannot be used as constants.
+NEVER_FILLED = "since running statistics that start at 0 and 1 and are never updated are those of no data"
 
 
-def _skip_reason(
-    site: NormSite,
-    chosen: tuple[Branch, ...],
-    allowed: tuple[Branch, ...],
-    filtered: bool,
-    included: str | None,
-    excluded: str | None,
-) -> str | None:
-    if site.problem is not None:
-        return site.problem
-    if excluded is not None:
-        return f"excluded by the pattern {excluded!r}"
-    if filtered and included is None:
-        return "matches no include pattern"
-    if chosen == ("bn",):
-        if allowed == ("bn",):
-            return "only the branch bn is allowed: nothing to switch to"
-        return (
-            f"{site.num_features} channels at one spatial position leave only the branch bn: nothing to switch to; "
-            "plan with an input of the real size if this one is smaller"
-        )
-    return None
-
-
-def _matches(patterns: Iterable[str], sites: Sequence[NormSite]) -> dict[NormSite, str]:
-    """Return the first matching pattern of each site that one matches.
-
-    Raises:
-        PlanError: a pattern is no regular expression, or matches nothing.
-    """
-    found: dict[NormSite, str] = {}
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        hits = [site for site in sites if any(_match(pattern, name) for name in (site.fqn, *site.aliases))]
-        if not hits:
-            names = [site.fqn for site in sites]
-            near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.4) or names[:3]
-            raise PlanError(f"the pattern {pattern!r} matches none of the {len(names)} norm sites; nearest: {near}")
-        for site in hits:
-            found.setdefault(site, pattern)
-    return found
-
-
-def _match(pattern: str, name: str) -> bool:
-    if not pattern.startswith("re:"):
-        return fnmatch.fnmatchcase(name, pattern)
-    try:
-        return re.fullmatch(pattern[3:], name) is not None
-    except re.error as error:
-        raise PlanError(f"expected a regular expression after `re:`, got {pattern!r}: {error}") from None
-
-
-def _notes(model: nn.Module, inputs: Any, swaps: list[Swap], sites: Sequence[NormSite]) -> list[str]:
+def notes_on(swaps: Sequence[Swap]) -> list[str]:
+    """Return what the user should know of these swaps."""
     notes = []
-    if inputs is None:
+    fresh = [swap.fqn for swap in swaps if swap.starts_statistics]
+    if fresh:
         notes.append(
-            "planned without an example input: spatial sizes are unknown, and a site that meets one position raises "
-            "once `in` has weight; give an input of the real size"
+            f"begin running statistics, which say nothing before the first batches of training: {', '.join(fresh)}"
         )
-    default = _default_size(model)
-    fed = next((tuple(leaf.shape) for leaf in tree_leaves(inputs) if hasattr(leaf, "shape") and leaf.dim() == 4), None)
-    if default and fed and (fed[-2] < default[-2] or fed[-1] < default[-1]):
+    thawed = [swap.fqn for swap in swaps if swap.kind == "frozen bn" and swap.bn_statistics == "batch"]
+    if thawed:
         notes.append(
-            f"planned at {fed[-2]}x{fed[-1]}, below the model's default {default[-2]}x{default[-1]}: sites with one "
-            "position here may have more there"
-        )
-    unregistered = [site.fqn for site in sites if not site.registered and site.problem is None]
-    if unregistered:
-        notes.append(
-            f"in no state dict, since they are held in a Python container only: {', '.join(unregistered)}; use "
-            "nn.ModuleList if they are to be saved"
+            f"frozen, but set to use batch statistics, which is another function in training: {', '.join(thawed)}"
         )
     if any(swap.gate == "softmax" for swap in swaps):
         notes.append("softmax gates start at the uniform mix: the converted model is not the same function")
     return notes
 
 
-def _default_size(model: nn.Module) -> tuple[int, ...] | None:
-    """The input size (C, H, W) that timm's configuration gives the model, if it has one."""
-    config = getattr(model, "pretrained_cfg", None)
-    size = config.get("input_size") if isinstance(config, dict) else None
-    return tuple(size) if size else None
+def _set(swap: Swap, told: SiteSettings) -> Swap:
+    try:
+        asked = with_vertex(told.get("branches", swap.branches), swap.kind)
+        kept = tuple(b for b in asked if b in swap.branches or (b == "bn" and swap.vertex != "bn"))
+        if len(kept) == 1 and "branches" in told:
+            raise PlanError(f"branches: {asked} leave only {kept[0]!r} of {swap.branches}: nothing to switch to")
+        changes: dict[str, Any] = {**told, "branches": kept}
+        return _consistent(replace(swap, **changes))
+    except PlanError as error:
+        raise PlanError(f"settings of {swap.fqn!r}: {error}") from None

@@ -13,7 +13,7 @@ from normswap.errors import ModelError
 from normswap.surgery.functional_sites import calls_a_norm, functional_sites, tensors_used
 from normswap.surgery.graph_rewrite import is_rewritten
 from normswap.surgery.norm_site import NormSite, order_of
-from normswap.surgery.norms import KNOWN_NORMS, Norms, NormSpec, read_norm
+from normswap.surgery.norms import KNOWN_NORMS, Norms, NormSpec, read_norm, refused_shape
 from normswap.surgery.observation import Observation, observe_forward
 from normswap.surgery.tracing import GraphFacts
 from normswap.surgery.tracing_paths import WholeModel, read_whole_model
@@ -104,7 +104,7 @@ def _module_site(place: Place, spec: NormSpec, facts: GraphFacts | None, seen: O
         order=order,
         producer=seen.producers.get(name, told) if seen else told,
         seen_by=seen_by,
-        problem=spec.problem,
+        problem=spec.problem or refused_shape(spec, shapes or ()),
     )
 
 

@@ -1,0 +1,240 @@
+"""plan_swaps: what becomes of every norm site of a model. All decisions are made here, and only here.
+
+The arguments are the ground; settings by pattern override them site by site.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from normswap.errors import PlanError
+from normswap.layers.importance import BN_STATISTICS, BRANCHES, BnStatistics, Branch, Gate, check_gate
+from normswap.surgery.norm_site import NormSite
+from normswap.surgery.norms import KINDS, KNOWN_NORMS, Norms, requested_kind, vertex_of
+from normswap.surgery.observation import describe_shapes
+from normswap.surgery.patterns import Names, first_matches, matched
+from normswap.surgery.plan import NEVER_FILLED, Skip, Swap, SwapPlan, notes_on, with_vertex
+from normswap.surgery.settings import Settings, SiteSettings, settle
+from normswap.surgery.sites import find_norm_sites
+from normswap.surgery.tree import class_name
+
+# LN of fewer values than this at one position erases the signal (two values normalise to +1 and -1).
+_MIN_LN_VALUES = 8
+
+
+@dataclass(frozen=True)
+class _Ground:
+    """What the arguments say of all sites."""
+
+    kinds: tuple[str, ...]
+    gate: Gate
+    branches: tuple[Branch, ...]
+    bn_statistics: BnStatistics
+    train_frozen_gates: bool
+
+
+def plan_swaps(
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    kinds: Sequence[str] = ("bn",),
+    gate: Gate = "simplex",
+    branches: Sequence[Branch] | None = None,
+    bn_statistics: BnStatistics = "batch",
+    train_frozen_gates: bool = False,
+    settings: Settings | None = None,
+    norms: Norms = KNOWN_NORMS,
+) -> SwapPlan:
+    """Decide for every norm site of `model` whether and how it is swapped. The model is left as it is.
+
+    Args:
+        example_inputs: tensor, tuple or dict for one forward pass; without it spatial sizes are unknown.
+        include, exclude: glob patterns on fqns, or regular expressions after `re:`; exclude wins.
+        kinds: which norms are swapped: `"bn"`, `"in"` (InstanceNorm, which starts at its own branch) and `"gn1"`
+            (GroupNorm of one group, which starts at `ln`).
+        gate: `"simplex"` starts as exactly the same function, `"softmax"` at the uniform mix, which is another.
+        branches: restrict the branches that a site would get by its shape and kind; must hold the one where each
+            kind starts. Only `settings` give an `in` or `gn1` site a `bn` branch, whose statistics begin then.
+        bn_statistics: of sites that are not frozen; frozen ones use the running statistics.
+        train_frozen_gates: let gates learn at sites whose own parameters are all frozen.
+        settings: by pattern some of `gate`, `branches`, `bn_statistics` (of frozen sites too) and `train_gates`, over
+            the arguments above; of several patterns that match a site the later one wins, key by key. Branches that
+            the shape of a site leaves no signal are cut from these as well.
+        norms: table of known norm classes.
+
+    Raises:
+        PlanError: a pattern matches no site, or an option or setting is unknown.
+        ModelError: the forward pass on `example_inputs` failed.
+    """
+    ground = _ground(kinds, gate, branches, bn_statistics, train_frozen_gates)
+    sites = find_norm_sites(model, example_inputs, norms=norms)
+    names = [(site.fqn, *site.aliases) for site in sites]
+    included, excluded = first_matches(include, names), first_matches(exclude, names)
+    told = settle(settings or {}, names)
+    swaps: list[Swap] = []
+    skips: list[Skip] = []
+    for site in sites:
+        reason = _reason_to_stay(site, ground, bool(include), included.get(site.fqn), excluded.get(site.fqn))
+        decision = _decide(site, ground, told[site.fqn]) if reason is None else reason
+        if isinstance(decision, Swap):
+            swaps.append(decision)
+        else:
+            skips.append(Skip(site.fqn, site.class_name, site.kind, decision))
+    inputs = None if example_inputs is None else describe_shapes(example_inputs)
+    swapped = {swap.fqn for swap in swaps}
+    notes = [*_notes(model, example_inputs, [site for site in sites if site.fqn in swapped])]
+    notes += [*_idle_settings(settings or {}, names, swapped), *notes_on(swaps)]
+    return SwapPlan(tuple(swaps), tuple(skips), class_name(model), inputs, tuple(notes))
+
+
+def _ground(
+    kinds: Sequence[str],
+    gate: Gate,
+    branches: Sequence[Branch] | None,
+    bn_statistics: BnStatistics,
+    train_frozen_gates: bool,
+) -> _Ground:
+    """The arguments, checked."""
+    if bn_statistics not in BN_STATISTICS:
+        raise PlanError(f"bn_statistics: expected one of {BN_STATISTICS}, got {bn_statistics!r}")
+    if isinstance(kinds, str) or not kinds or not set(kinds) <= {*KINDS}:
+        raise PlanError(f"kinds: expected some of {tuple(KINDS)}, got {kinds!r}")
+    allowed = BRANCHES
+    for kind in kinds:
+        allowed = with_vertex(BRANCHES if branches is None else branches, kind)
+    return _Ground(tuple(kinds), check_gate(gate), allowed, bn_statistics, train_frozen_gates)
+
+
+def _reason_to_stay(
+    site: NormSite, ground: _Ground, filtered: bool, included: str | None, excluded: str | None
+) -> str | None:
+    """Why a site is not to be swapped, whatever its branches would be."""
+    if site.problem is not None:
+        return site.problem
+    if excluded is not None:
+        return f"excluded by the pattern {excluded!r}"
+    if filtered and included is None:
+        return "matches no include pattern"
+    kind = requested_kind(site.kind)
+    if kind not in ground.kinds:
+        wanted = tuple(word for word in KINDS if word == kind or word in ground.kinds)
+        idle = "" if kind == "bn" else ", which has no batch statistics to lose at small batches"
+        return (
+            f"is {KINDS[kind][1]}{idle}: stays as it is, unless asked for with kinds={wanted} "
+            f"(--kinds {','.join(wanted)})"
+        )
+    return None
+
+
+def _decide(site: NormSite, ground: _Ground, told: SiteSettings) -> Swap | str:
+    """The swap of a site, or the reason why nothing is to be had of one."""
+    allowed = _allowed(site, ground, told)
+    sensible = _branches(site)
+    branches = tuple(branch for branch in sensible if branch in allowed)
+    if len(branches) == 1:
+        return _nothing_to_switch(site, branches[0], allowed)
+    frozen_or_all: BnStatistics = "running" if site.frozen else ground.bn_statistics
+    swap = Swap(
+        fqn=site.fqn,
+        class_name=site.class_name,
+        num_features=site.num_features,
+        gate=told.get("gate", ground.gate),
+        branches=branches,
+        bn_statistics=told.get("bn_statistics", frozen_or_all) if "bn" in branches else "batch",
+        train_gates=told.get("train_gates", site.trainable or ground.train_frozen_gates),
+        kind=site.kind,
+        owner=site.owner,
+        synchronize=site.synchronize,
+    )
+    return _problem_of_fresh_statistics(site, swap) or swap
+
+
+def _allowed(site: NormSite, ground: _Ground, told: SiteSettings) -> tuple[Branch, ...]:
+    """The branches that the user lets a site have: `bn` beside another norm only where it is asked for by name."""
+    if "branches" in told:
+        try:
+            return with_vertex(told["branches"], site.kind)
+        except PlanError as error:
+            raise PlanError(f"settings of {site.fqn!r}: {error}") from None
+    unasked = "bn" if vertex_of(site.kind) != "bn" else None
+    return tuple(branch for branch in ground.branches if branch != unasked)
+
+
+def _branches(site: NormSite) -> tuple[Branch, ...]:
+    """The branches that leave a signal: IN needs more than one position, LN more than a few values.
+
+    Where IN and LN are one, and where the old norm itself leaves none, its own branch is the one that stays.
+    """
+    vertex, single = vertex_of(site.kind), site.positions == 1
+    dropped = {"in"} if single or (_channels(site) == 1 and vertex == "ln") else set()
+    if _channels(site) == 1 or (single and _channels(site) < _MIN_LN_VALUES):
+        dropped.add("ln")
+    return tuple(branch for branch in BRANCHES if branch == vertex or branch not in dropped)
+
+
+def _channels(site: NormSite) -> int:
+    """The fewest channels that were fed: an InstanceNorm without weight takes any number, whatever it was told."""
+    return min(shape[1] for shape in site.shapes) if site.shapes else site.num_features
+
+
+def _nothing_to_switch(site: NormSite, left: Branch, allowed: tuple[Branch, ...]) -> str:
+    if allowed == (left,):
+        return f"only the branch {left} is allowed: nothing to switch to"
+    single, channels = site.positions == 1, _channels(site)
+    reason = (
+        f"{channels} channel{'s' * (channels != 1)}{' at one spatial position' * single} "
+        f"leave{'s' * (channels == 1)} only the branch {left}: nothing to switch to"
+    )
+    return reason + "; plan with an input of the real size if this one is smaller" * single
+
+
+def _problem_of_fresh_statistics(site: NormSite, swap: Swap) -> str | None:
+    if not swap.starts_statistics:
+        return None
+    if swap.bn_statistics == "running":
+        return f"needs bn_statistics='batch' for its `bn` branch, {NEVER_FILLED}: set it, or leave `bn` out"
+    fed = {shape[1] for shape in site.shapes or ()}
+    if fed and fed != {site.num_features}:
+        return f"was made for {site.num_features} channels and fed {sorted(fed)}: correct that, or leave `bn` out"
+    return None
+
+
+def _notes(model: nn.Module, inputs: Any, swapped: Sequence[NormSite]) -> list[str]:
+    notes = []
+    if inputs is None:
+        notes.append(
+            "planned without an example input: spatial sizes are unknown, and a site that meets one position raises "
+            "once `in` has weight; give an input of the real size"
+        )
+    default = _default_size(model)
+    fed = next((tuple(leaf.shape) for leaf in tree_leaves(inputs) if hasattr(leaf, "shape") and leaf.dim() == 4), None)
+    if default and fed and (fed[-2] < default[-2] or fed[-1] < default[-1]):
+        notes.append(
+            f"planned at {fed[-2]}x{fed[-1]}, below the model's default {default[-2]}x{default[-1]}: sites with one "
+            "position here may have more there"
+        )
+    unregistered = [site.fqn for site in swapped if not site.registered]
+    if unregistered:
+        notes.append(
+            f"in no state dict, since they are held in a Python container only: {', '.join(unregistered)}; use "
+            "nn.ModuleList if they are to be saved"
+        )
+    return notes
+
+
+def _idle_settings(settings: Settings, names: Sequence[Names], swapped: set[str]) -> list[str]:
+    """A note for each pattern of the settings that matches only what is skipped."""
+    idle = [pattern for pattern in settings if swapped.isdisjoint(matched(pattern, names))]
+    return [f"the settings of {pattern!r} have no effect: it matches skipped sites only" for pattern in idle]
+
+
+def _default_size(model: nn.Module) -> tuple[int, ...] | None:
+    """The input size (C, H, W) that timm's configuration gives the model, if it has one."""
+    config = getattr(model, "pretrained_cfg", None)
+    size = config.get("input_size") if isinstance(config, dict) else None
+    return tuple(size) if size else None
