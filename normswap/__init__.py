@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     from normswap.surgery.conversion import convert as convert
     from normswap.surgery.conversion import revert as revert
     from normswap.surgery.gated import importance_weights as importance_weights
+    from normswap.surgery.norm_site import NormSite as NormSite
     from normswap.surgery.norms import KNOWN_NORMS as KNOWN_NORMS
     from normswap.surgery.norms import read_batch_norm as read_batch_norm
     from normswap.surgery.norms import read_group_norm as read_group_norm
     from normswap.surgery.norms import read_instance_norm as read_instance_norm
     from normswap.surgery.plan import SwapPlan as SwapPlan
     from normswap.surgery.planning import plan_swaps as plan_swaps
-    from normswap.surgery.sites import NormSite as NormSite
     from normswap.surgery.sites import find_norm_sites as find_norm_sites
     from normswap.verification import Verification as Verification
     from normswap.verification import verify as verify
@@ -56,8 +56,8 @@ _HOMES = {
     "read_group_norm": "normswap.surgery.norms",
     "read_instance_norm": "normswap.surgery.norms",
     "SwapPlan": "normswap.surgery.plan",
+    "NormSite": "normswap.surgery.norm_site",
     "plan_swaps": "normswap.surgery.planning",
-    "NormSite": "normswap.surgery.sites",
     "find_norm_sites": "normswap.surgery.sites",
     "Verification": "normswap.verification",
     "verify": "normswap.verification",

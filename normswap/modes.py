@@ -38,7 +38,8 @@ def preserved_state(modules: Iterable[nn.Module]) -> Iterator[None]:
     Tensors and containers stay the same objects. Modules found inside containers are not followed: name them all.
     """
     everything = list(modules)
-    buffers = {id(b): b for module in everything for b in module._buffers.values() if b is not None}
+    held = [tensor for module in everything for tensor in (*module._buffers.values(), *_kept_in_parameters(module))]
+    buffers = {id(tensor): tensor for tensor in held if tensor is not None}
     values = [(buffer, buffer.detach().clone()) for buffer in buffers.values()]
     states = [(module, module_state(module)) for module in everything]
     try:
@@ -49,6 +50,11 @@ def preserved_state(modules: Iterable[nn.Module]) -> Iterator[None]:
         with torch.no_grad():
             for buffer, value in values:
                 buffer.copy_(value)
+
+
+def _kept_in_parameters(module: nn.Module) -> list[torch.Tensor | None]:
+    """Running statistics that are parameters without a gradient, as few-shot learners keep them."""
+    return [p for p in module._parameters.values() if p is not None and not p.requires_grad and p.dim() <= 1]
 
 
 @contextmanager
@@ -152,7 +158,7 @@ def hooked(register: Iterable[Callable[[], RemovableHandle]]) -> Iterator[None]:
         yield
 
 
-def call_model(model: nn.Module, inputs: Any) -> Any:
+def call_model(model: Callable[..., Any], inputs: Any) -> Any:
     """Call `model` with a tensor, a tuple of positional or a dict of keyword arguments."""
     if isinstance(inputs, dict):
         return model(**inputs)

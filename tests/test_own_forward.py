@@ -1,5 +1,7 @@
 """A module's own forward as two graphs, or the reason why a graph may not run in its place."""
 
+from typing import Any
+
 import laws
 import pytest
 import torch
@@ -7,8 +9,8 @@ import torch.nn.functional as F
 import zoo
 from torch import Tensor, nn
 
-from normswap.surgery.own_forward import mentions_batch_norm, trace_own_forward
-from normswap.surgery.tracing import batch_norm_nodes
+from normswap.surgery.calls import batch_norm_nodes
+from normswap.surgery.own_forward import mentioned_kinds, trace_own_forward
 
 # (module, calls of batch_norm on an activation)
 TRACED = {
@@ -33,6 +35,22 @@ def test_a_forward_becomes_a_graph_for_each_mode(make: type[nn.Module], calls: i
     assert own.training is not None
     assert own.evaluation is not None
     assert [len(batch_norm_nodes(graph)) for graph in (own.training, own.evaluation)] == [calls, calls]
+
+
+OPTIONS = {
+    "an option": (zoo.OptionalParameters, {"parameters": None}),
+    "a keyword option": (lambda: KeywordOption(), {"mask": None}),
+    "a switch": (lambda: Switch(), {"flip": False}),
+    "an option that is not used": (zoo.UnusedOption, {}),
+    "none": (zoo.FunctionalBlock, {}),
+}
+
+
+@pytest.mark.parametrize(("make", "options"), OPTIONS.values(), ids=OPTIONS)
+def test_graphs_are_for_the_defaults_of_options_that_decide(make: type[nn.Module], options: dict[str, Any]) -> None:
+    own = trace_own_forward(make())
+    assert own.reason is None
+    assert own.options == options
 
 
 class Inference(nn.Module):
@@ -99,9 +117,6 @@ REFUSED = {
     "no_grad as a decorator": (Decorated, "it switches gradients or autocast for a part of what it does"),
     "inference_mode": (Inference, "it switches gradients or autocast for a part of what it does"),
     "autocast": (zoo.WithoutAutocast, "it switches gradients or autocast for a part of what it does"),
-    "an option": (zoo.OptionalParameters, "what it does depends on its optional arguments (parameters)"),
-    "a keyword option": (KeywordOption, "what it does depends on its optional arguments (mask)"),
-    "a switch": (Switch, "TraceError: symbolically traced variables"),
     "children in a list": (ListHeld, "NameError: module is not installed as a submodule"),
     "TorchScript": (lambda: zoo.BY_NAME["TorchScript inside"].model().part, "it is TorchScript, whose code is fixed"),
     "overridden on the instance": (
@@ -151,4 +166,4 @@ MENTIONS = [
 
 @pytest.mark.parametrize(("make", "mentions"), MENTIONS)
 def test_code_is_asked_whether_it_names_batch_norm(make: type[nn.Module], mentions: bool) -> None:
-    assert mentions_batch_norm(make()) is mentions
+    assert mentioned_kinds(make()) == ({"bn"} if mentions else set())

@@ -59,9 +59,9 @@ def test_a_functional_site_tells_its_owner() -> None:
 def test_without_an_input_the_graph_tells_order_and_nothing_tells_shapes() -> None:
     found = find_norm_sites(zoo.Generator())
     assert [(s.fqn, s.order, s.seen_by, s.shapes, s.calls) for s in found] == [
-        ("norms.0.batch_norm", 0, "graph", None, None),
-        ("norms.1.batch_norm", 1, "graph", None, None),
-        ("last_norm", 2, "graph", None, None),
+        ("norms.0.batch_norm", 0, "symbolic trace", None, None),
+        ("norms.1.batch_norm", 1, "symbolic trace", None, None),
+        ("last_norm", 2, "symbolic trace", None, None),
     ]
     assert [s.num_features for s in found] == [8, 8, 8]
     assert found[2].producer == "convs.1"

@@ -11,13 +11,11 @@ import zoo
 from timm.models import create_model
 from torch import Tensor, fx, nn
 
+from normswap.surgery.calls import batch_norm_nodes, is_batch_norm_call, norm_arguments
 from normswap.surgery.norms import is_norm_layer
 from normswap.surgery.tracing import (
     GraphFacts,
-    batch_norm_arguments,
-    batch_norm_nodes,
     first_line,
-    is_batch_norm_call,
     read_graph,
     sharing_twin,
     trace_model,
@@ -97,7 +95,7 @@ def test_arguments_are_named_as_those_of_f_batch_norm_in_either_order() -> None:
     for block in (zoo.FunctionalBlock(), zoo.TorchFunctionalBlock(), zoo.KeywordBlock()):
         trace = trace_model(block, training=True)
         assert trace.graph is not None
-        arguments = batch_norm_arguments(batch_norm_nodes(trace.graph)[0])
+        arguments = norm_arguments(batch_norm_nodes(trace.graph)[0])
         tensors = {name: node.target for name, node in arguments.items() if isinstance(node, fx.Node)}
         assert {"input", "running_mean", "running_var", "bias"} <= tensors.keys()
         assert tensors == {name: name for name in tensors if name != "input"} | {"input": "conv"}

@@ -920,7 +920,7 @@ TRAPS: tuple[Trap, ...] = (
     _trap("dropout beside it", DropoutBlock, IMAGE, "batch_norm"),
     _trap("two calls", TwiceBlock, IMAGE, "first.batch_norm", "batch_norm", "batch_norm_1"),
     _trap("parameters as arguments", MamlConv4, maml_inputs, "batch_norm", "batch_norm_1"),
-    _trap("optional parameters", OptionalParameters, IMAGE, skips={"batch_norm": NOT_TRACED}),
+    _trap("optional parameters", OptionalParameters, IMAGE, "batch_norm"),
     _trap("an option that is not used", UnusedOption, IMAGE, "batch_norm"),
     _trap(
         "class-conditional generator",

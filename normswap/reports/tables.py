@@ -13,8 +13,8 @@ from rich.text import Text
 from normswap.checkpoints.record import Step
 from normswap.layers.importance import BRANCHES
 from normswap.surgery.gated import ImportanceWeights
+from normswap.surgery.norm_site import NormSite
 from normswap.surgery.plan import Swap, SwapPlan
-from normswap.surgery.sites import NormSite
 from normswap.verification import Verification
 
 _MOST_EXAMPLES = 3

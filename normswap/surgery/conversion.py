@@ -12,6 +12,7 @@ from normswap.layers.adoption import adopt, release
 from normswap.layers.importance import BnStatistics, Branch, Gate
 from normswap.layers.modules import FunctionalSwitchNorm, SwitchNorm
 from normswap.modes import all_or_nothing
+from normswap.surgery.calls import batch_norm_nodes, call_name
 from normswap.surgery.gated import moved_sites
 from normswap.surgery.graph_edit import edit_graph, edited_nodes, restore_graph
 from normswap.surgery.graph_rewrite import free_names, is_rewritten, restore_forward, rewrite_forward
@@ -20,7 +21,6 @@ from normswap.surgery.own_forward import trace_own_forward
 from normswap.surgery.plan import Swap, SwapPlan
 from normswap.surgery.planning import plan_swaps
 from normswap.surgery.settings import Settings
-from normswap.surgery.tracing import batch_norm_nodes, call_name
 from normswap.surgery.tree import class_name, copy_model, join, modules_by_name, walk_modules
 from normswap.surgery.whole_graph import to_graph_module
 from normswap.surgery.wrapping import check_wrapping, rewrap, unwrap

@@ -5,13 +5,14 @@ graph has frozen stays so: a graph traced in evaluation keeps using the running 
 """
 
 import copy
+from typing import Any
 
 import torch
 from torch import fx
 
 from normswap.layers.modules import FunctionalSwitchNorm
+from normswap.surgery.calls import NORM_CALLS, as_results, call_name
 from normswap.surgery.graph_rewrite import replace_node, swap_calls
-from normswap.surgery.tracing import BATCH_NORM_CALLS, call_name
 
 
 def edit_graph(
@@ -30,19 +31,31 @@ def edit_graph(
 
 def restore_graph(module: fx.GraphModule) -> None:
     """Undo `edit_graph`: the nodes call what they called before, and the children are gone."""
-    calls = {call_name(call): call for call in BATCH_NORM_CALLS}
+    calls = {call_name(call): call for call in NORM_CALLS}
     gates = _functional_gates(module)
     graph = copy.deepcopy(module.graph)
     for node in _calls_of(graph, gates):
         call = calls[gates[str(node.target)].replaced_call]
-        arguments = {"input": node.args[0], "cudnn_enabled": torch.backends.cudnn.enabled, **node.kwargs}
-        ordered = tuple(arguments[parameter] for parameter in BATCH_NORM_CALLS[call] if parameter in arguments)
+        args, kwargs = _arguments_of(node, NORM_CALLS[call].parameters)
         with graph.inserting_before(node):
-            restored = graph.call_function(call, ordered)
-        replace_node(graph, node, restored)
+            restored = graph.call_function(call, args, kwargs)
+        packed = next((user for user in node.users if user.target is as_results), None)
+        replace_node(graph, packed or node, restored)
+        if packed is not None:
+            restored.meta.pop("is_wrapped", None)
+            graph.erase_node(node)
     for name in gates:
         module.delete_submodule(name)
     module.graph = graph
+
+
+def _arguments_of(node: fx.Node, parameters: tuple[str, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of the call that a gate stands for: by position up to the first that is not given."""
+    cudnn = node.meta.get("cudnn_enabled", torch.backends.cudnn.enabled)
+    given = {"input": node.args[0], "cudnn_enabled": cudnn, **node.kwargs}
+    gap = next((index for index, name in enumerate(parameters) if name not in given), len(parameters))
+    later = {name: given[name] for name in parameters[gap:] if name in given}
+    return tuple(given[name] for name in parameters[:gap]), later
 
 
 def edited_nodes(module: fx.GraphModule) -> list[fx.Node]:

@@ -2,13 +2,13 @@
 
 Only that module's own forward is traced, with its children as leaves, once in training and once in evaluation;
 the rewritten module runs the graph of its present mode, so it obeys `train()` and `eval()` in everything that its
-forward does. The module object stays and remains an instance of its class, with its methods, attributes, buffers
-and parameters; it gains one small child per site that holds the gates.
+forward does. Where optional arguments decide what runs, the graphs serve the calls that leave these at their defaults,
+and all others run as they are written. The module object stays and remains an instance of its class, with its methods,
+attributes, buffers and parameters; it gains one small child per site that holds the gates.
 """
 
 import functools
-import itertools
-import linecache
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -17,8 +17,17 @@ from torch import fx, nn
 from normswap.errors import SwapError
 from normswap.layers.adoption import shallow_twin
 from normswap.layers.modules import FunctionalSwitchNorm
-from normswap.surgery.own_forward import trace_own_forward
-from normswap.surgery.tracing import batch_norm_arguments, batch_norm_nodes
+from normswap.surgery.as_written import run_as_written
+from normswap.surgery.calls import (
+    NORM_CALLS,
+    all_results,
+    as_results,
+    batch_norm_nodes,
+    is_batch_norm_call,
+    norm_arguments,
+)
+from normswap.surgery.own_forward import OwnForward, trace_own_forward
+from normswap.surgery.tracing import compile_graph
 
 # Where a rewritten module keeps, per batch_norm call of its own forward in order, the child that replaced it.
 _SITE_NAMES = "_switch_norm_names"
@@ -26,12 +35,12 @@ _SITE_NAMES = "_switch_norm_names"
 SiteNames = tuple[str | None, ...]
 
 
-def free_names(module: nn.Module, count: int) -> list[str]:
+def free_names(module: nn.Module, count: int, stem: str = "batch_norm") -> list[str]:
     """Return `count` attribute names that `module` does not have, for the gates of its sites in order."""
     names: list[str] = []
     number = 0
     while len(names) < count:
-        name = f"batch_norm_{number}" if number else "batch_norm"
+        name = f"{stem}_{number}" if number else stem
         if not hasattr(module, name):
             names.append(name)
         number += 1
@@ -54,13 +63,47 @@ def compile_forward(module: nn.Module, site_names: SiteNames | None = None) -> C
     own = trace_own_forward(original)
     if own.training is None or own.evaluation is None:
         raise SwapError(f"the forward of {type(module).__name__} cannot be rewritten: {own.reason}")
-    training, evaluation = (_function(module, swap_calls(g, site_names)) for g in (own.training, own.evaluation))
+    order = {mode: _names_by_call(graph, site_names) for mode, graph in ((True, own.training), (False, own.evaluation))}
+    name = f"forward of {type(module).__qualname__}"
+    training, evaluation = (compile_graph(swap_calls(g, site_names), name) for g in (own.training, own.evaluation))
+    written = type(original).forward
 
-    @functools.wraps(type(original).forward)
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    @functools.wraps(written)
+    def by_graph(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return (training if self.training else evaluation)(self, *args, **kwargs)
 
+    return _by_arguments(by_graph, written, own, order) if own.options else by_graph
+
+
+def _names_by_call(graph: fx.Graph, site_names: SiteNames) -> SiteNames:
+    """For each batch_norm call, those on kernels included, the child in its place, None for a call that stays."""
+    names = dict(zip(batch_norm_nodes(graph), site_names, strict=False))
+    return tuple(names.get(node) for node in graph.nodes if is_batch_norm_call(node))
+
+
+def _by_arguments(
+    by_graph: Callable[..., Any], written: Callable[..., Any], own: OwnForward, order: dict[bool, SiteNames]
+) -> Callable[..., Any]:
+    """Return a forward that runs the graphs where the options are at their defaults, and else what is written."""
+    signature = inspect.signature(written)
+
+    @functools.wraps(written)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(self, *args, **kwargs)
+        given = [name for name in own.options if name in bound.arguments]
+        if all(_is(bound.arguments[name], own.options[name]) for name in given):
+            for name in given:  # the graphs have them under other names
+                del bound.arguments[name]
+            return by_graph(*bound.args, **bound.kwargs)
+        gates = [None if name is None else self.get_submodule(name) for name in order[self.training]]
+        return run_as_written(written, gates, self, *args, **kwargs)
+
     return forward
+
+
+def _is(value: Any, default: Any) -> bool:
+    """Say whether an argument is at its default; what has another type, such as a tensor, is not even compared."""
+    return type(value) is type(default) and bool(value == default)
 
 
 def rewrite_forward(module: nn.Module, gates: dict[str, FunctionalSwitchNorm], site_names: SiteNames) -> None:
@@ -141,29 +184,21 @@ def swap_calls(graph: fx.Graph, site_names: SiteNames) -> fx.Graph:
     for node, name in zip(batch_norm_nodes(graph), site_names, strict=False):
         if name is None:
             continue
-        arguments = batch_norm_arguments(node)
+        call, arguments = NORM_CALLS[node.target], norm_arguments(node)
         with graph.inserting_before(node):
-            call = graph.call_module(name, (arguments.pop("input"),), arguments)
-        replace_node(graph, node, call)
+            new = graph.call_module(name, (arguments.pop("input"),), arguments)
+            new.meta = dict(node.meta)
+            if "cudnn_enabled" in call.parameters[: len(node.args)]:  # says nothing of the function, but is put back
+                new.meta["cudnn_enabled"] = node.args[call.parameters.index("cudnn_enabled")]
+            if call.results is not None:
+                new = graph.call_function(as_results, all_results(call, new, arguments))
+                new.meta["is_wrapped"] = True
+        replace_node(graph, node, new)
     return graph
 
 
 def replace_node(graph: fx.Graph, node: fx.Node, new: fx.Node) -> None:
     """Put `new` in the place of `node`, with what is known of it."""
-    new.meta = dict(node.meta)
+    new.meta = {**node.meta, **new.meta}
     node.replace_all_uses_with(new)
     graph.erase_node(node)
-
-
-def _function(module: nn.Module, graph: fx.Graph) -> Callable[..., Any]:
-    """Compile a graph to a function of (self, ...) that reads everything from `self`."""
-    code = graph.python_code("self")
-    # Tracebacks and debuggers show the generated lines.
-    name = f"<normswap: forward of {type(module).__qualname__} #{next(_counter)}>"
-    linecache.cache[name] = (len(code.src), None, code.src.splitlines(keepends=True), name)
-    namespace = dict(code.globals)
-    exec(compile(code.src, name, "exec"), namespace)
-    return namespace["forward"]  # type: ignore[no-any-return]
-
-
-_counter = itertools.count()

@@ -1,11 +1,11 @@
-"""One forward pass, watched: which modules ran, on what shapes, in which order, and who called batch_norm itself.
+"""One forward pass, watched: which modules ran, on what shapes, in which order, and who normalized by a function.
 
 Runs in evaluation without gradients, on the model as it is; flags, buffers, attributes, hooks and the random state
 are put back. It knows what tracing cannot: real shapes, real calls, modules that are in no registry. The model's own
 error is passed on with the module that raised it and the shapes that were fed.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,11 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
 
 from normswap.errors import ModelError
 from normswap.modes import call_model, hooked, preserved_state, seeded, training_flags
+from normswap.surgery.calls import NORM_CALLS, NormCall
 from normswap.surgery.norms import KNOWN_NORMS, Norms, is_norm_layer
-from normswap.surgery.tracing import BATCH_NORM_CALLS, first_line
+from normswap.surgery.tracing import first_line
 from normswap.surgery.tree import Place
 
 Shape = tuple[int, ...]
@@ -27,18 +29,23 @@ Shape = tuple[int, ...]
 class Observation:
     """What one forward pass showed, by first name of each module.
 
-    `shapes` holds the input shapes of norm layers, call by call; `producers` the module whose output was fed in;
-    `functional` the input shapes of batch_norm calls on activations by the module that made them; `runs` how often
-    each module ran and `owner_inputs` what the first run with such a call was given; `order` the norm layers and
-    owners as they first normalized.
+    `shapes` holds the input shapes of norm layers, call by call; `producers` the module or function that made it;
+    `functional` the input shapes of batch_norm calls on activations by the module that made them, `instance` those of
+    instance_norm and `tracked` who gave it running statistics; `runs` how often each module ran and `owner_inputs` what
+    the first run with such a call was given; `calls` the norm layers and owners as they normalized, call by call, and
+    `order` as they first did; `outputs` what the model returned.
     """
 
+    calls: list[str] = field(default_factory=list)
     order: dict[str, int] = field(default_factory=dict)
     shapes: dict[str, list[Shape]] = field(default_factory=dict)
     producers: dict[str, str] = field(default_factory=dict)
     functional: dict[str, list[Shape]] = field(default_factory=dict)
+    instance: dict[str, list[Shape]] = field(default_factory=dict)
+    tracked: set[str] = field(default_factory=set)
     runs: dict[str, int] = field(default_factory=dict)
     owner_inputs: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)
+    outputs: list[Any] = field(default_factory=list)
 
 
 @dataclass
@@ -58,7 +65,7 @@ class _Watcher(TorchFunctionMode):
         self._norms = norms
         # By the storage object, not its address: those of meta tensors and of empty ones are all 0.
         self._kernels = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-        self._last_output: tuple[Tensor | None, str] = (None, "")
+        self._makers: MutableMapping[Tensor, str] = WeakIdKeyDictionary()
 
     def enter(self, place: Place) -> Callable[..., None]:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -68,9 +75,9 @@ class _Watcher(TorchFunctionMode):
             x = next((leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)
             if x is not None and is_norm_layer(place.module, self._norms):
                 self.notes.shapes.setdefault(name, []).append(tuple(x.shape))
-                self.notes.order.setdefault(name, len(self.notes.order))
-                if x is self._last_output[0]:
-                    self.notes.producers.setdefault(name, self._last_output[1])
+                self._normalized(name)
+                if x in self._makers:
+                    self.notes.producers.setdefault(name, self._makers[x])
 
         return hook
 
@@ -80,20 +87,34 @@ class _Watcher(TorchFunctionMode):
             while any(call.place is place for call in self.stack):
                 self.stack.pop()
             if isinstance(output, Tensor):
-                self._last_output = (output, place.names[0])
+                self._makers[output] = place.names[0]
 
         return hook
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in BATCH_NORM_CALLS and self.stack and not is_norm_layer(self.stack[-1].place.module, self._norms):
-            x = args[0] if args else (kwargs or {})["input"]
-            if x.untyped_storage()._cdata not in self._kernels:
-                call = self.stack[-1]
-                name = call.place.names[0]
-                self.notes.functional.setdefault(name, []).append(tuple(x.shape))
-                self.notes.order.setdefault(name, len(self.notes.order))
-                self.notes.owner_inputs.setdefault(name, (call.args, call.kwargs))
-        return func(*args, **(kwargs or {}))
+        call = NORM_CALLS.get(func)
+        if call and self.stack and not is_norm_layer(self.stack[-1].place.module, self._norms):
+            self._functional_call(call, dict(zip(call.parameters, args, strict=False)) | (kwargs or {}))
+        output = func(*args, **(kwargs or {}))
+        if type(output) is Tensor and output not in self._makers:
+            self._makers[output] = getattr(func, "__name__", "").strip("_")
+        return output
+
+    def _functional_call(self, call: NormCall, arguments: dict[str, Any]) -> None:
+        x, owner = arguments["input"], self.stack[-1]
+        if x.untyped_storage()._cdata in self._kernels:
+            return
+        name = owner.place.names[0]
+        seen = self.notes.functional if call.kind == "bn" else self.notes.instance
+        seen.setdefault(name, []).append(tuple(x.shape))
+        if call.kind == "in" and arguments.get("running_mean") is not None:
+            self.notes.tracked.add(name)
+        self._normalized(name)
+        self.notes.owner_inputs.setdefault(name, (owner.args, owner.kwargs))
+
+    def _normalized(self, name: str) -> None:
+        self.notes.calls.append(name)
+        self.notes.order.setdefault(name, len(self.notes.order))
 
 
 def observe_forward(
@@ -115,7 +136,7 @@ def observe_forward(
         watcher,
     ):
         try:
-            call_model(model, example_inputs)
+            watcher.notes.outputs = tree_leaves(call_model(model, example_inputs))
         except Exception as error:
             raise ModelError(_failure(watcher, example_inputs, error)) from error
     return watcher.notes

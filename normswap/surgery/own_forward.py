@@ -2,27 +2,34 @@
 
 The children are leaves, and the graphs are made in training and in evaluation. A trace freezes whatever is no tensor,
 so one is handed on only where nothing of that kind can differ at the next call: code that draws numbers, keeps state,
-makes tensors, switches contexts or depends on optional arguments is refused in words.
+makes tensors or switches contexts is refused in words. Where optional arguments decide what it does, the graphs are
+those of their defaults, and are right for no other call.
 """
 
 import inspect
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from types import CodeType, FunctionType
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from normswap.surgery.tracing import BATCH_NORM_CALLS, Trace, batch_norm_nodes, sharing_twin, trace_with
+from normswap.surgery.calls import NORM_CALLS, batch_norm_nodes
+from normswap.surgery.tracing import Trace, sharing_twin, trace_with
 
 
 @dataclass(frozen=True)
 class OwnForward:
-    """The forward of one module with its children as leaves, in both modes, or the reason why there is none."""
+    """The forward of one module with its children as leaves, in both modes, or the reason why there is none.
+
+    `options` are the optional arguments that decide what it does, with the defaults that the graphs are made for.
+    """
 
     training: fx.Graph | None
     evaluation: fx.Graph | None
     reason: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 def trace_own_forward(module: nn.Module) -> OwnForward:
@@ -31,15 +38,14 @@ def trace_own_forward(module: nn.Module) -> OwnForward:
         return OwnForward(module.graph, module.graph)
     reason = _fixed_code(module)
     graphs: list[fx.Graph] = []
+    options: dict[str, Any] = {}
     for training in () if reason else (True, False):
-        trace = _trace(module, training=training)
+        trace, deciding = _trace_by_default(module, training=training)
+        options |= deciding
         reason = trace.reason or trace.omission
         if trace.graph is None or reason:
             break
-        options = deciding_options(module, training=training)
         reason = _constant(module, trace.graph)
-        if options:
-            reason = f"what it does depends on its optional arguments ({', '.join(options)})"
         if reason:
             break
         graphs.append(trace.graph)
@@ -48,20 +54,32 @@ def trace_own_forward(module: nn.Module) -> OwnForward:
     calls = [len(batch_norm_nodes(graph)) for graph in graphs]
     if calls[0] != calls[1]:
         return OwnForward(None, None, f"it calls batch_norm {calls[0]}x in training and {calls[1]}x in evaluation")
-    return OwnForward(graphs[0], graphs[1])
+    return OwnForward(graphs[0], graphs[1], None, options)
 
 
-def mentions_batch_norm(module: nn.Module) -> bool:
-    """Say whether the code of `module.forward`, here or in a base class, names a batch_norm function."""
-    names = {call.__name__ for call in BATCH_NORM_CALLS}
+def mentioned_kinds(module: nn.Module) -> set[str]:
+    """Return the kinds of the functions that normalize which the code of `module.forward`, here or in a base, names."""
     found = [vars(cls).get("forward") for cls in type(module).__mro__]
     forwards = [inspect.unwrap(forward) for forward in found if isinstance(forward, FunctionType)]
-    return any(names & _names_in(forward.__code__) for forward in forwards if isinstance(forward, FunctionType))
+    named = set().union(*(_names_in(forward.__code__) for forward in forwards if isinstance(forward, FunctionType)))
+    return {call.kind for function, call in NORM_CALLS.items() if function.__name__ in named}
 
 
 def _names_in(code: CodeType) -> set[str]:
     inner = [_names_in(constant) for constant in code.co_consts if isinstance(constant, CodeType)]
     return {*code.co_names}.union(*inner)
+
+
+def _trace_by_default(module: nn.Module, *, training: bool) -> tuple[Trace, dict[str, Any]]:
+    """The trace for the defaults of whatever options decide what the forward does, and these options."""
+    free = _trace(module, training=training)
+    defaults = _plain_defaults(module)
+    if not defaults:
+        return free, {}
+    settled = _trace(module, training=training, concrete=defaults)
+    if settled.graph is None or (free.graph is not None and _operations(free.graph) == _operations(settled.graph)):
+        return free, {}
+    return settled, defaults
 
 
 def _trace(module: nn.Module, *, training: bool, concrete: dict[str, Any] | None = None) -> Trace:
@@ -94,16 +112,17 @@ def _has(module: nn.Module, path: str) -> bool:
     return True
 
 
-def deciding_options(module: nn.Module, *, training: bool = False) -> dict[str, Any]:
+def deciding_options(module: nn.Module) -> dict[str, Any]:
     """Return the optional arguments of the forward with their defaults if they decide what it does, else none."""
+    return _trace_by_default(module, training=False)[1]
+
+
+def _plain_defaults(module: nn.Module) -> dict[str, Any]:
     parameters = inspect.signature(type(module).forward).parameters.values()
-    plain = (type(None), bool, int, float, str)
-    defaults = {p.name: p.default for p in parameters if isinstance(p.default, plain)}
-    if not defaults:
-        return {}
-    free, settled = (_trace(module, training=training, concrete=concrete).graph for concrete in (None, defaults))
-    same = free is not None and settled is not None and _operations(free) == _operations(settled)
-    return {} if same else defaults
+    return {p.name: p.default for p in parameters if isinstance(p.default, _PLAIN)}
+
+
+_PLAIN = (type(None), bool, int, float, str)
 
 
 def _operations(graph: fx.Graph) -> list[Any]:

@@ -1,4 +1,4 @@
-"""FX graphs of whole models, to know order, producers and functional calls of batch_norm.
+"""FX graphs of whole models, to know order, producers and functional calls.
 
 A trace is always made of a twin that shares the parameters, since tracing can leave a `Proxy` in a module's state.
 A failed trace is a value with a reason, never an exception; one that succeeds says what the graph does not hold.
@@ -6,29 +6,21 @@ Nothing is decided or changed here.
 """
 
 import copy
+import itertools
+import linecache
 import operator
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import fx, nn
 
 from normswap.modes import ModuleState, changed_names, module_state, random_state, seeded, training_flags
+from normswap.surgery.calls import norm_arguments, norm_call, reads_activation
 from normswap.surgery.norms import KNOWN_NORMS, Norms, is_norm_layer, looks_like_norm
 from normswap.surgery.tree import join
-
-# The calls that make a functional site, with the order of their parameters under the names of `F.batch_norm`.
-BATCH_NORM_CALLS: Mapping[Any, tuple[str, ...]] = {
-    F.batch_norm: ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),
-    torch.batch_norm: ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps"),
-    # Of exported programs; the last argument, cudnn_enabled, says nothing of the function.
-    torch.ops.aten.batch_norm.default: (
-        *("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps", "cudnn_enabled"),
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -36,26 +28,35 @@ class Trace:
     """A graph, or the reason why there is none.
 
     `omission` tells what the code does that its graph does not hold: good enough to read, not to run in its place.
-    `entered` names the modules whose forward was traced through, the root included.
+    `entered` names the modules whose forward was traced through, the root included; `constants` are the tensors that
+    the forward makes out of nothing, which the graph reads as attributes of the root.
     """
 
     graph: fx.Graph | None
     reason: str | None = None
     omission: str | None = None
     entered: frozenset[str] = frozenset()
+    constants: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class GraphFacts:
     """What a whole-model graph tells.
 
-    `order` holds the fqns of the modules that normalize, as they are called: norm layers and `functional_owners`,
-    which call `F.batch_norm` on an activation in their own forward. `producers` is by fqn of a norm layer.
+    `calls` holds the fqns of the modules that normalize, call by call: norm layers and `functional_owners`, which call
+    a function that normalizes on an activation in their own forward. `producers` is by fqn of a norm layer, and
+    `kernel_owners` are those that call such a function on a kernel.
     """
 
-    order: tuple[str, ...]
+    calls: tuple[str, ...]
     producers: Mapping[str, str]
     functional_owners: tuple[str, ...]
+    kernel_owners: frozenset[str] = frozenset()
+
+    @property
+    def order(self) -> tuple[str, ...]:
+        """The modules that normalize as they first do."""
+        return tuple(dict.fromkeys(self.calls))
 
 
 class _Tracer(fx.Tracer):
@@ -131,7 +132,7 @@ def trace_model(model: nn.Module, *, training: bool, norms: Norms = KNOWN_NORMS)
     """Trace the whole of `model` with norm layers as leaves, or say why it cannot be traced."""
     reason = None
     for is_leaf, wrapped in _leaf_rules(norms):
-        trace = trace_with(lambda: _without_hooks(sharing_twin(model)), is_leaf, wrapped, training=training)
+        trace = trace_with(lambda: without_hooks(sharing_twin(model)), is_leaf, wrapped, training=training)
         if trace.graph is not None:
             return trace
         reason = reason or trace.reason
@@ -162,13 +163,15 @@ def trace_with(
                 graph = _with_plain_assertions(tracer.trace(twin, concrete))
                 omission = "it draws random numbers in Python" if random_state() != drawn else None
                 written = _written_attributes(twin, states, graph)
+                made = vars(twin).keys() - states[""].attributes.keys()
+                constants = {name: vars(twin)[name] for name in made & _attributes_read(graph)}
         except Exception as error:  # noqa: BLE001 - tracing runs the user's code on proxies: anything may come
             return Trace(None, f"{type(error).__name__}: {first_line(error)}")
     if tracer.switches_context:
         omission = "it switches gradients or autocast for a part of what it does"
     elif written:
         omission = f"it writes to {', '.join(written)}"
-    return Trace(graph, None, omission, frozenset(tracer.entered))
+    return Trace(graph, None, omission, frozenset(tracer.entered), constants)
 
 
 def _with_plain_assertions(graph: fx.Graph) -> fx.Graph:
@@ -186,7 +189,7 @@ def _with_plain_assertions(graph: fx.Graph) -> fx.Graph:
 
 def _written_attributes(twin: nn.Module, states: dict[str, ModuleState], graph: fx.Graph) -> list[str]:
     """What tracing changed in the state of the modules, other than the constants that the tracer stores there."""
-    stored = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
+    stored = _attributes_read(graph)
     written = [
         join(owner, name)
         for owner, module in twin.named_modules()
@@ -196,7 +199,11 @@ def _written_attributes(twin: nn.Module, states: dict[str, ModuleState], graph: 
     return [name for name in written if name not in stored]
 
 
-def _without_hooks(twin: nn.Module) -> nn.Module:
+def _attributes_read(graph: fx.Graph) -> set[str]:
+    return {str(node.target) for node in graph.nodes if node.op == "get_attr"}
+
+
+def without_hooks(twin: nn.Module) -> nn.Module:
     """Hooks of a deep copy may still reach the user's own objects, which must not be handed proxies."""
     for module in twin.modules():
         module._forward_hooks.clear()
@@ -212,49 +219,37 @@ def _autocast_depth() -> int:
 
 
 def read_graph(graph: fx.Graph, is_norm_fqn: Callable[[str], bool]) -> GraphFacts:
-    """Read order, producers and owners of functional calls off a whole-model graph."""
-    order: list[str] = []
+    """Read calls, producers and owners of functional calls off a whole-model graph."""
+    calls: list[str] = []
     producers: dict[str, str] = {}
-    owners: list[str] = []
+    owners: dict[bool, list[str]] = {True: [], False: []}
     for node in graph.nodes:
         if node.op == "call_module" and is_norm_fqn(str(node.target)):
             fqn = str(node.target)
-            order.append(fqn)
+            calls.append(fqn)
             if node.args and isinstance(node.args[0], fx.Node):
                 producers.setdefault(fqn, _describe(node.args[0]))
-        elif is_batch_norm_call(node) and _reads_activation(batch_norm_arguments(node)["input"]):
+        elif norm_call(node):
             stack = node.meta.get("nn_module_stack") or {"": ("", None)}
-            owners.append(next(reversed(stack.values()))[0])
-            order.append(owners[-1])
-    return GraphFacts(tuple(dict.fromkeys(order)), producers, tuple(dict.fromkeys(owners)))
+            owner = next(reversed(stack.values()))[0]
+            on_activation = reads_activation(norm_arguments(node)["input"])
+            owners[on_activation].append(owner)
+            calls += [owner] * on_activation
+    return GraphFacts(tuple(calls), producers, tuple(dict.fromkeys(owners[True])), frozenset(owners[False]))
 
 
-def batch_norm_nodes(graph: fx.Graph) -> list[fx.Node]:
-    """Return the nodes that call batch_norm on an activation, in order; calls on kernels are none of them."""
-    return [
-        node
-        for node in graph.nodes
-        if is_batch_norm_call(node) and _reads_activation(batch_norm_arguments(node)["input"])
-    ]
+def compile_graph(graph: fx.Graph, name: str) -> Callable[..., Any]:
+    """Compile a graph to a function of (self, ...) that reads everything from `self`, under this name in tracebacks."""
+    code = graph.python_code("self")
+    # Tracebacks and debuggers show the generated lines.
+    file = f"<normswap: {name} #{next(_counter)}>"
+    linecache.cache[file] = (len(code.src), None, code.src.splitlines(keepends=True), file)
+    namespace = dict(code.globals)
+    exec(compile(code.src, file, "exec"), namespace)
+    return namespace["forward"]  # type: ignore[no-any-return]
 
 
-def batch_norm_arguments(node: fx.Node) -> dict[str, Any]:
-    """Return the arguments of a batch_norm node by the names of `F.batch_norm`."""
-    names = BATCH_NORM_CALLS[node.target]
-    named = dict(zip(names, node.args, strict=False))
-    named |= {name: value for name, value in node.kwargs.items() if name in names}
-    named.pop("cudnn_enabled", None)
-    return named
-
-
-def is_batch_norm_call(node: fx.Node) -> bool:
-    """Say whether a node calls batch_norm, on whatever."""
-    return node.op == "call_function" and node.target in BATCH_NORM_CALLS
-
-
-def call_name(call: Any) -> str:
-    """Return the name of one of `BATCH_NORM_CALLS`, such as `torch.nn.functional.batch_norm`."""
-    return str(call) if isinstance(call, torch._ops.OpOverload) else f"{call.__module__ or 'torch'}.{call.__name__}"
+_counter = itertools.count()
 
 
 def first_line(error: BaseException) -> str:
@@ -281,20 +276,6 @@ def _leaf_rules(norms: Norms) -> list[tuple[Callable[[nn.Module], bool], tuple[C
         rules.append((norm, ()))
     rules.append((norm_free, ()))
     return rules
-
-
-def _reads_activation(value: Any) -> bool:
-    """Say whether a value depends on what flows through the model: a kernel that is standardised does not."""
-    seen: set[fx.Node] = set()
-    pending = [value] if isinstance(value, fx.Node) else []
-    while pending:
-        node = pending.pop()
-        if node.op == "placeholder" or (node.op == "call_module" and "parametrizations" not in str(node.target)):
-            return True
-        if node not in seen:
-            seen.add(node)
-            pending.extend(node.all_input_nodes)
-    return False
 
 
 def _describe(node: fx.Node) -> str:

@@ -28,5 +28,6 @@ def agree(first: list[Any], second: list[Any]) -> bool:
 
 def _same(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return a.shape == b.shape and a.dtype == b.dtype and torch.allclose(a, b, equal_nan=True)
+        alike = a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
+        return alike and (a.is_meta or torch.allclose(a, b, equal_nan=True))
     return type(a) is type(b) and bool(a == b)
