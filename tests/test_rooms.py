@@ -24,6 +24,7 @@ ROOMS = [
     "surgery.frozen",
     "surgery.norms",
     "surgery.calls",
+    "surgery.code_reading",
     "surgery.tracing",
     "surgery.wrapping",
     "surgery.exporting",

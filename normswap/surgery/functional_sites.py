@@ -24,6 +24,7 @@ from normswap.surgery.calls import (
     other_use,
     reads_activation,
 )
+from normswap.surgery.code_reading import could_normalize
 from normswap.surgery.graph_rewrite import compile_forward, free_names
 from normswap.surgery.norm_site import NormSite, order_of
 from normswap.surgery.norms import Norms, is_norm_layer
@@ -51,7 +52,7 @@ def calls_a_norm(module: nn.Module, norms: Norms, *, ran: bool) -> bool:
 
     Of one that `ran` a call would have been seen, unless it makes it in training only: the code tells whether to ask.
     """
-    if type(module).__module__.startswith("torch.nn.") or is_norm_layer(module, norms):
+    if type(module).__module__.startswith("torch.nn.") or is_norm_layer(module, norms) or not could_normalize(module):
         return False
     if ran and not mentioned_kinds(module):
         return False

@@ -9,13 +9,14 @@ those of their defaults, and are right for no other call.
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import CodeType, FunctionType
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from normswap.surgery.calls import NORM_CALLS, batch_norm_nodes
+from normswap.surgery.code_reading import names_in
 from normswap.surgery.tracing import Trace, sharing_twin, trace_with
 
 
@@ -61,13 +62,8 @@ def mentioned_kinds(module: nn.Module) -> set[str]:
     """Return the kinds of the functions that normalize which the code of `module.forward`, here or in a base, names."""
     found = [vars(cls).get("forward") for cls in type(module).__mro__]
     forwards = [inspect.unwrap(forward) for forward in found if isinstance(forward, FunctionType)]
-    named = set().union(*(_names_in(forward.__code__) for forward in forwards if isinstance(forward, FunctionType)))
+    named = set().union(*(names_in(forward.__code__) for forward in forwards if isinstance(forward, FunctionType)))
     return {call.kind for function, call in NORM_CALLS.items() if function.__name__ in named}
-
-
-def _names_in(code: CodeType) -> set[str]:
-    inner = [_names_in(constant) for constant in code.co_consts if isinstance(constant, CodeType)]
-    return {*code.co_names}.union(*inner)
 
 
 def _trace_by_default(module: nn.Module, *, training: bool) -> tuple[Trace, dict[str, Any]]:

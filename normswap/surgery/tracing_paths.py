@@ -1,5 +1,7 @@
 """Which path tells about a whole model: symbolic tracing, else `torch.export`, else the forward pass alone.
 
+Export takes seconds, so it is asked only where some code names a function that normalizes: norm modules are all seen by
+the pass.
 A trace is checked before it is believed: with an example input, it must show the calls that were seen, and where it
 would tell something that the pass did not show, give the model's own outputs too. One that is wrong is dropped with the
 reason, and the next path is taken.
@@ -13,6 +15,7 @@ from torch import nn
 
 from normswap.layers.adoption import shallow_twin
 from normswap.modes import call_model
+from normswap.surgery.code_reading import could_normalize
 from normswap.surgery.exporting import export_facts
 from normswap.surgery.norms import KNOWN_NORMS, Norms, is_norm_layer
 from normswap.surgery.observation import Observation, observe_forward
@@ -68,7 +71,10 @@ def read_whole_model(
     def is_norm_fqn(name: str) -> bool:
         return name in by_name and is_norm_layer(by_name[name], norms)
 
-    evaluation, training = (trace_model(model, training=training, norms=norms) for training in (False, True))
+    evaluation = trace_model(model, training=False, norms=norms)
+    # The trace in training tells only of functions that normalize: where no code names one, there is none to make.
+    asked = any(could_normalize(p.module) for p in places if not is_norm_layer(p.module, norms))
+    training = trace_model(model, training=True, norms=norms) if asked else Trace(None)
     facts = [read_graph(trace.graph, is_norm_fqn) for trace in (evaluation, training) if trace.graph is not None]
     wrong = evaluation.reason
     if evaluation.graph is not None and seen is not None:
@@ -82,6 +88,8 @@ def read_whole_model(
     reasons = ((SYMBOLIC_TRACE, wrong),)
     if seen is None:
         return WholeModel(MODULE_TREE, reasons, None, facts[0].functional_owners if facts else ())
+    if not asked:  # then the pass has shown all that there is
+        return WholeModel(FORWARD_PASS, reasons)
     exported = export_facts(model, example_inputs, is_norm_fqn)
     untold = exported if isinstance(exported, str) else _misses(exported, seen, first_names)
     if isinstance(exported, GraphFacts) and untold is None:

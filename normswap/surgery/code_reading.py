@@ -1,0 +1,120 @@
+"""What the code of a module could call, read without running it: a cheap "no" before anything is traced.
+
+Followed are the methods of its class, the functions and objects that its instance holds, and from each the functions
+and classes that the code names; of modules only their names, since each module of a model is asked itself. Code of
+torch is taken by its name only. What is reached through computed names or containers is not seen; a forward pass and
+a trace still are there for that.
+"""
+
+from collections.abc import Iterator
+from functools import cache, partial
+from types import CodeType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from normswap.surgery.calls import NORM_CALLS
+
+
+def names_in(code: CodeType) -> set[str]:
+    """Return the names of globals and attributes that a piece of code uses, in inner functions too."""
+    inner = [names_in(constant) for constant in code.co_consts if isinstance(constant, CodeType)]
+    return {*code.co_names}.union(*inner)
+
+
+def could_normalize(module: nn.Module) -> bool:
+    """Say whether code of `module`, its children's apart, names a function that normalizes."""
+    if isinstance(module, fx.GraphModule):  # the graph tells, and its code is made of it
+        return True
+    held = [thing for thing in vars(module).values() if not isinstance(thing, _PLAIN)]
+    cls: Any = type(module)  # which mypy takes for unhashable, as it does every nn.Module
+    return _class_names_one(cls) or any(map(_names_one, held))
+
+
+_PLAIN = (type(None), bool, int, float, str, dict, list, tuple, set, torch.Tensor, nn.Module)
+_FOREIGN = ("torch", "builtins", "numpy", "typing", "collections", "functools")
+_MEMBERS = (FunctionType, staticmethod, classmethod, property)
+
+
+@cache
+def _wanted() -> frozenset[str]:
+    return frozenset(_name_of(function) for function in NORM_CALLS)
+
+
+def _name_of(function: Any) -> str:
+    if isinstance(function, torch._ops.OpOverload):
+        return function._schema.name.partition("::")[2]
+    return str(function.__name__)
+
+
+@cache
+def _class_names_one(cls: Any) -> bool:
+    return _names_one(cls)
+
+
+def _names_one(start: Any) -> bool:
+    """Follow everything that `start` leads to until a function that normalizes is named."""
+    pending, seen = [start], set()
+    while pending:
+        thing = pending.pop()
+        if id(thing) in seen:
+            continue
+        seen.add(id(thing))
+        if getattr(thing, "__name__", None) in _wanted():
+            return True
+        for function in _functions_of(thing):
+            names = names_in(function.__code__)
+            if names & _wanted():
+                return True
+            pending.extend(_named_by(function, names))
+    return False
+
+
+def _functions_of(thing: Any) -> Iterator[FunctionType]:
+    """The functions that a function, method, partial, class or object brings along, as far as they are Python's."""
+    if isinstance(thing, partial):
+        yield from _functions_of(thing.func)
+    elif isinstance(thing, MethodType):
+        yield from _functions_of(thing.__func__)
+    elif isinstance(thing, FunctionType):
+        if not _is_foreign(thing):
+            yield thing
+            yield from _functions_of(getattr(thing, "__wrapped__", None))
+    elif isinstance(thing, _MEMBERS):
+        for name in ("__func__", "fget"):
+            yield from _functions_of(getattr(thing, name, None))
+    elif thing is not None:
+        for cls in (thing if isinstance(thing, type) else type(thing)).__mro__:
+            for name, member in vars(cls).items() if not _is_foreign(cls) else ():
+                if isinstance(member, _MEMBERS) and name != "__init__":  # what that makes, the instance holds
+                    yield from _functions_of(member)
+
+
+def _named_by(function: FunctionType, names: set[str]) -> Iterator[Any]:
+    """The functions and classes that the code of a function names: globals, what it encloses, members of modules."""
+    enclosed = [cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell)]
+    known = [function.__globals__[name] for name in names if name in function.__globals__]
+    for thing in (*known, *enclosed, *(function.__defaults__ or ())):
+        if isinstance(thing, ModuleType):
+            members = (vars(thing).get(name) for name in names)
+            yield from filter(_is_followed, members)
+        elif _is_followed(thing):
+            yield thing
+
+
+def _is_followed(thing: Any) -> bool:
+    if isinstance(thing, type):
+        return not issubclass(thing, nn.Module)
+    return isinstance(thing, FunctionType | MethodType | partial)
+
+
+def _is_filled(cell: Any) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:  # named, but not assigned yet
+        return False
+
+
+def _is_foreign(thing: Any) -> bool:
+    return (getattr(thing, "__module__", None) or "builtins").partition(".")[0] in _FOREIGN
