@@ -36,7 +36,7 @@ from normswap.errors import ModelError
 from normswap.modes import call_model, preserved_state, seeded, training_flags
 from normswap.surgery.observation import describe_shapes
 from normswap.surgery.plan import SwapPlan
-from normswap.surgery.tracing import trace_model
+from normswap.surgery.tracing_paths import tracing_path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 import laws  # found by the line above
@@ -108,8 +108,8 @@ def _prove(entry: Entry, record: Record, save: Save) -> None:
     del blueprint
     record.inputs = describe_shapes(inputs)
     with _stage(record, "trace", save):
-        trace = trace_model(model, training=False)
-    record.path, record.path_reason = ("symbolic trace", "") if trace.graph else ("observation", str(trace.reason))
+        whole = tracing_path(model, inputs)
+    record.path, record.path_reason = whole.path, whole.reason
     before = laws.Record.of(model)
     with _stage(record, "plan", save):
         plan = normswap.plan_swaps(model, inputs)
