@@ -448,7 +448,8 @@ def alive(converted: nn.Module, fqns: list[str], inputs: Any, mode: str = "train
     """Law 3 for the layers named; returns how many gates were held against the oracle, 0 where the model raises."""
     model, inputs = in_float64(converted), to_float64(inputs)
     set_mode(model, mode)
-    sites = {fqn: _watch(paths(model)[fqn]) for fqn in fqns}
+    layers = paths(model)
+    sites = {fqn: _watch(layers[fqn]) for fqn in fqns}
     torch.manual_seed(1)
     try:
         outputs = [leaf for leaf in tree_leaves(call(model, inputs)) if _is_floating(leaf) and leaf.requires_grad]
