@@ -67,7 +67,7 @@ def test_kernels_and_other_modules_keep_their_calls() -> None:
         converted.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: called.append(name))
     converted(zoo.IMAGE().double(), flip=True)
     assert called == ["inner.batch_norm", "batch_norm", "batch_norm_1"]
-    assert laws.batch_norm_calls(converted, zoo.IMAGE().double(), "training") == 1
+    assert laws.norm_calls(converted, zoo.IMAGE().double(), "training") == 1
 
 
 def test_a_site_that_was_left_stays_torchs_own() -> None:

@@ -133,7 +133,7 @@ def test_a_program_is_the_same_function_without_gradients(training: bool, decomp
     torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-9, atol=1e-9)
     for name, buffer in program.named_buffers():
         torch.testing.assert_close(converted.get_buffer(name), buffer, rtol=1e-9, atol=1e-9)
-    assert laws.batch_norm_calls(converted, networks.PHOTOS().double(), "as it is") == 0
+    assert laws.norm_calls(converted, networks.PHOTOS().double(), "as it is") == 0
 
 
 @pytest.mark.parametrize("decompose", [False, True], ids=["exported", "decomposed"])
