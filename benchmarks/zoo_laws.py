@@ -43,7 +43,7 @@ import laws  # found by the line above
 
 FLOAT64_PARAMETERS = 100_000_000
 CPU_PARAMETERS = 400_000_000
-MULTIPLY_ADDS = 1e9  # of one forward pass; what needs more is fed the smaller input, if it has one
+MULTIPLY_ADDS = 0.3e9  # of one forward pass; what needs more is fed the smaller input, if it has one
 SITE_LIMIT = 1e-9
 FP32_LIMIT = 1e-5
 _OWN_RESPONSES = 10
