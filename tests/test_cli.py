@@ -348,7 +348,7 @@ def test_inspect_shows_frozen_gates_and_left_out_branches(folder: Path) -> None:
     net = nn.Sequential(nn.Conv2d(3, 16, 8), nn.BatchNorm2d(16).requires_grad_(False), nn.BatchNorm2d(16))
     torch.save(net, "net.pt")
     text = " ".join(ok("inspect", "net.pt", "--trust", "--input", "2x3x8x8").stdout.split())
-    assert "ln+bn, simplex gate, batch statistics; no `in`: it has no variance at one spatial position" in text
+    assert "ln+bn, simplex gate, batch statistics; no `in`: one spatial position has no variance" in text
     assert "frozen, and so are its importance weights" in text
 
 

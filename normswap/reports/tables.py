@@ -19,8 +19,9 @@ from normswap.verification import Verification
 
 _MOST_EXAMPLES = 3
 _LEFT_OUT = {
-    "in": "no `in`: it has no variance at one spatial position",
-    "ln": "no `ln`: one channel, or too few at one position",
+    # The plan keeps no shapes: whether the site or the user left a branch out is not told apart.
+    "in": "no `in`: one spatial position has no variance, or left out by choice",
+    "ln": "no `ln`: one channel, too few at one position, or left out by choice",
     "bn": "no `bn`: the old norm has no running statistics",
 }
 _VERDICTS = {True: Text("same", style="green"), False: Text("DIFFERS", style="bold red"), None: Text("silent", "dim")}
