@@ -8,7 +8,8 @@ import argparse
 import fnmatch
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -21,6 +22,13 @@ from zoo_laws import blank, prove, smallest_of_each_family
 from zoo_records import FAILED, NO_NORM, OUTPUT, Record, append_record, code_version, read_records
 from zoo_report import write_report
 from zoo_workers import Limits, run_all
+
+# What of the records is to be made again.
+AGAIN: dict[str, Callable[[Record], bool]] = {
+    "failed": lambda record: record.outcome == FAILED,
+    "float32": lambda record: record.precision == "float32",
+    "all": lambda _: True,
+}
 
 
 def main() -> None:
@@ -48,7 +56,10 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--workers", metavar="N", type=int, default=1, help="processes at a time (default 1)")
     parser.add_argument("--seconds", type=float, default=900, help="time limit of one model (default 900)")
     parser.add_argument("--gigabytes", type=float, default=8, help="memory limit of one model (default 8)")
-    parser.add_argument("--again", choices=("failed", "all"), help="repeat what is recorded as failed, or everything")
+    parser.add_argument("--again", choices=AGAIN, help="repeat what is recorded as failed, as float32, or everything")
+    parser.add_argument(
+        "--float64", metavar="MILLIONS", type=float, default=100, help="law 1 in float64 up to (default 100)"
+    )
     parser.add_argument("--report", action="store_true", help="run nothing, write docs/coverage.md from what is there")
     parser.add_argument("--sample", action="store_true", help="run nothing, print the smallest model of each family")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="folder of the records (default zoo-output)")
@@ -61,7 +72,8 @@ def _run(options: argparse.Namespace, records_file: Path) -> None:
     commit, start = code_version(), time.monotonic()
     limits = Limits(options.seconds, options.gigabytes)
     scratch = options.output / "running"
-    results = run_all(prove, jobs, workers=options.workers, limits=limits, scratch=scratch, blank=blank)
+    work = partial(prove, float64_parameters=int(options.float64 * 1e6))
+    results = run_all(work, jobs, workers=options.workers, limits=limits, scratch=scratch, blank=blank)
     for number, record in enumerate(results, 1):
         record.commit = commit
         append_record(records_file, record)
@@ -75,7 +87,7 @@ def _wanted(options: argparse.Namespace, done: dict[str, Record]) -> Iterator[En
             if options.only and not fnmatch.fnmatchcase(entry.name, options.only):
                 continue
             record = done.get(entry.key)
-            if record is None or options.again == "all" or (options.again == "failed" and record.outcome == FAILED):
+            if record is None or (options.again and AGAIN[options.again](record)):
                 yield entry
 
 

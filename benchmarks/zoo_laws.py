@@ -60,13 +60,13 @@ def blank(entry: Entry) -> Record:
     return Record(entry.key, entry.zoo, entry.name, entry.family, reduced=entry.reduced)
 
 
-def prove(entry: Entry, save: Save = lambda _: None) -> Record:
+def prove(entry: Entry, save: Save = lambda _: None, *, float64_parameters: int = FLOAT64_PARAMETERS) -> Record:
     """Put one model through everything. Never raises: what goes wrong is in the record, saved after every stage."""
     record = blank(entry)
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     try:
-        _prove(entry, record, save)
+        _prove(entry, record, save, float64_parameters)
     except ModelFails as finding:
         record.outcome = MODEL_FAILS
         record.notes.append(str(finding))
@@ -83,7 +83,7 @@ def prove(entry: Entry, save: Save = lambda _: None) -> Record:
     return record
 
 
-def _prove(entry: Entry, record: Record, save: Save) -> None:
+def _prove(entry: Entry, record: Record, save: Save, float64_parameters: int) -> None:
     with _stage(record, "look", save):
         blueprint = _blueprint(entry)
     if blueprint is not None:
@@ -122,7 +122,8 @@ def _prove(entry: Entry, record: Record, save: Save) -> None:
     del before
     with _stage(record, "law 4", save), _law(record):
         _accounted_for(plan)
-    _same_function(entry, model, converted, inputs, record, save)
+    fine = record.parameters <= float64_parameters
+    _same_function(entry, model, converted, inputs, record, save, fine=fine)
     with _stage(record, "law 3", save), _law(record):
         record.gates_checked = _alive(model, converted, inputs, plan, record)
     with _stage(record, "law 5", save), _law(record):
@@ -277,11 +278,12 @@ def _accounted_for(plan: SwapPlan) -> None:
 
 
 def _same_function(
-    entry: Entry, model: nn.Module, converted: nn.Module, inputs: Any, record: Record, save: Save
+    entry: Entry, model: nn.Module, converted: nn.Module, inputs: Any, record: Record, save: Save, *, fine: bool
 ) -> None:
+    """Law 1, in float64 where it is to be `fine` and the model can compute so, else in float32."""
     with _stage(record, "law 1", save), _law(record):
         whole = None
-        if record.parameters <= FLOAT64_PARAMETERS:
+        if fine:
             try:
                 whole = normswap.verify(model, converted, [inputs])
             except ModelError as error:
@@ -290,7 +292,7 @@ def _same_function(
         if whole is None:
             _compare_in_float32(model, converted, inputs, record)
         judged = whole
-        if entry.view is not None and record.parameters <= FLOAT64_PARAMETERS:
+        if entry.view is not None and fine:
             judged = normswap.verify(entry.view(model), entry.view(converted), [inputs])
             record.notes.append("law 1 in float64 is judged by a part of the outputs, see its view in the catalog")
         if judged is not None:

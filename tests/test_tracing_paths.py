@@ -17,9 +17,10 @@ import zoo
 from torch import Tensor, nn
 
 from normswap import find_norm_sites
+from normswap.surgery import tracing_paths
 from normswap.surgery.exporting import export_facts
 from normswap.surgery.norms import is_norm_layer
-from normswap.surgery.tracing import GraphFacts
+from normswap.surgery.tracing import GraphFacts, trace_model
 from normswap.surgery.tracing_paths import WholeModel, tracing_path
 
 CONTROL_FLOW = "TraceError: symbolically traced variables cannot be used as inputs to control flow"
@@ -64,12 +65,8 @@ class LostSkip(nn.Module):
 class LostNorm(GhostNorm):
     """A type check that only tensors with data pass: a trace and an export miss a norm."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.block = zoo.FunctionalBlock(8, 8)
-
     def forward(self, x: Tensor) -> Tensor:
-        y = self.real(self.block(self.conv(x)))
+        y = self.real(self.conv(x))
         return self.ghost(y) if type(x) is Tensor else y
 
 
@@ -85,19 +82,26 @@ PATHS = {
     "keywords": (zoo.KeywordInput, lambda: {"left": zoo.IMAGE(), "right": zoo.IMAGE()}, "symbolic trace", "^$"),
     "a size": (SizeDependent, zoo.IMAGE, "torch.export", f"^symbolic trace: {CONTROL_FLOW}$"),
     "a learner": (networks.Learner, networks.TASKS, "torch.export", "^symbolic trace: "),
-    "a ghost": (GhostNorm, zoo.IMAGE, "forward pass", "^symbolic trace: .* in ghost where .* did in real$"),
+    "a ghost": (GhostNorm, zoo.IMAGE, "torch.export", "^symbolic trace: .* in ghost where .* did in real$"),
     "a lost norm": (
         LostNorm,
         zoo.IMAGE,
         "forward pass",
-        "^symbolic trace: its graph normalizes 2x where the forward pass did 3x; torch.export: its graph normalizes 2x",
+        "^symbolic trace: its graph normalizes 1x where the forward pass did 2x; torch.export: its graph normalizes 1x",
     ),
-    "a lost skip": (LostSkip, zoo.FEATURES, "forward pass", "its graph gives other outputs than the model"),
+    "a lost skip": (LostSkip, zoo.FEATURES, "torch.export", "its graph gives other outputs than the model"),
     "a value": (zoo.Untraceable, zoo.IMAGE, "forward pass", f"^symbolic trace: {CONTROL_FLOW}; torch.export: Guard"),
-    "a list": (zoo.InContainers, zoo.IMAGE, "forward pass", "^symbolic trace: NameError[^;]*$"),
+    "a list": (zoo.InContainers, zoo.IMAGE, "forward pass", "^symbolic trace: NameError.*; torch.export: its graph"),
 }
 
 
+@pytest.fixture
+def graphs_are_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the code of every model named a function that normalizes."""
+    monkeypatch.setattr(tracing_paths, "could_normalize", lambda _: True)
+
+
+@pytest.mark.usefixtures("graphs_are_asked")
 @pytest.mark.parametrize(("make", "inputs", "path", "reason"), PATHS.values(), ids=PATHS)
 def test_the_first_path_that_can_be_believed_serves(
     make: Callable[[], nn.Module], inputs: Callable[[], Any], path: str, reason: str
@@ -123,15 +127,17 @@ def test_an_export_tells_what_a_trace_would() -> None:
     assert (found["last"].producer, found["last"].seen_by) == ("add", "forward pass")
 
 
+@pytest.mark.usefixtures("graphs_are_asked")
 def test_what_a_wrong_trace_tells_is_not_used() -> None:
     ghost = {site.fqn: site for site in find_norm_sites(GhostNorm(), zoo.IMAGE())}["ghost"]
     assert (ghost.producer, ghost.order, ghost.calls) == (None, None, 0)
     assert {site.fqn: site.producer for site in find_norm_sites(LostSkip(), zoo.FEATURES())} == {
-        "first": None,
+        "first": "x",
         "second": "relu",
     }
 
 
+@pytest.mark.usefixtures("graphs_are_asked")
 def test_no_second_pass_is_run_where_the_first_showed_all() -> None:
     runs: list[int] = []
     model = nn.Sequential(zoo.conv(), zoo.bn(), nn.ReLU(), zoo.conv(8, 8), zoo.bn())
@@ -145,6 +151,24 @@ def test_no_second_pass_is_run_where_the_first_showed_all() -> None:
     assert len(runs) == 2
 
 
+def test_no_graph_is_made_where_the_pass_has_shown_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    traced: list[bool] = []
+
+    def spy(*args: Any, training: bool, **options: Any) -> Any:
+        traced.append(training)
+        return trace_model(*args, training=training, **options)
+
+    monkeypatch.setattr(tracing_paths, "trace_model", spy)
+    assert tracing_path(LostSkip(), zoo.FEATURES()) == WholeModel("forward pass")
+    assert traced == []
+    assert tracing_path(LostSkip()).path == "symbolic trace"
+    assert traced == [False]
+    traced.clear()
+    assert tracing_path(zoo.FunctionalBlock(), zoo.IMAGE()).path == "symbolic trace"
+    assert traced == [False, True]
+
+
+@pytest.mark.usefixtures("graphs_are_asked")
 @pytest.mark.parametrize("name", ["resnet18", "densenet121", "levit_128s", "repvgg_a0", "vit_tiny_patch16_224"])
 def test_whole_networks_are_traced_and_believed(name: str) -> None:
     model = timm.create_model(name)

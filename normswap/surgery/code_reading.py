@@ -27,11 +27,21 @@ def could_normalize(module: nn.Module) -> bool:
     """Say whether code of `module`, its children's apart, names a function that normalizes."""
     if isinstance(module, fx.GraphModule):  # the graph tells, and its code is made of it
         return True
-    held = [thing for thing in vars(module).values() if not isinstance(thing, _PLAIN)]
     cls: Any = type(module)  # which mypy takes for unhashable, as it does every nn.Module
-    return _class_names_one(cls) or any(map(_names_one, held))
+    return _class_names_one(cls) or any(map(_names_one, _held_by(module)))
 
 
+def _held_by(module: nn.Module) -> Iterator[Any]:
+    """What the instance holds besides modules, tensors and plain values, also in its own containers."""
+    for name, value in vars(module).items():
+        if isinstance(value, dict | list | tuple | set):
+            items = value.values() if isinstance(value, dict) else value
+            yield from (item for item in items if name not in _REGISTRIES and not isinstance(item, _PLAIN))
+        elif not isinstance(value, _PLAIN):
+            yield value
+
+
+_REGISTRIES = frozenset(vars(nn.Module()))
 _PLAIN = (type(None), bool, int, float, str, dict, list, tuple, set, torch.Tensor, nn.Module)
 _FOREIGN = ("torch", "builtins", "numpy", "typing", "collections", "functools")
 _MEMBERS = (FunctionType, staticmethod, classmethod, property)

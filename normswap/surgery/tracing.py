@@ -5,7 +5,6 @@ A failed trace is a value with a reason, never an exception; one that succeeds s
 Nothing is decided or changed here.
 """
 
-import copy
 import itertools
 import linecache
 import operator
@@ -20,7 +19,7 @@ from torch import fx, nn
 from normswap.modes import ModuleState, changed_names, module_state, random_state, seeded, training_flags
 from normswap.surgery.calls import norm_arguments, norm_call, reads_activation
 from normswap.surgery.norms import KNOWN_NORMS, Norms, is_norm_layer, looks_like_norm
-from normswap.surgery.tree import join
+from normswap.surgery.tree import deep_copy, join
 
 
 @dataclass(frozen=True)
@@ -91,41 +90,7 @@ class _Tracer(fx.Tracer):
 
 def sharing_twin(module: nn.Module) -> nn.Module:
     """Return a deep copy of `module` that shares its parameters; buffers are copied, for tracing may update them."""
-    return _twin(module, {id(parameter): parameter for parameter in module.parameters()})
-
-
-def _twin(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """`copy.deepcopy` of a module, without its cost for what most modules hold most: numbers and empty registries."""
-    if id(module) in memo:
-        return memo[id(module)]  # type: ignore[no-any-return]
-    cls = type(module)
-    if any(getattr(cls, name, None) is not getattr(nn.Module, name, None) for name in _COPY_PROTOCOL):
-        return copy.deepcopy(module, memo)
-    twin = cls.__new__(cls)
-    memo[id(module)] = twin
-    for name, value in vars(module).items():
-        if name == "_modules":
-            vars(twin)[name] = {key: child if child is None else _twin(child, memo) for key, child in value.items()}
-        elif name == "_parameters":
-            vars(twin)[name] = value.copy()
-        elif name == "_buffers":
-            vars(twin)[name] = {key: _tensor_twin(buffer, memo) for key, buffer in value.items()}
-        elif type(value) in _IMMUTABLE:
-            vars(twin)[name] = value
-        else:
-            vars(twin)[name] = copy.deepcopy(value, memo) if not isinstance(value, dict) or value else type(value)()
-    return twin
-
-
-def _tensor_twin(buffer: torch.Tensor | None, memo: dict[int, Any]) -> torch.Tensor | None:
-    if type(buffer) is not torch.Tensor or buffer.requires_grad or id(buffer) in memo:
-        return copy.deepcopy(buffer, memo)
-    memo[id(buffer)] = buffer.clone()
-    return memo[id(buffer)]  # type: ignore[no-any-return]
-
-
-_COPY_PROTOCOL = ("__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__", "__setstate__", "__new__")
-_IMMUTABLE = (bool, int, float, str, type(None))
+    return deep_copy(module, {id(parameter): parameter for parameter in module.parameters()})
 
 
 def trace_model(model: nn.Module, *, training: bool, norms: Norms = KNOWN_NORMS) -> Trace:

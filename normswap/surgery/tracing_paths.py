@@ -1,10 +1,9 @@
 """Which path tells about a whole model: symbolic tracing, else `torch.export`, else the forward pass alone.
 
-Export takes seconds, so it is asked only where some code names a function that normalizes: norm modules are all seen by
-the pass.
-A trace is checked before it is believed: with an example input, it must show the calls that were seen, and where it
-would tell something that the pass did not show, give the model's own outputs too. One that is wrong is dropped with the
-reason, and the next path is taken.
+Norm modules are all seen by the forward pass, and so are the functions that normalize in evaluation. So a graph is
+asked only where there is no pass, or where some code names such a function. It is checked before it is believed: with
+an example input, it must show the calls that were seen, and where it would tell something that the pass did not show,
+give the model's own outputs too. One that is wrong is dropped with the reason, and the next path is taken.
 """
 
 from dataclasses import dataclass
@@ -32,7 +31,7 @@ class WholeModel:
 
     Attributes:
         path: the first that served: `symbolic trace`, `torch.export`, `forward pass`, or `module tree` if none did.
-        reasons: why those before it did not, by path.
+        reasons: why those before it did not, by path; empty where they were not needed.
         facts: what its graph tells of evaluation, None where there is none to be believed.
         owners: the modules that call a function that normalizes, in either mode, by the names of the graphs.
         entered: the names of the modules that were traced through in both modes.
@@ -71,9 +70,11 @@ def read_whole_model(
     def is_norm_fqn(name: str) -> bool:
         return name in by_name and is_norm_layer(by_name[name], norms)
 
+    asked = _could_call_a_norm(places, seen, norms)
+    if seen is not None and not asked:
+        return WholeModel(FORWARD_PASS)
     evaluation = trace_model(model, training=False, norms=norms)
-    # The trace in training tells only of functions that normalize: where no code names one, there is none to make.
-    asked = any(could_normalize(p.module) for p in places if not is_norm_layer(p.module, norms))
+    # The trace in training tells only of functions that normalize.
     training = trace_model(model, training=True, norms=norms) if asked else Trace(None)
     facts = [read_graph(trace.graph, is_norm_fqn) for trace in (evaluation, training) if trace.graph is not None]
     wrong = evaluation.reason
@@ -88,13 +89,16 @@ def read_whole_model(
     reasons = ((SYMBOLIC_TRACE, wrong),)
     if seen is None:
         return WholeModel(MODULE_TREE, reasons, None, facts[0].functional_owners if facts else ())
-    if not asked:  # then the pass has shown all that there is
-        return WholeModel(FORWARD_PASS, reasons)
     exported = export_facts(model, example_inputs, is_norm_fqn)
     untold = exported if isinstance(exported, str) else _misses(exported, seen, first_names)
     if isinstance(exported, GraphFacts) and untold is None:
         return WholeModel(EXPORT, reasons, exported, exported.functional_owners)
     return WholeModel(FORWARD_PASS, (*reasons, (EXPORT, str(untold))))
+
+
+def _could_call_a_norm(places: tuple[Place, ...], seen: Observation | None, norms: Norms) -> bool:
+    called = seen is not None and bool(seen.functional or seen.instance)
+    return called or any(could_normalize(p.module) for p in places if not is_norm_layer(p.module, norms))
 
 
 def _misses(

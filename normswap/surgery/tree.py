@@ -58,7 +58,7 @@ def copy_model(model: nn.Module) -> nn.Module:
     The deep copy of TorchScript inside a model would stay tied to the original by its gradients (torch 2.14).
     """
     with torch.no_grad():
-        twin = copy.deepcopy(model)
+        twin = deep_copy(model, {})
     for parameter, copied in zip(model.parameters(), twin.parameters(), strict=True):
         if copied.requires_grad != parameter.requires_grad:
             copied.requires_grad_(parameter.requires_grad)
@@ -66,6 +66,34 @@ def copy_model(model: nn.Module) -> nn.Module:
         if isinstance(module, fx.GraphModule):
             _complete_graph_copy(module, copied_module)
     return twin
+
+
+def deep_copy(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """Return what `copy.deepcopy` does, without its cost for what modules hold most: numbers and empty registries.
+
+    Args:
+        memo: as that of `copy.deepcopy`: what is in it by its id is not copied.
+    """
+    if id(module) in memo:
+        return memo[id(module)]  # type: ignore[no-any-return]
+    cls = type(module)
+    if any(getattr(cls, name, None) is not getattr(nn.Module, name, None) for name in _COPY_PROTOCOL):
+        return copy.deepcopy(module, memo)
+    twin = cls.__new__(cls)
+    memo[id(module)] = twin
+    for name, value in vars(module).items():
+        if type(value) in _IMMUTABLE:
+            vars(twin)[name] = value
+        elif type(value) is dict and name in _OWN_REGISTRIES:
+            copy_item = deep_copy if name == "_modules" else copy.deepcopy
+            vars(twin)[name] = {key: item if item is None else copy_item(item, memo) for key, item in value.items()}
+        else:
+            vars(twin)[name] = copy.deepcopy(value, memo) if not isinstance(value, dict) or value else type(value)()
+    return twin
+
+
+_COPY_PROTOCOL = ("__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__", "__setstate__", "__new__", "__slots__")
+_IMMUTABLE = (bool, int, float, str, type(None))
 
 
 def _complete_graph_copy(module: nn.Module, twin: nn.Module) -> None:
