@@ -17,7 +17,7 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 from zoo_catalog import Entry, noise
 
 BATCH = 2
-SIZE = 128
+SIZE, SMALL = 128, 64
 DEFAULT = 224
 FRAMES = 8
 CLASSES = 5
@@ -60,6 +60,7 @@ def _entry(name: str, *, frozen: bool = False) -> Entry:
         family=_family(name) + (" (frozen backbone)" if frozen else ""),
         build=build,
         inputs=_INPUTS.get(kind, _images),
+        smaller=_SMALLER.get(kind),
         view=BeforeSelection if detector else Encoders if kind == "optical_flow" else None,
         reduced="images resized to 128-160 px inside" if resizing else "",
     )
@@ -131,6 +132,15 @@ def _target() -> dict[str, Tensor]:
     return {"boxes": boxes, "labels": torch.tensor([1, 2], device="cpu"), "masks": masks, "keypoints": keypoints}
 
 
+def _small_images(_model: nn.Module) -> Tensor:
+    return noise(BATCH, 3, SMALL, SMALL)
+
+
+def _small_videos(_model: nn.Module) -> Tensor:
+    return noise(BATCH, 3, FRAMES // 2, 48, 48)
+
+
+_SMALLER = dict.fromkeys(("classification", "segmentation", "quantization"), _small_images) | {"video": _small_videos}
 _INPUTS = {"detection": _images_and_targets, "video": _videos, "optical_flow": _image_pairs}
 
 
