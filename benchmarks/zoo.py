@@ -19,14 +19,15 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import torch
 from zoo_catalog import ZOOS, Entry, entries
 from zoo_laws import blank, prove, smallest_of_each_family
-from zoo_records import FAILED, NO_NORM, OUTPUT, Record, append_record, code_version, read_records
+from zoo_records import CONVERTED, FAILED, NO_NORM, OUTPUT, PARTLY, Record, append_record, code_version, read_records
 from zoo_report import write_report
 from zoo_workers import Limits, run_all
 
-# What of the records is to be made again.
+# Which records are to be made again.
 AGAIN: dict[str, Callable[[Record], bool]] = {
     "failed": lambda record: record.outcome == FAILED,
     "float32": lambda record: record.precision == "float32",
+    "unproved": lambda record: record.outcome in (CONVERTED, PARTLY) and not record.is_proved,
     "all": lambda _: True,
 }
 
@@ -56,7 +57,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--workers", metavar="N", type=int, default=1, help="processes at a time (default 1)")
     parser.add_argument("--seconds", type=float, default=900, help="time limit of one model (default 900)")
     parser.add_argument("--gigabytes", type=float, default=8, help="memory limit of one model (default 8)")
-    parser.add_argument("--again", choices=AGAIN, help="repeat what is recorded as failed, as float32, or everything")
+    parser.add_argument("--again", choices=AGAIN, help="repeat what is recorded so")
     parser.add_argument(
         "--float64", metavar="MILLIONS", type=float, default=100, help="law 1 in float64 up to (default 100)"
     )
@@ -68,11 +69,13 @@ def _options() -> argparse.Namespace:
 
 def _run(options: argparse.Namespace, records_file: Path) -> None:
     done = read_records(records_file)
-    jobs = list(islice(_wanted(options, done), options.limit))
+    # Those known to be quick first, so that a run that is cut short has proved the most.
+    known = {key: record.seconds.get("total", 0.0) for key, record in done.items()}
+    jobs = sorted(islice(_wanted(options, done), options.limit), key=lambda entry: known.get(entry.key, 0.0))
     commit, start = code_version(), time.monotonic()
     limits = Limits(options.seconds, options.gigabytes)
     scratch = options.output / "running"
-    work = partial(prove, float64_parameters=int(options.float64 * 1e6))
+    work = partial(prove, float64_parameters=int(options.float64 * 1e6), quick=options.quick)
     results = run_all(work, jobs, workers=options.workers, limits=limits, scratch=scratch, blank=blank)
     for number, record in enumerate(results, 1):
         record.commit = commit

@@ -72,6 +72,11 @@ class Record:
         return cls(**{name: value for name, value in json.loads(line).items() if name in known})
 
     @property
+    def is_proved(self) -> bool:
+        """Whether laws 1 and 3 were held against it too."""
+        return bool(self.checks)
+
+    @property
     def ratio(self) -> float | None:
         """Planning and swapping over building and one forward pass, where all four were measured."""
         times = [self.seconds.get(name) for name in ("plan", "swap", "build", "forward")]

@@ -78,6 +78,7 @@ def _document(found: Sequence[Record], with_norms: Sequence[Record]) -> str:
         *_section("Failed", [_failure_line(r) for r in with_norms if r.outcome in (FAILED, UNFINISHED)]),
         *_section("The model itself fails", [_note_line(r) for r in with_norms if r.outcome == MODEL_FAILS]),
         *_section("Too large: planned on meta", [_size_line(r) for r in with_norms if r.outcome == PLANNED]),
+        *_section("Laws 1 and 3 not run yet", [f"`{r.key}`" for r in with_norms if _is_unproved(r)]),
         *_section("Law 1 in float32 only", [_precision_line(r) for r in with_norms if r.precision == "float32"]),
         *_section("The original does not run in training", _silent_lines(with_norms)),
     ]
@@ -89,6 +90,10 @@ def _transformers_version() -> str:
         return f"transformers {version('transformers')}."
     except PackageNotFoundError:
         return ""
+
+
+def _is_unproved(record: Record) -> bool:
+    return record.outcome in (CONVERTED, PARTLY) and not record.is_proved
 
 
 def _table(title: str, rows: Sequence[Sequence[Any]]) -> list[str]:
@@ -104,7 +109,7 @@ def _section(title: str, lines: Sequence[str]) -> list[str]:
 def _zoo_rows(found: Sequence[Record]) -> list[list[Any]]:
     rows: list[list[Any]] = [
         ["zoo", "models", "with BN", "fully swapped", "partly", "planned on meta", "model fails", "failed"]
-        + ["sites", "swapped", "%"]
+        + ["laws 1 and 3 held", "sites", "swapped", "%"]
     ]
     for zoo in (*ZOOS, "all"):
         records = [record for record in found if zoo in (record.zoo, "all")]
@@ -113,7 +118,7 @@ def _zoo_rows(found: Sequence[Record]) -> list[list[Any]]:
         rows.append(
             [zoo, len(records), len(records) - outcomes[NO_NORM], outcomes[CONVERTED], outcomes[PARTLY]]
             + [outcomes[PLANNED], outcomes[MODEL_FAILS], outcomes[FAILED] + outcomes[UNFINISHED]]
-            + [sites, swapped, f"{_share(swapped, sites):.2f}"]
+            + [sum(r.is_proved and not r.failures for r in records), sites, swapped, f"{_share(swapped, sites):.2f}"]
         )
     return rows
 
