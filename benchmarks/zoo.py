@@ -58,6 +58,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=900, help="time limit of one model (default 900)")
     parser.add_argument("--gigabytes", type=float, default=8, help="memory limit of one model (default 8)")
     parser.add_argument("--again", choices=AGAIN, help="repeat what is recorded so")
+    parser.add_argument("--quick", action="store_true", help="leave out laws 1 and 3, which take most of the time")
     parser.add_argument(
         "--float64", metavar="MILLIONS", type=float, default=100, help="law 1 in float64 up to (default 100)"
     )
