@@ -4,6 +4,7 @@ A child writes what it knows after every stage, so that of a crash, a hang or a 
 Forked, because the parent has imported torch and the zoos already: a fresh import per model would cost hours.
 """
 
+import gc
 import os
 import resource
 import signal
@@ -44,6 +45,8 @@ def run_all(
 ) -> Iterator[Record]:
     """Run `work` on every job and yield a record for each, in the order in which they end."""
     scratch.mkdir(parents=True, exist_ok=True)
+    gc.collect()
+    gc.freeze()  # else each child collects, and thereby copies, all that its parent has imported
     pending = iter(jobs)
     running: list[_Child] = []
     exhausted = False
