@@ -81,7 +81,7 @@ def deep_copy(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
         return copy.deepcopy(module, memo)
     twin = cls.__new__(cls)
     memo[id(module)] = twin
-    for name, value in vars(module).items():
+    for name, value in module.__getstate__().items():  # type: ignore[no-untyped-call]  # no compiled code
         if type(value) in _IMMUTABLE:
             vars(twin)[name] = value
         elif type(value) is dict and name in _OWN_REGISTRIES:
