@@ -110,6 +110,9 @@ def _prove(entry: Entry, record: Record, save: Save, float64_parameters: int, *,
     if not record.norms:
         record.outcome = NO_NORM
         return
+    if record.parameters > CPU_PARAMETERS:  # it had no blueprint to tell
+        _plan_on_meta(entry, model.to("meta"), record, save)
+        return
     with _stage(record, "choose an input", save):
         inputs = _runnable_input(entry, model, blueprint, record)
     del blueprint

@@ -24,7 +24,42 @@ CLASSES = 5
 KEYPOINTS = 17
 
 # The smallest model of every family that has batch norms, written by `python benchmarks/zoo.py --sample`.
-SAMPLE: tuple[str, ...] = ()
+SAMPLE = (
+    "deeplabv3_mobilenet_v3_large",
+    "deeplabv3_resnet101",
+    "deeplabv3_resnet50",
+    "densenet121",
+    "efficientnet_b0",
+    "fasterrcnn_mobilenet_v3_large_320_fpn",
+    "fasterrcnn_resnet50_fpn",
+    "fcn_resnet101",
+    "fcn_resnet50",
+    "fcos_resnet50_fpn",
+    "googlenet",
+    "inception_v3",
+    "keypointrcnn_resnet50_fpn",
+    "lraspp_mobilenet_v3_large",
+    "maskrcnn_resnet50_fpn",
+    "maxvit_t",
+    "mc3_18",
+    "mnasnet0_5",
+    "mobilenet_v2",
+    "mobilenet_v3_small",
+    "quantized_googlenet",
+    "quantized_inception_v3",
+    "quantized_mobilenet_v2",
+    "quantized_mobilenet_v3_large",
+    "quantized_resnet18",
+    "quantized_shufflenet_v2_x0_5",
+    "raft_large",
+    "regnet_y_400mf",
+    "resnet18",
+    "retinanet_resnet50_fpn",
+    "s3d",
+    "shufflenet_v2_x0_5",
+    "ssdlite320_mobilenet_v3_large",
+    "vgg11_bn",
+)
 
 # Detectors whose backbone is frozen when it is pretrained; the versions "v2" and ssdlite keep BatchNorm2d.
 FROZEN = (

@@ -1,0 +1,40 @@
+"""The zoo proof on its sample: the smallest model of every family of timm and torchvision that holds batch norms."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+import zoo_timm  # found by the line above
+from zoo_catalog import Entry, entries, sample
+from zoo_laws import prove
+from zoo_numbers import batch_norms
+from zoo_records import CONVERTED, PARTLY
+
+SAMPLE = sample()
+
+
+@pytest.mark.parametrize("entry", SAMPLE, ids=lambda entry: entry.key)
+def test_every_family_is_converted_and_keeps_the_laws(entry: Entry) -> None:
+    record = prove(entry)
+    assert record.failures == []
+    assert record.outcome in (CONVERTED, PARTLY)
+    assert record.swapped > 0
+    assert record.gates_checked > 0
+    assert any(check[4] for check in record.checks)
+
+
+@pytest.mark.skipif(timm.__version__ != zoo_timm.SAMPLED_FROM, reason="the sample was made from another timm")
+def test_families_that_are_not_in_the_sample_hold_no_batch_norms() -> None:
+    """Of each its first model."""
+    chosen = {entry.family for entry in SAMPLE if entry.zoo == "timm"}
+    others = {entry.family: entry for entry in reversed(list(entries("timm"))) if entry.family not in chosen}
+    assert len(chosen) > 50
+    assert len(others) > 30
+    with torch.device("meta"):
+        found = {family: len(batch_norms(entry.build())) for family, entry in others.items()}
+    assert found == dict.fromkeys(others, 0)
