@@ -136,7 +136,7 @@ def _prove(entry: Entry, record: Record, save: Save, float64_parameters: int, *,
         fine = record.parameters <= float64_parameters
         _same_function(entry, model, converted, inputs, record, save, fine=fine)
         with _stage(record, "law 3", save), _law(record):
-            record.gates_checked = _alive(model, converted, inputs, plan, record)
+            record.gates_checked = _alive(entry, converted, inputs, plan, record)
     with _stage(record, "law 5", save), _law(record):
         laws.plan_survives_json(plan)
         laws.converting_twice_changes_nothing(converted, plan, None)
@@ -299,11 +299,12 @@ def _same_function(
                 whole = normswap.verify(model, converted, [inputs])
             except ModelError as error:
                 record.notes.append(f"float64: {error}"[:250])
-        record.precision = "float32" if whole is None else "float64"
-        if whole is None:
+        by_view = entry.view is not None and fine
+        record.precision = "float64" if whole is not None or by_view else "float32"
+        if record.precision == "float32":
             _compare_in_float32(model, converted, inputs, record)
         judged = whole
-        if entry.view is not None and fine:
+        if entry.view is not None and by_view:
             judged = normswap.verify(entry.view(model), entry.view(converted), [inputs])
             record.notes.append("law 1 in float64 is judged by a part of the outputs, see its view in the catalog")
         if judged is not None:
@@ -359,14 +360,20 @@ def _distance(first: Sequence[Any], second: Sequence[Any]) -> float:
     return max((laws.distance(a, b) for a, b in pairs), default=0.0)
 
 
-def _alive(model: nn.Module, converted: nn.Module, inputs: Any, plan: SwapPlan, record: Record) -> int:
+def _alive(entry: Entry, converted: nn.Module, inputs: Any, plan: SwapPlan, record: Record) -> int:
     """Law 3 against the oracle; for what is too large for float64 finite gradients of the gates alone."""
     swapped = [swap.fqn for swap in plan.swaps]
-    if record.precision == "float64":
+    if record.precision == "float64" and entry.view is None:
         return laws.alive(converted, swapped, inputs)
+    if record.precision == "float64" and entry.view is not None:
+        view = entry.view(converted)
+        inside = next(name for name, _ in view.named_children())
+        return laws.alive(view, [f"{inside}.{fqn}" for fqn in swapped], inputs)
     layers = laws.paths(converted)
     gates = {f"{fqn}.{gate}": getattr(layers[fqn], gate) for fqn in swapped for gate in laws.GATES}
     gates = {name: gate for name, gate in gates.items() if gate.requires_grad}
+    if not gates:
+        return 0
     modules = list(converted.modules())
     with seeded(0), preserved_state(modules), training_flags(modules, training=True):
         heads = [y for y in tree_leaves(call_model(converted, inputs)) if isinstance(y, Tensor) and y.requires_grad]

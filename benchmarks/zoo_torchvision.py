@@ -88,6 +88,7 @@ def _entry(name: str, *, frozen: bool = False) -> Entry:
     resizing = detector and not name.startswith("ssd")  # SSDs have one fixed size
     options: dict[str, Any] = {"weights": None} | _OPTIONS.get(kind, {}) | _OPTIONS.get(name, {})
     options |= {"min_size": SIZE, "max_size": 160} if resizing else {}
+    options |= _FEW_PROPOSALS if "rcnn" in name else {}
     build = partial(_build_frozen if frozen else models.get_model, name, **options)
     return Entry(
         zoo="torchvision",
@@ -97,7 +98,7 @@ def _entry(name: str, *, frozen: bool = False) -> Entry:
         inputs=_INPUTS.get(kind, _images),
         smaller=_SMALLER.get(kind),
         view=BeforeSelection if detector else Encoders if kind == "optical_flow" else None,
-        reduced="images resized to 128-160 px inside" if resizing else "",
+        reduced="images resized to 128-160 px inside" + ", few proposals" * ("rcnn" in name) if resizing else "",
     )
 
 
@@ -121,6 +122,15 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "inception_v3": {"init_weights": False, "aux_logits": True},
     "quantized_googlenet": {"init_weights": False, "aux_logits": True},
     "quantized_inception_v3": {"init_weights": False, "aux_logits": True},
+}
+
+
+# Each proposal costs a pass through the heads, and the laws take dozens of passes.
+_FEW_PROPOSALS = {
+    **dict.fromkeys(("rpn_pre_nms_top_n_train", "rpn_pre_nms_top_n_test"), 40),
+    **dict.fromkeys(("rpn_post_nms_top_n_train", "rpn_post_nms_top_n_test"), 20),
+    "box_batch_size_per_image": 16,
+    "box_detections_per_img": 8,
 }
 
 
