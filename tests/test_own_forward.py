@@ -9,6 +9,7 @@ import torch.nn.functional as F
 import zoo
 from torch import Tensor, nn
 
+from normswap import find_norm_sites
 from normswap.surgery.calls import batch_norm_nodes
 from normswap.surgery.own_forward import mentioned_kinds, trace_own_forward
 
@@ -162,6 +163,36 @@ MENTIONS = [
     (nn.ModuleList, False),
     (lambda: zoo.BY_NAME["TorchScript inside"].model().part, False),
 ]
+
+
+class ChildOfThatName(nn.Module):
+    """Shaped as decoding heads are: a child called `batch_norm`, and a loop that no trace gets through."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.batch_norm = nn.BatchNorm2d(3)
+
+    def forward(self, features: tuple[Tensor, ...]) -> Tensor:
+        return self.batch_norm(torch.cat([2 * feature for feature in features]))
+
+
+class ChildAndCall(ChildOfThatName):
+    """The same name twice: for the child, and for the function."""
+
+    def forward(self, features: tuple[Tensor, ...]) -> Tensor:
+        x = self.batch_norm(torch.cat([2 * feature for feature in features]))
+        return F.batch_norm(x, None, None, training=True)
+
+
+@pytest.mark.parametrize(("make", "mentions"), [(ChildOfThatName, False), (ChildAndCall, True)])
+def test_a_child_that_is_called_like_the_function_is_not_meant(make: type[nn.Module], mentions: bool) -> None:
+    assert trace_own_forward(make()).evaluation is None
+    assert mentioned_kinds(make()) == ({"bn"} if mentions else set())
+    features = (torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4))
+    for inputs in (None, (features,)):
+        sites = find_norm_sites(make(), inputs)
+        assert [site.fqn for site in sites if site.problem is None] == ["batch_norm"]
+        assert len(sites) == (2 if mentions else 1)
 
 
 @pytest.mark.parametrize(("make", "mentions"), MENTIONS)

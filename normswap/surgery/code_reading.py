@@ -6,6 +6,7 @@ torch is taken by its name only. What is reached through computed names or conta
 a trace still are there for that.
 """
 
+import dis
 from collections.abc import Iterator
 from functools import cache, partial
 from types import CodeType, FunctionType, MethodType, ModuleType
@@ -21,6 +22,20 @@ def names_in(code: CodeType) -> set[str]:
     """Return the names of globals and attributes that a piece of code uses, in inner functions too."""
     inner = [names_in(constant) for constant in code.co_consts if isinstance(constant, CodeType)]
     return {*code.co_names}.union(*inner)
+
+
+def uses_of_names(code: CodeType) -> Iterator[tuple[str, bool]]:
+    """Yield each use of a name in a piece of code, and whether as an attribute of the first argument, `self.name`."""
+    first = code.co_varnames[0] if code.co_argcount else None
+    before: Any = None
+    for instruction in dis.get_instructions(code):
+        if instruction.argval in code.co_names:
+            yield instruction.argval, before == first
+        # From Python 3.13 on one instruction may load two variables.
+        before = instruction.argval[-1] if isinstance(instruction.argval, tuple) else instruction.argval
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from uses_of_names(constant)
 
 
 def could_normalize(module: nn.Module) -> bool:

@@ -16,7 +16,7 @@ import torch
 from torch import fx, nn
 
 from normswap.surgery.calls import NORM_CALLS, batch_norm_nodes
-from normswap.surgery.code_reading import names_in
+from normswap.surgery.code_reading import uses_of_names
 from normswap.surgery.tracing import Trace, sharing_twin, trace_with
 
 
@@ -59,10 +59,14 @@ def trace_own_forward(module: nn.Module) -> OwnForward:
 
 
 def mentioned_kinds(module: nn.Module) -> set[str]:
-    """Return the kinds of the functions that normalize which the code of `module.forward`, here or in a base, names."""
+    """Return the kinds of the functions that normalize which the code of `module.forward`, here or in a base, names.
+
+    A child that is called like one of them, `self.batch_norm`, is not meant.
+    """
     found = [vars(cls).get("forward") for cls in type(module).__mro__]
     forwards = [inspect.unwrap(forward) for forward in found if isinstance(forward, FunctionType)]
-    named = set().union(*(names_in(forward.__code__) for forward in forwards if isinstance(forward, FunctionType)))
+    uses = (use for forward in forwards if isinstance(forward, FunctionType) for use in uses_of_names(forward.__code__))
+    named = {name for name, own in uses if not (own and isinstance(getattr(module, name, None), nn.Module))}
     return {call.kind for function, call in NORM_CALLS.items() if function.__name__ in named}
 
 
