@@ -9,6 +9,7 @@ import fnmatch
 import os
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -58,6 +59,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=900, help="time limit of one model (default 900)")
     parser.add_argument("--gigabytes", type=float, default=8, help="memory limit of one model (default 8)")
     parser.add_argument("--again", choices=AGAIN, help="repeat what is recorded so")
+    parser.add_argument("--full-size", action="store_true", help="feed no slow model the smaller input")
     parser.add_argument("--quick", action="store_true", help="leave out laws 1 and 3, which take most of the time")
     parser.add_argument(
         "--float64", metavar="MILLIONS", type=float, default=100, help="law 1 in float64 up to (default 100)"
@@ -92,7 +94,7 @@ def _wanted(options: argparse.Namespace, done: dict[str, Record]) -> Iterator[En
                 continue
             record = done.get(entry.key)
             if record is None or (options.again and AGAIN[options.again](record)):
-                yield entry
+                yield replace(entry, smaller=None) if options.full_size else entry
 
 
 def _line(record: Record, progress: str) -> str:
