@@ -13,7 +13,7 @@ import zoo
 from torch import Tensor, nn
 
 from normswap.surgery import code_reading
-from normswap.surgery.code_reading import could_normalize, names_in
+from normswap.surgery.code_reading import could_normalize, names_in, uses_of_names
 from normswap.surgery.norms import is_norm_layer
 
 
@@ -180,6 +180,34 @@ def test_models_of_torchvision_call_none_themselves() -> None:
 
 def test_kernels_that_are_standardised_are_suspected() -> None:
     assert could_normalize(timm.layers.StdConv2d(3, 4, 3))
+
+
+class Namesake(Plain):
+    """A child called like the function, in code with constants of every kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.batch_norm = nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor, sizes: tuple[int, ...] = ()) -> Tensor:
+        for size in () if not sizes else (1, 2):
+            x = x + size
+        return self.batch_norm(x)
+
+
+def test_a_child_called_like_the_function_is_not_suspected() -> None:
+    assert not could_normalize(Namesake())
+    model = Namesake()
+    del model._modules["batch_norm"]
+    vars(model)["batch_norm"] = normalise
+    assert could_normalize(model)
+    assert not could_normalize(Namesake())
+
+
+def test_uses_of_a_name_are_told_from_attributes_of_self() -> None:
+    uses = dict(uses_of_names(Namesake.forward.__code__))
+    assert uses["batch_norm"] is True
+    assert dict(uses_of_names(ByMethod.helper.__code__))["instance_norm"] is False
 
 
 def test_names_are_read_in_inner_functions_too() -> None:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from functools import cache, partial
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import fx, nn
@@ -32,7 +33,8 @@ def uses_of_names(code: CodeType) -> Iterator[tuple[str, bool]]:
         if instruction.argval in code.co_names:
             yield instruction.argval, before == first
         # From Python 3.13 on one instruction may load two variables.
-        before = instruction.argval[-1] if isinstance(instruction.argval, tuple) else instruction.argval
+        loaded = instruction.argval
+        before = loaded[-1] if isinstance(loaded, tuple) and loaded else loaded
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
             yield from uses_of_names(constant)
@@ -42,8 +44,7 @@ def could_normalize(module: nn.Module) -> bool:
     """Say whether code of `module`, its children's apart, names a function that normalizes."""
     if isinstance(module, fx.GraphModule):  # the graph tells, and its code is made of it
         return True
-    cls: Any = type(module)  # which mypy takes for unhashable, as it does every nn.Module
-    return _class_names_one(cls) or any(map(_names_one, _held_by(module)))
+    return any(_leads_to_one(thing, module) for thing in (type(module), *_held_by(module)))
 
 
 def _held_by(module: nn.Module) -> Iterator[Any]:
@@ -73,27 +74,37 @@ def _name_of(function: Any) -> str:
     return str(function.__name__)
 
 
-@cache
-def _class_names_one(cls: Any) -> bool:
-    return _names_one(cls)
+# Functions and classes from which none is reached: large libraries are followed once, not once a module.
+_CLEARED: WeakSet[Any] = WeakSet()
 
 
-def _names_one(start: Any) -> bool:
+def _leads_to_one(start: Any, module: nn.Module) -> bool:
     """Follow everything that `start` leads to until a function that normalizes is named."""
-    pending, seen = [start], set()
+    pending, seen, has_namesake = [start], {}, False
     while pending:
         thing = pending.pop()
-        if id(thing) in seen:
+        key = thing if isinstance(thing, FunctionType | type) else type(thing)
+        if id(thing) in seen or (not isinstance(thing, partial | MethodType) and key in _CLEARED):
             continue
-        seen.add(id(thing))
+        seen[id(thing)] = key
         if getattr(thing, "__name__", None) in _wanted():
             return True
         for function in _functions_of(thing):
             names = names_in(function.__code__)
             if names & _wanted():
-                return True
+                if not _are_children(names & _wanted(), function, module):
+                    return True
+                has_namesake = True
             pending.extend(_named_by(function, names))
+    if not has_namesake:
+        _CLEARED.update(key for key in seen.values() if key not in (partial, MethodType))
     return False
+
+
+def _are_children(names: set[str], function: FunctionType, module: nn.Module) -> bool:
+    """Whether the code means children of `module` that are called like functions that normalize."""
+    uses = [(name, own) for name, own in uses_of_names(function.__code__) if name in names]
+    return all(own and isinstance(getattr(module, name, None), nn.Module) for name, own in uses)
 
 
 def _functions_of(thing: Any) -> Iterator[FunctionType]:
