@@ -208,3 +208,25 @@ def test_law_5_finds_a_plan_that_changes_and_a_second_conversion_that_does_somet
         laws.plan_survives_json(plan)
     with pytest.raises(AssertionError, match="law 5: swapped again"):
         laws.converting_twice_changes_nothing(plain(), plan, zoo.IMAGE())
+
+
+class Counting:
+    """A hook with a state of its own, which a copy of the model copies."""
+
+    def __call__(self, *_: Any) -> None:
+        return None
+
+
+def test_hooks_that_are_objects_are_copied_with_the_model_and_kept_in_place() -> None:
+    model = zoo.BY_NAME["two calls"].model()
+    model.register_forward_hook(Counting())
+    before, plan = laws.Record.of(model), SwapPlan((), (), "")
+    twin = copy.deepcopy(model)
+    laws.nothing_else_changed(before, twin, plan, same_objects=False)
+    twin._forward_hooks.clear()
+    with pytest.raises(AssertionError, match="law 2: hooks of  changed"):
+        laws.nothing_else_changed(before, twin, plan, same_objects=False)
+    model._forward_hooks.clear()
+    model.register_forward_hook(Counting())
+    with pytest.raises(AssertionError, match="law 2: hooks of  changed"):
+        laws.nothing_else_changed(before, model, plan, same_objects=True)
