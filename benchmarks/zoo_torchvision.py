@@ -5,7 +5,6 @@ same structure is built by hand. Detectors select boxes, which one unit in the l
 everything up to the selection, and the heads on boxes that are given.
 """
 
-import re
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -26,13 +25,9 @@ KEYPOINTS = 17
 # The smallest model of every family that has batch norms, written by `python benchmarks/zoo.py --sample`.
 SAMPLE = (
     "deeplabv3_mobilenet_v3_large",
-    "deeplabv3_resnet101",
-    "deeplabv3_resnet50",
     "densenet121",
     "efficientnet_b0",
     "fasterrcnn_mobilenet_v3_large_320_fpn",
-    "fasterrcnn_resnet50_fpn",
-    "fcn_resnet101",
     "fcn_resnet50",
     "fcos_resnet50_fpn",
     "googlenet",
@@ -108,10 +103,8 @@ def _kind(name: str) -> str:
 
 
 def _family(name: str) -> str:
-    """The file that defines a model, and for detection and segmentation the architecture."""
-    module = models.get_model_builder(name).__module__.removeprefix("torchvision.models.")
-    backbone = re.search("resnet50|resnet101|mobilenet_v3", name)
-    return f"{module} {backbone[0]}" if backbone and _kind(name) in ("detection", "segmentation") else module
+    """The file that defines a model."""
+    return models.get_model_builder(name).__module__.removeprefix("torchvision.models.")
 
 
 _OPTIONS: dict[str, dict[str, Any]] = {
