@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import islice
+from math import inf
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -78,7 +79,7 @@ def _run(options: argparse.Namespace, records_file: Path) -> None:
     commit, start = code_version(), time.monotonic()
     limits = Limits(options.seconds, options.gigabytes)
     scratch = options.output / "running"
-    work = partial(prove, float64_parameters=int(options.float64 * 1e6), quick=options.quick)
+    work = partial(prove, float64_parameters=int(options.float64 * 1e6), quick_above=0 if options.quick else inf)
     results = run_all(work, jobs, workers=options.workers, limits=limits, scratch=scratch, blank=blank)
     for number, record in enumerate(results, 1):
         record.commit = commit

@@ -11,6 +11,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -61,19 +62,19 @@ def blank(entry: Entry) -> Record:
 
 
 def prove(
-    entry: Entry, save: Save = lambda _: None, *, float64_parameters: int = FLOAT64_PARAMETERS, quick: bool = False
+    entry: Entry, save: Save = lambda _: None, *, float64_parameters: int = FLOAT64_PARAMETERS, quick_above: float = inf
 ) -> Record:
     """Put one model through everything. Never raises: what goes wrong is in the record, saved after every stage.
 
     Args:
         float64_parameters: law 1 is judged in float64 up to so many.
-        quick: leave out laws 1 and 3, which take most of the time.
+        quick_above: laws 1 and 3, which take most of the time, are left out above so many parameters.
     """
     record = blank(entry)
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     try:
-        _prove(entry, record, save, float64_parameters, quick=quick)
+        _prove(entry, record, save, float64_parameters, quick_above)
     except ModelFails as finding:
         record.outcome = MODEL_FAILS
         record.notes.append(str(finding))
@@ -90,7 +91,7 @@ def prove(
     return record
 
 
-def _prove(entry: Entry, record: Record, save: Save, float64_parameters: int, *, quick: bool) -> None:
+def _prove(entry: Entry, record: Record, save: Save, float64_parameters: int, quick_above: float) -> None:
     with _stage(record, "look", save):
         blueprint = _blueprint(entry)
     if blueprint is not None:
@@ -132,7 +133,7 @@ def _prove(entry: Entry, record: Record, save: Save, float64_parameters: int, *,
     del before
     with _stage(record, "law 4", save), _law(record):
         _accounted_for(plan)
-    if not quick:
+    if record.parameters <= quick_above:
         fine = record.parameters <= float64_parameters
         _same_function(entry, model, converted, inputs, record, save, fine=fine)
         with _stage(record, "law 3", save), _law(record):

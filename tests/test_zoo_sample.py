@@ -16,17 +16,19 @@ from zoo_numbers import batch_norms
 from zoo_records import CONVERTED, PARTLY
 
 SAMPLE = sample()
-FLOAT64_PARAMETERS = 20_000_000  # what is larger takes a minute each, and is judged in float32 here
+LAW_PARAMETERS = 8_000_000  # what is larger takes up to a minute: laws 1 and 3 are left to `make zoo` there
 
 
 @pytest.mark.parametrize("entry", SAMPLE, ids=lambda entry: entry.key)
 def test_every_family_is_converted_and_keeps_the_laws(entry: Entry) -> None:
-    record = prove(entry, float64_parameters=FLOAT64_PARAMETERS)
+    record = prove(entry, quick_above=LAW_PARAMETERS)
     assert record.failures == []
     assert record.outcome in (CONVERTED, PARTLY)
     assert record.swapped > 0
-    assert record.gates_checked > 0
-    assert any(check[4] for check in record.checks)
+    assert record.is_proved == (record.parameters <= LAW_PARAMETERS)
+    if record.is_proved:
+        assert record.gates_checked > 0
+        assert any(check[4] for check in record.checks)
 
 
 @pytest.mark.skipif(timm.__version__ != zoo_timm.SAMPLED_FROM, reason="the sample was made from another timm")
