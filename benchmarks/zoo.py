@@ -20,8 +20,8 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch
 from zoo_catalog import ZOOS, Entry, entries
-from zoo_laws import blank, prove, smallest_of_each_family
-from zoo_records import CONVERTED, FAILED, NO_NORM, OUTPUT, PARTLY, Record, append_record, code_version, read_records
+from zoo_laws import FLOAT64_PARAMETERS, blank, prove, smallest_of_each_family
+from zoo_records import FAILED, NO_NORM, OUTPUT, Record, append_record, code_version, read_records
 from zoo_report import write_report
 from zoo_workers import Limits, run_all
 
@@ -29,7 +29,7 @@ from zoo_workers import Limits, run_all
 AGAIN: dict[str, Callable[[Record], bool]] = {
     "failed": lambda record: record.outcome == FAILED,
     "float32": lambda record: record.precision == "float32",
-    "unproved": lambda record: record.outcome in (CONVERTED, PARTLY) and not record.is_proved,
+    "unproved": lambda record: record.is_unproved,
     "all": lambda _: True,
 }
 
@@ -62,9 +62,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--again", choices=AGAIN, help="repeat what is recorded so")
     parser.add_argument("--full-size", action="store_true", help="feed no slow model the smaller input")
     parser.add_argument("--quick", action="store_true", help="leave out laws 1 and 3, which take most of the time")
-    parser.add_argument(
-        "--float64", metavar="MILLIONS", type=float, default=100, help="law 1 in float64 up to (default 100)"
-    )
+    parser.add_argument("--float64", metavar="MILLIONS", type=float, help="law 1 in float64 up to (%(default)g)")
+    parser.set_defaults(float64=FLOAT64_PARAMETERS / 1e6)
     parser.add_argument("--report", action="store_true", help="run nothing, write docs/coverage.md from what is there")
     parser.add_argument("--sample", action="store_true", help="run nothing, print the smallest model of each family")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="folder of the records (default zoo-output)")

@@ -300,12 +300,11 @@ def _same_function(
                 whole = normswap.verify(model, converted, [inputs])
             except ModelError as error:
                 record.notes.append(f"float64: {error}"[:250])
-        by_view = entry.view is not None
-        record.precision = "float64" if whole is not None or by_view else "float32"
+        record.precision = "float32" if whole is None and entry.view is None else "float64"
         if record.precision == "float32":
             _compare_in_float32(model, converted, inputs, record)
         judged = whole
-        if entry.view is not None and by_view:
+        if entry.view is not None:
             judged = normswap.verify(entry.view(model), entry.view(converted), [inputs])
             record.notes.append("law 1 in float64 is judged by a part of the outputs, see its view in the catalog")
         if judged is not None:
@@ -364,12 +363,12 @@ def _distance(first: Sequence[Any], second: Sequence[Any]) -> float:
 def _alive(entry: Entry, converted: nn.Module, inputs: Any, plan: SwapPlan, record: Record) -> int:
     """Law 3 against the oracle; for what is too large for float64 finite gradients of the gates alone."""
     swapped = [swap.fqn for swap in plan.swaps]
-    if record.precision == "float64" and entry.view is None:
-        return laws.alive(converted, swapped, inputs)
-    if record.precision == "float64" and entry.view is not None:
+    if entry.view is not None:
         view = entry.view(converted)
         inside = next(name for name, _ in view.named_children())
         return laws.alive(view, [f"{inside}.{fqn}" for fqn in swapped], inputs)
+    if record.precision == "float64":
+        return laws.alive(converted, swapped, inputs)
     layers = laws.paths(converted)
     gates = {f"{fqn}.{gate}": getattr(layers[fqn], gate) for fqn in swapped for gate in laws.GATES}
     gates = {name: gate for name, gate in gates.items() if gate.requires_grad}

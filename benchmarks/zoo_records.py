@@ -77,6 +77,11 @@ class Record:
         return bool(self.checks)
 
     @property
+    def is_unproved(self) -> bool:
+        """Whether it was swapped, and laws 1 and 3 are still to be run."""
+        return self.outcome in (CONVERTED, PARTLY) and not self.is_proved
+
+    @property
     def ratio(self) -> float | None:
         """Planning and swapping over building and one forward pass, where all four were measured."""
         times = [self.seconds.get(name) for name in ("plan", "swap", "build", "forward")]

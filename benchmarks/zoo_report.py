@@ -81,7 +81,7 @@ def _document(found: Sequence[Record], with_norms: Sequence[Record]) -> str:
         *_section("Failed", [_failure_line(r) for r in with_norms if r.outcome in (FAILED, UNFINISHED)]),
         *_section("The model itself fails", [_note_line(r) for r in with_norms if r.outcome == MODEL_FAILS]),
         *_section("Too large: planned on meta", [_size_line(r) for r in with_norms if r.outcome == PLANNED]),
-        *_section("Laws 1 and 3 not run yet", [f"`{r.key}`" for r in with_norms if _is_unproved(r)]),
+        *_section("Laws 1 and 3 not run yet", [f"`{r.key}`" for r in with_norms if r.is_unproved]),
         *_section("Law 1 in float32 only", [_precision_line(r) for r in with_norms if r.precision == "float32"]),
         *_section("The original does not run in training", _silent_lines(with_norms)),
     ]
@@ -93,10 +93,6 @@ def _transformers_version() -> str:
         return f"transformers {version('transformers')}."
     except PackageNotFoundError:
         return ""
-
-
-def _is_unproved(record: Record) -> bool:
-    return record.outcome in (CONVERTED, PARTLY) and not record.is_proved
 
 
 def _table(title: str, rows: Sequence[Sequence[Any]]) -> list[str]:

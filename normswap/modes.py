@@ -160,8 +160,12 @@ def hooked(register: Iterable[Callable[[], RemovableHandle]]) -> Iterator[None]:
 
 def call_model(model: Callable[..., Any], inputs: Any) -> Any:
     """Call `model` with a tensor, a tuple of positional or a dict of keyword arguments."""
+    args, kwargs = as_call(inputs)
+    return model(*args, **kwargs)
+
+
+def as_call(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the positional and the keyword arguments that a tensor, a tuple or a dict stands for."""
     if isinstance(inputs, dict):
-        return model(**inputs)
-    if isinstance(inputs, tuple):
-        return model(*inputs)
-    return model(inputs)
+        return (), inputs
+    return (inputs if isinstance(inputs, tuple) else (inputs,)), {}

@@ -14,13 +14,12 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from normswap.errors import ModelError
+from normswap.layers.adoption import STATISTICS
 from normswap.layers.gates import GatedModule
 from normswap.layers.modules import SwitchNorm
 from normswap.modes import training_flags
 from normswap.surgery.tree import walk_modules
 from normswap.surgery.wrapping import unwrap
-
-_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 def freeze_statistics(model: nn.Module) -> list[str]:
@@ -91,7 +90,7 @@ def update_statistics(model: nn.Module, loader: Iterable[Any], *, device: torch.
 def _averaging(layers: list[Any]) -> Iterator[None]:
     """Gather a plain average from nothing; put momenta back, and after a failure what was known before."""
     momenta = [layer.momentum for layer in layers]
-    buffers = [getattr(layer, name) for layer in layers for name in _STATISTICS]
+    buffers = [getattr(layer, name) for layer in layers for name in STATISTICS]
     known = [(buffer, buffer.clone()) for buffer in buffers if buffer is not None]
     try:
         for layer in layers:

@@ -17,14 +17,14 @@ import torch
 from torch import fx, nn
 from torch.export.graph_signature import InputKind
 
-from normswap.modes import seeded, training_flags
+from normswap.modes import as_call, seeded, training_flags
 from normswap.surgery.calls import norm_arguments, norm_call, reads_activation
 from normswap.surgery.tracing import GraphFacts, first_line, sharing_twin, without_hooks
 
 
 def export_facts(model: nn.Module, example_inputs: Any, is_norm_fqn: Callable[[str], bool]) -> GraphFacts | str:
     """Export `model` in evaluation on `example_inputs` and read its graph, or return the reason why it cannot be."""
-    args, kwargs = _as_call(example_inputs)
+    args, kwargs = as_call(example_inputs)
     with seeded(0), _silence():
         try:
             twin = without_hooks(sharing_twin(model))
@@ -54,12 +54,6 @@ def read_program(program: torch.export.ExportedProgram, is_norm_fqn: Callable[[s
             calls += [owner] * on_activation
         running = layer
     return GraphFacts(tuple(calls), producers, tuple(dict.fromkeys(owners[True])), frozenset(owners[False]))
-
-
-def _as_call(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(inputs, dict):
-        return (), inputs
-    return (inputs if isinstance(inputs, tuple) else (inputs,)), {}
 
 
 def _stack(node: fx.Node) -> dict[str, str]:

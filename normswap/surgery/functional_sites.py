@@ -24,10 +24,8 @@ from normswap.surgery.calls import (
     other_use,
     reads_activation,
 )
-from normswap.surgery.code_reading import could_normalize
 from normswap.surgery.graph_rewrite import compile_forward, free_names
 from normswap.surgery.norm_site import NormSite, order_of
-from normswap.surgery.norms import Norms, is_norm_layer
 from normswap.surgery.observation import Observation, Shape
 from normswap.surgery.own_forward import OwnForward, mentioned_kinds, trace_own_forward
 from normswap.surgery.tracing import GraphFacts
@@ -47,12 +45,12 @@ _TRACKED = (
 _FOLDED = f"a call on samples folded into the channels normalizes each by itself, and {_BY_ITSELF}"
 
 
-def calls_a_norm(module: nn.Module, norms: Norms, *, ran: bool) -> bool:
-    """Ask a module's own forward; where it cannot be traced, its code, so that a call in it is not lost.
+def calls_a_norm(module: nn.Module, *, ran: bool) -> bool:
+    """Ask the own forward of a suspected module; where it cannot be traced, its code, so that a call in it is not lost.
 
     Of one that `ran` a call would have been seen, unless it makes it in training only: the code tells whether to ask.
     """
-    if type(module).__module__.startswith("torch.nn.") or is_norm_layer(module, norms) or not could_normalize(module):
+    if type(module).__module__.startswith("torch.nn."):
         return False
     if ran and not mentioned_kinds(module):
         return False

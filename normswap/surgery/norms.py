@@ -9,6 +9,7 @@ import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from types import MappingProxyType
 
 import torch
@@ -100,18 +101,6 @@ def read_group_norm(module: nn.Module, target: type[SwitchNorm] = SwitchNorm) ->
     return NormSpec("gn1", module.num_channels, module.eps, None, target)  # type: ignore[arg-type]
 
 
-def _read_1d(module: nn.Module) -> NormSpec:
-    return read_batch_norm(module, SwitchNorm1d)
-
-
-def _read_2d(module: nn.Module) -> NormSpec:
-    return read_batch_norm(module, SwitchNorm2d)
-
-
-def _read_3d(module: nn.Module) -> NormSpec:
-    return read_batch_norm(module, SwitchNorm3d)
-
-
 def _read_sync(module: nn.Module) -> NormSpec:
     return replace(read_batch_norm(module), synchronize=True)
 
@@ -128,18 +117,6 @@ def _read_frozen_act(module: nn.Module) -> NormSpec:
     return _with_activation(module, read_frozen_batch_norm(module, SwitchNormAct2d))
 
 
-def _read_instance_1d(module: nn.Module) -> NormSpec:
-    return read_instance_norm(module, SwitchNorm1d)
-
-
-def _read_instance_2d(module: nn.Module) -> NormSpec:
-    return read_instance_norm(module, SwitchNorm2d)
-
-
-def _read_instance_3d(module: nn.Module) -> NormSpec:
-    return read_instance_norm(module, SwitchNorm3d)
-
-
 def _read_group_act(module: nn.Module) -> NormSpec:
     return _with_activation(module, read_group_norm(module, SwitchNormAct2d))
 
@@ -154,13 +131,13 @@ _STAYS = "has no batch statistics to lose at small batches: stays as it is"
 
 KNOWN_NORMS: Norms = MappingProxyType(
     {
-        nn.BatchNorm1d: _read_1d,
-        nn.BatchNorm2d: _read_2d,
-        nn.BatchNorm3d: _read_3d,
+        nn.BatchNorm1d: partial(read_batch_norm, target=SwitchNorm1d),
+        nn.BatchNorm2d: partial(read_batch_norm, target=SwitchNorm2d),
+        nn.BatchNorm3d: partial(read_batch_norm, target=SwitchNorm3d),
         nn.SyncBatchNorm: _read_sync,
-        nn.InstanceNorm1d: _read_instance_1d,
-        nn.InstanceNorm2d: _read_instance_2d,
-        nn.InstanceNorm3d: _read_instance_3d,
+        nn.InstanceNorm1d: partial(read_instance_norm, target=SwitchNorm1d),
+        nn.InstanceNorm2d: partial(read_instance_norm, target=SwitchNorm2d),
+        nn.InstanceNorm3d: partial(read_instance_norm, target=SwitchNorm3d),
         nn.GroupNorm: read_group_norm,
         "torchvision.ops.misc.FrozenBatchNorm2d": read_frozen_batch_norm,
         "timm.layers.norm_act.BatchNormAct2d": _read_act,

@@ -16,7 +16,7 @@ from normswap.surgery.norm_site import NormSite, order_of
 from normswap.surgery.norms import KNOWN_NORMS, Norms, NormSpec, read_norm, refused_shape
 from normswap.surgery.observation import Observation, observe_forward
 from normswap.surgery.tracing import GraphFacts
-from normswap.surgery.tracing_paths import WholeModel, read_whole_model
+from normswap.surgery.tracing_paths import WholeModel, read_whole_model, suspects
 from normswap.surgery.tree import Place, class_name, walk_modules
 from normswap.surgery.wrapping import unwrap
 
@@ -42,8 +42,9 @@ def find_norm_sites(
     if example_inputs is not None:
         _refuse_lazy(places)
         seen = observe_forward(model, example_inputs, places, norms=norms)
-    whole = read_whole_model(model, example_inputs, places, seen, norms)
-    facts, owners = whole.facts, _owners(whole, places, by_name, seen, norms)
+    suspected = suspects(places, norms)
+    whole = read_whole_model(model, example_inputs, places, seen, norms, asked=bool(suspected))
+    facts, owners = whole.facts, _owners(whole, suspected, by_name, seen)
     functional = {owner: functional_sites(by_name[owner], facts, seen) for owner in owners}
     spoken_for = {by_name[owner].module for owner, sites in functional.items() if sites}
     modules = [
@@ -71,15 +72,15 @@ def _refuse_lazy(places: tuple[Place, ...]) -> None:
 
 
 def _owners(
-    whole: WholeModel, places: tuple[Place, ...], by_name: dict[str, Place], seen: Observation | None, norms: Norms
+    whole: WholeModel, suspected: tuple[Place, ...], by_name: dict[str, Place], seen: Observation | None
 ) -> tuple[str, ...]:
     """The first names of the modules that call a function that normalizes, in either mode."""
     owners = [by_name[owner].names[0] for owner in whole.owners]
     owners += [*seen.functional, *seen.instance] if seen else []
     # Whatever a trace did not pass through is asked itself.
-    unread = [place for place in places if whole.entered.isdisjoint(place.names)]
+    unread = [place for place in suspected if whole.entered.isdisjoint(place.names)]
     ran = seen.runs if seen else {}
-    owners += [p.names[0] for p in unread if calls_a_norm(p.module, norms, ran=p.names[0] in ran)]
+    owners += [p.names[0] for p in unread if calls_a_norm(p.module, ran=p.names[0] in ran)]
     return tuple(dict.fromkeys(owners))
 
 

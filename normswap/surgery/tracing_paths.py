@@ -57,20 +57,36 @@ def tracing_path(model: nn.Module, example_inputs: Any = None, *, norms: Norms =
     """
     places = walk_modules(model)
     seen = None if example_inputs is None else observe_forward(model, example_inputs, places, norms=norms)
-    return read_whole_model(model, example_inputs, places, seen, norms)
+    return read_whole_model(model, example_inputs, places, seen, norms, asked=bool(suspects(places, norms)))
+
+
+def suspects(places: tuple[Place, ...], norms: Norms) -> tuple[Place, ...]:
+    """Return the modules, norm layers apart, whose own code names a function that normalizes."""
+    return tuple(p for p in places if not is_norm_layer(p.module, norms) and could_normalize(p.module))
 
 
 def read_whole_model(
-    model: nn.Module, example_inputs: Any, places: tuple[Place, ...], seen: Observation | None, norms: Norms
+    model: nn.Module,
+    example_inputs: Any,
+    places: tuple[Place, ...],
+    seen: Observation | None,
+    norms: Norms,
+    *,
+    asked: bool,
 ) -> WholeModel:
-    """Take the first path whose graph can be believed; `seen` is the pass on `example_inputs`, None without one."""
+    """Take the first path whose graph can be believed.
+
+    Args:
+        seen: the pass on `example_inputs`, None without one.
+        asked: some code of the model names a function that normalizes.
+    """
     first_names = {name: place.names[0] for place in places for name in place.names}
     by_name = modules_by_name(model)
 
     def is_norm_fqn(name: str) -> bool:
         return name in by_name and is_norm_layer(by_name[name], norms)
 
-    asked = _could_call_a_norm(places, seen, norms)
+    asked = asked or (seen is not None and bool(seen.functional or seen.instance))
     if seen is not None and not asked:
         return WholeModel(FORWARD_PASS)
     evaluation = trace_model(model, training=False, norms=norms)
@@ -94,11 +110,6 @@ def read_whole_model(
     if isinstance(exported, GraphFacts) and untold is None:
         return WholeModel(EXPORT, reasons, exported, exported.functional_owners)
     return WholeModel(FORWARD_PASS, (*reasons, (EXPORT, str(untold))))
-
-
-def _could_call_a_norm(places: tuple[Place, ...], seen: Observation | None, norms: Norms) -> bool:
-    called = seen is not None and bool(seen.functional or seen.instance)
-    return called or any(could_normalize(p.module) for p in places if not is_norm_layer(p.module, norms))
 
 
 def _misses(
