@@ -1,15 +1,20 @@
-"""Architectures by name: `timm:NAME[,key=value...]` or `torchvision:NAME[,key=value...]` -> nn.Module.
+"""Architectures by name -> nn.Module: `timm:NAME`, `torchvision:NAME`, `hf:FOLDER`, `path/file.py:function`.
 
-The only room that imports model zoos. It builds code that is installed, with random weights: nothing is downloaded,
-no file is read and no code that a name points at is run, so that a name may come from a file.
+Each may be followed by `,key=value...`. The only room that imports model zoos. Nothing is downloaded, and weights are
+random. The first three build code that is installed, so that such a name may come from a file; a Python file is run,
+which `is_foreign_code` tells, and whoever takes a name from a file has to ask for trust first.
 """
 
 import ast
 import difflib
+import importlib.util
 import inspect
+import json
 import re
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -36,26 +41,40 @@ def parse_architecture(text: str) -> ArchitectureName:
     Raises:
         ArchitectureError: no or an unknown scheme, no name, or a keyword that is none or concerns weights.
     """
-    scheme, colon, rest = text.partition(":")
-    if not colon or scheme not in _ZOOS:
-        near = f"timm:{text}" if not colon else "timm:" + rest
-        raise ArchitectureError(
-            f"architecture {text!r}: expected one of {', '.join(f'{zoo}:NAME' for zoo in _ZOOS)}, such as {near}"
-        )
     # A comma separates only where a keyword follows, so that values can be tuples.
-    model, *pairs = re.split(r",(?=\s*\w+\s*=)", rest)
-    if not re.fullmatch(r"[\w.\-]+", model):
+    whole, *pairs = re.split(r",(?=\s*\w+\s*=)", text)
+    keywords = dict(_keyword(text, pair) for pair in pairs)
+    if re.search(r"\.py:\w+$", whole):
+        return ArchitectureName("file", whole, keywords)
+    scheme, colon, model = whole.partition(":")
+    if not colon or scheme not in (*_ZOOS, "hf"):
+        near = f"timm:{model if colon else whole}"
+        raise ArchitectureError(
+            f"architecture {text!r}: expected one of {', '.join(f'{zoo}:NAME' for zoo in _ZOOS)}, hf:FOLDER, "
+            f"path/file.py:function, such as {near}"
+        )
+    if not (model if scheme == "hf" else re.fullmatch(r"[\w.\-]+", model)):
         raise ArchitectureError(f"architecture {text!r}: expected {scheme}:NAME[,key=value...], got the name {model!r}")
-    return ArchitectureName(scheme, model, dict(_keyword(text, pair) for pair in pairs))
+    return ArchitectureName(scheme, model, keywords)
+
+
+def is_foreign_code(text: str) -> bool:
+    """Say whether building this architecture runs code of a file that is no installed package."""
+    return parse_architecture(text).scheme == "file"
 
 
 def check_architecture(text: str) -> ArchitectureName:
-    """Return the parts of `text` if its zoo has the model.
+    """Return the parts of `text` if its zoo has the model, or the folder or file is there; no code is run.
 
     Raises:
         ArchitectureError: as `parse_architecture`; or the zoo does not have it, with the nearest names.
     """
     name = parse_architecture(text)
+    if name.scheme in ("hf", "file"):
+        path = _folder_of(name) / "config.json" if name.scheme == "hf" else _file_of(name)[0]
+        if not path.is_file():
+            raise ArchitectureError(f"architecture {text!r}: expected the file {path}, which is not there")
+        return name
     names = _ZOOS[name.scheme].names()
     if name.model.partition(".")[0] not in names:
         near = difflib.get_close_matches(name.model, names, n=3) or ["none, see its list_models()"]
@@ -64,16 +83,22 @@ def check_architecture(text: str) -> ArchitectureName:
 
 
 def build_architecture(text: str) -> nn.Module:
-    """Build the model that `text` names, with random weights.
+    """Build the model that `text` names, with random weights. A Python file is run for it.
 
     Raises:
-        ArchitectureError: as `check_architecture`, or the zoo's builder fails.
+        ArchitectureError: as `check_architecture`, or the builder fails or returns no module.
     """
     name = check_architecture(text)
+    build = {"hf": _build_hf, "file": _build_from_file}.get(name.scheme) or _build_from_zoo
     try:
-        return _ZOOS[name.scheme].build(name.model, **name.keywords)
+        model: object = build(name)
+    except ArchitectureError:
+        raise
     except Exception as error:
         raise ArchitectureError(f"{text}: cannot be built: {first_line(error)}") from error
+    if not isinstance(model, nn.Module):
+        raise ArchitectureError(f"{text}: expected a function that returns a module, got {type(model).__name__}")
+    return model
 
 
 def default_input_shape(model: nn.Module, architecture: str | None) -> tuple[int, ...] | None:
@@ -104,6 +129,60 @@ def _keyword(text: str, pair: str) -> tuple[str, Any]:
         return key, ast.literal_eval(value)
     except (ValueError, SyntaxError):
         return key, value
+
+
+def _build_from_zoo(name: ArchitectureName) -> nn.Module:
+    return _ZOOS[name.scheme].build(name.model, **name.keywords)
+
+
+def _folder_of(name: ArchitectureName) -> Path:
+    return Path(name.model)
+
+
+def _file_of(name: ArchitectureName) -> tuple[Path, str]:
+    path, _, function = name.model.rpartition(":")
+    return Path(path), function
+
+
+def _build_hf(name: ArchitectureName) -> nn.Module:
+    """The model that a folder's config.json describes, as timm's or as transformers' own class."""
+    folder = _folder_of(name)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if isinstance(config.get("architecture"), str):
+        known = {key: config[key] for key in ("num_classes", "global_pool") if key in config}
+        model_args = config.get("model_args") or {}
+        return _build_timm(config["architecture"], **{**known, **model_args, **name.keywords})
+    return _build_transformers(folder, config.get("architectures") or [], name.keywords)
+
+
+def _build_transformers(folder: Path, classes: list[str], keywords: Mapping[str, Any]) -> nn.Module:
+    try:
+        import transformers
+    except ImportError:
+        raise ArchitectureError(f"hf:{folder}: needs the package transformers: pip install transformers") from None
+    cls = getattr(transformers, classes[0], None) if classes else transformers.AutoModel
+    if not (isinstance(cls, type) and (cls is transformers.AutoModel or issubclass(cls, transformers.PreTrainedModel))):
+        raise ArchitectureError(f"hf:{folder}: expected a model class of transformers in config.json, got {classes}")
+    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, **keywords)
+    model: nn.Module = cls.from_config(config) if cls is transformers.AutoModel else cls(config)
+    return model
+
+
+def _build_from_file(name: ArchitectureName) -> object:
+    path, function = _file_of(name)
+    spec = importlib.util.spec_from_file_location(f"normswap_architecture_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise ArchitectureError(f"{path}: expected a Python file")
+    module = importlib.util.module_from_spec(spec)
+    # Before it runs: dataclasses and pickles of its classes look their module up by name.
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    build = getattr(module, function, None)
+    if not callable(build):
+        found = sorted(key for key, value in vars(module).items() if callable(value) and not key.startswith("_"))
+        near = difflib.get_close_matches(function, found, n=3) or found[:3]
+        raise ArchitectureError(f"{path}: has no function {function!r}; nearest: {', '.join(near)}")
+    return build(**name.keywords)
 
 
 class _Zoo(NamedTuple):

@@ -1,37 +1,33 @@
-"""load and save: a file and a model with its plan, its proof and its history.
+"""load: a file read into a model, converted or not, with its plan, its history and all else that it holds.
 
-Reads state dicts (torch, safetensors) and, if trusted, pickled modules. Writes them whole or not at all, reads them
-back and compares every bit. Training checkpoints that hold more than the model are refused with the way out.
+Reads whatever `containers` decodes, finds the weights in it and builds their model. `saving` writes.
 """
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from hashlib import file_digest
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
-from normswap.checkpoints.architecture import build_architecture, check_architecture
-from normswap.checkpoints.atomic import check_writable, written_whole
-from normswap.checkpoints.containers import Container, decode, encode, read_record_text, sniff
+from normswap.checkpoints.architecture import build_architecture, is_foreign_code
+from normswap.checkpoints.containers import TENSORS_ONLY, Container, decode, located, read_record_text, sniff
+from normswap.checkpoints.contents import Contents, at, name_of, read_contents, replaced, without
+from normswap.checkpoints.fingerprint import fingerprint
 from normswap.checkpoints.fit import fill
-from normswap.checkpoints.layout import rejoin, separate
-from normswap.checkpoints.record import Payload, Record, Step
-from normswap.errors import ArchitectureError, CheckpointError, PlanError
+from normswap.checkpoints.layout import rejoin
+from normswap.checkpoints.prefixes import StoredNames, names_for
+from normswap.checkpoints.record import Payload, Record, Step, check_seal
+from normswap.errors import ArchitectureError, CheckpointError
 from normswap.layers.adoption import GATE_PARAMETERS
 from normswap.layers.importance import importance_weights as shares_of
-from normswap.layers.modules import FunctionalSwitchNorm
 from normswap.surgery.conversion import apply_plan
 from normswap.surgery.gated import ImportanceWeights, gated_modules, importance_weights
 from normswap.surgery.plan import SwapPlan
-from normswap.surgery.tracing import first_line
+from normswap.surgery.planning import complete_plan
 from normswap.surgery.tree import join
-from normswap.surgery.wrapping import unwrap
-from normswap.verification import Verification
 
 Architecture = str | nn.Module | Callable[[], nn.Module]
 
@@ -49,87 +45,61 @@ class Loaded(NamedTuple):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A file's content: tensors by key or a pickled module, and its record if normswap wrote it."""
+    """What a file holds, where the weights lie in it, and its record if normswap wrote it."""
 
     path: Path
     container: Container
-    content: OrderedDict[str, Tensor] | nn.Module
+    content: Any
+    contents: Contents
     record: Record | None
+
+    @property
+    def weights(self) -> Mapping[str, Tensor] | nn.Module:
+        """The state dict or the pickled module that is meant."""
+        return at(self.content, self.contents.weights)  # type: ignore[no-any-return]
 
     @property
     def payload(self) -> Payload:
         """What the tensors are held in."""
-        return "module" if isinstance(self.content, nn.Module) else "state dict"
+        return "module" if isinstance(self.weights, nn.Module) else "state dict"
 
 
-def load(path: str | Path, *, architecture: Architecture | None = None, trust: bool = False) -> Loaded:
-    """Load a model, converted or not, from a state dict (torch, safetensors) or a pickled module.
+class Built(NamedTuple):
+    """A model with a file's weights in it, how the file names them, and what builds it, where a name says so.
+
+    `plan` is the file's, settled for this model.
+    """
+
+    model: nn.Module
+    names: StoredNames
+    architecture: str | None
+    plan: SwapPlan | None
+
+
+def load(
+    path: str | Path, *, architecture: Architecture | None = None, entry: str | None = None, trust: bool = False
+) -> Loaded:
+    """Load a model, converted or not, from any checkpoint: a state dict, a training checkpoint, a folder of shards.
 
     A model built here is set to evaluation; a pickled module keeps its flags.
 
     Args:
-        path: the file.
+        path: the file, or the folder.
         architecture: what the tensors belong to, where the file does not say it or says it wrong:
-            `"timm:NAME[,key=value...]"`, `"torchvision:NAME[,...]"`, a module (a copy of it is filled) or a function
-            that returns one.
-        trust: run the code that a pickled module names.
+            `"timm:NAME[,key=value...]"`, `"torchvision:NAME[,...]"`, `"hf:FOLDER"`, `"file.py:function"`, a module (a
+            copy of it is filled) or a function that returns one.
+        entry: which weights of several are meant, such as `"state_dict_ema"`; dots between nested entries.
+        trust: run the code that the file names: pickled objects, or an architecture in a Python file.
 
     Raises:
-        CheckpointError: not such a file, damaged, or pickled and not trusted.
+        CheckpointError: not a checkpoint, damaged, changed since normswap wrote it, or with code and not trusted.
         ArchitectureError: no architecture is known, it cannot be built, or the tensors do not fit it.
         PlanError: the file's plan does not fit the architecture.
     """
-    checkpoint = read_checkpoint(Path(path), trust=trust)
-    model = build_model(checkpoint, architecture)
-    record = checkpoint.record
-    return Loaded(model, record.plan if record else None, record.history if record else (), {})
-
-
-def save(
-    model: nn.Module,
-    path: str | Path,
-    *,
-    plan: SwapPlan | None = None,
-    architecture: str | None = None,
-    verification: Verification | None = None,
-    payload: Payload = "state dict",
-    history: Sequence[Step] = (),
-) -> None:
-    """Save a model so that `load` gives the same outputs, bit for bit, in a fresh process.
-
-    The file appears whole or not at all; an existing one is replaced. Names that end in `.safetensors` become that,
-    all others are torch files. The tensors stand alone: `model.load_state_dict(torch.load(path), strict=True)` works.
-
-    Args:
-        model: converted or not; of a wrapped one the model inside is saved.
-        plan: of a converted model, `Conversion.plan` or `Loaded.plan`.
-        architecture: what builds the original model, `"timm:NAME[,key=value...]"`; without it `load` must be told.
-        verification: the proof, to travel with the model.
-        payload: `"module"` pickles the whole object, which only `load(..., trust=True)` opens.
-        history: what was done before, `Loaded.history`; this step is added to it.
-
-    Raises:
-        CheckpointError: the folder is missing or not writable, the model cannot be pickled, or what was read back
-            differs from what was written.
-        ArchitectureError: `architecture` is not such a name.
-        PlanError: the plan is missing or not the one that the model was converted with.
-    """
-    target = Path(path)
-    container: Container = "safetensors" if target.suffix == ".safetensors" else "torch zip"
-    record = Record(
-        payload=payload,
-        architecture=architecture,
-        plan=plan,
-        verification=verification,
-        history=(*history, Step.now("saved")),
-    )
-    write_checkpoint(unwrap(model), target, container, record)
-
-
-def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of a file as hexadecimal digits."""
-    with open(path, "rb") as file:
-        return file_digest(file, "sha256").hexdigest()
+    checkpoint = read_checkpoint(Path(path), entry=entry, trust=trust)
+    built = build_model(checkpoint, architecture, trust=trust)
+    history = checkpoint.record.history if checkpoint.record else ()
+    return Loaded(built.model, built.plan, history, without(checkpoint.content, checkpoint.contents.weights))
 
 
 def read_record(path: Path) -> Record | None:
@@ -138,64 +108,80 @@ def read_record(path: Path) -> Record | None:
     Raises:
         CheckpointError: no checkpoint, damaged, or the record is.
     """
-    return _record(path, sniff(path))
+    path = located(path)
+    return _record(path, read_record_text(path, sniff(path)))
 
 
-def read_checkpoint(path: Path, *, trust: bool = False) -> Checkpoint:
-    """Return the content of a file and its record.
+def read_checkpoint(path: Path, *, entry: str | None = None, trust: bool = False, mapped: bool = False) -> Checkpoint:
+    """Return the content of a file, where things lie in it, and its record.
+
+    Args:
+        mapped: leave tensors in the file and read them as they are used: less memory, for those who only look.
 
     Raises:
         CheckpointError: as `load`.
     """
+    path = located(path)
     container = sniff(path)
-    record = _record(path, container)
-    content = decode(path, container, trust=trust)
-    if isinstance(content, nn.Module):
-        return Checkpoint(path, container, content, record)
-    state = _only_tensors(path, content)
-    if record is not None:
-        state.update(rejoin(state, record.tied, record.channels_last))
-    return Checkpoint(path, container, state, record)
+    text = read_record_text(path, container)
+    record = _record(path, text)
+    content = decode(path, container, trust=trust, mapped=mapped)
+    if record is not None and container in TENSORS_ONLY:
+        content = {**content, **rejoin(content, record.tied, record.channels_last)}
+    try:
+        if text is not None:
+            check_seal(text, fingerprint(content))
+        contents = read_contents(content, entry=entry or (record.entry if record else None))
+        weights = at(content, contents.weights)
+        if not isinstance(weights, nn.Module):
+            content = replaced(content, {contents.weights: _readable(weights)})
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    return Checkpoint(path, container, content, contents, record)
 
 
-def build_model(checkpoint: Checkpoint, architecture: Architecture | None = None) -> nn.Module:
+def build_model(checkpoint: Checkpoint, architecture: Architecture | None = None, *, trust: bool = False) -> Built:
     """Return the model in a checkpoint: built, converted by the file's plan, filled; the pickled module itself.
 
     Raises:
         ArchitectureError, PlanError: as `load`.
     """
-    path, content, record = checkpoint.path, checkpoint.content, checkpoint.record
-    if isinstance(content, nn.Module):
+    path, weights, record = checkpoint.path, checkpoint.weights, checkpoint.record
+    plan = record.plan if record else None
+    if isinstance(weights, nn.Module):
         if architecture is not None:
             raise ArchitectureError(
                 f"{path}: a pickled module brings its own architecture: leave --arch (architecture=) out"
             )
-        return content
-    source = architecture or (record.architecture if record else None)
+        return Built(weights, names_for([], []), None, plan)
+    source = architecture or _said_by(checkpoint, trust=trust)
     if source is None:
         raise ArchitectureError(
             f"{path}: a state dict does not say what it belongs to: name it with --arch timm:NAME "
             '(architecture="timm:NAME", or a function that builds the model)'
         )
     model = _built(source)
-    if record is not None and record.plan is not None:
+    names = names_for(weights, model.state_dict())
+    if plan is not None:
+        plan = complete_plan(model, plan, prefix=names.prefix)
         if not gated_modules(model):
-            apply_plan(model, record.plan)
-        if not hasattr(content, "_metadata"):
-            # safetensors has no place for the kind of gate: the plan says it, and the model was built by the plan.
-            content._metadata = model.state_dict()._metadata  # type: ignore[attr-defined]
-    fill(model, content, source if isinstance(source, str) else type(model).__name__)
-    return model.eval()
+            apply_plan(model, plan)
+            names = names_for(weights, model.state_dict())
+    fill(model, _for_model(weights, names, model), source if isinstance(source, str) else type(model).__name__)
+    return Built(model.eval(), names, source if isinstance(source, str) else None, plan)
 
 
 def stored_importance_weights(checkpoint: Checkpoint) -> dict[str, ImportanceWeights]:
     """Return the importance weights in a checkpoint by fqn, without building the model; empty if not converted."""
-    content, record = checkpoint.content, checkpoint.record
-    if isinstance(content, nn.Module):
-        return importance_weights(content)
+    weights, record = checkpoint.weights, checkpoint.record
+    if isinstance(weights, nn.Module):
+        return importance_weights(weights)
+    swaps = record.plan.swaps if record and record.plan else ()
+    names = names_for(weights, [join(swap.fqn, name) for swap in swaps for name in GATE_PARAMETERS])
     found = {}
-    for swap in record.plan.swaps if record and record.plan else ():
-        points = [content[key] for name in GATE_PARAMETERS if (key := join(swap.fqn, name)) in content]
+    for swap in swaps:
+        keys = [names.stored.get(join(swap.fqn, name)) for name in GATE_PARAMETERS]
+        points = [weights[key] for key in keys if key is not None]
         if points:  # a site outside every registry is in no state dict
             mean, var = (
                 dict(zip(swap.branches, shares_of(point, swap.gate).tolist(), strict=True)) for point in points
@@ -204,41 +190,54 @@ def stored_importance_weights(checkpoint: Checkpoint) -> dict[str, ImportanceWei
     return found
 
 
-def write_checkpoint(model: nn.Module, path: Path, container: Container, record: Record) -> None:
-    """Write a model and its record whole or not at all, read it back and compare every bit.
-
-    Raises:
-        CheckpointError, ArchitectureError, PlanError: as `save`; an existing file is as it was.
-    """
-    check_writable(path, replace=True)
-    _check_plan(model, record.plan)
-    if record.architecture is not None:
-        check_architecture(record.architecture)
-    content: Any = model
-    if record.payload == "state dict":
-        content = _only_tensors(path, model.state_dict())
-    if container == "safetensors":
-        if content is model:
-            raise CheckpointError(f"{path}: safetensors holds tensors only, not a pickled module: use a name in .pt")
-        content, tied, channels_last = separate(content)
-        record = replace(record, tied=tied, channels_last=channels_last)
-    with written_whole(path) as temporary:
-        try:
-            encode(temporary, container, content, record.to_json())
-        except Exception as error:
-            # torch's writer hides the system's own words behind a position in the file.
-            cause = error.__context__ if isinstance(error.__context__, OSError) else error
-            hint = ": save it as a state dict" if record.payload == "module" else ""
-            raise CheckpointError(f"{path}: cannot be written ({first_line(cause)}){hint}") from error
-        _compare(path, model, record, read_checkpoint(temporary, trust=True))
-
-
-def _record(path: Path, container: Container) -> Record | None:
-    text = read_record_text(path, container)
+def _record(path: Path, text: str | None) -> Record | None:
     try:
         return None if text is None else Record.from_json(text)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
+
+
+def _readable(weights: Mapping[str, Tensor]) -> "OrderedDict[str, Tensor]":
+    """Return a state dict with torch's `_metadata`, or refuse tensors that have no values to read."""
+    for key, value in weights.items():
+        if isinstance(value, Tensor) and value.is_meta:
+            raise CheckpointError(f"the tensor {key!r} is on the meta device and has no values: load it first")
+        if isinstance(value, Tensor) and value.is_quantized:
+            raise CheckpointError(
+                f"the tensor {key!r} is quantised, its norms are folded away: convert the model from before quantisation"
+            )
+    state = OrderedDict(weights)
+    if hasattr(weights, "_metadata"):
+        state._metadata = weights._metadata  # type: ignore[attr-defined]
+    return state
+
+
+def _said_by(checkpoint: Checkpoint, *, trust: bool) -> str | None:
+    """The architecture that the file itself tells, unless it is code that nobody trusts."""
+    said = checkpoint.record.architecture if checkpoint.record else None
+    if said is not None and is_foreign_code(said) and not trust:
+        raise ArchitectureError(
+            f"{checkpoint.path}: names the code of its architecture, {said}, which is not run unasked: pass it with "
+            "--arch (architecture=) if it is yours, or --trust (trust=True)"
+        )
+    return said
+
+
+def _for_model(weights: Mapping[str, Tensor], names: StoredNames, model: nn.Module) -> "OrderedDict[str, Tensor]":
+    """The tensors under the model's own names, with what torch notes of its modules."""
+    state = OrderedDict((name, weights[key]) for name, key in names.stored.items())
+    # Containers without a place for the kind of gate: the plan says it, and the model was built by the plan.
+    own = getattr(weights, "_metadata", None)
+    wanted: Any = model.state_dict()._metadata  # type: ignore[attr-defined]
+    if isinstance(own, Mapping):
+        stored = {fqn: own.get(_stored_module(names, fqn)) for fqn in wanted}
+        wanted = OrderedDict((fqn, note if note is not None else {}) for fqn, note in stored.items())
+    state._metadata = wanted  # type: ignore[attr-defined]
+    return state
+
+
+def _stored_module(names: StoredNames, fqn: str) -> str:
+    return names.to_store(join(fqn, "_")).rpartition(".")[0]
 
 
 def _built(source: Architecture) -> nn.Module:
@@ -252,68 +251,6 @@ def _built(source: Architecture) -> nn.Module:
     return model
 
 
-def _only_tensors(path: Path, content: Any) -> "OrderedDict[str, Tensor]":
-    """Return a state dict as it is, with torch's `_metadata`, or refuse what is none."""
-    if not isinstance(content, Mapping):
-        raise CheckpointError(f"{path}: expected a state dict or a pickled module, got {type(content).__name__}")
-    if not content:
-        raise CheckpointError(f"{path}: expected a state dict, got an empty one")
-    inner = next((key for key, value in content.items() if isinstance(value, Mapping | nn.Module)), None)
-    if inner is not None:
-        keys = ", ".join(map(str, list(content)[:6]))
-        name = next((key for key in ("state_dict", "model_state_dict", "model") if key in content), inner)
-        raise CheckpointError(
-            f"{path}: expected a state dict alone, got a training checkpoint with the entries {keys}: pass one of "
-            f'them, torch.save(torch.load("{path.name}")[{name!r}], "model.pt")'
-        )
-    for key, value in content.items():
-        if not (isinstance(key, str) and isinstance(value, Tensor)):
-            kind = type(value).__name__
-            raise CheckpointError(f"{path}: expected tensors by name only, got the entry {key!r} of type {kind}")
-        if value.is_meta:
-            raise CheckpointError(f"{path}: the tensor {key!r} is on the meta device and has no values: load it first")
-    state = OrderedDict(content)
-    if hasattr(content, "_metadata"):
-        state._metadata = content._metadata  # type: ignore[attr-defined]
-    return state
-
-
-def _check_plan(model: nn.Module, plan: SwapPlan | None) -> None:
-    """Refuse to write a model that could not be built again from its plan."""
-    made = {
-        name: (layer.gate, layer.branches)
-        for name, layer in gated_modules(model).items()
-        if "replaced" in vars(layer) or isinstance(layer, FunctionalSwitchNorm)
-    }
-    if plan is None and made:
-        raise PlanError(f"the model has {len(made)} converted sites and no plan: pass plan=conversion.plan")
-    planned = {swap.fqn: (swap.gate, swap.branches) for swap in plan.swaps} if plan else {}
-    differing = sorted(name for name in made.keys() | planned.keys() if made.get(name) != planned.get(name))
-    if differing:
-        raise PlanError(
-            f"the plan is not the one of this model, they differ at {len(differing)} sites "
-            f"({', '.join(differing[:3])}): pass the plan that convert returned"
-        )
-
-
-def _compare(path: Path, model: nn.Module, record: Record, found: Checkpoint) -> None:
-    written, back = _tensors(model), _tensors(found.content)
-    wrong = [key for key in written.keys() | back.keys() if not _same_bits(written.get(key), back.get(key))]
-    if wrong or found.record is None or found.record.to_json() != record.to_json():
-        raise CheckpointError(
-            f"{path}: what was read back differs from what was written ({len(wrong)} tensors): nothing was kept, "
-            "look at the disk"
-        )
-
-
-def _tensors(content: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
-    state = content.state_dict() if isinstance(content, nn.Module) else content
-    return {key: value for key, value in state.items() if isinstance(value, Tensor)}
-
-
-def _same_bits(a: Tensor | None, b: Tensor | None) -> bool:
-    if a is None or b is None or a.dtype != b.dtype or a.shape != b.shape:
-        return False
-    # As bytes, since NaN differs from itself and -0 does not differ from 0.
-    first, second = (t.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for t in (a, b))
-    return torch.equal(first, second)
+def describe_others(checkpoint: Checkpoint) -> list[str]:
+    """Return the names of further weights in the file."""
+    return [name_of(place) for place in checkpoint.contents.others]

@@ -1,33 +1,42 @@
-"""Containers: which kind of file it is, told by its bytes; decoding without running its code; encoding.
+"""Containers: which kind of file or folder it is, told by its bytes; decoding without running its code; encoding.
 
-Hands on whatever object lies in the file, and the text of the record beside it. Nothing named in a pickle is ever
-imported or called unless the caller says `trust`; TorchScript, plain pickles and text are refused with the way out.
+Hands on whatever object lies in it, and the text of the record beside it. Nothing named in a pickle is ever imported
+or called unless the caller says `trust`; TorchScript, exported programs, plain pickles and text are refused with the
+way out.
 """
 
 import codecs
 import json
-import pickletools
-import re
 import struct
 import warnings
 import zipfile
+from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 import safetensors
 import safetensors.torch
 import torch
 
 from normswap.checkpoints.atomic import check_readable
-from normswap.errors import CheckpointError
+from normswap.checkpoints.distributed import INDEX, read_distributed, write_distributed
+from normswap.checkpoints.pickle_reading import blocked_globals
+from normswap.checkpoints.plain_globals import plain_globals
+from normswap.checkpoints.shards import RECORD, Shards, copy_rest, find_shards, shard_of, write_index
+from normswap.errors import CheckpointError, NormswapError
 from normswap.surgery.tracing import first_line
 
-Container = Literal["torch zip", "legacy pickle", "safetensors"]
+Container = Literal[
+    "torch zip", "legacy pickle", "safetensors", "safetensors folder", "torch folder", "distributed folder"
+]
+# Those that hold tensors by name only, each of them once and row by row.
+TENSORS_ONLY: frozenset[Container] = frozenset({"safetensors", "safetensors folder"})
+FOLDERS: frozenset[Container] = frozenset({"safetensors folder", "torch folder", "distributed folder"})
 
-# Where the record lies: beside the pickle in a zip, in `__metadata__` of safetensors.
-_ZIP_ENTRY = "normswap.json"
+# Where the record lies: beside the pickle in a zip, in `__metadata__` of safetensors, a file in a folder.
+_ZIP_ENTRY = RECORD
 _METADATA_KEY = "normswap"
 
 # torch.serialization.MAGIC_NUMBER as it stands, pickled, in the first bytes of a file from before torch 1.6.
@@ -36,20 +45,21 @@ _LEGACY_MAGIC_WITHIN = 32  # further in, it belongs to a storage inside a plain 
 _LEGACY_HEADERS = 3  # magic number, protocol version, byte order: pickles of their own before the object
 _MAX_SAFETENSORS_HEADER = 100_000_000  # the format's own limit
 
-# Whose globals are listed last, since every pickled network names hundreds of them.
-_EXPECTED_MODULES = {"torch", "timm", "torchvision", "normswap", "collections"}
-_HARMLESS = (
-    r"torch\._utils\._rebuild_|torch\.(storage\.)?\w*Storage$|collections\.OrderedDict$|torch\.Size$|__builtin__\.set$"
-)
+
+def located(path: Path) -> Path:
+    """Return the checkpoint that `path` means: the folder, if it is the index of the shards in it."""
+    return path.parent if path.name.endswith(".index.json") and path.is_file() else path
 
 
 def sniff(path: Path) -> Container:
-    """Return the kind of container that the bytes of the file at `path` are.
+    """Return the kind of container that the bytes of the file or the files of the folder at `path` are.
 
     Raises:
-        CheckpointError: the file is missing, empty, a folder, truncated, or of none of these kinds.
+        CheckpointError: missing, empty, truncated, or of none of these kinds.
     """
     check_readable(path)
+    if path.is_dir():
+        return _sniff_folder(path)
     with open(path, "rb") as file:
         head = file.read(128)
         if head.startswith(b"PK\x03\x04"):
@@ -69,10 +79,13 @@ def sniff(path: Path) -> Container:
 
 
 def read_record_text(path: Path, container: Container) -> str | None:
-    """Return the text of the record in the file, or None. No pickle is read for it."""
+    """Return the text of the record in the file or folder, or None. No pickle is read for it."""
+    if container in FOLDERS:
+        beside = path / RECORD
+        with _damage_told(path):
+            return beside.read_text(encoding="utf-8") if beside.is_file() else None
     if container == "safetensors":
-        with safetensors.safe_open(path, framework="pt") as file:
-            return (file.metadata() or {}).get(_METADATA_KEY)
+        return read_metadata(path).get(_METADATA_KEY)
     if container == "torch zip":
         with _damage_told(path), zipfile.ZipFile(path) as archive:
             entry = f"{_root(archive)}/{_ZIP_ENTRY}"
@@ -80,26 +93,130 @@ def read_record_text(path: Path, container: Container) -> str | None:
     return None
 
 
-def decode(path: Path, container: Container, *, trust: bool) -> Any:
-    """Return the object in the file, with tensors on the CPU.
+def read_metadata(path: Path) -> dict[str, str]:
+    """Return the notes in a safetensors file."""
+    with _damage_told(path), safetensors.safe_open(path, framework="pt") as file:
+        return file.metadata() or {}
+
+
+def decode(path: Path, container: Container, *, trust: bool, mapped: bool = False) -> Any:
+    """Return the object in the file or folder, with tensors on the CPU.
 
     Args:
-        trust: run the code that a pickled object names. Without it only tensors and plain containers are read.
+        trust: run the code that a pickled object names. Without it only tensors and plain data are read.
+        mapped: leave tensors in the file and read them as they are used, where the container allows that; the file
+            must not change as long as they live.
 
     Raises:
-        CheckpointError: the file is damaged, or names code and is not trusted.
+        CheckpointError: it is damaged, or names code and is not trusted.
     """
     if container == "safetensors":
         with _damage_told(path):
             return safetensors.torch.load_file(path)
+    if container == "distributed folder":
+        with _damage_told(path):
+            return read_distributed(path)
+    if container in FOLDERS:
+        return _decode_shards(_shards(path), trust=trust, mapped=mapped)
+    return _decode_pickle(path, trust=trust, legacy=container == "legacy pickle", mapped=mapped)
+
+
+def encode(path: Path, container: Container, content: Any, record: str, *, like: Path | None = None) -> None:
+    """Write `content` and the text of the record to a new file, or into an empty folder, at `path`.
+
+    Args:
+        content: tensors by key for safetensors and folders of weights; any object that can be pickled for a torch
+            zip; a mapping for a distributed folder.
+        like: the folder whose shards, index and configurations a new one takes after.
+    """
+    if container == "safetensors":
+        _write_safetensors(path, content, {"format": "pt", _METADATA_KEY: record})
+    elif container in FOLDERS:
+        if container == "distributed folder":
+            write_distributed(path, content)
+        else:
+            _encode_shards(path, content, _shards(like or path))
+        if like is not None:
+            copy_rest(like, path, find_shards(like))
+        (path / RECORD).write_text(record + "\n", encoding="utf-8")
+    else:
+        with open(path, "wb") as file:
+            torch.save(content, file)
+        # An entry of its own: torch.load (weights_only, mmap) reads the archive as before, no key joins the tensors.
+        with zipfile.ZipFile(path, "a") as archive:
+            archive.writestr(f"{_root(archive)}/{_ZIP_ENTRY}", record)
+
+
+def _write_safetensors(path: Path, tensors: Any, metadata: dict[str, str]) -> None:
+    mode = path.stat().st_mode if path.exists() else None
+    safetensors.torch.save_file(tensors, path, metadata)
+    if mode is not None:
+        path.chmod(mode & 0o777)  # save_file (0.8) makes files that only their owner can read
+
+
+def _sniff_folder(path: Path) -> Container:
+    if (path / INDEX).is_file():
+        return "distributed folder"
+    shards = find_shards(path)
+    if shards is None:
+        raise CheckpointError(
+            f"{path}: expected a checkpoint, got a folder without model.safetensors, pytorch_model.bin, an index of "
+            f"shards or {INDEX}: give the file inside it"
+        )
+    for name in shards.files:
+        found = sniff(path / name)
+        if (found == "safetensors") != (shards.kind == "safetensors"):
+            raise CheckpointError(f"{path / name}: expected {shards.kind} by its name, got {found}: rename it")
+    return "safetensors folder" if shards.kind == "safetensors" else "torch folder"
+
+
+def _shards(folder: Path) -> Shards:
+    found = find_shards(folder)
+    if found is None:
+        raise CheckpointError(f"{folder}: expected a folder with weight files, found none")
+    return found
+
+
+def _decode_shards(shards: Shards, *, trust: bool, mapped: bool) -> "OrderedDict[str, Any]":
+    merged: OrderedDict[str, Any] = OrderedDict()
+    for name in shards.files:
+        path = shards.folder / name
+        part = decode(path, sniff(path), trust=trust, mapped=mapped)
+        if not isinstance(part, dict):
+            raise CheckpointError(f"{path}: expected a state dict, got {type(part).__name__}")
+        twice = next((key for key in part if key in merged), None)
+        if twice is not None:
+            raise CheckpointError(f"{path}: holds {twice!r}, which another shard has too: remove the stale shards")
+        merged.update(part)
+    missing = [key for key in shards.weight_map if key not in merged]
+    if missing:
+        raise CheckpointError(
+            f"{shards.folder}: the index names {len(missing)} tensors that no shard holds ({missing[0]}): copy it again"
+        )
+    order = {key: place for place, key in enumerate(shards.weight_map)}
+    return OrderedDict(sorted(merged.items(), key=lambda item: order.get(item[0], len(order))))
+
+
+def _encode_shards(folder: Path, tensors: Any, like: Shards) -> None:
+    weight_map = {key: shard_of(key, like) for key in tensors}
+    for name in like.files:
+        part = {key: tensors[key] for key, file in weight_map.items() if file == name}
+        if like.kind == "safetensors":
+            _write_safetensors(folder / name, part, read_metadata(like.folder / name) or {"format": "pt"})
+        else:
+            torch.save(part, folder / name)
+    write_index(folder, like, weight_map, tensors)
+
+
+def _decode_pickle(path: Path, *, trust: bool, legacy: bool, mapped: bool) -> Any:
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), plain_globals():
             # torch warns of pickle protocols that it then refuses: one of the two is enough.
             warnings.filterwarnings("ignore", message="Detected pickle protocol")
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and not legacy)
     except Exception as error:  # what a damaged or hostile file raises is anybody's guess
         if not trust:
-            raise CheckpointError(_refusal(path, container, error)) from error
+            raise CheckpointError(_refusal(path, error, legacy=legacy)) from error
     try:
         return torch.load(path, map_location="cpu", weights_only=False)
     except (ImportError, AttributeError) as error:
@@ -109,23 +226,6 @@ def decode(path: Path, container: Container, *, trust: bool) -> Any:
         ) from error
     except Exception as error:
         raise CheckpointError(f"{path}: truncated or damaged, or its own code fails ({_cause(error)})") from error
-
-
-def encode(path: Path, container: Container, content: Any, record: str) -> None:
-    """Write `content` and the text of the record to a new file at `path`.
-
-    Args:
-        content: tensors by key, or (torch zip only) any object that can be pickled.
-    """
-    if container == "safetensors":
-        # Not save_file, which (0.8) creates files that only their owner can read.
-        path.write_bytes(safetensors.torch.save(content, {"format": "pt", _METADATA_KEY: record}))
-        return
-    with open(path, "xb") as file:
-        torch.save(content, file)
-    # An entry of its own: torch.load (weights_only, mmap) reads the archive as before, and no key joins the tensors.
-    with zipfile.ZipFile(path, "a") as archive:
-        archive.writestr(f"{_root(archive)}/{_ZIP_ENTRY}", record)
 
 
 def _root(archive: zipfile.ZipFile) -> str:
@@ -139,6 +239,11 @@ def _check_zip(path: Path) -> None:
         raise CheckpointError(f"{path}: begins like a torch file and ends too early: truncated, copy it again")
     with _damage_told(path), zipfile.ZipFile(path) as archive:
         names = {name.partition("/")[2] for name in archive.namelist()}
+    if names & {"archive_format", "serialized_exported_program.json"}:
+        raise CheckpointError(
+            f"{path}: an exported program, whose loading may run code: torch.export.load it where you trust it, then "
+            "normswap.convert(program.module()), or convert the Python model's state_dict() and export again"
+        )
     if "constants.pkl" in names:
         raise CheckpointError(
             f"{path}: TorchScript, whose code is fixed: convert the Python model's state_dict(), then script it again"
@@ -152,20 +257,32 @@ def _damage_told(path: Path) -> Iterator[None]:
     """Turn what the readers of damaged archives raise into one line."""
     try:
         yield
+    except NormswapError:
+        raise
     except Exception as error:
         if isinstance(error, OSError) and error.filename is not None:
             raise  # a missing permission or file; a damaged offset that leads nowhere names no file
         raise CheckpointError(f"{path}: truncated or damaged ({first_line(error)}): copy it again") from error
 
 
-def _refusal(path: Path, container: Container, error: Exception) -> str:
-    blocked = _blocked_globals(path, container)
+def _refusal(path: Path, error: Exception, *, legacy: bool) -> str:
+    blocked = _blocked_globals(path, legacy=legacy)
     if not blocked:
         return f"{path}: truncated or damaged, or pickled in an unusual way ({_cause(error)}): save it again"
     return (
-        f"{path}: holds a pickled object, not a state dict; loading it would run {_listed(blocked)}: pass --trust "
-        "(trust=True) if you trust where it comes from, or save model.state_dict() instead"
+        f"{path}: holds pickled objects beside tensors and plain data; loading them would run {_listed(blocked)}: pass "
+        "--trust (trust=True) if you trust where it comes from, or save model.state_dict() instead"
     )
+
+
+def _blocked_globals(path: Path, *, legacy: bool) -> list[str]:
+    with ExitStack() as stack:
+        file = stack.enter_context(open(path, "rb"))
+        if legacy:
+            return blocked_globals([file] * (_LEGACY_HEADERS + 1))
+        stack.enter_context(_damage_told(path))
+        archive = stack.enter_context(zipfile.ZipFile(file))
+        return blocked_globals([stack.enter_context(archive.open(f"{_root(archive)}/data.pkl"))])
 
 
 def _describe(head: bytes) -> str:
@@ -179,49 +296,6 @@ def _describe(head: bytes) -> str:
         if "".join(text.split()).isprintable():
             return f"text ({json.dumps(text[:20])}...)"
     return f"bytes of an unknown kind ({head[:8].hex(' ')} ...)"
-
-
-def _blocked_globals(path: Path, container: Container) -> list[str]:
-    """The globals that a pickle names and that are not known to be harmless; nothing is imported for it."""
-    found: set[str] = set()
-    with open(path, "rb") as file:
-        if container == "legacy pickle":
-            for _ in range(_LEGACY_HEADERS + 1):
-                found |= _named_globals(file)
-        else:
-            with (
-                _damage_told(path),
-                zipfile.ZipFile(file) as archive,
-                archive.open(f"{_root(archive)}/data.pkl") as pickle,
-            ):
-                found |= _named_globals(pickle)
-    blocked = (name for name in found if not re.match(_HARMLESS, name))
-    return sorted(blocked, key=lambda name: (name.partition(".")[0] in _EXPECTED_MODULES, name))
-
-
-def _named_globals(file: IO[bytes]) -> set[str]:
-    """Read one pickle's opcodes without acting on them; a damaged rest is not read."""
-    found: set[str] = set()
-    strings: list[str] = []
-    memo: dict[int, str] = {}
-    try:
-        argument: Any
-        for opcode, argument, _ in pickletools.genops(file):
-            if opcode.name in ("GLOBAL", "INST"):
-                found.add(".".join(argument.split(" ", 1)))
-            elif opcode.name == "STACK_GLOBAL":
-                found.add(".".join(strings[-2:]))
-            elif opcode.name == "MEMOIZE":
-                memo[len(memo)] = strings[-1] if strings else ""
-            elif opcode.name in ("BINPUT", "LONG_BINPUT", "PUT"):
-                memo[int(argument)] = strings[-1] if strings else ""
-            elif opcode.name in ("BINGET", "LONG_BINGET", "GET"):
-                strings.append(memo.get(int(argument), ""))
-            elif isinstance(argument, str):
-                strings.append(argument)
-    except Exception:  # noqa: BLE001 - as in decode
-        return found
-    return found
 
 
 def _listed(names: list[str], most: int = 4) -> str:

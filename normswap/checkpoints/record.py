@@ -6,8 +6,9 @@ checked like any other.
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
+from hashlib import sha256
 from typing import Any, Literal, Self
 
 import torch
@@ -39,12 +40,23 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Original:
+    """What a site was: its class, eps and momentum (None where the norm has none), and whether it was frozen."""
+
+    class_name: str
+    eps: float | None
+    momentum: float | None
+    frozen: bool
+
+
+@dataclass(frozen=True)
 class Record:
     """What a file says of the model in it.
 
     `payload` is what the tensors are held in, `architecture` what builds the model (`timm:resnet50`), `verification`
-    the proof. `tied` maps a tensor's key to the key under which its value is stored, `channels_last`
-    names the tensors of that memory format: only safetensors, which knows neither, needs them.
+    the proof, `originals` what each site was, by fqn, `entry` where the converted weights lie in a file of several
+    models. `tied` maps a tensor's key to the key under which its value is stored, `channels_last` names the tensors of
+    that memory format: only safetensors, which knows neither, needs them. `fingerprint` seals record and content.
     """
 
     payload: Payload
@@ -54,6 +66,9 @@ class Record:
     history: tuple[Step, ...] = ()
     tied: Mapping[str, str] = field(default_factory=dict)
     channels_last: tuple[str, ...] = ()
+    originals: Mapping[str, Original] = field(default_factory=dict)
+    entry: str | None = None
+    fingerprint: str | None = None
     normswap: str = normswap.__version__
     torch: str = str(torch.__version__)
 
@@ -61,6 +76,10 @@ class Record:
         """Return the record as JSON of one line."""
         plan = None if self.plan is None else self.plan.to_dict()
         return json.dumps({"version": RECORD_VERSION, **asdict(self), "plan": plan})
+
+    def sealed(self, content: str) -> Self:
+        """Return the record with the fingerprint of itself and of a content, whose own fingerprint is `content`."""
+        return replace(self, fingerprint=_seal(json.loads(self.to_json()), content))
 
     @classmethod
     def from_json(cls, text: str) -> Self:
@@ -76,6 +95,26 @@ class Record:
             return cls(**{name: _FIELDS[name](value) for name, value in data.items()})
         except (ValueError, TypeError, KeyError, AttributeError, PlanError) as error:
             raise CheckpointError(f"its record is damaged ({error}): convert the original file again") from error
+
+
+def check_seal(text: str, content: str) -> None:
+    """Refuse a record whose own fingerprint does not seal it and a content; one without a fingerprint passes.
+
+    Raises:
+        CheckpointError: record or content are not what was written.
+    """
+    data = json.loads(text)
+    fingerprint = data.get("fingerprint")
+    if fingerprint is not None and fingerprint != _seal(data, content):
+        raise CheckpointError(
+            "not what normswap wrote: its tensors or its record were changed or damaged since: copy or convert it again"
+        )
+
+
+def _seal(data: dict[str, Any], content: str) -> str:
+    # Over the JSON as it is stored, so that a version with more fields finds the same.
+    text = json.dumps({**data, "fingerprint": content}, sort_keys=True)
+    return sha256(text.encode()).hexdigest()
 
 
 def _payload(value: Any) -> Payload:
@@ -101,6 +140,9 @@ _FIELDS: dict[str, Callable[[Any], Any]] = {
     "history": lambda value: tuple(Step(**_of(dict)(step)) for step in value),
     "tied": lambda value: {_of(str)(key): _of(str)(kept) for key, kept in _of(dict)(value).items()},
     "channels_last": lambda value: tuple(_of(str)(key) for key in value),
+    "originals": lambda value: {_of(str)(fqn): Original(**_of(dict)(item)) for fqn, item in _of(dict)(value).items()},
+    "entry": _of(str, type(None)),
+    "fingerprint": _of(str, type(None)),
     "normswap": _of(str),
     "torch": _of(str),
 }

@@ -15,6 +15,8 @@ from normswap.surgery.norms import vertex_of
 from normswap.surgery.settings import SiteSettings, settle
 
 PLAN_VERSION = 1
+# The class of a norm that is known by the names of its tensors only.
+ANY_CLASS = "*"
 
 
 @dataclass(frozen=True)

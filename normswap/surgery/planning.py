@@ -3,6 +3,7 @@
 The arguments are the ground; settings by pattern override them site by site.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,10 +17,10 @@ from normswap.surgery.norm_site import NormSite
 from normswap.surgery.norms import KINDS, KNOWN_NORMS, Norms, requested_kind, vertex_of
 from normswap.surgery.observation import describe_shapes
 from normswap.surgery.patterns import Names, first_matches, matched
-from normswap.surgery.plan import NEVER_FILLED, Skip, Swap, SwapPlan, notes_on, with_vertex
+from normswap.surgery.plan import ANY_CLASS, NEVER_FILLED, Skip, Swap, SwapPlan, notes_on, with_vertex
 from normswap.surgery.settings import Settings, SiteSettings, settle
 from normswap.surgery.sites import find_norm_sites
-from normswap.surgery.tree import class_name
+from normswap.surgery.tree import class_name, modules_by_name
 from normswap.surgery.wrapping import unwrap
 
 # LN of fewer values than this at one position erases the signal (two values normalise to +1 and -1).
@@ -240,3 +241,32 @@ def _default_size(model: nn.Module) -> tuple[int, ...] | None:
     config = getattr(model, "pretrained_cfg", None)
     size = config.get("input_size") if isinstance(config, dict) else None
     return tuple(size) if size else None
+
+
+def complete_plan(model: nn.Module, plan: SwapPlan, *, prefix: str = "") -> SwapPlan:
+    """Return `plan` settled for `model`, where it was made from the names of tensors alone; else `plan` itself.
+
+    Args:
+        prefix: what stands before the model's own names in those of the plan.
+
+    Raises:
+        PlanError: a planned site is not in the model, or is not of a kind that the plan can be carried out on.
+    """
+    unsettled = [swap for swap in plan.swaps if swap.class_name == ANY_CLASS]
+    if not unsettled:
+        return plan
+    told: Settings = {
+        f"re:{re.escape(swap.fqn.removeprefix(prefix))}": {"gate": swap.gate, "branches": swap.branches}
+        for swap in unsettled
+    }
+    settled = plan_swaps(model, include=tuple(told), settings=told)
+    by_name = modules_by_name(unwrap(model))
+    swapped = {id(by_name[swap.fqn]) for swap in settled.swaps if swap.fqn in by_name}
+    names = [swap.fqn.removeprefix(prefix) for swap in unsettled]
+    missing = [name for name in names if id(by_name.get(name)) not in swapped]
+    if missing:
+        reason = next((skip.reason for skip in settled.skips if skip.fqn == missing[0]), "no norm of a known class")
+        raise PlanError(
+            f"{len(missing)} sites of the plan cannot be swapped in this model, such as {missing[0]}: {reason}"
+        )
+    return settled

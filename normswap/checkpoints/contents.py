@@ -1,0 +1,199 @@
+"""What a file's content is made of: the weights to convert, copies of them (EMA), optimizer states, the rest.
+
+Told by structure, since every trainer has its own layout: a state dict is a mapping of names to tensors, an optimizer
+state has `state` and `param_groups`. Names only choose among several and give the layout its name. Reads no file,
+changes nothing: `replaced` returns a new content that shares all other values.
+"""
+
+from argparse import Namespace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from normswap.errors import CheckpointError
+
+Place = tuple[str | int, ...]
+
+# Entries that hold the weights, the likeliest first.
+_WEIGHTS = (
+    "state_dict",
+    "model",
+    "model_state_dict",
+    "model_state",
+    "net",
+    "network",
+    "weights",
+    "module",
+    "params",
+    "current_model_state",
+)
+_COPIES = ("ema", "averag", "swa", "teacher", "best")
+_DEPTH = 3
+_HINTS = ("arch", "model", "model_name", "architecture")
+
+
+@dataclass(frozen=True)
+class Contents:
+    """Where things lie in a file's content, each place a path of keys; () is the content itself.
+
+    `kind` says what the whole is, `weights` where the tensors or the module to convert are, `others` where further
+    ones are, `optimizers` where optimizer states are.
+    """
+
+    kind: str
+    weights: Place
+    others: tuple[Place, ...] = ()
+    optimizers: tuple[Place, ...] = ()
+
+
+def read_contents(content: Any, *, entry: str | None = None) -> Contents:
+    """Return where weights, their copies and optimizer states lie in `content`.
+
+    Args:
+        entry: the entry whose weights are meant, where there are several: its name, dots between nested ones.
+
+    Raises:
+        CheckpointError: there are no weights, several and none is likelier, or `entry` holds none.
+    """
+    found = dict(_holders(content, ()))
+    if not found:
+        raise CheckpointError(f"expected a state dict or a module, got {_described(content)}")
+    weights = _chosen(found, entry)
+    others = tuple(place for place in found if place != weights)
+    optimizers = tuple(place for place, _ in _optimizer_states(content, ()))
+    return Contents(_kind(content, weights), weights, others, optimizers)
+
+
+def at(content: Any, place: Place) -> Any:
+    """Return what lies at `place`."""
+    for key in place:
+        content = content[key]
+    return content
+
+
+def replaced(content: Any, values: Mapping[Place, Any]) -> Any:
+    """Return `content` with these values at their places; mappings and lists on the way are copied, nothing else."""
+    if () in values:
+        return values[()]
+    below: dict[str | int, dict[Place, Any]] = {}
+    for (key, *rest), value in values.items():
+        below.setdefault(key, {})[tuple(rest)] = value
+    if not below:
+        return content
+    if isinstance(content, Mapping):
+        changed = dict(content) if type(content) is dict else content.copy()  # type: ignore[attr-defined]
+    else:
+        changed = list(content)
+    for key, inner in below.items():
+        changed[key] = replaced(content[key], inner)
+    return changed if isinstance(content, Mapping) else type(content)(changed)
+
+
+def without(content: Any, place: Place) -> dict[str, Any]:
+    """Return the entries of `content` but for the one at `place`; nothing, if that is the content itself."""
+    if not place:
+        return {}
+    key, *rest = place
+    left = {name: value for name, value in content.items() if name != key}
+    inner = without(content[key], tuple(rest)) if rest and isinstance(content[key], Mapping) else {}
+    return left | ({str(key): inner} if inner else {})
+
+
+def hinted_architectures(content: Any) -> tuple[str, ...]:
+    """Return what a training checkpoint says of its architecture: names such as `resnet50`, unchecked."""
+    if not isinstance(content, Mapping):
+        return ()
+    args = content.get("args")
+    options = vars(args) if isinstance(args, Namespace) else args if isinstance(args, Mapping) else {}
+    said = (source.get(key) for source in (content, options) for key in _HINTS)
+    return tuple(dict.fromkeys(word for word in said if isinstance(word, str)))
+
+
+def name_of(place: Place) -> str:
+    """Return a place as the user writes it."""
+    return ".".join(map(str, place))
+
+
+def is_state_dict(value: Any) -> bool:
+    """Say whether `value` maps names to tensors, some of them floating and none without a name."""
+    if not isinstance(value, Mapping) or not value or not all(isinstance(key, str) for key in value):
+        return False
+    tensors = [item for item in value.values() if isinstance(item, Tensor)]
+    stray = any(not isinstance(item, Tensor) and not key.endswith("_extra_state") for key, item in value.items())
+    return not stray and any(tensor.is_floating_point() and tensor.dim() for tensor in tensors)
+
+
+def _holders(value: Any, place: Place) -> Iterator[tuple[Place, Any]]:
+    if isinstance(value, nn.Module) or is_state_dict(value):
+        yield place, value
+    elif isinstance(value, Mapping) and len(place) < _DEPTH and not _is_optimizer_state(value):
+        for key, inner in value.items():
+            if isinstance(key, str):
+                yield from _holders(inner, (*place, key))
+
+
+def _optimizer_states(value: Any, place: Place) -> Iterator[tuple[Place, Any]]:
+    if _is_optimizer_state(value):
+        yield place, value
+    elif len(place) < _DEPTH and isinstance(value, Mapping) and not is_state_dict(value):
+        for key, inner in value.items():
+            if isinstance(key, str):
+                yield from _optimizer_states(inner, (*place, key))
+    elif len(place) < _DEPTH and isinstance(value, list | tuple):
+        for index, inner in enumerate(value):
+            yield from _optimizer_states(inner, (*place, index))
+
+
+def _is_optimizer_state(value: Any) -> bool:
+    return isinstance(value, Mapping) and {"state", "param_groups"} <= value.keys()
+
+
+def _chosen(found: Mapping[Place, Any], entry: str | None) -> Place:
+    if entry is not None:
+        match = next((place for place in found if name_of(place) == entry), None)
+        if match is None:
+            raise CheckpointError(f"no weights at {entry!r}: expected one of {_listed(found)}")
+        return match
+    for name in _WEIGHTS:
+        for place in sorted(found, key=len):
+            if place and place[-1] == name:
+                return place
+    plain = [place for place in found if not any(word in name_of(place).lower() for word in _COPIES)]
+    candidates = plain or list(found)
+    if len(candidates) > 1:
+        raise CheckpointError(
+            f"holds several models ({_listed(found)}): say which with --entry NAME (entry=...), one at a time"
+        )
+    return candidates[0]
+
+
+def _kind(content: Any, weights: Place) -> str:
+    if not weights:
+        return "module" if isinstance(content, nn.Module) else "state dict"
+    keys = content.keys() if isinstance(content, Mapping) else set()
+    marks = (
+        ("pytorch-lightning_version", "Lightning checkpoint"),
+        ("state_dict_ema", "timm training checkpoint"),
+        ("meta", "mmengine checkpoint"),
+        ("lr_scheduler", "torchvision training checkpoint"),
+    )
+    if {"arch", "epoch", "version"} <= keys:
+        return "timm training checkpoint"
+    return next((name for key, name in marks if key in keys), "training checkpoint")
+
+
+def _listed(found: Sequence[Place] | Mapping[Place, Any]) -> str:
+    return ", ".join(repr(name_of(place)) for place in found)
+
+
+def _described(content: Any) -> str:
+    if isinstance(content, Mapping):
+        if not content:
+            return "an empty one"
+        bad = next((key for key, value in content.items() if not isinstance(value, Tensor)), None)
+        if bad is not None:
+            return f"a mapping with the entry {bad!r} of type {type(content[bad]).__name__} and no state dict in it"
+        return "a mapping of tensors, none of them a weight by name"
+    return type(content).__name__

@@ -1,0 +1,147 @@
+"""Folders of `torch.distributed.checkpoint`, read and written in one process.
+
+torch's own reader unpickles the folder's index and every value that is no tensor without a check. Here the index goes
+through an unpickler that knows the index's own classes only, and values through `weights_only`.
+"""
+
+import collections
+import io
+import pathlib
+import pickle
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path, PurePath
+from typing import Any, cast
+
+import torch
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint import filesystem, metadata
+
+from normswap.checkpoints.plain_globals import plain_globals
+from normswap.errors import CheckpointError
+
+INDEX = ".metadata"
+_VALUE = object()
+
+
+def read_distributed(folder: Path) -> dict[str, Any]:
+    """Return the content of the checkpoint in `folder`, nested as it was saved, on the CPU.
+
+    Raises:
+        CheckpointError: the index names code or files elsewhere.
+    """
+    reader = _Reader(folder)
+    index = reader.read_metadata()
+    flat = {name: _place_for(entry) for name, entry in index.state_dict_metadata.items()}
+    with _one_process():
+        dcp.load(flat, storage_reader=reader, planner=_Planner(), no_dist=True)
+    content: dict[str, Any] = {}
+    for name, value in flat.items():
+        path = (index.planner_data or {}).get(name, (name,))
+        _put(content, path if isinstance(path, tuple) else (path,), value)
+    return cast("dict[str, Any]", _as_lists(content))
+
+
+def write_distributed(folder: Path, content: Mapping[str, Any]) -> None:
+    """Write `content` as a checkpoint into the existing, empty `folder`."""
+    with _one_process():
+        dcp.save(dict(content), storage_writer=dcp.FileSystemWriter(folder), no_dist=True)
+
+
+class _Reader(dcp.FileSystemReader):
+    """Reads the index without running what it names."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> metadata.Metadata:
+        path = Path(self.path) / INDEX
+        found = _IndexUnpickler(io.BytesIO(path.read_bytes())).load()
+        if not isinstance(found, metadata.Metadata) or not isinstance(found.state_dict_metadata, dict):
+            raise CheckpointError(f"{path}: expected the index of a distributed checkpoint, got something else")
+        for info in (found.storage_data or {}).values():
+            if PurePath(info.relative_path).name != info.relative_path:
+                raise CheckpointError(f"{path}: names a file outside its folder ({info.relative_path!r})")
+        if getattr(found, "storage_meta", None) is None:
+            found.storage_meta = metadata.StorageMeta()
+        found.storage_meta.load_id = self.load_id
+        return found
+
+
+class _Planner(dcp.DefaultLoadPlanner):
+    """Loads by flat names, and values that are no tensors as plain data only."""
+
+    def __init__(self) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+
+    def load_bytes(self, read_item: dcp.planner.ReadItem, value: io.BytesIO) -> None:
+        with plain_globals():
+            self.state_dict[read_item.dest_index.fqn] = torch.load(value, map_location="cpu", weights_only=True)
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    """Knows dtypes and the classes of an index, all of them plain records."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        known = _INDEX_CLASSES.get(f"{module}.{name}")
+        if known is not None:
+            return known
+        value = getattr(torch, name, None) if module == "torch" else None
+        if isinstance(value, torch.dtype):
+            return value
+        raise CheckpointError(f"the index of the distributed checkpoint names {module}.{name}, which is never run")
+
+
+def _records(module: Any, names: tuple[str, ...]) -> dict[str, Any]:
+    found = {name: getattr(module, name, None) for name in names}
+    return {f"{module.__name__}.{name}": value for name, value in found.items() if value is not None}
+
+
+_INDEX_CLASSES: Mapping[str, Any] = {
+    **_records(
+        metadata,
+        (
+            "BytesStorageMetadata",
+            "ChunkStorageMetadata",
+            "Metadata",
+            "MetadataIndex",
+            "StorageMeta",
+            "TensorProperties",
+            "TensorStorageMetadata",
+            "_MEM_FORMAT_ENCODING",
+        ),
+    ),
+    **_records(filesystem, ("_StorageInfo", "_StoragePrefix")),
+    **_records(torch.serialization, ("_get_layout",)),
+    **_records(torch, ("Size",)),
+    **_records(collections, ("OrderedDict",)),
+    **_records(pathlib, ("PosixPath", "PurePosixPath")),
+    "pathlib._local.PosixPath": pathlib.PosixPath,
+}
+
+
+def _place_for(entry: Any) -> Any:
+    if isinstance(entry, metadata.TensorStorageMetadata):
+        return torch.empty(entry.size, dtype=entry.properties.dtype)
+    return _VALUE
+
+
+def _put(content: dict[Any, Any], path: tuple[Any, ...], value: Any) -> None:
+    *above, last = path
+    for key in above:
+        content = content.setdefault(key, {})
+    content[last] = value
+
+
+def _as_lists(value: Any) -> Any:
+    """Mappings whose keys are 0, 1, 2, ... were lists."""
+    if not isinstance(value, dict):
+        return value
+    inner = {key: _as_lists(item) for key, item in value.items()}
+    return [inner[index] for index in range(len(inner))] if inner and [*inner] == [*range(len(inner))] else inner
+
+
+@contextmanager
+def _one_process() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        warnings.filterwarnings("ignore", message="TypedStorage is deprecated")
+        yield

@@ -1,0 +1,115 @@
+"""A fingerprint of a content, the same in every container, and whether a written file holds just that content.
+
+Written files are checked without a second copy in memory: structure, types and plain values by reading them back,
+bytes by streaming over the file.
+"""
+
+import hashlib
+import json
+import struct
+import zipfile
+from argparse import Namespace
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor, nn
+
+_CHUNK = 1 << 24
+
+
+def fingerprint(content: Any) -> str:
+    """Return the SHA-256, as hexadecimal digits, of every name, tensor and plain value in `content`.
+
+    Tensors count with dtype, shape and bytes; of a module its state dict counts. Values of other kinds count with
+    their type only, empty lists and mappings not at all. Order matters in lists and not among the keys of a mapping.
+    """
+    digest = hashlib.sha256()
+    for path, value in _leaves(content, ""):
+        digest.update(f"{path}\0{_plain(value)}\0".encode())
+        if isinstance(value, Tensor):
+            for chunk in _chunks(value):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def same_structure(first: Any, second: Any) -> bool:
+    """Say whether two contents agree in all names, plain values, dtypes and shapes; no tensor's values are read."""
+    pairs = zip_leaves(first, second)
+    return pairs is not None and all(_plain(a) == _plain(b) for a, b in pairs)
+
+
+def zip_leaves(first: Any, second: Any) -> list[tuple[Any, Any]] | None:
+    """Return the leaves of two contents side by side, or None where their names differ."""
+    a, b = list(_leaves(first, "")), list(_leaves(second, ""))
+    if [path for path, _ in a] != [path for path, _ in b]:
+        return None
+    return [(x, y) for (_, x), (_, y) in zip(a, b, strict=True)]
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Say whether two tensors are of one dtype and shape and agree in every bit: NaN is NaN, and 0 is not -0."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return torch.equal(_as_bytes(a), _as_bytes(b))
+
+
+def safetensors_holds(path: Path, tensors: Mapping[str, Tensor]) -> bool:
+    """Say whether a safetensors file holds the bytes of these tensors and no others, streaming over the file."""
+    with open(path, "rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        if header.keys() != tensors.keys():
+            return False
+        for name, entry in header.items():
+            file.seek(8 + length + entry["data_offsets"][0])
+            for chunk in _chunks(tensors[name]):
+                if not numpy.array_equal(numpy.frombuffer(file.read(len(chunk)), numpy.uint8), chunk):
+                    return False
+    return True
+
+
+def zip_is_sound(path: Path) -> bool:
+    """Say whether the bytes of every member of a zip archive are those that were written into it."""
+    with zipfile.ZipFile(path) as archive:
+        return archive.testzip() is None
+
+
+def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, nn.Module):
+        value = value.state_dict()
+    if isinstance(value, Namespace):
+        value = vars(value)
+    if isinstance(value, Mapping):
+        for key in sorted(value, key=lambda key: (type(key).__name__, str(key))):
+            yield from _leaves(value[key], f"{path}/{key}")
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            yield from _leaves(item, f"{path}/{index}")
+    else:
+        yield path, value
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"tensor {value.dtype} {tuple(value.shape)}"
+    if isinstance(value, numpy.ndarray | numpy.generic):
+        return f"{type(value).__name__} {value.dtype} {value.shape} {value.tolist()!r}"
+    if isinstance(value, str | int | float | bool | complex | bytes | None):
+        return repr(value)
+    return type(value).__name__
+
+
+def _as_bytes(tensor: Tensor) -> Tensor:
+    # As bytes, since NaN differs from itself and -0 does not differ from 0.
+    flat = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
+    return flat.view(torch.uint8)
+
+
+def _chunks(tensor: Tensor) -> Iterator[Any]:
+    data = _as_bytes(tensor).numpy() if tensor.numel() else numpy.empty(0, numpy.uint8)
+    for start in range(0, len(data), _CHUNK):
+        yield data[start : start + _CHUNK]
