@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from normswap.checkpoints.checkpoint import load as load
     from normswap.checkpoints.checkpoint import save as save
     from normswap.errors import NormswapError as NormswapError
+    from normswap.finetune.param_groups import param_groups as param_groups
     from normswap.layers.functional import switch_norm as switch_norm
     from normswap.layers.modules import SwitchNorm1d as SwitchNorm1d
     from normswap.layers.modules import SwitchNorm2d as SwitchNorm2d
@@ -39,6 +40,7 @@ _HOMES = {
     "load": "normswap.checkpoints.checkpoint",
     "save": "normswap.checkpoints.checkpoint",
     "NormswapError": "normswap.errors",
+    "param_groups": "normswap.finetune.param_groups",
     "switch_norm": "normswap.layers.functional",
     "SwitchNorm1d": "normswap.layers.modules",
     "SwitchNorm2d": "normswap.layers.modules",

@@ -27,6 +27,10 @@ class ModelError(NormswapError):
     """The model's own forward pass failed; carries the model's message and the module that raised it."""
 
 
+class OptimizerError(NormswapError, ValueError):
+    """An optimizer, its parameter groups or a learning rate does not fit the model."""
+
+
 class CheckpointError(NormswapError):
     """A file cannot be read, identified or written."""
 

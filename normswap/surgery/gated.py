@@ -4,8 +4,9 @@ from typing import NamedTuple
 
 from torch import nn
 
+from normswap.layers.adoption import GATE_PARAMETERS
 from normswap.layers.gates import GatedModule
-from normswap.surgery.tree import walk_modules
+from normswap.surgery.tree import join, walk_modules
 from normswap.surgery.wrapping import unwrap
 
 
@@ -20,6 +21,23 @@ def gated_modules(model: nn.Module) -> dict[str, GatedModule]:
     """Return every module with gates by its first name."""
     places = walk_modules(unwrap(model))
     return {place.names[0]: place.module for place in places if isinstance(place.module, GatedModule)}
+
+
+def gate_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters of all gates by name, also those of modules that no registry knows."""
+    return {
+        join(name, gate): parameter
+        for name, layer in gated_modules(model).items()
+        for gate in GATE_PARAMETERS
+        if (parameter := layer._parameters.get(gate)) is not None
+    }
+
+
+def trainable_gates(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the gates that learn by name, in the order of `named_parameters()` of the model inside its wrappers."""
+    gates = set(gate_parameters(model).values())
+    named = unwrap(model).named_parameters()
+    return {name: parameter for name, parameter in named if parameter in gates and parameter.requires_grad}
 
 
 def importance_weights(model: nn.Module) -> dict[str, ImportanceWeights]:

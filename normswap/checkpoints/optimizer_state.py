@@ -1,0 +1,145 @@
+"""Optimizer state dicts as they lie in files: the group of the gates appended, everything else untouched.
+
+An optimizer's state dict numbers its parameters by their place in the groups. A group behind all others therefore
+leaves every number valid, and with it the momentum that the file holds. Works on plain dicts: no model, no optimizer.
+"""
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeGuard
+
+from normswap.errors import CheckpointError, OptimizerError
+
+# An option of the group of gates, by which it is known again. Optimizers carry options that they do not know.
+GATE_GROUP = "gates"
+# Options that are learning rates or bounds of them; schedulers add all but the first.
+_RATES = ("lr", "initial_lr", "max_lr", "min_lr", "swa_lr")
+# A count of steps that an optimizer keeps per group: the gates' begins anew, or their first steps would be too long.
+_COUNTS = ("step",)
+
+StateDict = Mapping[str, Any]
+
+
+def is_optimizer_state(value: object) -> TypeGuard[StateDict]:
+    """Say whether `value` has the structure of an optimizer's state dict: `state`, and `param_groups` with `params`."""
+    if not isinstance(value, Mapping) or not isinstance(value.get("state"), Mapping):
+        return False
+    groups = value.get("param_groups")
+    return isinstance(groups, list | tuple) and all(
+        isinstance(group, Mapping) and isinstance(group.get("params"), list | tuple) for group in groups
+    )
+
+
+def has_gates(optimizer_state: StateDict) -> bool:
+    """Say whether a group of gates is in an optimizer's state dict, made by `with_gates` or `param_groups`."""
+    return any(group.get(GATE_GROUP) is True for group in optimizer_state["param_groups"])
+
+
+def with_gates(
+    optimizer_state: StateDict, *, gates: Sequence[str], importance_lr: float | None = None
+) -> dict[str, Any]:
+    """Return the state dict of the optimizer of a converted model: that of the original with the gates in a last group.
+
+    `optimizer.load_state_dict` takes it where the optimizer was built from `param_groups(converted, like=...)`. The
+    state, the old groups and all other entries are shared with `optimizer_state`, not copied.
+
+    Args:
+        optimizer_state: the state dict of the optimizer of the model before its conversion.
+        gates: names of the trainable gates in the order of `surgery.gated.trainable_gates`; none adds no group.
+        importance_lr: their learning rate, as in `gate_options`.
+
+    Raises:
+        CheckpointError: not such a state dict, damaged, or with gates already.
+        OptimizerError: `importance_lr` is no learning rate.
+    """
+    groups = _checked_groups(optimizer_state)
+    if not gates:
+        return dict(optimizer_state)
+    taken = [key for group in groups for key in group["params"]]
+    added = gate_options(groups[-1], importance_lr=importance_lr)
+    if "param_names" in groups[-1]:
+        added["param_names"] = list(gates)
+    # Some libraries name parameters where torch numbers them.
+    named = bool(taken) and isinstance(taken[0], str)
+    first = max((key for key in (*taken, *optimizer_state["state"]) if isinstance(key, int)), default=-1) + 1
+    added["params"] = list(gates) if named else list(range(first, first + len(gates)))
+    return {**optimizer_state, "param_groups": [*optimizer_state["param_groups"], added]}
+
+
+def gate_options(template: Mapping[str, Any], *, importance_lr: float | None = None) -> dict[str, Any]:
+    """Return the options of a group of gates: those of `template`, but no weight decay and a learning rate of its own.
+
+    Args:
+        template: a group, whose parameters are left aside.
+        importance_lr: the learning rate before any schedule (of OneCycleLR the highest), default that of `template`.
+            Where a scheduler has been at work the present rate is the same share of it as in `template`.
+
+    Raises:
+        OptimizerError: `importance_lr` is negative or not finite.
+    """
+    check_rate("importance_lr", importance_lr)
+    left = ("params", "param_names", *_COUNTS)
+    options = {name: copy.deepcopy(value) for name, value in template.items() if name not in left}
+    options |= {"weight_decay": 0.0, GATE_GROUP: True}
+    if importance_lr is not None:
+        base = base_rate(template)
+        present = {name: options[name] for name in _RATES if options.get(name) is not None} or {"lr": base}
+        options |= {name: rescaled(rate, old=base, new=importance_lr) for name, rate in present.items()}
+    return options
+
+
+def base_rate(group: Mapping[str, Any]) -> Any:
+    """Return the learning rate of a group before any schedule, of OneCycleLR the highest; None if it has none."""
+    return next((group[name] for name in ("max_lr", "initial_lr", "lr") if group.get(name) is not None), None)
+
+
+def rescaled(rate: Any, *, old: Any, new: Any) -> Any:
+    """Return `rate`, a number or a tensor, as it would be with the base `new` in place of `old`."""
+    return new * (rate / old) if old else new
+
+
+def check_rate(name: str, value: float | None) -> None:
+    """Refuse a learning rate or weight decay that is negative or not finite.
+
+    Raises:
+        OptimizerError: as said.
+    """
+    if value is not None and not (math.isfinite(value) and value >= 0):
+        raise OptimizerError(f"{name}: expected a finite number >= 0, got {value}")
+
+
+def _checked_groups(optimizer_state: object) -> Sequence[Mapping[str, Any]]:
+    if not is_optimizer_state(optimizer_state):
+        kind = type(optimizer_state).__name__
+        got = f"entries {[*optimizer_state][:6]}" if isinstance(optimizer_state, Mapping) else kind
+        raise CheckpointError(
+            f"expected an optimizer's state dict, 'state' and 'param_groups', got {got}: pass optimizer.state_dict()"
+        )
+    groups: Sequence[Mapping[str, Any]] = optimizer_state["param_groups"]
+    problem = _problem(groups, optimizer_state["state"])
+    if problem:
+        raise CheckpointError(f"the optimizer's state dict {problem}: save it again with optimizer.state_dict()")
+    if has_gates(optimizer_state):
+        raise CheckpointError("the optimizer's state dict has a group of gates already: load it as it is")
+    return groups
+
+
+def _problem(groups: Sequence[Mapping[str, Any]], state: Mapping[Any, Any]) -> str | None:
+    """What is wrong with groups of parameters by number or name, in words that follow the subject."""
+    keys = [key for group in groups for key in group["params"]]
+    if not groups:
+        return "has no parameter group"
+    if not (all(type(key) is int for key in keys) or all(isinstance(key, str) for key in keys)):
+        return "is damaged, it gives parameters neither all by number nor all by name"
+    if len({"param_names" in group for group in groups}) > 1:
+        return "is damaged, some of its groups name their parameters and some do not"
+    for index, group in enumerate(groups):
+        if "param_names" in group and len(group["param_names"]) != len(group["params"]):
+            return (
+                f"is damaged, group {index} has {len(group['params'])} parameters and {len(group['param_names'])} names"
+            )
+    # Whatever is no mapping under a number belongs to no parameter.
+    held = {key for key, value in state.items() if isinstance(key, int | str) and isinstance(value, Mapping)}
+    lost = sorted(map(str, held - set(keys)))
+    return f"is damaged, parameter {lost[0]} has a state and is in no group" if lost else None
