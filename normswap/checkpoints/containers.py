@@ -121,7 +121,7 @@ def encode(path: Path, container: Container, content: Any, record: str) -> None:
         # Not save_file, which (0.8) creates files that only their owner can read.
         path.write_bytes(safetensors.torch.save(content, {"format": "pt", _METADATA_KEY: record}))
         return
-    with open(path, "xb") as file:
+    with open(path, "wb") as file:
         torch.save(content, file)
     # An entry of its own: torch.load (weights_only, mmap) reads the archive as before, and no key joins the tensors.
     with zipfile.ZipFile(path, "a") as archive:
