@@ -416,10 +416,10 @@ def test_an_output_must_be_a_file_in_a_folder(folder: Path) -> None:
 
 
 def test_an_unwritable_folder_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(**_: Any) -> None:
+    def refuse(*_: Any) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(atomic.tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(atomic.os, "open", refuse)
     message = "bn.normswap.pt: cannot write in . (Permission denied): choose another folder"
     assert_refused(folder, CONVERT, 2, message)
 

@@ -443,7 +443,7 @@ def test_safetensors_hold_no_module(tmp_path: Path) -> None:
 def test_a_text_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "plan.json").write_text("old")
     monkeypatch.setattr(atomic.os, "replace", _disk_full)
-    with pytest.raises(CheckpointError, match=r"plan\.json: cannot be written: No space left on device"):
+    with pytest.raises(CheckpointError, match=r"plan\.json: cannot be written \(No space left on device\): free some"):
         atomic.write_text(tmp_path / "plan.json", "new")
     assert [entry.name for entry in tmp_path.iterdir()] == ["plan.json"]
     assert (tmp_path / "plan.json").read_text() == "old"

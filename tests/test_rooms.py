@@ -49,6 +49,8 @@ ROOMS = [
     "comparison",
     "site_watch",
     "verification",
+    "checkpoints.endings",
+    "checkpoints.temporaries",
     "checkpoints.atomic",
     "checkpoints.record",
     "checkpoints.containers",

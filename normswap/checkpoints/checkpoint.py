@@ -204,7 +204,7 @@ def _readable(weights: Mapping[str, Tensor]) -> "OrderedDict[str, Tensor]":
             raise CheckpointError(f"the tensor {key!r} is on the meta device and has no values: load it first")
         if isinstance(value, Tensor) and value.is_quantized:
             raise CheckpointError(
-                f"the tensor {key!r} is quantised, its norms are folded away: convert the model from before quantisation"
+                f"the tensor {key!r} is quantised, its norms are folded away: convert the model as it was before"
             )
     state = OrderedDict(weights)
     if hasattr(weights, "_metadata"):

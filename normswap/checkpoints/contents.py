@@ -6,12 +6,14 @@ changes nothing: `replaced` returns a new content that shares all other values.
 """
 
 from argparse import Namespace
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
+from normswap.checkpoints.optimizer_state import is_optimizer_state
+from normswap.checkpoints.scheduler_state import is_scheduler_state
 from normswap.errors import CheckpointError
 
 Place = tuple[str | int, ...]
@@ -39,13 +41,14 @@ class Contents:
     """Where things lie in a file's content, each place a path of keys; () is the content itself.
 
     `kind` says what the whole is, `weights` where the tensors or the module to convert are, `others` where further
-    ones are, `optimizers` where optimizer states are.
+    ones are, `optimizers` and `schedulers` where those states are.
     """
 
     kind: str
     weights: Place
     others: tuple[Place, ...] = ()
     optimizers: tuple[Place, ...] = ()
+    schedulers: tuple[Place, ...] = ()
 
 
 def read_contents(content: Any, *, entry: str | None = None) -> Contents:
@@ -62,8 +65,9 @@ def read_contents(content: Any, *, entry: str | None = None) -> Contents:
         raise CheckpointError(f"expected a state dict or a module, got {_described(content)}")
     weights = _chosen(found, entry)
     others = tuple(place for place in found if place != weights)
-    optimizers = tuple(place for place, _ in _optimizer_states(content, ()))
-    return Contents(_kind(content, weights), weights, others, optimizers)
+    optimizers = tuple(_places(content, (), is_optimizer_state))
+    schedulers = tuple(_places(content, (), is_scheduler_state))
+    return Contents(_kind(content, weights), weights, others, optimizers, schedulers)
 
 
 def at(content: Any, place: Place) -> Any:
@@ -128,26 +132,23 @@ def is_state_dict(value: Any) -> bool:
 def _holders(value: Any, place: Place) -> Iterator[tuple[Place, Any]]:
     if isinstance(value, nn.Module) or is_state_dict(value):
         yield place, value
-    elif isinstance(value, Mapping) and len(place) < _DEPTH and not _is_optimizer_state(value):
+    elif isinstance(value, Mapping) and len(place) < _DEPTH and not is_optimizer_state(value):
         for key, inner in value.items():
             if isinstance(key, str):
                 yield from _holders(inner, (*place, key))
 
 
-def _optimizer_states(value: Any, place: Place) -> Iterator[tuple[Place, Any]]:
-    if _is_optimizer_state(value):
-        yield place, value
-    elif len(place) < _DEPTH and isinstance(value, Mapping) and not is_state_dict(value):
-        for key, inner in value.items():
-            if isinstance(key, str):
-                yield from _optimizer_states(inner, (*place, key))
-    elif len(place) < _DEPTH and isinstance(value, list | tuple):
-        for index, inner in enumerate(value):
-            yield from _optimizer_states(inner, (*place, index))
-
-
-def _is_optimizer_state(value: Any) -> bool:
-    return isinstance(value, Mapping) and {"state", "param_groups"} <= value.keys()
+def _places(value: Any, place: Place, is_one: Callable[[Any], bool]) -> Iterator[Place]:
+    """Where values of a kind lie, in lists too, not inside one another or inside weights."""
+    if is_one(value):
+        yield place
+    elif len(place) < _DEPTH and not is_state_dict(value) and not is_optimizer_state(value):
+        inside = (
+            value.items() if isinstance(value, Mapping) else enumerate(value) if type(value) in (list, tuple) else ()
+        )
+        for key, inner in inside:
+            if isinstance(key, str | int):
+                yield from _places(inner, (*place, key), is_one)
 
 
 def _chosen(found: Mapping[Place, Any], entry: str | None) -> Place:

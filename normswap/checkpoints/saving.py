@@ -30,6 +30,7 @@ from normswap.checkpoints.layout import separate
 from normswap.checkpoints.optimizer_state import with_gates
 from normswap.checkpoints.prefixes import StoredNames, names_for
 from normswap.checkpoints.record import Original, Payload, Record, Step
+from normswap.checkpoints.scheduler_state import scheduler_with_gates
 from normswap.checkpoints.state_surgery import with_metadata, with_tensors
 from normswap.errors import CheckpointError, PlanError, SwapError
 from normswap.layers.modules import FunctionalSwitchNorm
@@ -134,6 +135,11 @@ def converted_content(
     for place in where.optimizers:
         extended, note = _extended(at(content, place), checkpoint.weights, new, alone=len(where.optimizers) == 1)
         values |= {} if extended is None else {place: extended}
+        notes.append(f"{name_of(place)}: {note}")
+    optimizer = next((values[place] for place in where.optimizers if place in values), None)
+    for place in where.schedulers if optimizer else ():
+        scheduled, note = _rescheduled(at(content, place), optimizer)
+        values |= {} if scheduled is None else {place: scheduled}
         notes.append(f"{name_of(place)}: {note}")
     return Carried(replaced(content, values), tuple(notes))
 
@@ -250,6 +256,13 @@ def _extended(state: Any, weights: Any, new: New, *, alone: bool) -> tuple[Any, 
     if not alone and numbered > len(tensors):
         return None, "left as it is, not of this model"
     return with_gates(state, gates=new.trainable), f"{len(new.trainable)} gates appended as a last group"
+
+
+def _rescheduled(state: Any, optimizer: Any) -> tuple[Any, str]:
+    try:
+        return scheduler_with_gates(state, optimizer_state=optimizer), "gates follow the last group's schedule"
+    except CheckpointError:
+        return None, "left as it is, of another optimizer"
 
 
 def _check_plan(model: nn.Module, plan: SwapPlan | None) -> None:
