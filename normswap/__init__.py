@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from normswap.checkpoints.checkpoint import Loaded as Loaded
     from normswap.checkpoints.checkpoint import load as load
-    from normswap.checkpoints.checkpoint import save as save
+    from normswap.checkpoints.saving import save as save
     from normswap.errors import NormswapError as NormswapError
     from normswap.finetune.param_groups import param_groups as param_groups
     from normswap.layers.functional import switch_norm as switch_norm
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Loaded": "normswap.checkpoints.checkpoint",
     "load": "normswap.checkpoints.checkpoint",
-    "save": "normswap.checkpoints.checkpoint",
+    "save": "normswap.checkpoints.saving",
     "NormswapError": "normswap.errors",
     "param_groups": "normswap.finetune.param_groups",
     "switch_norm": "normswap.layers.functional",

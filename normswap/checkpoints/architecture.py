@@ -164,7 +164,8 @@ def _build_transformers(folder: Path, classes: list[str], keywords: Mapping[str,
     if not (isinstance(cls, type) and (cls is transformers.AutoModel or issubclass(cls, transformers.PreTrainedModel))):
         raise ArchitectureError(f"hf:{folder}: expected a model class of transformers in config.json, got {classes}")
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, **keywords)
-    model: nn.Module = cls.from_config(config) if cls is transformers.AutoModel else cls(config)
+    build: Any = cls.from_config if cls is transformers.AutoModel else cls
+    model: nn.Module = build(config)
     return model
 
 

@@ -25,6 +25,11 @@ _HINTS = {
 }
 
 
+def located(path: Path) -> Path:
+    """Return the checkpoint that `path` means: the folder, if it is the index of the shards in it."""
+    return path.parent if path.name.endswith(".index.json") else path
+
+
 def check_readable(path: Path) -> None:
     """Refuse a path that is neither a folder nor a file with something in it.
 
@@ -37,12 +42,12 @@ def check_readable(path: Path) -> None:
         raise CheckpointError(f"{path}: the file is empty: copy or download it again")
 
 
-def check_writable(path: Path, *, replace: bool, folder: bool = False) -> None:
+def check_writable(path: Path, *, replace: bool, as_folder: bool = False) -> None:
     """Refuse an output path before any slow work is done for it.
 
     Args:
         replace: whether an existing file may be replaced.
-        folder: whether a folder is to be written there, which never replaces one.
+        as_folder: whether a folder is to be written there, which never replaces one.
 
     Raises:
         CheckpointError: its folder is missing or not writable, its name too long, it is a folder, a device or a link
@@ -50,7 +55,7 @@ def check_writable(path: Path, *, replace: bool, folder: bool = False) -> None:
     """
     if not path.parent.is_dir():
         raise CheckpointError(f"{path}: expected an existing folder, got {path.parent}: create it first")
-    if folder:
+    if as_folder:
         _refuse_existing(path)
     final = _final(path)
     if path.exists() and not replace:

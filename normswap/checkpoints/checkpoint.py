@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from normswap.checkpoints.architecture import build_architecture, is_foreign_code
-from normswap.checkpoints.containers import TENSORS_ONLY, Container, decode, located, read_record_text, sniff
-from normswap.checkpoints.contents import Contents, at, name_of, read_contents, replaced, without
+from normswap.checkpoints.atomic import located
+from normswap.checkpoints.containers import TENSORS_ONLY, Container, decode, read_record_text, sniff
+from normswap.checkpoints.contents import Contents, at, read_contents, replaced, without
 from normswap.checkpoints.fingerprint import fingerprint
 from normswap.checkpoints.fit import fill
 from normswap.checkpoints.layout import rejoin
@@ -249,8 +250,3 @@ def _built(source: Architecture) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise ArchitectureError(f"architecture: expected a function that returns a module, got {type(model).__name__}")
     return model
-
-
-def describe_others(checkpoint: Checkpoint) -> list[str]:
-    """Return the names of further weights in the file."""
-    return [name_of(place) for place in checkpoint.contents.others]

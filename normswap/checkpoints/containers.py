@@ -46,11 +46,6 @@ _LEGACY_HEADERS = 3  # magic number, protocol version, byte order: pickles of th
 _MAX_SAFETENSORS_HEADER = 100_000_000  # the format's own limit
 
 
-def located(path: Path) -> Path:
-    """Return the checkpoint that `path` means: the folder, if it is the index of the shards in it."""
-    return path.parent if path.name.endswith(".index.json") and path.is_file() else path
-
-
 def sniff(path: Path) -> Container:
     """Return the kind of container that the bytes of the file or the files of the folder at `path` are.
 

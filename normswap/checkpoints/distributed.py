@@ -15,8 +15,12 @@ from pathlib import Path, PurePath
 from typing import Any, cast
 
 import torch
-from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint import filesystem, metadata
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from normswap.checkpoints.plain_globals import plain_globals
 from normswap.errors import CheckpointError
@@ -35,7 +39,7 @@ def read_distributed(folder: Path) -> dict[str, Any]:
     index = reader.read_metadata()
     flat = {name: _place_for(entry) for name, entry in index.state_dict_metadata.items()}
     with _one_process():
-        dcp.load(flat, storage_reader=reader, planner=_Planner(), no_dist=True)
+        load(flat, storage_reader=reader, planner=_Planner(), no_dist=True)
     content: dict[str, Any] = {}
     for name, value in flat.items():
         path = (index.planner_data or {}).get(name, (name,))
@@ -46,10 +50,10 @@ def read_distributed(folder: Path) -> dict[str, Any]:
 def write_distributed(folder: Path, content: Mapping[str, Any]) -> None:
     """Write `content` as a checkpoint into the existing, empty `folder`."""
     with _one_process():
-        dcp.save(dict(content), storage_writer=dcp.FileSystemWriter(folder), no_dist=True)
+        save(dict(content), storage_writer=FileSystemWriter(folder), no_dist=True)
 
 
-class _Reader(dcp.FileSystemReader):
+class _Reader(FileSystemReader):
     """Reads the index without running what it names."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> metadata.Metadata:
@@ -60,19 +64,19 @@ class _Reader(dcp.FileSystemReader):
         for info in (found.storage_data or {}).values():
             if PurePath(info.relative_path).name != info.relative_path:
                 raise CheckpointError(f"{path}: names a file outside its folder ({info.relative_path!r})")
-        if getattr(found, "storage_meta", None) is None:
-            found.storage_meta = metadata.StorageMeta()
-        found.storage_meta.load_id = self.load_id
+        meta = getattr(found, "storage_meta", None) or metadata.StorageMeta()
+        meta.load_id = self.load_id
+        found.storage_meta = meta
         return found
 
 
-class _Planner(dcp.DefaultLoadPlanner):
+class _Planner(DefaultLoadPlanner):
     """Loads by flat names, and values that are no tensors as plain data only."""
 
     def __init__(self) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
 
-    def load_bytes(self, read_item: dcp.planner.ReadItem, value: io.BytesIO) -> None:
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         with plain_globals():
             self.state_dict[read_item.dest_index.fqn] = torch.load(value, map_location="cpu", weights_only=True)
 

@@ -65,7 +65,7 @@ class StoredNames:
 def prefixes_of(keys: Iterable[str]) -> list[str]:
     """Return every prefix that may stand before a model's own names in `keys`, the shortest ("") first."""
     found = {""}
-    for whole in {_PREFIX.match(key).group() for key in keys}:  # type: ignore[union-attr] - it may be empty
+    for whole in {match.group() for key in keys if (match := _PREFIX.match(key))}:
         parts = whole.split(".")[:-1]
         found |= {"".join(f"{part}." for part in parts[:count]) for count in range(1, len(parts) + 1)}
     return sorted(found, key=len)

@@ -144,9 +144,9 @@ def converted_content(
     return Carried(replaced(content, values), tuple(notes))
 
 
-def originals(model: nn.Module, plan: SwapPlan | None) -> dict[str, Original]:
-    """Return what each swapped site of a converted model was, by fqn."""
-    layers = gated_modules(model)
+def originals(model: nn.Module | None, plan: SwapPlan | None) -> dict[str, Original]:
+    """Return what each swapped site of a converted model was, by fqn; nothing where there is no model."""
+    layers = {} if model is None else gated_modules(model)
     return {
         swap.fqn: Original(
             swap.class_name,
@@ -187,7 +187,7 @@ def write_content(
     Raises:
         CheckpointError: it cannot be written, or the container cannot hold it; an existing file is as it was.
     """
-    check_writable(path, replace=replace_old, folder=container in FOLDERS)
+    check_writable(path, replace=replace_old, as_folder=container in FOLDERS)
     if container in FOLDERS and not isinstance(content, Mapping):
         raise CheckpointError(f"{path}: a folder holds tensors by name, not a pickled module: use a name in .pt")
     digest = fingerprint(content)

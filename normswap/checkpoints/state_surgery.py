@@ -5,7 +5,7 @@ architecture too. Tensors in, tensors out.
 """
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -13,7 +13,8 @@ from torch import Tensor
 from normswap.checkpoints.prefixes import StoredNames
 from normswap.layers.adoption import GATE_PARAMETERS
 from normswap.layers.importance import BRANCHES, initial_point
-from normswap.surgery.plan import ANY_CLASS, Swap, SwapPlan
+from normswap.surgery.patterns import first_matches
+from normswap.surgery.plan import ANY_CLASS, Skip, Swap, SwapPlan
 from normswap.surgery.tree import join
 
 _GROUP = ("running_mean", "running_var")
@@ -63,12 +64,32 @@ def with_metadata(
     return state
 
 
-def plan_from_names(state: Mapping[str, Tensor]) -> SwapPlan:
-    """Return a plan for every BN group of keys in `state`, by the names in the file.
+def plan_from_names(
+    state: Mapping[str, Tensor], *, include: Sequence[str] = (), exclude: Sequence[str] = ()
+) -> SwapPlan:
+    """Return a plan for the BN groups of keys in `state`.
 
     A group is a `running_mean` and a `running_var` of one length beside each other. What their module is nobody knows:
     the swaps name no class, and `planning.complete_plan` settles them once there is a model.
+
+    Args:
+        include, exclude: as in `plan_swaps`.
+
+    Raises:
+        PlanError: a pattern matches no group.
     """
+    swaps = _swaps_from_names(state)
+    sites = [(swap.fqn,) for swap in swaps]
+    included, excluded = first_matches(include, sites), first_matches(exclude, sites)
+    kept = [swap for swap in swaps if swap.fqn not in excluded and (not include or swap.fqn in included)]
+    skips = [
+        Skip(swap.fqn, ANY_CLASS, swap.kind, "left out by --include or --exclude") for swap in swaps if swap not in kept
+    ]
+    note = "made from the names of tensors alone: what each norm is, the model tells that the file is loaded into"
+    return SwapPlan(tuple(kept), tuple(skips), ANY_CLASS, None, (note,))
+
+
+def _swaps_from_names(state: Mapping[str, Tensor]) -> list[Swap]:
     swaps = []
     for key, mean in state.items():
         fqn, _, last = key.rpartition(".")
@@ -77,10 +98,7 @@ def plan_from_names(state: Mapping[str, Tensor]) -> SwapPlan:
             continue
         branches = BRANCHES if mean.numel() > 1 else tuple(branch for branch in BRANCHES if branch != "ln")
         swaps.append(Swap(fqn, ANY_CLASS, mean.numel(), "simplex", branches, "batch", train_gates=True))
-    notes = (
-        "made from the names of tensors alone: what each norm is, the model tells when the file is loaded into it",
-    )
-    return SwapPlan(tuple(swaps), (), ANY_CLASS, None, notes)
+    return swaps
 
 
 def gates_of(plan: SwapPlan) -> dict[str, Tensor]:

@@ -1,18 +1,18 @@
 """`normswap convert`: plan, swap, prove, write - and write nothing unless the proof holds."""
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from normswap.checkpoints.atomic import check_readable, check_writable, write_text
+from normswap.checkpoints.atomic import write_text
 from normswap.cli.failures import one_line_failures
-from normswap.cli.opening import Opened, describe_file, describe_size, open_model, read_file
+from normswap.cli.opening import Opened, describe_content, describe_file, describe_size, open_model, read_file, size_of
 from normswap.cli.options import (
-    InputSpec,
     arch_option,
+    entry_option,
     input_option,
     json_option,
     kinds_option,
@@ -21,43 +21,22 @@ from normswap.cli.options import (
     trust_option,
 )
 from normswap.cli.progress import stage
+from normswap.cli.wish import Wish, dropped_entries
 from normswap.errors import CheckpointError, NothingToDo, PlanError
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from torch import nn
 
+    from normswap.checkpoints.checkpoint import Checkpoint
     from normswap.checkpoints.containers import Container
+    from normswap.checkpoints.prefixes import StoredNames
+    from normswap.checkpoints.saving import Carried, New
     from normswap.surgery.conversion import Conversion
     from normswap.surgery.plan import SwapPlan
     from normswap.verification import Verification
 
 _GATES = ("simplex", "softmax")
-
-
-@dataclass(frozen=True)
-class _Wish:
-    """What the user asked for."""
-
-    file: Path
-    output: Path | None
-    arch: str | None
-    inputs: tuple[InputSpec, ...]
-    include: tuple[str, ...]
-    exclude: tuple[str, ...]
-    kinds: tuple[str, ...] | None
-    gate: str | None
-    plan: Path | None
-    save_plan: Path | None
-    verify: bool
-    tolerance: float | None
-    dry_run: bool
-    trust: bool
-    force: bool
-
-    @property
-    def target(self) -> Path:
-        """Where the model goes: `model.normswap.pt` beside `model.pt` unless told otherwise."""
-        return self.output or self.file.with_name(f"{self.file.stem}.normswap{self.file.suffix}")
 
 
 @click.command("convert", short_help="Convert a file and write the model to a new one.")
@@ -70,6 +49,7 @@ class _Wish:
     "model.pt, of the same kind.",
 )
 @arch_option
+@entry_option
 @input_option
 @click.option("--include", multiple=True, metavar="PATTERN", help="Swap only these sites: glob on names, or re:REGEX.")
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="Leave these sites as they are; wins over --include.")
@@ -81,6 +61,9 @@ class _Wish:
 )
 @click.option("--plan", type=click.Path(path_type=Path), help="Carry out a plan stored by --save-plan.")
 @click.option("--save-plan", type=click.Path(path_type=Path), help="Store the plan as JSON, also with --dry-run.")
+@click.option(
+    "--weights-only", is_flag=True, help="Leave out what is not the converted weights: optimizer, epoch, EMA."
+)
 @click.option("--verify/--no-verify", default=True, help="Measure that the function is the same (default).")
 @tolerance_option
 @click.option("--dry-run", is_flag=True, help="Do everything but write the model.")
@@ -91,12 +74,13 @@ class _Wish:
 def convert_command(file: Path, output: Path | None, as_json: bool, **options: Any) -> None:
     """Swap Batch Normalization (and more, see --kinds) for Switchable Normalization in FILE, into a new file.
 
-    FILE is a state dict (torch or safetensors; name its architecture with --arch) or a pickled module. The converted
-    model is measured against the original wherever the size of an input is known, and written only if it computes the
-    same function. Exit status 0 done, 1 nothing to convert or not the same function, 2 cannot.
+    FILE is any checkpoint: a state dict, a training checkpoint (its EMA copy and optimizer are carried along), a
+    pickled module, a folder of shards. The converted model is measured against the original wherever the size of an
+    input is known, and written only if it computes the same function. With --arch none the tensors are converted by
+    their names alone. Exit status 0 done, 1 nothing to convert or not the same function, 2 cannot.
     """
-    wish = _Wish(file, output, **options)
-    _check(wish)
+    wish = Wish(file, output, **options)
+    wish.check()
     from rich.console import Console
 
     document: dict[str, Any] = {"file": str(file), "output": None, "written": False, "verification": None}
@@ -111,41 +95,53 @@ def convert_command(file: Path, output: Path | None, as_json: bool, **options: A
         raise answer
 
 
-def _check(wish: _Wish) -> None:
-    """Refuse what can be refused before anything slow is done, torch's import included."""
-    if wish.plan is not None and (wish.include or wish.exclude or wish.kinds or wish.gate is not None):
-        raise click.UsageError("--plan decides everything: leave --include, --exclude, --kinds and --gate out")
-    if not wish.verify and wish.tolerance is not None:
-        raise click.UsageError("--tolerance has no meaning with --no-verify")
-    if wish.save_plan is not None and wish.save_plan.resolve() == wish.target.resolve():
-        raise click.UsageError("--save-plan and the output have the same name: choose another for one of them")
-    check_readable(wish.file)
-    if wish.plan is not None:
-        check_readable(wish.plan)
-    if not wish.dry_run:
-        check_writable(wish.target, replace=wish.force)
-    if wish.save_plan is not None:
-        check_writable(wish.save_plan, replace=wish.force)
-
-
-def _convert(wish: _Wish, console: "Console", document: dict[str, Any]) -> None:
+def _convert(wish: Wish, console: "Console", document: dict[str, Any]) -> None:
     """The command itself; what is known so far is printed, and noted in `document`."""
-    from normswap.reports.tables import heading, missing, parity, plan_summary
-    from normswap.surgery.conversion import convert
+    from normswap.reports.tables import carried_notes
 
     _refuse_converted(wish.file, document)
     stored = _stored_plan(wish.plan)
-    opened = open_model(read_file(wish.file, trust=wish.trust), arch=wish.arch, inputs=wish.inputs)
-    container = _container(wish, opened)
+    checkpoint = read_file(wish.file, trust=wish.trust, entry=wish.entry)
+    container = wish.container(checkpoint)
+    _check_values(checkpoint)
+    make = _by_names if wish.names_only else _by_architecture
+    result = make(wish, checkpoint, stored, console, document)
+    carried = _carried(wish, checkpoint, result)
+    if carried.notes:
+        console.print(carried_notes(carried.notes))
+    document["carried"] = list(carried.notes)
+    if wish.save_plan is not None:
+        write_text(wish.save_plan, result.plan.to_json())
+    if not wish.dry_run:
+        _write(wish, checkpoint, result, carried.content, container)
+        document |= {"output": str(wish.target), "written": True, "bytes": size_of(wish.target)}
+    _print_end(console, wish, checkpoint)
+
+
+@dataclass(frozen=True)
+class _Result:
+    """A conversion on its way into a file: what it adds, under which names, and the proof."""
+
+    plan: "SwapPlan"
+    names: "StoredNames"
+    new: "New"
+    architecture: str | None = None
+    model: "nn.Module | None" = None
+    proof: "Verification | None" = None
+
+
+def _by_architecture(
+    wish: Wish, checkpoint: "Checkpoint", stored: "SwapPlan | None", console: "Console", document: dict[str, Any]
+) -> _Result:
+    """Build the model, convert it, and hold it against the original."""
+    from normswap.checkpoints.saving import new_of
+    from normswap.reports.tables import missing, parity
+    from normswap.surgery.conversion import convert
+
+    opened = open_model(checkpoint, arch=wish.arch, inputs=wish.inputs, trust=wish.trust)
     with stage("finding norm sites"):
         plan = stored or _fresh_plan(wish, opened)
-    document |= {"architecture": opened.architecture, "plan": plan.to_dict()}
-    console.print(heading(wish.file.name, describe_file(opened)))
-    console.print()
-    console.print(plan_summary(plan))
-    console.print()
-    if not plan.swaps:
-        raise NothingToDo(_nothing(plan))
+    _tell_plan(console, document, describe_file(opened), checkpoint, plan, opened.architecture)
     with stage("swapping"):
         conversion = convert(opened.model, plan=plan)
     proof = _prove(wish, opened, conversion)
@@ -153,12 +149,67 @@ def _convert(wish: _Wish, console: "Console", document: dict[str, Any]) -> None:
     reason = "--no-verify" if not wish.verify else "give --input, nothing tells the size"
     console.print(parity(proof) if proof else missing("Parity", f"not measured: {reason}"))
     _refuse_difference(console, plan, proof)
-    if wish.save_plan is not None:
-        write_text(wish.save_plan, plan.to_json())
-    if not wish.dry_run:
-        _write(wish, opened, conversion, proof, container)
-        document |= {"output": str(wish.target), "written": True, "bytes": wish.target.stat().st_size}
-    _print_end(console, wish, opened)
+    new = new_of(opened.model.state_dict(), conversion.model)
+    return _Result(plan, opened.built.names, new, opened.architecture, conversion.model, proof)
+
+
+def _by_names(
+    wish: Wish, checkpoint: "Checkpoint", stored: "SwapPlan | None", console: "Console", document: dict[str, Any]
+) -> _Result:
+    """Convert the tensors by their names, without any model."""
+    from normswap.checkpoints.prefixes import names_under
+    from normswap.checkpoints.saving import New
+    from normswap.checkpoints.state_surgery import gates_of, plan_from_names
+    from normswap.reports.tables import missing
+
+    if checkpoint.payload == "module":
+        raise CheckpointError(f"{wish.file}: a pickled module brings its own architecture: leave --arch none out")
+    names = names_under(checkpoint.weights, "")
+    state = {name: checkpoint.weights[key] for name, key in names.stored.items()}
+    plan = plan_from_names(state, include=wish.include, exclude=wish.exclude)
+    _tell_plan(console, document, describe_content(checkpoint, "by names alone"), checkpoint, plan, None)
+    console.print(missing("Parity", "not measured: without an architecture there is no model to run"))
+    gates = gates_of(plan)
+    return _Result(plan, names, New(gates, {}, tuple(gates)))
+
+
+def _tell_plan(
+    console: "Console",
+    document: dict[str, Any],
+    description: str,
+    checkpoint: "Checkpoint",
+    plan: "SwapPlan",
+    architecture: str | None,
+) -> None:
+    from normswap.reports.tables import heading, plan_summary
+
+    document |= {"architecture": architecture, "plan": plan.to_dict()}
+    console.print(heading(checkpoint.path.name, description))
+    console.print()
+    console.print(plan_summary(plan))
+    console.print()
+    if not plan.swaps:
+        raise NothingToDo(_nothing(plan))
+
+
+def _carried(wish: Wish, checkpoint: "Checkpoint", result: _Result) -> "Carried":
+    from normswap.checkpoints.contents import read_contents
+    from normswap.checkpoints.saving import Carried, converted_content
+
+    module = result.model if checkpoint.payload == "module" else None
+    if not wish.weights_only:
+        return converted_content(checkpoint, result.names, result.new, module=module, plan=result.plan)
+    alone = replace(checkpoint, content=checkpoint.weights, contents=read_contents(checkpoint.weights))
+    content = converted_content(alone, result.names, result.new, module=module, plan=result.plan).content
+    dropped = dropped_entries(checkpoint)
+    return Carried(content, tuple(f"{name}: left out (--weights-only)" for name in dropped))
+
+
+def _check_values(checkpoint: "Checkpoint") -> None:
+    from normswap.checkpoints.norm_values import check_statistics
+
+    if checkpoint.payload == "state dict":
+        check_statistics(checkpoint.weights, name=str(checkpoint.path))
 
 
 def _refuse_converted(file: Path, document: dict[str, Any]) -> None:
@@ -174,17 +225,6 @@ def _refuse_converted(file: Path, document: dict[str, Any]) -> None:
         )
 
 
-def _container(wish: _Wish, opened: Opened) -> "Container":
-    """The kind of the output: what the name given with -o says, else the input's own."""
-    checkpoint = opened.checkpoint
-    as_safetensors = wish.target.suffix == ".safetensors"
-    if as_safetensors and checkpoint.payload == "module":
-        raise CheckpointError(f"{wish.target}: safetensors holds no pickled module: choose -o NAME.pt")
-    if wish.output is None:
-        return "safetensors" if checkpoint.container == "safetensors" else "torch zip"
-    return "safetensors" if as_safetensors else "torch zip"
-
-
 def _stored_plan(path: Path | None) -> "SwapPlan | None":
     from normswap.surgery.plan import SwapPlan
 
@@ -196,7 +236,7 @@ def _stored_plan(path: Path | None) -> "SwapPlan | None":
         raise PlanError(f"{path}: {error}") from error
 
 
-def _fresh_plan(wish: _Wish, opened: Opened) -> "SwapPlan":
+def _fresh_plan(wish: Wish, opened: Opened) -> "SwapPlan":
     from normswap.layers.importance import check_gate
     from normswap.surgery.planning import plan_swaps
 
@@ -218,7 +258,7 @@ def _nothing(plan: "SwapPlan") -> str:
     return f"none of the {len(plan.skips)} norm sites is to be swapped: {told}"
 
 
-def _prove(wish: _Wish, opened: Opened, conversion: "Conversion") -> "Verification | None":
+def _prove(wish: Wish, opened: Opened, conversion: "Conversion") -> "Verification | None":
     from normswap.verification import verify
 
     if not wish.verify or opened.inputs is None:
@@ -246,32 +286,33 @@ def _refuse_difference(console: "Console", plan: "SwapPlan", proof: "Verificatio
     )
 
 
-def _write(
-    wish: _Wish, opened: Opened, conversion: "Conversion", proof: "Verification | None", container: "Container"
-) -> None:
-    from normswap.checkpoints.checkpoint import sha256_of, write_checkpoint
+def _write(wish: Wish, source: "Checkpoint", result: _Result, content: Any, container: "Container") -> None:
+    from normswap.checkpoints.contents import name_of
     from normswap.checkpoints.record import Record, Step
+    from normswap.checkpoints.saving import originals, sha256_of, write_content
 
-    source = opened.checkpoint
     with stage(f"writing {wish.target.name}"):
-        step = Step.now("converted", source=wish.file.name, sha256=sha256_of(wish.file))
+        step = Step.now("converted", source=wish.file.name, sha256=sha256_of(source.path))
         record = Record(
             payload=source.payload,
-            architecture=opened.architecture,
-            plan=conversion.plan,
-            verification=proof,
+            architecture=result.architecture,
+            plan=result.plan,
+            verification=result.proof,
             history=(*(source.record.history if source.record else ()), step),
+            originals=originals(result.model, result.plan),
+            entry=None if wish.weights_only else name_of(source.contents.weights) or None,
         )
-        write_checkpoint(conversion.model, wish.target, container, record)
+        write_content(content, wish.target, container, record, like=source.path if source.path.is_dir() else None)
 
 
-def _print_end(console: "Console", wish: _Wish, opened: Opened) -> None:
+def _print_end(console: "Console", wish: Wish, source: "Checkpoint") -> None:
     console.print()
     if wish.save_plan is not None:
         console.print(f"plan stored in {wish.save_plan}", markup=False)
     if wish.dry_run:
         console.print(f"dry run: without --dry-run this writes {wish.target}", markup=False)
         return
-    trust = ", trust=True" if opened.checkpoint.payload == "module" else ""
+    trust = ", trust=True" if source.payload == "module" else ""
+    told = ", architecture=your_model" if wish.names_only else ""
     console.print(f"wrote {wish.target} ({describe_size(wish.target)})", style="bold", markup=False)
-    console.print(f'next: model = normswap.load("{wish.target}"{trust}).model', markup=False, soft_wrap=True)
+    console.print(f'next: model = normswap.load("{wish.target}"{told}{trust}).model', markup=False, soft_wrap=True)

@@ -13,6 +13,7 @@ from normswap.cli.opening import describe_file, describe_size, open_model, read_
 from normswap.cli.options import (
     InputSpec,
     arch_option,
+    entry_option,
     input_option,
     json_option,
     kinds_option,
@@ -30,16 +31,17 @@ if TYPE_CHECKING:
 @click.command("inspect", short_help="Show the norm sites of a file, or its record once converted.")
 @click.argument("file", type=click.Path(path_type=Path))
 @arch_option
+@entry_option
 @input_option
 @kinds_option
 @trust_option
 @json_option
 @one_line_failures
-def inspect_command(file: Path, trust: bool, as_json: bool, **options: Any) -> None:
+def inspect_command(file: Path, trust: bool, as_json: bool, entry: str | None, **options: Any) -> None:
     """Show the norm sites of FILE with the decision for each, or the record of a converted FILE.
 
-    FILE is a state dict (torch or safetensors) or a pickled module. Of a converted file the plan, the proof, the
-    history and the importance weights are shown, which needs no --arch.
+    FILE is any checkpoint, or a folder of shards. Of a converted file the plan, the proof, the history and the
+    importance weights are shown, which needs no --arch.
     """
     check_readable(file)
     with stage("starting"):
@@ -49,7 +51,7 @@ def inspect_command(file: Path, trust: bool, as_json: bool, **options: Any) -> N
     if record is not None and record.plan is not None and record.plan.swaps:
         _show_converted(file, record, record.plan, trust=trust, as_json=as_json)
     else:
-        _show_sites(file, **options, trust=trust, as_json=as_json)
+        _show_sites(file, **options, entry=entry, trust=trust, as_json=as_json)
 
 
 def _show_sites(
@@ -58,6 +60,7 @@ def _show_sites(
     arch: str | None,
     inputs: Sequence[InputSpec],
     kinds: Sequence[str] | None,
+    entry: str | None,
     trust: bool,
     as_json: bool,
 ) -> None:
@@ -67,7 +70,7 @@ def _show_sites(
     from normswap.surgery.planning import plan_swaps
     from normswap.surgery.sites import find_norm_sites
 
-    opened = open_model(read_file(file, trust=trust), arch=arch, inputs=inputs)
+    opened = open_model(read_file(file, trust=trust, entry=entry), arch=arch, inputs=inputs, trust=trust)
     with stage("finding norm sites"):
         sites = find_norm_sites(opened.model, opened.inputs)
         plan = plan_swaps(opened.model, opened.inputs, kinds=kinds or ("bn",))

@@ -11,21 +11,30 @@ from normswap.cli.progress import stage
 if TYPE_CHECKING:
     from torch import nn
 
-    from normswap.checkpoints.checkpoint import Checkpoint
+    from normswap.checkpoints.checkpoint import Built, Checkpoint
 
 
 @dataclass(frozen=True)
 class Opened:
-    """A file's content, the model in it, the architecture's name where known, and an example input or None."""
+    """A file's content, the model built for it, and an example input or None."""
 
     checkpoint: "Checkpoint"
-    model: "nn.Module"
-    architecture: str | None
+    built: "Built"
     inputs: Any
 
+    @property
+    def model(self) -> "nn.Module":
+        """The model in the file."""
+        return self.built.model
 
-def read_file(path: Path, *, trust: bool) -> "Checkpoint":
-    """Read a file under the eyes of the user.
+    @property
+    def architecture(self) -> str | None:
+        """What builds the model, where a name says so."""
+        return self.built.architecture
+
+
+def read_file(path: Path, *, trust: bool, entry: str | None = None) -> "Checkpoint":
+    """Read a file under the eyes of the user, its tensors as they are used.
 
     Raises:
         CheckpointError: as `normswap.load`.
@@ -33,10 +42,10 @@ def read_file(path: Path, *, trust: bool) -> "Checkpoint":
     with stage(f"reading {path.name}"):
         from normswap.checkpoints.checkpoint import read_checkpoint
 
-        return read_checkpoint(path, trust=trust)
+        return read_checkpoint(path, trust=trust, entry=entry, mapped=True)
 
 
-def open_model(checkpoint: "Checkpoint", *, arch: str | None, inputs: Sequence[InputSpec]) -> Opened:
+def open_model(checkpoint: "Checkpoint", *, arch: str | None, inputs: Sequence[InputSpec], trust: bool) -> Opened:
     """Build the model in a file and an example input for it. `arch` wins over what the file says.
 
     Raises:
@@ -45,18 +54,28 @@ def open_model(checkpoint: "Checkpoint", *, arch: str | None, inputs: Sequence[I
     with stage("building the model"):
         from normswap.checkpoints.checkpoint import build_model
 
-        model = build_model(checkpoint, arch)
-    architecture = arch or (checkpoint.record.architecture if checkpoint.record else None)
-    return Opened(checkpoint, model, architecture, example_inputs(inputs, model, architecture))
+        built = build_model(checkpoint, arch, trust=trust)
+    return Opened(checkpoint, built, example_inputs(inputs, built.model, built.architecture))
 
 
 def describe_file(opened: Opened) -> str:
     """Return what a file is, for a heading: payload, container, architecture, size."""
     checkpoint = opened.checkpoint
-    parts = [checkpoint.payload, checkpoint.container, opened.architecture, describe_size(checkpoint.path)]
+    return describe_content(checkpoint, opened.architecture)
+
+
+def describe_content(checkpoint: "Checkpoint", architecture: str | None) -> str:
+    """Return what a content is: kind, container, architecture, size."""
+    parts = [checkpoint.contents.kind, checkpoint.container, architecture, describe_size(checkpoint.path)]
     return ", ".join(part for part in parts if part)
 
 
 def describe_size(path: Path) -> str:
-    """Return the size of a file in megabytes (10^6 bytes)."""
-    return f"{path.stat().st_size / 1e6:.1f} MB"
+    """Return the size of a file, or of all in a folder, in megabytes (10^6 bytes)."""
+    return f"{size_of(path) / 1e6:.1f} MB"
+
+
+def size_of(path: Path) -> int:
+    """Return the bytes in a file, or in all files of a folder."""
+    files = [entry for entry in path.rglob("*") if entry.is_file()] if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files)

@@ -104,8 +104,13 @@ def _finite(value: Any) -> Any:
 arch_option = click.option(
     "--arch",
     metavar="ZOO:NAME[,KEY=VALUE...]",
-    help="What a state dict belongs to: timm:NAME or torchvision:NAME, with keywords such as num_classes=10. "
-    "Files that normswap wrote say it themselves.",
+    help="What the tensors belong to: timm:NAME, torchvision:NAME, hf:FOLDER or path/file.py:function, with keywords "
+    "such as num_classes=10. Files that normswap wrote say it themselves.",
+)
+entry_option = click.option(
+    "--entry",
+    metavar="NAME",
+    help="Which weights of several in the file are meant, such as state_dict_ema; dots between nested entries.",
 )
 input_option = click.option(
     "--input",

@@ -11,6 +11,7 @@ from normswap.cli.opening import Opened, describe_file, open_model, read_file
 from normswap.cli.options import (
     InputSpec,
     arch_option,
+    entry_option,
     input_option,
     json_option,
     print_json,
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 @click.argument("original", type=click.Path(path_type=Path))
 @click.argument("converted", type=click.Path(path_type=Path))
 @arch_option
+@entry_option
 @input_option
 @tolerance_option
 @trust_option
@@ -37,6 +39,7 @@ def verify_command(
     original: Path,
     converted: Path,
     arch: str | None,
+    entry: str | None,
     inputs: tuple[InputSpec, ...],
     tolerance: float | None,
     trust: bool,
@@ -54,9 +57,9 @@ def verify_command(
     from normswap.reports.tables import heading, parity, worst_sites
     from normswap.verification import verify
 
-    files = [read_file(path, trust=trust) for path in (original, converted)]
+    files = [read_file(path, trust=trust, entry=entry) for path in (original, converted)]
     said = [file.record.architecture for file in files if file.record and file.record.architecture]
-    first, second = (_open(file, arch or next(iter(said), None), inputs) for file in files)
+    first, second = (_open(file, arch or next(iter(said), None), inputs, trust=trust) for file in files)
     if first.inputs is None:
         raise ArchitectureError("nothing tells the size of an input: give one with --input 2x3x224x224")
     with stage("comparing the two in float64"):
@@ -76,6 +79,6 @@ def verify_command(
         raise NothingToDo(f"{converted} does not compute the same function as {original}")
 
 
-def _open(file: "Checkpoint", arch: str | None, inputs: tuple[InputSpec, ...]) -> Opened:
+def _open(file: "Checkpoint", arch: str | None, inputs: tuple[InputSpec, ...], *, trust: bool) -> Opened:
     own = file.record.architecture if file.record else None
-    return open_model(file, arch=None if file.payload == "module" else own or arch, inputs=inputs)
+    return open_model(file, arch=None if file.payload == "module" else own or arch, inputs=inputs, trust=trust)

@@ -126,8 +126,8 @@ def _check_owner(model: nn.Module, groups: Iterable[Group]) -> None:
     if foreign:
         shapes = ", ".join("x".join(map(str, p.shape)) or "scalar" for p in foreign[:_MOST])
         raise OptimizerError(
-            f"like: {len(foreign)} of its parameters are not the model's ({shapes}): build the optimizer from the converted "
-            "model, or convert with inplace=True, or pass its state_dict()"
+            f"like: {len(foreign)} of its parameters are not the model's ({shapes}): build the optimizer from the "
+            "converted model, or convert with inplace=True, or pass its state_dict()"
         )
 
 

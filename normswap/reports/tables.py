@@ -42,6 +42,11 @@ def plan_summary(plan: SwapPlan) -> RenderableType:
     return Group(*parts)
 
 
+def carried_notes(notes: Sequence[str]) -> RenderableType:
+    """Return what became of the rest of a file."""
+    return Group(Text(""), Text("Carried", "bold"), bullets(notes))
+
+
 def parity(verification: Verification) -> RenderableType:
     """Return every check with its error, its limit and its verdict, and the float32 error for the record."""
     loosened = "; limit loosened by --tolerance" if verification.loosened else ""
