@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 import normswap
 from normswap.checkpoints import atomic, checkpoint, containers
-from normswap.checkpoints.checkpoint import read_checkpoint, read_record, sha256_of, stored_importance_weights
+from normswap.checkpoints.checkpoint import read_checkpoint, read_record, stored_importance_weights
 from normswap.checkpoints.record import Record, Step
+from normswap.checkpoints.saving import sha256_of
 from normswap.errors import ArchitectureError, CheckpointError, NormswapError, PlanError
 
 TENSOR_FILES = pytest.mark.parametrize("name", ["model.pt", "model.safetensors"])

@@ -21,7 +21,8 @@ from click.testing import CliRunner, Result
 from torch import nn
 
 import normswap
-from normswap.checkpoints.checkpoint import read_record, sha256_of
+from normswap.checkpoints.checkpoint import read_record
+from normswap.checkpoints.saving import sha256_of
 from normswap.cli import convert as convert_module
 from normswap.cli import main
 from normswap.cli.options import InputSpec, example_inputs, parse_input
