@@ -47,7 +47,8 @@ def param_groups(
         lr: of all groups, default the optimizer's own. Not with `like`.
         weight_decay: of the groups that have any. Not with `like`.
         importance_lr: the learning rate of the gates, default that of the last old group. It is meant before any
-            schedule: where a scheduler has been at work, the gates get the same share of it as the last old group has.
+            schedule: where a scheduler has left an `initial_lr`, the gates' present rate is the same share of it as
+            that of the last old group.
 
     Returns:
         The groups, each with `params` and its options; that of the gates has the option `gates=True`.
@@ -126,8 +127,8 @@ def _check_owner(model: nn.Module, groups: Iterable[Group]) -> None:
     if foreign:
         shapes = ", ".join("x".join(map(str, p.shape)) or "scalar" for p in foreign[:_MOST])
         raise OptimizerError(
-            f"like: {len(foreign)} of its parameters are not the model's ({shapes}): build the optimizer from the converted "
-            "model, or convert with inplace=True, or pass its state_dict()"
+            f"like: {len(foreign)} of its parameters are not the model's ({shapes}): build the optimizer from the "
+            "converted model, or convert with inplace=True, or pass its state_dict()"
         )
 
 
