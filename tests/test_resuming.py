@@ -148,7 +148,10 @@ def test_training_resumed_after_conversion_continues_with_the_old_momentum(build
 
 @pytest.mark.filterwarnings("ignore:It is highly recommended to have 'opt_einsum':UserWarning")
 @pytest.mark.parametrize(("name", "near"), [("lamb", 1e-2), ("madgrad", 1e-4), ("madgradw", 1e-4), ("kron", None)])
-def test_where_the_gates_are_felt_by_the_others_the_state_is_right_all_the_same(name: str, near: float | None) -> None:
+def test_where_the_gates_are_felt_by_the_others_the_state_is_right_all_the_same(
+    name: str, near: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # Kron compiles its steps, which takes long
     # Lamb clips by the norm of all gradients, MADGRAD adds its eps to the rate of 0, Kron draws random numbers.
     start = trained(timms(name), by_model=True)
     after = resumed(start, timms(name), importance_lr=0.0)
