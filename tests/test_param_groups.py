@@ -202,6 +202,8 @@ def test_parameter_names_are_kept_and_the_gates_get_theirs() -> None:
     groups = normswap.param_groups(model, like=optimizer)
     assert [group["param_names"] for group in groups] == [ORDINARY, GATES]
     assert names(model, torch.optim.SGD(groups, lr=0.1).param_groups) == [ORDINARY, GATES]
+    with_empty = [*optimizer.param_groups, {"params": [], "param_names": [], "lr": 0.1}]
+    assert normswap.param_groups(model, like=with_empty)[-1]["param_names"] == GATES
     pairs = [{"params": list(model.named_parameters()), "lr": 0.1}]
     assert normswap.param_groups(model, like=pairs)[-1]["param_names"] == GATES
 

@@ -71,9 +71,9 @@ def param_groups(
     if not gates:
         return kept
     added = {**gate_options(template, importance_lr=importance_lr), "params": list(gates.values())}
-    if template.get("param_names"):
-        prefix = wrapper_prefix(model, template["param_names"][0])
-        added["param_names"] = [prefix + name for name in gates]
+    if "param_names" in template:
+        first = next(name for group in groups for name in group["param_names"])
+        added["param_names"] = [wrapper_prefix(model, first) + name for name in gates]
     return [*kept, added]
 
 
