@@ -73,7 +73,7 @@ def gate_options(template: Mapping[str, Any], *, importance_lr: float | None = N
     Args:
         template: a group, whose parameters are left aside.
         importance_lr: the learning rate before any schedule (of OneCycleLR the highest), default that of `template`.
-            Where a scheduler has been at work the present rate is the same share of it as in `template`.
+            Where a scheduler has left an `initial_lr`, the present rate is the same share of it as in `template`.
 
     Raises:
         OptimizerError: `importance_lr` is negative or not finite.

@@ -47,7 +47,8 @@ def param_groups(
         lr: of all groups, default the optimizer's own. Not with `like`.
         weight_decay: of the groups that have any. Not with `like`.
         importance_lr: the learning rate of the gates, default that of the last old group. It is meant before any
-            schedule: where a scheduler has been at work, the gates get the same share of it as the last old group has.
+            schedule: where a scheduler has left an `initial_lr`, the gates' present rate is the same share of it as
+            that of the last old group.
 
     Returns:
         The groups, each with `params` and its options; that of the gates has the option `gates=True`.
@@ -70,9 +71,9 @@ def param_groups(
     if not gates:
         return kept
     added = {**gate_options(template, importance_lr=importance_lr), "params": list(gates.values())}
-    if template.get("param_names"):
-        prefix = wrapper_prefix(model, template["param_names"][0])
-        added["param_names"] = [prefix + name for name in gates]
+    if "param_names" in template:
+        first = next(name for group in groups for name in group["param_names"])
+        added["param_names"] = [wrapper_prefix(model, first) + name for name in gates]
     return [*kept, added]
 
 
