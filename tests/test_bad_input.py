@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import struct
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -114,9 +115,16 @@ def _protocol_4(path: Path) -> None:
     torch.save(files.TiedNet().state_dict(), path, pickle_protocol=4)
 
 
+def _quantised(path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch deprecates its own quantised tensors
+        weight = torch.quantize_per_tensor(torch.ones(2), 1.0, 0, torch.qint8)
+        torch.save({"a": weight, "b": torch.ones(1)}, path)
+
+
 FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "missing": (lambda path: None, "bad.pt: no such file"),
-    "a folder": (Path.mkdir, "bad.pt: expected a file, got a folder: give the file inside it"),
+    "a folder": (Path.mkdir, "bad.pt: expected a checkpoint, got a folder without model.safetensors, pytorch_model"),
     "empty": (Path.touch, "bad.pt: the file is empty: copy or download it again"),
     "text": (lambda path: path.write_text("lr: 0.1\n" * 90), 'got text ("lr: 0.1'),
     "short text": (lambda path: path.write_text("hello"), 'got text ("hello"...)'),
@@ -143,24 +151,33 @@ FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "newer pickle protocol": (_protocol_4, "pickled in an unusual way (Unsupported operand"),
     "a zip of something else": (_zip_of(readme="hi"), "expected a file of torch.save, got a zip archive without"),
     "TorchScript": (_torchscript, "TorchScript, whose code is fixed: convert the Python model's state_dict()"),
-    "a training checkpoint": (
-        lambda path: torch.save({"epoch": 3, "state_dict": files.TiedNet().state_dict(), "optimizer": {}}, path),
-        "got a training checkpoint with the entries epoch, state_dict, optimizer: pass one of them, "
-        'torch.save(torch.load("bad.pt")[\'state_dict\'], "model.pt")',
+    "several models": (
+        lambda path: torch.save({"left": files.TiedNet().state_dict(), "right": files.TiedNet().state_dict()}, path),
+        "bad.pt: holds several models ('left', 'right'): say which with --entry NAME (entry=...)",
+    ),
+    "weights on meta": (
+        lambda path: torch.save(files.TiedNet().to("meta").state_dict(), path),
+        "bad.pt: the tensor 'stem.weight' is on the meta device and has no values: load it first",
+    ),
+    "quantised weights": (
+        lambda path: torch.save(
+            {"a": torch.quantize_per_tensor(torch.ones(2), 1.0, 0, torch.qint8), "b": torch.ones(1)}, path
+        ),
+        "bad.pt: the tensor 'a' is quantised, its norms are folded away: convert the model as it was before",
     ),
     "numbers among tensors": (
         lambda path: torch.save({"a": torch.ones(1), "step": 3}, path),
-        "expected tensors by name only, got the entry 'step' of type int",
+        "expected a state dict or a module, got a mapping with the entry 'step' of type int and no state dict in it",
     ),
     "numbers as names": (
         lambda path: torch.save({3: torch.ones(1)}, path),
-        "expected tensors by name only, got the entry 3 of type Tensor",
+        "expected a state dict or a module, got a mapping of tensors, none of them a weight by name",
     ),
     "a tensor": (
         lambda path: torch.save(torch.ones(1), path),
-        "expected a state dict or a pickled module, got Tensor",
+        "expected a state dict or a module, got Tensor",
     ),
-    "no tensors": (lambda path: torch.save({}, path), "expected a state dict, got an empty one"),
+    "no tensors": (lambda path: torch.save({}, path), "expected a state dict or a module, got an empty one"),
 }
 FILE_CASES = pytest.mark.parametrize(("make", "message"), FILES.values(), ids=FILES)
 
@@ -229,7 +246,7 @@ def test_planted_code_never_runs(
     content = files.hostile_contents(marker)[place]
     wrap(content, folder / "bad.pt")
     plain = wrap is files.PICKLED["plain pickle"]
-    for message in ("never loaded",) if plain else ("holds a pickled object", "loading it would run ", "pathlib.Path"):
+    for message in ("never loaded",) if plain else ("holds pickled objects", "loading them would run ", "pathlib.Path"):
         if command == "load":
             with pytest.raises(CheckpointError, match=message):
                 normswap.load("bad.pt", architecture=files.ARCH)
@@ -243,14 +260,14 @@ def test_the_planted_code_would_run_if_trusted(folder: Path) -> None:
     """Else the test above proves nothing."""
     marker = folder / "it-ran"
     torch.save(files.Payload(marker), folder / "bad.pt")
-    with pytest.raises(CheckpointError, match="expected a state dict or a pickled module, got NoneType"):
+    with pytest.raises(CheckpointError, match="expected a state dict or a module, got NoneType"):
         normswap.load("bad.pt", trust=True)
     assert marker.exists()
 
 
 def test_a_pickled_module_needs_trust(folder: Path) -> None:
     for arguments in (["convert", "module.pt"], ["inspect", "module.pt"], ["verify", "module.pt", "bn.pt"]):
-        message = "loading it would run timm.layers"
+        message = "loading them would run timm.layers"
         assert_refused(folder, arguments, 2, message)
         assert_refused(folder, arguments, 2, "more): pass --trust (trust=True) if you trust where it comes from")
 
@@ -273,9 +290,12 @@ def test_a_pickled_module_whose_code_fails(folder: Path, monkeypatch: pytest.Mon
 
 # Architectures.
 
+SCHEMES = "timm:NAME, torchvision:NAME, hf:FOLDER, path/file.py:function"
 ARCHITECTURES = {
-    "no scheme": ("resnet50", "expected one of timm:NAME, torchvision:NAME, such as timm:resnet50"),
-    "unknown scheme": ("tim:resnet50", "expected one of timm:NAME, torchvision:NAME, such as timm:resnet50"),
+    "no scheme": ("resnet50", f"expected one of {SCHEMES}, such as timm:resnet50"),
+    "unknown scheme": ("tim:resnet50", f"expected one of {SCHEMES}, such as timm:resnet50"),
+    "a folder without a model": ("hf:nowhere", "expected the file nowhere/config.json, which is not there"),
+    "a file that is not there": ("mine.py:build", "expected the file mine.py, which is not there"),
     "no name": ("timm:", "expected timm:NAME[,key=value...], got the name ''"),
     "from the hub": ("timm:hf-hub:some/model", "got the name 'hf-hub:some/model'"),
     "a path": ("timm:local-dir:/tmp", "got the name 'local-dir:/tmp'"),
@@ -330,7 +350,7 @@ def _without(state: dict[str, Any], *keys: str) -> dict[str, Any]:
 
 
 def _renamed(state: dict[str, Any]) -> dict[str, Any]:
-    return {f"module.{key}": value for key, value in state.items()}
+    return {f"mine.{key}": value for key, value in state.items()}
 
 
 def _foreign(state: dict[str, Any]) -> dict[str, Any]:
@@ -347,7 +367,7 @@ MISFITS: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], tuple[str, 
             "1 unexpected: layer1.0.conv.weight (nearest in the model: layer1.0.conv1.weight)",
         ),
     ),
-    "prefixed": (_renamed, ("unexpected: module.", "(nearest in the model: ")),
+    "prefixed by nobody": (_renamed, ("unexpected: mine.", "(nearest in the model: ")),
     "another shape": (
         lambda state: {**state, "fc.weight": torch.ones(7, 3)},
         ("1 of another shape: fc.weight (is 7x3, expected 7x",),

@@ -531,13 +531,13 @@ def _raising(error: BaseException) -> Callable[..., None]:
 
 
 def test_an_interrupt_is_quiet(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(convert_module, "_check", _raising(KeyboardInterrupt()))
+    monkeypatch.setattr(convert_module.Wish, "check", _raising(KeyboardInterrupt()))
     result = run("convert", "bn.pt")
     assert (result.exit_code, result.output) == (130, "")
 
 
 def test_the_system_names_the_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(convert_module, "_check", _raising(PermissionError(13, "Permission denied", "bn.pt")))
+    monkeypatch.setattr(convert_module.Wish, "check", _raising(PermissionError(13, "Permission denied", "bn.pt")))
     result = run("convert", "bn.pt")
     assert (result.exit_code, result.output) == (2, "error: bn.pt: Permission denied\n")
 
@@ -546,7 +546,7 @@ def test_the_system_names_the_file(folder: Path, monkeypatch: pytest.MonkeyPatch
 def test_what_nobody_expected_keeps_its_traceback(
     folder: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    monkeypatch.setattr(convert_module, "_check", _raising(error))
+    monkeypatch.setattr(convert_module.Wish, "check", _raising(error))
     assert run("convert", "bn.pt").exception is error
 
 

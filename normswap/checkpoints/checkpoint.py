@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from normswap.checkpoints.architecture import build_architecture, is_foreign_code
 from normswap.checkpoints.atomic import located
 from normswap.checkpoints.containers import TENSORS_ONLY, Container, decode, read_record_text, sniff
-from normswap.checkpoints.contents import Contents, at, read_contents, replaced, without
+from normswap.checkpoints.contents import Contents, at, check_has_values, read_contents, replaced, without
 from normswap.checkpoints.fingerprint import fingerprint
 from normswap.checkpoints.fit import fill
 from normswap.checkpoints.layout import rejoin
@@ -200,13 +200,7 @@ def _record(path: Path, text: str | None) -> Record | None:
 
 def _readable(weights: Mapping[str, Tensor]) -> "OrderedDict[str, Tensor]":
     """Return a state dict with torch's `_metadata`, or refuse tensors that have no values to read."""
-    for key, value in weights.items():
-        if isinstance(value, Tensor) and value.is_meta:
-            raise CheckpointError(f"the tensor {key!r} is on the meta device and has no values: load it first")
-        if isinstance(value, Tensor) and value.is_quantized:
-            raise CheckpointError(
-                f"the tensor {key!r} is quantised, its norms are folded away: convert the model as it was before"
-            )
+    check_has_values(weights)
     state = OrderedDict(weights)
     if hasattr(weights, "_metadata"):
         state._metadata = weights._metadata  # type: ignore[attr-defined]

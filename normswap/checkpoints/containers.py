@@ -208,6 +208,7 @@ def _decode_pickle(path: Path, *, trust: bool, legacy: bool, mapped: bool) -> An
         with warnings.catch_warnings(), plain_globals():
             # torch warns of pickle protocols that it then refuses: one of the two is enough.
             warnings.filterwarnings("ignore", message="Detected pickle protocol")
+            warnings.filterwarnings("ignore", message="torch.quantize_per_tensor")  # refused later, by our own words
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and not legacy)
     except Exception as error:  # what a damaged or hostile file raises is anybody's guess
         if not trust:

@@ -129,6 +129,21 @@ def is_state_dict(value: Any) -> bool:
     return not stray and any(tensor.is_floating_point() and tensor.dim() for tensor in tensors)
 
 
+def check_has_values(weights: Any) -> None:
+    """Refuse a state dict of which some tensor has no floating values of its own; what is none passes.
+
+    Raises:
+        CheckpointError: a tensor is on the meta device, or quantised.
+    """
+    for key, value in weights.items() if is_state_dict(weights) else ():
+        if isinstance(value, Tensor) and value.is_meta:
+            raise CheckpointError(f"the tensor {key!r} is on the meta device and has no values: load it first")
+        if isinstance(value, Tensor) and value.is_quantized:
+            raise CheckpointError(
+                f"the tensor {key!r} is quantised, its norms are folded away: convert the model as it was before"
+            )
+
+
 def _holders(value: Any, place: Place) -> Iterator[tuple[Place, Any]]:
     if isinstance(value, nn.Module) or is_state_dict(value):
         yield place, value

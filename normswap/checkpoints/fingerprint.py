@@ -1,13 +1,8 @@
-"""A fingerprint of a content, the same in every container, and whether a written file holds just that content.
-
-Written files are checked without a second copy in memory: structure, types and plain values by reading them back,
-bytes by streaming over the file.
-"""
+"""A fingerprint of a content, the same in every container: what a file holds is compared by it, bit for bit."""
 
 import hashlib
 import json
 import struct
-import zipfile
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -35,27 +30,6 @@ def fingerprint(content: Any) -> str:
     return digest.hexdigest()
 
 
-def same_structure(first: Any, second: Any) -> bool:
-    """Say whether two contents agree in all names, plain values, dtypes and shapes; no tensor's values are read."""
-    pairs = zip_leaves(first, second)
-    return pairs is not None and all(_plain(a) == _plain(b) for a, b in pairs)
-
-
-def zip_leaves(first: Any, second: Any) -> list[tuple[Any, Any]] | None:
-    """Return the leaves of two contents side by side, or None where their names differ."""
-    a, b = list(_leaves(first, "")), list(_leaves(second, ""))
-    if [path for path, _ in a] != [path for path, _ in b]:
-        return None
-    return [(x, y) for (_, x), (_, y) in zip(a, b, strict=True)]
-
-
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Say whether two tensors are of one dtype and shape and agree in every bit: NaN is NaN, and 0 is not -0."""
-    if a.dtype != b.dtype or a.shape != b.shape:
-        return False
-    return torch.equal(_as_bytes(a), _as_bytes(b))
-
-
 def safetensors_holds(path: Path, tensors: Mapping[str, Tensor]) -> bool:
     """Say whether a safetensors file holds the bytes of these tensors and no others, streaming over the file."""
     with open(path, "rb") as file:
@@ -70,12 +44,6 @@ def safetensors_holds(path: Path, tensors: Mapping[str, Tensor]) -> bool:
                 if not numpy.array_equal(numpy.frombuffer(file.read(len(chunk)), numpy.uint8), chunk):
                     return False
     return True
-
-
-def zip_is_sound(path: Path) -> bool:
-    """Say whether the bytes of every member of a zip archive are those that were written into it."""
-    with zipfile.ZipFile(path) as archive:
-        return archive.testzip() is None
 
 
 def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:

@@ -17,15 +17,8 @@ from normswap.checkpoints.architecture import check_architecture
 from normswap.checkpoints.atomic import check_writable, written_whole, written_whole_folder
 from normswap.checkpoints.checkpoint import Checkpoint
 from normswap.checkpoints.containers import FOLDERS, TENSORS_ONLY, Container, decode, encode, read_record_text, sniff
-from normswap.checkpoints.contents import Place, at, is_state_dict, name_of, replaced
-from normswap.checkpoints.fingerprint import (
-    fingerprint,
-    safetensors_holds,
-    same_bits,
-    same_structure,
-    zip_is_sound,
-    zip_leaves,
-)
+from normswap.checkpoints.contents import Place, at, check_has_values, is_state_dict, name_of, replaced
+from normswap.checkpoints.fingerprint import fingerprint, safetensors_holds
 from normswap.checkpoints.layout import separate
 from normswap.checkpoints.optimizer_state import with_gates
 from normswap.checkpoints.prefixes import StoredNames, names_for
@@ -35,7 +28,7 @@ from normswap.checkpoints.state_surgery import with_metadata, with_tensors
 from normswap.errors import CheckpointError, PlanError, SwapError
 from normswap.layers.modules import FunctionalSwitchNorm
 from normswap.surgery.conversion import apply_plan
-from normswap.surgery.gated import gated_modules
+from normswap.surgery.gated import gated_modules, trainable_gates
 from normswap.surgery.plan import SwapPlan
 from normswap.surgery.tracing import first_line
 from normswap.surgery.wrapping import unwrap
@@ -110,8 +103,7 @@ def new_of(original: Mapping[str, Any], converted: nn.Module) -> New:
     """Return what `converted` has beyond the names in `original`."""
     state: Any = converted.state_dict()
     tensors = {name: tensor for name, tensor in state.items() if name not in original}
-    trainable = tuple(name for name, p in converted.named_parameters() if name in tensors and p.requires_grad)
-    return New(tensors, state._metadata, trainable)
+    return New(tensors, state._metadata, tuple(name for name in trainable_gates(converted) if name in tensors))
 
 
 def converted_content(
@@ -190,12 +182,16 @@ def write_content(
     check_writable(path, replace=replace_old, as_folder=container in FOLDERS)
     if container in FOLDERS and not isinstance(content, Mapping):
         raise CheckpointError(f"{path}: a folder holds tensors by name, not a pickled module: use a name in .pt")
+    try:
+        check_has_values(content)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
     digest = fingerprint(content)
     if container in TENSORS_ONLY:
-        if not is_state_dict(content):
+        if not is_state_dict(content) or not all(isinstance(value, Tensor) for value in content.values()):
             raise CheckpointError(
-                f"{path}: safetensors holds tensors only, not a pickled module or a training checkpoint: use a name in "
-                ".pt, or --weights-only"
+                f"{path}: safetensors holds tensors only, not a pickled module, extra state or a training checkpoint: "
+                "use a name in .pt, or --weights-only"
             )
         content, tied, channels_last = separate(content)
         record = replace(record, tied=tied, channels_last=channels_last)
@@ -209,25 +205,19 @@ def write_content(
             cause = error.__context__ if isinstance(error.__context__, OSError) else error
             hint = ": save it as a state dict" if record.payload == "module" else ""
             raise CheckpointError(f"{path}: cannot be written ({first_line(cause)}){hint}") from error
-        if not _is_written(temporary, container, content, sealed.to_json()):
+        if not _is_written(temporary, container, content, digest, sealed.to_json()):
             raise CheckpointError(
                 f"{path}: what was read back differs from what was written: nothing was kept, look at the disk"
             )
 
 
-def _is_written(path: Path, container: Container, content: Any, record: str) -> bool:
-    """Whether the file just written holds this content and this record, bit for bit."""
+def _is_written(path: Path, container: Container, content: Any, digest: str, record: str) -> bool:
+    """Whether the file just written holds the content of this fingerprint and this record, bit for bit."""
     if sniff(path) != container or (read_record_text(path, container) or "").strip() != record:
         return False
     if container == "safetensors":
         return safetensors_holds(path, content)
-    back = decode(path, container, trust=True, mapped=True)
-    if container == "torch zip":
-        # The archive's own checksums were computed from memory: no second copy of the tensors is needed.
-        return same_structure(content, back) and zip_is_sound(path)
-    pairs = zip_leaves(content, back)
-    tensors = [(a, b) for a, b in pairs or () if isinstance(a, Tensor)]
-    return same_structure(content, back) and all(isinstance(b, Tensor) and same_bits(a, b) for a, b in tensors)
+    return fingerprint(decode(path, container, trust=True, mapped=True)) == digest
 
 
 def _converted_state(state: Any, names: StoredNames, new: New) -> dict[str, Tensor]:
