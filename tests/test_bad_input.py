@@ -135,7 +135,7 @@ FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
         _truncated("bn.pt", 0.6),
         "begins like a torch file and ends too early: truncated, copy it again",
     ),
-    "truncated legacy": (_truncated("legacy.pt", 0.6), "truncated or damaged, or pickled in an unusual way ("),
+    "truncated legacy": (_truncated("legacy.pt", 0.6), "its tensors claim 1,501,908 bytes, the file has "),
     "truncated legacy header": (_truncated("legacy.pt", 0.0001), "truncated or damaged, or pickled in an unusual"),
     "truncated safetensors": (_truncated("bn.safetensors", 0.6), "truncated or damaged ("),
     "truncated safetensors header": (_truncated("bn.safetensors", 0.001), "truncated or damaged ("),

@@ -20,15 +20,17 @@ import safetensors
 import safetensors.torch
 import torch
 
+from normswap.checkpoints.archives import check_archive, check_safetensors
 from normswap.checkpoints.atomic import check_readable
+from normswap.checkpoints.claims import check_legacy_claims, check_zip_claims
 from normswap.errors import CheckpointError
 from normswap.surgery.tracing import first_line
 
 Container = Literal["torch zip", "legacy pickle", "safetensors"]
 
 # Where the record lies: beside the pickle in a zip, in `__metadata__` of safetensors.
-_ZIP_ENTRY = "normswap.json"
-_METADATA_KEY = "normswap"
+ZIP_ENTRY = "normswap.json"
+METADATA_KEY = "normswap"
 
 # torch.serialization.MAGIC_NUMBER as it stands, pickled, in the first bytes of a file from before torch 1.6.
 _LEGACY_MAGIC = bytes.fromhex("6cfc9c46f9206aa85019")
@@ -64,7 +66,9 @@ def sniff(path: Path) -> Container:
             )
     if head[8:9] == b"{" and struct.unpack("<Q", head[:8])[0] <= _MAX_SAFETENSORS_HEADER:
         with _damage_told(path), safetensors.safe_open(path, framework="pt"):
-            return "safetensors"
+            pass
+        check_safetensors(path)
+        return "safetensors"
     raise CheckpointError(f"{path}: expected a file of torch.save or safetensors, got {_describe(head)}")
 
 
@@ -72,10 +76,10 @@ def read_record_text(path: Path, container: Container) -> str | None:
     """Return the text of the record in the file, or None. No pickle is read for it."""
     if container == "safetensors":
         with safetensors.safe_open(path, framework="pt") as file:
-            return (file.metadata() or {}).get(_METADATA_KEY)
+            return (file.metadata() or {}).get(METADATA_KEY)
     if container == "torch zip":
         with _damage_told(path), zipfile.ZipFile(path) as archive:
-            entry = f"{_root(archive)}/{_ZIP_ENTRY}"
+            entry = f"{_root(archive)}/{ZIP_ENTRY}"
             return archive.read(entry).decode() if entry in archive.namelist() else None
     return None
 
@@ -92,6 +96,9 @@ def decode(path: Path, container: Container, *, trust: bool) -> Any:
     if container == "safetensors":
         with _damage_told(path):
             return safetensors.torch.load_file(path)
+    check_claims = check_zip_claims if container == "torch zip" else check_legacy_claims
+    with _damage_told(path):
+        check_claims(path)
     try:
         with warnings.catch_warnings():
             # torch warns of pickle protocols that it then refuses: one of the two is enough.
@@ -119,13 +126,13 @@ def encode(path: Path, container: Container, content: Any, record: str) -> None:
     """
     if container == "safetensors":
         # Not save_file, which (0.8) creates files that only their owner can read.
-        path.write_bytes(safetensors.torch.save(content, {"format": "pt", _METADATA_KEY: record}))
+        path.write_bytes(safetensors.torch.save(content, {"format": "pt", METADATA_KEY: record}))
         return
     with open(path, "wb") as file:
         torch.save(content, file)
     # An entry of its own: torch.load (weights_only, mmap) reads the archive as before, and no key joins the tensors.
     with zipfile.ZipFile(path, "a") as archive:
-        archive.writestr(f"{_root(archive)}/{_ZIP_ENTRY}", record)
+        archive.writestr(f"{_root(archive)}/{ZIP_ENTRY}", record)
 
 
 def _root(archive: zipfile.ZipFile) -> str:
@@ -133,10 +140,7 @@ def _root(archive: zipfile.ZipFile) -> str:
 
 
 def _check_zip(path: Path) -> None:
-    with _damage_told(path):
-        whole = zipfile.is_zipfile(path)
-    if not whole:
-        raise CheckpointError(f"{path}: begins like a torch file and ends too early: truncated, copy it again")
+    check_archive(path)
     with _damage_told(path), zipfile.ZipFile(path) as archive:
         names = {name.partition("/")[2] for name in archive.namelist()}
     if "constants.pkl" in names:
@@ -153,7 +157,7 @@ def _damage_told(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(error, OSError) and error.filename is not None:
+        if isinstance(error, CheckpointError) or (isinstance(error, OSError) and error.filename is not None):
             raise  # a missing permission or file; a damaged offset that leads nowhere names no file
         raise CheckpointError(f"{path}: truncated or damaged ({first_line(error)}): copy it again") from error
 
