@@ -20,7 +20,9 @@ import safetensors
 import safetensors.torch
 import torch
 
+from normswap.checkpoints.archives import check_archive, check_safetensors
 from normswap.checkpoints.atomic import check_readable
+from normswap.checkpoints.claims import check_legacy_claims, check_zip_claims
 from normswap.checkpoints.distributed import INDEX, read_distributed, write_distributed
 from normswap.checkpoints.pickle_reading import blocked_globals
 from normswap.checkpoints.plain_globals import plain_globals
@@ -36,13 +38,13 @@ TENSORS_ONLY: frozenset[Container] = frozenset({"safetensors", "safetensors fold
 FOLDERS: frozenset[Container] = frozenset({"safetensors folder", "torch folder", "distributed folder"})
 
 # Where the record lies: beside the pickle in a zip, in `__metadata__` of safetensors, a file in a folder.
-_ZIP_ENTRY = RECORD
-_METADATA_KEY = "normswap"
+METADATA_KEY = "normswap"
 
 # torch.serialization.MAGIC_NUMBER as it stands, pickled, in the first bytes of a file from before torch 1.6.
 _LEGACY_MAGIC = bytes.fromhex("6cfc9c46f9206aa85019")
 _LEGACY_MAGIC_WITHIN = 32  # further in, it belongs to a storage inside a plain pickle
 _LEGACY_HEADERS = 3  # magic number, protocol version, byte order: pickles of their own before the object
+_QUANTISED = r"torch\.per_(tensor|channel)_affine|torch\.(ao\.)?nn\.(intrinsic\.)?quantized\."
 _MAX_SAFETENSORS_HEADER = 100_000_000  # the format's own limit
 
 
@@ -69,7 +71,9 @@ def sniff(path: Path) -> Container:
             )
     if head[8:9] == b"{" and struct.unpack("<Q", head[:8])[0] <= _MAX_SAFETENSORS_HEADER:
         with _damage_told(path), safetensors.safe_open(path, framework="pt"):
-            return "safetensors"
+            pass
+        check_safetensors(path)
+        return "safetensors"
     raise CheckpointError(f"{path}: expected a file of torch.save or safetensors, got {_describe(head)}")
 
 
@@ -80,10 +84,10 @@ def read_record_text(path: Path, container: Container) -> str | None:
         with _damage_told(path):
             return beside.read_text(encoding="utf-8") if beside.is_file() else None
     if container == "safetensors":
-        return read_metadata(path).get(_METADATA_KEY)
+        return read_metadata(path).get(METADATA_KEY)
     if container == "torch zip":
         with _damage_told(path), zipfile.ZipFile(path) as archive:
-            entry = f"{_root(archive)}/{_ZIP_ENTRY}"
+            entry = f"{_root(archive)}/{RECORD}"
             return archive.read(entry).decode() if entry in archive.namelist() else None
     return None
 
@@ -125,7 +129,7 @@ def encode(path: Path, container: Container, content: Any, record: str, *, like:
         like: the folder whose shards, index and configurations a new one takes after.
     """
     if container == "safetensors":
-        _write_safetensors(path, content, {"format": "pt", _METADATA_KEY: record})
+        _write_safetensors(path, content, {"format": "pt", METADATA_KEY: record})
     elif container in FOLDERS:
         if container == "distributed folder":
             write_distributed(path, content)
@@ -139,7 +143,7 @@ def encode(path: Path, container: Container, content: Any, record: str, *, like:
             torch.save(content, file)
         # An entry of its own: torch.load (weights_only, mmap) reads the archive as before, no key joins the tensors.
         with zipfile.ZipFile(path, "a") as archive:
-            archive.writestr(f"{_root(archive)}/{_ZIP_ENTRY}", record)
+            archive.writestr(f"{_root(archive)}/{RECORD}", record)
 
 
 def _write_safetensors(path: Path, tensors: Any, metadata: dict[str, str]) -> None:
@@ -204,11 +208,13 @@ def _encode_shards(folder: Path, tensors: Any, like: Shards) -> None:
 
 
 def _decode_pickle(path: Path, *, trust: bool, legacy: bool, mapped: bool) -> Any:
+    check_claims = check_legacy_claims if legacy else check_zip_claims
+    with _damage_told(path):
+        check_claims(path)
     try:
         with warnings.catch_warnings(), plain_globals():
             # torch warns of pickle protocols that it then refuses: one of the two is enough.
             warnings.filterwarnings("ignore", message="Detected pickle protocol")
-            warnings.filterwarnings("ignore", message="torch.quantize_per_tensor")  # refused later, by our own words
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and not legacy)
     except Exception as error:  # what a damaged or hostile file raises is anybody's guess
         if not trust:
@@ -229,10 +235,7 @@ def _root(archive: zipfile.ZipFile) -> str:
 
 
 def _check_zip(path: Path) -> None:
-    with _damage_told(path):
-        whole = zipfile.is_zipfile(path)
-    if not whole:
-        raise CheckpointError(f"{path}: begins like a torch file and ends too early: truncated, copy it again")
+    check_archive(path)
     with _damage_told(path), zipfile.ZipFile(path) as archive:
         names = {name.partition("/")[2] for name in archive.namelist()}
     if names & {"archive_format", "serialized_exported_program.json"}:
@@ -265,6 +268,8 @@ def _refusal(path: Path, error: Exception, *, legacy: bool) -> str:
     blocked = _blocked_globals(path, legacy=legacy)
     if not blocked:
         return f"{path}: truncated or damaged, or pickled in an unusual way ({_cause(error)}): save it again"
+    if any(re.match(_QUANTISED, name) for name in blocked):
+        return f"{path}: holds quantised tensors, whose norms are folded away: convert the model as it was before"
     return (
         f"{path}: holds pickled objects beside tensors and plain data; loading them would run {_listed(blocked)}: pass "
         "--trust (trust=True) if you trust where it comes from, or save model.state_dict() instead"

@@ -1,6 +1,7 @@
 """`normswap convert`: plan, swap, prove, write - and write nothing unless the proof holds."""
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -162,10 +163,11 @@ def _by_names(
     from normswap.checkpoints.state_surgery import gates_of, plan_from_names
     from normswap.reports.tables import missing
 
-    if checkpoint.payload == "module":
+    weights = checkpoint.weights
+    if not isinstance(weights, Mapping):
         raise CheckpointError(f"{wish.file}: a pickled module brings its own architecture: leave --arch none out")
-    names = names_under(checkpoint.weights, "")
-    state = {name: checkpoint.weights[key] for name, key in names.stored.items()}
+    names = names_under(weights, "")
+    state = {name: weights[key] for name, key in names.stored.items()}
     plan = plan_from_names(state, include=wish.include, exclude=wish.exclude)
     _tell_plan(console, document, describe_content(checkpoint, "by names alone"), checkpoint, plan, None)
     console.print(missing("Parity", "not measured: without an architecture there is no model to run"))
@@ -208,7 +210,7 @@ def _carried(wish: Wish, checkpoint: "Checkpoint", result: _Result) -> "Carried"
 def _check_values(checkpoint: "Checkpoint") -> None:
     from normswap.checkpoints.norm_values import check_statistics
 
-    if checkpoint.payload == "state dict":
+    if isinstance(checkpoint.weights, Mapping):
         check_statistics(checkpoint.weights, name=str(checkpoint.path))
 
 

@@ -1,0 +1,100 @@
+"""What the pickle in a torch file claims, held against the bytes that are there.
+
+torch (2.14) believes the pickle where it maps a file into memory or reads a legacy one: a storage that claims more than
+its record reads its neighbours, one that claims terabytes is allocated, and a view that repeats one number may claim
+any size. A tuple of tuples, each used twice, takes years to be hashed.
+"""
+
+import io
+import math
+import re
+import zipfile
+from pathlib import Path
+
+from normswap.checkpoints.opcodes import Rebuilt, Said, Storage, read_opcodes
+from normswap.errors import CheckpointError
+
+_LEGACY_HEADERS = 3  # magic number, protocol version, byte order: pickles of their own before the object
+# A view may repeat what is stored (`expand`), but no network is that much larger than its file.
+_LEAST_CLAIM = 64_000_000
+_MOST_UNFOLDED = 1_000_000
+
+_BYTES = {
+    **dict.fromkeys(("Byte", "Char", "Bool", "QInt8", "QUInt8", "QUInt4x2", "QUInt2x4", "Untyped"), 1),
+    **dict.fromkeys(("Short", "Half", "BFloat16"), 2),
+    **dict.fromkeys(("Int", "Float", "QInt32"), 4),
+    **dict.fromkeys(("Long", "Double", "ComplexFloat"), 8),
+    "ComplexDouble": 16,
+}
+
+
+def check_zip_claims(path: Path) -> None:
+    """Hold the pickle of a zip archive that has been checked against its records.
+
+    Raises:
+        CheckpointError: a storage claims another size than its record has, a tensor is larger than any network in
+            such a file, or a tuple is a bomb. A pickle that cannot be followed is left to torch.
+    """
+    with zipfile.ZipFile(path) as archive:
+        root = archive.namelist()[0].partition("/")[0]
+        sizes = {member.filename.removeprefix(f"{root}/"): member.file_size for member in archive.infolist()}
+        said = read_opcodes(io.BytesIO(archive.read(f"{root}/data.pkl")))
+    _check(path, said)
+    for storage in said.storages:
+        there = sizes.get(f"data/{storage.key}")
+        claimed = _bytes_of(storage)
+        if there is not None and claimed is not None and claimed != there:
+            raise CheckpointError(
+                f"{path}: the storage {storage.key[:40]!r} claims {claimed:,} bytes and has {there:,}: damaged or "
+                "hostile, get the file again"
+            )
+
+
+def check_legacy_claims(path: Path) -> None:
+    """Hold the pickle of a file from before torch 1.6 against the size of the file.
+
+    Raises:
+        CheckpointError: as `check_zip_claims`; the storages together claim more than the file has.
+    """
+    with open(path, "rb") as file:
+        for _ in range(_LEGACY_HEADERS):
+            read_opcodes(file)
+        said = read_opcodes(file)
+    _check(path, said)
+    claimed = sum({storage.key: max(_bytes_of(storage) or 0, 0) for storage in said.storages}.values())
+    if claimed > path.stat().st_size:
+        raise CheckpointError(
+            f"{path}: its tensors claim {claimed:,} bytes, the file has {path.stat().st_size:,}: truncated or damaged, "
+            "copy it again"
+        )
+
+
+def _check(path: Path, said: Said) -> None:
+    if said.largest_tuple > _MOST_UNFOLDED:
+        raise CheckpointError(
+            f"{path}: a tuple that unfolds to {said.largest_tuple:,} entries: hostile, do not open it"
+        )
+    negative = next((storage for storage in said.storages if storage.elements < 0), None)
+    if negative is not None:
+        raise CheckpointError(
+            f"{path}: the storage {negative.key[:40]!r} claims {negative.elements:,} elements: damaged"
+        )
+    most = max(_LEAST_CLAIM, path.stat().st_size)
+    large = next((tensor for tensor in said.tensors if _size_of(tensor) > most), None)
+    if large is not None:
+        shape = "x".join(map(str, large.shape))
+        raise CheckpointError(
+            f"{path}: a tensor claims the shape {shape[:80]}, the file has {path.stat().st_size:,} bytes: damaged or "
+            "hostile, get the file again"
+        )
+
+
+def _bytes_of(storage: Storage) -> int | None:
+    """The bytes that a storage claims, or None for a class that is not known here."""
+    kind = re.fullmatch(r"torch\.(?:storage\.)?(\w+)Storage", storage.kind)
+    each = _BYTES.get(kind.group(1)) if kind else None
+    return None if each is None else each * storage.elements
+
+
+def _size_of(tensor: Rebuilt) -> int:
+    return math.prod(tensor.shape) * (_bytes_of(tensor.storage._replace(elements=1)) or 1)
