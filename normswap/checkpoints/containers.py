@@ -7,6 +7,7 @@ way out.
 
 import codecs
 import json
+import re
 import struct
 import warnings
 import zipfile

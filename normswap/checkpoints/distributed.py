@@ -44,7 +44,7 @@ def read_distributed(folder: Path) -> dict[str, Any]:
     for name, value in flat.items():
         path = (index.planner_data or {}).get(name, (name,))
         _put(content, path if isinstance(path, tuple) else (path,), value)
-    return cast("dict[str, Any]", _as_lists(content))
+    return cast("dict[str, Any]", _as_saved(content))
 
 
 def write_distributed(folder: Path, content: Mapping[str, Any]) -> None:
@@ -135,12 +135,19 @@ def _put(content: dict[Any, Any], path: tuple[Any, ...], value: Any) -> None:
     content[last] = value
 
 
-def _as_lists(value: Any) -> Any:
-    """Mappings whose keys are 0, 1, 2, ... were lists."""
+def _as_saved(value: Any) -> Any:
+    """Mappings whose keys are 0, 1, 2, ... were lists, and the state of an optimizer is by number: the format has
+    names only.
+    """
     if not isinstance(value, dict):
         return value
-    inner = {key: _as_lists(item) for key, item in value.items()}
-    return [inner[index] for index in range(len(inner))] if inner and [*inner] == [*range(len(inner))] else inner
+    inner = {key: _as_saved(item) for key, item in value.items()}
+    if inner and [*inner] == [*range(len(inner))]:
+        return list(inner.values())
+    if isinstance(inner.get("state"), dict) and "param_groups" in inner:
+        numbered = {int(key) if str(key).isdecimal() else key: item for key, item in inner["state"].items()}
+        inner["state"] = numbered
+    return inner
 
 
 @contextmanager
