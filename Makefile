@@ -40,7 +40,6 @@ bench: $(READY)  ## cost of planning, converting and starting -> docs/cost.md
 	@$(BIN)/python benchmarks/cost.py
 
 zoo: $(READY)  ## every model of timm, torchvision and transformers through the laws -> docs/coverage.md (hours; resumes)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,zoo]'
 	@$(BIN)/python benchmarks/zoo.py --workers 2
 
 clean:

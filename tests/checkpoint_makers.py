@@ -124,7 +124,9 @@ def _mmengine(t: Trained, folder: Path) -> Path:
         "state_dict": {f"backbone.{key}": value for key, value in t.model.state_dict().items()},
         "message_hub": {"log_scalars": {}, "runtime_info": {"epoch": 2}},
         "optimizer": t.optimizer.state_dict(),
-        "param_schedulers": [{"param_name": "lr", "base_values": [1e-4, 1e-4], "last_step": 1, "_last_value": [1e-4, 1e-4]}],
+        "param_schedulers": [
+            {"param_name": "lr", "base_values": [1e-4, 1e-4], "last_step": 1, "_last_value": [1e-4, 1e-4]}
+        ],
     }
     torch.save(content, folder / "epoch_3.pth")
     return folder / "epoch_3.pth"
@@ -165,7 +167,8 @@ def _modules(t: Trained, folder: Path) -> Path:
 class Layout:
     """A layout: how a file of it is made, which kind of content and container it is, and what it carries.
 
-    `ema` is where the moving average lies, `optimizer` the optimizer's state; `rest` values that must come back.
+    `ema` is where the moving average lies, `optimizer` the optimizer's state; `tells` whether it says its architecture
+    itself, `rest` names values that must come back.
     """
 
     make: Callable[[Trained, Path], Path]
@@ -175,6 +178,7 @@ class Layout:
     ema: str | None = None
     optimizer: str | None = None
     trust: bool = False
+    tells: bool = False
     rest: tuple[str, ...] = ()
 
 
@@ -209,12 +213,12 @@ LAYOUTS: dict[str, Layout] = {
     "mmengine": Layout(
         _mmengine, "mmengine checkpoint", "torch zip", optimizer="optimizer", rest=("meta", "message_hub")
     ),
-    "timm `save_for_hf`": Layout(_hf_timm, "state dict", "safetensors folder"),
+    "timm `save_for_hf`": Layout(_hf_timm, "state dict", "safetensors folder", tells=True),
     "Hugging Face shards, safetensors": Layout(
-        lambda t, folder: _hf_shards(t, folder, safe=True), "state dict", "safetensors folder"
+        lambda t, folder: _hf_shards(t, folder, safe=True), "state dict", "safetensors folder", tells=True
     ),
     "Hugging Face shards, torch": Layout(
-        lambda t, folder: _hf_shards(t, folder, safe=False), "state dict", "torch folder"
+        lambda t, folder: _hf_shards(t, folder, safe=False), "state dict", "torch folder", tells=True
     ),
     "`torch.distributed.checkpoint`": Layout(
         _distributed, "training checkpoint", "distributed folder", optimizer="optimizer", rest=("epoch",)

@@ -1,5 +1,6 @@
-"""Every layout of checkpoint, made by its own library: read, converted, written in the same kind, read back as it was."""
+"""Every layout of checkpoint, made by its own library: read, converted, written in the same kind, read back."""
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import checkpoint_makers
 import files
 import pytest
 import torch
+import transformers
 from checkpoint_makers import LAYOUTS, Layout, Trained
 from click.testing import CliRunner
 from torch import Tensor, nn
@@ -54,7 +56,7 @@ def same(a: Any, b: Any) -> bool:
 def test_everything_is_carried(layout: Layout, trained: Trained, tmp_path: Path) -> None:
     source = layout.make(trained, tmp_path)
     trust = ["--trust"] if layout.trust else []
-    arch = [] if layout.trust else ["--arch", files.ARCH]
+    arch = [] if layout.trust or layout.tells else ["--arch", files.ARCH]
     output = ok("convert", str(source), *arch, *trust, "--input", "2x3x64x64")
     target = next(entry for entry in tmp_path.iterdir() if ".normswap" in entry.name)
     assert str(target) in output.replace("\n", "")
@@ -92,6 +94,21 @@ def _loads(layout: Layout, trained: Trained, target: Path) -> None:
             original.train()
         torch.testing.assert_close(loaded.model.eval()(x).detach(), expected, rtol=1e-4, atol=1e-4)
         assert set(layout.rest) <= loaded.rest.keys()
+
+
+def test_a_folder_of_transformers_tells_its_model(tmp_path: Path) -> None:
+    config = transformers.ResNetConfig(
+        num_labels=5, embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic"
+    )
+    model = files.scrambled(transformers.ResNetForImageClassification(config)).eval()
+    model.save_pretrained(tmp_path / "resnet")
+    output = ok("convert", str(tmp_path / "resnet"), "--input", "2x3x32x32")
+    assert f"hf:{tmp_path / 'resnet'}" in "".join(output.split("\n", 9)[:9]).replace(" ", "")
+    shutil.rmtree(tmp_path / "resnet")  # the converted folder stands alone
+    loaded = normswap.load(tmp_path / "resnet.normswap").model
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(loaded(x).logits, model(x).logits, rtol=1e-4, atol=1e-5)
+    assert "hf:." in ok("inspect", str(tmp_path / "resnet.normswap"))
 
 
 def test_the_table_in_the_docs_names_every_layout() -> None:

@@ -31,6 +31,8 @@ from normswap.surgery.planning import complete_plan
 from normswap.surgery.tree import join
 
 Architecture = str | nn.Module | Callable[[], nn.Module]
+# What a record calls the architecture that the configuration in its own folder describes.
+BESIDE = "hf:."
 
 
 class Loaded(NamedTuple):
@@ -155,7 +157,7 @@ def build_model(checkpoint: Checkpoint, architecture: Architecture | None = None
                 f"{path}: a pickled module brings its own architecture: leave --arch (architecture=) out"
             )
         return Built(weights, names_for([], []), None, plan)
-    source = architecture or _said_by(checkpoint, trust=trust)
+    source = architecture or said_architecture(checkpoint, trust=trust)
     if source is None:
         raise ArchitectureError(
             f"{path}: a state dict does not say what it belongs to: name it with --arch timm:NAME "
@@ -207,9 +209,15 @@ def _readable(weights: Mapping[str, Tensor]) -> "OrderedDict[str, Tensor]":
     return state
 
 
-def _said_by(checkpoint: Checkpoint, *, trust: bool) -> str | None:
-    """The architecture that the file itself tells, unless it is code that nobody trusts."""
+def said_architecture(checkpoint: Checkpoint, *, trust: bool) -> str | None:
+    """Return the architecture that the file itself tells, or None.
+
+    Raises:
+        ArchitectureError: it is code in a file, and not trusted.
+    """
     said = checkpoint.record.architecture if checkpoint.record else None
+    if (said is None or said == BESIDE) and (checkpoint.path / "config.json").is_file():
+        return f"hf:{checkpoint.path}"
     if said is not None and is_foreign_code(said) and not trust:
         raise ArchitectureError(
             f"{checkpoint.path}: names the code of its architecture, {said}, which is not run unasked: pass it with "

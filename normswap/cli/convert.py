@@ -289,15 +289,18 @@ def _refuse_difference(console: "Console", plan: "SwapPlan", proof: "Verificatio
 
 
 def _write(wish: Wish, source: "Checkpoint", result: _Result, content: Any, container: "Container") -> None:
+    from normswap.checkpoints.checkpoint import BESIDE
+    from normswap.checkpoints.containers import FOLDERS
     from normswap.checkpoints.contents import name_of
     from normswap.checkpoints.record import Record, Step
     from normswap.checkpoints.saving import originals, sha256_of, write_content
 
+    beside = container in FOLDERS and result.architecture == f"hf:{source.path}"
     with stage(f"writing {wish.target.name}"):
         step = Step.now("converted", source=wish.file.name, sha256=sha256_of(source.path))
         record = Record(
             payload=source.payload,
-            architecture=result.architecture,
+            architecture=BESIDE if beside else result.architecture,
             plan=result.plan,
             verification=result.proof,
             history=(*(source.record.history if source.record else ()), step),

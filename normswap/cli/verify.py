@@ -54,12 +54,14 @@ def verify_command(
         check_readable(path)
     from rich.console import Console
 
+    from normswap.checkpoints.checkpoint import said_architecture
     from normswap.reports.tables import heading, parity, worst_sites
     from normswap.verification import verify
 
     files = [read_file(path, trust=trust, entry=entry) for path in (original, converted)]
-    said = [file.record.architecture for file in files if file.record and file.record.architecture]
-    first, second = (_open(file, arch or next(iter(said), None), inputs, trust=trust) for file in files)
+    said = [said_architecture(file, trust=trust) for file in files] if arch is None else []
+    default = arch or next(filter(None, said), None)
+    first, second = (_open(file, default, inputs, trust=trust) for file in files)
     if first.inputs is None:
         raise ArchitectureError("nothing tells the size of an input: give one with --input 2x3x224x224")
     with stage("comparing the two in float64"):
@@ -81,4 +83,4 @@ def verify_command(
 
 def _open(file: "Checkpoint", arch: str | None, inputs: tuple[InputSpec, ...], *, trust: bool) -> Opened:
     own = file.record.architecture if file.record else None
-    return open_model(file, arch=None if file.payload == "module" else own or arch, inputs=inputs, trust=trust)
+    return open_model(file, arch=None if own or file.payload == "module" else arch, inputs=inputs, trust=trust)
