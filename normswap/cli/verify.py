@@ -82,5 +82,9 @@ def verify_command(
 
 
 def _open(file: "Checkpoint", arch: str | None, inputs: tuple[InputSpec, ...], *, trust: bool) -> Opened:
+    from normswap.checkpoints.architecture import is_foreign_code
+
     own = file.record.architecture if file.record else None
-    return open_model(file, arch=None if own or file.payload == "module" else arch, inputs=inputs, trust=trust)
+    # Each file's own word goes first, since --arch may be meant for the other one; code needs the user's.
+    itself = file.payload == "module" or (own is not None and not is_foreign_code(own))
+    return open_model(file, arch=None if itself else arch, inputs=inputs, trust=trust)
