@@ -98,7 +98,7 @@ def built(architecture: str, *, device: str = "meta", **keywords: Any) -> nn.Mod
 
 @contextlib.contextmanager
 def _no_initial_values() -> Iterator[None]:
-    """Let operations that fill tensors pass over those on `meta`: these have no values, and it takes half of the time."""
+    """Let operations that fill tensors pass over those on `meta`: they have no values, and it is half of the time."""
     originals = {name: getattr(torch.Tensor, name) for name in _FILLING}
 
     def passing(original: Any) -> Any:
