@@ -3,7 +3,7 @@
     python benchmarks/architecture_index.py [--workers N]
 
 Records of all architectures are made first (`build/architectures.jsonl`; a run that was stopped goes on), then those
-that share all their tensors are compared: by their fingerprints, and, where these differ between classes that take any
+that share all their tensors are compared: by their fingerprints, and two that are of different classes and take any
 image size, by running both.
 """
 
@@ -89,8 +89,9 @@ def _is_same(first: Record, second: Record, measured: dict[str, str]) -> bool:
     if first["function"] == second["function"]:
         # Values outside the state dict follow from arguments that a module need not keep.
         return not first["unsaved"] or not _measure("unsaved", names, measured)
+    # Settings that differ within one class are a difference; two classes, as of two zoos, may yet be one function.
     sized = any(key in _IMAGE_SIZES for record in (first, second) for key in record["defaults"])
-    if sized or first["facts"].get("norm") != second["facts"].get("norm"):
+    if sized or first["facts"]["class"] == second["facts"]["class"]:
         return False
     if max(first["parameters"], second["parameters"]) > _MOST_PARAMETERS:
         return False
