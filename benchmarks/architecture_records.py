@@ -24,6 +24,7 @@ from torchvision import models as torchvision_models
 
 from normswap.checkpoints.architecture import build_architecture
 from normswap.checkpoints.architecture_index import Symbol
+from normswap.errors import ArchitectureError
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -91,9 +92,36 @@ def describe(architecture: str) -> dict[str, Any]:
 def built(architecture: str, *, device: str = "meta", **keywords: Any) -> nn.Module:
     """Return the model with these keyword arguments, in evaluation."""
     text = ",".join([architecture, *(f"{key}={value}" for key, value in keywords.items())])
-    with warnings.catch_warnings(), _no_initial_values(), torch.device(device):
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return build_architecture(text).eval()
+        if device != "meta":
+            return build_architecture(text).eval()
+        with _no_initial_values():
+            try:
+                with torch.device("meta"):
+                    return build_architecture(text).eval()
+            except ArchitectureError as error:
+                if "meta tensor" not in str(error):
+                    raise
+            with _parameters_without_values():
+                return build_architecture(text).eval()
+
+
+@contextlib.contextmanager
+def _parameters_without_values() -> Iterator[None]:
+    """Let parameters alone be on `meta`: torchvision's RegNets reckon their widths with tensors that need values."""
+    original = nn.Module.register_parameter
+
+    def register(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None:
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+        original(module, name, parameter)
+
+    nn.Module.register_parameter = register  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = original  # type: ignore[method-assign]
 
 
 @contextlib.contextmanager

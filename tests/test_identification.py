@@ -27,6 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 from architecture_facts import fingerprint
 from architecture_functions import difference
+from architecture_records import built
+from architecture_records import shapes_of as shapes_of_model
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -86,9 +88,7 @@ FIXED = ("raft_small",)
 
 
 def shapes_of(architecture: str) -> Shapes:
-    with torch.device("meta"):
-        model = build_architecture(architecture)
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    return shapes_of_model(built(architecture))
 
 
 def names_of(found: Identification) -> list[str]:
