@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.normswap-ready
 
-.PHONY: demo test lint types unit evidence bench zoo clean
+.PHONY: demo test lint types unit evidence bench zoo index identify clean
 
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"normswap needs Python 3.11 or newer, {sys.executable} is {v[0]}.{v[1]}; try: make PYTHON=python3.12 $(MAKECMDGOALS)")'
@@ -41,6 +41,12 @@ bench: $(READY)  ## cost of planning, converting and starting -> docs/cost.md
 
 zoo: $(READY)  ## every model of timm, torchvision and transformers through the laws -> docs/coverage.md (hours; resumes)
 	@$(BIN)/python benchmarks/zoo.py --workers 2
+
+index: $(READY)  ## the index of architectures that identification reads, from models on the meta device (half an hour)
+	@$(BIN)/python benchmarks/architecture_index.py
+
+identify: $(READY)  ## every model of timm and torchvision identified -> docs/identification.md (half an hour)
+	@$(BIN)/python benchmarks/identification.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info demo-output

@@ -39,6 +39,12 @@ class ArchitectureError(NormswapError):
     """An architecture is unknown, or does not fit the tensors."""
 
 
+class AmbiguityError(ArchitectureError):
+    """The tensors fit several architectures, or none that is known: the user has to say which."""
+
+    exit_code = 1
+
+
 class NothingToDo(NormswapError):  # noqa: N818 - an answer, not a failure
     """The honest answer is "no": there is nothing to convert, or the proof failed."""
 

@@ -18,10 +18,12 @@ from normswap.checkpoints.containers import TENSORS_ONLY, Container, decode, rea
 from normswap.checkpoints.contents import Contents, at, check_has_values, read_contents, replaced, without
 from normswap.checkpoints.fingerprint import fingerprint
 from normswap.checkpoints.fit import fill
+from normswap.checkpoints.identification import decide
 from normswap.checkpoints.layout import rejoin
 from normswap.checkpoints.prefixes import StoredNames, names_for
+from normswap.checkpoints.recognition import recognise
 from normswap.checkpoints.record import Payload, Record, Step, check_seal
-from normswap.errors import ArchitectureError, CheckpointError
+from normswap.errors import AmbiguityError, ArchitectureError, CheckpointError
 from normswap.layers.adoption import GATE_PARAMETERS
 from normswap.layers.importance import importance_weights as shares_of
 from normswap.surgery.conversion import apply_plan
@@ -88,7 +90,7 @@ def load(
 
     Args:
         path: the file, or the folder.
-        architecture: what the tensors belong to, where the file does not say it or says it wrong:
+        architecture: what the tensors belong to, where neither the file nor the tensors themselves say it:
             `"timm:NAME[,key=value...]"`, `"torchvision:NAME[,...]"`, `"hf:FOLDER"`, `"file.py:function"`, a module (a
             copy of it is filled) or a function that returns one.
         entry: which weights of several are meant, such as `"state_dict_ema"`; dots between nested entries.
@@ -96,7 +98,7 @@ def load(
 
     Raises:
         CheckpointError: not a checkpoint, damaged, changed since normswap wrote it, or with code and not trusted.
-        ArchitectureError: no architecture is known, it cannot be built, or the tensors do not fit it.
+        ArchitectureError: the tensors fit no or several known architectures, it cannot be built, or they do not fit it.
         PlanError: the file's plan does not fit the architecture.
     """
     checkpoint = read_checkpoint(Path(path), entry=entry, trust=trust)
@@ -159,10 +161,10 @@ def build_model(checkpoint: Checkpoint, architecture: Architecture | None = None
         return Built(weights, names_for([], []), None, plan)
     source = architecture or said_architecture(checkpoint, trust=trust)
     if source is None:
-        raise ArchitectureError(
-            f"{path}: a state dict does not say what it belongs to: name it with --arch timm:NAME "
-            '(architecture="timm:NAME", or a function that builds the model)'
-        )
+        try:
+            source = decide(recognise(weights, checkpoint.content))
+        except AmbiguityError as error:
+            raise AmbiguityError(f"{path}: {error}") from None
     model = _built(source)
     names = names_for(weights, model.state_dict())
     if plan is not None:

@@ -8,6 +8,7 @@ import click
 
 from normswap import __version__
 from normswap.cli.convert import convert_command
+from normswap.cli.identify import identify_command
 from normswap.cli.inspect import inspect_command
 from normswap.cli.verify import verify_command
 
@@ -18,6 +19,7 @@ def main() -> None:
     """Swap Batch Normalization for Switchable Normalization in trained networks, without changing their function."""
 
 
+main.add_command(identify_command)
 main.add_command(inspect_command)
 main.add_command(convert_command)
 main.add_command(verify_command)
