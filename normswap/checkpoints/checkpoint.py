@@ -189,7 +189,11 @@ def build_model(checkpoint: Checkpoint, architecture: Architecture | None = None
 
 
 def stored_importance_weights(checkpoint: Checkpoint) -> dict[str, ImportanceWeights]:
-    """Return the importance weights in a checkpoint by fqn, without building the model; empty if not converted."""
+    """Return the importance weights in a checkpoint by fqn, without building the model; empty if not converted.
+
+    Raises:
+        CheckpointError: they do not fit the plan in the file.
+    """
     content, record = checkpoint.content, checkpoint.record
     if isinstance(content, nn.Module):
         return importance_weights(content)
@@ -197,6 +201,8 @@ def stored_importance_weights(checkpoint: Checkpoint) -> dict[str, ImportanceWei
     for swap in record.plan.swaps if record and record.plan else ():
         points = [content[key] for name in GATE_PARAMETERS if (key := join(swap.fqn, name)) in content]
         if points:  # a site outside every registry is in no state dict
+            if [tuple(point.shape) for point in points] != [(len(swap.branches),)] * len(GATE_PARAMETERS):
+                raise CheckpointError(f"{checkpoint.path}: the importance weights of {swap.fqn!r} do not fit its plan")
             mean, var = (
                 dict(zip(swap.branches, shares_of(point, swap.gate).tolist(), strict=True)) for point in points
             )

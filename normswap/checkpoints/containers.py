@@ -101,8 +101,8 @@ def decode(path: Path, container: Container, *, trust: bool) -> Any:
         check_claims(path)
     try:
         with warnings.catch_warnings():
-            # torch warns of pickle protocols that it then refuses: one of the two is enough.
-            warnings.filterwarnings("ignore", message="Detected pickle protocol")
+            # torch warns of what it then refuses, such as pickle protocols: one of the two is enough.
+            warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # what a damaged or hostile file raises is anybody's guess
         if not trust:

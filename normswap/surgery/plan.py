@@ -111,7 +111,7 @@ class SwapPlan:
         """
         try:
             return cls.from_dict(json.loads(text))
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise PlanError(f"expected a plan as JSON, written by --save-plan; {error}") from None
 
 
@@ -148,7 +148,7 @@ def _checked(data: Any, types: dict[str, Any], what: str, optional: set[str] | N
         raise PlanError(f"{what} {' and '.join(parts)}: expected {sorted(types)}")
     for name, kind in types.items():
         if not isinstance(data[name], kind):
-            raise PlanError(f"{what}: {name} has an unexpected value {data[name]!r}")
+            raise PlanError(f"{what}: {name} has an unexpected value {data[name]!r:.80}")
     return dict(data)
 
 
