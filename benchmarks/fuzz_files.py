@@ -3,7 +3,6 @@
 A new kind is one line in `KINDS`.
 """
 
-import json
 import pickle
 import struct
 import warnings
@@ -187,12 +186,3 @@ def plant(folder: Path) -> Payloads:
 def _call(name: bytes, argument: str) -> bytes:
     text = argument.encode()
     return b"c" + name + b"\nX" + struct.pack("<I", len(text)) + text + b"\x85R"
-
-
-def is_json(data: bytes) -> bool:
-    """Whether `data` is a JSON document."""
-    try:
-        json.loads(data)
-    except ValueError:
-        return False
-    return True
