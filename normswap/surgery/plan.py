@@ -94,6 +94,8 @@ class SwapPlan:
             raise PlanError(f"the plan is of a newer version than {PLAN_VERSION}: update normswap")
         swaps = tuple(_swap(item) for item in data.pop("swaps"))
         skips = tuple(Skip(**_checked(item, _types(Skip), "a skip")) for item in data.pop("skips"))
+        if not all(isinstance(note, str) for note in data["notes"]):
+            raise PlanError(f"the plan: notes has an unexpected value {data['notes']!r:.80}")
         plan = cls(swaps, skips, data["model_class"], data["inputs"], tuple(data["notes"]))
         return plan._with_settings(data["settings"]) if "settings" in data else plan
 
