@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.normswap-ready
 
-.PHONY: demo test lint types unit evidence bench zoo index identify clean
+.PHONY: demo test lint types unit evidence bench fuzz zoo index identify clean
 
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"normswap needs Python 3.11 or newer, {sys.executable} is {v[0]}.{v[1]}; try: make PYTHON=python3.12 $(MAKECMDGOALS)")'
@@ -38,6 +38,10 @@ evidence: $(READY)  ## fine-tuning at batch size 2, 3 seeds -> docs/evidence.md 
 
 bench: $(READY)  ## cost of planning, converting and starting -> docs/cost.md
 	@$(BIN)/python benchmarks/cost.py
+
+fuzz: $(READY)  ## 10,000 damaged files and 100 killed runs -> docs/fuzz.md (about 10 minutes on 2 cores)
+	@$(BIN)/python benchmarks/kills.py --kills 100
+	@$(BIN)/python benchmarks/fuzz.py
 
 zoo: $(READY)  ## every model of timm, torchvision and transformers through the laws -> docs/coverage.md (hours; resumes)
 	@$(BIN)/python benchmarks/zoo.py --workers 2

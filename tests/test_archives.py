@@ -236,13 +236,15 @@ def test_what_safetensors_writes_passes(tmp_path: Path) -> None:
 # What a pickle claims.
 
 
-def tensor_pickle(*, shape: str = "K\x04\x85", elements: bytes = b"K\x04", kind: bytes = b"FloatStorage") -> bytes:
-    """A state dict of one tensor, as torch writes it; `shape` and `elements` as opcodes."""
+def tensor_pickle(
+    *, shape: bytes = b"K\x04", stride: bytes = b"K\x01", elements: bytes = b"K\x04", kind: bytes = b"FloatStorage"
+) -> bytes:
+    """A state dict of one tensor, as torch writes it; its numbers as opcodes."""
     return b"".join(
         (
             b"\x80\x02}q\x00X\x01\0\0\0aq\x01ctorch._utils\n_rebuild_tensor_v2\nq\x02((X\x07\0\0\0storageq\x03",
             b"ctorch\n" + kind + b"\nq\x04X\x01\0\0\x000q\x05X\x03\0\0\0cpuq\x06" + elements + b"tq\x07QK\x00",
-            shape.encode("latin1") + b"q\x08K\x01\x85q\x09\x89ccollections\nOrderedDict\nq\x0a)Rq\x0btq\x0cRq\x0ds.",
+            shape + b"\x85q\x08" + stride + b"\x85q\x09\x89ccollections\nOrderedDict\nq\x0a)Rq\x0btq\x0cRq\x0ds.",
         )
     )
 
@@ -258,12 +260,19 @@ CLAIMS = {
         tensor_pickle(elements=b"K\x05"),
         "the storage '0' claims 20 bytes and has 16: damaged or hostile",
     ),
-    "a storage smaller than its record": (tensor_pickle(elements=b"K\x02"), "claims 8 bytes and has 16"),
+    "a storage smaller than its record": (
+        tensor_pickle(elements=b"K\x02", shape=b"K\x02"),
+        "claims 8 bytes and has 16",
+    ),
     "another type": (tensor_pickle(kind=b"DoubleStorage"), "claims 32 bytes and has 16"),
     "a negative storage": (tensor_pickle(elements=b"J\xfe\xff\xff\xff"), "the storage '0' claims -2 elements: damaged"),
     "a repeated number": (
-        tensor_pickle(shape="\x8a\x05\0\0\0\0\x40\x85"),
+        tensor_pickle(shape=b"\x8a\x05\0\0\0\0\x40", stride=b"K\x00"),
         "a tensor claims the shape 274877906944, the file has ",
+    ),
+    "a view beyond its storage": (
+        tensor_pickle(shape=b"K\x03", stride=b"K\x02"),
+        "a tensor of the shape 3 reaches beyond its storage of 4 elements: damaged or hostile",
     ),
     "a tuple of tuples": (bomb(60), "a tuple that unfolds to 3,"),
 }

@@ -486,6 +486,7 @@ PLANS = {
     "missing": (None, "bad.json: no such file"),
     "empty": (b"", "bad.json: the file is empty"),
     "no JSON": (b"swap everything", "bad.json: expected a plan as JSON, written by --save-plan; "),
+    "nested too deeply": (b"[" * 100_000, "expected a plan as JSON, written by --save-plan; maximum recursion depth"),
     "not text": (b"\xff\xfe\x00", "bad.json: 'utf-8' codec can't decode"),
     "another document": (b'{"a": 1}', "bad.json: the plan lacks ["),
     "of the future": (None, "bad.json: the plan is of a newer version than 1: update normswap"),

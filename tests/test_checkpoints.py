@@ -262,6 +262,16 @@ def test_the_importance_weights_of_a_pickled_module_are_read_from_it(tmp_path: P
     assert found == normswap.importance_weights(conversion.model)
 
 
+@pytest.mark.parametrize("change", [{"bn1.mean_weight": torch.ones(2)}, {"bn1.mean_weight": None}])
+def test_importance_weights_that_do_not_fit_the_plan(tmp_path: Path, x: Tensor, change: dict[str, Any]) -> None:
+    conversion = converted(x)
+    state = {key: value for key, value in (conversion.model.state_dict() | change).items() if value is not None}
+    record = Record("state dict", plan=conversion.plan)
+    containers.encode(tmp_path / "a.pt", "torch zip", state, record.to_json())
+    with pytest.raises(CheckpointError, match=r"a\.pt: the importance weights of 'bn1' do not fit its plan"):
+        stored_importance_weights(read_checkpoint(tmp_path / "a.pt"))
+
+
 def test_a_file_that_was_not_converted_has_no_importance_weights(tmp_path: Path) -> None:
     torch.save(files.small_model().state_dict(), tmp_path / "bn.pt")
     assert stored_importance_weights(read_checkpoint(tmp_path / "bn.pt")) == {}
@@ -464,6 +474,12 @@ def _edited(**changes: Any) -> str:
     return json.dumps(json.loads(Record("state dict").to_json()) | changes)
 
 
+def _proof(**changes: Any) -> str:
+    x = torch.randn(files.SHAPE)
+    model = files.small_model()
+    return _edited(verification=normswap.verify(model, model, [x]).to_dict() | changes)
+
+
 BAD_RECORDS = {
     "of the future": (_edited(version=2), "its record is of a newer version than 1: update normswap"),
     "no JSON": ("{", "its record is damaged (Expecting property name"),
@@ -474,6 +490,23 @@ BAD_RECORDS = {
     "damaged plan": (_edited(plan={"version": 1}), "its record is damaged (the plan lacks"),
     "damaged proof": (_edited(verification={"passed": True}), "its record is damaged ('checks')"),
     "damaged history": (_edited(history=[{"who": "me"}]), "its record is damaged ("),
+    "a list for a number": (_proof(tolerance=[1]), "its record is damaged (expected float or int, got [1])"),
+    "a number for a truth": (_proof(passed=1), "its record is damaged (expected bool, got 1)"),
+    "a truth for a number": (_proof(tolerance=True), "its record is damaged (tolerance: unexpected True)"),
+    "a number beyond all": (_proof(tolerance=10**400), "its record is damaged (int too large to convert to float)"),
+    "a proof without a list": (_proof(checks=3), "its record is damaged (expected list or tuple, got 3)"),
+    "a check that is none": (_proof(checks=[{"name": 3}]), "its record is damaged (expected str, got 3)"),
+    "a field that checks have not": (_proof(checks=[{"who": 3}]), "its record is damaged ('who')"),
+    "nested too deeply": ("[" * 100_000 + "]" * 100_000, "its record is damaged (maximum recursion depth exceeded"),
+    "what rules terminals": (
+        _edited(torch="\x1b[31m"),
+        "its record is damaged (a text with control characters: '\\x1b",
+    ),
+    "a name that rules terminals": (_edited(tied={"\x1b": "a"}), "its record is damaged (a text with control characte"),
+    "what no terminal shows": (
+        _edited(torch="\ud800"),
+        "its record is damaged (a text with control characters: '\\ud8",
+    ),
     "damaged ties": (_edited(tied={"a": 1}), "its record is damaged (expected str, got 1)"),
 }
 
@@ -484,6 +517,13 @@ def test_a_bad_record_is_told(tmp_path: Path, text: str, message: str) -> None:
     containers.encode(path, "torch zip", files.TiedNet().state_dict(), text)
     with pytest.raises(CheckpointError, match=re.escape(f"{path}: {message}")):
         normswap.load(path, architecture=files.TiedNet)
+
+
+def test_a_source_may_be_called_anything() -> None:
+    step = Step.now("converted", source="a\udcffb\n\x1b.pt", sha256="0")
+    assert step.source == "a?b??.pt"
+    record = Record("state dict", history=(step,))
+    assert Record.from_json(record.to_json()) == record
 
 
 def test_a_record_survives_json() -> None:

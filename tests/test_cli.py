@@ -22,6 +22,7 @@ from torch import nn
 
 import normswap
 from normswap.checkpoints.checkpoint import read_record
+from normswap.checkpoints.record import Step
 from normswap.checkpoints.saving import sha256_of
 from normswap.cli import convert as convert_module
 from normswap.cli import main
@@ -557,3 +558,15 @@ def test_progress_is_shown_on_a_terminal_only(folder: Path, monkeypatch: pytest.
     for stage in ("reading bn.pt", "building the model", "finding norm sites", "comparing", "writing bn.normswap.pt"):
         assert stage in shown.stderr
     assert json.loads(shown.stdout)["written"]
+
+
+def test_what_an_error_tells_cannot_rule_the_terminal(folder: Path) -> None:
+    result = run("inspect", "a\x1b[31m\udcff.pt")
+    assert result.stderr.startswith(r"error: a\x1b[31m\udcff.pt: no such file")
+
+
+def test_markup_in_a_record_is_shown_as_it_is(folder: Path) -> None:
+    loaded = normswap.load("sn.pt")
+    steps = (Step("[/bold]", "[/x]", "[red]"),)
+    normswap.save(loaded.model, "marked.pt", plan=loaded.plan, architecture=files.ARCH, history=steps)
+    assert "[/bold]" in ok("inspect", "marked.pt").stdout

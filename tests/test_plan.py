@@ -203,6 +203,7 @@ def test_json_that_is_no_plan_is_refused(plan: SwapPlan) -> None:
         (edited_swap(plan, branches=["ln", "xy", "bn"]), "swap of 'stem.1': branches: expected a non-empty subset"),
         (edited_swap(plan, branches=[["bn"]]), "swap of 'stem.1': unhashable type"),
         (edited_swap(plan, branches=[1, "bn"]), "swap of 'stem.1': branches: expected a non-empty subset"),
+        (edited(plan, notes=[3]), r"the plan: notes has an unexpected value \[3\]"),
         (edited_swap(plan, gate=3), "a swap: gate has an unexpected value 3"),
         (edited_swap(plan, bn_statistics="moving"), "swap of 'stem.1': expected bn_statistics among"),
         (edited_swap(plan, num_features="16"), "a swap: num_features has an unexpected value '16'"),

@@ -177,7 +177,11 @@ def build_model(checkpoint: Checkpoint, architecture: Architecture | None = None
 
 
 def stored_importance_weights(checkpoint: Checkpoint) -> dict[str, ImportanceWeights]:
-    """Return the importance weights in a checkpoint by fqn, without building the model; empty if not converted."""
+    """Return the importance weights in a checkpoint by fqn, without building the model; empty if not converted.
+
+    Raises:
+        CheckpointError: they do not fit the plan in the file.
+    """
     weights, record = checkpoint.weights, checkpoint.record
     if isinstance(weights, nn.Module):
         return importance_weights(weights)
@@ -188,6 +192,8 @@ def stored_importance_weights(checkpoint: Checkpoint) -> dict[str, ImportanceWei
         keys = [names.stored.get(join(swap.fqn, name)) for name in GATE_PARAMETERS]
         points = [weights[key] for key in keys if key is not None]
         if points:  # a site outside every registry is in no state dict
+            if [tuple(point.shape) for point in points] != [(len(swap.branches),)] * len(GATE_PARAMETERS):
+                raise CheckpointError(f"{checkpoint.path}: the importance weights of {swap.fqn!r} do not fit its plan")
             mean, var = (
                 dict(zip(swap.branches, shares_of(point, swap.gate).tolist(), strict=True)) for point in points
             )

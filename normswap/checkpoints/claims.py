@@ -1,20 +1,22 @@
 """What the pickle in a torch file claims, held against the bytes that are there.
 
 torch (2.14) believes the pickle where it maps a file into memory or reads a legacy one: a storage that claims more than
-its record reads its neighbours, one that claims terabytes is allocated, and a view that repeats one number may claim
-any size. A tuple of tuples, each used twice, takes years to be hashed.
+its record reads its neighbours, one that claims terabytes is allocated, a view beyond its storage makes that grow, and
+one that repeats one number may claim any size. A tuple of tuples, each used twice, takes years to be hashed.
 """
 
 import io
 import math
 import re
 import zipfile
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
+from typing import IO, cast
 
 from normswap.checkpoints.opcodes import Rebuilt, Said, Storage, read_opcodes
 from normswap.errors import CheckpointError
 
-_LEGACY_HEADERS = 3  # magic number, protocol version, byte order: pickles of their own before the object
+_LEGACY_HEADERS = 3  # magic number, protocol version, byte order: pickles of their own before object and keys
 # A view may repeat what is stored (`expand`), but no network is that much larger than its file.
 _LEAST_CLAIM = 64_000_000
 _MOST_UNFOLDED = 1_000_000
@@ -56,11 +58,15 @@ def check_legacy_claims(path: Path) -> None:
     Raises:
         CheckpointError: as `check_zip_claims`; the storages together claim more than the file has.
     """
-    with open(path, "rb") as file:
-        for _ in range(_LEGACY_HEADERS):
-            read_opcodes(file)
-        said = read_opcodes(file)
+    # Mapped, since a text that claims four gigabytes would be given them before it is read.
+    with open(path, "rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as mapped:
+        *_, said, keys = [read_opcodes(cast(IO[bytes], mapped)) for _ in range(_LEGACY_HEADERS + 2)]
     _check(path, said)
+    if not (said.whole and keys.whole):
+        raise CheckpointError(
+            f"{path}: truncated or damaged, or pickled in an unusual way (its pickle does not come to an end): save it "
+            "again"
+        )
     claimed = sum({storage.key: max(_bytes_of(storage) or 0, 0) for storage in said.storages}.values())
     if claimed > path.stat().st_size:
         raise CheckpointError(
@@ -79,12 +85,17 @@ def _check(path: Path, said: Said) -> None:
         raise CheckpointError(
             f"{path}: the storage {negative.key[:40]!r} claims {negative.elements:,} elements: damaged"
         )
+    beyond = next((tensor for tensor in said.tensors if _reach(tensor) > tensor.storage.elements), None)
+    if beyond is not None:
+        raise CheckpointError(
+            f"{path}: a tensor of the shape {_size(beyond)} reaches beyond its storage of {beyond.storage.elements:,} "
+            "elements: damaged or hostile, get the file again"
+        )
     most = max(_LEAST_CLAIM, path.stat().st_size)
     large = next((tensor for tensor in said.tensors if _size_of(tensor) > most), None)
     if large is not None:
-        shape = "x".join(map(str, large.shape))
         raise CheckpointError(
-            f"{path}: a tensor claims the shape {shape[:80]}, the file has {path.stat().st_size:,} bytes: damaged or "
+            f"{path}: a tensor claims the shape {_size(large)}, the file has {path.stat().st_size:,} bytes: damaged or "
             "hostile, get the file again"
         )
 
@@ -94,6 +105,18 @@ def _bytes_of(storage: Storage) -> int | None:
     kind = re.fullmatch(r"torch\.(?:storage\.)?(\w+)Storage", storage.kind)
     each = _BYTES.get(kind.group(1)) if kind else None
     return None if each is None else each * storage.elements
+
+
+def _reach(tensor: Rebuilt) -> int:
+    """How many elements of its storage a tensor needs, from the first on."""
+    if 0 in tensor.shape:
+        return 0
+    steps = sum((length - 1) * step for length, step in zip(tensor.shape, tensor.stride, strict=False))
+    return tensor.offset + steps + 1
+
+
+def _size(tensor: Rebuilt) -> str:
+    return "x".join(map(str, tensor.shape))[:80] or "a single number"
 
 
 def _size_of(tensor: Rebuilt) -> int:

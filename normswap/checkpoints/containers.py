@@ -214,8 +214,8 @@ def _decode_pickle(path: Path, *, trust: bool, legacy: bool, mapped: bool) -> An
         check_claims(path)
     try:
         with warnings.catch_warnings(), plain_globals():
-            # torch warns of pickle protocols that it then refuses: one of the two is enough.
-            warnings.filterwarnings("ignore", message="Detected pickle protocol")
+            # torch warns of what it then refuses, such as pickle protocols: one of the two is enough.
+            warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and not legacy)
     except Exception as error:  # what a damaged or hostile file raises is anybody's guess
         if not trust:

@@ -31,18 +31,21 @@ class Storage(NamedTuple):
 
 
 class Rebuilt(NamedTuple):
-    """The claim that a tensor of this shape is a view of a storage."""
+    """The claim that a tensor is a view of a storage: from which element on, of which shape, in which steps."""
 
     storage: Storage
+    offset: int
     shape: tuple[int, ...]
+    stride: tuple[int, ...]
 
 
 class Said(NamedTuple):
-    """What a pickle says: storages, tensors, and the entries of its largest tuple (infinite ones do not exist)."""
+    """What a pickle says: storages, tensors, the entries of its largest tuple; and whether it comes to its end."""
 
     storages: tuple[Storage, ...]
     tensors: tuple[Rebuilt, ...]
     largest_tuple: int
+    whole: bool
 
 
 class _Mark:
@@ -58,12 +61,14 @@ _TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 def read_opcodes(file: IO[bytes]) -> Said:
     """Return what one pickle says; `file` then stands behind it, or where it is damaged."""
     reader = _Reader()
+    whole = False
     try:
         for opcode, argument, _ in pickletools.genops(file):
+            whole = opcode.name == "STOP"
             reader.follow(opcode, argument)
     except Exception:  # noqa: BLE001 - what damaged bytes raise is anybody's guess
         pass
-    return Said(tuple(reader.storages), tuple(reader.tensors), reader.largest_tuple)
+    return Said(tuple(reader.storages), tuple(reader.tensors), reader.largest_tuple, whole)
 
 
 class _Reader:
@@ -120,10 +125,12 @@ class _Reader:
         return _OTHER
 
     def built(self, function: Any, arguments: Any) -> Any:
+        # torch._utils._rebuild_tensor_v2(storage, offset, shape, stride, ...) and its kin
         match function, arguments:
-            case Name(text=text), Tuple(items=[Storage() as storage, _, Tuple(items=shape), *_]) if "_tensor" in text:
-                if all(isinstance(length, int) for length in shape):
-                    self.tensors.append(Rebuilt(storage, tuple(shape)))
+            case Name(text=text), Tuple(
+                items=[Storage() as storage, int(offset), Tuple(items=shape), Tuple(items=stride), *_]
+            ) if "_rebuild_tensor" in text and all(isinstance(number, int) for number in (*shape, *stride)):
+                self.tensors.append(Rebuilt(storage, offset, tuple(shape), tuple(stride)))
         return _OTHER
 
 

@@ -5,18 +5,20 @@ checked like any other.
 """
 
 import json
+import unicodedata
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from hashlib import sha256
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
 import torch
 
 import normswap
 from normswap.errors import CheckpointError, PlanError
+from normswap.site_watch import SiteError
 from normswap.surgery.plan import SwapPlan
-from normswap.verification import Verification
+from normswap.verification import Check, Verification
 
 RECORD_VERSION = 1
 
@@ -36,7 +38,10 @@ class Step:
     @classmethod
     def now(cls, action: str, *, source: str | None = None, sha256: str | None = None) -> Self:
         """Return a step of this moment, done by this version."""
-        return cls(action, datetime.now(UTC).isoformat(timespec="seconds"), normswap.__version__, source, sha256)
+        date = datetime.now(UTC).isoformat(timespec="seconds")
+        # A file may be called anything; a record holds what can be printed.
+        told = source and "".join(letter if letter.isprintable() else "?" for letter in source)
+        return cls(action, date, normswap.__version__, told, sha256)
 
 
 @dataclass(frozen=True)
@@ -89,11 +94,11 @@ class Record:
             CheckpointError: not a record, of a newer version, or a field is unknown or of the wrong kind.
         """
         try:
-            data = json.loads(text)
+            data = _printable(json.loads(text))
             if data.pop("version") > RECORD_VERSION:
                 raise CheckpointError(f"its record is of a newer version than {RECORD_VERSION}: update normswap")
             return cls(**{name: _FIELDS[name](value) for name, value in data.items()})
-        except (ValueError, TypeError, KeyError, AttributeError, PlanError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError, PlanError) as error:
             raise CheckpointError(f"its record is damaged ({error}): convert the original file again") from error
 
 
@@ -117,30 +122,69 @@ def _seal(data: dict[str, Any], content: str) -> str:
     return sha256(text.encode()).hexdigest()
 
 
+def _printable(value: Any) -> Any:
+    """Refuse texts that could rule a terminal or that no terminal can show."""
+    for part in value.items() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _printable(list(part) if isinstance(part, tuple) else part)
+    if isinstance(value, str) and any(unicodedata.category(letter) in ("Cc", "Cs") for letter in value):
+        raise ValueError(f"a text with control characters: {value!a:.80}")
+    return value
+
+
 def _payload(value: Any) -> Payload:
     if value not in ("state dict", "module"):
-        raise ValueError(f"payload: unexpected {value!r}")
+        raise ValueError(f"payload: unexpected {value!r:.80}")
     return value  # type: ignore[no-any-return]
 
 
 def _of(*kinds: type) -> Callable[[Any], Any]:
     def check(value: Any) -> Any:
         if not isinstance(value, kinds):
-            raise ValueError(f"expected {' or '.join(kind.__name__ for kind in kinds)}, got {value!r}")
+            raise ValueError(f"expected {' or '.join(kind.__name__ for kind in kinds)}, got {value!r:.80}")
         return value
 
     return check
+
+
+def _fields_of(record: type) -> Callable[[Any], dict[str, Any]]:
+    """What checks the fields of a flat dataclass against their annotations; lists are left to others."""
+    hints = get_type_hints(record)
+
+    def check(value: Any) -> dict[str, Any]:
+        for name, item in _of(dict)(value).items():
+            if get_origin(hints[name]) is tuple:
+                continue
+            kinds = get_args(hints[name]) or (hints[name],)
+            if isinstance(item, bool) and bool not in kinds:
+                raise ValueError(f"{name}: unexpected {item!r}")
+            _of(*kinds, *((int,) if float in kinds else ()))(item)
+            if isinstance(item, int):
+                float(item)  # which a number of 400 digits overflows
+        return dict(value)
+
+    return check
+
+
+def _proof(value: Any) -> Verification | None:
+    if value is None:
+        return None
+    data = _fields_of(Verification)(value)
+    for part, kind in (("checks", Check), ("sites", SiteError)):
+        data[part] = [_fields_of(kind)(item) for item in _of(list, tuple)(data[part])]
+    return Verification.from_dict(data)
 
 
 _FIELDS: dict[str, Callable[[Any], Any]] = {
     "payload": _payload,
     "architecture": _of(str, type(None)),
     "plan": lambda value: None if value is None else SwapPlan.from_dict(value),
-    "verification": lambda value: None if value is None else Verification.from_dict(value),
-    "history": lambda value: tuple(Step(**_of(dict)(step)) for step in value),
+    "verification": _proof,
+    "history": lambda value: tuple(Step(**_fields_of(Step)(step)) for step in _of(list)(value)),
     "tied": lambda value: {_of(str)(key): _of(str)(kept) for key, kept in _of(dict)(value).items()},
-    "channels_last": lambda value: tuple(_of(str)(key) for key in value),
-    "originals": lambda value: {_of(str)(fqn): Original(**_of(dict)(item)) for fqn, item in _of(dict)(value).items()},
+    "channels_last": lambda value: tuple(_of(str)(key) for key in _of(list)(value)),
+    "originals": lambda value: {
+        _of(str)(fqn): Original(**_fields_of(Original)(item)) for fqn, item in _of(dict)(value).items()
+    },
     "entry": _of(str, type(None)),
     "fingerprint": _of(str, type(None)),
     "normswap": _of(str),

@@ -35,5 +35,7 @@ def one_line_failures(command: Callable[P, None]) -> Callable[P, None]:
 
 def _exit(message: str, status: int) -> NoReturn:
     click.secho("error: ", fg="red", nl=False, err=True)
-    click.echo(" ".join(message.split()), err=True)
+    # Names from files may hold what rules a terminal, or what it cannot show.
+    shown = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in " ".join(message.split()))
+    click.echo(shown, err=True)
     sys.exit(status)

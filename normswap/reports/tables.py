@@ -56,7 +56,7 @@ def parity(verification: Verification) -> RenderableType:
     for check in verification.checks:
         limit = _number(check.limit) if check.passed is not None else ""
         response = [_number(check.own_response)] if own else []
-        table.add_row(check.name, _number(check.error), limit, _VERDICTS[check.passed], *response)
+        table.add_row(Text(check.name), _number(check.error), limit, _VERDICTS[check.passed], *response)
     if verification.fp32_error is not None:
         table.add_row(Text("outputs in float32", "dim"), _number(verification.fp32_error), "", Text("noted", "dim"))
     lines: list[RenderableType] = [table]
@@ -122,7 +122,7 @@ def history(steps: Iterable[Step]) -> RenderableType:
     for step in steps:
         source = f"{step.source}{f' ({step.sha256[:12]})' if step.sha256 else ''}" if step.source else ""
         when = step.date.removesuffix("+00:00").replace("T", " ")
-        table.add_row(step.action, when, f"normswap {step.normswap}", Text(source, overflow="fold"))
+        table.add_row(Text(step.action), Text(when), Text(f"normswap {step.normswap}"), Text(source, overflow="fold"))
     return table
 
 

@@ -96,6 +96,8 @@ class SwapPlan:
             raise PlanError(f"the plan is of a newer version than {PLAN_VERSION}: update normswap")
         swaps = tuple(_swap(item) for item in data.pop("swaps"))
         skips = tuple(Skip(**_checked(item, _types(Skip), "a skip")) for item in data.pop("skips"))
+        if not all(isinstance(note, str) for note in data["notes"]):
+            raise PlanError(f"the plan: notes has an unexpected value {data['notes']!r:.80}")
         plan = cls(swaps, skips, data["model_class"], data["inputs"], tuple(data["notes"]))
         return plan._with_settings(data["settings"]) if "settings" in data else plan
 
@@ -113,7 +115,7 @@ class SwapPlan:
         """
         try:
             return cls.from_dict(json.loads(text))
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise PlanError(f"expected a plan as JSON, written by --save-plan; {error}") from None
 
 
@@ -150,7 +152,7 @@ def _checked(data: Any, types: dict[str, Any], what: str, optional: set[str] | N
         raise PlanError(f"{what} {' and '.join(parts)}: expected {sorted(types)}")
     for name, kind in types.items():
         if not isinstance(data[name], kind):
-            raise PlanError(f"{what}: {name} has an unexpected value {data[name]!r}")
+            raise PlanError(f"{what}: {name} has an unexpected value {data[name]!r:.80}")
     return dict(data)
 
 

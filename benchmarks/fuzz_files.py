@@ -1,0 +1,188 @@
+"""Real files of every kind that is read or refused, for the fuzz program to damage; and what must never run.
+
+A new kind is one line in `KINDS`.
+"""
+
+import pickle
+import struct
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import timm
+import torch
+from torch import Tensor, nn
+
+import normswap
+
+ARCH = "timm:fuzzing_net"
+SHAPE = (2, 3, 8, 8)
+INPUT = "x".join(map(str, SHAPE))
+
+
+class FuzzingNet(nn.Module):
+    """Two batch norms and as few numbers as possible, so that most damage hits the structure of a file."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4)
+        self.conv2, self.bn2 = nn.Conv2d(4, 4, 3, bias=False), nn.BatchNorm2d(4)
+        self.fc = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn1(self.conv1(x)).relu()
+        return self.fc(self.bn2(self.conv2(x)).relu().mean((2, 3)))
+
+
+def fuzzing_net(pretrained: bool = False, **_: Any) -> FuzzingNet:
+    """What `ARCH` names once it is registered."""
+    return FuzzingNet()
+
+
+def register() -> None:
+    """Make timm know `ARCH`: the command line builds nothing else."""
+    if not timm.is_model("fuzzing_net"):
+        timm.models.register_model(fuzzing_net)
+
+
+def net() -> FuzzingNet:
+    """The network in all files, with statistics that matter."""
+    torch.manual_seed(0)
+    model = FuzzingNet()
+    for norm in (model.bn1, model.bn2):
+        norm.running_mean.normal_(0, 0.3)
+        norm.running_var.uniform_(0.5, 2)
+    return model.eval()
+
+
+def _state_dict(path: Path) -> None:
+    torch.save(net().state_dict(), path)
+
+
+def _legacy(path: Path) -> None:
+    torch.save(net().state_dict(), path, _use_new_zipfile_serialization=False)
+
+
+def _protocol_4(path: Path) -> None:
+    torch.save(net().state_dict(), path, pickle_protocol=4)
+
+
+def _safetensors(path: Path) -> None:
+    safetensors.torch.save_file(net().state_dict(), path, metadata={"format": "pt"})
+
+
+def _module(path: Path) -> None:
+    torch.save(net(), path)
+
+
+def _converted(path: Path) -> None:
+    x = torch.randn(SHAPE)
+    conversion = normswap.convert(net(), x)
+    proof = normswap.verify(net(), conversion.model, [x])
+    normswap.save(conversion.model, path, plan=conversion.plan, architecture=ARCH, verification=proof)
+
+
+def _training(path: Path) -> None:
+    model = net().train()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    model(torch.randn(SHAPE)).sum().backward()
+    optimizer.step()
+    content = {"state_dict": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": 3, "arch": "fuzzing_net"}
+    torch.save(content, path)
+
+
+def _torchscript(path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.script(net()).save(str(path))
+
+
+def _exported(path: Path) -> None:
+    torch.export.save(torch.export.export(net(), (torch.randn(SHAPE),)), path)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of file: how a good one is written, what it is called, what the reader is told it belongs to."""
+
+    name: str
+    make: Callable[[Path], None]
+    suffix: str = ".pt"
+    arch: str | None = ARCH
+
+
+KINDS = (
+    Kind("state dict", _state_dict),
+    Kind("legacy pickle", _legacy),
+    Kind("pickle protocol 4", _protocol_4),
+    Kind("safetensors", _safetensors, ".safetensors"),
+    Kind("pickled module", _module, arch=None),
+    Kind("converted torch file", _converted, arch=None),
+    Kind("converted safetensors", _converted, ".safetensors", arch=None),
+    Kind("training checkpoint", _training),
+    Kind("TorchScript", _torchscript),
+    Kind(".pt2 of torch.export", _exported, ".pt2"),
+)
+
+
+@dataclass(frozen=True)
+class Payloads:
+    """Code that creates `marker` when it runs: as opcodes, as whole pickles, as names of architectures."""
+
+    marker: Path
+    calls: tuple[bytes, ...]
+    architectures: tuple[str, ...]
+
+    @property
+    def pickles(self) -> tuple[bytes, ...]:
+        """Pickles that do nothing else."""
+        return tuple(b"\x80\x02" + call + b"." for call in self.calls)
+
+
+class _Touching:
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.marker,)
+
+
+def plant(folder: Path) -> Payloads:
+    """Write the files that payloads need into `folder` and return them."""
+    marker = folder / "it-ran"
+    code = f"open({str(marker)!r}, 'w').close()"
+    (folder / "payload.py").write_text(f"{code}\ndef build():\n    {code}\n")
+    nested = folder / "payload.pkl"
+    nested.write_bytes(pickle.dumps(_Touching(marker)))
+    calls = (
+        _call(b"posix\nsystem", f"touch {marker}"),
+        _call(b"builtins\nexec", code),
+        _call(b"builtins\neval", code),
+        _call(b"subprocess\ngetoutput", f"touch {marker}"),
+        _call(b"runpy\nrun_path", str(folder / "payload.py")),
+        # By the names that pickle itself maps to those of today.
+        _call(b"__builtin__\neval", code),
+    )
+    file = folder / "payload.py"
+    architectures = (
+        f"{file}:build",
+        "payload:build",
+        "payload.py:build",
+        f"timm:{file}:build",
+        f"{ARCH},pretrained=True",
+        f"{ARCH},checkpoint_path={nested}",
+        f"{ARCH},x=__import__('os').system('touch {marker}')",
+        f"torchvision:{file}:build",
+        f"hf:{folder}",
+        "timm:hf-hub:some/model",
+        "timm:local-dir:" + str(folder),
+    )
+    return Payloads(marker, calls, architectures)
+
+
+def _call(name: bytes, argument: str) -> bytes:
+    text = argument.encode()
+    return b"c" + name + b"\nX" + struct.pack("<I", len(text)) + text + b"\x85R"
