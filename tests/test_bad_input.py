@@ -16,6 +16,7 @@ from typing import Any
 import files
 import pytest
 import safetensors.torch
+import timm
 import torch
 from click.testing import CliRunner, Result
 from torch import nn
@@ -161,7 +162,7 @@ FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "quantised weights": (
         _quantised,
-        "bad.pt: holds quantised tensors, whose norms are folded away: convert the model as it was before",
+        "bad.pt: the tensor 'a' is quantised, its norms are folded away: convert the model as it was before",
     ),
     "numbers among tensors": (
         lambda path: torch.save({"a": torch.ones(1), "step": 3}, path),
@@ -315,10 +316,18 @@ def test_a_wrong_architecture_is_refused(folder: Path, arch: str, message: str) 
         normswap.load("bn.pt", architecture=arch)
 
 
-def test_an_architecture_is_needed(folder: Path) -> None:
-    message = "bn.pt: a state dict does not say what it belongs to: name it with --arch timm:NAME"
-    for arguments in (["convert", "bn.pt"], ["inspect", "bn.pt"], ["verify", "bn.pt", "bn.safetensors"]):
-        assert_refused(folder, arguments, 2, message)
+def test_an_architecture_is_needed_where_the_tensors_tell_none(folder: Path) -> None:
+    torch.save(files.TiedNet().state_dict(), folder / "bad.pt")
+    for command in ("inspect", "convert", "identify"):
+        assert_refused(folder, [command, "bad.pt"], 1, "the tensors resemble no model of timm ")
+
+
+def test_several_functions_are_never_guessed_among(folder: Path) -> None:
+    torch.save(timm.create_model("efficientnet_b0", num_classes=10).state_dict(), folder / "bad.pt")
+    message = " architectures that compute different functions, and do not say which: type --arch timm:efficientnet_b0"
+    for command in ("inspect", "convert", "identify"):
+        assert_refused(folder, [command, "bad.pt"], 1, message)
+        assert_refused(folder, [command, "bad.pt"], 1, "--arch timm:tf_efficientnet_b0,num_classes=10")
 
 
 def test_a_pickled_module_takes_no_architecture(folder: Path) -> None:

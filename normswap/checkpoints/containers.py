@@ -7,7 +7,6 @@ way out.
 
 import codecs
 import json
-import re
 import struct
 import warnings
 import zipfile
@@ -45,7 +44,6 @@ METADATA_KEY = "normswap"
 _LEGACY_MAGIC = bytes.fromhex("6cfc9c46f9206aa85019")
 _LEGACY_MAGIC_WITHIN = 32  # further in, it belongs to a storage inside a plain pickle
 _LEGACY_HEADERS = 3  # magic number, protocol version, byte order: pickles of their own before the object
-_QUANTISED = r"torch\.per_(tensor|channel)_affine|torch\.(ao\.)?nn\.(intrinsic\.)?quantized\."
 _MAX_SAFETENSORS_HEADER = 100_000_000  # the format's own limit
 
 
@@ -269,8 +267,6 @@ def _refusal(path: Path, error: Exception, *, legacy: bool) -> str:
     blocked = _blocked_globals(path, legacy=legacy)
     if not blocked:
         return f"{path}: truncated or damaged, or pickled in an unusual way ({_cause(error)}): save it again"
-    if any(re.match(_QUANTISED, name) for name in blocked):
-        return f"{path}: holds quantised tensors, whose norms are folded away: convert the model as it was before"
     return (
         f"{path}: holds pickled objects beside tensors and plain data; loading them would run {_listed(blocked)}: pass "
         "--trust (trust=True) if you trust where it comes from, or save model.state_dict() instead"
