@@ -3,6 +3,7 @@
 A new kind is one line in `KINDS`.
 """
 
+import argparse
 import pickle
 import struct
 import warnings
@@ -94,6 +95,21 @@ def _training(path: Path) -> None:
     torch.save(content, path)
 
 
+def _full_training(path: Path) -> None:
+    model = net().train()
+    optimizer = torch.optim.AdamW(model.parameters(), 0.1)
+    model(torch.randn(SHAPE)).sum().backward()
+    optimizer.step()
+    content = {
+        "model": {f"module.{key}": value for key, value in model.state_dict().items()},
+        "model_ema": torch.optim.swa_utils.AveragedModel(model).state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "lr_scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 3).state_dict(),
+        "args": argparse.Namespace(model="fuzzing_net", lr=0.1),
+    }
+    torch.save(content, path)
+
+
 def _torchscript(path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -123,6 +139,7 @@ KINDS = (
     Kind("converted torch file", _converted, arch=None),
     Kind("converted safetensors", _converted, ".safetensors", arch=None),
     Kind("training checkpoint", _training),
+    Kind("training checkpoint with EMA", _full_training),
     Kind("TorchScript", _torchscript),
     Kind(".pt2 of torch.export", _exported, ".pt2"),
 )

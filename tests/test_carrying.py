@@ -211,6 +211,32 @@ def test_a_file_without_a_fingerprint_passes(tmp_path: Path) -> None:
     assert normswap.load(tmp_path / "old.pt").plan == conversion.plan
 
 
+# Contents without an end.
+
+
+def _itself() -> list[Any]:
+    endless: list[Any] = []
+    endless.append(endless)
+    return endless
+
+
+def _doubled() -> list[Any]:
+    values: list[Any] = [1]
+    for _ in range(40):
+        values = [values, values]
+    return values
+
+
+@pytest.mark.parametrize(
+    ("make", "message"), [(_itself, "is nested more than 50 deep"), (_doubled, "holds more than 5")]
+)
+def test_a_content_without_an_end_is_refused(tmp_path: Path, make: Callable[[], Any], message: str) -> None:
+    torch.save({"state_dict": files.small_model().state_dict(), "odd": make()}, tmp_path / "model.pt")
+    result = run("convert", str(tmp_path / "model.pt"), *OPTIONS, "--no-verify")
+    assert (result.exit_code, message in result.stderr) == (2, True), result.stderr
+    assert [entry.name for entry in tmp_path.iterdir()] == ["model.pt"]
+
+
 # Statistics that are none.
 
 

@@ -12,7 +12,12 @@ import numpy
 import torch
 from torch import Tensor, nn
 
+from normswap.errors import CheckpointError
+
 _CHUNK = 1 << 24
+# More than any training checkpoint holds.
+_MOST_LEAVES = 1_000_000
+_DEEPEST = 50
 
 
 def fingerprint(content: Any) -> str:
@@ -20,9 +25,12 @@ def fingerprint(content: Any) -> str:
 
     Tensors count with dtype, shape and bytes; of a module its state dict counts. Values of other kinds count with
     their type only, empty lists and mappings not at all. Order matters in lists and not among the keys of a mapping.
+
+    Raises:
+        CheckpointError: the content has no end, or as good as none.
     """
     digest = hashlib.sha256()
-    for path, value in _leaves(content, ""):
+    for path, value in _leaves(content):
         digest.update(f"{path}\0{_plain(value)}\0".encode())
         if isinstance(value, Tensor):
             for chunk in _chunks(value):
@@ -46,19 +54,40 @@ def safetensors_holds(path: Path, tensors: Mapping[str, Tensor]) -> bool:
     return True
 
 
-def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+def _leaves(content: Any) -> Iterator[tuple[str, Any]]:
+    """All values in a content by their place; one that holds itself, or the same ones over and over, has no end."""
+    open_ones = [iter([("", content)])]
+    count = 0
+    while open_ones:
+        path, value = next(open_ones[-1], (None, None))
+        if path is None:
+            open_ones.pop()
+            continue
+        inside = _inside(value, path)
+        if inside is not None:
+            open_ones.append(inside)
+        else:
+            count += 1
+            yield path, value
+        if len(open_ones) > _DEEPEST or count > _MOST_LEAVES:
+            raise CheckpointError(
+                f"is nested more than {_DEEPEST} deep or holds more than {_MOST_LEAVES:,} values: save weights and "
+                "optimizer alone"
+            )
+
+
+def _inside(value: Any, path: str) -> Iterator[tuple[str, Any]] | None:
+    """What a value holds, by place, or None where it is a leaf."""
     if isinstance(value, nn.Module):
         value = value.state_dict()
     if isinstance(value, Namespace):
         value = vars(value)
     if isinstance(value, Mapping):
-        for key in sorted(value, key=lambda key: (type(key).__name__, str(key))):
-            yield from _leaves(value[key], f"{path}/{key}")
-    elif isinstance(value, list | tuple):
-        for index, item in enumerate(value):
-            yield from _leaves(item, f"{path}/{index}")
-    else:
-        yield path, value
+        keys = sorted(value, key=lambda key: (type(key).__name__, str(key)))
+        return ((f"{path}/{key}", value[key]) for key in keys)
+    if isinstance(value, list | tuple):
+        return ((f"{path}/{index}", item) for index, item in enumerate(value))
+    return None
 
 
 def _plain(value: Any) -> str:

@@ -40,8 +40,9 @@ class Rebuilt(NamedTuple):
 
 
 class Said(NamedTuple):
-    """What a pickle says: storages, tensors, the entries of its largest tuple; and whether it comes to its end."""
+    """What a pickle says: names of code, storages, tensors, the entries of its largest tuple; and whether it comes to its end."""
 
+    names: frozenset[str]
     storages: tuple[Storage, ...]
     tensors: tuple[Rebuilt, ...]
     largest_tuple: int
@@ -68,13 +69,14 @@ def read_opcodes(file: IO[bytes]) -> Said:
             reader.follow(opcode, argument)
     except Exception:  # noqa: BLE001 - what damaged bytes raise is anybody's guess
         pass
-    return Said(tuple(reader.storages), tuple(reader.tensors), reader.largest_tuple, whole)
+    return Said(frozenset(reader.names), tuple(reader.storages), tuple(reader.tensors), reader.largest_tuple, whole)
 
 
 class _Reader:
     def __init__(self) -> None:
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
+        self.names: set[str] = set()
         self.storages: list[Storage] = []
         self.tensors: list[Rebuilt] = []
         self.largest_tuple = 0
@@ -110,6 +112,10 @@ class _Reader:
         taken = stack[len(stack) - count :]
         del stack[len(stack) - count :]
         return taken + above[::-1]
+
+    def named(self, text: str) -> Name:
+        self.names.add(text)
+        return Name(text)
 
     def tuple_of(self, items: list[Any]) -> Tuple:
         made = Tuple(items, 1 + sum(item.unfolded if isinstance(item, Tuple) else 1 for item in items))
@@ -156,8 +162,9 @@ def _argument(_reader: _Reader, _taken: list[Any], argument: Any) -> Any:
 
 _MAKERS: dict[str, _Maker] = {
     "MARK": lambda reader, taken, argument: _MARK,
-    "GLOBAL": lambda reader, taken, argument: Name(argument.replace(" ", ".", 1)),
-    "STACK_GLOBAL": lambda reader, taken, argument: Name(f"{taken[0]}.{taken[1]}"),
+    "GLOBAL": lambda reader, taken, argument: reader.named(argument.replace(" ", ".", 1)),
+    "INST": lambda reader, taken, argument: reader.named(argument.replace(" ", ".", 1)),
+    "STACK_GLOBAL": lambda reader, taken, argument: reader.named(f"{taken[0]}.{taken[1]}"),
     "TUPLE": lambda reader, taken, argument: reader.tuple_of(taken),
     "BINPERSID": lambda reader, taken, argument: reader.storage_of(taken[0]),
     "REDUCE": lambda reader, taken, argument: reader.built(taken[0], taken[1]),

@@ -184,9 +184,9 @@ def write_content(
         raise CheckpointError(f"{path}: a folder holds tensors by name, not a pickled module: use a name in .pt")
     try:
         check_has_values(content)
+        digest = fingerprint(content)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    digest = fingerprint(content)
     if container in TENSORS_ONLY:
         if not is_state_dict(content) or not all(isinstance(value, Tensor) for value in content.values()):
             raise CheckpointError(
