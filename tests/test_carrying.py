@@ -227,13 +227,12 @@ def _doubled() -> list[Any]:
     return values
 
 
-@pytest.mark.parametrize(
-    ("make", "message"), [(_itself, "is nested more than 50 deep"), (_doubled, "holds more than 5")]
-)
-def test_a_content_without_an_end_is_refused(tmp_path: Path, make: Callable[[], Any], message: str) -> None:
+@pytest.mark.parametrize("make", [_itself, _doubled])
+def test_a_content_without_an_end_is_refused(tmp_path: Path, make: Callable[[], Any]) -> None:
     torch.save({"state_dict": files.small_model().state_dict(), "odd": make()}, tmp_path / "model.pt")
     result = run("convert", str(tmp_path / "model.pt"), *OPTIONS, "--no-verify")
-    assert (result.exit_code, message in result.stderr) == (2, True), result.stderr
+    assert result.exit_code == 2
+    assert "is nested more than 50 deep or holds more than 1,000,000 values: save weights and" in result.stderr
     assert [entry.name for entry in tmp_path.iterdir()] == ["model.pt"]
 
 

@@ -40,7 +40,7 @@ class Rebuilt(NamedTuple):
 
 
 class Said(NamedTuple):
-    """What a pickle says: names of code, storages, tensors, the entries of its largest tuple; and whether it comes to its end."""
+    """What a pickle says: names of code, storages, tensors, entries of its largest tuple, and whether it has an end."""
 
     names: frozenset[str]
     storages: tuple[Storage, ...]
