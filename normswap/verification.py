@@ -120,7 +120,8 @@ def verify(
     original, converted = unwrap(original), unwrap(converted)
     inputs = _as_batches(batches)
     limit = LAW_TOLERANCE if tolerance is None else tolerance
-    first, second = _in_float64(original), _in_float64(converted)
+    first = _in_float64(original)
+    second = _in_float64(converted, _same_parameters(original, converted, first))
     found = {name: _Worst(limit=limit) for name in _EVALUATION + _TRAINING}
     notes = dict.fromkeys(_TRAINING, _training_silence(converted))
     modes = [(False, _EVALUATION)] if any(notes.values()) else [(False, _EVALUATION), (True, _TRAINING)]
@@ -168,8 +169,19 @@ def _as_batches(batches: Iterable[Any]) -> list[Any]:
     return inputs
 
 
-def _in_float64(model: nn.Module) -> nn.Module:
-    twin = copy_model(model)
+def _same_parameters(original: nn.Module, converted: nn.Module, first: nn.Module) -> dict[int, Any]:
+    """By the id of a parameter of `converted`, that of `first` with the same values: large models have to fit twice."""
+    olds, news, firsts = (_shared_tensors(model, "_parameters") for model in (original, converted, first))
+    pairs = [(olds[a], news[b], firsts[a]) for a, b in shared(olds, news) if a in firsts]
+    return {
+        id(new): twin
+        for old, new, twin in pairs
+        if old.requires_grad == new.requires_grad and old.dtype == new.dtype and torch.equal(old, new)
+    }
+
+
+def _in_float64(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    twin = copy_model(model, memo)
     for place in walk_modules(twin):  # also those that are in no registry, which twin.double() does not reach
         place.module.double()
     return twin

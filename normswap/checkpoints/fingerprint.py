@@ -1,8 +1,11 @@
 """A fingerprint of a content, the same in every container: what a file holds is compared by it, bit for bit."""
 
+import ctypes
 import hashlib
 import json
+import mmap
 import struct
+import sys
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,11 +23,14 @@ _MOST_LEAVES = 1_000_000
 _DEEPEST = 50
 
 
-def fingerprint(content: Any) -> str:
+def fingerprint(content: Any, *, forget: bool = False) -> str:
     """Return the SHA-256, as hexadecimal digits, of every name, tensor and plain value in `content`.
 
     Tensors count with dtype, shape and bytes; of a module its state dict counts. Values of other kinds count with
     their type only, empty lists and mappings not at all. Order matters in lists and not among the keys of a mapping.
+
+    Args:
+        forget: give the memory of each tensor back once it is read: of one that is mapped from a file and unchanged.
 
     Raises:
         CheckpointError: the content has no end, or as good as none.
@@ -35,6 +41,8 @@ def fingerprint(content: Any) -> str:
         if isinstance(value, Tensor):
             for chunk in _chunks(value):
                 digest.update(chunk)
+            if forget:
+                _forget(value)
     return digest.hexdigest()
 
 
@@ -98,6 +106,16 @@ def _plain(value: Any) -> str:
     if isinstance(value, str | int | float | bool | complex | bytes | None):
         return repr(value)
     return type(value).__name__
+
+
+def _forget(tensor: Tensor) -> None:
+    """Let the system take back the whole pages of a tensor that is mapped from a file; read again, they come back."""
+    if not sys.platform.startswith("linux"):
+        return
+    start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    length = (tensor.data_ptr() + tensor.nbytes - start) // mmap.PAGESIZE * mmap.PAGESIZE
+    if length > 0:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_DONTNEED)
 
 
 def _as_bytes(tensor: Tensor) -> Tensor:

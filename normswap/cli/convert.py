@@ -138,13 +138,16 @@ def _by_architecture(
     from normswap.checkpoints.saving import new_of
     from normswap.reports.tables import missing, parity
     from normswap.surgery.conversion import convert
+    from normswap.surgery.tree import lighter_copy
 
     opened = open_model(checkpoint, arch=wish.arch, inputs=wish.inputs, trust=wish.trust)
     with stage("finding norm sites"):
         plan = stored or _fresh_plan(wish, opened)
     _tell_plan(console, document, describe_file(opened), checkpoint, plan, opened.architecture)
     with stage("swapping"):
-        conversion = convert(opened.model, plan=plan)
+        # What is built here is only looked at: one set of parameters serves both.
+        alone = checkpoint.payload == "state dict"
+        conversion = convert(lighter_copy(opened.model) if alone else opened.model, plan=plan, inplace=alone)
     proof = _prove(wish, opened, conversion)
     document["verification"] = proof and proof.to_dict()
     reason = "--no-verify" if not wish.verify else "give --input, nothing tells the size"

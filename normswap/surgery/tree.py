@@ -52,13 +52,16 @@ def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
     return {name: place.module for place in walk_modules(model) for name in place.names}
 
 
-def copy_model(model: nn.Module) -> nn.Module:
+def copy_model(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     """Return a deep copy of `model` whose parameters can be trained like its own.
 
     The deep copy of TorchScript inside a model would stay tied to the original by its gradients (torch 2.14).
+
+    Args:
+        memo: as in `deep_copy`.
     """
     with torch.no_grad():
-        twin = deep_copy(model, {})
+        twin = deep_copy(model, {} if memo is None else memo)
     for parameter, copied in zip(model.parameters(), twin.parameters(), strict=True):
         if copied.requires_grad != parameter.requires_grad:
             copied.requires_grad_(parameter.requires_grad)
@@ -66,6 +69,11 @@ def copy_model(model: nn.Module) -> nn.Module:
         if isinstance(module, fx.GraphModule):
             _complete_graph_copy(module, copied_module)
     return twin
+
+
+def lighter_copy(model: nn.Module) -> nn.Module:
+    """Return a copy of `model` with the same parameters and its own buffers: to be changed in form, not trained."""
+    return copy_model(model, {id(parameter): parameter for parameter in model.parameters()})
 
 
 def deep_copy(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
