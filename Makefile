@@ -36,8 +36,9 @@ unit: $(READY)
 evidence: $(READY)  ## fine-tuning at batch size 2, 3 seeds -> docs/evidence.md (about an hour on 2 cores)
 	@$(BIN)/python benchmarks/evidence.py
 
-bench: $(READY)  ## cost of planning, converting and starting -> docs/cost.md
+bench: $(READY)  ## cost of planning, converting, starting, and of files -> docs/cost.md, docs/file-cost.md
 	@$(BIN)/python benchmarks/cost.py
+	@$(BIN)/python benchmarks/file_cost.py
 
 fuzz: $(READY)  ## 10,000 damaged files and 100 killed runs -> docs/fuzz.md (about 10 minutes on 2 cores)
 	@$(BIN)/python benchmarks/kills.py --kills 100
