@@ -9,9 +9,10 @@ image size, by running both.
 
 import argparse
 import json
+import re
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from typing import Any
 import numpy as np
 from architecture_facts import setting_differences, tree_settings
 from architecture_functions import difference, unsaved_difference
-from architecture_records import built, catalog, describe_all, records
+from architecture_records import COMMON_SIZES, built, catalog, describe_all, records
 from torchvision import models as torchvision_models
 
 from normswap.checkpoints.architecture_index import ArchitectureIndex, IndexedArchitecture, Symbol, encode_index
@@ -29,8 +30,11 @@ RECORDS = ROOT / "build" / "architectures.jsonl"
 COMPARED = ROOT / "build" / "architectures-compared.json"
 INDEX = ROOT / "normswap" / "checkpoints" / "architectures.bin"
 _IMAGE_SIZES = ("img_size", "image_size")
-_MOST_PARAMETERS = 250_000_000  # above, two models in float64 with gradients are too much for the machine
+# Above, two models (to run: in float64 with gradients) are too much for a small machine: they count as different.
+_MOST_TO_BUILD, _MOST_TO_RUN = 250_000_000, 130_000_000
 _MOST_SETTINGS = 3
+# Differ wherever the default image size does, or say nothing to people.
+_UNTELLING = re.compile(r"_traits|img_size|grid_size|num_patches|feat_shape|num_classes| tensors:")
 
 Record = dict[str, Any]
 
@@ -42,9 +46,9 @@ def main() -> None:
     describe_all(catalog(), RECORDS, workers)
     found = records(RECORDS)
     groups = tensor_groups(found)
-    same = compare(groups)
-    add_settings(found, same)
-    INDEX.write_bytes(encode_index(index_of(found, same)))
+    same, resized = compare(groups)
+    add_settings(found, same | resized)
+    INDEX.write_bytes(encode_index(index_of(found, same, resized)))
     several = [group for group in groups if len(group) > 1]
     sizes = Counter(len(_functions(group, same)) for group in groups)
     print(
@@ -70,18 +74,29 @@ def _dimension(dimension: Any, defaults: Mapping[str, int]) -> Any:
     return (b * defaults[keyword] + c) // d if keyword == "in_chans" else ["*", a, b, c, d]
 
 
-def compare(groups: Sequence[Sequence[Record]]) -> dict[str, str]:
-    """Return per architecture the name of the first one that computes the same; measured results are kept on disk."""
+def compare(groups: Sequence[Sequence[Record]]) -> tuple[dict[str, str], dict[str, str]]:
+    """Return per architecture the first one that computes the same as it is, and, where shapes follow an image size,
+    when both are built for another one; what is measured is kept on disk.
+    """
     measured: dict[str, str] = json.loads(COMPARED.read_text()) if COMPARED.exists() else {}
     same: dict[str, str] = {}
+    resized: dict[str, str] = {}
     for group in groups:
-        firsts: list[Record] = []
-        for record in group:
-            known = next((first for first in firsts if _is_same(first, record, measured)), None)
-            same[record["architecture"]] = (known or record)["architecture"]
-            if known is None:
-                firsts.append(record)
-    return same
+        same |= _firsts(group, lambda first, other: _is_same(first, other, measured))
+        sized = [record for record in group if record["function at sizes"] is not None]
+        resized |= _firsts(sized, lambda first, other: _is_same_resized(first, other, measured))
+    return same, resized
+
+
+def _firsts(group: Sequence[Record], is_same: Callable[[Record, Record], bool]) -> dict[str, str]:
+    firsts: list[Record] = []
+    found = {}
+    for record in group:
+        known = next((first for first in firsts if is_same(first, record)), None)
+        found[record["architecture"]] = (known or record)["architecture"]
+        if known is None:
+            firsts.append(record)
+    return found
 
 
 def _is_same(first: Record, second: Record, measured: dict[str, str]) -> bool:
@@ -89,13 +104,23 @@ def _is_same(first: Record, second: Record, measured: dict[str, str]) -> bool:
     if first["function"] == second["function"]:
         # Values outside the state dict follow from arguments that a module need not keep.
         return not first["unsaved"] or not _measure("unsaved", names, measured)
-    # Settings that differ within one class are a difference; two classes, as of two zoos, may yet be one function.
+    # Settings that differ within one class are a difference, unless a size is all that people are told; two classes,
+    # as of two zoos, may yet be one function.
     sized = any(key in _IMAGE_SIZES for record in (first, second) for key in record["defaults"])
-    if sized or first["facts"]["class"] == second["facts"]["class"]:
+    told, told_second = ({k: v for k, v in r["facts"].items() if k != "input"} for r in (first, second))
+    if sized or (told["class"] == told_second["class"] and told != told_second):
         return False
-    if max(first["parameters"], second["parameters"]) > _MOST_PARAMETERS:
+    return first["parameters"] <= _MOST_TO_RUN and not _measure("run", names, measured)
+
+
+def _is_same_resized(first: Record, second: Record, measured: dict[str, str]) -> bool:
+    if first["function at sizes"] != second["function at sizes"]:
         return False
-    return not _measure("run", names, measured)
+    if not first["unsaved"]:
+        return True
+    (keyword,) = (key for key in first["defaults"] if key in _IMAGE_SIZES)
+    pairs = (tuple(f"{r['architecture']},{keyword}={size}" for r in (first, second)) for size in COMMON_SIZES)
+    return first["parameters"] <= _MOST_TO_BUILD and not any(_measure("unsaved", pair, measured) for pair in pairs)
 
 
 def _measure(kind: str, names: tuple[str, str], measured: dict[str, str]) -> str:
@@ -119,33 +144,31 @@ def _functions(group: Sequence[Record], same: Mapping[str, str]) -> dict[str, li
 
 def add_settings(found: Sequence[Record], same: Mapping[str, str]) -> None:
     """Add what sets functions of one body apart where none of their facts does: the first settings that differ."""
-    bodies: dict[str, list[Record]] = defaultdict(list)
+    alike: dict[str, list[Record]] = defaultdict(list)
     for record in found:
         head = {*(record["head"] or ())}
-        entries = sorted(
+        body = sorted(
             [name, [_dimension(d, record["defaults"]) for d in dims]]
             for i, (name, dims) in enumerate(record["entries"])
             if i not in head
         )
-        bodies[json.dumps(entries)].append(record)
-    for group in bodies.values():
-        by_facts: dict[str, list[Record]] = defaultdict(list)
-        for record in group:
-            by_facts[json.dumps(record["facts"], sort_keys=True)].append(record)
-        for alike in by_facts.values():
-            if len(_functions(alike, same)) > 1:
-                _tell_apart(alike)
+        facts = {kind: value for kind, value in record["facts"].items() if kind != "input"}
+        alike[json.dumps([body, facts], sort_keys=True)].append(record)
+    for group in alike.values():
+        if len(functions := _functions(group, same)) > 1:
+            _tell_apart([*functions.values()])
 
 
-def _tell_apart(alike: Sequence[Record]) -> None:
-    trees = [tree_settings(built(record["architecture"])) for record in alike]
-    for record, tree in zip(alike, trees, strict=True):
-        other = next(t for t in trees if t != tree) if any(t != tree for t in trees) else tree
-        differing = list(setting_differences(tree, other))[:_MOST_SETTINGS]
-        record["facts"]["settings"] = ", ".join(line.rpartition(" / ")[0] for line in differing)
+def _tell_apart(functions: Sequence[Sequence[Record]]) -> None:
+    trees = [tree_settings(built(records[0]["architecture"])) for records in functions]
+    for records_, tree in zip(functions, trees, strict=True):
+        other = next((t for t in trees if t is not tree and t != tree), tree)
+        differing = [line for line in setting_differences(tree, other) if not _UNTELLING.search(line)]
+        for record in records_ if differing else ():
+            record["facts"]["settings"] = ", ".join(line.rpartition(" / ")[0] for line in differing[:_MOST_SETTINGS])
 
 
-def index_of(found: Sequence[Record], same: Mapping[str, str]) -> ArchitectureIndex:
+def index_of(found: Sequence[Record], same: Mapping[str, str], resized: Mapping[str, str]) -> ArchitectureIndex:
     """Return the records as an index; numbers of names, shapes and functions in the order of first appearance."""
     names: dict[str, int] = {}
     templates: dict[Any, int] = {}
@@ -160,10 +183,7 @@ def index_of(found: Sequence[Record], same: Mapping[str, str]) -> ArchitectureIn
             template_ids.append(templates.setdefault(template, len(templates)))
             heads.append(position in head)
         lengths.append(len(record["entries"]))
-        at_sizes = record["function at sizes"]
-        if at_sizes is not None and record["unsaved"]:
-            # Values outside the state dict were compared at the default size only.
-            at_sizes += same[record["architecture"]]
+        at_sizes = resized.get(record["architecture"])
         architectures.append(
             IndexedArchitecture(
                 name=record["architecture"],
@@ -171,7 +191,9 @@ def index_of(found: Sequence[Record], same: Mapping[str, str]) -> ArchitectureIn
                 has_headless=bool(head),
                 tracks=record["architecture"].removeprefix("torchvision:") in _detectors(),
                 function=functions.setdefault(same[record["architecture"]], len(functions)),
-                function_at_sizes=None if at_sizes is None else functions.setdefault(at_sizes, len(functions)),
+                function_at_sizes=None
+                if at_sizes is None
+                else functions.setdefault(at_sizes + " resized", len(functions)),
                 facts=record["facts"],
             )
         )

@@ -37,7 +37,7 @@ _IMAGE_SIZE = {"timm": "img_size", "torchvision": "image_size"}
 # Two builds tell a line, and the default build has to lie on it. Both arguments are varied at once: their values are
 # such that no dimension can be a line in both.
 _CLASSES, _CHANNELS = (7, 13), (5, 1)
-_COMMON_SIZES = (224, 448)
+COMMON_SIZES = (224, 448)
 _FILLING = ("normal_", "uniform_", "erfinv_", "mul_", "add_", "clamp_", "zero_", "fill_")
 
 
@@ -275,7 +275,7 @@ def _with_image_size(
     templates.update(fitted)
     defaults[keyword] = size
     try:
-        return "".join(fingerprint(built(architecture, **{keyword: value}, **classes)) for value in _COMMON_SIZES)
+        return "".join(fingerprint(built(architecture, **{keyword: value}, **classes)) for value in COMMON_SIZES)
     except Exception:  # noqa: BLE001 - as above
         return None
 

@@ -4,7 +4,9 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import version
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +110,10 @@ def test_the_true_architecture_is_among_the_candidates(name: str) -> None:
         found = identify(shapes_of(architecture))
         assert architecture in names_of(found)
         assert found.matches == ()
-        assert all(one.misfits == 0 and one.keywords == found.candidates[0].keywords for one in found.candidates)
+        (true,) = (one for one in found.candidates if one.architecture == architecture)
+        for one in found.candidates:  # a network of another image size by its name is resized
+            assert one.misfits == 0
+            assert {k: v for k, v in one.keywords.items() if k != "img_size"}.items() == true.keywords.items()
 
 
 # What may happen to a file of timm's mobilenetv3_small_050 with 7 classes, and what it is then said to be.
@@ -212,8 +217,6 @@ def grouped(found: Identification, first: str, second: str) -> bool:
     [
         ("timm:resnet18", "torchvision:resnet18", True),
         ("timm:resnet18", "timm:resnetblur18", False),
-        ("timm:resnet34", "torchvision:resnet34", True),
-        ("timm:densenet121", "torchvision:densenet121", True),
         ("timm:efficientnet_b0", "timm:tf_efficientnet_b0", False),
         ("timm:mobilenetv4_conv_aa_medium", "timm:mobilenetv4_conv_blur_medium", False),
     ],
@@ -222,7 +225,7 @@ def test_names_count_as_one_exactly_where_the_networks_compute_the_same(first: s
     found = identify(shapes_of(first))
     assert {first, second} <= {*names_of(found)}
     assert grouped(found, first, second) is same
-    assert (difference(first, second, sizes=((96, 96), (75, 97))) == "") is same
+    assert (difference(first, second, sizes=((64, 64), (47, 65))) == "") is same
 
 
 def test_what_differs_in_function_is_told_with_what_to_type() -> None:
@@ -325,13 +328,21 @@ def test_an_argument_is_solved_for_or_nothing_is(symbol: Symbol, size: int, valu
 
 def test_the_index_is_small_and_comes_back_from_its_bytes() -> None:
     index = shipped_index()
-    data = encode_index(index)
-    assert len(data) < 1_500_000
-    again = decode_index(data)
-    assert again.architectures == index.architectures
-    assert (again.names, again.templates, again.versions) == (index.names, index.templates, index.versions)
+    assert len(files("normswap.checkpoints").joinpath("architectures.bin").read_bytes()) < 1_500_000
+    few, end = 40, int(index.bounds[40])
+    part = replace(
+        index,
+        architectures=index.architectures[:few],
+        name_ids=index.name_ids[:end],
+        template_ids=index.template_ids[:end],
+        heads=index.heads[:end],
+        bounds=index.bounds[: few + 1],
+    )
+    again = decode_index(encode_index(part))
+    assert again.architectures == part.architectures
+    assert (again.names, again.templates, again.versions) == (part.names, part.templates, part.versions)
     for name in ("name_ids", "template_ids", "heads", "bounds"):
-        assert (getattr(again, name) == getattr(index, name)).all()
+        assert (getattr(again, name) == getattr(part, name)).all()
 
 
 def test_the_index_knows_every_model_of_its_versions() -> None:
