@@ -24,7 +24,7 @@ from normswap.checkpoints.archives import check_archive, check_safetensors
 from normswap.checkpoints.atomic import check_readable
 from normswap.checkpoints.claims import check_legacy_claims, check_zip_claims
 from normswap.checkpoints.distributed import INDEX, read_distributed, write_distributed
-from normswap.checkpoints.pickle_reading import blocked_globals
+from normswap.checkpoints.pickle_reading import blocked_globals, told_by_torch
 from normswap.checkpoints.plain_globals import plain_globals
 from normswap.checkpoints.shards import RECORD, Shards, copy_rest, find_shards, shard_of, write_index
 from normswap.errors import CheckpointError, NormswapError
@@ -226,7 +226,9 @@ def _decode_pickle(path: Path, *, trust: bool, legacy: bool, mapped: bool) -> An
             "they can be, or save model.state_dict() instead"
         ) from error
     except Exception as error:
-        raise CheckpointError(f"{path}: truncated or damaged, or its own code fails ({_cause(error)})") from error
+        raise CheckpointError(
+            f"{path}: truncated or damaged, or its own code fails ({told_by_torch(error)})"
+        ) from error
 
 
 def _root(archive: zipfile.ZipFile) -> str:
@@ -266,7 +268,7 @@ def _damage_told(path: Path) -> Iterator[None]:
 def _refusal(path: Path, error: Exception, *, legacy: bool) -> str:
     blocked = _blocked_globals(path, legacy=legacy)
     if not blocked:
-        return f"{path}: truncated or damaged, or pickled in an unusual way ({_cause(error)}): save it again"
+        return f"{path}: truncated or damaged, or pickled in an unusual way ({told_by_torch(error)}): save it again"
     return (
         f"{path}: holds pickled objects beside tensors and plain data; loading them would run {_listed(blocked)}: pass "
         "--trust (trust=True) if you trust where it comes from, or save model.state_dict() instead"
@@ -298,8 +300,3 @@ def _describe(head: bytes) -> str:
 
 def _listed(names: list[str], most: int = 4) -> str:
     return ", ".join(names[:most]) + (f" (+{len(names) - most} more)" if len(names) > most else "")
-
-
-def _cause(error: Exception) -> str:
-    """The heart of torch's long advice, in one line."""
-    return first_line(Exception(str(error).partition("WeightsUnpickler error:")[2] or first_line(error)))

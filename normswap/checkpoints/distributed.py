@@ -16,12 +16,14 @@ from typing import Any, cast
 
 import torch
 from torch.distributed.checkpoint import filesystem, metadata
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from normswap.checkpoints.pickle_reading import told_by_torch
 from normswap.checkpoints.plain_globals import plain_globals
 from normswap.errors import CheckpointError
 
@@ -33,13 +35,20 @@ def read_distributed(folder: Path) -> dict[str, Any]:
     """Return the content of the checkpoint in `folder`, nested as it was saved, on the CPU.
 
     Raises:
-        CheckpointError: the index names code or files elsewhere.
+        CheckpointError: the index names code or files elsewhere, a value is damaged or names code.
     """
     reader = _Reader(folder)
     index = reader.read_metadata()
     flat = {name: _place_for(entry) for name, entry in index.state_dict_metadata.items()}
-    with _one_process():
-        load(flat, storage_reader=reader, planner=_Planner(), no_dist=True)
+    try:
+        with _one_process():
+            load(flat, storage_reader=reader, planner=_Planner(), no_dist=True)
+    except CheckpointException as error:  # a BaseException, with one failure per process
+        cause, _ = next(iter(error.failures.values()))
+        raise CheckpointError(
+            f"{folder}: truncated or damaged, or holds pickled objects beside tensors and plain data "
+            f"({told_by_torch(cause)}): copy it again, or save tensors and plain data alone"
+        ) from cause
     content: dict[str, Any] = {}
     for name, value in flat.items():
         path = (index.planner_data or {}).get(name, (name,))

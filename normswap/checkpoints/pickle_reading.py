@@ -6,6 +6,7 @@ from typing import IO
 
 from normswap.checkpoints.opcodes import read_opcodes
 from normswap.checkpoints.plain_globals import plain_names
+from normswap.surgery.tracing import first_line
 
 # Whose globals are listed last, since every pickled network names hundreds of them.
 _EXPECTED_MODULES = {"torch", "timm", "torchvision", "normswap", "collections"}
@@ -23,6 +24,11 @@ def blocked_globals(pickles: Iterable[IO[bytes]]) -> list[str]:
     harmless = plain_names()
     blocked = (name for name in found if not re.match(_HARMLESS, name) and _modern(name) not in harmless)
     return sorted(blocked, key=lambda name: (name.partition(".")[0] in _EXPECTED_MODULES, name))
+
+
+def told_by_torch(error: BaseException) -> str:
+    """Return the heart of torch's long advice, in one line."""
+    return first_line(Exception(str(error).partition("WeightsUnpickler error:")[2] or first_line(error)))
 
 
 def _modern(name: str) -> str:
