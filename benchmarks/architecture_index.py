@@ -31,7 +31,7 @@ COMPARED = ROOT / "build" / "architectures-compared.json"
 INDEX = ROOT / "normswap" / "checkpoints" / "architectures.bin"
 _IMAGE_SIZES = ("img_size", "image_size")
 # Above, two models (to run: in float64 with gradients) are too much for a small machine: they count as different.
-_MOST_TO_BUILD, _MOST_TO_RUN = 250_000_000, 130_000_000
+_MOST_TO_BUILD, _MOST_TO_RUN = 500_000_000, 130_000_000
 _MOST_SETTINGS = 3
 # Differ wherever the default image size does, or say nothing to people.
 _UNTELLING = re.compile(r"_traits|img_size|grid_size|num_patches|feat_shape|num_classes| tensors:")

@@ -68,7 +68,7 @@ class Candidate:
     missing: Misfit
     unexpected: Misfit
     misshaped: Misfit
-    function: tuple[str, int]
+    function: int
     facts: Mapping[str, str]
 
     @property
@@ -92,7 +92,7 @@ class Identification:
     @property
     def functions(self) -> tuple[tuple[Candidate, ...], ...]:
         """The candidates by function; of each group the first represents the others, which are other names for it."""
-        groups: dict[tuple[str, int], list[Candidate]] = {}
+        groups: dict[int, list[Candidate]] = {}
         for candidate in self.candidates:
             groups.setdefault(candidate.function, []).append(candidate)
         return tuple(tuple(sorted(group, key=_simplicity)) for group in groups.values())
@@ -144,7 +144,7 @@ def decide(found: Identification) -> str:
 def ambiguity(found: Identification) -> str:
     """Return one line that says how the candidates differ and what to type."""
     told = [
-        f"--arch {name} ({'; '.join(f'{kind} {value}' for kind, value in facts.items())})"
+        f"--arch {name} ({'; '.join(f'{kind} {value}' for kind, value in facts.items()) or 'other settings'})"
         for name, facts in found.differences().items()
     ]
     more = f"; +{len(told) - _MOST_LISTED} more, see normswap identify" if len(told) > _MOST_LISTED else ""
@@ -226,7 +226,7 @@ def _hold(index: ArchitectureIndex, number: int, shapes: Mapping[str, Shape]) ->
         missing=_misfit(sorted(missing, key=_is_counter)),
         unexpected=Misfit(len(shapes) - present, tuple(islice(unexpected, min(_MOST_NAMES, len(shapes) - present)))),
         misshaped=_misfit([n for n, t in templates.items() if n in shapes and not _agrees(t, shapes[n], arguments)]),
-        function=("default", known.function),
+        function=number,
         facts=known.facts,
     )
 
@@ -282,16 +282,19 @@ def _fits(index: ArchitectureIndex, number: int, candidate: Candidate, shapes: M
 
 def _with_functions(index: ArchitectureIndex, candidates: Mapping[int, Candidate]) -> tuple[Candidate, ...]:
     """Return the candidates with what makes two of them the same function, as they would be built."""
-    resized = any(key in _IMAGE_SIZES for candidate in candidates.values() for key in candidate.keywords)
-    found = []
+    found: dict[int, Candidate] = {}
     for number, candidate in candidates.items():
-        known = index.architectures[number]
-        function = candidate.function
-        if resized and not known.defaults.keys().isdisjoint(_IMAGE_SIZES):
-            at_sizes = known.function_at_sizes
-            function = ("at sizes", at_sizes) if at_sizes is not None else ("alone", number)
-        found.append(replace(candidate, function=function))
-    return tuple(found)
+        same = next((other for other in found if _is_same(index, number, candidate, other, found[other])), None)
+        found[number] = replace(candidate, function=number if same is None else found[same].function)
+    return tuple(found.values())
+
+
+def _is_same(index: ArchitectureIndex, number: int, one: Candidate, other_number: int, other: Candidate) -> bool:
+    known, known_other = index.architectures[number], index.architectures[other_number]
+    as_they_are = one.keywords.keys().isdisjoint(_IMAGE_SIZES) and other.keywords.keys().isdisjoint(_IMAGE_SIZES)
+    if as_they_are and known.function == known_other.function:
+        return True
+    return known.function_at_sizes is not None and known.function_at_sizes == known_other.function_at_sizes
 
 
 def _nearest(index: ArchitectureIndex, counts: _Counts, shapes: Mapping[str, Shape]) -> tuple[Candidate, ...]:
