@@ -19,9 +19,12 @@ from normswap.errors import CheckpointError
 
 # Writes `WRITER model.pt`, says so, and waits for its end in the middle.
 _WRITER = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 from normswap.checkpoints import atomic
+# Whoever runs the tests in the background may have told their children to ignore these.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 with getattr(atomic, sys.argv[1])(Path("model.pt")) as temporary:
     (temporary / "part" if temporary.is_dir() else temporary).write_text("half")
     print("writing", flush=True)
