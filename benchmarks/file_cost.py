@@ -21,8 +21,8 @@ import torch
 from provenance import provenance
 
 ROOT = Path(__file__).resolve().parents[1]
-MODEL = "wide_resnet50_2"
-ROUNDS = 5
+MODEL = "resnet50"
+ROUNDS = 2
 INPUT = "2x3x64x64"
 _FIELDS = ("VmRSS", "RssAnon")
 
@@ -106,7 +106,7 @@ def _document(rows: list[tuple[str, str, float, float, float]]) -> str:
             "Written by `make bench` (`benchmarks/file_cost.py`).",
             provenance(),
             "",
-            f"`normswap convert` on the state dict of timm `{MODEL}` (S = 276 MB), one thread, imports done before.",
+            f"`normswap convert` on the state dict of timm `{MODEL}` (S = 102 MB), one thread, imports done before.",
             f"Time over that of `cp` on the same file, median of {ROUNDS}; most memory above the loaded interpreter in",
             "units of S, with and without pages that are mapped from files and that the system can take back.",
             "",
