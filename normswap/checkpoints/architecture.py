@@ -71,7 +71,7 @@ def check_architecture(text: str) -> ArchitectureName:
     """
     name = parse_architecture(text)
     if name.scheme in ("hf", "file"):
-        path = _folder_of(name) / "config.json" if name.scheme == "hf" else _file_of(name)[0]
+        path = Path(name.model) / "config.json" if name.scheme == "hf" else _file_of(name)[0]
         if not path.is_file():
             raise ArchitectureError(f"architecture {text!r}: expected the file {path}, which is not there")
         return name
@@ -135,10 +135,6 @@ def _build_from_zoo(name: ArchitectureName) -> nn.Module:
     return _ZOOS[name.scheme].build(name.model, **name.keywords)
 
 
-def _folder_of(name: ArchitectureName) -> Path:
-    return Path(name.model)
-
-
 def _file_of(name: ArchitectureName) -> tuple[Path, str]:
     path, _, function = name.model.rpartition(":")
     return Path(path), function
@@ -146,7 +142,7 @@ def _file_of(name: ArchitectureName) -> tuple[Path, str]:
 
 def _build_hf(name: ArchitectureName) -> nn.Module:
     """The model that a folder's config.json describes, as timm's or as transformers' own class."""
-    folder = _folder_of(name)
+    folder = Path(name.model)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if isinstance(config.get("architecture"), str):
         known = {key: config[key] for key in ("num_classes", "global_pool") if key in config}

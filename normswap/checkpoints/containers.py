@@ -38,7 +38,7 @@ TENSORS_ONLY: frozenset[Container] = frozenset({"safetensors", "safetensors fold
 FOLDERS: frozenset[Container] = frozenset({"safetensors folder", "torch folder", "distributed folder"})
 
 # Where the record lies: beside the pickle in a zip, in `__metadata__` of safetensors, a file in a folder.
-METADATA_KEY = "normswap"
+_METADATA_KEY = "normswap"
 
 # torch.serialization.MAGIC_NUMBER as it stands, pickled, in the first bytes of a file from before torch 1.6.
 _LEGACY_MAGIC = bytes.fromhex("6cfc9c46f9206aa85019")
@@ -83,7 +83,7 @@ def read_record_text(path: Path, container: Container) -> str | None:
         with _damage_told(path):
             return beside.read_text(encoding="utf-8") if beside.is_file() else None
     if container == "safetensors":
-        return read_metadata(path).get(METADATA_KEY)
+        return read_metadata(path).get(_METADATA_KEY)
     if container == "torch zip":
         with _damage_told(path), zipfile.ZipFile(path) as archive:
             entry = f"{_root(archive)}/{RECORD}"
@@ -128,7 +128,7 @@ def encode(path: Path, container: Container, content: Any, record: str, *, like:
         like: the folder whose shards, index and configurations a new one takes after.
     """
     if container == "safetensors":
-        _write_safetensors(path, content, {"format": "pt", METADATA_KEY: record})
+        _write_safetensors(path, content, {"format": "pt", _METADATA_KEY: record})
     elif container in FOLDERS:
         if container == "distributed folder":
             write_distributed(path, content)

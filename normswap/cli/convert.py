@@ -10,7 +10,7 @@ import click
 
 from normswap.checkpoints.atomic import write_text
 from normswap.cli.failures import one_line_failures
-from normswap.cli.opening import Opened, describe_content, describe_file, describe_size, open_model, read_file, size_of
+from normswap.cli.opening import Opened, describe_content, describe_size, open_model, read_file, size_of
 from normswap.cli.options import (
     arch_option,
     entry_option,
@@ -143,7 +143,9 @@ def _by_architecture(
     opened = open_model(checkpoint, arch=wish.arch, inputs=wish.inputs, trust=wish.trust)
     with stage("finding norm sites"):
         plan = stored or _fresh_plan(wish, opened)
-    _tell_plan(console, document, describe_file(opened), checkpoint, plan, opened.architecture)
+    _tell_plan(
+        console, document, describe_content(checkpoint, opened.architecture), checkpoint, plan, opened.architecture
+    )
     with stage("swapping"):
         # What is built here is only looked at: one set of parameters serves both.
         alone = checkpoint.payload == "state dict"

@@ -9,7 +9,7 @@ import click
 
 from normswap.checkpoints.atomic import check_readable
 from normswap.cli.failures import one_line_failures
-from normswap.cli.opening import describe_file, describe_size, open_model, read_file
+from normswap.cli.opening import describe_content, describe_size, open_model, read_file
 from normswap.cli.options import (
     InputSpec,
     arch_option,
@@ -79,7 +79,7 @@ def _show_sites(
         print_json({**facts, "sites": [asdict(site) for site in sites], "plan": plan.to_dict()})
         return
     console = Console(highlight=False)
-    console.print(heading(file.name, describe_file(opened)))
+    console.print(heading(file.name, describe_content(opened.checkpoint, opened.architecture)))
     for part in (site_table(sites, plan), plan_summary(plan)):
         console.print()
         console.print(part)

@@ -58,12 +58,6 @@ def open_model(checkpoint: "Checkpoint", *, arch: str | None, inputs: Sequence[I
     return Opened(checkpoint, built, example_inputs(inputs, built.model, built.architecture))
 
 
-def describe_file(opened: Opened) -> str:
-    """Return what a file is, for a heading: payload, container, architecture, size."""
-    checkpoint = opened.checkpoint
-    return describe_content(checkpoint, opened.architecture)
-
-
 def describe_content(checkpoint: "Checkpoint", architecture: str | None) -> str:
     """Return what a content is: kind, container, architecture, size."""
     parts = [checkpoint.contents.kind, checkpoint.container, architecture, describe_size(checkpoint.path)]

@@ -7,7 +7,7 @@ import click
 
 from normswap.checkpoints.atomic import check_readable
 from normswap.cli.failures import one_line_failures
-from normswap.cli.opening import Opened, describe_file, open_model, read_file
+from normswap.cli.opening import Opened, describe_content, open_model, read_file
 from normswap.cli.options import (
     InputSpec,
     arch_option,
@@ -71,7 +71,9 @@ def verify_command(
     else:
         console = Console(highlight=False)
         for opened in (first, second):
-            console.print(heading(opened.checkpoint.path.name, describe_file(opened)))
+            console.print(
+                heading(opened.checkpoint.path.name, describe_content(opened.checkpoint, opened.architecture))
+            )
         console.print()
         console.print(parity(result))
         if not result.passed and result.sites:
