@@ -12,7 +12,7 @@ $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"normswap needs Python 3.11 or newer, {sys.executable} is {v[0]}.{v[1]}; try: make PYTHON=python3.12 $(MAKECMDGOALS)")'
 	@echo "== setting up $(VENV): torch, torchvision, timm and the development tools (about 2 minutes, 6 GB)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --editable '.[dev]'
 	@touch $@
 
 demo: $(READY)  ## the main job, end to end, with measured figures
@@ -31,7 +31,7 @@ types: $(READY)
 
 unit: $(READY)
 	@echo "== tests (pytest, one worker per core)"
-	@$(BIN)/python -m pytest -n auto
+	@$(BIN)/python -m pytest -n auto --dist worksteal
 
 evidence: $(READY)  ## fine-tuning at batch size 2, 3 seeds -> docs/evidence.md (about an hour on 2 cores)
 	@$(BIN)/python benchmarks/evidence.py
