@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from normswap.checkpoints.saving import save as save
     from normswap.errors import NormswapError as NormswapError
     from normswap.finetune.param_groups import param_groups as param_groups
+    from normswap.layers.dispatch import use_backend as use_backend
     from normswap.layers.functional import switch_norm as switch_norm
     from normswap.layers.modules import SwitchNorm1d as SwitchNorm1d
     from normswap.layers.modules import SwitchNorm2d as SwitchNorm2d
@@ -41,6 +42,7 @@ _HOMES = {
     "save": "normswap.checkpoints.saving",
     "NormswapError": "normswap.errors",
     "param_groups": "normswap.finetune.param_groups",
+    "use_backend": "normswap.layers.dispatch",
     "switch_norm": "normswap.layers.functional",
     "SwitchNorm1d": "normswap.layers.modules",
     "SwitchNorm2d": "normswap.layers.modules",

@@ -676,11 +676,11 @@ def test_jacobians_with_torch_func() -> None:
 @LAYER_CASES
 def test_compiles_without_graph_breaks(make: Callable[[], SwitchNorm], training: bool) -> None:
     torch.compiler.reset()
-    layer = mixed(trained(make()).train(training))  # type: ignore[arg-type]
+    layer = mixed(trained(make()).train(training)).double()  # type: ignore[arg-type]
     eager = copy.deepcopy(layer)
     compiled = torch.compile(layer, fullgraph=True, backend="eager")
     for _ in range(2):
-        x = torch.randn(3, 4, 5, 5)
+        x = torch.randn(3, 4, 5, 5).double()
         leaves = [x.clone().requires_grad_() for _ in range(2)]
         outputs = [module(leaf) for module, leaf in zip((compiled, eager), leaves, strict=True)]
         for y in outputs:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from normswap.errors import LayerError
+from normswap.layers.dispatch import fused_backend, runs_now
+from normswap.layers.fused import switch_norm_fused
 from normswap.layers.importance import (
     BRANCHES,
     BnStatistics,
@@ -21,6 +23,7 @@ from normswap.layers.importance import (
     check_gate,
     importance_weights,
 )
+from normswap.layers.mixing import Mixing, read_shares
 from normswap.layers.moments import Moments, accumulation_dtype
 from normswap.layers.reference import switch_norm_reference
 
@@ -68,7 +71,8 @@ def switch_norm(
     """
     check_gate(gate)
     check_bn_statistics(bn_statistics)
-    check_branches(branches)
+    if branches != BRANCHES:
+        check_branches(branches)
     for parameter in (mean_weight, var_weight):
         if parameter.shape != (len(branches),):
             raise LayerError(f"expected gate parameters of shape {(len(branches),)}, got {tuple(parameter.shape)}")
@@ -77,18 +81,23 @@ def switch_norm(
         if training and num_batches_tracked is not None:
             num_batches_tracked.add_(1)
         return _empty_output(x, [mean_weight, var_weight, weight, bias])
-    mean_weights, var_weights = importance_weights(mean_weight, gate), importance_weights(var_weight, gate)
     values = x.numel() // x.shape[1]
+    mixing = Mixing(gate, tuple(branches), eps)
     if values == x.shape[0] and "in" in branches:
-        _refuse_single_position(x, mean_weights, var_weights, branches.index("in"))
-    running = None
+        _refuse_single_position(x, (mean_weight, var_weight), mixing)
+    constants = record = None
     if "bn" in branches:
-        running = _running_moments(x, running_mean, running_var, training and bn_statistics == "batch", values)
-    record = None
-    if training and running is None and "bn" in branches and running_mean is not None and running_var is not None:
-        record = partial(_update_running, running_mean, running_var, num_batches_tracked, momentum, values)
+        constants = _running_moments(x, running_mean, running_var, training and bn_statistics == "batch", values)
+        if training and constants is None and running_mean is not None and running_var is not None:
+            record = partial(_update_running, running_mean, running_var, num_batches_tracked, momentum, values)
+    backend = fused_backend(x) if runs_now(x) else None
+    if backend is not None:
+        return switch_norm_fused(
+            backend, x, mean_weight, var_weight, weight, bias, constants, mixing=mixing, record=record
+        )
+    means, variances = (importance_weights(parameter, gate) for parameter in (mean_weight, var_weight))
     return switch_norm_reference(
-        x, mean_weights, var_weights, weight, bias, running, branches=branches, eps=eps, record=record
+        x, means, variances, weight, bias, constants, branches=branches, eps=eps, record=record
     )
 
 
@@ -109,11 +118,11 @@ def _empty_output(x: Tensor, parameters: list[Tensor | None]) -> Tensor:
     return y
 
 
-def _refuse_single_position(x: Tensor, mean_weights: Tensor, var_weights: Tensor, index: int) -> None:
+def _refuse_single_position(x: Tensor, gates: tuple[Tensor, Tensor], mixing: Mixing) -> None:
     # Reading the weights would break a compiled graph, and meta tensors have none.
     if torch.compiler.is_compiling() or x.is_meta:
         return
-    if bool(mean_weights[index] != 0) or bool(var_weights[index] != 0):
+    if any(read_shares(gate.detach(), mixing).in_ != 0 for gate in gates):
         raise LayerError(
             f"one spatial position per channel (input of shape {tuple(x.shape)}) leaves the `in` branch no variance, "
             "but it has weight: build the layer with branches=('ln', 'bn'), or plan with an input of the real size"
@@ -132,9 +141,9 @@ def _running_moments(
         )
     if not tracked or (batch_wanted and values > 1):
         return None
-    # Copies: an update between this forward pass and its backward must not change what was used.
-    dtype = accumulation_dtype(x)
-    mean, var = (statistic.detach().to(dtype, copy=True)[None] for statistic in (running_mean, running_var))  # type: ignore[union-attr]
+    # Copies where a backward pass may follow: an update in between must not change what was used.
+    dtype, copy = accumulation_dtype(x), torch.is_grad_enabled()
+    mean, var = (statistic.detach().to(dtype, copy=copy).unsqueeze(0) for statistic in (running_mean, running_var))  # type: ignore[union-attr]
     return Moments(mean, var)
 
 
@@ -144,6 +153,9 @@ def _update_running(
 ) -> None:
     for running, new in ((running_mean, batch.mean), (running_var, batch.var * (values / (values - 1)))):
         new = new.detach().squeeze(0)
-        running.copy_((1 - momentum) * running.to(new.dtype) + momentum * new)
+        if running.dtype == new.dtype:
+            running.lerp_(new, momentum)
+        else:  # in half precision: rounded once
+            running.copy_(running.to(new.dtype).lerp_(new, momentum))
     if count is not None:
         count.add_(1)

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from normswap.layers.adoption import GATE_PARAMETERS
+from normswap.layers.dispatch import can_read
 from normswap.layers.importance import BnStatistics, Branch, Gate, importance_weights
+from normswap.layers.mixing import lies_on_simplex
 
 # How far from the simplex a stored point may lie and still be taken for one: float16 rounding of three shares.
 _SIMPLEX_TOLERANCE = 1e-2
@@ -49,13 +51,18 @@ class GatedModule(nn.Module):
         index = self.branches.index(branch)
         return all(bool(weights[index] == 1) for weights in self.importance_weights())
 
-    @torch.no_grad()
     def project_gates(self) -> None:
-        """Put trained simplex points back on the simplex: the second half of projected gradient descent."""
-        if self.gate == "simplex":
-            for name in GATE_PARAMETERS:
-                point = getattr(self, name)
-                if point.requires_grad:
+        """Put trained simplex points back on the simplex: the second half of projected gradient descent.
+
+        A point that can be read and lies there is left alone, so that a second forward pass before a backward pass
+        does not count as a change.
+        """
+        if self.gate != "simplex":
+            return
+        for name in GATE_PARAMETERS:
+            point = getattr(self, name)
+            if point.requires_grad and not (can_read(point) and lies_on_simplex(point)):
+                with torch.no_grad():
                     # Read as the forward pass reads it: a half-precision point is projected in float32.
                     point.copy_(importance_weights(point, self.gate))
 

@@ -20,7 +20,7 @@ class Moments(NamedTuple):
 
 def accumulation_dtype(x: Tensor) -> torch.dtype:
     """Return the dtype in which moments of `x` are accumulated: float32, or float64 for float64."""
-    return torch.promote_types(x.dtype, torch.float32)
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def instance_moments(x: Tensor) -> Moments:
