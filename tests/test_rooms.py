@@ -22,6 +22,7 @@ ROOMS = [
     "layers.passes",
     "layers.native",
     "layers.dispatch",
+    "layers.operators",
     "layers.functional",
     "layers.adoption",
     "layers.gates",

@@ -1,8 +1,8 @@
 """Which implementation normalises: one table of backends, chosen by device and by what may be done with a tensor now.
 
-`reference` is the plain formula, differentiable to any order and by any transform; compilers, exporters, tracers and
-`torch.func` always get it, and so fuse or differentiate it themselves. `native` is made of ATen kernels and the default
-on CPU. Force one by `use_backend(name)` or the environment variable NORMSWAP_BACKEND.
+`reference` is the plain formula, differentiable to any order and by any transform; exporters, tracers and `torch.func`
+always get it, compilers unless another is forced, and so they fuse or differentiate it themselves. `native` is made of
+ATen kernels and the default on CPU. Force one by `use_backend(name)` or the environment variable NORMSWAP_BACKEND.
 """
 
 import os
@@ -39,8 +39,8 @@ def use_backend(name: str) -> Iterator[None]:
     """Have every layer, in all threads, normalise by one backend inside the block.
 
     Args:
-        name: `"reference"` or `"native"`. Where a fused backend cannot serve (under `torch.compile`, `torch.func`,
-            on meta tensors) it is the reference all the same.
+        name: `"reference"` or `"native"`. Where a fused backend cannot serve (under `torch.func`, in an export, on meta
+            tensors) it is the reference all the same.
 
     Raises:
         LayerError: an unknown name.
@@ -65,11 +65,20 @@ def fused_backend(x: Tensor) -> Backend | None:
     Raises:
         LayerError: the environment variable NORMSWAP_BACKEND names no backend.
     """
-    name = _forced
-    if name is None and _from_environment:
-        name = _checked(_from_environment, _VARIABLE)
-    name = name or _BY_DEVICE.get(x.device.type, "reference")
+    name = _forced_name() or _BY_DEVICE.get(x.device.type, "reference")
     return None if name == "reference" else _FUSED[name]()
+
+
+def compiles_operator() -> bool:
+    """Say whether a graph is being compiled, and not exported, with a fused backend forced."""
+    compiling = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    return compiling and _forced_name() not in (None, "reference")
+
+
+def _forced_name() -> str | None:
+    if _forced is None and _from_environment:
+        return _checked(_from_environment, _VARIABLE)
+    return _forced
 
 
 def runs_now(x: Tensor) -> bool:

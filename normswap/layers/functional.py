@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from normswap.errors import LayerError
-from normswap.layers.dispatch import fused_backend, runs_now
+from normswap.layers.dispatch import compiles_operator, fused_backend, runs_now
 from normswap.layers.fused import switch_norm_fused
 from normswap.layers.importance import (
     BRANCHES,
@@ -25,6 +25,7 @@ from normswap.layers.importance import (
 )
 from normswap.layers.mixing import Mixing, read_shares
 from normswap.layers.moments import Moments, accumulation_dtype
+from normswap.layers.operators import switch_norm_operator
 from normswap.layers.reference import switch_norm_reference
 
 
@@ -90,11 +91,13 @@ def switch_norm(
         constants = _running_moments(x, running_mean, running_var, training and bn_statistics == "batch", values)
         if training and constants is None and running_mean is not None and running_var is not None:
             record = partial(_update_running, running_mean, running_var, num_batches_tracked, momentum, values)
-    backend = fused_backend(x) if runs_now(x) else None
-    if backend is not None:
-        return switch_norm_fused(
-            backend, x, mean_weight, var_weight, weight, bias, constants, mixing=mixing, record=record
-        )
+    inputs = (x, mean_weight, var_weight, weight, bias, constants, mixing, record)
+    if runs_now(x) and (backend := fused_backend(x)):
+        if constants is not None and _is_fixed_batch_norm(mean_weight, var_weight, mixing):
+            return _batch_norm(x, weight, bias, constants, eps)
+        return switch_norm_fused(backend, *inputs)
+    if compiles_operator():
+        return switch_norm_operator(*inputs)
     means, variances = (importance_weights(parameter, gate) for parameter in (mean_weight, var_weight))
     return switch_norm_reference(
         x, means, variances, weight, bias, constants, branches=branches, eps=eps, record=record
@@ -127,6 +130,21 @@ def _refuse_single_position(x: Tensor, gates: tuple[Tensor, Tensor], mixing: Mix
             f"one spatial position per channel (input of shape {tuple(x.shape)}) leaves the `in` branch no variance, "
             "but it has weight: build the layer with branches=('ln', 'bn'), or plan with an input of the real size"
         )
+
+
+def _is_fixed_batch_norm(mean_weight: Tensor, var_weight: Tensor, mixing: Mixing) -> bool:
+    """Whether the site is exactly BN and no gradient asks what another mix would do; only where that costs nothing."""
+    gates = (mean_weight, var_weight)
+    if mean_weight.device.type != "cpu" or (torch.is_grad_enabled() and any(gate.requires_grad for gate in gates)):
+        return False
+    return all(read_shares(gate, mixing) == (0.0, 0.0, 1.0) for gate in gates)
+
+
+def _batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, constants: Moments, eps: float) -> Tensor:
+    """BN in evaluation, at its price: no moments of x are taken."""
+    mean, var = (moment.squeeze(0) for moment in constants)
+    weight, bias = (None if p is None else p.to(mean.dtype) for p in (weight, bias))
+    return torch.native_batch_norm(x, weight, bias, mean, var, False, 0.0, eps)[0]
 
 
 def _running_moments(

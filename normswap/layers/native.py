@@ -45,8 +45,12 @@ def forward(
         needed: tuple[Branch, ...] = ("bn",) if "bn" in mixing.branches else ()
         tables = mix_moments(moments, _pair(constants), *shares, needed)
         y = normalise(x, tables.mixed, _parameter(weight, x), _parameter(bias, x), eps=mixing.eps, buffer=buffer)
-    batch = None if constants is not None or tables.bn is None else Moments(*map(as_tensor, tables.bn))
-    return Normalised(y, batch, Moments(as_tensor(moments.mean), as_tensor(moments.var)))
+    batch = (
+        None
+        if constants is not None or tables.bn is None
+        else Moments(as_tensor(tables.bn.mean, x), as_tensor(tables.bn.var, x))
+    )
+    return Normalised(y, batch, Moments(as_tensor(moments.mean, x), as_tensor(moments.var, x)))
 
 
 def backward(
@@ -83,7 +87,7 @@ def backward(
         if wanted[2]:
             gate_variances = _gate(variances, var_share_gradient(q, tables, positions), mixing, var_point)
         sums = scaled.sum(0) if wanted[3] else None, plain.sum(0) if wanted[4] else None
-    return Gradients(dx, gate_means, gate_variances, *(None if s is None else as_tensor(s) for s in sums))
+    return Gradients(dx, gate_means, gate_variances, *(None if s is None else as_tensor(s, x) for s in sums))
 
 
 def _as_torch() -> np.errstate:
@@ -100,6 +104,10 @@ def _parameter(parameter: Tensor | None, x: Tensor) -> Array | None:
 
 def _pair(moments: Moments | None) -> Pair | None:
     return None if moments is None else Pair(as_array(moments.mean), as_array(moments.var))
+
+
+def _moments(pair: Pair, x: Tensor) -> Moments:
+    return Moments(as_tensor(pair.mean, x), as_tensor(pair.var, x))
 
 
 def _gate(shares: Shares, gradient: Shares, mixing: Mixing, point: Tensor) -> Tensor:

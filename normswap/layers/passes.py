@@ -91,9 +91,9 @@ def normalise(
     affine = [None if array is None else filled(array, table) for array in (weight, bias, *moments)]
     if by_channel:
         for n, (sample, out) in enumerate(zip(_samples(x), _samples(y), strict=True)):
-            _evaluate(sample, [None if array is None else as_tensor(array[n]) for array in affine], eps, out)
+            _evaluate(sample, [None if array is None else as_tensor(array[n], x) for array in affine], eps, out)
     else:
-        flat = [None if array is None else as_tensor(array.reshape(-1)) for array in affine]
+        flat = [None if array is None else as_tensor(array.reshape(-1), x) for array in affine]
         _evaluate(_rows(x), flat, eps, _rows(y))
     return y
 
@@ -119,11 +119,11 @@ def gradient_sums(dy: Tensor, x: Tensor, mean: Array, rstd: Array) -> tuple[Arra
         return plain, (values - mean) * rstd * plain
     mean, rstd = filled(mean, table), filled(rstd, table)
     if is_channels_last(x):
-        statistics = as_tensor(mean), as_tensor(rstd)
+        statistics = as_tensor(mean, x), as_tensor(rstd, x)
         pairs = [_sums(*sample) for sample in zip(_samples(dy), _samples(x), *statistics, strict=True)]
         plain, scaled = (torch.stack(sums) for sums in zip(*pairs, strict=True))
     else:
-        plain, scaled = _sums(_rows(dy), _rows(x), as_tensor(mean.reshape(-1)), as_tensor(rstd.reshape(-1)))
+        plain, scaled = _sums(_rows(dy), _rows(x), as_tensor(mean.reshape(-1), x), as_tensor(rstd.reshape(-1), x))
     return as_array(plain).reshape(table), as_array(scaled).reshape(table)
 
 
@@ -142,22 +142,28 @@ def combine(dy: Tensor, x: Tensor, scale: Array, coefficients: tuple[Array, Arra
     """
     if coefficients is None:
         return torch.mul(dy, per_position(scale, x), out=torch.empty_like(x))
-    slope, shift = coefficients
-    tables = [per_position(array, x) for array in (scale, slope, shift - slope * centre)]
+    tables = [per_position(array, x) for array in (scale, *coefficients, centre)]
     if x.dtype == accumulation_dtype(x):
-        factor, slope, shift = tables
-        return torch.addcmul(shift, x, slope, out=torch.empty_like(x)).addcmul_(dy, factor)
+        return _combine(dy, x, *tables, out=torch.empty_like(x))
     # Sample by sample in float32, so that no whole activation exists in it.
     dx = torch.empty_like(x)
     rows = (table.expand(x.shape[0], *table.shape[1:]) for table in tables)
-    for y, g, h, factor, slope, shift in zip(dx, dy, x, *rows, strict=True):
-        y.copy_(torch.addcmul(shift, h, slope).addcmul_(g, factor))
+    for out, *sample in zip(dx, dy, x, *rows, strict=True):
+        out.copy_(_combine(*sample, out=torch.empty(out.shape, device=x.device)))
     return dx
+
+
+def _combine(
+    dy: Tensor, x: Tensor, scale: Tensor, slope: Tensor, shift: Tensor, centre: Tensor, *, out: Tensor
+) -> Tensor:
+    # The difference first: multiplied out, a mean that is large beside the deviation would cost its digits.
+    torch.sub(x, centre, out=out)
+    return torch.addcmul(shift, out, slope, out=out).addcmul_(dy, scale)
 
 
 def per_position(array: Array, x: Tensor) -> Tensor:
     """Return a table (N, C) so that it broadcasts over the positions of x."""
-    return as_tensor(array.reshape(array.shape + (1,) * (x.dim() - 2)))
+    return as_tensor(array.reshape(array.shape + (1,) * (x.dim() - 2)), x)
 
 
 def _rows(x: Tensor) -> Tensor:

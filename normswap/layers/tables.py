@@ -1,7 +1,7 @@
 """Algebra on (N, C) tables of moments, between the passes of a fused backend; shares are Python numbers.
 
-Tables are numpy arrays on CPU, where an operator of numpy costs a quarter of one of torch and a small layer is made of
-little else, and tensors on every other device. What is written here holds for both. In half precision they are float32.
+Tables are numpy arrays in float64 on CPU, where an operator of numpy costs a quarter of one of torch and a small layer
+is made of little else, and tensors as they are on every other device. What is written here holds for both.
 
 Backward: with p = dmu / M and q = 2 dvar / M per (n, c), M being the number of positions (Luo et al., ICLR 2019,
 appendix),
@@ -28,13 +28,15 @@ Array = Any
 
 
 def as_array(tensor: Tensor) -> Array:
-    """Return a tensor in float32 or wider as a table; it shares the memory."""
-    return tensor.numpy() if tensor.device.type == "cpu" else tensor
+    """Return a tensor in float32 or wider as a table."""
+    return tensor.numpy().astype(np.float64, copy=False) if tensor.device.type == "cpu" else tensor
 
 
-def as_tensor(array: Array) -> Tensor:
-    """Return a table as a tensor; it shares the memory."""
-    return array if isinstance(array, Tensor) else torch.from_numpy(array)
+def as_tensor(array: Array, like: Tensor) -> Tensor:
+    """Return a table as a tensor, in the dtype in which moments of `like` are accumulated."""
+    if isinstance(array, Tensor):
+        return array
+    return torch.from_numpy(array.astype(np.float64 if like.dtype == torch.float64 else np.float32, copy=False))
 
 
 def filled(array: Array, shape: tuple[int, int]) -> Array:
