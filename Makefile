@@ -6,6 +6,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.normswap-ready
 
+# Libraries are installed without bytecode, since most of it is never imported; what is, each process would compile anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test lint types unit evidence bench fuzz zoo index identify clean
 
 $(READY): pyproject.toml
