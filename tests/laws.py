@@ -27,6 +27,7 @@ OWN_RESPONSES = 10
 MODES = ("evaluation", "training", "as it is")
 GATES = ("mean_weight", "var_weight")
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+HOLDERS = (nn.Module, list, tuple, dict)
 GENERATED = ("_graph", "_code", "_lineno_map", "_prologue_start", "_in_spec")
 
 
@@ -46,7 +47,7 @@ def paths(model: nn.Module) -> dict[str, nn.Module]:
             for name, child in value._modules.items():
                 visit(dot + name, child, 3, inside)
             for name, item in [] if isinstance(value, torch.jit.ScriptModule) else list(vars(value).items()):
-                holds = isinstance(item, nn.Module | list | tuple | dict)
+                holds = isinstance(item, HOLDERS)
                 if holds and name not in ("_parameters", "_buffers", "_modules") and not name.endswith("_hooks"):
                     visit(dot + name, item, 3, inside)
         elif depth and isinstance(value, list | tuple):
