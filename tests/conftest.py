@@ -1,18 +1,23 @@
 """What holds for every test: one thread, the same random numbers, and the same warnings whatever ran before."""
 
 import gc
+from collections.abc import Generator
 
 import pytest
 import torch
 
 torch.set_num_threads(1)  # also while tests are collected: each core has a worker of its own
-gc.disable()  # until all libraries are imported, which leaves next to no garbage
 
 
-def pytest_collection_finish() -> None:
-    """What has been imported is there to stay: it is not looked through again for the garbage of a test."""
-    gc.freeze()
-    gc.enable()
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Imports leave next to no garbage, and what they made stays: nothing looks it through again and again."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @pytest.fixture(autouse=True)
