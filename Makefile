@@ -6,6 +6,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.normswap-ready
 
+# Libraries are installed without bytecode, since most of it is never imported; what is, each process would compile anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test lint types unit evidence bench fuzz zoo index identify clean
 
 $(READY): pyproject.toml
@@ -18,7 +21,8 @@ $(READY): pyproject.toml
 demo: $(READY)  ## the main job, end to end, with measured figures
 	@$(BIN)/python benchmarks/demo.py
 
-test: lint types unit  ## everything that has to hold
+test: lint  ## everything that has to hold; the types take one core for a while, which the tests fill up
+	@$(MAKE) --no-print-directory -j2 types unit
 
 lint: $(READY)
 	@echo "== lint and format (ruff)"

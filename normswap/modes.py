@@ -128,7 +128,8 @@ def seeded(seed: int) -> Iterator[None]:
     numpy = sys.modules.get("numpy")
     python_state, numpy_state = random.getstate(), numpy and numpy.random.get_state()
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(seed)
+        # torch.manual_seed keeps, for each kind of device that is not there, the stack of whoever called it.
+        (torch.manual_seed if torch.accelerator.is_available() else torch.default_generator.manual_seed)(seed)
         random.seed(seed)
         if numpy:
             numpy.random.seed(seed)

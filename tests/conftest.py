@@ -1,11 +1,27 @@
 """What holds for every test: one thread, the same random numbers, and the same warnings whatever ran before."""
 
+import gc
+from collections.abc import Generator
+
 import pytest
 import torch
+
+torch.set_num_threads(1)  # also while tests are collected: each core has a worker of its own
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Imports leave next to no garbage, and what they made stays: nothing looks it through again and again."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @pytest.fixture(autouse=True)
 def _deterministic() -> None:
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
+    torch.set_num_threads(1)  # a test may have changed it
+    torch.default_generator.manual_seed(0)  # torch.manual_seed takes milliseconds, for devices that are not there
     torch.set_warn_always(True)  # else a warning of torch's C++ code fails only the first test that causes it

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import Tensor, fx, nn
+from torchvision.models.resnet import BasicBlock, ResNet
 from zoo import NOT_TRACED, OwnTensors, Trap, conv, image
 
 # --- a MAML learner: parameters in lists, walked by a configuration ---------------------------------------------------
@@ -236,7 +236,7 @@ def content_and_style() -> tuple[Tensor, Tensor]:
 
 
 def exported_resnet(*, training: bool, decompose: bool = False) -> nn.Module:
-    """torchvision's resnet18 as the module of an exported program."""
+    """torchvision's ResNet with one block in each stage, as the module of an exported program."""
     program = copy.deepcopy(_exported_resnet(training, decompose))
     torch.manual_seed(7)  # whether it was made just now or before, what is drawn next is the same
     return program
@@ -245,13 +245,13 @@ def exported_resnet(*, training: bool, decompose: bool = False) -> nn.Module:
 @cache
 def _exported_resnet(training: bool, decompose: bool) -> fx.GraphModule:
     torch.manual_seed(11)
-    model = torchvision.models.resnet18(num_classes=10).train(training)
+    model = ResNet(BasicBlock, [1, 1, 1, 1], num_classes=10).train(training)
     program = torch.export.export(model, (PHOTOS(),), strict=False)
     return (program.run_decompositions() if decompose else program).module()  # type: ignore[return-value]
 
 
-PHOTOS = image(2, 3, 64, 64)
-RESNET_SITES = tuple(f"batch_norm_{number}" if number else "batch_norm" for number in range(20))
+PHOTOS = image(2, 3, 48, 48)
+RESNET_SITES = tuple(f"batch_norm_{number}" if number else "batch_norm" for number in range(12))
 
 FOLDED = "a call on samples folded into the channels normalizes each by itself"
 UNTRACKED = r"^has no batch statistics to lose.*stays as it is, since .*only modules are swapped \(use nn.InstanceNorm"
@@ -311,7 +311,7 @@ NETWORKS: tuple[Trap, ...] = (
     ),
     *(
         _trap(
-            f"a resnet18 exported in {mode}{', decomposed' * decompose}",
+            f"a ResNet exported in {mode}{', decomposed' * decompose}",
             lambda mode=mode, decompose=decompose: exported_resnet(training=mode == "training", decompose=decompose),
             PHOTOS,
             *RESNET_SITES,

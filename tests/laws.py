@@ -27,6 +27,7 @@ OWN_RESPONSES = 10
 MODES = ("evaluation", "training", "as it is")
 GATES = ("mean_weight", "var_weight")
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+HOLDERS = (nn.Module, list, tuple, dict)
 GENERATED = ("_graph", "_code", "_lineno_map", "_prologue_start", "_in_spec")
 
 
@@ -46,7 +47,7 @@ def paths(model: nn.Module) -> dict[str, nn.Module]:
             for name, child in value._modules.items():
                 visit(dot + name, child, 3, inside)
             for name, item in [] if isinstance(value, torch.jit.ScriptModule) else list(vars(value).items()):
-                holds = isinstance(item, nn.Module | list | tuple | dict)
+                holds = isinstance(item, HOLDERS)
                 if holds and name not in ("_parameters", "_buffers", "_modules") and not name.endswith("_hooks"):
                     visit(dot + name, item, 3, inside)
         elif depth and isinstance(value, list | tuple):
@@ -227,7 +228,13 @@ class Record:
     state: dict[str, Tensor]
 
     @classmethod
-    def of(cls, model: nn.Module) -> "Record":
+    def of(cls, model: nn.Module, *, lasting: bool = True) -> "Record":
+        """Without `lasting` the values are the model's own tensors: to be compared before anything changes them."""
+
+        def kept(tensor: Tensor) -> Tensor:
+            own = not lasting and tensor.is_contiguous()  # the copy of another one may have other strides
+            return tensor.detach() if own else tensor.detach().clone()
+
         modules, tensors = paths(model), dict(own_tensors(model))
         plain = {path: module for path, module in modules.items() if not isinstance(module, torch.jit.ScriptModule)}
         return cls(
@@ -242,9 +249,9 @@ class Record:
                 for path, module in plain.items()
             },
             tensors=tensors,
-            values={name: tensor.detach().clone() for name, tensor in tensors.items() if not _is_lazy(tensor)},
+            values={name: kept(tensor) for name, tensor in tensors.items() if not _is_lazy(tensor)},
             gradients={name: tensor.requires_grad for name, tensor in tensors.items()},
-            state={name: value.clone() for name, value in model.state_dict().items() if not _is_lazy(value)},
+            state={name: kept(value) for name, value in model.state_dict().items() if not _is_lazy(value)},
         )
 
     def aliases(self) -> set[frozenset[str]]:
@@ -278,7 +285,7 @@ def planned_names(plan: SwapPlan, record: Record) -> set[str]:
 
 def nothing_else_changed(before: Record, converted: nn.Module, plan: SwapPlan, *, same_objects: bool) -> None:
     """Law 2. With `same_objects` the model was converted in place, and every object must still be that object."""
-    after = Record.of(converted)
+    after = Record.of(converted, lasting=False)
     new = planned_names(plan, before)
     assert set(after.tensors) == set(before.tensors) | new, f"law 2: {set(after.tensors) ^ set(before.tensors) ^ new}"
     added = set(after.state) - set(before.state)
@@ -539,7 +546,7 @@ def reverts(model: nn.Module, inputs: Any, **options: Any) -> None:
     before = Record.of(model)
     normswap.convert(model, inputs, inplace=True, **options)
     assert normswap.revert(model) is model
-    after = Record.of(model)
+    after = Record.of(model, lasting=False)
     assert after.classes == before.classes, "law 5: classes"
     assert after.flags == before.flags, "law 5: flags"
     assert after.hooks == before.hooks, "law 5: hooks"
@@ -613,7 +620,7 @@ def hold(make: Callable[[], nn.Module], inputs: Any, *, modes: tuple[str, ...] =
     errors = {} if inputs is None else same_function(original, model, inputs, modes)
     gates = 0 if inputs is None else alive(model, list(conversion.replaced), inputs)
     accounted_for(original, plan, inputs, options.get("norms"))
-    reverts(make(), inputs, **options)
+    reverts(make(), inputs, plan=plan, **norms)
     converting_twice_changes_nothing(model, plan, inputs, **_only(options, "norms", "kinds"))
     return Held(conversion, errors, gates)
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -104,14 +105,6 @@ def test_help_is_fast() -> None:
     assert min(cpu_seconds() for _ in range(5)) < 0.3
 
 
-def test_importing_the_package_imports_no_zoo() -> None:
-    assert python("import sys, normswap; print('torch' in sys.modules)").strip() == "False"
-    code = (
-        "import sys, normswap; normswap.load, normswap.convert; print({'timm', 'torchvision', 'rich'} & {*sys.modules})"
-    )
-    assert python(code).strip() == "set()"
-
-
 def test_bad_input_costs_no_import_of_torch(tmp_path: Path) -> None:
     code = (
         "import sys, click.testing, normswap.cli\n"
@@ -125,14 +118,42 @@ def test_the_version_is_told() -> None:
     assert ok("--version").stdout == f"normswap {normswap.__version__}\n"
 
 
-def test_it_is_a_command_and_a_module(folder: Path) -> None:
-    for command in ([str(Path(sys.executable).with_name("normswap"))], [sys.executable, "-m", "normswap"]):
-        done = subprocess.run([*command, "inspect", "sn.pt"], capture_output=True, text=True, check=False)
-        assert (done.returncode, done.stderr) == (0, "")
-        assert "Importance weights" in done.stdout
-        done = subprocess.run([*command, "convert", "sn.pt"], capture_output=True, text=True, check=False)
-        assert done.returncode == 1
-        assert done.stderr.startswith("error: sn.pt: nothing to do")
+COMMAND = Path(sys.executable).with_name("normswap")
+
+
+def test_it_is_a_command_and_a_module() -> None:
+    """As processes, where it costs no import of torch."""
+    for command in ([str(COMMAND)], [sys.executable, "-m", "normswap"]):
+        done = subprocess.run([*command, "--version"], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout, done.stderr) == (0, f"normswap {normswap.__version__}\n", "")
+        done = subprocess.run([*command, "convert", "nowhere.pt"], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.startswith("error: nowhere.pt: no such file")
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        lambda: runpy.run_path(str(COMMAND), run_name="__main__"),
+        lambda: runpy.run_module("normswap", run_name="__main__"),
+    ],
+    ids=["command", "module"],
+)
+def test_the_exit_status_is_the_answer(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], start: Callable[[], Any]
+) -> None:
+    """By the very code that a process runs."""
+    monkeypatch.setattr(sys, "argv", ["normswap", "inspect", "sn.pt"])
+    with pytest.raises(SystemExit) as ended:
+        start()
+    shown = capsys.readouterr()
+    assert (ended.value.code, shown.err) == (0, "")
+    assert "Importance weights" in shown.out
+    monkeypatch.setattr(sys, "argv", ["normswap", "convert", "sn.pt"])
+    with pytest.raises(SystemExit) as ended:
+        start()
+    assert ended.value.code == 1
+    assert capsys.readouterr().err.startswith("error: sn.pt: nothing to do")
 
 
 # convert.

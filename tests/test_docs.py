@@ -1,13 +1,14 @@
 """README and docs run: every Python block is executed and every `normswap` command typed, page by page, in order."""
 
-import os
 import re
+import runpy
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
+
+from normswap.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -26,29 +27,18 @@ def steps(page: Path) -> list[str]:
     return found
 
 
-PRELUDE = """
-import shlex, subprocess, sys
-import torch
-torch.set_num_threads(1)
-def run(command):
-    done = subprocess.run([sys.executable, "-m", "normswap", *shlex.split(command)[1:]], capture_output=True, text=True)
-    assert done.returncode == 0, f"{command}: exit {done.returncode}\\n{done.stdout}{done.stderr}"
-"""
+def run(command: str) -> None:
+    """As it is typed, but for the start of a process, which tests/test_cli.py holds."""
+    done = CliRunner().invoke(main, shlex.split(command)[1:])
+    assert done.exit_code == 0, f"{command}: exit {done.exit_code}\n{done.output}"
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if steps(p)], ids=lambda p: p.name)
-def test_every_block_of_the_page_runs(page: Path, tmp_path: Path) -> None:
+def test_every_block_of_the_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script = tmp_path / "page.py"
-    script.write_text("\n".join([PRELUDE, *steps(page)]))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-W", "error::UserWarning:normswap", str(script)],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    script.write_text("\n".join(steps(page)))
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(script), {"run": run}, "page")
 
 
 def test_every_link_between_pages_leads_somewhere() -> None:

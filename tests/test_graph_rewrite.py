@@ -13,6 +13,7 @@ import normswap
 from normswap.errors import SwapError
 from normswap.layers.modules import FunctionalSwitchNorm
 from normswap.surgery.graph_rewrite import compile_forward, free_names, is_rewritten, rewrite_forward
+from normswap.surgery.own_forward import trace_own_forward
 
 
 class Block(nn.Module):
@@ -171,7 +172,7 @@ def test_what_cannot_be_traced_is_refused_in_words() -> None:
         compile_forward(Untraceable())
     module = Untraceable()
     with pytest.raises(SwapError, match="the forward of Untraceable cannot be rewritten"):
-        rewrite_forward(module, {}, ())
+        rewrite_forward(module, {}, (), trace_own_forward(module))
     assert type(module) is Untraceable
 
 

@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 import torchvision
+import torchvision.models.video.resnet as video
 import zoo
 from torch import Tensor, nn
 
@@ -128,7 +129,7 @@ def from_timm(name: str, **options: Any) -> Callable[[], nn.Module]:
 
 
 NETWORKS = {
-    "timm resnet50": Network(from_timm("resnet50"), IMAGES, 53),
+    "timm resnet26": Network(from_timm("resnet26"), IMAGES, 29),
     "timm efficientnet_b0": Network(from_timm("efficientnet_b0", drop_path_rate=0.2), IMAGES, 49),
     "timm densenet121": Network(from_timm("densenet121"), IMAGES, 121),
     "timm mobilenetv3_large_100": Network(
@@ -145,8 +146,10 @@ NETWORKS = {
         20,
         zoo.BEGUN,
     ),
-    "torchvision r3d_18": Network(
-        lambda: torchvision.models.video.r3d_18(num_classes=10), zoo.image(2, 3, 4, 48, 48), 20
+    "torchvision video ResNet": Network(
+        lambda: video.VideoResNet(video.BasicBlock, [video.Conv3DSimple] * 4, [1, 1, 1, 1], video.BasicStem, 10),
+        zoo.image(2, 3, 4, 32, 32),
+        12,
     ),
 }
 

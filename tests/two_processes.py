@@ -1,12 +1,15 @@
-"""Run as `python two_processes.py RANK FOLDER`: one of two processes that train an original and its conversion in DDP.
+"""Run as `python two_processes.py FOLDER`: two processes that train an original and its conversion in DDP.
 
-A script of its own, since a process that imports the tests would first import every library of models.
+A script of its own, since a process that imports the tests would first import every library of models; it forks
+itself, since torch takes longer to import than this takes to run.
 """
 
+import os
 import sys
 from typing import Any
 
 import torch
+import torch._dynamo  # which DDP would else import in each process
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -39,8 +42,7 @@ def train(rank: int, x: Tensor, **options: Any) -> list[dict[str, Tensor]]:
     return [[step(m, x) for _ in range(2)][1] for m in (model, converted)] + [kept]
 
 
-def main(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
+def run(rank: int, folder: str) -> None:
     distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     x = torch.randn(4, 3, 9, 9, generator=torch.Generator().manual_seed(7)).double().chunk(2)[rank]
     results: dict[str, Any] = {"synced": train(rank, x), "local": train(rank, x, forward_sync_buffers=False)}
@@ -52,4 +54,8 @@ def main(rank: int, folder: str) -> None:
     distributed.destroy_process_group()
 
 
-main(int(sys.argv[1]), sys.argv[2])
+torch.set_num_threads(1)
+other = os.fork()
+run(0 if other else 1, sys.argv[1])
+if other:
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(other, 0)[1]))

@@ -242,8 +242,8 @@ def _adopt(layer: nn.Module, spec: NormSpec, swap: Swap, like: Tensor | None) ->
 
 
 def _rewrite_owner(module: nn.Module, owner: str, swaps: list[Swap]) -> dict[str, nn.Module]:
-    trace = trace_own_forward(module)
-    nodes = batch_norm_nodes(trace.evaluation) if trace.evaluation else []
+    own = trace_own_forward(module)
+    nodes = batch_norm_nodes(own.evaluation) if own.evaluation else []
     wanted = {swap.fqn: swap for swap in swaps}
     names = free_names(module, len(nodes))
     planned = {name: wanted[join(owner, name)] for name in names if join(owner, name) in wanted}
@@ -263,5 +263,5 @@ def _rewrite_owner(module: nn.Module, owner: str, swaps: list[Swap]) -> dict[str
     if isinstance(module, fx.GraphModule):
         edit_graph(module, gates, site_names)
     else:
-        rewrite_forward(module, gates, site_names)
+        rewrite_forward(module, gates, site_names, own)
     return {join(owner, name): layer for name, layer in gates.items()}

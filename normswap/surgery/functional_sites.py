@@ -27,7 +27,7 @@ from normswap.surgery.calls import (
 from normswap.surgery.graph_rewrite import compile_forward, free_names
 from normswap.surgery.norm_site import NormSite, order_of
 from normswap.surgery.observation import Observation, Shape
-from normswap.surgery.own_forward import OwnForward, mentioned_kinds, trace_own_forward
+from normswap.surgery.own_forward import OwnForward, OwnForwards, mentioned_kinds
 from normswap.surgery.tracing import GraphFacts
 from normswap.surgery.tree import Place, join, modules_by_name
 from normswap.surgery.trial import agree, outcome
@@ -45,7 +45,7 @@ _TRACKED = (
 _FOLDED = f"a call on samples folded into the channels normalizes each by itself, and {_BY_ITSELF}"
 
 
-def calls_a_norm(module: nn.Module, *, ran: bool) -> bool:
+def calls_a_norm(module: nn.Module, forwards: OwnForwards, *, ran: bool) -> bool:
     """Ask the own forward of a suspected module; where it cannot be traced, its code, so that a call in it is not lost.
 
     Of one that `ran` a call would have been seen, unless it makes it in training only: the code tells whether to ask.
@@ -54,13 +54,15 @@ def calls_a_norm(module: nn.Module, *, ran: bool) -> bool:
         return False
     if ran and not mentioned_kinds(module):
         return False
-    own = trace_own_forward(module)
+    own = forwards.of(module)
     return any(norm_nodes(own.evaluation, kind) for kind in _STEMS) if own.evaluation else bool(mentioned_kinds(module))
 
 
-def functional_sites(place: Place, facts: GraphFacts | None, seen: Observation | None) -> list[NormSite]:
+def functional_sites(
+    place: Place, facts: GraphFacts | None, seen: Observation | None, forwards: OwnForwards
+) -> list[NormSite]:
     """One site per call in the owner's own forward, or one of each kind with a problem if that is unreadable."""
-    own = trace_own_forward(place.module)
+    own = forwards.of(place.module)
     if own.evaluation:
         kinds = {kind for kind in _STEMS if norm_nodes(own.evaluation, kind)}
         # What else was seen is a kernel, computed into a new tensor, or a call that the graph does not show.
@@ -137,7 +139,7 @@ def _problem_of_owner(
     if seen and len(fed) not in (0, max(1, seen.runs.get(owner, 0)) * calls):
         return "not every F.batch_norm call runs in every pass: move the call into a module of its own"
     if seen and owner in seen.owner_inputs and not isinstance(module, fx.GraphModule):
-        return _differs_from_eager(module, *seen.owner_inputs[owner])
+        return _differs_from_eager(module, own, *seen.owner_inputs[owner])
     return None
 
 
@@ -171,13 +173,15 @@ def _is_frozen(own: OwnForward, index: int) -> bool:
     return all(norm_arguments(node).get("training", False) is False for node in calls)
 
 
-def _differs_from_eager(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+def _differs_from_eager(
+    module: nn.Module, own: OwnForward, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> str | None:
     """A trace can succeed and be wrong: hold it against the module itself, in both modes, on what it was fed."""
 
     def run(forward: Callable[..., Any]) -> Any:
         return forward(module, *copy.deepcopy(args), **copy.deepcopy(kwargs))
 
-    forwards = type(module).forward, compile_forward(module)
+    forwards = type(module).forward, compile_forward(module, own=own)
     for training in (True, False):
         real, traced = (outcome(module, partial(run, forward), training=training) for forward in forwards)
         if not agree(real, traced):
@@ -185,11 +189,11 @@ def _differs_from_eager(module: nn.Module, args: tuple[Any, ...], kwargs: dict[s
     return None
 
 
-def tensors_used(owners: list[tuple[str, nn.Module]]) -> dict[int, str]:
+def tensors_used(owners: list[tuple[str, nn.Module]], forwards: OwnForwards) -> dict[int, str]:
     """By identity, the tensors that functional sites read, those swapped before included, each with its owner."""
     used: dict[int, str] = {}
     for owner, module in owners:
-        graph = trace_own_forward(module).evaluation
+        graph = forwards.of(module).evaluation
         for arguments in map(_site_arguments(module), graph.nodes) if graph else ():
             tensors = [_attribute(module, arguments.get(name)) for name in _OWN_TENSORS]
             used |= {id(tensor): owner for tensor in tensors if tensor is not None}

@@ -47,12 +47,16 @@ def free_names(module: nn.Module, count: int, stem: str = "batch_norm") -> list[
     return names
 
 
-def compile_forward(module: nn.Module, site_names: SiteNames | None = None) -> Callable[..., Any]:
+def compile_forward(
+    module: nn.Module, site_names: SiteNames | None = None, *, own: OwnForward | None = None
+) -> Callable[..., Any]:
     """Return a forward function for `module` made from the graphs of its class's; the module is left as it is.
 
     Args:
         site_names: for each batch_norm call in order the child of `module` to call in its place, None to keep it;
             by default those that are in its place already.
+        own: what was traced of a `module` that is not rewritten yet, if somebody has done that; its graphs are
+            changed where calls are replaced.
 
     Raises:
         SwapError: the forward cannot be traced, or not so that the graph may run in its place.
@@ -60,7 +64,8 @@ def compile_forward(module: nn.Module, site_names: SiteNames | None = None) -> C
     original = _as_it_was(module) if is_rewritten(module) else module
     if site_names is None:
         site_names = module.__dict__.get(_SITE_NAMES, ())
-    own = trace_own_forward(original)
+    if own is None or original is not module:
+        own = trace_own_forward(original)
     if own.training is None or own.evaluation is None:
         raise SwapError(f"the forward of {type(module).__name__} cannot be rewritten: {own.reason}")
     order = {mode: _names_by_call(graph, site_names) for mode, graph in ((True, own.training), (False, own.evaluation))}
@@ -106,12 +111,15 @@ def _is(value: Any, default: Any) -> bool:
     return type(value) is type(default) and bool(value == default)
 
 
-def rewrite_forward(module: nn.Module, gates: dict[str, FunctionalSwitchNorm], site_names: SiteNames) -> None:
+def rewrite_forward(
+    module: nn.Module, gates: dict[str, FunctionalSwitchNorm], site_names: SiteNames, own: OwnForward
+) -> None:
     """Put SN in place of batch_norm calls in `module`'s own forward.
 
     Args:
         gates: the new children by name.
         site_names: for each batch_norm call in order the name of its child, None for a call that stays.
+        own: what was traced of `module`; its graphs are changed.
 
     Raises:
         SwapError: the forward cannot be traced; the module is as it was.
@@ -123,7 +131,7 @@ def rewrite_forward(module: nn.Module, gates: dict[str, FunctionalSwitchNorm], s
         earlier = module.__dict__[_SITE_NAMES]
         site_names = tuple(next(remaining, None) if name is None else name for name in earlier)
         original = original.original_class  # type: ignore[attr-defined]
-    forward = compile_forward(module, site_names)
+    forward = compile_forward(module, site_names, own=own)
     for name, child in gates.items():
         module.add_module(name, child)
     module.__dict__[_SITE_NAMES] = site_names

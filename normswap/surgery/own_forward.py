@@ -58,6 +58,18 @@ def trace_own_forward(module: nn.Module) -> OwnForward:
     return OwnForward(graphs[0], graphs[1], None, options)
 
 
+class OwnForwards:
+    """The own forwards of modules that stay as they are meanwhile: each is traced once, for all who ask."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[nn.Module, OwnForward]] = {}  # by identity, which holding the module keeps
+
+    def of(self, module: nn.Module) -> OwnForward:
+        if id(module) not in self._known:
+            self._known[id(module)] = module, trace_own_forward(module)
+        return self._known[id(module)][1]
+
+
 def mentioned_kinds(module: nn.Module) -> set[str]:
     """Return the kinds of the functions that normalize which the code of `module.forward`, here or in a base, names.
 

@@ -15,6 +15,7 @@ from normswap.surgery.graph_rewrite import is_rewritten
 from normswap.surgery.norm_site import NormSite, order_of
 from normswap.surgery.norms import KNOWN_NORMS, Norms, NormSpec, read_norm, refused_shape
 from normswap.surgery.observation import Observation, observe_forward
+from normswap.surgery.own_forward import OwnForwards
 from normswap.surgery.tracing import GraphFacts
 from normswap.surgery.tracing_paths import WholeModel, read_whole_model, suspects
 from normswap.surgery.tree import Place, class_name, walk_modules
@@ -44,8 +45,9 @@ def find_norm_sites(
         seen = observe_forward(model, example_inputs, places, norms=norms)
     suspected = suspects(places, norms)
     whole = read_whole_model(model, example_inputs, places, seen, norms, asked=bool(suspected))
-    facts, owners = whole.facts, _owners(whole, suspected, by_name, seen)
-    functional = {owner: functional_sites(by_name[owner], facts, seen) for owner in owners}
+    forwards = OwnForwards()
+    facts, owners = whole.facts, _owners(whole, suspected, by_name, seen, forwards)
+    functional = {owner: functional_sites(by_name[owner], facts, seen, forwards) for owner in owners}
     spoken_for = {by_name[owner].module for owner, sites in functional.items() if sites}
     modules = [
         _module_site(place, spec, facts, seen)
@@ -55,7 +57,7 @@ def find_norm_sites(
     calls = [site for sites in functional.values() for site in sites]
     rewritten = {place.names[0] for place in places if is_rewritten(place.module)}
     reading = {site.owner for site in calls if site.owner is not None and not site.problem} | rewritten
-    used = tensors_used([(owner, by_name[owner].module) for owner in sorted(reading)])
+    used = tensors_used([(owner, by_name[owner].module) for owner in sorted(reading)], forwards)
     modules = [_unless_only_a_holder(site, by_name[site.fqn].module, used, facts, seen) for site in modules]
     # Sites that were seen to run come first, in their order; the others keep the order of the module tree.
     everything = modules + calls
@@ -72,7 +74,11 @@ def _refuse_lazy(places: tuple[Place, ...]) -> None:
 
 
 def _owners(
-    whole: WholeModel, suspected: tuple[Place, ...], by_name: dict[str, Place], seen: Observation | None
+    whole: WholeModel,
+    suspected: tuple[Place, ...],
+    by_name: dict[str, Place],
+    seen: Observation | None,
+    forwards: OwnForwards,
 ) -> tuple[str, ...]:
     """The first names of the modules that call a function that normalizes, in either mode."""
     owners = [by_name[owner].names[0] for owner in whole.owners]
@@ -80,7 +86,7 @@ def _owners(
     # Whatever a trace did not pass through is asked itself.
     unread = [place for place in suspected if whole.entered.isdisjoint(place.names)]
     ran = seen.runs if seen else {}
-    owners += [p.names[0] for p in unread if calls_a_norm(p.module, ran=p.names[0] in ran)]
+    owners += [p.names[0] for p in unread if calls_a_norm(p.module, forwards, ran=p.names[0] in ran)]
     return tuple(dict.fromkeys(owners))
 
 

@@ -17,6 +17,7 @@ from normswap.layers.adoption import qualified_name
 
 # Registries of nn.Module itself: `_modules` is walked by name, the rest holds no modules of the model.
 _OWN_REGISTRIES = {"_parameters", "_buffers", "_modules"}
+_CONTAINERS = (list, tuple, dict)
 _CONTAINER_DEPTH = 3
 
 
@@ -36,8 +37,7 @@ def walk_modules(model: nn.Module) -> tuple[Place, ...]:
         names.setdefault(module, []).append(name)
     registered = set(names)
     pending = list(names)
-    while pending:
-        owner = pending.pop(0)
+    for owner in pending:  # which grows meanwhile
         for suffix, module in _referenced_modules(owner):
             if module not in names:
                 for inner_name, inner in module.named_modules(prefix=join(names[owner][0], suffix)):
@@ -129,6 +129,9 @@ def _referenced_modules(owner: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     if isinstance(owner, torch.jit.ScriptModule):  # keeps wrappers of itself there
         return
     for name, value in vars(owner).items():
+        # First what is cheap to tell, and true of nearly all: models have tens of thousands of attributes.
+        if type(value) in _IMMUTABLE or (isinstance(value, _CONTAINERS) and not value):
+            continue
         if name not in _OWN_REGISTRIES and not name.endswith("_hooks"):
             yield from _modules_in(value, name, _CONTAINER_DEPTH)
 
@@ -136,9 +139,11 @@ def _referenced_modules(owner: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def _modules_in(value: Any, name: str, depth: int) -> Iterator[tuple[str, nn.Module]]:
     if isinstance(value, nn.Module):
         yield name, value
-    elif depth and isinstance(value, list | tuple):
-        for index, item in enumerate(value):
-            yield from _modules_in(item, f"{name}[{index}]", depth - 1)
-    elif depth and isinstance(value, dict):
+    elif not depth or not isinstance(value, _CONTAINERS):
+        return
+    elif isinstance(value, dict):
         for key, item in value.items():
             yield from _modules_in(item, f"{name}[{key!r}]", depth - 1)
+    else:
+        for index, item in enumerate(value):
+            yield from _modules_in(item, f"{name}[{index}]", depth - 1)
