@@ -1,0 +1,356 @@
+"""Fused backends: the same numbers as the plain formula, no less exact than torch's norms, in every layout and mode."""
+
+import itertools
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import normswap
+from normswap.errors import LayerError
+from normswap.layers import dispatch, passes
+from normswap.layers.functional import switch_norm
+from normswap.layers.importance import BRANCHES, GATES, Branch, Gate, importance_weights
+from normswap.layers.mixing import project, read_weights
+
+BRANCH_SETS: list[tuple[Branch, ...]] = [s for k in (1, 2, 3) for s in itertools.combinations(BRANCHES, k)]
+
+
+def channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.channels_last_3d)
+
+
+def transposed(x: Tensor) -> Tensor:
+    """The same values, neither contiguous nor channels_last."""
+    return x.transpose(0, -1).contiguous().transpose(0, -1)
+
+
+LAYOUTS: dict[str, tuple[tuple[int, ...], Callable[[Tensor], Tensor]]] = {
+    "(N, C)": ((5, 4), torch.clone),
+    "(N, C), transposed": ((5, 4), transposed),
+    "(N, C, L)": ((3, 4, 7), torch.clone),
+    "(N, C, L), transposed": ((3, 4, 7), transposed),
+    "contiguous": ((3, 4, 5, 3), torch.clone),
+    "channels_last": ((3, 4, 5, 3), channels_last),
+    "transposed": ((3, 4, 5, 3), transposed),
+    "one sample": ((1, 4, 5, 3), torch.clone),
+    "one sample, channels_last": ((1, 4, 5, 3), channels_last),
+    "one channel": ((3, 1, 5, 3), channels_last),
+    "one position": ((3, 8, 1, 1), channels_last),
+    "3-D": ((2, 3, 2, 3, 2), torch.clone),
+    "3-D, channels_last": ((2, 3, 2, 3, 2), channels_last),
+}
+LAYOUT_CASES = pytest.mark.parametrize(("shape", "lay_out"), LAYOUTS.values(), ids=LAYOUTS)
+
+
+def gate_points(gate: Gate, count: int, *, at_vertex: bool) -> tuple[Tensor, Tensor]:
+    if at_vertex:
+        point = torch.eye(count)[-1].double()
+        return point, point.clone()
+    mean, var = torch.rand(2, count).double() + 0.1
+    return (mean / mean.sum(), var / var.sum()) if gate == "simplex" else (mean, var)
+
+
+def run(backend: str, dy: Tensor, leaves: dict[str, Tensor], **options: Any) -> dict[str, Tensor]:
+    """y and all gradients by one backend, on copies of the leaves in their own layout."""
+    copies = {name: leaf.detach().clone().requires_grad_() for name, leaf in leaves.items()}
+    statistics = {name: options[name].clone() for name in ("running_mean", "running_var")}
+    with normswap.use_backend(backend):
+        y = switch_norm(**copies, **(options | statistics))
+        gradients = torch.autograd.grad(y, list(copies.values()), dy)
+    return {"y": y.detach()} | dict(zip(copies, gradients, strict=True)) | statistics
+
+
+@LAYOUT_CASES
+@pytest.mark.parametrize("bn_statistics", ["batch", "running"])
+def test_backends_agree_in_every_layout(
+    shape: tuple[int, ...], lay_out: Callable[[Tensor], Tensor], bn_statistics: str
+) -> None:
+    positions = torch.Size(shape[2:]).numel()
+    for branches, gate, at_vertex in itertools.product(BRANCH_SETS, GATES, (False, True)):
+        if "in" in branches and positions == 1:
+            continue
+        mean_weight, var_weight = gate_points(gate, len(branches), at_vertex=at_vertex)
+        affine = torch.rand(2, shape[1]).double() + 0.5
+        x, dy = lay_out(torch.randn(shape).double() * 2 + 3), lay_out(torch.randn(shape).double())
+        leaves = {"x": x, "mean_weight": mean_weight, "var_weight": var_weight, "weight": affine[0], "bias": affine[1]}
+        options: dict[str, Any] = {"gate": gate, "branches": branches, "bn_statistics": bn_statistics}
+        options |= {"running_mean": torch.randn(shape[1]).double(), "running_var": torch.rand(shape[1]).double() + 0.5}
+        expected = run("reference", dy, leaves, training=True, **options)
+        for name, value in run("native", dy, leaves, training=True, **options).items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-9, atol=1e-10, msg=f"{name} {branches} {gate}")
+
+
+@LAYOUT_CASES
+def test_the_layout_is_that_of_batch_norm(shape: tuple[int, ...], lay_out: Callable[[Tensor], Tensor]) -> None:
+    x = lay_out(torch.randn(shape)).requires_grad_()
+    weights = torch.tensor([0.5, 0.5]).requires_grad_()
+    y = switch_norm(x, weights, weights, branches=("ln", "bn"), gate="simplex", training=True)
+    twin = F.batch_norm(x, None, None, training=True)
+    assert y.stride() == twin.stride()
+    for dy in (lay_out(torch.randn(shape)), torch.randn(shape), torch.randn(()).expand(shape)):
+        (gradient,) = torch.autograd.grad(y, x, dy, retain_graph=True)
+        (expected,) = torch.autograd.grad(twin, x, dy, retain_graph=True)
+        if x.is_contiguous() or passes.is_channels_last(x):
+            assert gradient.stride() == expected.stride()
+
+
+# What torch itself makes of the same data sets the measure: the largest error of its three norms.
+TORCH_NORMS: list[Callable[[Tensor, Tensor, Tensor], Tensor]] = [
+    lambda x, weight, bias: F.batch_norm(x, None, None, weight, bias, training=True),
+    lambda x, weight, bias: F.instance_norm(x, None, None, weight, bias),
+    lambda x, weight, bias: F.group_norm(x, 1, weight, bias),
+]
+# Where the mean is 3,000 deviations, float32 leaves three digits of x; the kernel that takes the moments of single rows
+# errs by one unit in the last place of the mean, those of torch's norms by half of one, and gradients feel it more.
+ACCURACY = {
+    "float32, 0": (torch.float32, 0.0, 2.0),
+    "float32, 30": (torch.float32, 30.0, 2.0),
+    "float32, 3000": (torch.float32, 3000.0, 4.0),
+    "bfloat16, 0": (torch.bfloat16, 0.0, 2.0),
+    "bfloat16, 30": (torch.bfloat16, 30.0, 2.0),
+    "bfloat16, 3000": (torch.bfloat16, 3000.0, 2.0),
+    "float16, 0": (torch.float16, 0.0, 2.0),
+    "float16, 30": (torch.float16, 30.0, 2.0),
+    "float16, 3000": (torch.float16, 3000.0, 2.0),
+}
+
+
+def errors(function: Callable[..., Tensor], tensors: list[Tensor], dy: Tensor) -> list[float]:
+    """Relative L2 errors of the value and of the first three gradients against the same function in float64."""
+
+    def values(dtype: torch.dtype | None) -> list[Tensor]:
+        leaves = [t.detach().to(dtype or t.dtype, copy=True).requires_grad_() for t in tensors]
+        y = function(*leaves)
+        return [y.detach(), *torch.autograd.grad(y, leaves[:3], dy.to(y.dtype))]
+
+    with normswap.use_backend("reference"):
+        exact = values(torch.float64)
+    pairs = zip(values(None), exact, strict=True)
+    return [float((a.double() - b).norm() / b.norm().clamp(min=1e-30)) for a, b in pairs]
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "3-D", "3-D, channels_last", "(N, C, L)"])
+@pytest.mark.parametrize(("dtype", "ratio", "factor"), ACCURACY.values(), ids=ACCURACY)
+def test_errors_are_at_most_twice_those_of_torchs_norms(
+    dtype: torch.dtype, ratio: float, factor: float, layout: str
+) -> None:
+    _, lay_out = LAYOUTS[layout]
+    shape = {"(N, C, L)": (4, 8, 20)}.get(layout, (4, 8, 6, 7) if "3-D" not in layout else (2, 6, 3, 4, 5))
+    x, dy = (lay_out((torch.randn(shape) + mean).to(dtype)) for mean in (ratio, 0.0))
+    weight, bias = ((torch.rand(shape[1]) + 0.5).to(dtype) for _ in range(2))
+    by_torch = [errors(norm, [x, weight, bias], dy) for norm in TORCH_NORMS]
+    # Nothing is asked beyond the rounding of the result itself.
+    limits = [factor * max(found) + torch.finfo(dtype).eps / 2 for found in zip(*by_torch, strict=True)]
+    running = torch.full((shape[1],), ratio).to(dtype), torch.ones(shape[1]).to(dtype)
+    for branches, gate, bn_statistics in itertools.product(BRANCH_SETS, GATES, ("batch", "running")):
+        gates = [point.float() for point in gate_points(gate, len(branches), at_vertex=False)]
+
+        def layer(x: Tensor, weight: Tensor, bias: Tensor, *gates: Tensor, **options: Any) -> Tensor:
+            statistics = [s.to(x.dtype) for s in running]
+            return switch_norm(x, *gates, *statistics, weight, bias, True, 0.0, **options)
+
+        def site(*values: Tensor, options: Any = (branches, gate, bn_statistics)) -> Tensor:
+            names = ("branches", "gate", "bn_statistics")
+            return layer(*values, **dict(zip(names, options, strict=True)))
+
+        found = errors(site, [x, weight, bias, *gates], dy)
+        assert all(map(float.__le__, found, limits)), (branches, gate, bn_statistics, found, limits)
+
+
+def test_x_and_small_tables_are_all_that_is_saved() -> None:
+    layer, x = normswap.SwitchNorm2d(8), torch.randn(4, 8, 16, 16, requires_grad=True)
+    sizes: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        layer(x)
+    parameters = sum(p.untyped_storage().nbytes() for p in layer.parameters())
+    table = 4 * 8 * 4
+    assert sum(sizes.values()) == x.untyped_storage().nbytes() + 2 * table + parameters
+
+
+def test_an_activation_in_place_comes_after_it() -> None:
+    layer, x = normswap.SwitchNorm2d(4).double(), torch.randn(3, 4, 5, 5).double()
+    leaves = [x.clone().requires_grad_() for _ in range(2)]
+    F.relu_(layer(leaves[0])).pow(2).sum().backward()
+    F.relu(layer(leaves[1])).pow(2).sum().backward()
+    torch.testing.assert_close(leaves[0].grad, leaves[1].grad)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "3-D, channels_last"])
+@pytest.mark.parametrize("bn_statistics", ["batch", "running"])
+def test_a_fixed_batch_norm_is_batch_norm_bit_for_bit(
+    layout: str, bn_statistics: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the vertex, with nobody asking what another mix would do, no moments are taken."""
+    shape, lay_out = LAYOUTS[layout]
+    bn = (nn.BatchNorm2d if len(shape) == 4 else nn.BatchNorm3d)(shape[1]).eval()
+    bn.running_mean, bn.running_var = torch.randn(shape[1]), torch.rand(shape[1]) + 0.5
+    sn_class = normswap.SwitchNorm2d if len(shape) == 4 else normswap.SwitchNorm3d
+    layer = sn_class.from_batch_norm(bn, bn_statistics=bn_statistics).train(bn_statistics == "running")  # type: ignore[arg-type]
+    monkeypatch.setattr(passes, "_samples", None)
+    monkeypatch.setattr(torch, "native_group_norm", None)
+    x = lay_out(torch.randn(shape))
+    with torch.no_grad():
+        assert layer(x).equal(bn(x))
+    layer.mean_weight.requires_grad_(False)
+    layer.var_weight.requires_grad_(False)
+    leaves = [x.clone().requires_grad_() for _ in range(2)]
+    for module, leaf in zip((layer, bn), leaves, strict=True):
+        module(leaf).pow(2).sum().backward()
+    assert leaves[0].grad is not None
+    assert leaves[0].grad.equal(leaves[1].grad)  # type: ignore[arg-type]
+
+
+def test_frozen_gates_off_the_vertex_keep_their_mix() -> None:
+    layer = normswap.SwitchNorm2d(4, gate="simplex").eval().requires_grad_(False)
+    x = torch.randn(3, 4, 5, 5)
+    with normswap.use_backend("reference"):
+        expected = layer(x)
+    torch.testing.assert_close(layer(x), expected)
+    assert not torch.allclose(expected, F.batch_norm(x, layer.running_mean, layer.running_var))
+
+
+def test_only_wanted_gradients_are_made() -> None:
+    layer = normswap.SwitchNorm2d(4).double()
+    for name, parameter in layer.named_parameters():
+        parameter.requires_grad_(name in ("var_weight", "bias"))
+    x = torch.randn(3, 4, 5, 5).double()
+    grads: dict[str, list[Tensor | None]] = {}
+    for backend in ("native", "reference"):
+        layer.zero_grad()
+        with normswap.use_backend(backend):
+            layer(x).pow(3).sum().backward()
+        grads[backend] = [parameter.grad for parameter in layer.parameters()]
+    assert [g is None for g in grads["native"]] == [True, False, True, False]
+    for found, expected in zip(grads["native"], grads["reference"], strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+# Which backend
+
+
+def test_the_cpu_is_served_by_aten_kernels() -> None:
+    backend = dispatch.fused_backend(torch.ones(1))
+    assert backend is not None
+    assert backend.name == "native"
+
+
+def test_use_backend_is_undone_and_nests() -> None:
+    x = torch.ones(1)
+    with normswap.use_backend("reference"):
+        assert dispatch.fused_backend(x) is None
+        with normswap.use_backend("native"):
+            assert dispatch.fused_backend(x) is not None
+        assert dispatch.fused_backend(x) is None
+    assert dispatch.fused_backend(x) is not None
+
+
+def test_unknown_backends_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    message = "use_backend: expected one of ('reference', 'native'), got 'cudnn'"
+    with pytest.raises(LayerError, match=re.escape(message)), normswap.use_backend("cudnn"):
+        pass
+    monkeypatch.setattr(dispatch, "_from_environment", "fast")
+    with pytest.raises(LayerError, match="NORMSWAP_BACKEND: expected one of"):
+        normswap.SwitchNorm2d(2)(torch.randn(2, 2, 3, 3))
+    monkeypatch.setattr(dispatch, "_from_environment", "reference")
+    assert dispatch.fused_backend(torch.ones(1)) is None
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated:FutureWarning")  # exporters of old still use it
+def test_what_does_not_run_now_gets_the_plain_formula() -> None:
+    seen = []
+
+    def note(x: Tensor) -> Tensor:
+        seen.append(dispatch.runs_now(x))
+        return x
+
+    torch.func.vmap(note)(torch.ones(2))
+    torch.jit.trace(note, torch.ones(2), check_trace=False)
+    with torch.autograd.forward_ad.dual_level():
+        note(torch.ones(2))
+    note(torch.ones(2, device="meta"))
+    with torch._subclasses.FakeTensorMode() as mode:
+        note(torch.ones(2))
+    note(mode.from_tensor(torch.ones(2)))
+    assert seen == [False] * len(seen)
+    assert len(seen) == 6
+    note(nn.Parameter(torch.ones(2)))
+    assert seen[-1]
+
+
+# torch writes its own forward-mode formulas in it.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")
+def test_forward_mode_derivatives() -> None:
+    layer, x = normswap.SwitchNorm2d(3).double(), torch.randn(2, 3, 4, 4).double()
+    tangent = torch.randn_like(x)
+    with torch.autograd.forward_ad.dual_level():
+        y = layer(torch.autograd.forward_ad.make_dual(x, tangent))
+        slope = torch.autograd.forward_ad.unpack_dual(y).tangent
+    layer.eval()
+    assert slope is not None
+    layer.train()
+    difference = (layer(x + 1e-6 * tangent) - layer(x - 1e-6 * tangent)) / 2e-6
+    torch.testing.assert_close(slope, difference, rtol=1e-6, atol=1e-7)
+
+
+# Operators of compiled graphs
+
+
+# The check itself reads the gradients of tensors that are no leaves.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.parametrize(("branches", "constant"), [("in ln bn", False), ("ln bn", True)])
+def test_the_operator_is_what_torch_expects_of_one(branches: str, constant: bool) -> None:
+    count = len(branches.split())
+    tensors = [torch.randn(3, 4, 2, 3), torch.rand(count), torch.rand(count), torch.rand(4), torch.rand(4)]
+    inputs = [tensor.double().requires_grad_() for tensor in tensors]
+    constants = (torch.zeros(1, 4).double(), torch.ones(1, 4).double()) if constant else (None, None)
+    torch.library.opcheck(torch.ops.normswap.switch_norm.default, (*inputs, *constants, "softmax", branches, 1e-5))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_forced_backend_is_one_node_of_a_compiled_graph(training: bool) -> None:
+    layer = normswap.SwitchNorm2d(4).double().train(training)
+    targets: list[str] = []
+
+    def count(graph: torch.fx.GraphModule, _: list[Tensor]) -> Any:
+        targets.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    torch.compiler.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend=count)
+    leaves = [torch.randn(3, 4, 5, 5).double().requires_grad_()]
+    leaves.append(leaves[0].detach().clone().requires_grad_())
+    before = {name: value.clone() for name, value in layer.state_dict().items()}
+    with normswap.use_backend("native"):
+        y = compiled(leaves[0])
+    twin = normswap.SwitchNorm2d(4).double().train(training)
+    twin.load_state_dict(before)
+    expected = twin(leaves[1])
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(dict(layer.state_dict()), dict(twin.state_dict()))
+    for value in (y, expected):
+        value.pow(3).sum().backward()
+    torch.testing.assert_close(leaves[0].grad, leaves[1].grad)
+    assert [t for t in targets if "normswap" in t] == ["normswap.switch_norm.default"]
+
+
+# Gates on numbers
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_weights_on_numbers_are_those_on_tensors(gate: Gate) -> None:
+    for count, scale in itertools.product((1, 2, 3), (0.1, 1.0, 30.0)):
+        for point in torch.randn(20, count).double() * scale:
+            numbers, tensor = read_weights(point, gate), importance_weights(point, gate)
+            torch.testing.assert_close(torch.tensor(numbers, dtype=torch.float64), tensor, rtol=1e-12, atol=1e-12)
+    assert project([0.0, 1.0, 0.0]) == [0, 1, 0]
+    assert all(value != value for value in project([float("nan"), 0.0, 1.0]))
