@@ -20,6 +20,7 @@ from normswap.checkpoints.fingerprint import fingerprint
 from normswap.checkpoints.fit import fill
 from normswap.checkpoints.identification import decide
 from normswap.checkpoints.layout import rejoin
+from normswap.checkpoints.pages import let_go
 from normswap.checkpoints.prefixes import StoredNames, names_for
 from normswap.checkpoints.recognition import recognise
 from normswap.checkpoints.record import Payload, Record, Step, check_seal
@@ -173,6 +174,7 @@ def build_model(checkpoint: Checkpoint, architecture: Architecture | None = None
             apply_plan(model, plan)
             names = names_for(weights, model.state_dict())
     fill(model, _for_model(weights, names, model), source if isinstance(source, str) else type(model).__name__)
+    let_go(weights.values())
     return Built(model.eval(), names, source if isinstance(source, str) else None, plan)
 
 

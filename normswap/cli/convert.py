@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from normswap.checkpoints.checkpoint import Checkpoint
     from normswap.checkpoints.containers import Container
     from normswap.checkpoints.prefixes import StoredNames
+    from normswap.checkpoints.record import Original
     from normswap.checkpoints.saving import Carried, New
     from normswap.surgery.conversion import Conversion
     from normswap.surgery.plan import SwapPlan
@@ -121,13 +122,16 @@ def _convert(wish: Wish, console: "Console", document: dict[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class _Result:
-    """A conversion on its way into a file: what it adds, under which names, and the proof."""
+    """A conversion on its way into a file: what it adds, under which names, what the sites were, and the proof;
+    `module` if the file holds one.
+    """
 
     plan: "SwapPlan"
     names: "StoredNames"
     new: "New"
     architecture: str | None = None
-    model: "nn.Module | None" = None
+    module: "nn.Module | None" = None
+    originals: Mapping[str, "Original"] = field(default_factory=dict)
     proof: "Verification | None" = None
 
 
@@ -135,7 +139,7 @@ def _by_architecture(
     wish: Wish, checkpoint: "Checkpoint", stored: "SwapPlan | None", console: "Console", document: dict[str, Any]
 ) -> _Result:
     """Build the model, convert it, and hold it against the original."""
-    from normswap.checkpoints.saving import new_of
+    from normswap.checkpoints.saving import new_of, originals
     from normswap.reports.tables import missing, parity
     from normswap.surgery.conversion import convert
     from normswap.surgery.tree import lighter_copy
@@ -150,13 +154,14 @@ def _by_architecture(
         # What is built here is only looked at: one set of parameters serves both.
         alone = checkpoint.payload == "state dict"
         conversion = convert(lighter_copy(opened.model) if alone else opened.model, plan=plan, inplace=alone)
-    proof = _prove(wish, opened, conversion)
+    new, sites = new_of(opened.model.state_dict(), conversion.model), originals(conversion.model, plan)
+    proof = _prove(wish, opened, conversion, in_place=alone)
     document["verification"] = proof and proof.to_dict()
     reason = "--no-verify" if not wish.verify else "give --input, nothing tells the size"
     console.print(parity(proof) if proof else missing("Parity", f"not measured: {reason}"))
     _refuse_difference(console, plan, proof)
-    new = new_of(opened.model.state_dict(), conversion.model)
-    return _Result(plan, opened.built.names, new, opened.architecture, conversion.model, proof)
+    module = None if alone else conversion.model
+    return _Result(plan, opened.built.names, new, opened.architecture, module, sites, proof)
 
 
 def _by_names(
@@ -203,11 +208,10 @@ def _carried(wish: Wish, checkpoint: "Checkpoint", result: _Result) -> "Carried"
     from normswap.checkpoints.contents import read_contents
     from normswap.checkpoints.saving import Carried, converted_content
 
-    module = result.model if checkpoint.payload == "module" else None
     if not wish.weights_only:
-        return converted_content(checkpoint, result.names, result.new, module=module, plan=result.plan)
+        return converted_content(checkpoint, result.names, result.new, module=result.module, plan=result.plan)
     alone = replace(checkpoint, content=checkpoint.weights, contents=read_contents(checkpoint.weights))
-    content = converted_content(alone, result.names, result.new, module=module, plan=result.plan).content
+    content = converted_content(alone, result.names, result.new, module=result.module, plan=result.plan).content
     dropped = dropped_entries(checkpoint)
     return Carried(content, tuple(f"{name}: left out (--weights-only)" for name in dropped))
 
@@ -265,13 +269,14 @@ def _nothing(plan: "SwapPlan") -> str:
     return f"none of the {len(plan.skips)} norm sites is to be swapped: {told}"
 
 
-def _prove(wish: Wish, opened: Opened, conversion: "Conversion") -> "Verification | None":
-    from normswap.verification import verify
+def _prove(wish: Wish, opened: Opened, conversion: "Conversion", *, in_place: bool) -> "Verification | None":
+    from normswap.verification import verify, verify_in_place
 
     if not wish.verify or opened.inputs is None:
         return None
     with stage("comparing original and converted in float64"):
-        return verify(opened.model, conversion.model, [opened.inputs], tolerance=wish.tolerance)
+        prove = verify_in_place if in_place else verify
+        return prove(opened.model, conversion.model, [opened.inputs], tolerance=wish.tolerance)
 
 
 def _refuse_difference(console: "Console", plan: "SwapPlan", proof: "Verification | None") -> None:
@@ -298,7 +303,7 @@ def _write(wish: Wish, source: "Checkpoint", result: _Result, content: Any, cont
     from normswap.checkpoints.containers import FOLDERS
     from normswap.checkpoints.contents import name_of
     from normswap.checkpoints.record import Record, Step
-    from normswap.checkpoints.saving import originals, sha256_of, write_content
+    from normswap.checkpoints.saving import sha256_of, write_content
 
     beside = container in FOLDERS and result.architecture == f"hf:{source.path}"
     with stage(f"writing {wish.target.name}"):
@@ -309,7 +314,7 @@ def _write(wish: Wish, source: "Checkpoint", result: _Result, content: Any, cont
             plan=result.plan,
             verification=result.proof,
             history=(*(source.record.history if source.record else ()), step),
-            originals=originals(result.model, result.plan),
+            originals=result.originals,
             entry=None if wish.weights_only else name_of(source.contents.weights) or None,
         )
         write_content(content, wish.target, container, record, like=source.path if source.path.is_dir() else None)
