@@ -35,15 +35,18 @@ def fingerprint(content: Any, *, forget: bool = False) -> str:
     """
     digest = hashlib.sha256()
     read: list[Tensor] = []
+    size = 0
     for path, value in _leaves(content):
         digest.update(f"{path}\0{_plain(value)}\0".encode())
         if isinstance(value, Tensor):
             for chunk in _chunks(value):
                 digest.update(chunk)
-            read.append(value)
-        if forget and sum(tensor.nbytes for tensor in read) > _CHUNK:
+            if forget:
+                read.append(value)
+                size += value.nbytes
+        if size > _CHUNK:
             let_go(read)
-            read.clear()
+            read, size = [], 0
     return digest.hexdigest()
 
 

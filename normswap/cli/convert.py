@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from normswap.checkpoints.prefixes import StoredNames
     from normswap.checkpoints.record import Original
     from normswap.checkpoints.saving import Carried, New
+    from normswap.checkpoints.trainer_state import Beside
     from normswap.surgery.conversion import Conversion
     from normswap.surgery.plan import SwapPlan
     from normswap.verification import Verification
@@ -109,13 +110,15 @@ def _convert(wish: Wish, console: "Console", document: dict[str, Any]) -> None:
     make = _by_names if wish.names_only else _by_architecture
     result = make(wish, checkpoint, stored, console, document)
     carried = _carried(wish, checkpoint, result)
-    if carried.notes:
-        console.print(carried_notes(carried.notes))
-    document["carried"] = list(carried.notes)
+    beside = _beside(wish, checkpoint, container, result)
+    notes = (*carried.notes, *beside.notes)
+    if notes:
+        console.print(carried_notes(notes))
+    document["carried"] = list(notes)
     if wish.save_plan is not None:
         write_text(wish.save_plan, result.plan.to_json())
     if not wish.dry_run:
-        _write(wish, checkpoint, result, carried.content, container)
+        _write(wish, checkpoint, result, carried.content, container, beside.files)
         document |= {"output": str(wish.target), "written": True, "bytes": size_of(wish.target)}
     _print_end(console, wish, checkpoint)
 
@@ -298,26 +301,44 @@ def _refuse_difference(console: "Console", plan: "SwapPlan", proof: "Verificatio
     )
 
 
-def _write(wish: Wish, source: "Checkpoint", result: _Result, content: Any, container: "Container") -> None:
+def _beside(wish: Wish, checkpoint: "Checkpoint", container: "Container", result: _Result) -> "Beside":
+    """What a trainer keeps in further files of a folder, where the output is one that has a place for it."""
+    from normswap.checkpoints.containers import FOLDERS
+    from normswap.checkpoints.trainer_state import Beside, trainer_state
+
+    if wish.weights_only or container not in FOLDERS:
+        return Beside({}, ())
+    return trainer_state(checkpoint.path, result.new.trainable)
+
+
+def _write(
+    wish: Wish,
+    source: "Checkpoint",
+    result: _Result,
+    content: Any,
+    container: "Container",
+    beside: Mapping[str, Any],
+) -> None:
     from normswap.checkpoints.checkpoint import BESIDE
     from normswap.checkpoints.containers import FOLDERS
     from normswap.checkpoints.contents import name_of
     from normswap.checkpoints.record import Record, Step
     from normswap.checkpoints.saving import sha256_of, write_content
 
-    beside = container in FOLDERS and result.architecture == f"hf:{source.path}"
+    told_beside = container in FOLDERS and result.architecture == f"hf:{source.path}"
     with stage(f"writing {wish.target.name}"):
         step = Step.now("converted", source=wish.file.name, sha256=sha256_of(source.path))
         record = Record(
             payload=source.payload,
-            architecture=BESIDE if beside else result.architecture,
+            architecture=BESIDE if told_beside else result.architecture,
             plan=result.plan,
             verification=result.proof,
             history=(*(source.record.history if source.record else ()), step),
             originals=result.originals,
             entry=None if wish.weights_only else name_of(source.contents.weights) or None,
         )
-        write_content(content, wish.target, container, record, like=source.path if source.path.is_dir() else None)
+        like = source.path if source.path.is_dir() else None
+        write_content(content, wish.target, container, record, like=like, beside=beside)
 
 
 def _print_end(console: "Console", wish: Wish, source: "Checkpoint") -> None:
