@@ -10,7 +10,7 @@ import click
 
 from normswap.checkpoints.atomic import write_text
 from normswap.cli.failures import one_line_failures
-from normswap.cli.opening import Opened, describe_content, describe_size, open_model, read_file, size_of
+from normswap.cli.opening import Opened, describe_content, describe_size, open_model, read_file, read_header, size_of
 from normswap.cli.options import (
     arch_option,
     entry_option,
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from normswap.checkpoints.checkpoint import Checkpoint
     from normswap.checkpoints.containers import Container
     from normswap.checkpoints.prefixes import StoredNames
-    from normswap.checkpoints.record import Original
+    from normswap.checkpoints.record import Original, Record
     from normswap.checkpoints.saving import Carried, New
     from normswap.checkpoints.trainer_state import Beside
     from normswap.surgery.conversion import Conversion
@@ -102,9 +102,10 @@ def _convert(wish: Wish, console: "Console", document: dict[str, Any]) -> None:
     """The command itself; what is known so far is printed, and noted in `document`."""
     from normswap.reports.tables import carried_notes
 
-    _refuse_converted(wish.file, document)
+    header = read_header(wish.file)
+    _refuse_converted(wish.file, header.record, document)
     stored = _stored_plan(wish.plan)
-    checkpoint = read_file(wish.file, trust=wish.trust, entry=wish.entry)
+    checkpoint = read_file(header, trust=wish.trust, entry=wish.entry)
     container = wish.container(checkpoint)
     _check_values(checkpoint)
     make = _by_names if wish.names_only else _by_architecture
@@ -226,11 +227,7 @@ def _check_values(checkpoint: "Checkpoint") -> None:
         check_statistics(checkpoint.weights, name=str(checkpoint.path))
 
 
-def _refuse_converted(file: Path, document: dict[str, Any]) -> None:
-    with stage("starting"):
-        from normswap.checkpoints.checkpoint import read_record
-
-        record = read_record(file)
+def _refuse_converted(file: Path, record: "Record | None", document: dict[str, Any]) -> None:
     if record is not None and record.plan is not None and record.plan.swaps:
         document |= {"architecture": record.architecture, "plan": record.plan.to_dict()}
         raise NothingToDo(
