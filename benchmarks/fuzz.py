@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from fuzz_files import KINDS, plant, register
-from fuzz_mutations import MUTATIONS
+from fuzz_mutations import FOLDER_MUTATIONS, MUTATIONS
 from fuzz_trial import Bench, Trial
 from fuzz_workers import GIGABYTES, SECONDS, run_all
 from provenance import provenance
@@ -76,7 +76,11 @@ def document(trials: Sequence[Trial], *, seed: int) -> str:
         "",
     ]
     lines += _table("file", [kind.name for kind in KINDS], lambda trial: trial.kind, trials)
-    lines += ["", *_table("mutation", [*MUTATIONS, "unknown"], lambda trial: trial.mutation, trials), ""]
+    lines += [
+        "",
+        *_table("mutation", [*MUTATIONS, *FOLDER_MUTATIONS, "unknown"], lambda trial: trial.mutation, trials),
+        "",
+    ]
     if failed:
         lines += [
             "## Failures",

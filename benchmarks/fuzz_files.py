@@ -4,6 +4,7 @@ A new kind is one line in `KINDS`.
 """
 
 import argparse
+import json
 import pickle
 import struct
 import warnings
@@ -16,12 +17,14 @@ import safetensors.torch
 import timm
 import torch
 from torch import Tensor, nn
+from torch.distributed import checkpoint as distributed_checkpoint
 
 import normswap
 
 ARCH = "timm:fuzzing_net"
 SHAPE = (2, 3, 8, 8)
 INPUT = "x".join(map(str, SHAPE))
+_FORMAT = {"format": "pt"}
 
 
 class FuzzingNet(nn.Module):
@@ -72,7 +75,7 @@ def _protocol_4(path: Path) -> None:
 
 
 def _safetensors(path: Path) -> None:
-    safetensors.torch.save_file(net().state_dict(), path, metadata={"format": "pt"})
+    safetensors.torch.save_file(net().state_dict(), path, metadata=_FORMAT)
 
 
 def _module(path: Path) -> None:
@@ -120,9 +123,61 @@ def _exported(path: Path) -> None:
     torch.export.save(torch.export.export(net(), (torch.randn(SHAPE),)), path)
 
 
+def _lightning(path: Path) -> None:
+    """In the layout of `Trainer.save_checkpoint`."""
+    model = net().train()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    model(torch.randn(SHAPE)).sum().backward()
+    optimizer.step()
+    content = {
+        "epoch": 1,
+        "global_step": 4,
+        "pytorch-lightning_version": "2.5.0",
+        "state_dict": {f"net.{key}": value for key, value in model.state_dict().items()},
+        "loops": {"fit_loop": {"state_dict": {}, "epoch_progress": {"total": {"ready": 1}}}},
+        "callbacks": {"ModelCheckpoint{'monitor': None}": {"best_model_path": "a/b.ckpt"}},
+        "optimizer_states": [optimizer.state_dict()],
+        "lr_schedulers": [torch.optim.lr_scheduler.StepLR(optimizer, 3).state_dict()],
+        "hyper_parameters": {"lr": 0.1, "layers": [4, 4]},
+        "hparams_name": "hparams",
+    }
+    torch.save(content, path)
+
+
+def _halves() -> list[dict[str, Tensor]]:
+    items = list(net().state_dict().items())
+    return [dict(items[:7]), dict(items[7:])]
+
+
+def _sharded(path: Path, stem: str, ending: str, write: Callable[[dict[str, Tensor], Path], None]) -> None:
+    path.mkdir()
+    weight_map = {}
+    for number, half in enumerate(_halves(), 1):
+        name = f"{stem}-0000{number}-of-00002{ending}"
+        write(half, path / name)
+        weight_map |= dict.fromkeys(half, name)
+    index = {"metadata": {"total_size": 1096}, "weight_map": weight_map}
+    (path / f"{stem}{ending}.index.json").write_text(json.dumps(index))
+
+
+def _safetensors_shards(path: Path) -> None:
+    _sharded(path, "model", ".safetensors", lambda half, file: safetensors.torch.save_file(half, file, _FORMAT))
+
+
+def _torch_shards(path: Path) -> None:
+    _sharded(path, "pytorch_model", ".bin", torch.save)
+
+
+def _distributed(path: Path) -> None:
+    content = {"model": net().state_dict(), "epoch": 3}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        distributed_checkpoint.save(content, checkpoint_id=path, no_dist=True)
+
+
 @dataclass(frozen=True)
 class Kind:
-    """A kind of file: how a good one is written, what it is called, what the reader is told it belongs to."""
+    """A kind of file or folder: how a good one is written, what it is called, what the reader is told it belongs to."""
 
     name: str
     make: Callable[[Path], None]
@@ -140,6 +195,10 @@ KINDS = (
     Kind("converted safetensors", _converted, ".safetensors", arch=None),
     Kind("training checkpoint", _training),
     Kind("training checkpoint with EMA", _full_training),
+    Kind("Lightning checkpoint", _lightning, ".ckpt"),
+    Kind("safetensors shards", _safetensors_shards, ""),
+    Kind("torch shards", _torch_shards, ""),
+    Kind("distributed checkpoint", _distributed, ""),
     Kind("TorchScript", _torchscript),
     Kind(".pt2 of torch.export", _exported, ".pt2"),
 )

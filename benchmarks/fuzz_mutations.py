@@ -11,6 +11,7 @@ import struct
 import warnings
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
 
@@ -302,6 +303,15 @@ def _json_member(data: bytes, use: Material) -> bytes | None:
     )
 
 
+def _json_file(data: bytes, use: Material) -> bytes | None:
+    """A file that is JSON, such as the index of a folder."""
+    try:
+        edited = _edited(data.decode(), use)
+    except ValueError:
+        return None
+    return None if edited is None else edited.encode("utf-8", "surrogatepass")
+
+
 def _header(data: bytes) -> tuple[dict[str, Any], bytes] | None:
     length = int.from_bytes(data[:8], "little")
     if data[8:9] != b"{" or length > len(data) - 8:
@@ -365,10 +375,91 @@ MUTATIONS: Mapping[str, Mutation] = {
     "number in a pickle": _in_pickle(_pickled_number),
     "bomb in a pickle": _in_pickle(_bomb),
     "JSON member edited": _json_member,
+    "JSON file edited": _json_file,
     "safetensors header edited": _safetensors_header,
     "record edited": _safetensors_record,
     "record invented": _invented_record,
 }
+
+
+# Folders.
+
+
+def files_in(folder: Path) -> list[Path]:
+    """The files in a folder that have something in them, in a fixed order."""
+    return sorted(file for file in folder.rglob("*") if file.is_file() and file.stat().st_size)
+
+
+def _removed(folder: Path, use: Material) -> None:
+    use.random.choice(files_in(folder)).unlink()
+
+
+def _emptied(folder: Path, use: Material) -> None:
+    use.random.choice(files_in(folder)).write_bytes(b"")
+
+
+def _exchanged(folder: Path, use: Material) -> None:
+    first, second = use.random.sample(files_in(folder), 2)
+    first_bytes, second_bytes = first.read_bytes(), second.read_bytes()
+    first.write_bytes(second_bytes)
+    second.write_bytes(first_bytes)
+
+
+def _replaced(folder: Path, use: Material) -> None:
+    use.random.choice(files_in(folder)).write_bytes(use.other)
+
+
+def _folder_in_its_place(folder: Path, use: Material) -> None:
+    file = use.random.choice(files_in(folder))
+    file.unlink()
+    file.mkdir()
+
+
+def _linked_away(folder: Path, use: Material) -> None:
+    file = use.random.choice(files_in(folder))
+    file.unlink()
+    file.symlink_to(use.random.choice((file.name, "nowhere", "/dev/null", "..", use.payloads.marker.parent)))
+
+
+def _record_beside(folder: Path, use: Material) -> None:
+    record = {"version": 1, "payload": "state dict", "architecture": use.random.choice(use.payloads.architectures)}
+    (folder / "normswap.json").write_text(json.dumps(record))
+
+
+def _configured(folder: Path, use: Material) -> None:
+    """A configuration, which makes the folder one of a library that builds models from such."""
+    config = {
+        "model_type": use.random.choice(("resnet", "x", "../x")),
+        "auto_map": {"AutoModel": use.random.choice(use.payloads.architectures)},
+        "architectures": [use.random.choice(("ResNetModel", "os.system"))],
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+FOLDER_MUTATIONS: Mapping[str, Callable[[Path, Material], None]] = {
+    "file removed": _removed,
+    "file emptied": _emptied,
+    "two files exchanged": _exchanged,
+    "another kind of file": _replaced,
+    "folder for a file": _folder_in_its_place,
+    "link for a file": _linked_away,
+    "record put beside": _record_beside,
+    "configuration put beside": _configured,
+}
+
+
+def mutate_folder(folder: Path, use: Material) -> str:
+    """Damage a folder as such, or one file in it; return the name of what was done."""
+    if use.random.random() < 0.3:
+        name = use.random.choice(list(FOLDER_MUTATIONS))
+        FOLDER_MUTATIONS[name](folder, use)
+        return name
+    file = use.random.choice(files_in(folder))
+    data = file.read_bytes()
+    edited = _json_file(data, use) if use.random.random() < 0.6 else None  # or hardly any index would be edited
+    name, changed = mutate(data, use) if edited is None else ("JSON file edited", edited)
+    file.write_bytes(changed)
+    return name
 
 
 def mutate(data: bytes, use: Material) -> tuple[str, bytes]:

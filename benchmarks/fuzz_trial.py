@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from click.testing import CliRunner
 from fuzz_files import INPUT, KINDS, Kind, Payloads
-from fuzz_mutations import Material, mutate
+from fuzz_mutations import Material, mutate, mutate_folder
 
 import normswap
 from normswap.cli import main
@@ -55,20 +55,16 @@ class Bench:
                 self.good[kind.name] = path.read_bytes()
 
     def mutated(self, index: int, *, seed: int, folder: Path) -> tuple[Kind, str, Path]:
-        """Write the file, or the folder with one damaged file, of mutation `index`; the same in every run."""
+        """Write the file, or the damaged folder, of mutation `index`; the same in every run."""
         random = Random(f"{seed}-{index}")
         kind = KINDS[index % len(KINDS)]
         path = folder / f"bad{kind.suffix}"
-        target = path
+        use = Material(random, self.good[random.choice(sorted(self.good))], self.payloads)
         if kind.name in self.good_folders:
             shutil.copytree(self.good_folders[kind.name], path)
-            target = random.choice(sorted(file for file in path.rglob("*") if file.is_file() and file.stat().st_size))
-            data = target.read_bytes()
-        else:
-            data = self.good[kind.name]
-        other = self.good[random.choice(sorted(self.good))]
-        name, changed = mutate(data, Material(random, other, self.payloads))
-        target.write_bytes(changed)
+            return kind, mutate_folder(path, use), path
+        name, changed = mutate(self.good[kind.name], use)
+        path.write_bytes(changed)
         return kind, name, path
 
     def trial(self, index: int, *, seed: int, scratch: Path) -> Trial:

@@ -8,6 +8,9 @@ from torch import Tensor
 
 Names = tuple[str, ...]
 
+# Elements that are compared at a time: what is in between stays small, whatever the tensors are.
+_CHUNK = 1 << 18
+
 
 def distance(reference: Any, value: Any) -> float:
     """Return the relative L2 of floating tensors; for anything else, or another shape or dtype, 0 or inf.
@@ -20,16 +23,50 @@ def distance(reference: Any, value: Any) -> float:
         return float("inf")
     if not (reference.is_floating_point() or reference.is_complex()):
         return 0.0 if torch.equal(reference, value) else float("inf")
+    return _ratio(*_norms(reference, value))
+
+
+def _norms(reference: Tensor, value: Tensor) -> tuple[float, float]:
+    """The norms of the difference and of the reference, over what is finite in the reference."""
+    sides = (torch.split(tensor.reshape(-1), _CHUNK) for tensor in (reference, value))
+    norms = [_norms_of_chunk(a, b) for a, b in zip(*sides, strict=True)]
+    return hypot(*(difference for difference, _ in norms)), hypot(*(size for _, size in norms))
+
+
+def _norms_of_chunk(reference: Tensor, value: Tensor) -> tuple[float, float]:
     difference, size = (value - reference).norm().item(), reference.norm().item()
-    if not (isfinite(difference) and isfinite(size)):  # something is not finite, or too large to be squared
-        finite = reference.isfinite()
-        odd, other = reference[~finite], value[~finite]
-        if not torch.equal(odd.isnan(), other.isnan()) or not torch.equal(odd.nan_to_num(), other.nan_to_num()):
-            return float("inf")
-        difference, size = (value - reference)[finite].norm().item(), reference[finite].norm().item()
+    if isfinite(difference) and isfinite(size):
+        return difference, size
+    finite = reference.isfinite()  # something is not finite, or too large to be squared
+    odd, other = reference[~finite], value[~finite]
+    if not torch.equal(odd.isnan(), other.isnan()) or not torch.equal(odd.nan_to_num(), other.nan_to_num()):
+        return float("inf"), size
+    return (value - reference)[finite].norm().item(), reference[finite].norm().item()
+
+
+def _ratio(difference: float, size: float) -> float:
     if difference == 0.0:
         return 0.0
     return difference / size if size > 0 and isfinite(difference) else float("inf")
+
+
+class VectorDistance:
+    """The distance of paired tensors taken as one vector, added pair by pair and kept nowhere."""
+
+    def __init__(self) -> None:
+        self._difference = self._size = 0.0
+
+    def add(self, reference: Tensor, value: Tensor) -> None:
+        """Take one more pair in; tensors of different shapes or dtypes are infinitely far apart."""
+        if reference.shape != value.shape or reference.dtype != value.dtype:
+            self._difference = float("inf")
+            return
+        difference, size = _norms(reference, value)
+        self._difference, self._size = hypot(self._difference, difference), hypot(self._size, size)
+
+    def result(self) -> float:
+        """Return the distance of all pairs, 0 where there are none."""
+        return _ratio(self._difference, self._size)
 
 
 def absolute(reference: Any, value: Any) -> float:
@@ -52,41 +89,8 @@ def worst(references: list[Any], values: list[Any]) -> float:
     return max((distance(a, b) for a, b in zip(references, values, strict=True)), default=0.0)
 
 
-def vector_distance(references: list[Tensor], values: list[Tensor]) -> float:
-    """Return the distance of paired tensors taken as one vector, 0 where there are none."""
-    if not references:
-        return 0.0
-    pairs = list(zip(references, values, strict=True))
-    if any(a.shape != b.shape or a.dtype != b.dtype for a, b in pairs):
-        return float("inf")
-    size, difference = hypot(*(a.norm().item() for a, _ in pairs)), hypot(*((b - a).norm().item() for a, b in pairs))
-    if isfinite(size) and isfinite(difference) and size > 0:
-        return difference / size
-    first, second = (torch.cat([tensor.flatten() for tensor in side]) for side in (references, values))
-    return distance(first, second)
-
-
 def shared(references: dict[Names, Tensor], values: dict[Names, Tensor]) -> list[tuple[Names, Names]]:
     """Return the keys of tensors that have a name in common: each side may know a tensor by other names as well."""
     by_name = {name: names for names in values for name in names}
     partners = ((names, next((by_name[name] for name in names if name in by_name), None)) for names in references)
     return [(names, partner) for names, partner in partners if partner is not None]
-
-
-def common(references: dict[Names, Tensor], values: dict[Names, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """Return the tensors that have a name in common, in pairs: a graph drops the buffers of what never runs."""
-    keys = shared(references, values)
-    return [references[names] for names, _ in keys], [values[names] for _, names in keys]
-
-
-def zero_filled(references: dict[Names, Tensor], values: dict[Names, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """Return all tensors in pairs, where a missing one, on either side, counts as zeros: no gradient is none."""
-    keys = shared(references, values)
-    first, second = common(references, values)
-    for names in references.keys() - {names for names, _ in keys}:
-        first.append(references[names])
-        second.append(torch.zeros_like(references[names]))
-    for names in values.keys() - {names for _, names in keys}:
-        first.append(torch.zeros_like(values[names]))
-        second.append(values[names])
-    return first, second

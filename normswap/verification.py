@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from normswap.comparison import Names, absolute, distance, shared, vector_distance, worst, zero_filled
+from normswap.comparison import Names, VectorDistance, absolute, distance, shared, worst
 from normswap.errors import ModelError
+from normswap.gradients import GradientDistance, KeptGradients, Receive, hand_on_gradients
 from normswap.layers.modules import SwitchNorm
 from normswap.modes import call_model, preserved_state, seeded, training_flags
 from normswap.site_watch import SiteError, SiteWatch
@@ -79,10 +80,9 @@ class Verification:
 
 @dataclass(frozen=True)
 class _Pass:
-    """What one pass left: the leaves of the output; in training also gradients and buffers by all their names."""
+    """What one pass left: the leaves of the output; in training also buffers by all their names."""
 
     outputs: list[Any]
-    gradients: dict[Names, Tensor]
     buffers: dict[Names, Tensor]
 
 
@@ -118,30 +118,42 @@ def verify(
         ModelError: `batches` holds no inputs, or the original fails on them in evaluation.
     """
     original, converted = unwrap(original), unwrap(converted)
+    first = copy_model(original)
+    second = copy_model(converted, _same_parameters(original, converted, first))
+    return verify_in_place(first, second, batches, tolerance=tolerance)
+
+
+def verify_in_place(
+    first: nn.Module, second: nn.Module, batches: Iterable[Any], *, tolerance: float | None = None
+) -> Verification:
+    """Compare as `verify` two models that nobody needs any more: they end in float64, and no copy is made of them."""
     inputs = _as_batches(batches)
     limit = LAW_TOLERANCE if tolerance is None else tolerance
-    first = _in_float64(original)
-    second = _in_float64(converted, _same_parameters(original, converted, first))
+    single_precision_error = _single_precision_error(first, second, inputs)
+    for model in (first, second):
+        _to_float64(model)
     found = {name: _Worst(limit=limit) for name in _EVALUATION + _TRAINING}
-    notes = dict.fromkeys(_TRAINING, _training_silence(converted))
+    notes = dict.fromkeys(_TRAINING, _training_silence(second))
     modes = [(False, _EVALUATION)] if any(notes.values()) else [(False, _EVALUATION), (True, _TRAINING)]
     sites = SiteWatch(first, second)
     max_abs_error = 0.0
     for batch in inputs:
         batch = tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, batch)
         for training, names in modes:
-            with sites.watching(training=training):
-                a = _attempt(first, batch, training=training)
-            if isinstance(a, Exception) or not _is_finite_somewhere(a):
-                notes |= dict.fromkeys(names, _silence(a, batch, training=training))
-                continue
-            b = _attempt(second, batch, training=training)
-            errors, far = _errors(a, b, names)
-            if isinstance(b, Exception):
-                notes |= dict.fromkeys(names, f"the converted model raises: {first_line(b)}")
-            response: dict[str, float] = {}
-            if max(errors.values()) > limit:
-                response = _own_response(first, a, batch, names, training=training)
+            with KeptGradients() as kept:
+                with sites.watching(training=training):
+                    a = _attempt(first, batch, kept.keep, training=training)
+                if isinstance(a, Exception) or not _is_finite_somewhere(a):
+                    notes |= dict.fromkeys(names, _silence(a, batch, training=training))
+                    continue
+                gradients = GradientDistance(kept)
+                b = _attempt(second, batch, gradients.meet, training=training)
+                errors, far = _errors(a, b, names, gradients)
+                if isinstance(b, Exception):
+                    notes |= dict.fromkeys(names, f"the converted model raises: {first_line(b)}")
+                response: dict[str, float] = {}
+                if max(errors.values()) > limit:
+                    response = _own_response(first, a, batch, names, kept, training=training)
             for name, error in errors.items():
                 found[name].update(error, limit, response.get(name))
             max_abs_error = max(max_abs_error, far)
@@ -155,7 +167,7 @@ def verify(
         sites=sites.errors(),
         max_abs_error=max_abs_error,
         max_rel_error=max((check.error for check in checks if check.error is not None), default=0.0),
-        fp32_error=_single_precision_error(original, converted, inputs),
+        fp32_error=single_precision_error,
     )
 
 
@@ -179,11 +191,9 @@ def _same_parameters(original: nn.Module, converted: nn.Module, first: nn.Module
     }
 
 
-def _in_float64(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
-    twin = copy_model(model, memo)
-    for place in walk_modules(twin):  # also those that are in no registry, which twin.double() does not reach
+def _to_float64(model: nn.Module) -> None:
+    for place in walk_modules(model):  # also those that are in no registry, which model.double() does not reach
         place.module.double()
-    return twin
 
 
 def _training_silence(converted: nn.Module) -> str:
@@ -210,19 +220,22 @@ def _is_finite_somewhere(a: _Pass) -> bool:
     return not floating or any(bool(leaf.isfinite().any()) for leaf in floating)
 
 
-def _attempt(model: nn.Module, batch: Any, *, training: bool) -> _Pass | Exception:
-    """One pass with a fixed seed; flags, state and gradients are put back. The model's own error is the result."""
+def _attempt(model: nn.Module, batch: Any, receive: Receive | None, *, training: bool) -> _Pass | Exception:
+    """One pass with a fixed seed, gradients handed on; state and flags are put back. The model's own error is the
+    result.
+    """
     modules = [place.module for place in walk_modules(model)]
     with preserved_state(modules), training_flags(modules, training=training), seeded(_SEED):
         try:
             with torch.set_grad_enabled(training):
                 outputs = tree_leaves(call_model(model, batch))
-            gradients = _gradients(outputs, _shared_tensors(model, "_parameters")) if training else {}
+            if training and receive:
+                hand_on_gradients(outputs, _shared_tensors(model, "_parameters"), receive, seed=_SEED)
             found = _shared_tensors(model, "_buffers") if training else {}
             buffers = {names: buffer.detach().clone() for names, buffer in found.items()}
         except Exception as error:  # noqa: BLE001 - whatever the model's code raises is the answer
             return error
-    return _Pass([leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in outputs], gradients, buffers)
+    return _Pass([leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in outputs], buffers)
 
 
 def _shared_tensors(model: nn.Module, registry: str) -> dict[Names, Tensor]:
@@ -238,25 +251,15 @@ def _shared_tensors(model: nn.Module, registry: str) -> dict[Names, Tensor]:
     return {tuple(names[key]): tensor for key, tensor in tensors.items()}
 
 
-def _gradients(outputs: list[Any], parameters: dict[Names, Tensor]) -> dict[Names, Tensor]:
-    """The gradients of a fixed random projection of every output; none where nothing requires any."""
-    wanted = {names: parameter for names, parameter in parameters.items() if parameter.requires_grad}
-    heads = [leaf for leaf in outputs if isinstance(leaf, Tensor) and leaf.requires_grad]
-    if not wanted or not heads:
-        return {}
-    generator = torch.Generator().manual_seed(_SEED)  # whatever either model has drawn from the global one
-    cotangents = [torch.randn(h.shape, dtype=h.dtype, generator=generator).to(h.device) for h in heads]
-    found = torch.autograd.grad(heads, list(wanted.values()), cotangents, allow_unused=True)
-    return {names: gradient for names, gradient in zip(wanted, found, strict=True) if gradient is not None}
-
-
-def _errors(a: _Pass, b: _Pass | Exception, names: tuple[str, ...]) -> tuple[dict[str, float], float]:
+def _errors(
+    a: _Pass, b: _Pass | Exception, names: tuple[str, ...], gradients: GradientDistance | None = None
+) -> tuple[dict[str, float], float]:
     """Relative L2 by check, the worst over tensors, and the largest absolute difference of an output."""
     if isinstance(b, Exception):
         return dict.fromkeys(names, float("inf")), float("inf")
     errors = {names[0]: worst(a.outputs, b.outputs)}
-    if len(names) > 1:
-        errors["gradients"] = vector_distance(*zero_filled(a.gradients, b.gradients))
+    if names == _TRAINING and gradients:
+        errors["gradients"] = gradients.result()
         errors["running statistics"] = _statistics_error(a.buffers, b.buffers)
     return errors, max(map(absolute, a.outputs, b.outputs), default=0.0)
 
@@ -267,21 +270,19 @@ def _statistics_error(references: dict[Names, Tensor], values: dict[Names, Tenso
     One vector, since a running mean that is zero in truth, as behind a convolution of a normalised map, is rounding
     noise and has no relative error of its own.
     """
-    vectors: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
+    vectors: dict[str, VectorDistance] = {}
     errors = [0.0]
     for names, partner in shared(references, values):
         reference, value = references[names], values[partner]
         if not reference.is_floating_point() or reference.dtype != value.dtype or reference.shape != value.shape:
             errors.append(distance(reference, value))
             continue
-        sides = vectors.setdefault(names[0].rpartition(".")[0], ([], []))
-        sides[0].append(reference)
-        sides[1].append(value)
-    return max(errors + [vector_distance(*sides) for sides in vectors.values()])
+        vectors.setdefault(names[0].rpartition(".")[0], VectorDistance()).add(reference, value)
+    return max(errors + [vector.result() for vector in vectors.values()])
 
 
 def _own_response(
-    model: nn.Module, a: _Pass, batch: Any, names: tuple[str, ...], *, training: bool
+    model: nn.Module, a: _Pass, batch: Any, names: tuple[str, ...], kept: KeptGradients, *, training: bool
 ) -> dict[str, float]:
     """By check, how far a model moves at most when its input is changed by one unit in the last place.
 
@@ -289,9 +290,10 @@ def _own_response(
     """
     response: dict[str, float] = {}
     for nudge in (_upwards, _downwards, _at_random):
-        nudged = _attempt(model, tree_map_only(Tensor, nudge, batch), training=training)
+        gradients = GradientDistance(kept)
+        nudged = _attempt(model, tree_map_only(Tensor, nudge, batch), gradients.meet, training=training)
         if isinstance(nudged, _Pass):
-            found = _errors(a, nudged, names)[0]
+            found = _errors(a, nudged, names, gradients)[0]
             response = {name: max(error, response.get(name, 0.0)) for name, error in found.items()}
     return response
 
@@ -316,10 +318,10 @@ def _check(name: str, worst: _Worst, note: str) -> Check:
     return Check(name, worst.error, worst.limit, worst.own_response, passed, note)
 
 
-def _single_precision_error(original: nn.Module, converted: nn.Module, inputs: list[Any]) -> float | None:
-    parameters = _shared_tensors(original, "_parameters").values()
+def _single_precision_error(first: nn.Module, second: nn.Module, inputs: list[Any]) -> float | None:
+    parameters = _shared_tensors(first, "_parameters").values()
     if not parameters or any(parameter.dtype != torch.float32 for parameter in parameters):
         return None
-    passes = [[_attempt(model, batch, training=False) for batch in inputs] for model in (original, converted)]
+    passes = [[_attempt(model, batch, None, training=False) for batch in inputs] for model in (first, second)]
     pairs = [(a, b) for a, b in zip(*passes, strict=True) if isinstance(a, _Pass) and isinstance(b, _Pass)]
     return max((_errors(a, b, _EVALUATION)[0][_EVALUATION[0]] for a, b in pairs), default=None)

@@ -60,9 +60,51 @@ def test_a_converted_folder_has_an_index_of_all_its_tensors(shards: Path) -> Non
         assert key in safetensors.torch.load_file(out / file)
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in load(out).model.state_dict().values())
     assert (out / "README.md").read_text() == "words"
-    assert not (out / "optimizer.pt").exists()
+    assert (out / "optimizer.pt").read_bytes() == b"not ours"
+    assert "optimizer.pt: copied as it is (" in " ".join(result.output.split())
     again = CliRunner().invoke(main, ["convert", str(shards), "--input", "2x3x64x64", "--force"])
     assert "exists already, and a folder is never replaced: choose another name" in again.stderr
+
+
+def test_what_a_trainer_keeps_is_carried(tmp_path: Path) -> None:
+    """As transformers' Trainer lays it out: training goes on from the converted folder with the old momentum."""
+    from click.testing import CliRunner
+
+    from normswap.cli import main
+
+    model, folder = files.small_model(), tmp_path / "checkpoint-1"
+    folder.mkdir()
+    decayed = [p for p in model.parameters() if p.dim() > 1]
+    groups = [{"params": decayed}, {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, 0.1)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    model.train()(torch.randn(2, 3, 32, 32)).sum().backward()
+    optimizer.step()
+    scheduler.step()
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+    torch.save(scheduler.state_dict(), folder / "scheduler.pt")
+    (folder / "rng_state.pth").write_bytes(b"never opened")
+    (folder / "weights.h5").write_bytes(b"of another framework")
+    result = CliRunner().invoke(main, ["convert", str(folder), "--arch", files.ARCH, "--no-verify"])
+    assert result.exit_code == 0, result.output
+    out = tmp_path / "checkpoint-1.normswap"
+    assert (out / "rng_state.pth").read_bytes() == b"never opened"
+    assert not (out / "weights.h5").exists()
+
+    converted = load(out).model
+    named = [p for name, p in converted.named_parameters() if not name.endswith(("mean_weight", "var_weight"))]
+    like = torch.optim.AdamW(
+        [{"params": [p for p in named if p.dim() > 1]}, {"params": [p for p in named if p.dim() == 1]}]
+    )
+    resumed = torch.optim.AdamW(normswap.param_groups(converted, like=like))
+    schedule = torch.optim.lr_scheduler.LambdaLR(resumed, lambda step: 1 / (1 + step))
+    resumed.load_state_dict(torch.load(out / "optimizer.pt"))
+    schedule.load_state_dict(torch.load(out / "scheduler.pt"))
+    assert [group["lr"] for group in resumed.param_groups] == [0.05] * 3
+    assert resumed.param_groups[2]["weight_decay"] == 0.0
+    old, new = optimizer.state[decayed[0]], resumed.state[resumed.param_groups[0]["params"][0]]
+    assert torch.equal(old["exp_avg"], new["exp_avg"])
 
 
 def _edit_index(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
@@ -110,6 +152,14 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a shard that is not there": (
         _edit_index(lambda index: index["weight_map"].update(x="lost.safetensors")),
         "names the shard 'lost.safetensors', which is not in",
+    ),
+    "a shard without a name": (
+        _edit_index(lambda index: index["weight_map"].update(x={})),
+        "names the shard None, which is not in",
+    ),
+    "a shard with a very long name": (
+        _edit_index(lambda index: index["weight_map"].update(x="x" * 5000)),
+        "xxx, which is not in",
     ),
     "a shard elsewhere": (
         _edit_index(lambda index: index["weight_map"].update(x="../../secret.safetensors")),
@@ -173,6 +223,41 @@ def test_code_among_the_values_never_runs(tmp_path: Path) -> None:
 def test_an_index_that_is_none(step: Path) -> None:
     (step / ".metadata").write_bytes(pickle.dumps(torch.Size([1])))
     with pytest.raises(CheckpointError, match="expected the index of a distributed checkpoint, got something else"):
+        load(step)
+
+
+def _larger(index: Any) -> None:
+    index.state_dict_metadata["model.bn1.weight"].size = torch.Size([2**40])
+
+
+def _bomb(index: Any) -> None:
+    value: tuple[Any, ...] = ()
+    for _ in range(60):
+        value = (value, value)
+    index.planner_data = {"x": value}
+
+
+HOSTILE: dict[str, tuple[Callable[[Any], None], bytes, str]] = {
+    "larger than the files": (
+        _larger,
+        b"",
+        r"its index claims tensors of 4,398,0\d\d,\d{3},\d{3} bytes, the files have",
+    ),
+    "a tuple bomb": (_bomb, b"", "a tuple that unfolds to .* entries: hostile"),
+    "a place far out": (lambda index: None, b"K\x01r\xff\xff\xff\x7f0", "truncated or damaged"),
+    "a claim of bytes": (lambda index: None, b"\x8e\xff\xff\xff\xff\xff\0\0\0", "truncated or damaged"),
+}
+
+
+@pytest.mark.parametrize(("change", "opcodes", "message"), HOSTILE.values(), ids=HOSTILE)
+def test_an_index_that_asks_for_memory_or_years(
+    step: Path, change: Callable[[Any], None], opcodes: bytes, message: str
+) -> None:
+    index = pickle.loads((step / ".metadata").read_bytes())
+    change(index)
+    data = pickle.dumps(index, protocol=3)
+    (step / ".metadata").write_bytes(data[:2] + opcodes + data[2:])
+    with pytest.raises(CheckpointError, match=message):
         load(step)
 
 

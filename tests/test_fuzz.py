@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import fuzz  # found by the line above
 import fuzz_trial
 import fuzz_workers
-from fuzz_files import KINDS, Kind, Payloads, plant, register
-from fuzz_mutations import MUTATIONS, Material
+from fuzz_files import KINDS, Payloads, plant, register
+from fuzz_mutations import FOLDER_MUTATIONS, MUTATIONS, Material, files_in
 from fuzz_trial import Bench, Trial
 
 MUTATED = 300
@@ -36,7 +36,7 @@ def test_damaged_files_never_end_in_a_traceback_a_file_or_code_that_ran() -> Non
     assert sorted(trial.index for trial in trials) == list(range(MUTATED))
     assert [trial.failures for trial in trials if trial.failures] == []
     assert {trial.kind for trial in trials} == {kind.name for kind in KINDS}
-    assert {trial.mutation for trial in trials} == {*MUTATIONS}
+    assert {trial.mutation for trial in trials} == {*MUTATIONS, *FOLDER_MUTATIONS}
     answers = Counter((trial.answers["convert"], trial.answers["load"]) for trial in trials)
     assert answers["2", "refused"] > MUTATED // 3
     assert answers["0", "loaded"] > MUTATED // 50
@@ -63,11 +63,12 @@ def bench(tmp_path: Path, payloads: Payloads, monkeypatch: pytest.MonkeyPatch) -
 
 
 # torch reads no newer protocol than 3 with weights_only.
-READ = [kind for kind in KINDS if kind.name in ("state dict", "legacy pickle", "safetensors")]
+READ = ("state dict", "legacy pickle", "safetensors", "Lightning checkpoint", "torch shards", "distributed checkpoint")
 
 
-@pytest.mark.parametrize("kind", READ, ids=lambda kind: kind.name)
-def test_undamaged_files_are_converted(tmp_path: Path, bench: Bench, kind: Kind) -> None:
+@pytest.mark.parametrize("name", READ)
+def test_undamaged_files_are_converted(tmp_path: Path, bench: Bench, name: str) -> None:
+    kind = next(kind for kind in KINDS if kind.name == name)
     trial = Trial(0, kind.name)
     kind.make(tmp_path / f"a{kind.suffix}")
     bench._command(trial, "convert", [str(tmp_path / f"a{kind.suffix}"), "--arch", str(kind.arch), "--no-verify"])
@@ -76,12 +77,12 @@ def test_undamaged_files_are_converted(tmp_path: Path, bench: Bench, kind: Kind)
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
-    """The bytes of one file of every kind."""
+    """The bytes of the files of every kind."""
     register()
     folder = tmp_path_factory.mktemp("good")
     for index, kind in enumerate(KINDS):
         kind.make(folder / f"{index}{kind.suffix}")
-    return [(folder / f"{index}{kind.suffix}").read_bytes() for index, kind in enumerate(KINDS)]
+    return [file.read_bytes() for file in files_in(folder)]
 
 
 @pytest.mark.parametrize("name", MUTATIONS)

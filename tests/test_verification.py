@@ -14,7 +14,7 @@ import zoo
 from torch import Tensor, nn
 
 from normswap import Verification, convert, verify
-from normswap.comparison import absolute, common, distance, vector_distance, worst, zero_filled
+from normswap.comparison import VectorDistance, absolute, distance, shared, worst
 from normswap.errors import ModelError
 from normswap.site_watch import SiteError
 from normswap.verification import LAW_TOLERANCE, Check
@@ -352,8 +352,16 @@ def test_the_worst_of_pairs() -> None:
 def test_tensors_are_paired_by_any_common_name() -> None:
     one, two = torch.tensor([1.0]), torch.tensor([2.0])
     first, second = {("a", "b"): one, ("c",): two}, {("b",): two, ("d",): one}
-    assert common(first, second) == ([one], [two])
-    assert vector_distance(*common(first, second)) == pytest.approx(1.0)
-    zero = torch.zeros(1)
-    assert zero_filled(first, second) == ([one, two, zero], [two, zero, one])
-    assert vector_distance([], []) == 0.0
+    assert shared(first, second) == [(("a", "b"), ("b",))]
+
+
+def test_a_vector_is_as_far_as_all_its_pairs_together() -> None:
+    vector = VectorDistance()
+    assert vector.result() == 0.0
+    for a, b in (([0.0, 3.0], [0.0, 3.0]), ([4.0], [4.5])):
+        vector.add(torch.tensor(a), torch.tensor(b))
+    assert vector.result() == pytest.approx(0.1)
+    vector.add(torch.tensor([NAN, 0.0]), torch.tensor([NAN, 0.0]))
+    assert vector.result() == pytest.approx(0.1)
+    vector.add(torch.tensor([1.0]), torch.tensor([1.0], dtype=torch.float64))
+    assert vector.result() == INF

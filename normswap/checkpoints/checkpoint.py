@@ -20,6 +20,7 @@ from normswap.checkpoints.fingerprint import fingerprint
 from normswap.checkpoints.fit import fill
 from normswap.checkpoints.identification import decide
 from normswap.checkpoints.layout import rejoin
+from normswap.checkpoints.pages import let_go
 from normswap.checkpoints.prefixes import StoredNames, names_for
 from normswap.checkpoints.recognition import recognise
 from normswap.checkpoints.record import Payload, Record, Step, check_seal
@@ -107,29 +108,50 @@ def load(
     return Loaded(built.model, built.plan, history, without(checkpoint.content, checkpoint.contents.weights))
 
 
-def read_record(path: Path) -> Record | None:
-    """Return the record in a file without reading its tensors or its pickle, or None if it has none.
+@dataclass(frozen=True)
+class Header:
+    """A file whose archive has been checked, and the record in it, read without its tensors or its pickle."""
+
+    path: Path
+    container: Container
+    text: str | None
+    record: Record | None
+
+
+def read_header(path: Path) -> Header:
+    """Return what can be known of a file without reading its tensors or its pickle.
 
     Raises:
         CheckpointError: no checkpoint, damaged, or the record is.
     """
     path = located(path)
-    return _record(path, read_record_text(path, sniff(path)))
+    container = sniff(path)
+    text = read_record_text(path, container)
+    try:
+        return Header(path, container, text, None if text is None else Record.from_json(text))
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
 
 
-def read_checkpoint(path: Path, *, entry: str | None = None, trust: bool = False, mapped: bool = False) -> Checkpoint:
+def read_record(path: Path) -> Record | None:
+    """Return the record in a file or None if it has none; raises as `read_header`."""
+    return read_header(path).record
+
+
+def read_checkpoint(
+    source: Path | Header, *, entry: str | None = None, trust: bool = False, mapped: bool = False
+) -> Checkpoint:
     """Return the content of a file, where things lie in it, and its record.
 
     Args:
+        source: the file, or its header, which is then not read and checked again.
         mapped: leave tensors in the file and read them as they are used: less memory, for those who only look.
 
     Raises:
         CheckpointError: as `load`.
     """
-    path = located(path)
-    container = sniff(path)
-    text = read_record_text(path, container)
-    record = _record(path, text)
+    header = source if isinstance(source, Header) else read_header(source)
+    path, container, text, record = header.path, header.container, header.text, header.record
     content = decode(path, container, trust=trust, mapped=mapped)
     if record is not None and container in TENSORS_ONLY:
         content = {**content, **rejoin(content, record.tied, record.channels_last)}
@@ -173,6 +195,7 @@ def build_model(checkpoint: Checkpoint, architecture: Architecture | None = None
             apply_plan(model, plan)
             names = names_for(weights, model.state_dict())
     fill(model, _for_model(weights, names, model), source if isinstance(source, str) else type(model).__name__)
+    let_go(weights.values())
     return Built(model.eval(), names, source if isinstance(source, str) else None, plan)
 
 
@@ -199,13 +222,6 @@ def stored_importance_weights(checkpoint: Checkpoint) -> dict[str, ImportanceWei
             )
             found[swap.fqn] = ImportanceWeights(mean, var)
     return found
-
-
-def _record(path: Path, text: str | None) -> Record | None:
-    try:
-        return None if text is None else Record.from_json(text)
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from error
 
 
 def _readable(weights: Mapping[str, Tensor]) -> "OrderedDict[str, Tensor]":

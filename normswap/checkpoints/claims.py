@@ -75,11 +75,20 @@ def check_legacy_claims(path: Path) -> None:
         )
 
 
-def _check(path: Path, said: Said) -> None:
+def check_unfolds(path: Path, said: Said) -> None:
+    """Refuse a pickle with a tuple that would take years to be hashed.
+
+    Raises:
+        CheckpointError: there is one.
+    """
     if said.largest_tuple > _MOST_UNFOLDED:
         raise CheckpointError(
             f"{path}: a tuple that unfolds to {said.largest_tuple:,} entries: hostile, do not open it"
         )
+
+
+def _check(path: Path, said: Said) -> None:
+    check_unfolds(path, said)
     negative = next((storage for storage in said.storages if storage.elements < 0), None)
     if negative is not None:
         raise CheckpointError(

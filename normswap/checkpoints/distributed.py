@@ -6,6 +6,7 @@ through an unpickler that knows the index's own classes only, and values through
 
 import collections
 import io
+import math
 import pathlib
 import pickle
 import warnings
@@ -23,6 +24,8 @@ from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from normswap.checkpoints.claims import check_unfolds
+from normswap.checkpoints.opcodes import read_opcodes
 from normswap.checkpoints.pickle_reading import told_by_torch
 from normswap.checkpoints.plain_globals import plain_globals
 from normswap.errors import CheckpointError
@@ -39,6 +42,7 @@ def read_distributed(folder: Path) -> dict[str, Any]:
     """
     reader = _Reader(folder)
     index = reader.read_metadata()
+    _check_sizes(folder, index)
     flat = {name: _place_for(entry) for name, entry in index.state_dict_metadata.items()}
     try:
         with _one_process():
@@ -67,7 +71,12 @@ class _Reader(FileSystemReader):
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> metadata.Metadata:
         path = Path(self.path) / INDEX
-        found = _IndexUnpickler(io.BytesIO(path.read_bytes())).load()
+        data = path.read_bytes()
+        said = read_opcodes(io.BytesIO(data))
+        check_unfolds(path, said)
+        if not said.whole or said.highest_place > len(data):  # the unpickler would allocate what it claims
+            raise CheckpointError(f"{path}: truncated or damaged: copy it again")
+        found = _IndexUnpickler(io.BytesIO(data)).load()
         if not isinstance(found, metadata.Metadata) or not isinstance(found.state_dict_metadata, dict):
             raise CheckpointError(f"{path}: expected the index of a distributed checkpoint, got something else")
         for info in (found.storage_data or {}).values():
@@ -86,7 +95,8 @@ class _Planner(DefaultLoadPlanner):
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        with plain_globals():
+        with plain_globals(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of what it then refuses
             self.state_dict[read_item.dest_index.fqn] = torch.load(value, map_location="cpu", weights_only=True)
 
 
@@ -129,6 +139,18 @@ _INDEX_CLASSES: Mapping[str, Any] = {
     **_records(pathlib, ("PosixPath", "PurePosixPath")),
     "pathlib._local.PosixPath": pathlib.PosixPath,
 }
+
+
+def _check_sizes(folder: Path, index: metadata.Metadata) -> None:
+    """Refuse an index whose tensors are larger than the files: torch would allocate whatever it claims."""
+    tensors = [e for e in index.state_dict_metadata.values() if isinstance(e, metadata.TensorStorageMetadata)]
+    claimed = sum(math.prod(entry.size) * entry.properties.dtype.itemsize for entry in tensors)
+    there = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
+    if claimed > there:
+        raise CheckpointError(
+            f"{folder}: its index claims tensors of {claimed:,} bytes, the files have {there:,}: truncated or damaged, "
+            "copy it again"
+        )
 
 
 def _place_for(entry: Any) -> Any:

@@ -1,11 +1,8 @@
 """A fingerprint of a content, the same in every container: what a file holds is compared by it, bit for bit."""
 
-import ctypes
 import hashlib
 import json
-import mmap
 import struct
-import sys
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,6 +12,7 @@ import numpy
 import torch
 from torch import Tensor, nn
 
+from normswap.checkpoints.pages import let_go
 from normswap.errors import CheckpointError
 
 _CHUNK = 1 << 24
@@ -30,19 +28,25 @@ def fingerprint(content: Any, *, forget: bool = False) -> str:
     their type only, empty lists and mappings not at all. Order matters in lists and not among the keys of a mapping.
 
     Args:
-        forget: give the memory of each tensor back once it is read: of one that is mapped from a file and unchanged.
+        forget: give the memory of tensors back once they are read: of those that are mapped from a file and unchanged.
 
     Raises:
         CheckpointError: the content has no end, or as good as none.
     """
     digest = hashlib.sha256()
+    read: list[Tensor] = []
+    size = 0
     for path, value in _leaves(content):
         digest.update(f"{path}\0{_plain(value)}\0".encode())
         if isinstance(value, Tensor):
             for chunk in _chunks(value):
                 digest.update(chunk)
             if forget:
-                _forget(value)
+                read.append(value)
+                size += value.nbytes
+        if size > _CHUNK:
+            let_go(read)
+            read, size = [], 0
     return digest.hexdigest()
 
 
@@ -106,16 +110,6 @@ def _plain(value: Any) -> str:
     if isinstance(value, str | int | float | bool | complex | bytes | None):
         return repr(value)
     return type(value).__name__
-
-
-def _forget(tensor: Tensor) -> None:
-    """Let the system take back the whole pages of a tensor that is mapped from a file; read again, they come back."""
-    if not sys.platform.startswith("linux"):
-        return
-    start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-    length = (tensor.data_ptr() + tensor.nbytes - start) // mmap.PAGESIZE * mmap.PAGESIZE
-    if length > 0:
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_DONTNEED)
 
 
 def _as_bytes(tensor: Tensor) -> Tensor:

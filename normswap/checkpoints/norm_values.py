@@ -16,8 +16,8 @@ _MEAN, _VAR, _AFFINE = "running_mean", "running_var", ("weight", "bias")
 _MOST = 3
 
 
-class _Group(NamedTuple):
-    """What one batch norm has in a state dict."""
+class NormGroup(NamedTuple):
+    """What one batch norm has in a state dict, tensors by key: the mean first among the statistics."""
 
     fqn: str
     statistics: dict[str, Tensor]
@@ -39,7 +39,7 @@ def check_statistics(state: Mapping[str, Tensor], *, name: str) -> None:
         CheckpointError: shapes that differ within one norm, NaN or Inf in running statistics, a negative running
             variance; with the keys, how many they are, and what to do.
     """
-    groups = list(_groups(state))
+    groups = list(norm_groups(state))
     shapes = [told for group in groups for told in _differing(group)]
     if shapes:
         raise CheckpointError(
@@ -54,7 +54,8 @@ def check_statistics(state: Mapping[str, Tensor], *, name: str) -> None:
         )
 
 
-def _groups(state: Mapping[str, Tensor]) -> Iterator[_Group]:
+def norm_groups(state: Mapping[str, Tensor]) -> Iterator[NormGroup]:
+    """Yield the batch norms in a state dict, as `check_statistics` knows them, in the order of the state dict."""
     for key, mean in state.items():
         fqn, _, last = key.rpartition(".")
         var_key = join(fqn, _VAR)
@@ -62,14 +63,14 @@ def _groups(state: Mapping[str, Tensor]) -> Iterator[_Group]:
             continue
         affine = {full: state[full] for part in _AFFINE if (full := join(fqn, part)) in state}
         if all(tensor.dim() == 1 for tensor in affine.values()):
-            yield _Group(fqn, {key: mean, var_key: state[var_key]}, affine)
+            yield NormGroup(fqn, {key: mean, var_key: state[var_key]}, affine)
 
 
 def _has_values(tensor: Tensor) -> bool:
     return not tensor.is_meta and not tensor.is_quantized and tensor.layout is torch.strided
 
 
-def _differing(group: _Group) -> list[str]:
+def _differing(group: NormGroup) -> list[str]:
     (_, mean), *others = (group.statistics | group.affine).items()
     return [f"{key} ({_size(tensor)})" for key, tensor in others if tensor.shape != mean.shape]
 

@@ -40,12 +40,15 @@ class Rebuilt(NamedTuple):
 
 
 class Said(NamedTuple):
-    """What a pickle says: names of code, storages, tensors, entries of its largest tuple, and whether it has an end."""
+    """What a pickle says: names of code, storages, tensors, entries of its largest tuple, the highest number under
+    which it keeps something, and whether it has an end.
+    """
 
     names: frozenset[str]
     storages: tuple[Storage, ...]
     tensors: tuple[Rebuilt, ...]
     largest_tuple: int
+    highest_place: int
     whole: bool
 
 
@@ -69,7 +72,15 @@ def read_opcodes(file: IO[bytes]) -> Said:
             reader.follow(opcode, argument)
     except Exception:  # noqa: BLE001 - what damaged bytes raise is anybody's guess
         pass
-    return Said(frozenset(reader.names), tuple(reader.storages), tuple(reader.tensors), reader.largest_tuple, whole)
+    highest_place = max(reader.memo, default=0)
+    return Said(
+        frozenset(reader.names),
+        tuple(reader.storages),
+        tuple(reader.tensors),
+        reader.largest_tuple,
+        highest_place,
+        whole,
+    )
 
 
 class _Reader:

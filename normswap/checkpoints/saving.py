@@ -25,6 +25,7 @@ from normswap.checkpoints.prefixes import StoredNames, names_for
 from normswap.checkpoints.record import Original, Payload, Record, Step
 from normswap.checkpoints.scheduler_state import scheduler_with_gates
 from normswap.checkpoints.state_surgery import with_metadata, with_tensors
+from normswap.checkpoints.trainer_state import write_beside
 from normswap.errors import CheckpointError, PlanError, SwapError
 from normswap.layers.modules import FunctionalSwitchNorm
 from normswap.surgery.conversion import apply_plan
@@ -168,6 +169,7 @@ def write_content(
     record: Record,
     *,
     like: Path | None = None,
+    beside: Mapping[str, Any] | None = None,
     replace_old: bool = True,
 ) -> None:
     """Write a content and its record whole or not at all, read it back and compare every bit.
@@ -175,6 +177,7 @@ def write_content(
     Args:
         content: a state dict, a module, or what a training checkpoint holds.
         like: the folder that a new folder takes after.
+        beside: further files of a new folder, `Beside.files`.
 
     Raises:
         CheckpointError: it cannot be written, or the container cannot hold it; an existing file is as it was.
@@ -200,6 +203,7 @@ def write_content(
     with writer(path) as temporary:
         try:
             encode(temporary, container, content, sealed.to_json(), like=like)
+            write_beside(temporary, beside or {})
         except Exception as error:
             # torch's writer hides the system's own words behind a position in the file.
             cause = error.__context__ if isinstance(error.__context__, OSError) else error

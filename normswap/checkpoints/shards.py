@@ -100,7 +100,14 @@ def _indexed(folder: Path, name: str, kind: ShardKind) -> Shards:
         ) from None
     if not isinstance(weight_map, dict) or not weight_map or not isinstance(metadata, dict):
         raise CheckpointError(f"{path}: expected an index of shards with a weight_map: copy it again")
-    for file in {*weight_map.values()}:
-        if not isinstance(file, str) or PurePath(file).name != file or not (folder / file).is_file():
-            raise CheckpointError(f"{path}: names the shard {file!r}, which is not in {folder}: copy it there")
+    for file in {value if isinstance(value, str) else None for value in weight_map.values()}:
+        if file is None or not _is_inside(folder, file):
+            raise CheckpointError(f"{path}: names the shard {file!r:.80}, which is not in {folder}: copy it there")
     return Shards(folder, kind, name, tuple(sorted({*weight_map.values()})), weight_map, metadata)
+
+
+def _is_inside(folder: Path, file: str) -> bool:
+    try:
+        return PurePath(file).name == file and (folder / file).is_file()
+    except OSError:  # no file has a name as long as that
+        return False

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from normswap.checkpoints.norm_values import norm_groups
 from normswap.checkpoints.prefixes import StoredNames
 from normswap.layers.adoption import GATE_PARAMETERS
 from normswap.layers.importance import BRANCHES, initial_point
@@ -91,10 +92,9 @@ def plan_from_names(
 
 def _swaps_from_names(state: Mapping[str, Tensor]) -> list[Swap]:
     swaps = []
-    for key, mean in state.items():
-        fqn, _, last = key.rpartition(".")
-        var = state.get(join(fqn, "running_var")) if last == "running_mean" else None
-        if var is None or mean.dim() != 1 or var.shape != mean.shape or join(fqn, GATE_PARAMETERS[0]) in state:
+    for fqn, statistics, _ in norm_groups(state):
+        mean, var = statistics.values()
+        if mean.dim() != 1 or var.shape != mean.shape or join(fqn, GATE_PARAMETERS[0]) in state:
             continue
         branches = BRANCHES if mean.numel() > 1 else tuple(branch for branch in BRANCHES if branch != "ln")
         swaps.append(Swap(fqn, ANY_CLASS, mean.numel(), "simplex", branches, "batch", train_gates=True))

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,7 @@ import click
 
 from normswap.checkpoints.atomic import write_text
 from normswap.cli.failures import one_line_failures
-from normswap.cli.opening import Opened, describe_content, describe_size, open_model, read_file, size_of
+from normswap.cli.opening import Opened, describe_content, describe_size, open_model, read_file, read_header, size_of
 from normswap.cli.options import (
     arch_option,
     entry_option,
@@ -32,7 +32,9 @@ if TYPE_CHECKING:
     from normswap.checkpoints.checkpoint import Checkpoint
     from normswap.checkpoints.containers import Container
     from normswap.checkpoints.prefixes import StoredNames
+    from normswap.checkpoints.record import Original, Record
     from normswap.checkpoints.saving import Carried, New
+    from normswap.checkpoints.trainer_state import Beside
     from normswap.surgery.conversion import Conversion
     from normswap.surgery.plan import SwapPlan
     from normswap.verification import Verification
@@ -100,34 +102,40 @@ def _convert(wish: Wish, console: "Console", document: dict[str, Any]) -> None:
     """The command itself; what is known so far is printed, and noted in `document`."""
     from normswap.reports.tables import carried_notes
 
-    _refuse_converted(wish.file, document)
+    header = read_header(wish.file)
+    _refuse_converted(wish.file, header.record, document)
     stored = _stored_plan(wish.plan)
-    checkpoint = read_file(wish.file, trust=wish.trust, entry=wish.entry)
+    checkpoint = read_file(header, trust=wish.trust, entry=wish.entry)
     container = wish.container(checkpoint)
     _check_values(checkpoint)
     make = _by_names if wish.names_only else _by_architecture
     result = make(wish, checkpoint, stored, console, document)
     carried = _carried(wish, checkpoint, result)
-    if carried.notes:
-        console.print(carried_notes(carried.notes))
-    document["carried"] = list(carried.notes)
+    beside = _beside(wish, checkpoint, container, result)
+    notes = (*carried.notes, *beside.notes)
+    if notes:
+        console.print(carried_notes(notes))
+    document["carried"] = list(notes)
     if wish.save_plan is not None:
         write_text(wish.save_plan, result.plan.to_json())
     if not wish.dry_run:
-        _write(wish, checkpoint, result, carried.content, container)
+        _write(wish, checkpoint, result, carried.content, container, beside.files)
         document |= {"output": str(wish.target), "written": True, "bytes": size_of(wish.target)}
     _print_end(console, wish, checkpoint)
 
 
 @dataclass(frozen=True)
 class _Result:
-    """A conversion on its way into a file: what it adds, under which names, and the proof."""
+    """A conversion on its way into a file: what it adds, under which names, what the sites were, and the proof;
+    `module` if the file holds one.
+    """
 
     plan: "SwapPlan"
     names: "StoredNames"
     new: "New"
     architecture: str | None = None
-    model: "nn.Module | None" = None
+    module: "nn.Module | None" = None
+    originals: Mapping[str, "Original"] = field(default_factory=dict)
     proof: "Verification | None" = None
 
 
@@ -135,7 +143,7 @@ def _by_architecture(
     wish: Wish, checkpoint: "Checkpoint", stored: "SwapPlan | None", console: "Console", document: dict[str, Any]
 ) -> _Result:
     """Build the model, convert it, and hold it against the original."""
-    from normswap.checkpoints.saving import new_of
+    from normswap.checkpoints.saving import new_of, originals
     from normswap.reports.tables import missing, parity
     from normswap.surgery.conversion import convert
     from normswap.surgery.tree import lighter_copy
@@ -150,13 +158,14 @@ def _by_architecture(
         # What is built here is only looked at: one set of parameters serves both.
         alone = checkpoint.payload == "state dict"
         conversion = convert(lighter_copy(opened.model) if alone else opened.model, plan=plan, inplace=alone)
-    proof = _prove(wish, opened, conversion)
+    new, sites = new_of(opened.model.state_dict(), conversion.model), originals(conversion.model, plan)
+    proof = _prove(wish, opened, conversion, in_place=alone)
     document["verification"] = proof and proof.to_dict()
     reason = "--no-verify" if not wish.verify else "give --input, nothing tells the size"
     console.print(parity(proof) if proof else missing("Parity", f"not measured: {reason}"))
     _refuse_difference(console, plan, proof)
-    new = new_of(opened.model.state_dict(), conversion.model)
-    return _Result(plan, opened.built.names, new, opened.architecture, conversion.model, proof)
+    module = None if alone else conversion.model
+    return _Result(plan, opened.built.names, new, opened.architecture, module, sites, proof)
 
 
 def _by_names(
@@ -203,11 +212,10 @@ def _carried(wish: Wish, checkpoint: "Checkpoint", result: _Result) -> "Carried"
     from normswap.checkpoints.contents import read_contents
     from normswap.checkpoints.saving import Carried, converted_content
 
-    module = result.model if checkpoint.payload == "module" else None
     if not wish.weights_only:
-        return converted_content(checkpoint, result.names, result.new, module=module, plan=result.plan)
+        return converted_content(checkpoint, result.names, result.new, module=result.module, plan=result.plan)
     alone = replace(checkpoint, content=checkpoint.weights, contents=read_contents(checkpoint.weights))
-    content = converted_content(alone, result.names, result.new, module=module, plan=result.plan).content
+    content = converted_content(alone, result.names, result.new, module=result.module, plan=result.plan).content
     dropped = dropped_entries(checkpoint)
     return Carried(content, tuple(f"{name}: left out (--weights-only)" for name in dropped))
 
@@ -219,11 +227,7 @@ def _check_values(checkpoint: "Checkpoint") -> None:
         check_statistics(checkpoint.weights, name=str(checkpoint.path))
 
 
-def _refuse_converted(file: Path, document: dict[str, Any]) -> None:
-    with stage("starting"):
-        from normswap.checkpoints.checkpoint import read_record
-
-        record = read_record(file)
+def _refuse_converted(file: Path, record: "Record | None", document: dict[str, Any]) -> None:
     if record is not None and record.plan is not None and record.plan.swaps:
         document |= {"architecture": record.architecture, "plan": record.plan.to_dict()}
         raise NothingToDo(
@@ -265,13 +269,14 @@ def _nothing(plan: "SwapPlan") -> str:
     return f"none of the {len(plan.skips)} norm sites is to be swapped: {told}"
 
 
-def _prove(wish: Wish, opened: Opened, conversion: "Conversion") -> "Verification | None":
-    from normswap.verification import verify
+def _prove(wish: Wish, opened: Opened, conversion: "Conversion", *, in_place: bool) -> "Verification | None":
+    from normswap.verification import verify, verify_in_place
 
     if not wish.verify or opened.inputs is None:
         return None
     with stage("comparing original and converted in float64"):
-        return verify(opened.model, conversion.model, [opened.inputs], tolerance=wish.tolerance)
+        prove = verify_in_place if in_place else verify
+        return prove(opened.model, conversion.model, [opened.inputs], tolerance=wish.tolerance)
 
 
 def _refuse_difference(console: "Console", plan: "SwapPlan", proof: "Verification | None") -> None:
@@ -293,26 +298,44 @@ def _refuse_difference(console: "Console", plan: "SwapPlan", proof: "Verificatio
     )
 
 
-def _write(wish: Wish, source: "Checkpoint", result: _Result, content: Any, container: "Container") -> None:
+def _beside(wish: Wish, checkpoint: "Checkpoint", container: "Container", result: _Result) -> "Beside":
+    """What a trainer keeps in further files of a folder, where the output is one that has a place for it."""
+    from normswap.checkpoints.containers import FOLDERS
+    from normswap.checkpoints.trainer_state import Beside, trainer_state
+
+    if wish.weights_only or container not in FOLDERS:
+        return Beside({}, ())
+    return trainer_state(checkpoint.path, result.new.trainable)
+
+
+def _write(
+    wish: Wish,
+    source: "Checkpoint",
+    result: _Result,
+    content: Any,
+    container: "Container",
+    beside: Mapping[str, Any],
+) -> None:
     from normswap.checkpoints.checkpoint import BESIDE
     from normswap.checkpoints.containers import FOLDERS
     from normswap.checkpoints.contents import name_of
     from normswap.checkpoints.record import Record, Step
-    from normswap.checkpoints.saving import originals, sha256_of, write_content
+    from normswap.checkpoints.saving import sha256_of, write_content
 
-    beside = container in FOLDERS and result.architecture == f"hf:{source.path}"
+    told_beside = container in FOLDERS and result.architecture == f"hf:{source.path}"
     with stage(f"writing {wish.target.name}"):
         step = Step.now("converted", source=wish.file.name, sha256=sha256_of(source.path))
         record = Record(
             payload=source.payload,
-            architecture=BESIDE if beside else result.architecture,
+            architecture=BESIDE if told_beside else result.architecture,
             plan=result.plan,
             verification=result.proof,
             history=(*(source.record.history if source.record else ()), step),
-            originals=originals(result.model, result.plan),
+            originals=result.originals,
             entry=None if wish.weights_only else name_of(source.contents.weights) or None,
         )
-        write_content(content, wish.target, container, record, like=source.path if source.path.is_dir() else None)
+        like = source.path if source.path.is_dir() else None
+        write_content(content, wish.target, container, record, like=like, beside=beside)
 
 
 def _print_end(console: "Console", wish: Wish, source: "Checkpoint") -> None:

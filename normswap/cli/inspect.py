@@ -9,7 +9,7 @@ import click
 
 from normswap.checkpoints.atomic import check_readable
 from normswap.cli.failures import one_line_failures
-from normswap.cli.opening import describe_content, describe_size, open_model, read_file
+from normswap.cli.opening import describe_content, describe_size, open_model, read_file, read_header
 from normswap.cli.options import (
     InputSpec,
     arch_option,
@@ -23,6 +23,7 @@ from normswap.cli.options import (
 from normswap.cli.progress import stage
 
 if TYPE_CHECKING:
+    from normswap.checkpoints.checkpoint import Header
     from normswap.checkpoints.record import Record
     from normswap.surgery.gated import ImportanceWeights
     from normswap.surgery.plan import SwapPlan
@@ -44,18 +45,17 @@ def inspect_command(file: Path, trust: bool, as_json: bool, entry: str | None, *
     importance weights are shown, which needs no --arch.
     """
     check_readable(file)
-    with stage("starting"):
-        from normswap.checkpoints.checkpoint import read_record
-
-        record = read_record(file)
+    header = read_header(file)
+    record = header.record
     if record is not None and record.plan is not None and record.plan.swaps:
-        _show_converted(file, record, record.plan, trust=trust, as_json=as_json)
+        _show_converted(file, header, record, record.plan, trust=trust, as_json=as_json)
     else:
-        _show_sites(file, **options, entry=entry, trust=trust, as_json=as_json)
+        _show_sites(file, header, **options, entry=entry, trust=trust, as_json=as_json)
 
 
 def _show_sites(
     file: Path,
+    header: "Header",
     *,
     arch: str | None,
     inputs: Sequence[InputSpec],
@@ -70,7 +70,7 @@ def _show_sites(
     from normswap.surgery.planning import plan_swaps
     from normswap.surgery.sites import find_norm_sites
 
-    opened = open_model(read_file(file, trust=trust, entry=entry), arch=arch, inputs=inputs, trust=trust)
+    opened = open_model(read_file(header, trust=trust, entry=entry), arch=arch, inputs=inputs, trust=trust)
     with stage("finding norm sites"):
         sites = find_norm_sites(opened.model, opened.inputs)
         plan = plan_swaps(opened.model, opened.inputs, kinds=kinds or ("bn",))
@@ -85,12 +85,14 @@ def _show_sites(
         console.print(part)
 
 
-def _show_converted(file: Path, record: "Record", plan: "SwapPlan", *, trust: bool, as_json: bool) -> None:
+def _show_converted(
+    file: Path, header: "Header", record: "Record", plan: "SwapPlan", *, trust: bool, as_json: bool
+) -> None:
     from rich.console import Console
 
     from normswap.reports.tables import heading, history, importance_table, missing, parity, plan_summary
 
-    weights = _weights(file, record, trust=trust)
+    weights = _weights(header, record, trust=trust)
     if as_json:
         print_json(_converted_document(file, record, plan, weights))
         return
@@ -110,13 +112,13 @@ def _show_converted(file: Path, record: "Record", plan: "SwapPlan", *, trust: bo
         console.print(part)
 
 
-def _weights(file: Path, record: "Record", *, trust: bool) -> "dict[str, ImportanceWeights] | None":
+def _weights(header: "Header", record: "Record", *, trust: bool) -> "dict[str, ImportanceWeights] | None":
     """The importance weights in the file, or None where only running its code would show them."""
     from normswap.checkpoints.checkpoint import stored_importance_weights
 
     if record.payload == "module" and not trust:
         return None
-    return stored_importance_weights(read_file(file, trust=trust))
+    return stored_importance_weights(read_file(header, trust=trust))
 
 
 def _converted_document(

@@ -11,7 +11,7 @@ from normswap.cli.progress import stage
 if TYPE_CHECKING:
     from torch import nn
 
-    from normswap.checkpoints.checkpoint import Built, Checkpoint
+    from normswap.checkpoints.checkpoint import Built, Checkpoint, Header
 
 
 @dataclass(frozen=True)
@@ -33,16 +33,29 @@ class Opened:
         return self.built.architecture
 
 
-def read_file(path: Path, *, trust: bool, entry: str | None = None) -> "Checkpoint":
-    """Read a file under the eyes of the user, its tensors as they are used.
+def read_header(path: Path) -> "Header":
+    """Read the record in a file, and nothing else of it, under the eyes of the user.
+
+    Raises:
+        CheckpointError: no checkpoint, or damaged.
+    """
+    with stage("starting"):
+        from normswap.checkpoints import checkpoint
+
+        return checkpoint.read_header(path)
+
+
+def read_file(source: "Path | Header", *, trust: bool, entry: str | None = None) -> "Checkpoint":
+    """Read a file, whose header may be known, under the eyes of the user, its tensors as they are used.
 
     Raises:
         CheckpointError: as `normswap.load`.
     """
-    with stage(f"reading {path.name}"):
+    name = source.name if isinstance(source, Path) else source.path.name
+    with stage(f"reading {name}"):
         from normswap.checkpoints.checkpoint import read_checkpoint
 
-        return read_checkpoint(path, trust=trust, entry=entry, mapped=True)
+        return read_checkpoint(source, trust=trust, entry=entry, mapped=True)
 
 
 def open_model(checkpoint: "Checkpoint", *, arch: str | None, inputs: Sequence[InputSpec], trust: bool) -> Opened:

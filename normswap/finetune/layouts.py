@@ -6,13 +6,13 @@ and weight decay of the groups and the shapes of the state. What fits none of th
 """
 
 import fnmatch
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from normswap.checkpoints.optimizer_state import GATE_GROUP
+from normswap.checkpoints.prefixes import StoredNames, names_for
 from normswap.errors import OptimizerError
 from normswap.layers.gates import GatedModule
 from normswap.surgery.gated import gate_parameters, trainable_gates
@@ -23,7 +23,6 @@ Group = Mapping[str, Any]
 
 _MOST = 3
 _OTHERWISE = "pass like=the optimizer that your code builds from the converted model"
-_WRAPPERS = re.compile(r"(?:(?:module|_orig_mod)\.)*")
 # Entries of optimizer states that have the shape of their parameter (or are scalars).
 _SHAPED = {
     *("momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_avg_diff", "exp_avg_var", "exp_inf"),
@@ -83,15 +82,15 @@ def parameters_of(model: nn.Module, groups: Sequence[Group], state: Mapping[Any,
     return found
 
 
-def wrapper_prefix(model: nn.Module, name: str) -> str:
-    """Return what a wrapper puts before the names of the model inside it: `module.`, `_orig_mod.`, or nothing."""
-    inside = dict(unwrap(model).named_parameters(remove_duplicate=False))
-    return "" if name in inside else _WRAPPERS.match(name).group()  # type: ignore[union-attr]  # it matches anything
+def names_in(model: nn.Module, stored: Collection[str]) -> StoredNames:
+    """Return how names that an optimizer has stored, perhaps of a wrapped model, stand for those of `model`."""
+    return names_for(stored, dict(unwrap(model).named_parameters(remove_duplicate=False)))
 
 
 def _by_name(model: nn.Module, names: Sequence[str]) -> list[nn.Parameter]:
     inside = dict(unwrap(model).named_parameters(remove_duplicate=False))
-    bare = [name if name in inside else _WRAPPERS.sub("", name, count=1) for name in names]
+    own = {stored: name for name, stored in names_in(model, names).stored.items()}
+    bare = [name if name in inside else own.get(name, name) for name in names]
     unknown = [name for name in bare if name not in inside]
     if unknown:
         raise OptimizerError(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from normswap.checkpoints.optimizer_state import check_rate, gate_options
 from normswap.errors import OptimizerError
-from normswap.finetune.layouts import Named, Part, ordinary_parameters, parameters_of, timm_parts, wrapper_prefix
+from normswap.finetune.layouts import Named, Part, names_in, ordinary_parameters, parameters_of, timm_parts
 from normswap.surgery.gated import gate_parameters, trainable_gates
 from normswap.surgery.tree import walk_modules
 from normswap.surgery.wrapping import unwrap
@@ -72,8 +72,8 @@ def param_groups(
         return kept
     added = {**gate_options(template, importance_lr=importance_lr), "params": list(gates.values())}
     if "param_names" in template:
-        first = next(name for group in groups for name in group["param_names"])
-        added["param_names"] = [wrapper_prefix(model, first) + name for name in gates]
+        names = names_in(model, [name for group in groups for name in group["param_names"]])
+        added["param_names"] = [names.to_store(name) for name in gates]
     return [*kept, added]
 
 

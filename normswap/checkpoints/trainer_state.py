@@ -1,0 +1,78 @@
+"""What a Trainer of transformers keeps beside the weights in its folder, for a folder with the converted weights.
+
+Its optimizer and its scheduler get the gates as a last group; generators and arguments are copied byte by byte and
+never opened. What is no plain state of an optimizer or scheduler is copied as it is too, and the note says why.
+"""
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from normswap.checkpoints.containers import decode, sniff
+from normswap.checkpoints.fingerprint import fingerprint
+from normswap.checkpoints.optimizer_state import with_gates
+from normswap.checkpoints.scheduler_state import scheduler_with_gates
+from normswap.errors import CheckpointError
+
+_OPTIMIZER, _SCHEDULER = "optimizer.pt", "scheduler.pt"
+_COPIED = ("rng_state*.pth", "scaler.pt", "training_args.bin")
+
+
+class Beside(NamedTuple):
+    """Further files of a folder by name, each a state to be saved or the path of a file to be copied; and notes."""
+
+    files: Mapping[str, Any]
+    notes: tuple[str, ...]
+
+
+def trainer_state(folder: Path, gates: Sequence[str]) -> Beside:
+    """Return what belongs beside the converted weights of `folder`; nothing where no Trainer has written there.
+
+    Args:
+        gates: names of those that train, in the order of `surgery.gated.trainable_gates`.
+    """
+    files: dict[str, Any] = {path.name: path for pattern in _COPIED for path in sorted(folder.glob(pattern))}
+    notes = []
+    steps: tuple[tuple[str, Callable[[Any], Any], str], ...] = (
+        (_OPTIMIZER, lambda state: with_gates(state, gates=gates), f"{len(gates)} gates appended as a last group"),
+        (_SCHEDULER, lambda state: _scheduled(state, files.get(_OPTIMIZER)), "gates follow the last group's schedule"),
+    )
+    for name, extend, told in steps if gates else ():
+        if (folder / name).is_file():
+            files[name], note = _extended(folder / name, extend, told)
+            notes.append(f"{name}: {note}")
+    return Beside(files, tuple(notes))
+
+
+def write_beside(folder: Path, files: Mapping[str, Any]) -> None:
+    """Write the files of a `Beside` into a folder, read them back and compare.
+
+    Raises:
+        CheckpointError: what was read back differs.
+    """
+    for name, value in files.items():
+        target = folder / name
+        if isinstance(value, Path):
+            shutil.copyfile(value, target)
+            same = target.read_bytes() == value.read_bytes()
+        else:
+            torch.save(value, target)
+            same = fingerprint(decode(target, sniff(target), trust=False, mapped=True)) == fingerprint(value)
+        if not same:
+            raise CheckpointError(f"{name} differs from what was written when it is read back: look at the disk")
+
+
+def _extended(path: Path, extend: Callable[[Any], Any], told: str) -> tuple[Any, str]:
+    try:
+        return extend(decode(path, sniff(path), trust=False, mapped=True)), told
+    except CheckpointError as error:
+        return path, f"copied as it is ({error})"
+
+
+def _scheduled(state: Any, optimizer: Any) -> Any:
+    if not isinstance(optimizer, Mapping):
+        raise CheckpointError(f"there is no {_OPTIMIZER} with gates beside it")
+    return scheduler_with_gates(state, optimizer_state=optimizer)

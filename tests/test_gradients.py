@@ -1,0 +1,83 @@
+"""Gradients that are handed on one by one: the same as all at once, wherever they are kept."""
+
+import tempfile
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from normswap import gradients
+from normswap.gradients import GradientDistance, KeptGradients, hand_on_gradients
+
+
+class Twice(nn.Module):
+    """A layer used twice, the second time inside a checkpoint, one that never runs, and one that is frozen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.unused, self.frozen = (nn.Linear(4, 4, dtype=torch.float64) for _ in range(3))
+        self.frozen.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(lambda y: self.used(y).tanh(), self.frozen(self.used(x)).tanh(), use_reentrant=False)
+
+
+@pytest.fixture
+def model() -> Twice:
+    torch.manual_seed(0)
+    return Twice()
+
+
+def _handed_on(model: nn.Module, receive: gradients.Receive) -> None:
+    parameters: dict[Any, Tensor] = {(name,): parameter for name, parameter in model.named_parameters()}
+    x = torch.linspace(-1, 1, 8, dtype=torch.float64).view(2, 4)
+    hand_on_gradients([model(x), "no tensor"], parameters, receive, seed=0)
+
+
+def _at_once(model: Twice) -> dict[str, Tensor]:
+    x = torch.linspace(-1, 1, 8, dtype=torch.float64).view(2, 4)
+    cotangent = torch.randn(2, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    weight, bias = torch.autograd.grad(model(x), [model.used.weight, model.used.bias], cotangent)
+    return {"used.weight": weight, "used.bias": bias}
+
+
+def test_each_gradient_comes_once_and_whole(model: Twice) -> None:
+    found: list[tuple[gradients.Names, Tensor]] = []
+    _handed_on(model, lambda names, gradient: found.append((names, gradient)))
+    expected = _at_once(model)
+    assert sorted(names for names, _ in found) == [(name,) for name in sorted(expected)]
+    assert all(torch.equal(gradient, expected[names[0]]) for names, gradient in found)
+    assert not any(parameter._backward_hooks or parameter.grad is not None for parameter in model.parameters())
+
+
+def _no_disk(**_: object) -> None:
+    raise OSError("no space left on device")
+
+
+@pytest.mark.parametrize("place", ["memory", "file", "no disk"])
+def test_kept_gradients_are_what_came(model: Twice, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    if place != "memory":
+        monkeypatch.setattr(gradients, "IN_MEMORY", 0)
+    if place == "no disk":
+        monkeypatch.setattr(tempfile, "TemporaryFile", _no_disk)
+    with KeptGradients() as kept:
+        _handed_on(model, kept.keep)
+        assert {names: kept[names].tolist() for names in kept} == {
+            (name,): gradient.tolist() for name, gradient in _at_once(model).items()
+        }
+        assert bool(kept._places) == (place == "file")
+        same = GradientDistance(kept)
+        _handed_on(model, same.meet)
+        assert same.result() == 0.0
+
+
+def test_a_gradient_that_one_side_lacks_counts_as_zeros() -> None:
+    with KeptGradients() as kept:
+        kept.keep(("a", "alias"), torch.tensor([3.0]))
+        kept.keep(("b",), torch.tensor([4.0]))
+        for names, error in ((("alias",), 0.8), (("a",), 0.8), (("c",), 2**0.5)):
+            distance = GradientDistance(kept)
+            distance.meet(names, torch.tensor([3.0 if names != ("c",) else 5.0]))
+            assert distance.result() == pytest.approx(error)
