@@ -21,6 +21,7 @@ ROOMS = [
     "layers.reference",
     "layers.fused",
     "layers.tables",
+    "layers.compiled_tables",
     "layers.passes",
     "layers.native",
     "layers.dispatch",

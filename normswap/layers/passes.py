@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normswap.layers.moments import accumulation_dtype
-from normswap.layers.tables import Array, Pair, as_array, as_tensor, filled, rsqrt
+from normswap.layers.moments import Moments, accumulation_dtype
 
 # Not in torch's own annotations: the form that writes into given memory.
 _EVALUATE: Any = torch.native_batch_norm
@@ -42,89 +41,71 @@ def laid_out_like(gradient: Tensor, x: Tensor) -> Tensor:
     return gradient.contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.channels_last_3d)
 
 
-def instance_moments(x: Tensor) -> tuple[Pair, Tensor | None]:
+def instance_moments(x: Tensor) -> tuple[Moments, Tensor | None]:
     """Return the moments of x over its spatial positions, (N, C), and a buffer like x where one was made on the way."""
     samples, channels = x.shape[:2]
     positions = x.numel() // (samples * channels)
     dtype = accumulation_dtype(x)
     if positions == 1:
-        mean = x.detach().reshape(samples, channels).to(dtype)
-        return Pair(as_array(mean), as_array(torch.zeros_like(mean))), None
+        mean = x.detach().reshape(samples, channels).to(dtype, copy=True)
+        return Moments(mean, torch.zeros_like(mean)), None
     if is_channels_last(x):
         return _moments_by_sample(x, channels, dtype), None
     # Parameters in float32 make the kernel return its moments so.
     ones = None if x.dtype == dtype else torch.ones(channels, dtype=dtype, device=x.device)
     buffer, mean, rstd = torch.native_group_norm(x, ones, ones, samples, channels, positions, channels, 0.0)
-    rstd = as_array(rstd)
-    return Pair(as_array(mean), 1 / (rstd * rstd)), buffer
+    return Moments(mean, rstd.mul_(rstd).reciprocal_()), buffer
 
 
-def _moments_by_sample(x: Tensor, channels: int, dtype: torch.dtype) -> Pair:
+def _moments_by_sample(x: Tensor, channels: int, dtype: torch.dtype) -> Moments:
     # Running statistics in float32 make the kernel return its moments so.
     kept = None if x.dtype == dtype else torch.ones(channels, dtype=dtype, device=x.device)
     moments = [torch.batch_norm_update_stats(sample, kept, kept, 0.0) for sample in _samples(x)]
-    if len(moments) == 1:
-        mean, var = moments[0]
-        return Pair(as_array(mean[None]), as_array(var[None]))
-    return Pair(*(as_array(torch.stack(values)) for values in zip(*moments, strict=True)))
+    return Moments(*(torch.stack(values) for values in zip(*moments, strict=True)))
 
 
-def normalise(
-    x: Tensor, moments: Pair, weight: Array | None, bias: Array | None, *, eps: float, buffer: Tensor | None = None
-) -> Tensor:
-    """Return (x - mean) / sqrt(var + eps) * weight + bias, of the dtype and layout of x.
+def scale_and_shift(x: Tensor, scale: Tensor, shift: Tensor, *, buffer: Tensor | None = None) -> Tensor:
+    """Return scale x + shift, of the dtype and layout of x.
 
     Args:
-        moments: broadcast to (N, C).
-        weight, bias: (C,), or None.
+        scale, shift: (N, C).
         buffer: is overwritten with the result.
     """
     y = torch.empty_like(x) if buffer is None else buffer
     by_channel = is_channels_last(x)
-    if by_channel and x.dtype == accumulation_dtype(x):
-        scale = rsqrt(moments.var + eps)
-        scale = scale if weight is None else scale * weight
-        shift = -scale * moments.mean
-        shift = shift if bias is None else shift + bias
+    if by_channel and x.dtype == scale.dtype:
         return torch.addcmul(per_position(shift, x), x, per_position(scale, x), out=y)
-    table = (x.shape[0], x.shape[1])
-    affine = [None if array is None else filled(array, table) for array in (weight, bias, *moments)]
     if by_channel:
-        for n, (sample, out) in enumerate(zip(_samples(x), _samples(y), strict=True)):
-            _evaluate(sample, [None if array is None else as_tensor(array[n], x) for array in affine], eps, out)
+        for sample in zip(_samples(x), scale, shift, _samples(y), strict=True):
+            _evaluate(*sample)
     else:
-        flat = [None if array is None else as_tensor(array.reshape(-1), x) for array in affine]
-        _evaluate(_rows(x), flat, eps, _rows(y))
+        _evaluate(_rows(x), scale.view(-1), shift.view(-1), _rows(y))
     return y
 
 
-def _evaluate(x: Tensor, affine: list[Tensor | None], eps: float, y: Tensor) -> None:
-    """Write what batch normalization with this weight, bias, mean and variance makes of x in evaluation into y."""
-    weight, bias, mean, var = affine
-    unused = torch.empty(0, dtype=accumulation_dtype(x), device=x.device)
-    _EVALUATE(x, weight, bias, mean, var, False, 0.0, eps, out=(y, unused, torch.empty_like(unused)))
+def _evaluate(x: Tensor, scale: Tensor, shift: Tensor, y: Tensor) -> None:
+    # In evaluation with mean 0 and variance 1, the kernel of batch normalization is just this, and the fastest.
+    mean, unused = torch.zeros_like(scale), scale.new_empty(0)
+    var = torch.ones_like(scale)
+    _EVALUATE(x, scale, shift, mean, var, False, 0.0, 0.0, out=(y, unused, torch.empty_like(unused)))
 
 
-def gradient_sums(dy: Tensor, x: Tensor, mean: Array, rstd: Array) -> tuple[Array, Array]:
+def gradient_sums(dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
     """Return the sums over positions of dy and of dy (x - mean) rstd, each (N, C).
 
     Args:
         dy, x: laid out alike.
-        mean, rstd: broadcast to (N, C).
+        mean, rstd: (N, C).
     """
-    table = (x.shape[0], x.shape[1])
-    if x.numel() == table[0] * table[1]:
-        dtype = accumulation_dtype(x)
-        plain, values = (as_array(tensor.detach().reshape(table).to(dtype)) for tensor in (dy, x))
-        return plain, (values - mean) * rstd * plain
-    mean, rstd = filled(mean, table), filled(rstd, table)
+    if x.numel() == mean.numel():
+        plain, values = (tensor.detach().reshape(mean.shape).to(mean.dtype) for tensor in (dy, x))
+        return plain, (values - mean).mul_(rstd).mul_(plain)
     if is_channels_last(x):
-        statistics = as_tensor(mean, x), as_tensor(rstd, x)
-        pairs = [_sums(*sample) for sample in zip(_samples(dy), _samples(x), *statistics, strict=True)]
+        pairs = [_sums(*sample) for sample in zip(_samples(dy), _samples(x), mean, rstd, strict=True)]
         plain, scaled = (torch.stack(sums) for sums in zip(*pairs, strict=True))
-    else:
-        plain, scaled = _sums(_rows(dy), _rows(x), as_tensor(mean.reshape(-1), x), as_tensor(rstd.reshape(-1), x))
-    return as_array(plain).reshape(table), as_array(scaled).reshape(table)
+        return plain, scaled
+    plain, scaled = _sums(_rows(dy), _rows(x), mean.view(-1), rstd.view(-1))
+    return plain.view(mean.shape), scaled.view(mean.shape)
 
 
 def _sums(dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
@@ -133,22 +114,14 @@ def _sums(dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Te
     return plain, scaled
 
 
-def combine(dy: Tensor, x: Tensor, scale: Array, coefficients: tuple[Array, Array] | None, centre: Array) -> Tensor:
-    """Return scale dy + slope (x - centre) + shift, of the dtype and layout of x.
-
-    Args:
-        scale, centre: broadcast to (N, C).
-        coefficients: slope and shift, which broadcast to (N, C); None where both are zero.
-    """
-    if coefficients is None:
-        return torch.mul(dy, per_position(scale, x), out=torch.empty_like(x))
-    tables = [per_position(array, x) for array in (scale, *coefficients, centre)]
-    if x.dtype == accumulation_dtype(x):
-        return _combine(dy, x, *tables, out=torch.empty_like(x))
-    # Sample by sample in float32, so that no whole activation exists in it.
+def combine(dy: Tensor, x: Tensor, scale: Tensor, slope: Tensor, shift: Tensor, centre: Tensor) -> Tensor:
+    """Return scale dy + slope (x - centre) + shift, of the dtype and layout of x; the tables are (N, C)."""
+    tables = [per_position(table, x) for table in (scale, slope, shift, centre)]
     dx = torch.empty_like(x)
-    rows = (table.expand(x.shape[0], *table.shape[1:]) for table in tables)
-    for out, *sample in zip(dx, dy, x, *rows, strict=True):
+    if x.dtype == scale.dtype:
+        return _combine(dy, x, *tables, out=dx)
+    # Sample by sample in float32, so that no whole activation exists in it.
+    for out, *sample in zip(dx, dy, x, *tables, strict=True):
         out.copy_(_combine(*sample, out=torch.empty(out.shape, device=x.device)))
     return dx
 
@@ -161,9 +134,9 @@ def _combine(
     return torch.addcmul(shift, out, slope, out=out).addcmul_(dy, scale)
 
 
-def per_position(array: Array, x: Tensor) -> Tensor:
+def per_position(table: Tensor, x: Tensor) -> Tensor:
     """Return a table (N, C) so that it broadcasts over the positions of x."""
-    return as_tensor(array.reshape(array.shape + (1,) * (x.dim() - 2)), x)
+    return table.view(*table.shape, *(1,) * (x.dim() - 2))
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """Algebra on (N, C) tables of moments, between the passes of a fused backend; shares are Python numbers.
 
-Tables are numpy arrays in float64 on CPU, where an operator of numpy costs a quarter of one of torch and a small layer
-is made of little else, and tensors as they are on every other device. What is written here holds for both.
+Tables go in and out as tensors in float32 or wider. Between, they are numpy arrays in float64 on CPU, where an operator
+of numpy costs a quarter of one of torch and a small layer is made of little else, and tensors on every other device:
+what is written here holds for both. `compiled_tables.py` does the same in one call.
 
 Backward: with p = dmu / M and q = 2 dvar / M per (n, c), M being the number of positions (Luo et al., ICLR 2019,
 appendix),
@@ -21,57 +22,142 @@ import torch
 from torch import Tensor
 
 from normswap.layers.importance import Branch
-from normswap.layers.mixing import Shares
+from normswap.layers.mixing import Mixing, Shares
+from normswap.layers.moments import Moments
 
 # A numpy array, or a tensor where the device is not the CPU.
 Array = Any
 
 
-def as_array(tensor: Tensor) -> Array:
+class Site(NamedTuple):
+    """What the algebra of one call of a site reads.
+
+    Attributes:
+        moments: of x over its positions, (N, C).
+        constants: moments (1, C) that the `bn` branch takes instead of those of the batch.
+        weight, bias: (C,), or None.
+        means, variances: the shares of the branches in each.
+    """
+
+    moments: Moments
+    constants: Moments | None
+    weight: Tensor | None
+    bias: Tensor | None
+    means: Shares
+    variances: Shares
+    mixing: Mixing
+
+    @property
+    def takes_batch(self) -> bool:
+        """Whether the `bn` branch takes the moments of the batch."""
+        return self.constants is None and "bn" in self.mixing.branches
+
+
+class Pulled(NamedTuple):
+    """What backward finds: scale, slope and shift of dx (N, C), and gradients of shares, weight (C,) and bias (C,)."""
+
+    scale: Tensor
+    slope: Tensor
+    shift: Tensor
+    means: Shares
+    variances: Shares
+    weight: Tensor
+    bias: Tensor
+
+
+def scale_and_shift(site: Site) -> tuple[Tensor, Tensor, Moments | None]:
+    """Return y = scale x + shift per (n, c), each (N, C), and the moments (1, C) that `bn` took from the batch."""
+    like, shape = site.moments.mean, site.moments.mean.shape
+    with _as_torch():
+        # The moments of the batch are recorded whatever share they have.
+        tables = _mixed(site, ("bn",) if site.takes_batch else ())
+        scale = _rsqrt(tables.mixed.var + site.mixing.eps)
+        if site.weight is not None:
+            scale = scale * _as_array(site.weight)
+        shift = -scale * tables.mixed.mean
+        if site.bias is not None:
+            shift = shift + _as_array(site.bias)
+        batch = Moments(*(_as_tensor(a, like) for a in tables.bn)) if site.takes_batch and tables.bn else None
+        return _filled(scale, shape, like), _filled(shift, shape, like), batch
+
+
+def mean_and_rstd(site: Site) -> tuple[Tensor, Tensor]:
+    """Return the mixed mean and 1 / sqrt(mixed variance + eps), each (N, C)."""
+    like, shape = site.moments.mean, site.moments.mean.shape
+    with _as_torch():
+        mixed = _mixed(site, ()).mixed
+        return _filled(mixed.mean, shape, like), _filled(_rsqrt(mixed.var + site.mixing.eps), shape, like)
+
+
+def pull(site: Site, plain: Tensor, scaled: Tensor, positions: int) -> Pulled:
+    """Return what follows from the sums over positions of dy and of dy xhat, each (N, C)."""
+    like, shape = site.moments.mean, site.moments.mean.shape
+    branches = site.mixing.branches
+    with _as_torch():
+        tables = _mixed(site, branches)
+        rstd = _rsqrt(tables.mixed.var + site.mixing.eps)
+        scale = rstd if site.weight is None else rstd * _as_array(site.weight)
+        sums = _as_array(plain), _as_array(scaled)
+        p = _spread(scale * sums[0] * (-1 / positions), branches)
+        q = _spread(scale * rstd * sums[1] * (-1 / positions), branches)
+        slope, shift = _slope_and_shift(p, q, tables, site)
+        return Pulled(
+            _filled(scale, shape, like),
+            _filled(slope, shape, like),
+            _filled(shift, shape, like),
+            _mean_share_gradient(p, tables, positions),
+            _var_share_gradient(q, tables, positions),
+            weight=_as_tensor(sums[1].sum(0), like),
+            bias=_as_tensor(sums[0].sum(0), like),
+        )
+
+
+def _as_torch() -> np.errstate:
+    """Infinities and NaN pass without a word, as they do in torch."""
+    return np.errstate(all="ignore")
+
+
+def _as_array(tensor: Tensor) -> Array:
     """Return a tensor in float32 or wider as a table."""
     return tensor.numpy().astype(np.float64, copy=False) if tensor.device.type == "cpu" else tensor
 
 
-def as_tensor(array: Array, like: Tensor) -> Tensor:
+def _as_tensor(array: Array, like: Tensor) -> Tensor:
     """Return a table as a tensor, in the dtype in which moments of `like` are accumulated."""
     if isinstance(array, Tensor):
         return array
     return torch.from_numpy(array.astype(np.float64 if like.dtype == torch.float64 else np.float32, copy=False))
 
 
-def filled(array: Array, shape: tuple[int, int]) -> Array:
-    """Return a table broadcast to (N, C), in memory of its own where it was smaller."""
+def _filled(array: Array, shape: torch.Size, like: Tensor) -> Tensor:
+    """Return a table broadcast to (N, C) as a tensor with memory of its own where it was smaller."""
     if array.shape == shape:
-        return array
-    if isinstance(array, Tensor):
-        return array.expand(shape).contiguous()
-    whole = np.empty(shape, array.dtype)
-    whole[:] = array
-    return whole
+        return _as_tensor(array, like)
+    return _as_tensor(array, like).expand(shape).contiguous()
 
 
-def rsqrt(array: Array) -> Array:
+def _rsqrt(array: Array) -> Array:
     """Return 1 / sqrt of a table."""
     return array.rsqrt() if isinstance(array, Tensor) else 1 / np.sqrt(array)
 
 
-class Pair(NamedTuple):
+class _Pair(NamedTuple):
     """Two tables that belong together: mean and biased variance."""
 
     mean: Array
     var: Array
 
 
-class Tables(NamedTuple):
+class _Tables(NamedTuple):
     """Moments of the branches that are needed, (N, C), (N, 1) and (1, C), and the mixed ones: broadcast to (N, C)."""
 
-    in_: Pair
-    ln: Pair | None
-    bn: Pair | None
-    mixed: Pair
+    in_: _Pair
+    ln: _Pair | None
+    bn: _Pair | None
+    mixed: _Pair
 
 
-class Pulls(NamedTuple):
+class _Pulls(NamedTuple):
     """p or q of the branches in use: (N, C), (N, 1) and (1, C)."""
 
     in_: Array
@@ -79,25 +165,20 @@ class Pulls(NamedTuple):
     bn: Array | None
 
 
-def mix_moments(
-    in_: Pair, constants: Pair | None, means: Shares, variances: Shares, needed: Sequence[Branch]
-) -> Tables:
-    """Return the moments of the branches, pooled from those of `in` (N, C), and their mix.
-
-    Args:
-        constants: moments (1, C) that the `bn` branch takes instead of the pooled ones.
-        needed: branches to give moments of even where they have no share.
-    """
+def _mixed(site: Site, needed: Sequence[Branch]) -> _Tables:
+    """Pool the moments of the branches that have a share or are `needed`, and mix them."""
+    means, variances = site.means, site.variances
+    in_ = _Pair(*map(_as_array, site.moments))
     ln = _pool(in_, 1) if means.ln or variances.ln or "ln" in needed else None
-    bn = constants
+    bn = None if site.constants is None else _Pair(*map(_as_array, site.constants))
     if bn is None and (means.bn or variances.bn or "bn" in needed):
         bn = _pool(in_, 0)
     mean = _mix(means, in_.mean, ln and ln.mean, bn and bn.mean)
     var = _mix(variances, in_.var, ln and ln.var, bn and bn.var)
-    return Tables(in_, ln, bn, Pair(mean, var))
+    return _Tables(in_, ln, bn, _Pair(mean, var))
 
 
-def _pool(in_: Pair, axis: int) -> Pair:
+def _pool(in_: _Pair, axis: int) -> _Pair:
     """Mean of variances + variance of means, summed around the first entry: a common mean costs no digits."""
     means, variances = in_
     count = means.shape[axis]
@@ -112,41 +193,35 @@ def _pool(in_: Pair, axis: int) -> Pair:
     away += variances
     var = away.sum(axis, keepdims=True)
     var *= 1 / count
-    return Pair(first + centre, var)
+    return _Pair(first + centre, var)
 
 
-def pulls(pull: Array, branches: Sequence[Branch]) -> Pulls:
+def _spread(pull: Array, branches: Sequence[Branch]) -> _Pulls:
     """Return p or q (N, C), and its means over what the other branches pool."""
     samples, channels = pull.shape
-    return Pulls(
+    return _Pulls(
         pull,
         pull.sum(1, keepdims=True) * (1 / channels) if "ln" in branches else None,
         pull.sum(0, keepdims=True) * (1 / samples) if "bn" in branches else None,
     )
 
 
-def slope_and_shift(
-    p: Pulls, q: Pulls, tables: Tables, means: Shares, variances: Shares, *, constant: bool
-) -> tuple[Array, Array] | None:
-    """Return the coefficients of dx around mu_in, which broadcast to (N, C); None where both are zero.
-
-    Args:
-        constant: the `bn` branch had constants, which x does not move.
-    """
-    if constant:
+def _slope_and_shift(p: _Pulls, q: _Pulls, tables: _Tables, site: Site) -> tuple[Array, Array]:
+    """Return the coefficients of dx around mu_in, which broadcast to (N, C)."""
+    if site.constants is not None:  # x does not move them
         p, q = p._replace(bn=None), q._replace(bn=None)
-    slope, shift = _mix(variances, *q), _mix(means, *p)
-    for share, pull, branch in ((variances.ln, q.ln, tables.ln), (variances.bn, q.bn, tables.bn)):
-        if share != 0 and pull is not None and branch is not None:
-            term = (tables.in_.mean - branch.mean) * (share * pull)
+    variances = site.variances
+    slope, shift = _mix(variances, *q), _mix(site.means, *p)
+    for share, pulled, branch in ((variances.ln, q.ln, tables.ln), (variances.bn, q.bn, tables.bn)):
+        if share != 0 and pulled is not None and branch is not None:
+            term = (tables.in_.mean - branch.mean) * (share * pulled)
             shift = term if shift is None else shift + term
-    if slope is None:
-        return None if shift is None else (0.0 * shift, shift)
-    return slope, 0.0 * slope if shift is None else shift
+    nothing = 0.0 * p.in_[:1, :1]
+    return nothing if slope is None else slope, nothing if shift is None else shift
 
 
-def mean_share_gradient(p: Pulls, tables: Tables, positions: int) -> Shares:
-    """Return the gradient of the weights of means, up to a common shift: around that of `in`."""
+def _mean_share_gradient(p: _Pulls, tables: _Tables, positions: int) -> Shares:
+    """Return the gradient of the shares in the mean, up to a common shift: around that of `in`."""
     ln, bn = (
         0.0 if branch is None else -positions * _dot(p.in_, tables.in_.mean - branch.mean)
         for branch in (tables.ln, tables.bn)
@@ -154,14 +229,14 @@ def mean_share_gradient(p: Pulls, tables: Tables, positions: int) -> Shares:
     return Shares(0.0, ln, bn)
 
 
-def var_share_gradient(q: Pulls, tables: Tables, positions: int) -> Shares:
-    """Return the gradient of the weights of variances."""
+def _var_share_gradient(q: _Pulls, tables: _Tables, positions: int) -> Shares:
+    """Return the gradient of the shares in the variance."""
     size = q.in_.shape[0] * q.in_.shape[1] * positions / 2
     branches = ((q.in_, tables.in_), (q.ln, tables.ln), (q.bn, tables.bn))
     return Shares(
         *(
-            0.0 if pull is None or pair is None else size / len(pull.reshape(-1)) * _dot(pull, pair.var)
-            for pull, pair in branches
+            0.0 if pulled is None or pair is None else size / len(pulled.reshape(-1)) * _dot(pulled, pair.var)
+            for pulled, pair in branches
         )
     )
 
