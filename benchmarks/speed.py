@@ -23,6 +23,7 @@ from normswap.layers.dispatch import fused_backend
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 CLOCKS = {"wall": lambda: wall_time, "cpu": lambda: cpu_time, "cuda": cuda_clock}
 BATCH = {"cpu": 8, "cuda": 32}
+QUICK_BATCH = 2  # of networks
 PRECISIONS = {"cpu": ("fp32",), "cuda": ("fp32", "bf16")}
 SECONDS = 1.5  # for one race of layers
 QUICK_SECONDS = 0.5
@@ -42,7 +43,7 @@ def main() -> None:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", choices=[*BATCH], default="cpu")
-    parser.add_argument("--quick", action="store_true", help="few shapes and one network, in fp32 on one thread")
+    parser.add_argument("--quick", action="store_true", help="few shapes and one network, small, in fp32 on one thread")
     parser.add_argument("--compile", action="store_true", help="race what torch.compile makes too; needs a compiler")
     parser.add_argument("--cpu-time", action="store_true", help="for a loaded machine: CPU time of one thread")
     parser.add_argument("--render", action="store_true", help="measure nothing: write the page from docs/speed.json")
@@ -73,9 +74,10 @@ def _measured(options: argparse.Namespace) -> Measurements:
     )
     layer_records = _told(layers)
     torch.set_num_threads(threads[-1])
+    batch = QUICK_BATCH if quick else BATCH[device]
     networks = network_races(
         NETWORKS[:1] if quick else NETWORKS,
-        BATCH[device],
+        batch,
         PRECISIONS[device],
         device=device,
         clock=clock,
@@ -83,7 +85,7 @@ def _measured(options: argparse.Namespace) -> Measurements:
     )
     network_records = _told(networks)
     saved_shape, saved = saved_by_layers(device)
-    memory = network_memory(NETWORKS[0], BATCH[device], device)
+    memory = network_memory(NETWORKS[0], batch, device)
     backend = fused_backend(torch.empty(0, device=device))
     conditions = Conditions(
         provenance(),

@@ -63,7 +63,7 @@ def _head(conditions: Conditions) -> str:
         f"Device: {conditions.device}. Load average {start:.1f} at the start, {end:.1f} at the end.",
     ]
     if conditions.is_quick:
-        lines.append("**A quick trial: few shapes, one network.**")
+        lines.append("**A quick trial: few shapes, one network, small batches.**")
     if start >= 0.5 * conditions.cores:
         lines.append("**The machine was busy with other work: take these figures as a trial.**")
     return "\n\n".join(
