@@ -16,7 +16,7 @@ from speed_memory import network_memory
 from speed_networks import NETWORKS, network_races
 from speed_records import Conditions, Measurements, Race
 from speed_report import document
-from speed_timing import cpu_time, cuda_clock, wall_time
+from speed_timing import cpu_time, cuda_clock, keep_freed_memory, wall_time
 
 from normswap.layers.dispatch import fused_backend
 
@@ -54,6 +54,7 @@ def _options() -> argparse.Namespace:
 
 
 def _measured(options: argparse.Namespace) -> Measurements:
+    keep_freed_memory()
     device, quick = options.device, options.quick
     clock_name = "cuda" if device == "cuda" else "cpu" if options.cpu_time else "wall"
     clock = CLOCKS[clock_name]()

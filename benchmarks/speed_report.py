@@ -73,7 +73,8 @@ def _head(conditions: Conditions) -> str:
             _filled(
                 "All competitors run in one process, round after round in rotating order, without garbage collection; "
                 "short calls several times in a row, and what takes more than three times what BatchNorm does in every "
-                "second round only. A ratio is the median of the ratios to `nn.BatchNorm2d` (of "
+                "second round only. Freed memory is kept for the next allocation, so that page faults, which would fall "
+                "on one or another by chance, are no part of it. A ratio is the median of the ratios to `nn.BatchNorm2d` (of "
                 "3-D volumes `nn.BatchNorm3d`) in the same round, by "
                 f"{_CLOCKS[conditions.clock]}. `train` is forward and backward with all gradients, `eval` a forward "
                 "pass without any. Layers have float32 parameters in bf16 too, as under autocast; GroupNorm and the "
