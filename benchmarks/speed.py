@@ -24,6 +24,7 @@ DOCS = Path(__file__).resolve().parents[1] / "docs"
 CLOCKS = {"wall": lambda: wall_time, "cpu": lambda: cpu_time, "cuda": cuda_clock}
 BATCH = {"cpu": 8, "cuda": 32}
 QUICK_BATCH = 2  # of networks
+PROCESSES = 3  # whose peak memory is measured
 PRECISIONS = {"cpu": ("fp32",), "cuda": ("fp32", "bf16")}
 SECONDS = 1.5  # for one race of layers
 QUICK_SECONDS = 0.5
@@ -86,7 +87,7 @@ def _measured(options: argparse.Namespace) -> Measurements:
     )
     network_records = _told(networks)
     saved_shape, saved = saved_by_layers(device)
-    memory = network_memory(NETWORKS[0], batch, device)
+    memory = network_memory(NETWORKS[0], batch, 1 if quick else PROCESSES, device)
     backend = fused_backend(torch.empty(0, device=device))
     conditions = Conditions(
         provenance(),

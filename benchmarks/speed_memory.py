@@ -3,8 +3,8 @@
 Run by `speed.py`, and by itself as `speed_memory.py NETWORK original|converted BATCH DEVICE`: prints that peak.
 """
 
-import json
 import re
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -44,16 +44,17 @@ def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def network_memory(network: str, batch: int, device: str) -> Memory:
-    """Measure a timm network and its conversion at 224 pixels, each peak in a fresh process."""
+def network_memory(network: str, batch: int, processes: int, device: str) -> Memory:
+    """Measure a timm network and its conversion at 224 pixels; peaks are medians over fresh processes."""
     x = torch.randn(batch, 3, 224, 224, device=device)
     saved = [saved_bytes(_network(network, form, device), x) for form in FORMS]
-    command = [sys.executable, __file__, network]
-    peaks = [
-        subprocess.run([*command, form, str(batch), device], check=True, capture_output=True, text=True).stdout
-        for form in FORMS
-    ]
-    return Memory(network, batch, (saved[0], saved[1]), (json.loads(peaks[0]), json.loads(peaks[1])))
+    peaks: dict[str, list[int]] = {form: [] for form in FORMS}
+    for _ in range(processes):
+        for form in FORMS:
+            command = [sys.executable, __file__, network, form, str(batch), device]
+            peaks[form].append(int(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+    original, converted = (statistics.median(found) for found in peaks.values())
+    return Memory(network, batch, processes, (saved[0], saved[1]), (original, converted))
 
 
 def _network(network: str, form: str, device: str) -> nn.Module:

@@ -34,10 +34,11 @@ class Race:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of original and converted network: saved for backward, and the peak that a training step adds."""
+    """Bytes of original and converted network: saved for backward, and the peak that a training step adds: the median over processes."""
 
     network: str
     batch: int
+    processes: int
     saved: tuple[int, int]
     peak: tuple[int, int]
 

@@ -73,9 +73,9 @@ def _head(conditions: Conditions) -> str:
             _filled(
                 "All competitors run in one process, round after round in rotating order, without garbage collection; "
                 "short calls several times in a row, and what takes more than three times what BatchNorm does in every "
-                "second round only. Freed memory is kept for the next allocation, so that page faults, which would fall "
-                "on one or another by chance, are no part of it. A ratio is the median of the ratios to `nn.BatchNorm2d` (of "
-                "3-D volumes `nn.BatchNorm3d`) in the same round, by "
+                "second round only. On a CPU, freed memory is kept for the next allocation: page faults, which would "
+                "fall on one or another by chance, are no part of it. A ratio is the median of the ratios to "
+                "`nn.BatchNorm2d` (of 3-D volumes `nn.BatchNorm3d`) in the same round, by "
                 f"{_CLOCKS[conditions.clock]}. `train` is forward and backward with all gradients, `eval` a forward "
                 "pass without any. Layers have float32 parameters in bf16 too, as under autocast; GroupNorm and the "
                 "eager SN, which cannot, have those of their input."
@@ -235,8 +235,9 @@ def _memory(found: Measurements) -> str:
 
 def _about_network(memory: Memory, wanted: Wanted) -> str:
     return (
-        f"`{memory.network}` at 224 pixels, batch {memory.batch}, fp32. The peak is what training steps in a fresh "
-        f"process add to the network and its input. Wanted: at most {wanted.saved} and {wanted.peak}."
+        f"`{memory.network}` at 224 pixels, batch {memory.batch}, fp32. The peak is what training steps add "
+        f"to the network and its input, the median of {memory.processes} in fresh processes. Wanted: "
+        f"at most {wanted.saved} and {wanted.peak}."
     )
 
 

@@ -97,7 +97,7 @@ def _measurements() -> Measurements:
     forms = {"original": 1.0, "converted": 1.1875}
     networks = [Race("resnet50", layout, "fp32", 2, mode, 5, forms, forms) for layout, mode in settings]
     conditions = Conditions("Measured on a day on a machine.", "cpu", "wall", 2, (0.1, 1.2), "native", False)
-    memory = Memory("resnet50", 8, (1_000_000, 1_005_000), (2_000_000, 2_100_000))
+    memory = Memory("resnet50", 8, 3, (1_000_000, 1_005_000), (2_000_000, 2_100_000))
     return Measurements(conditions, layers, networks, "8x256x56x56", {BASE: 1.0, EAGER: 3.0}, memory)
 
 
