@@ -34,7 +34,7 @@ class Race:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of original and converted network: saved for backward, and the peak that a training step adds: the median over processes."""
+    """Bytes of original and converted network: saved for backward, and what a step adds at its peak, the median."""
 
     network: str
     batch: int
