@@ -40,7 +40,8 @@ unit: $(READY)
 evidence: $(READY)  ## fine-tuning at batch size 2, 3 seeds -> docs/evidence.md (about an hour on 2 cores)
 	@$(BIN)/python benchmarks/evidence.py
 
-bench: $(READY)  ## cost of planning, converting, starting, and of files -> docs/cost.md, docs/file-cost.md
+bench: $(READY)  ## what the layer, converting, starting and files cost -> docs/speed.md, docs/cost.md, docs/file-cost.md (20 minutes)
+	@$(BIN)/python benchmarks/speed.py
 	@$(BIN)/python benchmarks/cost.py
 	@$(BIN)/python benchmarks/file_cost.py
 
