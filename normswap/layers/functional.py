@@ -161,16 +161,15 @@ def _running_moments(
         return None
     # Copies where a backward pass may follow: an update in between must not change what was used.
     dtype, copy = accumulation_dtype(x), torch.is_grad_enabled()
-    mean, var = (statistic.detach().to(dtype, copy=copy).unsqueeze(0) for statistic in (running_mean, running_var))  # type: ignore[union-attr]
+    mean, var = (s.detach().to(dtype, copy=copy).contiguous().unsqueeze(0) for s in (running_mean, running_var))  # type: ignore[union-attr]
     return Moments(mean, var)
 
 
-@torch.no_grad()
 def _update_running(
     running_mean: Tensor, running_var: Tensor, count: Tensor | None, momentum: float, values: int, batch: Moments
 ) -> None:
-    for running, new in ((running_mean, batch.mean), (running_var, batch.var * (values / (values - 1)))):
-        new = new.detach().squeeze(0)
+    mean, var = (moment.detach().squeeze(0) for moment in batch)
+    for running, new in ((running_mean, mean), (running_var, var * (values / (values - 1)))):
         if running.dtype == new.dtype:
             running.lerp_(new, momentum)
         else:  # in half precision: rounded once

@@ -7,7 +7,7 @@ the device elsewhere.
 import torch
 from torch import Tensor
 
-from normswap.layers import compiled_tables, tables
+from normswap.layers import compiled, tables
 from normswap.layers.fused import Backend, Gradients, Normalised
 from normswap.layers.mixing import Mixing, Shares, gate_gradient, read_shares
 from normswap.layers.moments import Moments, accumulation_dtype
@@ -26,11 +26,14 @@ def forward(
 ) -> Normalised:
     """Normalise x; see `fused.Forward`."""
     x = laid_out(x)
+    rest = (_parameter(weight, x), _parameter(bias, x), read_shares(mean_point, mixing), read_shares(var_point, mixing))
+    if compiled.serves_whole(x):
+        room = (torch.empty(x.shape[:2], dtype=x.dtype) for _ in Moments._fields)
+        site = Site(Moments(*room), constants, *rest, mixing)
+        return Normalised(*compiled.normalise(x, site), site.moments)
     moments, buffer = instance_moments(x)
-    shares = read_shares(mean_point, mixing), read_shares(var_point, mixing)
-    site = Site(moments, constants, _parameter(weight, x), _parameter(bias, x), *shares, mixing)
-    algebra = compiled_tables if compiled_tables.AVAILABLE and x.device.type == "cpu" else tables
-    scale, shift, batch = algebra.scale_and_shift(site)
+    algebra = compiled if compiled.serves(x) else tables
+    scale, shift, batch = algebra.scale_and_shift(Site(moments, constants, *rest, mixing))
     return Normalised(scale_and_shift(x, scale, shift, buffer=buffer), batch, moments)
 
 
@@ -50,15 +53,19 @@ def backward(
     dy = laid_out_like(dy, x)
     shares = read_shares(mean_point, mixing), read_shares(var_point, mixing)
     site = Site(saved, constants, _parameter(weight, x), None, *shares, mixing)
-    algebra = compiled_tables if compiled_tables.AVAILABLE and x.device.type == "cpu" else tables
-    plain, scaled = gradient_sums(dy, x, *algebra.mean_and_rstd(site))
-    pulled = algebra.pull(site, plain, scaled, x.numel() // plain.numel())
+    if compiled.serves_whole(x):
+        dx, means, variances, *affine = compiled.differentiate(dy, x, site, wanted=wanted[0])
+    else:
+        algebra = compiled if compiled.serves(x) else tables
+        plain, scaled = gradient_sums(dy, x, *algebra.mean_and_rstd(site))
+        scale, slope, shift, means, variances, *affine = algebra.pull(site, plain, scaled, x.numel() // plain.numel())
+        dx = combine(dy, x, scale, slope, shift, saved.mean) if wanted[0] else None
     return Gradients(
-        combine(dy, x, pulled.scale, pulled.slope, pulled.shift, saved.mean) if wanted[0] else None,
-        _gate(site.means, pulled.means, mixing, mean_point) if wanted[1] else None,
-        _gate(site.variances, pulled.variances, mixing, var_point) if wanted[2] else None,
-        pulled.weight if wanted[3] else None,
-        pulled.bias if wanted[4] else None,
+        dx,
+        _gate(site.means, means, mixing, mean_point) if wanted[1] else None,
+        _gate(site.variances, variances, mixing, var_point) if wanted[2] else None,
+        affine[0] if wanted[3] else None,
+        affine[1] if wanted[4] else None,
     )
 
 
