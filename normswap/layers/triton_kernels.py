@@ -76,6 +76,11 @@ def _entry(point, place, PRESENT: tl.constexpr):
 
 
 @triton.jit
+def _or_zero(entry, PRESENT: tl.constexpr):
+    return entry if PRESENT else 0.0
+
+
+@triton.jit
 def _projected(a, b, c):
     """The Euclidean projection of a point on the simplex; an entry of minus infinity stays without a share."""
     top = tl.maximum(tl.maximum(a, b), c)
@@ -92,7 +97,7 @@ def _shares(point, SIMPLEX: tl.constexpr, IN: tl.constexpr, LN: tl.constexpr, BN
     """Importance weights of `in`, `ln` and `bn`, 0 for a branch that is not in use."""
     a, b, c = _entry(point, 0, IN), _entry(point, IN, LN), _entry(point, IN + LN, BN)
     if SIMPLEX:
-        whole = 0.0 * (tl.where(IN, a, 0.0) + tl.where(LN, b, 0.0) + tl.where(BN, c, 0.0))
+        whole = 0.0 * (_or_zero(a, IN) + _or_zero(b, LN) + _or_zero(c, BN))
         a, b, c = _projected(a, b, c)
         return a + whole, b + whole, c + whole  # a point that is not finite has no projection
     top = tl.maximum(tl.maximum(a, b), c)
@@ -102,15 +107,20 @@ def _shares(point, SIMPLEX: tl.constexpr, IN: tl.constexpr, LN: tl.constexpr, BN
 
 
 @triton.jit
+def _heard(share, gradient, PRESENT: tl.constexpr):
+    """Statistics that a weight of zero silences have no say on that weight either."""
+    if PRESENT:
+        return tl.where((share != 0) | (tl.abs(gradient) < float("inf")), gradient, 0.0)
+    return 0.0
+
+
+@triton.jit
 def _write_gate_gradient(
     out, point, a, b, c, SIMPLEX: tl.constexpr, IN: tl.constexpr, LN: tl.constexpr, BN: tl.constexpr
 ):
     """Write the gradient of a gate parameter, from that of the importance weights up to a common shift of them."""
     in_, ln, bn = _shares(point, SIMPLEX, IN, LN, BN)
-    # Statistics that a weight of zero silences have no say on that weight either.
-    a = tl.where(IN & ((in_ != 0) | (tl.abs(a) < float("inf"))), a, 0.0)
-    b = tl.where(LN & ((ln != 0) | (tl.abs(b) < float("inf"))), b, 0.0)
-    c = tl.where(BN & ((bn != 0) | (tl.abs(c) < float("inf"))), c, 0.0)
+    a, b, c = _heard(in_, a, IN), _heard(ln, b, LN), _heard(bn, c, BN)
     if SIMPLEX:
         centre = (a + b + c) / (IN + LN + BN)
         in_, ln, bn = 1.0, 1.0, 1.0
@@ -135,8 +145,8 @@ def project_kernel(first, second, EPS: tl.constexpr, IN: tl.constexpr, LN: tl.co
 @triton.jit
 def _project(point, EPS: tl.constexpr, IN: tl.constexpr, LN: tl.constexpr, BN: tl.constexpr):
     a, b, c = _entry(point, 0, IN), _entry(point, IN, LN), _entry(point, IN + LN, BN)
-    lowest = tl.minimum(tl.minimum(tl.where(IN, a, 0.0), tl.where(LN, b, 0.0)), tl.where(BN, c, 0.0))
-    whole = tl.where(IN, a, 0.0) + tl.where(LN, b, 0.0) + tl.where(BN, c, 0.0)
+    whole = _or_zero(a, IN) + _or_zero(b, LN) + _or_zero(c, BN)
+    lowest = tl.minimum(tl.minimum(_or_zero(a, IN), _or_zero(b, LN)), _or_zero(c, BN))
     away = (lowest < 0) | (tl.abs(whole - 1) > EPS) | (whole != whole)
     a, b, c = _shares(point, True, IN, LN, BN)
     if IN:
@@ -164,7 +174,7 @@ def _branches(
     place = n.to(tl.int64) * channels + c
     mean = tl.load(in_mean + place, mask=mask, other=0.0)
     var = tl.load(in_var + place, mask=mask, other=0.0)
-    ln_mean = ln_var = bn_mean = bn_var = 0.0
+    ln_mean, ln_var, bn_mean, bn_var = 0.0, 0.0, 0.0, 0.0
     if LN:
         ln_mean = tl.load(workspace + n, mask=n < samples, other=0.0)
         ln_var = tl.load(workspace + samples + n, mask=n < samples, other=0.0)
@@ -408,86 +418,114 @@ def _pulls(
 
 
 @triton.jit
+def _pull_along_channels(
+    pid, pulled, pulls, parts,
+    in_mean, in_var, workspace, constant_mean, constant_var, mean_point, var_point, weight,
+    samples, channels, table, splits, positions, eps,
+    SIMPLEX: tl.constexpr, IN: tl.constexpr, LN: tl.constexpr, BN: tl.constexpr, CONSTANT: tl.constexpr,
+    SPLITS: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """Write p and q of every (n, c), those of LN, and what these samples say of the shares of `ln` and `in`."""
+    rows, lanes = pid * ROWS + tl.arange(0, ROWS), tl.arange(0, LANES)
+    p_sum = tl.zeros((ROWS, LANES), tl.float32)
+    q_sum = tl.zeros((ROWS, LANES), tl.float32)
+    by_mean_ln = tl.zeros((ROWS, LANES), tl.float32)
+    by_var_in = tl.zeros((ROWS, LANES), tl.float32)
+    by_var_ln = tl.zeros((ROWS, LANES), tl.float32)
+    n = rows[:, None]
+    for start in range(0, channels, LANES):
+        c = (start + lanes)[None, :]
+        mask = (n < samples) & (c < channels)
+        p, q, _, _, centre, var, ln_mean, ln_var, _, _ = _pulls(
+            n, c, mask, in_mean, in_var, workspace, constant_mean, constant_var, mean_point, var_point, weight,
+            samples, channels, table, splits, positions, eps, SIMPLEX, IN, LN, BN, CONSTANT, SPLITS,
+        )  # fmt: skip
+        place = n.to(tl.int64) * channels + c
+        tl.store(pulls + place, p, mask=mask)
+        tl.store(pulls + tl.cast(table, tl.int64) + place, q, mask=mask)
+        p_sum += p
+        q_sum += q
+        by_mean_ln += p * (centre - ln_mean)
+        by_var_in += q * var
+        by_var_ln += q * ln_var
+    tl.store(pulled + rows, tl.sum(p_sum, axis=1) / channels, mask=rows < samples)
+    tl.store(pulled + samples + rows, tl.sum(q_sum, axis=1) / channels, mask=rows < samples)
+    tl.store(parts + 3 * pid, tl.sum(tl.sum(by_mean_ln, axis=1), axis=0))
+    tl.store(parts + 3 * pid + 1, tl.sum(tl.sum(by_var_in, axis=1), axis=0))
+    tl.store(parts + 3 * pid + 2, tl.sum(tl.sum(by_var_ln, axis=1), axis=0))
+
+
+@triton.jit
+def _pull_along_samples(
+    pid, pulled, parts, weight_gradient, bias_gradient,
+    in_mean, in_var, workspace, constant_mean, constant_var, mean_point, var_point, weight,
+    samples, channels, table, splits, positions, eps,
+    SIMPLEX: tl.constexpr, IN: tl.constexpr, LN: tl.constexpr, BN: tl.constexpr, CONSTANT: tl.constexpr,
+    SPLITS: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """Write p and q of BN, the gradients of weight and bias, and what these channels say of the shares of `bn`."""
+    rows, lanes = pid * ROWS + tl.arange(0, ROWS), tl.arange(0, LANES)
+    p_sum = tl.zeros((ROWS, LANES), tl.float32)
+    q_sum = tl.zeros((ROWS, LANES), tl.float32)
+    plain_sum = tl.zeros((ROWS, LANES), tl.float32)
+    scaled_sum = tl.zeros((ROWS, LANES), tl.float32)
+    by_mean_bn = tl.zeros((ROWS, LANES), tl.float32)
+    by_var_bn = tl.zeros((ROWS, LANES), tl.float32)
+    c = rows[:, None]
+    for start in range(0, samples, LANES):
+        n = (start + lanes)[None, :]
+        mask = (n < samples) & (c < channels)
+        p, q, plain, scaled, centre, _, _, _, bn_mean, bn_var = _pulls(
+            n, c, mask, in_mean, in_var, workspace, constant_mean, constant_var, mean_point, var_point, weight,
+            samples, channels, table, splits, positions, eps, SIMPLEX, IN, LN, BN, CONSTANT, SPLITS,
+        )  # fmt: skip
+        p_sum += p
+        q_sum += q
+        plain_sum += plain
+        scaled_sum += tl.where(mask, scaled, 0.0)
+        by_mean_bn += p * (centre - bn_mean)
+        by_var_bn += q * bn_var
+    known = rows < channels
+    tl.store(pulled + rows, tl.sum(p_sum, axis=1) / samples, mask=known)
+    tl.store(pulled + channels + rows, tl.sum(q_sum, axis=1) / samples, mask=known)
+    if weight_gradient is not None:
+        tl.store(weight_gradient + rows, tl.sum(scaled_sum, axis=1).to(weight_gradient.dtype.element_ty), mask=known)
+    if bias_gradient is not None:
+        tl.store(bias_gradient + rows, tl.sum(plain_sum, axis=1), mask=known)
+    tl.store(parts + 2 * pid, tl.sum(tl.sum(by_mean_bn, axis=1), axis=0))
+    tl.store(parts + 2 * pid + 1, tl.sum(tl.sum(by_var_bn, axis=1), axis=0))
+
+
+@triton.jit
 def pulls_kernel(
-    in_mean, in_var, workspace, constant_mean, constant_var, mean_point, var_point,
-    weight, weight_gradient, bias_gradient,
-    samples, channels, positions, splits, table, by_sample, eps,
+    in_mean, in_var, workspace, constant_mean, constant_var, mean_point, var_point, weight,
+    weight_gradient, bias_gradient, samples, channels, positions, splits, table, by_sample, eps,
     SIMPLEX: tl.constexpr, IN: tl.constexpr, LN: tl.constexpr, BN: tl.constexpr, CONSTANT: tl.constexpr,
     SPLITS: tl.constexpr,
     LN_ROWS: tl.constexpr, LN_LANES: tl.constexpr, BN_ROWS: tl.constexpr, BN_LANES: tl.constexpr,
 ):  # fmt: skip
-    """p and q of every (n, c), of LN and of BN; the gradients of weight and bias; the parts of those of shares.
-
-    The first `by_sample` programs go along channels, the others along samples.
+    """All of the backward pass that is algebra: the first `by_sample` programs go along channels, the others along
+    samples.
     """
     pid = tl.program_id(0)
     wide = tl.cast(table, tl.int64)
     pulled = workspace + 2 * (samples + channels)
-    table_of_pulls = pulled + 2 * (samples + channels)
-    parts = table_of_pulls + 2 * wide + 2 * wide * splits
+    pulls = pulled + 2 * (samples + channels)
+    parts = pulls + 2 * wide + 2 * wide * splits
     if pid < by_sample:
-        rows, lanes = pid * LN_ROWS + tl.arange(0, LN_ROWS), tl.arange(0, LN_LANES)
-        p_sum = tl.zeros((LN_ROWS, LN_LANES), tl.float32)
-        q_sum = tl.zeros((LN_ROWS, LN_LANES), tl.float32)
-        mean_ln = tl.zeros((LN_ROWS, LN_LANES), tl.float32)
-        var_in = tl.zeros((LN_ROWS, LN_LANES), tl.float32)
-        var_ln = tl.zeros((LN_ROWS, LN_LANES), tl.float32)
-        n = rows[:, None]
-        for start in range(0, channels, LN_LANES):
-            c = (start + lanes)[None, :]
-            mask = (n < samples) & (c < channels)
-            p, q, _, _, centre, in_var, ln_mean, ln_var, _, _ = _pulls(
-                n, c, mask, in_mean, in_var, workspace, constant_mean, constant_var, mean_point, var_point, weight,
-                samples, channels, table, splits, positions, eps, SIMPLEX, IN, LN, BN, CONSTANT, SPLITS,
-            )  # fmt: skip
-            place = n.to(tl.int64) * channels + c
-            tl.store(table_of_pulls + place, p, mask=mask)
-            tl.store(table_of_pulls + wide + place, q, mask=mask)
-            p_sum += p
-            q_sum += q
-            mean_ln += p * (centre - ln_mean)
-            var_in += q * in_var
-            var_ln += q * ln_var
-        tl.store(pulled + rows, tl.sum(p_sum, axis=1) / channels, mask=rows < samples)
-        tl.store(pulled + samples + rows, tl.sum(q_sum, axis=1) / channels, mask=rows < samples)
-        tl.store(parts + 3 * pid, tl.sum(tl.sum(mean_ln, axis=1), axis=0))
-        tl.store(parts + 3 * pid + 1, tl.sum(tl.sum(var_in, axis=1), axis=0))
-        tl.store(parts + 3 * pid + 2, tl.sum(tl.sum(var_ln, axis=1), axis=0))
+        _pull_along_channels(
+            pid, pulled, pulls, parts,
+            in_mean, in_var, workspace, constant_mean, constant_var, mean_point, var_point, weight,
+            samples, channels, table, splits, positions, eps,
+            SIMPLEX, IN, LN, BN, CONSTANT, SPLITS, LN_ROWS, LN_LANES,
+        )  # fmt: skip
     else:
-        block = pid - by_sample
-        rows, lanes = block * BN_ROWS + tl.arange(0, BN_ROWS), tl.arange(0, BN_LANES)
-        p_sum = tl.zeros((BN_ROWS, BN_LANES), tl.float32)
-        q_sum = tl.zeros((BN_ROWS, BN_LANES), tl.float32)
-        plain_sum = tl.zeros((BN_ROWS, BN_LANES), tl.float32)
-        scaled_sum = tl.zeros((BN_ROWS, BN_LANES), tl.float32)
-        mean_bn = tl.zeros((BN_ROWS, BN_LANES), tl.float32)
-        var_bn = tl.zeros((BN_ROWS, BN_LANES), tl.float32)
-        c = rows[:, None]
-        for start in range(0, samples, BN_LANES):
-            n = (start + lanes)[None, :]
-            mask = (n < samples) & (c < channels)
-            p, q, plain, scaled, centre, _, _, _, bn_mean, bn_var = _pulls(
-                n, c, mask, in_mean, in_var, workspace, constant_mean, constant_var, mean_point, var_point, weight,
-                samples, channels, table, splits, positions, eps, SIMPLEX, IN, LN, BN, CONSTANT, SPLITS,
-            )  # fmt: skip
-            p_sum += p
-            q_sum += q
-            plain_sum += plain
-            scaled_sum += tl.where(mask, scaled, 0.0)
-            mean_bn += p * (centre - bn_mean)
-            var_bn += q * bn_var
-        known, out = rows < channels, pulled + 2 * samples
-        tl.store(out + rows, tl.sum(p_sum, axis=1) / samples, mask=known)
-        tl.store(out + channels + rows, tl.sum(q_sum, axis=1) / samples, mask=known)
-        if weight_gradient is not None:
-            total = tl.sum(scaled_sum, axis=1)
-            tl.store(weight_gradient + rows, total.to(weight_gradient.dtype.element_ty), mask=known)
-        if bias_gradient is not None:
-            total = tl.sum(plain_sum, axis=1)
-            tl.store(bias_gradient + rows, total.to(bias_gradient.dtype.element_ty), mask=known)
-        parts += 3 * by_sample + 2 * block
-        tl.store(parts, tl.sum(tl.sum(mean_bn, axis=1), axis=0))
-        tl.store(parts + 1, tl.sum(tl.sum(var_bn, axis=1), axis=0))
+        _pull_along_samples(
+            pid - by_sample, pulled + 2 * samples, parts + 3 * by_sample, weight_gradient, bias_gradient,
+            in_mean, in_var, workspace, constant_mean, constant_var, mean_point, var_point, weight,
+            samples, channels, table, splits, positions, eps,
+            SIMPLEX, IN, LN, BN, CONSTANT, SPLITS, BN_ROWS, BN_LANES,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -511,9 +549,9 @@ def gradient_kernel(
     pid = tl.program_id(0)
     wide = tl.cast(table, tl.int64)
     pulled = workspace + 2 * (samples + channels)
-    table_of_pulls = pulled + 2 * (samples + channels)
+    pulls = pulled + 2 * (samples + channels)
     if GATES and pid == 0:
-        parts = table_of_pulls + 2 * wide + 2 * wide * splits
+        parts = pulls + 2 * wide + 2 * wide * splits
         others = parts + 3 * by_sample
         if mean_gradient is not None:
             ln = _sum_of(parts, by_sample, 3, 256) * -positions
@@ -540,8 +578,8 @@ def gradient_kernel(
         if weight is not None:
             scale *= tl.load(weight + c, mask=known, other=0.0).to(tl.float32)
         place = n.to(tl.int64) * channels + c
-        p = tl.load(table_of_pulls + place, mask=known, other=0.0)
-        q = tl.load(table_of_pulls + wide + place, mask=known, other=0.0)
+        p = tl.load(pulls + place, mask=known, other=0.0)
+        q = tl.load(pulls + wide + place, mask=known, other=0.0)
         slope, shift = _term(var_in, q), _term(mean_in, p)
         moved = (mean_in != 0) | (var_in != 0)
         if LN:
@@ -556,11 +594,13 @@ def gradient_kernel(
             slope += _term(var_bn, q)
             shift += _term(mean_bn, p) + _term(var_bn, q * (centre - bn_mean))
             moved |= (mean_bn != 0) | (var_bn != 0)
+        # Where x moves no statistic that has a share, it is not read.
+        reach = tl.where(moved, end, begin)
         for start in range(begin, end, BLOCK_P):
             mask = known[:, None] & (start + lanes < end)[None, :]
             gradient = tl.load(dy + base + offsets, mask=mask, other=0.0).to(tl.float32)
-            # Where x moves no statistic that has a share, it is not read.
-            values = tl.load(x + base + offsets, mask=mask & moved, other=0.0).to(tl.float32)
+            read = known[:, None] & (start + lanes < reach)[None, :]
+            values = tl.load(x + base + offsets, mask=read, other=0.0).to(tl.float32)
             gradient = scale[:, None] * gradient + slope[:, None] * (values - centre[:, None]) + shift[:, None]
             tl.store(dx + base + offsets, gradient.to(dx.dtype.element_ty), mask=mask)
             base += BLOCK_P * (channels if LAST else 1)
