@@ -60,6 +60,8 @@ class Cut(NamedTuple):
 def _cut(
     samples: int, channels: int, positions: int, last: bool, tile: int, table_tile: int, programs: int, most: int
 ) -> Cut:
+    # Small activations are cut finer, so that they fill the device as well.
+    tile = min(tile, max(_power(samples * channels * positions // programs), tile // 8))
     if last:
         block_c = min(_power(channels), 64, tile)
         block_p = min(_power(positions), tile // block_c)

@@ -69,58 +69,51 @@ def _total(sums, offsets, mask, table, splits, SPLITS: tl.constexpr):
 
 
 @triton.jit
-def _entry(point, place, PRESENT: tl.constexpr):
-    if PRESENT:
-        return tl.load(point + place).to(tl.float32)
-    return tl.full((), float("-inf"), tl.float32)
-
-
-@triton.jit
-def _or_zero(entry, PRESENT: tl.constexpr):
-    return entry if PRESENT else 0.0
-
-
-@triton.jit
-def _projected(a, b, c):
-    """The Euclidean projection of a point on the simplex; an entry of minus infinity stays without a share."""
-    top = tl.maximum(tl.maximum(a, b), c)
-    # A common shift changes no projection; with the largest entry at 0, no size of it can swallow the 1 below.
-    a, b, c = a - top, b - top, c - top
-    second = tl.maximum(tl.minimum(a, b), tl.minimum(tl.maximum(a, b), c))
-    # The threshold of the right support is the largest one.
-    threshold = tl.maximum(tl.maximum((second - 1) / 2, tl.div_rn(a + b + c - 1, 3.0)), -1.0)
-    return tl.maximum(a - threshold, 0.0), tl.maximum(b - threshold, 0.0), tl.maximum(c - threshold, 0.0)
+def _point(point, IN: tl.constexpr, LN: tl.constexpr, BN: tl.constexpr):
+    """The entries of a gate parameter for `in`, `ln` and `bn`, minus infinity for a branch that is not in use."""
+    nothing = tl.full((), float("-inf"), tl.float32)
+    a = tl.load(point).to(tl.float32) if IN else nothing
+    b = tl.load(point + IN).to(tl.float32) if LN else nothing
+    c = tl.load(point + (IN + LN)).to(tl.float32) if BN else nothing
+    return a, b, c
 
 
 @triton.jit
 def _shares(point, SIMPLEX: tl.constexpr, IN: tl.constexpr, LN: tl.constexpr, BN: tl.constexpr):
     """Importance weights of `in`, `ln` and `bn`, 0 for a branch that is not in use."""
-    a, b, c = _entry(point, 0, IN), _entry(point, IN, LN), _entry(point, IN + LN, BN)
+    a, b, c = _point(point, IN, LN, BN)
+    whole, top = a + b + c, tl.maximum(tl.maximum(a, b), c)
+    # A common shift changes nothing; with the largest entry at 0, no size of it can swallow a 1 or overflow.
+    a, b, c = a - top, b - top, c - top
     if SIMPLEX:
-        whole = 0.0 * (_or_zero(a, IN) + _or_zero(b, LN) + _or_zero(c, BN))
-        a, b, c = _projected(a, b, c)
-        return a + whole, b + whole, c + whole  # a point that is not finite has no projection
-    top = tl.maximum(tl.maximum(a, b), c)
-    a, b, c = tl.exp(a - top), tl.exp(b - top), tl.exp(c - top)
+        second = tl.maximum(tl.minimum(a, b), tl.minimum(tl.maximum(a, b), c))
+        # The threshold of the right support is the largest one.
+        threshold = tl.maximum(tl.maximum((second - 1.0) / 2.0, tl.div_rn(a + b + c - 1.0, 3.0)), -1.0)
+        # A point that is not finite has no projection.
+        threshold = tl.where((whole != whole) | (top == float("inf")), float("nan"), threshold)
+        unknown = tl.where(threshold != threshold, threshold, 0.0)
+        return (
+            tl.maximum(a - threshold, 0.0) + unknown,
+            tl.maximum(b - threshold, 0.0) + unknown,
+            tl.maximum(c - threshold, 0.0) + unknown,
+        )
+    a, b, c = tl.exp(a), tl.exp(b), tl.exp(c)
     whole = a + b + c
     return tl.div_rn(a, whole), tl.div_rn(b, whole), tl.div_rn(c, whole)
-
-
-@triton.jit
-def _heard(share, gradient, PRESENT: tl.constexpr):
-    """Statistics that a weight of zero silences have no say on that weight either."""
-    if PRESENT:
-        return tl.where((share != 0) | (tl.abs(gradient) < float("inf")), gradient, 0.0)
-    return 0.0
 
 
 @triton.jit
 def _write_gate_gradient(
     out, point, a, b, c, SIMPLEX: tl.constexpr, IN: tl.constexpr, LN: tl.constexpr, BN: tl.constexpr
 ):
-    """Write the gradient of a gate parameter, from that of the importance weights up to a common shift of them."""
+    """Write the gradient of a gate parameter, from that of the importance weights up to a common shift of them.
+
+    Statistics that a weight of zero silences have no say on that weight either.
+    """
     in_, ln, bn = _shares(point, SIMPLEX, IN, LN, BN)
-    a, b, c = _heard(in_, a, IN), _heard(ln, b, LN), _heard(bn, c, BN)
+    a = tl.where((in_ != 0) | (tl.abs(a) < float("inf")), a, 0.0) if IN else 0.0
+    b = tl.where((ln != 0) | (tl.abs(b) < float("inf")), b, 0.0) if LN else 0.0
+    c = tl.where((bn != 0) | (tl.abs(c) < float("inf")), c, 0.0) if BN else 0.0
     if SIMPLEX:
         centre = (a + b + c) / (IN + LN + BN)
         in_, ln, bn = 1.0, 1.0, 1.0
@@ -135,19 +128,13 @@ def _write_gate_gradient(
 
 
 @triton.jit
-def project_kernel(first, second, EPS: tl.constexpr, IN: tl.constexpr, LN: tl.constexpr, BN: tl.constexpr):
-    """Put points back on the simplex, in place; one that lies there, to EPS, the rounding of its dtype, is left."""
-    _project(first, EPS, IN, LN, BN)
-    if second is not None:
-        _project(second, EPS, IN, LN, BN)
-
-
-@triton.jit
 def _project(point, EPS: tl.constexpr, IN: tl.constexpr, LN: tl.constexpr, BN: tl.constexpr):
-    a, b, c = _entry(point, 0, IN), _entry(point, IN, LN), _entry(point, IN + LN, BN)
-    whole = _or_zero(a, IN) + _or_zero(b, LN) + _or_zero(c, BN)
-    lowest = tl.minimum(tl.minimum(_or_zero(a, IN), _or_zero(b, LN)), _or_zero(c, BN))
-    away = (lowest < 0) | (tl.abs(whole - 1) > EPS) | (whole != whole)
+    a, b, c = _point(point, IN, LN, BN)
+    a = a if IN else 0.0
+    b = b if LN else 0.0
+    c = c if BN else 0.0
+    whole, lowest = a + b + c, tl.minimum(tl.minimum(a, b), c)
+    away = (lowest < 0) | (tl.abs(whole - 1.0) > EPS) | (whole != whole)
     a, b, c = _shares(point, True, IN, LN, BN)
     if IN:
         tl.store(point, a, mask=away)
@@ -157,12 +144,22 @@ def _project(point, EPS: tl.constexpr, IN: tl.constexpr, LN: tl.constexpr, BN: t
         tl.store(point + (IN + LN), c, mask=away)
 
 
+@triton.jit
+def project_kernel(first, second, EPS: tl.constexpr, IN: tl.constexpr, LN: tl.constexpr, BN: tl.constexpr):
+    """Put points back on the simplex, in place; one that lies there, to EPS, the rounding of its dtype, is left."""
+    _project(first, EPS, IN, LN, BN)
+    if second is not None:
+        _project(second, EPS, IN, LN, BN)
+
+
 # --- what the branches say of an (n, c), and their mix ---------------------------------------------------------------
 
 
 @triton.jit
-def _term(share, statistic):
-    return tl.where(share == 0, 0.0, share * statistic)
+def _mix(in_, ln, bn, a, b, c):
+    """Sum shares times statistics; a share of zero silences infinities."""
+    total = tl.where(in_ == 0, 0.0, in_ * a) + tl.where(ln == 0, 0.0, ln * b)
+    return total + tl.where(bn == 0, 0.0, bn * c)
 
 
 @triton.jit
@@ -201,7 +198,7 @@ def _centre(mean):
 def _tile(pid, channels, positions, span, splits, LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
     """Where a program works: sample, channels (BLOCK_C,), part, first and last position, address, tile around it."""
     part, row = pid % splits, pid // splits
-    blocks = tl.cdiv(channels, BLOCK_C)
+    blocks = (channels + BLOCK_C - 1) // BLOCK_C
     n, first = row // blocks, (row % blocks) * BLOCK_C
     rows, lanes = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_P)
     begin = part * span
@@ -231,10 +228,11 @@ def moments_kernel(
     )
     lanes, known = tl.arange(0, BLOCK_P), c < channels
     # Around the first value: a mean that is large beside the deviation costs no digits.
-    shift = tl.load(x + base + (c - tl.min(c, axis=0)) * (1 if LAST else positions), mask=known, other=0.0)
+    rows = tl.arange(0, BLOCK_C) * (1 if LAST else positions)
+    shift = tl.load(x + base + rows, mask=known, other=0.0)
     shift = shift.to(tl.float32)
-    lane_mean = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
-    squares = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
+    lane_mean = tl.full((BLOCK_C, BLOCK_P), 0.0, tl.float32)
+    squares = tl.full((BLOCK_C, BLOCK_P), 0.0, tl.float32)
     count = 0.0
     for start in range(begin, end, BLOCK_P):
         mask = known[:, None] & (start + lanes < end)[None, :]
@@ -263,8 +261,8 @@ def _pool(
     known = rows < size
     ahead = rows.to(tl.int64) * stride
     shift = tl.load(mean + ahead, mask=known, other=0.0)
-    lane_mean = tl.zeros((ROWS, LANES), tl.float32)
-    squares = tl.zeros((ROWS, LANES), tl.float32)
+    lane_mean = tl.full((ROWS, LANES), 0.0, tl.float32)
+    squares = tl.full((ROWS, LANES), 0.0, tl.float32)
     seen = 0.0
     for start in range(0, count, LANES):
         along = start + lanes
@@ -334,12 +332,12 @@ def affine_kernel(
     )
     centre = _centre(mean)
     in_, ln, bn = _shares(mean_point, SIMPLEX, IN, LN, BN)
-    away = _term(in_, mean - centre) + _term(ln, ln_mean - centre) + _term(bn, bn_mean - centre)
+    away = _mix(in_, ln, bn, mean - centre, ln_mean - centre, bn_mean - centre)
     in_, ln, bn = _shares(var_point, SIMPLEX, IN, LN, BN)
-    scale = tl.div_rn(1.0, tl.sqrt_rn(_term(in_, var) + _term(ln, ln_var) + _term(bn, bn_var) + eps))
+    scale = tl.div_rn(1.0, tl.sqrt_rn(_mix(in_, ln, bn, var, ln_var, bn_var) + eps))
     if weight is not None:
         scale *= tl.load(weight + c, mask=known, other=0.0).to(tl.float32)
-    shift = tl.zeros((BLOCK_C,), tl.float32)
+    shift = tl.full((BLOCK_C,), 0.0, tl.float32)
     if bias is not None:
         shift += tl.load(bias + c, mask=known, other=0.0).to(tl.float32)
     for start in range(begin, end, BLOCK_P):
@@ -374,8 +372,8 @@ def sums_kernel(
         known, lanes = c < channels, tl.arange(0, BLOCK_P)
         place = n.to(tl.int64) * channels + c
         centre = _centre(tl.load(in_mean + place, mask=known, other=0.0))
-        plain = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
-        scaled = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
+        plain = tl.full((BLOCK_C, BLOCK_P), 0.0, tl.float32)
+        scaled = tl.full((BLOCK_C, BLOCK_P), 0.0, tl.float32)
         for start in range(begin, end, BLOCK_P):
             mask = known[:, None] & (start + lanes < end)[None, :]
             gradient = tl.load(dy + base + offsets, mask=mask, other=0.0).to(tl.float32)
@@ -402,9 +400,9 @@ def _pulls(
     )
     centre = _centre(mean)
     in_, ln, bn = _shares(mean_point, SIMPLEX, IN, LN, BN)
-    away = _term(in_, mean - centre) + _term(ln, ln_mean - centre) + _term(bn, bn_mean - centre)
+    away = _mix(in_, ln, bn, mean - centre, ln_mean - centre, bn_mean - centre)
     in_, ln, bn = _shares(var_point, SIMPLEX, IN, LN, BN)
-    rstd = tl.div_rn(1.0, tl.sqrt_rn(_term(in_, var) + _term(ln, ln_var) + _term(bn, bn_var) + eps))
+    rstd = tl.div_rn(1.0, tl.sqrt_rn(_mix(in_, ln, bn, var, ln_var, bn_var) + eps))
     wide = tl.cast(table, tl.int64)
     sums = workspace + 4 * (samples + channels) + 2 * wide
     place = n.to(tl.int64) * channels + c
@@ -427,11 +425,11 @@ def _pull_along_channels(
 ):  # fmt: skip
     """Write p and q of every (n, c), those of LN, and what these samples say of the shares of `ln` and `in`."""
     rows, lanes = pid * ROWS + tl.arange(0, ROWS), tl.arange(0, LANES)
-    p_sum = tl.zeros((ROWS, LANES), tl.float32)
-    q_sum = tl.zeros((ROWS, LANES), tl.float32)
-    by_mean_ln = tl.zeros((ROWS, LANES), tl.float32)
-    by_var_in = tl.zeros((ROWS, LANES), tl.float32)
-    by_var_ln = tl.zeros((ROWS, LANES), tl.float32)
+    p_sum = tl.full((ROWS, LANES), 0.0, tl.float32)
+    q_sum = tl.full((ROWS, LANES), 0.0, tl.float32)
+    by_mean_ln = tl.full((ROWS, LANES), 0.0, tl.float32)
+    by_var_in = tl.full((ROWS, LANES), 0.0, tl.float32)
+    by_var_ln = tl.full((ROWS, LANES), 0.0, tl.float32)
     n = rows[:, None]
     for start in range(0, channels, LANES):
         c = (start + lanes)[None, :]
@@ -450,9 +448,9 @@ def _pull_along_channels(
         by_var_ln += q * ln_var
     tl.store(pulled + rows, tl.sum(p_sum, axis=1) / channels, mask=rows < samples)
     tl.store(pulled + samples + rows, tl.sum(q_sum, axis=1) / channels, mask=rows < samples)
-    tl.store(parts + 3 * pid, tl.sum(tl.sum(by_mean_ln, axis=1), axis=0))
-    tl.store(parts + 3 * pid + 1, tl.sum(tl.sum(by_var_in, axis=1), axis=0))
-    tl.store(parts + 3 * pid + 2, tl.sum(tl.sum(by_var_ln, axis=1), axis=0))
+    tl.store(parts + 3 * pid, tl.sum(by_mean_ln))
+    tl.store(parts + 3 * pid + 1, tl.sum(by_var_in))
+    tl.store(parts + 3 * pid + 2, tl.sum(by_var_ln))
 
 
 @triton.jit
@@ -465,12 +463,12 @@ def _pull_along_samples(
 ):  # fmt: skip
     """Write p and q of BN, the gradients of weight and bias, and what these channels say of the shares of `bn`."""
     rows, lanes = pid * ROWS + tl.arange(0, ROWS), tl.arange(0, LANES)
-    p_sum = tl.zeros((ROWS, LANES), tl.float32)
-    q_sum = tl.zeros((ROWS, LANES), tl.float32)
-    plain_sum = tl.zeros((ROWS, LANES), tl.float32)
-    scaled_sum = tl.zeros((ROWS, LANES), tl.float32)
-    by_mean_bn = tl.zeros((ROWS, LANES), tl.float32)
-    by_var_bn = tl.zeros((ROWS, LANES), tl.float32)
+    p_sum = tl.full((ROWS, LANES), 0.0, tl.float32)
+    q_sum = tl.full((ROWS, LANES), 0.0, tl.float32)
+    plain_sum = tl.full((ROWS, LANES), 0.0, tl.float32)
+    scaled_sum = tl.full((ROWS, LANES), 0.0, tl.float32)
+    by_mean_bn = tl.full((ROWS, LANES), 0.0, tl.float32)
+    by_var_bn = tl.full((ROWS, LANES), 0.0, tl.float32)
     c = rows[:, None]
     for start in range(0, samples, LANES):
         n = (start + lanes)[None, :]
@@ -492,8 +490,8 @@ def _pull_along_samples(
         tl.store(weight_gradient + rows, tl.sum(scaled_sum, axis=1).to(weight_gradient.dtype.element_ty), mask=known)
     if bias_gradient is not None:
         tl.store(bias_gradient + rows, tl.sum(plain_sum, axis=1), mask=known)
-    tl.store(parts + 2 * pid, tl.sum(tl.sum(by_mean_bn, axis=1), axis=0))
-    tl.store(parts + 2 * pid + 1, tl.sum(tl.sum(by_var_bn, axis=1), axis=0))
+    tl.store(parts + 2 * pid, tl.sum(by_mean_bn))
+    tl.store(parts + 2 * pid + 1, tl.sum(by_var_bn))
 
 
 @triton.jit
@@ -530,8 +528,9 @@ def pulls_kernel(
 
 @triton.jit
 def _sum_of(parts, count, step, LANES: tl.constexpr):
+    """The sum of `count` values that lie `step` apart."""
     lanes = tl.arange(0, LANES)
-    total = tl.zeros((LANES,), tl.float32)
+    total = tl.full((LANES,), 0.0, tl.float32)
     for start in range(0, count, LANES):
         total += tl.load(parts + (start + lanes) * step, mask=start + lanes < count, other=0.0)
     return tl.sum(total, axis=0)
@@ -574,26 +573,25 @@ def gradient_kernel(
         centre = _centre(mean)
         mean_in, mean_ln, mean_bn = _shares(mean_point, SIMPLEX, IN, LN, BN)
         var_in, var_ln, var_bn = _shares(var_point, SIMPLEX, IN, LN, BN)
-        scale = tl.div_rn(1.0, tl.sqrt_rn(_term(var_in, var) + _term(var_ln, ln_var) + _term(var_bn, bn_var) + eps))
+        scale = tl.div_rn(1.0, tl.sqrt_rn(_mix(var_in, var_ln, var_bn, var, ln_var, bn_var) + eps))
         if weight is not None:
             scale *= tl.load(weight + c, mask=known, other=0.0).to(tl.float32)
         place = n.to(tl.int64) * channels + c
         p = tl.load(pulls + place, mask=known, other=0.0)
         q = tl.load(pulls + wide + place, mask=known, other=0.0)
-        slope, shift = _term(var_in, q), _term(mean_in, p)
-        moved = (mean_in != 0) | (var_in != 0)
+        p_ln, q_ln, p_bn, q_bn = 0.0, 0.0, 0.0, 0.0
         if LN:
-            p, q = tl.load(pulled + n), tl.load(pulled + samples + n)
-            slope += _term(var_ln, q)
-            shift += _term(mean_ln, p) + _term(var_ln, q * (centre - ln_mean))
-            moved |= (mean_ln != 0) | (var_ln != 0)
-        if BN and not CONSTANT:
+            p_ln, q_ln = tl.load(pulled + n), tl.load(pulled + samples + n)
+        if CONSTANT:
+            mean_bn, var_bn = mean_bn * 0.0, var_bn * 0.0  # x does not move them
+        elif BN:
             out = pulled + 2 * samples + c
-            p = tl.load(out, mask=known, other=0.0)
-            q = tl.load(out + channels, mask=known, other=0.0)
-            slope += _term(var_bn, q)
-            shift += _term(mean_bn, p) + _term(var_bn, q * (centre - bn_mean))
-            moved |= (mean_bn != 0) | (var_bn != 0)
+            p_bn = tl.load(out, mask=known, other=0.0)
+            q_bn = tl.load(out + channels, mask=known, other=0.0)
+        slope = _mix(var_in, var_ln, var_bn, q, q_ln, q_bn)
+        shift = _mix(mean_in, mean_ln, mean_bn, p, p_ln, p_bn)
+        shift += _mix(var_in, var_ln, var_bn, 0.0, q_ln * (centre - ln_mean), q_bn * (centre - bn_mean))
+        moved = (mean_in + mean_ln + mean_bn + var_in + var_ln + var_bn) != 0
         # Where x moves no statistic that has a share, it is not read.
         reach = tl.where(moved, end, begin)
         for start in range(begin, end, BLOCK_P):
