@@ -1,7 +1,13 @@
 """What holds for every test: one thread, the same random numbers, and the same warnings whatever ran before."""
 
+import os
+
 import pytest
 import torch
+
+# Without a GPU, Triton's kernels are interpreted: asked for before whichever test imports Triton first.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(autouse=True)

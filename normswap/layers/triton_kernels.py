@@ -1,4 +1,4 @@
-# mypy: allow-untyped-defs, allow-untyped-calls, disable-error-code="untyped-decorator, no-untyped-call"
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 # What Triton compiles takes no annotations but its own, and its constants are in capitals.
 # ruff: noqa: N803
 """Triton kernels of Switchable Normalization, and nothing else: what runs on the device.
