@@ -106,6 +106,12 @@ def normalised(leaves: dict[str, Tensor], dy: Tensor, running: Any = None, **opt
     return y.detach()
 
 
+def gradient(leaf: Tensor) -> Tensor:
+    """The gradient that a leaf was left, to be held against the oracle's."""
+    assert leaf.grad is not None
+    return leaf.grad.cpu().double()
+
+
 def expected_of(leaves: dict[str, Tensor], dy: Tensor, **options: Any) -> tuple[Tensor, oracles.Gradients]:
     return oracles.switch_norm(dy=dy, **{name: leaf.detach().cpu() for name, leaf in leaves.items()}, **options)
 
@@ -123,7 +129,7 @@ def assert_equal_to_the_oracle(leaves: dict[str, Tensor], running: Any = None, *
         assert leaf.grad.dtype == leaf.dtype
         # Sums over the batch that cancel keep the rounding of their terms.
         torch.testing.assert_close(
-            leaf.grad.cpu().double(),
+            gradient(leaf),
             getattr(expected, name),
             rtol=1e-5,
             atol=2e-5,
@@ -192,7 +198,7 @@ def test_however_it_is_cut(
     assert_equal_to_the_oracle(leaves, gate="softmax", branches=BRANCHES)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(5))
 def test_random_problems_equal_the_oracle(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     draw = random.Random(seed)
     cut_small(monkeypatch, draw.choice([8, 32]), draw.choice([4, 32]), draw.choice([1, 6]))
@@ -203,7 +209,8 @@ def test_random_problems_equal_the_oracle(seed: int, monkeypatch: pytest.MonkeyP
     leaves = problem(shape, gate, branches, last=len(shape) > 3 and draw.random() < 0.5)
     # A single value per channel has no moments of a batch.
     running = running_statistics(shape[1]) if shape[0] * positions == 1 or draw.random() < 0.5 else None
-    assert_equal_to_the_oracle(leaves, running, gate=gate, branches=branches)
+    # A large eps: two values that happen to lie close together make any float32 lose digits.
+    assert_equal_to_the_oracle(leaves, running, gate=gate, branches=branches, eps=0.1)
 
 
 UNIFORM, VERTEX = [1 / 3] * 3, [0.0, 0.0, 1.0]
@@ -237,15 +244,15 @@ def test_errors_are_at_most_twice_those_of_batch_norm(
     truth_of_theirs, expected_of_theirs = expected_of(theirs | at_vertex, dy, gate="simplex")
 
     def errors(leaves: dict[str, Tensor], y: Tensor, truth: Tensor, expected: oracles.Gradients) -> dict[str, float]:
-        of_gradients = {name: oracles.relative_error(leaf.grad.cpu(), getattr(expected, name)) for name, leaf in leaves.items()}  # type: ignore[union-attr]  # fmt: skip
-        return {"y": oracles.relative_error(y.cpu(), truth), **of_gradients}
+        pairs = {name: (gradient(leaf), getattr(expected, name)) for name, leaf in leaves.items()}
+        return {name: oracles.relative_error(*pair) for name, pair in {"y": (y.cpu(), truth), **pairs}.items()}
 
     allowed = errors(theirs, y_of_theirs.detach(), truth_of_theirs, expected_of_theirs)
     for name, error in errors(ours, y, truth, expected).items():
         rounding = torch.finfo(dtype if name in ("x", "y") else torch.float32).eps
         assert error <= 2 * max(allowed[name], rounding), name
     for name, gate in gates.items():
-        torch.testing.assert_close(gate.grad.cpu().double(), getattr(expected, name), rtol=1e-3, atol=2e-4 * (1 + ratio))  # type: ignore[union-attr]  # fmt: skip
+        torch.testing.assert_close(gradient(gate), getattr(expected, name), rtol=1e-3, atol=2e-4 * (1 + ratio))
 
 
 @pytest.mark.parametrize("vertex", range(3), ids=BRANCHES)
@@ -284,7 +291,7 @@ def test_infinite_constants_without_a_share_are_silenced() -> None:
     finite = oracles.Constants(torch.zeros(3).double(), torch.ones(3).double())
     expected_y, expected = expected_of(leaves, dy, gate="simplex", constants=finite)
     torch.testing.assert_close(y.cpu().double(), expected_y, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(leaves["x"].grad.cpu().double(), expected.x, rtol=1e-5, atol=1e-5)  # type: ignore[union-attr]
+    torch.testing.assert_close(gradient(leaves["x"]), expected.x, rtol=1e-5, atol=1e-5)
     assert all(bool(leaves[name].grad.isfinite().all()) for name in GATE_PARAMETERS)  # type: ignore[union-attr]
 
 
@@ -310,7 +317,7 @@ def test_no_gradient_is_made_that_nobody_wants(frozen: str) -> None:
     for name, leaf in leaves.items():
         assert (leaf.grad is None) == (name in chosen)
         if leaf.grad is not None:
-            torch.testing.assert_close(leaf.grad.cpu().double(), getattr(expected, name), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(gradient(leaf), getattr(expected, name), rtol=1e-5, atol=1e-5)
 
 
 def test_parameters_may_have_another_dtype_than_x() -> None:
@@ -324,19 +331,22 @@ def test_parameters_may_have_another_dtype_than_x() -> None:
     for name, leaf in leaves.items():
         assert leaf.grad is not None
         assert leaf.grad.dtype == leaf.dtype
-        assert oracles.relative_error(leaf.grad.cpu(), getattr(expected, name)) < 5e-3
+        assert oracles.relative_error(gradient(leaf), getattr(expected, name)) < 5e-3
 
 
 @pytest.mark.parametrize("expanded", [True, False])
-def test_gradients_and_inputs_of_any_strides_are_met(expanded: bool) -> None:
+def test_gradients_inputs_and_parameters_of_any_strides_are_met(expanded: bool) -> None:
     leaves = problem((2, 3, 4), "softmax", BRANCHES)
     if not expanded:
         leaves["x"] = torch.randn(4, 3, 2).permute(2, 1, 0).to(DEVICE).requires_grad_()
+        leaves |= {
+            name: torch.rand(3, 2, device=DEVICE)[:, 0].requires_grad_() for name in ("weight", *GATE_PARAMETERS)
+        }
     dy = torch.randn(2, 1, 4).expand(2, 3, 4) if expanded else torch.randn(4, 3, 2).permute(2, 1, 0)
     y = normalised(leaves, dy)
     expected_y, expected = expected_of(leaves, dy, gate="softmax")
     torch.testing.assert_close(y.cpu().double(), expected_y, rtol=3e-6, atol=3e-6)
-    torch.testing.assert_close(leaves["x"].grad.cpu().double(), expected.x, rtol=1e-5, atol=1e-5)  # type: ignore[union-attr]
+    torch.testing.assert_close(gradient(leaves["x"]), expected.x, rtol=1e-5, atol=1e-5)
 
 
 def test_the_moments_of_the_batch_are_recorded_in_float32() -> None:

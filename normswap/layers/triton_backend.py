@@ -109,6 +109,11 @@ def _device_of(x: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(x.device)
 
 
+def _dense(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Parameters and constants as kernels read them: entry after entry."""
+    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
+
+
 def _options(mixing: Mixing, constants: Moments | None) -> dict[str, Any]:
     return {"SIMPLEX": mixing.gate == "simplex", "CONSTANT": constants is not None, **_used(mixing.branches)}
 
@@ -166,11 +171,7 @@ def forward(
             mean,
             var,
             workspace,
-            *(constants or (None, None)),
-            mean_point,
-            var_point,
-            weight,
-            bias,
+            *_dense(*(constants or (None, None)), mean_point, var_point, weight, bias),
             samples,
             channels,
             units,
@@ -208,16 +209,18 @@ def backward(
     by_sample = cut.sample_programs if options["LN"] else 0
     pools = by_sample + (cut.channel_programs if options["BN"] and constants is None else 0)
     gates = wanted[1] or wanted[2]
-    dx, mean_gradient, var_gradient, weight_gradient = (
-        torch.empty_like(tensor) if want and tensor is not None else None
-        for tensor, want in zip((x, mean_point, var_point, weight), wanted[:4], strict=True)
+    dx = torch.empty_like(x) if wanted[0] else None
+    mean_gradient, var_gradient, weight_gradient = (
+        tensor.new_empty(tensor.shape) if want and tensor is not None else None
+        for tensor, want in zip((mean_point, var_point, weight), wanted[1:4], strict=True)
     )
     bias_gradient = saved.mean.new_empty(channels) if wanted[4] else None
     workspace = saved.mean.new_empty(
         4 * (samples + channels) + 2 * table * (1 + cut.splits) + 3 * cut.sample_programs + 2 * cut.channel_programs
     )
     units = cut.positions // cut.tile["UNIT"]
-    fixed = constants or (None, None)
+    # Constants, gate parameters and weight.
+    given = _dense(*(constants or (None, None)), mean_point, var_point, weight)
     with _device_of(x):
         sums_kernel[(pools + cut.row_programs,)](
             dy,
@@ -239,10 +242,7 @@ def backward(
         pulls_kernel[(cut.sample_programs + cut.channel_programs,)](
             *saved,
             workspace,
-            *fixed,
-            mean_point,
-            var_point,
-            weight,
+            *given,
             weight_gradient,
             bias_gradient,
             samples,
@@ -263,10 +263,7 @@ def backward(
                 dx,
                 *saved,
                 workspace,
-                *fixed,
-                mean_point,
-                var_point,
-                weight,
+                *given,
                 mean_gradient,
                 var_gradient,
                 samples,
