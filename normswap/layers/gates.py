@@ -59,8 +59,8 @@ class GatedModule(nn.Module):
         """
         if self.gate != "simplex":
             return
-        points = [point for name in GATE_PARAMETERS if (point := getattr(self, name)).requires_grad]
-        points = [point for point in points if not (can_read(point) and lies_on_simplex(point))]
+        points = [getattr(self, name) for name in GATE_PARAMETERS]
+        points = [p for p in points if p.requires_grad and not (can_read(p) and lies_on_simplex(p))]
         if not points or project_points(points, self.branches):
             return
         with torch.no_grad():

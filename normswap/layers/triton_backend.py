@@ -72,12 +72,11 @@ def _cut(
     tiles = math.ceil(positions / block_p)
     span = math.ceil(tiles / min(tiles, most, math.ceil(programs / rows))) * block_p
     splits = math.ceil(positions / span)
-    # Of a table whose entries come in parts, a tile holds fewer entries.
+    # Of a table whose entries come in parts, a tile holds fewer entries. Sizes are few: each is a kernel to compile.
     entries = max(table_tile // _power(splits), 1)
-    ln_lanes = min(_power(channels), entries)
-    ln_rows = min(_power(samples), max(entries // ln_lanes, 1))
-    bn_lanes = min(_power(samples), max(entries // 8, 1))
-    bn_rows = min(_power(channels), max(entries // bn_lanes, 1))
+    ln_lanes = min(_power(channels, 8), entries)
+    bn_lanes = min(_power(samples, 8), max(entries // 8, 1))
+    ln_rows, bn_rows = entries // ln_lanes, entries // bn_lanes
     return Cut(
         positions,
         splits,
@@ -91,9 +90,10 @@ def _cut(
     )
 
 
-def _power(count: int) -> int:
-    """Return the smallest power of two that is not below `count`."""
-    return 1 << (count - 1).bit_length()
+def _power(count: int, of: int = 2) -> int:
+    """Return the smallest power of two, or of a power of two, that is not below `count`."""
+    step = of.bit_length() - 1
+    return 1 << math.ceil((count - 1).bit_length() / step) * step
 
 
 def _cut_of(x: Tensor) -> Cut:

@@ -213,7 +213,7 @@ def _tile(pid, channels, positions, span, splits, LAST: tl.constexpr, BLOCK_C: t
     return n, first + rows, part, begin, end, base, offsets
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table"])
 def moments_kernel(
     x, mean, var, channels, units, span, splits, table,
     UNIT: tl.constexpr, LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
@@ -301,7 +301,7 @@ def _pool_table(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["samples", "table", "by_sample"])
 def pool_kernel(
     mean, var, in_mean, in_var, workspace, samples, channels, table, span, positions, by_sample,
     STORE: tl.constexpr, SPLITS: tl.constexpr,
@@ -314,7 +314,7 @@ def pool_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["samples"])
 def affine_kernel(
     x, y, in_mean, in_var, workspace, constant_mean, constant_var, mean_point, var_point, weight, bias,
     samples, channels, units, span, splits, eps,
@@ -351,7 +351,7 @@ def affine_kernel(
 # --- backward --------------------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["samples", "table", "by_sample", "pools"])
 def sums_kernel(
     dy, x, in_mean, in_var, workspace, samples, channels, units, span, splits, table, by_sample, pools,
     UNIT: tl.constexpr, LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
@@ -494,7 +494,7 @@ def _pull_along_samples(
     tl.store(parts + 2 * pid + 1, tl.sum(by_var_bn))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["samples", "table", "by_sample"])
 def pulls_kernel(
     in_mean, in_var, workspace, constant_mean, constant_var, mean_point, var_point, weight,
     weight_gradient, bias_gradient, samples, channels, positions, splits, table, by_sample, eps,
@@ -536,7 +536,7 @@ def _sum_of(parts, count, step, LANES: tl.constexpr):
     return tl.sum(total, axis=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["samples", "table", "by_sample", "by_channel"])
 def gradient_kernel(
     dy, x, dx, in_mean, in_var, workspace, constant_mean, constant_var, mean_point, var_point, weight,
     mean_gradient, var_gradient, samples, channels, units, span, splits, table, by_sample, by_channel, eps,
