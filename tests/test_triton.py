@@ -477,7 +477,8 @@ def test_a_vertex_survives_training_bit_for_bit_and_trains_as_batch_norm() -> No
 # --- choice ----------------------------------------------------------------------------------------------------------
 
 
-def test_on_a_gpu_it_is_the_default_but_for_float64() -> None:
+def test_on_a_gpu_it_is_the_default_but_for_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_can_compile_for", lambda device: True)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         stub: Any = SimpleNamespace(dtype=dtype, device=torch.device("cuda"))
         assert fused_backend(stub) is triton_backend.TRITON
@@ -485,6 +486,17 @@ def test_on_a_gpu_it_is_the_default_but_for_float64() -> None:
     assert fused_backend(double) is None
     with use_backend("triton"):
         assert fused_backend(double) is None
+
+
+@pytest.mark.parametrize(("capability", "backend"), [((6, 1), None), ((7, 0), "triton"), ((9, 0), "triton")])
+def test_a_gpu_that_triton_does_not_compile_for_gets_the_reference(
+    capability: tuple[int, int], backend: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatch, "_can_compile_for", dispatch._can_compile_for.__wrapped__)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    stub: Any = SimpleNamespace(dtype=torch.float32, device=torch.device("cuda"))
+    found = fused_backend(stub)
+    assert (found and found.name) == backend
 
 
 def test_without_triton_a_gpu_gets_the_reference_and_asking_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

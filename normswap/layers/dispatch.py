@@ -2,8 +2,8 @@
 
 `reference` is the plain formula, differentiable to any order and by any transform; compilers, exporters, tracers and
 `torch.func` always get it, and so fuse or differentiate it themselves. `native` is made of ATen kernels and the default
-on CPU. `triton` is the default on CUDA, for float32 and half precision and where Triton can be imported. Force one by
-`use_backend(name)` or the environment variable NORMSWAP_BACKEND.
+on CPU. `triton` is the default on CUDA, for float32 and half precision, where Triton can be imported and compiles for
+the device. Force one by `use_backend(name)` or the environment variable NORMSWAP_BACKEND.
 """
 
 import os
@@ -41,6 +41,12 @@ def _triton() -> Backend:
 @cache
 def _has_triton() -> bool:
     return find_spec("triton") is not None
+
+
+@cache
+def _can_compile_for(device: torch.device) -> bool:
+    """Triton compiles for devices from compute capability 7 on."""
+    return torch.cuda.get_device_capability(device) >= (7, 0)
 
 
 # By name: how to get it. What needs a compiler of its own is imported at its first use.
@@ -96,7 +102,7 @@ def fused_backend(x: Tensor) -> Backend | None:
 
 
 def _triton_for(x: Tensor, asked_for: bool) -> Backend | None:
-    if x.dtype == torch.float64 or not (asked_for or _has_triton()):
+    if x.dtype == torch.float64 or not (asked_for or (_has_triton() and _can_compile_for(x.device))):
         return None
     backend = _triton()
     if x.device.type != "cuda" and not interpreted():

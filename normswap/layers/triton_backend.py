@@ -43,7 +43,7 @@ _MOST_SPLITS = 128
 
 
 class Cut(NamedTuple):
-    """How an activation and its (N, C) table are cut into tiles; the last three are those of kernels' arguments."""
+    """How an activation and its (N, C) table are cut; `tile` and `tables` are the constants of kernels that say so."""
 
     positions: int
     splits: int
