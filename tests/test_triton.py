@@ -143,15 +143,20 @@ def running_statistics(channels: int) -> oracles.Constants:
     return oracles.Constants(torch.randn(channels).double(), torch.rand(channels).double() + 0.5)
 
 
-# Every set of branches meets both gates, batch statistics and constants, and with them shapes and layouts in turn.
-SHAPES = [((2, 5, 3, 3), True), ((2, 3, 7), False), ((1, 3, 2, 5), False), ((2, 1, 2, 2), False)]
-SHAPES += [((2, 3, 2, 1, 3), True), ((1, 2, 3, 2, 2), False)]
-ONE_POSITION = [((5, 4), False), ((3, 2, 1, 1), False)]
-CASES = [
-    pytest.param(gate, branches, constant, *shape, id=f"{gate}, {'+'.join(branches)}, {constant}, {shape}")
-    for number, (branches, gate) in enumerate(itertools.product(BRANCH_SETS, GATES))
-    for constant in [number % 4 in (1, 2)]
-    for shape in [SHAPES[number % len(SHAPES)] if "in" in branches else (SHAPES + ONE_POSITION)[-1 - number % 4]]
+# (gate, branches, the `bn` branch has constants, shape, channels_last): every set of branches, rank and layout.
+CASES: list[tuple[str, tuple[str, ...], bool, tuple[int, ...], bool]] = [
+    ("simplex", ("in",), False, (2, 5, 3, 3), True),
+    ("simplex", ("ln",), False, (5, 4), False),
+    ("simplex", ("bn",), False, (3, 2, 1, 1), False),
+    ("simplex", ("in", "ln"), False, (2, 3, 2, 1, 3), True),
+    ("softmax", ("in", "ln"), False, (2, 3, 7), False),
+    ("simplex", ("in", "bn"), False, (1, 3, 2, 5), False),
+    ("softmax", ("in", "bn"), True, (2, 1, 2, 2), False),
+    ("simplex", ("ln", "bn"), True, (5, 4), False),
+    ("softmax", ("ln", "bn"), False, (2, 3, 2, 1, 3), True),
+    ("simplex", BRANCHES, True, (1, 2, 3, 2, 2), False),
+    ("softmax", BRANCHES, True, (2, 5, 3, 3), True),
+    ("softmax", BRANCHES, False, (2, 3, 7), False),
 ]
 
 
