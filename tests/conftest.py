@@ -1,12 +1,17 @@
 """What holds for every test: one thread, the same random numbers, and the same warnings whatever ran before."""
 
 import gc
+import os
 from collections.abc import Generator
 
 import pytest
 import torch
 
 torch.set_num_threads(1)  # also while tests are collected: each core has a worker of its own
+
+# Without a GPU, Triton's kernels are interpreted: asked for before whichever test imports Triton first.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.hookimpl(wrapper=True)

@@ -308,7 +308,7 @@ def test_use_backend_is_undone_and_nests() -> None:
 
 
 def test_unknown_backends_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    message = "use_backend: expected one of ('reference', 'native'), got 'cudnn'"
+    message = "use_backend: expected one of ('reference', 'native', 'triton'), got 'cudnn'"
     with pytest.raises(LayerError, match=re.escape(message)), normswap.use_backend("cudnn"):
         pass
     monkeypatch.setattr(dispatch, "_from_environment", "fast")

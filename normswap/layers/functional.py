@@ -67,8 +67,9 @@ def switch_norm(
 
     Raises:
         LayerError: an unknown option, or gate parameters of another shape than (K,); x is not floating or has
-            another rank or number of channels; one spatial position meets weight on `in`; the `bn` branch has
-            neither running statistics nor more than one value per channel.
+            another rank or number of channels; one spatial position meets weight on `in` (told on CPU only, since
+            it means reading the weights: elsewhere the variance of `in` is 0 there, and y finite); the `bn` branch
+            has neither running statistics nor more than one value per channel.
     """
     check_gate(gate)
     check_bn_statistics(bn_statistics)
@@ -122,8 +123,8 @@ def _empty_output(x: Tensor, parameters: list[Tensor | None]) -> Tensor:
 
 
 def _refuse_single_position(x: Tensor, gates: tuple[Tensor, Tensor], mixing: Mixing) -> None:
-    # Reading the weights would break a compiled graph, and meta tensors have none.
-    if torch.compiler.is_compiling() or x.is_meta:
+    # Reading the weights would break a compiled graph or wait for a device, and meta tensors have none.
+    if torch.compiler.is_compiling() or x.is_meta or any(gate.device.type != "cpu" for gate in gates):
         return
     if any(read_shares(gate.detach(), mixing).in_ != 0 for gate in gates):
         raise LayerError(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from normswap.layers.adoption import GATE_PARAMETERS
-from normswap.layers.dispatch import can_read
+from normswap.layers.dispatch import can_read, project_points
 from normswap.layers.importance import BnStatistics, Branch, Gate, importance_weights
 from normswap.layers.mixing import lies_on_simplex
 
@@ -54,17 +54,19 @@ class GatedModule(nn.Module):
     def project_gates(self) -> None:
         """Put trained simplex points back on the simplex: the second half of projected gradient descent.
 
-        A point that can be read and lies there is left alone, so that a second forward pass before a backward pass
-        does not count as a change.
+        A point that lies there is left alone, so that a second forward pass before a backward pass does not count as a
+        change; it has to be readable at no cost, or met by a kernel that reads it on its device.
         """
         if self.gate != "simplex":
             return
-        for name in GATE_PARAMETERS:
-            point = getattr(self, name)
-            if point.requires_grad and not (can_read(point) and lies_on_simplex(point)):
-                with torch.no_grad():
-                    # Read as the forward pass reads it: a half-precision point is projected in float32.
-                    point.copy_(importance_weights(point, self.gate))
+        points = [getattr(self, name) for name in GATE_PARAMETERS]
+        points = [p for p in points if p.requires_grad and not (can_read(p) and lies_on_simplex(p))]
+        if not points or project_points(points, self.branches):
+            return
+        with torch.no_grad():
+            for point in points:
+                # Read as the forward pass reads it: a half-precision point is projected in float32.
+                point.copy_(importance_weights(point, self.gate))
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
