@@ -586,13 +586,13 @@ def test_a_proof_that_fails(folder: Path) -> None:
 
 
 def test_a_proof_that_fails_without_a_known_reason(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    measure = verification.verify
+    measure = verification.verify_in_place
 
     def fail(*arguments: Any, **options: Any) -> verification.Verification:
         found = measure(*arguments, **options)
         checks = (dataclasses.replace(found.checks[0], error=0.5, passed=False), *found.checks[1:])
         return dataclasses.replace(found, passed=False, checks=checks)
 
-    monkeypatch.setattr(verification, "verify", fail)
+    monkeypatch.setattr(verification, "verify_in_place", fail)
     message = "nothing written: the converted model is not the same function (outputs in evaluation): --exclude the"
     assert_refused(folder, CONVERT, 1, message)

@@ -13,7 +13,7 @@ import torch
 import zoo
 from torch import Tensor, nn
 
-from normswap import Verification, convert, verify
+from normswap import Verification, convert, use_backend, verify
 from normswap.comparison import VectorDistance, absolute, distance, shared, worst
 from normswap.errors import ModelError
 from normswap.site_watch import SiteError
@@ -70,9 +70,10 @@ def test_a_correct_conversion_passes_with_everything_told() -> None:
     assert 0 < proof.max_rel_error < 1e-13
     assert 0 < proof.max_abs_error < 1e-12
     assert proof.fp32_error is not None
-    assert 0 < proof.fp32_error < 1e-5
+    # In evaluation a site at its vertex is batch normalization bit for bit.
+    assert proof.fp32_error == 0
     assert [site.fqn for site in proof.sites] == ["bn1", "block"]
-    assert all(0 < site.evaluation < 1e-14 and 0 < site.training < 1e-14 for site in proof.sites)  # type: ignore[operator]
+    assert all(site.evaluation == 0 and 0 < site.training < 1e-14 for site in proof.sites)  # type: ignore[operator]
     assert {(check.limit, check.own_response, check.note) for check in proof.checks} == {(LAW_TOLERANCE, None, "")}
 
 
@@ -220,7 +221,8 @@ class Chaotic(nn.Module):
 def test_a_chaotic_model_is_judged_by_its_own_response() -> None:
     torch.manual_seed(0)
     original, x = zoo.randomise(Chaotic()), zoo.IMAGE()
-    proof = verify(original, convert(original, x).model, [x])
+    with use_backend("reference"):  # rounds otherwise than batch normalization
+        proof = verify(original, convert(original, x).model, [x])
     outputs = proof.checks[0]
     assert proof.passed
     assert outputs.error is not None
