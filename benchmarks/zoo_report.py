@@ -29,7 +29,7 @@ _WANTED_SHARE = 99.5
 _METHOD = """
 Each model is built with random parameters; its batch norms get random weights and biases, and statistics near those
 of the input, but disturbed. It is planned and converted with an example input of batch 2 and held against laws 1-5 of
-`architecture.md`: law 1 in float64 up to 50 or 100 million parameters, else in float32 (listed below), in evaluation
+`architecture.md`: law 1 in float64, or in float32 where that is listed below with the reason, in evaluation
 and in training, with a fixed seed. The input has the smaller of the model's default size and 128 px where it runs at
 that; where that takes more than 0.3 G multiply-adds it has 64 px, and what the model then amplifies too much to be
 judged is repeated at the full size. `coverage.json` tells the input of each. Where laws 1 and 3 have not been run yet,
