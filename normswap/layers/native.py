@@ -52,6 +52,7 @@ def backward(
     x = laid_out(x)
     dy = laid_out_like(dy, x)
     shares = read_shares(mean_point, mixing), read_shares(var_point, mixing)
+    saved = Moments(*(moment.contiguous() for moment in saved))  # hooks on saved tensors may have laid them out anew
     site = Site(saved, constants, _parameter(weight, x), None, *shares, mixing)
     if compiled.serves_whole(x):
         dx, means, variances, *affine = compiled.differentiate(dy, x, site, wanted=wanted[0])
