@@ -27,6 +27,7 @@ from normswap.layers import dispatch
 from normswap.layers.adoption import GATE_PARAMETERS
 from normswap.layers.dispatch import fused_backend, use_backend
 from normswap.layers.functional import switch_norm
+from normswap.layers.fused import Inputs
 from normswap.layers.importance import BRANCHES, GATES
 from normswap.layers.mixing import Mixing
 from normswap.layers.modules import SwitchNorm2d
@@ -363,21 +364,22 @@ def test_the_moments_of_the_batch_are_recorded_in_float32() -> None:
     x = torch.randn(2, 3, 5, device=DEVICE).half()
     mixing = Mixing("simplex", BRANCHES, 1e-5)
     vertex = torch.tensor([1.0, 0.0, 0.0], device=DEVICE)
-    _, batch, saved = triton_backend.forward(x, vertex, vertex, None, None, None, mixing)
+    _, batch, saved = triton_backend.forward(Inputs(x, vertex, vertex, None, None, None, mixing))
     assert batch is not None
     assert all(table.dtype == torch.float32 for table in (*batch, *saved))
     torch.testing.assert_close(batch.mean, x.float().mean((0, 2))[None], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(batch.var, x.float().var((0, 2), correction=0)[None], rtol=1e-5, atol=1e-6)
     constants = Moments(torch.zeros(1, 3, device=DEVICE), torch.ones(1, 3, device=DEVICE))
-    assert triton_backend.forward(x, vertex, vertex, None, None, constants, mixing).batch is None
+    assert triton_backend.forward(Inputs(x, vertex, vertex, None, None, constants, mixing)).batch is None
 
 
 def test_one_position_leaves_in_no_variance_and_y_finite() -> None:
     """On CPU `switch_norm` refuses this before any backend is asked; elsewhere it would have to wait to know."""
     x, uniform = torch.randn(3, 4, 1, device=DEVICE), torch.full((3,), 1 / 3, device=DEVICE)
     mixing = Mixing("simplex", BRANCHES, 1e-5)
-    y, _, saved = triton_backend.forward(x, uniform, uniform, None, None, None, mixing)
-    found = triton_backend.backward(x, x, uniform, uniform, None, None, saved, mixing, (True, True, True, False, False))
+    inputs = Inputs(x, uniform, uniform, None, None, None, mixing)
+    y, _, saved = triton_backend.forward(inputs)
+    found = triton_backend.backward(x, inputs, saved, (True, True, True, False, False))
     assert bool((saved.var == 0).all())
     assert all(bool(tensor.isfinite().all()) for tensor in (y, *found[:3]))  # type: ignore[union-attr]
 
@@ -466,7 +468,7 @@ def test_a_gate_that_is_not_a_number_is_not_hidden(gate: str) -> None:
     x, point = torch.randn(1, 2, 3, device=DEVICE), torch.tensor([0.2, float("nan"), 0.5], device=DEVICE)
     fine = torch.full((3,), 1 / 3, device=DEVICE)
     mixing = Mixing(gate, BRANCHES, 1e-5)  # type: ignore[arg-type]
-    assert bool(triton_backend.forward(x, point, fine, None, None, None, mixing).y.isnan().all())
+    assert bool(triton_backend.forward(Inputs(x, point, fine, None, None, None, mixing)).y.isnan().all())
 
 
 def test_a_vertex_survives_training_bit_for_bit_and_trains_as_batch_norm() -> None:
@@ -552,12 +554,14 @@ def compile_only(self, *args, grid, warmup, **options):
 JITFunction.run = compile_only
 
 from normswap.layers import triton_backend
+from normswap.layers.fused import Inputs
 from normswap.layers.mixing import Mixing
 triton_backend._TILE = triton_backend._TABLE_TILE = 128
 x, point, weight = torch.empty(1, 2, 20, 20, dtype=torch.bfloat16), torch.empty(3), torch.empty(2)
 mixing = Mixing("simplex", ("in", "ln", "bn"), 1e-5)
-y, _, saved = triton_backend.forward(x, point, point, weight, weight, None, mixing)
-triton_backend.backward(y, x, point, point, weight, None, saved, mixing, (True,) * 5)
+inputs = Inputs(x, point, point, weight, weight, None, mixing)
+y, _, saved = triton_backend.forward(inputs)
+triton_backend.backward(y, inputs, saved, (True,) * 5)
 triton_backend.project_points([point, point], mixing.branches)
 """
 

@@ -89,7 +89,7 @@ static inline void mixed(const Site *s, const Pools *p, Py_ssize_t n, Py_ssize_t
     *rstd = 1 / sqrt(mix(s->variances, get(s->var, i, s->wide), p->ln_var[n], p->bn_var[c]) + s->eps);
 }
 
-/* Read what every function is given first; return how many arguments that were. */
+/* Read what every function is given first: so many arguments of the `wanted` ones. */
 enum { SITE_ARGUMENTS = 16 };
 
 static int read_site(PyObject *const *args, Py_ssize_t count, Py_ssize_t wanted, Site *s) {
@@ -307,6 +307,9 @@ enum { BLOCK = 16 };
 #define AT(table, bytes) ((void *)((char *)(table) + (bytes)))
 #define TYPED(function, wide, ...) ((wide) ? function##_double(__VA_ARGS__) : function##_float(__VA_ARGS__))
 
+/* Bytes of one row of a table (N, C). */
+static Py_ssize_t line_of(const Site *s) { return s->channels * (s->wide ? sizeof(double) : sizeof(float)); }
+
 static int read_shape(PyObject *const *args, const Site *s, Shape *shape) {
     shape->samples = s->samples;
     shape->channels = s->channels;
@@ -326,8 +329,7 @@ static PyObject *normalise(PyObject *self, PyObject *const *args, Py_ssize_t cou
         read_pointers(args + SITE_ARGUMENTS + 2, 4, table) < 0)
         return NULL;
     const Py_ssize_t size = s.samples * s.channels;
-    const Py_ssize_t row = s.channels * shape.positions * (s.wide ? sizeof(double) : sizeof(float));
-    const Py_ssize_t line = s.channels * (s.wide ? sizeof(double) : sizeof(float));
+    const Py_ssize_t line = line_of(&s), row = line * shape.positions;
     double *scratch = malloc((size_t)(4 * s.channels) * sizeof(double));
     if (scratch == NULL)
         return PyErr_NoMemory();
@@ -340,13 +342,15 @@ static PyObject *normalise(PyObject *self, PyObject *const *args, Py_ssize_t cou
         return PyErr_NoMemory();
     double *scale = p.scratch, *shift = scale + size, *centre = shift + size;
     void *typed_scale = centre + size, *typed_shift = centre + 2 * size, *typed_centre = centre + 3 * size;
-    forward_coefficients(&s, &p, scale, shift);
-    statistics(&s, &p, centre, shift);
+    statistics(&s, &p, centre, scale);
     /* x minus the rounded mean is exact where it matters; what the rounding left out goes into the shift. */
     store(typed_centre, centre, size, s.wide);
-    for (Py_ssize_t i = 0; i < size; i++)
-        shift[i] = (get(typed_centre, i, s.wide) - centre[i]) * scale[i] +
-                   (s.bias ? get(s.bias, i % s.channels, s.wide) : 0);
+    for (Py_ssize_t i = 0; i < size; i++) {
+        const Py_ssize_t c = i % s.channels;
+        if (s.weight)
+            scale[i] *= get(s.weight, c, s.wide);
+        shift[i] = (get(typed_centre, i, s.wide) - centre[i]) * scale[i] + (s.bias ? get(s.bias, c, s.wide) : 0);
+    }
     store(typed_scale, scale, size, s.wide);
     store(typed_shift, shift, size, s.wide);
     Py_BEGIN_ALLOW_THREADS
@@ -376,8 +380,7 @@ static PyObject *differentiate(PyObject *self, PyObject *const *args, Py_ssize_t
     double shares[6], *plain = p.scratch, *scaled = plain + size, *scale = scaled + size, *slope = scale + size;
     double *shift = slope + size, *typed = shift + size, *pulls = typed + 3 * size;
     statistics(&s, &p, scale, slope);
-    const Py_ssize_t row = s.channels * shape.positions * (s.wide ? sizeof(double) : sizeof(float));
-    const Py_ssize_t line = s.channels * (s.wide ? sizeof(double) : sizeof(float));
+    const Py_ssize_t line = line_of(&s), row = line * shape.positions;
     Py_BEGIN_ALLOW_THREADS
     for (Py_ssize_t n = 0; n < s.samples; n++)
         TYPED(sums, s.wide, AT(table[0], n * row), AT(table[1], n * row), shape, scale + n * s.channels,

@@ -64,9 +64,7 @@ def scale_and_shift(site: Site) -> tuple[Tensor, Tensor, Moments | None]:
     """As `tables.scale_and_shift`."""
     table = site.moments.mean
     scale, shift = torch.empty_like(table), torch.empty_like(table)
-    batch = (
-        Moments(table.new_empty(1, table.shape[1]), table.new_empty(1, table.shape[1])) if site.takes_batch else None
-    )
+    batch = _room_for_batch(site)
     _C.scale_and_shift(*_arguments(site), scale.data_ptr(), shift.data_ptr(), *_addresses(batch))
     return scale, shift, batch
 

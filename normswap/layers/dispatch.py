@@ -19,14 +19,9 @@ from torch.autograd import forward_ad
 from normswap.errors import LayerError
 from normswap.layers.fused import Backend
 from normswap.layers.importance import Branch
+from normswap.layers.native import NATIVE
 
 _VARIABLE = "NORMSWAP_BACKEND"
-
-
-def _native() -> Backend:
-    from normswap.layers.native import NATIVE
-
-    return NATIVE
 
 
 @cache
@@ -50,7 +45,7 @@ def _can_compile_for(device: torch.device) -> bool:
 
 
 # By name: how to get it. What needs a compiler of its own is imported at its first use.
-_FUSED: Mapping[str, Callable[[], Backend]] = {"native": _native, "triton": _triton}
+_FUSED: Mapping[str, Callable[[], Backend]] = {"native": lambda: NATIVE, "triton": _triton}
 BACKENDS = ("reference", *_FUSED)
 _BY_DEVICE = {"cpu": "native", "cuda": "triton"}
 

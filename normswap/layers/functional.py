@@ -12,7 +12,7 @@ from torch import Tensor
 
 from normswap.errors import LayerError
 from normswap.layers.dispatch import compiles_operator, fused_backend, runs_now
-from normswap.layers.fused import switch_norm_fused
+from normswap.layers.fused import Inputs, switch_norm_fused
 from normswap.layers.importance import (
     BRANCHES,
     BnStatistics,
@@ -92,13 +92,13 @@ def switch_norm(
         constants = _running_moments(x, running_mean, running_var, training and bn_statistics == "batch", values)
         if training and constants is None and running_mean is not None and running_var is not None:
             record = partial(_update_running, running_mean, running_var, num_batches_tracked, momentum, values)
-    inputs = (x, mean_weight, var_weight, weight, bias, constants, mixing, record)
+    inputs = Inputs(x, mean_weight, var_weight, weight, bias, constants, mixing)
     if runs_now(x) and (backend := fused_backend(x)):
         if constants is not None and _is_fixed_batch_norm(mean_weight, var_weight, mixing):
             return _batch_norm(x, weight, bias, constants, eps)
-        return switch_norm_fused(backend, *inputs)
+        return switch_norm_fused(backend, inputs, record)
     if compiles_operator():
-        return switch_norm_operator(*inputs)
+        return switch_norm_operator(inputs, record)
     means, variances = (importance_weights(parameter, gate) for parameter in (mean_weight, var_weight))
     return switch_norm_reference(
         x, means, variances, weight, bias, constants, branches=branches, eps=eps, record=record

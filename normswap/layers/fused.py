@@ -5,8 +5,8 @@ formula is differentiated instead. Running statistics are recorded in the forwar
 gradient checkpointing runs it again only as far as backward needs it.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -15,6 +15,25 @@ from normswap.layers.importance import importance_weights
 from normswap.layers.mixing import Mixing
 from normswap.layers.moments import Moments
 from normswap.layers.reference import switch_norm_reference
+
+
+class Inputs(NamedTuple):
+    """What a layer computes y from: x (N, C, *spatial), gate parameters (K,), weight and bias (C,) or None, moments
+    (1, C) that the `bn` branch takes instead of those of the batch, and how the branches are mixed.
+    """
+
+    x: Tensor
+    mean_point: Tensor
+    var_point: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    constants: Moments | None
+    mixing: Mixing
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Those that a gradient can be asked of, in the order of `Gradients`."""
+        return self.x, self.mean_point, self.var_point, self.weight, self.bias
 
 
 class Normalised(NamedTuple):
@@ -37,36 +56,10 @@ class Gradients(NamedTuple):
     bias: Tensor | None
 
 
-class Forward(Protocol):
-    """Normalise x (N, C, *spatial) with gate parameters (K,); `constants` (1, C) are for the `bn` branch."""
-
-    def __call__(
-        self,
-        x: Tensor,
-        mean_point: Tensor,
-        var_point: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        constants: Moments | None,
-        mixing: Mixing,
-    ) -> Normalised: ...
-
-
-class Backward(Protocol):
-    """Return the gradients `wanted`, in the order of `Gradients`."""
-
-    def __call__(
-        self,
-        dy: Tensor,
-        x: Tensor,
-        mean_point: Tensor,
-        var_point: Tensor,
-        weight: Tensor | None,
-        constants: Moments | None,
-        saved: Moments,
-        mixing: Mixing,
-        wanted: tuple[bool, ...],
-    ) -> Gradients: ...
+# Normalise.
+Forward = Callable[[Inputs], Normalised]
+# From dy, the inputs and what `Forward` saved: the gradients wanted, in the order of `Gradients`.
+Backward = Callable[[Tensor, Inputs, Moments, tuple[bool, ...]], Gradients]
 
 
 class Backend(NamedTuple):
@@ -77,92 +70,75 @@ class Backend(NamedTuple):
     backward: Backward
 
 
-def switch_norm_fused(
-    backend: Backend,
-    x: Tensor,
-    mean_point: Tensor,
-    var_point: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    constants: Moments | None,
-    mixing: Mixing,
-    record: Callable[[Moments], None] | None = None,
-) -> Tensor:
-    """Normalise x (N, C, *spatial) by `backend`, differentiably where a gradient is wanted.
+def switch_norm_fused(backend: Backend, inputs: Inputs, record: Callable[[Moments], None] | None = None) -> Tensor:
+    """Normalise by `backend`, differentiably where a gradient is wanted.
 
     Args:
         record: is given the moments (1, C) of the batch.
     """
-    inputs = (x, mean_point, var_point, weight, bias)
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs):
-        return _Fused.apply(*inputs, constants, mixing, backend, record)  # type: ignore[no-any-return]
-    normalised = backend.forward(*inputs, constants, mixing)
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs.tensors):
+        return cast(Tensor, _Fused.apply(*inputs, backend, record))
+    return _normalised(backend, inputs, record).y
+
+
+def _normalised(backend: Backend, inputs: Inputs, record: Callable[[Moments], None] | None) -> Normalised:
+    normalised = backend.forward(inputs)
     if record is not None and normalised.batch is not None:
         record(normalised.batch)
-    return normalised.y
+    return normalised
 
 
 class _Fused(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        mean_point: Tensor,
-        var_point: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        constants: Moments | None,
-        mixing: Mixing,
-        backend: Backend,
-        record: Callable[[Moments], None] | None,
-    ) -> Tensor:
-        y, batch, saved = backend.forward(x, mean_point, var_point, weight, bias, constants, mixing)
-        if record is not None and batch is not None:
-            record(batch)
-        ctx.save_for_backward(x, mean_point, var_point, weight, bias, *saved, *(constants or ()))
-        ctx.mixing, ctx.backend = mixing, backend
-        return y
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        *values, backend, record = args
+        inputs = Inputs(*values)
+        normalised = _normalised(backend, inputs, record)
+        ctx.save_for_backward(*inputs.tensors, *normalised.saved, *(inputs.constants or ()))
+        ctx.mixing, ctx.backend = inputs.mixing, backend
+        return normalised.y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, mean_point, var_point, weight, bias, mean, var, *rest = ctx.saved_tensors
         constants = Moments(*rest) if rest else None
+        inputs = Inputs(x, mean_point, var_point, weight, bias, constants, ctx.mixing)
         wanted = ctx.needs_input_grad[:5]
         if torch.is_grad_enabled():
-            inputs = (x, mean_point, var_point, weight, bias)
-            return *differentiable_gradients(dy, inputs, constants, ctx.mixing, wanted), *_NO_GRADIENTS
-        found = ctx.backend.backward(
-            dy, x, mean_point, var_point, weight, constants, Moments(mean, var), ctx.mixing, wanted
-        )
-        parameters = (mean_point, var_point, weight, bias)
-        cast = (
-            g if g is None or g.dtype == p.dtype else g.to(p.dtype) for g, p in zip(found[1:], parameters, strict=True)
-        )
-        return found.x, *cast, *_NO_GRADIENTS
+            return *differentiable_gradients(dy, inputs, wanted), *_NO_GRADIENTS
+        found = ctx.backend.backward(dy, inputs, Moments(mean, var), wanted)
+        return *in_dtype_of(found, inputs), *_NO_GRADIENTS
 
 
 _NO_GRADIENTS = (None, None, None, None)
 
 
-def differentiable_gradients(
-    dy: Tensor,
-    inputs: tuple[Tensor | None, ...],
-    constants: Moments | None,
-    mixing: Mixing,
-    wanted: tuple[bool, ...],
-) -> tuple[Tensor | None, ...]:
-    """Return the gradients `wanted` of x, gate parameters, weight and bias with a graph of their own."""
+def in_dtype_of(gradients: Iterable[Tensor | None], inputs: Inputs) -> tuple[Tensor | None, ...]:
+    """Return gradients in the dtype of the inputs that they belong to; None for an input that is not there."""
+    return tuple(
+        gradient if gradient is None or owner is None or gradient.dtype == owner.dtype else gradient.to(owner.dtype)
+        for gradient, owner in zip(gradients, inputs.tensors, strict=True)
+    )
+
+
+def differentiable_gradients(dy: Tensor, inputs: Inputs, wanted: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+    """Return the gradients `wanted`, in the order of `Gradients`, with a graph of their own."""
     with torch.enable_grad():
         # Views: the graph built here ends at them, and not where the caller's graph goes on.
-        x, mean_point, var_point, weight, bias = (None if t is None else t.view_as(t) for t in inputs)
-        assert x is not None
-        assert mean_point is not None
-        assert var_point is not None
-        means, variances = (importance_weights(point, mixing.gate) for point in (mean_point, var_point))
+        views = (None if tensor is None else tensor.view_as(tensor) for tensor in inputs.tensors)
+        leaves = Inputs._make((*views, inputs.constants, inputs.mixing))
+        points, mixing = (leaves.mean_point, leaves.var_point), inputs.mixing
+        means, variances = (importance_weights(point, mixing.gate) for point in points)
         y = switch_norm_reference(
-            x, means, variances, weight, bias, constants, branches=mixing.branches, eps=mixing.eps
+            leaves.x,
+            means,
+            variances,
+            leaves.weight,
+            leaves.bias,
+            inputs.constants,
+            branches=mixing.branches,
+            eps=mixing.eps,
         )
-        leaves = (x, mean_point, var_point, weight, bias)
-        asked = [leaf for leaf, want in zip(leaves, wanted, strict=True) if want and leaf is not None]
+        asked = [leaf for leaf, want in zip(leaves.tensors, wanted, strict=True) if want and leaf is not None]
         found = iter(torch.autograd.grad(y, asked, dy, create_graph=True, allow_unused=True))
         return tuple(next(found) if want else None for want in wanted)

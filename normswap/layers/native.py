@@ -8,23 +8,16 @@ import torch
 from torch import Tensor
 
 from normswap.layers import compiled, tables
-from normswap.layers.fused import Backend, Gradients, Normalised
+from normswap.layers.fused import Backend, Gradients, Inputs, Normalised
 from normswap.layers.mixing import Mixing, Shares, gate_gradient, read_shares
 from normswap.layers.moments import Moments, accumulation_dtype
 from normswap.layers.passes import combine, gradient_sums, instance_moments, laid_out, laid_out_like, scale_and_shift
 from normswap.layers.tables import Site
 
 
-def forward(
-    x: Tensor,
-    mean_point: Tensor,
-    var_point: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    constants: Moments | None,
-    mixing: Mixing,
-) -> Normalised:
-    """Normalise x; see `fused.Forward`."""
+def forward(inputs: Inputs) -> Normalised:
+    """Normalise; see `fused.Forward`."""
+    x, mean_point, var_point, weight, bias, constants, mixing = inputs
     x = laid_out(x)
     rest = (_parameter(weight, x), _parameter(bias, x), read_shares(mean_point, mixing), read_shares(var_point, mixing))
     if compiled.serves_whole(x):
@@ -37,18 +30,9 @@ def forward(
     return Normalised(scale_and_shift(x, scale, shift, buffer=buffer), batch, moments)
 
 
-def backward(
-    dy: Tensor,
-    x: Tensor,
-    mean_point: Tensor,
-    var_point: Tensor,
-    weight: Tensor | None,
-    constants: Moments | None,
-    saved: Moments,
-    mixing: Mixing,
-    wanted: tuple[bool, ...],
-) -> Gradients:
+def backward(dy: Tensor, inputs: Inputs, saved: Moments, wanted: tuple[bool, ...]) -> Gradients:
     """Return the gradients; see `fused.Backward`."""
+    x, mean_point, var_point, weight, _, constants, mixing = inputs
     x = laid_out(x)
     dy = laid_out_like(dy, x)
     shares = read_shares(mean_point, mixing), read_shares(var_point, mixing)

@@ -13,28 +13,18 @@ import torch
 from torch import Tensor
 
 from normswap.layers.dispatch import fused_backend
-from normswap.layers.fused import Backend, Gradients
+from normswap.layers.fused import Backend, Gradients, Inputs, in_dtype_of
 from normswap.layers.importance import Branch, Gate
 from normswap.layers.mixing import Mixing
 from normswap.layers.moments import Moments, accumulation_dtype
 from normswap.layers.native import NATIVE
 
 
-def switch_norm_operator(
-    x: Tensor,
-    mean_point: Tensor,
-    var_point: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    constants: Moments | None,
-    mixing: Mixing,
-    record: Callable[[Moments], None] | None = None,
-) -> Tensor:
-    """Normalise x (N, C, *spatial) as one node of a graph; arguments as in `fused.switch_norm_fused`."""
-    fixed = (None, None) if constants is None else constants
-    y, batch_mean, batch_var, *_ = _forward(
-        x, mean_point, var_point, weight, bias, *fixed, mixing.gate, " ".join(mixing.branches), mixing.eps
-    )
+def switch_norm_operator(inputs: Inputs, record: Callable[[Moments], None] | None = None) -> Tensor:
+    """Normalise as one node of a graph; arguments as in `fused.switch_norm_fused`."""
+    mixing, constants = inputs.mixing, inputs.constants or (None, None)
+    options = mixing.gate, " ".join(mixing.branches), mixing.eps
+    y, batch_mean, batch_var, *_ = _forward(*inputs.tensors, *constants, *options)
     if record is not None:
         record(Moments(batch_mean, batch_var))
     return cast(Tensor, y)
@@ -53,27 +43,16 @@ def _forward(
     branches: str,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    y, batch, saved = _backend(x).forward(
-        x, mean_point, var_point, weight, bias, _moments(bn_mean, bn_var), _mixing(gate, branches, eps)
-    )
+    inputs = _inputs(x, mean_point, var_point, weight, bias, bn_mean, bn_var, gate, branches, eps)
+    y, batch, saved = _backend(x).forward(inputs)
     empty = x.new_empty((1, 0), dtype=accumulation_dtype(x))
     # An operator returns nothing that shares memory with what it was given, as the mean of one position may.
     return y, *(batch or (empty, empty.clone())), saved.mean.clone(), saved.var
 
 
 @_forward.register_fake
-def _(
-    x: Tensor,
-    mean_point: Tensor,
-    var_point: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    bn_mean: Tensor | None,
-    bn_var: Tensor | None,
-    gate: str,
-    branches: str,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    *_, bn_mean, _, _, branches, _ = rest
     taken = x.shape[1] if "bn" in branches.split() and bn_mean is None else 0
     batch, table = (x.new_empty(shape, dtype=accumulation_dtype(x)) for shape in ((1, taken), x.shape[:2]))
     return torch.empty_like(x), batch, torch.empty_like(batch), table, torch.empty_like(table)
@@ -94,36 +73,15 @@ def _backward(
     branches: str,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    found = _backend(x).backward(
-        dy,
-        x,
-        mean_point,
-        var_point,
-        weight,
-        _moments(bn_mean, bn_var),
-        Moments(mean, var),
-        _mixing(gate, branches, eps),
-        (True,) * len(Gradients._fields),
-    )
+    inputs = _inputs(x, mean_point, var_point, weight, None, bn_mean, bn_var, gate, branches, eps)
+    found = _backend(x).backward(dy, inputs, Moments(mean, var), (True,) * len(Gradients._fields))
     assert None not in found
     return cast(tuple[Tensor, Tensor, Tensor, Tensor, Tensor], tuple(found))
 
 
 @_backward.register_fake
-def _(
-    dy: Tensor,
-    x: Tensor,
-    mean_point: Tensor,
-    var_point: Tensor,
-    weight: Tensor | None,
-    bn_mean: Tensor | None,
-    bn_var: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    gate: str,
-    branches: str,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _(dy: Tensor, x: Tensor, mean_point: Tensor, var_point: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    *_, mean, _, _, _, _ = rest
     sums = mean.new_empty(mean.shape[1])
     gates = torch.empty_like(mean_point), torch.empty_like(var_point)
     return torch.empty_like(x), *gates, sums, torch.empty_like(sums)
@@ -138,10 +96,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 def _differentiate(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     x, mean_point, var_point, weight, bias, bn_mean, bn_var, mean, var = ctx.saved_tensors
-    dx, *parameters = _backward(dy, x, mean_point, var_point, weight, bn_mean, bn_var, mean, var, *ctx.options)
-    owners = (mean_point, var_point, weight, bias)
-    gradients = (None if o is None else g.to(o.dtype) for g, o in zip(parameters, owners, strict=True))
-    return dx, *gradients, None, None, None, None, None
+    found = _backward(dy, x, mean_point, var_point, weight, bn_mean, bn_var, mean, var, *ctx.options)
+    inputs = _inputs(x, mean_point, var_point, weight, bias, bn_mean, bn_var, *ctx.options)
+    there = (None if owner is None else gradient for gradient, owner in zip(found, inputs.tensors, strict=True))
+    return *in_dtype_of(there, inputs), None, None, None, None, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
@@ -152,9 +110,19 @@ def _backend(x: Tensor) -> Backend:
     return fused_backend(x) or NATIVE
 
 
-def _moments(mean: Tensor | None, var: Tensor | None) -> Moments | None:
-    return None if mean is None or var is None else Moments(mean, var)
-
-
-def _mixing(gate: str, branches: str, eps: float) -> Mixing:
-    return Mixing(cast(Gate, gate), cast(tuple[Branch, ...], tuple(branches.split())), eps)
+def _inputs(
+    x: Tensor,
+    mean_point: Tensor,
+    var_point: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    bn_mean: Tensor | None,
+    bn_var: Tensor | None,
+    gate: str,
+    branches: str,
+    eps: float,
+) -> Inputs:
+    """What the arguments of an operator say to a backend."""
+    constants = None if bn_mean is None or bn_var is None else Moments(bn_mean, bn_var)
+    mixing = Mixing(cast(Gate, gate), cast(tuple[Branch, ...], tuple(branches.split())), eps)
+    return Inputs(x, mean_point, var_point, weight, bias, constants, mixing)

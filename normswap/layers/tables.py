@@ -2,7 +2,7 @@
 
 Tables go in and out as tensors in float32 or wider. Between, they are numpy arrays in float64 on CPU, where an operator
 of numpy costs a quarter of one of torch and a small layer is made of little else, and tensors on every other device:
-what is written here holds for both. `compiled_tables.py` does the same in one call.
+what is written here holds for both. `compiled.py` does the same in one call.
 
 Backward: with p = dmu / M and q = 2 dvar / M per (n, c), M being the number of positions (Luo et al., ICLR 2019,
 appendix),

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from normswap.layers.fused import Backend, Gradients, Normalised
+from normswap.layers.fused import Backend, Gradients, Inputs, Normalised
 from normswap.layers.importance import BRANCHES, Branch
 from normswap.layers.mixing import Mixing
 from normswap.layers.moments import Moments
@@ -122,16 +122,9 @@ def _used(branches: Sequence[Branch]) -> dict[str, bool]:
     return {branch.upper(): branch in branches for branch in BRANCHES}
 
 
-def forward(
-    x: Tensor,
-    mean_point: Tensor,
-    var_point: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    constants: Moments | None,
-    mixing: Mixing,
-) -> Normalised:
-    """Normalise x; see `fused.Forward`."""
+def forward(inputs: Inputs) -> Normalised:
+    """Normalise; see `fused.Forward`."""
+    x, mean_point, var_point, weight, bias, constants, mixing = inputs
     x = laid_out(x)
     samples, channels = x.shape[:2]
     table = samples * channels
@@ -188,18 +181,9 @@ def forward(
     return Normalised(y, batch, Moments(mean, var))
 
 
-def backward(
-    dy: Tensor,
-    x: Tensor,
-    mean_point: Tensor,
-    var_point: Tensor,
-    weight: Tensor | None,
-    constants: Moments | None,
-    saved: Moments,
-    mixing: Mixing,
-    wanted: tuple[bool, ...],
-) -> Gradients:
+def backward(dy: Tensor, inputs: Inputs, saved: Moments, wanted: tuple[bool, ...]) -> Gradients:
     """Return the gradients; see `fused.Backward`."""
+    x, mean_point, var_point, weight, _, constants, mixing = inputs
     x = laid_out(x)
     dy = laid_out_like(dy, x)
     samples, channels = x.shape[:2]
