@@ -10,10 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from protocol import IMAGE_SIZE
 from torch import Tensor, nn
 
 import normswap
+from normswap.finetune.digits import IMAGE_SIZE
 
 # Batch size for re-estimating statistics: large, since no gradient needs to be held.
 _REESTIMATION_BATCH = 50

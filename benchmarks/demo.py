@@ -13,14 +13,14 @@ from pathlib import Path
 
 import torch
 from arms import ARMS, Arm
-from digits import Digits, prepare_digits
 from finetuning import Outcome, accuracy, relative_output_error, run_arm, train_source
-from protocol import DEMO_ARMS, DEMO_RATE, DEMO_SEED, FINE_TUNING, IMAGE_SIZE, architecture
+from protocol import DEMO_ARMS, DEMO_RATE, DEMO_SEED, FINE_TUNING, architecture
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
 import normswap
+from normswap.finetune.digits import IMAGE_SIZE, Digits, prepare_digits
 
 ROOT = Path(__file__).resolve().parent.parent
 OUTPUT = Path("demo-output")

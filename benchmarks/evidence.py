@@ -20,16 +20,16 @@ from typing import NamedTuple
 
 import torch
 from arms import ARMS, convert
-from digits import Digits, prepare_digits
 from evidence_records import Evidence, Parity, Section, choose, read_json, write_json
 from evidence_report import is_claim_held, write_report
 from finetuning import Outcome, accuracy, relative_output_error, run_arm, train_source
-from protocol import MAIN, OTHERS, SHIFT, SOURCE_TRAINING, SPLIT, Setting, architecture
+from protocol import MAIN, OTHERS, SOURCE_TRAINING, Setting, architecture
 from provenance import machine
 from torch import nn
 from torchvision.utils import save_image
 
 import normswap
+from normswap.finetune.digits import SHIFT, SPLIT, Digits, prepare_digits
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 Weights = dict[str, list[dict[str, float]]]

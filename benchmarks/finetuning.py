@@ -12,9 +12,10 @@ import timm
 import torch
 import torch.nn.functional as F
 from arms import Arm, batch_norms, reestimate_statistics
-from digits import Digits, Images
 from protocol import NETWORK, NETWORK_OPTIONS, SOURCE_TRAINING, FineTuning, SourceTraining
 from torch import Tensor, nn
+
+from normswap.finetune.digits import Digits, Images
 
 GATES = ("mean_weight", "var_weight")
 

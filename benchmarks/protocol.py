@@ -1,6 +1,7 @@
-"""Every number of the demo and of the fine-tuning evidence: network, data split, shift, training, learning rates.
+"""Every number of the demo and of the fine-tuning evidence: network, training, learning rates.
 
-Holds constants only. The demo and the evidence read the same ones; the evidence copies them into its report.
+Holds constants only; the data are drawn by `normswap.finetune.digits`. The demo and the evidence read the same ones;
+the evidence copies them into its report.
 """
 
 from dataclasses import dataclass
@@ -11,39 +12,6 @@ NETWORK = (
 )
 # Stride 8 leaves 4 x 4 positions at the last stage, where the smallest images would otherwise end at 1 x 1.
 NETWORK_OPTIONS = {"in_chans": 3, "num_classes": 10, "output_stride": 8}
-IMAGE_SIZE = 32
-
-# Images of the 1797 scanned digits; the six sets are disjoint.
-SPLIT = {
-    ("source", "train"): 700,
-    ("source", "validation"): 100,
-    ("source", "test"): 200,
-    ("target", "train"): 400,
-    ("target", "validation"): 147,
-    ("target", "test"): 250,
-}
-
-
-@dataclass(frozen=True)
-class Shift:
-    """How the target domain is drawn: ranges in units of the pixel range 0 to 1, each draw made per image.
-
-    Args:
-        stroke, ground: range of each colour channel of the strokes and of the ground behind them.
-        texture: standard deviation of the smooth coloured texture of the ground.
-        texture_cells: cells per side of the coarse random grid that the texture is interpolated from.
-        contrast: the image's distance from mid-grey is multiplied by a factor from this range, log-uniform.
-        brightness: largest brightness added or taken away, after the contrast.
-        noise: standard deviation of the noise per pixel and channel, before the contrast.
-    """
-
-    stroke: tuple[float, float] = (0.7, 1.0)
-    ground: tuple[float, float] = (0.0, 0.3)
-    texture: float = 0.1
-    texture_cells: int = 6
-    contrast: tuple[float, float] = (0.15, 1.0)
-    brightness: float = 0.2
-    noise: float = 0.05
 
 
 @dataclass(frozen=True)
@@ -90,7 +58,6 @@ class Setting:
     arms: tuple[str, ...]
 
 
-SHIFT = Shift()
 SOURCE_TRAINING = SourceTraining()
 FINE_TUNING = FineTuning()
 ALL_ARMS = (

@@ -13,7 +13,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import demo
 from arms import ARMS, batch_norms, reestimate_statistics
-from digits import load_ink, prepare_digits, render_target, split_indices
 from evidence_records import choose
 from finetuning import (
     Outcome,
@@ -33,12 +32,12 @@ from protocol import (
     FINE_TUNING,
     MAIN,
     OTHERS,
-    SPLIT,
     WANTED_LEAD_OVER,
     FineTuning,
     SourceTraining,
 )
 
+from normswap.finetune.digits import SPLIT, load_ink, prepare_digits, render_target, split_indices
 from normswap.surgery.gated import gated_modules, moved_sites
 
 SHORT = FineTuning(steps=3)

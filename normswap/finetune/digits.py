@@ -1,8 +1,7 @@
-"""The two domains: scikit-learn's scanned digits, clean (source) and shifted (target).
+"""Scikit-learn's 1,797 scanned digits as two domains: clean, and shifted in colour, texture, contrast and noise.
 
-The shift is one of colour, texture, contrast, brightness and noise; its numbers are in `protocol`. Splits first,
-draws after: the six sets come from disjoint images, and every draw follows from one seed. Hands on pixels in
--1 to 1 with their labels.
+Real images that need no download, for recipes that anybody can run and for measuring. Splits first, draws after: the
+six sets come from disjoint images, and every draw follows from one seed. Pixels are in -1 to 1.
 """
 
 import math
@@ -11,9 +10,20 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from protocol import IMAGE_SIZE, SHIFT, SPLIT, Shift
-from sklearn.datasets import load_digits
 from torch import Tensor
+
+IMAGE_SIZE = 32
+CLASSES = 10
+
+# Images of each set; the six are disjoint.
+SPLIT = {
+    ("source", "train"): 700,
+    ("source", "validation"): 100,
+    ("source", "test"): 200,
+    ("target", "train"): 400,
+    ("target", "validation"): 147,
+    ("target", "test"): 250,
+}
 
 
 class Images(NamedTuple):
@@ -40,15 +50,42 @@ class Digits:
     target: Domain
 
 
-def prepare_digits(*, seed: int) -> Digits:
+@dataclass(frozen=True)
+class Shift:
+    """How the target domain is drawn: ranges in units of the pixel range 0 to 1, each draw made per image.
+
+    Args:
+        stroke, ground: range of each colour channel of the strokes and of the ground behind them.
+        texture: standard deviation of the smooth coloured texture of the ground.
+        texture_cells: cells per side of the coarse random grid that the texture is interpolated from.
+        contrast: the image's distance from mid-grey is multiplied by a factor from this range, log-uniform.
+        brightness: largest brightness added or taken away, after the contrast.
+        noise: standard deviation of the noise per pixel and channel, before the contrast.
+    """
+
+    stroke: tuple[float, float] = (0.7, 1.0)
+    ground: tuple[float, float] = (0.0, 0.3)
+    texture: float = 0.1
+    texture_cells: int = 6
+    contrast: tuple[float, float] = (0.15, 1.0)
+    brightness: float = 0.2
+    noise: float = 0.05
+
+
+SHIFT = Shift()
+
+
+def prepare_digits(*, seed: int, size: int = IMAGE_SIZE) -> Digits:
     """Return both domains; the seed decides which image falls in which set, and every draw of the shift."""
     ink, labels = load_ink()
     index = split_indices(len(labels), seed=seed)
     source = {
-        part: Images(render_source(ink[i]), labels[i]) for (domain, part), i in index.items() if domain == "source"
+        part: Images(render_source(ink[i], size=size), labels[i])
+        for (domain, part), i in index.items()
+        if domain == "source"
     }
     target = {
-        part: Images(render_target(ink[i], seed=1000 * seed + draw), labels[i])
+        part: Images(render_target(ink[i], seed=1000 * seed + draw, size=size), labels[i])
         for draw, ((domain, part), i) in enumerate(index.items())
         if domain == "target"
     }
@@ -57,22 +94,24 @@ def prepare_digits(*, seed: int) -> Digits:
 
 def load_ink() -> tuple[Tensor, Tensor]:
     """Return the scanned digits: ink (1797, 1, 8, 8) from 0 to 1, and labels (1797,)."""
+    from sklearn.datasets import load_digits
+
     digits = load_digits()
     return torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16, torch.tensor(digits.target)
 
 
 def split_indices(total: int, *, seed: int) -> dict[tuple[str, str], Tensor]:
-    """Return disjoint random indices for each (domain, part) of the protocol's split."""
+    """Return disjoint random indices for each (domain, part) of the split."""
     order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
     return dict(zip(SPLIT, order[: sum(SPLIT.values())].split(list(SPLIT.values())), strict=True))
 
 
-def render_source(ink: Tensor) -> Tensor:
+def render_source(ink: Tensor, *, size: int = IMAGE_SIZE) -> Tensor:
     """Return ink (N, 1, 8, 8) as white strokes on black, (N, 3, size, size)."""
-    return _to_signed(_enlarge(ink, mode="bilinear").expand(-1, 3, -1, -1))
+    return _to_signed(_enlarge(ink, size, mode="bilinear").expand(-1, 3, -1, -1))
 
 
-def render_target(ink: Tensor, *, seed: int, shift: Shift = SHIFT) -> Tensor:
+def render_target(ink: Tensor, *, seed: int, shift: Shift = SHIFT, size: int = IMAGE_SIZE) -> Tensor:
     """Return ink (N, 1, 8, 8) as coloured strokes on a coloured, textured ground, (N, 3, size, size).
 
     Contrast and brightness differ from image to image; strokes stay lighter than the ground.
@@ -83,10 +122,10 @@ def render_target(ink: Tensor, *, seed: int, shift: Shift = SHIFT) -> Tensor:
     def uniform(low: float, high: float, channels: int) -> Tensor:
         return low + (high - low) * torch.rand(count, channels, 1, 1, generator=generator)
 
-    ink = _enlarge(ink, mode="bilinear")
+    ink = _enlarge(ink, size, mode="bilinear")
     stroke, ground = uniform(*shift.stroke, 3), uniform(*shift.ground, 3)
     coarse = torch.randn(count, 3, shift.texture_cells, shift.texture_cells, generator=generator)
-    texture = shift.texture * _enlarge(coarse, mode="bicubic")
+    texture = shift.texture * _enlarge(coarse, size, mode="bicubic")
     image = stroke * ink + (ground + texture) * (1 - ink)
     image = image + shift.noise * torch.randn(image.shape, generator=generator)
     contrast = uniform(math.log(shift.contrast[0]), math.log(shift.contrast[1]), 1).exp()
@@ -94,8 +133,8 @@ def render_target(ink: Tensor, *, seed: int, shift: Shift = SHIFT) -> Tensor:
     return _to_signed(image.clamp(0, 1))
 
 
-def _enlarge(image: Tensor, *, mode: str) -> Tensor:
-    return F.interpolate(image, size=(IMAGE_SIZE, IMAGE_SIZE), mode=mode, align_corners=False)
+def _enlarge(image: Tensor, size: int, *, mode: str) -> Tensor:
+    return F.interpolate(image, size=(size, size), mode=mode, align_corners=False)
 
 
 def _to_signed(image: Tensor) -> Tensor:
