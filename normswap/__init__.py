@@ -12,7 +12,11 @@ if TYPE_CHECKING:
     from normswap.checkpoints.saving import save as save
     from normswap.errors import NormswapError as NormswapError
     from normswap.finetune.batch_price import batch_dependence as batch_dependence
+    from normswap.finetune.engine import Outcome as Outcome
+    from normswap.finetune.engine import finetune as finetune
     from normswap.finetune.param_groups import param_groups as param_groups
+    from normswap.finetune.recipe import Recipe as Recipe
+    from normswap.finetune.recipe import read_recipe as read_recipe
     from normswap.layers.dispatch import use_backend as use_backend
     from normswap.layers.functional import switch_norm as switch_norm
     from normswap.layers.modules import SwitchNorm1d as SwitchNorm1d
@@ -44,6 +48,10 @@ _HOMES = {
     "NormswapError": "normswap.errors",
     "batch_dependence": "normswap.finetune.batch_price",
     "param_groups": "normswap.finetune.param_groups",
+    "Outcome": "normswap.finetune.engine",
+    "finetune": "normswap.finetune.engine",
+    "Recipe": "normswap.finetune.recipe",
+    "read_recipe": "normswap.finetune.recipe",
     "use_backend": "normswap.layers.dispatch",
     "switch_norm": "normswap.layers.functional",
     "SwitchNorm1d": "normswap.layers.modules",

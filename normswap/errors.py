@@ -31,8 +31,24 @@ class OptimizerError(NormswapError, ValueError):
     """An optimizer, its parameter groups or a learning rate does not fit the model."""
 
 
+class RecipeError(NormswapError, ValueError):
+    """A recipe, or one of its values, is not what fine-tuning can carry out."""
+
+
 class DataError(NormswapError, ValueError):
     """Images or labels cannot be read, or do not fit the model."""
+
+
+class TrainingError(NormswapError):
+    """A training run cannot go on; says what was kept and where."""
+
+
+class RunInterrupted(TrainingError):  # noqa: N818 - asked for
+    """A run was asked to stop, and has saved its state."""
+
+    def __init__(self, message: str, number: int | None) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + (number or 0)  # what shells use for a signal
 
 
 class CheckpointError(NormswapError):

@@ -17,6 +17,7 @@ from torch import nn
 
 from normswap.errors import DataError
 from normswap.finetune.data import DataSettings, completed, open_data
+from normswap.finetune.digits import prepare_digits
 
 # timm opens a file per image and leaves it to the garbage collector to close it.
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
@@ -53,18 +54,26 @@ def test_digits_are_the_scans_split_once_for_all() -> None:
     }
     images = torch.cat([x for batches in splits.values() for x, _ in batches])
     labels = torch.cat([y for batches in splits.values() for _, y in batches])
-    order = torch.randperm(1797, generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(1797, generator=torch.Generator().manual_seed(0))[:1000]
     truth = torch.tensor(load_digits().images, dtype=torch.float32)[order] / 16
     assert (images[:, 0] - truth).abs().max() < 1 / 255
     assert labels.equal(torch.tensor(load_digits().target)[order])
-    assert [sum(len(x) for x, _ in batches) for batches in splits.values()] == [1078, 360, 359]
+    assert [sum(len(x) for x, _ in batches) for batches in splits.values()] == [700, 100, 200]
+
+
+def test_shifted_digits_are_others_and_in_colour() -> None:
+    shifted = dict(vars(DIGITS), source="digits:shifted", image_size=(32, 32), channels=3, mean=(0.5,), std=(0.5,))
+    (images, labels), *_ = open_data(DataSettings(**shifted | {"split": "test"}))
+    drawn = prepare_digits(seed=0).target.test
+    assert (images - drawn.pixels[:100]).abs().max() < 1 / 100
+    assert labels.equal(drawn.labels[:100])
 
 
 def test_digits_take_the_form_that_a_model_asks_for() -> None:
     model = timm.create_model("test_resnet", num_classes=10)
     data = open_data(DataSettings("digits", split="test"), model=model, classes=10)
     images, labels = next(iter(data))
-    assert (images.shape, labels.shape, len(data), data.images, data.classes) == ((32, 3, 160, 160), (32,), 12, 359, 10)
+    assert (images.shape, labels.shape, len(data), data.images, data.classes) == ((32, 3, 160, 160), (32,), 7, 200, 10)
     assert (data.settings.mean, data.settings.interpolation) == (model.pretrained_cfg["mean"], "bilinear")
     grey = completed(DataSettings("digits", channels=1, mean=(0.1, 0.2, 0.6)), model)
     assert grey.mean == pytest.approx((0.3,))
@@ -206,7 +215,7 @@ def test_a_data_set_of_torchvision_is_opened_by_its_name(monkeypatch: pytest.Mon
         (
             {"source": "images"},
             "evaluation",
-            "data 'images': expected folder:PATH, digits, or a name such as torch/NAME",
+            "data 'images': expected folder:PATH, digits, digits:shifted, or a name",
         ),
         ({"source": "digits", "split": "all"}, "evaluation", "no split 'all': choose one of train, validation, test"),
         ({"source": "torch/nothing"}, "evaluation", "data 'torch/nothing': cannot be opened: .*Unknown torchvision"),

@@ -1,8 +1,9 @@
 """Architectures by name -> nn.Module: `timm:NAME`, `torchvision:NAME`, `hf:FOLDER`, `path/file.py:function`.
 
-Each may be followed by `,key=value...`. The only room that imports model zoos. Nothing is downloaded, and weights are
-random. The first three build code that is installed, so that such a name may come from a file; a Python file is run,
-which `is_foreign_code` tells, and whoever takes a name from a file has to ask for trust first.
+Each may be followed by `,key=value...`. The only room that imports model zoos. Unless published weights are asked
+for, nothing is downloaded and weights are random. The first three build code that is installed, so that such a name
+may come from a file; a Python file is run, which `is_foreign_code` tells, and whoever takes a name from a file has to
+ask for trust first.
 """
 
 import ast
@@ -13,7 +14,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -82,13 +83,27 @@ def check_architecture(text: str) -> ArchitectureName:
     return name
 
 
-def build_architecture(text: str) -> nn.Module:
+def with_keyword(text: str, key: str, value: Any) -> str:
+    """Return the architecture `text` with one keyword set."""
+    name = parse_architecture(text)
+    start = name.model if name.scheme == "file" else f"{name.scheme}:{name.model}"
+    return ",".join([start, *(f"{k}={v!r}" for k, v in {**name.keywords, key: value}.items())])
+
+
+def build_architecture(text: str, *, pretrained: bool = False) -> nn.Module:
     """Build the model that `text` names, with random weights. A Python file is run for it.
+
+    Args:
+        pretrained: fetch the published weights instead, of a timm model.
 
     Raises:
         ArchitectureError: as `check_architecture`, or the builder fails or returns no module.
     """
     name = check_architecture(text)
+    if pretrained:
+        if name.scheme != "timm":
+            raise ArchitectureError(f"{text}: published weights are fetched for timm:NAME only: give a checkpoint")
+        name = replace(name, keywords={**name.keywords, "pretrained": True})
     build = {"hf": _build_hf, "file": _build_from_file}.get(name.scheme) or _build_from_zoo
     try:
         model: object = build(name)
@@ -200,7 +215,7 @@ def _timm_names() -> list[str]:
 def _build_timm(name: str, **keywords: Any) -> nn.Module:
     import timm
 
-    model: nn.Module = timm.create_model(name, pretrained=False, **keywords)
+    model: nn.Module = timm.create_model(name, **{"pretrained": False, **keywords})
     return model
 
 

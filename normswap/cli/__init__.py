@@ -8,8 +8,10 @@ import click
 
 from normswap import __version__
 from normswap.cli.convert import convert_command
+from normswap.cli.finetune import finetune_command
 from normswap.cli.identify import identify_command
 from normswap.cli.inspect import inspect_command
+from normswap.cli.recipes import recipes_command
 from normswap.cli.verify import verify_command
 
 
@@ -23,3 +25,5 @@ main.add_command(identify_command)
 main.add_command(inspect_command)
 main.add_command(convert_command)
 main.add_command(verify_command)
+main.add_command(finetune_command)
+main.add_command(recipes_command)

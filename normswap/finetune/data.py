@@ -6,9 +6,9 @@ drawn once an epoch, and each image is augmented under a seed of its own. Data s
 `tfds/`, `hfids/`) come in timm's own order. An image that cannot be decoded is left out by timm, which warns.
 """
 
-import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from normswap.errors import DataError
+from normswap.finetune.digits import CLASSES, DigitImages, prepare_digits
+from normswap.finetune.randomness import mixed
 from normswap.modes import seeded
 from normswap.surgery.tracing import first_line
 
@@ -45,9 +47,8 @@ _SPLITS = {
     "test": ("test", "testing"),
 }
 _FOLDER = "folder:"
-_DIGITS = "digits"
-# Where in the shuffled digits each split ends, as a share of them all.
-_DIGITS_ENDS = {"train": 0.6, "validation": 0.8, "test": 1.0}
+# Scikit-learn's digits, and which domain of `normswap.finetune.digits` each is.
+_DIGITS = {"digits": "source", "digits:shifted": "target"}
 _STREAMED = ("wds/", "tfds/", "hfids/")
 _NAMED = ("torch/", "hfds/", *_STREAMED)
 
@@ -57,8 +58,8 @@ class DataSettings:
     """Which images, and how they become batches. What is None is as the model's `pretrained_cfg` says.
 
     Attributes:
-        source: `folder:PATH` with a folder per class, in PATH/SPLIT where there is one; `digits`; or a name of timm's,
-            `torch/cifar10`, `hfds/NAME`, `wds/NAME`.
+        source: `folder:PATH` with a folder per class, in PATH/SPLIT where there is one; `digits`, clean, or
+            `digits:shifted`; or a name of timm's, `torch/cifar10`, `hfds/NAME`, `wds/NAME`.
         split: `train`, `validation`, `test`, or what the data set calls it.
         root: where a data set of timm's lies, or is put if `download` is set.
         image_size: height and width in pixels.
@@ -90,7 +91,7 @@ class DataSettings:
 class _Loader(Protocol):
     """What yields the batches of an epoch, and knows how many there are where that can be known."""
 
-    def epoch(self, number: int) -> Iterator[tuple[Tensor, Tensor]]: ...
+    def epoch(self, number: int, *, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]: ...
 
     def __len__(self) -> int: ...
 
@@ -117,13 +118,16 @@ class Data:
         """Return the number of batches of an epoch."""
         return len(self.loader)
 
-    def epoch(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def epoch(self, number: int, *, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the batches of an epoch, whose order and augmentation follow from its number and the seed.
+
+        Args:
+            first: how many batches to leave out at its start.
 
         Raises:
             DataError: a label that the model has no class for, or images that cannot be read.
         """
-        for images, labels in self.loader.epoch(number):
+        for images, labels in self.loader.epoch(number, first=first):
             if self.checked_classes is not None:
                 self._check(labels, self.checked_classes)
             yield images, labels
@@ -191,7 +195,7 @@ def completed(settings: DataSettings, model: nn.Module | None) -> DataSettings:
     channels = settings.channels or told["input_size"][0]
     if channels not in (1, 3):
         raise DataError(f"expected images of 1 or 3 channels, the model takes {channels}: bring batches of your own")
-    whole = settings.source == _DIGITS  # their strokes reach the border
+    whole = settings.source in _DIGITS  # their strokes reach the border
     return replace(
         settings,
         image_size=settings.image_size or tuple(told["input_size"][1:]),
@@ -213,14 +217,14 @@ def _per_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:
 
 def _opened(settings: DataSettings) -> tuple[Any, tuple[str, ...] | None]:
     """The data set, whose `transform` is to be set, and the names of its classes where it knows them."""
-    if settings.source == _DIGITS:
-        return _Digits(settings), tuple(map(str, range(10)))
+    if settings.source in _DIGITS:
+        return _digits(settings)
     if settings.source.startswith(_FOLDER):
         return _folder(settings)
     if settings.source.lower().startswith(_NAMED):
         return _named(settings)
     raise DataError(
-        f"data {settings.source!r}: expected folder:PATH, digits, or a name such as "
+        f"data {settings.source!r}: expected folder:PATH, digits, digits:shifted, or a name such as "
         f"{', '.join(f'{start}NAME' for start in _NAMED)}"
     )
 
@@ -283,42 +287,18 @@ def _mode(settings: DataSettings) -> str:
     return "L" if settings.channels == 1 else "RGB"
 
 
-class _Digits(Dataset[Any]):
-    """scikit-learn's scanned digits, 8 x 8 pixels of grey, as images."""
-
-    def __init__(self, settings: DataSettings) -> None:
-        try:
-            from sklearn.datasets import load_digits
-        except ImportError:
-            raise DataError("data 'digits': needs scikit-learn: pip install scikit-learn") from None
-        digits = load_digits()
-        self.transform: Any = None
-        self._mode = _mode(settings)
-        self._ink = torch.tensor(digits.images / 16 * 255).round().to(torch.uint8)
-        self._labels = digits.target.tolist()
-        self._index = _digits_split(len(self._labels), settings)
-
-    def __len__(self) -> int:
-        return len(self._index)
-
-    def __getitem__(self, number: int) -> tuple[Any, int]:
-        from PIL import Image
-
-        index = self._index[number]
-        image = Image.fromarray(self._ink[index].numpy()).convert(self._mode)
-        return self.transform(image), self._labels[index]
-
-
-def _digits_split(total: int, settings: DataSettings) -> list[int]:
-    """Which digits belong to a split: a part of them all in an order that the seed decides."""
-    order = torch.randperm(total, generator=torch.Generator().manual_seed(settings.seed)).tolist()
-    start = 0
-    for name, share in _DIGITS_ENDS.items():
-        end = round(share * total)
-        if settings.split in _SPLITS[name]:
-            return order[start:end]
-        start = end
-    raise DataError(f"data 'digits': has no split {settings.split!r}: choose one of {', '.join(_DIGITS_ENDS)}")
+def _digits(settings: DataSettings) -> tuple[Any, tuple[str, ...]]:
+    try:
+        digits = prepare_digits(seed=settings.seed, size=max(settings.image_size or ()))
+    except ImportError:
+        raise DataError("data 'digits': needs scikit-learn: pip install scikit-learn") from None
+    domain = getattr(digits, _DIGITS[settings.source])
+    split = next((name for name, synonyms in _SPLITS.items() if settings.split in synonyms), None)
+    if split is None:
+        raise DataError(
+            f"data {settings.source!r}: has no split {settings.split!r}: choose one of {', '.join(_SPLITS)}"
+        )
+    return DigitImages(getattr(domain, split), _mode(settings)), tuple(map(str, range(CLASSES)))
 
 
 def _check_classes(
@@ -360,21 +340,21 @@ class _Order(Sampler[tuple[int, int]]):
     """The images of one process in the order of an epoch, each with the epoch, from which its augmentation follows."""
 
     def __init__(self, total: int, settings: DataSettings, manner: _Manner, shard: tuple[int, int]) -> None:
-        self.epoch = 0
+        self.epoch = self.first = 0
         self._total, self._seed, self._shuffled, self._shard = total, settings.seed, manner.shuffled, shard
         # All processes take the same number of steps in training; nothing is left out elsewhere.
         self._share = total // shard[1] if manner.whole_batches else len(range(shard[0], total, shard[1]))
 
     def __len__(self) -> int:
-        return self._share
+        return self._share - self.first
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         epoch, order = self.epoch, list(range(self._total))
         if self._shuffled:
-            generator = torch.Generator().manual_seed(_mixed(self._seed, epoch))
+            generator = torch.Generator().manual_seed(mixed(self._seed, epoch))
             order = torch.randperm(self._total, generator=generator).tolist()
         rank, world = self._shard
-        return iter([(epoch, index) for index in order[rank::world][: self._share]])
+        return iter([(epoch, index) for index in order[rank::world][self.first : self._share]])
 
 
 class _Augmented(Dataset[Any]):
@@ -387,7 +367,7 @@ class _Augmented(Dataset[Any]):
         epoch, index = place
         if not self._random:
             return self._dataset[index]
-        with seeded(_mixed(self._seed, epoch, index), cpu_only=True):
+        with seeded(mixed(self._seed, epoch, index), cpu_only=True):
             return self._dataset[index]
 
 
@@ -411,9 +391,12 @@ class _Epochs:
     def __len__(self) -> int:
         return len(self._loader)
 
-    def epoch(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
-        self._order.epoch = number
-        yield from _told(self._source, self._loader)
+    def epoch(self, number: int, *, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        self._order.epoch, self._order.first = number, first * (self._loader.batch_size or 1)
+        try:
+            yield from _told(self._source, self._loader)
+        finally:
+            self._order.first = 0
 
 
 class _Stream:
@@ -434,9 +417,9 @@ class _Stream:
     def __len__(self) -> int:
         return len(self._loader)
 
-    def epoch(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def epoch(self, number: int, *, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         self._dataset.set_epoch(number)
-        yield from _told(self._source, self._loader)
+        yield from islice(_told(self._source, self._loader), first, None)
 
 
 def _told(source: str, loader: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -454,8 +437,3 @@ def _timm() -> Any:
     import timm.data
 
     return timm.data
-
-
-def _mixed(*numbers: int) -> int:
-    """One seed out of several numbers."""
-    return random.Random(" ".join(map(str, numbers))).getrandbits(31)

@@ -6,11 +6,12 @@ six sets come from disjoint images, and every draw follows from one seed. Pixels
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.data import Dataset
 
 IMAGE_SIZE = 32
 CLASSES = 10
@@ -139,3 +140,26 @@ def _enlarge(image: Tensor, size: int, *, mode: str) -> Tensor:
 
 def _to_signed(image: Tensor) -> Tensor:
     return 2 * image - 1
+
+
+class DigitImages(Dataset[Any]):
+    """Drawn digits as a data set of timm's kind: what `transform` makes of an 8-bit image, and its label.
+
+    Args:
+        images: of one set.
+        mode: of Pillow, `"RGB"` or `"L"`.
+    """
+
+    def __init__(self, images: Images, mode: str) -> None:
+        self.transform: Any = None
+        self._pixels = ((images.pixels + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+        self._labels = images.labels.tolist()
+        self._mode = mode
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        from PIL import Image
+
+        return self.transform(Image.fromarray(self._pixels[index].numpy()).convert(self._mode)), self._labels[index]

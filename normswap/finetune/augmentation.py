@@ -1,0 +1,21 @@
+"""Mixing the images of a batch, by timm: mixup and cutmix."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from normswap.finetune.recipe import DataTable
+
+Mix = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def batch_mixer(data: DataTable, *, classes: int) -> Mix:
+    """Return what turns images and labels into images and targets: labels, or shares of the classes (N, classes)."""
+    if not (data.mixup or data.cutmix):
+        return lambda images, labels: (images, labels)
+    from timm.data import Mixup
+
+    # Labels are smoothed in the loss, with mixing and without it alike.
+    mixup: Any = Mixup(data.mixup, data.cutmix, label_smoothing=0.0, num_classes=classes)
+    return mixup  # type: ignore[no-any-return]

@@ -1,0 +1,351 @@
+"""finetune: a recipe carried out. One loop on accelerate, which places, casts and synchronises.
+
+Decides nothing that the recipe does not say. Every random number follows from the seed and the number of the batch, and
+every state is saved between two steps, so that an interrupted run ends with the weights of one that was not.
+"""
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from normswap.errors import RecipeError, RunInterrupted, TrainingError
+from normswap.finetune.augmentation import batch_mixer
+from normswap.finetune.batch_price import batch_dependence
+from normswap.finetune.data import Data
+from normswap.finetune.evaluation import Evaluation, evaluate, share_buffers
+from normswap.finetune.interruption import StopRequest, stop_requests
+from normswap.finetune.journal import Journal
+from normswap.finetune.optimizer import build_average, build_optimizer
+from normswap.finetune.preparation import Prepared, prepare
+from normswap.finetune.randomness import mixed, seed_generators
+from normswap.finetune.recipe import Recipe, TrainTable
+from normswap.finetune.run_state import NAME as STATE
+from normswap.finetune.run_state import RunState, read_state, write_model, write_state
+from normswap.surgery.gated import ImportanceWeights, gate_parameters, importance_weights
+
+Record = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run came to: accuracies and losses before and after, where the model is, what the gates learned."""
+
+    output: Path
+    model: Path
+    steps: int
+    seconds: float
+    before: Evaluation
+    after: Evaluation
+    importance: Mapping[str, ImportanceWeights]
+
+
+@dataclass
+class _Run:
+    """Everything that a step needs; `losses` are those that nobody has looked at yet."""
+
+    recipe: Recipe
+    accelerator: Accelerator
+    prepared: Prepared
+    network: nn.Module
+    optimizer: Any
+    schedule: LambdaLR
+    average: Any
+    steps: int
+    step: int = 0
+    seconds: float = 0.0
+    saved: int | None = None
+    before: Evaluation | None = None
+    losses: list[Tensor] = field(default_factory=list)
+
+    @property
+    def model(self) -> nn.Module:
+        return self.prepared.model
+
+    @property
+    def kept(self) -> nn.Module:
+        """The weights that are evaluated and kept."""
+        return self.average.module if self.average is not None else self.model
+
+
+def finetune(
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    trust: bool = False,
+    on_record: Callable[[Record], None] | None = None,
+    on_step: Callable[[int, int], None] | None = None,
+) -> Outcome:
+    """Carry out a recipe: load, convert and prove, train, evaluate, save.
+
+    Started by `torchrun` or `accelerate launch`, each process takes its share of every step, and the first one writes.
+    SIGINT and SIGTERM are answered after the step, once the state is saved.
+
+    Args:
+        resume: go on from the state in the folder of the run.
+        overwrite: start anew where such a state is.
+        trust: run the code that the checkpoint or its architecture names.
+        on_record: told every line of the log, in the first process.
+        on_step: told the number of steps done, and of all.
+
+    Raises:
+        RunInterrupted: a signal asked for it; the state is saved.
+        TrainingError: the loss is no number, or the log cannot be written; the last state is kept.
+        NormswapError: what reading, converting, opening data and saving raise.
+    """
+    output = recipe.output
+    state = _found_state(recipe, output, resume=resume, overwrite=overwrite)
+    accelerator = _accelerator(recipe)
+    if accelerator.is_main_process:
+        output.mkdir(parents=True, exist_ok=True)
+    run = _begin(recipe, accelerator, state, trust=trust)
+    with stop_requests() as request, _journal(run) as journal:
+
+        def tell(record: Record) -> None:
+            if journal is not None:
+                journal.write(record)
+                if on_record is not None:
+                    on_record(record)
+
+        return _carry_out(run, request, tell, on_step or (lambda *_: None))
+
+
+def is_first_process() -> bool:
+    """Say whether this is the process that writes and prints, of those that a launcher has started."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def _found_state(recipe: Recipe, output: Path, *, resume: bool, overwrite: bool) -> RunState | None:
+    if resume:
+        return read_state(output, recipe)
+    if (output / STATE).exists() and not overwrite:
+        raise TrainingError(f"{output}: holds a run already: go on with --resume, or start anew with --force")
+    return None
+
+
+def _accelerator(recipe: Recipe) -> Accelerator:
+    try:
+        accelerator = Accelerator(mixed_precision=recipe.train.precision)
+    except ValueError as error:
+        raise RecipeError(f"train.precision = {recipe.train.precision!r}: {error}") from error
+    if "FSDP" in accelerator.distributed_type or accelerator.distributed_type == "DEEPSPEED":
+        raise RecipeError(
+            f"{accelerator.distributed_type}: gates are projected in the forward pass, which sharded parameters lose: "
+            "launch with plain data parallelism (torchrun, accelerate launch --multi_gpu)"
+        )
+    return accelerator
+
+
+def _begin(recipe: Recipe, accelerator: Accelerator, state: RunState | None, *, trust: bool) -> _Run:
+    shard = accelerator.process_index, accelerator.num_processes
+    prepared = prepare(recipe, state=recipe.output / STATE if state else None, trust=trust, shard=shard)
+    model, train = prepared.model, recipe.train
+    if train.channels_last:
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model.to(accelerator.device)
+    steps = train.steps or max(1, (train.epochs or 0) * len(prepared.training) // train.accumulation)
+    average = build_average(model, train.ema_decay)
+    optimizer = build_optimizer(model, train)
+    schedule = LambdaLR(optimizer, _factor(train, steps))
+    network, prepared_optimizer = accelerator.prepare(model, optimizer)
+    run = _Run(recipe, accelerator, prepared, network, prepared_optimizer, schedule, average, steps)
+    if state is not None:
+        _restore(run, state)
+    return run
+
+
+def _factor(train: TrainTable, steps: int) -> Callable[[int], float]:
+    """The learning rate of a step as a share of the highest."""
+    least = train.min_lr / train.lr if train.lr else 0.0
+    length = max(1, steps - train.warmup_steps)
+
+    def factor(step: int) -> float:
+        if step < train.warmup_steps:
+            return (step + 1) / (train.warmup_steps + 1)
+        done = min(1.0, (step - train.warmup_steps) / length)
+        falls = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
+        return least + (1 - least) * falls[train.schedule]
+
+    return factor
+
+
+def _restore(run: _Run, state: RunState) -> None:
+    run.optimizer.load_state_dict(dict(state.optimizer))
+    run.schedule.load_state_dict(dict(state.schedule))
+    if run.average is not None and state.average is not None:
+        run.average.module.load_state_dict(state.average)
+    if run.accelerator.scaler is not None and state.scaler is not None:
+        run.accelerator.scaler.load_state_dict(dict(state.scaler))
+    run.step = run.saved = state.step
+    run.seconds = state.seconds
+    run.before = Evaluation(**state.before)
+
+
+def _journal(run: _Run) -> Any:
+    return Journal(run.recipe.output, after=run.step) if run.accelerator.is_main_process else nullcontext()
+
+
+def _carry_out(
+    run: _Run, request: StopRequest, tell: Callable[[Record], None], on_step: Callable[[int, int], None]
+) -> Outcome:
+    if run.before is None:
+        tell({"step": 0, "recipe": run.recipe.to_dict(), "processes": run.accelerator.num_processes})
+        run.before = _evaluated(run, tell)
+    _train(run, request, tell, on_step)
+    after = _evaluated(run, tell)
+    _save(run)
+    model = run.recipe.output / "model.pt"
+    if run.accelerator.is_main_process:
+        model = write_model(run.recipe.output, run.recipe, run.prepared.source, run.kept)
+    run.accelerator.wait_for_everyone()
+    return Outcome(run.recipe.output, model, run.steps, run.seconds, run.before, after, importance_weights(run.kept))
+
+
+def _train(
+    run: _Run, request: StopRequest, tell: Callable[[Record], None], on_step: Callable[[int, int], None]
+) -> None:
+    keys, accumulation = run.recipe.run, run.recipe.train.accumulation
+    batches = _batches(run.prepared.training, first=run.step * accumulation)
+    mix = batch_mixer(run.recipe.data, classes=run.prepared.classes)
+    network = [p for p in run.model.parameters() if p not in set(gate_parameters(run.model).values())]
+    run.network.train()
+    since = time.monotonic()
+    while run.step < run.steps:
+        _step(run, batches, mix, network)
+        run.step += 1
+        on_step(run.step, run.steps)
+        is_due = run.step % keys.log_every == 0
+        # A look in common makes every process wait for all, and the host for the device.
+        if is_due or run.accelerator.num_processes == 1:
+            asked = _asked_to_stop(run, request)
+            if is_due or asked:
+                run.seconds, since = run.seconds + time.monotonic() - since, time.monotonic()
+                tell(_looked(run))
+            if asked:
+                _save(run)
+                raise RunInterrupted(
+                    f"stopped after step {run.step} of {run.steps}, all is saved in {run.recipe.output}: go on with "
+                    "--resume",
+                    request.number,
+                )
+        if keys.evaluate_every and run.step % keys.evaluate_every == 0 and run.step < run.steps:
+            _evaluated(run, tell)
+        if keys.save_every and run.step % keys.save_every == 0 and run.step < run.steps:
+            _save(run)
+    run.seconds += time.monotonic() - since
+    if run.losses:
+        tell(_looked(run))
+
+
+def _batches(data: Data, *, first: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches from number `first` on, without end."""
+    epoch, start = divmod(first, len(data))
+    while True:
+        yield from data.epoch(epoch, first=start)
+        epoch, start = epoch + 1, 0
+
+
+def _step(
+    run: _Run,
+    batches: Iterator[tuple[Tensor, Tensor]],
+    mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    network: list[nn.Parameter],
+) -> None:
+    """One update of all parameters, from `accumulation` batches in each process."""
+    train, accelerator = run.recipe.train, run.accelerator
+    for part in range(train.accumulation):
+        images, labels = (tensor.to(accelerator.device, non_blocking=True) for tensor in next(batches))
+        if train.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        seed_generators(mixed(train.seed, accelerator.process_index, run.step * train.accumulation + part))
+        images, targets = mix(images, labels)
+        is_last = part == train.accumulation - 1
+        with nullcontext() if is_last else accelerator.no_sync(run.network):
+            loss = F.cross_entropy(run.network(images), targets, label_smoothing=run.recipe.data.label_smoothing)
+            run.losses.append(loss.detach())
+            loss = loss / train.accumulation
+            if is_last and train.batch_price:
+                loss = loss + train.batch_price * batch_dependence(run.model)
+            accelerator.backward(loss)
+    if train.clip:
+        accelerator.clip_grad_norm_(network, train.clip)
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    run.schedule.step()
+    if run.average is not None:
+        run.average.update(run.model, step=run.step)
+
+
+def _asked_to_stop(run: _Run, request: StopRequest) -> bool:
+    """Whether any process was; all of them get the same answer."""
+    if run.accelerator.num_processes == 1:
+        return request.number is not None
+    asked = torch.tensor(float(request.number is not None), device=run.accelerator.device)
+    return bool(run.accelerator.reduce(asked, "sum") > 0)
+
+
+def _looked(run: _Run) -> Record:
+    """What is to be told of the steps since the last look.
+
+    Raises:
+        TrainingError: one of the losses is no number.
+    """
+    losses = run.accelerator.reduce(torch.stack(run.losses).float(), "mean").tolist()
+    run.losses.clear()
+    bad = next((number for number, loss in enumerate(losses) if not math.isfinite(loss)), None)
+    if bad is not None:
+        first = run.step - (len(losses) - 1 - bad) // run.recipe.train.accumulation
+        kept = f"the state after step {run.saved} is kept in {run.recipe.output}" if run.saved else "no state was saved"
+        raise TrainingError(
+            f"the loss of step {first} is {losses[bad]}: {kept}; lower train.lr, or look at the images of that step"
+        )
+    groups = run.optimizer.param_groups
+    return {
+        "step": run.step,
+        "loss": sum(losses) / len(losses),
+        "lr": groups[0]["lr"],
+        "importance_lr": groups[-1]["lr"],
+        "seconds": run.seconds,
+        "importance": {fqn: weights._asdict() for fqn, weights in importance_weights(run.model).items()},
+    }
+
+
+def _evaluated(run: _Run, tell: Callable[[Record], None]) -> Evaluation:
+    if run.accelerator.num_processes > 1:
+        share_buffers(run.kept)
+    found = evaluate(run.kept, run.prepared.evaluation, run.accelerator)
+    tell({"step": run.step, "evaluation": found._asdict()})
+    run.network.train()
+    return found
+
+
+def _save(run: _Run) -> None:
+    """Write the state; only one whose losses all are numbers."""
+    if run.losses:
+        _looked(run)
+    run.accelerator.wait_for_everyone()
+    if run.accelerator.is_main_process and run.before is not None:
+        scaler = run.accelerator.scaler
+        state = RunState(
+            run.step,
+            run.seconds,
+            run.before._asdict(),
+            run.average.module.state_dict() if run.average is not None else None,
+            run.optimizer.state_dict(),
+            run.schedule.state_dict(),
+            scaler.state_dict() if scaler is not None else None,
+        )
+        write_state(run.recipe.output, run.recipe, run.prepared.source, run.model, state)
+    run.saved = run.step
+    run.accelerator.wait_for_everyone()

@@ -1,0 +1,39 @@
+"""timm's optimizers and moving average for a model with gates."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from normswap.errors import RecipeError
+from normswap.finetune.param_groups import param_groups
+from normswap.finetune.recipe import TrainTable
+
+
+def build_optimizer(model: nn.Module, train: TrainTable) -> torch.optim.Optimizer:
+    """Return the optimizer that a recipe names, with the gates in a group of their own.
+
+    Raises:
+        RecipeError: timm has none of that name, or it takes other options.
+    """
+    from timm.optim import create_optimizer_v2
+
+    groups = param_groups(model, lr=train.lr, weight_decay=train.weight_decay, importance_lr=train.importance_lr)
+    try:
+        optimizer: torch.optim.Optimizer = create_optimizer_v2(
+            groups, opt=train.optimizer, lr=train.lr, weight_decay=0.0, momentum=train.momentum
+        )
+    except (ValueError, AssertionError, TypeError) as error:
+        raise RecipeError(
+            f"train.optimizer = {train.optimizer!r}: {error}: see timm.optim.list_optimizers()"
+        ) from error
+    return optimizer
+
+
+def build_average(model: nn.Module, decay: float) -> Any:
+    """Return timm's moving average of a model, or None where its decay is 0."""
+    if not decay:
+        return None
+    from timm.utils import ModelEmaV3
+
+    return ModelEmaV3(model, decay=decay)

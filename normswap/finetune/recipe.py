@@ -1,0 +1,436 @@
+"""Recipes: a fine-tuning run as a TOML file of five tables, every key of which is known and checked.
+
+A recipe is data: reading one imports nothing and runs nothing. What it leaves out has the default written here, which
+`normswap recipes show` prints; what it misspells is refused with the nearest name.
+"""
+
+import difflib
+import math
+import tomllib
+import types
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
+
+from normswap.errors import RecipeError
+
+Range = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class ModelTable:
+    """`[model]`: what is trained.
+
+    Args:
+        checkpoint: a file or folder that `normswap.load` reads; without it the weights are those of `architecture`.
+        architecture: as `--arch`; needed where the checkpoint does not say it.
+        entry: which weights of several in the checkpoint, such as `state_dict_ema`.
+        pretrained: fetch the published weights of a timm architecture; not with `checkpoint`.
+        new_head: give the model a new classifier for the classes of the data (timm models).
+    """
+
+    checkpoint: str | None = None
+    architecture: str | None = None
+    entry: str | None = None
+    pretrained: bool = False
+    new_head: bool = False
+
+
+@dataclass(frozen=True)
+class ConvertTable:
+    """`[convert]`: what is done to a model without gates before it is trained.
+
+    Args:
+        enabled: false trains the model as it is, for a comparison.
+        gate, bn_statistics, include, exclude, kinds: as `normswap.convert`; None is its default.
+    """
+
+    enabled: bool = True
+    gate: str | None = None
+    bn_statistics: str = "batch"
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    kinds: tuple[str, ...] = ("bn",)
+
+
+@dataclass(frozen=True)
+class DataTable:
+    """`[data]`: the images.
+
+    Args:
+        source: `digits`, `digits:shifted`, a folder of images (`folder:PATH`), or a data set of timm (`torch/cifar10`).
+        train_split, evaluation_split: their names in the source.
+        batch_size: images per process and forward pass in training.
+        evaluation_batch_size: the same in evaluation, where it changes no result.
+        image_size: pixels per side; None is what the model's own configuration says.
+        workers: processes that load and augment; 0 does it in the training process. No result depends on it.
+        crop_scale: share of an image's area that a random crop keeps; None: no random crop.
+        flip: probability of a horizontal flip.
+        color_jitter: strength of random brightness, contrast and saturation.
+        auto_augment: timm's name of a policy, such as `rand-m9-mstd0.5`.
+        random_erase: probability that a rectangle is erased.
+        mixup, cutmix: alpha of each; 0 is off. Both need an even `batch_size`.
+        label_smoothing: share of a target that is spread over all classes.
+    """
+
+    source: str = "digits"
+    train_split: str = "train"
+    evaluation_split: str = "validation"
+    batch_size: int = 2
+    evaluation_batch_size: int = 64
+    image_size: int | None = None
+    workers: int = 0
+    crop_scale: Range | None = None
+    flip: float = 0.0
+    color_jitter: float = 0.0
+    auto_augment: str | None = None
+    random_erase: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    label_smoothing: float = 0.0
+
+
+@dataclass(frozen=True)
+class TrainTable:
+    """`[train]`: how it is trained. A step is one update of the parameters.
+
+    Args:
+        steps: how many, or
+        epochs: how many times through the data; one of the two.
+        optimizer: timm's name: `sgd` (with Nesterov momentum), `momentum` (without), `adamw`, ...
+        lr, momentum, weight_decay: of the optimizer; gates, norms and biases do not decay.
+        importance_lr: learning rate of the gates; None is `lr`.
+        schedule: `constant`, `linear` or `cosine`, to `min_lr` at the last step.
+        warmup_steps: steps in which the rate rises from 0.
+        clip: largest norm of the gradient of everything but the gates; 0 is off.
+        accumulation: forward passes per step; each gets a batch of its own.
+        precision: `no`, `bf16` or `fp16`: autocast, by accelerate.
+        ema_decay: of a moving average of the weights, which is then what is evaluated and kept; 0 is off.
+        batch_price: what the BN share of all sites costs in the loss (`normswap.batch_dependence`).
+        channels_last: keep images and weights in that memory format.
+        seed: of the order of the images, their augmentation, and all other randomness.
+    """
+
+    steps: int | None = None
+    epochs: int | None = None
+    optimizer: str = "momentum"
+    lr: float = 0.01
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    importance_lr: float | None = None
+    schedule: str = "cosine"
+    min_lr: float = 0.0
+    warmup_steps: int = 0
+    clip: float = 1.0
+    accumulation: int = 1
+    precision: str = "no"
+    ema_decay: float = 0.0
+    batch_price: float = 0.03
+    channels_last: bool = False
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class RunTable:
+    """`[run]`: what is written, and how often.
+
+    Args:
+        output: the folder of the run; None is the recipe's name under `runs/`.
+        log_every: steps between two lines of the log, each with the importance weights; what else is to be noticed in
+            many processes (a signal, a loss that is no number) is noticed there too.
+        evaluate_every: steps between two evaluations; 0 evaluates at the start and the end only.
+        save_every: steps between two saved states; 0 saves at the end, and when the run is interrupted.
+    """
+
+    output: str | None = None
+    log_every: int = 20
+    evaluate_every: int = 0
+    save_every: int = 0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A complete fine-tuning run; the tables are described where they are defined."""
+
+    name: str
+    model: ModelTable = field(default_factory=ModelTable)
+    convert: ConvertTable = field(default_factory=ConvertTable)
+    data: DataTable = field(default_factory=DataTable)
+    train: TrainTable = field(default_factory=TrainTable)
+    run: RunTable = field(default_factory=RunTable)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the tables as plain data."""
+        return {name: asdict(getattr(self, name)) for name in TABLES}
+
+    @property
+    def output(self) -> Path:
+        """The folder of the run."""
+        return Path(self.run.output or f"runs/{self.name}")
+
+
+class Shipped(NamedTuple):
+    """A recipe that came with normswap: its name, its first comment, its text."""
+
+    name: str
+    summary: str
+    text: str
+
+
+TABLES = {f.name: f.default_factory for f in fields(Recipe) if f.name != "name"}
+
+
+def shipped_recipes() -> dict[str, Shipped]:
+    """Return the recipes in the package by name."""
+    folder = files("normswap") / "recipes"
+    found = {}
+    for entry in sorted(folder.iterdir(), key=lambda entry: entry.name):
+        if entry.name.endswith(".toml"):
+            text = entry.read_text(encoding="utf-8")
+            name = entry.name.removesuffix(".toml")
+            found[name] = Shipped(name, first_comment(text), text)
+    return found
+
+
+def find_shipped(name: str) -> Shipped:
+    """Return the recipe of that name in the package.
+
+    Raises:
+        RecipeError: there is none, with the nearest name.
+    """
+    shipped = shipped_recipes()
+    if name not in shipped:
+        raise RecipeError(f"no recipe {name!r}{_nearest(name, shipped)}: see normswap recipes ls, or name a .toml file")
+    return shipped[name]
+
+
+def first_comment(text: str) -> str:
+    """Return the comment that a recipe starts with, as one paragraph."""
+    lines = []
+    for line in text.splitlines():
+        if not line.startswith("#"):
+            break
+        lines.append(line.lstrip("#").strip())
+    return " ".join(filter(None, lines))
+
+
+def read_recipe(source: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Return the recipe in a file, or the shipped one of that name, with `table.key=value` put over it.
+
+    Raises:
+        RecipeError: no such recipe; not TOML; an unknown table or key; a value of the wrong kind, out of its range, or
+            at odds with another one.
+    """
+    name, text = _text_of(source)
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"{source}: not TOML: {error}") from None
+    for override in overrides:
+        _put(data, override)
+    try:
+        return parse_recipe(name, data)
+    except RecipeError as error:
+        raise RecipeError(f"{source}: {error}") from None
+
+
+def parse_recipe(name: str, data: Mapping[str, Any]) -> Recipe:
+    """Return the recipe in plain data: tables of keys.
+
+    Raises:
+        RecipeError: as `read_recipe`.
+    """
+    for table, keys in data.items():
+        if table not in TABLES:
+            raise RecipeError(f"unknown table [{table}]{_nearest(table, TABLES)}")
+        if not isinstance(keys, Mapping):
+            raise RecipeError(f"{table}: expected a table [{table}], got {keys!r}")
+    tables = {table: _table(table, build, data.get(table, {})) for table, build in TABLES.items()}
+    recipe = Recipe(name, **tables)
+    for check in _CHECKS:
+        check(recipe)
+    return recipe
+
+
+def differing_keys(recipe: Recipe, other: Mapping[str, Any]) -> list[str]:
+    """Return the keys, as `table.key`, whose values differ between a recipe and another's `to_dict()`."""
+    mine = recipe.to_dict()
+    return [
+        f"{table}.{key}"
+        for table, keys in mine.items()
+        for key, value in keys.items()
+        if _plain(value) != _plain(other.get(table, {}).get(key))
+    ]
+
+
+def _text_of(source: str | Path) -> tuple[str, str]:
+    path = Path(source)
+    if path.suffix == ".toml":
+        if not path.is_file():
+            raise RecipeError(f"{path}: no such file: see what there is with normswap recipes ls")
+        try:
+            return path.stem, path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise RecipeError(f"{path}: not TOML: {error}") from None
+    return str(source), find_shipped(str(source)).text
+
+
+def _put(data: dict[str, Any], override: str) -> None:
+    """Put `table.key=value` over plain data; the value is TOML, or else a string."""
+    place, equals, text = override.partition("=")
+    table, dot, key = place.strip().partition(".")
+    if not equals or not dot or not key:
+        raise RecipeError(f"--set: expected table.key=value such as train.lr=0.01, got {override!r}")
+    if table not in TABLES:
+        raise RecipeError(f"--set {override}: unknown table [{table}]{_nearest(table, TABLES)}")
+    keys = data.setdefault(table, {})
+    if text.strip().lower() == "none":
+        keys.pop(key, None)
+        _known(table, key, {f.name: f for f in fields(TABLES[table])})  # type: ignore[arg-type]
+        return
+    try:
+        keys[key] = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        keys[key] = text
+
+
+def _table(name: str, build: Callable[..., Any], data: Mapping[str, Any]) -> Any:
+    hints = get_type_hints(build)
+    values = {}
+    for key, value in data.items():
+        _known(name, key, hints)
+        values[key] = _read(f"{name}.{key}", value, hints[key])
+    return build(**values)
+
+
+def _known(table: str, key: str, keys: Mapping[str, Any]) -> None:
+    if key not in keys:
+        elsewhere = [f"{other}.{key}" for other, build in TABLES.items() if key in get_type_hints(build)]
+        near = f"; did you mean {elsewhere[0]}?" if elsewhere else _nearest(key, keys)
+        raise RecipeError(f"unknown key {table}.{key}{near}")
+
+
+def _read(place: str, value: Any, kind: Any) -> Any:
+    """The value as its annotation wants it: a number, a text, a flag, or a tuple of one of them."""
+    kinds = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+    for wanted in kinds:
+        if get_origin(wanted) is tuple and isinstance(value, list | tuple):
+            parts = get_args(wanted)
+            if parts[-1] is Ellipsis or len(parts) == len(value):
+                return tuple(_read(place, item, parts[0]) for item in value)
+        if wanted is float and isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+        if isinstance(wanted, type) and type(value) is wanted:
+            return value
+    told = " or ".join(_TOLD.get(wanted, "a list of two numbers") for wanted in kinds if wanted is not type(None))
+    raise RecipeError(f"{place}: expected {told}, got {value!r}")
+
+
+_TOLD = {
+    int: "a whole number",
+    float: "a number",
+    str: "a text in quotes",
+    bool: "true or false",
+    tuple[str, ...]: "a list of texts",
+}
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else f"; there are {', '.join(known)}"
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+# Smallest and largest value of each number; a key that may be left out is not looked at where it is.
+_INFINITE = math.inf
+_RANGES: Mapping[str, Range] = {
+    "data.batch_size": (1, _INFINITE),
+    "data.evaluation_batch_size": (1, _INFINITE),
+    "data.image_size": (1, _INFINITE),
+    "data.workers": (0, _INFINITE),
+    "data.flip": (0, 1),
+    "data.color_jitter": (0, _INFINITE),
+    "data.random_erase": (0, 1),
+    "data.mixup": (0, _INFINITE),
+    "data.cutmix": (0, _INFINITE),
+    "data.label_smoothing": (0, 0.99),
+    "train.steps": (1, _INFINITE),
+    "train.epochs": (1, _INFINITE),
+    "train.lr": (0, _INFINITE),
+    "train.importance_lr": (0, _INFINITE),
+    "train.momentum": (0, 1),
+    "train.weight_decay": (0, _INFINITE),
+    "train.min_lr": (0, _INFINITE),
+    "train.warmup_steps": (0, _INFINITE),
+    "train.clip": (0, _INFINITE),
+    "train.accumulation": (1, _INFINITE),
+    "train.ema_decay": (0, 0.99999999),
+    "train.batch_price": (0, _INFINITE),
+    "train.seed": (0, 2**32 - 1),
+    "run.log_every": (1, _INFINITE),
+    "run.evaluate_every": (0, _INFINITE),
+    "run.save_every": (0, _INFINITE),
+}
+_CHOICES: Mapping[str, tuple[str | None, ...]] = {
+    "train.schedule": ("constant", "linear", "cosine"),
+    "train.precision": ("no", "bf16", "fp16"),
+    "convert.gate": (None, "simplex", "softmax"),
+}
+
+
+def _value(recipe: Recipe, place: str) -> Any:
+    table, _, key = place.partition(".")
+    return getattr(getattr(recipe, table), key)
+
+
+def _check_ranges(recipe: Recipe) -> None:
+    for place, (least, most) in _RANGES.items():
+        value = _value(recipe, place)
+        if value is not None and not (least <= value <= most and math.isfinite(value)):
+            told = f"at least {least:g}" if math.isinf(most) else f"{least:g} to {most:g}"
+            raise RecipeError(f"{place}: expected {told}, got {value!r}")
+
+
+def _check_choices(recipe: Recipe) -> None:
+    for place, known in _CHOICES.items():
+        value = _value(recipe, place)
+        if value not in known:
+            raise RecipeError(f"{place}: expected one of {', '.join(filter(None, known))}, got {value!r}")
+
+
+def _check_source(recipe: Recipe) -> None:
+    model = recipe.model
+    if model.checkpoint is None and model.architecture is None:
+        raise RecipeError("model: expected a checkpoint or an architecture such as architecture = 'timm:resnet50'")
+    if model.pretrained and model.checkpoint is not None:
+        raise RecipeError("model.pretrained: the weights come from model.checkpoint: leave one of the two out")
+    if model.entry is not None and model.checkpoint is None:
+        raise RecipeError("model.entry: names weights in a checkpoint: give model.checkpoint too")
+
+
+def _check_length(recipe: Recipe) -> None:
+    train = recipe.train
+    if (train.steps is None) == (train.epochs is None):
+        raise RecipeError("train: expected either steps or epochs, such as epochs = 10")
+    if train.steps is not None and train.warmup_steps >= train.steps:
+        raise RecipeError(f"train.warmup_steps: expected fewer than the {train.steps} steps, got {train.warmup_steps}")
+
+
+def _check_crop(recipe: Recipe) -> None:
+    scale = recipe.data.crop_scale
+    if scale is not None and not 0 < scale[0] <= scale[1] <= 1:
+        raise RecipeError(f"data.crop_scale: expected shares 0 < least <= most <= 1, got {list(scale)}")
+
+
+def _check_mixing(recipe: Recipe) -> None:
+    data = recipe.data
+    if (data.mixup or data.cutmix) and data.batch_size % 2:
+        raise RecipeError(f"data.mixup, data.cutmix: expected an even data.batch_size, got {data.batch_size}")
+
+
+_CHECKS = (_check_ranges, _check_choices, _check_source, _check_length, _check_crop, _check_mixing)
