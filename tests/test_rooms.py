@@ -14,6 +14,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "normswap"
 # From the ground floor up; inside a floor a room may import from those listed before it. See docs/architecture.md.
 ROOMS = [
     "errors",
+    "documents",
     "modes",
     "layers.importance",
     "layers.mixing",

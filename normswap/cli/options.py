@@ -1,13 +1,14 @@
 """Options that several commands share, and how their values are read."""
 
 import json
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from normswap.documents import jsonable
 
 if TYPE_CHECKING:
     import torch
@@ -90,15 +91,7 @@ def _dtype_of(model: "nn.Module") -> "torch.dtype":
 
 def print_json(document: dict[str, Any]) -> None:
     """Print one JSON document on stdout; numbers that JSON does not have become null."""
-    click.echo(json.dumps(_finite(document), indent=2))
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    click.echo(json.dumps(jsonable(document), indent=2))
 
 
 arch_option = click.option(

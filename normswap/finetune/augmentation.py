@@ -14,8 +14,8 @@ def batch_mixer(data: DataTable, *, classes: int) -> Mix:
     """Return what turns images and labels into images and targets: labels, or shares of the classes (N, classes)."""
     if not (data.mixup or data.cutmix):
         return lambda images, labels: (images, labels)
-    from timm.data import Mixup
+    import timm.data
 
     # Labels are smoothed in the loss, with mixing and without it alike.
-    mixup: Any = Mixup(data.mixup, data.cutmix, label_smoothing=0.0, num_classes=classes)
-    return mixup  # type: ignore[no-any-return]
+    package: Any = timm.data  # typed in some of its versions only
+    return package.Mixup(data.mixup, data.cutmix, label_smoothing=0.0, num_classes=classes)  # type: ignore[no-any-return]

@@ -103,8 +103,8 @@ def load_ink() -> tuple[Tensor, Tensor]:
 
 def split_indices(total: int, *, seed: int) -> dict[tuple[str, str], Tensor]:
     """Return disjoint random indices for each (domain, part) of the split."""
-    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
-    return dict(zip(SPLIT, order[: sum(SPLIT.values())].split(list(SPLIT.values())), strict=True))
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[: sum(SPLIT.values())]
+    return dict(zip(SPLIT, torch.split(order, list(SPLIT.values())), strict=True))
 
 
 def render_source(ink: Tensor, *, size: int = IMAGE_SIZE) -> Tensor:

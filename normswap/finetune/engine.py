@@ -30,11 +30,11 @@ from normswap.finetune.optimizer import build_average, build_optimizer
 from normswap.finetune.preparation import Prepared, prepare
 from normswap.finetune.randomness import mixed, seed_generators
 from normswap.finetune.recipe import Recipe, TrainTable
-from normswap.finetune.run_state import NAME as STATE
-from normswap.finetune.run_state import RunState, read_state, write_model, write_state
+from normswap.finetune.run_state import MODEL, STATE, RunState, read_state, write_model, write_state
 from normswap.surgery.gated import ImportanceWeights, gate_parameters, importance_weights
 
 Record = Mapping[str, Any]
+Tell = Callable[[Record], None]
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ def _begin(recipe: Recipe, accelerator: Accelerator, state: RunState | None, *, 
     prepared = prepare(recipe, state=recipe.output / STATE if state else None, trust=trust, shard=shard)
     model, train = prepared.model, recipe.train
     if train.channels_last:
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model.to(memory_format=torch.channels_last)
     model.to(accelerator.device)
     steps = train.steps or max(1, (train.epochs or 0) * len(prepared.training) // train.accumulation)
     average = build_average(model, train.ema_decay)
@@ -196,56 +196,56 @@ def _journal(run: _Run) -> Any:
     return Journal(run.recipe.output, after=run.step) if run.accelerator.is_main_process else nullcontext()
 
 
-def _carry_out(
-    run: _Run, request: StopRequest, tell: Callable[[Record], None], on_step: Callable[[int, int], None]
-) -> Outcome:
+def _carry_out(run: _Run, request: StopRequest, tell: Tell, on_step: Callable[[int, int], None]) -> Outcome:
     if run.before is None:
         tell({"step": 0, "recipe": run.recipe.to_dict(), "processes": run.accelerator.num_processes})
         run.before = _evaluated(run, tell)
     _train(run, request, tell, on_step)
     after = _evaluated(run, tell)
-    _save(run)
-    model = run.recipe.output / "model.pt"
+    _save(run, tell)
+    model = run.recipe.output / MODEL
     if run.accelerator.is_main_process:
         model = write_model(run.recipe.output, run.recipe, run.prepared.source, run.kept)
     run.accelerator.wait_for_everyone()
     return Outcome(run.recipe.output, model, run.steps, run.seconds, run.before, after, importance_weights(run.kept))
 
 
-def _train(
-    run: _Run, request: StopRequest, tell: Callable[[Record], None], on_step: Callable[[int, int], None]
-) -> None:
-    keys, accumulation = run.recipe.run, run.recipe.train.accumulation
-    batches = _batches(run.prepared.training, first=run.step * accumulation)
+def _train(run: _Run, request: StopRequest, tell: Tell, on_step: Callable[[int, int], None]) -> None:
+    """Take the steps that are left."""
+    every = run.recipe.run
+    batches = _batches(run.prepared.training, first=run.step * run.recipe.train.accumulation)
     mix = batch_mixer(run.recipe.data, classes=run.prepared.classes)
-    network = [p for p in run.model.parameters() if p not in set(gate_parameters(run.model).values())]
+    gates = set(gate_parameters(run.model).values())
+    network = [parameter for parameter in run.model.parameters() if parameter not in gates]
     run.network.train()
-    since = time.monotonic()
     while run.step < run.steps:
+        since = time.monotonic()
         _step(run, batches, mix, network)
         run.step += 1
+        run.seconds += time.monotonic() - since
         on_step(run.step, run.steps)
-        is_due = run.step % keys.log_every == 0
-        # A look in common makes every process wait for all, and the host for the device.
-        if is_due or run.accelerator.num_processes == 1:
-            asked = _asked_to_stop(run, request)
-            if is_due or asked:
-                run.seconds, since = run.seconds + time.monotonic() - since, time.monotonic()
-                tell(_looked(run))
-            if asked:
-                _save(run)
-                raise RunInterrupted(
-                    f"stopped after step {run.step} of {run.steps}, all is saved in {run.recipe.output}: go on with "
-                    "--resume",
-                    request.number,
-                )
-        if keys.evaluate_every and run.step % keys.evaluate_every == 0 and run.step < run.steps:
-            _evaluated(run, tell)
-        if keys.save_every and run.step % keys.save_every == 0 and run.step < run.steps:
-            _save(run)
-    run.seconds += time.monotonic() - since
-    if run.losses:
+        _notice(run, request, tell)
+        if run.step < run.steps:
+            if every.evaluate_every and run.step % every.evaluate_every == 0:
+                _evaluated(run, tell)
+            if every.save_every and run.step % every.save_every == 0:
+                _save(run, tell)
+
+
+def _notice(run: _Run, request: StopRequest, tell: Tell) -> None:
+    """Look at the losses where a line of the log is due, and stop where that was asked for.
+
+    In many processes only where a line is due: a look in common makes each wait for all, and the host for the device.
+    """
+    is_due = run.step % run.recipe.run.log_every == 0 or run.step == run.steps
+    if is_due:
         tell(_looked(run))
+    if (is_due or run.accelerator.num_processes == 1) and run.step < run.steps and _asked_to_stop(run, request):
+        _save(run, tell)
+        raise RunInterrupted(
+            f"stopped after step {run.step} of {run.steps}, all is saved in {run.recipe.output}: go on with --resume",
+            request.number,
+        )
 
 
 def _batches(data: Data, *, first: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -321,7 +321,7 @@ def _looked(run: _Run) -> Record:
     }
 
 
-def _evaluated(run: _Run, tell: Callable[[Record], None]) -> Evaluation:
+def _evaluated(run: _Run, tell: Tell) -> Evaluation:
     if run.accelerator.num_processes > 1:
         share_buffers(run.kept)
     found = evaluate(run.kept, run.prepared.evaluation, run.accelerator)
@@ -330,15 +330,16 @@ def _evaluated(run: _Run, tell: Callable[[Record], None]) -> Evaluation:
     return found
 
 
-def _save(run: _Run) -> None:
+def _save(run: _Run, tell: Tell) -> None:
     """Write the state; only one whose losses all are numbers."""
     if run.losses:
-        _looked(run)
+        tell(_looked(run))
     run.accelerator.wait_for_everyone()
     if run.accelerator.is_main_process and run.before is not None:
         scaler = run.accelerator.scaler
         state = RunState(
             run.step,
+            run.step * run.recipe.train.accumulation // len(run.prepared.training),
             run.seconds,
             run.before._asdict(),
             run.average.module.state_dict() if run.average is not None else None,

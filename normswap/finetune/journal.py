@@ -1,7 +1,6 @@
 """What a run tells of itself: one JSON document a line, and the same numbers for TensorBoard where it is installed."""
 
 import json
-import math
 import os
 from collections.abc import Mapping
 from importlib.util import find_spec
@@ -9,6 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from normswap.documents import jsonable
 from normswap.errors import TrainingError
 
 NAME = "log.jsonl"
@@ -59,7 +59,7 @@ class Journal:
 
     def _append(self, record: Mapping[str, Any]) -> None:
         try:
-            self._file.write(json.dumps(_finite(record)) + "\n")
+            self._file.write(json.dumps(jsonable(record)) + "\n")
             self._file.flush()
         except OSError as error:
             raise TrainingError(f"{self._path}: cannot be written ({error.strerror}): free some space") from error
@@ -87,7 +87,7 @@ def _open_board(folder: Path, after: int) -> Any:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(str(folder / "tensorboard"), purge_step=after + 1 if after else None)  # type: ignore[no-untyped-call]
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=after + 1 if after else None)
 
 
 def _scalars(place: str, value: Any) -> list[tuple[str, float]]:
@@ -96,9 +96,3 @@ def _scalars(place: str, value: Any) -> list[tuple[str, float]]:
         inside = [_scalars(f"{place}/{key}" if place else str(key), item) for key, item in value.items()]
         return [scalar for scalars in inside for scalar in scalars]
     return [(place, float(value))] if isinstance(value, int | float) and place != "step" else []
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -16,11 +16,12 @@ def build_optimizer(model: nn.Module, train: TrainTable) -> torch.optim.Optimize
     Raises:
         RecipeError: timm has none of that name, or it takes other options.
     """
-    from timm.optim import create_optimizer_v2
+    import timm.optim
 
+    package: Any = timm.optim  # typed in some of its versions only
     groups = param_groups(model, lr=train.lr, weight_decay=train.weight_decay, importance_lr=train.importance_lr)
     try:
-        optimizer: torch.optim.Optimizer = create_optimizer_v2(
+        optimizer: torch.optim.Optimizer = package.create_optimizer_v2(
             groups, opt=train.optimizer, lr=train.lr, weight_decay=0.0, momentum=train.momentum
         )
     except (ValueError, AssertionError, TypeError) as error:
@@ -34,6 +35,7 @@ def build_average(model: nn.Module, decay: float) -> Any:
     """Return timm's moving average of a model, or None where its decay is 0."""
     if not decay:
         return None
-    from timm.utils import ModelEmaV3
+    import timm.utils
 
-    return ModelEmaV3(model, decay=decay)
+    package: Any = timm.utils
+    return package.ModelEmaV3(model, decay=decay)

@@ -184,7 +184,7 @@ def _converted(recipe: Recipe, source: Source, example: Tensor) -> Source:
         example,
         include=wanted.include,
         exclude=wanted.exclude,
-        kinds=wanted.kinds,  # type: ignore[arg-type]
+        kinds=wanted.kinds,
         bn_statistics=wanted.bn_statistics,  # type: ignore[arg-type]
         **options,  # type: ignore[arg-type]
     )

@@ -21,5 +21,5 @@ def seed_generators(seed: int) -> None:
     np.random.seed(seed)
     # Not torch.manual_seed, which takes milliseconds for devices that are not there.
     torch.default_generator.manual_seed(seed)
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch.cuda.is_available():
         torch.cuda.manual_seed_all(seed)

@@ -14,6 +14,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 
+from normswap.documents import jsonable
 from normswap.errors import RecipeError
 
 Range = tuple[float, float]
@@ -179,7 +180,7 @@ class Shipped(NamedTuple):
     text: str
 
 
-TABLES = {f.name: f.default_factory for f in fields(Recipe) if f.name != "name"}
+TABLES: Mapping[str, Any] = {f.name: f.default_factory for f in fields(Recipe) if f.name != "name"}
 
 
 def shipped_recipes() -> dict[str, Shipped]:
@@ -261,7 +262,7 @@ def differing_keys(recipe: Recipe, other: Mapping[str, Any]) -> list[str]:
         f"{table}.{key}"
         for table, keys in mine.items()
         for key, value in keys.items()
-        if _plain(value) != _plain(other.get(table, {}).get(key))
+        if jsonable(value) != jsonable(other.get(table, {}).get(key))
     ]
 
 
@@ -288,7 +289,7 @@ def _put(data: dict[str, Any], override: str) -> None:
     keys = data.setdefault(table, {})
     if text.strip().lower() == "none":
         keys.pop(key, None)
-        _known(table, key, {f.name: f for f in fields(TABLES[table])})  # type: ignore[arg-type]
+        _known(table, key, get_type_hints(TABLES[table]))
         return
     try:
         keys[key] = tomllib.loads(f"value = {text}")["value"]
@@ -340,10 +341,6 @@ _TOLD = {
 def _nearest(name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"; did you mean {near[0]}?" if near else f"; there are {', '.join(known)}"
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
 
 
 # Smallest and largest value of each number; a key that may be left out is not looked at where it is.

@@ -13,11 +13,12 @@ from torch import nn
 from normswap.checkpoints.checkpoint import read_checkpoint
 from normswap.checkpoints.record import Record, Step
 from normswap.checkpoints.saving import originals, write_content
+from normswap.documents import jsonable
 from normswap.errors import CheckpointError, RecipeError
 from normswap.finetune.preparation import Source
 from normswap.finetune.recipe import Recipe, differing_keys
 
-NAME = "state.pt"
+STATE = "state.pt"
 MODEL = "model.pt"
 _WEIGHTS, _AVERAGE = "state_dict", "state_dict_ema"
 # Keys that may change between the parts of a run without changing what it computes.
@@ -26,11 +27,12 @@ _FREE = {"run.output", "run.log_every", "run.save_every", "data.workers", "data.
 
 @dataclass(frozen=True)
 class RunState:
-    """How far a run had come, and the states of all that remembers."""
+    """How far a run had come - steps, whole passes through the data, seconds - and the states of all that remembers."""
 
     step: int
+    epoch: int
     seconds: float
-    before: Mapping[str, float]
+    before: Mapping[str, Any]
     average: Mapping[str, Any] | None
     optimizer: Mapping[str, Any]
     schedule: Mapping[str, Any]
@@ -44,21 +46,21 @@ def write_state(folder: Path, recipe: Recipe, source: Source, model: nn.Module, 
         CheckpointError: it cannot be written; the one before is as it was.
     """
     content: dict[str, Any] = {
-        "epoch": state.step,
+        "epoch": state.epoch,
         "step": state.step,
         _WEIGHTS: model.state_dict(),
         "optimizer": dict(state.optimizer),
         "lr_scheduler": dict(state.schedule),
         "seconds": state.seconds,
         "before": dict(state.before),
-        "recipe": _plain(recipe.to_dict()),
+        "recipe": jsonable(recipe.to_dict()),
     }
     if state.average is not None:
         content[_AVERAGE] = dict(state.average)
     if state.scaler is not None:
         content["scaler"] = dict(state.scaler)
     entry = _WEIGHTS if state.average is None else _AVERAGE
-    write_content(content, folder / NAME, "torch zip", _record(source, model, recipe, entry=entry))
+    write_content(content, folder / STATE, "torch zip", _record(source, model, recipe, entry=entry))
 
 
 def write_model(folder: Path, recipe: Recipe, source: Source, model: nn.Module) -> Path:
@@ -78,13 +80,14 @@ def read_state(folder: Path, recipe: Recipe) -> RunState:
         CheckpointError: there is none, or it is damaged or no state of a run.
         RecipeError: it is one of another recipe.
     """
-    path = folder / NAME
+    path = folder / STATE
     if not path.is_file():
         raise CheckpointError(f"{path}: no state of a run to go on from: leave --resume out to start one")
     content = read_checkpoint(path, entry=_WEIGHTS).content
     try:
         found = RunState(
             content["step"],
+            content["epoch"],
             content["seconds"],
             content["before"],
             content.get(_AVERAGE),
@@ -110,10 +113,3 @@ def _record(source: Source, model: nn.Module, recipe: Recipe, *, entry: str | No
         originals=originals(model, source.plan),
         entry=entry,
     )
-
-
-def _plain(value: Any) -> Any:
-    """Tuples as lists, which is what a file gives back."""
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, tuple) else value
