@@ -16,7 +16,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from torch import Tensor, nn
+from accelerate.state import AcceleratorState
+from torch import Tensor, distributed, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from normswap.errors import RecipeError, RunInterrupted, TrainingError
@@ -135,10 +136,10 @@ def _found_state(recipe: Recipe, output: Path, *, resume: bool, overwrite: bool)
 
 
 def _accelerator(recipe: Recipe) -> Accelerator:
-    try:
-        accelerator = Accelerator(mixed_precision=recipe.train.precision)
-    except ValueError as error:
-        raise RecipeError(f"train.precision = {recipe.train.precision!r}: {error}") from error
+    if not distributed.is_initialized():
+        # Else the first run of a process decides the precision of all others.
+        AcceleratorState._reset_state()
+    accelerator = Accelerator(mixed_precision=recipe.train.precision)
     if "FSDP" in accelerator.distributed_type or accelerator.distributed_type == "DEEPSPEED":
         raise RecipeError(
             f"{accelerator.distributed_type}: gates are projected in the forward pass, which sharded parameters lose: "

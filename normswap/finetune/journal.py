@@ -29,7 +29,8 @@ class Journal:
         self._path = folder / NAME
         kept = [record for record in read_journal(folder) if record["step"] <= after] if after else []
         try:
-            self._file = open(self._path, "w", encoding="utf-8")  # noqa: SIM115 - closed on exit
+            # Without a buffer, which would be written again, and refused again, on closing.
+            self._file = open(self._path, "wb", buffering=0)  # noqa: SIM115 - closed on exit
         except OSError as error:
             raise TrainingError(f"{self._path}: cannot be written ({error.strerror})") from error
         self._board = _open_board(folder, after)
@@ -59,8 +60,9 @@ class Journal:
 
     def _append(self, record: Mapping[str, Any]) -> None:
         try:
-            self._file.write(json.dumps(jsonable(record)) + "\n")
-            self._file.flush()
+            line = json.dumps(jsonable(record)).encode() + b"\n"
+            while line:  # a disk that fills up takes a part first, and refuses the rest
+                line = line[self._file.write(line) :]
         except OSError as error:
             raise TrainingError(f"{self._path}: cannot be written ({error.strerror}): free some space") from error
 

@@ -1,16 +1,16 @@
 """What a recipe starts from: the model, loaded and converted and proved, and the data opened for it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from normswap.checkpoints.architecture import build_architecture, default_input_shape, with_keyword
+from normswap.checkpoints.architecture import build_architecture, default_input_shape, parse_architecture, with_keyword
 from normswap.checkpoints.atomic import check_readable
-from normswap.checkpoints.checkpoint import build_model, read_checkpoint
+from normswap.checkpoints.checkpoint import Checkpoint, build_model, read_checkpoint
 from normswap.checkpoints.record import Step
 from normswap.errors import ArchitectureError, DataError, NothingToDo, RecipeError
 from normswap.finetune.data import Data, DataSettings, open_data
@@ -93,17 +93,20 @@ def _from_recipe(recipe: Recipe, *, trust: bool) -> Source:
         torch.manual_seed(recipe.train.seed)
         architecture = wanted.architecture or ""
         return Source(build_architecture(architecture, pretrained=wanted.pretrained), architecture, None, None, ())
-    return _read(Path(wanted.checkpoint), wanted.architecture, wanted.entry, trust=trust)
+    check_readable(Path(wanted.checkpoint))
+    checkpoint = read_checkpoint(Path(wanted.checkpoint), entry=wanted.entry, trust=trust)
+    return _built(checkpoint, wanted.architecture, trust=trust)
 
 
 def _from_state(recipe: Recipe, state: Path, *, trust: bool) -> Source:
-    said = recipe.model.architecture
-    return _read(state, said if said and recipe.model.checkpoint is None else None, "state_dict", trust=trust)
+    checkpoint = read_checkpoint(state, entry="state_dict", trust=trust)
+    own, said = recipe.model.architecture, checkpoint.record and checkpoint.record.architecture
+    # What the state says of its classes goes first; code that the recipe names too is the user's own.
+    is_own = own and said and parse_architecture(own).model == parse_architecture(said).model
+    return _built(checkpoint, said if is_own else None, trust=trust)
 
 
-def _read(path: Path, architecture: str | None, entry: str | None, *, trust: bool) -> Source:
-    check_readable(path)
-    checkpoint = read_checkpoint(path, entry=entry, trust=trust)
+def _built(checkpoint: Checkpoint, architecture: str | None, *, trust: bool) -> Source:
     built = build_model(checkpoint, architecture, trust=trust)
     record = checkpoint.record
     return Source(
@@ -164,13 +167,8 @@ def _with_new_head(source: Source, classes: int) -> Source:
         )
     reset(classes)
     said = source.architecture
-    return Source(
-        source.model,
-        said and with_keyword(said, "num_classes", classes),
-        source.plan,
-        None,  # of a model with another head
-        source.history,
-    )
+    # The proof was one of a model with another head.
+    return replace(source, architecture=said and with_keyword(said, "num_classes", classes), verification=None)
 
 
 def _converted(recipe: Recipe, source: Source, example: Tensor) -> Source:
@@ -193,7 +191,8 @@ def _converted(recipe: Recipe, source: Source, example: Tensor) -> Source:
     proof = verify(source.model, model, [example])
     if not proof.passed and wanted.gate != "softmax" and wanted.bn_statistics == "batch":
         raise NothingToDo("the converted model does not compute the same function: see normswap verify")
-    return Source(model, source.architecture, plan, proof, (*source.history, Step.now("converted")))
+    history = (*source.history, Step.now("converted"))
+    return replace(source, model=model, plan=plan, verification=proof, history=history)
 
 
 @torch.no_grad()

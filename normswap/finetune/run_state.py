@@ -56,7 +56,7 @@ def write_state(folder: Path, recipe: Recipe, source: Source, model: nn.Module, 
         "recipe": jsonable(recipe.to_dict()),
     }
     if state.average is not None:
-        content[_AVERAGE] = dict(state.average)
+        content[_AVERAGE] = state.average  # as it is, with torch's notes on its modules
     if state.scaler is not None:
         content["scaler"] = dict(state.scaler)
     entry = _WEIGHTS if state.average is None else _AVERAGE

@@ -65,7 +65,8 @@ def draw_course(records: Sequence[Mapping[str, Any]], path: Path) -> None:
             [_mean([site[kind] for site in r["importance"].values()], branch) for r in gated] for branch in BRANCHES
         ]
         panel.stackplot(steps, shares, labels=BRANCHES)
-        panel.set(title=f"importance, {title}", xlabel="step", ylim=(0, 1), xlim=(steps[0], max(steps[-1], 1)))
+        panel.set(title=f"importance, {title}", xlabel="step", ylim=(0, 1))
+        panel.margins(x=0)
         panel.legend(loc="lower left", fontsize="small")
     figure.savefig(path, dpi=120)
 
