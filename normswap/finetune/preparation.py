@@ -100,7 +100,8 @@ def _from_recipe(recipe: Recipe, *, trust: bool) -> Source:
 
 def _from_state(recipe: Recipe, state: Path, *, trust: bool) -> Source:
     checkpoint = read_checkpoint(state, entry="state_dict", trust=trust)
-    own, said = recipe.model.architecture, checkpoint.record and checkpoint.record.architecture
+    own = recipe.model.architecture
+    said = checkpoint.record.architecture if checkpoint.record else None
     # What the state says of its classes goes first; code that the recipe names too is the user's own.
     is_own = own and said and parse_architecture(own).model == parse_architecture(said).model
     return _built(checkpoint, said if is_own else None, trust=trust)
