@@ -31,6 +31,10 @@ class OptimizerError(NormswapError, ValueError):
     """An optimizer, its parameter groups or a learning rate does not fit the model."""
 
 
+class DataError(NormswapError, ValueError):
+    """Images or labels cannot be read, or do not fit the model."""
+
+
 class CheckpointError(NormswapError):
     """A file cannot be read, identified or written."""
 

@@ -123,13 +123,18 @@ def _put_back(module: nn.Module, state: ModuleState) -> None:
 
 
 @contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Run with a fixed random state - torch's on every device in use, Python's, NumPy's - and restore the caller's."""
+def seeded(seed: int, *, cpu_only: bool = False) -> Iterator[None]:
+    """Run with a fixed random state - torch's on every device in use, Python's, NumPy's - and restore the caller's.
+
+    Args:
+        cpu_only: leave the other devices alone, which a forked process may not even ask for theirs.
+    """
     numpy = sys.modules.get("numpy")
     python_state, numpy_state = random.getstate(), numpy and numpy.random.get_state()
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+    with torch.random.fork_rng(devices=() if cpu_only else range(torch.cuda.device_count())):
         # torch.manual_seed keeps, for each kind of device that is not there, the stack of whoever called it.
-        (torch.manual_seed if torch.accelerator.is_available() else torch.default_generator.manual_seed)(seed)
+        everywhere = not cpu_only and torch.accelerator.is_available()
+        (torch.manual_seed if everywhere else torch.default_generator.manual_seed)(seed)
         random.seed(seed)
         if numpy:
             numpy.random.seed(seed)

@@ -91,6 +91,7 @@ ROOMS = [
     "checkpoints.state_surgery",
     "checkpoints.checkpoint",
     "checkpoints.saving",
+    "finetune.data",
     "finetune.layouts",
     "finetune.param_groups",
     "reports.tables",
@@ -108,7 +109,8 @@ ROOMS = [
 ]
 # Where a package may be imported.
 HOMES = {
-    "timm": ("checkpoints.architecture",),
+    "timm": ("checkpoints.architecture", "finetune.data"),
+    "sklearn": ("finetune.data",),
     "transformers": ("checkpoints.architecture",),
     "torchvision": ("checkpoints.architecture",),
     "safetensors": ("checkpoints.",),

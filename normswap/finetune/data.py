@@ -1,0 +1,461 @@
+"""Images with labels as a loader: image folders, timm's other data sets, scikit-learn's digits.
+
+The one room beside `checkpoints.architecture` that imports timm, for its data sets and transforms, and the one that
+imports scikit-learn. What an epoch yields follows from seed and epoch alone, with any number of workers: the order is
+drawn once an epoch, and each image is augmented under a seed of its own. Data sets that can only be streamed (`wds/`,
+`tfds/`, `hfids/`) come in timm's own order. An image that cannot be decoded is left out by timm, which warns.
+"""
+
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+
+from normswap.errors import DataError
+from normswap.modes import seeded
+from normswap.surgery.tracing import first_line
+
+Use = Literal["training", "calibration", "evaluation"]
+
+
+@dataclass(frozen=True)
+class _Manner:
+    """What a use asks of the data: images in random order, augmented, in whole batches only, with labels."""
+
+    shuffled: bool
+    augmented: bool
+    whole_batches: bool
+    labelled: bool
+
+
+_USES: Mapping[str, _Manner] = {
+    "training": _Manner(shuffled=True, augmented=True, whole_batches=True, labelled=True),
+    # Folders come class by class, and a batch of one class has statistics of its own.
+    "calibration": _Manner(shuffled=True, augmented=False, whole_batches=False, labelled=False),
+    "evaluation": _Manner(shuffled=False, augmented=False, whole_batches=False, labelled=True),
+}
+_SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "val", "valid", "eval", "evaluation"),
+    "test": ("test", "testing"),
+}
+_FOLDER = "folder:"
+_DIGITS = "digits"
+# Where in the shuffled digits each split ends, as a share of them all.
+_DIGITS_ENDS = {"train": 0.6, "validation": 0.8, "test": 1.0}
+_STREAMED = ("wds/", "tfds/", "hfids/")
+_NAMED = ("torch/", "hfds/", *_STREAMED)
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Which images, and how they become batches. What is None is as the model's `pretrained_cfg` says.
+
+    Attributes:
+        source: `folder:PATH` with a folder per class, in PATH/SPLIT where there is one; `digits`; or a name of timm's,
+            `torch/cifar10`, `hfds/NAME`, `wds/NAME`.
+        split: `train`, `validation`, `test`, or what the data set calls it.
+        root: where a data set of timm's lies, or is put if `download` is set.
+        image_size: height and width in pixels.
+        channels: 1 (grey) or 3.
+        mean, std: per channel, of pixels from 0 to 1.
+        crop_pct: the share of the resized image that is cut out of its middle.
+        augmentation: for training, options of `timm.data.create_transform` such as `{"auto_augment": "rand-m9"}`.
+        class_names: the folders of the classes in the order of their labels, as `Data.class_names` of the training
+            split has them; by default those that are there.
+    """
+
+    source: str
+    split: str = "train"
+    root: str | None = None
+    download: bool = False
+    image_size: tuple[int, int] | None = None
+    channels: int | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    interpolation: str | None = None
+    crop_pct: float | None = None
+    batch_size: int = 32
+    workers: int = 0
+    augmentation: Mapping[str, Any] = field(default_factory=dict)
+    class_names: tuple[str, ...] | None = None
+    seed: int = 0
+
+
+class _Loader(Protocol):
+    """What yields the batches of an epoch, and knows how many there are where that can be known."""
+
+    def epoch(self, number: int) -> Iterator[tuple[Tensor, Tensor]]: ...
+
+    def __len__(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Data:
+    """Batches of images (N, C, H, W) and labels (N,), as often as they are asked for.
+
+    `classes` and `class_names` are None where nothing tells them, `images` where the data is streamed; `settings` are
+    complete. With `checked_classes` every label is held against that number.
+    """
+
+    settings: DataSettings
+    loader: _Loader
+    images: int | None
+    classes: int | None
+    class_names: tuple[str, ...] | None
+    checked_classes: int | None = None
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return self.epoch(0)
+
+    def __len__(self) -> int:
+        """Return the number of batches of an epoch."""
+        return len(self.loader)
+
+    def epoch(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the batches of an epoch, whose order and augmentation follow from its number and the seed.
+
+        Raises:
+            DataError: a label that the model has no class for, or images that cannot be read.
+        """
+        for images, labels in self.loader.epoch(number):
+            if self.checked_classes is not None:
+                self._check(labels, self.checked_classes)
+            yield images, labels
+
+    def _check(self, labels: Tensor, classes: int) -> None:
+        outside = labels[(labels < 0) | (labels >= classes)]
+        if len(outside):
+            raise DataError(
+                f"{self.settings.source}: expected labels from 0 to {classes - 1}, as the model has {classes} classes, "
+                f"got {int(outside[0])}: build the model with num_classes={int(labels.max()) + 1} or more"
+            )
+
+
+def open_data(
+    settings: DataSettings,
+    *,
+    use: Use = "evaluation",
+    model: nn.Module | None = None,
+    classes: int | None = None,
+    shard: tuple[int, int] = (0, 1),
+) -> Data:
+    """Open a data set for a model.
+
+    Args:
+        settings: what is None in them is filled in from `model`.
+        use: `"training"` shuffles, augments and leaves out a last batch that is not full; `"calibration"` shuffles
+            only; `"evaluation"` takes every image once, in order.
+        classes: how many the model tells apart; labels beyond are refused, but for calibration, which needs none.
+        shard: which part of how many, one for each process: rank and world size.
+
+    Raises:
+        DataError: an unknown source or split; a folder that is missing or without images; a single class to train on,
+            more classes than the model has; no image size; fewer images than a batch.
+    """
+    manner = _USES[use]
+    settings = completed(settings, model)
+    dataset, class_names = _opened(settings)
+    found = None if class_names is None else len(class_names)
+    if manner.labelled:
+        _check_classes(settings, class_names, classes, training=use == "training")
+    dataset.transform = _transform(settings, augmented=manner.augmented)
+    checked = classes if manner.labelled else None
+    if isinstance(dataset, IterableDataset):
+        return Data(settings, _Stream(dataset, settings, manner), None, found, class_names, checked)
+    loader = _Epochs(dataset, settings, manner, shard)
+    if not len(loader):
+        raise DataError(
+            f"{settings.source}: {len(dataset)} images ({shard[1]} processes) are fewer than one batch of "
+            f"{settings.batch_size}: choose a smaller batch size"
+        )
+    return Data(settings, loader, len(dataset), found, class_names, checked)
+
+
+def completed(settings: DataSettings, model: nn.Module | None) -> DataSettings:
+    """Return the settings with what is None filled in: from the model's `pretrained_cfg`, or else timm's defaults.
+
+    Raises:
+        DataError: nothing tells the image size, or the number of channels is neither 1 nor 3.
+    """
+    config = getattr(model, "pretrained_cfg", None)
+    config = config if isinstance(config, Mapping) else {}
+    if settings.image_size is None and not config.get("input_size"):
+        raise DataError("nothing tells the size of images: give image_size=(height, width), --input-size HxW")
+    told: dict[str, Any] = _timm().resolve_data_config({}, pretrained_cfg=dict(config) or {"crop_pct": None})
+    channels = settings.channels or told["input_size"][0]
+    if channels not in (1, 3):
+        raise DataError(f"expected images of 1 or 3 channels, the model takes {channels}: bring batches of your own")
+    whole = settings.source == _DIGITS  # their strokes reach the border
+    return replace(
+        settings,
+        image_size=settings.image_size or tuple(told["input_size"][1:]),
+        channels=channels,
+        mean=_per_channel(settings.mean or told["mean"], channels),
+        std=_per_channel(settings.std or told["std"], channels),
+        interpolation=settings.interpolation or told["interpolation"],
+        crop_pct=settings.crop_pct or (1.0 if whole else told["crop_pct"]),
+    )
+
+
+def _per_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:
+    """One value a channel; a grey image takes the average of those for colours."""
+    return tuple(values) if len(values) == channels else (sum(values) / len(values),) * channels
+
+
+# --- data sets --------------------------------------------------------------------------------------------------------
+
+
+def _opened(settings: DataSettings) -> tuple[Any, tuple[str, ...] | None]:
+    """The data set, whose `transform` is to be set, and the names of its classes where it knows them."""
+    if settings.source == _DIGITS:
+        return _Digits(settings), tuple(map(str, range(10)))
+    if settings.source.startswith(_FOLDER):
+        return _folder(settings)
+    if settings.source.lower().startswith(_NAMED):
+        return _named(settings)
+    raise DataError(
+        f"data {settings.source!r}: expected folder:PATH, digits, or a name such as "
+        f"{', '.join(f'{start}NAME' for start in _NAMED)}"
+    )
+
+
+def _folder(settings: DataSettings) -> tuple[Any, tuple[str, ...]]:
+    folder = _split_folder(Path(settings.source.removeprefix(_FOLDER)), settings.split)
+    wanted = None if settings.class_names is None else {name: i for i, name in enumerate(settings.class_names)}
+    try:
+        dataset: Any = _timm().create_dataset("", root=str(folder), search_split=False, input_img_mode=_mode(settings))
+    except RuntimeError as error:
+        raise DataError(f"{folder}: no images in it: expected a folder per class with images in it") from error
+    names = tuple(dataset.reader.class_to_idx)
+    if wanted is None:
+        return dataset, names
+    strangers = [name for name in names if name not in wanted]
+    if strangers:
+        raise DataError(
+            f"{folder}: {len(strangers)} folders are none of the {len(wanted)} classes: {', '.join(strangers[:3])}"
+        )
+    return _timm().create_dataset(
+        "", root=str(folder), search_split=False, input_img_mode=_mode(settings), class_map=wanted
+    ), tuple(wanted)
+
+
+def _split_folder(folder: Path, split: str) -> Path:
+    """The folder of a split, or the folder itself where it is not divided."""
+    if not folder.is_dir():
+        raise DataError(f"{folder}: expected a folder with a folder of images per class, there is none")
+    for name in (split, *_synonyms(split)):
+        if (folder / name).is_dir():
+            return folder / name
+    others = [name for names in _SPLITS.values() for name in names if (folder / name).is_dir()]
+    if others:
+        raise DataError(f"{folder}: has no split {split!r}: choose one of {', '.join(others)}")
+    return folder
+
+
+def _synonyms(split: str) -> tuple[str, ...]:
+    return next((names for names in _SPLITS.values() if split in names), ())
+
+
+def _named(settings: DataSettings) -> tuple[Any, tuple[str, ...] | None]:
+    try:
+        dataset: Any = _timm().create_dataset(
+            settings.source,
+            root=settings.root,
+            split=settings.split,
+            download=settings.download,
+            batch_size=settings.batch_size,
+            seed=settings.seed,
+            input_img_mode=None if settings.source.startswith("torch/") else _mode(settings),
+        )
+    except (RuntimeError, ImportError, OSError, ValueError, AssertionError, TypeError) as error:
+        raise DataError(f"data {settings.source!r}: cannot be opened: {first_line(error)}") from error
+    names = getattr(dataset, "classes", None)
+    return dataset, tuple(map(str, names)) if names else None
+
+
+def _mode(settings: DataSettings) -> str:
+    return "L" if settings.channels == 1 else "RGB"
+
+
+class _Digits(Dataset[Any]):
+    """scikit-learn's scanned digits, 8 x 8 pixels of grey, as images."""
+
+    def __init__(self, settings: DataSettings) -> None:
+        try:
+            from sklearn.datasets import load_digits
+        except ImportError:
+            raise DataError("data 'digits': needs scikit-learn: pip install scikit-learn") from None
+        digits = load_digits()
+        self.transform: Any = None
+        self._mode = _mode(settings)
+        self._ink = torch.tensor(digits.images / 16 * 255).round().to(torch.uint8)
+        self._labels = digits.target.tolist()
+        self._index = _digits_split(len(self._labels), settings)
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __getitem__(self, number: int) -> tuple[Any, int]:
+        from PIL import Image
+
+        index = self._index[number]
+        image = Image.fromarray(self._ink[index].numpy()).convert(self._mode)
+        return self.transform(image), self._labels[index]
+
+
+def _digits_split(total: int, settings: DataSettings) -> list[int]:
+    """Which digits belong to a split: a part of them all in an order that the seed decides."""
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(settings.seed)).tolist()
+    start = 0
+    for name, share in _DIGITS_ENDS.items():
+        end = round(share * total)
+        if settings.split in _SPLITS[name]:
+            return order[start:end]
+        start = end
+    raise DataError(f"data 'digits': has no split {settings.split!r}: choose one of {', '.join(_DIGITS_ENDS)}")
+
+
+def _check_classes(
+    settings: DataSettings, names: tuple[str, ...] | None, classes: int | None, *, training: bool
+) -> None:
+    if names is None:
+        return
+    if training and len(names) < 2:
+        raise DataError(
+            f"{settings.source}: expected several classes to train on, got {', '.join(names) or 'images alone'}: "
+            "put the images of each class in a folder of its own"
+        )
+    if classes is not None and len(names) > classes:
+        raise DataError(
+            f"{settings.source}: has {len(names)} classes, the model {classes}: build the model with "
+            f"num_classes={len(names)}"
+        )
+
+
+def _transform(settings: DataSettings, *, augmented: bool) -> Any:
+    try:
+        return _timm().create_transform(
+            (settings.channels, *(settings.image_size or ())),
+            is_training=augmented,
+            mean=settings.mean,
+            std=settings.std,
+            interpolation=settings.interpolation,
+            crop_pct=settings.crop_pct,
+            **(settings.augmentation if augmented else {}),
+        )
+    except TypeError as error:
+        raise DataError(f"augmentation: {first_line(error)}: see timm.data.create_transform") from error
+
+
+# --- loaders ----------------------------------------------------------------------------------------------------------
+
+
+class _Order(Sampler[tuple[int, int]]):
+    """The images of one process in the order of an epoch, each with the epoch, from which its augmentation follows."""
+
+    def __init__(self, total: int, settings: DataSettings, manner: _Manner, shard: tuple[int, int]) -> None:
+        self.epoch = 0
+        self._total, self._seed, self._shuffled, self._shard = total, settings.seed, manner.shuffled, shard
+        # All processes take the same number of steps in training; nothing is left out elsewhere.
+        self._share = total // shard[1] if manner.whole_batches else len(range(shard[0], total, shard[1]))
+
+    def __len__(self) -> int:
+        return self._share
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        epoch, order = self.epoch, list(range(self._total))
+        if self._shuffled:
+            generator = torch.Generator().manual_seed(_mixed(self._seed, epoch))
+            order = torch.randperm(self._total, generator=generator).tolist()
+        rank, world = self._shard
+        return iter([(epoch, index) for index in order[rank::world][: self._share]])
+
+
+class _Augmented(Dataset[Any]):
+    """A data set by (epoch, index), each image augmented under a random state that follows from these and the seed."""
+
+    def __init__(self, dataset: Any, settings: DataSettings, manner: _Manner) -> None:
+        self._dataset, self._seed, self._random = dataset, settings.seed, manner.augmented
+
+    def __getitem__(self, place: tuple[int, int]) -> Any:
+        epoch, index = place
+        if not self._random:
+            return self._dataset[index]
+        with seeded(_mixed(self._seed, epoch, index), cpu_only=True):
+            return self._dataset[index]
+
+
+class _Epochs:
+    """Batches of a data set that knows its images by number."""
+
+    def __init__(self, dataset: Any, settings: DataSettings, manner: _Manner, shard: tuple[int, int]) -> None:
+        self._source = settings.source
+        self._order = _Order(len(dataset), settings, manner, shard)
+        self._loader: DataLoader[Any] = DataLoader(
+            _Augmented(dataset, settings, manner),
+            batch_size=settings.batch_size,
+            sampler=self._order,
+            num_workers=settings.workers,
+            drop_last=manner.whole_batches,
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=settings.workers > 0,
+            generator=torch.Generator(),  # of its own: else each epoch would draw from the caller's
+        )
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def epoch(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
+        self._order.epoch = number
+        yield from _told(self._source, self._loader)
+
+
+class _Stream:
+    """Batches of a data set of timm's that can only be streamed."""
+
+    def __init__(self, dataset: Any, settings: DataSettings, manner: _Manner) -> None:
+        self._source, self._dataset = settings.source, dataset
+        dataset.set_loader_cfg(num_workers=settings.workers)
+        self._loader: DataLoader[Any] = DataLoader(
+            dataset,
+            batch_size=settings.batch_size,
+            num_workers=settings.workers,
+            drop_last=manner.whole_batches,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),
+        )
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def epoch(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
+        self._dataset.set_epoch(number)
+        yield from _told(self._source, self._loader)
+
+
+def _told(source: str, loader: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches, and what timm says where it finds no image that can be read."""
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "Failed to load" not in str(error):
+            raise
+        raise DataError(f"{source}: {str(error).strip().splitlines()[-1]}: are these images?") from error
+
+
+def _timm() -> Any:
+    # As anything: it is typed in some of its versions only.
+    import timm.data
+
+    return timm.data
+
+
+def _mixed(*numbers: int) -> int:
+    """One seed out of several numbers."""
+    return random.Random(" ".join(map(str, numbers))).getrandbits(31)
