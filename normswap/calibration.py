@@ -115,8 +115,8 @@ def calibrate(
 
     Raises:
         NothingToDo: no layer with running statistics ran.
-        DataError: no batches; a layer is fed NaN or infinite values, another number of channels, or one value per
-            channel in all.
+        DataError: no batches; a layer is fed NaN or infinite values, another number of channels, or a single value
+            per channel.
         ModelError: the model fails on a batch; in another process something failed.
     """
     if layer_by_layer and iter(batches) is iter(batches):
@@ -267,10 +267,6 @@ class _Run:
 def _statistics(name: str, layer: Gathered) -> tuple[Tensor, Tensor]:
     """Mean and unbiased variance as the layer stores them."""
     moments = layer.moments
-    if moments.count == 1:
-        raise DataError(
-            f"layer {name!r}: expected more than 1 value per channel in all batches, got 1: bring more data"
-        )
     found = moments.mean, moments.spread / (moments.count - 1)
     stored = tuple(
         value.to(old.dtype) for value, old in zip(found, (layer.running_mean, layer.running_var), strict=True)

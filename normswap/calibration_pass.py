@@ -6,8 +6,9 @@ process. Everything is put back; what comes out are moments.
 """
 
 import inspect
+import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -104,7 +105,8 @@ class CalibrationPass:
     @contextmanager
     def _watching(self) -> Iterator[None]:
         modules = self._modules
-        eager = torch.compiler.set_stance("force_eager")  # hooks inside compiled parts
+        # Hooks would be compiled into parts that are; and where nothing is, the compiler is not even imported.
+        eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
         with (
             torch.no_grad(),
             eager,
@@ -168,6 +170,11 @@ class CalibrationPass:
         where = f"batch {self.batches} (counted from 0): layer {name!r}"
         if x.dim() < 2 or x.shape[1] != channels:
             raise DataError(f"{where} expects {channels} channels, and is fed {shape}: batches must fit the model")
+        if x.numel() == channels:
+            raise DataError(
+                f"{where} is fed a single value per channel ({shape}), which has no variance: use larger batches, and "
+                "leave a smaller last one out (drop_last=True)"
+            )
         gathered.moments.add(x)
         gathered.calls += 1
         if not bool(gathered.moments.spread.isfinite().all()):
