@@ -293,14 +293,14 @@ def test_reasons_are_given_for_what_is_left() -> None:
 
 def test_what_replaced_a_frozen_norm_is_calibrated_on_request() -> None:
     def model() -> Any:
-        return convert(nn.Sequential(nn.BatchNorm2d(3), FrozenBatchNorm2d(3)).double(), BATCHES[0]).model
+        return convert(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(), FrozenBatchNorm2d(3)).double(), BATCHES[0]).model
 
     (left,) = calibrate(model(), BATCHES).skipped
-    assert left.fqn == "1"
+    assert left.fqn == "2"
     assert left.reason.startswith("frozen")
     everything = model()
-    assert [layer.fqn for layer in calibrate(everything, BATCHES, include_frozen=True).layers] == ["0", "1"]
-    assert_statistics(everything[1], moments([F.batch_norm(x, None, None, training=True) for x in BATCHES]))
+    assert [layer.fqn for layer in calibrate(everything, BATCHES, include_frozen=True).layers] == ["0", "2"]
+    assert_statistics(everything[2], moments([F.batch_norm(x, None, None, training=True).relu() for x in BATCHES]))
 
 
 def test_what_has_no_bn_branch_is_left() -> None:
