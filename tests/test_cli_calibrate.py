@@ -174,11 +174,10 @@ def test_grey_models_get_grey_images(folder: Path) -> None:
     torch.save(model.state_dict(), "grey.pt")
     ok("grey.pt", "--arch", f"{files.ARCH},in_chans=1", *DIGITS)
     torch.save(nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4)), "plain.pt")
-    sized = [*DIGITS[:2], "--input-size", "1x8x8"]
-    ok("plain.pt", "--trust", *sized)
-    assert run("plain.pt", "--trust", *DIGITS, "-o", "other.pt").output.startswith(
-        "error: batch 0 (counted from 0): the"
-    )
+    ok("plain.pt", "--trust", *DIGITS[:2], "--input-size", "1x8x8")
+    refused = run("plain.pt", "--trust", *DIGITS, "--force")
+    assert refused.exit_code == 2
+    assert "batch 0 (counted from 0): the model fails on an input of 20x3x32x32: " in refused.output
 
 
 @pytest.mark.parametrize(

@@ -132,15 +132,15 @@ def _open_data(source: str, opened: Opened, options: dict[str, Any]) -> "Data":
     from normswap.finetune.data import DataSettings, open_data
 
     shape = default_input_shape(opened.model, opened.architecture)
-    default = None if shape is None else Size(shape[2], shape[3], shape[1])
-    size: Size | None = options["input_size"] or default
-    channels = (size and size.channels) or (default and default.channels)
+    size: Size | None = options["input_size"]
+    if shape is not None:
+        size = Size(size.height, size.width, size.channels or shape[1]) if size else Size(shape[2], shape[3], shape[1])
     settings = DataSettings(
         source,
         split=options["split"],
         root=options["data_root"],
-        image_size=size and (size.height, size.width),
-        channels=channels,
+        image_size=None if size is None else (size.height, size.width),
+        channels=None if size is None else size.channels,
         batch_size=options["batch_size"],
         workers=options["workers"],
         seed=options["seed"],
