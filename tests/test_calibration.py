@@ -468,6 +468,18 @@ def test_a_model_without_statistics_has_nothing_to_calibrate(model: nn.Module) -
         calibrate(model.double(), BATCHES)
 
 
+def test_a_process_without_batches_cannot_know_a_row_of_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where other processes ran a functional site whose statistics are no whole buffer."""
+    shares: list[Any] = []
+    model: Any = convert(Steps().double(), BATCHES[0]).model
+    exchange = "normswap.calibration._Processes.exchange"
+    monkeypatch.setattr(exchange, lambda _, share: shares.append(share) or [share])
+    calibrate(copy.deepcopy(model), BATCHES)
+    monkeypatch.setattr(exchange, lambda _, share: [share, shares[0]])
+    with pytest.raises(ModelError, match="layer 'batch_norm': only a call tells where its running statistics lie"):
+        calibrate(model, [])
+
+
 # --- several processes ------------------------------------------------------------------------------------------------
 
 SCRIPT = Path(__file__).with_name("two_processes_calibrating.py")

@@ -213,7 +213,8 @@ def test_a_data_set_of_torchvision_is_opened_by_its_name(monkeypatch: pytest.Mon
         ({"image_size": None}, "evaluation", "nothing tells the size of images: give image_size="),
         ({"channels": 4}, "evaluation", "expected images of 1 or 3 channels, the model takes 4"),
         ({"batch_size": 7}, "training", r"6 images \(1 processes\) are fewer than one batch of 7"),
-        ({"augmentation": {"blur": 1}}, "training", "augmentation: .*'blur'"),
+        ({"augmentation": {"blur": 1}}, "training", "augmentation {'blur': 1}: .*: see timm.data.create_transform"),
+        ({"augmentation": {"auto_augment": "much"}}, "training", "augmentation {'auto_augment': 'much'}: "),
     ],
 )
 def test_what_is_refused(tmp_path: Path, options: dict[str, Any], use: Any, message: str) -> None:

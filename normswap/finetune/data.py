@@ -187,7 +187,7 @@ def completed(settings: DataSettings, model: nn.Module | None) -> DataSettings:
     config = config if isinstance(config, Mapping) else {}
     if settings.image_size is None and not config.get("input_size"):
         raise DataError("nothing tells the size of images: give image_size=(height, width), --input-size HxW")
-    told: dict[str, Any] = _timm().resolve_data_config({}, pretrained_cfg=dict(config) or {"crop_pct": None})
+    told: dict[str, Any] = _timm().resolve_data_config({"img_size": None}, pretrained_cfg=dict(config))
     channels = settings.channels or told["input_size"][0]
     if channels not in (1, 3):
         raise DataError(f"expected images of 1 or 3 channels, the model takes {channels}: bring batches of your own")
@@ -349,8 +349,10 @@ def _transform(settings: DataSettings, *, augmented: bool) -> Any:
             crop_pct=settings.crop_pct,
             **(settings.augmentation if augmented else {}),
         )
-    except TypeError as error:
-        raise DataError(f"augmentation: {first_line(error)}: see timm.data.create_transform") from error
+    except (TypeError, ValueError, AssertionError, KeyError) as error:
+        raise DataError(
+            f"augmentation {dict(settings.augmentation)}: {first_line(error)}: see timm.data.create_transform"
+        ) from error
 
 
 # --- loaders ----------------------------------------------------------------------------------------------------------
