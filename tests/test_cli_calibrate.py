@@ -195,6 +195,7 @@ def test_grey_models_get_grey_images(folder: Path) -> None:
         (["plain.pt", "--trust", "--data", "digits"], 2, "nothing tells the size of images: give image_size="),
         (["bare.pt", "--trust", *DIGITS], 1, "no layer with running statistics ran: nothing to calibrate"),
         (["missing.pt", *DIGITS], 2, "missing.pt"),
+        (["sn.pt", *DIGITS, "--device", "nowhere"], 2, "--device nowhere: the model cannot be moved there: "),
     ],
 )
 def test_what_is_refused(folder: Path, arguments: list[str], status: int, message: str) -> None:

@@ -15,6 +15,7 @@ from normswap.cli.opening import Opened, describe_content, describe_size, open_m
 from normswap.cli.options import arch_option, entry_option, json_option, print_json, trust_option
 from normswap.cli.outputs import container_of, is_folder_for, target_of
 from normswap.cli.progress import stage
+from normswap.errors import ModelError
 
 if TYPE_CHECKING:
     import torch
@@ -153,12 +154,17 @@ def _calibrated(opened: Opened, data: "Data", options: dict[str, Any]) -> "Calib
     import torch
 
     from normswap.calibration import calibrate
+    from normswap.surgery.tracing import first_line
 
     model, device = opened.model, options["device"]
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    try:
+        model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(f"--device {device}: the model cannot be moved there: {first_line(error)}") from error
     with stage("calibrating"):
         result = calibrate(
-            model.to(device),
+            model,
             _Batches(data, options["batches"], dtype),
             layer_by_layer=options["layer_by_layer"],
             include_frozen=options["include_frozen"],
