@@ -13,19 +13,19 @@ from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parameter import is_lazy
 
 from normswap.calibration_pass import NO_STATISTICS, CalibrationPass, Gathered
+from normswap.calibration_pooling import Processes, Share, united
 from normswap.errors import DataError, ModelError, NothingToDo
 from normswap.layers.gates import GatedModule
 from normswap.layers.modules import FunctionalSwitchNorm
 from normswap.statistics import is_hooked
 from normswap.surgery.norms import is_norm_layer
-from normswap.surgery.tracing import first_line
-from normswap.surgery.tree import join, modules_by_name, walk_modules
+from normswap.surgery.tree import walk_modules
 from normswap.surgery.wrapping import unwrap
 
 _FROZEN = "frozen, its running statistics are constants: include_frozen=True (--include-frozen) calibrates it too"
@@ -126,7 +126,7 @@ def calibrate(
         )
     model = unwrap(model)
     layers, skipped = _sorted_layers(model, include_frozen=include_frozen)
-    run = _Run(model, layers, device, _Processes(process_group))
+    run = _Run(model, layers, device, Processes(process_group))
     with run.all_or_nothing():
         (run.layer_by_layer if layer_by_layer else run.at_once)(batches)
     done = {layer.fqn for layer in run.done}
@@ -191,7 +191,7 @@ def _reason_of_other(module: nn.Module) -> str | None:
 class _Run:
     """The passes over the data, and what they led to."""
 
-    def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module], device: Any, processes: "_Processes") -> None:
+    def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module], device: Any, processes: "Processes") -> None:
         self.done: list[CalibratedLayer] = []
         self.passed_over: dict[str, str] = {}
         self.batches = self.passes = 0
@@ -235,7 +235,7 @@ class _Run:
             calibration.run(batches, device=self._device)
         except Exception as error:  # noqa: BLE001 - the other processes wait for a word of this one
             failure = error
-        shares = self._processes.exchange(_Share.of(calibration, failure, self._model))
+        shares = self._processes.exchange(Share.of(calibration, failure, self._model))
         if failure is not None:
             raise failure
         for rank, share in enumerate(shares):
@@ -245,7 +245,7 @@ class _Run:
         if not self.batches:
             raise DataError("batches: expected at least one batch, got none")
         self.passed_over |= {name: reason for share in shares for name, reason in share.passed_over.items()}
-        return _united(shares, calibration, self._model)
+        return united(shares, calibration, self._model)
 
     def _write(self, gathered: Mapping[str, Gathered]) -> None:
         """Work out all statistics, then write them."""
@@ -297,102 +297,3 @@ def _described(name: str, layer: Gathered, statistics: tuple[Tensor, Tensor]) ->
         deviation_ratio=float(farthest),
         shift=float(shift.max()),
     )
-
-
-# --- many processes ---------------------------------------------------------------------------------------------------
-
-
-class _Processes:
-    """The processes that pool what they gathered; this one alone where there are no others."""
-
-    def __init__(self, group: Any) -> None:
-        self._group = group
-
-    def exchange(self, share: "_Share") -> list["_Share"]:
-        """Return what every process brings, by rank."""
-        if not (distributed.is_available() and distributed.is_initialized()):
-            return [share]
-        shares: list[Any] = [None] * distributed.get_world_size(self._group)
-        distributed.all_gather_object(shares, share, group=self._group)
-        return shares
-
-
-@dataclass(frozen=True)
-class _Sums:
-    """What one process gathered of a layer, and the names of the two tensors that hold its statistics: of a functional
-    site only a call tells them, and only if they are whole tensors of the model.
-    """
-
-    count: int
-    mean: Tensor
-    spread: Tensor
-    calls: int
-    eps: float
-    tensors: tuple[str, str] | None
-
-
-@dataclass(frozen=True)
-class _Share:
-    """What one process brings: all that it gathered, or why it failed."""
-
-    order: tuple[str, ...]
-    sums: Mapping[str, _Sums]
-    passed_over: Mapping[str, str]
-    batches: int
-    failure: str | None
-
-    @classmethod
-    def of(cls, calibration: CalibrationPass, failure: Exception | None, model: nn.Module) -> "_Share":
-        """Return what a pass came to."""
-        names = {id(tensor): name for name, tensor in _tensors(model).items()}
-
-        def sums(layer: Gathered) -> _Sums:
-            whole = tuple(names.get(id(tensor)) for tensor in (layer.running_mean, layer.running_var))
-            known = (whole[0], whole[1]) if whole[0] is not None and whole[1] is not None else None
-            moments = layer.moments
-            return _Sums(moments.count, moments.mean.cpu(), moments.spread.cpu(), layer.calls, layer.eps, known)
-
-        return cls(
-            order=tuple(calibration.order),
-            sums={name: sums(layer) for name, layer in calibration.gathered.items()},
-            passed_over=calibration.passed_over,
-            batches=calibration.batches,
-            failure=None if failure is None else first_line(failure),
-        )
-
-
-def _united(
-    shares: list[_Share], calibration: CalibrationPass, model: nn.Module
-) -> tuple[list[str], dict[str, Gathered]]:
-    """The layers in the order they ran, and what all processes gathered of each."""
-    order = list(dict.fromkeys(name for share in shares for name in share.order))
-    united: dict[str, Gathered] = {}
-    for name in order:
-        layer = calibration.gathered.get(name) or _named(name, shares, _tensors(model))
-        united[name] = whole = Gathered(layer.running_mean, layer.running_var, layer.num_batches_tracked, layer.eps)
-        for sums in (share.sums[name] for share in shares if name in share.sums):
-            whole.moments.merge(sums.count, sums.mean, sums.spread)
-            whole.calls += sums.calls
-    return order, united
-
-
-def _named(name: str, shares: list[_Share], tensors: Mapping[str, Tensor]) -> Gathered:
-    """A functional site that ran in other processes only."""
-    sums = next(share.sums[name] for share in shares if name in share.sums)
-    if sums.tensors is None:
-        raise ModelError(
-            f"layer {name!r}: only a call tells where its running statistics lie, and this process made none: give "
-            "every process a batch"
-        )
-    mean, var = (tensors[tensor] for tensor in sums.tensors)
-    return Gathered(mean, var, None, sums.eps)
-
-
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Every buffer and parameter by its name."""
-    return {
-        join(name, key): tensor
-        for name, module in modules_by_name(model).items()
-        for key, tensor in (module._buffers | module._parameters).items()
-        if tensor is not None
-    }

@@ -18,7 +18,8 @@ import normswap
 from normswap.checkpoints.checkpoint import read_record
 from normswap.checkpoints.saving import sha256_of
 from normswap.cli import main
-from normswap.finetune.data import DataSettings, open_data
+from normswap.finetune.data import open_data
+from normswap.finetune.image_source import DataSettings
 
 # timm opens a file per image and leaves it to the garbage collector to close it.
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")

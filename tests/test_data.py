@@ -16,7 +16,8 @@ from timm.data import IterableImageDataset
 from torch import nn
 
 from normswap.errors import DataError
-from normswap.finetune.data import DataSettings, completed, open_data
+from normswap.finetune.data import completed, open_data
+from normswap.finetune.image_source import DataSettings
 
 # timm opens a file per image and leaves it to the garbage collector to close it.
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")

@@ -130,7 +130,8 @@ class _Batches:
 
 def _open_data(source: str, opened: Opened, options: dict[str, Any]) -> "Data":
     from normswap.checkpoints.architecture import default_input_shape
-    from normswap.finetune.data import DataSettings, open_data
+    from normswap.finetune.data import open_data
+    from normswap.finetune.image_source import DataSettings
 
     shape = default_input_shape(opened.model, opened.architecture)
     size: Size | None = options["input_size"]
