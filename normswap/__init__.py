@@ -7,6 +7,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from normswap.calibration import Calibration as Calibration
+    from normswap.calibration import calibrate as calibrate
     from normswap.checkpoints.checkpoint import Loaded as Loaded
     from normswap.checkpoints.checkpoint import load as load
     from normswap.checkpoints.saving import save as save
@@ -42,6 +44,8 @@ if TYPE_CHECKING:
     from normswap.verification import verify as verify
 
 _HOMES = {
+    "Calibration": "normswap.calibration",
+    "calibrate": "normswap.calibration",
     "Loaded": "normswap.checkpoints.checkpoint",
     "load": "normswap.checkpoints.checkpoint",
     "save": "normswap.checkpoints.saving",

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
+from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
 _CONTAINERS = (list, dict, set)
@@ -39,7 +40,7 @@ def preserved_state(modules: Iterable[nn.Module]) -> Iterator[None]:
     """
     everything = list(modules)
     held = [tensor for module in everything for tensor in (*module._buffers.values(), *_kept_in_parameters(module))]
-    buffers = {id(tensor): tensor for tensor in held if tensor is not None}
+    buffers = {id(tensor): tensor for tensor in held if tensor is not None and not is_lazy(tensor)}
     values = [(buffer, buffer.detach().clone()) for buffer in buffers.values()]
     states = [(module, module_state(module)) for module in everything]
     try:

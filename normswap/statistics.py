@@ -13,11 +13,12 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from normswap.calibration_pass import inputs_of, on_device
 from normswap.errors import ModelError
 from normswap.layers.adoption import STATISTICS
 from normswap.layers.gates import GatedModule
 from normswap.layers.modules import SwitchNorm
-from normswap.modes import training_flags
+from normswap.modes import call_model, training_flags
 from normswap.surgery.tree import walk_modules
 from normswap.surgery.wrapping import unwrap
 
@@ -65,10 +66,11 @@ def update_statistics(model: nn.Module, loader: Iterable[Any], *, device: torch.
     """Set the running statistics of SN and BN layers to their average over `loader`, as `update_bn` does for BN.
 
     One pass in training; frozen statistics stay. Momenta and training flags are put back, and the statistics too if the
-    pass fails.
+    pass fails. Dropout is active, and a batch counts as any other, however small: `calibrate` gives the statistics
+    of the data itself.
 
     Args:
-        loader: batches, each an input tensor, or a list or tuple with that first.
+        loader: batches, each what the model is called with, or a list or tuple with that first.
         device: where to move the inputs; default is to leave them.
 
     Raises:
@@ -79,8 +81,7 @@ def update_statistics(model: nn.Module, loader: Iterable[Any], *, device: torch.
     with training_flags(modules, training=True), _averaging(layers):
         batches = 0
         for batch in loader:
-            x = batch[0] if isinstance(batch, list | tuple) else batch
-            model(x if device is None else x.to(device))
+            call_model(model, on_device(inputs_of(batch), device))
             batches += 1
         if not batches:
             raise ModelError("loader: expected at least one batch, got none")
@@ -111,17 +112,18 @@ def _is_live(module: nn.Module) -> bool:
     if isinstance(module, GatedModule):
         tracked = not isinstance(module, SwitchNorm) or module.running_mean is not None
         return module.bn_statistics == "batch" and "bn" in module.branches and tracked
-    return isinstance(module, _BatchNorm) and module.running_mean is not None and not _is_hooked(module)
+    return isinstance(module, _BatchNorm) and module.running_mean is not None and not is_hooked(module)
 
 
 def _is_frozen(module: nn.Module) -> bool:
     """Whether the layer uses running statistics in training, and not because it replaced one that always did."""
     if isinstance(module, GatedModule) and module.bn_statistics == "running":
         return "weight" not in module._buffers
-    return _is_hooked(module)
+    return is_hooked(module)
 
 
-def _is_hooked(module: nn.Module) -> bool:
+def is_hooked(module: nn.Module) -> bool:
+    """Say whether `freeze_statistics` has frozen a BN layer."""
     return _enter_evaluation in module._forward_pre_hooks.values()
 
 

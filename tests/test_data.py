@@ -16,8 +16,9 @@ from timm.data import IterableImageDataset
 from torch import nn
 
 from normswap.errors import DataError
-from normswap.finetune.data import DataSettings, completed, open_data
+from normswap.finetune.data import completed, open_data
 from normswap.finetune.digits import prepare_digits
+from normswap.finetune.image_source import DataSettings
 
 # timm opens a file per image and leaves it to the garbage collector to close it.
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
@@ -62,8 +63,8 @@ def test_digits_are_the_scans_split_once_for_all() -> None:
 
 
 def test_shifted_digits_are_others_and_in_colour() -> None:
-    shifted = dict(vars(DIGITS), source="digits:shifted", image_size=(32, 32), channels=3, mean=(0.5,), std=(0.5,))
-    (images, labels), *_ = open_data(DataSettings(**shifted | {"split": "test"}))
+    shifted = {"source": "digits:shifted", "image_size": (32, 32), "channels": 3, "split": "test"}
+    images, labels = next(iter(open_data(DataSettings(**vars(DIGITS) | shifted | {"mean": (0.5,), "std": (0.5,)}))))
     drawn = prepare_digits(seed=0).target.test
     assert (images - drawn.pixels[:100]).abs().max() < 1 / 100
     assert labels.equal(drawn.labels[:100])
@@ -215,14 +216,15 @@ def test_a_data_set_of_torchvision_is_opened_by_its_name(monkeypatch: pytest.Mon
         (
             {"source": "images"},
             "evaluation",
-            "data 'images': expected folder:PATH, digits, digits:shifted, or a name",
+            "data 'images': expected folder:PATH, digits, digits:shifted, or a name such as torch/NAME",
         ),
         ({"source": "digits", "split": "all"}, "evaluation", "no split 'all': choose one of train, validation, test"),
         ({"source": "torch/nothing"}, "evaluation", "data 'torch/nothing': cannot be opened: .*Unknown torchvision"),
         ({"image_size": None}, "evaluation", "nothing tells the size of images: give image_size="),
         ({"channels": 4}, "evaluation", "expected images of 1 or 3 channels, the model takes 4"),
         ({"batch_size": 7}, "training", r"6 images \(1 processes\) are fewer than one batch of 7"),
-        ({"augmentation": {"blur": 1}}, "training", "augmentation: .*'blur'"),
+        ({"augmentation": {"blur": 1}}, "training", "augmentation {'blur': 1}: .*: see timm.data.create_transform"),
+        ({"augmentation": {"auto_augment": "much"}}, "training", "augmentation {'auto_augment': 'much'}: "),
     ],
 )
 def test_what_is_refused(tmp_path: Path, options: dict[str, Any], use: Any, message: str) -> None:

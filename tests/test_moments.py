@@ -4,7 +4,7 @@ import oracles
 import pytest
 import torch
 
-from normswap.layers.moments import Moments, accumulation_dtype, instance_moments, pool_moments
+from normswap.layers.moments import GatheredMoments, Moments, accumulation_dtype, instance_moments, pool_moments
 
 SHAPES = {
     "(N, C)": (3, 4),
@@ -101,3 +101,29 @@ def test_moments_are_accumulated_in_float32_or_wider(dtype: torch.dtype, expecte
     x = torch.ones(2, 3, 4, dtype=dtype)
     assert accumulation_dtype(x) == expected
     assert instance_moments(x).mean.dtype == expected
+
+
+# --- gathered part by part --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("part", [1, 100, 1 << 18])
+@pytest.mark.parametrize("shape", [(3, 4), (3, 4, 5), (3, 4, 5, 2, 3)])
+def test_gathered_moments_are_those_of_everything_at_once(
+    monkeypatch: pytest.MonkeyPatch, part: int, shape: tuple[int, ...]
+) -> None:
+    monkeypatch.setattr("normswap.layers.moments._PART_ON_CPU", part)
+    batches = [torch.randn(n, *shape[1:]) / 2 + 3000 for n in (1, 0, 5, 2)]
+    gathered = GatheredMoments(4)
+    for x in batches:
+        gathered.add(x)
+    flat = torch.cat([x.double().transpose(0, 1).reshape(4, -1) for x in batches], 1)
+    assert gathered.count == flat.shape[1]
+    torch.testing.assert_close(gathered.mean, flat.mean(1), rtol=1e-14, atol=0)
+    torch.testing.assert_close(gathered.var, flat.var(1, correction=0), rtol=1e-11, atol=1e-14)
+
+
+def test_nothing_gathered_has_no_variance() -> None:
+    gathered = GatheredMoments(2)
+    gathered.merge(0, torch.full((2,), float("nan")), torch.full((2,), float("nan")))
+    assert (gathered.count, gathered.mean.tolist()) == (0, [0.0, 0.0])
+    assert gathered.var.isnan().all()

@@ -27,21 +27,24 @@ Payload = Literal["state dict", "module"]
 
 @dataclass(frozen=True)
 class Step:
-    """One thing that was done to a model: what, when (UTC), by which normswap, from which file of which SHA-256."""
+    """One thing that was done to a model: what, when (UTC), by which normswap, from which file of which SHA-256, and
+    with what, such as the data.
+    """
 
     action: str
     date: str
     normswap: str
     source: str | None = None
     sha256: str | None = None
+    detail: str | None = None
 
     @classmethod
-    def now(cls, action: str, *, source: str | None = None, sha256: str | None = None) -> Self:
+    def now(
+        cls, action: str, *, source: str | None = None, sha256: str | None = None, detail: str | None = None
+    ) -> Self:
         """Return a step of this moment, done by this version."""
         date = datetime.now(UTC).isoformat(timespec="seconds")
-        # A file may be called anything; a record holds what can be printed.
-        told = source and "".join(letter if letter.isprintable() else "?" for letter in source)
-        return cls(action, date, normswap.__version__, told, sha256)
+        return cls(action, date, normswap.__version__, _shown(source), sha256, _shown(detail))
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,11 @@ def check_seal(text: str, content: str) -> None:
         raise CheckpointError(
             "not what normswap wrote: its tensors or its record were changed or damaged since: copy or convert it again"
         )
+
+
+def _shown(text: str | None) -> str | None:
+    # A file may be called anything; a record holds what can be printed.
+    return text and "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def _seal(data: dict[str, Any], content: str) -> str:

@@ -11,11 +11,12 @@ from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from normswap.checkpoints.architecture import check_architecture
 from normswap.checkpoints.atomic import check_writable, written_whole, written_whole_folder
-from normswap.checkpoints.checkpoint import Checkpoint
+from normswap.checkpoints.checkpoint import BESIDE, Checkpoint
 from normswap.checkpoints.containers import FOLDERS, TENSORS_ONLY, Container, decode, encode, read_record_text, sniff
 from normswap.checkpoints.contents import Place, at, check_has_values, is_state_dict, name_of, replaced
 from normswap.checkpoints.fingerprint import fingerprint, safetensors_holds
@@ -135,6 +136,47 @@ def converted_content(
         values |= {} if scheduled is None else {place: scheduled}
         notes.append(f"{name_of(place)}: {note}")
     return Carried(replaced(content, values), tuple(notes))
+
+
+def updated_content(checkpoint: Checkpoint, names: StoredNames, model: nn.Module) -> Any:
+    """Return the content of a file with its weights as they are now in the model that was built from it.
+
+    What did not change is the file's own tensor; copies of the weights and optimizer states stay as they were.
+    """
+    stored = checkpoint.weights
+    if isinstance(stored, nn.Module):
+        return checkpoint.content
+    state = stored.copy()  # type: ignore[attr-defined]
+    for name, tensor in model.state_dict().items():
+        key = names.stored.get(name)
+        if key is not None and not torch.equal(stored[key], tensor.cpu()):
+            state[key] = tensor.detach().cpu()
+    with_metadata(state, stored, names, {})
+    return replaced(checkpoint.content, {checkpoint.contents.weights: state})
+
+
+def next_record(checkpoint: Checkpoint, architecture: str | None, step: Step, container: Container) -> Record:
+    """Return the record of a file made from another one by a step that changed the function.
+
+    Plan and history go on; a proof that it is the same function does not.
+    """
+    told_beside = container in FOLDERS and architecture == f"hf:{checkpoint.path}"
+    old = checkpoint.record or Record(
+        payload=checkpoint.payload,
+        architecture=BESIDE if told_beside else architecture,
+        entry=name_of(checkpoint.contents.weights) or None,
+    )
+    return replace(
+        old,
+        architecture=old.architecture or architecture,
+        verification=None,
+        history=(*old.history, step),
+        tied={},
+        channels_last=(),
+        fingerprint=None,
+        normswap=step.normswap,
+        torch=str(torch.__version__),
+    )
 
 
 def originals(model: nn.Module | None, plan: SwapPlan | None) -> dict[str, Original]:

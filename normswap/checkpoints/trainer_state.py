@@ -47,6 +47,12 @@ def trainer_state(folder: Path, gates: Sequence[str]) -> Beside:
     return Beside(files, tuple(notes))
 
 
+def trainer_files(folder: Path) -> dict[str, Path]:
+    """Return all that a Trainer keeps beside the weights of `folder`, by name, to be copied as it is."""
+    patterns = (_OPTIMIZER, _SCHEDULER, *_COPIED)
+    return {path.name: path for pattern in patterns for path in sorted(folder.glob(pattern))}
+
+
 def write_beside(folder: Path, files: Mapping[str, Any]) -> None:
     """Write the files of a `Beside` into a folder, read them back and compare.
 

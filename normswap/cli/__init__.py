@@ -7,6 +7,7 @@ Exit status 0 done, 1 the answer is "no", 2 cannot. torch, timm and rich are imp
 import click
 
 from normswap import __version__
+from normswap.cli.calibrate import calibrate_command
 from normswap.cli.convert import convert_command
 from normswap.cli.finetune import finetune_command
 from normswap.cli.identify import identify_command
@@ -27,3 +28,4 @@ main.add_command(convert_command)
 main.add_command(verify_command)
 main.add_command(finetune_command)
 main.add_command(recipes_command)
+main.add_command(calibrate_command)

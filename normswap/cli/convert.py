@@ -21,8 +21,9 @@ from normswap.cli.options import (
     tolerance_option,
     trust_option,
 )
+from normswap.cli.outputs import dropped_entries
 from normswap.cli.progress import stage
-from normswap.cli.wish import Wish, dropped_entries
+from normswap.cli.wish import Wish
 from normswap.errors import CheckpointError, NothingToDo, PlanError
 
 if TYPE_CHECKING:

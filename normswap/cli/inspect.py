@@ -66,7 +66,7 @@ def _show_sites(
 ) -> None:
     from rich.console import Console
 
-    from normswap.reports.tables import heading, plan_summary, site_table
+    from normswap.reports.tables import heading, history, plan_summary, site_table
     from normswap.surgery.planning import plan_swaps
     from normswap.surgery.sites import find_norm_sites
 
@@ -74,13 +74,15 @@ def _show_sites(
     with stage("finding norm sites"):
         sites = find_norm_sites(opened.model, opened.inputs)
         plan = plan_swaps(opened.model, opened.inputs, kinds=kinds or ("bn",))
+    steps = header.record.history if header.record else ()
     if as_json:
-        facts = {"file": str(file), "architecture": opened.architecture, "converted": False}
+        facts: dict[str, Any] = {"file": str(file), "architecture": opened.architecture, "converted": False}
+        facts |= {"history": [asdict(step) for step in steps]} if steps else {}
         print_json({**facts, "sites": [asdict(site) for site in sites], "plan": plan.to_dict()})
         return
     console = Console(highlight=False)
     console.print(heading(file.name, describe_content(opened.checkpoint, opened.architecture)))
-    for part in (site_table(sites, plan), plan_summary(plan)):
+    for part in (site_table(sites, plan), plan_summary(plan), *([history(steps)] if steps else [])):
         console.print()
         console.print(part)
 

@@ -6,16 +6,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from normswap.checkpoints.atomic import check_readable, check_writable, located
+from normswap.checkpoints.atomic import check_readable, check_writable
 from normswap.cli.options import InputSpec
-from normswap.errors import CheckpointError
+from normswap.cli.outputs import container_of, is_folder_for, target_of
 
 if TYPE_CHECKING:
     from normswap.checkpoints.checkpoint import Checkpoint
     from normswap.checkpoints.containers import Container
 
-# Endings that name a file rather than a folder.
-_FILES = {".pt", ".pth", ".bin", ".ckpt", ".tar", ".safetensors"}
 NO_ARCHITECTURE = "none"
 
 
@@ -44,11 +42,7 @@ class Wish:
     @property
     def target(self) -> Path:
         """Where the model goes: `model.normswap.pt` beside `model.pt` unless told otherwise."""
-        if self.output is not None:
-            return self.output
-        source = located(self.file)
-        ending = ".pth.tar" if source.name.endswith(".pth.tar") else source.suffix if source.suffix in _FILES else ""
-        return source.with_name(f"{source.name.removesuffix(ending)}.normswap{ending}")
+        return target_of(self.file, self.output, "normswap")
 
     @property
     def names_only(self) -> bool:
@@ -73,9 +67,8 @@ class Wish:
         check_readable(self.file)
         if self.plan is not None:
             check_readable(self.plan)
-        as_folder = located(self.file).is_dir() and self.target.suffix not in _FILES
         if not self.dry_run:
-            check_writable(self.target, replace=self.force, as_folder=as_folder)
+            check_writable(self.target, replace=self.force, as_folder=is_folder_for(self.file, self.target))
         if self.save_plan is not None:
             check_writable(self.save_plan, replace=self.force)
 
@@ -85,28 +78,5 @@ class Wish:
         Raises:
             CheckpointError: that kind cannot hold what the file holds.
         """
-        from normswap.checkpoints.containers import FOLDERS
-
-        if self.target.suffix == ".safetensors":
-            self._check_safetensors(source)
-            return "safetensors"
-        if source.container in FOLDERS and self.target.suffix not in _FILES:
-            return source.container
-        return "safetensors" if self.output is None and source.container == "safetensors" else "torch zip"
-
-    def _check_safetensors(self, source: "Checkpoint") -> None:
-        if source.payload == "module":
-            raise CheckpointError(f"{self.target}: safetensors holds no pickled module: choose -o NAME.pt")
-        dropped = dropped_entries(source)
-        if dropped and not self.weights_only:
-            raise CheckpointError(
-                f"{self.target}: safetensors holds tensors only, and this file holds {', '.join(dropped)} too: choose "
-                "-o NAME.pt, or drop them with --weights-only"
-            )
-
-
-def dropped_entries(source: "Checkpoint") -> list[str]:
-    """Return what --weights-only leaves behind, by name."""
-    from normswap.checkpoints.contents import without
-
-    return sorted(map(str, without(source.content, source.contents.weights)))
+        named = self.output is not None
+        return container_of(self.target, source, named=named, weights_only=self.weights_only)

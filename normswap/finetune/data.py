@@ -1,46 +1,23 @@
 """Images with labels as a loader: image folders, timm's other data sets, scikit-learn's digits.
 
-The one room beside `checkpoints.architecture` that imports timm, for its data sets and transforms, and the one that
-imports scikit-learn. What an epoch yields follows from seed and epoch alone, with any number of workers: the order is
-drawn once an epoch, and each image is augmented under a seed of its own. Data sets that can only be streamed (`wds/`,
-`tfds/`, `hfids/`) come in timm's own order. An image that cannot be decoded is left out by timm, which warns.
+Data sets and transforms are timm's. What can only be streamed (`wds/`, `tfds/`, `hfids/`) comes in timm's own order. An
+image that cannot be decoded is left out by timm, which warns.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import islice
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+from torch.utils.data import IterableDataset
 
 from normswap.errors import DataError
 from normswap.finetune.digits import CLASSES, DigitImages, prepare_digits
-from normswap.finetune.randomness import mixed
-from normswap.modes import seeded
+from normswap.finetune.image_source import USES, DataSettings, Use
+from normswap.finetune.loaders import Epochs, Loader, Stream
 from normswap.surgery.tracing import first_line
 
-Use = Literal["training", "calibration", "evaluation"]
-
-
-@dataclass(frozen=True)
-class _Manner:
-    """What a use asks of the data: images in random order, augmented, in whole batches only, with labels."""
-
-    shuffled: bool
-    augmented: bool
-    whole_batches: bool
-    labelled: bool
-
-
-_USES: Mapping[str, _Manner] = {
-    "training": _Manner(shuffled=True, augmented=True, whole_batches=True, labelled=True),
-    # Folders come class by class, and a batch of one class has statistics of its own.
-    "calibration": _Manner(shuffled=True, augmented=False, whole_batches=False, labelled=False),
-    "evaluation": _Manner(shuffled=False, augmented=False, whole_batches=False, labelled=True),
-}
 _SPLITS = {
     "train": ("train", "training"),
     "validation": ("validation", "val", "valid", "eval", "evaluation"),
@@ -54,49 +31,6 @@ _NAMED = ("torch/", "hfds/", *_STREAMED)
 
 
 @dataclass(frozen=True)
-class DataSettings:
-    """Which images, and how they become batches. What is None is as the model's `pretrained_cfg` says.
-
-    Attributes:
-        source: `folder:PATH` with a folder per class, in PATH/SPLIT where there is one; `digits`, clean, or
-            `digits:shifted`; or a name of timm's, `torch/cifar10`, `hfds/NAME`, `wds/NAME`.
-        split: `train`, `validation`, `test`, or what the data set calls it.
-        root: where a data set of timm's lies, or is put if `download` is set.
-        image_size: height and width in pixels.
-        channels: 1 (grey) or 3.
-        mean, std: per channel, of pixels from 0 to 1.
-        crop_pct: the share of the resized image that is cut out of its middle.
-        augmentation: for training, options of `timm.data.create_transform` such as `{"auto_augment": "rand-m9"}`.
-        class_names: the folders of the classes in the order of their labels, as `Data.class_names` of the training
-            split has them; by default those that are there.
-    """
-
-    source: str
-    split: str = "train"
-    root: str | None = None
-    download: bool = False
-    image_size: tuple[int, int] | None = None
-    channels: int | None = None
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
-    interpolation: str | None = None
-    crop_pct: float | None = None
-    batch_size: int = 32
-    workers: int = 0
-    augmentation: Mapping[str, Any] = field(default_factory=dict)
-    class_names: tuple[str, ...] | None = None
-    seed: int = 0
-
-
-class _Loader(Protocol):
-    """What yields the batches of an epoch, and knows how many there are where that can be known."""
-
-    def epoch(self, number: int, *, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]: ...
-
-    def __len__(self) -> int: ...
-
-
-@dataclass(frozen=True)
 class Data:
     """Batches of images (N, C, H, W) and labels (N,), as often as they are asked for.
 
@@ -105,7 +39,7 @@ class Data:
     """
 
     settings: DataSettings
-    loader: _Loader
+    loader: Loader
     images: int | None
     classes: int | None
     class_names: tuple[str, ...] | None
@@ -162,7 +96,7 @@ def open_data(
         DataError: an unknown source or split; a folder that is missing or without images; a single class to train on,
             more classes than the model has; no image size; fewer images than a batch.
     """
-    manner = _USES[use]
+    manner = USES[use]
     settings = completed(settings, model)
     dataset, class_names = _opened(settings)
     found = None if class_names is None else len(class_names)
@@ -171,8 +105,8 @@ def open_data(
     dataset.transform = _transform(settings, augmented=manner.augmented)
     checked = classes if manner.labelled else None
     if isinstance(dataset, IterableDataset):
-        return Data(settings, _Stream(dataset, settings, manner), None, found, class_names, checked)
-    loader = _Epochs(dataset, settings, manner, shard)
+        return Data(settings, Stream(dataset, settings, manner), None, found, class_names, checked)
+    loader = Epochs(dataset, settings, manner, shard)
     if not len(loader):
         raise DataError(
             f"{settings.source}: {len(dataset)} images ({shard[1]} processes) are fewer than one batch of "
@@ -191,7 +125,7 @@ def completed(settings: DataSettings, model: nn.Module | None) -> DataSettings:
     config = config if isinstance(config, Mapping) else {}
     if settings.image_size is None and not config.get("input_size"):
         raise DataError("nothing tells the size of images: give image_size=(height, width), --input-size HxW")
-    told: dict[str, Any] = _timm().resolve_data_config({}, pretrained_cfg=dict(config) or {"crop_pct": None})
+    told: dict[str, Any] = _timm().resolve_data_config({"img_size": None}, pretrained_cfg=dict(config))
     channels = settings.channels or told["input_size"][0]
     if channels not in (1, 3):
         raise DataError(f"expected images of 1 or 3 channels, the model takes {channels}: bring batches of your own")
@@ -329,107 +263,10 @@ def _transform(settings: DataSettings, *, augmented: bool) -> Any:
             crop_pct=settings.crop_pct,
             **(settings.augmentation if augmented else {}),
         )
-    except TypeError as error:
-        raise DataError(f"augmentation: {first_line(error)}: see timm.data.create_transform") from error
-
-
-# --- loaders ----------------------------------------------------------------------------------------------------------
-
-
-class _Order(Sampler[tuple[int, int]]):
-    """The images of one process in the order of an epoch, each with the epoch, from which its augmentation follows."""
-
-    def __init__(self, total: int, settings: DataSettings, manner: _Manner, shard: tuple[int, int]) -> None:
-        self.epoch = self.first = 0
-        self._total, self._seed, self._shuffled, self._shard = total, settings.seed, manner.shuffled, shard
-        # All processes take the same number of steps in training; nothing is left out elsewhere.
-        self._share = total // shard[1] if manner.whole_batches else len(range(shard[0], total, shard[1]))
-
-    def __len__(self) -> int:
-        return self._share - self.first
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        epoch, order = self.epoch, list(range(self._total))
-        if self._shuffled:
-            generator = torch.Generator().manual_seed(mixed(self._seed, epoch))
-            order = torch.randperm(self._total, generator=generator).tolist()
-        rank, world = self._shard
-        return iter([(epoch, index) for index in order[rank::world][self.first : self._share]])
-
-
-class _Augmented(Dataset[Any]):
-    """A data set by (epoch, index), each image augmented under a random state that follows from these and the seed."""
-
-    def __init__(self, dataset: Any, settings: DataSettings, manner: _Manner) -> None:
-        self._dataset, self._seed, self._random = dataset, settings.seed, manner.augmented
-
-    def __getitem__(self, place: tuple[int, int]) -> Any:
-        epoch, index = place
-        if not self._random:
-            return self._dataset[index]
-        with seeded(mixed(self._seed, epoch, index), cpu_only=True):
-            return self._dataset[index]
-
-
-class _Epochs:
-    """Batches of a data set that knows its images by number."""
-
-    def __init__(self, dataset: Any, settings: DataSettings, manner: _Manner, shard: tuple[int, int]) -> None:
-        self._source = settings.source
-        self._order = _Order(len(dataset), settings, manner, shard)
-        self._loader: DataLoader[Any] = DataLoader(
-            _Augmented(dataset, settings, manner),
-            batch_size=settings.batch_size,
-            sampler=self._order,
-            num_workers=settings.workers,
-            drop_last=manner.whole_batches,
-            pin_memory=torch.cuda.is_available(),
-            persistent_workers=settings.workers > 0,
-            generator=torch.Generator(),  # of its own: else each epoch would draw from the caller's
-        )
-
-    def __len__(self) -> int:
-        return len(self._loader)
-
-    def epoch(self, number: int, *, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        self._order.epoch, self._order.first = number, first * (self._loader.batch_size or 1)
-        try:
-            yield from _told(self._source, self._loader)
-        finally:
-            self._order.first = 0
-
-
-class _Stream:
-    """Batches of a data set of timm's that can only be streamed."""
-
-    def __init__(self, dataset: Any, settings: DataSettings, manner: _Manner) -> None:
-        self._source, self._dataset = settings.source, dataset
-        dataset.set_loader_cfg(num_workers=settings.workers)
-        self._loader: DataLoader[Any] = DataLoader(
-            dataset,
-            batch_size=settings.batch_size,
-            num_workers=settings.workers,
-            drop_last=manner.whole_batches,
-            pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),
-        )
-
-    def __len__(self) -> int:
-        return len(self._loader)
-
-    def epoch(self, number: int, *, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        self._dataset.set_epoch(number)
-        yield from islice(_told(self._source, self._loader), first, None)
-
-
-def _told(source: str, loader: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches, and what timm says where it finds no image that can be read."""
-    try:
-        yield from loader
-    except RuntimeError as error:
-        if "Failed to load" not in str(error):
-            raise
-        raise DataError(f"{source}: {str(error).strip().splitlines()[-1]}: are these images?") from error
+    except (TypeError, ValueError, AssertionError, KeyError) as error:
+        raise DataError(
+            f"augmentation {dict(settings.augmentation)}: {first_line(error)}: see timm.data.create_transform"
+        ) from error
 
 
 def _timm() -> Any:

@@ -13,7 +13,8 @@ from normswap.checkpoints.atomic import check_readable
 from normswap.checkpoints.checkpoint import Checkpoint, build_model, read_checkpoint
 from normswap.checkpoints.record import Step
 from normswap.errors import ArchitectureError, DataError, NothingToDo, RecipeError
-from normswap.finetune.data import Data, DataSettings, open_data
+from normswap.finetune.data import Data, open_data
+from normswap.finetune.image_source import DataSettings
 from normswap.finetune.recipe import DataTable, Recipe
 from normswap.modes import training_flags
 from normswap.surgery.conversion import convert

@@ -3,6 +3,7 @@
 Made for 80 columns. Nothing is computed or decided here beyond counting and choosing what to show.
 """
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -10,6 +11,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from normswap.calibration import Calibration
 from normswap.checkpoints.record import Step
 from normswap.layers.importance import BRANCHES
 from normswap.surgery.gated import ImportanceWeights
@@ -121,9 +123,30 @@ def history(steps: Iterable[Step]) -> RenderableType:
     table = _table("History", "when (UTC)", "by", "from")
     for step in steps:
         source = f"{step.source}{f' ({step.sha256[:12]})' if step.sha256 else ''}" if step.source else ""
+        source = ", ".join(part for part in (source, step.detail) if part)
         when = step.date.removesuffix("+00:00").replace("T", " ")
         table.add_row(Text(step.action), Text(when), Text(f"normswap {step.normswap}"), Text(source, overflow="fold"))
     return table
+
+
+def calibration_table(calibration: Calibration, limit: int = 10) -> RenderableType:
+    """Return the layers whose statistics moved most, the others as one number, and those that were left, by reason."""
+    table = _table("Statistics that moved most", "values", "mean by", "deviation x", "shift", right={1, 2, 3, 4})
+    ranked = sorted(calibration.layers, key=lambda layer: layer.shift, reverse=True)
+    for layer in ranked[:limit]:
+        factor = 1 / layer.deviation_ratio if layer.deviation_ratio else math.inf
+        numbers = (f"{layer.values:,}", f"{layer.mean_shift:.3g}", f"{factor:.3g}", f"{layer.shift:.3g}")
+        table.add_row(Text(layer.fqn or "(the model)", overflow="fold"), *numbers)
+    if ranked[limit:]:
+        table.add_row(Text(f"{len(ranked) - limit} more, at most", "dim"), "", "", "", f"{ranked[limit].shift:.3g}")
+    reasons: dict[str, list[str]] = {}
+    for left in calibration.skipped:
+        reasons.setdefault(left.reason, []).append(left.fqn)
+    lines: list[RenderableType] = [table, Text("  in deviations: of means, and of normalized values at most", "dim")]
+    if reasons:
+        told = [f"{len(names)} left, {reason}: {_examples(names)}" for reason, names in reasons.items()]
+        lines += [Text(""), bullets(told)]
+    return Group(*lines)
 
 
 def bullets(notes: Iterable[str]) -> RenderableType:

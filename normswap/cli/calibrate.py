@@ -1,0 +1,202 @@
+"""`normswap calibrate`: running statistics computed anew over a data set, into a new file."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from normswap.checkpoints.atomic import check_readable, check_writable
+from normswap.cli.failures import one_line_failures
+from normswap.cli.opening import Opened, describe_content, describe_size, open_model, read_file, size_of
+from normswap.cli.options import arch_option, entry_option, json_option, print_json, trust_option
+from normswap.cli.outputs import container_of, is_folder_for, target_of
+from normswap.cli.progress import stage
+from normswap.errors import ModelError
+
+if TYPE_CHECKING:
+    import torch
+
+    from normswap.calibration import Calibration
+    from normswap.finetune.data import Data
+
+
+@dataclass(frozen=True)
+class Size:
+    """The size of images as `--input-size` gives it; `channels` None for the model's own."""
+
+    height: int
+    width: int
+    channels: int | None = None
+
+
+def parse_size(_context: Any, _parameter: Any, text: str | None) -> Size | None:
+    """Return the size that `224`, `224x320` or `1x28x28` describes.
+
+    Raises:
+        click.BadParameter: another form.
+    """
+    if text is None:
+        return None
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){0,2}", text):
+        raise click.BadParameter(f"expected a size in pixels such as 224, 224x320 or 1x28x28, got {text!r}")
+    *channels, height, width = [int(part) for part in text.split("x")] if "x" in text else [int(text)] * 2
+    return Size(height, width, channels[0] if channels else None)
+
+
+@click.command("calibrate", short_help="Compute running statistics anew over a data set.")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option(
+    "--data", "source", required=True, metavar="SPEC", help="folder:PATH, digits, or a name such as torch/NAME."
+)
+@click.option("--split", default="train", show_default=True, help="Which part of the data.")
+@click.option("--data-root", metavar="PATH", help="Where a data set that is given by its name lies.")
+@click.option(
+    "--input-size",
+    callback=parse_size,
+    metavar="[Cx]HxW",
+    help="Size of the images in pixels. Default: what timm's configuration of the model says.",
+)
+@click.option("--batch-size", type=click.IntRange(1), default=64, show_default=True, help="Images a batch.")
+@click.option("--batches", type=click.IntRange(1), help="How many batches, of images drawn at random. Default: all.")
+@click.option("--workers", type=click.IntRange(0), default=0, show_default=True, help="Processes that read images.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the order of the images.")
+@click.option("--device", default="cpu", show_default=True, help="Where the model runs, such as cuda.")
+@click.option("--layer-by-layer", is_flag=True, help="A pass for every layer: exact at any batch size.")
+@click.option("--include-frozen", is_flag=True, help="Also layers that use running statistics in training.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="What to write. Default: model.calibrated.pt beside model.pt, of the same kind.",
+)
+@arch_option
+@entry_option
+@trust_option
+@click.option("--force", is_flag=True, help="Replace an existing output file.")
+@json_option
+@one_line_failures
+def calibrate_command(
+    file: Path, output: Path | None, source: str, arch: str | None, entry: str | None, as_json: bool, **options: Any
+) -> None:
+    """Compute the running statistics of SN and BN layers in FILE anew over a data set, into a new file.
+
+    FILE is any checkpoint, converted or not. Everything else in it is carried as it is; only the proof of a conversion
+    is left out, since the function in evaluation is another one now.
+    """
+    target = target_of(file, output, "calibrated")
+    check_readable(file)
+    check_writable(target, replace=options.pop("force"), as_folder=is_folder_for(file, target))
+    from rich.console import Console
+
+    from normswap.reports.tables import calibration_table, carried_notes, heading
+
+    checkpoint = read_file(file, trust=options["trust"], entry=entry)
+    container = container_of(target, checkpoint, named=output is not None)
+    opened = open_model(checkpoint, arch=arch, inputs=(), trust=options["trust"])
+    data = _open_data(source, opened, options)
+    console = Console(highlight=False, quiet=as_json)
+    console.print(heading(file.name, describe_content(checkpoint, opened.architecture)))
+    result = _calibrated(opened, data, options)
+    console.print()
+    console.print(calibration_table(result))
+    notes = _notes(opened)
+    if notes:
+        console.print(carried_notes(notes))
+    images = f"{result.batches} batches of {data.settings.batch_size}"
+    _write(opened, target, container, f"{source}, {data.settings.split}, {images}")
+    console.print()
+    console.print(f"{len(result.layers)} layers calibrated on {images} of {source}", markup=False)
+    console.print(f"wrote {target} ({describe_size(target)})", style="bold", markup=False)
+    if as_json:
+        facts = {"file": str(file), "output": str(target), "bytes": size_of(target)}
+        print_json({**facts, "architecture": opened.architecture, "carried": notes, **result.to_dict()})
+
+
+@dataclass(frozen=True)
+class _Batches:
+    """The first batches of a data set, as often as they are asked for, in the type that the model computes in."""
+
+    data: "Data"
+    count: int | None
+    dtype: "torch.dtype"
+
+    def __iter__(self) -> "Iterator[torch.Tensor]":
+        return (images.to(self.dtype) for images, _ in islice(self.data, self.count))
+
+
+def _open_data(source: str, opened: Opened, options: dict[str, Any]) -> "Data":
+    from normswap.checkpoints.architecture import default_input_shape
+    from normswap.finetune.data import open_data
+    from normswap.finetune.image_source import DataSettings
+
+    shape = default_input_shape(opened.model, opened.architecture)
+    size: Size | None = options["input_size"]
+    if shape is not None:
+        size = Size(size.height, size.width, size.channels or shape[1]) if size else Size(shape[2], shape[3], shape[1])
+    settings = DataSettings(
+        source,
+        split=options["split"],
+        root=options["data_root"],
+        image_size=None if size is None else (size.height, size.width),
+        channels=None if size is None else size.channels,
+        batch_size=options["batch_size"],
+        workers=options["workers"],
+        seed=options["seed"],
+    )
+    with stage(f"opening {source}"):
+        return open_data(settings, use="calibration", model=opened.model)
+
+
+def _calibrated(opened: Opened, data: "Data", options: dict[str, Any]) -> "Calibration":
+    import torch
+
+    from normswap.calibration import calibrate
+    from normswap.surgery.tracing import first_line
+
+    model, device = opened.model, options["device"]
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    try:
+        model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(f"--device {device}: the model cannot be moved there: {first_line(error)}") from error
+    with stage("calibrating"):
+        result = calibrate(
+            model,
+            _Batches(data, options["batches"], dtype),
+            layer_by_layer=options["layer_by_layer"],
+            include_frozen=options["include_frozen"],
+            device=device,
+        )
+    model.to("cpu")
+    return result
+
+
+def _notes(opened: Opened) -> list[str]:
+    from normswap.checkpoints.contents import name_of
+
+    others = opened.checkpoint.contents.others
+    notes = [f"{name_of(place)}: left as it is, calibrate it with --entry {name_of(place)}" for place in others]
+    record = opened.checkpoint.record
+    if record is not None and record.verification is not None:
+        notes.append("proof of the conversion: left out, the function in evaluation has changed")
+    return notes
+
+
+def _write(opened: Opened, target: Path, container: Any, detail: str) -> None:
+    from normswap.checkpoints.containers import FOLDERS
+    from normswap.checkpoints.record import Step
+    from normswap.checkpoints.saving import next_record, sha256_of, updated_content, write_content
+    from normswap.checkpoints.trainer_state import trainer_files
+
+    checkpoint = opened.checkpoint
+    with stage(f"writing {target.name}"):
+        step = Step.now("calibrated", source=checkpoint.path.name, sha256=sha256_of(checkpoint.path), detail=detail)
+        record = next_record(checkpoint, opened.architecture, step, container)
+        content = updated_content(checkpoint, opened.built.names, opened.model)
+        like = checkpoint.path if checkpoint.path.is_dir() else None
+        beside = trainer_files(checkpoint.path) if container in FOLDERS else {}
+        write_content(content, target, container, record, like=like, beside=beside)

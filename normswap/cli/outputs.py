@@ -1,0 +1,66 @@
+"""Where a command writes a changed file, and as what."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from normswap.checkpoints.atomic import located
+from normswap.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from normswap.checkpoints.checkpoint import Checkpoint
+    from normswap.checkpoints.containers import Container
+
+# Endings that name a file rather than a folder.
+_FILES = {".pt", ".pth", ".bin", ".ckpt", ".tar", ".safetensors"}
+
+
+def target_of(file: Path, output: Path | None, word: str) -> Path:
+    """Return where a changed `file` goes: `model.WORD.pt` beside `model.pt` unless `output` says otherwise."""
+    if output is not None:
+        return output
+    source = located(file)
+    ending = ".pth.tar" if source.name.endswith(".pth.tar") else source.suffix if source.suffix in _FILES else ""
+    return source.with_name(f"{source.name.removesuffix(ending)}.{word}{ending}")
+
+
+def is_folder_for(file: Path, target: Path) -> bool:
+    """Say whether what is made of `file` at `target` is a folder too."""
+    return located(file).is_dir() and target.suffix not in _FILES
+
+
+def container_of(target: Path, source: "Checkpoint", *, named: bool, weights_only: bool | None = None) -> "Container":
+    """Return the kind of the output: what its name says if it was `named`, else the input's own.
+
+    Args:
+        weights_only: whether all but the weights is left out; None for a command that has no such option.
+
+    Raises:
+        CheckpointError: that kind cannot hold what the file holds.
+    """
+    from normswap.checkpoints.containers import FOLDERS
+
+    if target.suffix == ".safetensors":
+        _check_safetensors(target, source, weights_only)
+        return "safetensors"
+    if source.container in FOLDERS and target.suffix not in _FILES:
+        return source.container
+    return "safetensors" if not named and source.container == "safetensors" else "torch zip"
+
+
+def _check_safetensors(target: Path, source: "Checkpoint", weights_only: bool | None) -> None:
+    if source.payload == "module":
+        raise CheckpointError(f"{target}: safetensors holds no pickled module: choose -o NAME.pt")
+    dropped = dropped_entries(source)
+    if dropped and not weights_only:
+        way_out = "" if weights_only is None else ", or drop them with --weights-only"
+        raise CheckpointError(
+            f"{target}: safetensors holds tensors only, and this file holds {', '.join(dropped)} too: choose "
+            f"-o NAME.pt{way_out}"
+        )
+
+
+def dropped_entries(source: "Checkpoint") -> list[str]:
+    """Return what a file holds beside its weights, by name."""
+    from normswap.checkpoints.contents import without
+
+    return sorted(map(str, without(source.content, source.contents.weights)))
