@@ -197,6 +197,8 @@ def test_sites_are_synchronized_where_they_were_or_as_told() -> None:
     plan = plan_swaps(model, settings=told)  # type: ignore[arg-type]
     assert [swap.synchronize for swap in plan.swaps] == [False, False, True]
     assert SwapPlan.from_json(plan.to_json()) == plan
+    with pytest.raises(PlanError, match="expected either a plan or deciding arguments"):
+        convert(model, plan=plan, synchronize=True)
     assert [layer.synchronize for layer in convert(model, plan=plan).model] == [False, False, True]
     assert all(layer.synchronize for layer in convert(model, synchronize=True).model)
     without = nn.Sequential(nn.InstanceNorm2d(8), nn.BatchNorm2d(8))

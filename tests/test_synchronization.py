@@ -17,7 +17,7 @@ from joint_processes import BACKENDS, CASES, EMPTY, UNEVEN, Case, problem
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
-from normswap import convert, revert, switch_norm, synchronize_statistics
+from normswap import convert, revert, switch_norm, synchronize_statistics, verify
 from normswap.errors import LayerError
 from normswap.layers import functional
 from normswap.layers.modules import SwitchNorm, SwitchNorm1d, SwitchNorm2d
@@ -166,13 +166,33 @@ def test_what_has_no_real_values_is_refused() -> None:
     with pytest.raises(Exception, match="synchronized statistics: in training they need real values"):
         torch.export.export(layer, (x,), strict=False)
     assert all(value.equal(before[name]) for name, value in layer.state_dict().items())
-    assert torch.export.export(layer.eval(), (x,), strict=False).module()(x).equal(layer(x))
+    exported = torch.export.export(layer.eval(), (x,), strict=False).module()
+    torch.testing.assert_close(exported(x), layer(x))
 
 
 @pytest.mark.usefixtures("several")
 def test_meta_tensors_have_their_shapes_without_any_exchange() -> None:
     layer = SwitchNorm2d(3, synchronize=True, device="meta")
     assert layer(torch.empty(2, 3, 4, 4, device="meta")).shape == (2, 3, 4, 4)
+
+
+@pytest.mark.usefixtures("several")
+def test_a_graph_is_tried_alone() -> None:
+    x = torch.randn(4, 3, 6, 6).double()
+    graph = convert(joint_processes.network(), x, synchronize=True, as_graph=True)
+    assert all(layer.synchronize for layer in graph.replaced.values())
+    assert graph.model.get_submodule("1").synchronize
+
+
+@pytest.mark.usefixtures("several")
+def test_a_proof_waits_for_no_process_that_the_original_does_not_wait_for() -> None:
+    model, x = joint_processes.network(), torch.randn(4, 3, 6, 6).double()
+    converted, plan, _ = convert(model, x, synchronize=True)
+    assert verify(model, converted, [x]).passed
+    assert converted[1].synchronize
+    assert any(note.startswith("synchronized where the old norms were not") for note in plan.notes)
+    with pytest.raises(ValueError, match="process group has not been initialized"):
+        converted.train()(x)
 
 
 def test_alone_a_synchronized_layer_is_any_layer() -> None:

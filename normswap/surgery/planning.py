@@ -95,6 +95,8 @@ def plan_swaps(
     inputs = None if example_inputs is None else describe_shapes(example_inputs)
     swapped = {swap.fqn for swap in swaps}
     notes = [*_notes(model, example_inputs, [site for site in sites if site.fqn in swapped])]
+    if {swap.fqn for swap in swaps if swap.synchronize} - {site.fqn for site in sites if site.synchronize}:
+        notes.append(_SYNCHRONIZED)
     notes += [*_idle_settings(settings or {}, names, swapped), *notes_on(swaps)]
     return SwapPlan(tuple(swaps), tuple(skips), class_name(model), inputs, tuple(notes))
 
@@ -233,6 +235,12 @@ def _notes(model: nn.Module, inputs: Any, swapped: Sequence[NormSite]) -> list[s
             "nn.ModuleList if they are to be saved"
         )
     return notes
+
+
+_SYNCHRONIZED = (
+    "synchronized where the old norms were not: in training by several processes, statistics of the joint batch are "
+    "another function than local ones"
+)
 
 
 def _idle_settings(settings: Settings, names: Sequence[Names], swapped: set[str]) -> list[str]:
