@@ -92,8 +92,9 @@ def synchronize_statistics(model: nn.Module, process_group: "ProcessGroup | None
 def update_statistics(model: nn.Module, loader: Iterable[Any], *, device: torch.device | str | None = None) -> None:
     """Set the running statistics of SN and BN layers to their average over `loader`, as `update_bn` does for BN.
 
-    One pass in training; frozen statistics stay. Momenta and training flags are put back, and the statistics too if the
-    pass fails.
+    One pass in training; frozen statistics stay. Of synchronized layers it is the average over all processes, each of
+    which has to call this, with as many batches as the others. Momenta and training flags are put back, and the
+    statistics too if the pass fails.
 
     Args:
         loader: batches, each an input tensor, or a list or tuple with that first.

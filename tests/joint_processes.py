@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch._dynamo  # which DDP would else import in each process
 from torch import Tensor, distributed, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -164,6 +165,18 @@ def compiled(rank: int) -> dict[str, Any]:
     return {name.removeprefix("_orig_mod."): value for name, value in found.items()}
 
 
+def kept(rank: int) -> dict[str, list[int]]:
+    """How many entries each tensor has that is kept for the backward pass."""
+    found = {}
+    for name in BACKENDS:
+        tensors: dict[int, int] = {}
+        layer, x = layer_of(UNEVEN), torch.randn(2, 3, 8, 8).double().requires_grad_()
+        with by_backend(name), saved_tensors_hooks(lambda t, to=tensors: to.update({t.data_ptr(): t.numel()}), id):  # type: ignore[misc]
+            layer(x).sum()
+        found[name] = sorted(tensors.values())
+    return found
+
+
 def groups(rank: int) -> dict[str, Any]:
     """By a group of its own each process is alone; a copy shares the group, a pickle does not hold it."""
     alone = [distributed.new_group([each]) for each in (0, 1)][rank]
@@ -245,7 +258,7 @@ def run(rank: int, folder: str) -> None:
         "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2, timeout=timedelta(seconds=30)
     )
     results = {"cases": [normalise(case, rank) for case in CASES]}
-    for task in (checkpointed, second_derivatives, compiled, groups, refused, silent, trained):
+    for task in (checkpointed, second_derivatives, compiled, kept, groups, refused, silent, trained):
         results[task.__name__] = task(rank)
     torch.save(results, f"{folder}/{rank}.pt")
     distributed.barrier()

@@ -103,6 +103,13 @@ def test_a_compiler_leaves_the_exchange_outside_its_graphs(results: Results) -> 
     assert "statistics are synchronized" in first["refused"]
 
 
+def test_an_activation_is_kept_once_and_else_tables_only(results: Results) -> None:
+    for found in results:
+        for name in ("native", "plain"):
+            assert found["kept"][name][-1] == 2 * 3 * 8 * 8
+            assert found["kept"][name][-2] == 2 * 3
+
+
 def test_a_group_decides_who_shares_and_stays_with_copies(results: Results) -> None:
     for rank, found in enumerate(found["groups"] for found in results):
         assert found["held"] == {"copied": True, "taken over": True}
