@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch._dynamo  # which DDP would else import in each process
@@ -129,6 +129,7 @@ def by_backend(name: str) -> Iterator[None]:
 
 # --- what else can be done with a synchronized layer ------------------------------------------------------------------
 
+SINGLE = Case(1, branches=("ln", "bn"), shape=(1, 3))
 EMPTY = Case(0, "simplex")
 UNEVEN = Case(1, "simplex")
 
@@ -152,6 +153,30 @@ def second_derivatives(rank: int) -> dict[str, Tensor]:
             layer, x = layer_of(UNEVEN), part(UNEVEN, rank).requires_grad_()
             (dx,) = torch.autograd.grad((layer(x) * part(UNEVEN, rank, "dy")).sum(), x, create_graph=True)
             (found[name],) = torch.autograd.grad(dx.square().sum(), x)
+    return found
+
+
+def differentiable(rank: int) -> dict[str, Tensor]:
+    """The same first gradient where the second process asks for that of its weight only."""
+    found = {}
+    for name in BACKENDS[:2]:
+        with by_backend(name):
+            layer, x = layer_of(UNEVEN), part(UNEVEN, rank).requires_grad_(rank == 0)
+            loss = (layer(x) * part(UNEVEN, rank, "dy")).sum()
+            (found[name],) = torch.autograd.grad(loss, layer.weight if rank else x, create_graph=True)
+    return {name: gradient.detach() for name, gradient in found.items()}
+
+
+def updated_between(rank: int) -> dict[str, Tensor]:
+    """Gradients of a call that used running statistics, which the next call changes before the backward pass."""
+    found = {}
+    for name in BACKENDS:
+        with by_backend(name):
+            layer, x = layer_of(SINGLE), part(SINGLE, rank).requires_grad_()
+            y = layer(x)
+            layer(torch.ones(4, 3).double() + rank)
+            y.backward(part(SINGLE, rank, "dy"))
+            found[name] = cast(Tensor, x.grad)
     return found
 
 
@@ -258,7 +283,8 @@ def run(rank: int, folder: str) -> None:
         "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2, timeout=timedelta(seconds=30)
     )
     results = {"cases": [normalise(case, rank) for case in CASES]}
-    for task in (checkpointed, second_derivatives, compiled, kept, groups, refused, silent, trained):
+    tasks: tuple[Callable[[int], Any], ...] = (checkpointed, second_derivatives, differentiable, updated_between)
+    for task in (*tasks, compiled, kept, groups, refused, silent, trained):
         results[task.__name__] = task(rank)
     torch.save(results, f"{folder}/{rank}.pt")
     distributed.barrier()

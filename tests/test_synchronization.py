@@ -13,7 +13,7 @@ import joint_processes
 import oracles
 import pytest
 import torch
-from joint_processes import BACKENDS, CASES, EMPTY, UNEVEN, Case, problem
+from joint_processes import BACKENDS, CASES, EMPTY, SINGLE, UNEVEN, Case, problem
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
@@ -93,6 +93,18 @@ def test_second_derivatives_go_through_all_processes(results: Results) -> None:
     for name in BACKENDS:
         found = torch.cat([result["second_derivatives"][name] for result in results])
         assert oracles.relative_error(found, expected) < 1e-11
+
+
+def test_a_differentiable_gradient_is_met_by_who_does_not_ask_for_it(results: Results) -> None:
+    expected = truth(UNEVEN)["x"][: UNEVEN.cut]
+    for name in BACKENDS[:2]:
+        assert oracles.relative_error(results[0]["differentiable"][name], expected) < 1e-12
+
+
+def test_running_statistics_that_were_used_may_change_before_the_backward_pass(results: Results) -> None:
+    expected = truth(SINGLE)["x"]
+    for name in BACKENDS:
+        assert oracles.relative_error(results[0]["updated_between"][name], expected) < 1e-12
 
 
 def test_a_compiler_leaves_the_exchange_outside_its_graphs(results: Results) -> None:
