@@ -2,12 +2,13 @@
 
 `torch.optim.swa_utils.update_bn` and the freezing of timm ask for BatchNorm's classes and pass an SN layer by without
 a word. A functional site is frozen with the rest; its statistics are its owner's, and `update_statistics` leaves
-them to the momentum of the owner's call, as `update_bn` does.
+them to the momentum of the owner's call, as `update_bn` does. Several processes share the statistics of their batches
+where they are told to.
 """
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -21,6 +22,9 @@ from normswap.layers.modules import SwitchNorm
 from normswap.modes import call_model, training_flags
 from normswap.surgery.tree import walk_modules
 from normswap.surgery.wrapping import unwrap
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def freeze_statistics(model: nn.Module) -> list[str]:
@@ -61,13 +65,38 @@ def unfreeze_statistics(model: nn.Module) -> list[str]:
     return list(frozen)
 
 
+def synchronize_statistics(model: nn.Module, process_group: "ProcessGroup | None" = None) -> list[str]:
+    """Let SN layers take as the batch of their `bn` branch, in training, that of all processes.
+
+    In place, also inside DDP. It is for SN layers what `torch.nn.SyncBatchNorm.convert_sync_batchnorm` is for the BN
+    layers that a model still has. `layer.synchronize = False` undoes it.
+
+    Args:
+        process_group: the processes that share their batch; default all there are.
+
+    Returns:
+        The fqns of the layers that were not synchronized before, or with another group; one without a `bn` branch
+        cannot be.
+    """
+    places = walk_modules(unwrap(model))
+    layers = {place.names[0]: place.module for place in places if isinstance(place.module, GatedModule)}
+    told = {name: layer for name, layer in layers.items() if "bn" in layer.branches}
+    changed = [
+        name for name, layer in told.items() if not layer.synchronize or layer.process_group is not process_group
+    ]
+    for layer in told.values():
+        layer.synchronize, layer.process_group = True, process_group
+    return changed
+
+
 @torch.no_grad()
 def update_statistics(model: nn.Module, loader: Iterable[Any], *, device: torch.device | str | None = None) -> None:
     """Set the running statistics of SN and BN layers to their average over `loader`, as `update_bn` does for BN.
 
-    One pass in training; frozen statistics stay. Momenta and training flags are put back, and the statistics too if the
-    pass fails. Dropout is active, and a batch counts as any other, however small: `calibrate` gives the statistics
-    of the data itself.
+    One pass in training; frozen statistics stay. Of synchronized layers it is the average over all processes, each of
+    which has to call this, with as many batches as the others. Momenta and training flags are put back, and the
+    statistics too if the pass fails. Dropout is active, and a batch counts as any other, however small: `calibrate`
+    gives the statistics of the data itself.
 
     Args:
         loader: batches, each what the model is called with, or a list or tuple with that first.

@@ -4,6 +4,7 @@ Law 1 (same function): every output in evaluation and in training, the running s
 training step, and the gradients of all original parameters as one vector differ by a relative L2 of at most 1e-9, or
 at most ten times the original's own response to a one-ulp change of its input, the largest of three. Where the
 original raises, or gives nothing finite, the law is silent. Both models are judged on copies; nothing is repaired.
+Where the original's statistics are of one process, the converted model is held against it with its own ones local.
 """
 
 from collections.abc import Iterable
@@ -17,6 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from normswap.comparison import Names, VectorDistance, absolute, distance, shared, worst
 from normswap.errors import ModelError
 from normswap.gradients import GradientDistance, KeptGradients, Receive, hand_on_gradients
+from normswap.layers.gates import GatedModule
 from normswap.layers.modules import SwitchNorm
 from normswap.modes import call_model, preserved_state, seeded, training_flags
 from normswap.site_watch import SiteError, SiteWatch
@@ -130,6 +132,7 @@ def verify_in_place(
     inputs = _as_batches(batches)
     limit = LAW_TOLERANCE if tolerance is None else tolerance
     single_precision_error = _single_precision_error(first, second, inputs)
+    _localize(first, second)
     for model in (first, second):
         _to_float64(model)
     found = {name: _Worst(limit=limit) for name in _EVALUATION + _TRAINING}
@@ -189,6 +192,15 @@ def _same_parameters(original: nn.Module, converted: nn.Module, first: nn.Module
         for old, new, twin in pairs
         if old.requires_grad == new.requires_grad and old.dtype == new.dtype and torch.equal(old, new)
     }
+
+
+def _localize(first: nn.Module, second: nn.Module) -> None:
+    """Let nothing in the second model wait for other processes unless something in the first does."""
+    modules = [place.module for place in walk_modules(first)]
+    if any(isinstance(m, nn.SyncBatchNorm) or (isinstance(m, GatedModule) and m.synchronize) for m in modules):
+        return
+    for layer in gated_modules(second).values():
+        layer.synchronize = False
 
 
 def _to_float64(model: nn.Module) -> None:

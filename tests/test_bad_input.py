@@ -516,6 +516,7 @@ USAGE = {
     "plan and exclude": (["--plan", "plan.json", "--exclude", "*"], "--plan decides everything: leave --include"),
     "plan and gate": (["--plan", "plan.json", "--gate", "simplex"], "--plan decides everything: leave --include"),
     "plan and kinds": (["--plan", "plan.json", "--kinds", "bn,in"], "--plan decides everything: leave --include"),
+    "plan and synchronize": (["--plan", "plan.json", "--synchronize"], "--plan decides everything: leave --include"),
     "unknown kind": (["--kinds", "bn,gn"], "expected some of bn, in, gn1 with commas between, got 'bn,gn'"),
     "no kind": (["--kinds", ""], "expected some of bn, in, gn1 with commas between, got ''"),
     "tolerance unused": (["--no-verify", "--tolerance", "1e-3"], "--tolerance has no meaning with --no-verify"),

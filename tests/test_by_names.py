@@ -89,8 +89,9 @@ def test_a_model_that_does_not_have_the_sites(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "option", [("--input", "2x3x8x8"), ("--kinds", "bn,in"), ("--gate", "softmax"), ("--plan", "p")]
+    "option",
+    [("--input", "2x3x8x8"), ("--kinds", "bn,in"), ("--gate", "softmax"), ("--plan", "p"), ("--synchronize",)],
 )
-def test_what_needs_a_model_is_refused(tmp_path: Path, option: tuple[str, str]) -> None:
+def test_what_needs_a_model_is_refused(tmp_path: Path, option: tuple[str, ...]) -> None:
     result = run("convert", str(tmp_path / "model.pt"), "--arch", "none", *option)
     assert (result.exit_code, "--arch none knows names only" in result.stderr) == (2, True)

@@ -398,6 +398,13 @@ def test_other_norms_are_converted_on_request(folder: Path) -> None:
     assert "3 of 3 sites are still exactly the norm they replaced" in text
 
 
+def test_a_file_remembers_that_its_sites_are_synchronized(folder: Path) -> None:
+    found = document("convert", "bn.pt", *ARCH, *INPUT, "--synchronize")
+    assert found["verification"]["passed"]
+    assert all(swap["synchronize"] for swap in found["plan"]["swaps"])
+    assert normswap.load("bn.normswap.pt").model.bn1.synchronize
+
+
 def test_settings_in_a_plan_file_are_carried_out(folder: Path) -> None:
     ok("convert", "bn.pt", *ARCH, *INPUT, "--dry-run", "--save-plan", "plan.json")
     edited = json.loads((folder / "plan.json").read_text()) | {"settings": {"layer1.*": {"branches": ["ln", "bn"]}}}

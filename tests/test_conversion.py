@@ -190,16 +190,27 @@ def test_a_plan_is_refused_where_the_owner_cannot_be_rewritten() -> None:
     assert type(model) is zoo.UntraceableCall
 
 
-def test_synchronised_sites_are_refused_where_several_processes_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = zoo.BY_NAME["SyncBatchNorm"].model()
-    plan = plan_swaps(model)
-    monkeypatch.setattr(conversion, "is_initialized", lambda: True)
-    monkeypatch.setattr(conversion, "get_world_size", lambda: 1)
-    apply_plan(copy.deepcopy(model), plan)
-    monkeypatch.setattr(conversion, "get_world_size", lambda: 2)
-    with pytest.raises(SwapError, match="statistics of SyncBatchNorm sites are not synchronised across processes yet"):
-        apply_plan(model, plan)
-    assert type(model[1]) is nn.SyncBatchNorm
+def test_sites_are_synchronized_where_they_were_or_as_told() -> None:
+    model = nn.Sequential(nn.BatchNorm2d(8), nn.SyncBatchNorm(8), nn.BatchNorm2d(8))
+    assert [swap.synchronize for swap in plan_swaps(model).swaps] == [False, True, False]
+    told = {"1": {"synchronize": False}, "2": {"synchronize": True}}
+    plan = plan_swaps(model, settings=told)  # type: ignore[arg-type]
+    assert [swap.synchronize for swap in plan.swaps] == [False, False, True]
+    assert SwapPlan.from_json(plan.to_json()) == plan
+    with pytest.raises(PlanError, match="expected either a plan or deciding arguments"):
+        convert(model, plan=plan, synchronize=True)
+    assert [layer.synchronize for layer in convert(model, plan=plan).model] == [False, False, True]
+    assert all(layer.synchronize for layer in convert(model, synchronize=True).model)
+    without = nn.Sequential(nn.InstanceNorm2d(8), nn.BatchNorm2d(8))
+    assert [s.synchronize for s in plan_swaps(without, kinds=("bn", "in"), synchronize=True).swaps] == [False, True]
+
+
+def test_a_functional_site_is_synchronized_as_told() -> None:
+    plan = plan_swaps(zoo.FunctionalBlock(), synchronize=True)
+    assert plan.swaps
+    replaced = convert(zoo.FunctionalBlock(), plan=plan).replaced
+    assert all(layer.synchronize for layer in replaced.values())
+    assert not any(layer.synchronize for layer in convert(zoo.FunctionalBlock()).replaced.values())
 
 
 # --- all or nothing ---------------------------------------------------------------------------------------------------

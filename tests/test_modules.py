@@ -18,7 +18,6 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from normswap.errors import LayerError
-from normswap.layers import modules
 from normswap.layers.importance import BRANCHES, GATES
 from normswap.layers.modules import (
     FunctionalSwitchNorm,
@@ -782,25 +781,6 @@ def test_sync_batch_norm_conversion_leaves_the_layer_alone() -> None:
     assert all(after is before for after, before in zip(converted, layers, strict=False))
     assert type(converted[-1]) is nn.SyncBatchNorm
     assert not any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in layers)
-
-
-def test_a_layer_from_sync_batch_norm_refuses_to_train_on_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    sync = SwitchNorm2d.from_batch_norm(trained(nn.SyncBatchNorm(4)))
-    local = SwitchNorm2d.from_batch_norm(trained(nn.BatchNorm2d(4)))
-    x = torch.randn(3, 4, 5, 5)
-    sync(x)  # one process: nothing to synchronise
-    monkeypatch.setattr(modules, "is_initialized", lambda: True)
-    monkeypatch.setattr(modules, "get_world_size", lambda: 2)
-    before = copy.deepcopy(sync.state_dict())
-    with pytest.raises(
-        LayerError,
-        match="replaced a SyncBatchNorm, and statistics are not synchronised across processes yet: "
-        "train in one process, or exclude the site from the conversion",
-    ):
-        sync(x)
-    assert all(value.equal(before[name]) for name, value in sync.state_dict().items())
-    assert sync.eval()(x).shape == x.shape
-    assert local(x).shape == x.shape
 
 
 def test_an_average_of_the_model_keeps_kind_and_values() -> None:

@@ -146,7 +146,8 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "no mapping inside": ({"*": "softmax"}, r"settings of '\*': expected a mapping from names such as {'branches'"),
     "a key": (
         {"*": {"gates": "softmax"}},
-        r"settings of '\*': expected keys among \['bn_statistics', 'branches', 'gate', 'train_gates'\], got 'gates'",
+        r"settings of '\*': expected keys among \['bn_statistics', 'branches', 'gate', 'synchronize', 'train_gates'\], "
+        "got 'gates'",
     ),
     "a gate": (
         {"*": {"gate": "hard"}},

@@ -63,6 +63,11 @@ _GATES = ("simplex", "softmax")
     type=click.Choice(_GATES),
     help="simplex (default) starts as the same function; softmax, the published gate, at the uniform mix.",
 )
+@click.option(
+    "--synchronize",
+    is_flag=True,
+    help="In training, take the batch of all processes in the BN branch, as SyncBatchNorm does.",
+)
 @click.option("--plan", type=click.Path(path_type=Path), help="Carry out a plan stored by --save-plan.")
 @click.option("--save-plan", type=click.Path(path_type=Path), help="Store the plan as JSON, also with --dry-run.")
 @click.option(
@@ -259,6 +264,7 @@ def _fresh_plan(wish: Wish, opened: Opened) -> "SwapPlan":
         exclude=wish.exclude,
         kinds=wish.kinds or ("bn",),
         gate=check_gate(wish.gate or "simplex"),
+        synchronize=wish.synchronize,
     )
 
 

@@ -30,6 +30,7 @@ class Wish:
     exclude: tuple[str, ...]
     kinds: tuple[str, ...] | None
     gate: str | None
+    synchronize: bool
     plan: Path | None
     save_plan: Path | None
     weights_only: bool
@@ -56,12 +57,17 @@ class Wish:
             click.UsageError: options exclude one another.
             CheckpointError: the input is missing, or an output cannot be written.
         """
-        if self.plan is not None and (self.include or self.exclude or self.kinds or self.gate is not None):
-            raise click.UsageError("--plan decides everything: leave --include, --exclude, --kinds and --gate out")
+        decides = self.include or self.exclude or self.kinds or self.gate is not None or self.synchronize
+        if self.plan is not None and decides:
+            raise click.UsageError(
+                "--plan decides everything: leave --include, --exclude, --kinds, --gate and --synchronize out"
+            )
         if not self.verify and self.tolerance is not None:
             raise click.UsageError("--tolerance has no meaning with --no-verify")
-        if self.names_only and (self.inputs or self.kinds or self.plan or self.gate):
-            raise click.UsageError("--arch none knows names only: leave --input, --kinds, --plan and --gate out")
+        if self.names_only and (self.inputs or self.kinds or self.plan or self.gate or self.synchronize):
+            raise click.UsageError(
+                "--arch none knows names only: leave --input, --kinds, --plan, --gate and --synchronize out"
+            )
         if self.save_plan is not None and self.save_plan.resolve() == self.target.resolve():
             raise click.UsageError("--save-plan and the output have the same name: choose another for one of them")
         check_readable(self.file)

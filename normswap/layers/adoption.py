@@ -110,7 +110,7 @@ def adopt(
         target: the SwitchNorm class to become.
         train_gates: whether the new gate parameters require a gradient.
         vertex: the branch that computes what `module` computes.
-        synchronize: recorded only; whether the replaced norm pooled its statistics over processes.
+        synchronize: whether the layer takes the batch of all processes; the group of `module`, if it has one, stays.
         eps: of a class that has none as an attribute, since it is a constant in its forward.
         like: gives dtype and device where the module has no tensor of its own.
     """
@@ -131,6 +131,8 @@ def adopt(
     }
     defaults = {"num_features": channels, "eps": eps, "momentum": 0.0, "affine": True}
     defaults |= {"track_running_stats": "bn" in branches}
+    if not synchronize or "process_group" not in module.__dict__:
+        settings["process_group"] = None
     settings |= {name: value for name, value in defaults.items() if value is not None and name not in module.__dict__}
     statistics: dict[str, torch.Tensor] = {}
     if vertex != "bn" and "bn" in branches:

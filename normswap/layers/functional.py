@@ -1,14 +1,18 @@
 """Functional Switchable Normalization: `switch_norm`, in the manner of `torch.nn.functional.batch_norm`.
 
 Checks the input, turns gate parameters into importance weights, settles which moments the `bn` branch uses, calls
-the backend and records the moments of the batch. Empty batches, single values and single positions are met here.
+the backend and records the moments of the batch. Empty batches, single values and single positions are met here,
+and so is what a synchronized batch needs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
+from torch.autograd import forward_ad
 
 from normswap.errors import LayerError
 from normswap.layers.dispatch import compiles_operator, fused_backend, runs_now
@@ -23,10 +27,15 @@ from normswap.layers.importance import (
     check_gate,
     importance_weights,
 )
+from normswap.layers.joint_batch import Settle, Settled, switch_norm_joint
 from normswap.layers.mixing import Mixing, read_shares
 from normswap.layers.moments import Moments, accumulation_dtype
 from normswap.layers.operators import switch_norm_operator
 from normswap.layers.reference import switch_norm_reference
+from normswap.layers.synchronization import processes
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def switch_norm(
@@ -45,6 +54,8 @@ def switch_norm(
     branches: Sequence[Branch] = BRANCHES,
     bn_statistics: BnStatistics = "batch",
     num_batches_tracked: Tensor | None = None,
+    synchronize: bool = False,
+    process_group: "ProcessGroup | None" = None,
 ) -> Tensor:
     """Apply Switchable Normalization (Luo et al., ICLR 2019, eq. 3), in the manner of `F.batch_norm`.
 
@@ -60,6 +71,10 @@ def switch_norm(
         branches: which statistics are mixed, in the order of the gate parameters' entries.
         bn_statistics: `"batch"`, or `"running"` to use running statistics as constants in training too.
         num_batches_tracked: a count, one higher after each update of the running statistics and each empty batch.
+        synchronize: in training, take as the batch of the `bn` branch that of all processes, forward and backward,
+            also where the part of one is empty. Every one has to call this then. Statistics of `in` and `ln` are local,
+            and gradients of parameters those of the local part.
+        process_group: the processes that share their batch; default all there are.
 
     Returns:
         A tensor of the shape, dtype and memory format of x. With one value per channel in training, where
@@ -69,7 +84,8 @@ def switch_norm(
         LayerError: an unknown option, or gate parameters of another shape than (K,); x is not floating or has
             another rank or number of channels; one spatial position meets weight on `in` (told on CPU only, since
             it means reading the weights: elsewhere the variance of `in` is 0 there, and y finite); the `bn` branch
-            has neither running statistics nor more than one value per channel.
+            has neither running statistics nor more than one value per channel; `synchronize` meets several processes
+            and a transformed, traced or fake x, or processes of which only some record a backward pass.
     """
     check_gate(gate)
     check_bn_statistics(bn_statistics)
@@ -79,14 +95,20 @@ def switch_norm(
         if parameter.shape != (len(branches),):
             raise LayerError(f"expected gate parameters of shape {(len(branches),)}, got {tuple(parameter.shape)}")
     _check_input(x, running_mean if running_mean is not None else weight)
-    if x.numel() == 0:
+    joint = synchronize and training and "bn" in branches and bn_statistics != "running" and not x.is_meta
+    joint = joint and processes(process_group) > 1
+    if x.numel() == 0 and not joint:
         if training and num_batches_tracked is not None:
             num_batches_tracked.add_(1)
         return _empty_output(x, [mean_weight, var_weight, weight, bias])
     values = x.numel() // x.shape[1]
     mixing = Mixing(gate, tuple(branches), eps)
-    if values == x.shape[0] and "in" in branches:
+    if x.numel() and values == x.shape[0] and "in" in branches:
         _refuse_single_position(x, (mean_weight, var_weight), mixing)
+    if joint:
+        inputs = Inputs(x, mean_weight, var_weight, weight, bias, None, mixing)
+        settle = partial(_settle, x, running_mean, running_var, num_batches_tracked, momentum)
+        return _switch_norm_joint()(inputs, process_group, settle)
     constants = record = None
     if "bn" in branches:
         constants = _running_moments(x, running_mean, running_var, training and bn_statistics == "batch", values)
@@ -164,6 +186,60 @@ def _running_moments(
     dtype, copy = accumulation_dtype(x), torch.is_grad_enabled()
     mean, var = (s.detach().to(dtype, copy=copy).contiguous().unsqueeze(0) for s in (running_mean, running_var))  # type: ignore[union-attr]
     return Moments(mean, var)
+
+
+_outside_graphs: list[Callable[..., Tensor]] = []
+
+
+def _switch_norm_joint() -> Callable[..., Tensor]:
+    """What normalises where the batch is synchronized; for compilers a function that they leave as it is."""
+    if not torch.compiler.is_compiling() or torch.compiler.is_exporting():
+        return _normalise_joint
+    if not _outside_graphs:  # made at first use, since it imports the compiler
+        disable: Any = torch.compiler.disable
+        _outside_graphs.append(disable(_normalise_joint, reason="statistics are synchronized"))
+    return _outside_graphs[0]
+
+
+def _normalise_joint(inputs: Inputs, group: "ProcessGroup | None", settle: Settle) -> Tensor:
+    """Normalise x, the part of a joint batch, if it has values to exchange."""
+    x = inputs.x
+    if (
+        isinstance(x, FakeTensor)
+        or torch.compiler.is_exporting()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._is_tracing()
+        or forward_ad._current_level >= 0
+    ):
+        raise LayerError(
+            "synchronized statistics: in training they need real values in every process, and there are none under "
+            "torch.export, torch.func, torch.jit.trace, forward-mode derivatives or with fake tensors: call eval() "
+            "first, or set synchronize=False"
+        )
+    return switch_norm_joint(inputs, group, settle, fused=runs_now(x) and fused_backend(x) is not None)
+
+
+def _settle(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    count: Tensor | None,
+    momentum: float,
+    batch: Moments,
+    values: int,
+) -> Settled:
+    """What the `bn` branch uses of a joint batch with so many values per channel, which is recorded."""
+    if values == 0:
+        if count is not None:
+            count.add_(1)
+        return Settled(batch, pulls=False)
+    constants = _running_moments(x, running_mean, running_var, True, values)
+    if constants is not None:
+        # Copies: an update before the backward pass must not change what was used.
+        return Settled(Moments(*(moment.clone() for moment in constants)), pulls=False)
+    if running_mean is not None and running_var is not None:
+        _update_running(running_mean, running_var, count, momentum, values, batch)
+    return Settled(batch, pulls=True)
 
 
 def _update_running(

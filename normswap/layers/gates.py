@@ -5,7 +5,8 @@ mismatch is refused on loading. Published checkpoints (weights of shape (1, C, 1
 module stores their softmax, which is the same function.
 """
 
-from typing import Any
+import copy
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,9 @@ from normswap.layers.dispatch import can_read, project_points
 from normswap.layers.importance import BnStatistics, Branch, Gate, importance_weights
 from normswap.layers.mixing import lies_on_simplex
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 # How far from the simplex a stored point may lie and still be taken for one: float16 rounding of three shares.
 _SIMPLEX_TOLERANCE = 1e-2
 
@@ -22,7 +26,8 @@ _SIMPLEX_TOLERANCE = 1e-2
 class GatedModule(nn.Module):
     """A module with `mean_weight` and `var_weight` of shape (number of branches,), and what they mean.
 
-    `vertex` is the branch at which it is the norm that it replaced.
+    `vertex` is the branch at which it is the norm that it replaced. With `synchronize` its `bn` branch takes, in
+    training, the batch of all processes of `process_group` (None: all there are).
     """
 
     _version = 1
@@ -31,6 +36,8 @@ class GatedModule(nn.Module):
     branches: tuple[Branch, ...]
     bn_statistics: BnStatistics
     vertex: Branch = "bn"
+    synchronize: bool = False
+    process_group: "ProcessGroup | None" = None
     mean_weight: nn.Parameter
     var_weight: nn.Parameter
 
@@ -39,6 +46,20 @@ class GatedModule(nn.Module):
         # From the registry: FX hands out proxies for attributes while it traces, and these are values.
         mean, var = (importance_weights(self._gate(name).detach(), self.gate) for name in GATE_PARAMETERS)
         return mean, var
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        # A group of processes cannot be copied: the copy shares it.
+        if self.process_group is not None:
+            memo[id(self.process_group)] = self.process_group
+        twin = self.__new__(type(self))
+        memo[id(self)] = twin
+        twin.__setstate__(copy.deepcopy(super().__getstate__(), memo))  # type: ignore[no-untyped-call]
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Nor can it be stored: what is loaded shares with all processes.
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
+        return {**state, "process_group": None} if state.get("process_group") is not None else state
 
     def _gate(self, name: str) -> Tensor:
         registered = self._parameters.get(name)

@@ -5,12 +5,11 @@ None of these classes is a `_BatchNorm`: torch's converters would otherwise swal
 """
 
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 import torch.fx
 from torch import Tensor, nn
-from torch.distributed import get_world_size, is_available, is_initialized
 
 from normswap.errors import LayerError
 from normswap.layers.adoption import GATE_PARAMETERS, adopt, check_replaceable, shallow_twin
@@ -27,6 +26,9 @@ from normswap.layers.importance import (
     initial_point,
 )
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 
 class SwitchNorm(GatedModule):
     """Switchable Normalization over (N, C, *spatial) of any rank from 2 up; the children pin the rank.
@@ -38,6 +40,9 @@ class SwitchNorm(GatedModule):
         branches: which of `in`, `ln`, `bn` are mixed. Leave out `in` where there is one spatial position,
             `ln` where C = 1.
         bn_statistics: what the `bn` branch uses in training, the `"batch"`'s or the `"running"` ones.
+        synchronize: the `bn` branch takes as its batch in training that of all processes; see `switch_norm`.
+        process_group: the processes that share it, default all there are; given, it means `synchronize`. Copies share
+            it, pickles leave it out.
 
     Shapes: weight, bias, running_mean, running_var (C,); mean_weight, var_weight (number of branches,).
 
@@ -54,9 +59,6 @@ class SwitchNorm(GatedModule):
     running_var: Tensor | None
     num_batches_tracked: Tensor | None
 
-    # Adopted layers (normswap.layers.adoption) carry what they replaced and whether it was synchronised.
-    synchronize = False
-
     def __init__(
         self,
         num_features: int,
@@ -69,6 +71,8 @@ class SwitchNorm(GatedModule):
         gate: Gate = "softmax",
         branches: Sequence[Branch] = BRANCHES,
         bn_statistics: BnStatistics = "batch",
+        synchronize: bool = False,
+        process_group: "ProcessGroup | None" = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -81,6 +85,8 @@ class SwitchNorm(GatedModule):
         self.gate = check_gate(gate)
         self.branches = check_branches(branches)
         self.bn_statistics = check_bn_statistics(bn_statistics)
+        self.synchronize = synchronize or process_group is not None
+        self.process_group = process_group
 
         def parameter(wanted: bool, size: int = num_features) -> nn.Parameter | None:
             return nn.Parameter(torch.empty(size, device=device, dtype=dtype)) if wanted else None
@@ -190,7 +196,7 @@ class SwitchNorm(GatedModule):
         return (
             f"{self.num_features}, eps={self.__dict__['eps']}, momentum={self.momentum}, affine={self.affine}, "
             f"track_running_stats={self.track_running_stats}, gate={self.gate!r}, branches={self.branches}, "
-            f"bn_statistics={self.bn_statistics!r}"
+            f"bn_statistics={self.bn_statistics!r}{', synchronize=True' * self.synchronize}"
         )
 
     def _load_from_state_dict(
@@ -223,11 +229,6 @@ def apply_layer(layer: SwitchNorm, x: Tensor) -> Tensor:
     training = layer.training
     if training:
         layer.project_gates()
-    if layer.synchronize and training and is_available() and is_initialized() and get_world_size() > 1:
-        raise LayerError(
-            "this layer replaced a SyncBatchNorm, and statistics are not synchronised across processes yet: "
-            "train in one process, or exclude the site from the conversion"
-        )
     updates = training and layer.track_running_stats and layer.bn_statistics == "batch" and "bn" in layer.branches
     tracked = not training or layer.track_running_stats or layer.bn_statistics == "running"
     return switch_norm(
@@ -245,6 +246,8 @@ def apply_layer(layer: SwitchNorm, x: Tensor) -> Tensor:
         branches=layer.branches,
         bn_statistics=layer.bn_statistics,
         num_batches_tracked=layer.num_batches_tracked if updates else None,
+        synchronize=layer.synchronize,
+        process_group=layer.process_group,
     )
 
 
@@ -338,7 +341,10 @@ class FunctionalSwitchNorm(GatedModule):
 
     def extra_repr(self) -> str:
         """Return the options that differ between sites."""
-        return f"gate={self.gate!r}, branches={self.branches}, bn_statistics={self.bn_statistics!r}"
+        return (
+            f"gate={self.gate!r}, branches={self.branches}, bn_statistics={self.bn_statistics!r}"
+            f"{', synchronize=True' * self.synchronize}"
+        )
 
 
 def apply_site(site: FunctionalSwitchNorm, x: Tensor, training: bool, **options: Any) -> Tensor:
@@ -346,6 +352,7 @@ def apply_site(site: FunctionalSwitchNorm, x: Tensor, training: bool, **options:
     if training and site.training:  # without running statistics, `training=True` comes in evaluation too
         site.project_gates()
     options |= {"gate": site.gate, "branches": site.branches, "bn_statistics": site.bn_statistics}
+    options |= {"synchronize": site.synchronize and site.training, "process_group": site.process_group}
     return switch_norm(x, site.mean_weight, site.var_weight, training=training, **options)
 
 

@@ -5,7 +5,6 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 from torch import Tensor, fx, nn
-from torch.distributed import get_world_size, is_available, is_initialized
 
 from normswap.errors import PlanError, SwapError
 from normswap.layers.adoption import adopt, release
@@ -46,6 +45,7 @@ def convert(
     branches: Sequence[Branch] | None = None,
     bn_statistics: BnStatistics = "batch",
     train_frozen_gates: bool = False,
+    synchronize: bool = False,
     settings: Settings | None = None,
     norms: Norms = KNOWN_NORMS,
     as_graph: bool = False,
@@ -86,11 +86,12 @@ def convert(
             branches=branches,
             bn_statistics=bn_statistics,
             train_frozen_gates=train_frozen_gates,
+            synchronize=synchronize,
             settings=settings,
             norms=norms,
         )
     elif (
-        (include or exclude or branches or settings or train_frozen_gates)
+        (include or exclude or branches or settings or train_frozen_gates or synchronize)
         or tuple(kinds) != ("bn",)
         or (gate, bn_statistics) != ("simplex", "batch")
     ):
@@ -115,11 +116,6 @@ def apply_plan(model: nn.Module, plan: SwapPlan, *, norms: Norms = KNOWN_NORMS) 
     """
     check_wrapping(model, inplace=True, rebuilt=False)
     model = unwrap(model)
-    if any(swap.synchronize for swap in plan.swaps) and is_available() and is_initialized() and get_world_size() > 1:
-        raise SwapError(
-            "statistics of SyncBatchNorm sites are not synchronised across processes yet: convert and train in one "
-            "process, or exclude those sites"
-        )
     by_name = modules_by_name(model)
     module_swaps = [swap for swap in plan.swaps if swap.owner is None]
     owners: dict[str, list[Swap]] = {}
@@ -256,6 +252,7 @@ def _rewrite_owner(module: nn.Module, owner: str, swaps: list[Swap]) -> dict[str
             gate=swap.gate, branches=swap.branches, bn_statistics=swap.bn_statistics
         ).requires_grad_(swap.train_gates)
         gates[name].replaced_call = call_name(nodes[names.index(name)].target)
+        gates[name].synchronize = swap.synchronize
         gates[name].train(module.training)
         if like is not None:
             gates[name].to(like)

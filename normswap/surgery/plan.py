@@ -24,7 +24,7 @@ class Swap:
     """A site that becomes Switchable Normalization, and with which options.
 
     `train_gates` tells whether its importance weights require a gradient; `owner` is the module whose forward is
-    rewritten, for a functional site; `synchronize` records that the norm pooled its statistics over processes.
+    rewritten, for a functional site; `synchronize` tells that its batch is that of all processes.
     """
 
     fqn: str

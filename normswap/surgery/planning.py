@@ -36,6 +36,7 @@ class _Ground:
     branches: tuple[Branch, ...]
     bn_statistics: BnStatistics
     train_frozen_gates: bool
+    synchronize: bool
 
 
 def plan_swaps(
@@ -49,6 +50,7 @@ def plan_swaps(
     branches: Sequence[Branch] | None = None,
     bn_statistics: BnStatistics = "batch",
     train_frozen_gates: bool = False,
+    synchronize: bool = False,
     settings: Settings | None = None,
     norms: Norms = KNOWN_NORMS,
 ) -> SwapPlan:
@@ -64,16 +66,18 @@ def plan_swaps(
             kind starts. Only `settings` give an `in` or `gn1` site a `bn` branch, whose statistics begin then.
         bn_statistics: of sites that are not frozen; frozen ones use the running statistics.
         train_frozen_gates: let gates learn at sites whose own parameters are all frozen.
-        settings: by pattern some of `gate`, `branches`, `bn_statistics` (of frozen sites too) and `train_gates`, over
-            the arguments above; of several patterns that match a site the later one wins, key by key. Branches that
-            the shape of a site leaves no signal are cut from these as well.
+        synchronize: in training, every site takes as the batch of its `bn` branch that of all processes; without it
+            those do that did so before (SyncBatchNorm).
+        settings: by pattern some of `gate`, `branches`, `bn_statistics` (of frozen sites too), `train_gates` and
+            `synchronize`, over the arguments above; of several patterns that match a site the later one wins, key by
+            key. Branches that the shape of a site leaves no signal are cut from these as well.
         norms: table of known norm classes.
 
     Raises:
         PlanError: a pattern matches no site, or an option or setting is unknown.
         ModelError: the forward pass on `example_inputs` failed.
     """
-    ground = _ground(kinds, gate, branches, bn_statistics, train_frozen_gates)
+    ground = _ground(kinds, gate, branches, bn_statistics, train_frozen_gates, synchronize)
     model = unwrap(model)
     sites = find_norm_sites(model, example_inputs, norms=norms)
     names = [(site.fqn, *site.aliases) for site in sites]
@@ -91,6 +95,8 @@ def plan_swaps(
     inputs = None if example_inputs is None else describe_shapes(example_inputs)
     swapped = {swap.fqn for swap in swaps}
     notes = [*_notes(model, example_inputs, [site for site in sites if site.fqn in swapped])]
+    if {swap.fqn for swap in swaps if swap.synchronize} - {site.fqn for site in sites if site.synchronize}:
+        notes.append(_SYNCHRONIZED)
     notes += [*_idle_settings(settings or {}, names, swapped), *notes_on(swaps)]
     return SwapPlan(tuple(swaps), tuple(skips), class_name(model), inputs, tuple(notes))
 
@@ -101,6 +107,7 @@ def _ground(
     branches: Sequence[Branch] | None,
     bn_statistics: BnStatistics,
     train_frozen_gates: bool,
+    synchronize: bool,
 ) -> _Ground:
     """The arguments, checked."""
     if bn_statistics not in BN_STATISTICS:
@@ -110,7 +117,7 @@ def _ground(
     allowed = BRANCHES
     for kind in kinds:
         allowed = with_vertex(BRANCHES if branches is None else branches, kind)
-    return _Ground(tuple(kinds), check_gate(gate), allowed, bn_statistics, train_frozen_gates)
+    return _Ground(tuple(kinds), check_gate(gate), allowed, bn_statistics, train_frozen_gates, synchronize)
 
 
 def _reason_to_stay(
@@ -152,7 +159,7 @@ def _decide(site: NormSite, ground: _Ground, told: SiteSettings) -> Swap | str:
         train_gates=told.get("train_gates", site.trainable or ground.train_frozen_gates),
         kind=site.kind,
         owner=site.owner,
-        synchronize=site.synchronize,
+        synchronize="bn" in branches and told.get("synchronize", site.synchronize or ground.synchronize),
     )
     return _problem_of_fresh_statistics(site, swap) or swap
 
@@ -228,6 +235,12 @@ def _notes(model: nn.Module, inputs: Any, swapped: Sequence[NormSite]) -> list[s
             "nn.ModuleList if they are to be saved"
         )
     return notes
+
+
+_SYNCHRONIZED = (
+    "synchronized where the old norms were not: in training by several processes, statistics of the joint batch are "
+    "another function than local ones"
+)
 
 
 def _idle_settings(settings: Settings, names: Sequence[Names], swapped: set[str]) -> list[str]:

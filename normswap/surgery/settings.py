@@ -1,10 +1,11 @@
 """Settings by pattern: what is said of single sites, over what the arguments say of all.
 
-An entry maps a pattern to some of `gate`, `branches`, `bn_statistics` and `train_gates`. Where several patterns match
-one site the later entry wins, key by key.
+An entry maps a pattern to some of `gate`, `branches`, `bn_statistics`, `train_gates` and `synchronize`. Where several
+patterns match one site the later entry wins, key by key.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, TypedDict
 
 from normswap.errors import LayerError, PlanError
@@ -20,12 +21,15 @@ from normswap.surgery.patterns import Names, matched
 
 
 class SiteSettings(TypedDict, total=False):
-    """What can be set for single sites; `train_gates` says whether their importance weights learn."""
+    """What can be set for single sites; `train_gates` says whether their importance weights learn, `synchronize`
+    whether their batch is that of all processes.
+    """
 
     gate: Gate
     branches: Sequence[Branch]
     bn_statistics: BnStatistics
     train_gates: bool
+    synchronize: bool
 
 
 Settings = Mapping[str, SiteSettings]
@@ -68,9 +72,9 @@ def _mapping(value: Any, what: str, example: Any) -> Mapping[str, Any]:
     return value
 
 
-def _check_flag(value: Any) -> bool:
+def _check_flag(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
-        raise LayerError(f"train_gates: expected True or False, got {value!r}")
+        raise LayerError(f"{name}: expected True or False, got {value!r}")
     return value
 
 
@@ -80,5 +84,6 @@ _CHECKS: Mapping[str, Callable[[Any], Any]] = {
     "gate": check_gate,
     "branches": check_branches,
     "bn_statistics": check_bn_statistics,
-    "train_gates": _check_flag,
+    "train_gates": partial(_check_flag, "train_gates"),
+    "synchronize": partial(_check_flag, "synchronize"),
 }

@@ -90,7 +90,7 @@ def deep_copy(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     twin = cls.__new__(cls)
     memo[id(module)] = twin
     for name, value in module.__getstate__().items():  # type: ignore[no-untyped-call]  # no compiled code
-        if type(value) in _IMMUTABLE:
+        if type(value) in _IMMUTABLE or isinstance(value, _SHARED):
             vars(twin)[name] = value
         elif type(value) is dict and name in _OWN_REGISTRIES:
             copy_item = deep_copy if name == "_modules" else copy.deepcopy
@@ -102,6 +102,8 @@ def deep_copy(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
 
 _COPY_PROTOCOL = ("__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__", "__setstate__", "__new__", "__slots__")
 _IMMUTABLE = (bool, int, float, str, type(None))
+# What a copy has in common with what it is a copy of: a group of processes, which a SyncBatchNorm holds, is none's own.
+_SHARED = (torch.distributed.ProcessGroup,) if torch.distributed.is_available() else ()
 
 
 def _complete_graph_copy(module: nn.Module, twin: nn.Module) -> None:

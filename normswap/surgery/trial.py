@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from normswap.layers.gates import GatedModule
 from normswap.modes import preserved_state, seeded, training_flags
 from normswap.surgery.tree import walk_modules
 
@@ -15,6 +16,9 @@ def outcome(module: nn.Module, run: Callable[[], Any], *, training: bool) -> lis
     """Return the leaves of what `run`, which calls `module`, returns - or the class of the error that it raises."""
     modules = [place.module for place in walk_modules(module)]
     with preserved_state(modules), training_flags(modules, training=training), seeded(0), torch.no_grad():
+        for gated in modules:
+            if isinstance(gated, GatedModule):  # other processes may not be on trial
+                gated.synchronize = False
         try:
             return tree_leaves(run())
         except Exception as error:  # noqa: BLE001 - the user's code: where both sides fail alike, they agree
