@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from normswap.checkpoints.checkpoint import load as load
     from normswap.checkpoints.saving import save as save
     from normswap.errors import NormswapError as NormswapError
+    from normswap.finetune.batch_price import batch_dependence as batch_dependence
     from normswap.finetune.param_groups import param_groups as param_groups
     from normswap.layers.dispatch import use_backend as use_backend
     from normswap.layers.functional import switch_norm as switch_norm
@@ -41,6 +42,7 @@ _HOMES = {
     "load": "normswap.checkpoints.checkpoint",
     "save": "normswap.checkpoints.saving",
     "NormswapError": "normswap.errors",
+    "batch_dependence": "normswap.finetune.batch_price",
     "param_groups": "normswap.finetune.param_groups",
     "use_backend": "normswap.layers.dispatch",
     "switch_norm": "normswap.layers.functional",

@@ -93,6 +93,7 @@ ROOMS = [
     "checkpoints.saving",
     "finetune.layouts",
     "finetune.param_groups",
+    "finetune.batch_price",
     "reports.tables",
     "reports.identification",
     "cli.failures",
