@@ -80,7 +80,7 @@ def run(backend: str, dy: Tensor, leaves: dict[str, Tensor], **options: Any) -> 
 
 @COMPILED
 @LAYOUT_CASES
-@pytest.mark.parametrize("bn_statistics", ["batch", "running"])
+@pytest.mark.parametrize("bn_statistics", ["batch", "running", "renorm"])
 def test_backends_agree_in_every_layout(
     shape: tuple[int, ...],
     lay_out: Callable[[Tensor], Tensor],

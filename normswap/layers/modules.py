@@ -37,7 +37,8 @@ class SwitchNorm(GatedModule):
         gate: `"softmax"`, the published one, or `"simplex"`.
         branches: which of `in`, `ln`, `bn` are mixed. Leave out `in` where there is one spatial position,
             `ln` where C = 1.
-        bn_statistics: what the `bn` branch uses in training, the `"batch"`'s or the `"running"` ones.
+        bn_statistics: what the `bn` branch uses in training: the `"batch"`'s, the `"running"` ones as constants, or
+            with `"renorm"` the values of the running ones just updated and the gradients of the batch's.
 
     Shapes: weight, bias, running_mean, running_var (C,); mean_weight, var_weight (number of branches,).
 
@@ -228,7 +229,7 @@ def apply_layer(layer: SwitchNorm, x: Tensor) -> Tensor:
             "this layer replaced a SyncBatchNorm, and statistics are not synchronised across processes yet: "
             "train in one process, or exclude the site from the conversion"
         )
-    updates = training and layer.track_running_stats and layer.bn_statistics == "batch" and "bn" in layer.branches
+    updates = training and layer.track_running_stats and layer.bn_statistics != "running" and "bn" in layer.branches
     tracked = not training or layer.track_running_stats or layer.bn_statistics == "running"
     return switch_norm(
         x,
