@@ -163,7 +163,7 @@ def test_errors_are_at_most_twice_those_of_torchs_norms(
     # Nothing is asked beyond the rounding of the result itself.
     limits = [factor * max(found) + torch.finfo(dtype).eps / 2 for found in zip(*by_torch, strict=True)]
     running = torch.full((shape[1],), ratio).to(dtype), torch.ones(shape[1]).to(dtype)
-    for branches, gate, bn_statistics in itertools.product(BRANCH_SETS, GATES, ("batch", "running")):
+    for branches, gate, bn_statistics in itertools.product(BRANCH_SETS, GATES, ("batch", "running", "renorm")):
         gates = [point.float() for point in gate_points(gate, len(branches), at_vertex=False)]
 
         def layer(x: Tensor, weight: Tensor, bias: Tensor, *gates: Tensor, **options: Any) -> Tensor:

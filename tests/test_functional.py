@@ -73,18 +73,29 @@ def running_statistics(channels: int) -> oracles.Constants:
     return oracles.Constants(torch.randn(channels).double(), torch.rand(channels).double() + 0.5)
 
 
-@pytest.mark.parametrize("constant", [False, True])
+@pytest.mark.parametrize("bn", ["batch", "constant", "renewed"])
 @BRANCH_CASES
-def test_the_oracle_agrees_with_finite_differences(branches: tuple[str, ...], constant: bool) -> None:
-    """The judge is judged first: its closed form against central differences of its own definition."""
+def test_the_oracle_agrees_with_finite_differences(branches: tuple[str, ...], bn: str) -> None:
+    """The judge is judged first: its closed form against central differences of its own definition.
+
+    Renewed constants move with the moments of the batch, from where they are.
+    """
     x, dy = torch.randn(2, 2, 2, 3, 2).double()
     weight, bias = torch.rand(2, 2).double() + 0.5
     shares, var_shares = gate_points("simplex", branches)
-    constants = running_statistics(2) if constant else None
+    constants = running_statistics(2) if bn != "batch" else None
+
+    def moved(x_now: Tensor) -> oracles.Constants | None:
+        if constants is None or bn != "renewed":
+            return constants
+        now, before = (oracles.statistics(values, "bn") for values in (x_now, x))
+        return oracles.Constants(
+            constants.mean + (now.mean - before.mean)[0], constants.var + (now.var - before.var)[0]
+        )
 
     def loss(**changed: Tensor) -> float:
         values = {"x": x, "shares": shares, "var_shares": var_shares, "weight": weight, "bias": bias} | changed
-        return float((oracles.forward(**values, branches=branches, constants=constants) * dy).sum())
+        return float((oracles.forward(**values, branches=branches, constants=moved(values["x"])) * dy).sum())
 
     def differences(**named: Tensor) -> Tensor:
         ((name, tensor),) = named.items()
@@ -95,7 +106,7 @@ def test_the_oracle_agrees_with_finite_differences(branches: tuple[str, ...], co
             slopes[index] = (loss(**{name: tensor + nudge}) - loss(**{name: tensor - nudge})) / (2 * step)
         return slopes
 
-    closed = oracles.backward(dy, x, shares, var_shares, weight, branches, constants)
+    closed = oracles.backward(dy, x, shares, var_shares, weight, branches, constants, follows_batch=bn == "renewed")
     for expected, actual in (
         (differences(x=x), closed.x),
         (differences(weight=weight), closed.weight),
