@@ -21,7 +21,7 @@ from normswap.layers.importance import BnStatistics, check_bn_statistics
 from normswap.layers.modules import SwitchNorm
 from normswap.modes import training_flags
 from normswap.surgery.patterns import first_matches
-from normswap.surgery.tree import walk_modules
+from normswap.surgery.tree import Place, walk_modules
 from normswap.surgery.wrapping import unwrap
 
 
@@ -92,12 +92,7 @@ def set_bn_statistics(
     places = [place for place in walk_modules(unwrap(model)) if _has_choice(place.module)]
     if not places:
         raise ModelError("expected SN layers with a `bn` branch and running statistics, found none: convert the model")
-    names = [place.names for place in places]
-    wanted = (
-        first_matches(include, names).keys() if include else {p.names[0] for p in places if not _was_frozen(p.module)}
-    )
-    wanted -= first_matches(exclude, names).keys()
-    chosen: dict[str, Any] = {p.names[0]: p.module for p in places if p.names[0] in wanted}
+    chosen = _chosen(places, include, exclude)
     changed = {name: layer for name, layer in chosen.items() if layer.bn_statistics != mode}
     empty = [name for name, layer in changed.items() if mode == "running" and _saw_nothing(layer)]
     if empty:
@@ -109,6 +104,17 @@ def set_bn_statistics(
         vars(layer).pop(UNFROZEN, None)
         layer.bn_statistics = mode
     return list(changed)
+
+
+def _chosen(places: Sequence[Place], include: Sequence[str], exclude: Sequence[str]) -> dict[str, Any]:
+    names = [place.names for place in places]
+    included = first_matches(include, names, "layers that have a choice")
+    excluded = first_matches(exclude, names, "layers that have a choice")
+    return {
+        place.names[0]: place.module
+        for place in places
+        if (place.names[0] in included if include else not _was_frozen(place.module)) and place.names[0] not in excluded
+    }
 
 
 def _has_choice(module: nn.Module) -> bool:
