@@ -540,9 +540,10 @@ def test_a_layer_without_gates_on_bn_needs_no_statistics() -> None:
         ({"bn_statistics": "running"}, 0),
         ({"bn_statistics": "renorm"}, 1),
         ({"x": torch.randn(1, 3)}, 0),
+        ({"x": torch.randn(1, 3), "bn_statistics": "renorm"}, 0),
         ({"x": torch.empty(0, 3)}, 1),
     ],
-    ids=["training", "evaluation", "running", "renorm", "one value", "empty"],
+    ids=["training", "evaluation", "running", "renorm", "one value", "one value, renorm", "empty"],
 )
 def test_batches_are_counted_where_batch_norm_counts_them(options: dict[str, Any], counted: int) -> None:
     count, gate = torch.tensor(0), torch.ones(2)

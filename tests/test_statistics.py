@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 from normswap import (
+    SwapPlan,
     convert,
     freeze_statistics,
     revert,
@@ -203,7 +204,9 @@ def test_bn_statistics_are_set_by_pattern(options: dict[str, Any], changed: list
 
 
 def test_a_set_layer_computes_what_a_planned_one_does() -> None:
-    planned, model = convert(original(), X, bn_statistics="renorm").model, MAKES["SN"]()
+    planned, plan, _ = convert(original(), X, bn_statistics="renorm")
+    assert SwapPlan.from_json(plan.to_json()) == plan
+    model = MAKES["SN"]()
     assert set_bn_statistics(model, "renorm") == ["bn", "last"]
     assert planned(X).equal(model(X))
     assert_same(statistics(planned), statistics(model))
