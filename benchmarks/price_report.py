@@ -40,23 +40,25 @@ every single run is in [batch-price.json](batch-price.json).{left}
 
 
 def _gains(runs: list[Run]) -> str:
-    """By batch size and price: points of accuracy over no price, mean of tasks and seeds that have both."""
-    rows = []
-    for batch_size in BATCH_SIZES:
-        row = [str(batch_size)]
-        for price in PRICES[1:]:
-            pairs = [_pairs(runs, task, batch_size, price) for task in TASKS]
-            row.append("; ".join(f"{mean(pair):+.1f}" if pair else "-" for pair in pairs))
-        rows.append(row)
-    header = ["batch size", *(f"price {price:g}" for price in PRICES[1:])]
+    rows = [
+        [str(size), TASKS[task], *(_gain(_pairs(runs, task, size, price)) for price in PRICES[1:])]
+        for size in BATCH_SIZES
+        for task in TASKS
+    ]
+    header = ["batch size", "from clean digits", *(f"price {price:g}" for price in PRICES[1:])]
     return f"""## In short
 
-Points of test accuracy over the same fine-tuning without a price, mean of the seeds: {"; ".join(TASKS.values())}.
+Points of test accuracy over the same fine-tuning without a price, mean of the seeds.
 
 {_table(header, rows)}"""
 
 
+def _gain(differences: list[float]) -> str:
+    return f"{mean(differences):+.1f}" if differences else "-"
+
+
 def _pairs(runs: list[Run], task: str, batch_size: int, price: float) -> list[float]:
+    """Points over no price, by seed."""
     without = {run.seed: run.accuracy for run in cell_of(runs, task, batch_size, 0.0)}
     priced = cell_of(runs, task, batch_size, price)
     return [run.accuracy - without[run.seed] for run in priced if run.seed in without]
@@ -98,9 +100,9 @@ def _method(runs: list[Run]) -> str:
 
 Network, data, shift and optimizer are those of the [evidence](evidence.md). *Shift*: trained on clean digits,
 fine-tuned on digits of other colours, contrast and brightness. *Transfer*: trained on the digits 0 to 4, given a new
-head and fine-tuned on 5 to 9, all clean. Each run takes {_numbers(steps)} steps at the rate {_numbers(rates)} for the
-network, the one that the converted network chose most often in the evidence, and {_numbers(gates)} times that for the
-gates. All prices of a seed start from the same network and see the same images in the same order. With `renorm` the
+head and fine-tuned on 5 to 9, all clean. Each run takes {_numbers(steps)} steps. The network's rate is {_numbers(rates)},
+the one that the converted network chose most often in the evidence; that of the gates is {_numbers(gates)} times as
+large. All prices of a seed start from the same network and see the same images in the same order. With `renorm` the
 `bn` branch takes the values of the running statistics in training too.
 
 **What this does not show.** One small network, one data set, few seeds: differences of one or two points mean
