@@ -101,9 +101,9 @@ def _method(runs: list[Run]) -> str:
 Network, data, shift and optimizer are those of the [evidence](evidence.md). *Shift*: trained on clean digits,
 fine-tuned on digits of other colours, contrast and brightness. *Transfer*: trained on the digits 0 to 4, given a new
 head and fine-tuned on 5 to 9, all clean. Each run takes {_numbers(steps)} steps. The network's rate is
-{_numbers(rates)}, the one that the converted network chose most often in the evidence; that of the gates is {_numbers(gates)} times as
-large. All prices of a seed start from the same network and see the same images in the same order. With `renorm` the
-`bn` branch takes the values of the running statistics in training too.
+{_numbers(rates)}, the one that the converted network chose most often in the evidence; that of the gates is
+{_numbers(gates)} times as large. All prices of a seed start from the same network and see the same images in the same
+order. With `renorm` the `bn` branch takes the values of the running statistics in training too.
 
 **What this does not show.** One small network, one data set, few seeds: differences of one or two points mean
 nothing. With the same number of steps, larger batches see more images. How far a price moves a gate hangs on the
