@@ -9,7 +9,7 @@ READY := $(VENV)/.normswap-ready
 # Libraries are installed without bytecode, since most of it is never imported; what is, each process would compile anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test lint types unit evidence bench fuzz zoo index identify clean
+.PHONY: demo test lint types unit evidence price bench fuzz zoo index identify clean
 
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"normswap needs Python 3.11 or newer, {sys.executable} is {v[0]}.{v[1]}; try: make PYTHON=python3.12 $(MAKECMDGOALS)")'
@@ -39,6 +39,9 @@ unit: $(READY)
 
 evidence: $(READY)  ## fine-tuning at batch size 2, 3 seeds -> docs/evidence.md (about an hour on 2 cores)
 	@$(BIN)/python benchmarks/evidence.py
+
+price: $(READY)  ## what a price on batch dependence does, by batch size -> docs/batch-price.md (half an hour; resumes)
+	@$(BIN)/python benchmarks/price.py
 
 bench: $(READY)  ## what the layer, converting, starting and files cost -> docs/speed.md, docs/cost.md, docs/file-cost.md (20 minutes)
 	@$(BIN)/python benchmarks/speed.py

@@ -15,6 +15,7 @@ from arms import Arm, batch_norms, reestimate_statistics
 from protocol import NETWORK, NETWORK_OPTIONS, SOURCE_TRAINING, FineTuning, SourceTraining
 from torch import Tensor, nn
 
+from normswap import batch_dependence
 from normswap.finetune.digits import Digits, Images
 
 GATES = ("mean_weight", "var_weight")
@@ -102,9 +103,16 @@ def relative_output_error(original: nn.Module, converted: nn.Module, pixels: Ten
 
 
 def finetune(
-    model: nn.Module, images: Images, *, rate: float, settings: FineTuning, seed: int, freezes_statistics: bool = False
+    model: nn.Module,
+    images: Images,
+    *,
+    rate: float,
+    settings: FineTuning,
+    seed: int,
+    freezes_statistics: bool = False,
+    price: float = 0.0,
 ) -> list[float]:
-    """Fine-tune `model` in place and return the loss of every step."""
+    """Fine-tune `model` in place and return the loss of every step, without the price of batch dependence."""
     model.train()
     if freezes_statistics:
         for layer in batch_norms(model):
@@ -116,7 +124,7 @@ def finetune(
     for batch in batch_order(len(images.labels), steps=settings.steps, batch_size=settings.batch_size, seed=seed):
         optimizer.zero_grad()
         loss = F.cross_entropy(model(images.pixels[batch]), images.labels[batch])
-        loss.backward()
+        (loss + price * batch_dependence(model) if price else loss).backward()
         nn.utils.clip_grad_norm_(network, settings.clip)
         optimizer.step()
         schedule.step()

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from normswap.layers.modules import SwitchNorm2d as SwitchNorm2d
     from normswap.layers.modules import SwitchNorm3d as SwitchNorm3d
     from normswap.statistics import freeze_statistics as freeze_statistics
+    from normswap.statistics import set_bn_statistics as set_bn_statistics
     from normswap.statistics import synchronize_statistics as synchronize_statistics
     from normswap.statistics import unfreeze_statistics as unfreeze_statistics
     from normswap.statistics import update_statistics as update_statistics
@@ -64,6 +65,7 @@ _HOMES = {
     "SwitchNorm3d": "normswap.layers.modules",
     "freeze_statistics": "normswap.statistics",
     "synchronize_statistics": "normswap.statistics",
+    "set_bn_statistics": "normswap.statistics",
     "unfreeze_statistics": "normswap.statistics",
     "update_statistics": "normswap.statistics",
     "Conversion": "normswap.surgery.conversion",

@@ -1,4 +1,5 @@
-"""Running statistics of a whole model: what libraries do to BatchNorm by its class, for SN and BN layers alike.
+"""Running statistics of a whole model: what libraries do to BatchNorm by its class, for SN and BN layers alike, and
+what the `bn` branches of SN layers make of them in training.
 
 `torch.optim.swa_utils.update_bn` and the freezing of timm ask for BatchNorm's classes and pass an SN layer by without
 a word. A functional site is frozen with the rest; its statistics are its owner's, and `update_statistics` leaves
@@ -6,7 +7,7 @@ them to the momentum of the owner's call, as `update_bn` does. Several processes
 where they are told to.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +17,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from normswap.calibration_pass import inputs_of, on_device
 from normswap.errors import ModelError
-from normswap.layers.adoption import STATISTICS
+from normswap.layers.adoption import STATISTICS, UNFROZEN
 from normswap.layers.gates import GatedModule
+from normswap.layers.importance import BnStatistics, check_bn_statistics
 from normswap.layers.modules import SwitchNorm
 from normswap.modes import call_model, training_flags
-from normswap.surgery.tree import walk_modules
+from normswap.surgery.patterns import first_matches
+from normswap.surgery.tree import Place, walk_modules
 from normswap.surgery.wrapping import unwrap
 
 if TYPE_CHECKING:
@@ -39,6 +42,8 @@ def freeze_statistics(model: nn.Module) -> list[str]:
     live = {place.names[0]: place.module for place in walk_modules(unwrap(model)) if _is_live(place.module)}
     for layer in live.values():
         if isinstance(layer, GatedModule):
+            if layer.bn_statistics != "batch":  # which is where every other one comes back to
+                vars(layer)[UNFROZEN] = layer.bn_statistics
             layer.bn_statistics = "running"
         else:
             layer.register_forward_pre_hook(_enter_evaluation)
@@ -49,7 +54,8 @@ def freeze_statistics(model: nn.Module) -> list[str]:
 def unfreeze_statistics(model: nn.Module) -> list[str]:
     """Let SN and BN layers use the statistics of the batch in training again, and gather running ones.
 
-    Also SN layers that were planned with `bn_statistics="running"`; not those that replaced a frozen BatchNorm.
+    SN layers that were set to `"renorm"` before are again. Also SN layers that were planned with
+    `bn_statistics="running"`; not those that replaced a frozen BatchNorm.
 
     Returns:
         The fqns of the layers that were frozen before.
@@ -57,7 +63,7 @@ def unfreeze_statistics(model: nn.Module) -> list[str]:
     frozen = {place.names[0]: place.module for place in walk_modules(unwrap(model)) if _is_frozen(place.module)}
     for layer in frozen.values():
         if isinstance(layer, GatedModule):
-            layer.bn_statistics = "batch"
+            layer.bn_statistics = vars(layer).pop(UNFROZEN, "batch")
         for hooks in (layer._forward_pre_hooks, layer._forward_hooks):
             for key in [key for key, hook in hooks.items() if hook in (_enter_evaluation, _leave_evaluation)]:
                 del hooks[key]
@@ -87,6 +93,74 @@ def synchronize_statistics(model: nn.Module, process_group: "ProcessGroup | None
     for layer in told.values():
         layer.synchronize, layer.process_group = True, process_group
     return changed
+
+
+def set_bn_statistics(
+    model: nn.Module, mode: BnStatistics, *, include: Sequence[str] = (), exclude: Sequence[str] = ()
+) -> list[str]:
+    """Set what the `bn` branches of SN layers use in training, after a conversion.
+
+    In place; like any setting of a layer in no state dict, so set it again after loading. A layer without a `bn` branch
+    or without running statistics has no choice and is left alone.
+
+    Args:
+        mode: `"batch"`, `"running"` or `"renorm"`, as `bn_statistics` of `normswap.switch_norm`.
+        include, exclude: globs on names, or regular expressions after `re:`. Without `include` all sites are meant, but
+            those that replaced a frozen BatchNorm keep their running statistics; a pattern sets these too.
+
+    Returns:
+        The fqns of the layers that were changed.
+
+    Raises:
+        LayerError: `mode` is unknown.
+        PlanError: a pattern matches nothing.
+        ModelError: no layer has a `bn` branch; or `"running"` is asked of statistics that were begun by a conversion
+            and have seen no batch.
+    """
+    check_bn_statistics(mode)
+    places = [place for place in walk_modules(unwrap(model)) if _has_choice(place.module)]
+    if not places:
+        raise ModelError("expected SN layers with a `bn` branch and running statistics, found none: convert the model")
+    chosen = _chosen(places, include, exclude)
+    changed = {name: layer for name, layer in chosen.items() if layer.bn_statistics != mode}
+    empty = [name for name, layer in changed.items() if mode == "running" and _saw_nothing(layer)]
+    if empty:
+        raise ModelError(
+            f"the running statistics of {', '.join(empty)} have seen no batch: train or call update_statistics first, "
+            "or exclude these"
+        )
+    for layer in changed.values():
+        vars(layer).pop(UNFROZEN, None)
+        layer.bn_statistics = mode
+    return list(changed)
+
+
+def _chosen(places: Sequence[Place], include: Sequence[str], exclude: Sequence[str]) -> dict[str, Any]:
+    names = [place.names for place in places]
+    included = first_matches(include, names, "layers that have a choice")
+    excluded = first_matches(exclude, names, "layers that have a choice")
+    return {
+        place.names[0]: place.module
+        for place in places
+        if (place.names[0] in included if include else not _was_frozen(place.module)) and place.names[0] not in excluded
+    }
+
+
+def _has_choice(module: nn.Module) -> bool:
+    """Whether the layer has a `bn` branch that could use running statistics."""
+    tracked = not isinstance(module, SwitchNorm) or module.running_mean is not None
+    return isinstance(module, GatedModule) and "bn" in module.branches and tracked
+
+
+def _was_frozen(module: nn.Module) -> bool:
+    """Whether the layer replaced a norm that used its running statistics in training too."""
+    return "weight" in module._buffers
+
+
+def _saw_nothing(layer: Any) -> bool:
+    """Whether running statistics were begun where there had been none, and are still those of no data."""
+    count = getattr(layer, "num_batches_tracked", None)
+    return layer.vertex != "bn" and count is not None and int(count) == 0
 
 
 @torch.no_grad()
@@ -139,15 +213,14 @@ def _averaging(layers: list[Any]) -> Iterator[None]:
 def _is_live(module: nn.Module) -> bool:
     """Whether the layer uses batch statistics in training, and could use running ones."""
     if isinstance(module, GatedModule):
-        tracked = not isinstance(module, SwitchNorm) or module.running_mean is not None
-        return module.bn_statistics == "batch" and "bn" in module.branches and tracked
+        return _has_choice(module) and module.bn_statistics != "running"
     return isinstance(module, _BatchNorm) and module.running_mean is not None and not is_hooked(module)
 
 
 def _is_frozen(module: nn.Module) -> bool:
     """Whether the layer uses running statistics in training, and not because it replaced one that always did."""
     if isinstance(module, GatedModule) and module.bn_statistics == "running":
-        return "weight" not in module._buffers
+        return not _was_frozen(module)
     return is_hooked(module)
 
 

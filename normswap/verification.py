@@ -241,10 +241,11 @@ def _attempt(model: nn.Module, batch: Any, receive: Receive | None, *, training:
         try:
             with torch.set_grad_enabled(training):
                 outputs = tree_leaves(call_model(model, batch))
-            if training and receive:
-                hand_on_gradients(outputs, _shared_tensors(model, "_parameters"), receive, seed=_SEED)
+            # Before the backward pass, in which activation checkpointing has BN record its batch a second time.
             found = _shared_tensors(model, "_buffers") if training else {}
             buffers = {names: buffer.detach().clone() for names, buffer in found.items()}
+            if training and receive:
+                hand_on_gradients(outputs, _shared_tensors(model, "_parameters"), receive, seed=_SEED)
         except Exception as error:  # noqa: BLE001 - whatever the model's code raises is the answer
             return error
     return _Pass([leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in outputs], buffers)

@@ -390,6 +390,8 @@ def _watch(layer: Any) -> Site:
         constants = None
         if told["running_mean"] is not None and not batch and not untracked:
             constants = oracles.Constants(*(told[n].detach().double().clone() for n in ("running_mean", "running_var")))
+            if layer.bn_statistics == "renorm" and told.get("training", False):
+                constants = oracles.updated_running(constants, args[0].detach(), _momentum(layer, told))
         weight = told.get("weight")
         site.visits.append(Visit(args[0].detach().double().clone(), weight, constants, told.get("eps", 1e-5)))
 
@@ -405,6 +407,12 @@ def _watch(layer: Any) -> Site:
     else:
         inner.register_forward_pre_hook(lambda _module, args: left(site.visits[-1], args[0]), prepend=True)
     return site
+
+
+def _momentum(layer: Any, told: dict[str, Any]) -> float:
+    """The share that the next batch will have in the running statistics."""
+    momentum = told.get("momentum", 0.1) if not hasattr(layer, "momentum") else layer.momentum
+    return 1 / (float(layer.num_batches_tracked) + 1) if momentum is None else float(momentum)
 
 
 def table_of(x: Tensor, branch: str, constants: oracles.Constants | None) -> tuple[Tensor, Tensor]:

@@ -105,8 +105,13 @@ def backward(
     branches: tuple[str, ...] = ALL_BRANCHES,
     constants: Constants | None = None,
     eps: float = 1e-5,
+    *,
+    follows_batch: bool = False,
 ) -> Gradients:
-    """The closed form. `mean_weight` and `var_weight` of the result are dL/dw_k, before the gate."""
+    """The closed form. `mean_weight` and `var_weight` of the result are dL/dw_k, before the gate.
+
+    With `follows_batch` the constants are values only: x moves them as it moves the moments of the batch.
+    """
     x, dy = x.double(), dy.double()
     samples, channels = x.shape[:2]
     positions = x[0, 0].numel()
@@ -122,11 +127,12 @@ def backward(
         dbias[c] += dy[n, c].sum()
 
     tables = {branch: statistics(x, branch, constants) for branch in branches}
+    own_means = {branch: statistics(x, branch).mean for branch in branches}
     dx = torch.empty_like(x)
     for n, c in itertools.product(range(samples), range(channels)):
         dx[n, c] = dy[n, c] * weight[c] / s[n, c]
         for share, var_share, branch in zip(shares, var_shares, branches, strict=True):
-            if branch == "bn" and constants is not None:
+            if branch == "bn" and constants is not None and not follows_batch:
                 continue
             # How many values this branch pools, and the sums over the (n, c) that share the statistic.
             size, dm, dv = {
@@ -134,7 +140,7 @@ def backward(
                 "ln": (positions * channels, dmean[n].sum(), dvar[n].sum()),
                 "bn": (positions * samples, dmean[:, c].sum(), dvar[:, c].sum()),
             }[branch]
-            dx[n, c] += share / size * dm + var_share * 2 * (x[n, c] - tables[branch].mean[n, c]) / size * dv
+            dx[n, c] += share / size * dm + var_share * 2 * (x[n, c] - own_means[branch][n, c]) / size * dv
     dshares = torch.stack([(dmean * tables[branch].mean).sum() for branch in branches])
     dvar_shares = torch.stack([(dvar * tables[branch].var).sum() for branch in branches])
     return Gradients(dx, dweight, dbias, dshares, dvar_shares)
@@ -207,11 +213,12 @@ def switch_norm(
     branches: tuple[str, ...] = ALL_BRANCHES,
     constants: Constants | None = None,
     eps: float = 1e-5,
+    follows_batch: bool = False,
 ) -> tuple[Tensor, Gradients]:
     """The whole layer: y, and the gradients of sum(dy * y) with respect to x and every parameter."""
     shares, var_shares = shares_of(mean_weight, gate), shares_of(var_weight, gate)
     y = forward(x, shares, var_shares, weight, bias, branches, constants, eps)
-    raw = backward(dy, x, shares, var_shares, weight, branches, constants, eps)
+    raw = backward(dy, x, shares, var_shares, weight, branches, constants, eps, follows_batch=follows_batch)
     gates = [
         gate_gradient(parameter, gate, dshares)
         for parameter, dshares in ((mean_weight, raw.mean_weight), (var_weight, raw.var_weight))

@@ -80,7 +80,7 @@ def run(backend: str, dy: Tensor, leaves: dict[str, Tensor], **options: Any) -> 
 
 @COMPILED
 @LAYOUT_CASES
-@pytest.mark.parametrize("bn_statistics", ["batch", "running"])
+@pytest.mark.parametrize("bn_statistics", ["batch", "running", "renorm"])
 def test_backends_agree_in_every_layout(
     shape: tuple[int, ...],
     lay_out: Callable[[Tensor], Tensor],
@@ -163,7 +163,7 @@ def test_errors_are_at_most_twice_those_of_torchs_norms(
     # Nothing is asked beyond the rounding of the result itself.
     limits = [factor * max(found) + torch.finfo(dtype).eps / 2 for found in zip(*by_torch, strict=True)]
     running = torch.full((shape[1],), ratio).to(dtype), torch.ones(shape[1]).to(dtype)
-    for branches, gate, bn_statistics in itertools.product(BRANCH_SETS, GATES, ("batch", "running")):
+    for branches, gate, bn_statistics in itertools.product(BRANCH_SETS, GATES, ("batch", "running", "renorm")):
         gates = [point.float() for point in gate_points(gate, len(branches), at_vertex=False)]
 
         def layer(x: Tensor, weight: Tensor, bias: Tensor, *gates: Tensor, **options: Any) -> Tensor:
@@ -307,6 +307,33 @@ def test_use_backend_is_undone_and_nests() -> None:
     assert dispatch.fused_backend(x) is not None
 
 
+def renewed(x: Tensor, *leaves: Tensor) -> Tensor:
+    statistics = torch.linspace(-1, 1, 4).double(), torch.linspace(0.5, 2, 4).double()
+    return switch_norm(x, *leaves[:2], *statistics, *leaves[2:], training=True, bn_statistics="renorm")
+
+
+def renewed_leaves() -> list[Tensor]:
+    shapes = ((3, 4, 2, 3), (3,), (3,), (4,), (4,))
+    return [torch.randn(shape).double().requires_grad_() for shape in shapes]
+
+
+def test_second_derivatives_where_statistics_are_renewed() -> None:
+    """Their values are constants, also for what is differentiated again."""
+    leaves, found = renewed_leaves(), {}
+    for backend in ("native", "reference"):
+        with normswap.use_backend(backend):
+            slopes = torch.autograd.grad(renewed(*leaves).pow(3).sum(), leaves, create_graph=True)
+            found[backend] = torch.autograd.grad(sum(slope.pow(2).sum() for slope in slopes), leaves)
+    torch.testing.assert_close(found["native"], found["reference"], rtol=1e-9, atol=1e-9)
+
+
+def test_a_backend_that_cannot_renew_statistics_is_passed_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    leaves = renewed_leaves()
+    expected = renewed(*leaves)
+    monkeypatch.setattr(dispatch, "_FUSED", {"native": lambda: Backend("none", None, None)})  # type: ignore[arg-type]
+    torch.testing.assert_close(renewed(*leaves), expected)
+
+
 def test_unknown_backends_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     message = "use_backend: expected one of ('reference', 'native', 'triton'), got 'cudnn'"
     with pytest.raises(LayerError, match=re.escape(message)), normswap.use_backend("cudnn"):
@@ -367,6 +394,14 @@ def test_the_operator_is_what_torch_expects_of_one(branches: str, constant: bool
     inputs = [tensor.double().requires_grad_() for tensor in tensors]
     constants = (torch.zeros(1, 4).double(), torch.ones(1, 4).double()) if constant else (None, None)
     torch.library.opcheck(torch.ops.normswap.switch_norm.default, (*inputs, *constants, "softmax", branches, 1e-5))
+
+
+def test_renewing_is_an_operator_that_mutates_what_it_says() -> None:
+    statistics = torch.zeros(4).double(), torch.ones(4).double(), torch.tensor(0)
+    batch = torch.randn(1, 4).double(), torch.rand(1, 4).double()
+    operator = torch.ops.normswap.renew_running.default
+    torch.library.opcheck(operator, (*statistics, 0.1, 12, *batch))
+    torch.library.opcheck(operator, (*statistics[:2], None, 0.1, 12, *batch))
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -95,6 +95,8 @@ def test_sites_that_read_no_batch_count_nothing() -> None:
     constant, without = layers("points", bn_statistics="running"), layers("points", branches=("in", "ln"))
     live = layers("points")
     assert price(nn.Sequential(constant, without, live)) == price(live) > 0
+    untracked = layers("points", bn_statistics="running", track_running_stats=False)
+    assert price(untracked) == price(live) == price(layers("points", bn_statistics="renorm"))
     freeze_statistics(live)
     frozen = batch_dependence(live)
     assert (float(frozen), frozen.requires_grad) == (0, False)

@@ -32,6 +32,7 @@ SHAPES_AND_BRANCHES = [
 MODES = {
     "training on the batch": (True, "batch", True),
     "training on running statistics": (True, "running", True),
+    "training on renewed statistics": (True, "renorm", True),
     "training, untracked": (True, "batch", False),
     "evaluation": (False, "batch", True),
     "evaluation, untracked": (False, "batch", False),
@@ -72,18 +73,29 @@ def running_statistics(channels: int) -> oracles.Constants:
     return oracles.Constants(torch.randn(channels).double(), torch.rand(channels).double() + 0.5)
 
 
-@pytest.mark.parametrize("constant", [False, True])
+@pytest.mark.parametrize("bn", ["batch", "constant", "renewed"])
 @BRANCH_CASES
-def test_the_oracle_agrees_with_finite_differences(branches: tuple[str, ...], constant: bool) -> None:
-    """The judge is judged first: its closed form against central differences of its own definition."""
+def test_the_oracle_agrees_with_finite_differences(branches: tuple[str, ...], bn: str) -> None:
+    """The judge is judged first: its closed form against central differences of its own definition.
+
+    Renewed constants move with the moments of the batch, from where they are.
+    """
     x, dy = torch.randn(2, 2, 2, 3, 2).double()
     weight, bias = torch.rand(2, 2).double() + 0.5
     shares, var_shares = gate_points("simplex", branches)
-    constants = running_statistics(2) if constant else None
+    constants = running_statistics(2) if bn != "batch" else None
+
+    def moved(x_now: Tensor) -> oracles.Constants | None:
+        if constants is None or bn != "renewed":
+            return constants
+        now, before = (oracles.statistics(values, "bn") for values in (x_now, x))
+        return oracles.Constants(
+            constants.mean + (now.mean - before.mean)[0], constants.var + (now.var - before.var)[0]
+        )
 
     def loss(**changed: Tensor) -> float:
         values = {"x": x, "shares": shares, "var_shares": var_shares, "weight": weight, "bias": bias} | changed
-        return float((oracles.forward(**values, branches=branches, constants=constants) * dy).sum())
+        return float((oracles.forward(**values, branches=branches, constants=moved(values["x"])) * dy).sum())
 
     def differences(**named: Tensor) -> Tensor:
         ((name, tensor),) = named.items()
@@ -94,7 +106,7 @@ def test_the_oracle_agrees_with_finite_differences(branches: tuple[str, ...], co
             slopes[index] = (loss(**{name: tensor + nudge}) - loss(**{name: tensor - nudge})) / (2 * step)
         return slopes
 
-    closed = oracles.backward(dy, x, shares, var_shares, weight, branches, constants)
+    closed = oracles.backward(dy, x, shares, var_shares, weight, branches, constants, follows_batch=bn == "renewed")
     for expected, actual in (
         (differences(x=x), closed.x),
         (differences(weight=weight), closed.weight),
@@ -132,18 +144,22 @@ def test_value_and_all_gradients_equal_the_oracle(
     )
     y.backward(dy)
 
-    constants = None if training and bn_statistics == "batch" else running
+    updated = training and bn_statistics != "running" and running is not None and "bn" in branches
+    after = oracles.updated_running(running, leaves["x"].detach(), 0.3) if updated and running else running
     expected_y, expected = oracles.switch_norm(
-        dy=dy, **{k: v.detach() for k, v in leaves.items()}, constants=constants, eps=1e-3, **options
+        dy=dy,
+        **{k: v.detach() for k, v in leaves.items()},
+        constants=None if training and bn_statistics == "batch" else after,
+        follows_batch=training and bn_statistics == "renorm",
+        eps=1e-3,
+        **options,
     )
     assert oracles.relative_error(y.detach(), expected_y) < 1e-12
     for name, leaf in leaves.items():
         assert leaf.grad is not None
         # The absolute term is for truths of zero: a gate of one branch, a mean that drops out.
         torch.testing.assert_close(leaf.grad, getattr(expected, name), rtol=1e-9, atol=1e-11, msg=name)
-    if running and buffers[0] is not None and buffers[1] is not None:
-        updated = training and bn_statistics == "batch" and "bn" in branches
-        after = oracles.updated_running(running, leaves["x"].detach(), 0.3) if updated else running
+    if after and buffers[0] is not None and buffers[1] is not None:
         assert oracles.relative_error(buffers[0], after.mean) < (1e-14 if updated else 1e-300)
         assert oracles.relative_error(buffers[1], after.var) < (1e-14 if updated else 1e-300)
 
@@ -268,10 +284,12 @@ def test_branch_order_is_that_of_the_gate_entries() -> None:
     )
 
 
+# Where the value is a function of x, and not one with the gradients of another.
+DIFFERENTIABLE = {name: mode for name, mode in MODES.items() if mode[1] != "renorm"}
 GRADCHECK_GATES = {"softmax": "softmax", "simplex, interior": "simplex"}
 
 
-@MODE_CASES
+@pytest.mark.parametrize(("training", "bn_statistics", "tracked"), DIFFERENTIABLE.values(), ids=DIFFERENTIABLE)
 @pytest.mark.parametrize("gate", GRADCHECK_GATES.values(), ids=GRADCHECK_GATES)
 def test_first_and_second_derivatives_against_finite_differences(
     gate: str, training: bool, bn_statistics: str, tracked: bool
@@ -520,10 +538,12 @@ def test_a_layer_without_gates_on_bn_needs_no_statistics() -> None:
         ({}, 1),
         ({"training": False}, 0),
         ({"bn_statistics": "running"}, 0),
+        ({"bn_statistics": "renorm"}, 1),
         ({"x": torch.randn(1, 3)}, 0),
+        ({"x": torch.randn(1, 3), "bn_statistics": "renorm"}, 0),
         ({"x": torch.empty(0, 3)}, 1),
     ],
-    ids=["training", "evaluation", "running", "one value", "empty"],
+    ids=["training", "evaluation", "running", "renorm", "one value", "one value, renorm", "empty"],
 )
 def test_batches_are_counted_where_batch_norm_counts_them(options: dict[str, Any], counted: int) -> None:
     count, gate = torch.tensor(0), torch.ones(2)

@@ -167,7 +167,9 @@ def test_bad_branches_are_refused(branches: tuple[str, ...]) -> None:
 def test_unknown_names_are_refused() -> None:
     with pytest.raises(LayerError, match=r"gate: expected one of \('simplex', 'softmax'\), got 'sparsemax'"):
         check_gate("sparsemax")
-    with pytest.raises(LayerError, match=r"bn_statistics: expected one of \('batch', 'running'\), got 'moving'"):
+    with pytest.raises(
+        LayerError, match=r"bn_statistics: expected one of \('batch', 'running', 'renorm'\), got 'moving'"
+    ):
         check_bn_statistics("moving")
 
 

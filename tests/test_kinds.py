@@ -124,10 +124,10 @@ def test_begun_statistics_are_noted_and_must_be_filled() -> None:
     )
     never = plan_swaps(stylised(), zoo.IMAGE(), **BEGUN, bn_statistics="running")
     assert [swap.fqn for swap in never.swaps] == ["bn"]
-    assert "needs bn_statistics='batch' for its `bn` branch" in never.skips[0].reason
+    assert "needs bn_statistics='batch' or 'renorm' for its `bn` branch" in never.skips[0].reason
     text = plan.to_json().replace('"bn_statistics": "batch"', '"bn_statistics": "running"')
     with pytest.raises(
-        PlanError, match="swap of 'instance': bn_statistics: expected 'batch', since running statistics"
+        PlanError, match="swap of 'instance': bn_statistics: expected 'batch' or 'renorm', since running statistics"
     ):
         SwapPlan.from_json(text)
 

@@ -14,7 +14,6 @@ import torch.fx
 from timm.layers.norm_act import BatchNormAct2d, FrozenBatchNormAct2d
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from normswap.errors import LayerError
@@ -599,19 +598,6 @@ def test_meta_device_to_empty_and_reset_parameters(make: Callable[..., SwitchNor
     assert all(value.equal(fresh[name]) for name, value in layer.state_dict().items())
 
 
-@pytest.mark.parametrize("momentum", [0.1, None])
-def test_a_checkpointed_layer_gathers_statistics_as_batch_norm_does(momentum: float | None) -> None:
-    bn = nn.BatchNorm2d(4, momentum=momentum).double()
-    sn = SwitchNorm2d.from_batch_norm(copy.deepcopy(bn))
-    x = torch.randn(3, 4, 5, 5).double().requires_grad_()
-    for layer in (bn, sn):
-        # Recomputed only as far as backward needs it, and so not to the end of the layer's forward.
-        checkpoint(layer, x, use_reentrant=False).square().sum().backward()
-    assert sn.num_batches_tracked == bn.num_batches_tracked == 2
-    torch.testing.assert_close(sn.running_mean, bn.running_mean)
-    torch.testing.assert_close(sn.running_var, bn.running_var)
-
-
 def test_from_batch_norm_on_the_meta_device() -> None:
     sn = SwitchNorm2d.from_batch_norm(nn.BatchNorm2d(4, device="meta"))
     assert {t.device.type for t in sn.state_dict().values()} == {"meta"}
@@ -765,14 +751,17 @@ def test_a_plain_fx_trace_keeps_layers_as_leaves_that_obey_train_and_eval() -> N
             assert graph.state_dict()[name].equal(value), name
 
 
-def test_an_activation_checkpoint_changes_no_gradient() -> None:
-    layer = mixed(SwitchNorm2d(4, gate="simplex", dtype=torch.float64))
-    twin = copy.deepcopy(layer)
-    x = torch.randn(3, 4, 5, 5).double().requires_grad_()
-    checkpoint(layer, x, use_reentrant=False).pow(3).sum().backward()
-    twin(x).pow(3).sum().backward()
-    for parameter, expected in zip(layer.parameters(), twin.parameters(), strict=True):
-        torch.testing.assert_close(parameter.grad, expected.grad, rtol=1e-12, atol=1e-12)
+@pytest.mark.parametrize("track", [True, False])
+def test_renorm_trains_on_what_evaluation_reads(track: bool) -> None:
+    """Values are those of the statistics just updated; without any they are the batch's, as in evaluation."""
+    layer = mixed(SwitchNorm2d(4, gate="simplex", bn_statistics="renorm", track_running_stats=track))
+    for n in (2, 1, 3):
+        x = torch.randn(n, 4, 5, 5) * n + 1
+        y = layer.train()(x)
+        torch.testing.assert_close(y, layer.eval()(x), rtol=1e-5, atol=1e-6)
+        with pytest.raises(AssertionError):
+            torch.testing.assert_close(y, F.batch_norm(x, None, None, training=True))
+    assert layer.num_batches_tracked == (3 if track else None)
 
 
 def test_sync_batch_norm_conversion_leaves_the_layer_alone() -> None:

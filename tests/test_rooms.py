@@ -20,6 +20,7 @@ ROOMS = [
     "layers.mixing",
     "layers.moments",
     "layers.reference",
+    "layers.running",
     "layers.fused",
     "layers.tables",
     "layers.passes",

@@ -216,7 +216,9 @@ def test_a_plan_file_refuses_what_makes_no_sense(settings: Any, message: str) ->
 def test_a_plan_file_does_not_begin_statistics_that_are_never_filled() -> None:
     trap = zoo.BY_NAME["three kinds"]
     plan = plan_swaps(trap.model(), trap.inputs(), **trap.options)
-    with pytest.raises(PlanError, match="settings of 'instance': bn_statistics: expected 'batch', since running"):
+    with pytest.raises(
+        PlanError, match="settings of 'instance': bn_statistics: expected 'batch' or 'renorm', since running"
+    ):
         read(plan, {"instance": {"branches": ["in", "bn"], "bn_statistics": "running"}})
 
 

@@ -13,8 +13,17 @@ from timm.layers.norm_act import FrozenBatchNorm2d
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
-from normswap import convert, freeze_statistics, revert, unfreeze_statistics, update_statistics
-from normswap.errors import ModelError
+from normswap import (
+    SwapPlan,
+    convert,
+    freeze_statistics,
+    revert,
+    set_bn_statistics,
+    unfreeze_statistics,
+    update_statistics,
+)
+from normswap.errors import LayerError, ModelError, PlanError
+from normswap.surgery.gated import gated_modules
 
 X = zoo.image(4, 3, 9, 9)().double()
 BATCHES = [zoo.image(n, 3, 9, 9)().double() * n for n in (4, 2, 3)]
@@ -154,6 +163,105 @@ def test_a_frozen_model_converts_to_the_same_function_and_back() -> None:
 def test_names_are_those_inside_wrappers() -> None:
     model = nn.DataParallel(MAKES["SN and BN"]())
     assert freeze_statistics(model) == unfreeze_statistics(model) == ["bn", "last"]
+
+
+# --- what the bn branches use -----------------------------------------------------------------------------------------
+
+
+def modes(model: nn.Module) -> dict[str, str]:
+    return {name: layer.bn_statistics for name, layer in gated_modules(model).items()}
+
+
+def thawing_net() -> Any:
+    """Sites `bn`, `ice` (which replaced a frozen BN), `last`, and `untracked`, which has nothing to choose."""
+    return MAKES["SN"]()
+
+
+@pytest.mark.parametrize("mode", ["renorm", "running"])
+def test_bn_statistics_are_set_but_at_sites_that_were_frozen(mode: str) -> None:
+    model = thawing_net()
+    assert set_bn_statistics(model, mode) == ["bn", "last"]  # type: ignore[arg-type]
+    assert modes(model) == {"bn": mode, "ice": "running", "last": mode, "untracked": "batch"}
+    assert set_bn_statistics(model, mode) == []  # type: ignore[arg-type]
+    assert set_bn_statistics(nn.DataParallel(model), "batch") == ["bn", "last"]
+    assert modes(model) == modes(thawing_net())
+
+
+@pytest.mark.parametrize(
+    ("options", "changed"),
+    [
+        ({"include": ["re:la.*"]}, ["last"]),
+        ({"exclude": ["b*"]}, ["last"]),
+        ({"include": ["*"], "exclude": ["bn"]}, ["ice", "last"]),
+        ({"include": "ice"}, ["ice"]),
+    ],
+    ids=["included", "excluded", "both", "frozen, by name"],
+)
+def test_bn_statistics_are_set_by_pattern(options: dict[str, Any], changed: list[str]) -> None:
+    model = thawing_net()
+    assert set_bn_statistics(model, "renorm", **options) == changed
+    assert [name for name, mode in modes(model).items() if mode == "renorm"] == changed
+
+
+def test_a_set_layer_computes_what_a_planned_one_does() -> None:
+    planned, plan, _ = convert(original(), X, bn_statistics="renorm")
+    assert SwapPlan.from_json(plan.to_json()) == plan
+    model = MAKES["SN"]()
+    assert set_bn_statistics(model, "renorm") == ["bn", "last"]
+    assert planned(X).equal(model(X))
+    assert_same(statistics(planned), statistics(model))
+    assert not model(X).equal(MAKES["SN"]()(X))
+
+
+def test_unfrozen_layers_renew_their_statistics_as_before() -> None:
+    model = thawing_net()
+    set_bn_statistics(model, "renorm", include=["bn"])
+    before = {name: dict(vars(layer)) for name, layer in model.named_modules()}
+    assert freeze_statistics(model) == ["bn", "last"]
+    assert set(modes(model).values()) == {"running", "batch"}  # of what tracks nothing there is nothing to freeze
+    assert unfreeze_statistics(model) == ["bn", "last"]
+    assert modes(model) == {"bn": "renorm", "ice": "running", "last": "batch", "untracked": "batch"}
+    assert {name: dict(vars(layer)).keys() for name, layer in model.named_modules()} == {
+        name: attributes.keys() for name, attributes in before.items()
+    }
+
+
+def test_setting_ends_freezing_and_reverting_forgets_it() -> None:
+    model = convert(original(), X, bn_statistics="renorm").model
+    freeze_statistics(model)
+    set_bn_statistics(model, "batch")
+    freeze_statistics(model)
+    assert unfreeze_statistics(model) == ["bn", "last"]
+    assert modes(model)["bn"] == "batch"
+    set_bn_statistics(model, "renorm")
+    freeze_statistics(model)
+    assert vars(revert(model).bn).keys() == vars(original().bn).keys()
+
+
+def test_functional_sites_are_set_with_the_rest() -> None:
+    model = convert(zoo.FunctionalBlock(), X.float()).model
+    assert set_bn_statistics(model, "renorm") == ["batch_norm"]
+    assert modes(model) == {"batch_norm": "renorm"}
+
+
+def test_what_cannot_be_set_is_refused_before_anything_is() -> None:
+    model = thawing_net()
+    begin = {"1": {"branches": ("in", "ln", "bn")}}
+    begun = convert(nn.Sequential(zoo.conv(), nn.InstanceNorm2d(8)), kinds=("in",), settings=begin).model
+    cases: list[tuple[nn.Module, dict[str, Any], type[Exception], str]] = [
+        (model, {"mode": "moving"}, LayerError, "bn_statistics: expected one of"),
+        (model, {"mode": "renorm", "include": ["bm"]}, PlanError, "the pattern 'bm' matches none of the 3 layers"),
+        (model, {"mode": "renorm", "exclude": ["un*"]}, PlanError, "the pattern 'un\\*' matches none"),
+        (original(), {"mode": "renorm"}, ModelError, "expected SN layers with a `bn` branch and running statistics"),
+        (begun, {"mode": "running"}, ModelError, "the running statistics of 1 have seen no batch: train or call"),
+    ]
+    for network, options, error, message in cases:
+        before = modes(network)
+        with pytest.raises(error, match=message):
+            set_bn_statistics(network, **options)
+        assert modes(network) == before
+    begun.train()(torch.randn(2, 3, 9, 9))
+    assert set_bn_statistics(begun, "running") == ["1"]
 
 
 # --- averaging --------------------------------------------------------------------------------------------------------

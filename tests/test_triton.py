@@ -364,7 +364,7 @@ def test_the_moments_of_the_batch_are_recorded_in_float32() -> None:
     x = torch.randn(2, 3, 5, device=DEVICE).half()
     mixing = Mixing("simplex", BRANCHES, 1e-5)
     vertex = torch.tensor([1.0, 0.0, 0.0], device=DEVICE)
-    _, batch, saved = triton_backend.forward(Inputs(x, vertex, vertex, None, None, None, mixing))
+    _, batch, saved, _ = triton_backend.forward(Inputs(x, vertex, vertex, None, None, None, mixing))
     assert batch is not None
     assert all(table.dtype == torch.float32 for table in (*batch, *saved))
     torch.testing.assert_close(batch.mean, x.float().mean((0, 2))[None], rtol=1e-5, atol=1e-6)
@@ -378,7 +378,7 @@ def test_one_position_leaves_in_no_variance_and_y_finite() -> None:
     x, uniform = torch.randn(3, 4, 1, device=DEVICE), torch.full((3,), 1 / 3, device=DEVICE)
     mixing = Mixing("simplex", BRANCHES, 1e-5)
     inputs = Inputs(x, uniform, uniform, None, None, None, mixing)
-    y, _, saved = triton_backend.forward(inputs)
+    y, _, saved, _ = triton_backend.forward(inputs)
     found = triton_backend.backward(x, inputs, saved, (True, True, True, False, False))
     assert bool((saved.var == 0).all())
     assert all(bool(tensor.isfinite().all()) for tensor in (y, *found[:3]))  # type: ignore[union-attr]
@@ -560,7 +560,7 @@ triton_backend._TILE = triton_backend._TABLE_TILE = 128
 x, point, weight = torch.empty(1, 2, 20, 20, dtype=torch.bfloat16), torch.empty(3), torch.empty(2)
 mixing = Mixing("simplex", ("in", "ln", "bn"), 1e-5)
 inputs = Inputs(x, point, point, weight, weight, None, mixing)
-y, _, saved = triton_backend.forward(inputs)
+y, _, saved, _ = triton_backend.forward(inputs)
 triton_backend.backward(y, inputs, saved, (True,) * 5)
 triton_backend.project_points([point, point], mixing.branches)
 """

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from normswap import Verification, convert, use_backend, verify
 from normswap.comparison import VectorDistance, absolute, distance, shared, worst
 from normswap.errors import ModelError
+from normswap.layers.importance import BnStatistics
 from normswap.site_watch import SiteError
 from normswap.verification import LAW_TOLERANCE, Check
 
@@ -179,9 +180,10 @@ def test_where_the_original_raises_in_training_the_law_is_silent() -> None:
         assert "raises in training" in both.checks[1].note
 
 
-def test_running_statistics_by_choice_silence_training() -> None:
+@pytest.mark.parametrize("statistics", ["running", "renorm"])
+def test_running_statistics_by_choice_silence_training(statistics: BnStatistics) -> None:
     original, x = two_blocks(), zoo.IMAGE()
-    proof = verify(original, convert(original, x, bn_statistics="running").model, [x])
+    proof = verify(original, convert(original, x, bn_statistics=statistics).model, [x])
     assert proof.passed
     assert outcomes(proof) == {EVALUATION: True, TRAINING: None, GRADIENTS: None, STATISTICS: None}
     assert {check.note for check in proof.checks[1:]} == {"2 sites use running statistics in training, by choice"}

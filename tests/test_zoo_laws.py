@@ -86,11 +86,12 @@ def test_laws_hold_on_any_branches(branches: tuple[str, ...]) -> None:
     assert {swap.branches for swap in conversion.plan.swaps} == {branches}
 
 
+@pytest.mark.parametrize("statistics", ["running", "renorm"])
 @pytest.mark.parametrize("name", ["functional", "called several times", "BatchNormAct2d"])
-def test_running_statistics_keep_the_function_in_evaluation(name: str) -> None:
+def test_running_statistics_keep_the_function_in_evaluation(name: str, statistics: str) -> None:
     trap = zoo.BY_NAME[name]
-    conversion = laws.hold(trap.model, trap.inputs(), modes=("evaluation",), bn_statistics="running").conversion
-    assert {swap.bn_statistics for swap in conversion.plan.swaps} == {"running"}
+    conversion = laws.hold(trap.model, trap.inputs(), modes=("evaluation",), bn_statistics=statistics).conversion
+    assert {swap.bn_statistics for swap in conversion.plan.swaps} == {statistics}
     with pytest.raises(AssertionError, match="law 1, training"):
         laws.same_function(trap.model(), conversion.model, trap.inputs(), ("training",))
 

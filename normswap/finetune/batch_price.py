@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from normswap.layers.adoption import GATE_PARAMETERS
 from normswap.layers.gates import GatedModule
 from normswap.layers.importance import importance_weights
+from normswap.layers.modules import SwitchNorm
 from normswap.surgery.gated import gated_modules
 from normswap.surgery.wrapping import unwrap
 
@@ -25,8 +26,9 @@ def batch_dependence(model: nn.Module) -> Tensor:
     the gates by their own rule (for `simplex` the centred one) and to nothing else.
 
     A site whose `bn` branch takes running statistics as constants (`bn_statistics="running"`, frozen ones) reads no
-    batch and counts 0, as does one without the branch. A module that is used twice counts once. Sites of one kind of
-    gate are read together, so the cost does not grow with depth, and nothing waits for a device.
+    batch and counts 0, as does one without the branch; with `"renorm"` gradients go through the batch, and it counts.
+    A module that is used twice counts once. Sites of one kind of gate are read together, so the cost does not grow with
+    depth, and nothing waits for a device.
 
     Args:
         model: wrapped or not.
@@ -35,12 +37,16 @@ def batch_dependence(model: nn.Module) -> Tensor:
         A scalar in float32 or wider, from 0 to twice the number of sites; 0 without a gradient where no site counts, so
         that one training script serves models before and after conversion.
     """
-    gated = gated_modules(model).values()
-    sites = [site for site in gated if "bn" in site.branches and site.bn_statistics != "running"]
+    sites = [site for site in gated_modules(model).values() if "bn" in site.branches and _reads_batches(site)]
     totals = [_shares_of_bn(alike) for alike in _alike(sites)]
     if not totals:
         return torch.zeros((), device=next((p.device for p in unwrap(model).parameters()), None))
     return sum((total.to(totals[0].device) for total in totals[1:]), start=totals[0])
+
+
+def _reads_batches(site: GatedModule) -> bool:
+    untracked = isinstance(site, SwitchNorm) and site.running_mean is None
+    return site.bn_statistics != "running" or untracked
 
 
 def _alike(sites: Iterable[GatedModule]) -> list[list[GatedModule]]:

@@ -19,6 +19,8 @@ from normswap.layers.importance import BnStatistics, Branch, Gate, initial_point
 
 GATE_PARAMETERS = ("mean_weight", "var_weight")
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+# Where a layer whose statistics are frozen keeps what its `bn` branch used before, if not those of the batch.
+UNFROZEN = "unfrozen_statistics"
 
 
 @dataclass(frozen=True)
@@ -188,6 +190,7 @@ def release(layer: nn.Module) -> None:
     for name in replaced.added:
         if name not in replaced.displaced:  # those keep their place in the `__dict__`
             layer.__dict__.pop(name, None)
+    layer.__dict__.pop(UNFROZEN, None)
     layer.__dict__.update(replaced.displaced)
     for name in GATE_PARAMETERS:
         layer._parameters.pop(name)

@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 
 from normswap.errors import LayerError
 from normswap.layers.dispatch import compiles_operator, fused_backend, runs_now
-from normswap.layers.fused import Inputs, switch_norm_fused
+from normswap.layers.fused import Inputs, Renew, switch_norm_fused
 from normswap.layers.importance import (
     BRANCHES,
     BnStatistics,
@@ -32,6 +32,7 @@ from normswap.layers.mixing import Mixing, read_shares
 from normswap.layers.moments import Moments, accumulation_dtype
 from normswap.layers.operators import switch_norm_operator
 from normswap.layers.reference import switch_norm_reference
+from normswap.layers.running import is_recomputation, read_running, renew_running, update_running
 from normswap.layers.synchronization import processes
 
 if TYPE_CHECKING:
@@ -63,13 +64,15 @@ def switch_norm(
         x: (N, C, *spatial), of any floating dtype; moments are accumulated in float32 or wider.
         mean_weight, var_weight: gate parameters (K,), one entry per branch.
         running_mean, running_var: (C,), updated in place in training unless `bn_statistics="running"`; the
-            variance is stored unbiased. None: the `bn` branch always takes the moments of the batch.
+            variance is stored unbiased. None: the `bn` branch always takes the moments of the batch. A forward pass
+            that a backward pass runs is a recomputation (activation checkpointing) and updates nothing.
         weight, bias: (C,) or None.
         training: take (and record) the moments of the batch in the `bn` branch.
         momentum: share of the new moments in the running ones.
         gate: `"softmax"` (logits) or `"simplex"` (points; see `normswap.layers.importance`).
         branches: which statistics are mixed, in the order of the gate parameters' entries.
-        bn_statistics: `"batch"`, or `"running"` to use running statistics as constants in training too.
+        bn_statistics: `"batch"`; or `"running"` to use running statistics as constants in training too; or `"renorm"`
+            to use the values of the running statistics just updated, with the gradients of `"batch"`.
         num_batches_tracked: a count, one higher after each update of the running statistics and each empty batch.
         synchronize: in training, take as the batch of the `bn` branch that of all processes, forward and backward,
             also where the part of one is empty. Every one has to call this then. Statistics of `in` and `ln` are local,
@@ -98,7 +101,7 @@ def switch_norm(
     joint = synchronize and training and "bn" in branches and bn_statistics != "running" and not x.is_meta
     joint = joint and processes(process_group) > 1
     if x.numel() == 0 and not joint:
-        if training and num_batches_tracked is not None:
+        if training and num_batches_tracked is not None and not is_recomputation():
             num_batches_tracked.add_(1)
         return _empty_output(x, [mean_weight, var_weight, weight, bias])
     values = x.numel() // x.shape[1]
@@ -107,23 +110,29 @@ def switch_norm(
         _refuse_single_position(x, (mean_weight, var_weight), mixing)
     if joint:
         inputs = Inputs(x, mean_weight, var_weight, weight, bias, None, mixing)
-        settle = partial(_settle, x, running_mean, running_var, num_batches_tracked, momentum)
+        renews = bn_statistics == "renorm"
+        settle = partial(_settle, x, running_mean, running_var, num_batches_tracked, momentum, renews)
         return _switch_norm_joint()(inputs, process_group, settle)
     constants = record = None
+    renew: Renew | None = None
     if "bn" in branches:
-        constants = _running_moments(x, running_mean, running_var, training and bn_statistics == "batch", values)
+        constants = _running_moments(x, running_mean, running_var, training and bn_statistics != "running", values)
         if training and constants is None and running_mean is not None and running_var is not None:
-            record = partial(_update_running, running_mean, running_var, num_batches_tracked, momentum, values)
-    inputs = Inputs(x, mean_weight, var_weight, weight, bias, constants, mixing)
-    if runs_now(x) and (backend := fused_backend(x)):
+            update = running_mean, running_var, num_batches_tracked, momentum, values
+            if bn_statistics == "renorm":
+                renew = partial(renew_running, *update)
+            elif not is_recomputation():
+                record = partial(update_running, *update)
+    inputs = Inputs(x, mean_weight, var_weight, weight, bias, constants, mixing, renew)
+    if runs_now(x) and (backend := fused_backend(x)) and (renew is None or backend.renews):
         if constants is not None and _is_fixed_batch_norm(mean_weight, var_weight, mixing):
             return _batch_norm(x, weight, bias, constants, eps)
         return switch_norm_fused(backend, inputs, record)
-    if compiles_operator():
+    if compiles_operator() and renew is None:
         return switch_norm_operator(inputs, record)
     means, variances = (importance_weights(parameter, gate) for parameter in (mean_weight, var_weight))
     return switch_norm_reference(
-        x, means, variances, weight, bias, constants, branches=branches, eps=eps, record=record
+        x, means, variances, weight, bias, constants, branches=branches, eps=eps, record=renew or record
     )
 
 
@@ -183,9 +192,7 @@ def _running_moments(
     if not tracked or (batch_wanted and values > 1):
         return None
     # Copies where a backward pass may follow: an update in between must not change what was used.
-    dtype, copy = accumulation_dtype(x), torch.is_grad_enabled()
-    mean, var = (s.detach().to(dtype, copy=copy).contiguous().unsqueeze(0) for s in (running_mean, running_var))  # type: ignore[union-attr]
-    return Moments(mean, var)
+    return read_running(running_mean, running_var, accumulation_dtype(x), copy=torch.is_grad_enabled())  # type: ignore[arg-type]
 
 
 _outside_graphs: list[Callable[..., Tensor]] = []
@@ -225,31 +232,23 @@ def _settle(
     running_var: Tensor | None,
     count: Tensor | None,
     momentum: float,
+    renews: bool,
     batch: Moments,
     values: int,
 ) -> Settled:
     """What the `bn` branch uses of a joint batch with so many values per channel, which is recorded."""
     if values == 0:
-        if count is not None:
+        if count is not None and not is_recomputation():
             count.add_(1)
         return Settled(batch, pulls=False)
     constants = _running_moments(x, running_mean, running_var, True, values)
     if constants is not None:
         # Copies: an update before the backward pass must not change what was used.
         return Settled(Moments(*(moment.clone() for moment in constants)), pulls=False)
-    if running_mean is not None and running_var is not None:
-        _update_running(running_mean, running_var, count, momentum, values, batch)
+    if running_mean is None or running_var is None:
+        return Settled(batch, pulls=True)
+    if renews:
+        return Settled(renew_running(running_mean, running_var, count, momentum, values, batch), pulls=True)
+    if not is_recomputation():
+        update_running(running_mean, running_var, count, momentum, values, batch)
     return Settled(batch, pulls=True)
-
-
-def _update_running(
-    running_mean: Tensor, running_var: Tensor, count: Tensor | None, momentum: float, values: int, batch: Moments
-) -> None:
-    mean, var = (moment.detach().squeeze(0) for moment in batch)
-    for running, new in ((running_mean, mean), (running_var, var * (values / (values - 1)))):
-        if running.dtype == new.dtype:
-            running.lerp_(new, momentum)
-        else:  # in half precision: rounded once
-            running.copy_(running.to(new.dtype).lerp_(new, momentum))
-    if count is not None:
-        count.add_(1)

@@ -1,8 +1,7 @@
 """Fused backends under autograd: what a backend has to provide, and the node that calls it in eager mode.
 
 The node keeps x, tables and parameters. With a graph of the backward pass asked for (double backward), the plain
-formula is differentiated instead. Running statistics are recorded in the forward pass, before anything is saved:
-gradient checkpointing runs it again only as far as backward needs it.
+formula is differentiated instead.
 """
 
 from collections.abc import Callable, Iterable
@@ -16,10 +15,16 @@ from normswap.layers.mixing import Mixing
 from normswap.layers.moments import Moments
 from normswap.layers.reference import switch_norm_reference
 
+# Records the moments (1, C) of a batch and returns those whose values the `bn` branch takes instead.
+Renew = Callable[[Moments], Moments]
+
 
 class Inputs(NamedTuple):
     """What a layer computes y from: x (N, C, *spatial), gate parameters (K,), weight and bias (C,) or None, moments
     (1, C) that the `bn` branch takes instead of those of the batch, and how the branches are mixed.
+
+    With `renew` the branch takes the values that it makes of the moments of the batch, which are the constants of the
+    backward pass, while gradients go to the moments of the batch.
     """
 
     x: Tensor
@@ -29,6 +34,7 @@ class Inputs(NamedTuple):
     bias: Tensor | None
     constants: Moments | None
     mixing: Mixing
+    renew: Renew | None = None
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -38,12 +44,13 @@ class Inputs(NamedTuple):
 
 class Normalised(NamedTuple):
     """y of the shape, dtype and layout of x; moments (1, C) of the batch where the `bn` branch took them; those of x
-    over its positions (N, C), which are all that backward needs beside the inputs.
+    over its positions (N, C), which are all that backward needs beside the inputs; what `renew` gave.
     """
 
     y: Tensor
     batch: Moments | None
     saved: Moments
+    renewed: Moments | None = None
 
 
 class Gradients(NamedTuple):
@@ -63,11 +70,12 @@ Backward = Callable[[Tensor, Inputs, Moments, tuple[bool, ...]], Gradients]
 
 
 class Backend(NamedTuple):
-    """A fused implementation: its name, and its two passes."""
+    """A fused implementation: its name, its two passes, and whether they heed `Inputs.renew`."""
 
     name: str
     forward: Forward
     backward: Backward
+    renews: bool = False
 
 
 def switch_norm_fused(backend: Backend, inputs: Inputs, record: Callable[[Moments], None] | None = None) -> Tensor:
@@ -94,15 +102,15 @@ class _Fused(torch.autograd.Function):
         *values, backend, record = args
         inputs = Inputs(*values)
         normalised = _normalised(backend, inputs, record)
-        ctx.save_for_backward(*inputs.tensors, *normalised.saved, *(inputs.constants or ()))
-        ctx.mixing, ctx.backend = inputs.mixing, backend
+        ctx.save_for_backward(*inputs.tensors, *normalised.saved, *(normalised.renewed or inputs.constants or ()))
+        ctx.mixing, ctx.backend, ctx.renew = inputs.mixing, backend, inputs.renew
         return normalised.y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, mean_point, var_point, weight, bias, mean, var, *rest = ctx.saved_tensors
         constants = Moments(*rest) if rest else None
-        inputs = Inputs(x, mean_point, var_point, weight, bias, constants, ctx.mixing)
+        inputs = Inputs(x, mean_point, var_point, weight, bias, constants, ctx.mixing, ctx.renew)
         wanted = ctx.needs_input_grad[:5]
         if torch.is_grad_enabled():
             return *differentiable_gradients(dy, inputs, wanted), *_NO_GRADIENTS
@@ -110,7 +118,7 @@ class _Fused(torch.autograd.Function):
         return *in_dtype_of(found, inputs), *_NO_GRADIENTS
 
 
-_NO_GRADIENTS = (None, None, None, None)
+_NO_GRADIENTS = (None,) * 5
 
 
 def in_dtype_of(gradients: Iterable[Tensor | None], inputs: Inputs) -> tuple[Tensor | None, ...]:
@@ -126,7 +134,7 @@ def differentiable_gradients(dy: Tensor, inputs: Inputs, wanted: tuple[bool, ...
     with torch.enable_grad():
         # Views: the graph built here ends at them, and not where the caller's graph goes on.
         views = (None if tensor is None else tensor.view_as(tensor) for tensor in inputs.tensors)
-        leaves = Inputs._make((*views, inputs.constants, inputs.mixing))
+        leaves = Inputs._make((*views, inputs.constants, inputs.mixing, None))
         points, mixing = (leaves.mean_point, leaves.var_point), inputs.mixing
         means, variances = (importance_weights(point, mixing.gate) for point in points)
         y = switch_norm_reference(
@@ -135,9 +143,10 @@ def differentiable_gradients(dy: Tensor, inputs: Inputs, wanted: tuple[bool, ...
             variances,
             leaves.weight,
             leaves.bias,
-            inputs.constants,
+            inputs.constants if inputs.renew is None else None,
             branches=mixing.branches,
             eps=mixing.eps,
+            record=None if inputs.renew is None else lambda _: inputs.constants,
         )
         asked = [leaf for leaf, want in zip(leaves.tensors, wanted, strict=True) if want and leaf is not None]
         found = iter(torch.autograd.grad(y, asked, dy, create_graph=True, allow_unused=True))

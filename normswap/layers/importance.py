@@ -20,7 +20,7 @@ from normswap.errors import LayerError
 
 Branch = Literal["in", "ln", "bn"]
 Gate = Literal["simplex", "softmax"]
-BnStatistics = Literal["batch", "running"]
+BnStatistics = Literal["batch", "running", "renorm"]
 
 BRANCHES: tuple[Branch, ...] = get_args(Branch)
 GATES: tuple[Gate, ...] = get_args(Gate)

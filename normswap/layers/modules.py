@@ -39,7 +39,8 @@ class SwitchNorm(GatedModule):
         gate: `"softmax"`, the published one, or `"simplex"`.
         branches: which of `in`, `ln`, `bn` are mixed. Leave out `in` where there is one spatial position,
             `ln` where C = 1.
-        bn_statistics: what the `bn` branch uses in training, the `"batch"`'s or the `"running"` ones.
+        bn_statistics: what the `bn` branch uses in training: the `"batch"`'s, the `"running"` ones as constants, or
+            with `"renorm"` the values of the running ones just updated and the gradients of the batch's.
         synchronize: the `bn` branch takes as its batch in training that of all processes; see `switch_norm`.
         process_group: the processes that share it, default all there are; given, it means `synchronize`. Copies share
             it, pickles leave it out.
@@ -229,7 +230,7 @@ def apply_layer(layer: SwitchNorm, x: Tensor) -> Tensor:
     training = layer.training
     if training:
         layer.project_gates()
-    updates = training and layer.track_running_stats and layer.bn_statistics == "batch" and "bn" in layer.branches
+    updates = training and layer.track_running_stats and layer.bn_statistics != "running" and "bn" in layer.branches
     tracked = not training or layer.track_running_stats or layer.bn_statistics == "running"
     return switch_norm(
         x,

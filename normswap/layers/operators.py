@@ -44,7 +44,7 @@ def _forward(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     inputs = _inputs(x, mean_point, var_point, weight, bias, bn_mean, bn_var, gate, branches, eps)
-    y, batch, saved = _backend(x).forward(inputs)
+    y, batch, saved, _ = _backend(x).forward(inputs)
     empty = x.new_empty((1, 0), dtype=accumulation_dtype(x))
     # An operator returns nothing that shares memory with what it was given, as the mean of one position may.
     return y, *(batch or (empty, empty.clone())), saved.mean.clone(), saved.var

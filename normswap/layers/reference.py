@@ -23,22 +23,24 @@ def switch_norm_reference(
     *,
     branches: Sequence[Branch],
     eps: float,
-    record: Callable[[Moments], None] | None = None,
+    record: Callable[[Moments], Moments | None] | None = None,
 ) -> Tensor:
     """Normalise x (N, C, *spatial) with the given importance weights (K,), one per branch.
 
     Args:
         constants: moments (1, C) for the `bn` branch; None takes those of the batch.
-        record: is given the moments (1, C) that the `bn` branch uses.
+        record: is given the moments (1, C) of the batch that the `bn` branch uses. If it returns others, their values
+            are used instead, while gradients go to those of the batch.
 
     Returns:
         y of the shape, dtype and memory format of x.
     """
     table = instance_moments(x)
     bn = pool_moments(table, 0) if constants is None else constants
-    if record is not None:
-        # Before the rest: gradient checkpointing runs this again, but only as far as backward needs it.
-        record(bn)
+    taken = None if record is None else record(bn)
+    if taken is not None:
+        # The differences are exactly zero: they add the gradient and leave the values as taken.
+        bn = Moments(*(value + (moment - moment.detach()) for value, moment in zip(taken, bn, strict=True)))
     moments = {"in": table, "ln": pool_moments(table, 1), "bn": bn}
     mean = _mix(mean_weights, [moments[branch].mean for branch in branches])
     var = _mix(var_weights, [moments[branch].var for branch in branches])

@@ -37,6 +37,7 @@ class Site(NamedTuple):
         constants: moments (1, C) that the `bn` branch takes instead of those of the batch.
         weight, bias: (C,), or None.
         means, variances: the shares of the branches in each.
+        renewed: whether the constants are values only, and what is pulled goes to the moments of the batch.
     """
 
     moments: Moments
@@ -46,6 +47,7 @@ class Site(NamedTuple):
     means: Shares
     variances: Shares
     mixing: Mixing
+    renewed: bool = False
 
     @property
     def takes_batch(self) -> bool:
@@ -79,6 +81,12 @@ def scale_and_shift(site: Site) -> tuple[Tensor, Tensor, Moments | None]:
             shift = shift + _as_array(site.bias)
         batch = Moments(*(_as_tensor(a, like) for a in tables.bn)) if site.takes_batch and tables.bn else None
         return _filled(scale, shape, like), _filled(shift, shape, like), batch
+
+
+def pool_samples(moments: Moments) -> Moments:
+    """Return the moments (1, C) of a batch from those of its samples (N, C)."""
+    with _as_torch():
+        return Moments(*(_as_tensor(a, moments.mean) for a in _pool(_Pair(*map(_as_array, moments)), 0)))
 
 
 def mean_and_rstd(site: Site) -> tuple[Tensor, Tensor]:
@@ -208,11 +216,14 @@ def _spread(pull: Array, branches: Sequence[Branch]) -> _Pulls:
 
 def _slope_and_shift(p: _Pulls, q: _Pulls, tables: _Tables, site: Site) -> tuple[Array, Array]:
     """Return the coefficients of dx around mu_in, which broadcast to (N, C)."""
-    if site.constants is not None:  # x does not move them
+    bn = tables.bn
+    if site.renewed:
+        bn = _pool(tables.in_, 0)
+    elif site.constants is not None:  # x does not move them
         p, q = p._replace(bn=None), q._replace(bn=None)
     variances = site.variances
     slope, shift = _mix(variances, *q), _mix(site.means, *p)
-    for share, pulled, branch in ((variances.ln, q.ln, tables.ln), (variances.bn, q.bn, tables.bn)):
+    for share, pulled, branch in ((variances.ln, q.ln, tables.ln), (variances.bn, q.bn, bn)):
         if share != 0 and pulled is not None and branch is not None:
             term = (tables.in_.mean - branch.mean) * (share * pulled)
             shift = term if shift is None else shift + term

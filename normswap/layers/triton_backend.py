@@ -124,7 +124,7 @@ def _used(branches: Sequence[Branch]) -> dict[str, bool]:
 
 def forward(inputs: Inputs) -> Normalised:
     """Normalise; see `fused.Forward`."""
-    x, mean_point, var_point, weight, bias, constants, mixing = inputs
+    x, mean_point, var_point, weight, bias, constants, mixing, _ = inputs
     x = laid_out(x)
     samples, channels = x.shape[:2]
     table = samples * channels
@@ -183,7 +183,7 @@ def forward(inputs: Inputs) -> Normalised:
 
 def backward(dy: Tensor, inputs: Inputs, saved: Moments, wanted: tuple[bool, ...]) -> Gradients:
     """Return the gradients; see `fused.Backward`."""
-    x, mean_point, var_point, weight, _, constants, mixing = inputs
+    x, mean_point, var_point, weight, _, constants, mixing, _ = inputs
     x = laid_out(x)
     dy = laid_out_like(dy, x)
     samples, channels = x.shape[:2]

@@ -28,15 +28,18 @@ def matched(pattern: str, sites: Sequence[Names], what: str = "norm sites") -> l
     return hits
 
 
-def first_matches(patterns: Iterable[str], sites: Sequence[Names]) -> dict[str, str]:
+def first_matches(patterns: Iterable[str], sites: Sequence[Names], what: str = "norm sites") -> dict[str, str]:
     """Return by fqn the first of `patterns`, or of the one pattern given alone, that matches a site.
+
+    Args:
+        what: as in `matched`.
 
     Raises:
         PlanError: as `matched`.
     """
     found: dict[str, str] = {}
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        for fqn in matched(pattern, sites):
+        for fqn in matched(pattern, sites, what):
             found.setdefault(fqn, pattern)
     return found
 

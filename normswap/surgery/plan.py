@@ -183,7 +183,7 @@ def with_vertex(branches: Sequence[str], kind: str) -> tuple[Branch, ...]:
 
 def _consistent(swap: Swap) -> Swap:
     if swap.starts_statistics and swap.bn_statistics == "running":
-        raise PlanError(f"bn_statistics: expected 'batch', {NEVER_FILLED}; got 'running'")
+        raise PlanError(f"bn_statistics: expected 'batch' or 'renorm', {NEVER_FILLED}; got 'running'")
     return swap
 
 
@@ -199,7 +199,7 @@ def notes_on(swaps: Sequence[Swap]) -> list[str]:
         notes.append(
             f"begin running statistics, which say nothing before the first batches of training: {', '.join(fresh)}"
         )
-    thawed = [swap.fqn for swap in swaps if swap.kind == "frozen bn" and swap.bn_statistics == "batch"]
+    thawed = [swap.fqn for swap in swaps if swap.kind == "frozen bn" and swap.bn_statistics != "running"]
     if thawed:
         notes.append(
             f"frozen, but set to use batch statistics, which is another function in training: {', '.join(thawed)}"

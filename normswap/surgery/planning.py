@@ -207,7 +207,7 @@ def _problem_of_fresh_statistics(site: NormSite, swap: Swap) -> str | None:
     if not swap.starts_statistics:
         return None
     if swap.bn_statistics == "running":
-        return f"needs bn_statistics='batch' for its `bn` branch, {NEVER_FILLED}: set it, or leave `bn` out"
+        return f"needs bn_statistics='batch' or 'renorm' for its `bn` branch, {NEVER_FILLED}: set it, or leave `bn` out"
     fed = {shape[1] for shape in site.shapes or ()}
     if fed and fed != {site.num_features}:
         return f"was made for {site.num_features} channels and fed {sorted(fed)}: correct that, or leave `bn` out"

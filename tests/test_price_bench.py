@@ -1,0 +1,97 @@
+"""What `make price` stands on: its second task, its grid, records that outlive an interruption, its page."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+import price as study  # found by the line above
+from arms import convert
+from finetuning import build_network, finetune
+from price_records import PRICES, RENORM_PRICES, TASKS, Cell, Run, Study, cells, read_study, write_study
+from price_report import write_report
+from protocol import FineTuning
+
+
+def run_of(cell: Cell, accuracy: float = 90.0) -> Run:
+    return Run(
+        **cell._asdict(), accuracy=accuracy, bn_share=0.25, is_finite=True, seconds=1, steps=4, rate=0.03, gate_rate=1.0
+    )
+
+
+def test_the_transfer_is_to_classes_and_images_never_seen() -> None:
+    digits = study.prepare_transfer(seed=1)
+    for domain in (digits.source, digits.target):
+        for images in (domain.train, domain.validation, domain.test):
+            assert images.labels.unique().tolist() == [0, 1, 2, 3, 4]
+    sets = [part.pixels for domain in (digits.source, digits.target) for part in (domain.train, domain.test)]
+    images = torch.cat(sets).flatten(1)
+    assert len(images.unique(dim=0)) == len(images)
+    assert torch.equal(study.prepare_transfer(seed=1).target.train.pixels, digits.target.train.pixels)
+
+
+def test_every_cell_is_run_once_and_seeds_come_one_after_the_other() -> None:
+    planned = list(cells([0, 1]))
+    assert len(planned) == len(set(planned)) == 2 * len(TASKS) * (4 * len(PRICES) + len(RENORM_PRICES))
+    assert [cell.seed for cell in planned] == sorted(cell.seed for cell in planned)
+
+
+@pytest.mark.parametrize("statistics", ["batch", "renorm"])
+def test_a_price_moves_the_gates_away_from_bn(statistics: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    digits = study.prepare_transfer(seed=0)
+    monkeypatch.setattr(study, "trained_network", lambda *_: (build_network(seed=0), digits))
+    monkeypatch.setattr(study, "STEPS", 3)
+    free, priced = (study.run_cell(Cell("transfer", statistics, 2, price, 0)) for price in (0.0, 0.5))
+    assert priced.bn_share < free.bn_share <= 1
+    assert (priced.steps, priced.is_finite, priced.cell.statistics) == (3, True, statistics)
+
+
+def test_the_price_is_no_part_of_the_losses_that_are_returned() -> None:
+    images = study.prepare_transfer(seed=0).target.train
+    losses = []
+    for price in (0.0, 0.5):
+        model: nn.Module = convert(build_network(seed=0))
+        losses.append(finetune(model, images, rate=0.01, settings=FineTuning(steps=1), seed=0, price=price))
+    assert losses[0] == losses[1]
+
+
+def test_an_interrupted_study_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Cell] = []
+
+    def run_cell(cell: Cell) -> Run:
+        if len(made) == 5:
+            raise KeyboardInterrupt
+        made.append(cell)
+        return run_of(cell)
+
+    monkeypatch.setattr(study, "run_cell", run_cell)
+    monkeypatch.setattr(sys, "argv", ["price.py", "--seeds", "0", "--output", str(tmp_path)])
+    with pytest.raises(KeyboardInterrupt):
+        study.main()
+    monkeypatch.setattr(study, "run_cell", lambda cell: made.append(cell) or run_of(cell))  # type: ignore[func-returns-value]
+    study.main()
+    assert made == list(cells([0]))
+    stored = read_study(tmp_path / "batch-price.json")
+    assert stored is not None
+    assert [run.cell for run in stored.runs] == made
+    assert "runs are made so far" not in (tmp_path / "batch-price.md").read_text()
+
+
+def test_the_page_holds_what_the_records_say(tmp_path: Path) -> None:
+    runs = [run_of(cell, 50 + 100 * cell.price + cell.seed) for cell in cells([0, 1]) if cell.batch_size != 16]
+    record = Study("Measured here.", runs)
+    write_study(record, tmp_path / "a.json")
+    assert read_study(tmp_path / "a.json") == record
+    assert read_study(tmp_path / "b.json") is None
+    write_report(record, tmp_path / "a.md", planned=72)
+    text = (tmp_path / "a.md").read_text()
+    assert f"**{len(runs)} of 72 runs are made so far.**" in text
+    assert "| 2 | to shifted digits | +1.0 | +3.0 | +10.0 |" in text
+    assert "| 16 | to shifted digits | - | - | - |" in text
+    assert "| 4 | batch | 50.5 (50.0, 51.0), BN 0.25 | 51.5 (51.0, 52.0), BN 0.25 |" in text
+    assert "| 1 | renorm | 50.5 (50.0, 51.0), BN 0.25 |  | 53.5 (53.0, 54.0), BN 0.25 |  |" in text
+    assert "Each run takes 4 steps. The network's rate is\n0.03, the one" in text
