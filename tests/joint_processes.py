@@ -48,6 +48,7 @@ class Case:
     backend: str = "native"
     wanted: tuple[bool, bool] = (True, True)
     offset: float = 0.7
+    statistics: str = "batch"
 
 
 CASES = [
@@ -62,6 +63,8 @@ CASES = [
     *(Case(1, branches=("ln", "bn"), shape=(1, 3), backend=name) for name in BACKENDS),
     # Only one process asks for the gradient of its input; none does.
     *(Case(2, wanted=wanted, backend=name) for wanted in ((True, False), (False, False)) for name in BACKENDS),
+    # Values of the joint running statistics just updated, gradients through the joint batch.
+    *(Case(cut, statistics="renorm", backend=name) for cut in (1, 0) for name in BACKENDS),
     # A mean of three thousand deviations.
     *(Case(1, "simplex", offset=3e3, dtype=torch.float32, backend=name) for name in BACKENDS),
 ]
@@ -87,7 +90,15 @@ def problem(case: Case) -> dict[str, Tensor]:
 def layer_of(case: Case, **options: Any) -> SwitchNorm:
     given = problem(case)
     layer = SwitchNorm(
-        case.shape[1], 1e-3, 0.3, gate=case.gate, branches=case.branches, synchronize=True, dtype=case.dtype, **options
+        case.shape[1],
+        1e-3,
+        0.3,
+        gate=case.gate,
+        branches=case.branches,
+        synchronize=True,
+        dtype=case.dtype,
+        bn_statistics=case.statistics,
+        **options,
     )
     state = {name: tensor for name, tensor in given.items() if name not in ("x", "dy")}
     layer.load_state_dict({**state, "num_batches_tracked": torch.tensor(0)})
