@@ -1,10 +1,12 @@
 """Recipes: what is read, what is refused, what is shipped."""
 
+import json
 import re
 import shutil
 import subprocess
 import sys
 import zipfile
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from click.testing import CliRunner
 
 from normswap.cli import main
 from normswap.errors import RecipeError
-from normswap.finetune.recipe import Recipe, differing_keys, parse_recipe, read_recipe, shipped_recipes
+from normswap.finetune.recipe import TABLES, Recipe, differing_keys, parse_recipe, read_recipe, shipped_recipes
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALLEST = {"model": {"architecture": "timm:test_resnet"}, "train": {"steps": 10}}
@@ -106,6 +108,17 @@ def test_what_is_no_recipe_is_refused(tmp_path: Path) -> None:
     (tmp_path / "mine.toml").write_bytes(b"\xff\xfe")
     with pytest.raises(RecipeError, match="not TOML: "):
         read_recipe(tmp_path / "mine.toml")
+
+
+def test_the_page_on_recipes_has_every_key_and_its_default() -> None:
+    page = (ROOT / "docs" / "reference" / "recipes.md").read_text()
+    for table, build in TABLES.items():
+        (part,) = re.findall(rf"^## `\[{table}\]`\n(.*?)(?=^## |\Z)", page, re.M | re.S)
+        found = dict(re.findall(r"^\| `(\w+)` \| (\S.*?) \| ", part, re.M))
+        assert found.keys() == {key.name for key in fields(build)}
+        for key in fields(build):
+            default = list(key.default) if isinstance(key.default, tuple) else key.default
+            assert found[key.name] == ("-" if default is None else f"`{json.dumps(default)}`"), f"{table}.{key.name}"
 
 
 def test_two_runs_are_told_apart_by_their_keys() -> None:

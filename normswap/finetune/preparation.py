@@ -186,6 +186,7 @@ def _converted(recipe: Recipe, source: Source, example: Tensor) -> Source:
         exclude=wanted.exclude,
         kinds=wanted.kinds,
         bn_statistics=wanted.bn_statistics,  # type: ignore[arg-type]
+        synchronize=wanted.synchronize,
         **options,  # type: ignore[arg-type]
     )
     if not plan.swaps:

@@ -45,7 +45,7 @@ class ConvertTable:
 
     Args:
         enabled: false trains the model as it is, for a comparison.
-        gate, bn_statistics, include, exclude, kinds: as `normswap.convert`; None is its default.
+        gate, bn_statistics, include, exclude, kinds, synchronize: as `normswap.convert`; None is its default.
     """
 
     enabled: bool = True
@@ -54,6 +54,7 @@ class ConvertTable:
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     kinds: tuple[str, ...] = ("bn",)
+    synchronize: bool = False
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,8 @@ class TrainTable:
         optimizer: timm's name: `sgd` (with Nesterov momentum), `momentum` (without), `adamw`, ...
         lr, momentum, weight_decay: of the optimizer; gates, norms and biases do not decay.
         importance_lr: learning rate of the gates; None is `lr`.
-        schedule: `constant`, `linear` or `cosine`, to `min_lr` at the last step.
+        schedule: how the rates fall: `constant`, `linear` or `cosine`.
+        min_lr: what `lr` has fallen to at the end; all other rates fall by the same factor.
         warmup_steps: steps in which the rate rises from 0.
         clip: largest norm of the gradient of everything but the gates; 0 is off.
         accumulation: forward passes per step; each gets a batch of its own.
@@ -377,6 +379,7 @@ _CHOICES: Mapping[str, tuple[str | None, ...]] = {
     "train.schedule": ("constant", "linear", "cosine"),
     "train.precision": ("no", "bf16", "fp16"),
     "convert.gate": (None, "simplex", "softmax"),
+    "convert.bn_statistics": ("batch", "running", "renorm"),
 }
 
 
