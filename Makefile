@@ -9,7 +9,7 @@ READY := $(VENV)/.normswap-ready
 # Libraries are installed without bytecode, since most of it is never imported; what is, each process would compile anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test lint types unit evidence price bench fuzz zoo index identify clean
+.PHONY: demo test lint types unit evidence price bench fuzz zoo index identify recipes clean
 
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"normswap needs Python 3.11 or newer, {sys.executable} is {v[0]}.{v[1]}; try: make PYTHON=python3.12 $(MAKECMDGOALS)")'
@@ -54,6 +54,9 @@ fuzz: $(READY)  ## 10,000 damaged files and 100 killed runs -> docs/fuzz.md (abo
 
 zoo: $(READY)  ## every model of timm, torchvision and transformers through the laws -> docs/coverage.md (hours; resumes)
 	@$(BIN)/python benchmarks/zoo.py --workers 2
+
+recipes: $(READY)  ## the recipe for small batches over 3 seeds, and what the loop costs -> docs/small-batch.md (20 minutes)
+	@$(BIN)/python benchmarks/recipes.py
 
 index: $(READY)  ## the index of architectures that identification reads, from models on the meta device (half an hour)
 	@$(BIN)/python benchmarks/architecture_index.py

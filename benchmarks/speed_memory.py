@@ -77,6 +77,11 @@ def _memory(field: str, device: str) -> int:
     """Return bytes held now (`VmRSS`) or at the peak so far (`VmHWM`), on a GPU those that torch allocated on it."""
     if device == "cuda":
         return torch.cuda.memory_allocated() if field == "VmRSS" else torch.cuda.max_memory_allocated()
+    return process_memory(field)
+
+
+def process_memory(field: str) -> int:
+    """Return bytes of this process, held now (`VmRSS`) or at the peak so far (`VmHWM`)."""
     found = re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())
     assert found is not None
     return int(found[1]) * 1024

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from normswap.errors import NormswapError as NormswapError
     from normswap.finetune.batch_price import batch_dependence as batch_dependence
     from normswap.finetune.engine import Outcome as Outcome
-    from normswap.finetune.engine import finetune as finetune
+    from normswap.finetune.engine import run_recipe as run_recipe
     from normswap.finetune.param_groups import param_groups as param_groups
     from normswap.finetune.recipe import Recipe as Recipe
     from normswap.finetune.recipe import read_recipe as read_recipe
@@ -55,7 +55,7 @@ _HOMES = {
     "batch_dependence": "normswap.finetune.batch_price",
     "param_groups": "normswap.finetune.param_groups",
     "Outcome": "normswap.finetune.engine",
-    "finetune": "normswap.finetune.engine",
+    "run_recipe": "normswap.finetune.engine",
     "Recipe": "normswap.finetune.recipe",
     "read_recipe": "normswap.finetune.recipe",
     "use_backend": "normswap.layers.dispatch",

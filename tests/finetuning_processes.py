@@ -12,7 +12,7 @@ import torch
 from accelerate import PartialState
 
 from normswap.errors import RunInterrupted
-from normswap.finetune.engine import finetune
+from normswap.finetune.engine import run_recipe
 from normswap.finetune.recipe import Recipe, parse_recipe
 
 
@@ -37,12 +37,12 @@ def main(folder: Path) -> None:
         if step == 3 and PartialState().process_index == 1:
             signal.raise_signal(signal.SIGTERM)
 
-    finetune(recipe(folder, "whole"))
+    run_recipe(recipe(folder, "whole"))
     try:
-        finetune(recipe(folder, "parts"), on_step=stop)
+        run_recipe(recipe(folder, "parts"), on_step=stop)
     except RunInterrupted as error:
         (folder / f"stopped{PartialState().process_index}").write_text(str(error))
-    finetune(recipe(folder, "parts"), resume=True)
+    run_recipe(recipe(folder, "parts"), resume=True)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from normswap.errors import (
     TrainingError,
 )
 from normswap.finetune import engine, journal
-from normswap.finetune.engine import finetune
+from normswap.finetune.engine import run_recipe
 from normswap.finetune.journal import Journal, read_journal
 from normswap.finetune.preparation import prepare
 from normswap.finetune.recipe import Recipe, parse_recipe
@@ -73,7 +73,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, list[
     """A run that came to its end: its folder, its outcome, what it told."""
     folder = tmp_path_factory.mktemp("finished")
     told: list[Any] = []
-    outcome = finetune(recipe(folder, train={"ema_decay": 0.9}, run={"evaluate_every": 2}), on_record=told.append)
+    outcome = run_recipe(recipe(folder, train={"ema_decay": 0.9}, run={"evaluate_every": 2}), on_record=told.append)
     return folder / "run", outcome, told
 
 
@@ -117,7 +117,7 @@ def test_the_loss_is_that_of_the_images_and_the_price_pulls_at_the_gates(tmp_pat
     prepared.model.train()
     expected = torch.nn.functional.cross_entropy(prepared.model(images), labels)
     told: list[Any] = []
-    outcome = finetune(run, on_record=told.append)
+    outcome = run_recipe(run, on_record=told.append)
     (loss,) = [record["loss"] for record in told if "loss" in record]
     assert loss == pytest.approx(float(expected.detach()), rel=1e-5)
     shares = [share for site in outcome.importance.values() for share in (site.mean["bn"], site.var["bn"])]
@@ -138,7 +138,7 @@ def test_the_learning_rate_follows_its_schedule() -> None:
 def test_clipping_leaves_gates_alone(tmp_path: Path) -> None:
     still = {"lr": 0.01, "clip": 1e-12, "weight_decay": 0.0, "steps": 2}
     start = prepare(recipe(tmp_path, train=still)).model.state_dict()
-    finetune(recipe(tmp_path, train=still))
+    run_recipe(recipe(tmp_path, train=still))
     moved = {name for name, value in weights_of(tmp_path / "run").items() if (value - start[name]).abs().max() > 1e-9}
     parameters = {name for name, _ in normswap.load(tmp_path / "run" / "model.pt").model.named_parameters()}
     assert moved & parameters
@@ -152,7 +152,7 @@ def test_a_model_can_be_trained_as_it_is_and_with_another_head(tmp_path: Path) -
         convert={"enabled": False},
         train={"steps": 1},
     )
-    outcome = finetune(run)
+    outcome = run_recipe(run)
     assert outcome.importance == {}
     loaded = normswap.load(tmp_path / "run" / "model.pt")
     assert (loaded.plan, loaded.model.num_classes) == (None, 10)
@@ -167,7 +167,7 @@ def test_an_interrupted_run_ends_with_the_weights_of_one_that_was_not(tmp_path: 
         "data": {"flip": 0.5, "crop_scale": [0.5, 1.0], "batch_size": 4, "mixup": 0.2},
         "train": {"ema_decay": 0.9, "accumulation": 2, "steps": 5},
     }
-    finetune(recipe(tmp_path / "whole", **keys))
+    run_recipe(recipe(tmp_path / "whole", **keys))
 
     def stop(step: int, _steps: int) -> None:
         if step == 3:
@@ -178,9 +178,9 @@ def test_an_interrupted_run_ends_with_the_weights_of_one_that_was_not(tmp_path: 
     with pytest.raises(
         RunInterrupted, match=r"stopped after step 3 of 5, all is saved in .*: go on with --resume"
     ) as e:
-        finetune(parts, on_step=stop)
+        run_recipe(parts, on_step=stop)
     assert (e.value.exit_code, signal.getsignal(number)) == (128 + number, before)
-    finetune(parts, resume=True)
+    run_recipe(parts, resume=True)
     assert_same(weights_of(tmp_path / "whole" / "run"), weights_of(tmp_path / "parts" / "run"))
     steps = [record["step"] for record in read_journal(tmp_path / "parts" / "run") if "loss" in record]
     assert steps == [2, 3, 4, 5]
@@ -192,7 +192,7 @@ def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
         signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
-        finetune(recipe(tmp_path), on_step=insist)
+        run_recipe(recipe(tmp_path), on_step=insist)
 
 
 def test_two_processes_end_alike_interrupted_or_not(tmp_path: Path) -> None:
@@ -219,18 +219,18 @@ def test_a_state_is_of_one_recipe_and_in_one_folder(finished: tuple[Path, Any, l
     folder, _, _ = finished
     same: dict[str, Any] = {"train": {"ema_decay": 0.9}, "run": {"evaluate_every": 2}}
     with pytest.raises(TrainingError, match="holds a run already: go on with --resume, or start anew with --force"):
-        finetune(recipe(folder.parent, **same))
+        run_recipe(recipe(folder.parent, **same))
     with pytest.raises(RecipeError, match=r"is of a run with other train\.lr: start anew in another run\.output"):
-        finetune(recipe(folder.parent, train={"ema_decay": 0.9, "lr": 0.5}, run={"evaluate_every": 2}), resume=True)
+        run_recipe(recipe(folder.parent, train={"ema_decay": 0.9, "lr": 0.5}, run={"evaluate_every": 2}), resume=True)
     with pytest.raises(CheckpointError, match="no state of a run to go on from: leave --resume out"):
-        finetune(recipe(tmp_path), resume=True)
+        run_recipe(recipe(tmp_path), resume=True)
     (tmp_path / "run").mkdir()
     torch.save(weights_of(folder), tmp_path / "run" / "state.pt")
     with pytest.raises(CheckpointError, match="no weights at 'state_dict'"):
-        finetune(recipe(tmp_path), resume=True)
+        run_recipe(recipe(tmp_path), resume=True)
     torch.save({"state_dict": weights_of(folder)}, tmp_path / "run" / "state.pt")
     with pytest.raises(CheckpointError, match="not the state of a run"):
-        finetune(recipe(tmp_path), resume=True)
+        run_recipe(recipe(tmp_path), resume=True)
 
 
 # --- what cannot go on ------------------------------------------------------------------------------------------------
@@ -239,14 +239,14 @@ def test_a_state_is_of_one_recipe_and_in_one_folder(finished: tuple[Path, Any, l
 def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_state(tmp_path: Path) -> None:
     wild = recipe(tmp_path, train={"lr": 1e30, "clip": 0.0, "steps": 6}, run={"save_every": 1, "log_every": 3})
     with pytest.raises(TrainingError, match=r"the loss of step (\d) is (nan|inf): the state after step \d") as error:
-        finetune(wild)
+        run_recipe(wild)
     first = int(re.search(r"loss of step (\d)", str(error.value)).group(1))  # type: ignore[union-attr]
     kept = torch.load(tmp_path / "run" / "state.pt")
     assert kept["step"] == first - 1
     losses = [record["loss"] for record in read_journal(tmp_path / "run") if "loss" in record]
     assert all(map(math.isfinite, losses))
     with pytest.raises(TrainingError, match=r"no state was saved; lower train\.lr"):
-        finetune(recipe(tmp_path / "other", train={"lr": 1e30, "clip": 0.0, "steps": 6}, run={"log_every": 6}))
+        run_recipe(recipe(tmp_path / "other", train={"lr": 1e30, "clip": 0.0, "steps": 6}, run={"log_every": 6}))
 
 
 @pytest.fixture
@@ -263,11 +263,11 @@ def test_a_full_disk_loses_nothing(tmp_path: Path, file_size_limit: Any) -> None
             file_size_limit(1_000_000)
 
     with pytest.raises(CheckpointError, match=r"state\.pt: cannot be written \(.*File too large"):
-        finetune(recipe(tmp_path, run={"save_every": 2}), on_step=fill)
+        run_recipe(recipe(tmp_path, run={"save_every": 2}), on_step=fill)
     file_size_limit(resource.RLIM_INFINITY)
     assert torch.load(tmp_path / "run" / "state.pt")["step"] == 2
     assert [path.name for path in (tmp_path / "run").glob("*state*")] == ["state.pt"]
-    assert finetune(recipe(tmp_path, run={"save_every": 2}), resume=True).steps == 4
+    assert run_recipe(recipe(tmp_path, run={"save_every": 2}), resume=True).steps == 4
 
 
 def test_a_log_that_cannot_be_written_is_told(tmp_path: Path, file_size_limit: Any, monkeypatch: Any) -> None:
@@ -326,7 +326,7 @@ def test_what_cannot_be_trained_is_told_before_anything_is_written(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(kind, match=re.escape(text)):
-        finetune(recipe(tmp_path, **keys))
+        run_recipe(recipe(tmp_path, **keys))
     assert not list((tmp_path / "run").glob("*"))
 
 

@@ -39,13 +39,13 @@ def finetune_command(
     wanted = read_recipe(recipe, overrides)
     from rich.console import Console
 
-    from normswap.finetune.engine import finetune, is_first_process
+    from normswap.finetune.engine import is_first_process, run_recipe
     from normswap.finetune.journal import read_journal
     from normswap.reports.finetuning import draw_course, outcome_table
 
     console = Console(highlight=False, stderr=as_json, quiet=not is_first_process())
     with _progress() as (on_step, say):
-        outcome = finetune(
+        outcome = run_recipe(
             wanted,
             resume=resume,
             overwrite=force,

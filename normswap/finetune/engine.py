@@ -1,4 +1,4 @@
-"""finetune: a recipe carried out. One loop on accelerate, which places, casts and synchronises.
+"""run_recipe: a recipe carried out. One loop on accelerate, which places, casts and synchronises.
 
 Decides nothing that the recipe does not say. Every random number follows from the seed and the number of the batch, and
 every state is saved between two steps, so that an interrupted run ends with the weights of one that was not.
@@ -79,7 +79,7 @@ class _Run:
         return self.average.module if self.average is not None else self.model
 
 
-def finetune(
+def run_recipe(
     recipe: Recipe,
     *,
     resume: bool = False,
