@@ -9,20 +9,31 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import file_digest, sha256
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 from normswap.checkpoints.architecture import check_architecture
 from normswap.checkpoints.atomic import check_writable, written_whole, written_whole_folder
 from normswap.checkpoints.checkpoint import Checkpoint
-from normswap.checkpoints.containers import FOLDERS, TENSORS_ONLY, Container, decode, encode, read_record_text, sniff
+from normswap.checkpoints.containers import (
+    FOLDERS,
+    TENSORS_ONLY,
+    Container,
+    add_record,
+    decode,
+    encode,
+    read_record_text,
+    sniff,
+)
 from normswap.checkpoints.contents import Place, at, check_has_values, is_state_dict, name_of, replaced
 from normswap.checkpoints.fingerprint import fingerprint, safetensors_holds
 from normswap.checkpoints.layout import separate
 from normswap.checkpoints.optimizer_state import with_gates
 from normswap.checkpoints.prefixes import StoredNames, names_for
-from normswap.checkpoints.record import Original, Payload, Record, Step
+from normswap.checkpoints.programs import Program, digest_of_members, load_program, save_program
+from normswap.checkpoints.record import Original, Record, Step
 from normswap.checkpoints.scheduler_state import scheduler_with_gates
 from normswap.checkpoints.state_surgery import with_metadata, with_tensors
 from normswap.checkpoints.trainer_state import write_beside
@@ -31,6 +42,7 @@ from normswap.layers.modules import FunctionalSwitchNorm
 from normswap.surgery.conversion import apply_plan
 from normswap.surgery.gated import gated_modules, trainable_gates
 from normswap.surgery.plan import SwapPlan
+from normswap.surgery.programs import check_same
 from normswap.surgery.tracing import first_line
 from normswap.surgery.wrapping import unwrap
 from normswap.verification import Verification
@@ -61,7 +73,7 @@ def save(
     plan: SwapPlan | None = None,
     architecture: str | None = None,
     verification: Verification | None = None,
-    payload: Payload = "state dict",
+    payload: Literal["state dict", "module"] = "state dict",
     history: Sequence[Step] = (),
 ) -> None:
     """Save a model so that `load` gives the same outputs, bit for bit, in a fresh process.
@@ -213,6 +225,33 @@ def write_content(
             raise CheckpointError(
                 f"{path}: what was read back differs from what was written: nothing was kept, look at the disk"
             )
+
+
+def write_program(
+    program: Program, original: ExportedProgram, path: Path, record: Record, *, inputs: Any, replace_old: bool = True
+) -> float:
+    """Write a converted program and its record whole or not at all, and return how far what is read back differs from
+    the original on `inputs`, as relative L2 of outputs and buffers.
+
+    Raises:
+        CheckpointError: it cannot be written, or what was read back holds other tensors.
+        SwapError: what was read back computes something else; an existing file is as it was.
+    """
+    check_writable(path, replace=replace_old)
+    with written_whole(path) as temporary:
+        try:
+            save_program(temporary, program)
+        except Exception as error:
+            raise CheckpointError(f"{path}: cannot be written ({first_line(error)})") from error
+        sealed = record.sealed(digest_of_members(temporary)).to_json()
+        add_record(temporary, "exported program", sealed)
+        back = load_program(temporary)
+        kept = read_record_text(temporary, sniff(temporary)) == sealed and back.extra_files == program.extra_files
+        if not kept or fingerprint(back.program.state_dict) != fingerprint(program.program.state_dict):
+            raise CheckpointError(
+                f"{path}: what was read back differs from what was written: nothing was kept, look at the disk"
+            )
+        return check_same(original, back.program, inputs)
 
 
 def _is_written(path: Path, container: Container, content: Any, digest: str, record: str) -> bool:

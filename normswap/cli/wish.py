@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from normswap.checkpoints.containers import Container
 
 # Endings that name a file rather than a folder.
-_FILES = {".pt", ".pth", ".bin", ".ckpt", ".tar", ".safetensors"}
+_FILES = {".pt", ".pth", ".bin", ".ckpt", ".tar", ".safetensors", ".pt2"}
+_PROGRAM = ".pt2"
 NO_ARCHITECTURE = "none"
 
 
@@ -43,12 +44,16 @@ class Wish:
 
     @property
     def target(self) -> Path:
-        """Where the model goes: `model.normswap.pt` beside `model.pt` unless told otherwise."""
+        """Where the model goes: `model.normswap.pt` beside `model.pt` unless told otherwise.
+
+        Of an exported program it is the program only where that may be loaded, else its weights.
+        """
         if self.output is not None:
             return self.output
         source = located(self.file)
         ending = ".pth.tar" if source.name.endswith(".pth.tar") else source.suffix if source.suffix in _FILES else ""
-        return source.with_name(f"{source.name.removesuffix(ending)}.normswap{ending}")
+        written = ".pt" if ending == _PROGRAM and not (self.trust and self.arch is None) else ending
+        return source.with_name(f"{source.name.removesuffix(ending)}.normswap{written}")
 
     @property
     def names_only(self) -> bool:
@@ -87,12 +92,28 @@ class Wish:
         """
         from normswap.checkpoints.containers import FOLDERS
 
+        if source.container == "exported program":
+            self._check_program(source)
+        if source.program is not None:
+            return "exported program"
         if self.target.suffix == ".safetensors":
             self._check_safetensors(source)
             return "safetensors"
         if source.container in FOLDERS and self.target.suffix not in _FILES:
             return source.container
         return "safetensors" if self.output is None and source.container == "safetensors" else "torch zip"
+
+    def _check_program(self, source: "Checkpoint") -> None:
+        if source.program is not None and self.target.suffix != _PROGRAM:
+            raise CheckpointError(
+                f"{self.target}: an exported program becomes one again: choose -o NAME{_PROGRAM}, or take its weights "
+                "alone with --arch"
+            )
+        if source.program is None and self.target.suffix == _PROGRAM:
+            raise CheckpointError(
+                f"{self.target}: the weights alone are no exported program: choose -o NAME.pt, or convert the program "
+                "with --trust and without --arch, if you trust where it comes from"
+            )
 
     def _check_safetensors(self, source: "Checkpoint") -> None:
         if source.payload == "module":
