@@ -25,7 +25,7 @@ from normswap.checkpoints.prefixes import StoredNames, names_for
 from normswap.checkpoints.programs import Program, digest_of_members
 from normswap.checkpoints.recognition import recognise
 from normswap.checkpoints.record import Payload, Record, Step, check_seal
-from normswap.errors import AmbiguityError, ArchitectureError, CheckpointError
+from normswap.errors import AmbiguityError, ArchitectureError, CheckpointError, SwapError
 from normswap.layers.adoption import GATE_PARAMETERS
 from normswap.layers.importance import importance_weights as shares_of
 from normswap.surgery.conversion import apply_plan
@@ -167,18 +167,18 @@ def read_checkpoint(
     path, container, text, record = header.path, header.container, header.text, header.record
     content = decode(path, container, trust=trust, mapped=mapped)
     program = content if isinstance(content, Program) else None
-    if program is not None:
-        content = module_of(program.program)
     if record is not None and container in TENSORS_ONLY:
         content = {**content, **rejoin(content, record.tied, record.channels_last)}
     try:
+        if program is not None:
+            content = module_of(program.program)
         if text is not None:
             check_seal(text, digest_of_members(path) if container == "exported program" else fingerprint(content))
         contents = read_contents(content, entry=entry or (record.entry if record else None))
         weights = at(content, contents.weights)
         if not isinstance(weights, nn.Module):
             content = replaced(content, {contents.weights: _readable(weights)})
-    except CheckpointError as error:
+    except (CheckpointError, SwapError) as error:
         raise CheckpointError(f"{path}: {error}") from error
     return Checkpoint(path, container, content, contents, record, program)
 

@@ -107,7 +107,7 @@ def load_program(path: Path) -> Program:
     Raises:
         CheckpointError: torch cannot load it, or there are several.
     """
-    extra: dict[str, Any] = {}
+    extra: dict[str, Any] = {RECORD: ""}  # an empty one is not filled
     with zipfile.ZipFile(path) as archive:
         root = archive.namelist()[0].partition("/")[0]
         names = [name.removeprefix(f"{root}/") for name in archive.namelist()]

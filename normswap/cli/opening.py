@@ -82,7 +82,7 @@ def _inputs(checkpoint: "Checkpoint", built: "Built", asked: Sequence[InputSpec]
     if checkpoint.program is not None and not asked:
         from normswap.surgery.programs import inputs_of
 
-        return inputs_of(checkpoint.program.program, built.model)
+        return inputs_of(checkpoint.program.program)
     return example_inputs(asked, built.model, built.architecture)
 
 

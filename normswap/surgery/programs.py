@@ -4,7 +4,6 @@ It is exported on the inputs that the program carries, with those dimensions fre
 against the original once it is written. What cannot be exported alike is refused.
 """
 
-import inspect
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -15,11 +14,11 @@ from torch.export.graph_signature import InputKind
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from normswap.comparison import distance
-from normswap.errors import SwapError
-from normswap.modes import as_call, call_model
+from normswap.errors import ModelError, SwapError
+from normswap.modes import as_call, preserved_state, seeded
 from normswap.surgery.exporting import silence
+from normswap.surgery.observation import describe_shapes
 from normswap.surgery.tracing import first_line
-from normswap.surgery.trial import outcome
 
 _LIMIT = 1e-4
 _RESPONSE_FACTOR = 10
@@ -27,23 +26,28 @@ _MOST = 2**31  # beyond, a bound is none: torch notes the largest number that it
 
 
 def module_of(program: ExportedProgram) -> nn.Module:
-    """Return a module that computes what the program does, on the program's own parameters and buffers."""
-    with silence():
-        module: nn.Module = program.module()
+    """Return a module that computes what the program does, on the program's own parameters and buffers.
+
+    Raises:
+        SwapError: torch makes none of it.
+    """
+    try:
+        with silence():
+            module: nn.Module = program.module()
+    except Exception as error:
+        raise SwapError(f"torch makes no module of the program ({first_line(error)}): export it again") from error
     return module
 
 
-def inputs_of(program: ExportedProgram, module: nn.Module) -> Any:
-    """Return the inputs that a program carries as `convert` takes them, or None where it carries none.
+def inputs_of(program: ExportedProgram) -> Any:
+    """Return the inputs that a program carries as `convert` takes them: a tuple or a dict.
 
-    Where some are given by position and some by name, all are given by the names in the signature of `module`.
+    None where it carries none, or some by position and some by name: a program insists on how it was called.
     """
-    if program.example_inputs is None:
-        return None
-    args, kwargs = program.example_inputs
+    args, kwargs = program.example_inputs or ((), {})
     if args and kwargs:
-        return dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | kwargs
-    return kwargs or tuple(args)
+        return None
+    return tuple(args) or kwargs or None
 
 
 def export_again(program: ExportedProgram, converted: nn.Module, inputs: Any = None) -> ExportedProgram:
@@ -57,15 +61,15 @@ def export_again(program: ExportedProgram, converted: nn.Module, inputs: Any = N
     """
     if program.example_inputs is None and inputs is None:
         raise SwapError("the program carries no example inputs to export it again with: give them with --input")
-    args, kwargs = program.example_inputs or as_call(inputs)
+    args, kwargs = _call(program, inputs)
     try:
         shapes: Any = ShapesCollection()  # type: ignore[no-untyped-call]
         for leaf, dims in zip(tree_leaves((args, kwargs)), _free_dimensions(program), strict=True):
-            if dims:
+            if dims and isinstance(leaf, Tensor):
                 shapes[leaf] = dims
         with silence(), torch.enable_grad():
             again = torch.export.export(
-                converted, tuple(args), dict(kwargs), dynamic_shapes=shapes if len(shapes) else None, strict=False
+                converted, args, kwargs, dynamic_shapes=shapes if len(shapes) else None, strict=False
             )
     except Exception as error:
         raise SwapError(f"the converted program cannot be exported again ({first_line(error)}): {_INSTEAD}") from error
@@ -94,22 +98,29 @@ class Difference(NamedTuple):
         return self.error <= self.limit
 
 
-def difference(original: ExportedProgram, again: ExportedProgram, inputs: Any) -> Difference:
+def difference(original: ExportedProgram, again: ExportedProgram, inputs: Any = None) -> Difference:
     """Return how far two programs differ on inputs: a graph has its precision in it, so that none is run in float64.
 
     The limit is 1e-4, or ten times what the original differs by when its input changes by one unit in the last place.
+
+    Args:
+        inputs: what to run them on where the original carries no inputs.
+
+    Raises:
+        ModelError: one of them fails on the inputs.
     """
+    call = _call(original, inputs)
     first, second = module_of(original), module_of(again)
     names = [name for name, _ in first.named_buffers()]
-    reference, found = (_run(module, names, inputs) for module in (first, second))
+    reference, found = (_run(module, names, call) for module in (first, second))
     error = _worst(reference, found)
     if error <= _LIMIT:
         return Difference(error, _LIMIT)
-    nudged = _run(first, names, tree_map_only(Tensor, _nudged, inputs))
+    nudged = _run(first, names, tree_map_only(Tensor, _nudged, call))
     return Difference(error, max(_LIMIT, _RESPONSE_FACTOR * _worst(reference, nudged)))
 
 
-def check_same(original: ExportedProgram, again: ExportedProgram, inputs: Any) -> float:
+def check_same(original: ExportedProgram, again: ExportedProgram, inputs: Any = None) -> float:
     """Return the error of `difference`.
 
     Raises:
@@ -124,13 +135,21 @@ def check_same(original: ExportedProgram, again: ExportedProgram, inputs: Any) -
     return found.error
 
 
-def _run(module: nn.Module, buffers: list[str], inputs: Any) -> list[Any]:
+def _call(program: ExportedProgram, inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments that a program carries, or else those that it is given."""
+    args, kwargs = program.example_inputs or as_call(inputs)
+    return tuple(args), dict(kwargs)
+
+
+def _run(module: nn.Module, buffers: list[str], call: tuple[tuple[Any, ...], dict[str, Any]]) -> list[Any]:
     """The leaves of the output, and the buffers as the run leaves them; the state is put back."""
-    return outcome(
-        module,
-        lambda: [call_model(module, inputs), [module.get_buffer(name).clone() for name in buffers]],
-        training=module.training,
-    )
+    with preserved_state(module.modules()), seeded(0), torch.no_grad():
+        try:
+            outputs = tree_leaves(module(*call[0], **call[1]))
+        except Exception as error:
+            raise ModelError(f"a program fails on {describe_shapes(call)}: {first_line(error)}") from error
+        found = dict(module.named_buffers())
+        return [*outputs, *(found[name].clone() if name in found else None for name in buffers)]
 
 
 def _worst(reference: list[Any], found: list[Any]) -> float:
@@ -169,4 +188,8 @@ def _signature(program: ExportedProgram) -> list[tuple[int | None, ...]]:
 def _input_shapes(program: ExportedProgram) -> list[tuple[Any, ...]]:
     fed = [spec.arg.name for spec in program.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT]
     values = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
-    return [tuple(getattr(values.get(name), "shape", ())) for name in fed]
+    return [_shape(values.get(name)) for name in fed]
+
+
+def _shape(value: Any) -> tuple[Any, ...]:
+    return (value,) if isinstance(value, torch.SymInt) else tuple(getattr(value, "shape", ()))
