@@ -4,6 +4,7 @@ Reads whatever `containers` decodes, finds the weights in it and builds their mo
 """
 
 import copy
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from normswap.checkpoints.atomic import located
 from normswap.checkpoints.containers import TENSORS_ONLY, Container, decode, read_record_text, sniff
 from normswap.checkpoints.contents import Contents, at, check_has_values, read_contents, replaced, without
 from normswap.checkpoints.fingerprint import fingerprint
-from normswap.checkpoints.fit import fill
+from normswap.checkpoints.fit import Fit, fill
 from normswap.checkpoints.identification import decide
 from normswap.checkpoints.layout import rejoin
 from normswap.checkpoints.pages import let_go
@@ -81,13 +82,14 @@ class Checkpoint:
 class Built(NamedTuple):
     """A model with a file's weights in it, how the file names them, and what builds it, where a name says so.
 
-    `plan` is the file's, settled for this model.
+    `plan` is the file's, settled for this model; `fit` tells what file and model do not share.
     """
 
     model: nn.Module
     names: StoredNames
     architecture: str | None
     plan: SwapPlan | None
+    fit: Fit = Fit()
 
 
 def load(
@@ -95,7 +97,8 @@ def load(
 ) -> Loaded:
     """Load a model, converted or not, from any checkpoint: a state dict, a training checkpoint, a folder of shards.
 
-    A model built here is set to evaluation; a pickled module keeps its flags.
+    A model built here is set to evaluation; a pickled module keeps its flags. Heads that the model does not have are
+    left out; where the file lacks the model's own head, that stays at random and a warning says so.
 
     Args:
         path: the file, or the folder.
@@ -113,6 +116,11 @@ def load(
     header = read_header(Path(path))
     checkpoint = read_checkpoint(header, entry=entry, trust=trust and not header.gives_weights(architecture))
     built = build_model(checkpoint, architecture, trust=trust)
+    if built.fit.heads:
+        warnings.warn(
+            f"{path}: holds no {', '.join(built.fit.heads[:3])}: that part of the model is as it was built, at random",
+            stacklevel=2,
+        )
     history = checkpoint.record.history if checkpoint.record else ()
     return Loaded(built.model, built.plan, history, without(checkpoint.content, checkpoint.contents.weights))
 
@@ -215,9 +223,9 @@ def build_model(checkpoint: Checkpoint, architecture: Architecture | None = None
         if not gated_modules(model):
             apply_plan(model, plan)
             names = names_for(weights, model.state_dict())
-    fill(model, _for_model(weights, names, model), source if isinstance(source, str) else type(model).__name__)
+    fit = fill(model, _for_model(weights, names, model), source if isinstance(source, str) else type(model).__name__)
     let_go(weights.values())
-    return Built(model.eval(), names, source if isinstance(source, str) else None, plan)
+    return Built(model.eval(), names, source if isinstance(source, str) else None, plan, fit)
 
 
 def stored_importance_weights(checkpoint: Checkpoint) -> dict[str, ImportanceWeights]:

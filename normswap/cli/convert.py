@@ -150,7 +150,8 @@ def _by_architecture(
     console.print(parity(proof) if proof else missing("Parity", f"not measured: {reason}"))
     _refuse_difference(console, plan, proof)
     module = None if alone else conversion.model
-    return Result(plan, opened.built.names, new, opened.architecture, module, sites, proof, opened.inputs)
+    notes = opened.built.fit.notes(opened.architecture or plan.model_class)
+    return Result(plan, opened.built.names, new, opened.architecture, module, sites, proof, opened.inputs, notes)
 
 
 def _twin(checkpoint: "Checkpoint", opened: Opened) -> "nn.Module":

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Result:
     """A conversion on its way into a file: what it adds, under which names, what the sites were, the proof, and the
-    inputs it was made on; `module` if the file holds one.
+    inputs it was made on; `module` if the file holds one, `notes` on what file and model do not share.
     """
 
     plan: "SwapPlan"
@@ -36,6 +36,7 @@ class Result:
     originals: Mapping[str, "Original"] = field(default_factory=dict)
     proof: "Verification | None" = None
     inputs: Any = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -49,10 +50,10 @@ class Writing:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What becomes of that part of the source which is no content: files beside it, a graph."""
-        if self.source.container == "exported program" and self.source.program is None:
-            return ("the program: left out, these are its weights (--trust without --arch converts its graph)",)
-        return self._beside.notes
+        """What becomes of what the model does not have, and of what is no content: files beside it, a graph."""
+        graph = "the program: left out, these are its weights (--trust without --arch converts its graph)"
+        left_out = (graph,) if self.source.container == "exported program" and self.source.program is None else ()
+        return (*self.result.notes, *self._beside.notes, *left_out)
 
     def final(self, content: Any) -> Any:
         """Return what is to be written of a converted content: itself, or the converted program exported again.
