@@ -254,9 +254,7 @@ def _root(archive: zipfile.ZipFile) -> str:
 
 
 def _sniff_zip(path: Path) -> Container:
-    check_archive(path)
-    with _damage_told(path), zipfile.ZipFile(path) as archive:
-        names = {name.partition("/")[2] for name in archive.namelist()}
+    names = check_archive(path)
     if is_program(names):
         return "exported program"
     if "constants.pkl" in names:

@@ -6,9 +6,11 @@ the gates as a last group, all else passes through untouched.
 
 import copy
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from hashlib import file_digest, sha256
 from pathlib import Path
+from threading import Thread
 from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
@@ -28,7 +30,7 @@ from normswap.checkpoints.containers import (
     sniff,
 )
 from normswap.checkpoints.contents import Place, at, check_has_values, is_state_dict, name_of, replaced
-from normswap.checkpoints.fingerprint import fingerprint, safetensors_holds
+from normswap.checkpoints.fingerprint import fingerprint, holds_the_same, safetensors_holds
 from normswap.checkpoints.layout import separate
 from normswap.checkpoints.optimizer_state import with_gates
 from normswap.checkpoints.prefixes import StoredNames, names_for
@@ -174,6 +176,23 @@ def sha256_of(path: Path) -> str:
     return sha256(lines.encode()).hexdigest()
 
 
+def sha256_in_background(path: Path) -> "Future[str]":
+    """Return what becomes `sha256_of(path)`: the digest leaves Python to others, and other work need not wait for it.
+
+    Nothing waits for it at the end of the process either.
+    """
+    future: Future[str] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(sha256_of(path))
+        except BaseException as error:  # noqa: BLE001 - raised again where the result is asked for
+            future.set_exception(error)
+
+    Thread(target=run, daemon=True, name="normswap-sha256").start()
+    return future
+
+
 def write_content(
     content: Any,
     path: Path,
@@ -210,18 +229,18 @@ def write_content(
             )
         content, tied, channels_last = separate(content)
         record = replace(record, tied=tied, channels_last=channels_last)
-    sealed = record.sealed(digest)
+    text = record.sealed(digest).to_json()
     writer = written_whole_folder if container in FOLDERS else written_whole
     with writer(path) as temporary:
         try:
-            encode(temporary, container, content, sealed.to_json(), like=like)
+            encode(temporary, container, content, text, like=like)
             write_beside(temporary, beside or {})
         except Exception as error:
             # torch's writer hides the system's own words behind a position in the file.
             cause = error.__context__ if isinstance(error.__context__, OSError) else error
             hint = ": save it as a state dict" if record.payload == "module" else ""
             raise CheckpointError(f"{path}: cannot be written ({first_line(cause)}){hint}") from error
-        if not _is_written(temporary, container, content, digest, sealed.to_json()):
+        if not _is_written(temporary, container, content, text):
             raise CheckpointError(
                 f"{path}: what was read back differs from what was written: nothing was kept, look at the disk"
             )
@@ -247,15 +266,15 @@ def write_program(
         add_record(temporary, "exported program", sealed)
         back = load_program(temporary)
         kept = read_record_text(temporary, sniff(temporary)) == sealed and back.extra_files == program.extra_files
-        if not kept or fingerprint(back.program.state_dict) != fingerprint(program.program.state_dict):
+        if not kept or not holds_the_same(program.program.state_dict, back.program.state_dict):
             raise CheckpointError(
                 f"{path}: what was read back differs from what was written: nothing was kept, look at the disk"
             )
         return check_same(original, back.program, inputs)
 
 
-def _is_written(path: Path, container: Container, content: Any, digest: str, record: str) -> bool:
-    """Whether the file just written holds the content of this fingerprint and this record, bit for bit."""
+def _is_written(path: Path, container: Container, content: Any, record: str) -> bool:
+    """Whether the file just written holds this content and this record, bit for bit."""
     if sniff(path) != container or (read_record_text(path, container) or "").strip() != record:
         return False
     if container == "safetensors":
@@ -265,7 +284,7 @@ def _is_written(path: Path, container: Container, content: Any, digest: str, rec
         back, mapped = decode(path, container, trust=False, mapped=True), container == "torch zip"
     except CheckpointError:
         back, mapped = decode(path, container, trust=True), False
-    return fingerprint(back, forget=mapped) == digest
+    return holds_the_same(content, back, forget=mapped)
 
 
 def _converted_state(state: Any, names: StoredNames, new: New) -> dict[str, Tensor]:

@@ -99,6 +99,7 @@ def convert_command(file: Path, output: Path | None, as_json: bool, **options: A
 
 def _convert(wish: Wish, console: "Console", document: dict[str, Any]) -> None:
     """The command itself; what is known so far is printed, and noted in `document`."""
+    from normswap.checkpoints.saving import sha256_in_background
     from normswap.reports.tables import carried_notes
 
     header = read_header(wish.file)
@@ -106,11 +107,12 @@ def _convert(wish: Wish, console: "Console", document: dict[str, Any]) -> None:
     stored = _stored_plan(wish.plan)
     checkpoint = read_file(header, trust=wish.trust, entry=wish.entry, arch=wish.arch)
     container = wish.container(checkpoint)
+    digest = None if wish.dry_run else sha256_in_background(checkpoint.path)
     _check_values(checkpoint)
     make = _by_names if wish.names_only else _by_architecture
     result = make(wish, checkpoint, stored, console, document)
     carried = _carried(wish, checkpoint, result)
-    writing = Writing(wish, checkpoint, result, container)
+    writing = Writing(wish, checkpoint, result, container, digest)
     notes = (*carried.notes, *writing.notes)
     if notes:
         console.print(carried_notes(notes))

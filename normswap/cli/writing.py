@@ -9,6 +9,8 @@ from normswap.cli.progress import stage
 from normswap.cli.wish import Wish
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
     from rich.console import Console
     from torch import nn
 
@@ -41,12 +43,13 @@ class Result:
 
 @dataclass(frozen=True)
 class Writing:
-    """A result, and the container that it is to be written as."""
+    """A result, the container that it is to be written as, and the SHA-256 of the source, unless nothing is written."""
 
     wish: Wish
     source: "Checkpoint"
     result: Result
     container: "Container"
+    digest: "Future[str] | None"
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -104,11 +107,10 @@ class Writing:
         from normswap.checkpoints.containers import FOLDERS
         from normswap.checkpoints.contents import name_of
         from normswap.checkpoints.record import Record, Step
-        from normswap.checkpoints.saving import sha256_of
 
         source, result = self.source, self.result
         told_beside = self.container in FOLDERS and result.architecture == f"hf:{source.path}"
-        step = Step.now("converted", source=self.wish.file.name, sha256=sha256_of(source.path))
+        step = Step.now("converted", source=self.wish.file.name, sha256=self.digest.result() if self.digest else None)
         return Record(
             payload=source.payload,
             architecture=BESIDE if told_beside else result.architecture,
