@@ -192,7 +192,7 @@ def test_every_room_is_in_the_architecture_page() -> None:
             "dir(normswap); normswap.NormswapError": {"torch", "timm"},
             "normswap.convert, normswap.verify, normswap.SwitchNorm2d": {"timm", "torchvision", "rich"},
             "normswap.use_backend": {"timm", "triton"},
-            "normswap.load, normswap.save": {"timm", "torchvision", "rich", "click"},
+            "normswap.load, normswap.save": {"timm", "torchvision", "rich", "click", "torch.distributed.checkpoint"},
         },
         {"import normswap.cli": {"torch", "timm", "rich"}},
     ],

@@ -22,11 +22,10 @@ import torch
 from normswap.checkpoints.archives import check_archive, check_safetensors
 from normswap.checkpoints.atomic import check_readable
 from normswap.checkpoints.claims import check_legacy_claims, check_zip_claims
-from normswap.checkpoints.distributed import INDEX, read_distributed, write_distributed
 from normswap.checkpoints.pickle_reading import blocked_globals, told_by_torch
 from normswap.checkpoints.plain_globals import plain_globals
 from normswap.checkpoints.programs import RECORD_ENTRY, is_program, load_program, read_weights
-from normswap.checkpoints.shards import RECORD, Shards, copy_rest, find_shards, shard_of, write_index
+from normswap.checkpoints.shards import INDEX, RECORD, Shards, copy_rest, find_shards, shard_of, write_index
 from normswap.errors import CheckpointError, NormswapError
 from normswap.surgery.tracing import first_line
 
@@ -123,6 +122,8 @@ def decode(path: Path, container: Container, *, trust: bool, mapped: bool = Fals
         with _damage_told(path):
             return load_program(path) if trust else read_weights(path)
     if container == "distributed folder":
+        from normswap.checkpoints.distributed import read_distributed  # with all that torch has for it: seconds
+
         with _damage_told(path):
             return read_distributed(path)
     if container in FOLDERS:
@@ -142,6 +143,8 @@ def encode(path: Path, container: Container, content: Any, record: str, *, like:
         _write_safetensors(path, content, {"format": "pt", _METADATA_KEY: record})
     elif container in FOLDERS:
         if container == "distributed folder":
+            from normswap.checkpoints.distributed import write_distributed
+
             write_distributed(path, content)
         else:
             _encode_shards(path, content, _shards(like or path))
