@@ -72,7 +72,7 @@ def document(trials: Sequence[Trial], *, seed: int) -> str:
         "",
         "Refused: exit status 1 or 2 of `convert`. The others are damaged in a way that leaves another, valid file:",
         "other weights, bytes between the members of an archive, parts that nobody reads. What is converted already, a",
-        "pickled module, a training checkpoint, TorchScript and .pt2 are refused also where they are whole.",
+        "pickled module, a training checkpoint and TorchScript are refused also where they are whole.",
         "",
     ]
     lines += _table("file", [kind.name for kind in KINDS], lambda trial: trial.kind, trials)

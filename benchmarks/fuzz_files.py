@@ -177,12 +177,15 @@ def _distributed(path: Path) -> None:
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of file or folder: how a good one is written, what it is called, what the reader is told it belongs to."""
+    """A kind of file or folder: how a good one is written, what it is called, what the reader is told it belongs to,
+    and what a converted one is called if not the same.
+    """
 
     name: str
     make: Callable[[Path], None]
     suffix: str = ".pt"
     arch: str | None = ARCH
+    written: str | None = None
 
 
 KINDS = (
@@ -200,7 +203,7 @@ KINDS = (
     Kind("torch shards", _torch_shards, ""),
     Kind("distributed checkpoint", _distributed, ""),
     Kind("TorchScript", _torchscript),
-    Kind(".pt2 of torch.export", _exported, ".pt2"),
+    Kind(".pt2 of torch.export", _exported, ".pt2", written=".pt"),
 )
 
 

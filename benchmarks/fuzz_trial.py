@@ -73,7 +73,7 @@ class Bench:
         kind, mutation, path = self.mutated(index, seed=seed, folder=scratch)
         trial = Trial(index, kind.name, mutation)
         arch = ["--arch", kind.arch] if kind.arch else []
-        out = scratch / f"out{kind.suffix}"
+        out = scratch / f"out{kind.suffix if kind.written is None else kind.written}"
         self._command(trial, "inspect", [str(path), *arch, "--input", INPUT])
         self._command(trial, "convert", [str(path), *arch, "--input", INPUT, "-o", str(out)])
         written = {entry for entry in scratch.iterdir() if entry != path}

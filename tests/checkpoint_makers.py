@@ -163,6 +163,11 @@ def _modules(t: Trained, folder: Path) -> Path:
     return folder / "last.pt"
 
 
+def _exported(t: Trained, folder: Path) -> Path:
+    torch.export.save(torch.export.export(t.model, (torch.randn(files.SHAPE),)), folder / "model.pt2")
+    return folder / "model.pt2"
+
+
 @dataclass(frozen=True)
 class Layout:
     """A layout: how a file of it is made, which kind of content and container it is, and what it carries.
@@ -223,6 +228,7 @@ LAYOUTS: dict[str, Layout] = {
     "`torch.distributed.checkpoint`": Layout(
         _distributed, "training checkpoint", "distributed folder", optimizer="optimizer", rest=("epoch",)
     ),
+    "`torch.export.save` (`.pt2`)": Layout(_exported, "state dict", "exported program", written="torch zip"),
     "pickled module": Layout(_module, "module", "torch zip", trust=True),
     "pickled modules in a dict": Layout(
         _modules, "training checkpoint", "torch zip", ema="ema", trust=True, rest=("epoch",)

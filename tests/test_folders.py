@@ -299,18 +299,6 @@ def test_a_configuration_that_builds_nothing(tmp_path: Path, config: dict[str, A
     assert message in str(told.value)
 
 
-# What is recognised in order to be refused.
-
-
-def test_an_exported_program_is_refused_with_the_way_out(tmp_path: Path) -> None:
-    program = torch.export.export(files.TiedNet().eval(), (torch.randn(2, 3, 8, 8),))
-    torch.export.save(program, tmp_path / "model.pt2")
-    with pytest.raises(
-        CheckpointError, match=r"an exported program, whose loading may run code: torch\.export\.load it"
-    ):
-        load(tmp_path / "model.pt2")
-
-
 def test_folders_are_left_as_they_were(shards: Path, step: Path) -> None:
     for folder in (shards, step):
         before = {path.name: path.read_bytes() for path in folder.iterdir()}

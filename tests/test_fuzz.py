@@ -63,7 +63,15 @@ def bench(tmp_path: Path, payloads: Payloads, monkeypatch: pytest.MonkeyPatch) -
 
 
 # torch reads no newer protocol than 3 with weights_only.
-READ = ("state dict", "legacy pickle", "safetensors", "Lightning checkpoint", "torch shards", "distributed checkpoint")
+READ = (
+    "state dict",
+    "legacy pickle",
+    "safetensors",
+    "Lightning checkpoint",
+    "torch shards",
+    "distributed checkpoint",
+    ".pt2 of torch.export",
+)
 
 
 @pytest.mark.parametrize("name", READ)

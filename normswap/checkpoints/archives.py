@@ -42,8 +42,11 @@ class LocalHeader(NamedTuple):
     end: int
 
 
-def check_archive(path: Path) -> None:
+def check_archive(path: Path) -> set[str]:
     """Refuse a zip archive that torch.save cannot have written and that is not safe to read.
+
+    Returns:
+        The names of its members in their folder.
 
     Raises:
         CheckpointError: too many members; names that are double, absolute, lead elsewhere or into a second folder;
@@ -64,6 +67,7 @@ def check_archive(path: Path) -> None:
         _check_names(path, [member.orig_filename for member in members])
         _check_sizes(path, members)
         _check_places(path, file, members, archive.start_dir)
+    return {member.filename.partition("/")[2] for member in members}
 
 
 def check_safetensors(path: Path) -> None:

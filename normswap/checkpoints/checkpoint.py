@@ -4,6 +4,7 @@ Reads whatever `containers` decodes, finds the weights in it and builds their mo
 """
 
 import copy
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,20 +18,22 @@ from normswap.checkpoints.atomic import located
 from normswap.checkpoints.containers import TENSORS_ONLY, Container, decode, read_record_text, sniff
 from normswap.checkpoints.contents import Contents, at, check_has_values, read_contents, replaced, without
 from normswap.checkpoints.fingerprint import fingerprint
-from normswap.checkpoints.fit import fill
+from normswap.checkpoints.fit import Fit, fill
 from normswap.checkpoints.identification import decide
 from normswap.checkpoints.layout import rejoin
 from normswap.checkpoints.pages import let_go
 from normswap.checkpoints.prefixes import StoredNames, names_for
+from normswap.checkpoints.programs import Program, digest_of_members
 from normswap.checkpoints.recognition import recognise
 from normswap.checkpoints.record import Payload, Record, Step, check_seal
-from normswap.errors import AmbiguityError, ArchitectureError, CheckpointError
+from normswap.errors import AmbiguityError, ArchitectureError, CheckpointError, SwapError
 from normswap.layers.adoption import GATE_PARAMETERS
 from normswap.layers.importance import importance_weights as shares_of
 from normswap.surgery.conversion import apply_plan
 from normswap.surgery.gated import ImportanceWeights, gated_modules, importance_weights
 from normswap.surgery.plan import SwapPlan
 from normswap.surgery.planning import complete_plan
+from normswap.surgery.programs import module_of
 from normswap.surgery.tree import join
 
 Architecture = str | nn.Module | Callable[[], nn.Module]
@@ -51,13 +54,17 @@ class Loaded(NamedTuple):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a file holds, where the weights lie in it, and its record if normswap wrote it."""
+    """What a file holds, where the weights lie in it, and its record if normswap wrote it.
+
+    Of an exported program that is trusted the content is its module, and `program` what that was made of.
+    """
 
     path: Path
     container: Container
     content: Any
     contents: Contents
     record: Record | None
+    program: Program | None = None
 
     @property
     def weights(self) -> Mapping[str, Tensor] | nn.Module:
@@ -67,19 +74,22 @@ class Checkpoint:
     @property
     def payload(self) -> Payload:
         """What the tensors are held in."""
+        if self.program is not None:
+            return "program"
         return "module" if isinstance(self.weights, nn.Module) else "state dict"
 
 
 class Built(NamedTuple):
     """A model with a file's weights in it, how the file names them, and what builds it, where a name says so.
 
-    `plan` is the file's, settled for this model.
+    `plan` is the file's, settled for this model; `fit` tells what file and model do not share.
     """
 
     model: nn.Module
     names: StoredNames
     architecture: str | None
     plan: SwapPlan | None
+    fit: Fit = Fit()
 
 
 def load(
@@ -87,7 +97,8 @@ def load(
 ) -> Loaded:
     """Load a model, converted or not, from any checkpoint: a state dict, a training checkpoint, a folder of shards.
 
-    A model built here is set to evaluation; a pickled module keeps its flags.
+    A model built here is set to evaluation; a pickled module keeps its flags. Heads that the model does not have are
+    left out; where the file lacks the model's own head, that stays at random and a warning says so.
 
     Args:
         path: the file, or the folder.
@@ -102,8 +113,14 @@ def load(
         ArchitectureError: the tensors fit no or several known architectures, it cannot be built, or they do not fit it.
         PlanError: the file's plan does not fit the architecture.
     """
-    checkpoint = read_checkpoint(Path(path), entry=entry, trust=trust)
+    header = read_header(Path(path))
+    checkpoint = read_checkpoint(header, entry=entry, trust=trust and not header.gives_weights(architecture))
     built = build_model(checkpoint, architecture, trust=trust)
+    if built.fit.heads:
+        warnings.warn(
+            f"{path}: holds no {', '.join(built.fit.heads[:3])}: that part of the model is as it was built, at random",
+            stacklevel=2,
+        )
     history = checkpoint.record.history if checkpoint.record else ()
     return Loaded(built.model, built.plan, history, without(checkpoint.content, checkpoint.contents.weights))
 
@@ -116,6 +133,10 @@ class Header:
     container: Container
     text: str | None
     record: Record | None
+
+    def gives_weights(self, architecture: Architecture | None) -> bool:
+        """Say whether it is an exported program of which an architecture takes the weights alone."""
+        return self.container == "exported program" and architecture is not None
 
 
 def read_header(path: Path) -> Header:
@@ -153,18 +174,21 @@ def read_checkpoint(
     header = source if isinstance(source, Header) else read_header(source)
     path, container, text, record = header.path, header.container, header.text, header.record
     content = decode(path, container, trust=trust, mapped=mapped)
+    program = content if isinstance(content, Program) else None
     if record is not None and container in TENSORS_ONLY:
         content = {**content, **rejoin(content, record.tied, record.channels_last)}
     try:
+        if program is not None:
+            content = module_of(program.program)
         if text is not None:
-            check_seal(text, fingerprint(content))
+            check_seal(text, digest_of_members(path) if container == "exported program" else fingerprint(content))
         contents = read_contents(content, entry=entry or (record.entry if record else None))
         weights = at(content, contents.weights)
         if not isinstance(weights, nn.Module):
             content = replaced(content, {contents.weights: _readable(weights)})
-    except CheckpointError as error:
+    except (CheckpointError, SwapError) as error:
         raise CheckpointError(f"{path}: {error}") from error
-    return Checkpoint(path, container, content, contents, record)
+    return Checkpoint(path, container, content, contents, record, program)
 
 
 def build_model(checkpoint: Checkpoint, architecture: Architecture | None = None, *, trust: bool = False) -> Built:
@@ -175,6 +199,11 @@ def build_model(checkpoint: Checkpoint, architecture: Architecture | None = None
     """
     path, weights, record = checkpoint.path, checkpoint.weights, checkpoint.record
     plan = record.plan if record else None
+    if record is not None and record.payload == "program" and checkpoint.program is None:
+        raise CheckpointError(
+            f"{path}: a converted program, whose graph alone knows what its weights mean: pass --trust (trust=True), "
+            "without an architecture, if you trust where it comes from"
+        )
     if isinstance(weights, nn.Module):
         if architecture is not None:
             raise ArchitectureError(
@@ -194,9 +223,9 @@ def build_model(checkpoint: Checkpoint, architecture: Architecture | None = None
         if not gated_modules(model):
             apply_plan(model, plan)
             names = names_for(weights, model.state_dict())
-    fill(model, _for_model(weights, names, model), source if isinstance(source, str) else type(model).__name__)
+    fit = fill(model, _for_model(weights, names, model), source if isinstance(source, str) else type(model).__name__)
     let_go(weights.values())
-    return Built(model.eval(), names, source if isinstance(source, str) else None, plan)
+    return Built(model.eval(), names, source if isinstance(source, str) else None, plan, fit)
 
 
 def stored_importance_weights(checkpoint: Checkpoint) -> dict[str, ImportanceWeights]:
@@ -206,8 +235,10 @@ def stored_importance_weights(checkpoint: Checkpoint) -> dict[str, ImportanceWei
         CheckpointError: they do not fit the plan in the file.
     """
     weights, record = checkpoint.weights, checkpoint.record
-    if isinstance(weights, nn.Module):
-        return importance_weights(weights)
+    if checkpoint.payload == "module":
+        return importance_weights(weights)  # type: ignore[arg-type]
+    if isinstance(weights, nn.Module):  # of a program, whose gates are parameters like any other
+        weights = weights.state_dict()
     swaps = record.plan.swaps if record and record.plan else ()
     names = names_for(weights, [join(swap.fqn, name) for swap in swaps for name in GATE_PARAMETERS])
     found = {}

@@ -9,6 +9,7 @@ import io
 import math
 import re
 import zipfile
+from collections.abc import Sequence
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import IO, cast
@@ -75,6 +76,20 @@ def check_legacy_claims(path: Path) -> None:
         )
 
 
+def check_size(path: Path, shape: Sequence[int], size: int) -> None:
+    """Refuse a tensor of `size` bytes that is larger than any network in such a file.
+
+    Raises:
+        CheckpointError: it is.
+    """
+    there = path.stat().st_size
+    if size > max(_LEAST_CLAIM, there):
+        raise CheckpointError(
+            f"{path}: a tensor claims the shape {_told(shape)}, the file has {there:,} bytes: damaged or hostile, get "
+            "the file again"
+        )
+
+
 def check_unfolds(path: Path, said: Said) -> None:
     """Refuse a pickle with a tuple that would take years to be hashed.
 
@@ -97,16 +112,12 @@ def _check(path: Path, said: Said) -> None:
     beyond = next((tensor for tensor in said.tensors if _reach(tensor) > tensor.storage.elements), None)
     if beyond is not None:
         raise CheckpointError(
-            f"{path}: a tensor of the shape {_size(beyond)} reaches beyond its storage of {beyond.storage.elements:,} "
-            "elements: damaged or hostile, get the file again"
+            f"{path}: a tensor of the shape {_told(beyond.shape)} reaches beyond its storage of "
+            f"{beyond.storage.elements:,} elements: damaged or hostile, get the file again"
         )
-    most = max(_LEAST_CLAIM, path.stat().st_size)
-    large = next((tensor for tensor in said.tensors if _size_of(tensor) > most), None)
-    if large is not None:
-        raise CheckpointError(
-            f"{path}: a tensor claims the shape {_size(large)}, the file has {path.stat().st_size:,} bytes: damaged or "
-            "hostile, get the file again"
-        )
+    largest = max(said.tensors, key=_size_of, default=None)
+    if largest is not None:
+        check_size(path, largest.shape, _size_of(largest))
 
 
 def _bytes_of(storage: Storage) -> int | None:
@@ -124,8 +135,8 @@ def _reach(tensor: Rebuilt) -> int:
     return tensor.offset + steps + 1
 
 
-def _size(tensor: Rebuilt) -> str:
-    return "x".join(map(str, tensor.shape))[:80] or "a single number"
+def _told(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))[:80] or "a single number"
 
 
 def _size_of(tensor: Rebuilt) -> int:

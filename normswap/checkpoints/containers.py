@@ -1,8 +1,7 @@
 """Containers: which kind of file or folder it is, told by its bytes; decoding without running its code; encoding.
 
 Hands on whatever object lies in it, and the text of the record beside it. Nothing named in a pickle is ever imported
-or called unless the caller says `trust`; TorchScript, exported programs, plain pickles and text are refused with the
-way out.
+or called unless the caller says `trust`; TorchScript, plain pickles and text are refused with the way out.
 """
 
 import codecs
@@ -23,22 +22,30 @@ import torch
 from normswap.checkpoints.archives import check_archive, check_safetensors
 from normswap.checkpoints.atomic import check_readable
 from normswap.checkpoints.claims import check_legacy_claims, check_zip_claims
-from normswap.checkpoints.distributed import INDEX, read_distributed, write_distributed
 from normswap.checkpoints.pickle_reading import blocked_globals, told_by_torch
 from normswap.checkpoints.plain_globals import plain_globals
-from normswap.checkpoints.shards import RECORD, Shards, copy_rest, find_shards, shard_of, write_index
+from normswap.checkpoints.programs import RECORD_ENTRY, is_program, load_program, read_weights
+from normswap.checkpoints.shards import INDEX, RECORD, Shards, copy_rest, find_shards, shard_of, write_index
 from normswap.errors import CheckpointError, NormswapError
 from normswap.surgery.tracing import first_line
 
 Container = Literal[
-    "torch zip", "legacy pickle", "safetensors", "safetensors folder", "torch folder", "distributed folder"
+    "torch zip",
+    "legacy pickle",
+    "safetensors",
+    "exported program",
+    "safetensors folder",
+    "torch folder",
+    "distributed folder",
 ]
 # Those that hold tensors by name only, each of them once and row by row.
 TENSORS_ONLY: frozenset[Container] = frozenset({"safetensors", "safetensors folder"})
 FOLDERS: frozenset[Container] = frozenset({"safetensors folder", "torch folder", "distributed folder"})
 
-# Where the record lies: beside the pickle in a zip, in `__metadata__` of safetensors, a file in a folder.
+# Where the record lies: beside the pickle in a zip, among the extra files of an exported program, in `__metadata__` of
+# safetensors, a file in a folder.
 _METADATA_KEY = "normswap"
+_ZIPS: dict[Container, str] = {"torch zip": RECORD, "exported program": RECORD_ENTRY}
 
 # torch.serialization.MAGIC_NUMBER as it stands, pickled, in the first bytes of a file from before torch 1.6.
 _LEGACY_MAGIC = bytes.fromhex("6cfc9c46f9206aa85019")
@@ -59,8 +66,7 @@ def sniff(path: Path) -> Container:
     with open(path, "rb") as file:
         head = file.read(128)
         if head.startswith(b"PK\x03\x04"):
-            _check_zip(path)
-            return "torch zip"
+            return _sniff_zip(path)
         if head[:1] == b"\x80" and head[1:2] <= b"\x05":
             if _LEGACY_MAGIC in head[:_LEGACY_MAGIC_WITHIN]:
                 return "legacy pickle"
@@ -84,9 +90,9 @@ def read_record_text(path: Path, container: Container) -> str | None:
             return beside.read_text(encoding="utf-8") if beside.is_file() else None
     if container == "safetensors":
         return read_metadata(path).get(_METADATA_KEY)
-    if container == "torch zip":
+    if container in _ZIPS:
         with _damage_told(path), zipfile.ZipFile(path) as archive:
-            entry = f"{_root(archive)}/{RECORD}"
+            entry = f"{_root(archive)}/{_ZIPS[container]}"
             return archive.read(entry).decode() if entry in archive.namelist() else None
     return None
 
@@ -101,7 +107,8 @@ def decode(path: Path, container: Container, *, trust: bool, mapped: bool = Fals
     """Return the object in the file or folder, with tensors on the CPU.
 
     Args:
-        trust: run the code that a pickled object names. Without it only tensors and plain data are read.
+        trust: run the code that a pickled object names. Without it only tensors and plain data are read. Of an exported
+            program it decides what is read: the `Program`, or without it the weights alone.
         mapped: leave tensors in the file and read them as they are used, where the container allows that; the file
             must not change as long as they live.
 
@@ -111,7 +118,12 @@ def decode(path: Path, container: Container, *, trust: bool, mapped: bool = Fals
     if container == "safetensors":
         with _damage_told(path):
             return safetensors.torch.load_file(path)
+    if container == "exported program":
+        with _damage_told(path):
+            return load_program(path) if trust else read_weights(path)
     if container == "distributed folder":
+        from normswap.checkpoints.distributed import read_distributed  # with all that torch has for it: seconds
+
         with _damage_told(path):
             return read_distributed(path)
     if container in FOLDERS:
@@ -131,6 +143,8 @@ def encode(path: Path, container: Container, content: Any, record: str, *, like:
         _write_safetensors(path, content, {"format": "pt", _METADATA_KEY: record})
     elif container in FOLDERS:
         if container == "distributed folder":
+            from normswap.checkpoints.distributed import write_distributed
+
             write_distributed(path, content)
         else:
             _encode_shards(path, content, _shards(like or path))
@@ -140,9 +154,16 @@ def encode(path: Path, container: Container, content: Any, record: str, *, like:
     else:
         with open(path, "wb") as file:
             torch.save(content, file)
-        # An entry of its own: torch.load (weights_only, mmap) reads the archive as before, no key joins the tensors.
-        with zipfile.ZipFile(path, "a") as archive:
-            archive.writestr(f"{_root(archive)}/{RECORD}", record)
+        add_record(path, container, record)
+
+
+def add_record(path: Path, container: Container, record: str) -> None:
+    """Put the text of the record into a new archive, as an entry of its own: readers of torch know it not, or as extra.
+
+    torch.load (weights_only, mmap) reads the archive as before, and no key joins the tensors.
+    """
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr(f"{_root(archive)}/{_ZIPS[container]}", record)
 
 
 def _write_safetensors(path: Path, tensors: Any, metadata: dict[str, str]) -> None:
@@ -235,21 +256,17 @@ def _root(archive: zipfile.ZipFile) -> str:
     return archive.namelist()[0].partition("/")[0]
 
 
-def _check_zip(path: Path) -> None:
-    check_archive(path)
-    with _damage_told(path), zipfile.ZipFile(path) as archive:
-        names = {name.partition("/")[2] for name in archive.namelist()}
-    if names & {"archive_format", "serialized_exported_program.json"}:
-        raise CheckpointError(
-            f"{path}: an exported program, whose loading may run code: torch.export.load it where you trust it, then "
-            "normswap.convert(program.module()), or convert the Python model's state_dict() and export again"
-        )
+def _sniff_zip(path: Path) -> Container:
+    names = check_archive(path)
+    if is_program(names):
+        return "exported program"
     if "constants.pkl" in names:
         raise CheckpointError(
             f"{path}: TorchScript, whose code is fixed: convert the Python model's state_dict(), then script it again"
         )
     if "data.pkl" not in names:
         raise CheckpointError(f"{path}: expected a file of torch.save, got a zip archive without data.pkl")
+    return "torch zip"
 
 
 @contextmanager

@@ -28,9 +28,9 @@ from normswap.checkpoints.claims import check_unfolds
 from normswap.checkpoints.opcodes import read_opcodes
 from normswap.checkpoints.pickle_reading import told_by_torch
 from normswap.checkpoints.plain_globals import plain_globals
+from normswap.checkpoints.shards import INDEX
 from normswap.errors import CheckpointError
 
-INDEX = ".metadata"
 _VALUE = object()
 
 

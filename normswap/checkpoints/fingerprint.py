@@ -1,10 +1,11 @@
-"""A fingerprint of a content, the same in every container: what a file holds is compared by it, bit for bit."""
+"""A fingerprint of a content, the same in every container, and the comparison of two contents, bit for bit."""
 
 import hashlib
 import json
 import struct
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from normswap.checkpoints.pages import let_go
 from normswap.errors import CheckpointError
 
 _CHUNK = 1 << 24
+_COMPARED = 1 << 18  # what two caches hold at once: larger pieces are compared at half the speed
 # More than any training checkpoint holds.
 _MOST_LEAVES = 1_000_000
 _DEEPEST = 50
@@ -34,20 +36,28 @@ def fingerprint(content: Any, *, forget: bool = False) -> str:
         CheckpointError: the content has no end, or as good as none.
     """
     digest = hashlib.sha256()
-    read: list[Tensor] = []
-    size = 0
-    for path, value in _leaves(content):
+    for path, value in _forgotten(_leaves(content)) if forget else _leaves(content):
         digest.update(f"{path}\0{_plain(value)}\0".encode())
         if isinstance(value, Tensor):
-            for chunk in _chunks(value):
+            for chunk in _chunks(value, _CHUNK):
                 digest.update(chunk)
-            if forget:
-                read.append(value)
-                size += value.nbytes
-        if size > _CHUNK:
-            let_go(read)
-            read, size = [], 0
     return digest.hexdigest()
+
+
+def holds_the_same(content: Any, other: Any, *, forget: bool = False) -> bool:
+    """Say whether two contents have the same fingerprint, at the speed of memory and without taking it.
+
+    Args:
+        forget: give the memory of `other` back as `fingerprint` does.
+
+    Raises:
+        CheckpointError: as `fingerprint`.
+    """
+    leaves = _forgotten(_leaves(other)) if forget else _leaves(other)
+    return all(
+        path == place and _plain(value) == _plain(twin) and _has_same_bytes(value, twin)
+        for (path, value), (place, twin) in zip_longest(_leaves(content), leaves, fillvalue=("\0", None))
+    )
 
 
 def safetensors_holds(path: Path, tensors: Mapping[str, Tensor]) -> bool:
@@ -60,10 +70,31 @@ def safetensors_holds(path: Path, tensors: Mapping[str, Tensor]) -> bool:
             return False
         for name, entry in header.items():
             file.seek(8 + length + entry["data_offsets"][0])
-            for chunk in _chunks(tensors[name]):
+            for chunk in _chunks(tensors[name], _COMPARED):
                 if not numpy.array_equal(numpy.frombuffer(file.read(len(chunk)), numpy.uint8), chunk):
                     return False
     return True
+
+
+def _has_same_bytes(value: Any, twin: Any) -> bool:
+    if not isinstance(value, Tensor):
+        return True
+    pairs = zip(_chunks(value, _COMPARED), _chunks(twin, _COMPARED), strict=True)
+    return all(numpy.array_equal(one, other) for one, other in pairs)
+
+
+def _forgotten(leaves: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+    """The leaves, whose memory is given back in between, once they have been looked at."""
+    read: list[Tensor] = []
+    size = 0
+    for path, value in leaves:
+        yield path, value
+        if isinstance(value, Tensor):
+            read.append(value)
+            size += value.nbytes
+        if size > _CHUNK:
+            let_go(read)
+            read, size = [], 0
 
 
 def _leaves(content: Any) -> Iterator[tuple[str, Any]]:
@@ -118,7 +149,7 @@ def _as_bytes(tensor: Tensor) -> Tensor:
     return flat.view(torch.uint8)
 
 
-def _chunks(tensor: Tensor) -> Iterator[Any]:
+def _chunks(tensor: Tensor, length: int) -> Iterator[Any]:
     data = _as_bytes(tensor).numpy() if tensor.numel() else numpy.empty(0, numpy.uint8)
-    for start in range(0, len(data), _CHUNK):
-        yield data[start : start + _CHUNK]
+    for start in range(0, len(data), length):
+        yield data[start : start + length]

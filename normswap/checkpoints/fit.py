@@ -1,24 +1,50 @@
 """Pouring tensors into a model, and saying in one line what does not fit: missing, unexpected, mis-shaped keys.
 
-Types and memory formats are the file's: a network stored in half precision or channels_last comes back as that.
+A file may hold heads that the model does not have, and lack the model's own head or its counters of batches: no norm
+depends on them. Everything else has to be there and nothing more. Types and memory formats are the file's: a network
+stored in half precision or channels_last comes back as that.
 """
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from normswap.checkpoints.identification import is_beyond, is_counter, is_head, parts_of
 from normswap.errors import ArchitectureError
 from normswap.surgery.tracing import first_line
 
 _MOST = 3
+_STATISTICS = ("running_mean", "running_var")
 # difflib compares every pair: of more names than these the first ones are searched.
 _MOST_SEARCHED = 2000
 
 
-def fill(model: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
-    """Load `state` into `model` strictly.
+@dataclass(frozen=True)
+class Fit:
+    """How tensors fit a model: by name those `beyond` it, and of the model's own the `heads` and `counters` of batches
+    that are not among the tensors and stay as the model was built.
+    """
+
+    beyond: tuple[str, ...] = ()
+    heads: tuple[str, ...] = ()
+    counters: tuple[str, ...] = ()
+
+    def notes(self, name: str) -> tuple[str, ...]:
+        """Return in words what becomes of them in a file that is made of the tensors, `name` being the model."""
+        told = {
+            f"carried, no part of {name}": self.beyond,
+            f"not in the file: {name} has its own at random, for the proof only, and none is written": self.heads,
+            "not in the file: counted from 0, and not written": self.counters,
+        }
+        return tuple(f"{_named(keys)}: {what}" for what, keys in told.items() if keys)
+
+
+def fill(model: nn.Module, state: Mapping[str, Tensor], name: str) -> Fit:
+    """Load `state` into `model`, strictly but for heads and counters of batches, and return how it fits.
 
     Args:
         name: what the model is called in the error.
@@ -26,15 +52,36 @@ def fill(model: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
     Raises:
         ArchitectureError: keys or shapes differ, or a layer refuses its tensors; the model may be partly filled.
     """
+    fit = _fit(model.state_dict(), state)
     for key, tensor in model.state_dict(keep_vars=True).items():
         stored = state.get(key)
         if stored is not None and isinstance(tensor, Tensor) and _wants_another_layout(tensor, stored):
             # The Parameter object stays, and with it ties between modules.
             tensor.data = torch.empty_like(stored, device=tensor.device)
     try:
-        model.load_state_dict(state, strict=True)
+        # What is tolerated has been told apart above; a layer may still refuse what it is given.
+        model.load_state_dict(state, strict=fit is None or fit == Fit())
     except RuntimeError as error:
         raise ArchitectureError(f"the tensors do not fit {name}: {_misfit(model, state) or _told(error)}") from error
+    return fit or Fit()
+
+
+def _fit(own: Mapping[str, Any], state: Mapping[str, Tensor]) -> Fit | None:
+    """How tensors fit a model of these own ones, or None where something is missing or unexpected that must not be."""
+    missing = [key for key in own if key not in state]
+    beyond = tuple(key for key in state if key not in own)
+    held = [key for key in own if key in state]
+    counters = tuple(filter(is_counter, missing))
+    heads = tuple(key for key in missing if not is_counter(key))
+    parts = parts_of(held)
+    if len(held) <= len(heads) + len(beyond) or any(map(_is_statistic, (*heads, *beyond))):
+        return None
+    whole = all(is_head(key) and key.partition(".")[0] not in parts for key in heads)
+    return Fit(beyond, heads, counters) if whole and all(is_beyond(key, parts) for key in beyond) else None
+
+
+def _is_statistic(key: str) -> bool:
+    return key.rpartition(".")[2] in _STATISTICS
 
 
 def _wants_another_layout(tensor: Tensor, stored: Tensor) -> bool:
@@ -69,6 +116,10 @@ def _listed(keys: list[str], what: str, remarks: Mapping[str, str]) -> str:
     return f"{len(keys)} {what}: {', '.join(key + remark for key, remark in remarks.items())}{more}"
 
 
+def _named(keys: Sequence[str]) -> str:
+    return ", ".join(keys[:_MOST]) + (f", +{len(keys) - _MOST} more" if len(keys) > _MOST else "")
+
+
 def _nearest(key: str, candidates: list[str], where: str) -> str:
     near = difflib.get_close_matches(key, candidates[:_MOST_SEARCHED], n=1, cutoff=0.7)
     return f" (nearest {where}: {near[0]})" if near else ""
@@ -82,6 +133,12 @@ def _advice(unexpected: list[str], shapes: list[tuple[tuple[int, ...], tuple[int
     """What the pattern of misfits most likely means."""
     if any(key.endswith(".mean_weight") for key in unexpected):
         return "the file holds importance weights without a plan: write converted models with normswap.save(plan=...)"
+    norms = sorted({key.rpartition(".")[0] for key in unexpected if _is_statistic(key)})
+    if norms:
+        return (
+            f"the file has norms that the model has not ({_named(norms)}): name the architecture that has them, or "
+            "convert by names alone with --arch none"
+        )
     classes = {given[0] for given, wanted in shapes if given[1:] == wanted[1:] and len(given) in (1, 2)}
     if shapes and len(classes) == 1 and all(given[1:] == wanted[1:] for given, wanted in shapes):
         return f"perhaps the architecture lacks num_classes={classes.pop()}"

@@ -8,7 +8,7 @@ Takes shapes, gives names; wrapper prefixes must be gone.
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import NamedTuple
@@ -176,6 +176,23 @@ def describe_misfits(candidate: Candidate) -> str:
     return "; ".join(parts) or "all tensors fit"
 
 
+def parts_of(names: Iterable[str]) -> set[str]:
+    """Return the outermost modules that tensors of these names belong to."""
+    return {name.partition(".")[0] for name in names}
+
+
+def is_head(name: str) -> bool:
+    """Say whether a tensor of this name is part of a head: it is called so, and is no norm's."""
+    return _HEAD.match(name) is not None
+
+
+def is_beyond(name: str, parts: Container[str]) -> bool:
+    """Say whether a tensor that a network does not have takes no part in its function: a head beside the network's own
+    parts, or what tools and older code leave behind.
+    """
+    return bool(_LEFT_BEHIND.search(name)) or (is_head(name) and name.partition(".")[0] not in parts)
+
+
 class _Counts(NamedTuple):
     """Per architecture: tensors that must be there and are not or have another shape, that are not in it, that fit."""
 
@@ -223,7 +240,7 @@ def _hold(index: ArchitectureIndex, number: int, shapes: Mapping[str, Shape]) ->
         architecture=",".join([known.name, *(f"{key}={value}" for key, value in keywords.items())]),
         keywords=keywords,
         # Counters last, so that the first name tells whether anything else is missing.
-        missing=_misfit(sorted(missing, key=_is_counter)),
+        missing=_misfit(sorted(missing, key=is_counter)),
         unexpected=Misfit(len(shapes) - present, tuple(islice(unexpected, min(_MOST_NAMES, len(shapes) - present)))),
         misshaped=_misfit([n for n, t in templates.items() if n in shapes and not _agrees(t, shapes[n], arguments)]),
         function=number,
@@ -260,24 +277,21 @@ def _misfit(names: list[str]) -> Misfit:
     return Misfit(len(names), tuple(names[:_MOST_NAMES]))
 
 
-def _is_counter(name: str) -> bool:
+def is_counter(name: str) -> bool:
+    """Say whether a tensor of this name counts the batches that a norm has seen."""
     return name.endswith("num_batches_tracked")
 
 
 def _fits(index: ArchitectureIndex, number: int, candidate: Candidate, shapes: Mapping[str, Shape]) -> bool:
     """Whether what is missing or unexpected is tolerated; which counters may be missing has been counted before."""
-    if candidate.misshaped.count or not all(map(_is_counter, candidate.missing.names)):
+    if candidate.misshaped.count or not all(map(is_counter, candidate.missing.names)):
         return False
     if not candidate.unexpected.count:
         return True
     own = {index.names[i] for i in index.name_ids[slice(*index.bounds[number : number + 2].tolist())]}
     # What is added inside a part that the network has, also inside its own head, is another network.
-    parts = {name.partition(".")[0] for name in own if name in shapes}
-    return all(
-        _LEFT_BEHIND.search(name) or (_HEAD.match(name) and name.partition(".")[0] not in parts)
-        for name in shapes
-        if name not in own
-    )
+    parts = parts_of(name for name in own if name in shapes)
+    return all(is_beyond(name, parts) for name in shapes if name not in own)
 
 
 def _with_functions(index: ArchitectureIndex, candidates: Mapping[int, Candidate]) -> tuple[Candidate, ...]:

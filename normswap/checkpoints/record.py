@@ -22,7 +22,7 @@ from normswap.verification import Check, Verification
 
 RECORD_VERSION = 1
 
-Payload = Literal["state dict", "module"]
+Payload = Literal["state dict", "module", "program"]
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def _printable(value: Any) -> Any:
 
 
 def _payload(value: Any) -> Payload:
-    if value not in ("state dict", "module"):
+    if value not in get_args(Payload):
         raise ValueError(f"payload: unexpected {value!r:.80}")
     return value  # type: ignore[no-any-return]
 

@@ -6,24 +6,37 @@ the gates as a last group, all else passes through untouched.
 
 import copy
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from hashlib import file_digest, sha256
 from pathlib import Path
-from typing import Any, NamedTuple
+from threading import Thread
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 from normswap.checkpoints.architecture import check_architecture
 from normswap.checkpoints.atomic import check_writable, written_whole, written_whole_folder
 from normswap.checkpoints.checkpoint import BESIDE, Checkpoint
-from normswap.checkpoints.containers import FOLDERS, TENSORS_ONLY, Container, decode, encode, read_record_text, sniff
+from normswap.checkpoints.containers import (
+    FOLDERS,
+    TENSORS_ONLY,
+    Container,
+    add_record,
+    decode,
+    encode,
+    read_record_text,
+    sniff,
+)
 from normswap.checkpoints.contents import Place, at, check_has_values, is_state_dict, name_of, replaced
-from normswap.checkpoints.fingerprint import fingerprint, safetensors_holds
+from normswap.checkpoints.fingerprint import fingerprint, holds_the_same, safetensors_holds
 from normswap.checkpoints.layout import separate
 from normswap.checkpoints.optimizer_state import with_gates
 from normswap.checkpoints.prefixes import StoredNames, names_for
-from normswap.checkpoints.record import Original, Payload, Record, Step
+from normswap.checkpoints.programs import Program, digest_of_members, load_program, save_program
+from normswap.checkpoints.record import Original, Record, Step
 from normswap.checkpoints.scheduler_state import scheduler_with_gates
 from normswap.checkpoints.state_surgery import with_metadata, with_tensors
 from normswap.checkpoints.trainer_state import write_beside
@@ -32,6 +45,7 @@ from normswap.layers.modules import FunctionalSwitchNorm
 from normswap.surgery.conversion import apply_plan
 from normswap.surgery.gated import gated_modules, trainable_gates
 from normswap.surgery.plan import SwapPlan
+from normswap.surgery.programs import check_same
 from normswap.surgery.tracing import first_line
 from normswap.surgery.wrapping import unwrap
 from normswap.verification import Verification
@@ -62,7 +76,7 @@ def save(
     plan: SwapPlan | None = None,
     architecture: str | None = None,
     verification: Verification | None = None,
-    payload: Payload = "state dict",
+    payload: Literal["state dict", "module"] = "state dict",
     history: Sequence[Step] = (),
 ) -> None:
     """Save a model so that `load` gives the same outputs, bit for bit, in a fresh process.
@@ -204,6 +218,23 @@ def sha256_of(path: Path) -> str:
     return sha256(lines.encode()).hexdigest()
 
 
+def sha256_in_background(path: Path) -> "Future[str]":
+    """Return what becomes `sha256_of(path)`: the digest leaves Python to others, and other work need not wait for it.
+
+    Nothing waits for it at the end of the process either.
+    """
+    future: Future[str] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(sha256_of(path))
+        except BaseException as error:  # noqa: BLE001 - raised again where the result is asked for
+            future.set_exception(error)
+
+    Thread(target=run, daemon=True, name="normswap-sha256").start()
+    return future
+
+
 def write_content(
     content: Any,
     path: Path,
@@ -240,25 +271,52 @@ def write_content(
             )
         content, tied, channels_last = separate(content)
         record = replace(record, tied=tied, channels_last=channels_last)
-    sealed = record.sealed(digest)
+    text = record.sealed(digest).to_json()
     writer = written_whole_folder if container in FOLDERS else written_whole
     with writer(path) as temporary:
         try:
-            encode(temporary, container, content, sealed.to_json(), like=like)
+            encode(temporary, container, content, text, like=like)
             write_beside(temporary, beside or {})
         except Exception as error:
             # torch's writer hides the system's own words behind a position in the file.
             cause = error.__context__ if isinstance(error.__context__, OSError) else error
             hint = ": save it as a state dict" if record.payload == "module" else ""
             raise CheckpointError(f"{path}: cannot be written ({first_line(cause)}){hint}") from error
-        if not _is_written(temporary, container, content, digest, sealed.to_json()):
+        if not _is_written(temporary, container, content, text):
             raise CheckpointError(
                 f"{path}: what was read back differs from what was written: nothing was kept, look at the disk"
             )
 
 
-def _is_written(path: Path, container: Container, content: Any, digest: str, record: str) -> bool:
-    """Whether the file just written holds the content of this fingerprint and this record, bit for bit."""
+def write_program(
+    program: Program, original: ExportedProgram, path: Path, record: Record, *, inputs: Any, replace_old: bool = True
+) -> float:
+    """Write a converted program and its record whole or not at all, and return how far what is read back differs from
+    the original on `inputs`, as relative L2 of outputs and buffers.
+
+    Raises:
+        CheckpointError: it cannot be written, or what was read back holds other tensors.
+        SwapError: what was read back computes something else; an existing file is as it was.
+    """
+    check_writable(path, replace=replace_old)
+    with written_whole(path) as temporary:
+        try:
+            save_program(temporary, program)
+        except Exception as error:
+            raise CheckpointError(f"{path}: cannot be written ({first_line(error)})") from error
+        sealed = record.sealed(digest_of_members(temporary)).to_json()
+        add_record(temporary, "exported program", sealed)
+        back = load_program(temporary)
+        kept = read_record_text(temporary, sniff(temporary)) == sealed and back.extra_files == program.extra_files
+        if not kept or not holds_the_same(program.program.state_dict, back.program.state_dict):
+            raise CheckpointError(
+                f"{path}: what was read back differs from what was written: nothing was kept, look at the disk"
+            )
+        return check_same(original, back.program, inputs)
+
+
+def _is_written(path: Path, container: Container, content: Any, record: str) -> bool:
+    """Whether the file just written holds this content and this record, bit for bit."""
     if sniff(path) != container or (read_record_text(path, container) or "").strip() != record:
         return False
     if container == "safetensors":
@@ -268,7 +326,7 @@ def _is_written(path: Path, container: Container, content: Any, digest: str, rec
         back, mapped = decode(path, container, trust=False, mapped=True), container == "torch zip"
     except CheckpointError:
         back, mapped = decode(path, container, trust=True), False
-    return fingerprint(back, forget=mapped) == digest
+    return holds_the_same(content, back, forget=mapped)
 
 
 def _converted_state(state: Any, names: StoredNames, new: New) -> dict[str, Tensor]:

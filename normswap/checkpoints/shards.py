@@ -20,6 +20,7 @@ _SAFETENSORS = ("model.safetensors.index.json", "model.safetensors", "diffusion_
 _TORCH = ("pytorch_model.bin.index.json", "pytorch_model.bin")
 _COPIED = {".json", ".txt", ".md", ".model"}
 RECORD = "normswap.json"
+INDEX = ".metadata"  # of torch.distributed.checkpoint
 
 ShardKind = Literal["safetensors", "torch"]
 

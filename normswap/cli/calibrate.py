@@ -15,7 +15,7 @@ from normswap.cli.opening import Opened, describe_content, describe_size, open_m
 from normswap.cli.options import arch_option, entry_option, json_option, print_json, trust_option
 from normswap.cli.outputs import container_of, is_folder_for, target_of
 from normswap.cli.progress import stage
-from normswap.errors import ModelError
+from normswap.errors import CheckpointError, ModelError
 
 if TYPE_CHECKING:
     import torch
@@ -94,7 +94,11 @@ def calibrate_command(
 
     from normswap.reports.tables import calibration_table, carried_notes, heading
 
-    checkpoint = read_file(file, trust=options["trust"], entry=entry)
+    checkpoint = read_file(file, trust=options["trust"], entry=entry, arch=arch)
+    if checkpoint.program is not None:
+        raise CheckpointError(
+            f"{file}: an exported program is calibrated by its weights: leave --trust out, or give --arch"
+        )
     container = container_of(target, checkpoint, named=output is not None)
     opened = open_model(checkpoint, arch=arch, inputs=(), trust=options["trust"])
     data = _open_data(source, opened, options)

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ from normswap.cli.options import (
 from normswap.cli.outputs import dropped_entries
 from normswap.cli.progress import stage
 from normswap.cli.wish import Wish
+from normswap.cli.writing import Result, Writing
 from normswap.errors import CheckpointError, NothingToDo, PlanError
 
 if TYPE_CHECKING:
@@ -31,11 +32,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from normswap.checkpoints.checkpoint import Checkpoint
-    from normswap.checkpoints.containers import Container
-    from normswap.checkpoints.prefixes import StoredNames
-    from normswap.checkpoints.record import Original, Record
-    from normswap.checkpoints.saving import Carried, New
-    from normswap.checkpoints.trainer_state import Beside
+    from normswap.checkpoints.record import Record
+    from normswap.checkpoints.saving import Carried
     from normswap.surgery.conversion import Conversion
     from normswap.surgery.plan import SwapPlan
     from normswap.verification import Verification
@@ -84,9 +82,10 @@ def convert_command(file: Path, output: Path | None, as_json: bool, **options: A
     """Swap Batch Normalization (and more, see --kinds) for Switchable Normalization in FILE, into a new file.
 
     FILE is any checkpoint: a state dict, a training checkpoint (its EMA copy and optimizer are carried along), a
-    pickled module, a folder of shards. The converted model is measured against the original wherever the size of an
-    input is known, and written only if it computes the same function. With --arch none the tensors are converted by
-    their names alone. Exit status 0 done, 1 nothing to convert or not the same function, 2 cannot.
+    pickled module, an exported program, a folder of shards. The converted model is measured against the original
+    wherever the size of an input is known, and written only if it computes the same function. With --arch none the
+    tensors are converted by their names alone. Exit status 0 done, 1 nothing to convert or not the same function, 2
+    cannot.
     """
     wish = Wish(file, output, **options)
     wish.check()
@@ -106,53 +105,40 @@ def convert_command(file: Path, output: Path | None, as_json: bool, **options: A
 
 def _convert(wish: Wish, console: "Console", document: dict[str, Any]) -> None:
     """The command itself; what is known so far is printed, and noted in `document`."""
+    from normswap.checkpoints.saving import sha256_in_background
     from normswap.reports.tables import carried_notes
 
     header = read_header(wish.file)
     _refuse_converted(wish.file, header.record, document)
     stored = _stored_plan(wish.plan)
-    checkpoint = read_file(header, trust=wish.trust, entry=wish.entry)
+    checkpoint = read_file(header, trust=wish.trust, entry=wish.entry, arch=wish.arch)
     container = wish.container(checkpoint)
+    digest = None if wish.dry_run else sha256_in_background(checkpoint.path)
     _check_values(checkpoint)
     make = _by_names if wish.names_only else _by_architecture
     result = make(wish, checkpoint, stored, console, document)
     carried = _carried(wish, checkpoint, result)
-    beside = _beside(wish, checkpoint, container, result)
-    notes = (*carried.notes, *beside.notes)
+    writing = Writing(wish, checkpoint, result, container, digest)
+    notes = (*carried.notes, *writing.notes)
     if notes:
         console.print(carried_notes(notes))
     document["carried"] = list(notes)
+    content = writing.final(carried.content)
     if wish.save_plan is not None:
         write_text(wish.save_plan, result.plan.to_json())
     if not wish.dry_run:
-        _write(wish, checkpoint, result, carried.content, container, beside.files)
+        writing.write(content, console)
         document |= {"output": str(wish.target), "written": True, "bytes": size_of(wish.target)}
     _print_end(console, wish, checkpoint)
 
 
-@dataclass(frozen=True)
-class _Result:
-    """A conversion on its way into a file: what it adds, under which names, what the sites were, and the proof;
-    `module` if the file holds one.
-    """
-
-    plan: "SwapPlan"
-    names: "StoredNames"
-    new: "New"
-    architecture: str | None = None
-    module: "nn.Module | None" = None
-    originals: Mapping[str, "Original"] = field(default_factory=dict)
-    proof: "Verification | None" = None
-
-
 def _by_architecture(
     wish: Wish, checkpoint: "Checkpoint", stored: "SwapPlan | None", console: "Console", document: dict[str, Any]
-) -> _Result:
+) -> Result:
     """Build the model, convert it, and hold it against the original."""
     from normswap.checkpoints.saving import new_of, originals
     from normswap.reports.tables import missing, parity
     from normswap.surgery.conversion import convert
-    from normswap.surgery.tree import lighter_copy
 
     opened = open_model(checkpoint, arch=wish.arch, inputs=wish.inputs, trust=wish.trust)
     with stage("finding norm sites"):
@@ -163,7 +149,8 @@ def _by_architecture(
     with stage("swapping"):
         # What is built here is only looked at: one set of parameters serves both.
         alone = checkpoint.payload == "state dict"
-        conversion = convert(lighter_copy(opened.model) if alone else opened.model, plan=plan, inplace=alone)
+        model = _twin(checkpoint, opened) if checkpoint.payload != "module" else opened.model
+        conversion = convert(model, plan=plan, inplace=checkpoint.payload != "module")
     new, sites = new_of(opened.model.state_dict(), conversion.model), originals(conversion.model, plan)
     proof = _prove(wish, opened, conversion, in_place=alone)
     document["verification"] = proof and proof.to_dict()
@@ -171,12 +158,22 @@ def _by_architecture(
     console.print(parity(proof) if proof else missing("Parity", f"not measured: {reason}"))
     _refuse_difference(console, plan, proof)
     module = None if alone else conversion.model
-    return _Result(plan, opened.built.names, new, opened.architecture, module, sites, proof)
+    notes = opened.built.fit.notes(opened.architecture or plan.model_class)
+    return Result(plan, opened.built.names, new, opened.architecture, module, sites, proof, opened.inputs, notes)
+
+
+def _twin(checkpoint: "Checkpoint", opened: Opened) -> "nn.Module":
+    """The same model again, on the same parameters."""
+    from normswap.surgery.programs import module_of
+    from normswap.surgery.tree import lighter_copy
+
+    # A copy of a graph would turn its constants into buffers.
+    return module_of(checkpoint.program.program) if checkpoint.program is not None else lighter_copy(opened.model)
 
 
 def _by_names(
     wish: Wish, checkpoint: "Checkpoint", stored: "SwapPlan | None", console: "Console", document: dict[str, Any]
-) -> _Result:
+) -> Result:
     """Convert the tensors by their names, without any model."""
     from normswap.checkpoints.prefixes import names_under
     from normswap.checkpoints.saving import New
@@ -192,7 +189,7 @@ def _by_names(
     _tell_plan(console, document, describe_content(checkpoint, "by names alone"), checkpoint, plan, None)
     console.print(missing("Parity", "not measured: without an architecture there is no model to run"))
     gates = gates_of(plan)
-    return _Result(plan, names, New(gates, {}, tuple(gates)))
+    return Result(plan, names, New(gates, {}, tuple(gates)))
 
 
 def _tell_plan(
@@ -214,7 +211,7 @@ def _tell_plan(
         raise NothingToDo(_nothing(plan))
 
 
-def _carried(wish: Wish, checkpoint: "Checkpoint", result: _Result) -> "Carried":
+def _carried(wish: Wish, checkpoint: "Checkpoint", result: Result) -> "Carried":
     from normswap.checkpoints.contents import read_contents
     from normswap.checkpoints.saving import Carried, converted_content
 
@@ -305,46 +302,6 @@ def _refuse_difference(console: "Console", plan: "SwapPlan", proof: "Verificatio
     )
 
 
-def _beside(wish: Wish, checkpoint: "Checkpoint", container: "Container", result: _Result) -> "Beside":
-    """What a trainer keeps in further files of a folder, where the output is one that has a place for it."""
-    from normswap.checkpoints.containers import FOLDERS
-    from normswap.checkpoints.trainer_state import Beside, trainer_state
-
-    if wish.weights_only or container not in FOLDERS:
-        return Beside({}, ())
-    return trainer_state(checkpoint.path, result.new.trainable)
-
-
-def _write(
-    wish: Wish,
-    source: "Checkpoint",
-    result: _Result,
-    content: Any,
-    container: "Container",
-    beside: Mapping[str, Any],
-) -> None:
-    from normswap.checkpoints.checkpoint import BESIDE
-    from normswap.checkpoints.containers import FOLDERS
-    from normswap.checkpoints.contents import name_of
-    from normswap.checkpoints.record import Record, Step
-    from normswap.checkpoints.saving import sha256_of, write_content
-
-    told_beside = container in FOLDERS and result.architecture == f"hf:{source.path}"
-    with stage(f"writing {wish.target.name}"):
-        step = Step.now("converted", source=wish.file.name, sha256=sha256_of(source.path))
-        record = Record(
-            payload=source.payload,
-            architecture=BESIDE if told_beside else result.architecture,
-            plan=result.plan,
-            verification=result.proof,
-            history=(*(source.record.history if source.record else ()), step),
-            originals=result.originals,
-            entry=None if wish.weights_only else name_of(source.contents.weights) or None,
-        )
-        like = source.path if source.path.is_dir() else None
-        write_content(content, wish.target, container, record, like=like, beside=beside)
-
-
 def _print_end(console: "Console", wish: Wish, source: "Checkpoint") -> None:
     console.print()
     if wish.save_plan is not None:
@@ -352,7 +309,7 @@ def _print_end(console: "Console", wish: Wish, source: "Checkpoint") -> None:
     if wish.dry_run:
         console.print(f"dry run: without --dry-run this writes {wish.target}", markup=False)
         return
-    trust = ", trust=True" if source.payload == "module" else ""
+    trust = ", trust=True" if source.payload != "state dict" else ""
     told = ", architecture=your_model" if wish.names_only else ""
     console.print(f"wrote {wish.target} ({describe_size(wish.target)})", style="bold", markup=False)
     console.print(f'next: model = normswap.load("{wish.target}"{told}{trust}).model', markup=False, soft_wrap=True)

@@ -70,7 +70,8 @@ def _show_sites(
     from normswap.surgery.planning import plan_swaps
     from normswap.surgery.sites import find_norm_sites
 
-    opened = open_model(read_file(header, trust=trust, entry=entry), arch=arch, inputs=inputs, trust=trust)
+    checkpoint = read_file(header, trust=trust, entry=entry, arch=arch)
+    opened = open_model(checkpoint, arch=arch, inputs=inputs, trust=trust)
     with stage("finding norm sites"):
         sites = find_norm_sites(opened.model, opened.inputs)
         plan = plan_swaps(opened.model, opened.inputs, kinds=kinds or ("bn",))

@@ -45,17 +45,23 @@ def read_header(path: Path) -> "Header":
         return checkpoint.read_header(path)
 
 
-def read_file(source: "Path | Header", *, trust: bool, entry: str | None = None) -> "Checkpoint":
+def read_file(
+    source: "Path | Header", *, trust: bool, entry: str | None = None, arch: str | None = None
+) -> "Checkpoint":
     """Read a file, whose header may be known, under the eyes of the user, its tensors as they are used.
+
+    Args:
+        arch: what the user says that the tensors belong to; of an exported program it takes the weights alone.
 
     Raises:
         CheckpointError: as `normswap.load`.
     """
-    name = source.name if isinstance(source, Path) else source.path.name
-    with stage(f"reading {name}"):
+    header = read_header(source) if isinstance(source, Path) else source
+    with stage(f"reading {header.path.name}"):
         from normswap.checkpoints.checkpoint import read_checkpoint
 
-        return read_checkpoint(source, trust=trust, entry=entry, mapped=True)
+        trust = trust and not header.gives_weights(arch)
+        return read_checkpoint(header, trust=trust, entry=entry, mapped=True)
 
 
 def open_model(checkpoint: "Checkpoint", *, arch: str | None, inputs: Sequence[InputSpec], trust: bool) -> Opened:
@@ -68,7 +74,16 @@ def open_model(checkpoint: "Checkpoint", *, arch: str | None, inputs: Sequence[I
         from normswap.checkpoints.checkpoint import build_model
 
         built = build_model(checkpoint, arch, trust=trust)
-    return Opened(checkpoint, built, example_inputs(inputs, built.model, built.architecture))
+    return Opened(checkpoint, built, _inputs(checkpoint, built, inputs))
+
+
+def _inputs(checkpoint: "Checkpoint", built: "Built", asked: Sequence[InputSpec]) -> Any:
+    """What the user asked for, what an exported program carries, or what the architecture tells."""
+    if checkpoint.program is not None and not asked:
+        from normswap.surgery.programs import inputs_of
+
+        return inputs_of(checkpoint.program.program)
+    return example_inputs(asked, built.model, built.architecture)
 
 
 def describe_content(checkpoint: "Checkpoint", architecture: str | None) -> str:

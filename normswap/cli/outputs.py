@@ -11,16 +11,22 @@ if TYPE_CHECKING:
     from normswap.checkpoints.containers import Container
 
 # Endings that name a file rather than a folder.
-_FILES = {".pt", ".pth", ".bin", ".ckpt", ".tar", ".safetensors"}
+_FILES = {".pt", ".pth", ".bin", ".ckpt", ".tar", ".safetensors", ".pt2"}
+_PROGRAM = ".pt2"
 
 
-def target_of(file: Path, output: Path | None, word: str) -> Path:
-    """Return where a changed `file` goes: `model.WORD.pt` beside `model.pt` unless `output` says otherwise."""
+def target_of(file: Path, output: Path | None, word: str, *, as_program: bool = False) -> Path:
+    """Return where a changed `file` goes: `model.WORD.pt` beside `model.pt` unless `output` says otherwise.
+
+    Args:
+        as_program: whether what is made of an exported program is one again, or its weights.
+    """
     if output is not None:
         return output
     source = located(file)
     ending = ".pth.tar" if source.name.endswith(".pth.tar") else source.suffix if source.suffix in _FILES else ""
-    return source.with_name(f"{source.name.removesuffix(ending)}.{word}{ending}")
+    written = ".pt" if ending == _PROGRAM and not as_program else ending
+    return source.with_name(f"{source.name.removesuffix(ending)}.{word}{written}")
 
 
 def is_folder_for(file: Path, target: Path) -> bool:
@@ -39,12 +45,29 @@ def container_of(target: Path, source: "Checkpoint", *, named: bool, weights_onl
     """
     from normswap.checkpoints.containers import FOLDERS
 
+    if source.container == "exported program":
+        _check_program(target, source)
+    if source.program is not None:
+        return "exported program"
     if target.suffix == ".safetensors":
         _check_safetensors(target, source, weights_only)
         return "safetensors"
     if source.container in FOLDERS and target.suffix not in _FILES:
         return source.container
     return "safetensors" if not named and source.container == "safetensors" else "torch zip"
+
+
+def _check_program(target: Path, source: "Checkpoint") -> None:
+    if source.program is not None and target.suffix != _PROGRAM:
+        raise CheckpointError(
+            f"{target}: an exported program becomes one again: choose -o NAME{_PROGRAM}, or take its weights alone "
+            "with --arch"
+        )
+    if source.program is None and target.suffix == _PROGRAM:
+        raise CheckpointError(
+            f"{target}: the weights alone are no exported program: choose -o NAME.pt, or convert the program with "
+            "--trust and without --arch, if you trust where it comes from"
+        )
 
 
 def _check_safetensors(target: Path, source: "Checkpoint", weights_only: bool | None) -> None:

@@ -58,12 +58,15 @@ def verify_command(
     from normswap.reports.tables import heading, parity, worst_sites
     from normswap.verification import verify
 
-    files = [read_file(path, trust=trust, entry=entry) for path in (original, converted)]
+    files = [read_file(path, trust=trust, entry=entry, arch=arch) for path in (original, converted)]
     said = [said_architecture(file, trust=trust) for file in files] if arch is None else []
     default = arch or next(filter(None, said), None)
     first, second = (_open(file, default, inputs, trust=trust) for file in files)
     if first.inputs is None:
         raise ArchitectureError("nothing tells the size of an input: give one with --input 2x3x224x224")
+    if first.checkpoint.program is not None and second.checkpoint.program is not None:
+        _compare_programs(first, second, as_json=as_json)
+        return
     with stage("comparing the two in float64"):
         result = verify(first.model, second.model, [first.inputs], tolerance=tolerance)
     if as_json:
@@ -81,6 +84,24 @@ def verify_command(
             console.print(worst_sites(result))
     if not result.passed:
         raise NothingToDo(f"{converted} does not compute the same function as {original}")
+
+
+def _compare_programs(first: Opened, second: Opened, *, as_json: bool) -> None:
+    """Two exported programs, in their own precision: nothing else can be told of graphs."""
+    from normswap.surgery.programs import difference
+
+    original, converted = first.checkpoint, second.checkpoint
+    if original.program is None or converted.program is None:
+        return
+    with stage("comparing the two programs"):
+        found = difference(original.program.program, converted.program.program, first.inputs)
+    if as_json:
+        files = {"original": str(original.path), "converted": str(converted.path)}
+        print_json({**files, "passed": found.passed, **found._asdict()})
+    else:
+        click.echo(f"outputs and buffers differ by {found.error:.1e}, at most {found.limit:.1e} (relative L2)")
+    if not found.passed:
+        raise NothingToDo(f"{converted.path} does not compute the same function as {original.path}")
 
 
 def _open(file: "Checkpoint", arch: str | None, inputs: tuple[InputSpec, ...], *, trust: bool) -> Opened:

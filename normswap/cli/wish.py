@@ -42,8 +42,11 @@ class Wish:
 
     @property
     def target(self) -> Path:
-        """Where the model goes: `model.normswap.pt` beside `model.pt` unless told otherwise."""
-        return target_of(self.file, self.output, "normswap")
+        """Where the model goes: `model.normswap.pt` beside `model.pt` unless told otherwise.
+
+        Of an exported program it is the program only where that may be loaded, else its weights.
+        """
+        return target_of(self.file, self.output, "normswap", as_program=self.trust and self.arch is None)
 
     @property
     def names_only(self) -> bool:

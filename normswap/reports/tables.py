@@ -73,6 +73,11 @@ def missing(title: str, reason: str) -> RenderableType:
     return Text.assemble((title, "bold"), "  ", (reason, "yellow"))
 
 
+def read_back(error: float) -> RenderableType:
+    """Return how far an exported program that was read back differs from the original, in its own precision."""
+    return Text.assemble(("Read back", "bold"), f"  computes what the original does, relative L2 {_number(error)}")
+
+
 def worst_sites(verification: Verification, limit: int = 5) -> RenderableType:
     """Return the sites that differ most from what they replaced, fed the same input."""
     table = _table("Sites that differ most", "evaluation", "training", right={1, 2})

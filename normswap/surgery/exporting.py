@@ -25,7 +25,7 @@ from normswap.surgery.tracing import GraphFacts, first_line, sharing_twin, witho
 def export_facts(model: nn.Module, example_inputs: Any, is_norm_fqn: Callable[[str], bool]) -> GraphFacts | str:
     """Export `model` in evaluation on `example_inputs` and read its graph, or return the reason why it cannot be."""
     args, kwargs = as_call(example_inputs)
-    with seeded(0), _silence():
+    with seeded(0), silence():
         try:
             twin = without_hooks(sharing_twin(model))
             with training_flags(twin.modules(), training=False):
@@ -85,7 +85,8 @@ def _maker(source: fx.Node) -> str:
 
 
 @contextmanager
-def _silence() -> Iterator[None]:
+def silence() -> Iterator[None]:
+    """Keep in what torch logs, warns of and prints while it exports, saves or loads."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:

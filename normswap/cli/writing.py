@@ -1,0 +1,122 @@
+"""What `normswap convert` writes, and how: a content with its record, or a program exported again."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from normswap.cli.progress import stage
+from normswap.cli.wish import Wish
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
+
+    from rich.console import Console
+    from torch import nn
+
+    from normswap.checkpoints.checkpoint import Checkpoint
+    from normswap.checkpoints.containers import Container
+    from normswap.checkpoints.prefixes import StoredNames
+    from normswap.checkpoints.record import Original, Record
+    from normswap.checkpoints.saving import New
+    from normswap.checkpoints.trainer_state import Beside
+    from normswap.surgery.plan import SwapPlan
+    from normswap.verification import Verification
+
+
+@dataclass(frozen=True)
+class Result:
+    """A conversion on its way into a file: what it adds, under which names, what the sites were, the proof, and the
+    inputs it was made on; `module` if the file holds one, `notes` on what file and model do not share.
+    """
+
+    plan: "SwapPlan"
+    names: "StoredNames"
+    new: "New"
+    architecture: str | None = None
+    module: "nn.Module | None" = None
+    originals: Mapping[str, "Original"] = field(default_factory=dict)
+    proof: "Verification | None" = None
+    inputs: Any = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Writing:
+    """A result, the container that it is to be written as, and the SHA-256 of the source, unless nothing is written."""
+
+    wish: Wish
+    source: "Checkpoint"
+    result: Result
+    container: "Container"
+    digest: "Future[str] | None"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What becomes of what the model does not have, and of what is no content: files beside it, a graph."""
+        graph = "the program: left out, these are its weights (--trust without --arch converts its graph)"
+        left_out = (graph,) if self.source.container == "exported program" and self.source.program is None else ()
+        return (*self.result.notes, *self._beside.notes, *left_out)
+
+    def final(self, content: Any) -> Any:
+        """Return what is to be written of a converted content: itself, or the converted program exported again.
+
+        Raises:
+            SwapError: it cannot be exported again.
+        """
+        if self.source.program is None or self.result.module is None:
+            return content
+        from normswap.surgery.programs import export_again
+
+        with stage("exporting the converted program"):
+            program = export_again(self.source.program.program, self.result.module, self.result.inputs)
+        return self.source.program._replace(program=program)
+
+    def write(self, content: Any, console: "Console") -> None:
+        """Write what `final` returned, read it back and compare.
+
+        Raises:
+            CheckpointError, SwapError: it cannot be written, or what is read back differs.
+        """
+        from normswap.checkpoints.saving import write_content, write_program
+        from normswap.reports.tables import read_back
+
+        source, target = self.source, self.wish.target
+        with stage(f"writing {target.name}"):
+            record = self._record()
+            if source.program is not None:
+                inputs, original = self.result.inputs, source.program.program
+                error = write_program(content, original, target, record, inputs=inputs)
+                console.print(read_back(error))
+            else:
+                like = source.path if source.path.is_dir() else None
+                write_content(content, target, self.container, record, like=like, beside=self._beside.files)
+
+    @cached_property
+    def _beside(self) -> "Beside":
+        """What a trainer keeps in further files of a folder, where the output is one that has a place for it."""
+        from normswap.checkpoints.containers import FOLDERS
+        from normswap.checkpoints.trainer_state import Beside, trainer_state
+
+        if self.wish.weights_only or self.container not in FOLDERS:
+            return Beside({}, ())
+        return trainer_state(self.source.path, self.result.new.trainable)
+
+    def _record(self) -> "Record":
+        from normswap.checkpoints.checkpoint import BESIDE
+        from normswap.checkpoints.containers import FOLDERS
+        from normswap.checkpoints.contents import name_of
+        from normswap.checkpoints.record import Record, Step
+
+        source, result = self.source, self.result
+        told_beside = self.container in FOLDERS and result.architecture == f"hf:{source.path}"
+        step = Step.now("converted", source=self.wish.file.name, sha256=self.digest.result() if self.digest else None)
+        return Record(
+            payload=source.payload,
+            architecture=BESIDE if told_beside else result.architecture,
+            plan=result.plan,
+            verification=result.proof,
+            history=(*(source.record.history if source.record else ()), step),
+            originals=result.originals,
+            entry=None if self.wish.weights_only else name_of(source.contents.weights) or None,
+        )

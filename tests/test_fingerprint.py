@@ -1,0 +1,86 @@
+"""Two contents have the same fingerprint exactly where they are compared as the same, bit for bit."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from torch import nn
+
+from normswap.checkpoints.fingerprint import fingerprint, holds_the_same
+from normswap.checkpoints.saving import sha256_in_background, sha256_of
+from normswap.errors import CheckpointError
+
+
+def content() -> dict[str, Any]:
+    weights = {"a": torch.tensor([1.0, torch.nan, -0.0]), "b": torch.arange(200_000), "empty": torch.ones(0, 3)}
+    return {"weights": weights, "list": [1, (2.0, "x")], "array": numpy.arange(3), "truth": True}
+
+
+def changed(place: str, value: Any) -> dict[str, Any]:
+    other = content()
+    holder: Any = other
+    *way, last = place.split(".")
+    for key in way:
+        holder = holder[key]
+    holder[int(last) if isinstance(holder, list) else last] = value
+    return other
+
+
+def flipped() -> dict[str, Any]:
+    other = content()
+    other["weights"]["b"][199_999] += 1
+    return other
+
+
+DIFFERENT = {
+    "the last number": flipped(),
+    "a zero's sign": changed("weights.a", torch.tensor([1.0, torch.nan, 0.0])),
+    "a type": changed("weights.a", content()["weights"]["a"].double()),
+    "a shape": changed("weights.empty", torch.ones(3, 0)),
+    "a tensor for none": changed("weights.a", None),
+    "a number": changed("list.0", 2),
+    "a number's type": changed("truth", 1),
+    "an array": changed("array", numpy.arange(3)[::-1]),
+    "a name more": changed("more", 1),
+    "a name less": {key: value for key, value in content().items() if key != "truth"},
+    "another name": {("lie" if key == "truth" else key): value for key, value in content().items()},
+}
+
+
+@pytest.mark.parametrize("other", DIFFERENT.values(), ids=DIFFERENT)
+def test_whatever_differs_is_noticed_by_both(other: dict[str, Any]) -> None:
+    assert fingerprint(content()) != fingerprint(other)
+    for pair in ((content(), other), (other, content())):
+        assert not holds_the_same(*pair)
+
+
+def test_the_same_bits_are_the_same_in_every_order_layout_and_holder() -> None:
+    other = {key: content()[key] for key in ("truth", "array", "list", "weights")}
+    other["weights"]["b"] = torch.stack([content()["weights"]["b"], torch.zeros(200_000).long()], 1)[:, 0]
+    assert fingerprint(content()) == fingerprint(other)
+    assert holds_the_same(content(), other)
+    model = nn.Linear(2, 2)
+    assert holds_the_same(model, dict(model.state_dict()))
+
+
+def test_what_is_read_from_a_file_may_be_forgotten(tmp_path: Path) -> None:
+    torch.save({"a": torch.arange(5_000_000)}, tmp_path / "a.pt")
+    mapped = torch.load(tmp_path / "a.pt", mmap=True)
+    assert holds_the_same({"a": torch.arange(5_000_000)}, mapped, forget=True)
+    assert holds_the_same(mapped, {"a": torch.arange(5_000_000)})
+
+
+def test_what_has_no_end_is_refused() -> None:
+    endless: list[Any] = []
+    endless.append(endless)
+    with pytest.raises(CheckpointError, match="is nested more than 50 deep"):
+        holds_the_same(endless, endless)
+
+
+def test_the_digest_in_the_background_is_that_of_the_file_or_its_error(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"abc")
+    assert sha256_in_background(tmp_path / "a").result() == sha256_of(tmp_path / "a")
+    with pytest.raises(FileNotFoundError):
+        sha256_in_background(tmp_path / "none").result()
