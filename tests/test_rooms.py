@@ -18,6 +18,7 @@ ROOMS = [
     "layers.importance",
     "layers.mixing",
     "layers.moments",
+    "layers.vertex",
     "layers.reference",
     "layers.fused",
     "layers.tables",

@@ -1,9 +1,9 @@
 """Which implementation normalises: one table of backends, chosen by device and by what may be done with a tensor now.
 
 `reference` is the plain formula, differentiable to any order and by any transform; exporters, tracers and `torch.func`
-always get it. `native` is made of ATen kernels and the default on CPU, in compiled graphs too. `triton` is the default on
-CUDA, for float32 and half precision, where Triton can be imported and compiles for the device; compilers get the plain
-formula there, which they fuse. Force one by `use_backend(name)` or the environment variable NORMSWAP_BACKEND.
+always get it. `native` is made of ATen kernels and the default on CPU, in compiled graphs too. `triton` is the default
+on CUDA, for float32 and half precision, where Triton can be imported and compiles for the device; compilers get the
+plain formula there, and fuse it. Force one by `use_backend(name)` or the environment variable NORMSWAP_BACKEND.
 """
 
 import os
@@ -151,9 +151,7 @@ def runs_now(x: Tensor) -> bool:
 
 def _is_transformed(x: Tensor) -> bool:
     """Whether operators on x do more than their names say, which an operator of ours has no rule for."""
-    return (
-        type(x) not in _PLAIN or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-    )
+    return type(x) not in _PLAIN or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normswap.layers.adoption import GATE_PARAMETERS
 from normswap.layers import operators
+from normswap.layers.adoption import GATE_PARAMETERS
 from normswap.layers.dispatch import can_read, compiles_operator, project_points
 from normswap.layers.importance import BnStatistics, Branch, Gate, importance_weights
 from normswap.layers.mixing import lies_on_simplex

@@ -67,8 +67,8 @@ def project_to_simplex(point: Tensor) -> Tensor:
     """
     # A common shift changes no projection; with the largest entry at 0, no size of it can swallow the 1 below.
     point = point - point.amax(dim=-1, keepdim=True)
-    # The threshold is the largest (sum - 1) / count over the sets of the k largest entries (Condat, 2016). Each such set
-    # is told by its smallest entry: compilers take comparisons better than they take a sort.
+    # The threshold is the largest (sum - 1) / count over the sets of the k largest entries. Each set is told by its
+    # smallest entry: compilers take comparisons better than they take a sort.
     entries, smallest = point.unsqueeze(-2), point.unsqueeze(-1)
     members = entries >= smallest
     excess = torch.where(members, entries, 0.0).sum(dim=-1) - 1

@@ -1,9 +1,9 @@
 """Fused backends as operators of torch, for compiled graphs: one opaque node instead of the plain formula.
 
-On CPU, and where a fused backend is forced around the compiled call, a compiler gets `normswap::switch_norm` and, behind
-it, `normswap::switch_norm_backward`; both run what the backend would run in eager mode. The plain formula is some 200
-nodes of a graph, each of which is traced, lowered and handed to a C++ compiler. Operators are functional: moments of
-the batch are returned, and recorded outside; only `normswap::project_points` writes.
+On CPU, and where a fused backend is forced around the compiled call, a compiler gets `normswap::switch_norm` and,
+behind it, `normswap::switch_norm_backward`; both run what the backend would run in eager mode. The plain formula is
+some 150 nodes of a graph, each of which is traced, differentiated, lowered and handed to a C++ compiler. Operators are
+functional: moments of the batch are returned, and recorded outside; only `normswap::project_points` writes.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,6 @@ from normswap.layers.moments import Moments, accumulation_dtype
 from normswap.layers.native import NATIVE
 from normswap.layers.passes import laid_out
 from normswap.layers.vertex import batch_norm, is_batch_norm
-
 
 # Both layouts are served, and the operators say in which one a result comes: a compiler may choose.
 _TAGS = (torch.Tag.flexible_layout,)
