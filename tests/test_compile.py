@@ -24,14 +24,15 @@ X = torch.Size((2, 3, 32, 32))
 class Graphs:
     """A backend that runs what it is given node by node, and keeps count."""
 
-    def __init__(self) -> None:
+    def __init__(self, backend: str = "aot_eager") -> None:
+        self.backend = backend
         self.compiled = 0
         self.targets: Counter[str] = Counter()
 
     def __call__(self, graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
         self.compiled += 1
         self.targets.update(str(node.target) for node in graph.graph.nodes)
-        return lookup_backend("aot_eager")(graph, inputs)
+        return lookup_backend(self.backend)(graph, inputs)
 
     def __getitem__(self, operator: str) -> int:
         return self.targets[f"normswap.{operator}.default"]
@@ -42,8 +43,8 @@ def _nothing_compiled_yet() -> None:
     torch.compiler.reset()
 
 
-def compiled(model: nn.Module) -> tuple[Any, Graphs]:
-    graphs = Graphs()
+def compiled(model: nn.Module, *, backend: str = "aot_eager") -> tuple[Any, Graphs]:
+    graphs = Graphs(backend)
     return torch.compile(model, fullgraph=True, backend=graphs), graphs
 
 
@@ -113,26 +114,25 @@ def test_training_compiles_once_and_equals_eager(make: Callable[[], nn.Module]) 
 
 def test_a_layer_adds_few_nodes() -> None:
     """What tracing, lowering and a C++ compiler cost grows with the nodes; the plain formula has 150 a layer."""
-    make = NETWORKS["convnext of BatchNorms"]
-    x = torch.randn(X).double()
+    original = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
     nodes = []
-    for model in (make().double(), converted(make)):
-        compiled_model, graphs = compiled(model)
-        compiled_model(x)
+    for model in (original, normswap.convert(original, torch.randn(X)).model):
+        compiled_model, graphs = compiled(model.train(), backend="eager")
+        compiled_model(torch.randn(X))
         nodes.append(sum(graphs.targets.values()))
-    assert 0 < nodes[1] - nodes[0] <= 20 * len(normswap.importance_weights(model))
+    assert 0 < nodes[1] - nodes[0] <= 2 * 20
 
 
 def test_a_network_without_sites_compiles_as_before() -> None:
     original = convnext().eval()
     conversion = normswap.convert(original, torch.randn(X))
     assert conversion.plan.swaps == ()
-    x, graphs = torch.randn(X), []
+    x, targets = torch.randn(X), []
     for model in (original, conversion.model):
-        compiled_model, counted = compiled(model)
+        compiled_model, graphs = compiled(model, backend="eager")
         torch.testing.assert_close(compiled_model(x), original(x))
-        graphs.append(counted.targets)
-    assert graphs[0] == graphs[1]
+        targets.append(graphs.targets)
+    assert targets[0] == targets[1]
 
 
 def layer(**options: Any) -> SwitchNorm:
@@ -214,7 +214,7 @@ def test_other_sizes_and_a_plain_average_compile_once_more_at_most(
     graphs = Graphs()
     compiled_layer = torch.compile(ours, fullgraph=True, backend=graphs, dynamic=dynamic)
     counts = []
-    for shape in ((3, 4, 5, 6), (2, 4, 7, 6), (5, 4, 6, 3), (6, 4, 9, 8)):
+    for shape in ((3, 4, 5, 6), (2, 4, 7, 8), (5, 4, 6, 3), (6, 4, 9, 8)):
         x = torch.randn(shape).double()
         for module in (compiled_layer, eager):
             module(x).pow(3).sum().backward()
