@@ -43,10 +43,11 @@ evidence: $(READY)  ## fine-tuning at batch size 2, 3 seeds -> docs/evidence.md 
 price: $(READY)  ## what a price on batch dependence does, by batch size -> docs/batch-price.md (half an hour; resumes)
 	@$(BIN)/python benchmarks/price.py
 
-bench: $(READY)  ## what the layer, converting, starting and files cost -> docs/speed.md, docs/cost.md, docs/file-cost.md (20 minutes)
+bench: $(READY)  ## what the layer, converting, starting and files cost -> docs/speed.md, docs/cost.md, docs/file-cost.md, docs/compile.md (40 minutes)
 	@$(BIN)/python benchmarks/speed.py
 	@$(BIN)/python benchmarks/cost.py
 	@$(BIN)/python benchmarks/file_cost.py
+	@$(BIN)/python benchmarks/compiling.py
 
 fuzz: $(READY)  ## 10,000 damaged files and 100 killed runs -> docs/fuzz.md (about 10 minutes on 2 cores)
 	@$(BIN)/python benchmarks/kills.py --kills 100

@@ -19,6 +19,7 @@ ROOMS = [
     "layers.importance",
     "layers.mixing",
     "layers.moments",
+    "layers.vertex",
     "layers.reference",
     "layers.running",
     "layers.fused",

@@ -1,9 +1,9 @@
 """Which implementation normalises: one table of backends, chosen by device and by what may be done with a tensor now.
 
 `reference` is the plain formula, differentiable to any order and by any transform; exporters, tracers and `torch.func`
-always get it, compilers unless another is forced, and so they fuse or differentiate it themselves. `native` is made of
-ATen kernels and the default on CPU. `triton` is the default on CUDA, for float32 and half precision, where Triton can
-be imported and compiles for the device. Force one by `use_backend(name)` or the environment variable NORMSWAP_BACKEND.
+always get it. `native` is made of ATen kernels and the default on CPU, in compiled graphs too. `triton` is the default
+on CUDA, for float32 and half precision, where Triton can be imported and compiles for the device; compilers get the
+plain formula there, and fuse it. Force one by `use_backend(name)` or the environment variable NORMSWAP_BACKEND.
 """
 
 import os
@@ -93,10 +93,11 @@ def fused_backend(x: Tensor) -> Backend | None:
     return None if name == "reference" else _FUSED[name]()
 
 
-def compiles_operator() -> bool:
-    """Say whether a graph is being compiled, and not exported, with a fused backend forced."""
-    compiling = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
-    return compiling and _forced_name() not in (None, "reference")
+def compiles_operator(x: Tensor) -> bool:
+    """Say whether a graph is being compiled, neither exported nor transformed, that calls a fused backend for x."""
+    if not torch.compiler.is_compiling() or torch.compiler.is_exporting() or _is_transformed(x):
+        return False
+    return (_forced_name() or ("native" if x.device.type == "cpu" else "reference")) != "reference"
 
 
 def _forced_name() -> str | None:
@@ -141,13 +142,16 @@ def runs_now(x: Tensor) -> bool:
     """Say whether operators on x run at once on real values: x is not traced, transformed, fake or watched."""
     return not (
         torch.compiler.is_compiling()
-        or type(x) not in _PLAIN
+        or _is_transformed(x)
         or x.is_meta
-        or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._is_tracing()
-        or forward_ad._current_level >= 0
     )
+
+
+def _is_transformed(x: Tensor) -> bool:
+    """Whether operators on x do more than their names say, which an operator of ours has no rule for."""
+    return type(x) not in _PLAIN or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)

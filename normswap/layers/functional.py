@@ -34,6 +34,7 @@ from normswap.layers.operators import switch_norm_operator
 from normswap.layers.reference import switch_norm_reference
 from normswap.layers.running import is_recomputation, read_running, renew_running, update_running
 from normswap.layers.synchronization import processes
+from normswap.layers.vertex import batch_norm, is_batch_norm
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -126,11 +127,11 @@ def switch_norm(
     inputs = Inputs(x, mean_weight, var_weight, weight, bias, constants, mixing, renew)
     if runs_now(x) and (backend := fused_backend(x)) and (renew is None or backend.renews):
         if constants is not None and _is_fixed_batch_norm(mean_weight, var_weight, mixing):
-            return _batch_norm(x, weight, bias, constants, eps)
+            return batch_norm(x, weight, bias, constants, eps)
         return switch_norm_fused(backend, inputs, record)
-    if compiles_operator() and renew is None:
+    if renew is None and compiles_operator(x):
         return switch_norm_operator(inputs, record)
-    means, variances = (importance_weights(parameter, gate) for parameter in (mean_weight, var_weight))
+    means, variances = importance_weights(torch.stack((mean_weight, var_weight)), gate).unbind()
     return switch_norm_reference(
         x, means, variances, weight, bias, constants, branches=branches, eps=eps, record=renew or record
     )
@@ -167,16 +168,9 @@ def _refuse_single_position(x: Tensor, gates: tuple[Tensor, Tensor], mixing: Mix
 def _is_fixed_batch_norm(mean_weight: Tensor, var_weight: Tensor, mixing: Mixing) -> bool:
     """Whether the site is exactly BN and no gradient asks what another mix would do; only where that costs nothing."""
     gates = (mean_weight, var_weight)
-    if mean_weight.device.type != "cpu" or (torch.is_grad_enabled() and any(gate.requires_grad for gate in gates)):
+    if torch.is_grad_enabled() and any(gate.requires_grad for gate in gates):
         return False
-    return all(read_shares(gate, mixing) == (0.0, 0.0, 1.0) for gate in gates)
-
-
-def _batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, constants: Moments, eps: float) -> Tensor:
-    """BN in evaluation, at its price: no moments of x are taken."""
-    mean, var = (moment.squeeze(0) for moment in constants)
-    weight, bias = (None if p is None else p.to(mean.dtype) for p in (weight, bias))
-    return torch.native_batch_norm(x, weight, bias, mean, var, False, 0.0, eps)[0]
+    return is_batch_norm(gates, mixing)
 
 
 def _running_moments(

@@ -84,9 +84,14 @@ def switch_norm_fused(backend: Backend, inputs: Inputs, record: Callable[[Moment
     Args:
         record: is given the moments (1, C) of the batch.
     """
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs.tensors):
+    if asks_gradient(inputs):
         return cast(Tensor, _Fused.apply(*inputs, backend, record))
     return _normalised(backend, inputs, record).y
+
+
+def asks_gradient(inputs: Inputs) -> bool:
+    """Say whether a backward pass may follow."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs.tensors)
 
 
 def _normalised(backend: Backend, inputs: Inputs, record: Callable[[Moments], None] | None) -> Normalised:
@@ -135,8 +140,9 @@ def differentiable_gradients(dy: Tensor, inputs: Inputs, wanted: tuple[bool, ...
         # Views: the graph built here ends at them, and not where the caller's graph goes on.
         views = (None if tensor is None else tensor.view_as(tensor) for tensor in inputs.tensors)
         leaves = Inputs._make((*views, inputs.constants, inputs.mixing, None))
-        points, mixing = (leaves.mean_point, leaves.var_point), inputs.mixing
-        means, variances = (importance_weights(point, mixing.gate) for point in points)
+        mixing = inputs.mixing
+        points = torch.stack((leaves.mean_point, leaves.var_point))
+        means, variances = importance_weights(points, mixing.gate).unbind()
         y = switch_norm_reference(
             leaves.x,
             means,

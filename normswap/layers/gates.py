@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor, nn
 
+from normswap.layers import operators
 from normswap.layers.adoption import GATE_PARAMETERS
-from normswap.layers.dispatch import can_read, project_points
+from normswap.layers.dispatch import can_read, compiles_operator, project_points
 from normswap.layers.importance import BnStatistics, Branch, Gate, importance_weights
 from normswap.layers.mixing import lies_on_simplex
 
@@ -85,6 +86,9 @@ class GatedModule(nn.Module):
         if not points or project_points(points, self.branches):
             return
         with torch.no_grad():
+            if points[0].device.type == "cpu" and compiles_operator(points[0]):
+                operators.project_points(points)
+                return
             for point in points:
                 # Read as the forward pass reads it: a half-precision point is projected in float32.
                 point.copy_(importance_weights(point, self.gate))

@@ -55,6 +55,12 @@ def lies_on_simplex(point: Tensor) -> bool:
     return min(values) >= 0 and abs(sum(values) - 1) <= torch.finfo(point.dtype).eps
 
 
+def put_on_simplex(point: Tensor) -> None:
+    """Replace a gate parameter (K,) by its projection, unless it lies on the simplex; only for one that can be read."""
+    if not lies_on_simplex(point):
+        point.copy_(torch.tensor(project(point.tolist()), dtype=point.dtype))
+
+
 def read_weights(parameter: Tensor, gate: Gate) -> list[float]:
     """Return the importance weights (K,) of a gate parameter, by reading it."""
     values: list[float] = parameter.tolist()

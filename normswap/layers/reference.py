@@ -59,8 +59,6 @@ def switch_norm_reference(
 def _mix(weights: Tensor, statistics: list[Tensor]) -> Tensor:
     """Sum weights (K,) times statistics; a weight of exactly zero silences inf and NaN instead of spreading them."""
     weights = weights.to(statistics[0].dtype)
-    terms = [
-        share * torch.where((share == 0) & ~statistic.isfinite(), 0.0, statistic)
-        for share, statistic in zip(weights.unbind(), statistics, strict=True)
-    ]
+    shares = zip(weights.unbind(), (weights != 0).unbind(), statistics, strict=True)
+    terms = [share * torch.where(heard | table.isfinite(), table, 0.0) for share, heard, table in shares]
     return sum(terms[1:], start=terms[0])
