@@ -111,9 +111,9 @@ static int read_job(PyObject *const *args, Py_ssize_t count, Py_ssize_t wanted, 
     j->gates.mean = read_table(args + 14);
     j->gates.var = read_table(args + 16);
     j->gates.softmax = PyObject_IsTrue(args[18]);
-    const long used = PyLong_AsLong(args[19]);
+    const long order = PyLong_AsLong(args[19]);
     for (int branch = 0; branch < BRANCHES; branch++)
-        j->gates.count += j->gates.used[branch] = used >> branch & 1;
+        j->gates.count += (j->gates.place[branch] = (int)(order >> 2 * branch & 3) - 1) >= 0;
     s->eps = PyFloat_AsDouble(args[20]);
     if (PyErr_Occurred())
         return -1;

@@ -5,8 +5,8 @@
 enum { IN, LN, BN, BRANCHES };
 
 typedef struct {
-    int softmax, used[BRANCHES], count; /* which branches are mixed; how many */
-    Table mean, var;                    /* gate parameters (K,) */
+    int softmax, place[BRANCHES], count; /* where the weight of a branch is, below 0 if it is not mixed; how many are */
+    Table mean, var;                     /* gate parameters (K,) */
 } Gates;
 
 static void project(const double *point, int count, double *weights) {
@@ -50,8 +50,8 @@ static void read_gate(const Gates *gates, Table parameter, double shares[BRANCHE
     for (int k = 0; k < gates->count; k++)
         values[k] = get(parameter, k);
     (gates->softmax ? soften : project)(values, gates->count, weights);
-    for (int branch = 0, k = 0; branch < BRANCHES; branch++)
-        shares[branch] = gates->used[branch] ? weights[k++] : 0;
+    for (int branch = 0; branch < BRANCHES; branch++)
+        shares[branch] = gates->place[branch] < 0 ? 0 : weights[gates->place[branch]];
 }
 
 /* From the gradient of the weights, up to a common shift of them. Softmax: w (g - sum w g); simplex: g - mean(g). */
@@ -62,10 +62,10 @@ static void write_gate(const Gates *gates, const double *shares, const double *g
     for (int branch = 0; branch < BRANCHES; branch++) {
         /* A weight of zero silences statistics that are not finite, and with them what they say of that weight. */
         upstream[branch] = shares[branch] == 0 && !isfinite(gradient[branch]) ? 0 : gradient[branch];
-        if (gates->used[branch])
+        if (gates->place[branch] >= 0)
             centre += upstream[branch] * (gates->softmax ? shares[branch] : 1.0 / gates->count);
     }
-    for (int branch = 0, k = 0; branch < BRANCHES; branch++)
-        if (gates->used[branch])
-            put(out, k++, (upstream[branch] - centre) * (gates->softmax ? shares[branch] : 1));
+    for (int branch = 0; branch < BRANCHES; branch++)
+        if (gates->place[branch] >= 0)
+            put(out, gates->place[branch], (upstream[branch] - centre) * (gates->softmax ? shares[branch] : 1));
 }

@@ -9,6 +9,7 @@ one, large activations are left to torch's kernels.
 """
 
 import ctypes
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,7 @@ import torch
 from torch import Tensor
 
 from normswap.layers.fused import Gradients, Inputs, Normalised
-from normswap.layers.importance import BRANCHES
-from normswap.layers.mixing import Mixing
+from normswap.layers.importance import BRANCHES, Branch
 from normswap.layers.moments import Moments, accumulation_dtype
 from normswap.layers.passes import is_channels_last
 
@@ -87,8 +87,8 @@ def differentiate(dy: Tensor, inputs: Inputs, saved: Moments, wanted: tuple[bool
     table = saved.mean
     gradients = Gradients(
         torch.empty_like(x) if wanted[0] else None,
-        mean_point.new_empty(mean_point.shape) if wanted[1] else None,
-        var_point.new_empty(var_point.shape) if wanted[2] else None,
+        torch.empty_like(mean_point) if wanted[1] else None,
+        torch.empty_like(var_point) if wanted[2] else None,
         table.new_empty(table.shape[1]) if wanted[3] else None,
         table.new_empty(table.shape[1]) if wanted[4] else None,
     )
@@ -152,15 +152,16 @@ def _site(inputs: Inputs, moments: Moments) -> tuple[tuple[Any, ...], list[Tenso
         *_table(mean_point, copies),
         *_table(var_point, copies),
         mixing.gate == "softmax",
-        _used(mixing),
+        _order(mixing.branches),
         mixing.eps,
     )
     return arguments, copies
 
 
-def _used(mixing: Mixing) -> int:
-    """Which branches are mixed, a bit for each."""
-    return 7 if mixing.branches == BRANCHES else sum(1 << BRANCHES.index(branch) for branch in mixing.branches)
+@cache
+def _order(branches: tuple[Branch, ...]) -> int:
+    """Where each branch of `BRANCHES` stands among those in use, from 1 on, two bits for each; 0 for one that is not."""
+    return sum((branches.index(branch) + 1) << 2 * at for at, branch in enumerate(BRANCHES) if branch in branches)
 
 
 def _table(tensor: Tensor | None, copies: list[Tensor]) -> tuple[int, int]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from normswap.errors import LayerError
+from normswap.layers import compiled
 from normswap.layers.dispatch import compiles_operator, fused_backend, runs_now
 from normswap.layers.fused import Inputs, switch_norm_fused
 from normswap.layers.importance import (
@@ -169,8 +170,13 @@ def _running_moments(
 def _update_running(
     running_mean: Tensor, running_var: Tensor, count: Tensor | None, momentum: float, values: int, batch: Moments
 ) -> None:
+    unbiased = values / (values - 1)
+    if runs_now(batch.mean) and compiled.record(
+        batch, running_mean, running_var, count, momentum=momentum, factor=unbiased
+    ):
+        return
     mean, var = (moment.detach().squeeze(0) for moment in batch)
-    for running, new in ((running_mean, mean), (running_var, var * (values / (values - 1)))):
+    for running, new in ((running_mean, mean), (running_var, var * unbiased)):
         if running.dtype == new.dtype:
             running.lerp_(new, momentum)
         else:  # in half precision: rounded once

@@ -19,6 +19,14 @@ from normswap.layers.mixing import lies_on_simplex
 _SIMPLEX_TOLERANCE = 1e-2
 
 
+def registered(module: nn.Module, name: str) -> Any:
+    """Return a parameter or buffer at a fifth of what an attribute of a module costs, which small layers feel."""
+    found = module._parameters.get(name)
+    if found is None:
+        found = module._buffers.get(name)
+    return getattr(module, name) if found is None else found  # elsewhere where it is parametrized or a replica's
+
+
 class GatedModule(nn.Module):
     """A module with `mean_weight` and `var_weight` of shape (number of branches,), and what they mean.
 
@@ -37,12 +45,8 @@ class GatedModule(nn.Module):
     def importance_weights(self) -> tuple[Tensor, Tensor]:
         """Return the importance weights of means and of variances, each (K,), detached."""
         # From the registry: FX hands out proxies for attributes while it traces, and these are values.
-        mean, var = (importance_weights(self._gate(name).detach(), self.gate) for name in GATE_PARAMETERS)
+        mean, var = (importance_weights(registered(self, name).detach(), self.gate) for name in GATE_PARAMETERS)
         return mean, var
-
-    def _gate(self, name: str) -> Tensor:
-        registered = self._parameters.get(name)
-        return getattr(self, name) if registered is None else registered
 
     def is_at(self, branch: Branch) -> bool:
         """Say whether the weights are exactly one-hot at `branch`, where the module computes just that norm."""
@@ -59,7 +63,7 @@ class GatedModule(nn.Module):
         """
         if self.gate != "simplex":
             return
-        points = [getattr(self, name) for name in GATE_PARAMETERS]
+        points = [registered(self, name) for name in GATE_PARAMETERS]
         points = [p for p in points if p.requires_grad and not (can_read(p) and lies_on_simplex(p))]
         if not points or project_points(points, self.branches):
             return
