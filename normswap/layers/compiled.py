@@ -39,7 +39,8 @@ _SMALL = 1 << 21
 def _threads_of_torch() -> bool:
     """Hand the extension the entry points of torch's own OpenMP runtime; say whether there are any."""
     library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
-    if not (AVAILABLE and torch.backends.openmp.is_available() and library.exists()):
+    openmp = AVAILABLE and torch.backends.openmp.is_available()  # type: ignore[no-untyped-call]
+    if not (openmp and library.exists()):
         return False
     try:
         torch_cpu = ctypes.CDLL(str(library))  # loaded already; its names include those of what it is linked to
@@ -160,7 +161,7 @@ def _site(inputs: Inputs, moments: Moments) -> tuple[tuple[Any, ...], list[Tenso
 
 @cache
 def _order(branches: tuple[Branch, ...]) -> int:
-    """Where each branch of `BRANCHES` stands among those in use, from 1 on, two bits for each; 0 for one that is not."""
+    """Where each branch of `BRANCHES` stands among those in use, from 1 on and in two bits; 0 for one that is not."""
     return sum((branches.index(branch) + 1) << 2 * at for at, branch in enumerate(BRANCHES) if branch in branches)
 
 

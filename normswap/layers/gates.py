@@ -21,7 +21,7 @@ _SIMPLEX_TOLERANCE = 1e-2
 
 def registered(module: nn.Module, name: str) -> Any:
     """Return a parameter or buffer at a fifth of what an attribute of a module costs, which small layers feel."""
-    found = module._parameters.get(name)
+    found: Tensor | None = module._parameters.get(name)
     if found is None:
         found = module._buffers.get(name)
     return getattr(module, name) if found is None else found  # elsewhere where it is parametrized or a replica's
