@@ -12,7 +12,7 @@
 #include <string.h>
 
 /* One version for any processor, one for those of today; the loader chooses. */
-#if defined(__GNUC__) && defined(__x86_64__) && defined(__linux__)
+#if defined(__GNUC__) && defined(__x86_64__) && defined(__GLIBC__)
 #define CLONES __attribute__((target_clones("arch=haswell", "default")))
 #else
 #define CLONES

@@ -168,7 +168,8 @@ static void pool(const Job *j) {
 static void forward(Job *j) {
     const Site *s = &j->site;
     const Py_ssize_t units = s->samples * units_of_sample(j);
-    if (s->fixed_mean.values != NULL && (j->threads == 1 || s->samples >= j->threads)) {
+    const int even = s->samples % j->threads == 0 || s->samples >= 4 * j->threads;
+    if (s->fixed_mean.values != NULL && even) {
         run(normalise_samples, j, s->samples, j->threads);
         return;
     }

@@ -163,7 +163,12 @@ def _running_moments(
         return None
     # Copies where a backward pass may follow: an update in between must not change what was used.
     dtype, copy = accumulation_dtype(x), torch.is_grad_enabled()
-    mean, var = (s.detach().to(dtype, copy=copy).contiguous().unsqueeze(0) for s in (running_mean, running_var))  # type: ignore[union-attr]
+    mean, var = (
+        s.unsqueeze(0)  # type: ignore[union-attr]
+        if not copy and s.dtype == dtype and s.is_contiguous()  # type: ignore[union-attr]
+        else s.detach().to(dtype, copy=copy).contiguous().unsqueeze(0)  # type: ignore[union-attr]
+        for s in (running_mean, running_var)
+    )
     return Moments(mean, var)
 
 
