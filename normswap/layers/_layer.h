@@ -6,7 +6,7 @@
 typedef struct {
     Site site;
     Gates gates;
-    const Passes *passes;
+    const Passes *passes, *sums_of_rows;
     int by_channel;
     Py_ssize_t threads, segments; /* segments of a sample in channels_last */
     const char *x, *dy;
@@ -63,7 +63,7 @@ static void measure_part(const Job *j, Py_ssize_t n, Part part, double *scratch)
     const Site *s = &j->site;
     const char *sample = j->x + (size_t)(n * s->channels * s->positions) * j->passes->size;
     if (!j->by_channel) {
-        j->passes->row_moments(j->x + part.offset, part.channels, s->positions, s->mean, s->var,
+        j->sums_of_rows->row_moments(j->x + part.offset, part.channels, s->positions, s->mean, s->var,
                                n * s->channels + part.channel);
         return;
     }
@@ -92,7 +92,8 @@ static void gather_part(const Job *j, Py_ssize_t n, Part part, double *scratch) 
     double *centre = scratch, *rstd = centre + part.channels, *rest = rstd + part.channels;
     mix(&j->site, n, part.channel, part.channels, centre, rstd, rest);
     if (!j->by_channel || j->segments == 1) {
-        j->passes->sums[j->by_channel](j->dy + part.offset, j->x + part.offset, part.channels, part.positions, centre,
+        const Passes *passes = j->by_channel ? j->passes : j->sums_of_rows;
+        passes->sums[j->by_channel](j->dy + part.offset, j->x + part.offset, part.channels, part.positions, centre,
                                        j->pulls.p + at, j->pulls.q + at, rest);
         return;
     }
