@@ -3,6 +3,7 @@
 import itertools
 import re
 import shutil
+import sys
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
@@ -286,6 +287,128 @@ def test_what_is_not_finite_is_what_it_is_in_torch() -> None:
         with normswap.use_backend("reference"):
             expected = switch_norm(x, weights, weights, training=True, gate="simplex")
         torch.testing.assert_close(found, expected, equal_nan=True)
+
+
+# Sizes at which several threads take part; in the last two one sample is cut into segments where channels_last.
+SHARED_SHAPES = [(3, 40, 17, 33), (1, 8, 130, 131), (2, 3, 6, 70, 90)]
+NEEDS_C = pytest.mark.skipif(not compiled.AVAILABLE, reason="built without a compiler")
+
+
+@NEEDS_C
+def test_the_extension_finds_the_threads_of_torch() -> None:
+    """Where it did not, that would show as nothing but slowness."""
+    if sys.platform == "linux" and torch.backends.openmp.is_available():
+        assert compiled._SHARES_THREADS
+
+
+@NEEDS_C
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", SHARED_SHAPES)
+def test_the_number_of_threads_changes_no_bit(shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> None:
+    x, dy = (LAYOUTS[layout][1](torch.randn(shape).to(dtype)) for _ in range(2))
+    leaves = {"x": x, "weight": torch.rand(shape[1]), "bias": torch.rand(shape[1])}
+    leaves |= {"mean_weight": torch.tensor([0.2, 0.3, 0.5]), "var_weight": torch.tensor([0.5, 0.2, 0.3])}
+    statistics = {"running_mean": torch.rand(shape[1]), "running_var": torch.rand(shape[1])}
+    for training in (True, False):
+        found = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(run("native", dy, leaves, training=training, gate="simplex", **statistics))
+        for other in found[1:]:
+            assert all(other[name].equal(value) for name, value in found[0].items())
+
+
+@NEEDS_C
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("shape", SHARED_SHAPES)
+def test_large_activations_agree_with_the_plain_formula(shape: tuple[int, ...], training: bool, threads: int) -> None:
+    torch.set_num_threads(threads)
+    x, dy = (channels_last(torch.randn(shape).double() + 3) for _ in range(2))
+    leaves = {"x": x, "weight": torch.rand(shape[1]).double(), "bias": torch.rand(shape[1]).double()}
+    leaves |= {name: torch.tensor([0.2, 0.3, 0.5]).double() for name in ("mean_weight", "var_weight")}
+    statistics = {"running_mean": torch.rand(shape[1]).double(), "running_var": torch.rand(shape[1]).double()}
+    expected, found = (
+        run(backend, dy, leaves, training=training, gate="simplex", **statistics) for backend in ("reference", "native")
+    )
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-8, atol=1e-9, msg=name)
+
+
+@NEEDS_C
+def test_large_activations_are_left_to_torch_where_its_threads_are_out_of_reach(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[torch.Size] = []
+    served = compiled.normalise
+    monkeypatch.setattr(compiled, "normalise", lambda inputs: [seen.append(inputs.x.shape), served(inputs)][1])
+    layer, small, large = normswap.SwitchNorm2d(4), torch.randn(2, 4, 8, 8), torch.randn(2, 4, 512, 512)
+    for threads, shares in ((2, True), (1, False), (2, False)):
+        torch.set_num_threads(threads)
+        monkeypatch.setattr(compiled, "_SHARES_THREADS", shares)
+        layer(small)
+        layer(large)
+    assert seen == [small.shape, large.shape] * 2 + [small.shape]
+
+
+@NEEDS_C
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_half_precision_number_is_read_and_rounded_as_torch_does(dtype: torch.dtype, layout: str) -> None:
+    """At mean 0, variance 1 and eps 0 a layer is a product and a sum in float32."""
+    every = torch.arange(-(2**15), 2**15).short().view(dtype).view(1, 4, 128, 128)
+    x, zeros, ones = LAYOUTS[layout][1](every), torch.zeros(4), torch.ones(4)
+    point = torch.ones(1, requires_grad=True)  # else the kernel of batch normalization does it
+    for factor, term in ((1.0, 0.0), (1.1, 0.0), (3e-5, 0.0), (1.0, 65504.0), (2.0, 1e-5)):
+        weight, bias = torch.full((4,), factor), torch.full((4,), term)
+        y = switch_norm(x, point, point, zeros, ones, weight, bias, eps=0.0, branches=("bn",), gate="simplex")
+        # Exact in float64, since both are short numbers, so that it is rounded as by one operation.
+        expected = torch.where(every.isnan(), every.float(), (every.double() * weight[0] + bias[0]).float()).to(dtype)
+        assert torch.equal(y.isnan(), expected.isnan())
+        assert torch.equal(y.nan_to_num(0.0), expected.nan_to_num(0.0))
+
+
+@NEEDS_C
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_gates_off_the_simplex_are_read_as_the_plain_formula_reads_them(dtype: torch.dtype) -> None:
+    x, dy = torch.randn(2, 3, 4, 5).double(), torch.randn(2, 3, 4, 5).double()
+    statistics = {"running_mean": torch.zeros(3).double(), "running_var": torch.ones(3).double()}
+    points = [[0.5, 0.5, 0.5], [-1.0, 3.0, 0.2], [100.0, 100.5, 99.0], [0.0, 0.0, 1.0]]
+    for gate, mean, var in itertools.product(GATES, points, points):
+        leaves = {"x": x, "mean_weight": torch.tensor(mean).to(dtype), "var_weight": torch.tensor(var).to(dtype)}
+        expected, found = (
+            run(backend, dy, leaves, training=True, gate=gate, **statistics) for backend in ("reference", "native")
+        )
+        for name, value in found.items():
+            loose = {"rtol": 2e-2, "atol": 1e-3} if value.dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
+            torch.testing.assert_close(value, expected[name], **loose, msg=f"{name} {gate} {mean} {var}")
+
+
+@NEEDS_C
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_running_statistics_move_as_in_batch_norm_and_say_that_they_changed(dtype: torch.dtype) -> None:
+    layer, bn = normswap.SwitchNorm2d(3).to(dtype), nn.BatchNorm2d(3)
+    for _ in range(3):
+        x, versions = torch.randn(4, 3, 5, 5).to(dtype) + 1, [buffer._version for buffer in layer.buffers()]
+        layer(x)
+        bn(x.float())
+        assert all(buffer._version > old for buffer, old in zip(layer.buffers(), versions, strict=True))
+    for found, expected in zip(layer.buffers(), bn.buffers(), strict=True):
+        torch.testing.assert_close(found.to(expected.dtype), expected, rtol=4 * torch.finfo(dtype).eps, atol=1e-6)
+
+
+@NEEDS_C
+def test_the_extension_refuses_calls_that_make_no_sense() -> None:
+    site = (0, 1, 0, 4, False, 1, *[0] * 14, 1e-5)
+    for function, count in ((compiled._C.normalise, 25), (compiled._C.differentiate, 28)):
+        with pytest.raises(TypeError, match=f"expected {count} arguments, got 1"):
+            function(0)
+        with pytest.raises(ValueError, match="expected a kind of number and a shape without zeros"):
+            function(*site, *[0] * (count - len(site)))
+    for function, count in ((compiled._C.record, 11), (compiled._C.use_threads, 3)):
+        with pytest.raises(TypeError, match=f"expected {count} arguments, got 1"):
+            function(0)
 
 
 # Which backend

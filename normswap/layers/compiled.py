@@ -1,18 +1,25 @@
-"""The algebra of `tables.py` compiled, each function one call of C; on small maps the passes around it too.
+"""The backend for CPU compiled: a forward pass is one call of C, and so is a backward pass.
 
-On small maps a layer spends more time between its passes than in them. The extension is built when the package is
-installed and a compiler is there; without it `AVAILABLE` is false, and `tables.py` and `passes.py` do the same.
+On small maps a layer spends more time between its passes than in them, and torch has no kernels that take moments and
+sums of half-precision numbers at the price of reading them. The extension is built when the package is installed and a
+compiler is there; without it `AVAILABLE` is false, and `tables.py` and `passes.py` do the same.
+
+It runs on the threads that torch has: those of the OpenMP runtime that torch was built with. Where there is another
+one, large activations are left to torch's kernels.
 """
 
+import ctypes
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from normswap.layers.mixing import Shares
-from normswap.layers.moments import Moments
+from normswap.layers.fused import Gradients, Inputs, Normalised
+from normswap.layers.importance import BRANCHES, Branch
+from normswap.layers.moments import Moments, accumulation_dtype
 from normswap.layers.passes import is_channels_last
-from normswap.layers.tables import Pulled, Site
 
 _C: Any
 try:
@@ -22,92 +29,152 @@ except ImportError:
 
 AVAILABLE = _C is not None
 
+# The numbers that the extension reads and writes, by its own names for them.
+_KINDS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
 # Up to so many values over the number of threads, one thread here beats them all in torch's kernels.
 _SMALL = 1 << 21
 
 
-def serves(x: Tensor) -> bool:
-    """Say whether the algebra for x can be done here."""
-    return AVAILABLE and x.device.type == "cpu"
-
-
-def serves_whole(x: Tensor) -> bool:
-    """Say whether `normalise` and `differentiate` do all there is to do for x."""
-    if not serves(x) or x.dtype not in (torch.float32, torch.float64):
+def _threads_of_torch() -> bool:
+    """Hand the extension the entry points of torch's own OpenMP runtime; say whether there are any."""
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    openmp = AVAILABLE and torch.backends.openmp.is_available()  # type: ignore[no-untyped-call]
+    if not (openmp and library.exists()):
         return False
-    threads = torch.get_num_threads()
-    return threads == 1 or x.numel() * threads <= _SMALL
+    try:
+        torch_cpu = ctypes.CDLL(str(library))  # loaded already; its names include those of what it is linked to
+        names = (torch_cpu.GOMP_parallel, torch_cpu.omp_get_thread_num, torch_cpu.omp_get_num_threads)
+    except (OSError, AttributeError):
+        return False
+    _C.use_threads(*(ctypes.cast(name, ctypes.c_void_p).value for name in names))
+    return True
 
 
-def normalise(x: Tensor, site: Site) -> tuple[Tensor, Moments | None]:
-    """Return y and the moments (1, C) that `bn` took from the batch; the moments of `site` (N, C) are written."""
-    y, batch = torch.empty_like(x), _room_for_batch(site)
-    layout = x.numel() // site.moments.mean.numel(), is_channels_last(x)
-    _C.normalise(*_arguments(site), *layout, x.data_ptr(), y.data_ptr(), *_addresses(batch))
-    return y, batch
+_SHARES_THREADS = _threads_of_torch()
 
 
-def differentiate(
-    dy: Tensor, x: Tensor, site: Site, *, wanted: bool
-) -> tuple[Tensor | None, Shares, Shares, Tensor, Tensor]:
-    """Return the gradients of x (if `wanted`), the shares of means and variances, weight (C,) and bias (C,)."""
-    table = site.moments.mean
-    weight, bias = table.new_empty(table.shape[1]), table.new_empty(table.shape[1])
-    dx = torch.empty_like(x) if wanted else None
-    tensors = (dy.data_ptr(), x.data_ptr(), 0 if dx is None else dx.data_ptr(), weight.data_ptr(), bias.data_ptr())
-    layout = x.numel() // table.numel(), is_channels_last(x)
-    means, variances = _C.differentiate(*_arguments(site), *layout, *tensors)
-    return dx, Shares(*means), Shares(*variances), weight, bias
+def serves(inputs: Inputs) -> bool:
+    """Say whether `normalise` and `differentiate` can take these inputs, and are the fastest to do so."""
+    x, mean_point, var_point, weight, bias, *_ = inputs
+    if inputs.renew is not None or not AVAILABLE:
+        return False
+    if not all(_is_readable(t) for t in (x, mean_point, var_point, weight, bias) if t is not None):
+        return False
+    return _SHARES_THREADS or (threads := torch.get_num_threads()) == 1 or x.numel() * threads <= _SMALL
 
 
-def scale_and_shift(site: Site) -> tuple[Tensor, Tensor, Moments | None]:
-    """As `tables.scale_and_shift`."""
-    table = site.moments.mean
-    scale, shift = torch.empty_like(table), torch.empty_like(table)
-    batch = _room_for_batch(site)
-    _C.scale_and_shift(*_arguments(site), scale.data_ptr(), shift.data_ptr(), *_addresses(batch))
-    return scale, shift, batch
+def _is_readable(tensor: Tensor) -> bool:
+    return tensor.is_cpu and tensor.dtype in _KINDS
 
 
-def mean_and_rstd(site: Site) -> tuple[Tensor, Tensor]:
-    """As `tables.mean_and_rstd`."""
-    mean, rstd = torch.empty_like(site.moments.mean), torch.empty_like(site.moments.mean)
-    _C.mean_and_rstd(*_arguments(site), mean.data_ptr(), rstd.data_ptr())
-    return mean, rstd
+def normalise(inputs: Inputs) -> Normalised:
+    """Normalise; see `fused.Forward`. x is contiguous or channels_last."""
+    x, constants, mixing = inputs.x, inputs.constants, inputs.mixing
+    dtype = accumulation_dtype(x)
+    y, table = torch.empty_like(x), x.shape[:2]
+    saved = Moments(x.new_empty(table, dtype=dtype), x.new_empty(table, dtype=dtype))
+    batch = None
+    if constants is None and "bn" in mixing.branches:
+        row = (1, table[1])
+        batch = Moments(x.new_empty(row, dtype=dtype), x.new_empty(row, dtype=dtype))
+    # Copies, where there are any, have to outlive the call.
+    arguments, _copies = _site(inputs, saved)
+    _C.normalise(*arguments, x.data_ptr(), y.data_ptr(), *_addresses(batch))
+    return Normalised(y, batch, saved)
 
 
-def pull(site: Site, plain: Tensor, scaled: Tensor, positions: int) -> Pulled:
-    """As `tables.pull`."""
-    table = site.moments.mean
-    plain, scaled = plain.contiguous(), scaled.contiguous()
-    scale, slope, shift = torch.empty_like(table), torch.empty_like(table), torch.empty_like(table)
-    weight, bias = table.new_empty(table.shape[1]), table.new_empty(table.shape[1])
-    tensors = (plain, scaled, scale, slope, shift, weight, bias)
-    addresses = (tensor.data_ptr() for tensor in tensors)
-    means, variances = _C.pull(*_arguments(site), float(positions), *addresses)
-    return Pulled(scale, slope, shift, Shares(*means), Shares(*variances), weight, bias)
-
-
-def _room_for_batch(site: Site) -> Moments | None:
-    table = site.moments.mean
-    return Moments(torch.empty_like(table[:1]), torch.empty_like(table[:1])) if site.takes_batch else None
-
-
-def _arguments(site: Site) -> tuple[Any, ...]:
-    """What every function of the extension is given first."""
-    mean, var = site.moments
-    return (
-        mean.dtype == torch.float64,
-        *mean.shape,
-        mean.data_ptr(),
-        var.data_ptr(),
-        *_addresses(site.constants),
-        0 if site.weight is None else site.weight.data_ptr(),
-        0 if site.bias is None else site.bias.data_ptr(),
-        *site.means,
-        *site.variances,
-        site.mixing.eps,
+def differentiate(dy: Tensor, inputs: Inputs, saved: Moments, wanted: tuple[bool, ...]) -> Gradients:
+    """Return the gradients; see `fused.Backward`. dy is laid out as x is."""
+    x, mean_point, var_point, *_ = inputs
+    table = saved.mean
+    gradients = Gradients(
+        torch.empty_like(x) if wanted[0] else None,
+        torch.empty_like(mean_point) if wanted[1] else None,
+        torch.empty_like(var_point) if wanted[2] else None,
+        table.new_empty(table.shape[1]) if wanted[3] else None,
+        table.new_empty(table.shape[1]) if wanted[4] else None,
     )
+    arguments, _copies = _site(inputs, saved)
+    _C.differentiate(
+        *arguments, dy.data_ptr(), x.data_ptr(), *[0 if each is None else each.data_ptr() for each in gradients]
+    )
+    return gradients
+
+
+def record(
+    batch: Moments,
+    running_mean: Tensor,
+    running_var: Tensor,
+    count: Tensor | None,
+    *,
+    momentum: float,
+    factor: float,
+) -> bool:
+    """Move running statistics (C,) towards the mean, and `factor` times the variance, of a batch (1, C).
+
+    Args:
+        count: is made one higher.
+        momentum: share of the new ones.
+
+    Returns:
+        Whether it was done: nothing is where the extension cannot do it.
+    """
+    changed = (running_mean, running_var) if count is None else (running_mean, running_var, count)
+    if not AVAILABLE or not all(t.is_cpu and t.is_contiguous() for t in (*batch, *changed)):
+        return False
+    kinds = [_KINDS.get(t.dtype) for t in (batch.mean, running_mean, running_var)]
+    if None in kinds or (count is not None and count.dtype != torch.int64):
+        return False
+    new, mean, var = kinds
+    _C.record(
+        batch.mean.numel(), momentum, factor, new, *_addresses(batch), running_mean.data_ptr(), mean,
+        running_var.data_ptr(), var, 0 if count is None else count.data_ptr(),
+    )  # fmt: skip
+    if not running_mean.is_inference():
+        torch.autograd.graph.increment_version(changed)
+    return True
+
+
+def _site(inputs: Inputs, moments: Moments) -> tuple[tuple[Any, ...], list[Tensor]]:
+    """What both functions of the extension are given first, and the copies that were made for it."""
+    x, mean_point, var_point, weight, bias, constants, mixing, _ = inputs
+    samples, channels = x.shape[:2]
+    copies: list[Tensor] = []
+    arguments = (
+        _KINDS[x.dtype],
+        samples,
+        channels,
+        x.numel() // (samples * channels),
+        is_channels_last(x),
+        torch.get_num_threads() if _SHARES_THREADS else 1,
+        *_addresses(moments),
+        *_addresses(constants),
+        *_table(weight, copies),
+        *_table(bias, copies),
+        *_table(mean_point, copies),
+        *_table(var_point, copies),
+        mixing.gate == "softmax",
+        _order(mixing.branches),
+        mixing.eps,
+    )
+    return arguments, copies
+
+
+@cache
+def _order(branches: tuple[Branch, ...]) -> int:
+    """Where each branch of `BRANCHES` stands among those in use, from 1 on and in two bits; 0 for one that is not."""
+    return sum((branches.index(branch) + 1) << 2 * at for at, branch in enumerate(BRANCHES) if branch in branches)
+
+
+def _table(tensor: Tensor | None, copies: list[Tensor]) -> tuple[int, int]:
+    """The address and the kind of a parameter."""
+    if tensor is None:
+        return 0, 0
+    if not tensor.is_contiguous():
+        tensor = tensor.detach().contiguous()
+        copies.append(tensor)
+    return tensor.data_ptr(), _KINDS[tensor.dtype]
 
 
 def _addresses(moments: Moments | None) -> tuple[int, int]:

@@ -159,4 +159,4 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 def can_read(parameter: Tensor) -> bool:
     """Say whether the values of a parameter can be read at no cost, and would not be burnt into a trace."""
-    return parameter.device.type == "cpu" and runs_now(parameter)
+    return parameter.is_cpu and runs_now(parameter)

@@ -24,6 +24,14 @@ if TYPE_CHECKING:
 _SIMPLEX_TOLERANCE = 1e-2
 
 
+def registered(module: nn.Module, name: str) -> Any:
+    """Return a parameter or buffer at a fifth of what an attribute of a module costs, which small layers feel."""
+    found: Tensor | None = module._parameters.get(name)
+    if found is None:
+        found = module._buffers.get(name)
+    return getattr(module, name) if found is None else found  # elsewhere where it is parametrized or a replica's
+
+
 class GatedModule(nn.Module):
     """A module with `mean_weight` and `var_weight` of shape (number of branches,), and what they mean.
 
@@ -45,7 +53,7 @@ class GatedModule(nn.Module):
     def importance_weights(self) -> tuple[Tensor, Tensor]:
         """Return the importance weights of means and of variances, each (K,), detached."""
         # From the registry: FX hands out proxies for attributes while it traces, and these are values.
-        mean, var = (importance_weights(self._gate(name).detach(), self.gate) for name in GATE_PARAMETERS)
+        mean, var = (importance_weights(registered(self, name).detach(), self.gate) for name in GATE_PARAMETERS)
         return mean, var
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
@@ -62,10 +70,6 @@ class GatedModule(nn.Module):
         state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
         return {**state, "process_group": None} if state.get("process_group") is not None else state
 
-    def _gate(self, name: str) -> Tensor:
-        registered = self._parameters.get(name)
-        return getattr(self, name) if registered is None else registered
-
     def is_at(self, branch: Branch) -> bool:
         """Say whether the weights are exactly one-hot at `branch`, where the module computes just that norm."""
         if branch not in self.branches:
@@ -81,7 +85,7 @@ class GatedModule(nn.Module):
         """
         if self.gate != "simplex":
             return
-        points = [getattr(self, name) for name in GATE_PARAMETERS]
+        points = [registered(self, name) for name in GATE_PARAMETERS]
         points = [p for p in points if p.requires_grad and not (can_read(p) and lies_on_simplex(p))]
         if not points or project_points(points, self.branches):
             return

@@ -7,6 +7,7 @@ at no cost, three numbers are projected in a microsecond. Refuses nothing: optio
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -52,7 +53,12 @@ def project(point: Sequence[float]) -> list[float]:
 def lies_on_simplex(point: Tensor) -> bool:
     """Say whether a gate parameter (K,) is a point of the simplex, to the rounding of its dtype."""
     values: list[float] = point.tolist()
-    return min(values) >= 0 and abs(sum(values) - 1) <= torch.finfo(point.dtype).eps
+    return min(values) >= 0 and abs(sum(values) - 1) <= _rounding(point.dtype)
+
+
+@cache
+def _rounding(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps
 
 
 def put_on_simplex(point: Tensor) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from normswap.errors import LayerError
 from normswap.layers.adoption import GATE_PARAMETERS, adopt, check_replaceable, shallow_twin
 from normswap.layers.functional import switch_norm
-from normswap.layers.gates import GatedModule
+from normswap.layers.gates import GatedModule, registered
 from normswap.layers.importance import (
     BRANCHES,
     BnStatistics,
@@ -234,19 +234,19 @@ def apply_layer(layer: SwitchNorm, x: Tensor) -> Tensor:
     tracked = not training or layer.track_running_stats or layer.bn_statistics == "running"
     return switch_norm(
         x,
-        layer.mean_weight,
-        layer.var_weight,
-        layer.running_mean if tracked else None,
-        layer.running_var if tracked else None,
-        layer.weight,
-        layer.bias,
+        registered(layer, "mean_weight"),
+        registered(layer, "var_weight"),
+        registered(layer, "running_mean") if tracked else None,
+        registered(layer, "running_var") if tracked else None,
+        registered(layer, "weight"),
+        registered(layer, "bias"),
         training,
         _share_of_batch(layer) if updates else 0.0,
         layer.__dict__["eps"],
         gate=layer.gate,
         branches=layer.branches,
         bn_statistics=layer.bn_statistics,
-        num_batches_tracked=layer.num_batches_tracked if updates else None,
+        num_batches_tracked=registered(layer, "num_batches_tracked") if updates else None,
         synchronize=layer.synchronize,
         process_group=layer.process_group,
     )

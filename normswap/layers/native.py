@@ -17,44 +17,43 @@ from normswap.layers.tables import Site, pool_samples
 
 def forward(inputs: Inputs) -> Normalised:
     """Normalise; see `fused.Forward`."""
-    x, mean_point, var_point, weight, bias, constants, mixing, renew = inputs
-    x = laid_out(x)
-    rest = (_parameter(weight, x), _parameter(bias, x), read_shares(mean_point, mixing), read_shares(var_point, mixing))
-    if renew is None and compiled.serves_whole(x):
-        room = (torch.empty(x.shape[:2], dtype=x.dtype) for _ in Moments._fields)
-        site = Site(Moments(*room), constants, *rest, mixing)
-        return Normalised(*compiled.normalise(x, site), site.moments)
-    moments, buffer = instance_moments(x)
-    if renew is not None:
-        constants = renew(pool_samples(moments))
-    algebra = compiled if compiled.serves(x) else tables
-    scale, shift, batch = algebra.scale_and_shift(Site(moments, constants, *rest, mixing))
-    return Normalised(scale_and_shift(x, scale, shift, buffer=buffer), batch, moments, renew and constants)
+    inputs = inputs._replace(x=laid_out(inputs.x))
+    if compiled.serves(inputs):
+        return compiled.normalise(inputs)
+    moments, buffer = instance_moments(inputs.x)
+    constants = None
+    if inputs.renew is not None:
+        constants = inputs.renew(pool_samples(moments))
+        inputs = inputs._replace(constants=constants)
+    scale, shift, batch = tables.scale_and_shift(_site(inputs, moments))
+    y = scale_and_shift(inputs.x, scale, shift, buffer=buffer)
+    return Normalised(y, batch, moments, constants)
 
 
 def backward(dy: Tensor, inputs: Inputs, saved: Moments, wanted: tuple[bool, ...]) -> Gradients:
     """Return the gradients; see `fused.Backward`."""
-    x, mean_point, var_point, weight, _, constants, mixing, renew = inputs
-    x = laid_out(x)
-    dy = laid_out_like(dy, x)
-    shares = read_shares(mean_point, mixing), read_shares(var_point, mixing)
+    inputs = inputs._replace(x=laid_out(inputs.x))
+    dy = laid_out_like(dy, inputs.x)
     saved = Moments(*(moment.contiguous() for moment in saved))  # hooks on saved tensors may have laid them out anew
-    renewed = renew is not None
-    site = Site(saved, constants, _parameter(weight, x), None, *shares, mixing, renewed)
-    if compiled.serves_whole(x) and not renewed:
-        dx, means, variances, *affine = compiled.differentiate(dy, x, site, wanted=wanted[0])
-    else:
-        algebra = compiled if compiled.serves(x) and not renewed else tables
-        plain, scaled = gradient_sums(dy, x, *algebra.mean_and_rstd(site))
-        scale, slope, shift, means, variances, *affine = algebra.pull(site, plain, scaled, x.numel() // plain.numel())
-        dx = combine(dy, x, scale, slope, shift, saved.mean) if wanted[0] else None
+    if compiled.serves(inputs):
+        return compiled.differentiate(dy, inputs, saved, wanted)
+    x, mixing, site = inputs.x, inputs.mixing, _site(inputs, saved)
+    plain, scaled = gradient_sums(dy, x, *tables.mean_and_rstd(site))
+    scale, slope, shift, means, variances, *affine = tables.pull(site, plain, scaled, x.numel() // plain.numel())
     return Gradients(
-        dx,
-        _gate(site.means, means, mixing, mean_point) if wanted[1] else None,
-        _gate(site.variances, variances, mixing, var_point) if wanted[2] else None,
+        combine(dy, x, scale, slope, shift, saved.mean) if wanted[0] else None,
+        _gate(site.means, means, mixing, inputs.mean_point) if wanted[1] else None,
+        _gate(site.variances, variances, mixing, inputs.var_point) if wanted[2] else None,
         affine[0] if wanted[3] else None,
         affine[1] if wanted[4] else None,
     )
+
+
+def _site(inputs: Inputs, moments: Moments) -> Site:
+    """What the algebra reads."""
+    x, mean_point, var_point, weight, bias, constants, mixing, renew = inputs
+    shares = read_shares(mean_point, mixing), read_shares(var_point, mixing)
+    return Site(moments, constants, _parameter(weight, x), _parameter(bias, x), *shares, mixing, renew is not None)
 
 
 def _parameter(parameter: Tensor | None, x: Tensor) -> Tensor | None:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from normswap.layers import compiled
+from normswap.layers.dispatch import runs_now
 from normswap.layers.moments import Moments
 
 
@@ -16,8 +18,13 @@ def update_running(
     running_mean: Tensor, running_var: Tensor, count: Tensor | None, momentum: float, values: int, batch: Moments
 ) -> None:
     """Record the moments (1, C) of a batch of `values` values per channel in place; the variance is stored unbiased."""
+    unbiased = values / (values - 1)
+    if runs_now(batch.mean) and compiled.record(
+        batch, running_mean, running_var, count, momentum=momentum, factor=unbiased
+    ):
+        return
     mean, var = (moment.detach().squeeze(0) for moment in batch)
-    for running, new in ((running_mean, mean), (running_var, var * (values / (values - 1)))):
+    for running, new in ((running_mean, mean), (running_var, var * unbiased)):
         if running.dtype == new.dtype:
             running.lerp_(new, momentum)
         else:  # in half precision: rounded once
@@ -43,7 +50,12 @@ def renew_running(
 
 def read_running(running_mean: Tensor, running_var: Tensor, dtype: torch.dtype, *, copy: bool) -> Moments:
     """Return the running statistics as moments (1, C)."""
-    mean, var = (s.detach().to(dtype, copy=copy).contiguous().unsqueeze(0) for s in (running_mean, running_var))
+    mean, var = (
+        s.unsqueeze(0)
+        if not copy and s.dtype == dtype and s.is_contiguous()
+        else s.detach().to(dtype, copy=copy).contiguous().unsqueeze(0)
+        for s in (running_mean, running_var)
+    )
     return Moments(mean, var)
 
 
