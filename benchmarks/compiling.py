@@ -37,7 +37,6 @@ class Run:
     """One network compiled by the default backend: what that cost, and a step of it."""
 
     def __init__(self, model: nn.Module, x: Tensor, *, training: bool) -> None:
-        torch.compiler.reset()
         counters.clear()
         self.nodes = 0
         self.training = training
@@ -105,6 +104,7 @@ def main() -> None:
 
 
 def _row(name: str, make: Callable[[], nn.Module], training: bool) -> Row:
+    torch.compiler.reset()
     torch.manual_seed(0)
     model, x = make().eval(), torch.randn(SHAPE)
     conversion = normswap.convert(model, x)
