@@ -1,8 +1,8 @@
 """What a model's dependence on its batches can be priced by: the share that its `bn` branches have.
 
 A batch of one sample gives IN and BN the same moments in training, so that no gradient tells their gates apart, while
-evaluation, on running statistics, does. A small price on the share of BN breaks the tie; where batches are larger, BN
-keeps what it earns. This room adds up shares: it decides no price and touches no gradient.
+evaluation, on running statistics, does. A small price on the share of BN breaks the tie. This room adds up shares:
+it decides no price and touches no gradient.
 """
 
 from collections import defaultdict
