@@ -110,6 +110,7 @@ ROOMS = [
     "finetune.layouts",
     "finetune.batch_price",
     "finetune.param_groups",
+    "finetune.recipe_tables",
     "finetune.recipe",
     "finetune.augmentation",
     "finetune.optimizer",

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from normswap.finetune.recipe import DataTable
+from normswap.finetune.recipe_tables import DataTable
 
 Mix = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 

@@ -30,7 +30,8 @@ from normswap.finetune.journal import Journal
 from normswap.finetune.optimizer import build_average, build_optimizer
 from normswap.finetune.preparation import Prepared, prepare
 from normswap.finetune.randomness import mixed, seed_generators
-from normswap.finetune.recipe import Recipe, TrainTable
+from normswap.finetune.recipe import Recipe
+from normswap.finetune.recipe_tables import TrainTable
 from normswap.finetune.run_state import MODEL, STATE, RunState, read_state, write_model, write_state
 from normswap.surgery.gated import ImportanceWeights, gate_parameters, importance_weights
 

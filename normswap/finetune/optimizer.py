@@ -7,7 +7,7 @@ from torch import nn
 
 from normswap.errors import RecipeError
 from normswap.finetune.param_groups import param_groups
-from normswap.finetune.recipe import TrainTable
+from normswap.finetune.recipe_tables import TrainTable
 
 
 def build_optimizer(model: nn.Module, train: TrainTable) -> torch.optim.Optimizer:

@@ -15,7 +15,8 @@ from normswap.checkpoints.record import Step
 from normswap.errors import ArchitectureError, DataError, NothingToDo, RecipeError
 from normswap.finetune.data import Data, open_data
 from normswap.finetune.image_source import DataSettings
-from normswap.finetune.recipe import DataTable, Recipe
+from normswap.finetune.recipe import Recipe
+from normswap.finetune.recipe_tables import DataTable
 from normswap.modes import training_flags
 from normswap.surgery.conversion import convert
 from normswap.surgery.gated import gated_modules
