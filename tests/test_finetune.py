@@ -9,7 +9,10 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -30,7 +33,8 @@ from normswap.errors import (
     RunInterrupted,
     TrainingError,
 )
-from normswap.finetune import engine, journal
+from normswap.finetune import engine, journal, preparation
+from normswap.finetune.data import open_data
 from normswap.finetune.engine import run_recipe
 from normswap.finetune.journal import Journal, read_journal
 from normswap.finetune.preparation import prepare
@@ -328,6 +332,31 @@ def test_what_cannot_be_trained_is_told_before_anything_is_written(
     with pytest.raises(kind, match=re.escape(text)):
         run_recipe(recipe(tmp_path, **keys))
     assert not list((tmp_path / "run").glob("*"))
+
+
+def test_data_that_does_not_tell_its_classes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    untold = partial(replace, classes=None)
+    monkeypatch.setattr(preparation, "open_data", lambda *args, **keys: untold(open_data(*args, **keys)))
+    with pytest.raises(DataError, match="digits:shifted: does not tell its classes: use a folder per class"):
+        run_recipe(recipe(tmp_path))
+
+
+def test_a_conversion_that_fails_its_proof_is_not_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preparation, "verify", lambda *_: SimpleNamespace(passed=False))
+    with pytest.raises(
+        NothingToDo, match="the converted model does not compute the same function: see normswap verify"
+    ):
+        run_recipe(recipe(tmp_path))
+    # Of these another function is expected.
+    run_recipe(recipe(tmp_path, train={"steps": 1}, convert={"bn_statistics": "renorm"}))
+
+
+def test_sharded_parameters_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "Accelerator", lambda **_: SimpleNamespace(distributed_type="FSDP"))
+    with pytest.raises(
+        RecipeError, match="FSDP: gates are projected in the forward pass, which sharded parameters lose"
+    ):
+        run_recipe(recipe(tmp_path))
 
 
 # --- the command, on a folder of images -------------------------------------------------------------------------------

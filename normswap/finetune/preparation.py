@@ -21,7 +21,7 @@ from normswap.modes import training_flags
 from normswap.surgery.conversion import convert
 from normswap.surgery.gated import gated_modules
 from normswap.surgery.plan import SwapPlan
-from normswap.verification import Verification, verify
+from normswap.verification import verify
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,6 @@ class Source:
     model: nn.Module
     architecture: str | None
     plan: SwapPlan | None
-    verification: Verification | None
     history: tuple[Step, ...]
 
 
@@ -94,7 +93,7 @@ def _from_recipe(recipe: Recipe, *, trust: bool) -> Source:
     if wanted.checkpoint is None:
         torch.manual_seed(recipe.train.seed)
         architecture = wanted.architecture or ""
-        return Source(build_architecture(architecture, pretrained=wanted.pretrained), architecture, None, None, ())
+        return Source(build_architecture(architecture, pretrained=wanted.pretrained), architecture, None, ())
     check_readable(Path(wanted.checkpoint))
     checkpoint = read_checkpoint(Path(wanted.checkpoint), entry=wanted.entry, trust=trust)
     return _built(checkpoint, wanted.architecture, trust=trust)
@@ -116,7 +115,6 @@ def _built(checkpoint: Checkpoint, architecture: str | None, *, trust: bool) -> 
         built.model,
         built.architecture,
         built.plan,
-        record.verification if record else None,
         record.history if record else (),
     )
 
@@ -170,8 +168,7 @@ def _with_new_head(source: Source, classes: int) -> Source:
         )
     reset(classes)
     said = source.architecture
-    # The proof was one of a model with another head.
-    return replace(source, architecture=said and with_keyword(said, "num_classes", classes), verification=None)
+    return replace(source, architecture=said and with_keyword(said, "num_classes", classes))
 
 
 def _converted(recipe: Recipe, source: Source, example: Tensor) -> Source:
@@ -196,7 +193,7 @@ def _converted(recipe: Recipe, source: Source, example: Tensor) -> Source:
     if not proof.passed and wanted.gate != "softmax" and wanted.bn_statistics == "batch":
         raise NothingToDo("the converted model does not compute the same function: see normswap verify")
     history = (*source.history, Step.now("converted"))
-    return replace(source, model=model, plan=plan, verification=proof, history=history)
+    return replace(source, model=model, plan=plan, history=history)
 
 
 @torch.no_grad()

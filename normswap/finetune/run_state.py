@@ -104,11 +104,11 @@ def read_state(folder: Path, recipe: Recipe) -> RunState:
 
 
 def _record(source: Source, model: nn.Module, recipe: Recipe, *, entry: str | None) -> Record:
+    """Plan and history go on; the proof of the conversion does not, since training has changed the function."""
     return Record(
         payload="state dict",
         architecture=source.architecture,
         plan=source.plan,
-        verification=source.verification,
         history=(*source.history, Step.now("finetuned", source=recipe.name)),
         originals=originals(model, source.plan),
         entry=entry,
