@@ -75,11 +75,12 @@ class GatedModule(nn.Module):
     def project_gates(self) -> None:
         """Put trained simplex points back on the simplex: the second half of projected gradient descent.
 
-        Before a forward pass in training; a state dict gets such points too. A point that lies there is left alone, so that a second forward pass before a backward pass does not count as a
+        A point that lies there is left alone, so that a second forward pass before a backward pass does not count as a
         change; it has to be readable at no cost, or met by a kernel that reads it on its device.
         """
         if self.gate == "simplex":
-            self._project([point for name in GATE_PARAMETERS if (point := getattr(self, name)).requires_grad])
+            points = [getattr(self, name) for name in GATE_PARAMETERS]
+            self._project([point for point in points if point.requires_grad])
 
     def _project(self, points: list[Tensor]) -> None:
         points = [point for point in points if not (can_read(point) and lies_on_simplex(point))]
