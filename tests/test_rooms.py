@@ -226,6 +226,7 @@ def test_every_room_is_in_the_architecture_page() -> None:
             "dir(normswap); normswap.NormswapError": {"torch", "timm"},
             "normswap.convert, normswap.verify, normswap.SwitchNorm2d": {"timm", "torchvision", "rich"},
             "normswap.use_backend": {"timm", "triton"},
+            "normswap.watch_importance": {"timm", "lightning", "pytorch_lightning"},
             "normswap.load, normswap.save": {"timm", "torchvision", "rich", "click"},
         },
         {"import normswap.cli": {"torch", "timm", "rich"}},
