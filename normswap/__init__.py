@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from normswap.finetune.param_groups import param_groups as param_groups
     from normswap.finetune.recipe import Recipe as Recipe
     from normswap.finetune.recipe import read_recipe as read_recipe
-    from normswap.finetune.watching import Watch as Watch
+    from normswap.finetune.watching import ImportanceWatch as ImportanceWatch
     from normswap.finetune.watching import watch_importance as watch_importance
     from normswap.layers.dispatch import use_backend as use_backend
     from normswap.layers.functional import switch_norm as switch_norm
@@ -60,7 +60,7 @@ _HOMES = {
     "finetune": "normswap.finetune.engine",
     "Recipe": "normswap.finetune.recipe",
     "read_recipe": "normswap.finetune.recipe",
-    "Watch": "normswap.finetune.watching",
+    "ImportanceWatch": "normswap.finetune.watching",
     "watch_importance": "normswap.finetune.watching",
     "use_backend": "normswap.layers.dispatch",
     "switch_norm": "normswap.layers.functional",

@@ -95,7 +95,7 @@ class StatisticsSwitch:
         self._mode = mode
 
 
-class Watch:
+class ImportanceWatch:
     """What `watch_importance` returns: `step` counts; `remove()`, or the end of a `with` block, ends it."""
 
     def __init__(self, parts: list[_Reaching], step: int) -> None:
@@ -140,7 +140,7 @@ def watch_importance(
     per_site: bool = False,
     bn_statistics: Mapping[int, BnStatistics] | None = None,
     step: int = 0,
-) -> Watch:
+) -> ImportanceWatch:
     """Log importance weights, and switch `bn_statistics`, after the steps of an optimizer; the loop stays as it is.
 
     Weights are read from the device at each writing and not in between. Where several processes train, give `write` in
@@ -176,7 +176,7 @@ def watch_importance(
         parts.append(ImportanceLog(model, write, every=every, per_site=per_site, done=step))
     if not parts:
         raise WatchError("nothing to do: give write=, such as write=print, or bn_statistics={1000: 'running'}")
-    return Watch(parts, step).hang_on(stepping)
+    return ImportanceWatch(parts, step).hang_on(stepping)
 
 
 def importance_scalars(model: nn.Module, *, per_site: bool = False) -> dict[str, float]:
