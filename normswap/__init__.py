@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from normswap.finetune.param_groups import param_groups as param_groups
     from normswap.finetune.recipe import Recipe as Recipe
     from normswap.finetune.recipe import read_recipe as read_recipe
+    from normswap.finetune.watching import ImportanceWatch as ImportanceWatch
+    from normswap.finetune.watching import watch_importance as watch_importance
     from normswap.layers.dispatch import use_backend as use_backend
     from normswap.layers.functional import switch_norm as switch_norm
     from normswap.layers.modules import SwitchNorm1d as SwitchNorm1d
@@ -58,6 +60,8 @@ _HOMES = {
     "run_recipe": "normswap.finetune.engine",
     "Recipe": "normswap.finetune.recipe",
     "read_recipe": "normswap.finetune.recipe",
+    "ImportanceWatch": "normswap.finetune.watching",
+    "watch_importance": "normswap.finetune.watching",
     "use_backend": "normswap.layers.dispatch",
     "switch_norm": "normswap.layers.functional",
     "SwitchNorm1d": "normswap.layers.modules",

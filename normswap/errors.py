@@ -31,6 +31,10 @@ class OptimizerError(NormswapError, ValueError):
     """An optimizer, its parameter groups or a learning rate does not fit the model."""
 
 
+class WatchError(NormswapError, ValueError):
+    """What is to be watched in a training loop, or switched, is not there or cannot be counted."""
+
+
 class RecipeError(NormswapError, ValueError):
     """A recipe, or one of its values, is not what fine-tuning can carry out."""
 

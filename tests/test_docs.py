@@ -33,6 +33,10 @@ def run(command: str) -> None:
     assert done.exit_code == 0, f"{command}: exit {done.exit_code}\n{done.output}"
 
 
+@pytest.mark.filterwarnings(
+    "ignore:.*LeafSpec:FutureWarning",  # pytorch-lightning 2.6 with torch 2.14
+    "ignore::UserWarning:pytorch_lightning",  # its advice on workers and on the folder of logs
+)
 @pytest.mark.parametrize("page", [p for p in PAGES if steps(p)], ids=lambda p: p.name)
 def test_every_block_of_the_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script = tmp_path / "page.py"

@@ -264,6 +264,35 @@ def test_a_dict_without_metadata_must_hold_points_of_the_simplex(
         target.load_state_dict(state)
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize(
+    "make",
+    [lambda: gate_layer("simplex"), lambda: FunctionalSwitchNorm(gate="simplex", branches=BRANCHES)],
+    ids=["layer", "functional site"],
+)
+def test_what_is_stored_after_a_step_lies_on_the_simplex(make: Callable[[], nn.Module], frozen: bool) -> None:
+    """As a step of an optimizer leaves it; the weights stay what they were, and the tensors the parameters' own."""
+    layer: Any = make()
+    with torch.no_grad():
+        layer.mean_weight.copy_(torch.tensor([0.375, -0.25, 1.0]))
+        layer.var_weight.copy_(torch.tensor([0.25, 0.25, 0.5]))
+    layer.requires_grad_(not frozen)
+    before = layer.importance_weights()
+    state = layer.state_dict()
+    assert state["mean_weight"].tolist() == [0.1875, 0.0, 0.8125]
+    assert state["var_weight"].tolist() == [0.25, 0.25, 0.5]
+    assert state["mean_weight"].data_ptr() == layer.mean_weight.data_ptr()
+    assert all(map(torch.equal, layer.importance_weights(), before))
+    make().load_state_dict(without_metadata(state))
+
+
+def test_what_is_stored_of_logits_is_left_alone() -> None:
+    layer = gate_layer("softmax")
+    with torch.no_grad():
+        layer.mean_weight.copy_(torch.tensor([0.375, -0.25, 1.0]))
+    assert layer.state_dict()["mean_weight"].tolist() == [0.375, -0.25, 1.0]
+
+
 def test_a_softmax_layer_takes_any_values_without_metadata() -> None:
     state = without_metadata(gate_layer("softmax").state_dict())
     state["mean_weight"] = torch.tensor([0.7, -1.2, 1.5])

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from normswap.layers import operators
 from normswap.layers.adoption import GATE_PARAMETERS
-from normswap.layers.dispatch import can_read, compiles_operator, project_points
+from normswap.layers.dispatch import can_read, compiles_operator, project_points, runs_now
 from normswap.layers.importance import BnStatistics, Branch, Gate, importance_weights
 from normswap.layers.mixing import lies_on_simplex
 
@@ -83,10 +83,12 @@ class GatedModule(nn.Module):
         A point that lies there is left alone, so that a second forward pass before a backward pass does not count as a
         change; it has to be readable at no cost, or met by a kernel that reads it on its device.
         """
-        if self.gate != "simplex":
-            return
-        points = [registered(self, name) for name in GATE_PARAMETERS]
-        points = [p for p in points if p.requires_grad and not (can_read(p) and lies_on_simplex(p))]
+        if self.gate == "simplex":
+            points = [registered(self, name) for name in GATE_PARAMETERS]
+            self._project([point for point in points if point.requires_grad])
+
+    def _project(self, points: list[Tensor]) -> None:
+        points = [point for point in points if not (can_read(point) and lies_on_simplex(point))]
         if not points or project_points(points, self.branches):
             return
         with torch.no_grad():
@@ -98,6 +100,11 @@ class GatedModule(nn.Module):
                 point.copy_(importance_weights(point, self.gate))
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        if self.gate == "simplex":
+            # An optimizer has moved points off the simplex, where the next forward pass would put them back: what is
+            # stored without `_metadata`, as in safetensors, could not be told from logits.
+            points = [point for name in GATE_PARAMETERS if (point := self._parameters.get(name)) is not None]
+            self._project([point for point in points if runs_now(point)])
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if hasattr(destination, "_metadata"):
             destination._metadata[prefix[:-1]]["gate"] = self.gate
