@@ -190,6 +190,15 @@ def test_an_interrupted_run_ends_with_the_weights_of_one_that_was_not(tmp_path: 
     assert steps == [2, 3, 4, 5]
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """SIGINT as a terminal's process answers it, which a worker of pytest ignores."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
     def insist(_step: int, _steps: int) -> None:
         signal.raise_signal(signal.SIGINT)
