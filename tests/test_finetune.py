@@ -422,9 +422,16 @@ def test_the_imagenet_recipe_runs_in_a_short_form(folder: Path, tmp_path: Path) 
     assert json.loads(out)["steps"] == 12
 
 
-def test_the_command_tells_what_is_wrong_in_one_line(tmp_path: Path) -> None:
+def test_the_command_tells_what_is_wrong_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     status, out, err = invoke("digits_source", "--set", "train.lr=-1")
     assert (status, out, err) == (2, "", "error: digits_source: train.lr: expected at least 0, got -1.0\n")
+    with monkeypatch.context() as patch:
+        patch.setattr("normswap.cli.finetune.find_spec", lambda _: None)
+        status, _, err = invoke("digits_source")
+        assert (status, err) == (
+            2,
+            "error: fine-tuning needs accelerate and matplotlib: pip install 'normswap[finetune]'\n",
+        )
     (tmp_path / "images").mkdir()
     status, _, err = invoke("digits_source", "--set", f"data.source=folder:{tmp_path / 'images'}")
     assert (status, err.count("\n"), "no images in it" in err) == (2, 1, True)

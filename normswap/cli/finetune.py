@@ -3,12 +3,14 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
+from importlib.util import find_spec
 from typing import Any
 
 import click
 
 from normswap.cli.failures import one_line_failures
 from normswap.cli.options import json_option, print_json, trust_option
+from normswap.errors import RecipeError
 
 
 @click.command("finetune", short_help="Fine-tune a model as a recipe says.")
@@ -37,6 +39,7 @@ def finetune_command(
     from normswap.finetune.recipe import read_recipe
 
     wanted = read_recipe(recipe, overrides)
+    _check_installed()
     from rich.console import Console
 
     from normswap.finetune.engine import is_first_process, run_recipe
@@ -60,6 +63,13 @@ def finetune_command(
         print_json({**asdict(outcome), "output": str(outcome.output), "model": str(outcome.model)})
     else:
         console.print(outcome_table(outcome))
+
+
+def _check_installed() -> None:
+    """Refuse before an hour of training what would fail after it."""
+    missing = [name for name in ("accelerate", "matplotlib") if find_spec(name) is None]
+    if missing:
+        raise RecipeError(f"fine-tuning needs {' and '.join(missing)}: pip install 'normswap[finetune]'")
 
 
 def _told(record: Mapping[str, Any]) -> str | None:
