@@ -75,6 +75,7 @@ ROOMS = [
     "checkpoints.endings",
     "checkpoints.temporaries",
     "checkpoints.atomic",
+    "checkpoints.freeing",
     "checkpoints.opcodes",
     "checkpoints.archives",
     "checkpoints.claims",

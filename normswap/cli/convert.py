@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from normswap.checkpoints.atomic import write_text
+from normswap.checkpoints.freeing import freed_at_once
 from normswap.cli.failures import one_line_failures
 from normswap.cli.opening import Opened, describe_content, describe_size, open_model, read_file, read_header, size_of
 from normswap.cli.options import (
@@ -94,7 +95,8 @@ def convert_command(file: Path, output: Path | None, as_json: bool, **options: A
     document: dict[str, Any] = {"file": str(file), "output": None, "written": False, "verification": None}
     answer: NothingToDo | None = None
     try:
-        _convert(wish, Console(highlight=False, quiet=as_json), document)
+        with freed_at_once():
+            _convert(wish, Console(highlight=False, quiet=as_json), document)
     except NothingToDo as no:
         answer = no
     if as_json:
