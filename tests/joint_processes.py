@@ -274,7 +274,9 @@ def train(model: nn.Module, parts: list[Tensor], weight: float) -> dict[str, Ten
         optimizer.zero_grad()
         (model(x).pow(3).sum() * weight).backward()
         optimizer.step()
-    return {name.removeprefix("module."): tensor.clone() for name, tensor in model.state_dict().items()}
+    # As the optimizer has left them: a state dict would put points back on the simplex.
+    found = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return {name.removeprefix("module."): tensor.detach().clone() for name, tensor in found.items()}
 
 
 def trained(rank: int) -> list[dict[str, Tensor]]:

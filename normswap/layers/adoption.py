@@ -136,6 +136,7 @@ def adopt(
     if not synchronize or "process_group" not in module.__dict__:
         settings["process_group"] = None
     settings |= {name: value for name, value in defaults.items() if value is not None and name not in module.__dict__}
+    settings["normalising_eps"] = module.__dict__.get("eps", eps)
     statistics: dict[str, torch.Tensor] = {}
     if vertex != "bn" and "bn" in branches:
         settings |= {"momentum": None, "track_running_stats": True}

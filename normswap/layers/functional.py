@@ -133,7 +133,15 @@ def switch_norm(
         return switch_norm_operator(inputs, record)
     means, variances = importance_weights(torch.stack((mean_weight, var_weight)), gate).unbind()
     return switch_norm_reference(
-        x, means, variances, weight, bias, constants, branches=branches, eps=eps, record=renew or record
+        x,
+        means,
+        variances,
+        weight,
+        bias,
+        constants,
+        branches=branches,
+        eps=eps,
+        record=record if renew is None else renew,
     )
 
 

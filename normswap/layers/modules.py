@@ -59,6 +59,7 @@ class SwitchNorm(GatedModule):
     running_mean: Tensor | None
     running_var: Tensor | None
     num_batches_tracked: Tensor | None
+    normalising_eps: float
 
     def __init__(
         self,
@@ -167,6 +168,8 @@ class SwitchNorm(GatedModule):
     @eps.setter
     def eps(self, value: float) -> None:
         self.__dict__["eps"] = value
+        # Under a name that is no property too: the compiler of torch 2.8 reads `__dict__` through properties.
+        self.normalising_eps = value
 
     def reset_running_stats(self) -> None:
         """Set running mean 0, running variance 1 and the count of batches 0, where they are kept."""
@@ -242,7 +245,7 @@ def apply_layer(layer: SwitchNorm, x: Tensor) -> Tensor:
         registered(layer, "bias"),
         training,
         _share_of_batch(layer) if updates else 0.0,
-        layer.__dict__["eps"],
+        layer.normalising_eps,
         gate=layer.gate,
         branches=layer.branches,
         bn_statistics=layer.bn_statistics,
