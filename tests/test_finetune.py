@@ -312,6 +312,11 @@ def test_a_line_cut_off_by_a_kill_is_left_out(tmp_path: Path) -> None:
         ({"model": {"architecture": "timm:no_such"}}, ArchitectureError, "timm has no model 'no_such'"),
         ({"data": {"source": "folder:absent"}}, DataError, "absent: expected a folder"),
         ({"data": {"train_split": "all"}}, DataError, "has no split 'all'"),
+        (
+            {"data": {"source": "torch/cifar10", "root": "absent"}},
+            DataError,
+            "data 'torch/cifar10': cannot be opened: Dataset not found",
+        ),
         ({"data": {"batch_size": 1000}}, DataError, "fewer than one batch of 1000"),
         ({"model": {"architecture": "timm:test_resnet,num_classes=4"}}, DataError, "has 10 classes, the model 4"),
         ({"model": {"architecture": "timm:test_vit,num_classes=10"}}, NothingToDo, "the model has no norm to convert"),

@@ -50,7 +50,11 @@ def parse_size(_context: Any, _parameter: Any, text: str | None) -> Size | None:
 @click.command("calibrate", short_help="Compute running statistics anew over a data set.")
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option(
-    "--data", "source", required=True, metavar="SPEC", help="folder:PATH, digits, or a name such as torch/NAME."
+    "--data",
+    "source",
+    required=True,
+    metavar="SPEC",
+    help="folder:PATH, digits, digits:shifted, or a name such as torch/NAME.",
 )
 @click.option("--split", default="train", show_default=True, help="Which part of the data.")
 @click.option("--data-root", metavar="PATH", help="Where a data set that is given by its name lies.")

@@ -129,6 +129,8 @@ def _settings(recipe: Recipe, source: Source) -> Any:
         return DataSettings(
             source=data.source,
             split=split,
+            root=data.root,
+            download=data.download,
             image_size=size,  # type: ignore[arg-type]
             channels=shape[1] if shape else None,
             batch_size=data.batch_size if class_names is None else data.evaluation_batch_size,

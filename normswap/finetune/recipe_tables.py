@@ -48,6 +48,7 @@ class DataTable:
 
     Args:
         source: `digits`, `digits:shifted`, a folder of images (`folder:PATH`), or a data set of timm (`torch/cifar10`).
+        root, download: where a data set of timm's lies, and whether it is fetched if it does not.
         train_split, evaluation_split: their names in the source.
         batch_size: images per process and forward pass in training.
         evaluation_batch_size: the same in evaluation, where it changes no result.
@@ -63,6 +64,8 @@ class DataTable:
     """
 
     source: str = "digits"
+    root: str | None = None
+    download: bool = False
     train_split: str = "train"
     evaluation_split: str = "validation"
     batch_size: int = 2
