@@ -79,6 +79,7 @@ _GATES = ("simplex", "softmax")
 @click.option("--force", is_flag=True, help="Replace existing output files.")
 @json_option
 @one_line_failures
+@freed_at_once()
 def convert_command(file: Path, output: Path | None, as_json: bool, **options: Any) -> None:
     """Swap Batch Normalization (and more, see --kinds) for Switchable Normalization in FILE, into a new file.
 
@@ -95,8 +96,7 @@ def convert_command(file: Path, output: Path | None, as_json: bool, **options: A
     document: dict[str, Any] = {"file": str(file), "output": None, "written": False, "verification": None}
     answer: NothingToDo | None = None
     try:
-        with freed_at_once():
-            _convert(wish, Console(highlight=False, quiet=as_json), document)
+        _convert(wish, Console(highlight=False, quiet=as_json), document)
     except NothingToDo as no:
         answer = no
     if as_json:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import click
 
 from normswap.checkpoints.atomic import check_readable
+from normswap.checkpoints.freeing import freed_at_once
 from normswap.cli.failures import one_line_failures
 from normswap.cli.opening import Opened, describe_content, open_model, read_file
 from normswap.cli.options import (
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 @trust_option
 @json_option
 @one_line_failures
+@freed_at_once()
 def verify_command(
     original: Path,
     converted: Path,
