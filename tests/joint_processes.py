@@ -8,6 +8,7 @@ import copy
 import io
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,10 +19,12 @@ import torch
 import torch._dynamo  # which DDP would else import in each process
 from torch import Tensor, distributed, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from normswap import convert, synchronize_statistics, use_backend
+from normswap import convert, param_groups, synchronize_statistics, use_backend
 from normswap.errors import LayerError
 from normswap.layers import joint_batch, tables
 from normswap.layers.modules import SwitchNorm
@@ -291,13 +294,34 @@ def trained(rank: int) -> list[dict[str, Tensor]]:
     return [train(DistributedDataParallel(model), parts, 2 / SAMPLES) for model in converted]
 
 
+def sharded(rank: int) -> dict[str, Tensor]:
+    """By fully_shard, which leaves the gates alone: their gradients are averaged beside it."""
+    model = convert(network(), torch.zeros(2, 3, 6, 6).double(), synchronize=True).model
+    gates = param_groups(model)[-1]["params"]
+    for gate in gates:
+        gate.register_post_accumulate_grad_hook(average)
+    fully_shard(model, ignored_params=set(gates))
+    parts = [x.split([2, SAMPLES - 2])[rank] for x in batches()]
+    with warnings.catch_warnings():
+        # The network's output is a view, which torch warns of where it might be written to; nobody does.
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
+        found = train(model, parts, 2 / SAMPLES)
+    return {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in found.items()}
+
+
+def average(gate: Tensor) -> None:
+    assert gate.grad is not None
+    distributed.all_reduce(gate.grad)
+    gate.grad /= distributed.get_world_size()
+
+
 def run(rank: int, folder: str) -> None:
     distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2, timeout=timedelta(seconds=30)
     )
     results = {"cases": [normalise(case, rank) for case in CASES]}
     tasks: tuple[Callable[[int], Any], ...] = (checkpointed, second_derivatives, differentiable, updated_between)
-    for task in (*tasks, compiled, kept, groups, refused, silent, trained):
+    for task in (*tasks, compiled, kept, groups, refused, silent, trained, sharded):
         results[task.__name__] = task(rank)
     torch.save(results, f"{folder}/{rank}.pt")
     distributed.barrier()

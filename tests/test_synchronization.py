@@ -149,13 +149,13 @@ def test_without_gradients_the_batch_is_joint_and_evaluation_waits_for_nobody(re
         assert oracles.relative_error(found["silent"], expected) < 1e-12
 
 
-def test_a_network_in_ddp_trains_as_one_process_on_the_whole_batch(results: Results) -> None:
+def test_a_network_in_ddp_or_sharded_trains_as_one_process_on_the_whole_batch(results: Results) -> None:
     model = convert(joint_processes.network(), torch.zeros(2, 3, 6, 6).double()).model
     expected = joint_processes.train(model, joint_processes.batches(), 1 / joint_processes.SAMPLES)
     start = dict(convert(joint_processes.network()).model.named_parameters())
     assert oracles.relative_error(expected["1.mean_weight"], start["1.mean_weight"].detach()) > 1e-3
     for found in results:
-        for state in found["trained"]:
+        for state in (*found["trained"], found["sharded"]):
             assert state.keys() == expected.keys()
             for name, tensor in state.items():
                 assert oracles.relative_error(tensor, expected[name]) < 1e-10, name

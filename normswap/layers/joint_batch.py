@@ -220,7 +220,9 @@ def _differentiable_gradients(
 
 def _site(inputs: Inputs, kept: _Kept) -> Site:
     weight, bias = (
-        None if p is None else p.detach().to(kept.mean.dtype).contiguous() for p in (inputs.weight, inputs.bias)
+        # Copies, as `native` makes them for its algebra.
+        None if p is None else p.detach().to(kept.mean.dtype, copy=True).contiguous()
+        for p in (inputs.weight, inputs.bias)
     )
     mixing = inputs.mixing
     shares = read_shares(inputs.mean_point, mixing), read_shares(inputs.var_point, mixing)

@@ -57,8 +57,10 @@ def _site(inputs: Inputs, moments: Moments) -> Site:
 
 
 def _parameter(parameter: Tensor | None, x: Tensor) -> Tensor | None:
-    """Return an affine parameter as the algebra reads it."""
-    return None if parameter is None else parameter.detach().to(accumulation_dtype(x)).contiguous()
+    """Return an affine parameter as the algebra reads it: a copy, since numpy keeps what it reads from being resized,
+    which `fully_shard` does to parameters.
+    """
+    return None if parameter is None else parameter.detach().to(accumulation_dtype(x), copy=True).contiguous()
 
 
 def _gate(shares: Shares, gradient: Shares, mixing: Mixing, point: Tensor) -> Tensor:
