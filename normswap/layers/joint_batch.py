@@ -18,12 +18,12 @@ from torch import Tensor
 from normswap.layers import moments, passes, plain_passes, tables
 from normswap.layers.fused import Gradients, Inputs, in_dtype_of
 from normswap.layers.importance import importance_weights
-from normswap.layers.mixing import gate_gradient, read_shares
+from normswap.layers.mixing import gate_gradient
 from normswap.layers.moments import Moments, accumulation_dtype, pool_moments
 from normswap.layers.passes import combine, laid_out, laid_out_like
 from normswap.layers.reference import switch_norm_reference
 from normswap.layers.synchronization import Part, add_up, join
-from normswap.layers.tables import Pulled, Site
+from normswap.layers.tables import Pulled, Site, site_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -219,14 +219,7 @@ def _differentiable_gradients(
 
 
 def _site(inputs: Inputs, kept: _Kept) -> Site:
-    weight, bias = (
-        # Copies, as `native` makes them for its algebra.
-        None if p is None else p.detach().to(kept.mean.dtype, copy=True).contiguous()
-        for p in (inputs.weight, inputs.bias)
-    )
-    mixing = inputs.mixing
-    shares = read_shares(inputs.mean_point, mixing), read_shares(inputs.var_point, mixing)
-    return Site(kept.table, kept.used, weight, bias, *shares, mixing)
+    return site_of(inputs._replace(constants=kept.used), kept.table)
 
 
 def _values(x: Tensor) -> int:

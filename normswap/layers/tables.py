@@ -21,9 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from normswap.layers.fused import Inputs
 from normswap.layers.importance import Branch
-from normswap.layers.mixing import Mixing, Shares
-from normswap.layers.moments import Moments
+from normswap.layers.mixing import Mixing, Shares, read_shares
+from normswap.layers.moments import Moments, accumulation_dtype
 
 # A numpy array, or a tensor where the device is not the CPU.
 Array = Any
@@ -53,6 +54,18 @@ class Site(NamedTuple):
     def takes_batch(self) -> bool:
         """Whether the `bn` branch takes the moments of the batch."""
         return self.constants is None and "bn" in self.mixing.branches
+
+
+def site_of(inputs: Inputs, moments: Moments) -> Site:
+    """Return what the algebra reads of a call, whose x has these moments over its positions, (N, C)."""
+    dtype = accumulation_dtype(inputs.x)
+    weight, bias = (
+        # Copies: numpy keeps what it reads from being resized, which `fully_shard` does to parameters.
+        None if parameter is None else parameter.detach().to(dtype, copy=True).contiguous()
+        for parameter in (inputs.weight, inputs.bias)
+    )
+    shares = read_shares(inputs.mean_point, inputs.mixing), read_shares(inputs.var_point, inputs.mixing)
+    return Site(moments, inputs.constants, weight, bias, *shares, inputs.mixing, inputs.renew is not None)
 
 
 class Pulled(NamedTuple):
