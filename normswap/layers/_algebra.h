@@ -130,17 +130,18 @@ CLONES static void pull_sample(const Site *s, Pulls *pulls, Py_ssize_t n, double
         q_bn[c] += spread * share;
         p_all += pulled;
         q_all += spread;
-        mean_ln -= pulled * (m[c] - ln_mean);
-        mean_bn -= pulled * (m[c] - bn_mean[c]);
-        var_in += spread * v[c];
-        var_bn += spread * bn_var[c];
+        /* An infinite variance lets nothing through: what pulls at it is zero, and so is what it says of its share. */
+        mean_ln -= pulled != 0 ? pulled * (m[c] - ln_mean) : 0;
+        mean_bn -= pulled != 0 ? pulled * (m[c] - bn_mean[c]) : 0;
+        var_in += spread != 0 ? spread * v[c] : 0;
+        var_bn += spread != 0 ? spread * bn_var[c] : 0;
     }
     pulls->p_ln[n] = p_all / (double)all;
     pulls->q_ln[n] = q_all / (double)all;
     pulls->means[LN] += mean_ln * (double)s->positions;
     pulls->means[BN] += mean_bn * (double)s->positions;
     pulls->variances[IN] += var_in * (double)s->positions / 2;
-    pulls->variances[LN] += q_all * s->ln_var[n] * (double)s->positions / 2;
+    pulls->variances[LN] += q_all != 0 ? q_all * s->ln_var[n] * (double)s->positions / 2 : 0;
     pulls->variances[BN] += var_bn * (double)s->positions / 2;
 }
 

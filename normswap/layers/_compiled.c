@@ -2,8 +2,8 @@
  * channels_last, on as many threads as torch has.
  *
  * Optional: where no compiler was at hand when the package was installed, numpy and torch do the same in some hundred.
- * Tables of (N, C) are float, or double where x is; all algebra on them is done in double. Addresses come from torch
- * tensors that the caller keeps alive and has checked; 0 stands for one that is not there. Equations: tables.py.
+ * Tables of (N, C) are float, or double where x is; all algebra on them is done in double. Memory comes from torch
+ * tensors that the caller keeps alive and has laid out; how much of it there is is checked here. Equations: tables.py.
  */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -80,49 +80,81 @@ static const Passes *widest(int kind) { return PASSES[kind]; }
 #include "_gates.h"
 #include "_algebra.h"
 #include "_layer.h"
+#include "_checks.h"
 
-/* What both functions are given first, in this order; a pair is the address of a table and its kind. */
-enum { SITE_ARGUMENTS = 21 };
+/* What this file expects of its caller; compiled.py leaves an extension aside that was built for another one. */
+enum { INTERFACE = 2 };
 
-static Table read_table(PyObject *const *pair) {
-    return (Table){PyLong_AsVoidPtr(pair[0]), (int)PyLong_AsLong(pair[1])};
+/* What both functions are given first, in this order: (kind, samples, channels, positions, whether channels come last,
+ * threads), eight buffers, (whether the gate is softmax, places of the branches, eps). */
+enum { SITE_ARGUMENTS = 33 };
+
+/* Where each branch stands among those in use, each place once. */
+static int read_order(long order, Gates *gates) {
+    unsigned taken = 0;
+    for (int branch = 0; branch < BRANCHES; branch++) {
+        gates->place[branch] = (int)(order >> 2 * branch & 3) - 1;
+        if (gates->place[branch] >= 0) {
+            taken |= 1u << gates->place[branch];
+            gates->count++;
+        }
+    }
+    if (gates->count > 0 && taken == (1u << gates->count) - 1)
+        return 0;
+    PyErr_SetString(PyExc_ValueError, "expected every branch in use at a place of its own");
+    return -1;
 }
 
-static int read_job(PyObject *const *args, Py_ssize_t count, Py_ssize_t wanted, Job *j) {
+static int read_tables(PyObject *const *args, int table_kind, Job *j, Buffers *buffers, int measured) {
+    Site *s = &j->site;
+    const Py_ssize_t entries = product(s->samples, s->channels), each = s->channels, gates = j->gates.count;
+    if (read_buffer(buffers, args, "mean", table_kind, entries, measured, &s->mean) < 0 ||
+        read_buffer(buffers, args + 3, "var", table_kind, entries, measured, &s->var) < 0 ||
+        read_buffer(buffers, args + 6, "running_mean", table_kind, each, OPTIONAL, &s->fixed_mean) < 0 ||
+        read_buffer(buffers, args + 9, "running_var", table_kind, each, OPTIONAL, &s->fixed_var) < 0 ||
+        read_buffer(buffers, args + 12, "weight", ANY_KIND, each, OPTIONAL, &s->weight) < 0 ||
+        read_buffer(buffers, args + 15, "bias", ANY_KIND, each, OPTIONAL, &s->bias) < 0 ||
+        read_buffer(buffers, args + 18, "mean_weight", ANY_KIND, gates, 0, &j->gates.mean) < 0 ||
+        read_buffer(buffers, args + 21, "var_weight", ANY_KIND, gates, 0, &j->gates.var) < 0)
+        return -1;
+    if ((s->fixed_mean.values == NULL) != (s->fixed_var.values == NULL)) {
+        PyErr_SetString(PyExc_ValueError, "expected running_mean and running_var together");
+        return -1;
+    }
+    return 0;
+}
+
+/* `measured` is WRITTEN where the moments of x are written, and 0 where they are read. Returns the kind of x. */
+static int read_job(PyObject *const *args, Py_ssize_t count, Py_ssize_t wanted, Job *j, Buffers *buffers, int measured) {
     if (count != wanted) {
         PyErr_Format(PyExc_TypeError, "expected %zd arguments, got %zd", wanted, count);
         return -1;
     }
     memset(j, 0, sizeof *j);
+    buffers->count = 0;
     Site *s = &j->site;
     const long kind = PyLong_AsLong(args[0]);
-    const int table_kind = kind == DOUBLE ? DOUBLE : FLOAT;
     s->samples = PyLong_AsSsize_t(args[1]);
     s->channels = PyLong_AsSsize_t(args[2]);
     s->positions = PyLong_AsSsize_t(args[3]);
     j->by_channel = PyObject_IsTrue(args[4]) || s->positions == 1;
     j->threads = PyLong_AsSsize_t(args[5]);
-    Table *tables[] = {&s->mean, &s->var, &s->fixed_mean, &s->fixed_var};
-    for (int i = 0; i < 4; i++)
-        *tables[i] = (Table){PyLong_AsVoidPtr(args[6 + i]), table_kind};
-    s->weight = read_table(args + 10);
-    s->bias = read_table(args + 12);
-    j->gates.mean = read_table(args + 14);
-    j->gates.var = read_table(args + 16);
-    j->gates.softmax = PyObject_IsTrue(args[18]);
-    const long order = PyLong_AsLong(args[19]);
-    for (int branch = 0; branch < BRANCHES; branch++)
-        j->gates.count += (j->gates.place[branch] = (int)(order >> 2 * branch & 3) - 1) >= 0;
-    s->eps = PyFloat_AsDouble(args[20]);
+    j->gates.softmax = PyObject_IsTrue(args[30]);
+    const long order = PyLong_AsLong(args[31]);
+    s->eps = PyFloat_AsDouble(args[32]);
     if (PyErr_Occurred())
         return -1;
-    if (kind < 0 || kind >= KINDS || s->samples < 1 || s->channels < 1 || s->positions < 1) {
+    if (kind < 0 || kind >= KINDS || s->samples < 1 || s->channels < 1 || s->positions < 1 ||
+        product(product(s->samples, s->channels), s->positions) < 0) {
         PyErr_SetString(PyExc_ValueError, "expected a kind of number and a shape without zeros");
         return -1;
     }
+    if (read_order(order, &j->gates) < 0 ||
+        read_tables(args + 6, kind == DOUBLE ? DOUBLE : FLOAT, j, buffers, measured) < 0)
+        return -1;
     j->passes = widest((int)kind);
     j->sums_of_rows = s->positions < WIDE ? PASSES[kind] : j->passes;
-    return 0;
+    return (int)kind;
 }
 
 static Py_ssize_t least(Py_ssize_t a, Py_ssize_t b) { return a < b ? a : b; }
@@ -145,27 +177,31 @@ static double *prepare(Job *j, int with_pulls) {
     return block;
 }
 
-static int read_addresses(PyObject *const *args, int count, void **out) {
-    for (int i = 0; i < count; i++)
-        out[i] = PyLong_AsVoidPtr(args[i]);
-    return PyErr_Occurred() ? -1 : 0;
-}
-
 /* (site..., x, y, bn_mean, bn_var): the forward pass; the site's mean and var (N, C) are written too. */
 static PyObject *normalise(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     Job job;
-    void *out[4];
-    if (read_job(args, count, SITE_ARGUMENTS + 4, &job) < 0 || read_addresses(args + SITE_ARGUMENTS, 4, out) < 0)
+    Buffers buffers;
+    Table x, y, bn_mean, bn_var;
+    const int kind = read_job(args, count, SITE_ARGUMENTS + 12, &job, &buffers, WRITTEN);
+    if (kind < 0)
+        return NULL;
+    const Py_ssize_t all = job.site.samples * job.site.channels * job.site.positions, each = job.site.channels;
+    const int table_kind = job.site.mean.kind, batch = WRITTEN | OPTIONAL;
+    args += SITE_ARGUMENTS;
+    if (read_buffer(&buffers, args, "x", kind, all, 0, &x) < 0 ||
+        read_buffer(&buffers, args + 3, "y", kind, all, WRITTEN, &y) < 0 ||
+        read_buffer(&buffers, args + 6, "bn_mean", table_kind, each, batch, &bn_mean) < 0 ||
+        read_buffer(&buffers, args + 9, "bn_var", table_kind, each, batch, &bn_var) < 0 || check_overlap(&buffers) < 0)
         return NULL;
     double *block;
     Py_BEGIN_ALLOW_THREADS
     block = prepare(&job, 0);
     if (block != NULL) {
-        job.x = out[0];
-        job.y = out[1];
+        job.x = x.values;
+        job.y = y.values;
         forward(&job);
-        store((Table){out[2], job.site.mean.kind}, job.site.bn_mean, job.site.channels);
-        store((Table){out[3], job.site.mean.kind}, job.site.bn_var, job.site.channels);
+        store(bn_mean, job.site.bn_mean, each);
+        store(bn_var, job.site.bn_var, each);
         free(block);
     }
     Py_END_ALLOW_THREADS
@@ -178,22 +214,37 @@ static PyObject *normalise(PyObject *self, PyObject *const *args, Py_ssize_t cou
  * these, those of weight and bias of that of the tables. */
 static PyObject *differentiate(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     Job job;
-    void *out[7];
-    if (read_job(args, count, SITE_ARGUMENTS + 7, &job) < 0 || read_addresses(args + SITE_ARGUMENTS, 7, out) < 0)
+    Buffers buffers;
+    Table dy, x, dx, mean_point, var_point, weight, bias;
+    const int kind = read_job(args, count, SITE_ARGUMENTS + 21, &job, &buffers, 0);
+    if (kind < 0)
+        return NULL;
+    const Py_ssize_t all = job.site.samples * job.site.channels * job.site.positions, each = job.site.channels;
+    const Gates *gates = &job.gates;
+    const int table_kind = job.site.mean.kind, found = WRITTEN | OPTIONAL;
+    args += SITE_ARGUMENTS;
+    if (read_buffer(&buffers, args, "dy", kind, all, 0, &dy) < 0 ||
+        read_buffer(&buffers, args + 3, "x", kind, all, 0, &x) < 0 ||
+        read_buffer(&buffers, args + 6, "gradient of x", kind, all, found, &dx) < 0 ||
+        read_buffer(&buffers, args + 9, "gradient of mean_weight", gates->mean.kind, gates->count, found, &mean_point) < 0 ||
+        read_buffer(&buffers, args + 12, "gradient of var_weight", gates->var.kind, gates->count, found, &var_point) < 0 ||
+        read_buffer(&buffers, args + 15, "gradient of weight", table_kind, each, found, &weight) < 0 ||
+        read_buffer(&buffers, args + 18, "gradient of bias", table_kind, each, found, &bias) < 0 ||
+        check_overlap(&buffers) < 0)
         return NULL;
     double *block;
     Py_BEGIN_ALLOW_THREADS
     block = prepare(&job, 1);
     if (block != NULL) {
         const Site *s = &job.site;
-        job.dy = out[0];
-        job.x = out[1];
-        job.y = out[2];
+        job.dy = dy.values;
+        job.x = x.values;
+        job.y = dx.values;
         backward(&job);
-        write_gate(&job.gates, s->means, job.pulls.means, (Table){out[3], job.gates.mean.kind});
-        write_gate(&job.gates, s->variances, job.pulls.variances, (Table){out[4], job.gates.var.kind});
-        store((Table){out[5], s->mean.kind}, job.pulls.weight, s->channels);
-        store((Table){out[6], s->mean.kind}, job.pulls.bias, s->channels);
+        write_gate(gates, s->means, job.pulls.means, mean_point);
+        write_gate(gates, s->variances, job.pulls.variances, var_point);
+        store(weight, job.pulls.weight, each);
+        store(bias, job.pulls.bias, each);
         free(block);
     }
     Py_END_ALLOW_THREADS
@@ -202,25 +253,36 @@ static PyObject *differentiate(PyObject *self, PyObject *const *args, Py_ssize_t
     Py_RETURN_NONE;
 }
 
-/* (channels, momentum, factor, kind of the new ones, mean, var, running_mean, kind, running_var, kind, count): running
- * statistics moved towards mean and factor var, and the count of batches, if there is one, by one. */
+/* (channels, momentum, factor, mean, var, running_mean, running_var, address and length of the count): running statistics
+ * moved towards mean and factor var, and the count of batches, if there is one, by one. As BN moves them, so that an
+ * infinite one stays infinite: the difference of two infinities would be none. */
 static PyObject *record(PyObject *self, PyObject *const *args, Py_ssize_t count) {
-    if (count != 11) {
-        PyErr_Format(PyExc_TypeError, "expected 11 arguments, got %zd", count);
+    if (count != 17) {
+        PyErr_Format(PyExc_TypeError, "expected 17 arguments, got %zd", count);
         return NULL;
     }
     const Py_ssize_t channels = PyLong_AsSsize_t(args[0]);
-    const double momentum = PyFloat_AsDouble(args[1]), factor = PyFloat_AsDouble(args[2]);
-    const int kind = (int)PyLong_AsLong(args[3]);
-    const Table mean = {PyLong_AsVoidPtr(args[4]), kind}, var = {PyLong_AsVoidPtr(args[5]), kind};
-    const Table running_mean = read_table(args + 6), running_var = read_table(args + 8);
-    int64_t *batches = PyLong_AsVoidPtr(args[10]);
-    if (PyErr_Occurred())
+    const double momentum = PyFloat_AsDouble(args[1]), factor = PyFloat_AsDouble(args[2]), rest = 1 - momentum;
+    int64_t *batches = PyLong_AsVoidPtr(args[15]);
+    const Py_ssize_t counts = PyLong_AsSsize_t(args[16]);
+    Buffers buffers = {.count = 0};
+    Table mean, var, running_mean, running_var;
+    if (batches != NULL)
+        buffers.all[buffers.count++] = (Buffer){"num_batches_tracked", {batches, DOUBLE}, 1, WRITTEN};
+    if (PyErr_Occurred() ||
+        read_buffer(&buffers, args + 3, "mean of the batch", ANY_KIND, channels, 0, &mean) < 0 ||
+        read_buffer(&buffers, args + 6, "variance of the batch", ANY_KIND, channels, 0, &var) < 0 ||
+        read_buffer(&buffers, args + 9, "running_mean", ANY_KIND, channels, WRITTEN, &running_mean) < 0 ||
+        read_buffer(&buffers, args + 12, "running_var", ANY_KIND, channels, WRITTEN, &running_var) < 0 ||
+        check_overlap(&buffers) < 0)
         return NULL;
+    if (batches != NULL && counts != 1) {
+        PyErr_Format(PyExc_ValueError, "num_batches_tracked should contain 1 element not %zd", counts);
+        return NULL;
+    }
     for (Py_ssize_t c = 0; c < channels; c++) {
-        const double old_mean = get(running_mean, c), old_var = get(running_var, c);
-        put(running_mean, c, old_mean + momentum * (get(mean, c) - old_mean));
-        put(running_var, c, old_var + momentum * (factor * get(var, c) - old_var));
+        put(running_mean, c, rest * get(running_mean, c) + momentum * get(mean, c));
+        put(running_var, c, rest * get(running_var, c) + momentum * (factor * get(var, c)));
     }
     if (batches != NULL)
         ++*batches;
@@ -234,7 +296,9 @@ static PyObject *use_threads(PyObject *self, PyObject *const *args, Py_ssize_t c
         PyErr_Format(PyExc_TypeError, "expected 3 arguments, got %zd", count);
         return NULL;
     }
-    if (read_addresses(args, 3, entry) < 0)
+    for (int i = 0; i < 3; i++)
+        entry[i] = PyLong_AsVoidPtr(args[i]);
+    if (PyErr_Occurred())
         return NULL;
     memcpy(&parallel, &entry[0], sizeof parallel);
     memcpy(&thread_number, &entry[1], sizeof thread_number);
@@ -250,4 +314,9 @@ static PyMethodDef methods[] = {
 
 static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_compiled", NULL, -1, methods, NULL, NULL, NULL, NULL};
 
-PyMODINIT_FUNC PyInit__compiled(void) { return PyModule_Create(&module); }
+PyMODINIT_FUNC PyInit__compiled(void) {
+    PyObject *made = PyModule_Create(&module);
+    if (made != NULL && PyModule_AddIntConstant(made, "INTERFACE", INTERFACE) < 0)
+        Py_CLEAR(made);
+    return made;
+}

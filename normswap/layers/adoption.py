@@ -16,6 +16,7 @@ from torch.nn.parameter import is_lazy
 
 from normswap.errors import LayerError, SwapError
 from normswap.layers.importance import BnStatistics, Branch, Gate, initial_point
+from normswap.layers.single_position import new_site_name
 
 GATE_PARAMETERS = ("mean_weight", "var_weight")
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
@@ -100,6 +101,7 @@ def adopt(
     synchronize: bool = False,
     eps: float | None = None,
     like: torch.Tensor | None = None,
+    fqn: str = "",
 ) -> None:
     """Make `module`, a norm, an instance of `target` that computes the same function.
 
@@ -115,6 +117,7 @@ def adopt(
         synchronize: whether the layer takes the batch of all processes; the group of `module`, if it has one, stays.
         eps: of a class that has none as an attribute, since it is a constant in its forward.
         like: gives dtype and device where the module has no tensor of its own.
+        fqn: its name in the model, for warnings.
     """
     own = (getattr(module, name, None) for name in ("weight", "running_mean", "bias"))
     tensors = [tensor for tensor in own if isinstance(tensor, torch.Tensor)]
@@ -130,6 +133,7 @@ def adopt(
         "bn_statistics": bn_statistics,
         "vertex": vertex,
         "synchronize": synchronize,
+        "site": new_site_name(fqn or f"a {target.__name__} of {channels} channels"),
     }
     defaults = {"num_features": channels, "eps": eps, "momentum": 0.0, "affine": True}
     defaults |= {"track_running_stats": "bn" in branches}

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from normswap.errors import LayerError
 from normswap.layers.fused import Gradients, Inputs, Normalised
 from normswap.layers.importance import BRANCHES, Branch
 from normswap.layers.moments import Moments, accumulation_dtype
@@ -25,6 +26,10 @@ _C: Any
 try:
     from normswap.layers import _compiled as _C  # type: ignore[attr-defined, no-redef]
 except ImportError:
+    _C = None
+# What `_compiled.c` says of itself; one that was built from an older file is not called.
+_INTERFACE = 2
+if getattr(_C, "INTERFACE", None) != _INTERFACE:
     _C = None
 
 AVAILABLE = _C is not None
@@ -80,7 +85,7 @@ def normalise(inputs: Inputs) -> Normalised:
         batch = Moments(x.new_empty(row, dtype=dtype), x.new_empty(row, dtype=dtype))
     # Copies, where there are any, have to outlive the call.
     arguments, _copies = _site(inputs, saved)
-    _C.normalise(*arguments, x.data_ptr(), y.data_ptr(), *_addresses(batch))
+    _C.normalise(*arguments, *_buffer(x), *_buffer(y), *_buffers(batch))
     return Normalised(y, batch, saved)
 
 
@@ -97,7 +102,7 @@ def differentiate(dy: Tensor, inputs: Inputs, saved: Moments, wanted: tuple[bool
     )
     arguments, _copies = _site(inputs, saved)
     _C.differentiate(
-        *arguments, dy.data_ptr(), x.data_ptr(), *[0 if each is None else each.data_ptr() for each in gradients]
+        *arguments, *_buffer(dy), *_buffer(x), *(number for each in gradients for number in _buffer(each))
     )
     return gradients
 
@@ -123,14 +128,13 @@ def record(
     changed = (running_mean, running_var) if count is None else (running_mean, running_var, count)
     if not AVAILABLE or not all(t.is_cpu and t.is_contiguous() for t in (*batch, *changed)):
         return False
-    kinds = [_KINDS.get(t.dtype) for t in (batch.mean, running_mean, running_var)]
-    if None in kinds or (count is not None and count.dtype != torch.int64):
+    if not all(t.dtype in _KINDS for t in (*batch, running_mean, running_var)):
         return False
-    new, mean, var = kinds
-    _C.record(
-        batch.mean.numel(), momentum, factor, new, *_addresses(batch), running_mean.data_ptr(), mean,
-        running_var.data_ptr(), var, 0 if count is None else count.data_ptr(),
-    )  # fmt: skip
+    if count is not None and count.dtype != torch.int64:
+        return False
+    counted = (0, 0) if count is None else (count.data_ptr(), count.numel())
+    running = *_buffer(running_mean), *_buffer(running_var)
+    _C.record(batch.mean.numel(), momentum, factor, *_buffers(batch), *running, *counted)
     if not running_mean.is_inference():
         torch.autograd.graph.increment_version(changed)
     return True
@@ -146,14 +150,14 @@ def _site(inputs: Inputs, moments: Moments) -> tuple[tuple[Any, ...], list[Tenso
         samples,
         channels,
         x.numel() // (samples * channels),
-        is_channels_last(x),
+        _is_channels_last(x),
         torch.get_num_threads() if _SHARES_THREADS else 1,
-        *_addresses(moments),
-        *_addresses(constants),
-        *_table(weight, copies),
-        *_table(bias, copies),
-        *_table(mean_point, copies),
-        *_table(var_point, copies),
+        *_buffers(moments),
+        *_buffers(constants),
+        *_buffer(_dense(weight, copies)),
+        *_buffer(_dense(bias, copies)),
+        *_buffer(_dense(mean_point, copies)),
+        *_buffer(_dense(var_point, copies)),
         mixing.gate == "softmax",
         _order(mixing.branches),
         mixing.eps,
@@ -167,15 +171,29 @@ def _order(branches: tuple[Branch, ...]) -> int:
     return sum((branches.index(branch) + 1) << 2 * at for at, branch in enumerate(BRANCHES) if branch in branches)
 
 
-def _table(tensor: Tensor | None, copies: list[Tensor]) -> tuple[int, int]:
-    """The address and the kind of a parameter."""
-    if tensor is None:
-        return 0, 0
-    if not tensor.is_contiguous():
-        tensor = tensor.detach().contiguous()
-        copies.append(tensor)
-    return tensor.data_ptr(), _KINDS[tensor.dtype]
+def _is_channels_last(x: Tensor) -> bool:
+    if x.is_contiguous():
+        return False
+    if not is_channels_last(x):
+        raise LayerError(f"expected a contiguous or channels_last input, got strides {x.stride()}")
+    return True
 
 
-def _addresses(moments: Moments | None) -> tuple[int, int]:
-    return (0, 0) if moments is None else (moments.mean.data_ptr(), moments.var.data_ptr())
+def _dense(tensor: Tensor | None, copies: list[Tensor]) -> Tensor | None:
+    """A parameter with its entries one after the other."""
+    if tensor is None or tensor.is_contiguous():
+        return tensor
+    copies.append(tensor.detach().contiguous())
+    return copies[-1]
+
+
+def _buffer(tensor: Tensor | None) -> tuple[int, int, int]:
+    """The address, the kind and the length of a tensor, as the extension takes them."""
+    return _ABSENT if tensor is None else (tensor.data_ptr(), _KINDS[tensor.dtype], tensor.numel())
+
+
+_ABSENT = (0, 0, -1)
+
+
+def _buffers(moments: Moments | None) -> tuple[int, ...]:
+    return _ABSENT * 2 if moments is None else (*_buffer(moments.mean), *_buffer(moments.var))

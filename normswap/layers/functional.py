@@ -1,6 +1,6 @@
 """Functional Switchable Normalization: `switch_norm`, in the manner of `torch.nn.functional.batch_norm`.
 
-Checks the input, turns gate parameters into importance weights, settles which moments the `bn` branch uses, calls
+Checks the tensors, turns gate parameters into importance weights, settles which moments the `bn` branch uses, calls
 the backend and records the moments of the batch. Empty batches, single values and single positions are met here,
 and so is what a synchronized batch needs.
 """
@@ -15,6 +15,7 @@ from torch._subclasses import FakeTensor
 from torch.autograd import forward_ad
 
 from normswap.errors import LayerError
+from normswap.layers.checks import check_tensors, check_update
 from normswap.layers.dispatch import compiles_operator, fused_backend, runs_now
 from normswap.layers.fused import Inputs, Renew, switch_norm_fused
 from normswap.layers.importance import (
@@ -28,11 +29,12 @@ from normswap.layers.importance import (
     importance_weights,
 )
 from normswap.layers.joint_batch import Settle, Settled, switch_norm_joint
-from normswap.layers.mixing import Mixing, read_shares
+from normswap.layers.mixing import Mixing
 from normswap.layers.moments import Moments, accumulation_dtype
 from normswap.layers.operators import switch_norm_operator
 from normswap.layers.reference import switch_norm_reference
 from normswap.layers.running import is_recomputation, read_running, renew_running, update_running
+from normswap.layers.single_position import SiteName, without_instance
 from normswap.layers.synchronization import processes
 from normswap.layers.vertex import batch_norm, is_batch_norm
 
@@ -58,6 +60,7 @@ def switch_norm(
     num_batches_tracked: Tensor | None = None,
     synchronize: bool = False,
     process_group: "ProcessGroup | None" = None,
+    site: SiteName | None = None,
 ) -> Tensor:
     """Apply Switchable Normalization (Luo et al., ICLR 2019, eq. 3), in the manner of `F.batch_norm`.
 
@@ -79,36 +82,39 @@ def switch_norm(
             also where the part of one is empty. Every one has to call this then. Statistics of `in` and `ln` are local,
             and gradients of parameters those of the local part.
         process_group: the processes that share their batch; default all there are.
+        site: what layers say of themselves for warnings. Without it nothing warns.
 
     Returns:
-        A tensor of the shape, dtype and memory format of x. With one value per channel in training, where
+        A tensor of the shape, dtype and memory format of x. With one spatial position `in` has no variance: for that
+        call its weight goes to `ln`, or to `bn` if there is no `ln`, and gates get the gradients of that mixture. With one value per channel in training, where
         `F.batch_norm` raises, the `bn` branch uses the running statistics and updates nothing.
 
     Raises:
-        LayerError: an unknown option, or gate parameters of another shape than (K,); x is not floating or has
-            another rank or number of channels; one spatial position meets weight on `in` (told on CPU only, since
-            it means reading the weights: elsewhere the variance of `in` is 0 there, and y finite); the `bn` branch
-            has neither running statistics nor more than one value per channel; `synchronize` meets several processes
-            and a transformed, traced or fake x, or processes of which only some record a backward pass.
+        LayerError: an unknown option; x is not floating or has no channels; a tensor has another length than the
+            channels of x or the branches, is not floating, or is on another device; running statistics that training
+            updates share memory, or `torch.func.vmap` maps x but not them; `in` is the only branch and there is one
+            spatial position; the `bn` branch has neither running statistics nor more than one value per channel;
+            `synchronize` meets several processes and a transformed, traced or fake x, or processes of which only some
+            record a backward pass.
     """
     check_gate(gate)
     check_bn_statistics(bn_statistics)
     if branches != BRANCHES:
         check_branches(branches)
-    for parameter in (mean_weight, var_weight):
-        if parameter.shape != (len(branches),):
-            raise LayerError(f"expected gate parameters of shape {(len(branches),)}, got {tuple(parameter.shape)}")
-    _check_input(x, running_mean if running_mean is not None else weight)
-    joint = synchronize and training and "bn" in branches and bn_statistics != "running" and not x.is_meta
-    joint = joint and processes(process_group) > 1
+    check_tensors(x, (mean_weight, var_weight), len(branches), (running_mean, running_var, weight, bias))
+    takes_batch = training and "bn" in branches and bn_statistics != "running"
+    if takes_batch and running_mean is not None and running_var is not None:
+        check_update(x, running_mean, running_var, num_batches_tracked)
+    joint = synchronize and takes_batch and not x.is_meta and processes(process_group) > 1
     if x.numel() == 0 and not joint:
         if training and num_batches_tracked is not None and not is_recomputation():
             num_batches_tracked.add_(1)
         return _empty_output(x, [mean_weight, var_weight, weight, bias])
     values = x.numel() // x.shape[1]
-    mixing = Mixing(gate, tuple(branches), eps)
     if x.numel() and values == x.shape[0] and "in" in branches:
-        _refuse_single_position(x, (mean_weight, var_weight), mixing)
+        mean_weight, var_weight, branches = without_instance(x, mean_weight, var_weight, gate, branches, site)
+        gate = "simplex"
+    mixing = Mixing(gate, tuple(branches), eps)
     if joint:
         inputs = Inputs(x, mean_weight, var_weight, weight, bias, None, mixing)
         renews = bn_statistics == "renorm"
@@ -145,14 +151,6 @@ def switch_norm(
     )
 
 
-def _check_input(x: Tensor, per_channel: Tensor | None) -> None:
-    if x.dim() < 2 or not x.is_floating_point():
-        raise LayerError(f"expected a floating tensor (N, C, *spatial), got {x.dtype} of shape {tuple(x.shape)}")
-    if per_channel is not None and x.shape[1] != per_channel.shape[0]:
-        channels = per_channel.shape[0]
-        raise LayerError(f"expected {channels} channels in dimension 1, got an input of shape {tuple(x.shape)}")
-
-
 def _empty_output(x: Tensor, parameters: list[Tensor | None]) -> Tensor:
     """An empty y that still reaches every parameter, so that each has a zero gradient as in `F.batch_norm`."""
     y = x.clone()
@@ -160,17 +158,6 @@ def _empty_output(x: Tensor, parameters: list[Tensor | None]) -> Tensor:
         if parameter is not None:
             y = y + 0 * parameter.sum().to(x.dtype)
     return y
-
-
-def _refuse_single_position(x: Tensor, gates: tuple[Tensor, Tensor], mixing: Mixing) -> None:
-    # Reading the weights would break a compiled graph or wait for a device, and meta tensors have none.
-    if torch.compiler.is_compiling() or x.is_meta or any(gate.device.type != "cpu" for gate in gates):
-        return
-    if any(read_shares(gate.detach(), mixing).in_ != 0 for gate in gates):
-        raise LayerError(
-            f"one spatial position per channel (input of shape {tuple(x.shape)}) leaves the `in` branch no variance, "
-            "but it has weight: build the layer with branches=('ln', 'bn'), or plan with an input of the real size"
-        )
 
 
 def _is_fixed_batch_norm(mean_weight: Tensor, var_weight: Tensor, mixing: Mixing) -> bool:

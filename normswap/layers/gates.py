@@ -16,6 +16,7 @@ from normswap.layers.adoption import GATE_PARAMETERS
 from normswap.layers.dispatch import can_read, compiles_operator, project_points, runs_now
 from normswap.layers.importance import BnStatistics, Branch, Gate, importance_weights
 from normswap.layers.mixing import lies_on_simplex
+from normswap.layers.single_position import SiteName
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -35,7 +36,7 @@ def registered(module: nn.Module, name: str) -> Any:
 class GatedModule(nn.Module):
     """A module with `mean_weight` and `var_weight` of shape (number of branches,), and what they mean.
 
-    `vertex` is the branch at which it is the norm that it replaced. With `synchronize` its `bn` branch takes, in
+    `site` is its name for warnings. `vertex` is the branch at which it is the norm that it replaced. With `synchronize` its `bn` branch takes, in
     training, the batch of all processes of `process_group` (None: all there are).
     """
 
@@ -44,6 +45,7 @@ class GatedModule(nn.Module):
     gate: Gate
     branches: tuple[Branch, ...]
     bn_statistics: BnStatistics
+    site: SiteName | None = None
     vertex: Branch = "bn"
     synchronize: bool = False
     process_group: "ProcessGroup | None" = None

@@ -21,7 +21,7 @@ from normswap.layers.importance import importance_weights
 from normswap.layers.mixing import gate_gradient
 from normswap.layers.moments import Moments, accumulation_dtype, pool_moments
 from normswap.layers.passes import combine, laid_out, laid_out_like
-from normswap.layers.reference import switch_norm_reference
+from normswap.layers.reference import switch_norm_reference, with_gradient_of
 from normswap.layers.synchronization import Part, add_up, join
 from normswap.layers.tables import Pulled, Site, site_of
 
@@ -189,7 +189,7 @@ def _formula(inputs: Inputs, group: "ProcessGroup | None", settle: Settle, *, re
     batch = _in_dtype(joint.moments, accumulation_dtype(x))
     used, pulls = settle(Moments(*(moment.detach() for moment in batch)), joint.values)
     if pulls:  # the value of the one, the gradient of the other
-        used = Moments(*(b + (u - b).detach() for u, b in zip(used, batch, strict=True)))
+        used = Moments(*(with_gradient_of(b, u) for u, b in zip(used, batch, strict=True)))
     if not x.numel():
         for tensor in (*inputs.tensors[1:], *used):
             x = x if tensor is None else x + 0 * tensor.sum().to(x.dtype)

@@ -25,6 +25,7 @@ from normswap.layers.importance import (
     check_gate,
     initial_point,
 )
+from normswap.layers.single_position import new_site_name
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -89,6 +90,7 @@ class SwitchNorm(GatedModule):
         self.bn_statistics = check_bn_statistics(bn_statistics)
         self.synchronize = synchronize or process_group is not None
         self.process_group = process_group
+        self.site = new_site_name(f"a {type(self).__name__} of {num_features} channels")
 
         def parameter(wanted: bool, size: int = num_features) -> nn.Parameter | None:
             return nn.Parameter(torch.empty(size, device=device, dtype=dtype)) if wanted else None
@@ -191,9 +193,9 @@ class SwitchNorm(GatedModule):
                 if getattr(self, name) is not None:
                     getattr(self, name).fill_(value)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise x (N, C, *spatial); see `switch_norm`."""
-        return apply_layer(self, x)
+    def forward(self, x: Tensor | None = None, *, input: Tensor | None = None) -> Tensor:  # noqa: A002 - torch's name
+        """Normalise x (N, C, *spatial); see `switch_norm`. torch's norms call it `input`, and so may a keyword."""
+        return apply_layer(self, _only(self, x, input))
 
     def extra_repr(self) -> str:
         """Return the options that differ between layers, for `print(model)`."""
@@ -225,6 +227,17 @@ class SwitchNorm(GatedModule):
         )
 
 
+def _only(layer: nn.Module, x: Tensor | None, named: Tensor | None) -> Tensor:
+    """Return the input, given as x or as `input`; raise what Python raises for any other number of them."""
+    if named is None:
+        if x is None:
+            raise TypeError(f"{type(layer).__name__}.forward() missing 1 required positional argument: 'input'")
+        return x
+    if x is not None:
+        raise TypeError(f"{type(layer).__name__}.forward() got multiple values for argument 'input'")
+    return named
+
+
 def apply_layer(layer: SwitchNorm, x: Tensor) -> Tensor:
     """Run a layer's forward pass. A leaf for every FX tracer, so that no trace freezes `layer.training`."""
     ranks = layer._ranks
@@ -252,6 +265,7 @@ def apply_layer(layer: SwitchNorm, x: Tensor) -> Tensor:
         num_batches_tracked=registered(layer, "num_batches_tracked") if updates else None,
         synchronize=layer.synchronize,
         process_group=layer.process_group,
+        site=layer.site,
     )
 
 
@@ -299,9 +313,9 @@ class SwitchNormAct2d(SwitchNorm2d):
         self.drop = nn.Identity() if drop is None else drop
         self.act = nn.Identity() if act is None else act
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise x (N, C, H, W), drop, activate."""
-        return self.act(self.drop(apply_layer(self, x)))  # type: ignore[no-any-return]
+    def forward(self, x: Tensor | None = None, *, input: Tensor | None = None) -> Tensor:  # noqa: A002 - torch's name
+        """Normalise x (N, C, H, W), drop, activate; `input` is another name for x."""
+        return self.act(self.drop(apply_layer(self, _only(self, x, input))))  # type: ignore[no-any-return]
 
 
 class FunctionalSwitchNorm(GatedModule):
@@ -357,6 +371,7 @@ def apply_site(site: FunctionalSwitchNorm, x: Tensor, training: bool, **options:
         site.project_gates()
     options |= {"gate": site.gate, "branches": site.branches, "bn_statistics": site.bn_statistics}
     options |= {"synchronize": site.synchronize and site.training, "process_group": site.process_group}
+    options["site"] = site.site
     return switch_norm(x, site.mean_weight, site.var_weight, training=training, **options)
 
 

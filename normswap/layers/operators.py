@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from normswap.layers.checks import check_gradient, check_tensors
 from normswap.layers.dispatch import fused_backend
 from normswap.layers.fused import Backend, Gradients, Inputs, asks_gradient, differentiable_gradients, in_dtype_of
 from normswap.layers.importance import Branch, Gate
@@ -112,6 +113,7 @@ def _backward(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     inputs = _inputs(x, mean_point, var_point, weight, None, bn_mean, bn_var, gate, branches, eps)
+    check_gradient(dy, x, mean, var)
     found = _backend(x).backward(dy, inputs, Moments(mean, var), (True,) * len(Gradients._fields))
     assert None not in found
     return cast(tuple[Tensor, Tensor, Tensor, Tensor, Tensor], tuple(found))
@@ -164,6 +166,8 @@ def _inputs(
     eps: float,
 ) -> Inputs:
     """What the arguments of an operator say to a backend."""
+    rows = (None if moment is None else moment.reshape(-1) for moment in (bn_mean, bn_var))
+    check_tensors(x, (mean_point, var_point), len(branches.split()), (*rows, weight, bias))  # type: ignore[arg-type]
     constants = None if bn_mean is None or bn_var is None else Moments(bn_mean, bn_var)
     mixing = Mixing(cast(Gate, gate), cast(tuple[Branch, ...], tuple(branches.split())), eps)
     return Inputs(x, mean_point, var_point, weight, bias, constants, mixing)

@@ -39,8 +39,7 @@ def switch_norm_reference(
     bn = pool_moments(table, 0) if constants is None else constants
     taken = None if record is None else record(bn)
     if taken is not None:
-        # The differences are exactly zero: they add the gradient and leave the values as taken.
-        bn = Moments(*(value + (moment - moment.detach()) for value, moment in zip(taken, bn, strict=True)))
+        bn = Moments(*(with_gradient_of(moment, value) for value, moment in zip(taken, bn, strict=True)))
     moments = {"in": table, "ln": pool_moments(table, 1), "bn": bn}
     mean = _mix(mean_weights, [moments[branch].mean for branch in branches])
     var = _mix(var_weights, [moments[branch].var for branch in branches])
@@ -56,9 +55,20 @@ def switch_norm_reference(
     return y.to(x.dtype)
 
 
+def with_gradient_of(moment: Tensor, value: Tensor) -> Tensor:
+    """Return `value` with the gradient of `moment`; none is passed on where that is not finite."""
+    # The difference is exactly zero; that of two infinities would be NaN.
+    return value + torch.where(moment.isfinite(), moment - moment.detach(), 0.0)
+
+
 def _mix(weights: Tensor, statistics: list[Tensor]) -> Tensor:
-    """Sum weights (K,) times statistics; a weight of exactly zero silences inf and NaN instead of spreading them."""
+    """Sum weights (K,) times statistics. Where a statistic is inf or NaN, a weight of exactly zero silences it, and it
+    passes no gradient to its weight: an infinite variance stays infinite, however much of it is taken.
+    """
     weights = weights.to(statistics[0].dtype)
-    shares = zip(weights.unbind(), (weights != 0).unbind(), statistics, strict=True)
-    terms = [share * torch.where(heard | table.isfinite(), table, 0.0) for share, heard, table in shares]
+    terms = []
+    for share, table in zip(weights.unbind(), statistics, strict=True):
+        finite = table.isfinite()
+        beyond = torch.where(share != 0, share.detach() * table, 0.0)
+        terms.append(torch.where(finite, share * torch.where(finite, table, 0.0), beyond))
     return sum(terms[1:], start=terms[0])

@@ -25,10 +25,11 @@ def update_running(
         return
     mean, var = (moment.detach().squeeze(0) for moment in batch)
     for running, new in ((running_mean, mean), (running_var, var * unbiased)):
+        # As BN moves them, and not by their difference: of two infinite ones there is none.
         if running.dtype == new.dtype:
-            running.lerp_(new, momentum)
+            running.mul_(1 - momentum).add_(new, alpha=momentum)
         else:  # in half precision: rounded once
-            running.copy_(running.to(new.dtype).lerp_(new, momentum))
+            running.copy_((running.to(new.dtype) * (1 - momentum)).add_(new, alpha=momentum))
     if count is not None:
         count.add_(1)
 

@@ -14,6 +14,7 @@ where p_k and q_k are the means of p and q over what branch k pools. Everything 
 that is large beside the deviation cancels before it is multiplied.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -265,8 +266,11 @@ def _var_share_gradient(q: _Pulls, tables: _Tables, positions: int) -> Shares:
     )
 
 
-def _dot(a: Array, b: Array) -> float:
-    return float(a.reshape(-1) @ b.reshape(-1))
+def _dot(pulled: Array, statistic: Array) -> float:
+    """Sum products. An infinite variance lets nothing through: where nothing pulls, a statistic has no say."""
+    a, b = pulled.reshape(-1), statistic.reshape(-1)
+    total = float(a @ b)
+    return total if math.isfinite(total) else float(a[a != 0] @ b[a != 0])
 
 
 def _mix(shares: Shares, in_: Array | None, ln: Array | None, bn: Array | None) -> Array | None:

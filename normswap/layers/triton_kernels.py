@@ -416,6 +416,12 @@ def _pulls(
 
 
 @triton.jit
+def _product(pulled, statistic):
+    """What a statistic contributes to the gradient of its share: nothing where nothing pulls, be it infinite."""
+    return tl.where(pulled == 0, 0.0, pulled * statistic)
+
+
+@triton.jit
 def _pull_along_channels(
     pid, pulled, pulls, parts,
     in_mean, in_var, workspace, constant_mean, constant_var, mean_point, var_point, weight,
@@ -443,9 +449,9 @@ def _pull_along_channels(
         tl.store(pulls + tl.cast(table, tl.int64) + place, q, mask=mask)
         p_sum += p
         q_sum += q
-        by_mean_ln += p * (centre - ln_mean)
-        by_var_in += q * var
-        by_var_ln += q * ln_var
+        by_mean_ln += _product(p, centre - ln_mean)
+        by_var_in += _product(q, var)
+        by_var_ln += _product(q, ln_var)
     tl.store(pulled + rows, tl.sum(p_sum, axis=1) / channels, mask=rows < samples)
     tl.store(pulled + samples + rows, tl.sum(q_sum, axis=1) / channels, mask=rows < samples)
     tl.store(parts + 3 * pid, tl.sum(by_mean_ln))
@@ -481,8 +487,8 @@ def _pull_along_samples(
         q_sum += q
         plain_sum += plain
         scaled_sum += tl.where(mask, scaled, 0.0)
-        by_mean_bn += p * (centre - bn_mean)
-        by_var_bn += q * bn_var
+        by_mean_bn += _product(p, centre - bn_mean)
+        by_var_bn += _product(q, bn_var)
     known = rows < channels
     tl.store(pulled + rows, tl.sum(p_sum, axis=1) / samples, mask=known)
     tl.store(pulled + channels + rows, tl.sum(q_sum, axis=1) / samples, mask=known)

@@ -10,6 +10,7 @@ from normswap.errors import PlanError, SwapError
 from normswap.layers.adoption import adopt, release
 from normswap.layers.importance import BnStatistics, Branch, Gate
 from normswap.layers.modules import FunctionalSwitchNorm, SwitchNorm
+from normswap.layers.single_position import new_site_name
 from normswap.modes import all_or_nothing
 from normswap.surgery.calls import batch_norm_nodes, call_name
 from normswap.surgery.gated import moved_sites
@@ -229,6 +230,7 @@ def _adopt(layer: nn.Module, spec: NormSpec, swap: Swap, like: Tensor | None) ->
             synchronize=swap.synchronize,
             eps=spec.eps,
             like=like,
+            fqn=swap.fqn,
         )
     except TypeError as error:  # Python cannot change the class of objects with another layout
         raise SwapError(
@@ -253,6 +255,7 @@ def _rewrite_owner(module: nn.Module, owner: str, swaps: list[Swap]) -> dict[str
         ).requires_grad_(swap.train_gates)
         gates[name].replaced_call = call_name(nodes[names.index(name)].target)
         gates[name].synchronize = swap.synchronize
+        gates[name].site = new_site_name(swap.fqn)
         gates[name].train(module.training)
         if like is not None:
             gates[name].to(like)
