@@ -51,6 +51,14 @@ INLINE uint16_t to_half(float value) {
 /* Any NaN as one of zero payload. */
 INLINE double quiet(double value) { return value == value ? value : (double)NAN; }
 
+/* The mean square around a mean, given that around another value. Squares that overflow leave it infinite. */
+INLINE double spread_of(double square, double centre) {
+    return isinf(square) && isfinite(centre) ? square : square - centre * centre;
+}
+
+/* What rounding left out of a centre: nothing of one that is infinite. */
+INLINE double left_out(double rounded, double centre) { return isfinite(rounded) ? rounded - centre : 0; }
+
 /* A table of any kind; without values, one that is not there. */
 typedef struct {
     void *values;

@@ -33,12 +33,12 @@ CLONES static void NAME(row_moments)(const void *from, Py_ssize_t channels, Py_s
         const A first = LOAD(x[0]);
         double sum, squares;
         NAME(row_squares)(x, positions, first, &sum, &squares);
-        const double centre = sum * share, spread = squares * share - centre * centre;
+        const double centre = sum * share, spread = spread_of(squares * share, centre);
         mean[c] = (A)((double)first + centre);
         var[c] = (A)fmax(spread, 0);
         if (!(squares * share <= DOUBTFUL(A) * spread)) {
             NAME(row_squares)(x, positions, mean[c], &sum, &squares);
-            var[c] = (A)(squares * share - sum * share * (sum * share));
+            var[c] = (A)spread_of(squares * share, sum * share);
         }
     }
 }
@@ -95,7 +95,7 @@ CLONES static void NAME(column_moments)(const void *from, Py_ssize_t channels, P
     int doubtful = 0;
 #pragma omp simd reduction(| : doubtful)
     for (Py_ssize_t c = 0; c < channels; c++) {
-        const double centre = sum[c] * share, square = squares[c] * share, spread = square - centre * centre;
+        const double centre = sum[c] * share, square = squares[c] * share, spread = spread_of(square, centre);
         mean[c] = (A)((double)LOAD(x[c]) + centre);
         var[c] = (A)(spread > 0 ? spread : 0);
         doubtful |= !(square <= DOUBTFUL(A) * spread);
@@ -105,8 +105,7 @@ CLONES static void NAME(column_moments)(const void *from, Py_ssize_t channels, P
     NAME(column_squares)(from, mean, channels, positions, sum, squares, scratch);
 #pragma omp simd
     for (Py_ssize_t c = 0; c < channels; c++) {
-        const double centre = sum[c] * share, spread = squares[c] * share - centre * centre;
-        var[c] = (A)spread;
+        var[c] = (A)spread_of(squares[c] * share, sum[c] * share);
     }
 }
 
@@ -118,7 +117,7 @@ CLONES static void NAME(affine_rows)(const void *from, void *to, Py_ssize_t chan
     T *restrict y = to;
     for (Py_ssize_t c = 0; c < channels; c++, x += positions, y += positions) {
         const A a = (A)quiet(scale[c]), m = (A)quiet(centre[c]);
-        const A b = (A)quiet(shift[c] + ((double)m - centre[c]) * scale[c]);
+        const A b = (A)quiet(shift[c] + left_out((double)m, centre[c]) * scale[c]);
 #pragma omp simd
         for (Py_ssize_t i = 0; i < positions; i++)
             y[i] = STORE((LOAD(x[i]) - m) * a + b);
@@ -135,7 +134,7 @@ CLONES static void NAME(affine_columns)(const void *from, void *to, Py_ssize_t c
     for (Py_ssize_t c = 0; c < channels; c++) {
         a[c] = (A)quiet(scale[c]);
         m[c] = (A)quiet(centre[c]);
-        b[c] = (A)quiet(shift[c] + ((double)m[c] - centre[c]) * scale[c]);
+        b[c] = (A)quiet(shift[c] + left_out((double)m[c], centre[c]) * scale[c]);
     }
     for (Py_ssize_t i = 0; i < positions; i++, x += channels, y += channels)
 #pragma omp simd
@@ -163,7 +162,7 @@ CLONES static void NAME(row_sums)(const void *gradient, const void *from, Py_ssi
             by_x += (double)q;
         }
         sum[c] = total;
-        product[c] = by_x + total * ((double)m - centre[c]); /* what rounding the centre left out */
+        product[c] = by_x + total * left_out((double)m, centre[c]); /* what rounding the centre left out */
     }
 }
 
@@ -205,7 +204,7 @@ CLONES static void NAME(column_sums)(const void *gradient, const void *from, Py_
     }
 #pragma omp simd
     for (Py_ssize_t c = 0; c < channels; c++) /* what rounding the centre left out */
-        product[c] += sum[c] * ((double)m[c] - centre[c]);
+        product[c] += sum[c] * left_out((double)m[c], centre[c]);
 }
 
 /* dx = scale dy + slope (x - centre) + shift. */

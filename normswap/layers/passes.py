@@ -54,7 +54,10 @@ def instance_moments(x: Tensor) -> tuple[Moments, Tensor | None]:
     # Parameters in float32 make the kernel return its moments so.
     ones = None if x.dtype == dtype else torch.ones(channels, dtype=dtype, device=x.device)
     buffer, mean, rstd = torch.native_group_norm(x, ones, ones, samples, channels, positions, channels, 0.0)
-    return Moments(mean, rstd.mul_(rstd).reciprocal_()), buffer
+    var = rstd.mul_(rstd).reciprocal_()
+    if x.dtype != dtype:  # in half precision the kernel subtracts squares, and two that overflow leave no number
+        var = torch.where(var.isnan() & mean.isfinite(), torch.inf, var)
+    return Moments(mean, var), buffer
 
 
 def _moments_by_sample(x: Tensor, channels: int, dtype: torch.dtype) -> Moments:

@@ -5,6 +5,7 @@ is algebra on that table, and y is affine in x per (n, c) (Luo et al., ICLR 2019
 """
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,8 +42,10 @@ def switch_norm_reference(
     if taken is not None:
         bn = Moments(*(with_gradient_of(moment, value) for value, moment in zip(taken, bn, strict=True)))
     moments = {"in": table, "ln": pool_moments(table, 1), "bn": bn}
-    mean = _mix(mean_weights, [moments[branch].mean for branch in branches])
-    var = _mix(var_weights, [moments[branch].var for branch in branches])
+    mixed_mean = _mix(mean_weights, [moments[branch].mean for branch in branches])
+    mixed_var = _mix(var_weights, [moments[branch].var for branch in branches])
+    finite = mixed_mean.value.isfinite() & mixed_var.value.isfinite()
+    mean, var = (torch.where(finite, mixed.differentiable, mixed.value) for mixed in (mixed_mean, mixed_var))
 
     dtype = accumulation_dtype(x)
     spatial = (1,) * (x.dim() - 2)
@@ -61,14 +64,22 @@ def with_gradient_of(moment: Tensor, value: Tensor) -> Tensor:
     return value + torch.where(moment.isfinite(), moment - moment.detach(), 0.0)
 
 
-def _mix(weights: Tensor, statistics: list[Tensor]) -> Tensor:
-    """Sum weights (K,) times statistics. Where a statistic is inf or NaN, a weight of exactly zero silences it, and it
-    passes no gradient to its weight: an infinite variance stays infinite, however much of it is taken.
+class _Mixed(NamedTuple):
+    """A mixed statistic: its value, whose gradient reaches statistics of weight above zero only; and the same with all
+    gradients, but without what is not finite.
+
+    The first stands where a mixed statistic is inf or NaN: gradients there are so too, and times zero would be NaN. An
+    infinite variance stays infinite however much of it is taken, so that its weight has no gradient there.
     """
+
+    value: Tensor
+    differentiable: Tensor
+
+
+def _mix(weights: Tensor, statistics: list[Tensor]) -> _Mixed:
+    """Sum weights (K,) times statistics; a weight of exactly zero silences inf and NaN instead of spreading them."""
     weights = weights.to(statistics[0].dtype)
-    terms = []
-    for share, table in zip(weights.unbind(), statistics, strict=True):
-        finite = table.isfinite()
-        beyond = torch.where(share != 0, share.detach() * table, 0.0)
-        terms.append(torch.where(finite, share * torch.where(finite, table, 0.0), beyond))
-    return sum(terms[1:], start=terms[0])
+    pairs = list(zip(weights.unbind(), statistics, strict=True))
+    values = [torch.where(share != 0, share.detach() * table, 0.0) for share, table in pairs]
+    finite = [share * torch.where(table.isfinite(), table, 0.0) for share, table in pairs]
+    return _Mixed(sum(values[1:], start=values[0]), sum(finite[1:], start=finite[0]))

@@ -33,7 +33,8 @@ def _gathered(mean, squares, size, lanes, LANES: tl.constexpr):
     counts = ((size - lanes + LANES - 1) // LANES).to(tl.float32)[None, :]
     total = tl.sum(mean * counts, axis=1) / size
     away = mean - total[:, None]
-    return total, tl.sum(squares + away * away * counts, axis=1) / size
+    # A lane that has seen nothing adds nothing, though its square may be infinite.
+    return total, tl.sum(squares + tl.where(counts > 0, away * away * counts, 0.0), axis=1) / size
 
 
 @triton.jit
