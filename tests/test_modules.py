@@ -699,12 +699,13 @@ def test_compiles_with_its_updates_of_gates_and_statistics(momentum: float | Non
 
 @pytest.mark.parametrize("training", [True, False])
 def test_compiles_and_exports_at_one_spatial_position(training: bool) -> None:
-    """Whether `in` has weight is read from a tensor, which a graph cannot do: the check is left to eager mode."""
+    """Whether `in` has weight is read from a tensor, which a graph cannot do: a compiled layer warns if it may have."""
     torch.compiler.reset()
     layer = SwitchNorm2d.from_batch_norm(trained(nn.BatchNorm2d(4))).train(training)
     x = torch.randn(3, 4, 1, 1)
     expected = copy.deepcopy(layer)(x)
-    torch.testing.assert_close(torch.compile(copy.deepcopy(layer), fullgraph=True, backend="eager")(x), expected)
+    with pytest.warns(UserWarning, match="is fed one spatial position per channel"):
+        torch.testing.assert_close(torch.compile(copy.deepcopy(layer), fullgraph=True, backend="eager")(x), expected)
     if not training:
         torch.testing.assert_close(torch.export.export(layer, (x,), strict=False).module()(x), expected)
 

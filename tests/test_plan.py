@@ -75,12 +75,43 @@ def test_without_an_input_sizes_are_unknown_and_the_plan_says_so(net: Net) -> No
     assert plan.inputs is None
 
 
-def test_an_input_below_the_default_size_is_noted() -> None:
+@pytest.mark.parametrize(
+    ("size", "default", "note"),
+    [
+        (
+            32,
+            64,
+            "The example input (32x32) is smaller than the model's default (64x64). 3 layers with a 1x1 map here were "
+            "planned without instance norm; use --input 2x3x64x64.",
+        ),
+        (
+            64,
+            32,
+            "The example input (64x64) is larger than the model's default (32x32). 3 layers with a 1x1 map at 32x32 were "
+            "planned with instance norm, which has no variance there; use --input 2x3x32x32.",
+        ),
+        (64, 64, None),
+        (64, 96, None),  # smaller, and no site is affected
+        (96, 64, None),  # larger, and no site is affected
+    ],
+)
+def test_another_input_size_is_noted_only_if_a_site_is_affected(size: int, default: int, note: str | None) -> None:
+    model = timm.create_model("resnet10t", pretrained_cfg_overlay={"input_size": (3, default, default)})
+    assert plan_swaps(model, torch.zeros(2, 3, size, size)).notes == (() if note is None else (note,))
+
+
+def test_maps_that_are_1x1_at_every_input_size_are_no_reason_for_a_note() -> None:
     model = timm.create_model("resnet10t")
-    assert (
-        "planned at 64x64, below the model's default 176x176" in plan_swaps(model, torch.zeros(1, 3, 64, 64)).notes[0]
-    )
-    assert plan_swaps(model, torch.zeros(1, 3, 176, 176)).notes == ()
+    model.fc = nn.Identity()
+    model.global_pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(512), nn.Flatten())
+    plan = plan_swaps(model, torch.zeros(2, 3, 64, 64))
+    assert {swap.fqn: swap.branches for swap in plan.swaps}["global_pool.1"] == ("ln", "bn")
+    assert plan.notes == ()
+
+
+def test_an_input_size_that_the_model_refuses_is_no_reason_for_a_note() -> None:
+    model = timm.create_model("resnet10t", pretrained_cfg_overlay={"input_size": (3, 0, 0)})
+    assert plan_swaps(model, torch.zeros(2, 3, 32, 32)).notes == ()
 
 
 def test_a_plan_decides_nothing_about_the_model_itself(net: Net) -> None:

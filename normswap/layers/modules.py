@@ -233,9 +233,9 @@ def _only(layer: nn.Module, x: Tensor | None, named: Tensor | None) -> Tensor:
         if x is None:
             raise TypeError(f"{type(layer).__name__}.forward() missing 1 required positional argument: 'input'")
         return x
-    if x is not None:
-        raise TypeError(f"{type(layer).__name__}.forward() got multiple values for argument 'input'")
-    return named
+    if x is None:
+        return named
+    raise TypeError(f"{type(layer).__name__}.forward() got multiple values for argument 'input'")
 
 
 def apply_layer(layer: SwitchNorm, x: Tensor) -> Tensor:

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
-from torch.utils._pytree import tree_leaves
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-from normswap.errors import PlanError
+from normswap.errors import ModelError, PlanError
 from normswap.layers.importance import BN_STATISTICS, BRANCHES, BnStatistics, Branch, Gate, check_gate
 from normswap.surgery.norm_site import NormSite
 from normswap.surgery.norms import KINDS, KNOWN_NORMS, Norms, requested_kind, vertex_of
@@ -85,16 +85,20 @@ def plan_swaps(
     told = settle(settings or {}, names)
     swaps: list[Swap] = []
     skips: list[Skip] = []
+    sized: list[NormSite] = []
     for site in sites:
         reason = _reason_to_stay(site, ground, bool(include), included.get(site.fqn), excluded.get(site.fqn))
         decision = _decide(site, ground, told[site.fqn]) if reason is None else reason
+        if reason is None and "in" in _allowed(site, ground, told[site.fqn]):
+            sized.append(site)
         if isinstance(decision, Swap):
             swaps.append(decision)
         else:
             skips.append(Skip(site.fqn, site.class_name, site.kind, decision))
     inputs = None if example_inputs is None else describe_shapes(example_inputs)
     swapped = {swap.fqn for swap in swaps}
-    notes = [*_notes(model, example_inputs, [site for site in sites if site.fqn in swapped])]
+    notes = [*_notes(example_inputs, [site for site in sites if site.fqn in swapped])]
+    notes += _size_notes(model, example_inputs, sized, norms)
     if {swap.fqn for swap in swaps if swap.synchronize} - {site.fqn for site in sites if site.synchronize}:
         notes.append(_SYNCHRONIZED)
     notes += [*_idle_settings(settings or {}, names, swapped), *notes_on(swaps)]
@@ -214,19 +218,12 @@ def _problem_of_fresh_statistics(site: NormSite, swap: Swap) -> str | None:
     return None
 
 
-def _notes(model: nn.Module, inputs: Any, swapped: Sequence[NormSite]) -> list[str]:
+def _notes(inputs: Any, swapped: Sequence[NormSite]) -> list[str]:
     notes = []
     if inputs is None:
         notes.append(
-            "planned without an example input: spatial sizes are unknown, and a site that meets one position raises "
-            "once `in` has weight; give an input of the real size"
-        )
-    default = _default_size(model)
-    fed = next((tuple(leaf.shape) for leaf in tree_leaves(inputs) if hasattr(leaf, "shape") and leaf.dim() == 4), None)
-    if default and fed and (fed[-2] < default[-2] or fed[-1] < default[-1]):
-        notes.append(
-            f"planned at {fed[-2]}x{fed[-1]}, below the model's default {default[-2]}x{default[-1]}: sites with one "
-            "position here may have more there"
+            "planned without an example input: spatial sizes are unknown; a layer that is fed a 1x1 map gives the weight "
+            "of instance norm to layer norm and warns; give an input of the real size"
         )
     unregistered = [site.fqn for site in swapped if not site.registered]
     if unregistered:
@@ -235,6 +232,57 @@ def _notes(model: nn.Module, inputs: Any, swapped: Sequence[NormSite]) -> list[s
             "nn.ModuleList if they are to be saved"
         )
     return notes
+
+
+def _size_notes(model: nn.Module, inputs: Any, sites: Sequence[NormSite], norms: Norms) -> list[str]:
+    """Notes on sites that would have other branches at the model's default input size; it runs at that size only if
+    some site may.
+    """
+    default = _default_size(model)
+    fed = next((leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.dim() == 4), None)
+    if default is None or len(default) != 3 or fed is None or not any(_may_differ(s, fed, default) for s in sites):
+        return []
+    size = fed.shape[:2] + default[1:]
+    resized = tree_map_only(Tensor, lambda leaf: leaf.new_zeros(size) if leaf.shape == fed.shape else leaf, inputs)
+    try:
+        there = {site.fqn: site for site in find_norm_sites(model, resized, norms=norms)}
+    except ModelError:  # it runs at the given size, and nothing is known of the other one
+        return []
+    pairs = [("in" in _branches(site), "in" in _branches(there[site.fqn])) for site in sites if site.fqn in there]
+    given, wanted = ("x".join(map(str, shape)) for shape in (fed.shape[-2:], default[1:]))
+    use = "use --input " + "x".join(map(str, size))
+    notes = []
+    if count := pairs.count((False, True)):
+        notes.append(
+            f"The example input ({given}) is smaller than the model's default ({wanted}). {_layers(count)} with a 1x1 map "
+            f"here {_were(count)} planned without instance norm; {use}."
+        )
+    if count := pairs.count((True, False)):
+        notes.append(
+            f"The example input ({given}) is larger than the model's default ({wanted}). {_layers(count)} with a 1x1 map "
+            f"at {wanted} {_were(count)} planned with instance norm, which has no variance there; {use}."
+        )
+    return notes
+
+
+def _may_differ(site: NormSite, fed: Tensor, default: tuple[int, ...]) -> bool:
+    """Whether a map of the site is 1x1 at one of two input sizes and larger at the other, as far as scaling tells."""
+    maps = [shape[2:] for shape in site.shapes or () if len(shape) == 4]
+    grows = any(given < wanted for given, wanted in zip(fed.shape[-2:], default[1:], strict=True))
+    return any(
+        grows
+        if one == (1, 1)
+        else all(own * wanted < 2 * given for own, given, wanted in zip(one, fed.shape[-2:], default[1:], strict=True))
+        for one in maps
+    )
+
+
+def _layers(count: int) -> str:
+    return f"{count} layer{'s' * (count != 1)}"
+
+
+def _were(count: int) -> str:
+    return "was" if count == 1 else "were"
 
 
 _SYNCHRONIZED = (

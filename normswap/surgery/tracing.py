@@ -192,8 +192,9 @@ def read_graph(graph: fx.Graph, is_norm_fqn: Callable[[str], bool]) -> GraphFact
         if node.op == "call_module" and is_norm_fqn(str(node.target)):
             fqn = str(node.target)
             calls.append(fqn)
-            if node.args and isinstance(node.args[0], fx.Node):
-                producers.setdefault(fqn, _describe(node.args[0]))
+            given = next((value for value in (*node.args, *node.kwargs.values()) if isinstance(value, fx.Node)), None)
+            if given is not None:
+                producers.setdefault(fqn, _describe(given))
         elif norm_call(node):
             stack = node.meta.get("nn_module_stack") or {"": ("", None)}
             owner = next(reversed(stack.values()))[0]
