@@ -2,14 +2,14 @@
 
 A forward pass may write anywhere: into buffers and parameters (also through `.data`, `set_` and `resize_`), caches and
 counters in attributes, lists, dicts and plain objects, generators of random numbers. Every object stays the same
-object. What a hook collects in variables of its own is not part of the model. Memory is copied by storage, so that views and tied tensors stay views and tied; what a pass has
-not changed is compared and never written.
+object. What a hook collects in variables of its own is not part of the model. Memory is copied by storage, so that
+views and tied tensors stay views and tied; what a pass has not changed is compared and never written.
 """
 
 import random
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from functools import lru_cache, partial
 from types import BuiltinFunctionType, CellType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
@@ -17,7 +17,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_leaves
 
 from normswap.errors import ModelError
 
@@ -62,7 +64,7 @@ class Snapshot:
     Args:
         modules: the modules that run.
         reach: also follow plain objects, hooks, closures and the modules found there; without it only containers.
-        on_write: copy memory only before an operator writes to it, inside the context of `copying_before_writes`.
+        on_write: copy memory only before a function of torch writes to it, within `copying_before_writes`.
     """
 
     def __init__(self, modules: Iterable[nn.Module], *, reach: bool = True, on_write: bool = False) -> None:
@@ -98,8 +100,8 @@ class Snapshot:
                 "copy.deepcopy(model) instead of the model"
             ) from failure
 
-    def copying_before_writes(self) -> TorchDispatchMode:
-        """Return a context in which memory is copied before the first operator that writes to it."""
+    def copying_before_writes(self) -> TorchFunctionMode:
+        """Return a context in which memory is copied before the first function of torch that writes to it."""
         return _CopyBeforeWrite(self._storages)
 
     def _is_new(self, thing: Any, depth: int, reach: bool) -> bool:
@@ -123,25 +125,25 @@ class Snapshot:
         return keeper(thing), depth + (keeper is _keep_object)
 
 
-class _CopyBeforeWrite(TorchDispatchMode):
+class _CopyBeforeWrite(TorchFunctionMode):
+    # Not a TorchDispatchMode, which would see more and imports the compiler at its first operator (torch 2.14).
     def __init__(self, storages: dict[int, _Storage]) -> None:
         super().__init__()
         self._storages = storages
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for tensor in _written(func, args, kwargs or {}):
-            storage = _storage_of(tensor)
-            if storage is not None and storage._cdata in self._storages:
-                self._storages[storage._cdata].copy()
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "out" in (kwargs or {}) or _writes(getattr(func, "__name__", "")):
+            for leaf in tree_leaves((args, kwargs)):
+                storage = _storage_of(leaf) if isinstance(leaf, Tensor) else None
+                if storage is not None and storage._cdata in self._storages:
+                    self._storages[storage._cdata].copy()
         return func(*args, **(kwargs or {}))
 
 
-def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
-    """The tensors that an operator writes to, by its schema."""
-    for position, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            value = kwargs.get(argument.name, args[position] if position < len(args) else None)
-            yield from (v for v in (value if isinstance(value, list | tuple) else [value]) if isinstance(v, Tensor))
+def _writes(name: str) -> bool:
+    """Say whether a function of torch of this name writes to a tensor that it is given."""
+    inplace = name.endswith("_") and not name.endswith("__")
+    return inplace or name == "__setitem__" or name.startswith("__i")
 
 
 _TENSOR_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")

@@ -197,7 +197,7 @@ def test_a_forward_that_fails_half_way_leaves_the_model_as_it_was(kind: type[Bas
     for call in (convert, plan_swaps, find_norm_sites):
         model = kind(fails=True)
         before = state(model)
-        with pytest.raises(ModelError, match="the model fails on an input of 4x8, in the model .*index out of range"):
+        with pytest.raises(ModelError, match=r"the model fails on an input of 4x8, in the model .*index out of range"):
             call(model, X)
         assert state(model) == before
 
