@@ -358,7 +358,9 @@ def _storage_of(tensor: Tensor) -> torch.UntypedStorage | None:
 
 
 def _bytes_of(storage: torch.UntypedStorage) -> Tensor:
-    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)  # type: ignore[call-overload,no-any-return]
+    """All of a storage as whole numbers: of 8 bytes where its size allows, which are compared fastest."""
+    dtype = next(d for d in (torch.int64, torch.int32, torch.uint8) if storage.nbytes() % d.itemsize == 0)
+    return torch.empty(0, dtype=dtype, device=storage.device).set_(storage)  # type: ignore[call-overload,no-any-return]
 
 
 def _form(tensor: Tensor) -> tuple[Any, ...]:
