@@ -108,8 +108,8 @@ def check_not_prepared(model: nn.Module) -> None:
         cls = type(place.module)
         if any(b.__name__ in _OBSERVERS and b.__module__.startswith(("torch.", "torchao.")) for b in cls.__mro__):
             raise SwapError(
-                f"the model is prepared for quantization ({place.names[0] or 'the model'} is a {cls.__name__}): convert "
-                "the model before it is prepared, then prepare the converted one"
+                f"the model is prepared for quantization ({place.names[0] or 'the model'} is a {cls.__name__}): "
+                "convert the model before it is prepared, then prepare the converted one"
             )
 
 
