@@ -23,7 +23,7 @@ from normswap.errors import DataError, ModelError
 from normswap.layers.adoption import STATISTICS
 from normswap.layers.modules import FunctionalSwitchNorm
 from normswap.layers.moments import GatheredMoments
-from normswap.modes import call_model, hooked, preserved_state, training_flags
+from normswap.modes import call_model, hooked, preserved_random_state, preserved_state, training_flags
 from normswap.surgery.calls import NORM_CALLS
 from normswap.surgery.norms import is_norm_layer
 from normswap.surgery.observation import describe_shapes
@@ -92,7 +92,8 @@ class CalibrationPass:
             for batch in batches:
                 inputs = on_device(inputs_of(batch), device)
                 try:
-                    call_model(self._model, inputs)
+                    with preserved_random_state():
+                        call_model(self._model, inputs)
                 except (DataError, ModelError):
                     raise
                 except Exception as error:

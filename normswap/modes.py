@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
-from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
+
+from normswap.state_snapshot import Snapshot
 
 _CONTAINERS = (list, dict, set)
 
@@ -33,29 +34,33 @@ def training_flags(modules: Iterable[nn.Module], *, training: bool) -> Iterator[
 
 
 @contextmanager
-def preserved_state(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Put back at the end what a forward pass changed: values of buffers, attributes, what containers hold.
+def preserved_state(modules: Iterable[nn.Module], *, reach: bool = True) -> Iterator[None]:
+    """Put back at the end whatever a forward pass changed in `modules`, and in what they refer to.
 
-    Tensors and containers stay the same objects. Modules found inside containers are not followed: name them all.
+    Every object stays the same object. Costs the memory of the tensors while it lasts.
+
+    Args:
+        reach: also follow plain objects, hooks, closures and other modules; without it only containers.
+
+    Raises:
+        ModelError: something that was changed cannot be put back; all else is.
     """
-    everything = list(modules)
-    held = [tensor for module in everything for tensor in (*module._buffers.values(), *_kept_in_parameters(module))]
-    buffers = {id(tensor): tensor for tensor in held if tensor is not None and not is_lazy(tensor)}
-    values = [(buffer, buffer.detach().clone()) for buffer in buffers.values()]
-    states = [(module, module_state(module)) for module in everything]
+    snapshot = Snapshot(modules, reach=reach)
     try:
         yield
     finally:
-        for module, state in states:
-            _put_back(module, state)
-        with torch.no_grad():
-            for buffer, value in values:
-                buffer.copy_(value)
+        snapshot.put_back()
 
 
-def _kept_in_parameters(module: nn.Module) -> list[torch.Tensor | None]:
-    """Running statistics that are parameters without a gradient, as few-shot learners keep them."""
-    return [p for p in module._parameters.values() if p is not None and not p.requires_grad and p.dim() <= 1]
+@contextmanager
+def preserved_in_trace(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Put back at the end what tracing changed, as `preserved_state`; costs memory only for what is written to."""
+    snapshot = Snapshot(modules, on_write=True)
+    try:
+        with snapshot.copying_before_writes():
+            yield
+    finally:
+        snapshot.put_back()
 
 
 @contextmanager
@@ -130,15 +135,22 @@ def seeded(seed: int, *, cpu_only: bool = False) -> Iterator[None]:
     Args:
         cpu_only: leave the other devices alone, which a forked process may not even ask for theirs.
     """
-    numpy = sys.modules.get("numpy")
-    python_state, numpy_state = random.getstate(), numpy and numpy.random.get_state()
-    with torch.random.fork_rng(devices=() if cpu_only else range(torch.cuda.device_count())):
+    with preserved_random_state(cpu_only=cpu_only):
         # torch.manual_seed keeps, for each kind of device that is not there, the stack of whoever called it.
         everywhere = not cpu_only and torch.accelerator.is_available()
         (torch.manual_seed if everywhere else torch.default_generator.manual_seed)(seed)
         random.seed(seed)
-        if numpy:
+        if numpy := sys.modules.get("numpy"):
             numpy.random.seed(seed)
+        yield
+
+
+@contextmanager
+def preserved_random_state(*, cpu_only: bool = False) -> Iterator[None]:
+    """Restore the random state at the end, of torch, Python and NumPy; arguments as in `seeded`."""
+    numpy = sys.modules.get("numpy")
+    python_state, numpy_state = random.getstate(), numpy and numpy.random.get_state()
+    with torch.random.fork_rng(devices=() if cpu_only else range(torch.cuda.device_count())):
         try:
             yield
         finally:

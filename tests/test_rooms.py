@@ -15,6 +15,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "normswap"
 ROOMS = [
     "errors",
     "documents",
+    "state_snapshot",
     "modes",
     "layers.importance",
     "layers.checks",

@@ -5,6 +5,7 @@ state has `state` and `param_groups`. Names only choose among several and give t
 changes nothing: `replaced` returns a new content that shares all other values.
 """
 
+import re
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -129,15 +130,27 @@ def is_state_dict(value: Any) -> bool:
     return not stray and any(tensor.is_floating_point() and tensor.dim() for tensor in tensors)
 
 
+# Buffers of observers and of fake quantization, as torch.ao names them.
+_PREPARED = re.compile(r"(^|\.)(fake_quant_enabled|activation_post_process(_\d+)?\.min_val)$")
+
+
 def check_has_values(weights: Any) -> None:
     """Refuse a state dict of which some tensor has no floating values of its own; what is none passes.
 
     Raises:
-        CheckpointError: a tensor is on the meta device, or quantised.
+        CheckpointError: a tensor is on the meta device, quantised, or of a model prepared for quantization.
     """
-    for key, value in weights.items() if is_state_dict(weights) else ():
+    if not is_state_dict(weights):
+        return
+    converted = any(key.endswith("mean_weight") for key in weights)  # a model may be prepared after its conversion
+    for key, value in weights.items():
         if isinstance(value, Tensor) and value.is_meta:
             raise CheckpointError(f"the tensor {key!r} is on the meta device and has no values: load it first")
+        if _PREPARED.search(key) and not converted:
+            raise CheckpointError(
+                f"the tensor {key!r} is of a model prepared for quantization: convert the model before it is prepared, "
+                "then prepare the converted one"
+            )
         if isinstance(value, Tensor) and value.is_quantized:
             raise CheckpointError(
                 f"the tensor {key!r} is quantised, its norms are folded away: convert the model as it was before"

@@ -23,7 +23,7 @@ from normswap.surgery.planning import plan_swaps
 from normswap.surgery.settings import Settings
 from normswap.surgery.tree import class_name, copy_model, join, modules_by_name, walk_modules
 from normswap.surgery.whole_graph import to_graph_module
-from normswap.surgery.wrapping import check_wrapping, rewrap, unwrap
+from normswap.surgery.wrapping import check_not_prepared, check_wrapping, rewrap, unwrap
 
 
 class Conversion(NamedTuple):
@@ -113,9 +113,11 @@ def apply_plan(model: nn.Module, plan: SwapPlan, *, norms: Norms = KNOWN_NORMS) 
 
     Raises:
         PlanError: the plan was made for another model.
-        SwapError: the model is in a wrapper that would not notice, or a site cannot be swapped; it is as it was.
+        SwapError: the model is in a wrapper that would not notice, is prepared for quantization, or a site cannot be
+            swapped; it is as it was.
     """
     check_wrapping(model, inplace=True, rebuilt=False)
+    check_not_prepared(model)
     model = unwrap(model)
     by_name = modules_by_name(model)
     module_swaps = [swap for swap in plan.swaps if swap.owner is None]

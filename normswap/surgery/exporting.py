@@ -17,7 +17,7 @@ import torch
 from torch import fx, nn
 from torch.export.graph_signature import InputKind
 
-from normswap.modes import as_call, seeded, training_flags
+from normswap.modes import as_call, preserved_state, seeded, training_flags
 from normswap.surgery.calls import norm_arguments, norm_call, reads_activation
 from normswap.surgery.tracing import GraphFacts, first_line, sharing_twin, without_hooks
 
@@ -25,7 +25,7 @@ from normswap.surgery.tracing import GraphFacts, first_line, sharing_twin, witho
 def export_facts(model: nn.Module, example_inputs: Any, is_norm_fqn: Callable[[str], bool]) -> GraphFacts | str:
     """Export `model` in evaluation on `example_inputs` and read its graph, or return the reason why it cannot be."""
     args, kwargs = as_call(example_inputs)
-    with seeded(0), silence():
+    with preserved_state(model.modules()), seeded(0), silence():
         try:
             twin = without_hooks(sharing_twin(model))
             with training_flags(twin.modules(), training=False):

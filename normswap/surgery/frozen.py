@@ -10,6 +10,9 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from normswap.layers.adoption import shallow_twin
+from normswap.modes import seeded
+
 _STATE = ("weight", "bias", "running_mean", "running_var")
 
 # What people write; a measured eps this close to one of them is it.
@@ -30,19 +33,28 @@ def frozen_eps(module: nn.Module) -> float | None:
     return _measured_eps(module) if has_frozen_structure(module) else None
 
 
+def _without_hooks(module: nn.Module) -> nn.Module:
+    """Hooks of a copy may still write to the user's own objects."""
+    twin = shallow_twin(module)
+    twin._forward_hooks.clear()
+    twin._forward_pre_hooks.clear()
+    return twin
+
+
 @torch.no_grad()
 def _measured_eps(module: nn.Module) -> float | None:
     try:
         # Tensors of its own, so that every channel tells, also where a weight is 0, and on meta.
-        probe = copy.deepcopy(module).to_empty(device="cpu").double().train()
+        probe = copy.deepcopy(_without_hooks(module)).to_empty(device="cpu").double().train()
         channels = len(probe.get_buffer("weight"))
         generator = torch.Generator().manual_seed(0)
         for name in _STATE:
             value = torch.rand(channels, generator=generator, dtype=torch.float64) + 0.5
             getattr(probe, name).copy_(value * 1e-3 if name == "running_var" else value)
         x = torch.randn(2, channels, 2, 3, generator=generator, dtype=torch.float64)
-        y = probe(x)
-        scale = (probe(x + 1) - y)[0, :, 0, 0]
+        with seeded(0):
+            y = probe(x)
+            scale = (probe(x + 1) - y)[0, :, 0, 0]
         eps = ((probe.weight / scale) ** 2 - probe.running_var).median().item()
         said = getattr(module, "eps", None)
         known = (said, *_USUAL_EPS) if isinstance(said, float) else _USUAL_EPS

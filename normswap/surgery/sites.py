@@ -19,7 +19,7 @@ from normswap.surgery.own_forward import OwnForwards
 from normswap.surgery.tracing import GraphFacts
 from normswap.surgery.tracing_paths import WholeModel, read_whole_model, suspects
 from normswap.surgery.tree import Place, class_name, walk_modules
-from normswap.surgery.wrapping import unwrap
+from normswap.surgery.wrapping import check_not_prepared, unwrap
 
 
 def find_norm_sites(
@@ -35,7 +35,9 @@ def find_norm_sites(
 
     Raises:
         ModelError: the forward pass on `example_inputs` failed, or sizes are not settled before one.
+        SwapError: the model is prepared for quantization.
     """
+    check_not_prepared(model)
     model = unwrap(model)
     places = walk_modules(model)
     by_name = {name: place for place in places for name in place.names}

@@ -16,7 +16,15 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from normswap.modes import ModuleState, changed_names, module_state, random_state, seeded, training_flags
+from normswap.modes import (
+    ModuleState,
+    changed_names,
+    module_state,
+    preserved_in_trace,
+    random_state,
+    seeded,
+    training_flags,
+)
 from normswap.surgery.calls import norm_arguments, norm_call, reads_activation
 from normswap.surgery.norms import KNOWN_NORMS, Norms, is_norm_layer, looks_like_norm
 from normswap.surgery.tree import deep_copy, join
@@ -97,7 +105,8 @@ def trace_model(model: nn.Module, *, training: bool, norms: Norms = KNOWN_NORMS)
     """Trace the whole of `model` with norm layers as leaves, or say why it cannot be traced."""
     reason = None
     for is_leaf, wrapped in _leaf_rules(norms):
-        trace = trace_with(lambda: without_hooks(sharing_twin(model)), is_leaf, wrapped, training=training)
+        with preserved_in_trace(model.modules()):  # code run for real reaches the parameters that the twin shares
+            trace = trace_with(lambda: without_hooks(sharing_twin(model)), is_leaf, wrapped, training=training)
         if trace.graph is not None:
             return trace
         reason = reason or trace.reason

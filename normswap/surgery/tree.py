@@ -5,6 +5,7 @@ optimizer, but it runs. It is found through its owner's `__dict__` and named lik
 """
 
 import copy
+from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import MethodType
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.utils.hooks import RemovableHandle
 
 from normswap.layers.adoption import qualified_name
 
@@ -92,29 +94,44 @@ def deep_copy(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     for name, value in module.__getstate__().items():  # type: ignore[no-untyped-call]  # no compiled code
         if type(value) in _IMMUTABLE or isinstance(value, _SHARED):
             vars(twin)[name] = value
-        elif type(value) is dict and name in _OWN_REGISTRIES:
+        elif type(value) in _DICTS and id(value) not in memo and (name in _OWN_REGISTRIES or not value):
+            # Known to what refers to the dict itself and is copied before or after it: the handle of a hook does.
+            memo[id(value)] = vars(twin)[name] = copied = type(value)()
             copy_item = deep_copy if name == "_modules" else copy.deepcopy
-            vars(twin)[name] = {key: item if item is None else copy_item(item, memo) for key, item in value.items()}
+            for key, item in value.items():
+                copied[key] = item if item is None else copy_item(item, memo)
         else:
-            vars(twin)[name] = copy.deepcopy(value, memo) if not isinstance(value, dict) or value else type(value)()
+            vars(twin)[name] = copy.deepcopy(value, memo)
     return twin
 
 
 _COPY_PROTOCOL = ("__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__", "__setstate__", "__new__", "__slots__")
+_DICTS = (dict, OrderedDict)
 _IMMUTABLE = (bool, int, float, str, type(None))
 # What a copy has in common with what it is a copy of: a group of processes, which a SyncBatchNorm holds, is none's own.
 _SHARED = (torch.distributed.ProcessGroup,) if torch.distributed.is_available() else ()
 
 
+_HOOK_DICTS = ("_hooks", "_hooks_with_kwargs", "_hooks_always_called")
+
+
 def _complete_graph_copy(module: nn.Module, twin: nn.Module) -> None:
     """Give the copy of a GraphModule what torch's own copying leaves behind: name, hooks, attributes (torch 2.14)."""
     type(twin).__name__, type(twin).__qualname__ = type(module).__name__, type(module).__qualname__
+    handles: dict[str, RemovableHandle] = {}
     for name, value in vars(module).items():
-        if name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")) and value:
+        if name.endswith(_HOOK_DICTS) and value:
             vars(twin)[name] = value.copy()
         elif name not in vars(twin):
-            bound = isinstance(value, MethodType) and value.__self__ is module
-            vars(twin)[name] = MethodType(value.__func__, twin) if bound else value
+            vars(twin)[name] = value
+            if isinstance(value, MethodType) and value.__self__ is module:
+                vars(twin)[name] = MethodType(value.__func__, twin)
+            elif isinstance(value, RemovableHandle):
+                handles[name] = value
+    # A handle removes the hook of the copy: it refers to the dicts of hooks, which are all there only now.
+    dicts = {id(value): vars(twin)[name] for name, value in vars(module).items() if name.endswith(_HOOK_DICTS)}
+    for name, handle in handles.items():
+        vars(twin)[name] = copy.deepcopy(handle, dict(dicts))
 
 
 def join(owner: str, name: str) -> str:

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from normswap.errors import SwapError
 from normswap.layers.adoption import shallow_twin
+from normswap.layers.gates import GatedModule
 from normswap.surgery.tracing import first_line
 from normswap.surgery.tree import class_name, walk_modules
 
@@ -86,6 +87,30 @@ def check_wrapping(model: nn.Module, *, inplace: bool, rebuilt: bool, verb: str 
         for cls in type(place.module).__mro__:
             if cls.__name__ in _REFUSALS:
                 raise _refused(f"{where}.{place.names[0]}".rstrip("."), cls.__name__, verb)
+
+
+# Base classes of what preparing a model for quantization puts into it, by name: in torch, and in torchao since.
+_OBSERVERS = {"ObserverBase", "FakeQuantizeBase", "FakeQuantizerBase", "AffineQuantizedObserverBase"}
+
+
+def check_not_prepared(model: nn.Module) -> None:
+    """Refuse a model that is prepared for quantization: its batch norms are parts of fused layers and of observed ones.
+
+    A model that was prepared after its conversion passes.
+
+    Raises:
+        SwapError: the model holds observers or fake quantization, and no layer of normswap.
+    """
+    places = walk_modules(unwrap(model))
+    if any(isinstance(place.module, GatedModule) for place in places):
+        return
+    for place in places:
+        cls = type(place.module)
+        if any(b.__name__ in _OBSERVERS and b.__module__.startswith(("torch.", "torchao.")) for b in cls.__mro__):
+            raise SwapError(
+                f"the model is prepared for quantization ({place.names[0] or 'the model'} is a {cls.__name__}): "
+                "convert the model before it is prepared, then prepare the converted one"
+            )
 
 
 def rewrap(model: nn.Module, inside: nn.Module) -> nn.Module:

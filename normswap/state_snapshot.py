@@ -1,0 +1,376 @@
+"""The state of modules and of everything they refer to, kept while foreign code runs and put back bit for bit.
+
+A forward pass may write anywhere: into buffers and parameters (also through `.data`, `set_` and `resize_`), caches and
+counters in attributes, lists, dicts and plain objects, generators of random numbers. Every object stays the same
+object. What a hook collects in variables of its own is not part of the model. Memory is copied by storage, so that
+views and tied tensors stay views and tied; what a pass has not changed is compared and never written.
+"""
+
+import random
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable
+from functools import lru_cache, partial
+from types import BuiltinFunctionType, CellType, FunctionType, MethodType, ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_leaves
+
+from normswap.errors import ModelError
+
+# How many plain objects may stand one in another: a counter in a cache in a queue, but not all of a trainer.
+_OBJECT_DEPTH = 3
+_ATOMS = (bool, int, float, complex, str, bytes, type(None), type, torch.dtype, torch.device, torch.Size)
+_OPAQUE = (ModuleType, BuiltinFunctionType)
+# Of these packages, plain objects of a few parts only: the others hold caches and the state of an interpreter.
+_FOLLOWED_PARTS = {"torch": ("torch.nn.", "torch.optim.", "torch.distributions."), "normswap": ()}
+_FOLLOWED_STDLIB = ("types", "collections")
+
+
+class _Kept(NamedTuple):
+    """How to put one object back, if there is anything to put back, and what it refers to."""
+
+    put_back: Callable[[], None] | None
+    inside: Iterable[Any]
+
+
+class _Storage:
+    """The bytes of a storage, copied at once or before the first write."""
+
+    def __init__(self, storage: torch.UntypedStorage) -> None:
+        self._storage = storage
+        self._size = storage.nbytes()
+        self._copy: Tensor | None = None
+
+    def copy(self) -> None:
+        if self._copy is None and self._size and self._storage.device.type != "meta":
+            self._copy = _bytes_of(self._storage).clone()
+
+    def put_back(self) -> None:
+        if self._storage.nbytes() != self._size:
+            self._storage.resize_(self._size)
+        if self._copy is not None and not torch.equal(now := _bytes_of(self._storage), self._copy):
+            now.copy_(self._copy)
+
+
+class Snapshot:
+    """The state of `modules` and of what they refer to.
+
+    Args:
+        modules: the modules that run.
+        reach: also follow plain objects, hooks, closures and the modules found there; without it only containers.
+        on_write: copy memory only before a function of torch writes to it, within `copying_before_writes`.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module], *, reach: bool = True, on_write: bool = False) -> None:
+        self._kept: list[Callable[[], None]] = []
+        self._storages: dict[int, _Storage] = {}
+        self._met: dict[int, Any] = {}  # objects by identity, which holding them keeps
+        self._copy_at_once = not on_write
+        pending = [(module, 0) for module in modules]
+        self._met |= {id(module): module for module, _ in pending}
+        with torch.no_grad():
+            for thing, depth in pending:  # which grows meanwhile
+                kept, inner_depth = self._keep(thing, depth)
+                if kept.put_back is not None:
+                    self._kept.append(kept.put_back)
+                pending += [(inner, inner_depth) for inner in kept.inside if self._is_new(inner, inner_depth, reach)]
+
+    def put_back(self) -> None:
+        """Put everything back.
+
+        Raises:
+            ModelError: something that was changed cannot be put back; all else is.
+        """
+        failure: Exception | None = None
+        with torch.no_grad():
+            for put_back in (*self._kept, *(storage.put_back for storage in self._storages.values())):
+                try:
+                    put_back()
+                except Exception as error:  # noqa: BLE001 - foreign objects: the others are still put back
+                    failure = failure or error
+        if failure is not None:
+            raise ModelError(
+                f"the forward pass changed the model's state, and it cannot be put back ({failure}): pass "
+                "copy.deepcopy(model) instead of the model"
+            ) from failure
+
+    def copying_before_writes(self) -> TorchFunctionMode:
+        """Return a context in which memory is copied before the first function of torch that writes to it."""
+        return _CopyBeforeWrite(self._storages)
+
+    def _is_new(self, thing: Any, depth: int, reach: bool) -> bool:
+        if type(thing) in _ATOMS or id(thing) in self._met:
+            return False
+        keeper = _keeper_of(type(thing))
+        if keeper is _keep_function and thing.__module__ and thing.__module__.startswith("normswap."):
+            return False  # hooks of a measurement, which collect its results
+        if keeper is None or (not reach and keeper in _BEYOND) or depth > _OBJECT_DEPTH:
+            return False
+        self._met[id(thing)] = thing
+        return True
+
+    def _keep(self, thing: Any, depth: int) -> tuple[_Kept, int]:
+        keeper = _keeper_of(type(thing))
+        assert keeper is not None
+        if keeper is _keep_tensor and (storage := _storage_of(thing)) is not None:
+            known = self._storages.setdefault(storage._cdata, _Storage(storage))
+            if self._copy_at_once:
+                known.copy()
+        return keeper(thing), depth + (keeper is _keep_object)
+
+
+class _CopyBeforeWrite(TorchFunctionMode):
+    # Not a TorchDispatchMode, which would see more and imports the compiler at its first operator (torch 2.14).
+    def __init__(self, storages: dict[int, _Storage]) -> None:
+        super().__init__()
+        self._storages = storages
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "out" in (kwargs or {}) or _writes(getattr(func, "__name__", "")):
+            for leaf in tree_leaves((args, kwargs)):
+                storage = _storage_of(leaf) if isinstance(leaf, Tensor) else None
+                if storage is not None and storage._cdata in self._storages:
+                    self._storages[storage._cdata].copy()
+        return func(*args, **(kwargs or {}))
+
+
+def _writes(name: str) -> bool:
+    """Say whether a function of torch of this name writes to a tensor that it is given."""
+    inplace = name.endswith("_") and not name.endswith("__")
+    return inplace or name == "__setitem__" or name.startswith("__i")
+
+
+_TENSOR_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
+
+
+# --- one kind of object each ------------------------------------------------------------------------------------------
+
+
+def _keep_dict(value: dict[Any, Any]) -> _Kept:
+    before = list(value.items())
+
+    def put_back() -> None:
+        if len(value) != len(before) or any(
+            key is not old_key or item is not old
+            for (key, item), (old_key, old) in zip(value.items(), before, strict=True)
+        ):
+            value.clear()
+            for key, item in before:  # a Counter would count what `update` is given
+                value[key] = item
+
+    return _Kept(put_back, [part for item in before for part in item])
+
+
+def _keep_sequence(value: Any) -> _Kept:
+    """Of a list or a deque."""
+    before = list(value)
+
+    def put_back() -> None:
+        if len(value) != len(before) or any(a is not b for a, b in zip(value, before, strict=True)):
+            value.clear()
+            value.extend(before)
+
+    return _Kept(put_back, before)
+
+
+def _keep_set(value: set[Any]) -> _Kept:
+    before = list(value)
+
+    def put_back() -> None:
+        if len(value) != len(before) or {*map(id, value)} != {*map(id, before)}:
+            value.clear()
+            value.update(before)
+
+    return _Kept(put_back, before)
+
+
+def _keep_fixed(value: Any) -> _Kept:
+    """A tuple or frozenset stays; what it holds may change."""
+    return _Kept(None, list(value))
+
+
+def _keep_tensor(tensor: Tensor) -> _Kept:
+    """Which memory it is a view of, its flag, gradient, hooks and attributes; the memory itself is kept by storage."""
+    if is_lazy(tensor):
+        return _Kept(None, ())
+    if is_traceable_wrapper_subclass(tensor):
+        names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
+        return _Kept(None, [getattr(tensor, name) for name in names])
+    if _storage_of(tensor) is None:
+        return _keep_foreign_tensor(tensor)
+    alias, form, leaf, needs_grad = tensor.data, _form(tensor), tensor.is_leaf, tensor.requires_grad
+    grad = tensor.grad if leaf else None
+    hooks = {name: dict(getattr(tensor, name, None) or {}) for name in _TENSOR_HOOKS}
+
+    def put_back() -> None:
+        if leaf and not tensor.is_leaf:
+            tensor.detach_()
+        if _form(tensor) != form:
+            tensor.data = alias
+        if tensor.requires_grad != needs_grad:
+            tensor.requires_grad_(needs_grad)
+        if leaf and tensor.grad is not grad:
+            tensor.grad = grad
+        for name, before in hooks.items():
+            now = getattr(tensor, name, None)
+            if now and now != before:
+                now.clear()
+                now.update(before)
+
+    return _Kept(put_back, (grad, vars(tensor)))
+
+
+def _keep_foreign_tensor(tensor: Tensor) -> _Kept:
+    """Of a tensor without strided memory of its own, such as a sparse one."""
+    try:
+        copy = tensor.detach().clone()
+    except Exception:  # noqa: BLE001 - a kind that cannot be copied can hardly be written either
+        return _Kept(None, ())
+    return _Kept(lambda: None if _equal(tensor, copy) else tensor.data.copy_(copy) and None, ())
+
+
+def _keep_array(array: Any) -> _Kept:
+    before = array.copy()
+
+    def put_back() -> None:
+        if array.tobytes() != before.tobytes():
+            array[...] = before
+
+    return _Kept(put_back, ())
+
+
+def _keep_function(function: Any) -> _Kept:
+    """What a closure collects is its author's; modules and tensors that it uses are the model's."""
+    captured = [cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell)]
+    return _Kept(None, [value for value in captured if isinstance(value, nn.Module | Tensor)])
+
+
+def _keep_method(method: Any) -> _Kept:
+    return _Kept(None, [value for value in (method.__self__,) if isinstance(value, nn.Module)])
+
+
+def _keep_partial(function: Any) -> _Kept:
+    """Its function, and the modules and tensors that it passes."""
+    passed = (*function.args, *function.keywords.values())
+    return _Kept(None, (function.func, *(value for value in passed if isinstance(value, nn.Module | Tensor))))
+
+
+def _keep_module(module: nn.Module) -> _Kept:
+    """Its attributes and, of TorchScript, the tensors that are no attributes."""
+    scripted = isinstance(module, torch.jit.ScriptModule)
+    return _Kept(None, (vars(module), *((*module.parameters(), *module.buffers()) if scripted else ())))
+
+
+def _keep_object(value: Any) -> _Kept:
+    """Attributes in a `__dict__`, which is a dict like any other, and in slots."""
+    slots = {name: getattr(value, name) for name in _slots_of(type(value)) if hasattr(value, name)}
+
+    def put_back() -> None:
+        for name, content in slots.items():
+            if getattr(value, name, None) is not content:
+                object.__setattr__(value, name, content)
+
+    return _Kept(put_back if slots else None, (*slots.values(), getattr(value, "__dict__", None)))
+
+
+def _keep_state(read: str, write: str, value: Any) -> _Kept:
+    """Of a generator of random numbers: its state is read and written by the methods of these names."""
+    return _Kept(partial(getattr(value, write), getattr(value, read)()), ())
+
+
+def _keep_numpy_generator(value: Any) -> _Kept:
+    return _Kept(partial(setattr, value.bit_generator, "state", value.bit_generator.state), ())
+
+
+_KEEPERS: tuple[tuple[type | tuple[type, ...], Callable[[Any], _Kept]], ...] = (
+    (Tensor, _keep_tensor),
+    (nn.Module, _keep_module),
+    (dict, _keep_dict),
+    ((list, deque), _keep_sequence),
+    (set, _keep_set),
+    ((tuple, frozenset), _keep_fixed),
+    (FunctionType, _keep_function),
+    (MethodType, _keep_method),
+    (partial, _keep_partial),
+    (torch.Generator, partial(_keep_state, "get_state", "set_state")),
+    (random.Random, partial(_keep_state, "getstate", "setstate")),
+)
+# What is followed only with `reach`.
+_BEYOND = (_keep_module, _keep_function, _keep_method, _keep_partial, _keep_object)
+
+
+@lru_cache(maxsize=4096)
+def _keeper_of(cls: type) -> Callable[[Any], _Kept] | None:
+    """What keeps objects of a class, None where they are left alone."""
+    numpy = sys.modules.get("numpy")
+    of_numpy = (
+        (
+            (numpy.ndarray, _keep_array),
+            (numpy.random.Generator, _keep_numpy_generator),
+            (numpy.random.RandomState, partial(_keep_state, "get_state", "set_state")),
+        )
+        if numpy
+        else ()
+    )
+    known = next((keeper for base, keeper in (*_KEEPERS, *of_numpy) if issubclass(cls, base)), None)
+    if known is not None:
+        return known
+    return _keep_object if not issubclass(cls, _OPAQUE) and _is_followed(cls) else None
+
+
+def _is_followed(cls: type) -> bool:
+    """Say whether the attributes of plain objects of a class may be part of a model's state."""
+    package = cls.__module__.partition(".")[0]
+    if package in _FOLLOWED_PARTS:
+        return cls.__module__.startswith(_FOLLOWED_PARTS[package])
+    library = package in sys.stdlib_module_names and package not in (*_FOLLOWED_STDLIB, "__main__")
+    return not library and not issubclass(cls, type) and bool(_slots_of(cls) or cls.__dictoffset__)
+
+
+def _slots_of(cls: type) -> list[str]:
+    found = [vars(base).get("__slots__", ()) for base in cls.__mro__]
+    names = [name for slots in found for name in ((slots,) if isinstance(slots, str) else slots)]
+    return [name for name in names if name not in ("__dict__", "__weakref__") and not name.startswith("__")]
+
+
+def _is_filled(cell: CellType) -> bool:
+    try:
+        _ = cell.cell_contents
+    except ValueError:
+        return False
+    return True
+
+
+def _storage_of(tensor: Tensor) -> torch.UntypedStorage | None:
+    """The memory of a plain strided tensor, None of any other."""
+    if is_lazy(tensor) or is_traceable_wrapper_subclass(tensor) or tensor.layout is not torch.strided:
+        return None
+    try:
+        return tensor.untyped_storage()
+    except (RuntimeError, NotImplementedError):
+        return None
+
+
+def _bytes_of(storage: torch.UntypedStorage) -> Tensor:
+    """All of a storage as whole numbers: of 8 bytes where its size allows, which are compared fastest."""
+    dtype = next(d for d in (torch.int64, torch.int32, torch.uint8) if storage.nbytes() % d.itemsize == 0)
+    return torch.empty(0, dtype=dtype, device=storage.device).set_(storage)  # type: ignore[call-overload,no-any-return]
+
+
+def _form(tensor: Tensor) -> tuple[Any, ...]:
+    """What makes a tensor the view of its storage that it is."""
+    where = tensor.untyped_storage()._cdata, tensor.storage_offset()
+    return *where, tensor.shape, tensor.stride(), tensor.dtype
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    try:
+        return torch.equal(a, b)
+    except RuntimeError:
+        return False
