@@ -80,6 +80,7 @@ ROOMS = [
     "checkpoints.archives",
     "checkpoints.claims",
     "checkpoints.record",
+    "checkpoints.plain_values",
     "checkpoints.plain_globals",
     "checkpoints.pickle_reading",
     "checkpoints.shards",

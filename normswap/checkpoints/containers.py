@@ -21,9 +21,9 @@ import torch
 
 from normswap.checkpoints.archives import check_archive, check_safetensors
 from normswap.checkpoints.atomic import check_readable
-from normswap.checkpoints.claims import check_legacy_claims, check_zip_claims
+from normswap.checkpoints.claims import check_calls, check_legacy_claims, check_zip_claims
 from normswap.checkpoints.pickle_reading import blocked_globals, told_by_torch
-from normswap.checkpoints.plain_globals import plain_globals
+from normswap.checkpoints.plain_globals import names_allowed_by_user, plain_globals
 from normswap.checkpoints.programs import RECORD_ENTRY, is_program, load_program, read_weights
 from normswap.checkpoints.shards import INDEX, RECORD, Shards, copy_rest, find_shards, shard_of, write_index
 from normswap.errors import CheckpointError, NormswapError
@@ -230,12 +230,13 @@ def _encode_shards(folder: Path, tensors: Any, like: Shards) -> None:
 def _decode_pickle(path: Path, *, trust: bool, legacy: bool, mapped: bool) -> Any:
     check_claims = check_legacy_claims if legacy else check_zip_claims
     with _damage_told(path):
-        check_claims(path)
+        said = check_claims(path)
     try:
-        with warnings.catch_warnings(), plain_globals():
+        with warnings.catch_warnings(), plain_globals() as restored:
             # torch warns of what it then refuses, such as pickle protocols: one of the two is enough.
             warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and not legacy)
+            check_calls(path, said, names_allowed_by_user())
+            return restored(torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and not legacy))
     except Exception as error:  # what a damaged or hostile file raises is anybody's guess
         if not trust:
             raise CheckpointError(_refusal(path, error, legacy=legacy)) from error
@@ -284,6 +285,9 @@ def _damage_told(path: Path) -> Iterator[None]:
 
 def _refusal(path: Path, error: Exception, *, legacy: bool) -> str:
     blocked = _blocked_globals(path, legacy=legacy)
+    if not blocked and isinstance(error, CheckpointError):
+        said = str(error).removeprefix(f"{path}: ")
+        return f"{path}: {said}; pass --trust (trust=True) if you trust where it comes from"
     if not blocked:
         return f"{path}: truncated or damaged, or pickled in an unusual way ({told_by_torch(error)}): save it again"
     return (
