@@ -85,6 +85,7 @@ ROOMS = [
     "checkpoints.pickle_reading",
     "checkpoints.shards",
     "checkpoints.programs",
+    "checkpoints.chunks",
     "checkpoints.distributed",
     "checkpoints.containers",
     "checkpoints.architecture",

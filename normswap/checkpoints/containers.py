@@ -10,7 +10,7 @@ import struct
 import warnings
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -203,17 +203,30 @@ def _decode_shards(shards: Shards, *, trust: bool, mapped: bool) -> "OrderedDict
         part = decode(path, sniff(path), trust=trust, mapped=mapped)
         if not isinstance(part, dict):
             raise CheckpointError(f"{path}: expected a state dict, got {type(part).__name__}")
-        twice = next((key for key in part if key in merged), None)
-        if twice is not None:
-            raise CheckpointError(f"{path}: holds {twice!r}, which another shard has too: remove the stale shards")
+        _check_shard(path, part, merged, shards)
         merged.update(part)
-    missing = [key for key in shards.weight_map if key not in merged]
-    if missing:
-        raise CheckpointError(
-            f"{shards.folder}: the index names {len(missing)} tensors that no shard holds ({missing[0]}): copy it again"
-        )
     order = {key: place for place, key in enumerate(shards.weight_map)}
     return OrderedDict(sorted(merged.items(), key=lambda item: order.get(item[0], len(order))))
+
+
+def _check_shard(path: Path, part: Mapping[str, Any], merged: Mapping[str, Any], shards: Shards) -> None:
+    """Refuse a shard that holds other tensors than the index says."""
+    twice = next((key for key in part if key in merged), None)
+    if twice is not None:
+        raise CheckpointError(f"{path}: holds {twice!r}, which another shard has too: remove the stale shards")
+    if shards.index is None:
+        return
+    lacking = [key for key, file in shards.weight_map.items() if file == path.name and key not in part]
+    if lacking:
+        raise CheckpointError(
+            f"{path}: the index names {len(lacking)} tensors that it does not hold ({lacking[0]}): copy it again"
+        )
+    strange = [key for key in part if shards.weight_map.get(key) != path.name]
+    if strange:
+        raise CheckpointError(
+            f"{path}: holds {len(strange)} tensors that {shards.index} does not place there ({strange[0]}): copy both "
+            "again"
+        )
 
 
 def _encode_shards(folder: Path, tensors: Any, like: Shards) -> None:
