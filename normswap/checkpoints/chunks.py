@@ -6,6 +6,7 @@ lay in that memory. Nothing is read here but the index.
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -94,7 +95,7 @@ def _place(folder: Path, name: str, info: Any) -> _Bytes:
 
 def _check_places(folder: Path, places: Sequence[_Bytes]) -> None:
     ordered = sorted(places)
-    for before, after in zip(ordered, ordered[1:], strict=False):
+    for before, after in pairwise(ordered):
         if before.file == after.file and after.begin < before.end:
             _refuse(folder, after.name, f"lies in bytes of {after.file} that {before.name!r:.80} lies in too")
 

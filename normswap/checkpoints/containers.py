@@ -25,7 +25,16 @@ from normswap.checkpoints.claims import check_calls, check_legacy_claims, check_
 from normswap.checkpoints.pickle_reading import blocked_globals, told_by_torch
 from normswap.checkpoints.plain_globals import names_allowed_by_user, plain_globals
 from normswap.checkpoints.programs import RECORD_ENTRY, is_program, load_program, read_weights
-from normswap.checkpoints.shards import INDEX, RECORD, Shards, copy_rest, find_shards, shard_of, write_index
+from normswap.checkpoints.shards import (
+    INDEX,
+    RECORD,
+    Shards,
+    check_links,
+    copy_rest,
+    find_shards,
+    shard_of,
+    write_index,
+)
 from normswap.errors import CheckpointError, NormswapError
 from normswap.surgery.tracing import first_line
 
@@ -174,6 +183,7 @@ def _write_safetensors(path: Path, tensors: Any, metadata: dict[str, str]) -> No
 
 
 def _sniff_folder(path: Path) -> Container:
+    check_links(path)
     if (path / INDEX).is_file():
         return "distributed folder"
     shards = find_shards(path)

@@ -146,8 +146,8 @@ def _loaded(path: Path, part: io.BytesIO) -> Any:
         unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(part)
         if unsafe:
             raise CheckpointError(
-                f"{path}: holds pickled objects beside tensors and plain data ({sorted(unsafe)[0]:.80}), which are never "
-                "run: save tensors and plain data alone"
+                f"{path}: holds pickled objects beside tensors and plain data ({sorted(unsafe)[0]:.80}), which are "
+                "never run: save tensors and plain data alone"
             )
         part.seek(0)
         check_calls(path, said, names_allowed_by_user())

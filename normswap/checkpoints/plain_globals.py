@@ -1,8 +1,8 @@
 """Which classes and functions a pickle may name beside tensors and plain containers: data only, nothing that acts.
 
-Training checkpoints carry an `argparse.Namespace` of options, numpy numbers, a path, a date. What is listed here can only
-build such a value; constructors that would trust the pickle are replaced by those of `plain_values`. Everything that
-neither this list nor torch's own names needs the user's trust.
+Training checkpoints carry an `argparse.Namespace` of options, numpy numbers, a path, a date. What is listed here can
+only build such a value; constructors that would trust the pickle are replaced by those of `plain_values`. Everything
+that neither this list nor torch's own names needs the user's trust.
 """
 
 import argparse
