@@ -308,7 +308,7 @@ def _damage_told(path: Path) -> Iterator[None]:
 
 def _refusal(path: Path, error: Exception, *, legacy: bool) -> str:
     blocked = _blocked_globals(path, legacy=legacy)
-    if not blocked and isinstance(error, CheckpointError):
+    if isinstance(error, CheckpointError) and all(name.startswith("torch.") for name in blocked):
         said = str(error).removeprefix(f"{path}: ")
         return f"{path}: {said}; pass --trust (trust=True) if you trust where it comes from"
     if not blocked:
