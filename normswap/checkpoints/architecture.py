@@ -1,9 +1,8 @@
 """Architectures by name -> nn.Module: `timm:NAME`, `torchvision:NAME`, `hf:FOLDER`, `path/file.py:function`.
 
 Each may be followed by `,key=value...`. The only room that imports model zoos. Unless published weights are asked
-for, nothing is downloaded and weights are random. The first three build code that is installed, so that such a name
-may come from a file; a Python file is run, which `is_foreign_code` tells, and whoever takes a name from a file has to
-ask for trust first.
+for, nothing is downloaded and weights are random. A name that comes from a file goes through `check_named_by_file`
+first, and the configuration of a folder is checked by the same rules: neither runs, fetches or opens anything.
 """
 
 import ast
@@ -15,16 +14,20 @@ import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import nn
 
+from normswap.checkpoints.named_architectures import check_keywords, checked_configuration
 from normswap.errors import ArchitectureError
 from normswap.surgery.tracing import first_line
 
 # Keywords that fetch or read weights: the weights come from the file alone.
 _WEIGHT_KEYWORDS = re.compile(r"pretrained|checkpoint|weights|cache_dir|progress")
+_MOST_CHARACTERS = 4_000
+_BESIDE = "."  # the folder that is opened
 
 
 @dataclass(frozen=True)
@@ -36,12 +39,19 @@ class ArchitectureName:
     keywords: Mapping[str, Any]
 
 
+_Builder = Callable[[ArchitectureName], object]
+
+
 def parse_architecture(text: str) -> ArchitectureName:
     """Return the parts of `scheme:NAME[,key=value...]`; values are Python literals, or else strings.
 
     Raises:
         ArchitectureError: no or an unknown scheme, no name, or a keyword that is none or concerns weights.
     """
+    if len(text) > _MOST_CHARACTERS:
+        raise ArchitectureError(
+            f"architecture {text[:40]!r}...: expected at most {_MOST_CHARACTERS:,} characters, got {len(text):,}"
+        )
     # A comma separates only where a keyword follows, so that values can be tuples.
     whole, *pairs = re.split(r",(?=\s*\w+\s*=)", text)
     keywords = dict(_keyword(text, pair) for pair in pairs)
@@ -62,6 +72,35 @@ def parse_architecture(text: str) -> ArchitectureName:
 def is_foreign_code(text: str) -> bool:
     """Say whether building this architecture runs code of a file that is no installed package."""
     return parse_architecture(text).scheme == "file"
+
+
+def check_named_by_file(text: str) -> None:
+    """Refuse an architecture that a file may not name: only models of timm and torchvision, with listed keywords.
+
+    Raises:
+        ArchitectureError: as `parse_architecture`; or it opens a file or a folder, or has another keyword.
+    """
+    name = parse_architecture(text)
+    if name.scheme not in _ZOOS and (name.scheme, name.model) != ("hf", _BESIDE):
+        raise ArchitectureError("it is in a file or folder elsewhere, which is not opened unasked")
+    check_keywords("it", name.keywords)
+
+
+def is_of_folder(text: str, folder: Path) -> bool:
+    """Say whether this architecture is the one that the configuration in `folder` describes."""
+    name = parse_architecture(text)
+    return name.scheme == "hf" and (name.model == _BESIDE or Path(name.model).resolve() == folder.resolve())
+
+
+def at_folder(text: str, folder: Path | str) -> str:
+    """Return an architecture `hf:FOLDER` with another folder and the same keywords."""
+    name = parse_architecture(text)
+    return _written(f"{name.scheme}:{folder}", name.keywords)
+
+
+def beside(text: str | None, folder: Path) -> str | None:
+    """Return an architecture as the record in `folder` names it: the configuration beside it without a path."""
+    return at_folder(text, _BESIDE) if text is not None and is_of_folder(text, folder) else text
 
 
 def check_architecture(text: str) -> ArchitectureName:
@@ -87,24 +126,29 @@ def with_keyword(text: str, key: str, value: Any) -> str:
     """Return the architecture `text` with one keyword set."""
     name = parse_architecture(text)
     start = name.model if name.scheme == "file" else f"{name.scheme}:{name.model}"
-    return ",".join([start, *(f"{k}={v!r}" for k, v in {**name.keywords, key: value}.items())])
+    return _written(start, {**name.keywords, key: value})
 
 
-def build_architecture(text: str, *, pretrained: bool = False) -> nn.Module:
+def build_architecture(text: str, *, pretrained: bool = False, trust: bool = False) -> nn.Module:
     """Build the model that `text` names, with random weights. A Python file is run for it.
 
     Args:
         pretrained: fetch the published weights instead, of a timm model.
+        trust: let the `config.json` of a folder name code, which is then run.
 
     Raises:
-        ArchitectureError: as `check_architecture`, or the builder fails or returns no module.
+        ArchitectureError: as `check_architecture`; the configuration of a folder names code or other files; or the
+            builder fails or returns no module.
     """
     name = check_architecture(text)
+    if name.keywords.get("trust_remote_code") and not trust:
+        raise ArchitectureError(f"{text}: trust_remote_code runs Python code of the folder: add --trust (trust=True)")
     if pretrained:
         if name.scheme != "timm":
             raise ArchitectureError(f"{text}: published weights are fetched for timm:NAME only: give a checkpoint")
         name = replace(name, keywords={**name.keywords, "pretrained": True})
-    build = {"hf": _build_hf, "file": _build_from_file}.get(name.scheme) or _build_from_zoo
+    own: dict[str, _Builder] = {"hf": partial(_build_hf, trust=trust), "file": _build_from_file}
+    build = own.get(name.scheme, _build_from_zoo)
     try:
         model: object = build(name)
     except ArchitectureError:
@@ -130,6 +174,10 @@ def default_input_shape(model: nn.Module, architecture: str | None) -> tuple[int
     return (2, *(int(length) for length in size))
 
 
+def _written(start: str, keywords: Mapping[str, Any]) -> str:
+    return ",".join([start, *(f"{key}={value!r}" for key, value in keywords.items())])
+
+
 def _pair(size: Any) -> tuple[int, ...]:
     return tuple(size) if isinstance(size, tuple | list) else (size, size)
 
@@ -142,7 +190,7 @@ def _keyword(text: str, pair: str) -> tuple[str, Any]:
         raise ArchitectureError(f"architecture {text!r}: expected a Python value, write {key}={value.capitalize()}")
     try:
         return key, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # as deep nesting raises
         return key, value
 
 
@@ -155,28 +203,52 @@ def _file_of(name: ArchitectureName) -> tuple[Path, str]:
     return Path(path), function
 
 
-def _build_hf(name: ArchitectureName) -> nn.Module:
+def _build_hf(name: ArchitectureName, *, trust: bool) -> nn.Module:
     """The model that a folder's config.json describes, as timm's or as transformers' own class."""
     folder = Path(name.model)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if not trust:
+        config = _checked(folder, {**config, **name.keywords})
     if isinstance(config.get("architecture"), str):
         known = {key: config[key] for key in ("num_classes", "global_pool") if key in config}
         model_args = config.get("model_args") or {}
         return _build_timm(config["architecture"], **{**known, **model_args, **name.keywords})
-    return _build_transformers(folder, config.get("architectures") or [], name.keywords)
+    return _build_transformers(folder, config, name.keywords, trust=trust)
 
 
-def _build_transformers(folder: Path, classes: list[str], keywords: Mapping[str, Any]) -> nn.Module:
+def _checked(folder: Path, config: Any) -> dict[str, Any]:
+    """The configuration, if it names nothing but models that are installed."""
+    what = f"hf:{folder}: config.json"
+    try:
+        checked = checked_configuration(what, config, models=_timm_names)
+        if "architecture" in checked:
+            check_keywords(what, {key: checked[key] for key in ("num_classes", "global_pool") if key in checked})
+    except ArchitectureError as error:
+        raise ArchitectureError(
+            f"{error}: name the architecture with --arch (architecture=), or pass --trust (trust=True) if you trust "
+            "where the folder comes from"
+        ) from None
+    return checked
+
+
+def _build_transformers(folder: Path, config: dict[str, Any], keywords: Mapping[str, Any], *, trust: bool) -> nn.Module:
     try:
         import transformers
     except ImportError:
         raise ArchitectureError(f"hf:{folder}: needs the package transformers: pip install transformers") from None
+    classes = config.get("architectures") or []
     cls = getattr(transformers, classes[0], None) if classes else transformers.AutoModel
     if not (isinstance(cls, type) and (cls is transformers.AutoModel or issubclass(cls, transformers.PreTrainedModel))):
         raise ArchitectureError(f"hf:{folder}: expected a model class of transformers in config.json, got {classes}")
-    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, **keywords)
+    if trust:
+        options = {"trust_remote_code": True, **keywords}
+        settings = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, **options)
+    else:
+        # From what has been checked: from_pretrained reads the folder again, and may choose another file of it.
+        kind = transformers.CONFIG_MAPPING[str(config.get("model_type"))]
+        settings = kind.from_dict(config, **keywords)
     build: Any = cls.from_config if cls is transformers.AutoModel else cls
-    model: nn.Module = build(config)
+    model: nn.Module = build(settings)
     return model
 
 

@@ -10,6 +10,7 @@ import struct
 import zipfile
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import IO, Any, NamedTuple, NoReturn
 
@@ -42,8 +43,11 @@ class LocalHeader(NamedTuple):
     end: int
 
 
-def check_archive(path: Path) -> set[str]:
+def check_archive(path: Path, part: IO[bytes] | None = None) -> set[str]:
     """Refuse a zip archive that torch.save cannot have written and that is not safe to read.
+
+    Args:
+        part: the archive, where it is a part of the file at `path`.
 
     Returns:
         The names of its members in their folder.
@@ -53,7 +57,7 @@ def check_archive(path: Path) -> set[str]:
             members that are encrypted, packed by an unknown method, unpack to more than the file holds, overlap, or
             are described in two ways.
     """
-    with open(path, "rb", buffering=0) as file:
+    with nullcontext(part) if part is not None else open(path, "rb", buffering=0) as file:
         count = _member_count(path, file)
         if count > _MOST_MEMBERS:
             _refuse(path, f"{count:,} members, at most {_MOST_MEMBERS:,} are one for every tensor")
@@ -65,7 +69,7 @@ def check_archive(path: Path) -> set[str]:
         if len(members) not in (count, count + _UNKNOWN_16 + 1):
             _refuse(path, f"{len(members)} members where its end speaks of {count}")
         _check_names(path, [member.orig_filename for member in members])
-        _check_sizes(path, members)
+        _check_sizes(path, members, file.seek(0, 2))
         _check_places(path, file, members, archive.start_dir)
     return {member.filename.partition("/")[2] for member in members}
 
@@ -147,7 +151,7 @@ def _check_names(path: Path, names: Sequence[str]) -> None:
         _refuse(path, f"the member {other[:80]!r} beside the folder {root[:80]!r}")
 
 
-def _check_sizes(path: Path, members: Sequence[zipfile.ZipInfo]) -> None:
+def _check_sizes(path: Path, members: Sequence[zipfile.ZipInfo], size: int) -> None:
     for member in members:
         if member.flag_bits & _ENCRYPTED:
             _refuse(path, f"the member {member.filename[:80]!r} is encrypted")
@@ -156,8 +160,8 @@ def _check_sizes(path: Path, members: Sequence[zipfile.ZipInfo]) -> None:
         if member.compress_type == zipfile.ZIP_STORED and member.file_size != member.compress_size:
             _refuse(path, f"the member {member.filename[:80]!r} has two sizes and is not compressed")
     inflated = sum(member.file_size for member in members if member.compress_type == zipfile.ZIP_DEFLATED)
-    if inflated > max(_MOST_INFLATED, path.stat().st_size):
-        _refuse(path, f"unpacks to {inflated / 1e6:,.0f} MB and has {path.stat().st_size / 1e6:,.1f} MB, a zip bomb")
+    if inflated > max(_MOST_INFLATED, size):
+        _refuse(path, f"unpacks to {inflated / 1e6:,.0f} MB and has {size / 1e6:,.1f} MB, a zip bomb")
 
 
 def _check_places(path: Path, file: IO[bytes], members: Sequence[zipfile.ZipInfo], directory: int) -> None:

@@ -7,14 +7,22 @@ import copy
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from normswap.checkpoints.architecture import build_architecture, is_foreign_code
+from normswap.checkpoints.architecture import (
+    at_folder,
+    build_architecture,
+    check_named_by_file,
+    is_foreign_code,
+    is_of_folder,
+)
 from normswap.checkpoints.atomic import located
+from normswap.checkpoints.build_limits import limited_build
 from normswap.checkpoints.containers import TENSORS_ONLY, Container, decode, read_record_text, sniff
 from normswap.checkpoints.contents import Contents, at, check_has_values, read_contents, replaced, without
 from normswap.checkpoints.fingerprint import fingerprint
@@ -37,8 +45,6 @@ from normswap.surgery.programs import module_of
 from normswap.surgery.tree import join
 
 Architecture = str | nn.Module | Callable[[], nn.Module]
-# What a record calls the architecture that the configuration in its own folder describes.
-BESIDE = "hf:."
 
 
 class Loaded(NamedTuple):
@@ -216,7 +222,9 @@ def build_model(checkpoint: Checkpoint, architecture: Architecture | None = None
             source = decide(recognise(weights, checkpoint.content))
         except AmbiguityError as error:
             raise AmbiguityError(f"{path}: {error}") from None
-    model = _built(source)
+    named = isinstance(source, str) and (architecture is None or source.startswith("hf:"))
+    with limited_build(path, len(weights)) if named and not trust else nullcontext():
+        model = _built(source, trust=trust)
     names = names_for(weights, model.state_dict())
     if plan is not None:
         plan = complete_plan(model, plan, prefix=names.prefix)
@@ -268,17 +276,38 @@ def said_architecture(checkpoint: Checkpoint, *, trust: bool) -> str | None:
     """Return the architecture that the file itself tells, or None.
 
     Raises:
-        ArchitectureError: it is code in a file, and not trusted.
+        ArchitectureError: it is not one that a file may name (see `named_architectures`), and the file is not trusted.
     """
     said = checkpoint.record.architecture if checkpoint.record else None
-    if (said is None or said == BESIDE) and (checkpoint.path / "config.json").is_file():
-        return f"hf:{checkpoint.path}"
-    if said is not None and is_foreign_code(said) and not trust:
+    path = checkpoint.path
+    if said is None:
+        return f"hf:{path}" if (path / "config.json").is_file() else None
+    try:
+        if not trust and not is_foreign_code(said):
+            check_named_by_file(said)
+        if is_of_folder(said, path) and path.is_dir():
+            return at_folder(said, path)
+        foreign = not trust and (is_foreign_code(said) or said.startswith("hf:"))
+    except ArchitectureError as error:
         raise ArchitectureError(
-            f"{checkpoint.path}: names the code of its architecture, {said}, which is not run unasked: pass it with "
-            "--arch (architecture=) if it is yours, or --trust (trust=True)"
+            f"{path}: names the architecture {said!r:.100}: {error}: name it with --arch (architecture=), or pass "
+            "--trust (trust=True) if you trust where the file comes from"
+        ) from None
+    if foreign:
+        raise ArchitectureError(
+            f"{path}: names the code of its architecture, {said}, which is not run unasked: pass it with --arch "
+            "(architecture=) if it is yours, or --trust (trust=True)"
         )
     return said
+
+
+def is_named_by_itself(checkpoint: Checkpoint) -> bool:
+    """Say whether the record of a file names an architecture that is built without trust."""
+    try:
+        named = checkpoint.record is not None and checkpoint.record.architecture is not None
+        return named and said_architecture(checkpoint, trust=False) is not None
+    except ArchitectureError:
+        return False
 
 
 def _for_model(weights: Mapping[str, Tensor], names: StoredNames, model: nn.Module) -> "OrderedDict[str, Tensor]":
@@ -298,9 +327,9 @@ def _stored_module(names: StoredNames, fqn: str) -> str:
     return names.to_store(join(fqn, "_")).rpartition(".")[0]
 
 
-def _built(source: Architecture) -> nn.Module:
+def _built(source: Architecture, *, trust: bool) -> nn.Module:
     if isinstance(source, str):
-        return build_architecture(source)
+        return build_architecture(source, trust=trust)
     if isinstance(source, nn.Module):
         return copy.deepcopy(source)
     model: object = source()

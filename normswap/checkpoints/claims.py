@@ -9,18 +9,25 @@ import io
 import math
 import re
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import IO, cast
 
-from normswap.checkpoints.opcodes import Rebuilt, Said, Storage, read_opcodes
+from normswap.checkpoints.opcodes import UNCLEAR, Rebuilt, Said, Storage, read_opcodes
 from normswap.errors import CheckpointError
 
 _LEGACY_HEADERS = 3  # magic number, protocol version, byte order: pickles of their own before object and keys
 # A view may repeat what is stored (`expand`), but no network is that much larger than its file.
 _LEAST_CLAIM = 64_000_000
 _MOST_UNFOLDED = 1_000_000
+
+# What a pickle of tensors may call of torch; all else that torch itself allows to be named may only be named.
+_OF_STATE_DICTS = re.compile(
+    r"torch\._utils\._rebuild_(tensor(_v[23])?|qtensor|sparse_tensor|parameter(_with_state)?|meta_tensor_no_storage"
+    r"|device_tensor_from_cpu_tensor)|torch\._tensor\._rebuild_from_type_v2|torch\.nn\.parameter\.Parameter"
+    r"|torch\.(Size|device|serialization\._get_layout)"
+)
 
 _BYTES = {
     **dict.fromkeys(("Byte", "Char", "Bool", "QInt8", "QUInt8", "QUInt4x2", "QUInt2x4", "Untyped"), 1),
@@ -31,14 +38,20 @@ _BYTES = {
 }
 
 
-def check_zip_claims(path: Path) -> None:
+def check_zip_claims(path: Path, file: IO[bytes] | None = None) -> Said:
     """Hold the pickle of a zip archive that has been checked against its records.
+
+    Args:
+        file: the archive, where it is a part of the file at `path`.
+
+    Returns:
+        What the pickle says.
 
     Raises:
         CheckpointError: a storage claims another size than its record has, a tensor is larger than any network in
             such a file, or a tuple is a bomb. A pickle that cannot be followed is left to torch.
     """
-    with zipfile.ZipFile(path) as archive:
+    with zipfile.ZipFile(file or path) as archive:
         root = archive.namelist()[0].partition("/")[0]
         sizes = {member.filename.removeprefix(f"{root}/"): member.file_size for member in archive.infolist()}
         said = read_opcodes(io.BytesIO(archive.read(f"{root}/data.pkl")))
@@ -51,10 +64,14 @@ def check_zip_claims(path: Path) -> None:
                 f"{path}: the storage {storage.key[:40]!r} claims {claimed:,} bytes and has {there:,}: damaged or "
                 "hostile, get the file again"
             )
+    return said
 
 
-def check_legacy_claims(path: Path) -> None:
+def check_legacy_claims(path: Path) -> Said:
     """Hold the pickle of a file from before torch 1.6 against the size of the file.
+
+    Returns:
+        What the pickle says.
 
     Raises:
         CheckpointError: as `check_zip_claims`; the storages together claim more than the file has.
@@ -73,6 +90,33 @@ def check_legacy_claims(path: Path) -> None:
         raise CheckpointError(
             f"{path}: its tensors claim {claimed:,} bytes, the file has {path.stat().st_size:,}: truncated or damaged, "
             "copy it again"
+        )
+    return said
+
+
+def check_calls(path: Path, said: Said, allowed: Container[str]) -> None:
+    """Refuse a pickle that calls functions of torch which no state dict needs, or in a way that hides what they get.
+
+    torch's own list of what a pickle may name has constructors that leave memory as it is (`torch.FloatTensor`), and
+    functions that believe the numbers in the file (`_rebuild_nested_tensor`).
+
+    Args:
+        allowed: further names, of which the user has said that they are safe.
+
+    Raises:
+        CheckpointError: there is one.
+    """
+    if UNCLEAR in said.called:
+        raise CheckpointError(
+            f"{path}: pickled in an unusual way: a tensor's storage, shape or strides are not written out: save "
+            "it again"
+        )
+    others = (name for name in said.called if name.startswith("torch.") and not _OF_STATE_DICTS.fullmatch(name))
+    found = next((name for name in sorted(others) if name not in allowed), None)
+    if found is not None:
+        raise CheckpointError(
+            f"{path}: calls {found[:80]}, which no state dict needs and which can read memory that is not the file's: "
+            "save plain tensors"
         )
 
 

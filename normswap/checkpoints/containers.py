@@ -10,7 +10,7 @@ import struct
 import warnings
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -21,11 +21,20 @@ import torch
 
 from normswap.checkpoints.archives import check_archive, check_safetensors
 from normswap.checkpoints.atomic import check_readable
-from normswap.checkpoints.claims import check_legacy_claims, check_zip_claims
+from normswap.checkpoints.claims import check_calls, check_legacy_claims, check_zip_claims
 from normswap.checkpoints.pickle_reading import blocked_globals, told_by_torch
-from normswap.checkpoints.plain_globals import plain_globals
+from normswap.checkpoints.plain_globals import names_allowed_by_user, plain_globals
 from normswap.checkpoints.programs import RECORD_ENTRY, is_program, load_program, read_weights
-from normswap.checkpoints.shards import INDEX, RECORD, Shards, copy_rest, find_shards, shard_of, write_index
+from normswap.checkpoints.shards import (
+    INDEX,
+    RECORD,
+    Shards,
+    check_links,
+    copy_rest,
+    find_shards,
+    shard_of,
+    write_index,
+)
 from normswap.errors import CheckpointError, NormswapError
 from normswap.surgery.tracing import first_line
 
@@ -174,6 +183,7 @@ def _write_safetensors(path: Path, tensors: Any, metadata: dict[str, str]) -> No
 
 
 def _sniff_folder(path: Path) -> Container:
+    check_links(path)
     if (path / INDEX).is_file():
         return "distributed folder"
     shards = find_shards(path)
@@ -203,17 +213,30 @@ def _decode_shards(shards: Shards, *, trust: bool, mapped: bool) -> "OrderedDict
         part = decode(path, sniff(path), trust=trust, mapped=mapped)
         if not isinstance(part, dict):
             raise CheckpointError(f"{path}: expected a state dict, got {type(part).__name__}")
-        twice = next((key for key in part if key in merged), None)
-        if twice is not None:
-            raise CheckpointError(f"{path}: holds {twice!r}, which another shard has too: remove the stale shards")
+        _check_shard(path, part, merged, shards)
         merged.update(part)
-    missing = [key for key in shards.weight_map if key not in merged]
-    if missing:
-        raise CheckpointError(
-            f"{shards.folder}: the index names {len(missing)} tensors that no shard holds ({missing[0]}): copy it again"
-        )
     order = {key: place for place, key in enumerate(shards.weight_map)}
     return OrderedDict(sorted(merged.items(), key=lambda item: order.get(item[0], len(order))))
+
+
+def _check_shard(path: Path, part: Mapping[str, Any], merged: Mapping[str, Any], shards: Shards) -> None:
+    """Refuse a shard that holds other tensors than the index says."""
+    twice = next((key for key in part if key in merged), None)
+    if twice is not None:
+        raise CheckpointError(f"{path}: holds {twice!r}, which another shard has too: remove the stale shards")
+    if shards.index is None:
+        return
+    lacking = [key for key, file in shards.weight_map.items() if file == path.name and key not in part]
+    if lacking:
+        raise CheckpointError(
+            f"{path}: the index names {len(lacking)} tensors that it does not hold ({lacking[0]}): copy it again"
+        )
+    strange = [key for key in part if shards.weight_map.get(key) != path.name]
+    if strange:
+        raise CheckpointError(
+            f"{path}: holds {len(strange)} tensors that {shards.index} does not place there ({strange[0]}): copy both "
+            "again"
+        )
 
 
 def _encode_shards(folder: Path, tensors: Any, like: Shards) -> None:
@@ -230,12 +253,13 @@ def _encode_shards(folder: Path, tensors: Any, like: Shards) -> None:
 def _decode_pickle(path: Path, *, trust: bool, legacy: bool, mapped: bool) -> Any:
     check_claims = check_legacy_claims if legacy else check_zip_claims
     with _damage_told(path):
-        check_claims(path)
+        said = check_claims(path)
     try:
-        with warnings.catch_warnings(), plain_globals():
+        with warnings.catch_warnings(), plain_globals() as restored:
             # torch warns of what it then refuses, such as pickle protocols: one of the two is enough.
             warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and not legacy)
+            check_calls(path, said, names_allowed_by_user())
+            return restored(torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and not legacy))
     except Exception as error:  # what a damaged or hostile file raises is anybody's guess
         if not trust:
             raise CheckpointError(_refusal(path, error, legacy=legacy)) from error
@@ -284,6 +308,9 @@ def _damage_told(path: Path) -> Iterator[None]:
 
 def _refusal(path: Path, error: Exception, *, legacy: bool) -> str:
     blocked = _blocked_globals(path, legacy=legacy)
+    if isinstance(error, CheckpointError) and all(name.startswith("torch.") for name in blocked):
+        said = str(error).removeprefix(f"{path}: ")
+        return f"{path}: {said}; pass --trust (trust=True) if you trust where it comes from"
     if not blocked:
         return f"{path}: truncated or damaged, or pickled in an unusual way ({told_by_torch(error)}): save it again"
     return (

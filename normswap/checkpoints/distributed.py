@@ -20,14 +20,17 @@ from torch.distributed.checkpoint import filesystem, metadata
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
+from torch.futures import Future
 
-from normswap.checkpoints.claims import check_unfolds
+from normswap.checkpoints.archives import check_archive
+from normswap.checkpoints.chunks import check_chunks
+from normswap.checkpoints.claims import check_calls, check_unfolds, check_zip_claims
 from normswap.checkpoints.opcodes import read_opcodes
 from normswap.checkpoints.pickle_reading import told_by_torch
-from normswap.checkpoints.plain_globals import plain_globals
+from normswap.checkpoints.plain_globals import names_allowed_by_user, plain_globals
 from normswap.checkpoints.shards import INDEX
 from normswap.errors import CheckpointError
 
@@ -43,12 +46,15 @@ def read_distributed(folder: Path) -> dict[str, Any]:
     reader = _Reader(folder)
     index = reader.read_metadata()
     _check_sizes(folder, index)
+    check_chunks(folder, index)
     flat = {name: _place_for(entry) for name, entry in index.state_dict_metadata.items()}
     try:
         with _one_process():
             load(flat, storage_reader=reader, planner=_Planner(), no_dist=True)
     except CheckpointException as error:  # a BaseException, with one failure per process
         cause, _ = next(iter(error.failures.values()))
+        if isinstance(cause, CheckpointError):
+            raise cause from None
         raise CheckpointError(
             f"{folder}: truncated or damaged, or holds pickled objects beside tensors and plain data "
             f"({told_by_torch(cause)}): copy it again, or save tensors and plain data alone"
@@ -87,17 +93,34 @@ class _Reader(FileSystemReader):
         found.storage_meta = meta
         return found
 
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Read what the plan asks for, each entry as an archive that is checked like a file of its own."""
+        for item in plan.items:
+            info = self.storage_data[item.storage_index]
+            path = Path(self.path) / info.relative_path
+            with open(path, "rb") as file:
+                file.seek(info.offset)
+                stored = io.BytesIO(file.read(info.length))
+            unpacked = self.transforms.transform_load_stream(item, info.transform_descriptors or (), stored)
+            value = _loaded(path, io.BytesIO(unpacked.read(-1)))
+            if item.type == LoadItemType.BYTE_IO:
+                cast(_Planner, planner).put(item, value)
+            else:
+                _fill(path, item, value, planner)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
 
 class _Planner(DefaultLoadPlanner):
-    """Loads by flat names, and values that are no tensors as plain data only."""
+    """Loads by flat names."""
 
     def __init__(self) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
 
-    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        with plain_globals(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns of what it then refuses
-            self.state_dict[read_item.dest_index.fqn] = torch.load(value, map_location="cpu", weights_only=True)
+    def put(self, item: ReadItem, value: Any) -> None:
+        """Take a value that is no tensor of the index."""
+        self.state_dict[item.dest_index.fqn] = value
 
 
 class _IndexUnpickler(pickle.Unpickler):
@@ -111,6 +134,37 @@ class _IndexUnpickler(pickle.Unpickler):
         if isinstance(value, torch.dtype):
             return value
         raise CheckpointError(f"the index of the distributed checkpoint names {module}.{name}, which is never run")
+
+
+def _loaded(path: Path, part: io.BytesIO) -> Any:
+    """What one entry holds: plain data or a tensor."""
+    check_archive(path, part)
+    said = check_zip_claims(path, part)
+    part.seek(0)
+    with plain_globals() as restored, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns of what it then refuses
+        unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(part)
+        if unsafe:
+            raise CheckpointError(
+                f"{path}: holds pickled objects beside tensors and plain data ({sorted(unsafe)[0]:.80}), which are "
+                "never run: save tensors and plain data alone"
+            )
+        part.seek(0)
+        check_calls(path, said, names_allowed_by_user())
+        return restored(torch.load(part, map_location="cpu", weights_only=True))
+
+
+def _fill(path: Path, item: ReadItem, stored: Any, planner: LoadPlanner) -> None:
+    """Copy a chunk to its place, if it is what the index says: copying would convert types and repeat numbers."""
+    target = planner.resolve_tensor(item).detach()
+    if not isinstance(stored, torch.Tensor) or (stored.shape, stored.dtype) != (target.shape, target.dtype):
+        found = f"{tuple(stored.shape)} {stored.dtype}" if isinstance(stored, torch.Tensor) else type(stored).__name__
+        raise CheckpointError(
+            f"{path}: holds {found} for {item.dest_index.fqn!r:.80}, where the index says {tuple(target.shape)} "
+            f"{target.dtype}: damaged, copy it again"
+        )
+    target.copy_(stored)
+    planner.commit_tensor(item, target)
 
 
 def _records(module: Any, names: tuple[str, ...]) -> dict[str, Any]:
@@ -163,6 +217,8 @@ def _put(content: dict[Any, Any], path: tuple[Any, ...], value: Any) -> None:
     *above, last = path
     for key in above:
         content = content.setdefault(key, {})
+    if last in content:
+        raise CheckpointError(f"the index of the distributed checkpoint puts two entries at {path!r:.80}: damaged")
     content[last] = value
 
 

@@ -5,6 +5,7 @@ storages) and placeholders for all others. A damaged pickle is read as far as it
 """
 
 import pickletools
+import re
 from collections.abc import Callable, Sequence
 from typing import IO, Any, NamedTuple
 
@@ -39,12 +40,22 @@ class Rebuilt(NamedTuple):
     stride: tuple[int, ...]
 
 
+class Made(NamedTuple):
+    """Whatever a call of the global `by` returns."""
+
+    by: str
+
+
 class Said(NamedTuple):
-    """What a pickle says: names of code, storages, tensors, entries of its largest tuple, the highest number under
-    which it keeps something, and whether it has an end.
+    """What a pickle says: names of code, which of them it calls, storages, tensors, entries of its largest tuple, the
+    highest number under which it keeps something, and whether it has an end.
+
+    Among the names that are called, an empty one stands for a call that cannot be followed: of something that is no
+    name, or of a tensor's parts that are not written out.
     """
 
     names: frozenset[str]
+    called: frozenset[str]
     storages: tuple[Storage, ...]
     tensors: tuple[Rebuilt, ...]
     largest_tuple: int
@@ -56,6 +67,9 @@ class _Mark:
     pass
 
 
+UNCLEAR = ""
+_OF_STORAGE = re.compile(r"torch\._utils\._rebuild_q?tensor")
+_WITH_ATTRIBUTES = "torch._tensor._rebuild_from_type_v2"
 _MARK = _Mark()
 _OTHER = None  # a value of no interest here
 _GETS, _PUTS = {"GET", "BINGET", "LONG_BINGET"}, {"PUT", "BINPUT", "LONG_BINPUT"}
@@ -75,6 +89,7 @@ def read_opcodes(file: IO[bytes]) -> Said:
     highest_place = max(reader.memo, default=0)
     return Said(
         frozenset(reader.names),
+        frozenset(reader.called),
         tuple(reader.storages),
         tuple(reader.tensors),
         reader.largest_tuple,
@@ -88,6 +103,7 @@ class _Reader:
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
         self.names: set[str] = set()
+        self.called: set[str] = set()
         self.storages: list[Storage] = []
         self.tensors: list[Rebuilt] = []
         self.largest_tuple = 0
@@ -139,16 +155,34 @@ class _Reader:
             case Tuple(items=["storage", Name(text=kind), str(key), _, int(elements), *_]):
                 self.storages.append(Storage(kind, key, elements))
                 return self.storages[-1]
+        self.called.add(UNCLEAR)
         return _OTHER
 
     def built(self, function: Any, arguments: Any) -> Any:
+        name = function.text if isinstance(function, Name) else UNCLEAR
+        self.called.add(name)
+        items = arguments.items if isinstance(arguments, Tuple) else ()
+        if name == _WITH_ATTRIBUTES and len(items) > 2:  # (function, class, its arguments, attributes)
+            return self.built(items[0], items[2])
         # torch._utils._rebuild_tensor_v2(storage, offset, shape, stride, ...) and its kin
-        match function, arguments:
-            case Name(text=text), Tuple(
-                items=[Storage() as storage, int(offset), Tuple(items=shape), Tuple(items=stride), *_]
-            ) if "_rebuild_tensor" in text and all(isinstance(number, int) for number in (*shape, *stride)):
+        if _OF_STORAGE.match(name):
+            self.seen_as(items)
+        return Made(name)
+
+    def given(self, inst: Any, state: Any) -> Any:
+        # What a tensor is given is another view of a storage.
+        if isinstance(inst, Made) and inst.by.startswith("torch."):
+            self.seen_as(state.items if isinstance(state, Tuple) else ())
+        return inst
+
+    def seen_as(self, items: Sequence[Any]) -> None:
+        match items:
+            case [Storage() as storage, int(offset), Tuple(items=shape), Tuple(items=stride), *_] if all(
+                isinstance(number, int) for number in (*shape, *stride)
+            ):
                 self.tensors.append(Rebuilt(storage, offset, tuple(shape), tuple(stride)))
-        return _OTHER
+            case _:
+                self.called.add(UNCLEAR)
 
 
 class _Rule(NamedTuple):
@@ -168,7 +202,7 @@ def _nothing(_reader: _Reader, _taken: list[Any], _argument: Any) -> Any:
 
 
 def _argument(_reader: _Reader, _taken: list[Any], argument: Any) -> Any:
-    return argument
+    return argument.decode("latin-1") if isinstance(argument, bytes) else argument
 
 
 _MAKERS: dict[str, _Maker] = {
@@ -179,12 +213,14 @@ _MAKERS: dict[str, _Maker] = {
     "TUPLE": lambda reader, taken, argument: reader.tuple_of(taken),
     "BINPERSID": lambda reader, taken, argument: reader.storage_of(taken[0]),
     "REDUCE": lambda reader, taken, argument: reader.built(taken[0], taken[1]),
+    "NEWOBJ": lambda reader, taken, argument: reader.built(taken[0], taken[1]),
+    "BUILD": lambda reader, taken, argument: reader.given(taken[0], taken[1]),
     **{name: (lambda reader, taken, argument: reader.tuple_of(taken)) for name in _TUPLES},
     **{
         opcode.name: _argument
         for opcode in pickletools.opcodes
         if opcode.arg is not None and not opcode.stack_before and len(opcode.stack_after) == 1
-        if opcode.stack_after[0] in (pickletools.pyunicode, pickletools.pyint)
+        if opcode.stack_after[0] in (pickletools.pyunicode, pickletools.pybytes_or_str, pickletools.pyint)
     },
 }
 

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from normswap.checkpoints.architecture import check_architecture
+from normswap.checkpoints.architecture import beside, check_architecture
 from normswap.checkpoints.atomic import check_writable, written_whole, written_whole_folder
-from normswap.checkpoints.checkpoint import BESIDE, Checkpoint
+from normswap.checkpoints.checkpoint import Checkpoint
 from normswap.checkpoints.containers import (
     FOLDERS,
     TENSORS_ONLY,
@@ -174,10 +174,10 @@ def next_record(checkpoint: Checkpoint, architecture: str | None, step: Step, co
 
     Plan and history go on; a proof that it is the same function does not.
     """
-    told_beside = container in FOLDERS and architecture == f"hf:{checkpoint.path}"
+    architecture = beside(architecture, checkpoint.path) if container in FOLDERS else architecture
     old = checkpoint.record or Record(
         payload=checkpoint.payload,
-        architecture=BESIDE if told_beside else architecture,
+        architecture=architecture,
         entry=name_of(checkpoint.contents.weights) or None,
     )
     return replace(

@@ -19,6 +19,7 @@ from normswap.errors import CheckpointError
 _SAFETENSORS = ("model.safetensors.index.json", "model.safetensors", "diffusion_pytorch_model.safetensors")
 _TORCH = ("pytorch_model.bin.index.json", "pytorch_model.bin")
 _COPIED = {".json", ".txt", ".md", ".model"}
+_USED = {*_COPIED, ".safetensors", ".bin", ".pt", ".pth", ".distcp"}
 RECORD = "normswap.json"
 INDEX = ".metadata"  # of torch.distributed.checkpoint
 
@@ -50,6 +51,23 @@ def find_shards(folder: Path) -> Shards | None:
             if (folder / name).is_file():
                 return _indexed(folder, name, kind) if name.endswith(".json") else _single(folder, name, kind)  # type: ignore[arg-type]
     return None
+
+
+def check_links(folder: Path) -> None:
+    """Refuse a folder of which a file that is read or copied is a link to somewhere else.
+
+    The snapshots in the cache of huggingface_hub are made of links to the `blobs` beside them, which are fine.
+
+    Raises:
+        CheckpointError: there is such a link.
+    """
+    root = folder.resolve()
+    blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else root
+    for entry in sorted(folder.iterdir()):
+        if entry.is_symlink() and (entry.suffix in _USED or entry.name == INDEX):
+            target = entry.resolve()
+            if not target.is_relative_to(root) and target.parent != blobs:
+                raise CheckpointError(f"{entry}: a link out of the folder, to {target}: copy that file there, by cp -L")
 
 
 def shard_of(key: str, shards: Shards) -> str:

@@ -30,8 +30,10 @@ def identify_command(file: Path, entry: str | None, trust: bool, as_json: bool) 
     """
     check_readable(file)
     checkpoint = read_file(file, trust=trust, entry=entry)
-    if checkpoint.record is not None and checkpoint.record.architecture is not None:
-        _print_known(file, checkpoint.record.architecture, as_json=as_json)
+    from normswap.checkpoints.checkpoint import said_architecture
+
+    if checkpoint.record is not None and said_architecture(checkpoint, trust=trust) is not None:
+        _print_known(file, checkpoint.record.architecture or f"hf:{checkpoint.path}", as_json=as_json)
         return
     with stage("comparing with all architectures"):
         from normswap.checkpoints.identification import decide

@@ -107,9 +107,8 @@ def _compare_programs(first: Opened, second: Opened, *, as_json: bool) -> None:
 
 
 def _open(file: "Checkpoint", arch: str | None, inputs: tuple[InputSpec, ...], *, trust: bool) -> Opened:
-    from normswap.checkpoints.architecture import is_foreign_code
+    from normswap.checkpoints.checkpoint import is_named_by_itself
 
-    own = file.record.architecture if file.record else None
     # Each file's own word goes first, since --arch may be meant for the other one; code needs the user's.
-    itself = file.payload == "module" or (own is not None and not is_foreign_code(own))
+    itself = file.payload == "module" or is_named_by_itself(file)
     return open_model(file, arch=None if itself else arch, inputs=inputs, trust=trust)

@@ -103,17 +103,17 @@ class Writing:
         return trainer_state(self.source.path, self.result.new.trainable)
 
     def _record(self) -> "Record":
-        from normswap.checkpoints.checkpoint import BESIDE
+        from normswap.checkpoints.architecture import beside
         from normswap.checkpoints.containers import FOLDERS
         from normswap.checkpoints.contents import name_of
         from normswap.checkpoints.record import Record, Step
 
         source, result = self.source, self.result
-        told_beside = self.container in FOLDERS and result.architecture == f"hf:{source.path}"
+        named = result.architecture
         step = Step.now("converted", source=self.wish.file.name, sha256=self.digest.result() if self.digest else None)
         return Record(
             payload=source.payload,
-            architecture=BESIDE if told_beside else result.architecture,
+            architecture=beside(named, source.path) if self.container in FOLDERS else named,
             plan=result.plan,
             verification=result.proof,
             history=(*(source.record.history if source.record else ()), step),

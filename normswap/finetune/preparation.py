@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from normswap.checkpoints.architecture import build_architecture, default_input_shape, parse_architecture, with_keyword
 from normswap.checkpoints.atomic import check_readable
 from normswap.checkpoints.checkpoint import Checkpoint, build_model, read_checkpoint
+from normswap.checkpoints.named_architectures import check_keywords
 from normswap.checkpoints.record import Step
 from normswap.errors import ArchitectureError, DataError, NothingToDo, RecipeError
 from normswap.finetune.data import Data, open_data
@@ -93,7 +94,8 @@ def _from_recipe(recipe: Recipe, *, trust: bool) -> Source:
     if wanted.checkpoint is None:
         torch.manual_seed(recipe.train.seed)
         architecture = wanted.architecture or ""
-        return Source(build_architecture(architecture, pretrained=wanted.pretrained), architecture, None, ())
+        model = build_architecture(architecture, pretrained=wanted.pretrained, trust=trust)
+        return Source(model, architecture, None, ())
     check_readable(Path(wanted.checkpoint))
     checkpoint = read_checkpoint(Path(wanted.checkpoint), entry=wanted.entry, trust=trust)
     return _built(checkpoint, wanted.architecture, trust=trust)
@@ -101,11 +103,26 @@ def _from_recipe(recipe: Recipe, *, trust: bool) -> Source:
 
 def _from_state(recipe: Recipe, state: Path, *, trust: bool) -> Source:
     checkpoint = read_checkpoint(state, entry="state_dict", trust=trust)
-    own = recipe.model.architecture
+    own = _own_architecture(recipe)
     said = checkpoint.record.architecture if checkpoint.record else None
-    # What the state says of its classes goes first; code that the recipe names too is the user's own.
-    is_own = own and said and parse_architecture(own).model == parse_architecture(said).model
-    return _built(checkpoint, said if is_own else None, trust=trust)
+    # What the state says of its classes goes first; code and folders that the recipe names too are the user's own.
+    same = own and said and _started_alike(own, said)
+    return _built(checkpoint, said if same else None, trust=trust)
+
+
+def _own_architecture(recipe: Recipe) -> str | None:
+    """What the recipe names, or the configuration in the folder that it starts from."""
+    start = recipe.model.checkpoint
+    return recipe.model.architecture or (f"hf:{start}" if start and Path(start).is_dir() else None)
+
+
+def _started_alike(own: str, said: str) -> bool:
+    """Whether two architectures are one but for keywords, which a file may set."""
+    mine, other = parse_architecture(own), parse_architecture(said)
+    if (mine.scheme, mine.model) != (other.scheme, other.model):
+        return False
+    check_keywords(said, {key: value for key, value in other.keywords.items() if mine.keywords.get(key) != value})
+    return True
 
 
 def _built(checkpoint: Checkpoint, architecture: str | None, *, trust: bool) -> Source:
