@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from normswap.checkpoints.architecture import build_architecture, is_foreign_code
-from normswap.checkpoints.atomic import located
 from normswap.checkpoints.containers import TENSORS_ONLY, Container, decode, read_record_text, sniff
 from normswap.checkpoints.contents import Contents, at, check_has_values, read_contents, replaced, without
 from normswap.checkpoints.fingerprint import fingerprint
@@ -26,6 +25,7 @@ from normswap.checkpoints.prefixes import StoredNames, names_for
 from normswap.checkpoints.programs import Program, digest_of_members
 from normswap.checkpoints.recognition import recognise
 from normswap.checkpoints.record import Payload, Record, Step, check_seal
+from normswap.checkpoints.sources import Source, open_source
 from normswap.errors import AmbiguityError, ArchitectureError, CheckpointError, SwapError
 from normswap.layers.adoption import GATE_PARAMETERS
 from normswap.layers.importance import importance_weights as shares_of
@@ -59,12 +59,17 @@ class Checkpoint:
     Of an exported program that is trusted the content is its module, and `program` what that was made of.
     """
 
-    path: Path
+    origin: Source
     container: Container
     content: Any
     contents: Contents
     record: Record | None
     program: Program | None = None
+
+    @property
+    def path(self) -> Path:
+        """The file as the user names it; its bytes are read from `origin.copy`."""
+        return self.origin.path
 
     @property
     def weights(self) -> Mapping[str, Tensor] | nn.Module:
@@ -115,6 +120,8 @@ def load(
     """
     header = read_header(Path(path))
     checkpoint = read_checkpoint(header, entry=entry, trust=trust and not header.gives_weights(architecture))
+    header.origin.check_unchanged()
+    header.origin.close()
     built = build_model(checkpoint, architecture, trust=trust)
     if built.fit.heads:
         warnings.warn(
@@ -129,29 +136,38 @@ def load(
 class Header:
     """A file whose archive has been checked, and the record in it, read without its tensors or its pickle."""
 
-    path: Path
+    origin: Source
     container: Container
     text: str | None
     record: Record | None
+
+    @property
+    def path(self) -> Path:
+        """The file as the user names it."""
+        return self.origin.path
 
     def gives_weights(self, architecture: Architecture | None) -> bool:
         """Say whether it is an exported program of which an architecture takes the weights alone."""
         return self.container == "exported program" and architecture is not None
 
 
-def read_header(path: Path) -> Header:
+def read_header(path: Path, *, folder: Path | None = None) -> Header:
     """Return what can be known of a file without reading its tensors or its pickle.
+
+    Args:
+        folder: where a private copy of the file goes, which all is read from; None for memory.
 
     Raises:
         CheckpointError: no checkpoint, damaged, or the record is.
     """
-    path = located(path)
-    container = sniff(path)
-    text = read_record_text(path, container)
+    origin = open_source(path, folder=folder)
+    with origin.named_in_errors():
+        container = sniff(origin.copy)
+        text = read_record_text(origin.copy, container)
     try:
-        return Header(path, container, text, None if text is None else Record.from_json(text))
+        return Header(origin, container, text, None if text is None else Record.from_json(text))
     except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from error
+        raise CheckpointError(f"{origin.path}: {error}") from error
 
 
 def read_record(path: Path) -> Record | None:
@@ -165,15 +181,24 @@ def read_checkpoint(
     """Return the content of a file, where things lie in it, and its record.
 
     Args:
-        source: the file, or its header, which is then not read and checked again.
-        mapped: leave tensors in the file and read them as they are used: less memory, for those who only look.
+        source: the file, or its header, which is then not read and checked again; the caller of a header looks in the
+            end whether the file is `origin.check_unchanged()`.
+        mapped: leave tensors in the private copy of the file and read them as they are used: less memory, if the copy
+            is on a disk.
 
     Raises:
         CheckpointError: as `load`.
     """
-    header = source if isinstance(source, Header) else read_header(source)
-    path, container, text, record = header.path, header.container, header.text, header.record
-    content = decode(path, container, trust=trust, mapped=mapped)
+    if isinstance(source, Path):
+        header = read_header(source)
+        checkpoint = read_checkpoint(header, entry=entry, trust=trust, mapped=mapped)
+        header.origin.check_unchanged()
+        header.origin.close()
+        return checkpoint
+    origin, container, text, record = source.origin, source.container, source.text, source.record
+    path = origin.path
+    with origin.named_in_errors():
+        content = decode(origin.copy, container, trust=trust, mapped=mapped)
     program = content if isinstance(content, Program) else None
     if record is not None and container in TENSORS_ONLY:
         content = {**content, **rejoin(content, record.tied, record.channels_last)}
@@ -181,14 +206,14 @@ def read_checkpoint(
         if program is not None:
             content = module_of(program.program)
         if text is not None:
-            check_seal(text, digest_of_members(path) if container == "exported program" else fingerprint(content))
+            check_seal(text, digest_of_members(origin.copy) if container == "exported program" else fingerprint(content))
         contents = read_contents(content, entry=entry or (record.entry if record else None))
         weights = at(content, contents.weights)
         if not isinstance(weights, nn.Module):
             content = replaced(content, {contents.weights: _readable(weights)})
     except (CheckpointError, SwapError) as error:
         raise CheckpointError(f"{path}: {error}") from error
-    return Checkpoint(path, container, content, contents, record, program)
+    return Checkpoint(origin, container, content, contents, record, program)
 
 
 def build_model(checkpoint: Checkpoint, architecture: Architecture | None = None, *, trust: bool = False) -> Built:

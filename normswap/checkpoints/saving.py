@@ -5,7 +5,7 @@ the gates as a last group, all else passes through untouched.
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from hashlib import file_digest, sha256
@@ -38,6 +38,7 @@ from normswap.checkpoints.prefixes import StoredNames, names_for
 from normswap.checkpoints.programs import Program, digest_of_members, load_program, save_program
 from normswap.checkpoints.record import Original, Record, Step
 from normswap.checkpoints.scheduler_state import scheduler_with_gates
+from normswap.checkpoints.sources import Source
 from normswap.checkpoints.state_surgery import with_metadata, with_tensors
 from normswap.checkpoints.trainer_state import write_beside
 from normswap.errors import CheckpointError, PlanError, SwapError
@@ -244,6 +245,7 @@ def write_content(
     like: Path | None = None,
     beside: Mapping[str, Any] | None = None,
     replace_old: bool = True,
+    source: Source | None = None,
 ) -> None:
     """Write a content and its record whole or not at all, read it back and compare every bit.
 
@@ -251,9 +253,11 @@ def write_content(
         content: a state dict, a module, or what a training checkpoint holds.
         like: the folder that a new folder takes after.
         beside: further files of a new folder, `Beside.files`.
+        source: what the content was read from, which must not have changed when the new file appears.
 
     Raises:
-        CheckpointError: it cannot be written, or the container cannot hold it; an existing file is as it was.
+        CheckpointError: it cannot be written, the container cannot hold it, or its source changed; an existing file is
+            as it was.
     """
     check_writable(path, replace=replace_old, as_folder=container in FOLDERS)
     if container in FOLDERS and not isinstance(content, Mapping):
@@ -273,7 +277,7 @@ def write_content(
         record = replace(record, tied=tied, channels_last=channels_last)
     text = record.sealed(digest).to_json()
     writer = written_whole_folder if container in FOLDERS else written_whole
-    with writer(path) as temporary:
+    with writer(path, last_check=_last_check(source)) as temporary:
         try:
             encode(temporary, container, content, text, like=like)
             write_beside(temporary, beside or {})
@@ -289,17 +293,27 @@ def write_content(
 
 
 def write_program(
-    program: Program, original: ExportedProgram, path: Path, record: Record, *, inputs: Any, replace_old: bool = True
+    program: Program,
+    original: ExportedProgram,
+    path: Path,
+    record: Record,
+    *,
+    inputs: Any,
+    replace_old: bool = True,
+    source: Source | None = None,
 ) -> float:
     """Write a converted program and its record whole or not at all, and return how far what is read back differs from
     the original on `inputs`, as relative L2 of outputs and buffers.
 
+    Args:
+        source: what the program was read from, as in `write_content`.
+
     Raises:
-        CheckpointError: it cannot be written, or what was read back holds other tensors.
+        CheckpointError: it cannot be written, what was read back holds other tensors, or its source changed.
         SwapError: what was read back computes something else; an existing file is as it was.
     """
     check_writable(path, replace=replace_old)
-    with written_whole(path) as temporary:
+    with written_whole(path, last_check=_last_check(source)) as temporary:
         try:
             save_program(temporary, program)
         except Exception as error:
@@ -313,6 +327,10 @@ def write_program(
                 f"{path}: what was read back differs from what was written: nothing was kept, look at the disk"
             )
         return check_same(original, back.program, inputs)
+
+
+def _last_check(source: Source | None) -> Callable[[], None]:
+    return source.check_unchanged if source is not None else lambda: None
 
 
 def _is_written(path: Path, container: Container, content: Any, record: str) -> bool:

@@ -31,6 +31,7 @@ def identify_command(file: Path, entry: str | None, trust: bool, as_json: bool) 
     check_readable(file)
     checkpoint = read_file(file, trust=trust, entry=entry)
     if checkpoint.record is not None and checkpoint.record.architecture is not None:
+        checkpoint.origin.check_unchanged()
         _print_known(file, checkpoint.record.architecture, as_json=as_json)
         return
     with stage("comparing with all architectures"):
@@ -38,6 +39,7 @@ def identify_command(file: Path, entry: str | None, trust: bool, as_json: bool) 
         from normswap.checkpoints.recognition import recognise, state_dict_of
 
         found = recognise(state_dict_of(checkpoint.weights), checkpoint.content)
+    checkpoint.origin.check_unchanged()
     if as_json:
         print_json(_document(file, found))
     else:

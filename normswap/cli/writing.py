@@ -86,11 +86,12 @@ class Writing:
             record = self._record()
             if source.program is not None:
                 inputs, original = self.result.inputs, source.program.program
-                error = write_program(content, original, target, record, inputs=inputs)
+                error = write_program(content, original, target, record, inputs=inputs, source=source.origin)
                 console.print(read_back(error))
             else:
-                like = source.path if source.path.is_dir() else None
-                write_content(content, target, self.container, record, like=like, beside=self._beside.files)
+                origin, beside = source.origin, self._beside.files
+                like = origin.copy if origin.copy.is_dir() else None
+                write_content(content, target, self.container, record, like=like, beside=beside, source=origin)
 
     @cached_property
     def _beside(self) -> "Beside":
@@ -100,7 +101,9 @@ class Writing:
 
         if self.wish.weights_only or self.container not in FOLDERS:
             return Beside({}, ())
-        return trainer_state(self.source.path, self.result.new.trainable)
+        origin = self.source.origin
+        found = trainer_state(origin.copy, self.result.new.trainable)
+        return found._replace(notes=tuple(map(origin.in_words, found.notes)))
 
     def _record(self) -> "Record":
         from normswap.checkpoints.checkpoint import BESIDE
