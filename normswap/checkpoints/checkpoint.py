@@ -161,7 +161,7 @@ def read_header(path: Path, *, folder: Path | None = None) -> Header:
         CheckpointError: no checkpoint, damaged, or the record is.
     """
     origin = open_source(path, folder=folder)
-    with origin.named_in_errors():
+    with origin.reading():
         container = sniff(origin.copy)
         text = read_record_text(origin.copy, container)
     try:
@@ -197,7 +197,7 @@ def read_checkpoint(
         return checkpoint
     origin, container, text, record = source.origin, source.container, source.text, source.record
     path = origin.path
-    with origin.named_in_errors():
+    with origin.reading():
         content = decode(origin.copy, container, trust=trust, mapped=mapped)
     program = content if isinstance(content, Program) else None
     if record is not None and container in TENSORS_ONLY:

@@ -9,6 +9,7 @@ costs no memory; file systems that share blocks (btrfs, xfs) copy nothing. Witho
 import os
 import shutil
 import tempfile
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -35,21 +36,23 @@ class Stamp(NamedTuple):
 
 
 class PrivateFiles:
-    """Open files without a name, and folders; removed with this object."""
+    """Open files without a name, and folders; removed with this object, at the latest when Python ends."""
 
     def __init__(self) -> None:
         self.descriptors: list[int] = []
         self.folders: list[Path] = []
+        weakref.finalize(self, _remove, self.descriptors, self.folders)
 
     def close(self) -> None:
         """Remove the files and folders; a mapping of a file without a name stays valid."""
-        while self.descriptors:
-            os.close(self.descriptors.pop())
-        while self.folders:
-            shutil.rmtree(self.folders.pop(), ignore_errors=True)
+        _remove(self.descriptors, self.folders)
 
-    def __del__(self) -> None:
-        self.close()
+
+def _remove(descriptors: list[int], folders: list[Path]) -> None:
+    while descriptors:
+        os.close(descriptors.pop())
+    while folders:
+        shutil.rmtree(folders.pop(), ignore_errors=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,24 +74,25 @@ class Source:
         Raises:
             CheckpointError: a file was removed, replaced, written to, or joined the folder.
         """
-        if self.path.is_dir() and _files_read(self.path) != [*self.stamps]:
-            raise _changed(self.path, "files came or went")
         for name, stamp in self.stamps.items():
             _check_same(self.path / name, self.copy / name, stamp)
+        if self.path.is_dir() and _files_read(self.path) != [*self.stamps]:
+            raise _changed(self.path, "files came or went")
 
     def in_words(self, text: str) -> str:
         """Return a text about the copy as one about the source."""
         return text.replace(str(self.copy), str(self.path))
 
     @contextmanager
-    def named_in_errors(self) -> Iterator[None]:
-        """Let errors about the copy name the source."""
+    def reading(self) -> Iterator[None]:
+        """Let errors of who reads the copy name the source, and give the copy back on the first one."""
         try:
             yield
-        except CheckpointError as error:
-            if str(self.copy) not in str(error):
-                raise
-            raise type(error)(self.in_words(str(error))) from error
+        except BaseException as error:
+            self.close()
+            if isinstance(error, CheckpointError) and str(self.copy) in str(error):
+                raise type(error)(self.in_words(str(error))) from error
+            raise
 
     def close(self) -> None:
         """Give the copy back. Tensors that are mapped from it stay valid."""
