@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from normswap.checkpoints.architecture import build_architecture, is_foreign_code
-from normswap.checkpoints.containers import TENSORS_ONLY, Container, decode, read_record_text, sniff
+from normswap.checkpoints.architecture import build_architecture, is_foreign_code, renaming_of
+from normswap.checkpoints.containers import TENSORS_ONLY, Container, decode, read_record_text, read_ties, sniff
 from normswap.checkpoints.contents import Contents, at, check_has_values, read_contents, replaced, without
 from normswap.checkpoints.fingerprint import fingerprint
 from normswap.checkpoints.fit import Fit, fill
@@ -199,9 +199,11 @@ def read_checkpoint(
     path = origin.path
     with origin.reading():
         content = decode(origin.copy, container, trust=trust, mapped=mapped)
+        ties = {} if record is not None else read_ties(origin.copy, container)
     program = content if isinstance(content, Program) else None
-    if record is not None and container in TENSORS_ONLY:
-        content = {**content, **rejoin(content, record.tied, record.channels_last)}
+    if container in TENSORS_ONLY:
+        tied, channels_last = (ties, ()) if record is None else (record.tied, record.channels_last)
+        content = {**content, **rejoin(content, tied, channels_last)}
     try:
         if program is not None:
             content = module_of(program.program)
@@ -242,12 +244,13 @@ def build_model(checkpoint: Checkpoint, architecture: Architecture | None = None
         except AmbiguityError as error:
             raise AmbiguityError(f"{path}: {error}") from None
     model = _built(source)
-    names = names_for(weights, model.state_dict())
+    rename = renaming_of(model)
+    names = names_for(weights, model.state_dict(), rename)
     if plan is not None:
         plan = complete_plan(model, plan, prefix=names.prefix)
         if not gated_modules(model):
             apply_plan(model, plan)
-            names = names_for(weights, model.state_dict())
+            names = names_for(weights, model.state_dict(), rename)
     fit = fill(model, _for_model(weights, names, model), source if isinstance(source, str) else type(model).__name__)
     let_go(weights.values())
     return Built(model.eval(), names, source if isinstance(source, str) else None, plan, fit)
@@ -268,8 +271,9 @@ def stored_importance_weights(checkpoint: Checkpoint) -> dict[str, ImportanceWei
     names = names_for(weights, [join(swap.fqn, name) for swap in swaps for name in GATE_PARAMETERS])
     found = {}
     for swap in swaps:
-        keys = [names.stored.get(join(swap.fqn, name)) for name in GATE_PARAMETERS]
-        points = [weights[key] for key in keys if key is not None]
+        module = record.stored_as.get(swap.fqn) if record else None
+        keys = [join(module, name) if module else names.stored.get(join(swap.fqn, name)) for name in GATE_PARAMETERS]
+        points = [weights[key] for key in keys if key in weights]
         if points:  # a site outside every registry is in no state dict
             if [tuple(point.shape) for point in points] != [(len(swap.branches),)] * len(GATE_PARAMETERS):
                 raise CheckpointError(f"{checkpoint.path}: the importance weights of {swap.fqn!r} do not fit its plan")

@@ -27,6 +27,7 @@ from normswap.checkpoints.containers import (
     add_record,
     decode,
     encode,
+    read_metadata,
     read_record_text,
     sniff,
 )
@@ -34,7 +35,7 @@ from normswap.checkpoints.contents import Place, at, check_has_values, is_state_
 from normswap.checkpoints.fingerprint import fingerprint, holds_the_same, safetensors_holds
 from normswap.checkpoints.layout import separate
 from normswap.checkpoints.optimizer_state import with_gates
-from normswap.checkpoints.prefixes import StoredNames, names_for
+from normswap.checkpoints.prefixes import StoredNames, names_for, names_under
 from normswap.checkpoints.programs import Program, digest_of_members, load_program, save_program
 from normswap.checkpoints.record import Original, Record, Step
 from normswap.checkpoints.scheduler_state import scheduler_with_gates
@@ -42,12 +43,14 @@ from normswap.checkpoints.sources import Source
 from normswap.checkpoints.state_surgery import with_metadata, with_tensors
 from normswap.checkpoints.trainer_state import write_beside
 from normswap.errors import CheckpointError, PlanError, SwapError
+from normswap.layers.adoption import GATE_PARAMETERS
 from normswap.layers.modules import FunctionalSwitchNorm
 from normswap.surgery.conversion import apply_plan
 from normswap.surgery.gated import gated_modules, trainable_gates
 from normswap.surgery.plan import SwapPlan
 from normswap.surgery.programs import check_same
 from normswap.surgery.tracing import first_line
+from normswap.surgery.tree import join
 from normswap.surgery.wrapping import unwrap
 from normswap.verification import Verification
 
@@ -246,6 +249,7 @@ def write_content(
     beside: Mapping[str, Any] | None = None,
     replace_old: bool = True,
     source: Source | None = None,
+    notes: Mapping[str, str] | None = None,
 ) -> None:
     """Write a content and its record whole or not at all, read it back and compare every bit.
 
@@ -254,6 +258,7 @@ def write_content(
         like: the folder that a new folder takes after.
         beside: further files of a new folder, `Beside.files`.
         source: what the content was read from, which must not have changed when the new file appears.
+        notes: what else a safetensors file is to note, `notes_of` its source.
 
     Raises:
         CheckpointError: it cannot be written, the container cannot hold it, or its source changed; an existing file is
@@ -275,11 +280,12 @@ def write_content(
             )
         content, tied, channels_last = separate(content)
         record = replace(record, tied=tied, channels_last=channels_last)
+        notes = {**(notes or {}), **tied}  # as safetensors.torch.save_model notes them
     text = record.sealed(digest).to_json()
     writer = written_whole_folder if container in FOLDERS else written_whole
     with writer(path, last_check=_last_check(source)) as temporary:
         try:
-            encode(temporary, container, content, text, like=like)
+            encode(temporary, container, content, text, like=like, notes=notes)
             write_beside(temporary, beside or {})
         except Exception as error:
             # torch's writer hides the system's own words behind a position in the file.
@@ -290,6 +296,21 @@ def write_content(
             raise CheckpointError(
                 f"{path}: what was read back differs from what was written: nothing was kept, look at the disk"
             )
+
+
+def stored_as(names: StoredNames, plan: SwapPlan) -> dict[str, str]:
+    """Return the names of swapped sites in a file, by fqn, if a library saved the model under other names than its own.
+
+    A prefix before all names counts for nothing.
+    """
+    stored = {swap.fqn: names.to_store(join(swap.fqn, GATE_PARAMETERS[0])).rpartition(".")[0] for swap in plan.swaps}
+    plain = names_under(stored.values(), names.prefix).stored
+    return {fqn: name for fqn, name in stored.items() if plain.get(fqn) != name}
+
+
+def notes_of(checkpoint: Checkpoint) -> dict[str, str]:
+    """Return what a safetensors file notes beside its tensors, such as names of one tensor; nothing of other files."""
+    return read_metadata(checkpoint.origin.copy) if checkpoint.container == "safetensors" else {}
 
 
 def write_program(
@@ -360,7 +381,7 @@ def _converted_copy(value: Any, names: StoredNames, new: New, plan: SwapPlan) ->
         except (PlanError, SwapError):
             return None
         return twin
-    own = names_for(value, names.stored)
+    own = names_for(value, names.stored, names.rename)
     return _converted_state(value, own, new) if own.stored.keys() >= names.stored.keys() else None
 
 

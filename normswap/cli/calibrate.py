@@ -197,7 +197,7 @@ def _notes(opened: Opened) -> list[str]:
 def _write(opened: Opened, target: Path, container: Any, detail: str) -> None:
     from normswap.checkpoints.containers import FOLDERS
     from normswap.checkpoints.record import Step
-    from normswap.checkpoints.saving import next_record, sha256_of, updated_content, write_content
+    from normswap.checkpoints.saving import next_record, notes_of, sha256_of, updated_content, write_content
     from normswap.checkpoints.trainer_state import trainer_files
 
     checkpoint, origin = opened.checkpoint, opened.checkpoint.origin
@@ -207,4 +207,5 @@ def _write(opened: Opened, target: Path, container: Any, detail: str) -> None:
         content = updated_content(checkpoint, opened.built.names, opened.model)
         like = origin.copy if origin.copy.is_dir() else None
         beside = trainer_files(origin.copy) if container in FOLDERS else {}
-        write_content(content, target, container, record, like=like, beside=beside, source=origin)
+        notes = notes_of(checkpoint)
+        write_content(content, target, container, record, like=like, beside=beside, source=origin, notes=notes)

@@ -78,7 +78,7 @@ class Writing:
         Raises:
             CheckpointError, SwapError: it cannot be written, or what is read back differs.
         """
-        from normswap.checkpoints.saving import write_content, write_program
+        from normswap.checkpoints.saving import notes_of, write_content, write_program
         from normswap.reports.tables import read_back
 
         source, target = self.source, self.wish.target
@@ -91,7 +91,10 @@ class Writing:
             else:
                 origin, beside = source.origin, self._beside.files
                 like = origin.copy if origin.copy.is_dir() else None
-                write_content(content, target, self.container, record, like=like, beside=beside, source=origin)
+                notes = notes_of(source)
+                write_content(
+                    content, target, self.container, record, like=like, beside=beside, source=origin, notes=notes
+                )
 
     @cached_property
     def _beside(self) -> "Beside":
@@ -110,6 +113,7 @@ class Writing:
         from normswap.checkpoints.containers import FOLDERS
         from normswap.checkpoints.contents import name_of
         from normswap.checkpoints.record import Record, Step
+        from normswap.checkpoints.saving import stored_as
 
         source, result = self.source, self.result
         told_beside = self.container in FOLDERS and result.architecture == f"hf:{source.path}"
@@ -122,4 +126,5 @@ class Writing:
             history=(*(source.record.history if source.record else ()), step),
             originals=result.originals,
             entry=None if self.wish.weights_only else name_of(source.contents.weights) or None,
+            stored_as=stored_as(result.names, result.plan),
         )
