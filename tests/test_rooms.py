@@ -106,6 +106,7 @@ ROOMS = [
     "checkpoints.recognition",
     "checkpoints.fingerprint",
     "checkpoints.trainer_state",
+    "checkpoints.sources",
     "checkpoints.norm_values",
     "checkpoints.state_surgery",
     "checkpoints.checkpoint",

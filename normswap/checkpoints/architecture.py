@@ -160,6 +160,26 @@ def build_architecture(text: str, *, pretrained: bool = False, trust: bool = Fal
     return model
 
 
+def renaming_of(model: nn.Module) -> Callable[[str], str] | None:
+    """Return what makes the name of a tensor in `model` of its name in a file that the model's own library saved.
+
+    transformers saves models under the names that their first version had, and renames when it loads. What it also
+    computes, such as three matrices out of one, is left as it is. None for models of other libraries.
+    """
+    library = sys.modules.get("transformers")
+    if library is None or not isinstance(model, library.PreTrainedModel):
+        return None
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming, rename_source_key
+    except ImportError:  # before version 5, which saves under the names that the model has
+        return None
+    transforms = get_model_conversion_mapping(model)
+    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+    own, prefix = model.state_dict(), model.base_model_prefix
+    return lambda name: str(rename_source_key(name, renamings, [], prefix or None, own)[0])
+
+
 def default_input_shape(model: nn.Module, architecture: str | None) -> tuple[int, ...] | None:
     """Return the shape (2, C, H, W) of an input of the real size, or None where nothing tells it.
 
@@ -209,7 +229,7 @@ def _build_hf(name: ArchitectureName, *, trust: bool) -> nn.Module:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if not trust:
         config = _checked(folder, {**config, **name.keywords})
-    if isinstance(config.get("architecture"), str):
+    if isinstance(config.get("architecture"), str) and "model_type" not in config:  # else a wrapper of transformers
         known = {key: config[key] for key in ("num_classes", "global_pool") if key in config}
         model_args = config.get("model_args") or {}
         return _build_timm(config["architecture"], **{**known, **model_args, **name.keywords})

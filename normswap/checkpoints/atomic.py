@@ -9,7 +9,7 @@ import errno
 import os
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
@@ -70,13 +70,20 @@ def check_writable(path: Path, *, replace: bool, as_folder: bool = False) -> Non
         raise CheckpointError(f"{path}: cannot write in {folder} ({error.strerror}): {_hint(error)}") from None
 
 
+def _no_check() -> None:
+    """Nothing to be looked at before a file appears."""
+
+
 @contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
+def written_whole(path: Path, *, last_check: Callable[[], None] = _no_check) -> Iterator[Path]:
     """Give a temporary file in the folder of `path`, empty, and rename it to `path` once the block is through.
 
     Write into that file, do not put another one in its place: the lock that keeps other runs away is on it. A link is
     followed, so that the file it points at is replaced and the link stays. The mode is that of a replaced file, or
     what the umask leaves. SIGTERM and SIGHUP end the process as ever, but not before the temporary is gone.
+
+    Args:
+        last_check: called when all bytes are on the disk, directly before the file appears; what it raises prevents that.
 
     Raises:
         CheckpointError: `path` is no place for a file, or the disk refuses; an existing file is as it was.
@@ -90,12 +97,13 @@ def written_whole(path: Path) -> Iterator[Path]:
             if mode is not None:
                 temporary.chmod(mode)
             _sync(temporary)
+            last_check()
             os.replace(temporary, final)
             _sync(final.parent)
 
 
 @contextmanager
-def written_whole_folder(path: Path) -> Iterator[Path]:
+def written_whole_folder(path: Path, *, last_check: Callable[[], None] = _no_check) -> Iterator[Path]:
     """Give a temporary folder beside `path`, empty, and rename it to `path` once the block is through.
 
     As `written_whole`, but nothing is replaced: no system swaps two folders that hold files in one step.
@@ -112,6 +120,7 @@ def written_whole_folder(path: Path) -> Iterator[Path]:
             for folder, _, names in os.walk(temporary, topdown=False):
                 for name in (*names, "."):
                     _sync(Path(folder, name))
+            last_check()
             _refuse_existing(path)
             os.rename(temporary, final)
             _sync(final.parent)

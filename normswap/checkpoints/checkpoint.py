@@ -20,10 +20,10 @@ from normswap.checkpoints.architecture import (
     check_named_by_file,
     is_foreign_code,
     is_of_folder,
+    renaming_of,
 )
-from normswap.checkpoints.atomic import located
 from normswap.checkpoints.build_limits import limited_build
-from normswap.checkpoints.containers import TENSORS_ONLY, Container, decode, read_record_text, sniff
+from normswap.checkpoints.containers import TENSORS_ONLY, Container, decode, read_record_text, read_ties, sniff
 from normswap.checkpoints.contents import Contents, at, check_has_values, read_contents, replaced, without
 from normswap.checkpoints.fingerprint import fingerprint
 from normswap.checkpoints.fit import Fit, fill
@@ -34,6 +34,7 @@ from normswap.checkpoints.prefixes import StoredNames, names_for
 from normswap.checkpoints.programs import Program, digest_of_members
 from normswap.checkpoints.recognition import recognise
 from normswap.checkpoints.record import Payload, Record, Step, check_seal
+from normswap.checkpoints.sources import Source, open_source
 from normswap.errors import AmbiguityError, ArchitectureError, CheckpointError, SwapError
 from normswap.layers.adoption import GATE_PARAMETERS
 from normswap.layers.importance import importance_weights as shares_of
@@ -65,12 +66,17 @@ class Checkpoint:
     Of an exported program that is trusted the content is its module, and `program` what that was made of.
     """
 
-    path: Path
+    origin: Source
     container: Container
     content: Any
     contents: Contents
     record: Record | None
     program: Program | None = None
+
+    @property
+    def path(self) -> Path:
+        """The file as the user names it; its bytes are read from `origin.copy`."""
+        return self.origin.path
 
     @property
     def weights(self) -> Mapping[str, Tensor] | nn.Module:
@@ -121,6 +127,8 @@ def load(
     """
     header = read_header(Path(path))
     checkpoint = read_checkpoint(header, entry=entry, trust=trust and not header.gives_weights(architecture))
+    header.origin.check_unchanged()
+    header.origin.close()
     built = build_model(checkpoint, architecture, trust=trust)
     if built.fit.heads:
         warnings.warn(
@@ -135,29 +143,38 @@ def load(
 class Header:
     """A file whose archive has been checked, and the record in it, read without its tensors or its pickle."""
 
-    path: Path
+    origin: Source
     container: Container
     text: str | None
     record: Record | None
+
+    @property
+    def path(self) -> Path:
+        """The file as the user names it."""
+        return self.origin.path
 
     def gives_weights(self, architecture: Architecture | None) -> bool:
         """Say whether it is an exported program of which an architecture takes the weights alone."""
         return self.container == "exported program" and architecture is not None
 
 
-def read_header(path: Path) -> Header:
+def read_header(path: Path, *, folder: Path | None = None) -> Header:
     """Return what can be known of a file without reading its tensors or its pickle.
+
+    Args:
+        folder: where a private copy of the file goes, which all is read from; None for memory.
 
     Raises:
         CheckpointError: no checkpoint, damaged, or the record is.
     """
-    path = located(path)
-    container = sniff(path)
-    text = read_record_text(path, container)
+    origin = open_source(path, folder=folder)
+    with origin.reading():
+        container = sniff(origin.copy)
+        text = read_record_text(origin.copy, container)
     try:
-        return Header(path, container, text, None if text is None else Record.from_json(text))
+        return Header(origin, container, text, None if text is None else Record.from_json(text))
     except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from error
+        raise CheckpointError(f"{origin.path}: {error}") from error
 
 
 def read_record(path: Path) -> Record | None:
@@ -171,30 +188,41 @@ def read_checkpoint(
     """Return the content of a file, where things lie in it, and its record.
 
     Args:
-        source: the file, or its header, which is then not read and checked again.
-        mapped: leave tensors in the file and read them as they are used: less memory, for those who only look.
+        source: the file, or its header, which is then not read and checked again; the caller of a header looks in the
+            end whether the file is `origin.check_unchanged()`.
+        mapped: leave tensors in the private copy of the file and read them as they are used: less memory, if the copy
+            is on a disk.
 
     Raises:
         CheckpointError: as `load`.
     """
-    header = source if isinstance(source, Header) else read_header(source)
-    path, container, text, record = header.path, header.container, header.text, header.record
-    content = decode(path, container, trust=trust, mapped=mapped)
+    if isinstance(source, Path):
+        header = read_header(source)
+        checkpoint = read_checkpoint(header, entry=entry, trust=trust, mapped=mapped)
+        header.origin.check_unchanged()
+        header.origin.close()
+        return checkpoint
+    origin, container, text, record = source.origin, source.container, source.text, source.record
+    path = origin.path
+    with origin.reading():
+        content = decode(origin.copy, container, trust=trust, mapped=mapped)
+        ties = {} if record is not None else read_ties(origin.copy, container)
     program = content if isinstance(content, Program) else None
-    if record is not None and container in TENSORS_ONLY:
-        content = {**content, **rejoin(content, record.tied, record.channels_last)}
+    if container in TENSORS_ONLY:
+        tied, channels_last = (ties, ()) if record is None else (record.tied, record.channels_last)
+        content = {**content, **rejoin(content, tied, channels_last)}
     try:
         if program is not None:
             content = module_of(program.program)
         if text is not None:
-            check_seal(text, digest_of_members(path) if container == "exported program" else fingerprint(content))
+            check_seal(text, digest_of_members(origin.copy) if container == "exported program" else fingerprint(content))
         contents = read_contents(content, entry=entry or (record.entry if record else None))
         weights = at(content, contents.weights)
         if not isinstance(weights, nn.Module):
             content = replaced(content, {contents.weights: _readable(weights)})
     except (CheckpointError, SwapError) as error:
         raise CheckpointError(f"{path}: {error}") from error
-    return Checkpoint(path, container, content, contents, record, program)
+    return Checkpoint(origin, container, content, contents, record, program)
 
 
 def build_model(checkpoint: Checkpoint, architecture: Architecture | None = None, *, trust: bool = False) -> Built:
@@ -225,12 +253,13 @@ def build_model(checkpoint: Checkpoint, architecture: Architecture | None = None
     named = isinstance(source, str) and (architecture is None or source.startswith("hf:"))
     with limited_build(path, len(weights)) if named and not trust else nullcontext():
         model = _built(source, trust=trust)
-    names = names_for(weights, model.state_dict())
+    rename = renaming_of(model)
+    names = names_for(weights, model.state_dict(), rename)
     if plan is not None:
         plan = complete_plan(model, plan, prefix=names.prefix)
         if not gated_modules(model):
             apply_plan(model, plan)
-            names = names_for(weights, model.state_dict())
+            names = names_for(weights, model.state_dict(), rename)
     fit = fill(model, _for_model(weights, names, model), source if isinstance(source, str) else type(model).__name__)
     let_go(weights.values())
     return Built(model.eval(), names, source if isinstance(source, str) else None, plan, fit)
@@ -251,8 +280,9 @@ def stored_importance_weights(checkpoint: Checkpoint) -> dict[str, ImportanceWei
     names = names_for(weights, [join(swap.fqn, name) for swap in swaps for name in GATE_PARAMETERS])
     found = {}
     for swap in swaps:
-        keys = [names.stored.get(join(swap.fqn, name)) for name in GATE_PARAMETERS]
-        points = [weights[key] for key in keys if key is not None]
+        module = record.stored_as.get(swap.fqn) if record else None
+        keys = [join(module, name) if module else names.stored.get(join(swap.fqn, name)) for name in GATE_PARAMETERS]
+        points = [weights[key] for key in keys if key in weights]
         if points:  # a site outside every registry is in no state dict
             if [tuple(point.shape) for point in points] != [(len(swap.branches),)] * len(GATE_PARAMETERS):
                 raise CheckpointError(f"{checkpoint.path}: the importance weights of {swap.fqn!r} do not fit its plan")

@@ -112,6 +112,23 @@ def read_metadata(path: Path) -> dict[str, str]:
         return file.metadata() or {}
 
 
+def read_ties(path: Path, container: Container) -> dict[str, str]:
+    """Return the names that `safetensors.torch.save_model` left out, each with the name of the tensor that it shares.
+
+    It notes them beside whatever else was noted, so that only notes on names of tensors count.
+    """
+    if container not in TENSORS_ONLY:
+        return {}
+    files = [path] if container == "safetensors" else [path / name for name in _shards(path).files]
+    notes: dict[str, str] = {}
+    names: set[str] = set()
+    for file in files:
+        with _damage_told(file), safetensors.safe_open(file, framework="pt") as opened:
+            notes |= opened.metadata() or {}
+            names |= {*opened.keys()}
+    return {name: kept for name, kept in notes.items() if kept in names and name not in names}
+
+
 def decode(path: Path, container: Container, *, trust: bool, mapped: bool = False) -> Any:
     """Return the object in the file or folder, with tensors on the CPU.
 
@@ -140,16 +157,25 @@ def decode(path: Path, container: Container, *, trust: bool, mapped: bool = Fals
     return _decode_pickle(path, trust=trust, legacy=container == "legacy pickle", mapped=mapped)
 
 
-def encode(path: Path, container: Container, content: Any, record: str, *, like: Path | None = None) -> None:
+def encode(
+    path: Path,
+    container: Container,
+    content: Any,
+    record: str,
+    *,
+    like: Path | None = None,
+    notes: Mapping[str, str] | None = None,
+) -> None:
     """Write `content` and the text of the record to a new file, or into an empty folder, at `path`.
 
     Args:
         content: tensors by key for safetensors and folders of weights; any object that can be pickled for a torch
             zip; a mapping for a distributed folder.
         like: the folder whose shards, index and configurations a new one takes after.
+        notes: what else a safetensors file notes.
     """
     if container == "safetensors":
-        _write_safetensors(path, content, {"format": "pt", _METADATA_KEY: record})
+        _write_safetensors(path, content, {"format": "pt", **(notes or {}), _METADATA_KEY: record})
     elif container in FOLDERS:
         if container == "distributed folder":
             from normswap.checkpoints.distributed import write_distributed

@@ -26,12 +26,14 @@ _MOST_SEARCHED = 2000
 @dataclass(frozen=True)
 class Fit:
     """How tensors fit a model: by name those `beyond` it, and of the model's own the `heads` and `counters` of batches
-    that are not among the tensors and stay as the model was built.
+    that are not among the tensors and stay as the model was built. What is `tied` is not among them either, and has
+    the memory of a tensor that is.
     """
 
     beyond: tuple[str, ...] = ()
     heads: tuple[str, ...] = ()
     counters: tuple[str, ...] = ()
+    tied: tuple[str, ...] = ()
 
     def notes(self, name: str) -> tuple[str, ...]:
         """Return in words what becomes of them in a file that is made of the tensors, `name` being the model."""
@@ -52,12 +54,12 @@ def fill(model: nn.Module, state: Mapping[str, Tensor], name: str) -> Fit:
     Raises:
         ArchitectureError: keys or shapes differ, or a layer refuses its tensors; the model may be partly filled.
     """
-    fit = _fit(model.state_dict(), state)
     for key, tensor in model.state_dict(keep_vars=True).items():
         stored = state.get(key)
         if stored is not None and isinstance(tensor, Tensor) and _wants_another_layout(tensor, stored):
             # The Parameter object stays, and with it ties between modules.
             tensor.data = torch.empty_like(stored, device=tensor.device)
+    fit = _fit(model.state_dict(), state)
     try:
         # What is tolerated has been told apart above; a layer may still refuse what it is given.
         model.load_state_dict(state, strict=fit is None or fit == Fit())
@@ -68,7 +70,8 @@ def fill(model: nn.Module, state: Mapping[str, Tensor], name: str) -> Fit:
 
 def _fit(own: Mapping[str, Any], state: Mapping[str, Tensor]) -> Fit | None:
     """How tensors fit a model of these own ones, or None where something is missing or unexpected that must not be."""
-    missing = [key for key in own if key not in state]
+    tied = _tied(own, state)
+    missing = [key for key in own if key not in state and key not in tied]
     beyond = tuple(key for key in state if key not in own)
     held = [key for key in own if key in state]
     counters = tuple(filter(is_counter, missing))
@@ -77,7 +80,25 @@ def _fit(own: Mapping[str, Any], state: Mapping[str, Tensor]) -> Fit | None:
     if len(held) <= len(heads) + len(beyond) or any(map(_is_statistic, (*heads, *beyond))):
         return None
     whole = all(is_head(key) and key.partition(".")[0] not in parts for key in heads)
-    return Fit(beyond, heads, counters) if whole and all(is_beyond(key, parts) for key in beyond) else None
+    return Fit(beyond, heads, counters, tied) if whole and all(is_beyond(key, parts) for key in beyond) else None
+
+
+def _tied(own: Mapping[str, Any], state: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """The names of a model's tensors that are not in a file and have the memory of others, whose names are.
+
+    safetensors stores what several names share under one of them, as transformers does.
+    """
+    missing = {key: value for key, value in own.items() if key not in state and _has_memory(value)}
+    stored = {_memory(own[key]) for key in state if key in own and _has_memory(own[key])} if missing else set()
+    return tuple(key for key, value in missing.items() if _memory(value) in stored)
+
+
+def _has_memory(value: Any) -> bool:
+    return isinstance(value, Tensor) and not value.is_meta and value.layout is torch.strided and value.numel() > 0
+
+
+def _memory(tensor: Tensor) -> tuple[object, ...]:
+    return tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
 
 
 def _is_statistic(key: str) -> bool:

@@ -22,20 +22,23 @@ class Stored(NamedTuple):
 
 
 def separate(state: Mapping[str, Tensor]) -> Stored:
-    """Return `state` with every value once and contiguous. Tensors that only overlap are stored one by one."""
-    first: dict[tuple[object, ...], str] = {}
-    tensors: dict[str, Tensor] = {}
-    tied: dict[str, str] = {}
+    """Return `state` with every value once and contiguous. Tensors that only overlap are stored one by one.
+
+    Of the names of one tensor the first in alphabetical order is kept, as `safetensors.torch.save_model` does.
+    """
+    names: dict[tuple[object, ...], list[str]] = {}
     for key, tensor in state.items():
         # Tensors without elements share the null pointer and nothing else.
         place = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()) if tensor.numel() else (key,)
-        kept = first.setdefault(place, key)
-        if kept != key:
-            tied[key] = kept
-            continue
-        own = tensor.untyped_storage().nbytes() == tensor.nbytes
-        tensors[key] = tensor.contiguous() if own else tensor.clone(memory_format=torch.contiguous_format)
+        names.setdefault(place, []).append(key)
+    tied = {key: min(same) for same in names.values() for key in same if key != min(same)}
+    tensors = {key: _contiguous(tensor) for key, tensor in state.items() if key not in tied}
     return Stored(tensors, tied, tuple(key for key, tensor in state.items() if _is_channels_last(tensor)))
+
+
+def _contiguous(tensor: Tensor) -> Tensor:
+    own = tensor.untyped_storage().nbytes() == tensor.nbytes
+    return tensor.contiguous() if own else tensor.clone(memory_format=torch.contiguous_format)
 
 
 def rejoin(tensors: Mapping[str, Tensor], tied: Mapping[str, str], channels_last: Iterable[str]) -> dict[str, Tensor]:

@@ -6,8 +6,8 @@ reads tensors.
 """
 
 import re
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 
 # What a wrapper calls the model inside it.
@@ -30,15 +30,20 @@ _PREFIX = re.compile(rf"(?:(?:{'|'.join(WRAPPERS)})\.)*")
 _INSIDE = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 
+Rename = Callable[[str], str]
+
+
 @dataclass(frozen=True)
 class StoredNames:
     """How a file names the tensors of one model: `stored` by the model's own name, `foreign` those of something else
-    (a criterion, a counter of averages), and the prefix before the model's own.
+    (a criterion, a counter of averages), and the prefix before the model's own. `rename` makes the model's own name of
+    one in the file without that prefix, for libraries that save under other names than a model has.
     """
 
     prefix: str
     stored: Mapping[str, str]
     foreign: tuple[str, ...]
+    rename: Rename | None = field(default=None, compare=False)
 
     def to_store(self, name: str) -> str:
         """Return the name under which a new tensor `name` is stored beside those of the module that owns it."""
@@ -71,25 +76,29 @@ def prefixes_of(keys: Iterable[str]) -> list[str]:
     return sorted(found, key=len)
 
 
-def names_under(keys: Iterable[str], prefix: str) -> StoredNames:
-    """Return the names of those `keys` that begin with `prefix`, without what wrappers put in."""
+def names_under(keys: Iterable[str], prefix: str, rename: Rename | None = None) -> StoredNames:
+    """Return the names of those `keys` that begin with `prefix`, without what wrappers put in, and renamed."""
     stored: dict[str, str] = {}
     foreign: list[str] = []
     for key in keys:
         name = _INSIDE.sub("", key.removeprefix(prefix))
+        name = rename(name) if rename is not None else name
         if key.startswith(prefix) and name not in stored:
             stored[name] = key
         else:
             foreign.append(key)
-    return StoredNames(prefix, stored, tuple(foreign))
+    return StoredNames(prefix, stored, tuple(foreign), rename)
 
 
-def names_for(keys: Collection[str], wanted: Collection[str]) -> StoredNames:
+def names_for(keys: Collection[str], wanted: Collection[str], rename: Rename | None = None) -> StoredNames:
     """Return the names under the prefix that gives most of the `wanted` names of a model; the shortest of equals.
+
+    They are renamed if that gives more.
 
     Keys that no wanted name stands for stay among the model's own where everything has that prefix, so that a file
     which does not fit is told by its own names; beside a prefix they are foreign.
     """
     wanted = set(wanted)
-    candidates = [names_under(keys, prefix) for prefix in prefixes_of(keys)]
+    ways = [None] if rename is None else [None, rename]
+    candidates = [names_under(keys, prefix, way) for way in ways for prefix in prefixes_of(keys)]
     return max(candidates, key=lambda names: len(wanted & names.stored.keys()))

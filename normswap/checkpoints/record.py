@@ -63,7 +63,7 @@ class Record:
 
     `payload` is what the tensors are held in, `architecture` what builds the model (`timm:resnet50`), `verification`
     the proof, `originals` what each site was, by fqn, `entry` where the converted weights lie in a file of several
-    models. `tied` maps a tensor's key to the key under which its value is stored, `channels_last` names the tensors of
+    models, `stored_as` the name of a site in the file if that is another one than its fqn. `tied` maps a tensor's key to the key under which its value is stored, `channels_last` names the tensors of
     that memory format: only safetensors, which knows neither, needs them. `fingerprint` seals record and content.
     """
 
@@ -76,6 +76,7 @@ class Record:
     channels_last: tuple[str, ...] = ()
     originals: Mapping[str, Original] = field(default_factory=dict)
     entry: str | None = None
+    stored_as: Mapping[str, str] = field(default_factory=dict)
     fingerprint: str | None = None
     normswap: str = normswap.__version__
     torch: str = str(torch.__version__)
@@ -194,6 +195,7 @@ _FIELDS: dict[str, Callable[[Any], Any]] = {
         _of(str)(fqn): Original(**_fields_of(Original)(item)) for fqn, item in _of(dict)(value).items()
     },
     "entry": _of(str, type(None)),
+    "stored_as": lambda value: {_of(str)(fqn): _of(str)(name) for fqn, name in _of(dict)(value).items()},
     "fingerprint": _of(str, type(None)),
     "normswap": _of(str),
     "torch": _of(str),

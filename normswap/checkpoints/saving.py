@@ -5,7 +5,7 @@ the gates as a last group, all else passes through untouched.
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from hashlib import file_digest, sha256
@@ -27,6 +27,7 @@ from normswap.checkpoints.containers import (
     add_record,
     decode,
     encode,
+    read_metadata,
     read_record_text,
     sniff,
 )
@@ -34,19 +35,22 @@ from normswap.checkpoints.contents import Place, at, check_has_values, is_state_
 from normswap.checkpoints.fingerprint import fingerprint, holds_the_same, safetensors_holds
 from normswap.checkpoints.layout import separate
 from normswap.checkpoints.optimizer_state import with_gates
-from normswap.checkpoints.prefixes import StoredNames, names_for
+from normswap.checkpoints.prefixes import StoredNames, names_for, names_under
 from normswap.checkpoints.programs import Program, digest_of_members, load_program, save_program
 from normswap.checkpoints.record import Original, Record, Step
 from normswap.checkpoints.scheduler_state import scheduler_with_gates
+from normswap.checkpoints.sources import Source
 from normswap.checkpoints.state_surgery import with_metadata, with_tensors
 from normswap.checkpoints.trainer_state import write_beside
 from normswap.errors import CheckpointError, PlanError, SwapError
+from normswap.layers.adoption import GATE_PARAMETERS
 from normswap.layers.modules import FunctionalSwitchNorm
 from normswap.surgery.conversion import apply_plan
 from normswap.surgery.gated import gated_modules, trainable_gates
 from normswap.surgery.plan import SwapPlan
 from normswap.surgery.programs import check_same
 from normswap.surgery.tracing import first_line
+from normswap.surgery.tree import join
 from normswap.surgery.wrapping import unwrap
 from normswap.verification import Verification
 
@@ -244,6 +248,8 @@ def write_content(
     like: Path | None = None,
     beside: Mapping[str, Any] | None = None,
     replace_old: bool = True,
+    source: Source | None = None,
+    notes: Mapping[str, str] | None = None,
 ) -> None:
     """Write a content and its record whole or not at all, read it back and compare every bit.
 
@@ -251,9 +257,12 @@ def write_content(
         content: a state dict, a module, or what a training checkpoint holds.
         like: the folder that a new folder takes after.
         beside: further files of a new folder, `Beside.files`.
+        source: what the content was read from, which must not have changed when the new file appears.
+        notes: what else a safetensors file is to note, `notes_of` its source.
 
     Raises:
-        CheckpointError: it cannot be written, or the container cannot hold it; an existing file is as it was.
+        CheckpointError: it cannot be written, the container cannot hold it, or its source changed; an existing file is
+            as it was.
     """
     check_writable(path, replace=replace_old, as_folder=container in FOLDERS)
     if container in FOLDERS and not isinstance(content, Mapping):
@@ -271,11 +280,12 @@ def write_content(
             )
         content, tied, channels_last = separate(content)
         record = replace(record, tied=tied, channels_last=channels_last)
+        notes = {**(notes or {}), **tied}  # as safetensors.torch.save_model notes them
     text = record.sealed(digest).to_json()
     writer = written_whole_folder if container in FOLDERS else written_whole
-    with writer(path) as temporary:
+    with writer(path, last_check=_last_check(source)) as temporary:
         try:
-            encode(temporary, container, content, text, like=like)
+            encode(temporary, container, content, text, like=like, notes=notes)
             write_beside(temporary, beside or {})
         except Exception as error:
             # torch's writer hides the system's own words behind a position in the file.
@@ -288,18 +298,43 @@ def write_content(
             )
 
 
+def stored_as(names: StoredNames, plan: SwapPlan) -> dict[str, str]:
+    """Return the names of swapped sites in a file, by fqn, if a library saved the model under other names than its own.
+
+    A prefix before all names counts for nothing.
+    """
+    stored = {swap.fqn: names.to_store(join(swap.fqn, GATE_PARAMETERS[0])).rpartition(".")[0] for swap in plan.swaps}
+    plain = names_under(stored.values(), names.prefix).stored
+    return {fqn: name for fqn, name in stored.items() if plain.get(fqn) != name}
+
+
+def notes_of(checkpoint: Checkpoint) -> dict[str, str]:
+    """Return what a safetensors file notes beside its tensors, such as names of one tensor; nothing of other files."""
+    return read_metadata(checkpoint.origin.copy) if checkpoint.container == "safetensors" else {}
+
+
 def write_program(
-    program: Program, original: ExportedProgram, path: Path, record: Record, *, inputs: Any, replace_old: bool = True
+    program: Program,
+    original: ExportedProgram,
+    path: Path,
+    record: Record,
+    *,
+    inputs: Any,
+    replace_old: bool = True,
+    source: Source | None = None,
 ) -> float:
     """Write a converted program and its record whole or not at all, and return how far what is read back differs from
     the original on `inputs`, as relative L2 of outputs and buffers.
 
+    Args:
+        source: what the program was read from, as in `write_content`.
+
     Raises:
-        CheckpointError: it cannot be written, or what was read back holds other tensors.
+        CheckpointError: it cannot be written, what was read back holds other tensors, or its source changed.
         SwapError: what was read back computes something else; an existing file is as it was.
     """
     check_writable(path, replace=replace_old)
-    with written_whole(path) as temporary:
+    with written_whole(path, last_check=_last_check(source)) as temporary:
         try:
             save_program(temporary, program)
         except Exception as error:
@@ -313,6 +348,10 @@ def write_program(
                 f"{path}: what was read back differs from what was written: nothing was kept, look at the disk"
             )
         return check_same(original, back.program, inputs)
+
+
+def _last_check(source: Source | None) -> Callable[[], None]:
+    return source.check_unchanged if source is not None else lambda: None
 
 
 def _is_written(path: Path, container: Container, content: Any, record: str) -> bool:
@@ -342,7 +381,7 @@ def _converted_copy(value: Any, names: StoredNames, new: New, plan: SwapPlan) ->
         except (PlanError, SwapError):
             return None
         return twin
-    own = names_for(value, names.stored)
+    own = names_for(value, names.stored, names.rename)
     return _converted_state(value, own, new) if own.stored.keys() >= names.stored.keys() else None
 
 

@@ -96,12 +96,17 @@ def write_index(folder: Path, shards: Shards, weight_map: Mapping[str, str], ten
     (folder / shards.index).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
+def texts_beside(folder: Path) -> list[str]:
+    """Return the names of configurations and texts in a folder, the record and the index of shards among them."""
+    return sorted(entry.name for entry in folder.iterdir() if entry.is_file() and entry.suffix in _COPIED)
+
+
 def copy_rest(source: Path, folder: Path, shards: Shards | None) -> None:
     """Copy configurations and texts that lie beside the weights of `source`."""
     own = {RECORD, *(shards.files if shards else ()), shards.index if shards else None}
-    for entry in sorted(source.iterdir()):
-        if entry.is_file() and entry.suffix in _COPIED and entry.name not in own:
-            shutil.copyfile(entry, folder / entry.name)
+    for name in texts_beside(source):
+        if name not in own:
+            shutil.copyfile(source / name, folder / name)
 
 
 def _single(folder: Path, name: str, kind: ShardKind) -> Shards:

@@ -11,7 +11,7 @@ import click
 
 from normswap.checkpoints.atomic import check_readable, check_writable
 from normswap.cli.failures import one_line_failures
-from normswap.cli.opening import Opened, describe_content, describe_size, open_model, read_file, size_of
+from normswap.cli.opening import Opened, describe_content, describe_size, open_model, read_file, read_header, size_of
 from normswap.cli.options import arch_option, entry_option, json_option, print_json, trust_option
 from normswap.cli.outputs import container_of, is_folder_for, target_of
 from normswap.cli.progress import stage
@@ -98,7 +98,7 @@ def calibrate_command(
 
     from normswap.reports.tables import calibration_table, carried_notes, heading
 
-    checkpoint = read_file(file, trust=options["trust"], entry=entry, arch=arch)
+    checkpoint = read_file(read_header(file, output=target), trust=options["trust"], entry=entry, arch=arch)
     if checkpoint.program is not None:
         raise CheckpointError(
             f"{file}: an exported program is calibrated by its weights: leave --trust out, or give --arch"
@@ -197,14 +197,15 @@ def _notes(opened: Opened) -> list[str]:
 def _write(opened: Opened, target: Path, container: Any, detail: str) -> None:
     from normswap.checkpoints.containers import FOLDERS
     from normswap.checkpoints.record import Step
-    from normswap.checkpoints.saving import next_record, sha256_of, updated_content, write_content
+    from normswap.checkpoints.saving import next_record, notes_of, sha256_of, updated_content, write_content
     from normswap.checkpoints.trainer_state import trainer_files
 
-    checkpoint = opened.checkpoint
+    checkpoint, origin = opened.checkpoint, opened.checkpoint.origin
     with stage(f"writing {target.name}"):
-        step = Step.now("calibrated", source=checkpoint.path.name, sha256=sha256_of(checkpoint.path), detail=detail)
+        step = Step.now("calibrated", source=origin.path.name, sha256=sha256_of(origin.copy), detail=detail)
         record = next_record(checkpoint, opened.architecture, step, container)
         content = updated_content(checkpoint, opened.built.names, opened.model)
-        like = checkpoint.path if checkpoint.path.is_dir() else None
-        beside = trainer_files(checkpoint.path) if container in FOLDERS else {}
-        write_content(content, target, container, record, like=like, beside=beside)
+        like = origin.copy if origin.copy.is_dir() else None
+        beside = trainer_files(origin.copy) if container in FOLDERS else {}
+        notes = notes_of(checkpoint)
+        write_content(content, target, container, record, like=like, beside=beside, source=origin, notes=notes)

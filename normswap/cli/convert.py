@@ -110,12 +110,12 @@ def _convert(wish: Wish, console: "Console", document: dict[str, Any]) -> None:
     from normswap.checkpoints.saving import sha256_in_background
     from normswap.reports.tables import carried_notes
 
-    header = read_header(wish.file)
+    header = read_header(wish.file, output=None if wish.dry_run else wish.target)
     _refuse_converted(wish.file, header.record, document)
     stored = _stored_plan(wish.plan)
     checkpoint = read_file(header, trust=wish.trust, entry=wish.entry, arch=wish.arch)
     container = wish.container(checkpoint)
-    digest = None if wish.dry_run else sha256_in_background(checkpoint.path)
+    digest = None if wish.dry_run else sha256_in_background(checkpoint.origin.copy)
     _check_values(checkpoint)
     make = _by_names if wish.names_only else _by_architecture
     result = make(wish, checkpoint, stored, console, document)
@@ -126,6 +126,8 @@ def _convert(wish: Wish, console: "Console", document: dict[str, Any]) -> None:
         console.print(carried_notes(notes))
     document["carried"] = list(notes)
     content = writing.final(carried.content)
+    if wish.dry_run or wish.save_plan is not None:  # else the writer looks, once
+        checkpoint.origin.check_unchanged()
     if wish.save_plan is not None:
         write_text(wish.save_plan, result.plan.to_json())
     if not wish.dry_run:

@@ -33,6 +33,7 @@ def identify_command(file: Path, entry: str | None, trust: bool, as_json: bool) 
     from normswap.checkpoints.checkpoint import said_architecture
 
     if checkpoint.record is not None and said_architecture(checkpoint, trust=trust) is not None:
+        checkpoint.origin.check_unchanged()
         _print_known(file, checkpoint.record.architecture or f"hf:{checkpoint.path}", as_json=as_json)
         return
     with stage("comparing with all architectures"):
@@ -40,6 +41,7 @@ def identify_command(file: Path, entry: str | None, trust: bool, as_json: bool) 
         from normswap.checkpoints.recognition import recognise, state_dict_of
 
         found = recognise(state_dict_of(checkpoint.weights), checkpoint.content)
+    checkpoint.origin.check_unchanged()
     if as_json:
         print_json(_document(file, found))
     else:

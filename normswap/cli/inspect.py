@@ -75,6 +75,7 @@ def _show_sites(
     with stage("finding norm sites"):
         sites = find_norm_sites(opened.model, opened.inputs)
         plan = plan_swaps(opened.model, opened.inputs, kinds=kinds or ("bn",))
+    checkpoint.origin.check_unchanged()
     steps = header.record.history if header.record else ()
     if as_json:
         facts: dict[str, Any] = {"file": str(file), "architecture": opened.architecture, "converted": False}
@@ -121,7 +122,9 @@ def _weights(header: "Header", record: "Record", *, trust: bool) -> "dict[str, I
 
     if record.payload == "module" and not trust:
         return None
-    return stored_importance_weights(read_file(header, trust=trust))
+    weights = stored_importance_weights(read_file(header, trust=trust))
+    header.origin.check_unchanged()
+    return weights
 
 
 def _converted_document(

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import gettempdir
 from typing import TYPE_CHECKING, Any
 
 from normswap.cli.options import InputSpec, example_inputs
@@ -33,8 +34,12 @@ class Opened:
         return self.built.architecture
 
 
-def read_header(path: Path) -> "Header":
+def read_header(path: Path, *, output: Path | None = None) -> "Header":
     """Read the record in a file, and nothing else of it, under the eyes of the user.
+
+    Args:
+        output: what will be written: the private copy that the file is read from goes beside it, where there must be
+            room for as much; without an output it goes to the folder for temporary files (TMPDIR).
 
     Raises:
         CheckpointError: no checkpoint, or damaged.
@@ -42,7 +47,7 @@ def read_header(path: Path) -> "Header":
     with stage("starting"):
         from normswap.checkpoints import checkpoint
 
-        return checkpoint.read_header(path)
+        return checkpoint.read_header(path, folder=Path(gettempdir()) if output is None else output.absolute().parent)
 
 
 def read_file(

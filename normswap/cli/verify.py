@@ -71,6 +71,7 @@ def verify_command(
         return
     with stage("comparing the two in float64"):
         result = verify(first.model, second.model, [first.inputs], tolerance=tolerance)
+    _check_unchanged(first, second)
     if as_json:
         print_json({"original": str(original), "converted": str(converted), **result.to_dict()})
     else:
@@ -97,6 +98,7 @@ def _compare_programs(first: Opened, second: Opened, *, as_json: bool) -> None:
         return
     with stage("comparing the two programs"):
         found = difference(original.program.program, converted.program.program, first.inputs)
+    _check_unchanged(first, second)
     if as_json:
         files = {"original": str(original.path), "converted": str(converted.path)}
         print_json({**files, "passed": found.passed, **found._asdict()})
@@ -104,6 +106,11 @@ def _compare_programs(first: Opened, second: Opened, *, as_json: bool) -> None:
         click.echo(f"outputs and buffers differ by {found.error:.1e}, at most {found.limit:.1e} (relative L2)")
     if not found.passed:
         raise NothingToDo(f"{converted.path} does not compute the same function as {original.path}")
+
+
+def _check_unchanged(*opened: Opened) -> None:
+    for one in opened:
+        one.checkpoint.origin.check_unchanged()
 
 
 def _open(file: "Checkpoint", arch: str | None, inputs: tuple[InputSpec, ...], *, trust: bool) -> Opened:

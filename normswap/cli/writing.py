@@ -78,7 +78,7 @@ class Writing:
         Raises:
             CheckpointError, SwapError: it cannot be written, or what is read back differs.
         """
-        from normswap.checkpoints.saving import write_content, write_program
+        from normswap.checkpoints.saving import notes_of, write_content, write_program
         from normswap.reports.tables import read_back
 
         source, target = self.source, self.wish.target
@@ -86,11 +86,15 @@ class Writing:
             record = self._record()
             if source.program is not None:
                 inputs, original = self.result.inputs, source.program.program
-                error = write_program(content, original, target, record, inputs=inputs)
+                error = write_program(content, original, target, record, inputs=inputs, source=source.origin)
                 console.print(read_back(error))
             else:
-                like = source.path if source.path.is_dir() else None
-                write_content(content, target, self.container, record, like=like, beside=self._beside.files)
+                origin, beside = source.origin, self._beside.files
+                like = origin.copy if origin.copy.is_dir() else None
+                notes = notes_of(source)
+                write_content(
+                    content, target, self.container, record, like=like, beside=beside, source=origin, notes=notes
+                )
 
     @cached_property
     def _beside(self) -> "Beside":
@@ -100,13 +104,16 @@ class Writing:
 
         if self.wish.weights_only or self.container not in FOLDERS:
             return Beside({}, ())
-        return trainer_state(self.source.path, self.result.new.trainable)
+        origin = self.source.origin
+        found = trainer_state(origin.copy, self.result.new.trainable)
+        return found._replace(notes=tuple(map(origin.in_words, found.notes)))
 
     def _record(self) -> "Record":
         from normswap.checkpoints.architecture import beside
         from normswap.checkpoints.containers import FOLDERS
         from normswap.checkpoints.contents import name_of
         from normswap.checkpoints.record import Record, Step
+        from normswap.checkpoints.saving import stored_as
 
         source, result = self.source, self.result
         named = result.architecture
@@ -119,4 +126,5 @@ class Writing:
             history=(*(source.record.history if source.record else ()), step),
             originals=result.originals,
             entry=None if self.wish.weights_only else name_of(source.contents.weights) or None,
+            stored_as=stored_as(result.names, result.plan),
         )
