@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from normswap.layers import operators
 from normswap.layers.adoption import GATE_PARAMETERS
+from normswap.layers.checks import is_captured
 from normswap.layers.dispatch import can_read, compiles_operator, project_points, runs_now
 from normswap.layers.importance import BnStatistics, Branch, Gate, importance_weights
 from normswap.layers.mixing import lies_on_simplex
@@ -91,6 +92,8 @@ class GatedModule(nn.Module):
 
     def _project(self, points: list[Tensor]) -> None:
         points = [point for point in points if not (can_read(point) and lies_on_simplex(point))]
+        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+            points = [point for point in points if not is_captured(point)]  # which the forward pass projects by itself
         if not points or project_points(points, self.branches):
             return
         with torch.no_grad():
