@@ -30,7 +30,13 @@ NEEDS_C = pytest.mark.skipif(not compiled.AVAILABLE, reason="built without a com
 def arguments() -> dict[str, Any]:
     point = torch.tensor([0.2, 0.3, 0.5])
     tensors = {"running_mean": torch.zeros(64), "running_var": torch.ones(64)}
-    return {"mean_weight": point, "var_weight": point.clone(), **tensors, "weight": torch.ones(64), "bias": torch.zeros(64)}
+    return {
+        "mean_weight": point,
+        "var_weight": point.clone(),
+        **tensors,
+        "weight": torch.ones(64),
+        "bias": torch.zeros(64),
+    }
 
 
 MISFITS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
@@ -67,7 +73,9 @@ def test_a_tensor_that_does_not_fit_is_named_and_nothing_is_written(
 
 def test_no_memory_behind_a_short_tensor_is_written() -> None:
     """64 channels and one variance: 63 numbers behind it were overwritten."""
-    for dtype, name in itertools.product((torch.float32, torch.float64, torch.bfloat16), ("running_mean", "running_var")):
+    for dtype, name in itertools.product(
+        (torch.float32, torch.float64, torch.bfloat16), ("running_mean", "running_var")
+    ):
         memory = torch.full((128,), 7.0, dtype=dtype)
         given = {**arguments(), name: memory[:1]}
         with pytest.raises(LayerError, match=f"{name} should contain 64 elements not 1"):
@@ -93,7 +101,9 @@ def test_an_input_of_other_channels_is_refused_in_the_words_of_batch_norm_too() 
     given = arguments()
     with pytest.raises(RuntimeError, match="running_mean should contain 32 elements not 64"):
         F.batch_norm(x, given["running_mean"], given["running_var"])
-    expected = "expected 64 channels in dimension 1, got an input of shape (2, 32, 3, 3): running_mean should contain 32"
+    expected = (
+        "expected 64 channels in dimension 1, got an input of shape (2, 32, 3, 3): running_mean should contain 32"
+    )
     with pytest.raises(LayerError, match=re.escape(expected)):
         switch_norm(x, **given)
 
@@ -118,7 +128,9 @@ def test_a_synchronized_layer_checks_before_it_meets_the_others(monkeypatch: pyt
     monkeypatch.setattr("normswap.layers.functional.processes", lambda group: 2)
     monkeypatch.setattr(synchronization, "_gather", lambda *_: pytest.fail("an exchange took place"))
     with pytest.raises(LayerError, match="running_var should contain 64 elements not 1"):
-        switch_norm(torch.randn(SHAPE), **{**arguments(), "running_var": torch.ones(1)}, training=True, synchronize=True)
+        switch_norm(
+            torch.randn(SHAPE), **{**arguments(), "running_var": torch.ones(1)}, training=True, synchronize=True
+        )
 
 
 # Updates in place
@@ -131,7 +143,7 @@ def test_statistics_that_are_expanded_are_read_but_not_updated(name: str, backen
     before = {key: tensor.clone() for key, tensor in given.items()}
     with normswap.use_backend(backend):
         for statistics in ("batch", "renorm"):
-            with pytest.raises(LayerError, match=f"{name} is an expanded tensor, .*{name}.clone()"):
+            with pytest.raises(LayerError, match=rf"{name} is an expanded tensor, .*{name}\.clone\(\)"):
                 switch_norm(torch.randn(SHAPE), **given, training=True, gate="simplex", bn_statistics=statistics)
         assert all(given[key].equal(tensor) for key, tensor in before.items())
         x, dense = torch.randn(SHAPE), {**given, name: torch.ones(64)}
@@ -149,7 +161,7 @@ def test_statistics_that_share_memory_are_not_updated() -> None:
         (memory[:64], memory[0:128:2]),
     ):
         given = {**arguments(), "running_mean": mean, "running_var": var}
-        with pytest.raises(LayerError, match="running_mean and running_var share memory, .*clone"):
+        with pytest.raises(LayerError, match=r"running_mean and running_var share memory, .*clone"):
             switch_norm(torch.randn(SHAPE), **given, training=True, gate="simplex")
         assert (mean == 1).all()
         switch_norm(torch.randn(SHAPE), **given, gate="simplex")
@@ -291,7 +303,9 @@ def test_the_extension_checks_what_it_writes() -> None:
             compiled._C.normalise(*first, *(n for t in rest for n in compiled._buffer(t)), *absent, *absent)
     with pytest.raises(ValueError, match="bn_mean should contain 4 elements not 3"):
         compiled._C.normalise(*first, *good, *compiled._buffer(y), *compiled._buffer(row), *absent)
-    for at, name in enumerate(("gradient of x", "gradient of mean_weight", "gradient of var_weight", "gradient of weight")):
+    for at, name in enumerate(
+        ("gradient of x", "gradient of mean_weight", "gradient of var_weight", "gradient of weight")
+    ):
         gradients = [absent] * 5
         gradients[at] = compiled._buffer(torch.empty(5))
         with pytest.raises(ValueError, match=f"{name} should contain"):

@@ -92,7 +92,9 @@ def test_a_derivative_that_is_given_the_buffers_works_and_updates_them(model: nn
     copies = {name: buffer.clone() for name, buffer in buffers.items()}
     found = grad(loss)(parameters, copies, X)
     jacobian = jacrev(loss)(parameters, {name: buffer.clone() for name, buffer in buffers.items()}, X)
-    expected = dict(zip(parameters, torch.autograd.grad(loss(parameters, buffers, X), [*parameters.values()]), strict=True))
+    expected = dict(
+        zip(parameters, torch.autograd.grad(loss(parameters, buffers, X), [*parameters.values()]), strict=True)
+    )
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(jacobian[name], gradient, rtol=1e-4, atol=1e-5)

@@ -1,5 +1,6 @@
 """What the tensors of a call must agree in before any backend reads or writes their memory."""
 
+import math
 from typing import Any
 
 import torch
@@ -52,10 +53,10 @@ def _first_misfit(x: Tensor, per_channel: PerChannel) -> str:
     return found[0]
 
 
-def _misfit(name: str, tensor: Tensor, shape: torch.Size, x: Tensor) -> str:
+def _misfit(name: str, tensor: Tensor, shape: tuple[int, ...], x: Tensor) -> str:
     """Say what is wrong with a tensor; nothing if it fits."""
-    if tensor.numel() != shape.numel():
-        return f"{name} should contain {shape.numel()} elements not {tensor.numel()}"
+    if tensor.numel() != math.prod(shape):
+        return f"{name} should contain {math.prod(shape)} elements not {tensor.numel()}"
     if tensor.shape != shape:
         return f"{name} should have the shape {tuple(shape)} not {tuple(tensor.shape)}"
     if not tensor.is_floating_point():
@@ -125,7 +126,7 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 def _check_transforms(x: Tensor, running: tuple[Tensor, Tensor]) -> None:
     """Refuse transforms of `torch.func` that would refuse the update with a message about some in-place operator."""
     functorch: Any = torch._C._functorch
-    unmapped = _wrapped_levels(x) - set.intersection(*map(_wrapped_levels, running))
+    unmapped = _wrapped_levels(x) - (_wrapped_levels(running[0]) & _wrapped_levels(running[1]))
     if unmapped & set(_active_levels(functorch.TransformType.Vmap)):
         raise LayerError(
             "torch.func.vmap maps the input, but not the running statistics that training updates in place: call "
@@ -141,7 +142,7 @@ def _check_transforms(x: Tensor, running: tuple[Tensor, Tensor]) -> None:
 
 def is_captured(tensor: Tensor) -> bool:
     """Say whether a derivative of `torch.func` is taken that was not given this tensor: it may not change in place."""
-    kinds: Any = torch._C._functorch.TransformType  # type: ignore[attr-defined]
+    kinds: Any = torch._C._functorch.TransformType
     return not _wrapped_levels(tensor).issuperset(_active_levels(kinds.Grad, kinds.Jvp))
 
 
