@@ -9,7 +9,7 @@ READY := $(VENV)/.normswap-ready
 # Libraries are installed without bytecode, since most of it is never imported; what is, each process would compile anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test lint types unit evidence price bench fuzz zoo index identify recipes clean
+.PHONY: demo test lint types unit evidence price bench fuzz sanitize zoo index identify recipes clean
 
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"normswap needs Python 3.11 or newer, {sys.executable} is {v[0]}.{v[1]}; try: make PYTHON=python3.12 $(MAKECMDGOALS)")'
@@ -52,6 +52,9 @@ bench: $(READY)  ## what the layer, converting, starting and files cost -> docs/
 fuzz: $(READY)  ## 10,000 damaged files and 100 killed runs -> docs/fuzz.md (about 10 minutes on 2 cores)
 	@$(BIN)/python benchmarks/kills.py --kills 100
 	@$(BIN)/python benchmarks/fuzz.py
+
+sanitize: $(READY)  ## the C extension under the address and undefined-behaviour sanitizers (about 10 minutes; needs gcc)
+	@$(BIN)/python benchmarks/sanitize.py
 
 zoo: $(READY)  ## every model of timm, torchvision and transformers through the laws -> docs/coverage.md (hours; resumes)
 	@$(BIN)/python benchmarks/zoo.py --workers 2

@@ -400,13 +400,13 @@ def test_running_statistics_move_as_in_batch_norm_and_say_that_they_changed(dtyp
 
 @NEEDS_C
 def test_the_extension_refuses_calls_that_make_no_sense() -> None:
-    site = (0, 1, 0, 4, False, 1, *[0] * 14, 1e-5)
-    for function, count in ((compiled._C.normalise, 25), (compiled._C.differentiate, 28)):
+    site = (0, 1, 0, 4, False, 1, *compiled._ABSENT * 8, False, 1, 1e-5)
+    for function, count in ((compiled._C.normalise, 45), (compiled._C.differentiate, 54)):
         with pytest.raises(TypeError, match=f"expected {count} arguments, got 1"):
             function(0)
         with pytest.raises(ValueError, match="expected a kind of number and a shape without zeros"):
             function(*site, *[0] * (count - len(site)))
-    for function, count in ((compiled._C.record, 11), (compiled._C.use_threads, 3)):
+    for function, count in ((compiled._C.record, 17), (compiled._C.use_threads, 3)):
         with pytest.raises(TypeError, match=f"expected {count} arguments, got 1"):
             function(0)
 

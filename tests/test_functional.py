@@ -21,7 +21,7 @@ SHAPES = {
     "(N, C, H, W)": (3, 4, 2, 3),
     "(N, C, D, H, W)": (2, 3, 2, 2, 2),
 }
-# One position has no `in` branch: test_one_position_with_weight_on_in_is_refused.
+# With one position another branch takes the weight of `in`: test_single_position.py.
 SHAPES_AND_BRANCHES = [
     pytest.param(shape, branches, id=f"{name}-{'+'.join(branches)}")
     for name, shape in SHAPES.items()
@@ -432,21 +432,6 @@ def test_one_value_per_channel_without_running_statistics_is_refused(training: b
 
 
 ONE_POSITION = [(4, 3), (4, 3, 1), (4, 3, 1, 1), (4, 3, 1, 1, 1), (1, 3, 1, 1)]
-
-
-@pytest.mark.parametrize("shape", ONE_POSITION)
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("which", ["mean_weight", "var_weight"])
-def test_one_position_with_weight_on_in_is_refused(shape: tuple[int, ...], training: bool, which: str) -> None:
-    running = torch.zeros(3), torch.ones(3)
-    gates = {"mean_weight": VERTEX, "var_weight": VERTEX} | {which: torch.tensor([0.1, 0.0, 0.9])}
-    expected = (
-        f"one spatial position per channel (input of shape {shape}) leaves the `in` branch no variance, "
-        "but it has weight: build the layer with branches=('ln', 'bn'), or plan with an input of the real size"
-    )
-    with pytest.raises(LayerError, match=re.escape(expected)):
-        switch_norm(torch.randn(shape), **gates, running_mean=running[0], running_var=running[1], gate="simplex")
-    assert running[0].equal(torch.zeros(3))
 
 
 @pytest.mark.parametrize("shape", ONE_POSITION)

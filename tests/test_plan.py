@@ -87,8 +87,8 @@ def test_without_an_input_sizes_are_unknown_and_the_plan_says_so(net: Net) -> No
         (
             64,
             32,
-            "The example input (64x64) is larger than the model's default (32x32). 3 layers with a 1x1 map at 32x32 were "
-            "planned with instance norm, which has no variance there; use --input 2x3x32x32.",
+            "The example input (64x64) is larger than the model's default (32x32). 3 layers with a 1x1 map at 32x32 "
+            "were planned with instance norm, which has no variance there; use --input 2x3x32x32.",
         ),
         (64, 64, None),
         (64, 96, None),  # smaller, and no site is affected

@@ -1,5 +1,6 @@
 """What the tensors of a call must agree in before any backend reads or writes their memory."""
 
+import math
 from typing import Any
 
 import torch
@@ -52,10 +53,10 @@ def _first_misfit(x: Tensor, per_channel: PerChannel) -> str:
     return found[0]
 
 
-def _misfit(name: str, tensor: Tensor, shape: torch.Size, x: Tensor) -> str:
+def _misfit(name: str, tensor: Tensor, shape: tuple[int, ...], x: Tensor) -> str:
     """Say what is wrong with a tensor; nothing if it fits."""
-    if tensor.numel() != shape.numel():
-        return f"{name} should contain {shape.numel()} elements not {tensor.numel()}"
+    if tensor.numel() != math.prod(shape):
+        return f"{name} should contain {math.prod(shape)} elements not {tensor.numel()}"
     if tensor.shape != shape:
         return f"{name} should have the shape {tuple(shape)} not {tuple(tensor.shape)}"
     if not tensor.is_floating_point():
@@ -85,14 +86,14 @@ def check_update(x: Tensor, running_mean: Tensor, running_var: Tensor, count: Te
     """Check that running statistics (C,) can be updated in place by the moments of x; nothing is written here.
 
     Raises:
-        LayerError: their elements share memory, `count` has not one element, or `torch.func.vmap` maps x but not them.
+        LayerError: their elements share memory, `count` has not one element, or a transform of `torch.func` forbids it.
     """
     if count is not None and count.numel() != 1:
         raise LayerError(f"num_batches_tracked should contain 1 element not {count.numel()}")
     if torch.compiler.is_compiling():
         return
     if torch._C._are_functorch_transforms_active():
-        _check_mapping(x, running_mean, running_var)
+        _check_transforms(x, (running_mean, running_var))
         return
     for name, tensor in (("running_mean", running_mean), ("running_var", running_var)):
         if tensor.stride() == (0,) and tensor.shape[0] > 1:
@@ -122,20 +123,40 @@ def _share_memory(first: Tensor, second: Tensor) -> bool:
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def _check_mapping(x: Tensor, running_mean: Tensor, running_var: Tensor) -> None:
-    if _mapped_levels(x) - (_mapped_levels(running_mean) & _mapped_levels(running_var)):
+def _check_transforms(x: Tensor, running: tuple[Tensor, Tensor]) -> None:
+    """Refuse transforms of `torch.func` that would refuse the update with a message about some in-place operator."""
+    functorch: Any = torch._C._functorch
+    unmapped = _wrapped_levels(x) - (_wrapped_levels(running[0]) & _wrapped_levels(running[1]))
+    if unmapped & set(_active_levels(functorch.TransformType.Vmap)):
         raise LayerError(
             "torch.func.vmap maps the input, but not the running statistics that training updates in place: call "
             'normswap.set_bn_statistics(model, "running") or model.eval() first'
         )
+    if any(is_captured(tensor) for tensor in running):
+        raise LayerError(
+            "a derivative of torch.func was not given the running statistics that training updates in place: pass the "
+            'buffers as an argument of the function, or call normswap.set_bn_statistics(model, "running") or '
+            "model.eval() first"
+        )
 
 
-def _mapped_levels(tensor: Tensor) -> set[int]:
-    """The levels of `torch.func.vmap` that map a tensor."""
+def is_captured(tensor: Tensor) -> bool:
+    """Say whether a derivative of `torch.func` is taken that was not given this tensor: it may not change in place."""
+    kinds: Any = torch._C._functorch.TransformType
+    return not _wrapped_levels(tensor).issuperset(_active_levels(kinds.Grad, kinds.Jvp))
+
+
+def _active_levels(*kinds: Any) -> list[int]:
+    """The levels of the transforms of these kinds that are being applied."""
+    functorch: Any = torch._C._functorch
+    return [each.level() for each in functorch.get_interpreter_stack() or () if each.key() in kinds]
+
+
+def _wrapped_levels(tensor: Tensor) -> set[int]:
+    """The levels of transforms of `torch.func` that an argument of theirs, or a result, is wrapped for."""
     functorch: Any = torch._C._functorch
     levels = set()
     while functorch.is_functorch_wrapped_tensor(tensor):
-        if functorch.is_batchedtensor(tensor):
-            levels.add(functorch.maybe_get_level(tensor))
+        levels.add(functorch.maybe_get_level(tensor))
         tensor = functorch.get_unwrapped(tensor)
     return levels

@@ -101,9 +101,7 @@ def differentiate(dy: Tensor, inputs: Inputs, saved: Moments, wanted: tuple[bool
         table.new_empty(table.shape[1]) if wanted[4] else None,
     )
     arguments, _copies = _site(inputs, saved)
-    _C.differentiate(
-        *arguments, *_buffer(dy), *_buffer(x), *(number for each in gradients for number in _buffer(each))
-    )
+    _C.differentiate(*arguments, *_buffer(dy), *_buffer(x), *(number for each in gradients for number in _buffer(each)))
     return gradients
 
 

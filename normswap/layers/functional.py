@@ -86,14 +86,15 @@ def switch_norm(
 
     Returns:
         A tensor of the shape, dtype and memory format of x. With one spatial position `in` has no variance: for that
-        call its weight goes to `ln`, or to `bn` if there is no `ln`, and gates get the gradients of that mixture. With one value per channel in training, where
-        `F.batch_norm` raises, the `bn` branch uses the running statistics and updates nothing.
+        call its weight goes to `ln`, or to `bn` if there is no `ln`, and gates get the gradients of that mixture.
+        With one value per channel in training, where `F.batch_norm` raises, the `bn` branch uses the running
+        statistics and updates nothing.
 
     Raises:
         LayerError: an unknown option; x is not floating or has no channels; a tensor has another length than the
             channels of x or the branches, is not floating, or is on another device; running statistics that training
-            updates share memory, or `torch.func.vmap` maps x but not them; `in` is the only branch and there is one
-            spatial position; the `bn` branch has neither running statistics nor more than one value per channel;
+            updates share memory, or a transform of `torch.func` forbids the update; `in` is the only branch and there
+            is one spatial position; the `bn` branch has neither running statistics nor more than one value per channel;
             `synchronize` meets several processes and a transformed, traced or fake x, or processes of which only some
             record a backward pass.
     """

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from normswap.layers import operators
 from normswap.layers.adoption import GATE_PARAMETERS
+from normswap.layers.checks import is_captured
 from normswap.layers.dispatch import can_read, compiles_operator, project_points, runs_now
 from normswap.layers.importance import BnStatistics, Branch, Gate, importance_weights
 from normswap.layers.mixing import lies_on_simplex
@@ -36,8 +37,9 @@ def registered(module: nn.Module, name: str) -> Any:
 class GatedModule(nn.Module):
     """A module with `mean_weight` and `var_weight` of shape (number of branches,), and what they mean.
 
-    `site` is its name for warnings. `vertex` is the branch at which it is the norm that it replaced. With `synchronize` its `bn` branch takes, in
-    training, the batch of all processes of `process_group` (None: all there are).
+    `site` is its name for warnings. `vertex` is the branch at which it is the norm it replaced.
+    With `synchronize` its `bn` branch takes, in training, the batch of all processes of `process_group` (None: all there
+    are).
     """
 
     _version = 1
@@ -91,6 +93,8 @@ class GatedModule(nn.Module):
 
     def _project(self, points: list[Tensor]) -> None:
         points = [point for point in points if not (can_read(point) and lies_on_simplex(point))]
+        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+            points = [point for point in points if not is_captured(point)]  # which the forward pass projects by itself
         if not points or project_points(points, self.branches):
             return
         with torch.no_grad():

@@ -49,8 +49,9 @@ def without_instance(
     left = tuple(branch for branch in branches if branch != "in")
     if not left:
         raise LayerError(
-            f"one spatial position per channel (input of shape {tuple(x.shape)}) leaves the `in` branch no variance, and "
-            "there is no other one: build the layer with branches=('ln', 'bn'), or plan with an input of the real size"
+            f"one spatial position per channel (input of shape {tuple(x.shape)}) leaves the `in` branch no variance, "
+            "and there is no other one: build the layer with branches=('ln', 'bn'), or plan with an input of the real "
+            "size"
         )
     heir: Branch = "ln" if "ln" in left else "bn"
     if site is not None:
@@ -58,7 +59,7 @@ def without_instance(
     weights = importance_weights(torch.stack((mean_weight, var_weight)), gate)
     others = [weights[:, branches.index(branch)] for branch in left if branch != heir]
     # What the others leave: so a weight of exactly 0 or 1 stays one.
-    rest = 1 - sum(others) if others else 1 + 0 * weights.sum(1)
+    rest = 1 - torch.stack(others).sum(0) if others else 1 + 0 * weights.sum(1)
     taken = iter(others)
     points = torch.stack([rest if branch == heir else next(taken) for branch in left], dim=1)
     return points[0], points[1], left

@@ -222,8 +222,8 @@ def _notes(inputs: Any, swapped: Sequence[NormSite]) -> list[str]:
     notes = []
     if inputs is None:
         notes.append(
-            "planned without an example input: spatial sizes are unknown; a layer that is fed a 1x1 map gives the weight "
-            "of instance norm to layer norm and warns; give an input of the real size"
+            "planned without an example input: spatial sizes are unknown; a layer that is fed a 1x1 map gives the "
+            "weight of instance norm to layer norm and warns; give an input of the real size"
         )
     unregistered = [site.fqn for site in swapped if not site.registered]
     if unregistered:
@@ -254,13 +254,13 @@ def _size_notes(model: nn.Module, inputs: Any, sites: Sequence[NormSite], norms:
     notes = []
     if count := pairs.count((False, True)):
         notes.append(
-            f"The example input ({given}) is smaller than the model's default ({wanted}). {_layers(count)} with a 1x1 map "
-            f"here {_were(count)} planned without instance norm; {use}."
+            f"The example input ({given}) is smaller than the model's default ({wanted}). {_layers(count)} with a 1x1 "
+            f"map here {_were(count)} planned without instance norm; {use}."
         )
     if count := pairs.count((True, False)):
         notes.append(
-            f"The example input ({given}) is larger than the model's default ({wanted}). {_layers(count)} with a 1x1 map "
-            f"at {wanted} {_were(count)} planned with instance norm, which has no variance there; {use}."
+            f"The example input ({given}) is larger than the model's default ({wanted}). {_layers(count)} with a 1x1 "
+            f"map at {wanted} {_were(count)} planned with instance norm, which has no variance there; {use}."
         )
     return notes
 

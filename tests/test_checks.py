@@ -1,0 +1,369 @@
+"""Tensors that do not fit are refused by every backend, before memory is read or written beyond what they have."""
+
+import importlib
+import itertools
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import normswap
+from normswap import SwitchNorm2d
+from normswap.errors import LayerError
+from normswap.layers import compiled, synchronization
+from normswap.layers.dispatch import BACKENDS, fused_backend
+from normswap.layers.functional import switch_norm
+from normswap.layers.fused import Inputs
+from normswap.layers.importance import BRANCHES
+from normswap.layers.mixing import Mixing
+
+SHAPE = (2, 64, 3, 3)
+PER_CHANNEL = ("running_mean", "running_var", "weight", "bias")
+GATES = ("mean_weight", "var_weight")
+NEEDS_C = pytest.mark.skipif(not compiled.AVAILABLE, reason="built without a compiler")
+
+
+def arguments() -> dict[str, Any]:
+    point = torch.tensor([0.2, 0.3, 0.5])
+    tensors = {"running_mean": torch.zeros(64), "running_var": torch.ones(64)}
+    return {
+        "mean_weight": point,
+        "var_weight": point.clone(),
+        **tensors,
+        "weight": torch.ones(64),
+        "bias": torch.zeros(64),
+    }
+
+
+MISFITS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
+    "one element": (lambda t: t[:1], r"{} should contain 64 elements not 1"),
+    "one too few": (lambda t: t[:63], r"{} should contain 64 elements not 63"),
+    "one too many": (lambda t: torch.ones(65), r"{} should contain 64 elements not 65"),
+    "no element": (lambda t: t[:0], r"{} should contain 64 elements not 0"),
+    "another shape": (lambda t: t.view(1, 64), r"{} should have the shape \(64,\) not \(1, 64\)"),
+    "integers": (lambda t: t.long(), r"{} should be a floating tensor not torch.int64"),
+    "booleans": (lambda t: t.bool(), r"{} should be a floating tensor not torch.bool"),
+    "complex": (lambda t: t.cfloat(), r"{} should be a floating tensor not torch.complex64"),
+    "another device": (lambda t: t.to("meta"), r"{} should be on cpu, where the input is, not on meta"),
+}
+
+
+def backends() -> list[str]:
+    return [name for name in BACKENDS if name != "triton"]
+
+
+@pytest.mark.parametrize("backend", backends())
+@pytest.mark.parametrize(("misfit", "message"), MISFITS.values(), ids=MISFITS)
+@pytest.mark.parametrize("name", PER_CHANNEL)
+def test_a_tensor_that_does_not_fit_is_named_and_nothing_is_written(
+    name: str, misfit: Callable[[Tensor], Tensor], message: str, backend: str
+) -> None:
+    for training, statistics in itertools.product((True, False), ("batch", "running", "renorm")):
+        given = arguments()
+        given[name] = misfit(given[name])
+        before = {key: tensor.clone() for key, tensor in given.items()}
+        with normswap.use_backend(backend), pytest.raises(LayerError, match=message.format(name)):
+            switch_norm(torch.randn(SHAPE), **given, training=training, gate="simplex", bn_statistics=statistics)
+        assert all(given[key].equal(tensor) for key, tensor in before.items() if not tensor.is_meta)
+
+
+def test_no_memory_behind_a_short_tensor_is_written() -> None:
+    """64 channels and one variance: 63 numbers behind it were overwritten."""
+    for dtype, name in itertools.product(
+        (torch.float32, torch.float64, torch.bfloat16), ("running_mean", "running_var")
+    ):
+        memory = torch.full((128,), 7.0, dtype=dtype)
+        given = {**arguments(), name: memory[:1]}
+        with pytest.raises(LayerError, match=f"{name} should contain 64 elements not 1"):
+            switch_norm(torch.randn(SHAPE), **given, training=True, gate="simplex")
+        assert (memory == 7).all()
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_a_gate_that_does_not_fit_is_refused(name: str) -> None:
+    point = torch.tensor([0.2, 0.3, 0.5])
+    for bad, message in (
+        (point[:2], r"expected gate parameters of shape \(3,\), got \(2,\)"),
+        (torch.ones(4), r"expected gate parameters of shape \(3,\), got \(4,\)"),
+        (torch.ones(3).long(), f"{name} should be a floating tensor not torch.int64"),
+        (point.to("meta"), f"{name} should be on cpu, where the input is, not on meta"),
+    ):
+        with pytest.raises(LayerError, match=message):
+            switch_norm(torch.randn(SHAPE), **{**arguments(), name: bad}, gate="simplex")
+
+
+def test_an_input_of_other_channels_is_refused_in_the_words_of_batch_norm_too() -> None:
+    x = torch.randn(2, 32, 3, 3)
+    given = arguments()
+    with pytest.raises(RuntimeError, match="running_mean should contain 32 elements not 64"):
+        F.batch_norm(x, given["running_mean"], given["running_var"])
+    expected = (
+        "expected 64 channels in dimension 1, got an input of shape (2, 32, 3, 3): running_mean should contain 32"
+    )
+    with pytest.raises(LayerError, match=re.escape(expected)):
+        switch_norm(x, **given)
+
+
+def test_a_layer_whose_buffer_was_replaced_by_a_shorter_one_is_refused() -> None:
+    layer = SwitchNorm2d(64)
+    layer.running_var = torch.ones(1)
+    for training in (True, False):
+        with pytest.raises(LayerError, match="running_var should contain 64 elements not 1"):
+            layer.train(training)(torch.randn(SHAPE))
+
+
+def test_a_compiled_layer_refuses_what_an_eager_one_refuses() -> None:
+    torch.compiler.reset()
+    given = {**arguments(), "running_var": torch.ones(1)}
+    function = torch.compile(lambda x: switch_norm(x, **given, training=True, gate="simplex"), backend="eager")
+    with pytest.raises(LayerError, match="running_var should contain 64 elements not 1"):
+        function(torch.randn(SHAPE))
+
+
+def test_a_synchronized_layer_checks_before_it_meets_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("normswap.layers.functional.processes", lambda group: 2)
+    monkeypatch.setattr(synchronization, "_gather", lambda *_: pytest.fail("an exchange took place"))
+    with pytest.raises(LayerError, match="running_var should contain 64 elements not 1"):
+        switch_norm(
+            torch.randn(SHAPE), **{**arguments(), "running_var": torch.ones(1)}, training=True, synchronize=True
+        )
+
+
+# Updates in place
+
+
+@pytest.mark.parametrize("backend", backends())
+@pytest.mark.parametrize("name", ["running_mean", "running_var"])
+def test_statistics_that_are_expanded_are_read_but_not_updated(name: str, backend: str) -> None:
+    given = {**arguments(), name: torch.ones(1).expand(64)}
+    before = {key: tensor.clone() for key, tensor in given.items()}
+    with normswap.use_backend(backend):
+        for statistics in ("batch", "renorm"):
+            with pytest.raises(LayerError, match=rf"{name} is an expanded tensor, .*{name}\.clone\(\)"):
+                switch_norm(torch.randn(SHAPE), **given, training=True, gate="simplex", bn_statistics=statistics)
+        assert all(given[key].equal(tensor) for key, tensor in before.items())
+        x, dense = torch.randn(SHAPE), {**given, name: torch.ones(64)}
+        y = switch_norm(x, **given, gate="simplex")
+        assert y.equal(switch_norm(x, **dense, gate="simplex"))
+
+
+def test_statistics_that_share_memory_are_not_updated() -> None:
+    same, memory = torch.ones(64), torch.ones(200)
+    for mean, var in (
+        (same, same),
+        (same, same.view(64)),
+        (memory[:64], memory[63:127]),
+        (memory[0:128:2], memory[2:130:2]),
+        (memory[:64], memory[0:128:2]),
+    ):
+        given = {**arguments(), "running_mean": mean, "running_var": var}
+        with pytest.raises(LayerError, match=r"running_mean and running_var share memory, .*clone"):
+            switch_norm(torch.randn(SHAPE), **given, training=True, gate="simplex")
+        assert (mean == 1).all()
+        switch_norm(torch.randn(SHAPE), **given, gate="simplex")
+
+
+def test_statistics_side_by_side_in_one_tensor_are_updated_as_others() -> None:
+    x, expected = torch.randn(SHAPE), arguments()
+    switch_norm(x, **expected, training=True, gate="simplex")
+    rows, columns = torch.empty(2, 64), torch.empty(64, 2)
+    for mean, var in ((rows[0], rows[1]), (columns[:, 0], columns[:, 1])):
+        mean.zero_()
+        var.fill_(1)
+        given = {**arguments(), "running_mean": mean, "running_var": var}
+        switch_norm(x, **given, training=True, gate="simplex")
+        torch.testing.assert_close(mean, expected["running_mean"])
+        torch.testing.assert_close(var, expected["running_var"])
+
+
+@pytest.mark.parametrize("size", [(0,), (2,)])
+def test_a_count_of_batches_has_one_element(size: tuple[int, ...]) -> None:
+    given = {**arguments(), "num_batches_tracked": torch.zeros(size, dtype=torch.long)}
+    with pytest.raises(LayerError, match=f"num_batches_tracked should contain 1 element not {size[0]}"):
+        switch_norm(torch.randn(SHAPE), **given, training=True, gate="simplex")
+
+
+# Registered operators, called by hand
+
+OPTIONS = ("simplex", "in ln bn", 1e-5)
+
+
+@pytest.mark.parametrize("name", ["weight", "bias", "bn_mean", "bn_var"])
+def test_operators_check_what_they_are_given(name: str) -> None:
+    point, x = torch.tensor([0.2, 0.3, 0.5]), torch.randn(SHAPE)
+    given = {"weight": torch.ones(64), "bias": torch.ones(64)}
+    given |= {"bn_mean": torch.zeros(1, 64), "bn_var": torch.ones(1, 64)}
+    given[name] = given[name][..., :1]
+    for operator in (torch.ops.normswap.switch_norm, torch.ops.normswap.switch_norm_constant):
+        with pytest.raises(LayerError, match="should contain 64 elements not 1"):
+            operator(x, point, point, *given.values(), *OPTIONS)
+        with pytest.raises(LayerError, match="expected gate parameters of shape"):
+            operator(x, point[:2], point, None, None, torch.zeros(1, 64), torch.ones(1, 64), *OPTIONS)
+
+
+def test_the_operator_of_the_backward_pass_checks_what_it_is_given() -> None:
+    point, x, table = torch.tensor([0.2, 0.3, 0.5]), torch.randn(SHAPE), torch.ones(2, 64)
+
+    def backward(dy: Tensor, mean: Tensor, var: Tensor) -> Any:
+        return torch.ops.normswap.switch_norm_backward(dy, x, point, point, None, None, None, mean, var, *OPTIONS)
+
+    backward(x, table, table)
+    for given, message in (
+        ((x[:1], table, table), r"dy should have the shape \(2, 64, 3, 3\)"),
+        ((x.double(), table, table), "dy should .* be torch.float32"),
+        ((x, table[:1], table), r"mean should have the shape \(2, 64\)"),
+        ((x, table, table[:, :1]), r"var should have the shape \(2, 64\)"),
+        ((x, table.double(), table), "mean should .* be torch.float32 on cpu, got .* torch.float64"),
+    ):
+        with pytest.raises(LayerError, match=message):
+            backward(*given)
+
+
+@NEEDS_C
+def test_the_operator_that_renews_statistics_writes_no_further_than_they_reach() -> None:
+    memory = torch.full((128,), 7.0)
+    row = torch.ones(1, 64)
+    with pytest.raises(ValueError, match="running_var should contain 64 elements not 1"):
+        torch.ops.normswap.renew_running(torch.zeros(64), memory[:1], None, 0.1, 18, row, row)
+    assert (memory == 7).all()
+
+
+# C itself
+
+
+def site(table: Tensor, x: Tensor, **changed: Any) -> list[Any]:
+    """What both passes of the extension are given first, for x (N, C, H, W) with no `running_mean` of its own."""
+    point = torch.tensor([0.2, 0.3, 0.5])
+    given: dict[str, Any] = {"mean": table, "var": table.clone(), "fixed_mean": None, "fixed_var": None}
+    given |= {"weight": torch.ones(x.shape[1]), "bias": None, "mean_point": point, "var_point": point}
+    options = {"kind": 0, "order": compiled._order(("in", "ln", "bn"))} | changed
+    _kept.append(given | options)
+    buffers = [number for name in given for number in compiled._buffer(options.get(name, given[name]))]
+    positions = x[0, 0].numel()
+    return [options["kind"], *x.shape[:2], positions, False, 1, *buffers, False, options["order"], 1e-5]
+
+
+_kept: list[Any] = []  # tensors whose addresses were taken
+
+
+@pytest.fixture(autouse=True)
+def _keep_for_one_test_only() -> Any:
+    yield
+    _kept.clear()
+
+
+BUFFERS: dict[str, tuple[dict[str, Any], str]] = {
+    "mean": ({"mean": torch.ones(2, 3)}, "mean should contain 8 elements not 6"),
+    "var": ({"var": torch.ones(2, 5)}, "var should contain 8 elements not 10"),
+    "kind of a table": ({"var": torch.ones(2, 4).double()}, "var: expected another kind of number than 1"),
+    "constants": ({"fixed_mean": torch.ones(3), "fixed_var": torch.ones(4)}, "running_mean should contain 4 elements"),
+    "one constant": ({"fixed_mean": torch.ones(4)}, "expected running_mean and running_var together"),
+    "weight": ({"weight": torch.ones(3)}, "weight should contain 4 elements not 3"),
+    "bias": ({"bias": torch.ones(0)}, "bias should contain 4 elements not 0"),
+    "gate": ({"mean_point": torch.ones(2)}, "mean_weight should contain 3 elements not 2"),
+    "another gate": ({"var_point": torch.ones(4)}, "var_weight should contain 3 elements not 4"),
+    "places": ({"order": 0b111101}, "expected every branch in use at a place of its own"),
+    "no places": ({"order": 0}, "expected every branch in use at a place of its own"),
+    "far places": ({"order": 0b000011}, "expected every branch in use at a place of its own"),
+    "kind": ({"kind": 4}, "expected a kind of number and a shape without zeros"),
+}
+
+
+@NEEDS_C
+@pytest.mark.parametrize(("changed", "message"), BUFFERS.values(), ids=BUFFERS)
+def test_the_extension_checks_every_buffer(changed: dict[str, Any], message: str) -> None:
+    x, table = torch.randn(2, 4, 3, 3), torch.ones(2, 4)
+    y, dx = torch.full_like(x, 7), torch.full_like(x, 7)
+    first, absent = site(table, x, **changed), compiled._ABSENT
+    with pytest.raises(ValueError, match=message):
+        compiled._C.normalise(*first, *compiled._buffer(x), *compiled._buffer(y), *absent, *absent)
+    with pytest.raises(ValueError, match=message):
+        compiled._C.differentiate(*first, *compiled._buffer(x) * 2, *compiled._buffer(dx), *absent * 4)
+    assert (y == 7).all()
+    assert (dx == 7).all()
+    assert (table == 1).all()
+
+
+@NEEDS_C
+def test_the_extension_checks_what_it_writes() -> None:
+    x, table = torch.randn(2, 4, 3, 3), torch.ones(2, 4)
+    first, absent, good = site(table, x), compiled._ABSENT, compiled._buffer(x)
+    y, short, row = torch.empty_like(x), torch.empty(71), torch.empty(3)
+    for rest, message in (
+        ((x, short), "y should contain 72 elements not 71"),
+        ((short, y), "x should contain 72 elements not 71"),
+        ((x, x), "y and x share memory"),
+        ((x, x.double()), "y: expected another kind of number than 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            compiled._C.normalise(*first, *(n for t in rest for n in compiled._buffer(t)), *absent, *absent)
+    with pytest.raises(ValueError, match="bn_mean should contain 4 elements not 3"):
+        compiled._C.normalise(*first, *good, *compiled._buffer(y), *compiled._buffer(row), *absent)
+    for at, name in enumerate(
+        ("gradient of x", "gradient of mean_weight", "gradient of var_weight", "gradient of weight")
+    ):
+        gradients = [absent] * 5
+        gradients[at] = compiled._buffer(torch.empty(5))
+        with pytest.raises(ValueError, match=f"{name} should contain"):
+            compiled._C.differentiate(*first, *good, *good, *itertools.chain(*gradients))
+    with pytest.raises(ValueError, match="gradient of x and dy share memory"):
+        compiled._C.differentiate(*first, *good, *good, *good, *absent * 4)
+
+
+@NEEDS_C
+def test_a_tensor_whose_memory_was_given_back_is_refused() -> None:
+    """As sharding does between uses: a parameter keeps its shape, and has no memory."""
+    x, freed = torch.randn(2, 4, 3, 3), torch.ones(4)
+    freed.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="bias has no memory for its 4 elements"):
+        switch_norm(x, torch.ones(3), torch.ones(3), bias=freed)
+
+
+@NEEDS_C
+def test_the_extension_records_no_further_than_statistics_reach() -> None:
+    row, mean, var, memory = torch.ones(4), torch.zeros(4), torch.ones(4), torch.full((8,), 7.0)
+    count = torch.tensor([0, 0])
+
+    def record(*tensors: Tensor, counts: int = 1) -> None:
+        buffers = (number for tensor in tensors for number in compiled._buffer(tensor))
+        compiled._C.record(4, 0.1, 1.0, *buffers, count.data_ptr(), counts)
+
+    for tensors, message in (
+        ((row, row, mean, memory[:1]), "running_var should contain 4 elements not 1"),
+        ((row, row, memory[:3], var), "running_mean should contain 4 elements not 3"),
+        ((row[:2], row, mean, var), "mean of the batch should contain 4 elements not 2"),
+        ((row, row, memory[:4], memory[3:7]), "running_mean and running_var share memory"),
+        ((row, row, row, var), "share memory"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            record(*tensors)
+    with pytest.raises(ValueError, match="num_batches_tracked should contain 1 element not 0"):
+        record(row, row, mean, var, counts=0)
+    assert (memory == 7).all()
+    assert mean.equal(torch.zeros(4))
+    assert count.equal(torch.tensor([0, 0]))
+
+
+@NEEDS_C
+def test_the_compiled_passes_take_no_other_layout() -> None:
+    x = torch.randn(2, 3, 4, 5).transpose(1, 3)
+    inputs = Inputs(x, torch.ones(3), torch.ones(3), None, None, None, Mixing("softmax", BRANCHES, 1e-5))
+    with pytest.raises(LayerError, match="expected a contiguous or channels_last input, got strides"):
+        compiled.normalise(inputs)
+    backend = fused_backend(x)
+    assert backend is not None
+    backend.forward(inputs)  # lays it out first
+
+
+@NEEDS_C
+def test_an_extension_of_another_interface_is_left_aside(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled._C, "INTERFACE", 1)
+    try:
+        assert not importlib.reload(compiled).AVAILABLE
+    finally:
+        monkeypatch.undo()
+        assert importlib.reload(compiled).AVAILABLE
