@@ -283,14 +283,23 @@ class SwitchNorm3d(SwitchNorm):
     _ranks = (5,)
 
 
-class SwitchNormAct2d(SwitchNorm2d):
-    """Switchable Normalization over (N, C, H, W), then `drop`, then `act`: what replaces timm's BatchNormAct2d.
+class SwitchNormAct(SwitchNorm):
+    """Switchable Normalization over (N, C, *spatial) of any rank from 2 up, then the modules that `then` names in order.
 
     Args:
         act, drop: modules, identity by default; the rest as in `SwitchNorm`.
+
+    A layer that replaced another norm has that norm's own modules, and their names in `then`.
+
+    Example:
+        >>> layer = SwitchNormAct(8, act=torch.nn.ReLU())
+        >>> bool((layer(torch.randn(2, 8, 4, 4, 4)) >= 0).all())
+        True
     """
 
     _children = frozenset({"act", "drop"})
+    # Attributes, so that what was pickled before there was a choice has it too.
+    then: tuple[str, ...] = ("drop", "act")
 
     def __init__(
         self, num_features: int, *args: Any, act: nn.Module | None = None, drop: nn.Module | None = None, **options: Any
@@ -300,8 +309,15 @@ class SwitchNormAct2d(SwitchNorm2d):
         self.act = nn.Identity() if act is None else act
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise x (N, C, H, W), drop, activate."""
-        return self.act(self.drop(apply_layer(self, x)))  # type: ignore[no-any-return]
+        """Normalise x (N, C, *spatial), then run what `then` names."""
+        y = apply_layer(self, x)
+        for name in self.then:
+            y = getattr(self, name)(y)
+        return y
+
+
+class SwitchNormAct2d(SwitchNormAct, SwitchNorm2d):
+    """`SwitchNormAct` over (N, C, H, W): what replaces timm's BatchNormAct2d."""
 
 
 class FunctionalSwitchNorm(GatedModule):

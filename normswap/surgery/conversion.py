@@ -230,6 +230,7 @@ def _adopt(layer: nn.Module, spec: NormSpec, swap: Swap, like: Tensor | None) ->
             vertex=swap.vertex,
             synchronize=swap.synchronize,
             eps=spec.eps,
+            then=spec.then,
             like=like,
         )
     except TypeError as error:  # Python cannot change the class of objects with another layout

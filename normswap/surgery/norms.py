@@ -22,7 +22,14 @@ from normswap.errors import LayerError
 from normswap.layers.adoption import check_replaceable, qualified_name
 from normswap.layers.gates import GatedModule
 from normswap.layers.importance import Branch
-from normswap.layers.modules import SwitchNorm, SwitchNorm1d, SwitchNorm2d, SwitchNorm3d, SwitchNormAct2d
+from normswap.layers.modules import (
+    SwitchNorm,
+    SwitchNorm1d,
+    SwitchNorm2d,
+    SwitchNorm3d,
+    SwitchNormAct,
+    SwitchNormAct2d,
+)
 from normswap.surgery.frozen import frozen_eps, has_frozen_structure
 
 # The kinds of norms that can be asked for, each with the branch that computes it and what it is called.
@@ -51,7 +58,8 @@ class NormSpec:
 
     `kind` is the word for it in reports and `target` the class it becomes; `problem` says why it stays, and then
     there is no target. `frozen` norms use running statistics in training too and keep weight and bias as buffers.
-    A norm of kind `in` or `gn1` has no running statistics; any other one with a target is BN.
+    A norm of kind `in` or `gn1` has no running statistics; any other one with a target is BN. `then` names the modules
+    that its forward runs after the norm, in order.
     """
 
     kind: str
@@ -62,6 +70,7 @@ class NormSpec:
     frozen: bool = False
     synchronize: bool = False
     problem: str | None = None
+    then: tuple[str, ...] = ()
 
 
 Reader = Callable[[nn.Module], NormSpec]
@@ -99,6 +108,33 @@ def read_group_norm(module: nn.Module, target: type[SwitchNorm] = SwitchNorm) ->
     if module.num_groups != 1:
         return NormSpec("gn", problem=_STAYS)
     return NormSpec("gn1", module.num_channels, module.eps, None, target)  # type: ignore[arg-type]
+
+
+def read_norm_act(
+    module: nn.Module, read: Reader = read_batch_norm, *, then: Sequence[str] = ("drop", "act")
+) -> NormSpec:
+    """Read a norm of any rank whose forward runs modules of its own after the norm, such as an activation.
+
+    Args:
+        read: reads the norm itself: `read_batch_norm`, `read_frozen_batch_norm`, `read_instance_norm` or
+            `read_group_norm`.
+        then: the names of these modules, in the order in which they run.
+
+    Returns:
+        A spec whose target is `SwitchNormAct`, or a spec with the `problem` that `read` found.
+
+    Raises:
+        LayerError: `module` has no attribute of such a name that can be called.
+
+    Example:
+        >>> norms = normswap.KNOWN_NORMS | {TheirNormAct3d: partial(normswap.read_norm_act, then=("activation",))}
+        >>> converted = normswap.convert(model, x, norms=norms).model
+    """
+    missing = [name for name in then if not callable(getattr(module, name, None))]
+    if missing:
+        raise LayerError(f"read_norm_act: expected modules or functions named {tuple(then)}, found no {missing[0]!r}")
+    spec = read(module)
+    return spec if spec.target is None else replace(spec, target=SwitchNormAct, then=tuple(then))
 
 
 def _read_sync(module: nn.Module) -> NormSpec:
@@ -139,6 +175,8 @@ KNOWN_NORMS: Norms = MappingProxyType(
         nn.InstanceNorm2d: partial(read_instance_norm, target=SwitchNorm2d),
         nn.InstanceNorm3d: partial(read_instance_norm, target=SwitchNorm3d),
         nn.GroupNorm: read_group_norm,
+        "timm_3d.layers.norm_act.BatchNormAct3d": read_norm_act,
+        "timm_3d.layers.norm_act.SyncBatchNormAct": lambda module: replace(read_norm_act(module), synchronize=True),
         "torchvision.ops.misc.FrozenBatchNorm2d": read_frozen_batch_norm,
         "timm.layers.norm_act.BatchNormAct2d": _read_act,
         "timm.layers.norm_act.SyncBatchNormAct": _read_sync_act,
@@ -171,9 +209,12 @@ def read_norm(module: nn.Module, norms: Norms = KNOWN_NORMS) -> NormSpec | None:
         problem = _unfit(module)
         if problem is not None:
             return replace(spec, target=None, problem=problem)
-        check_replaceable(module, spec.target, spec.target._children, vertex=vertex_of(spec.kind), eps=spec.eps)
+        children = frozenset({*spec.then} & {*module._modules}) if spec.then else spec.target._children
+        check_replaceable(module, spec.target, children, vertex=vertex_of(spec.kind), eps=spec.eps)
     except (LayerError, AttributeError) as error:
-        return replace(spec, target=None, problem=f"is not what norms= says of its class: {error}")
+        known = reader in (KNOWN_NORMS.get(cls), KNOWN_NORMS.get(qualified_name(cls)))
+        expected = f"is not a plain {cls.__name__}" if known else "is not what norms= says of its class"
+        return replace(spec, target=None, problem=f"{expected}: {error}")
     return spec
 
 
@@ -185,6 +226,12 @@ def refused_shape(spec: NormSpec, shapes: Sequence[tuple[int, ...]]) -> str | No
     if wrong is None:
         return None
     shape = "x".join(map(str, wrong))
+    if ranks and len(wrong) > ranks[0]:
+        any_rank = "SwitchNormAct" if issubclass(spec.target, SwitchNormAct) else "SwitchNorm"  # type: ignore[arg-type]
+        return (
+            f"was fed {shape}, and the target of its reader in norms= takes {' or '.join(f'{r}-D' for r in ranks)} input: "
+            f"register it with target={any_rank}, which takes any rank"
+        )
     return f"was fed {shape}, and Switchable Normalization takes (N, C, *spatial): add the dimension of the batch"
 
 
