@@ -83,7 +83,8 @@ def check_replaceable(
         )
     if children != {*module._modules}:
         then = tuple(module._modules)
-        use = f"register it with partial(read_norm_act, then={then})" if then else "use a SwitchNorm class without them"
+        entry = f'norms=KNOWN_NORMS | {{"{qualified_name(type(module))}": partial(read_norm_act, then={then})}}'
+        use = f"pass {entry}" if then else "use a SwitchNorm class without them"
         raise LayerError(
             f"{target.__name__} runs the child modules {sorted(children)}, but {kind} has {sorted(then)}: "
             f"{use}{', its modules in the order in which its forward runs them after the norm' * bool(then)}"

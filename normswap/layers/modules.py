@@ -284,7 +284,7 @@ class SwitchNorm3d(SwitchNorm):
 
 
 class SwitchNormAct(SwitchNorm):
-    """Switchable Normalization over (N, C, *spatial) of any rank from 2 up, then the modules that `then` names in order.
+    """Switchable Normalization over (N, C, *spatial) of any rank from 2 up, then the modules named in `then`, in order.
 
     Args:
         act, drop: modules, identity by default; the rest as in `SwitchNorm`.
