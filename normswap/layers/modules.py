@@ -171,6 +171,10 @@ class SwitchNorm(GatedModule):
         # Under a name that is no property too: the compiler of torch 2.8 reads `__dict__` through properties.
         self.normalising_eps = value
 
+    def __dir__(self) -> list[str]:
+        """Leave out `eps`, which may raise: torch.jit.trace reads every attribute that a module lists (torch 2.14)."""
+        return [name for name in super().__dir__() if name != "eps"]
+
     def reset_running_stats(self) -> None:
         """Set running mean 0, running variance 1 and the count of batches 0, where they are kept."""
         for name, value in (("running_mean", 0), ("running_var", 1), ("num_batches_tracked", 0)):

@@ -266,7 +266,7 @@ _STATE = ("weight", "bias", "running_mean", "running_var")
 def _unknown(module: nn.Module) -> NormSpec:
     kind = next((kind for base, kind in TORCH_KINDS.items() if isinstance(module, base)), "other")
     if isinstance(module, torch.jit.ScriptModule):
-        return NormSpec("other", problem="is TorchScript, whose code is fixed: convert before scripting")
+        return NormSpec("other", problem="is TorchScript, whose code is fixed: convert the Python model, then trace it")
     if isinstance(module, LazyModuleMixin):
         return NormSpec(
             kind, problem=f"{qualified_name(type(module))} has no sizes yet: run one forward pass, then convert"
