@@ -334,11 +334,11 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     ),
     "TorchScript": (
         lambda: zoo.BY_NAME["TorchScript inside"].model().part,
-        "the model is TorchScript, whose code is fixed: convert the Python model, then trace it with torch.jit.trace or export it",
+        "the model is TorchScript, whose code is fixed: convert the Python model, then trace or export it",
     ),
     "wrapped TorchScript": (
         lambda: nn.DataParallel(zoo.BY_NAME["TorchScript inside"].model().part),
-        "the model is TorchScript, whose code is fixed: convert the Python model, then trace it with torch.jit.trace or export it",
+        "the model is TorchScript, whose code is fixed: convert the Python model, then trace or export it",
     ),
 }
 

@@ -24,7 +24,8 @@ _MOMENT = r"(mean|var|variance|cov|covar|covariance|std|wm|whitening|sqrt|sq)"
 # Statistics that a class keeps of its batches, by the names that libraries give them: `ra_mean`, `moving_variance`.
 _RUNNING = re.compile(rf"(^|_)(running|moving|ra|ema|avg|population|pop|global)_(\w+_)?{_MOMENT}(_|\d|$)")
 _PLAIN = re.compile(rf"^{_MOMENT}$")
-_NAMED_NORM = re.compile(r"[Nn]orm(?!Free|alDist)|(?<![A-Z])BN(?!N)|[a-z]BN(?!N)|ABN")
+_OTHERWISE = r"(?!Free|al(?![a-z]))"  # norm-free, normal
+_NAMED_NORM = re.compile(rf"[Nn]orm{_OTHERWISE}|(?<![A-Z])BN(?!N)|[a-z]BN(?!N)|ABN")
 _NAMED_BATCH_NORM = re.compile(r"[Bb]atch_?(Re)?[Nn]orm|BN(?!N)")
 
 
@@ -36,7 +37,7 @@ def looks_like_norm(module: nn.Module) -> bool:
         return True
     if any(looks_like_norm(child) for child in module.children()):
         return bool({"running_mean", "running_var"} & {*module._buffers})
-    named = re.search("Norm(?!Free)", type(module).__name__) is not None
+    named = re.search(rf"Norm{_OTHERWISE}", type(module).__name__) is not None
     tensors = _tensors(module).values()
     vectors = all(not is_lazy(t) and max(t.shape, default=1) == t.numel() for t in tensors)
     return bool(

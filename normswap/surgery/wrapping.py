@@ -83,8 +83,7 @@ def check_wrapping(model: nn.Module, *, inplace: bool, rebuilt: bool, verb: str 
     inside = unwrap(model)
     if isinstance(inside, torch.jit.ScriptModule):
         raise SwapError(
-            f"the model is TorchScript, whose code is fixed: {verb} the Python model, then trace it with torch.jit.trace "
-            "or export it"
+            f"the model is TorchScript, whose code is fixed: {verb} the Python model, then trace or export it"
         )
     for place in walk_modules(inside):
         for cls in type(place.module).__mro__:
