@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from normswap.layers.modules import SwitchNorm1d as SwitchNorm1d
     from normswap.layers.modules import SwitchNorm2d as SwitchNorm2d
     from normswap.layers.modules import SwitchNorm3d as SwitchNorm3d
+    from normswap.layers.modules import SwitchNormAct as SwitchNormAct
     from normswap.statistics import freeze_statistics as freeze_statistics
     from normswap.statistics import set_bn_statistics as set_bn_statistics
     from normswap.statistics import synchronize_statistics as synchronize_statistics
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from normswap.surgery.norms import read_batch_norm as read_batch_norm
     from normswap.surgery.norms import read_group_norm as read_group_norm
     from normswap.surgery.norms import read_instance_norm as read_instance_norm
+    from normswap.surgery.norms import read_norm_act as read_norm_act
     from normswap.surgery.plan import SwapPlan as SwapPlan
     from normswap.surgery.planning import plan_swaps as plan_swaps
     from normswap.surgery.sites import find_norm_sites as find_norm_sites
@@ -67,6 +69,7 @@ _HOMES = {
     "SwitchNorm1d": "normswap.layers.modules",
     "SwitchNorm2d": "normswap.layers.modules",
     "SwitchNorm3d": "normswap.layers.modules",
+    "SwitchNormAct": "normswap.layers.modules",
     "freeze_statistics": "normswap.statistics",
     "synchronize_statistics": "normswap.statistics",
     "set_bn_statistics": "normswap.statistics",
@@ -81,6 +84,7 @@ _HOMES = {
     "read_batch_norm": "normswap.surgery.norms",
     "read_group_norm": "normswap.surgery.norms",
     "read_instance_norm": "normswap.surgery.norms",
+    "read_norm_act": "normswap.surgery.norms",
     "SwapPlan": "normswap.surgery.plan",
     "NormSite": "normswap.surgery.norm_site",
     "plan_swaps": "normswap.surgery.planning",

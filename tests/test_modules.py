@@ -323,7 +323,7 @@ REFUSED_ORIGINALS: dict[str, tuple[type[SwitchNorm], Callable[[], nn.Module], di
         SwitchNorm2d,
         lambda: BatchNormAct2d(4),
         {},
-        "SwitchNorm2d runs the child modules [], but BatchNormAct2d has ['act', 'drop']: use SwitchNormAct2d",
+        "SwitchNorm2d runs the child modules [], but BatchNormAct2d has ['act', 'drop']: pass norms=KNOWN_NORMS",
     ),
     "no activation": (
         SwitchNormAct2d,

@@ -123,13 +123,17 @@ STAYING: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
     "subclass": (
         lambda: Sub(4),
         "bn",
-        r"^Sub is not in the table .* pass norms=KNOWN_NORMS \| \{Sub: read_batch_norm\}$",
+        r"^test_norms.Sub is not in the table .* pass norms=KNOWN_NORMS \| \{\"test_norms.Sub\": read_batch_norm\}$",
     ),
-    "own norm": (Running, "other", "^Running is not in the table"),
-    "running variance only": (OnlyVariance, "other", f"^{STAYS}$"),
+    "own norm": (Running, "other", "^test_norms.Running is not in the table"),
+    "running variance only": (OnlyVariance, "other", r"^test_norms.OnlyVariance keeps batch .*own \(running_var\)"),
     "named like a norm": (CosineNorm, "other", f"^{STAYS}$"),
     "EvoNorm": (lambda: EvoNorm2dS0(8), "other", f"^{STAYS}$"),
-    "lazy": (nn.LazyBatchNorm2d, "bn", "^LazyBatchNorm2d has no sizes yet: run one forward pass, then convert$"),
+    "lazy": (
+        nn.LazyBatchNorm2d,
+        "bn",
+        "^torch.nn.modules.batchnorm.LazyBatchNorm2d has no sizes yet: run one forward pass,",
+    ),
     "parametrized": (
         lambda: zoo.parametrized(module := nn.BatchNorm2d(4), module),
         "bn",
@@ -158,8 +162,12 @@ STAYING: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
     ),
     "overridden forward": (overridden, "bn", "^its forward is overridden on the instance: remove that first$"),
     "pruned": (lambda: zoo.pruned()[1], "bn", "^its weight is computed before each call .*prune.remove$"),
-    "a child more": (grown, "bn", r"^is not what norms= says of its class: .*child modules \[\], .* \['after'\]"),
-    "a tensor less": (without_eps, "frozen bn", "^is not what norms= says of its class: expected a BatchNorm module"),
+    "a child more": (
+        grown,
+        "bn",
+        r"^is not a plain BatchNorm2d: .* has \['after'\]: pass norms=KNOWN_NORMS",
+    ),
+    "a tensor less": (without_eps, "frozen bn", "^is not a plain FrozenBatchNorm2d: expected a BatchNorm module"),
 }
 
 

@@ -43,6 +43,7 @@ ROOMS = [
     "layers.modules",
     "surgery.tree",
     "surgery.frozen",
+    "surgery.norm_candidates",
     "surgery.norms",
     "surgery.calls",
     "surgery.code_reading",

@@ -334,11 +334,11 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     ),
     "TorchScript": (
         lambda: zoo.BY_NAME["TorchScript inside"].model().part,
-        "the model is TorchScript, whose code is fixed: convert the Python model, then script it again",
+        "the model is TorchScript, whose code is fixed: convert the Python model, then trace or export it",
     ),
     "wrapped TorchScript": (
         lambda: nn.DataParallel(zoo.BY_NAME["TorchScript inside"].model().part),
-        "the model is TorchScript, whose code is fixed: convert the Python model, then script it again",
+        "the model is TorchScript, whose code is fixed: convert the Python model, then trace or export it",
     ),
 }
 

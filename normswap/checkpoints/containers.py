@@ -312,7 +312,8 @@ def _sniff_zip(path: Path) -> Container:
         return "exported program"
     if "constants.pkl" in names:
         raise CheckpointError(
-            f"{path}: TorchScript, whose code is fixed: convert the Python model's state_dict(), then script it again"
+            f"{path}: TorchScript, whose code is fixed: convert the Python model's state_dict(), then trace or "
+            "export the converted model (torch.jit.script cannot compile it)"
         )
     if "data.pkl" not in names:
         raise CheckpointError(f"{path}: expected a file of torch.save, got a zip archive without data.pkl")

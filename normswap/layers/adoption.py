@@ -83,9 +83,12 @@ def check_replaceable(
             f"expected tensors of known size, got {kind} that has seen no input: run one batch through it first"
         )
     if children != {*module._modules}:
+        then = tuple(module._modules)
+        entry = f'norms=KNOWN_NORMS | {{"{qualified_name(type(module))}": partial(read_norm_act, then={then})}}'
+        use = f"pass {entry}" if then else "use a SwitchNorm class without them"
         raise LayerError(
-            f"{target.__name__} runs the child modules {sorted(children)}, but {kind} has {sorted(module._modules)}: "
-            "use SwitchNormAct2d for a norm with `act` and `drop`, another SwitchNorm class for one without"
+            f"{target.__name__} runs the child modules {sorted(children)}, but {kind} has {sorted(then)}: "
+            f"{use}{', its modules in the order in which its forward runs them after the norm' * bool(then)}"
         )
 
 
@@ -100,6 +103,7 @@ def adopt(
     vertex: Branch = "bn",
     synchronize: bool = False,
     eps: float | None = None,
+    then: tuple[str, ...] = (),
     like: torch.Tensor | None = None,
     fqn: str = "",
 ) -> None:
@@ -116,6 +120,8 @@ def adopt(
         vertex: the branch that computes what `module` computes.
         synchronize: whether the layer takes the batch of all processes; the group of `module`, if it has one, stays.
         eps: of a class that has none as an attribute, since it is a constant in its forward.
+        then: the names of the modules that the forward of `module` runs after the norm, in order; () is what `target`
+            has by itself.
         like: gives dtype and device where the module has no tensor of its own.
         fqn: its name in the model, for warnings.
     """
@@ -137,6 +143,8 @@ def adopt(
     }
     defaults = {"num_features": channels, "eps": eps, "momentum": 0.0, "affine": True}
     defaults |= {"track_running_stats": "bn" in branches}
+    if then:
+        settings["then"] = then
     if not synchronize or "process_group" not in module.__dict__:
         settings["process_group"] = None
     settings |= {name: value for name, value in defaults.items() if value is not None and name not in module.__dict__}

@@ -181,8 +181,10 @@ def _running_moments(
         )
     if not tracked or (batch_wanted and values > 1):
         return None
-    # Copies where a backward pass may follow: an update in between must not change what was used.
-    return read_running(running_mean, running_var, accumulation_dtype(x), copy=torch.is_grad_enabled())  # type: ignore[arg-type]
+    # Copies where a backward pass may follow: an update in between must not change what was used. A trace is the same
+    # graph with gradients and without, which torch.jit.trace checks.
+    copy = torch.is_grad_enabled() or torch._C._is_tracing()
+    return read_running(running_mean, running_var, accumulation_dtype(x), copy=copy)  # type: ignore[arg-type]
 
 
 _outside_graphs: list[Callable[..., Tensor]] = []

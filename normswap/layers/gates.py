@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor, nn
 
+from normswap.errors import LayerError
 from normswap.layers import operators
 from normswap.layers.adoption import GATE_PARAMETERS
 from normswap.layers.checks import is_captured
@@ -54,6 +55,17 @@ class GatedModule(nn.Module):
     mean_weight: nn.Parameter
     var_weight: nn.Parameter
 
+    def __prepare_scriptable__(self) -> Self:
+        """Refuse `torch.jit.script`, which calls this before it compiles.
+
+        Raises:
+            LayerError: always.
+        """
+        raise LayerError(
+            f"torch.jit.script cannot compile {type(self).__name__}, which chooses its kernels in Python: use "
+            "torch.jit.trace(model.eval(), example_input), torch.export.export or torch.onnx.export(..., dynamo=True)"
+        )
+
     def importance_weights(self) -> tuple[Tensor, Tensor]:
         """Return the importance weights of means and of variances, each (K,), detached."""
         # From the registry: FX hands out proxies for attributes while it traces, and these are values.
@@ -87,7 +99,8 @@ class GatedModule(nn.Module):
         A point that lies there is left alone, so that a second forward pass before a backward pass does not count as a
         change; it has to be readable at no cost, or met by a kernel that reads it on its device.
         """
-        if self.gate == "simplex":
+        # A trace would record the write without its `no_grad`; what it computes projects the points itself.
+        if self.gate == "simplex" and not torch._C._is_tracing():
             points = [registered(self, name) for name in GATE_PARAMETERS]
             self._project([point for point in points if point.requires_grad])
 

@@ -173,6 +173,10 @@ class SwitchNorm(GatedModule):
         # Under a name that is no property too: the compiler of torch 2.8 reads `__dict__` through properties.
         self.normalising_eps = value
 
+    def __dir__(self) -> list[str]:
+        """Leave out `eps`, which may raise: torch.jit.trace reads every attribute that a module lists (torch 2.14)."""
+        return [name for name in super().__dir__() if name != "eps"]
+
     def reset_running_stats(self) -> None:
         """Set running mean 0, running variance 1 and the count of batches 0, where they are kept."""
         for name, value in (("running_mean", 0), ("running_var", 1), ("num_batches_tracked", 0)):
@@ -297,14 +301,23 @@ class SwitchNorm3d(SwitchNorm):
     _ranks = (5,)
 
 
-class SwitchNormAct2d(SwitchNorm2d):
-    """Switchable Normalization over (N, C, H, W), then `drop`, then `act`: what replaces timm's BatchNormAct2d.
+class SwitchNormAct(SwitchNorm):
+    """Switchable Normalization over (N, C, *spatial) of any rank from 2 up, then the modules named in `then`, in order.
 
     Args:
         act, drop: modules, identity by default; the rest as in `SwitchNorm`.
+
+    A layer that replaced another norm has that norm's own modules, and their names in `then`.
+
+    Example:
+        >>> layer = SwitchNormAct(8, act=torch.nn.ReLU())
+        >>> bool((layer(torch.randn(2, 8, 4, 4, 4)) >= 0).all())
+        True
     """
 
     _children = frozenset({"act", "drop"})
+    # Attributes, so that what was pickled before there was a choice has it too.
+    then: tuple[str, ...] = ("drop", "act")
 
     def __init__(
         self, num_features: int, *args: Any, act: nn.Module | None = None, drop: nn.Module | None = None, **options: Any
@@ -314,8 +327,15 @@ class SwitchNormAct2d(SwitchNorm2d):
         self.act = nn.Identity() if act is None else act
 
     def forward(self, x: Tensor | None = None, *, input: Tensor | None = None) -> Tensor:  # noqa: A002 - torch's name
-        """Normalise x (N, C, H, W), drop, activate; `input` is another name for x."""
-        return self.act(self.drop(apply_layer(self, _only(self, x, input))))  # type: ignore[no-any-return]
+        """Normalise x (N, C, *spatial), then run what `then` names; `input` is another name for x."""
+        y = apply_layer(self, _only(self, x, input))
+        for name in self.then:
+            y = getattr(self, name)(y)
+        return y
+
+
+class SwitchNormAct2d(SwitchNormAct, SwitchNorm2d):
+    """`SwitchNormAct` over (N, C, H, W): what replaces timm's BatchNormAct2d."""
 
 
 class FunctionalSwitchNorm(GatedModule):

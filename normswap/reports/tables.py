@@ -98,7 +98,7 @@ def site_table(sites: Sequence[NormSite], plan: SwapPlan) -> RenderableType:
         fed = " ".join(shapes[:1]) + (f" +{len(shapes) - 1}" if len(shapes) > 1 else "")
         table.add_row(
             Text(site.fqn or "(the model)", overflow="fold"),
-            Text(_short(site.class_name), "dim", overflow="ellipsis"),
+            Text(_short(site.class_name) if swap else _named(site.class_name), "dim", overflow="ellipsis"),
             str(site.num_features or ""),
             fed or ("" if site.shapes is None else "did not run"),
             becomes,
@@ -178,6 +178,7 @@ def _kinds(plan: SwapPlan) -> RenderableType:
         rows.append(("", len(plan.swaps), len(plan.skips)))
     for name, ours, theirs in rows:
         kind = Text.assemble(_short(name), (f"  {name.partition('.')[0]}", "dim")) if name else Text("all", "dim")
+        kind = Text(_named(name)) if theirs and name and _named(name) != _short(name) else kind
         table.add_row(kind, str(ours + theirs), str(ours), str(theirs))
     return table
 
@@ -191,7 +192,7 @@ def _decisions(plan: SwapPlan) -> RenderableType:
     for swap in plan.swaps:
         groups.setdefault(("swap", _describe(swap)), []).append(swap.fqn)
     for skip in plan.skips:
-        groups.setdefault(("skip", skip.reason), []).append(skip.fqn)
+        groups.setdefault(("skip", skip.reason), []).append(f"{skip.fqn or '(the model)'} ({_named(skip.class_name)})")
     for (decision, reason), names in groups.items():
         everything = decision == "swap" and len(names) == len(plan.swaps) and not plan.skips
         what = Text.assemble(reason, ("" if everything else f"\n{_examples(names)}", "dim"))
@@ -225,6 +226,11 @@ def _share(value: float | None) -> RenderableType:
     if value is None:
         return Text("-", "dim")
     return Text(f"{value:.2f}", "dim" if value == 0 else "")
+
+
+def _named(class_name: str) -> str:
+    """The whole name of a class, which tells one BatchNorm2d from another; torch's own are known by the last part."""
+    return _short(class_name) if class_name.startswith("torch.nn.") else class_name
 
 
 def _short(class_name: str) -> str:

@@ -231,6 +231,7 @@ def _adopt(layer: nn.Module, spec: NormSpec, swap: Swap, like: Tensor | None) ->
             vertex=swap.vertex,
             synchronize=swap.synchronize,
             eps=spec.eps,
+            then=spec.then,
             like=like,
             fqn=swap.fqn,
         )

@@ -5,8 +5,6 @@ A reader turns a module into a `NormSpec`: what it is and what it becomes. A cal
 like a norm and is not in the table is never guessed at: it gets a spec whose `problem` tells what to do.
 """
 
-import inspect
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,16 +12,22 @@ from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from normswap.errors import LayerError
 from normswap.layers.adoption import check_replaceable, qualified_name
 from normswap.layers.gates import GatedModule
 from normswap.layers.importance import Branch
-from normswap.layers.modules import SwitchNorm, SwitchNorm1d, SwitchNorm2d, SwitchNorm3d, SwitchNormAct2d
+from normswap.layers.modules import (
+    SwitchNorm,
+    SwitchNorm1d,
+    SwitchNorm2d,
+    SwitchNorm3d,
+    SwitchNormAct,
+    SwitchNormAct2d,
+)
 from normswap.surgery.frozen import frozen_eps, has_frozen_structure
+from normswap.surgery.norm_candidates import TORCH_KINDS, is_called_batch_norm, looks_like_norm, own_statistics
 
 # The kinds of norms that can be asked for, each with the branch that computes it and what it is called.
 KINDS: Mapping[str, tuple[Branch, str]] = MappingProxyType(
@@ -51,7 +55,8 @@ class NormSpec:
 
     `kind` is the word for it in reports and `target` the class it becomes; `problem` says why it stays, and then
     there is no target. `frozen` norms use running statistics in training too and keep weight and bias as buffers.
-    A norm of kind `in` or `gn1` has no running statistics; any other one with a target is BN.
+    A norm of kind `in` or `gn1` has no running statistics; any other one with a target is BN. `then` names the modules
+    that its forward runs after the norm, in order.
     """
 
     kind: str
@@ -62,6 +67,7 @@ class NormSpec:
     frozen: bool = False
     synchronize: bool = False
     problem: str | None = None
+    then: tuple[str, ...] = ()
 
 
 Reader = Callable[[nn.Module], NormSpec]
@@ -99,6 +105,33 @@ def read_group_norm(module: nn.Module, target: type[SwitchNorm] = SwitchNorm) ->
     if module.num_groups != 1:
         return NormSpec("gn", problem=_STAYS)
     return NormSpec("gn1", module.num_channels, module.eps, None, target)  # type: ignore[arg-type]
+
+
+def read_norm_act(
+    module: nn.Module, read: Reader = read_batch_norm, *, then: Sequence[str] = ("drop", "act")
+) -> NormSpec:
+    """Read a norm of any rank whose forward runs modules of its own after the norm, such as an activation.
+
+    Args:
+        read: reads the norm itself: `read_batch_norm`, `read_frozen_batch_norm`, `read_instance_norm` or
+            `read_group_norm`.
+        then: the names of these modules, in the order in which they run.
+
+    Returns:
+        A spec whose target is `SwitchNormAct`, or a spec with the `problem` that `read` found.
+
+    Raises:
+        LayerError: `module` has no attribute of such a name that can be called.
+
+    Example:
+        >>> norms = normswap.KNOWN_NORMS | {TheirNormAct3d: partial(normswap.read_norm_act, then=("activation",))}
+        >>> converted = normswap.convert(model, x, norms=norms).model
+    """
+    missing = [name for name in then if not callable(getattr(module, name, None))]
+    if missing:
+        raise LayerError(f"read_norm_act: expected modules or functions named {tuple(then)}, found no {missing[0]!r}")
+    spec = read(module)
+    return spec if spec.target is None else replace(spec, target=SwitchNormAct, then=tuple(then))
 
 
 def _read_sync(module: nn.Module) -> NormSpec:
@@ -139,6 +172,8 @@ KNOWN_NORMS: Norms = MappingProxyType(
         nn.InstanceNorm2d: partial(read_instance_norm, target=SwitchNorm2d),
         nn.InstanceNorm3d: partial(read_instance_norm, target=SwitchNorm3d),
         nn.GroupNorm: read_group_norm,
+        "timm_3d.layers.norm_act.BatchNormAct3d": read_norm_act,
+        "timm_3d.layers.norm_act.SyncBatchNormAct": lambda module: replace(read_norm_act(module), synchronize=True),
         "torchvision.ops.misc.FrozenBatchNorm2d": read_frozen_batch_norm,
         "timm.layers.norm_act.BatchNormAct2d": _read_act,
         "timm.layers.norm_act.SyncBatchNormAct": _read_sync_act,
@@ -171,9 +206,12 @@ def read_norm(module: nn.Module, norms: Norms = KNOWN_NORMS) -> NormSpec | None:
         problem = _unfit(module)
         if problem is not None:
             return replace(spec, target=None, problem=problem)
-        check_replaceable(module, spec.target, spec.target._children, vertex=vertex_of(spec.kind), eps=spec.eps)
+        children = frozenset({*spec.then} & {*module._modules}) if spec.then else spec.target._children
+        check_replaceable(module, spec.target, children, vertex=vertex_of(spec.kind), eps=spec.eps)
     except (LayerError, AttributeError) as error:
-        return replace(spec, target=None, problem=f"is not what norms= says of its class: {error}")
+        known = reader in (KNOWN_NORMS.get(cls), KNOWN_NORMS.get(qualified_name(cls)))
+        expected = f"is not a plain {cls.__name__}" if known else "is not what norms= says of its class"
+        return replace(spec, target=None, problem=f"{expected}: {error}")
     return spec
 
 
@@ -185,6 +223,13 @@ def refused_shape(spec: NormSpec, shapes: Sequence[tuple[int, ...]]) -> str | No
     if wrong is None:
         return None
     shape = "x".join(map(str, wrong))
+    if ranks and len(wrong) > ranks[0]:
+        any_rank = "SwitchNormAct" if issubclass(spec.target, SwitchNormAct) else "SwitchNorm"  # type: ignore[arg-type]
+        taken = " or ".join(f"{rank}-D" for rank in ranks)
+        return (
+            f"was fed {shape}, and the target of its reader in norms= takes {taken} input: register it with "
+            f"target={any_rank}, which takes any rank"
+        )
     return f"was fed {shape}, and Switchable Normalization takes (N, C, *spatial): add the dimension of the batch"
 
 
@@ -210,61 +255,58 @@ def is_norm_layer(module: nn.Module, norms: Norms = KNOWN_NORMS) -> bool:
     return (
         cls in norms
         or qualified_name(cls) in norms
-        or isinstance(module, (*_TORCH_KINDS, GatedModule))
+        or isinstance(module, (*TORCH_KINDS, GatedModule))
         or has_frozen_structure(module)
-    )
-
-
-def looks_like_norm(module: nn.Module) -> bool:
-    """Say whether `module` is a norm by its torch ancestry, its running statistics, or its name and tensors."""
-    if inspect.getattr_static(type(module), "forward") is nn.Module.forward:  # it only holds tensors for another
-        return False
-    if isinstance(module, tuple(_TORCH_KINDS)) or {"running_mean", "running_var"} & {*module._buffers.keys()}:
-        return True
-    named = re.search("Norm", type(module).__name__) is not None
-    return (
-        named
-        and bool(module._parameters or module._buffers)
-        and not any(looks_like_norm(child) for child in module.children())
     )
 
 
 _STATE = ("weight", "bias", "running_mean", "running_var")
 
-# Norms that torch defines, most derived first, with their kind.
-_TORCH_KINDS: dict[type, str] = {
-    _BatchNorm: "bn",
-    _InstanceNorm: "in",
-    nn.GroupNorm: "gn",
-    nn.LayerNorm: "ln",
-    nn.RMSNorm: "rms",
-}
-
 
 def _unknown(module: nn.Module) -> NormSpec:
-    name = type(module).__name__
-    kind = next((kind for base, kind in _TORCH_KINDS.items() if isinstance(module, base)), "other")
+    kind = next((kind for base, kind in TORCH_KINDS.items() if isinstance(module, base)), "other")
     if isinstance(module, torch.jit.ScriptModule):
-        return NormSpec("other", problem="is TorchScript, whose code is fixed: convert before scripting")
+        return NormSpec("other", problem="is TorchScript, whose code is fixed: convert the Python model, then trace it")
     if isinstance(module, LazyModuleMixin):
-        return NormSpec(kind, problem=f"{name} has no sizes yet: run one forward pass, then convert")
+        return NormSpec(
+            kind, problem=f"{qualified_name(type(module))} has no sizes yet: run one forward pass, then convert"
+        )
     if hasattr(module, "parametrizations"):
         problem = "is parametrized: call torch.nn.utils.parametrize.remove_parametrizations on it first"
         return NormSpec(kind, problem=problem)
     eps = frozen_eps(module)
     if eps is not None and _unfit(module) is None:
         return read_frozen_batch_norm(module, eps=eps)
-    if kind == "bn" or (kind == "other" and {"running_mean", "running_var"} <= {*module._buffers.keys()}):
-        return NormSpec(kind, problem=_not_in_the_table(name, "BatchNorm", "read_batch_norm"))
+    statistics = own_statistics(module)
+    foreign = [key for key in statistics if key not in ("running_mean", "running_var")]
+    if kind in ("bn", "other") and foreign:
+        return NormSpec(kind, problem=_keeps_own_statistics(module, foreign))
+    if kind == "bn" or {"running_mean", "running_var"} <= {*statistics} or is_called_batch_norm(type(module)):
+        return NormSpec(kind, problem=_not_in_the_table(module, "BatchNorm", "read_batch_norm"))
+    if kind == "other" and statistics:
+        return NormSpec(kind, problem=_keeps_own_statistics(module, statistics))
     if kind == "in":
-        return NormSpec(kind, problem=f"{_STAYS}; {_not_in_the_table(name, 'InstanceNorm', 'read_instance_norm')}")
+        return NormSpec(kind, problem=f"{_STAYS}; {_not_in_the_table(module, 'InstanceNorm', 'read_instance_norm')}")
     if kind == "gn" and module.num_groups == 1:
-        return NormSpec(kind, problem=f"{_STAYS}; {_not_in_the_table(name, 'GroupNorm', 'read_group_norm')}")
+        return NormSpec(kind, problem=f"{_STAYS}; {_not_in_the_table(module, 'GroupNorm', 'read_group_norm')}")
     return NormSpec(kind, problem=_STAYS)
 
 
-def _not_in_the_table(name: str, what: str, reader: str) -> str:
+def _not_in_the_table(module: nn.Module, what: str, reader: str) -> str:
+    name, then = qualified_name(type(module)), tuple(module._modules)
+    if then:
+        what += f" followed by {', '.join(then)}"
+        reader = f"partial(read_norm_act, {f'read={reader}, ' * (reader != 'read_batch_norm')}then={then})"
     return (
         f"{name} is not in the table of known norms, and its forward may do more than {what}: if it does not, "
-        f"pass norms=KNOWN_NORMS | {{{name}: {reader}}}"
+        f'pass norms=KNOWN_NORMS | {{"{name}": {reader}}}'
+    )
+
+
+def _keeps_own_statistics(module: nn.Module, statistics: Sequence[str]) -> str:
+    name = qualified_name(type(module))
+    return (
+        f"{name} keeps batch statistics under names of its own ({', '.join(statistics)}), which are not read: stays as "
+        "it is; if its forward is that of BatchNorm, rename them to running_mean and running_var and pass "
+        f'norms=KNOWN_NORMS | {{"{name}": read_batch_norm}}'
     )

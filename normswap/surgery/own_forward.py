@@ -103,7 +103,7 @@ def _trace(module: nn.Module, *, training: bool, concrete: dict[str, Any] | None
 def _fixed_code(module: nn.Module) -> str | None:
     """Why the forward of the class is not what runs, or is no code to be rewritten."""
     if isinstance(module, torch.jit.ScriptModule):
-        return "it is TorchScript, whose code is fixed: convert the Python model, then script it again"
+        return "it is TorchScript, whose code is fixed: convert the Python model, then trace or export it"
     if "forward" in vars(module):
         return "its forward is overridden on the instance: remove that first"
     return None

@@ -82,7 +82,9 @@ def check_wrapping(model: nn.Module, *, inplace: bool, rebuilt: bool, verb: str 
         where = f"{where}.{kind.inside}"
     inside = unwrap(model)
     if isinstance(inside, torch.jit.ScriptModule):
-        raise SwapError(f"the model is TorchScript, whose code is fixed: {verb} the Python model, then script it again")
+        raise SwapError(
+            f"the model is TorchScript, whose code is fixed: {verb} the Python model, then trace or export it"
+        )
     for place in walk_modules(inside):
         for cls in type(place.module).__mro__:
             if cls.__name__ in _REFUSALS:
