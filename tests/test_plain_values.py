@@ -22,7 +22,7 @@ from normswap.errors import CheckpointError
 ALLOWED = {
     *("argparse.Namespace", "types.SimpleNamespace", "collections.defaultdict", "Array"),
     *(f"datetime.{name}" for name in ("datetime", "date", "timedelta", "timezone")),
-    *(f"builtins.{name}" for name in "frozenset range slice list dict int float str bool tuple".split()),  # noqa: SIM905
+    *(f"builtins.{name}" for name in "bytes frozenset range slice list dict int float str bool tuple".split()),  # noqa: SIM905
     *(f"{module}.{name}" for module in ("pathlib", "pathlib._local") for name in ("PosixPath", "WindowsPath")),
     *(f"{module}.{name}" for module in ("pathlib", "pathlib._local") for name in ("PurePosixPath", "PureWindowsPath")),
     *("numpy.ndarray", "numpy.dtype"),
@@ -215,6 +215,7 @@ FORGED: dict[str, tuple[Callable[[], Any], str]] = {
         "no datetime.timezone",
     ),
     "a date of texts": (lambda: Call("datetime.date", "a", "b", "c"), "where whole numbers are expected"),
+    "bytes without end": (lambda: Call("builtins.bytes", 10**12), "a call of bytes with arguments"),
     "an endless range": (
         lambda: Call("builtins.list", Call("builtins.range", 10**12)),
         "a range of more than 1,000,000",
