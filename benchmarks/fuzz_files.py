@@ -234,6 +234,7 @@ def plant(folder: Path) -> Payloads:
     marker = folder / "it-ran"
     code = f"open({str(marker)!r}, 'w').close()"
     (folder / "payload.py").write_text(f"{code}\ndef build():\n    {code}\n")
+    _plant_remote_code(folder / "remote", code)
     nested = folder / "payload.pkl"
     nested.write_bytes(pickle.dumps(_Touching(marker)))
     calls = (
@@ -258,8 +259,26 @@ def plant(folder: Path) -> Payloads:
         f"hf:{folder}",
         "timm:hf-hub:some/model",
         "timm:local-dir:" + str(folder),
+        f"hf:{folder / 'remote'}",
+        f"hf:{folder / 'remote'},trust_remote_code=True",
+        f"hf:.,trust_remote_code=True,x={folder}",
+        f"{ARCH},pretrained_cfg={{'file': {str(nested)!r}}}",
+        f"{ARCH},act_layer={folder}/payload",
+        f"{ARCH},num_classes={10**12}",
+        f"{ARCH},layers={'(' * 3000}",
+        "timm:resnet10t,num_classes=1000000",
+        "timm:resnet10t,layers=(9000,1,1,1)",
     )
     return Payloads(marker, calls, architectures)
+
+
+def _plant_remote_code(folder: Path, code: str) -> None:
+    """A folder whose configuration names Python code in it, as transformers would run with trust_remote_code."""
+    folder.mkdir(exist_ok=True)
+    (folder / "conf.py").write_text(f"{code}\nfrom transformers import PretrainedConfig\nC = PretrainedConfig\n")
+    (folder / "config.json").write_text(
+        json.dumps({"architectures": ["ResNetModel"], "model_type": "x", "auto_map": {"AutoConfig": "conf.C"}})
+    )
 
 
 def _call(name: bytes, argument: str) -> bytes:

@@ -16,6 +16,7 @@ from random import Random
 from typing import Any, NamedTuple
 
 from fuzz_files import Payloads
+from fuzz_hostile import HOLES, configured, holes, numpy_object, record_beside
 
 
 class Material(NamedTuple):
@@ -374,6 +375,7 @@ MUTATIONS: Mapping[str, Mutation] = {
     "opcode swapped": _in_pickle(_opcode_swap),
     "number in a pickle": _in_pickle(_pickled_number),
     "bomb in a pickle": _in_pickle(_bomb),
+    "numpy object in a pickle": _in_pickle(numpy_object),
     "JSON member edited": _json_member,
     "JSON file edited": _json_file,
     "safetensors header edited": _safetensors_header,
@@ -421,21 +423,6 @@ def _linked_away(folder: Path, use: Material) -> None:
     file.symlink_to(use.random.choice((file.name, "nowhere", "/dev/null", "..", use.payloads.marker.parent)))
 
 
-def _record_beside(folder: Path, use: Material) -> None:
-    record = {"version": 1, "payload": "state dict", "architecture": use.random.choice(use.payloads.architectures)}
-    (folder / "normswap.json").write_text(json.dumps(record))
-
-
-def _configured(folder: Path, use: Material) -> None:
-    """A configuration, which makes the folder one of a library that builds models from such."""
-    config = {
-        "model_type": use.random.choice(("resnet", "x", "../x")),
-        "auto_map": {"AutoModel": use.random.choice(use.payloads.architectures)},
-        "architectures": [use.random.choice(("ResNetModel", "os.system"))],
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-
-
 FOLDER_MUTATIONS: Mapping[str, Callable[[Path, Material], None]] = {
     "file removed": _removed,
     "file emptied": _emptied,
@@ -443,8 +430,9 @@ FOLDER_MUTATIONS: Mapping[str, Callable[[Path, Material], None]] = {
     "another kind of file": _replaced,
     "folder for a file": _folder_in_its_place,
     "link for a file": _linked_away,
-    "record put beside": _record_beside,
-    "configuration put beside": _configured,
+    "record put beside": record_beside,
+    "configuration put beside": configured,
+    HOLES: holes,
 }
 
 

@@ -8,9 +8,12 @@ from pathlib import Path
 from random import Random
 from typing import Any, Self
 
+import torch
 from click.testing import CliRunner
-from fuzz_files import INPUT, KINDS, Kind, Payloads
+from fuzz_files import INPUT, KINDS, Kind, Payloads, net
+from fuzz_hostile import HOLES
 from fuzz_mutations import Material, mutate, mutate_folder
+from torch import nn
 
 import normswap
 from normswap.cli import main
@@ -101,7 +104,7 @@ class Bench:
 
     def _load(self, trial: Trial, path: Path, arch: str | None) -> None:
         try:
-            normswap.load(path, architecture=arch)
+            loaded = normswap.load(path, architecture=arch)
         except normswap.NormswapError as error:
             trial.answers["load"] = "refused"
             if _MAX_MEMORY.search(str(error)):
@@ -111,3 +114,11 @@ class Bench:
             trial.failures.append(f"load: {type(error).__name__}: {str(error)[:200]}")
         else:
             trial.answers["load"] = "loaded"
+            if trial.mutation == HOLES and not _as_saved(loaded.model):
+                trial.failures.append("load: a tensor that is not the one in the files")
+
+
+def _as_saved(model: nn.Module) -> bool:
+    """Whether the weights are those of the good files: what was changed is only which of them are where."""
+    good, found = net().state_dict(), model.state_dict()
+    return all(torch.equal(tensor, found[key]) for key, tensor in good.items())

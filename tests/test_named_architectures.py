@@ -329,6 +329,15 @@ def test_a_link_out_of_a_folder_is_not_followed(marker: Path, state: dict[str, A
         normswap.load(folder)
 
 
+@pytest.mark.parametrize("target", ["nowhere", "README.md"], ids=["nowhere", "itself"])
+def test_a_link_that_is_no_file_is_told_or_left_alone(marker: Path, state: dict[str, Any], target: str) -> None:
+    _folder(Path("m"), state, NAME)
+    Path("m/README.md").symlink_to(target)
+    assert normswap.load("m").model is not None
+    Path("m/.metadata").symlink_to(".metadata")
+    assert normswap.load("m").model is not None
+
+
 def test_the_cache_of_the_hub_is_made_of_links(marker: Path, state: dict[str, Any]) -> None:
     Path("hub/blobs").mkdir(parents=True)
     Path("hub/snapshots").mkdir()

@@ -22,7 +22,7 @@ from normswap.errors import CheckpointError
 ALLOWED = {
     *("argparse.Namespace", "types.SimpleNamespace", "collections.defaultdict", "Array"),
     *(f"datetime.{name}" for name in ("datetime", "date", "timedelta", "timezone")),
-    *(f"builtins.{name}" for name in "frozenset range slice list dict int float str bool tuple".split()),  # noqa: SIM905
+    *(f"builtins.{name}" for name in "bytes frozenset range slice list dict int float str bool tuple".split()),  # noqa: SIM905
     *(f"{module}.{name}" for module in ("pathlib", "pathlib._local") for name in ("PosixPath", "WindowsPath")),
     *(f"{module}.{name}" for module in ("pathlib", "pathlib._local") for name in ("PurePosixPath", "PureWindowsPath")),
     *("numpy.ndarray", "numpy.dtype"),
@@ -215,6 +215,7 @@ FORGED: dict[str, tuple[Callable[[], Any], str]] = {
         "no datetime.timezone",
     ),
     "a date of texts": (lambda: Call("datetime.date", "a", "b", "c"), "where whole numbers are expected"),
+    "bytes without end": (lambda: Call("builtins.bytes", 10**12), "a call of bytes with arguments"),
     "an endless range": (
         lambda: Call("builtins.list", Call("builtins.range", 10**12)),
         "a range of more than 1,000,000",
@@ -260,6 +261,7 @@ CALLS: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: Call("torch._utils._rebuild_tensor_v2", Call("builtins.tuple", [1]), 0, (4,), (1,), False, None),
         "are not written out",
     ),
+    "bytes without end": (lambda: Call("builtins.bytearray", 10**12), "would run builtins.bytearray"),
     "a view beyond its storage": (
         lambda: _tensor("_rebuild_tensor_v2", STORAGE._typed_storage(), 0, (4096,), (1,), False, None),
         "reaches beyond its storage",
@@ -320,6 +322,7 @@ def test_what_state_dicts_hold_is_read(tmp_path: Path) -> None:
         "device": torch.device("cpu"),
         "set": {1, 2},
         "bytes": b"abc",
+        "array of bytes": bytearray(b"abc"),
         "complex": 1j,
         "named": collections.OrderedDict(a=1),
         "counted": collections.Counter("aab"),
@@ -330,7 +333,10 @@ def test_what_state_dicts_hold_is_read(tmp_path: Path) -> None:
     found = _read(tmp_path / "a")
     assert torch.equal(found["view"], whole["view"])
     assert found["tagged"].note == "x"
-    assert all(found[key] == whole[key] for key in ("size", "device", "set", "bytes", "complex", "named", "counted"))
+    assert all(
+        found[key] == whole[key]
+        for key in ("size", "device", "set", "bytes", "array of bytes", "complex", "named", "counted")
+    )
     assert torch.equal(found["sparse"].to_dense(), torch.eye(3))
 
 

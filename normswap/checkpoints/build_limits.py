@@ -18,7 +18,7 @@ from normswap.errors import ArchitectureError
 
 # Types that are wider than in the file, buffers that no file has, and what initialising a layer needs for a moment.
 _BYTES_PER_BYTE, _LEAST_BYTES = 16, 2**30
-_CALLS_PER_TENSOR, _LEAST_CALLS = 32, 2_000
+_CALLS_PER_TENSOR, _LEAST_CALLS = 16, 1_000
 
 
 @contextmanager

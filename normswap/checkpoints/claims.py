@@ -108,8 +108,8 @@ def check_calls(path: Path, said: Said, allowed: Container[str]) -> None:
     """
     if UNCLEAR in said.called:
         raise CheckpointError(
-            f"{path}: pickled in an unusual way: a tensor's storage, shape or strides are not written out: save "
-            "it again"
+            f"{path}: pickled in an unusual way: the storage, shape or strides of a tensor, or some bytes, are not "
+            "written out: save it again"
         )
     others = (name for name in said.called if name.startswith("torch.") and not _OF_STATE_DICTS.fullmatch(name))
     found = next((name for name in sorted(others) if name not in allowed), None)

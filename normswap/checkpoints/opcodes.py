@@ -167,6 +167,9 @@ class _Reader:
         # torch._utils._rebuild_tensor_v2(storage, offset, shape, stride, ...) and its kin
         if _OF_STORAGE.match(name):
             self.seen_as(items)
+        # bytearray("text", "latin-1") is what is pickled; bytearray(10**12) is a bomb.
+        if name.endswith(".bytearray") and items and not isinstance(items[0], str | Made):
+            self.called.add(UNCLEAR)
         return Made(name)
 
     def given(self, inst: Any, state: Any) -> Any:

@@ -26,6 +26,7 @@ from normswap.checkpoints.plain_values import (
     bounded_range,
     date,
     date_and_time,
+    empty_bytes,
     scalar,
 )
 
@@ -46,6 +47,7 @@ _CHECKED: dict[str, Any] = {
     "datetime.datetime": date_and_time,
     "datetime.date": date,
     "builtins.range": bounded_range,
+    "builtins.bytes": empty_bytes,
     "numpy.ndarray": ArrayMark,
     "numpy.dtype": Dtype,
     **{f"{core}.scalar": scalar for core in _NUMPY_CORES},

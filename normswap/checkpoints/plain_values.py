@@ -163,6 +163,13 @@ def bounded_range(*bounds: Any) -> range:
     return found
 
 
+def empty_bytes(*arguments: Any) -> bytes:
+    """Stand for `bytes`, by which pickles for Python 2 write bytes of length zero; `bytes(10**12)` is a bomb."""
+    if arguments:
+        _refuse("a call of bytes with arguments")
+    return b""
+
+
 def _array(shape: tuple[Any, ...], dtype: Dtype, data: bytes, *, by_columns: bool) -> "NDArray[Any]":
     if len(shape) > _MOST_DIMENSIONS or any(type(length) is not int or length < 0 for length in shape):
         _refuse(f"a numpy array of the shape {shape!r:.60}")
@@ -191,6 +198,7 @@ _STANDS_FOR: dict[Any, Any] = {
     date: datetime.date,
     date_and_time: datetime.datetime,
     bounded_range: range,
+    empty_bytes: bytes,
 }
 
 

@@ -64,7 +64,8 @@ def check_links(folder: Path) -> None:
     root = folder.resolve()
     blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else root
     for entry in sorted(folder.iterdir()):
-        if entry.is_symlink() and (entry.suffix in _USED or entry.name == INDEX):
+        # A link that leads nowhere or round in a circle is no file for any reader.
+        if entry.is_symlink() and entry.exists() and (entry.suffix in _USED or entry.name == INDEX):
             target = entry.resolve()
             if not target.is_relative_to(root) and target.parent != blobs:
                 raise CheckpointError(f"{entry}: a link out of the folder, to {target}: copy that file there, by cp -L")
