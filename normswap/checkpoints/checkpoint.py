@@ -293,7 +293,7 @@ def stored_importance_weights(checkpoint: Checkpoint) -> dict[str, ImportanceWei
     for swap in swaps:
         module = record.stored_as.get(swap.fqn) if record else None
         keys = [join(module, name) if module else names.stored.get(join(swap.fqn, name)) for name in GATE_PARAMETERS]
-        points = [weights[key] for key in keys if key in weights]
+        points = [weights[key] for key in keys if key is not None and key in weights]
         if points:  # a site outside every registry is in no state dict
             if [tuple(point.shape) for point in points] != [(len(swap.branches),)] * len(GATE_PARAMETERS):
                 raise CheckpointError(f"{checkpoint.path}: the importance weights of {swap.fqn!r} do not fit its plan")
