@@ -1,4 +1,4 @@
-"""Files and folders as safetensors and transformers save them: other names than the model, one name for tied tensors."""
+"""Files and folders as safetensors and transformers save them: other names than a model's, one name of tied tensors."""
 
 import json
 from collections.abc import Callable, Iterator
