@@ -104,7 +104,7 @@ def _opened(
     try:
         checkpoint = read_file(header, trust=trust, entry=entry, arch=arch)
     except CheckpointError:
-        if entry is None and arch is None and holds_several(header, trust=trust):
+        if entry is None and arch is None and not header.origin.is_closed and holds_several(header, trust=trust):
             return None
         raise
     try:
