@@ -318,14 +318,14 @@ def test_a_wrong_architecture_is_refused(folder: Path, arch: str, message: str) 
 
 def test_an_architecture_is_needed_where_the_tensors_tell_none(folder: Path) -> None:
     torch.save(files.TiedNet().state_dict(), folder / "bad.pt")
-    for command in ("inspect", "convert", "identify"):
+    for command in ("convert", "identify"):
         assert_refused(folder, [command, "bad.pt"], 1, "the tensors resemble no model of timm ")
 
 
 def test_several_functions_are_never_guessed_among(folder: Path) -> None:
     torch.save(timm.create_model("efficientnet_b0", num_classes=10).state_dict(), folder / "bad.pt")
     message = " architectures that compute different functions, and do not say which: type --arch timm:efficientnet_b0"
-    for command in ("inspect", "convert", "identify"):
+    for command in ("convert", "identify"):
         assert_refused(folder, [command, "bad.pt"], 1, message)
         assert_refused(folder, [command, "bad.pt"], 1, "--arch timm:tf_efficientnet_b0,num_classes=10")
 

@@ -1,4 +1,4 @@
-"""Files and folders as safetensors and transformers save them: other names than the model has, one name for tied tensors."""
+"""Files and folders as safetensors and transformers save them: other names than a model's, one name of tied tensors."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -89,7 +89,10 @@ def test_what_save_writes_the_library_loads_again(tied: Callable[[], nn.Module])
     conversion = normswap.convert(tied())
     normswap.save(conversion.model, "sn.safetensors", plan=conversion.plan)
     safetensors.torch.save_model(conversion.model, "library.safetensors")
-    with safetensors.safe_open("sn.safetensors", "pt") as ours, safetensors.safe_open("library.safetensors", "pt") as its:
+    with (
+        safetensors.safe_open("sn.safetensors", "pt") as ours,
+        safetensors.safe_open("library.safetensors", "pt") as its,
+    ):
         assert [*ours.keys()] == [*its.keys()]
         assert {**ours.metadata(), **its.metadata()} == ours.metadata()
     twin = normswap.convert(tied()).model
@@ -137,7 +140,7 @@ def test_a_note_ties_what_the_model_does_not(tied: Callable[[], nn.Module]) -> N
 def test_what_is_missing_and_not_tied_is_refused(tied: Callable[[], nn.Module]) -> None:
     state = {key: value for key, value in tied().state_dict().items() if not key.endswith("weight") or key[:2] == "bn"}
     torch.save(state, "bad.pt")
-    with pytest.raises(ArchitectureError, match="3 missing: a.weight, b.weight, c.weight"):
+    with pytest.raises(ArchitectureError, match=r"3 missing: a\.weight, b\.weight, c\.weight"):
         normswap.load("bad.pt", architecture=tied)
 
 
@@ -261,7 +264,9 @@ def _outputs(model: nn.Module) -> list[Tensor]:
 def _reopened(cls: Any, folder: Path) -> tuple[nn.Module, dict[str, Any]]:
     if cls is transformers.TimmBackbone:  # whose from_pretrained takes names of timm only
         model = cls(transformers.TimmBackboneConfig.from_pretrained(folder))
-        missing, unexpected = model.load_state_dict(safetensors.torch.load_file(folder / "model.safetensors"), strict=False)
+        missing, unexpected = model.load_state_dict(
+            safetensors.torch.load_file(folder / "model.safetensors"), strict=False
+        )
         return model, {"missing_keys": missing, "unexpected_keys": unexpected}
     return cls.from_pretrained(folder, local_files_only=True, output_loading_info=True)  # type: ignore[no-any-return]
 
@@ -275,7 +280,8 @@ def test_a_folder_of_transformers_converts_without_any_option(make: Callable[[],
     original, _ = _reopened(type(model), source)
     loaded = normswap.load(target)
     assert type(loaded.model) is type(model)
-    assert loaded.plan is not None and loaded.plan.swaps
+    assert loaded.plan is not None
+    assert loaded.plan.swaps
     assert normswap.importance_weights(loaded.model).keys() == {swap.fqn for swap in loaded.plan.swaps}
     for expected, found in zip(_outputs(original), _outputs(loaded.model), strict=True):
         assert torch.allclose(expected, found, atol=1e-4, rtol=1e-4, equal_nan=True)

@@ -1,4 +1,4 @@
-"""Sources that change while they are read: refused in one line, with no output, never torn numbers and never a signal."""
+"""Sources that change while they are read: refused in one line, without output, torn numbers or a signal."""
 
 import os
 import shutil
@@ -225,8 +225,8 @@ def test_a_source_that_changes_under_the_reader_is_refused(
     change_at(normswap.checkpoints.checkpoint, "read_record_text", lambda: change(part))
     check_refused(run("convert", source, "--arch", "none", "-o", tmp_path / "out.pt"), "", part)
     assert not (tmp_path / "out.pt").exists()
-    with pytest.raises(CheckpointError):  # damaged, or of another content than its index or archive says
-        shutil.rmtree(part) if part.is_dir() else _shrink(part)
+    _shrink(part)
+    with pytest.raises(CheckpointError):  # damaged, and said so
         normswap.load(source, architecture=files.ARCH)
 
 
@@ -380,7 +380,8 @@ def test_systems_without_files_without_names_copy_too(
     for make in (_zip, _inside("config.json")):
         path, part = make(tmp_path)
         origin = sources.open_source(path, folder=tmp_path)
-        assert not any(entry.is_symlink() for entry in origin.copy.parent.rglob("*") if entry.suffix in (".json", ".pt"))
+        if origin.copy.is_dir():
+            assert not any(entry.is_symlink() for entry in origin.copy.iterdir())
         assert normswap.load(path, architecture=files.ARCH).model is not None
         _flip_unnoticed(part)
         with pytest.raises(CheckpointError, match="it was written to"):
@@ -416,5 +417,6 @@ def test_a_file_that_is_rewritten_all_the_time_never_gives_a_torn_output_or_a_si
         assert process.stderr is not None
         error = process.stderr.read()
     assert process.returncode == 2, error
-    assert error.startswith("error: ") and error.count("\n") == 1
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
     assert [entry.name for entry in tmp_path.iterdir()] == ["last.pt"]

@@ -83,7 +83,7 @@ def written_whole(path: Path, *, last_check: Callable[[], None] = _no_check) -> 
     what the umask leaves. SIGTERM and SIGHUP end the process as ever, but not before the temporary is gone.
 
     Args:
-        last_check: called when all bytes are on the disk, directly before the file appears; what it raises prevents that.
+        last_check: called when all bytes are on the disk, directly before the file appears; an error prevents that.
 
     Raises:
         CheckpointError: `path` is no place for a file, or the disk refuses; an existing file is as it was.

@@ -6,8 +6,8 @@ Reads whatever `containers` decodes, finds the weights in it and builds their mo
 import copy
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -202,27 +202,46 @@ def read_checkpoint(
         header.origin.check_unchanged()
         header.origin.close()
         return checkpoint
-    origin, container, text, record = source.origin, source.container, source.text, source.record
-    path = origin.path
-    with origin.reading():
-        content = decode(origin.copy, container, trust=trust, mapped=mapped)
-        ties = {} if record is not None else read_ties(origin.copy, container)
+    origin, record = source.origin, source.record
+    content = read_content(source, trust=trust, mapped=mapped)
     program = content if isinstance(content, Program) else None
-    if container in TENSORS_ONLY:
-        tied, channels_last = (ties, ()) if record is None else (record.tied, record.channels_last)
-        content = {**content, **rejoin(content, tied, channels_last)}
-    try:
+    with _named(origin.path):
         if program is not None:
             content = module_of(program.program)
-        if text is not None:
-            check_seal(text, digest_of_members(origin.copy) if container == "exported program" else fingerprint(content))
         contents = read_contents(content, entry=entry or (record.entry if record else None))
         weights = at(content, contents.weights)
         if not isinstance(weights, nn.Module):
             content = replaced(content, {contents.weights: _readable(weights)})
+    return Checkpoint(origin, source.container, content, contents, record, program)
+
+
+def read_content(header: Header, *, trust: bool = False, mapped: bool = False) -> Any:
+    """Return the object in a file, as its record seals it, whatever it holds; arguments as of `read_checkpoint`.
+
+    Raises:
+        CheckpointError: as `load`.
+    """
+    origin, container, record = header.origin, header.container, header.record
+    with origin.reading():
+        content = decode(origin.copy, container, trust=trust, mapped=mapped)
+        ties = {} if record is not None else read_ties(origin.copy, container)
+    if container in TENSORS_ONLY:
+        tied, channels_last = (ties, ()) if record is None else (record.tied, record.channels_last)
+        content = {**content, **rejoin(content, tied, channels_last)}
+    if header.text is not None:
+        is_program = container == "exported program"
+        with _named(origin.path):
+            check_seal(header.text, digest_of_members(origin.copy) if is_program else fingerprint(content))
+    return content
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Let errors about a content name its file."""
+    try:
+        yield
     except (CheckpointError, SwapError) as error:
         raise CheckpointError(f"{path}: {error}") from error
-    return Checkpoint(origin, container, content, contents, record, program)
 
 
 def build_model(checkpoint: Checkpoint, architecture: Architecture | None = None, *, trust: bool = False) -> Built:
@@ -282,7 +301,7 @@ def stored_importance_weights(checkpoint: Checkpoint) -> dict[str, ImportanceWei
     for swap in swaps:
         module = record.stored_as.get(swap.fqn) if record else None
         keys = [join(module, name) if module else names.stored.get(join(swap.fqn, name)) for name in GATE_PARAMETERS]
-        points = [weights[key] for key in keys if key in weights]
+        points = [weights[key] for key in keys if key is not None and key in weights]
         if points:  # a site outside every registry is in no state dict
             if [tuple(point.shape) for point in points] != [(len(swap.branches),)] * len(GATE_PARAMETERS):
                 raise CheckpointError(f"{checkpoint.path}: the importance weights of {swap.fqn!r} do not fit its plan")

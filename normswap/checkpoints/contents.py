@@ -61,14 +61,24 @@ def read_contents(content: Any, *, entry: str | None = None) -> Contents:
     Raises:
         CheckpointError: there are no weights, several and none is likelier, or `entry` holds none.
     """
-    found = dict(_holders(content, ()))
+    found = weights_in(content)
     if not found:
         raise CheckpointError(f"expected a state dict or a module, got {_described(content)}")
     weights = _chosen(found, entry)
     others = tuple(place for place in found if place != weights)
-    optimizers = tuple(_places(content, (), is_optimizer_state))
+    optimizers = optimizers_in(content)
     schedulers = tuple(_places(content, (), is_scheduler_state))
     return Contents(_kind(content, weights), weights, others, optimizers, schedulers)
+
+
+def weights_in(content: Any) -> dict[Place, Any]:
+    """Return all state dicts and modules in a content, by place."""
+    return dict(_holders(content, ()))
+
+
+def optimizers_in(content: Any) -> tuple[Place, ...]:
+    """Return where the states of optimizers lie in a content."""
+    return tuple(_places(content, (), is_optimizer_state))
 
 
 def at(content: Any, place: Place) -> Any:

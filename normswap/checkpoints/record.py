@@ -63,8 +63,9 @@ class Record:
 
     `payload` is what the tensors are held in, `architecture` what builds the model (`timm:resnet50`), `verification`
     the proof, `originals` what each site was, by fqn, `entry` where the converted weights lie in a file of several
-    models, `stored_as` the name of a site in the file if that is another one than its fqn. `tied` maps a tensor's key to the key under which its value is stored, `channels_last` names the tensors of
-    that memory format: only safetensors, which knows neither, needs them. `fingerprint` seals record and content.
+    models, `stored_as` the name of a site in the file if that is another one than its fqn. `tied` maps a tensor's key
+    to the key under which its value is stored, `channels_last` names the tensors of that memory format: only
+    safetensors, which knows neither, needs them. `fingerprint` seals record and content.
     """
 
     payload: Payload

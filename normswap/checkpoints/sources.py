@@ -94,6 +94,11 @@ class Source:
                 raise type(error)(self.in_words(str(error))) from error
             raise
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether the copy is gone, so that nothing can be read of it any more."""
+        return not (self.files.descriptors or self.files.folders)
+
     def close(self) -> None:
         """Give the copy back. Tensors that are mapped from it stay valid."""
         self.files.close()

@@ -9,7 +9,7 @@ import click
 
 from normswap.checkpoints.atomic import check_readable
 from normswap.cli.failures import one_line_failures
-from normswap.cli.opening import describe_content, describe_size, open_model, read_file, read_header
+from normswap.cli.opening import Opened, describe_content, describe_size, open_model, read_file, read_header
 from normswap.cli.options import (
     InputSpec,
     arch_option,
@@ -21,6 +21,9 @@ from normswap.cli.options import (
     trust_option,
 )
 from normswap.cli.progress import stage
+from normswap.cli.survey import holds_several, show_survey
+from normswap.cli.wish import NO_ARCHITECTURE
+from normswap.errors import AmbiguityError, CheckpointError
 
 if TYPE_CHECKING:
     from normswap.checkpoints.checkpoint import Header
@@ -42,7 +45,8 @@ def inspect_command(file: Path, trust: bool, as_json: bool, entry: str | None, *
     """Show the norm sites of FILE with the decision for each, or the record of a converted FILE.
 
     FILE is any checkpoint, or a folder of shards. Of a converted file the plan, the proof, the history and the
-    importance weights are shown, which needs no --arch.
+    importance weights are shown, which needs no --arch. If nothing tells the architecture, or with --arch none, the
+    norms are shown that the names of the tensors tell, and what to type for more. Exit status 1: there are none.
     """
     check_readable(file)
     header = read_header(file)
@@ -70,12 +74,14 @@ def _show_sites(
     from normswap.surgery.planning import plan_swaps
     from normswap.surgery.sites import find_norm_sites
 
-    checkpoint = read_file(header, trust=trust, entry=entry, arch=arch)
-    opened = open_model(checkpoint, arch=arch, inputs=inputs, trust=trust)
+    opened = _opened(header, arch=arch, inputs=inputs, entry=entry, trust=trust)
+    if opened is None:
+        show_survey(header, entry=entry, trust=trust and not header.gives_weights(arch), as_json=as_json)
+        return
     with stage("finding norm sites"):
         sites = find_norm_sites(opened.model, opened.inputs)
         plan = plan_swaps(opened.model, opened.inputs, kinds=kinds or ("bn",))
-    checkpoint.origin.check_unchanged()
+    header.origin.check_unchanged()
     steps = header.record.history if header.record else ()
     if as_json:
         facts: dict[str, Any] = {"file": str(file), "architecture": opened.architecture, "converted": False}
@@ -87,6 +93,24 @@ def _show_sites(
     for part in (site_table(sites, plan), plan_summary(plan), *([history(steps)] if steps else [])):
         console.print()
         console.print(part)
+
+
+def _opened(
+    header: "Header", *, arch: str | None, inputs: Sequence[InputSpec], entry: str | None, trust: bool
+) -> Opened | None:
+    """The model in a file, or None if nobody knows its architecture or which of several weights are meant."""
+    if arch == NO_ARCHITECTURE:
+        return None
+    try:
+        checkpoint = read_file(header, trust=trust, entry=entry, arch=arch)
+    except CheckpointError:
+        if entry is None and arch is None and not header.origin.is_closed and holds_several(header, trust=trust):
+            return None
+        raise
+    try:
+        return open_model(checkpoint, arch=arch, inputs=inputs, trust=trust)
+    except AmbiguityError:
+        return None
 
 
 def _show_converted(
