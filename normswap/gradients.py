@@ -27,8 +27,8 @@ IN_MEMORY = 1 << 24
 def hand_on_gradients(outputs: list[Any], parameters: dict[Names, Tensor], receive: Receive, *, seed: int) -> None:
     """Give `receive` the gradients of a fixed random projection of every output; nothing where nothing requires any.
 
-    By `backward()`, which reentrant checkpoints need: they run a backward pass of their own inside it, and a parameter in
-    several of them is handed on once for each, to be summed. `.grad` of all leaves is as before afterwards.
+    By `backward()`, which reentrant checkpoints need: they run a backward pass of their own inside it, and a parameter
+    in several of them is handed on once for each, to be summed. `.grad` of all leaves is as before afterwards.
 
     Args:
         outputs: leaves of a model's output; what is no tensor with a graph is left aside.
@@ -40,9 +40,9 @@ def hand_on_gradients(outputs: list[Any], parameters: dict[Names, Tensor], recei
         return
     generator = torch.Generator().manual_seed(seed)  # whatever either model has drawn from the global one
     cotangents = [torch.randn(h.shape, dtype=h.dtype, generator=generator).to(h.device) for h in heads]
-    with _own_grad([*wanted.values(), *_leaves_behind(heads)]):
-        with hooked(_handing_on(names, parameter, receive) for names, parameter in wanted.items()):
-            torch.autograd.backward(heads, cotangents)
+    hooks = [_handing_on(names, parameter, receive) for names, parameter in wanted.items()]
+    with _own_grad([*wanted.values(), *_leaves_behind(heads)]), hooked(hooks):
+        torch.autograd.backward(heads, cotangents)
 
 
 def _handing_on(names: Names, parameter: Tensor, receive: Receive) -> Callable[[], RemovableHandle]:
@@ -51,7 +51,7 @@ def _handing_on(names: Names, parameter: Tensor, receive: Receive) -> Callable[[
         if gradient is not None:
             receive(names, gradient.to_dense() if gradient.layout is not torch.strided else gradient)
 
-    return lambda: parameter.register_post_accumulate_grad_hook(hook)
+    return lambda: parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Original against converted on data in one precision: every check, leaf by leaf, against its limit.
 
-The limit of a check is the precision's, or ten times the original's own response to a change of its input by one unit in
-the last place. If that response is not finite or exceeds 1e-3, the whole model cannot be judged by that check, and
+The limit of a check is the precision's, or ten times the original's own response to a change of its input by one unit
+in the last place. If that response is not finite or exceeds 1e-3, the whole model cannot be judged by that check, and
 `site_verdict` decides. Measures and judges; nothing is repaired.
 """
 
@@ -76,18 +76,18 @@ class _Tally:
         }
         for part, response in wild.items():
             self.not_judged(
-                f"{part or 'the original'} is not judged: in the original itself a change of the input by one unit in the "
-                f"last place changes it by {response:.1e}"
+                f"{part or self.name}: not judged, one unit in the last place of the input alone changes it by "
+                f"{response:.1e} (relative L2) in the original"
             )
         judged = [part for part in errors if part not in wild]
         if not judged:
             return
         worst = max(errors[part] for part in judged)
-        response = max((responses[part] for part in judged if part in responses), default=None)
-        limit = max(base, _RESPONSE_FACTOR * (response or 0.0))
+        own = max((responses[part] for part in judged if part in responses), default=None)
+        limit = max(base, _RESPONSE_FACTOR * (own or 0.0))
         self.failed = self.failed or not worst <= limit
         if self.error is None or worst / limit > self.error / self.limit:
-            self.error, self.limit, self.own_response = worst, limit, response
+            self.error, self.limit, self.own_response = worst, limit, own
 
     def not_judged(self, note: str) -> None:
         self.unjudged = True
@@ -218,6 +218,8 @@ class ModelComparison:
         if training:
             errors[GRADIENTS] = self._gradient_error(a, b, gradients)
             errors[STATISTICS] = _statistics_error(a.buffers, b.buffers)
+            if not errors[STATISTICS]:
+                self._note((STATISTICS,), "there are no running statistics")
         return errors
 
     def _leaf_errors(self, check: str, a: Leaves, b: Leaves) -> dict[str, float]:
@@ -296,8 +298,8 @@ class ModelComparison:
             return
         self._note(
             (GRADIENTS,),
-            f"torch's batch norm kernel returns wrong gradients on this input (relative L2 {error:.1e} from its formula): "
-            "the converted model is compared with the formula",
+            f"torch's own batch norm returns wrong gradients on this input (relative L2 {error:.1e} from its formula); "
+            "the converted model agrees with the formula",
         )
         errors[GRADIENTS], responses[GRADIENTS] = {"": found}, {}
 

@@ -1,7 +1,7 @@
 """What a model returns, taken apart into named leaves: dense tensors, numbers, and values that are equal or not.
 
-Looks into mappings, sequences, sets, iterators, dataclasses, plain objects and closures, never at `__eq__` of a class. What
-may hold numbers and cannot be taken apart is named with the reason, so that nothing is left out silently.
+Looks into mappings, sequences, sets, iterators, dataclasses, plain objects and closures, never at `__eq__` of a class.
+What may hold numbers and cannot be taken apart is named with the reason, so that nothing is left out silently.
 """
 
 import functools

@@ -94,9 +94,9 @@ def computes_below(model: nn.Module, batch: Any, dtype: torch.dtype) -> bool:
     return watcher.found
 
 
-class _NarrowWatcher(TorchDispatchMode):
+class _NarrowWatcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, eps: float) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._eps, self.found = eps, False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

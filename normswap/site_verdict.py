@@ -1,7 +1,7 @@
 """What decides if whole models cannot be judged: every site alone, and that nothing else of the two models differs.
 
-Each site is fed what the original's was fed; outputs and gradients must agree within the precision's limit, and no site may
-be left that never ran.
+Each site is fed what the original's was fed; outputs and gradients must agree within the precision's limit, and no
+site may be left that never ran.
 """
 
 import torch

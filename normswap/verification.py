@@ -2,16 +2,17 @@
 
 Same function means: every output in evaluation and in training, the running statistics of every module after a training
 step, and the gradients of all original parameters as one vector differ by a relative L2 of at most 1e-9, or at most ten
-times the original's own response to a one-ulp change of its input, the largest of three. If that response is not finite or
-exceeds 1e-3, every site alone has to agree instead. A model that does not run in float64 is verified in its own precision.
-If the original raises, nothing is compared, and the check says so. Both models are judged on copies; nothing is repaired.
-If the original's statistics are of one process, the converted model is compared with its own ones local.
+times the original's own response to a one-ulp change of its input, the largest of three. If that response is not
+finite or exceeds 1e-3, every site alone has to agree instead. A model that does not run in float64 is verified in its
+own precision. If the original raises, nothing is compared, and the check says so. Both models are judged on copies;
+nothing is repaired. If the original's statistics are of one process, the converted model is compared with its own ones
+local.
 """
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from math import isfinite
-from typing import Any, Literal, Self, get_args, get_type_hints
+from typing import Any, Self, get_args, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -31,21 +32,19 @@ from normswap.surgery.tracing import first_line
 from normswap.surgery.tree import copy_model, walk_modules
 from normswap.surgery.wrapping import unwrap
 
-__all__ = ["LAW_TOLERANCE", "Check", "Verification", "verify", "verify_in_place"]
+__all__ = ["LAW_TOLERANCE", "Check", "Verification", "read_numbers", "verify", "verify_in_place"]
 
 LAW_TOLERANCE = 1e-9
-
-JudgedBy = Literal["whole model", "sites"]
 
 
 @dataclass(frozen=True)
 class Verification:
     """What `verify` found: `passed` only if something was compared and nothing failed.
 
-    `loosened` tells that `tolerance` is wider than the default; errors are relative L2 in `precision`, `fp32_error` that
-    of the outputs in evaluation in float32 (None for models of another dtype), `max_abs_error` over all outputs.
-    `judged_by` is `"sites"` if the whole model could not be judged and every site was compared alone; `notes` say why, and
-    what else is worth knowing.
+    `loosened` tells that `tolerance` is wider than the default; errors are relative L2 in `precision`, `fp32_error`
+    that of the outputs in evaluation in float32 (None for models of another dtype), `max_abs_error` over all outputs.
+    `judged_by` is `"sites"` if the whole model could not be judged and every site was compared alone; `notes` say why,
+    and what else is worth knowing.
     """
 
     passed: bool
@@ -58,7 +57,7 @@ class Verification:
     max_rel_error: float
     fp32_error: float | None
     precision: str = "float64"
-    judged_by: JudgedBy = "whole model"
+    judged_by: str = "whole model"
     notes: tuple[str, ...] = ()
 
     @property
@@ -80,10 +79,10 @@ class Verification:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:
         """Return what `to_dict` came from, or an older version of it."""
-        checks = tuple(Check(**_numbers(Check, check)) for check in data["checks"])
-        sites = tuple(SiteError(**_numbers(SiteError, site)) for site in data["sites"])
+        checks = tuple(Check(**read_numbers(Check, check)) for check in data["checks"])
+        sites = tuple(SiteError(**read_numbers(SiteError, site)) for site in data["sites"])
         notes = tuple(data.get("notes", ()))
-        return cls(**{**_numbers(cls, data), "checks": checks, "sites": sites, "notes": notes})
+        return cls(**{**read_numbers(cls, data), "checks": checks, "sites": sites, "notes": notes})
 
 
 _NO_JSON = {"Infinity": float("inf"), "-Infinity": float("-inf"), "NaN": float("nan")}
@@ -99,8 +98,8 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _numbers(record: type, data: dict[str, Any]) -> dict[str, Any]:
-    """Put numbers in place of the strings that stand for them in JSON."""
+def read_numbers(record: type, data: dict[str, Any]) -> dict[str, Any]:
+    """Return plain data of a record with numbers in place of the strings that stand for them in JSON."""
     hints = get_type_hints(record)
     floats = {f.name for f in fields(record) if float in (hints[f.name], *get_args(hints[f.name]))}
     return {
@@ -123,8 +122,8 @@ def verify(
         What was measured. Models that do not run in float64 are compared in their own precision, which it names.
 
     Raises:
-        ModelError: `batches` holds no inputs, or the original fails on them in evaluation, or returns nothing that can be
-            compared.
+        ModelError: `batches` holds no inputs, or the original fails on them in evaluation, or returns nothing that can
+            be compared.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))

@@ -1,7 +1,7 @@
 """Training and evaluation as a model's own `train()` and `eval()` set them, for a while.
 
-Models override them, most often to keep Batch Normalization in evaluation while all else trains. Whatever they change is
-put back: flags, attributes, buffers, the values and `requires_grad` of parameters.
+Models override them, most often to keep Batch Normalization in evaluation while all else trains. Whatever they change
+is put back: flags, attributes, buffers, the values and `requires_grad` of parameters.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
