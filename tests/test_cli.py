@@ -559,7 +559,7 @@ def test_an_input_of_any_dtype_is_made(dtype: str) -> None:
 
 
 def test_an_unknown_dtype_of_an_input_is_refused() -> None:
-    with pytest.raises(click.BadParameter, match="expected a dtype among float16, .*bool, got 'uint4'"):
+    with pytest.raises(click.BadParameter, match=r"expected a dtype among float16, .*bool, got 'uint4'"):
         parse_input("2x3:uint4")
 
 

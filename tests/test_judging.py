@@ -295,7 +295,7 @@ def test_tensors_outside_of_the_model_get_no_gradient() -> None:
     assert outside.grad.item() == 7.0
 
 
-# --- gradients that torch's own kernel gets wrong -----------------------------------------------------------------------
+# --- gradients that torch's own kernel gets wrong ---------------------------------------------------------------------
 
 
 class Tokens(nn.Module):

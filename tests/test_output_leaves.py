@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
+from functools import partial
 from typing import Any
 
 import numpy
@@ -120,7 +121,7 @@ OPAQUE: dict[str, tuple[Callable[[], Any], str]] = {
     "an endless iterator": (endless, "is an iterator of more than 100,000 items"),
     "a meta tensor": (lambda: torch.ones(1, device="meta"), "is on the meta device, where tensors have no values"),
     "an object of C": (lambda: memoryview(b"abc"), "is a builtins.memoryview, which shows no attributes"),
-    "an open file": (lambda: open("/dev/null"), "is an open file"),
+    "an open file": (partial(open, "/dev/null"), "is an open file"),
     "an object that raises": (Failing, "no attributes today"),
     "too deep": (lambda: functools.reduce(lambda inner, _: [inner], range(60), 1), "is nested deeper than 50 levels"),
 }
