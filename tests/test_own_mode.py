@@ -1,4 +1,4 @@
-"""A model's own `train()` and `eval()` count: what they keep in evaluation stays there; a call leaves nothing behind."""
+"""A model's own `train()` and `eval()` count: what they keep in evaluation stays so; a call leaves nothing behind."""
 
 import types
 from collections.abc import Callable
