@@ -58,6 +58,13 @@ def read_leaves(value: Any, name: str = "output") -> Leaves:
     return found
 
 
+def leaf_list(value: Any) -> list[Any]:
+    """Return paths and leaves of `value` in turn; what cannot be compared is an object that equals nothing."""
+    leaves = read_leaves(value)
+    unknown: dict[str, Any] = {path: object() for path in leaves.opaque}
+    return [part for item in (leaves.values | unknown).items() for part in item]
+
+
 def comparable_size(leaves: Leaves) -> int:
     """Return how many numbers the leaves hold."""
     return sum(_count(leaf) for leaf in leaves.values.values())

@@ -11,14 +11,14 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
-from normswap.comparison import Names, VectorDistance, shared, worst
+from normswap.comparison import Names, VectorDistance, distance, shared
 from normswap.gradients import hand_on_gradients
 from normswap.layers.modules import SwitchNorm
 from normswap.model_pass import shared_tensors
 from normswap.modes import hooked, preserved_state, seeded
-from normswap.output_leaves import read_leaves
+from normswap.output_leaves import Leaves, read_leaves
 from normswap.surgery.gated import gated_modules
 from normswap.surgery.graph_rewrite import is_rewritten
 from normswap.surgery.tree import modules_by_name, walk_modules
@@ -130,10 +130,26 @@ def _outputs_apart(new: nn.Module, call: _Call, output: Any) -> float:
     with torch.no_grad(), seeded(0):
         torch.set_rng_state(call.random_state)
         try:
-            result = tree_leaves(new.forward(*args, **kwargs))
+            result = read_leaves(new.forward(*args, **kwargs))
+            return _leaves_apart(read_leaves(output), result)
         except Exception:  # noqa: BLE001 - the end-to-end pass reports it in words
-            result = [None]
-        return worst(tree_leaves(output), result)
+            return float("inf")
+
+
+def _leaves_apart(reference: Leaves, value: Leaves) -> float:
+    """All floating values as one vector: a number that is zero in truth has no relative error of its own."""
+    vector, errors = VectorDistance(), [0.0]
+    if reference.values.keys() != value.values.keys() or reference.opaque:
+        return float("inf")
+    for path, expected in reference.values.items():
+        found = value.values[path]
+        if isinstance(expected, float) and isinstance(found, float):
+            vector.add(*(torch.tensor([number], dtype=torch.float64) for number in (expected, found)))
+        elif isinstance(expected, Tensor) and isinstance(found, Tensor) and expected.is_floating_point():
+            vector.add(expected, found)
+        else:
+            errors.append(distance(expected, found))
+    return max(*errors, vector.result())
 
 
 def _gradients_apart(old: nn.Module, new: nn.Module, call: _Call) -> float:

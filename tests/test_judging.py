@@ -81,6 +81,28 @@ def test_any_output_is_compared_and_no_difference_passes(wrap: Callable[[Tensor]
     assert check(wrong, "outputs in evaluation").error == pytest.approx(1 / 1 if wrap is not RETURNS["a number"] else 3)
 
 
+class Functional(Net):
+    """The same by a function, whose module is traced and run beside its own code."""
+
+    def __init__(self, wrap: Callable[[Tensor], Any]) -> None:
+        super().__init__(wrap)
+        self.holder, self.bn = self.bn, None
+
+    def forward(self, x: Tensor) -> Any:
+        bn = self.holder
+        statistics = bn.running_mean, bn.running_var, bn.weight, bn.bias
+        return self.wrap(nn.functional.batch_norm(self.conv(x), *statistics, self.training))
+
+
+@pytest.mark.parametrize("name", ["a dataclass", "numpy", "sparse", "a number"])
+def test_a_functional_site_may_return_anything(name: str) -> None:
+    model = Functional(RETURNS[name])
+    conversion = convert(model, X)
+    assert len(conversion.plan.swaps) == 1
+    assert verify(model, conversion.model, [X]).passed
+    assert not verify(model, convert(Functional(lambda y: RETURNS[name](2 * y)), X).model, [X]).passed
+
+
 def test_a_leaf_that_cannot_be_compared_is_named_and_does_not_pass() -> None:
     found = verified(Net(lambda y: {"y": y, "view": memoryview(b"a")}))
     assert not found.passed

@@ -15,6 +15,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "normswap"
 ROOMS = [
     "errors",
     "documents",
+    "output_leaves",
     "modes",
     "layers.importance",
     "layers.mixing",
@@ -68,7 +69,6 @@ ROOMS = [
     "statistics",
     "calibration_pooling",
     "calibration",
-    "output_leaves",
     "comparison",
     "surgery.programs",
     "gradients",
