@@ -110,10 +110,11 @@ class ModelComparison:
         inputs: list[Any],
         *,
         limit: float,
+        eps: float,
         flags: tuple[OwnFlags | None, OwnFlags | None],
     ) -> None:
         self.models = first, second
-        self.inputs, self.limit = inputs, limit
+        self.inputs, self.limit, self._eps = inputs, limit, eps
         self.tallies = {name: _Tally(name, limit) for name in CHECKS}
         self.raised: dict[bool, tuple[Exception, Any]] = {}
         self.largest_difference = 0.0
@@ -268,7 +269,7 @@ class ModelComparison:
                 found[STATISTICS] = _statistics_error(a.buffers, nudged.buffers)
             return found
 
-        for found in nudged_passes(self.models[0], batch, run):
+        for found in nudged_passes(self.models[0], batch, run, eps=self._eps):
             for name, parts in found.items():
                 known = responses.setdefault(name, {})
                 for part, error in parts.items():

@@ -6,6 +6,7 @@ The model is as it was afterwards. An error of its own code is a result, not an 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -97,28 +98,32 @@ def shared_tensors(model: nn.Module, registry: str) -> dict[Names, Tensor]:
 
 
 def nudged_passes(
-    model: nn.Module, batch: Any, run: Callable[[Any, AbstractContextManager[Any] | None], Any]
+    model: nn.Module, batch: Any, run: Callable[[Any, AbstractContextManager[Any] | None], Any], *, eps: float
 ) -> Iterator[Any]:
     """Yield what `run` gives if the input is changed by one unit in the last place: upwards, downwards, at random.
 
-    If the input holds no floating tensor, as with token ids or images of bytes, the first floating output of any module
-    is changed instead.
+    If the input holds no floating tensor of that precision, as with token ids or images of bytes, the first such output
+    of any module is changed instead.
+
+    Args:
+        eps: relative size of that unit in the precision of the comparison.
     """
-    floating = tree_any(lambda leaf: isinstance(leaf, Tensor) and _has_fractions(leaf), batch)
-    for nudge in (_upwards, _downwards, _at_random):
-        if floating:
+    fine = tree_any(lambda leaf: _is_fine(leaf, eps), batch)
+    for direction in ("up", "down", "random"):
+        nudge = partial(_nudged, direction=direction, eps=eps)
+        if fine:
             yield run(tree_map_only(Tensor, nudge, batch), None)
         else:
-            yield run(batch, _first_output_nudged(model, nudge))
+            yield run(batch, _first_output_nudged(model, nudge, eps))
 
 
 @contextmanager
-def _first_output_nudged(model: nn.Module, nudge: Callable[[Tensor], Tensor]) -> Iterator[None]:
+def _first_output_nudged(model: nn.Module, nudge: Callable[[Tensor], Tensor], eps: float) -> Iterator[None]:
     done = False
 
     def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
         nonlocal done
-        if done or not tree_any(lambda leaf: isinstance(leaf, Tensor) and _has_fractions(leaf), output):
+        if done or not tree_any(lambda leaf: _is_fine(leaf, eps), output):
             return None
         done = True
         return tree_map_only(Tensor, nudge, output)
@@ -132,23 +137,19 @@ def _registration(module: nn.Module, hook: Callable[..., Any]) -> Callable[[], A
     return lambda: module.register_forward_hook(hook)
 
 
-def _has_fractions(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() or tensor.is_complex()
+def _is_fine(leaf: Any, eps: float) -> bool:
+    """Whether a leaf is a floating tensor that can be changed by as little as `eps`."""
+    fractions = isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
+    return fractions and torch.finfo(leaf.dtype).eps <= eps
 
 
-def _upwards(tensor: Tensor) -> Tensor:
-    return tensor * (1 + torch.finfo(tensor.dtype).eps) if _has_fractions(tensor) else tensor
-
-
-def _downwards(tensor: Tensor) -> Tensor:
-    return tensor * (1 - torch.finfo(tensor.dtype).eps) if _has_fractions(tensor) else tensor
-
-
-def _at_random(tensor: Tensor) -> Tensor:
-    if not _has_fractions(tensor):
+def _nudged(tensor: Tensor, direction: str, eps: float) -> Tensor:
+    if not _is_fine(tensor, eps):
         return tensor
+    if direction != "random":
+        return tensor * (1 + eps if direction == "up" else 1 - eps)
     coins = torch.randint(0, 2, tensor.shape, generator=torch.Generator().manual_seed(_SEED)).to(tensor.device)
-    return tensor * (1 + (2 * coins - 1) * torch.finfo(tensor.dtype).eps)
+    return tensor * (1 + (2 * coins - 1) * eps)
 
 
 # --- batch normalization by its formula -------------------------------------------------------------------------------

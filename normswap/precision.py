@@ -37,6 +37,11 @@ class Precision:
         return str(self.dtype).removeprefix("torch.")
 
     @property
+    def eps(self) -> float:
+        """The relative size of one unit in the last place."""
+        return torch.finfo(self.dtype).eps
+
+    @property
     def limit(self) -> float:
         """The relative L2 that counts as the same in this precision."""
         return LIMITS.get(self.dtype, LIMITS[torch.bfloat16])

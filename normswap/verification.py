@@ -168,7 +168,7 @@ def verify_in_place(
         last = precision is attempts[-1]
         undo = precision.apply((first, second))
         limit = precision.limit if tolerance is None else tolerance
-        comparison = ModelComparison(first, second, precision.cast(inputs), limit=limit, flags=flags)
+        comparison = ModelComparison(first, second, precision.cast(inputs), limit=limit, eps=precision.eps, flags=flags)
         comparison.compare()
         if False not in comparison.raised:
             result = _result(comparison, precision, notes, single_precision_error)

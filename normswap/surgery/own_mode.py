@@ -24,11 +24,6 @@ class OwnFlags(NamedTuple):
     training: Flags
 
 
-def sets_own_mode(model: nn.Module) -> bool:
-    """Say whether a module of `model` has a `train()` or `eval()` that is not the one of `nn.Module`."""
-    return any(_overrides(place.module) for place in walk_modules(model))
-
-
 def own_flags(model: nn.Module) -> OwnFlags | None:
     """Return the flags that the model's own `train()` and `eval()` set, None if they are those of `nn.Module`."""
     places = walk_modules(model)
