@@ -300,8 +300,9 @@ def _same_function(
                 whole = normswap.verify(model, converted, [inputs])
             except ModelError as error:
                 record.notes.append(f"float64: {error}"[:250])
-        record.precision = "float32" if whole is None and entry.view is None else "float64"
-        if record.precision == "float32":
+        record.precision = "float64" if whole is None else whole.precision
+        if whole is None and entry.view is None:
+            record.precision = "float32"
             _compare_in_float32(model, converted, inputs, record)
         judged = whole
         if entry.view is not None:
@@ -313,20 +314,24 @@ def _same_function(
 
 def _note_law_1(whole: normswap.Verification, judged: normswap.Verification, record: Record) -> None:
     record.checks += [[c.name, c.error, c.limit, c.own_response, c.passed, c.note] for c in judged.checks]
-    record.fp32_error = record.fp32_error if record.precision == "float32" else judged.fp32_error
+    record.fp32_error = judged.fp32_error if record.fp32_error is None else record.fp32_error
     for mode in ("evaluation", "training"):
         errors = [error for site in whole.sites if (error := getattr(site, mode)) is not None]
         record.site_errors.append(max(errors, default=None))
         worst = max(errors, default=0.0)
-        if worst > SITE_LIMIT:
+        if worst > (SITE_LIMIT if whole.precision == "float64" else FP32_LIMIT):
             fqn = next(site.fqn for site in whole.sites if getattr(site, mode) == worst)
             record.failures.append(f"law 1: the site {fqn} alone is {worst:.1e} off in {mode}")
     for check in judged.checks:
         if check.passed is False:
             own = "" if check.own_response is None else f", own response {check.own_response:.1e}"
             record.failures.append(f"law 1: {check.name}: {check.error:.1e}, limit {check.limit:.1e}{own} {check.note}")
-    if not any(check.passed for check in judged.checks):
-        record.failures.append("law 1: nothing was compared")
+    if judged.precision != "float64":
+        record.notes += [f"float64: {note}"[:250] for note in judged.notes[:1]]
+    if judged.judged_by == "sites":
+        record.notes.append(judged.notes[-1][:400])
+    if not judged.passed and not any(check.passed is False for check in judged.checks):
+        record.failures.append(f"law 1: {judged.summary}: {'; '.join(judged.notes)}"[:400])
 
 
 def _compare_in_float32(model: nn.Module, converted: nn.Module, inputs: Any, record: Record) -> None:

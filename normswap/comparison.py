@@ -1,4 +1,4 @@
-"""How far two values are apart: relative L2 of tensors, equal or not for anything else. Values in, numbers out."""
+"""How far two values are apart: relative L2 of tensors and numbers, equal or not for anything else."""
 
 from math import hypot, isfinite
 from typing import Any
@@ -11,14 +11,23 @@ Names = tuple[str, ...]
 # Elements that are compared at a time: what is in between stays small, whatever the tensors are.
 _CHUNK = 1 << 18
 
+# From here on a value that is exactly the same on both sides may be a constant that masks others, such as -1e9: counted
+# into the norm of the reference it would hide any difference of the values beside it.
+_MASK = 1e4
+_WIDE = {float: torch.float64, complex: torch.complex128}
+
 
 def distance(reference: Any, value: Any) -> float:
-    """Return the relative L2 of floating tensors; for anything else, or another shape or dtype, 0 or inf.
+    """Return the relative L2 of floating tensors or numbers; for anything else, or another shape or dtype, 0 or inf.
 
     Where the reference is inf or NaN the value must be the same, else the distance is inf.
     """
     if not (isinstance(reference, Tensor) and isinstance(value, Tensor)):
-        return 0.0 if type(reference) is type(value) and reference == value else float("inf")
+        if type(reference) is not type(value):
+            return float("inf")
+        if isinstance(reference, float | complex):
+            return distance(*(torch.tensor(number, dtype=_WIDE[type(number)]) for number in (reference, value)))
+        return 0.0 if reference == value else float("inf")
     if reference.shape != value.shape or reference.dtype != value.dtype:
         return float("inf")
     if not (reference.is_floating_point() or reference.is_complex()):
@@ -35,19 +44,22 @@ def _norms(reference: Tensor, value: Tensor) -> tuple[float, float]:
 
 def _norms_of_chunk(reference: Tensor, value: Tensor) -> tuple[float, float]:
     difference, size = (value - reference).norm().item(), reference.norm().item()
-    if isfinite(difference) and isfinite(size):
+    if isfinite(difference) and isfinite(size) and (size < _MASK or reference.abs().max().item() < _MASK):
         return difference, size
-    finite = reference.isfinite()  # something is not finite, or too large to be squared
+    finite = reference.isfinite()
     odd, other = reference[~finite], value[~finite]
     if not torch.equal(odd.isnan(), other.isnan()) or not torch.equal(odd.nan_to_num(), other.nan_to_num()):
         return float("inf"), size
-    return (value - reference)[finite].norm().item(), reference[finite].norm().item()
+    counted = finite & ~((reference == value) & (reference.abs() >= _MASK))
+    reference, value = reference[counted], value[counted]
+    scale = max(reference.abs().max().item(), 1.0) if reference.numel() else 1.0  # or squares could overflow
+    return ((value - reference) / scale).norm().item() * scale, (reference / scale).norm().item() * scale
 
 
 def _ratio(difference: float, size: float) -> float:
     if difference == 0.0:
         return 0.0
-    return difference / size if size > 0 and isfinite(difference) else float("inf")
+    return difference / size if size > 0 and isfinite(difference) and isfinite(size) else float("inf")
 
 
 class VectorDistance:

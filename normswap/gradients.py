@@ -8,7 +8,7 @@ import mmap
 import os
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import Any, Self
 
 import torch
@@ -27,6 +27,9 @@ IN_MEMORY = 1 << 24
 def hand_on_gradients(outputs: list[Any], parameters: dict[Names, Tensor], receive: Receive, *, seed: int) -> None:
     """Give `receive` the gradients of a fixed random projection of every output; nothing where nothing requires any.
 
+    By `backward()`, which reentrant checkpoints need: they run a backward pass of their own inside it, and a parameter
+    in several of them is handed on once for each, to be summed. `.grad` of all leaves is as before afterwards.
+
     Args:
         outputs: leaves of a model's output; what is no tensor with a graph is left aside.
         parameters: those that are asked for, by all their names.
@@ -37,16 +40,46 @@ def hand_on_gradients(outputs: list[Any], parameters: dict[Names, Tensor], recei
         return
     generator = torch.Generator().manual_seed(seed)  # whatever either model has drawn from the global one
     cotangents = [torch.randn(h.shape, dtype=h.dtype, generator=generator).to(h.device) for h in heads]
-    with hooked(_handing_on(names, parameter, receive) for names, parameter in wanted.items()):
-        torch.autograd.grad(heads, list(wanted.values()), cotangents, allow_unused=True)
+    hooks = [_handing_on(names, parameter, receive) for names, parameter in wanted.items()]
+    with _own_grad([*wanted.values(), *_leaves_behind(heads)]), hooked(hooks):
+        torch.autograd.backward(heads, cotangents)
 
 
 def _handing_on(names: Names, parameter: Tensor, receive: Receive) -> Callable[[], RemovableHandle]:
-    def hook(gradient: Tensor) -> Tensor:
-        receive(names, gradient.detach())
-        return _zeros_like(gradient)  # what is returned is what autograd holds until the end of the pass
+    def hook(leaf: Tensor) -> None:
+        gradient, leaf.grad = leaf.grad, None
+        if gradient is not None:
+            receive(names, gradient.to_dense() if gradient.layout is not torch.strided else gradient)
 
-    return lambda: parameter.register_hook(hook)  # type: ignore[no-untyped-call]
+    return lambda: parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def _own_grad(leaves: list[Tensor]) -> Iterator[None]:
+    """Take `.grad` away from tensors, and give it back at the end."""
+    before = [(leaf, leaf.grad) for leaf in leaves]
+    try:
+        for leaf, _ in before:
+            leaf.grad = None
+        yield
+    finally:
+        for leaf, gradient in before:
+            leaf.grad = gradient
+
+
+def _leaves_behind(heads: list[Tensor]) -> list[Tensor]:
+    """The tensors that a backward pass from `heads` gives a gradient, whoever they belong to."""
+    pending = [node for head in heads if (node := head.grad_fn) is not None]
+    seen = set(pending)
+    leaves = [head for head in heads if head.grad_fn is None]
+    while pending:
+        node = pending.pop()
+        if (leaf := getattr(node, "variable", None)) is not None:
+            leaves.append(leaf)
+        after = {child for child, _ in node.next_functions if child is not None} - seen
+        seen |= after
+        pending += after
+    return leaves
 
 
 def _zeros_like(tensor: Tensor) -> Tensor:
@@ -63,6 +96,7 @@ class KeptGradients:
         self._held: dict[Names, Tensor] = {}
         self._places: dict[Names, tuple[int, Tensor]] = {}
         self._names: dict[str, Names] = {}
+        self._several: set[Names] = set()
         self._bytes = 0
         self._files = ExitStack()
         self._file: Any = None
@@ -86,7 +120,12 @@ class KeptGradients:
         return torch.frombuffer(data, dtype=like.dtype).view(like.shape)
 
     def keep(self, names: Names, gradient: Tensor) -> None:
-        """Take a gradient in."""
+        """Take a gradient in, or add it to what came before for the same parameter."""
+        if names in self._held or names in self._places:
+            self._several.add(names)
+            gradient = self[names] + gradient
+            self._held.pop(names, None)
+            self._places.pop(names, None)
         self._names |= dict.fromkeys(names, names)
         self._bytes += gradient.nbytes
         if self._bytes <= IN_MEMORY or gradient.device.type != "cpu" or not self._written(names, gradient):
@@ -95,6 +134,10 @@ class KeptGradients:
     def partner(self, names: Names) -> Names | None:
         """Return the names of a kept gradient that has one of `names`."""
         return next((self._names[name] for name in names if name in self._names), None)
+
+    def comes_in_parts(self, names: Names) -> bool:
+        """Say whether the gradient came as several parts, by which other passes of the model give it too."""
+        return names in self._several
 
     def _written(self, names: Names, gradient: Tensor) -> bool:
         try:
@@ -122,11 +165,15 @@ class GradientDistance:
     def __init__(self, kept: KeptGradients) -> None:
         self._kept = kept
         self._met: set[Names] = set()
+        self._parts: dict[Names, Tensor] = {}
         self._vector = VectorDistance()
 
     def meet(self, names: Names, gradient: Tensor) -> None:
         """Hold a gradient against the kept one of the same parameter."""
         partner = self._kept.partner(names)
+        if partner is not None and self._kept.comes_in_parts(partner):
+            self._parts[partner] = self._parts[partner] + gradient if partner in self._parts else gradient
+            return
         if partner is None or partner in self._met:
             self._vector.add(_zeros_like(gradient), gradient)
             return
@@ -135,6 +182,10 @@ class GradientDistance:
 
     def result(self) -> float:
         """Return the relative L2 over all parameters, once the pass is over."""
+        for names, gradient in self._parts.items():
+            self._met.add(names)
+            self._vector.add(self._kept[names], gradient)
+        self._parts.clear()
         for names in self._kept:
             if names not in self._met:
                 self._met.add(names)

@@ -22,6 +22,7 @@ from normswap.layers.gates import GatedModule
 from normswap.layers.importance import BnStatistics, check_bn_statistics
 from normswap.layers.modules import SwitchNorm
 from normswap.modes import call_model, training_flags
+from normswap.surgery.own_mode import own_flags
 from normswap.surgery.patterns import first_matches
 from normswap.surgery.tree import Place, walk_modules
 from normswap.surgery.wrapping import unwrap
@@ -180,14 +181,22 @@ def update_statistics(model: nn.Module, loader: Iterable[Any], *, device: torch.
         ModelError: `loader` is empty.
     """
     modules = [place.module for place in walk_modules(model)]
-    layers = [module for module in modules if isinstance(module, SwitchNorm | _BatchNorm) and _is_live(module)]
-    with training_flags(modules, training=True), _averaging(layers):
+    kept = _kept_in_evaluation(model)
+    live = [module for module in modules if isinstance(module, SwitchNorm | _BatchNorm) and _is_live(module)]
+    layers = [module for module in live if module not in kept]
+    with training_flags(modules, training=True), training_flags(kept, training=False), _averaging(layers):
         batches = 0
         for batch in loader:
             call_model(model, on_device(inputs_of(batch), device))
             batches += 1
         if not batches:
             raise ModelError("loader: expected at least one batch, got none")
+
+
+def _kept_in_evaluation(model: nn.Module) -> list[nn.Module]:
+    """The modules that the model's own `train()` leaves in evaluation."""
+    flags = own_flags(model)
+    return [p.module for p in walk_modules(model) if flags is not None and not flags.training[p.names[0]]]
 
 
 @contextmanager

@@ -1,61 +1,50 @@
-"""The proof: original against converted, on data, in float64 - and in float32 for the record.
+"""The verification: original against converted, on data, in float64 - and in float32 for the record.
 
-Law 1 (same function): every output in evaluation and in training, the running statistics of every module after a
-training step, and the gradients of all original parameters as one vector differ by a relative L2 of at most 1e-9, or
-at most ten times the original's own response to a one-ulp change of its input, the largest of three. Where the
-original raises, or gives nothing finite, the law is silent. Both models are judged on copies; nothing is repaired.
-Where the original's statistics are of one process, the converted model is held against it with its own ones local.
+Same function means: every output in evaluation and in training, the running statistics of every module after a training
+step, and the gradients of all original parameters as one vector differ by a relative L2 of at most 1e-9, or at most ten
+times the original's own response to a one-ulp change of its input, the largest of three. If that response is not
+finite or exceeds 1e-3, every site alone has to agree instead. A model that does not run in float64 is verified in its
+own precision. If the original raises, nothing is compared, and the check says so. Both models are judged on copies;
+nothing is repaired. If the original's statistics are of one process, the converted model is compared with its own ones
+local.
 """
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
-from typing import Any, Self
+from dataclasses import asdict, dataclass, fields, replace
+from math import isfinite
+from typing import Any, Self, get_args, get_type_hints
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
 
-from normswap.comparison import Names, VectorDistance, absolute, distance, shared, worst
+from normswap.comparison import shared
 from normswap.errors import ModelError
-from normswap.gradients import GradientDistance, KeptGradients, Receive, hand_on_gradients
 from normswap.layers.gates import GatedModule
-from normswap.layers.modules import SwitchNorm
-from normswap.modes import call_model, preserved_state, seeded, training_flags
-from normswap.site_watch import SiteError, SiteWatch
+from normswap.model_comparison import Check, ModelComparison, all_distances
+from normswap.model_pass import ModelPass, run_pass, shared_tensors
+from normswap.precision import Precision, computes_below, precisions
+from normswap.site_verdict import judge_sites
+from normswap.site_watch import SiteError
 from normswap.surgery.gated import gated_modules
 from normswap.surgery.observation import describe_shapes
+from normswap.surgery.own_mode import OwnFlags, own_flags
 from normswap.surgery.tracing import first_line
-from normswap.surgery.tree import copy_model, join, walk_modules
+from normswap.surgery.tree import copy_model, walk_modules
 from normswap.surgery.wrapping import unwrap
 
+__all__ = ["LAW_TOLERANCE", "Check", "Verification", "read_numbers", "verify", "verify_in_place"]
+
 LAW_TOLERANCE = 1e-9
-_RESPONSE_FACTOR = 10
-_SEED = 0
-
-
-@dataclass(frozen=True)
-class Check:
-    """One comparison in float64.
-
-    `error` is the worst relative L2 over all batches, `limit` what it was held against, `own_response` that of the
-    original to a one-ulp change of its input where it was needed. `passed` is None where the law is silent; `note`
-    says why.
-    """
-
-    name: str
-    error: float | None
-    limit: float
-    own_response: float | None = None
-    passed: bool | None = None
-    note: str = ""
 
 
 @dataclass(frozen=True)
 class Verification:
     """What `verify` found: `passed` only if something was compared and nothing failed.
 
-    `loosened` tells that `tolerance` is wider than the law's; errors are relative L2 in float64, `fp32_error` that of
-    the outputs in evaluation in float32 (None for models of another dtype), `max_abs_error` over all outputs.
+    `loosened` tells that `tolerance` is wider than the default; errors are relative L2 in `precision`, `fp32_error`
+    that of the outputs in evaluation in float32 (None for models of another dtype), `max_abs_error` over all outputs.
+    `judged_by` is `"sites"` if the whole model could not be judged and every site was compared alone; `notes` say why,
+    and what else is worth knowing.
     """
 
     passed: bool
@@ -67,43 +56,56 @@ class Verification:
     max_abs_error: float
     max_rel_error: float
     fp32_error: float | None
+    precision: str = "float64"
+    judged_by: str = "whole model"
+    notes: tuple[str, ...] = ()
+
+    @property
+    def summary(self) -> str:
+        """The result in one line: the same or not, in which modes, by which rule, in which precision."""
+        silent = [check.name for check in self.checks if check.passed is None]
+        rule = "the whole model" if self.judged_by == "whole model" else "every site alone"
+        parts = [
+            "same function" if self.passed else "not the same function",
+            f"judged by {rule} in {self.precision}",
+            f"not judged by the whole model: {', '.join(silent)}" if silent else "",
+        ]
+        return "; ".join(part for part in parts if part)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain lists, dicts, strings and numbers."""
-        return asdict(self)
+        """Return plain lists, dicts, strings and numbers; infinity and NaN, which JSON lacks, as strings."""
+        return {name: _plain(value) for name, value in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:
-        """Return what `to_dict` came from."""
-        checks = tuple(Check(**check) for check in data["checks"])
-        sites = tuple(SiteError(**site) for site in data["sites"])
-        return cls(**{**data, "checks": checks, "sites": sites})
+        """Return what `to_dict` came from, or an older version of it."""
+        checks = tuple(Check(**read_numbers(Check, check)) for check in data["checks"])
+        sites = tuple(SiteError(**read_numbers(SiteError, site)) for site in data["sites"])
+        notes = tuple(data.get("notes", ()))
+        return cls(**{**read_numbers(cls, data), "checks": checks, "sites": sites, "notes": notes})
 
 
-@dataclass(frozen=True)
-class _Pass:
-    """What one pass left: the leaves of the output; in training also buffers by all their names."""
-
-    outputs: list[Any]
-    buffers: dict[Names, Tensor]
+_NO_JSON = {"Infinity": float("inf"), "-Infinity": float("-inf"), "NaN": float("nan")}
 
 
-@dataclass
-class _Worst:
-    """The worst case of one check over all batches, by error relative to its limit."""
-
-    error: float | None = None
-    limit: float = LAW_TOLERANCE
-    own_response: float | None = None
-
-    def update(self, error: float, tolerance: float, own_response: float | None) -> None:
-        limit = max(tolerance, _RESPONSE_FACTOR * (own_response or 0.0))
-        if self.error is None or error / limit > self.error / self.limit:
-            self.error, self.limit, self.own_response = error, limit, own_response
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not isfinite(value):
+        return next(name for name, number in _NO_JSON.items() if repr(number) == repr(value))
+    return value
 
 
-_EVALUATION = ("outputs in evaluation",)
-_TRAINING = ("outputs in training", "gradients", "running statistics")
+def read_numbers(record: type, data: dict[str, Any]) -> dict[str, Any]:
+    """Return plain data of a record with numbers in place of the strings that stand for them in JSON."""
+    hints = get_type_hints(record)
+    floats = {f.name for f in fields(record) if float in (hints[f.name], *get_args(hints[f.name]))}
+    return {
+        name: _NO_JSON[value] if name in floats and isinstance(value, str) and value in _NO_JSON else value
+        for name, value in data.items()
+    }
 
 
 def verify(
@@ -114,64 +116,123 @@ def verify(
     Args:
         original, converted: both are left as they are; of wrapped ones the models inside are compared.
         batches: an iterable of inputs, each a tensor, a tuple or a dict; a list for a single one.
-        tolerance: relative L2 in float64; default is the law's 1e-9, a wider one is reported as loosened.
+        tolerance: relative L2; default is 1e-9 in float64, a wider one is reported as loosened.
+
+    Returns:
+        What was measured. Models that do not run in float64 are compared in their own precision, which it names.
 
     Raises:
-        ModelError: `batches` holds no inputs, or the original fails on them in evaluation.
+        ModelError: `batches` holds no inputs, or the original fails on them in evaluation, or returns nothing that can
+            be compared.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))
+        >>> x = torch.randn(4, 3, 9, 9)
+        >>> normswap.verify(model, normswap.convert(model, x).model, [x]).passed
+        True
     """
     original, converted = unwrap(original), unwrap(converted)
+    before = [(place.module, place.module.training) for m in (original, converted) for place in walk_modules(m)]
+    flags = own_flags(original), own_flags(converted)
     first = copy_model(original)
     second = copy_model(converted, _same_parameters(original, converted, first))
-    return verify_in_place(first, second, batches, tolerance=tolerance)
+    try:
+        return verify_in_place(first, second, batches, tolerance=tolerance, flags=flags)
+    finally:
+        for module, flag in before:  # a `train()` of a single object may reach that object through its copy
+            if module.training != flag:
+                module.training = flag
 
 
 def verify_in_place(
-    first: nn.Module, second: nn.Module, batches: Iterable[Any], *, tolerance: float | None = None
+    first: nn.Module,
+    second: nn.Module,
+    batches: Iterable[Any],
+    *,
+    tolerance: float | None = None,
+    flags: tuple[OwnFlags | None, OwnFlags | None] | None = None,
 ) -> Verification:
-    """Compare as `verify` two models that nobody needs any more: they end in float64, and no copy is made of them."""
+    """Compare as `verify` two models that nobody needs any more: they end in float64, and no copy is made of them.
+
+    Args:
+        flags: what `own_flags` returns for the models that these are copies of; default is to ask these.
+    """
     inputs = _as_batches(batches)
-    limit = LAW_TOLERANCE if tolerance is None else tolerance
+    flags = flags or (own_flags(first), own_flags(second))
     single_precision_error = _single_precision_error(first, second, inputs)
     _localize(first, second)
-    for model in (first, second):
-        _to_float64(model)
-    found = {name: _Worst(limit=limit) for name in _EVALUATION + _TRAINING}
-    notes = dict.fromkeys(_TRAINING, _training_silence(second))
-    modes = [(False, _EVALUATION)] if any(notes.values()) else [(False, _EVALUATION), (True, _TRAINING)]
-    sites = SiteWatch(first, second)
-    max_abs_error = 0.0
-    for batch in inputs:
-        batch = tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, batch)
-        for training, names in modes:
-            with KeptGradients() as kept:
-                with sites.watching(training=training):
-                    a = _attempt(first, batch, kept.keep, training=training)
-                if isinstance(a, Exception) or not _is_finite_somewhere(a):
-                    notes |= dict.fromkeys(names, _silence(a, batch, training=training))
-                    continue
-                gradients = GradientDistance(kept)
-                b = _attempt(second, batch, gradients.meet, training=training)
-                errors, far = _errors(a, b, names, gradients)
-                if isinstance(b, Exception):
-                    notes |= dict.fromkeys(names, f"the converted model raises: {first_line(b)}")
-                response: dict[str, float] = {}
-                if max(errors.values()) > limit:
-                    response = _own_response(first, a, batch, names, kept, training=training)
-            for name, error in errors.items():
-                found[name].update(error, limit, response.get(name))
-            max_abs_error = max(max_abs_error, far)
-    checks = tuple(_check(name, case, notes.get(name, "")) for name, case in found.items())
+    attempts = precisions(first)
+    widest: tuple[ModelComparison, Verification] | None = None
+    notes: list[str] = []
+    for precision in attempts:
+        last = precision is attempts[-1]
+        undo = precision.apply((first, second))
+        limit = precision.limit if tolerance is None else tolerance
+        comparison = ModelComparison(first, second, precision.cast(inputs), limit=limit, eps=precision.eps, flags=flags)
+        comparison.compare()
+        if False not in comparison.raised:
+            result = _result(comparison, precision, notes, single_precision_error)
+            below = not result.passed and not last and computes_below(first, comparison.inputs[0], precision.dtype)
+            if not comparison.raised and not below:
+                return result
+            widest = widest or (comparison, result)
+            if below:
+                notes.append(f"the original computes a part in less than {precision.name} by its own code")
+        for error, _ in comparison.raised.values():
+            notes.append(f"the original does not run in {precision.name}: {first_line(error)}")
+        if not last:
+            undo()
+    if widest is None:
+        error, batch = comparison.raised[False]
+        raise ModelError(
+            f"the original model fails on an input of {describe_shapes(batch)}: {first_line(error)}"
+        ) from error
+    # It raises in training as the user runs it: what is said of that is of that run.
+    return replace(widest[1], checks=widest[0].checks(comparison.raised))
+
+
+def _result(
+    comparison: ModelComparison, precision: Precision, notes: list[str], fp32_error: float | None
+) -> Verification:
+    """What a comparison found; if some of it cannot be judged by whole models, every site is compared alone."""
+    if not comparison.returns_something:
+        raise ModelError(
+            f"the original model returns no tensor and no number on an input of {_shapes(comparison)}: nothing can be "
+            "compared; verify a model that returns its result"
+        )
+    checks, sites = comparison.checks(), comparison.site_watch.errors()
+    passed = all(check.passed is not False for check in checks)
+    notes = [*notes, *comparison.training.notes]
+    if comparison.is_judged:
+        passed = passed and any(check.passed for check in checks)
+    else:
+        limit = max(comparison.limit, precision.limit)
+        sites, problems = judge_sites(comparison, limit)
+        passed = passed and not problems
+        found = (
+            f"not all can be judged so: {'; '.join(problems)}"
+            if problems
+            else f"all {len(sites)} are within {limit:.0e}"
+        )
+        notes.append(f"the whole model is not judged: every site alone, on the inputs it received: {found}")
     return Verification(
-        passed=all(check.passed is not False for check in checks) and any(check.passed for check in checks),
-        tolerance=limit,
-        loosened=limit > LAW_TOLERANCE,
-        inputs="; ".join(describe_shapes(batch) for batch in inputs),
+        passed=passed,
+        tolerance=comparison.limit,
+        loosened=comparison.limit > precision.limit,
+        inputs=_shapes(comparison),
         checks=checks,
-        sites=sites.errors(),
-        max_abs_error=max_abs_error,
+        sites=sites,
+        max_abs_error=comparison.largest_difference,
         max_rel_error=max((check.error for check in checks if check.error is not None), default=0.0),
-        fp32_error=single_precision_error,
+        fp32_error=fp32_error,
+        precision=precision.name,
+        judged_by="whole model" if comparison.is_judged else "sites",
+        notes=tuple(notes),
     )
+
+
+def _shapes(comparison: ModelComparison) -> str:
+    return "; ".join(describe_shapes(batch) for batch in comparison.inputs)
 
 
 def _as_batches(batches: Iterable[Any]) -> list[Any]:
@@ -185,7 +246,7 @@ def _as_batches(batches: Iterable[Any]) -> list[Any]:
 
 def _same_parameters(original: nn.Module, converted: nn.Module, first: nn.Module) -> dict[int, Any]:
     """By the id of a parameter of `converted`, that of `first` with the same values: large models have to fit twice."""
-    olds, news, firsts = (_shared_tensors(model, "_parameters") for model in (original, converted, first))
+    olds, news, firsts = (shared_tensors(model, "_parameters") for model in (original, converted, first))
     pairs = [(olds[a], news[b], firsts[a]) for a, b in shared(olds, news) if a in firsts]
     return {
         id(new): twin
@@ -203,138 +264,11 @@ def _localize(first: nn.Module, second: nn.Module) -> None:
         layer.synchronize = False
 
 
-def _to_float64(model: nn.Module) -> None:
-    for place in walk_modules(model):  # also those that are in no registry, which model.double() does not reach
-        place.module.double()
-
-
-def _training_silence(converted: nn.Module) -> str:
-    """Law 1 in training speaks of batch statistics only; sites that were frozen before stay comparable."""
-    other = [
-        name
-        for name, layer in gated_modules(converted).items()
-        if layer.bn_statistics != "batch" and not (isinstance(layer, SwitchNorm) and "weight" in layer._buffers)
-    ]
-    return f"{len(other)} sites use running statistics in training, by choice" if other else ""
-
-
-def _silence(a: _Pass | Exception, batch: Any, *, training: bool) -> str:
-    """Why the law has nothing to say of a pass of the original."""
-    if not isinstance(a, Exception):
-        return "no output of the original is finite"
-    if training:
-        return f"the original raises in training: {first_line(a)}"
-    raise ModelError(f"the original model fails on an input of {describe_shapes(batch)}: {first_line(a)}") from a
-
-
-def _is_finite_somewhere(a: _Pass) -> bool:
-    floating = [leaf for leaf in a.outputs if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.numel()]
-    return not floating or any(bool(leaf.isfinite().any()) for leaf in floating)
-
-
-def _attempt(model: nn.Module, batch: Any, receive: Receive | None, *, training: bool) -> _Pass | Exception:
-    """One pass with a fixed seed, gradients handed on; state and flags are put back. The model's own error is the
-    result.
-    """
-    modules = [place.module for place in walk_modules(model)]
-    with preserved_state(modules), training_flags(modules, training=training), seeded(_SEED):
-        try:
-            with torch.set_grad_enabled(training):
-                outputs = tree_leaves(call_model(model, batch))
-            # Before the backward pass, in which activation checkpointing has BN record its batch a second time.
-            found = _shared_tensors(model, "_buffers") if training else {}
-            buffers = {names: buffer.detach().clone() for names, buffer in found.items()}
-            if training and receive:
-                hand_on_gradients(outputs, _shared_tensors(model, "_parameters"), receive, seed=_SEED)
-        except Exception as error:  # noqa: BLE001 - whatever the model's code raises is the answer
-            return error
-    return _Pass([leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in outputs], buffers)
-
-
-def _shared_tensors(model: nn.Module, registry: str) -> dict[Names, Tensor]:
-    """The parameters or buffers that an original and its conversion share, each by all its names: all but gates."""
-    gates = {id(p) for layer in gated_modules(model).values() for p in (layer.mean_weight, layer.var_weight)}
-    names: dict[int, list[str]] = {}
-    tensors: dict[int, Tensor] = {}
-    for place in walk_modules(model):
-        for name, tensor in getattr(place.module, registry).items():
-            if tensor is not None and id(tensor) not in gates:
-                tensors[id(tensor)] = tensor
-                names.setdefault(id(tensor), []).extend(join(owner, name) for owner in place.names)
-    return {tuple(names[key]): tensor for key, tensor in tensors.items()}
-
-
-def _errors(
-    a: _Pass, b: _Pass | Exception, names: tuple[str, ...], gradients: GradientDistance | None = None
-) -> tuple[dict[str, float], float]:
-    """Relative L2 by check, the worst over tensors, and the largest absolute difference of an output."""
-    if isinstance(b, Exception):
-        return dict.fromkeys(names, float("inf")), float("inf")
-    errors = {names[0]: worst(a.outputs, b.outputs)}
-    if names == _TRAINING and gradients:
-        errors["gradients"] = gradients.result()
-        errors["running statistics"] = _statistics_error(a.buffers, b.buffers)
-    return errors, max(map(absolute, a.outputs, b.outputs), default=0.0)
-
-
-def _statistics_error(references: dict[Names, Tensor], values: dict[Names, Tensor]) -> float:
-    """The floating buffers of each module as one vector, the others by equality; the worst of them.
-
-    One vector, since a running mean that is zero in truth, as behind a convolution of a normalised map, is rounding
-    noise and has no relative error of its own.
-    """
-    vectors: dict[str, VectorDistance] = {}
-    errors = [0.0]
-    for names, partner in shared(references, values):
-        reference, value = references[names], values[partner]
-        if not reference.is_floating_point() or reference.dtype != value.dtype or reference.shape != value.shape:
-            errors.append(distance(reference, value))
-            continue
-        vectors.setdefault(names[0].rpartition(".")[0], VectorDistance()).add(reference, value)
-    return max(errors + [vector.result() for vector in vectors.values()])
-
-
-def _own_response(
-    model: nn.Module, a: _Pass, batch: Any, names: tuple[str, ...], kept: KeptGradients, *, training: bool
-) -> dict[str, float]:
-    """By check, how far a model moves at most when its input is changed by one unit in the last place.
-
-    Changed upwards, downwards and at random: a single change says little of how much rounding a network amplifies.
-    """
-    response: dict[str, float] = {}
-    for nudge in (_upwards, _downwards, _at_random):
-        gradients = GradientDistance(kept)
-        nudged = _attempt(model, tree_map_only(Tensor, nudge, batch), gradients.meet, training=training)
-        if isinstance(nudged, _Pass):
-            found = _errors(a, nudged, names, gradients)[0]
-            response = {name: max(error, response.get(name, 0.0)) for name, error in found.items()}
-    return response
-
-
-def _upwards(tensor: Tensor) -> Tensor:
-    return tensor * (1 + torch.finfo(tensor.dtype).eps) if tensor.is_floating_point() else tensor
-
-
-def _downwards(tensor: Tensor) -> Tensor:
-    return tensor * (1 - torch.finfo(tensor.dtype).eps) if tensor.is_floating_point() else tensor
-
-
-def _at_random(tensor: Tensor) -> Tensor:
-    if not tensor.is_floating_point():
-        return tensor
-    coins = torch.randint(0, 2, tensor.shape, generator=torch.Generator().manual_seed(_SEED)).to(tensor.device)
-    return tensor * (1 + (2 * coins - 1) * torch.finfo(tensor.dtype).eps)
-
-
-def _check(name: str, worst: _Worst, note: str) -> Check:
-    passed = None if worst.error is None else worst.error <= worst.limit
-    return Check(name, worst.error, worst.limit, worst.own_response, passed, note)
-
-
 def _single_precision_error(first: nn.Module, second: nn.Module, inputs: list[Any]) -> float | None:
-    parameters = _shared_tensors(first, "_parameters").values()
+    """How far outputs in evaluation are apart in float32, for the record."""
+    parameters = shared_tensors(first, "_parameters").values()
     if not parameters or any(parameter.dtype != torch.float32 for parameter in parameters):
         return None
-    passes = [[_attempt(model, batch, None, training=False) for batch in inputs] for model in (first, second)]
-    pairs = [(a, b) for a, b in zip(*passes, strict=True) if isinstance(a, _Pass) and isinstance(b, _Pass)]
-    return max((_errors(a, b, _EVALUATION)[0][_EVALUATION[0]] for a, b in pairs), default=None)
+    passes = [[run_pass(model, batch, training=False) for batch in inputs] for model in (first, second)]
+    pairs = [(a, b) for a, b in zip(*passes, strict=True) if isinstance(a, ModelPass) and isinstance(b, ModelPass)]
+    return max((e for a, b in pairs for e in all_distances(a.leaves, b.leaves).values()), default=None)

@@ -496,11 +496,11 @@ def test_verify_loosened(folder: Path) -> None:
     assert "limit loosened by --tolerance" in result.stdout
 
 
-def test_silence_is_told(folder: Path) -> None:
-    class_plan = normswap.plan_swaps(files.small_model(), torch.randn(files.SHAPE), bn_statistics="running")
+def test_what_is_not_judged_is_said(folder: Path) -> None:
+    class_plan = normswap.plan_swaps(files.small_model(), torch.randn(files.SHAPE), bn_statistics="renorm")
     (folder / "plan.json").write_text(class_plan.to_json())
     text = ok("convert", "bn.pt", *ARCH, *INPUT, "--plan", "plan.json").stdout
-    assert re.search(r"outputs in training +silent", text)
+    assert re.search(r"outputs in training +not judged", text)
     assert f"{files.SITES} sites use running statistics in training, by choice" in text
 
 
@@ -543,6 +543,24 @@ def test_several_inputs_are_several_arguments() -> None:
     assert 0 <= int(second.min()) <= int(second.max()) <= 9
     assert not torch.equal(first.half(), third)
     assert torch.equal(first, example_inputs(specs, model, None)[0])
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "int16", "int32", "int64", "bool", "float16", "bfloat16",
+                                   "float32", "float64", "complex64", "complex128"])  # fmt: skip
+def test_an_input_of_any_dtype_is_made(dtype: str) -> None:
+    x = example_inputs((parse_input(f"4x3x9x9:{dtype}"),), files.TiedNet(), None)
+    assert (x.dtype, x.shape) == (getattr(torch, dtype), (4, 3, 9, 9))
+    values = set(x.flatten().tolist())
+    assert len(values) == 2 if dtype == "bool" else len(values) > 5
+    if dtype == "uint8":
+        assert max(values) > 200
+    if "int" in dtype and dtype != "uint8":
+        assert values <= set(range(10))
+
+
+def test_an_unknown_dtype_of_an_input_is_refused() -> None:
+    with pytest.raises(click.BadParameter, match=r"expected a dtype among float16, .*bool, got 'uint4'"):
+        parse_input("2x3:uint4")
 
 
 def test_inputs_have_the_type_of_the_model() -> None:

@@ -180,14 +180,16 @@ def test_where_the_original_raises_in_training_the_law_is_silent() -> None:
         assert "raises in training" in both.checks[1].note
 
 
-@pytest.mark.parametrize("statistics", ["running", "renorm"])
-def test_running_statistics_by_choice_silence_training(statistics: BnStatistics) -> None:
-    original, x = two_blocks(), zoo.IMAGE()
+@pytest.mark.parametrize(("statistics", "sites"), [("running", 1), ("renorm", 2)])
+def test_running_statistics_by_choice_silence_training(statistics: BnStatistics, sites: int) -> None:
+    original, x = two_blocks(), zoo.IMAGE()  # of which one site is functional
     proof = verify(original, convert(original, x, bn_statistics=statistics).model, [x])
     assert proof.passed
     assert outcomes(proof) == {EVALUATION: True, TRAINING: None, GRADIENTS: None, STATISTICS: None}
-    assert {check.note for check in proof.checks[1:]} == {"2 sites use running statistics in training, by choice"}
+    note = f"{sites} sites use running statistics in training, by choice"
+    assert {check.note for check in proof.checks[1:]} == {note}
     assert proof.sites[0].training is None
+    assert "not judged by the whole model: outputs in training, gradients, running statistics" in proof.summary
 
 
 def test_sites_that_were_frozen_before_do_not_silence_training() -> None:

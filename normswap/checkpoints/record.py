@@ -18,7 +18,7 @@ import normswap
 from normswap.errors import CheckpointError, PlanError
 from normswap.site_watch import SiteError
 from normswap.surgery.plan import SwapPlan
-from normswap.verification import Check, Verification
+from normswap.verification import Check, Verification, read_numbers
 
 RECORD_VERSION = 1
 
@@ -85,7 +85,9 @@ class Record:
     def to_json(self) -> str:
         """Return the record as JSON of one line."""
         plan = None if self.plan is None else self.plan.to_dict()
-        return json.dumps({"version": RECORD_VERSION, **asdict(self), "plan": plan})
+        verification = None if self.verification is None else self.verification.to_dict()
+        whole = {"version": RECORD_VERSION, **asdict(self), "plan": plan, "verification": verification}
+        return json.dumps(whole, allow_nan=False)
 
     def sealed(self, content: str) -> Self:
         """Return the record with the fingerprint of itself and of a content, whose own fingerprint is `content`."""
@@ -178,9 +180,10 @@ def _fields_of(record: type) -> Callable[[Any], dict[str, Any]]:
 def _proof(value: Any) -> Verification | None:
     if value is None:
         return None
-    data = _fields_of(Verification)(value)
+    data = _fields_of(Verification)(read_numbers(Verification, _of(dict)(value)))
+    data["notes"] = [_of(str)(note) for note in _of(list, tuple)(data.get("notes", ()))]
     for part, kind in (("checks", Check), ("sites", SiteError)):
-        data[part] = [_fields_of(kind)(item) for item in _of(list, tuple)(data[part])]
+        data[part] = [_fields_of(kind)(read_numbers(kind, _of(dict)(item))) for item in _of(list, tuple)(data[part])]
     return Verification.from_dict(data)
 
 

@@ -282,7 +282,7 @@ def _prove(wish: Wish, opened: Opened, conversion: "Conversion", *, in_place: bo
 
     if not wish.verify or opened.inputs is None:
         return None
-    with stage("comparing original and converted in float64"):
+    with stage("comparing original and converted"):
         prove = verify_in_place if in_place else verify
         return prove(opened.model, conversion.model, [opened.inputs], tolerance=wish.tolerance)
 
@@ -299,7 +299,7 @@ def _refuse_difference(console: "Console", plan: "SwapPlan", proof: "Verificatio
         )
     console.print()
     console.print(worst_sites(proof))
-    failed = ", ".join(check.name for check in proof.checks if check.passed is False)
+    failed = ", ".join(check.name for check in proof.checks if check.passed is False) or "see the notes"
     raise NothingToDo(
         f"nothing written: the converted model is not the same function ({failed}): --exclude the sites above, or "
         "--no-verify to write it all the same"

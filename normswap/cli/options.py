@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-_FLOATING = ("float16", "bfloat16", "float32", "float64")
-_INTEGER = ("int32", "int64")
+_FLOATING = ("float16", "bfloat16", "float32", "float64", "complex64", "complex128")
+# The random integers of each: token ids that every vocabulary has, or the values of an image.
+_INTEGER = {"uint8": 256, "int8": 10, "int16": 10, "int32": 10, "int64": 10, "bool": 2}
 _SEED = 0
 # As `normswap.surgery.norms.KINDS`, which is not imported for a look at --help.
 _KINDS = ("bn", "in", "gn1")
@@ -38,8 +39,9 @@ def parse_input(text: str) -> InputSpec:
     sizes, _, dtype = text.partition(":")
     if not re.fullmatch(r"\d+(x\d+)*", sizes) or "0" in sizes.split("x"):
         raise click.BadParameter(f"expected sizes such as 2x3x224x224[:dtype], got {text!r}")
-    if (dtype or "float32") not in _FLOATING + _INTEGER:
-        raise click.BadParameter(f"expected a dtype among {', '.join(_FLOATING + _INTEGER)}, got {dtype!r}")
+    known = (*_FLOATING, *_INTEGER)
+    if (dtype or "float32") not in known:
+        raise click.BadParameter(f"expected a dtype among {', '.join(known)}, got {dtype!r}")
     return InputSpec(tuple(map(int, sizes.split("x"))), dtype or None)
 
 
@@ -59,8 +61,8 @@ def _parse_kinds(_context: click.Context, _parameter: click.Parameter, text: str
 def example_inputs(specs: Sequence[InputSpec], model: "nn.Module", architecture: str | None) -> Any:
     """Return a tensor, a tuple of tensors for several specs, or None where nothing tells the shape.
 
-    Values are random normal (integers: 0 to 9) from a fixed seed. Without specs the shape is the one that timm's
-    configuration of `model` gives, with batch size 2.
+    Values are random normal (integers: 0 to 9, of `uint8` 0 to 255, booleans both) from a fixed seed. Without specs
+    the shape is the one that timm's configuration of `model` gives, with batch size 2.
     """
     from normswap.checkpoints.architecture import default_input_shape
 
@@ -78,9 +80,10 @@ def _random(spec: InputSpec, default: "torch.dtype", seed: int) -> "torch.Tensor
 
     generator = torch.Generator().manual_seed(seed)
     dtype = getattr(torch, spec.dtype) if spec.dtype else default
-    if not dtype.is_floating_point:
-        return torch.randint(0, 10, spec.shape, generator=generator, dtype=dtype)
-    return torch.randn(spec.shape, generator=generator).to(dtype)
+    if spec.dtype in _INTEGER:
+        return torch.randint(0, _INTEGER[spec.dtype], spec.shape, generator=generator).to(dtype)
+    draw = torch.complex64 if dtype.is_complex else torch.float32
+    return torch.randn(spec.shape, generator=generator, dtype=draw).to(dtype)
 
 
 def _dtype_of(model: "nn.Module") -> "torch.dtype":

@@ -69,7 +69,7 @@ def verify_command(
     if first.checkpoint.program is not None and second.checkpoint.program is not None:
         _compare_programs(first, second, as_json=as_json)
         return
-    with stage("comparing the two in float64"):
+    with stage("comparing the two"):
         result = verify(first.model, second.model, [first.inputs], tolerance=tolerance)
     _check_unchanged(first, second)
     if as_json:

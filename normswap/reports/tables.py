@@ -14,6 +14,7 @@ from rich.text import Text
 from normswap.calibration import Calibration
 from normswap.checkpoints.record import Step
 from normswap.layers.importance import BRANCHES
+from normswap.site_watch import SiteError
 from normswap.surgery.gated import ImportanceWeights
 from normswap.surgery.norm_site import NormSite
 from normswap.surgery.plan import Swap, SwapPlan
@@ -26,7 +27,11 @@ _LEFT_OUT = {
     "ln": "no `ln`: one channel, too few at one position, or left out by choice",
     "bn": "no `bn`: the old norm has no running statistics",
 }
-_VERDICTS = {True: Text("same", style="green"), False: Text("DIFFERS", style="bold red"), None: Text("silent", "dim")}
+_VERDICTS = {
+    True: Text("same", style="green"),
+    False: Text("DIFFERS", style="bold red"),
+    None: Text("not judged", "dim"),
+}
 
 
 def heading(text: str, aside: str = "") -> RenderableType:
@@ -52,6 +57,7 @@ def carried_notes(notes: Sequence[str]) -> RenderableType:
 def parity(verification: Verification) -> RenderableType:
     """Return every check with its error, its limit and its verdict, and the float32 error for the record."""
     loosened = "; limit loosened by --tolerance" if verification.loosened else ""
+    rule = "the whole model" if verification.judged_by == "whole model" else "every site alone"
     # The model's own response to a change of one unit in the last place is measured only where an error is large.
     own = any(check.own_response is not None for check in verification.checks)
     table = _table("Parity", "error", "limit", "verdict", *(["own response"] if own else []), right={1, 2, 4})
@@ -62,9 +68,10 @@ def parity(verification: Verification) -> RenderableType:
     if verification.fp32_error is not None:
         table.add_row(Text("outputs in float32", "dim"), _number(verification.fp32_error), "", Text("noted", "dim"))
     lines: list[RenderableType] = [table]
-    silences = dict.fromkeys(check.note for check in verification.checks if check.note)
-    lines += [Text(f"  {note}", "dim") for note in silences]
-    lines.append(Text(f"  relative L2 in float64 on {verification.inputs}{loosened}", "dim"))
+    notes = dict.fromkeys((*(check.note for check in verification.checks if check.note), *verification.notes))
+    lines += [Text(f"  {note}", "dim") for note in notes]
+    lines.append(Text(f"  relative L2 in {verification.precision} on {verification.inputs}{loosened}", "dim"))
+    lines.append(Text(f"  judged by {rule}", "dim"))
     return Group(*lines)
 
 
@@ -80,10 +87,12 @@ def read_back(error: float) -> RenderableType:
 
 def worst_sites(verification: Verification, limit: int = 5) -> RenderableType:
     """Return the sites that differ most from what they replaced, fed the same input."""
-    table = _table("Sites that differ most", "evaluation", "training", right={1, 2})
-    ranked = sorted(verification.sites, key=lambda site: max(site.evaluation or 0, site.training or 0), reverse=True)
+    measured = any(site.gradients is not None for site in verification.sites)
+    table = _table("Sites that differ most", "evaluation", "training", *["gradients"] * measured, right={1, 2, 3})
+    ranked = sorted(verification.sites, key=_worst_of, reverse=True)
     for site in ranked[:limit]:
-        table.add_row(Text(site.fqn, overflow="fold"), _number(site.evaluation), _number(site.training))
+        gradients = [_number(site.gradients)] if measured else []
+        table.add_row(Text(site.fqn, overflow="fold"), _number(site.evaluation), _number(site.training), *gradients)
     return table
 
 
@@ -220,6 +229,10 @@ def _number(value: float | None) -> str:
     if value is None:
         return ""
     return "0" if value == 0 else f"{value:.1e}"
+
+
+def _worst_of(site: SiteError) -> float:
+    return max(site.evaluation or 0.0, site.training or 0.0, site.gradients or 0.0)
 
 
 def _share(value: float | None) -> RenderableType:

@@ -17,6 +17,7 @@ class NormSite:
         fqn, aliases: the first name and the others; of a functional site the name that its gates will have.
         kind, class_name, num_features, eps, momentum: what it is; None or 0 where the place does not tell.
         frozen: normalizes with running statistics in training too.
+        kept_in_evaluation: the model's own `train()` leaves it in evaluation.
         trainable: some parameter of its own requires a gradient, or it has none of its own.
         registered: its tensors are in the model's state dict (false: held in a Python container only).
         owner: fqn of the module whose forward calls a function that normalizes; None for a module site.
@@ -36,6 +37,7 @@ class NormSite:
     eps: float | None = None
     momentum: float | None = None
     frozen: bool = False
+    kept_in_evaluation: bool = False
     trainable: bool = True
     registered: bool = True
     synchronize: bool = False

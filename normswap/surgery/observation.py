@@ -17,6 +17,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from normswap.errors import ModelError
 from normswap.modes import call_model, hooked, preserved_state, seeded, training_flags
+from normswap.output_leaves import leaf_list
 from normswap.surgery.calls import NORM_CALLS, NormCall
 from normswap.surgery.norms import KNOWN_NORMS, Norms, is_norm_layer
 from normswap.surgery.tracing import first_line
@@ -33,7 +34,7 @@ class Observation:
     `functional` the input shapes of batch_norm calls on activations by the module that made them, `instance` those of
     instance_norm and `tracked` who gave it running statistics; `runs` how often each module ran and `owner_inputs` what
     the first run with such a call was given; `calls` the norm layers and owners as they normalized, call by call, and
-    `order` as they first did; `outputs` what the model returned.
+    `order` as they first did; `outputs` paths and leaves of what the model returned.
     """
 
     calls: list[str] = field(default_factory=list)
@@ -136,7 +137,7 @@ def observe_forward(
         watcher,
     ):
         try:
-            watcher.notes.outputs = tree_leaves(call_model(model, example_inputs))
+            watcher.notes.outputs = leaf_list(call_model(model, example_inputs))
         except Exception as error:
             raise ModelError(_failure(watcher, example_inputs, error)) from error
     return watcher.notes

@@ -25,6 +25,7 @@ from normswap.surgery.wrapping import unwrap
 
 # LN of fewer values than this at one position erases the signal (two values normalise to +1 and -1).
 _MIN_LN_VALUES = 8
+_MOST_NAMED = 5
 
 
 @dataclass(frozen=True)
@@ -64,11 +65,12 @@ def plan_swaps(
         gate: `"simplex"` starts as exactly the same function, `"softmax"` at the uniform mix, which is another.
         branches: restrict the branches that a site would get by its shape and kind; must hold the one where each
             kind starts. Only `settings` give an `in` or `gn1` site a `bn` branch, whose statistics begin then.
-        bn_statistics: of sites that are not frozen; frozen ones use the running statistics.
+        bn_statistics: of sites that are not frozen; frozen ones use the running statistics, and so do those that the
+            model's own `train()` leaves in evaluation.
         train_frozen_gates: let gates learn at sites whose own parameters are all frozen.
         synchronize: in training, every site takes as the batch of its `bn` branch that of all processes; without it
             those do that did so before (SyncBatchNorm).
-        settings: by pattern some of `gate`, `branches`, `bn_statistics` (of frozen sites too), `train_gates` and
+        settings: by pattern some of `gate`, `branches`, `bn_statistics` (also of such sites), `train_gates` and
             `synchronize`, over the arguments above; of several patterns that match a site the later one wins, key by
             key. Branches that the shape of a site leaves no signal are cut from these as well.
         norms: table of known norm classes.
@@ -101,6 +103,7 @@ def plan_swaps(
     notes += _size_notes(model, example_inputs, sized, norms)
     if {swap.fqn for swap in swaps if swap.synchronize} - {site.fqn for site in sites if site.synchronize}:
         notes.append(_SYNCHRONIZED)
+    notes += _kept_notes(swaps, {site.fqn for site in sites if _is_kept(site)})
     notes += [*_idle_settings(settings or {}, names, swapped), *notes_on(swaps)]
     return SwapPlan(tuple(swaps), tuple(skips), class_name(model), inputs, tuple(notes))
 
@@ -152,7 +155,7 @@ def _decide(site: NormSite, ground: _Ground, told: SiteSettings) -> Swap | str:
     branches = tuple(branch for branch in sensible if branch in allowed)
     if len(branches) == 1:
         return _nothing_to_switch(site, branches[0], allowed)
-    frozen_or_all: BnStatistics = "running" if site.frozen else ground.bn_statistics
+    frozen_or_all: BnStatistics = "running" if site.frozen or _is_kept(site) else ground.bn_statistics
     swap = Swap(
         fqn=site.fqn,
         class_name=site.class_name,
@@ -289,6 +292,34 @@ _SYNCHRONIZED = (
     "synchronized where the old norms were not: in training by several processes, statistics of the joint batch are "
     "another function than local ones"
 )
+
+
+def _is_kept(site: NormSite) -> bool:
+    """Whether the model's own `train()` leaves a batch norm in evaluation, where it uses running statistics."""
+    return site.kept_in_evaluation and site.kind == "bn" and not site.frozen
+
+
+def _kept_notes(swaps: Sequence[Swap], kept: set[str]) -> list[str]:
+    """What becomes of the sites that the model's own `train()` leaves in evaluation."""
+    running = [swap.fqn for swap in swaps if swap.fqn in kept and swap.bn_statistics == "running"]
+    others = [swap.fqn for swap in swaps if swap.fqn in kept and swap.bn_statistics != "running"]
+    notes = []
+    if running:
+        notes.append(
+            "use running statistics in training too, since the model's own train() leaves them in evaluation: "
+            f"{_shortened(running)}"
+        )
+    if others:
+        notes.append(
+            "the model's own train() leaves them in evaluation, but they are set to use batch statistics, which is "
+            f"another function in training: {_shortened(others)}"
+        )
+    return notes
+
+
+def _shortened(names: Sequence[str]) -> str:
+    more = f" (+{len(names) - _MOST_NAMED} more)" if len(names) > _MOST_NAMED else ""
+    return ", ".join(name or "the model" for name in names[:_MOST_NAMED]) + more
 
 
 def _idle_settings(settings: Settings, names: Sequence[Names], swapped: set[str]) -> list[str]:

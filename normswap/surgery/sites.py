@@ -16,6 +16,7 @@ from normswap.surgery.norm_site import NormSite, order_of
 from normswap.surgery.norms import KNOWN_NORMS, Norms, NormSpec, read_norm, refused_shape
 from normswap.surgery.observation import Observation, observe_forward
 from normswap.surgery.own_forward import OwnForwards
+from normswap.surgery.own_mode import OwnFlags, own_flags
 from normswap.surgery.tracing import GraphFacts
 from normswap.surgery.tracing_paths import WholeModel, read_whole_model, suspects
 from normswap.surgery.tree import Place, class_name, walk_modules
@@ -51,8 +52,9 @@ def find_norm_sites(
     facts, owners = whole.facts, _owners(whole, suspected, by_name, seen, forwards)
     functional = {owner: functional_sites(by_name[owner], facts, seen, forwards) for owner in owners}
     spoken_for = {by_name[owner].module for owner, sites in functional.items() if sites}
+    flags = own_flags(model)
     modules = [
-        _module_site(place, spec, facts, seen)
+        _module_site(place, spec, facts, seen, flags)
         for place in places
         if place.module not in spoken_for and (spec := read_norm(place.module, norms)) is not None
     ]
@@ -92,7 +94,9 @@ def _owners(
     return tuple(dict.fromkeys(owners))
 
 
-def _module_site(place: Place, spec: NormSpec, facts: GraphFacts | None, seen: Observation | None) -> NormSite:
+def _module_site(
+    place: Place, spec: NormSpec, facts: GraphFacts | None, seen: Observation | None, flags: OwnFlags | None
+) -> NormSite:
     name = place.names[0]
     own = list(place.module.parameters(recurse=False))
     shapes = seen.shapes.get(name, []) if seen else None
@@ -107,6 +111,7 @@ def _module_site(place: Place, spec: NormSpec, facts: GraphFacts | None, seen: O
         eps=spec.eps,
         momentum=spec.momentum,
         frozen=spec.frozen,
+        kept_in_evaluation=flags is not None and not flags.training[name] and _has_statistics(place.module),
         trainable=not spec.frozen and (not own or any(parameter.requires_grad for parameter in own)),
         registered=place.registered,
         synchronize=spec.synchronize,
@@ -115,8 +120,19 @@ def _module_site(place: Place, spec: NormSpec, facts: GraphFacts | None, seen: O
         order=order,
         producer=seen.producers.get(name, told) if seen else told,
         seen_by=seen_by,
-        problem=spec.problem or refused_shape(spec, shapes or ()),
+        problem=spec.problem or refused_shape(spec, shapes or ()) or _kept_in_training(name, spec, flags),
     )
+
+
+def _has_statistics(module: nn.Module) -> bool:
+    return getattr(module, "running_mean", None) is not None
+
+
+def _kept_in_training(name: str, spec: NormSpec, flags: OwnFlags | None) -> str | None:
+    """Own code that keeps norms in training does so by their class, which a conversion changes."""
+    if flags is None or spec.kind != "bn" or spec.frozen or not flags.evaluation[name]:
+        return None
+    return "stays in training in the model's own eval(), which uses batch statistics there: not converted"
 
 
 def _unless_only_a_holder(
