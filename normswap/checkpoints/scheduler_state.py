@@ -51,7 +51,19 @@ def scheduler_with_gates(scheduler_state: StateDict, *, optimizer_state: StateDi
     return _extended(scheduler_state, len(old), base_rate(old[-1]), base_rate(gates))
 
 
-def _extended(state: StateDict, groups: int, old: Any, new: Any) -> dict[str, Any]:
+def lists_with_gates(state: StateDict, groups: int, old: Any, new: Any) -> dict[str, list[Any]]:
+    """Return those lists per group in a scheduler's state, each with an entry for the gates at its end.
+
+    Args:
+        state: a scheduler's state dict, or the attributes of a scheduler; nested schedulers are left aside.
+        groups: how many parameter groups the optimizer has without that of the gates.
+        old: the learning rate of the last of them before any schedule.
+        new: that of the gates; None keeps what the last group has.
+
+    Raises:
+        CheckpointError: a list has another length.
+    """
+
     def own(rate: Any) -> Any:
         # One that schedules something else than the learning rate treats the gates as the group before them.
         of_rate = "lr" in (state.get("param_group_field"), state.get("param_name")) or not (
@@ -59,9 +71,7 @@ def _extended(state: StateDict, groups: int, old: Any, new: Any) -> dict[str, An
         )
         return rescaled(rate, old=old, new=new) if of_rate and new is not None else copy.deepcopy(rate)
 
-    extended = dict(state)
-    if isinstance(state.get("_schedulers"), list):
-        extended["_schedulers"] = [_extended(inner, groups, old, new) for inner in state["_schedulers"]]
+    extended = {}
     for name, entry in _ENTRIES.items():
         values = state.get(name)
         if not isinstance(values, list):
@@ -73,6 +83,18 @@ def _extended(state: StateDict, groups: int, old: Any, new: Any) -> dict[str, An
             )
         extended[name] = [*values, entry(state, values[-1], own)]
     return extended
+
+
+def _extended(state: StateDict, groups: int, old: Any, new: Any) -> dict[str, Any]:
+    extended = dict(state)
+    if isinstance(state.get("_schedulers"), list):
+        extended["_schedulers"] = [_extended(inner, groups, old, new) for inner in state["_schedulers"]]
+    return extended | lists_with_gates(state, groups, old, new)
+
+
+def _same(_state: StateDict, last: Any, _own: Callable[[Any], Any]) -> Any:
+    """A function is shared, as a scheduler shares the one that it was given for all groups; its state is copied."""
+    return last if callable(last) else copy.deepcopy(last)
 
 
 def _warmup_step(state: StateDict, last: Any, own: Callable[[Any], Any]) -> Any:
@@ -87,6 +109,6 @@ _ENTRIES: Mapping[str, Entry] = {
     **dict.fromkeys(
         ("base_lrs", "_last_lr", "min_lrs", "max_lrs", "base_values", "_last_value"), lambda _, last, own: own(last)
     ),
-    **dict.fromkeys(("lr_lambdas", "base_momentums", "max_momentums"), lambda _, last, __: copy.deepcopy(last)),
+    **dict.fromkeys(("lr_lambdas", "base_momentums", "max_momentums"), _same),
     "warmup_steps": _warmup_step,
 }
