@@ -7,7 +7,7 @@ import copy
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ from normswap.checkpoints.fit import Fit, fill
 from normswap.checkpoints.identification import decide
 from normswap.checkpoints.layout import rejoin
 from normswap.checkpoints.pages import let_go
-from normswap.checkpoints.prefixes import StoredNames, names_for
+from normswap.checkpoints.prefixes import StoredNames, names_for, names_with_copies
 from normswap.checkpoints.programs import Program, digest_of_members
 from normswap.checkpoints.recognition import recognise
 from normswap.checkpoints.record import Payload, Record, Step, check_seal
@@ -31,7 +31,7 @@ from normswap.layers.adoption import GATE_PARAMETERS
 from normswap.layers.importance import importance_weights as shares_of
 from normswap.surgery.conversion import apply_plan
 from normswap.surgery.gated import ImportanceWeights, gated_modules, importance_weights
-from normswap.surgery.plan import SwapPlan
+from normswap.surgery.plan import ANY_CLASS, SwapPlan
 from normswap.surgery.planning import complete_plan
 from normswap.surgery.programs import module_of
 from normswap.surgery.tree import join
@@ -213,19 +213,35 @@ def build_model(checkpoint: Checkpoint, architecture: Architecture | None = None
     source = architecture or said_architecture(checkpoint, trust=trust)
     if source is None:
         try:
-            source = decide(recognise(weights, checkpoint.content))
-        except AmbiguityError as error:
-            raise AmbiguityError(f"{path}: {error}") from None
+            source = decide(recognise(weights, checkpoint.content, prefix=checkpoint.contents.prefix))
+        except (AmbiguityError, CheckpointError) as error:
+            raise type(error)(f"{path}: {error}") from None
     model = _built(source)
-    names = names_for(weights, model.state_dict())
+    names = _names(checkpoint, weights, model)
     if plan is not None:
-        plan = complete_plan(model, plan, prefix=names.prefix)
+        plan = complete_plan(model, _without_copies(plan, names), prefix=names.prefix)
         if not gated_modules(model):
             apply_plan(model, plan)
-            names = names_for(weights, model.state_dict())
+            names = _names(checkpoint, weights, model)
     fit = fill(model, _for_model(weights, names, model), source if isinstance(source, str) else type(model).__name__)
     let_go(weights.values())
     return Built(model.eval(), names, source if isinstance(source, str) else None, plan, fit)
+
+
+def _names(checkpoint: Checkpoint, weights: Mapping[str, Tensor], model: nn.Module) -> StoredNames:
+    """How a file names the tensors of a model, of which it may hold copies."""
+    wanted = {name: tuple(value.shape) for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    try:
+        return names_with_copies(weights, wanted, prefix=checkpoint.contents.prefix)
+    except CheckpointError as error:
+        raise CheckpointError(f"{checkpoint.path}: {error}") from None
+
+
+def _without_copies(plan: SwapPlan, names: StoredNames) -> SwapPlan:
+    """A plan made from names alone without the sites of further copies of the model; any other plan has none."""
+    prefixes = tuple(copy.prefix for copy in names.copies)
+    kept = tuple(s for s in plan.swaps if s.class_name != ANY_CLASS or not prefixes or not s.fqn.startswith(prefixes))
+    return replace(plan, swaps=kept)
 
 
 def stored_importance_weights(checkpoint: Checkpoint) -> dict[str, ImportanceWeights]:
@@ -240,7 +256,8 @@ def stored_importance_weights(checkpoint: Checkpoint) -> dict[str, ImportanceWei
     if isinstance(weights, nn.Module):  # of a program, whose gates are parameters like any other
         weights = weights.state_dict()
     swaps = record.plan.swaps if record and record.plan else ()
-    names = names_for(weights, [join(swap.fqn, name) for swap in swaps for name in GATE_PARAMETERS])
+    wanted = [join(swap.fqn, name) for swap in swaps for name in GATE_PARAMETERS]
+    names = names_for(weights, wanted, prefix=checkpoint.contents.prefix)
     found = {}
     for swap in swaps:
         keys = [names.stored.get(join(swap.fqn, name)) for name in GATE_PARAMETERS]

@@ -6,7 +6,7 @@ ReduceLROnPlateau with its own bounds) and some leave the last group's learning 
 """
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeGuard
 
 from normswap.checkpoints.optimizer_state import StateDict, base_rate, has_gates, rescaled
@@ -26,6 +26,20 @@ def is_scheduler_state(value: object) -> TypeGuard[StateDict]:
     if isinstance(inner, list):
         return all(map(is_scheduler_state, inner))
     return any(isinstance(value.get(name), list) for name in ("base_lrs", "base_values", "min_lrs"))
+
+
+def could_step(scheduler_state: StateDict, groups: Sequence[StateDict]) -> bool:
+    """Say whether a scheduler's lists have as many entries as an optimizer has groups, and their initial rates."""
+    inner = scheduler_state.get("_schedulers")
+    if isinstance(inner, list):
+        return all(could_step(each, groups) for each in inner)
+    lists = [values for name in _ENTRIES if isinstance(values := scheduler_state.get(name), list)]
+    if any(len(values) != len(groups) for values in lists):
+        return False
+    rates = scheduler_state.get("base_lrs", scheduler_state.get("base_values"))
+    initial = [group.get(f"initial_{scheduler_state.get('param_group_field', 'lr')}") for group in groups]
+    pairs = zip(rates if isinstance(rates, list) else [], initial, strict=False)
+    return all(first is None or float(first) == float(rate) for rate, first in pairs)
 
 
 def scheduler_with_gates(scheduler_state: StateDict, *, optimizer_state: StateDict) -> dict[str, Any]:

@@ -32,9 +32,9 @@ if TYPE_CHECKING:
     from rich.console import Console
     from torch import nn
 
+    from normswap.checkpoints.carrying import Carried
     from normswap.checkpoints.checkpoint import Checkpoint
     from normswap.checkpoints.record import Record
-    from normswap.checkpoints.saving import Carried
     from normswap.surgery.conversion import Conversion
     from normswap.surgery.plan import SwapPlan
     from normswap.verification import Verification
@@ -138,7 +138,8 @@ def _by_architecture(
     wish: Wish, checkpoint: "Checkpoint", stored: "SwapPlan | None", console: "Console", document: dict[str, Any]
 ) -> Result:
     """Build the model, convert it, and hold it against the original."""
-    from normswap.checkpoints.saving import new_of, originals
+    from normswap.checkpoints.carrying import new_of
+    from normswap.checkpoints.saving import originals
     from normswap.reports.tables import missing, parity
     from normswap.surgery.conversion import convert
 
@@ -177,8 +178,8 @@ def _by_names(
     wish: Wish, checkpoint: "Checkpoint", stored: "SwapPlan | None", console: "Console", document: dict[str, Any]
 ) -> Result:
     """Convert the tensors by their names, without any model."""
+    from normswap.checkpoints.carrying import New
     from normswap.checkpoints.prefixes import names_under
-    from normswap.checkpoints.saving import New
     from normswap.checkpoints.state_surgery import gates_of, plan_from_names
     from normswap.reports.tables import missing
 
@@ -214,8 +215,8 @@ def _tell_plan(
 
 
 def _carried(wish: Wish, checkpoint: "Checkpoint", result: Result) -> "Carried":
+    from normswap.checkpoints.carrying import Carried, converted_content
     from normswap.checkpoints.contents import read_contents
-    from normswap.checkpoints.saving import Carried, converted_content
 
     if not wish.weights_only:
         return converted_content(checkpoint, result.names, result.new, module=result.module, plan=result.plan)

@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from rich.console import Console
     from torch import nn
 
+    from normswap.checkpoints.carrying import New
     from normswap.checkpoints.checkpoint import Checkpoint
     from normswap.checkpoints.containers import Container
     from normswap.checkpoints.prefixes import StoredNames
     from normswap.checkpoints.record import Original, Record
-    from normswap.checkpoints.saving import New
     from normswap.checkpoints.trainer_state import Beside
     from normswap.surgery.plan import SwapPlan
     from normswap.verification import Verification
@@ -105,7 +105,6 @@ class Writing:
     def _record(self) -> "Record":
         from normswap.checkpoints.checkpoint import BESIDE
         from normswap.checkpoints.containers import FOLDERS
-        from normswap.checkpoints.contents import name_of
         from normswap.checkpoints.record import Record, Step
 
         source, result = self.source, self.result
@@ -118,5 +117,5 @@ class Writing:
             verification=result.proof,
             history=(*(source.record.history if source.record else ()), step),
             originals=result.originals,
-            entry=None if self.wish.weights_only else name_of(source.contents.weights) or None,
+            entry=None if self.wish.weights_only else source.contents.entry or None,
         )
