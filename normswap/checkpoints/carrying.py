@@ -221,14 +221,9 @@ def _optimizers(content: Any, where: Contents, networks: Sequence[Network]) -> t
     for place in where.optimizers:
         state = at(content, place)
         masters = master_copies(content, place, where.optimizers)
+        after: Any = None
         if masters:
-            after, note = (
-                None,
-                (
-                    f"left as it is, {masters[0]} beside it holds copies of the parameters: begin the optimizer's state "
-                    "again, or put the gates in yourself"
-                ),
-            )
+            note = f"left as it is, {masters[0]} beside it holds copies of the parameters: begin the optimizer again"
         else:
             after, note = _extended(state, networks, alone=len(where.optimizers) == 1)
         stepped.append(_Stepped(place, state, after))

@@ -182,13 +182,66 @@ def read_checkpoint(
             content = module_of(program.program)
         if text is not None:
             check_seal(text, digest_of_members(path) if container == "exported program" else fingerprint(content))
-        contents = read_contents(content, entry=entry or (record.entry if record else None))
-        weights = at(content, contents.weights)
-        if not isinstance(weights, nn.Module):
-            content = replaced(content, {contents.weights: _readable(weights)})
+        return _checkpoint(path, container, content, record, entry, program)
     except (CheckpointError, SwapError) as error:
         raise CheckpointError(f"{path}: {error}") from error
+
+
+def at_entry(checkpoint: Checkpoint, content: Any, record: Record, entry: str) -> Checkpoint:
+    """Return a file as it stands at another one of its networks, once its content and its record have changed.
+
+    Raises:
+        CheckpointError: there are no weights at `entry`.
+    """
+    try:
+        return _checkpoint(checkpoint.path, checkpoint.container, content, record, entry, None)
+    except CheckpointError as error:
+        raise CheckpointError(f"{checkpoint.path}: {error}") from error
+
+
+def _checkpoint(
+    path: Path, container: Container, content: Any, record: Record | None, entry: str | None, program: Program | None
+) -> Checkpoint:
+    if record is not None and entry is None:
+        if len(record.entries) > 1:
+            raise CheckpointError(
+                f"holds several converted models ({', '.join(map(repr, record.entries))}): say which with "
+                "--entry NAME (entry=...)"
+            )
+        entry = record.entry
+    contents = read_contents(content, entry=entry)
+    weights = at(content, contents.weights)
+    if not isinstance(weights, nn.Module):
+        content = replaced(content, {contents.weights: _readable(weights)})
+    if record is not None:
+        record = _record_of(record, contents, weights)
     return Checkpoint(path, container, content, contents, record, program)
+
+
+def _record_of(record: Record, contents: Contents, weights: Any) -> Record:
+    """What a record says of the weights that are meant: they are listed, a copy of such a network, or not converted."""
+    if contents.entry in record.entries or (record.plan is None and not record.networks):
+        return record.about(contents.entry) if contents.entry in record.entries else record
+    for entry in record.entries:
+        seen = record.about(entry)
+        if seen.plan is not None and _has_gates_of(seen.plan, weights, contents.prefix):
+            return seen
+    return record.about(contents.entry)
+
+
+def _has_gates_of(plan: SwapPlan, weights: Any, prefix: str) -> bool:
+    """Whether weights hold the gates of a plan beside norms of its sizes, as far as a state dict can show."""
+    state = weights.state_dict() if isinstance(weights, nn.Module) else weights
+    wanted = {join(swap.fqn, GATE_PARAMETERS[0]): swap for swap in plan.swaps if "[" not in swap.fqn}
+    names = names_for(state, wanted, prefix=prefix)
+    for name, swap in wanted.items():
+        key = names.stored.get(name)
+        if key is None or tuple(state[key].shape) != (len(swap.branches),):
+            return False
+        beside = (state.get(f"{key.rpartition('.')[0]}.{last}") for last in ("weight", "running_mean"))
+        if any(tensor is not None and tensor.numel() != swap.num_features for tensor in beside):
+            return False
+    return True
 
 
 def build_model(checkpoint: Checkpoint, architecture: Architecture | None = None, *, trust: bool = False) -> Built:
@@ -230,9 +283,8 @@ def build_model(checkpoint: Checkpoint, architecture: Architecture | None = None
 
 def _names(checkpoint: Checkpoint, weights: Mapping[str, Tensor], model: nn.Module) -> StoredNames:
     """How a file names the tensors of a model, of which it may hold copies."""
-    wanted = {name: tuple(value.shape) for name, value in model.state_dict().items() if isinstance(value, Tensor)}
     try:
-        return names_with_copies(weights, wanted, prefix=checkpoint.contents.prefix)
+        return names_with_copies(weights, model.state_dict(), prefix=checkpoint.contents.prefix)
     except CheckpointError as error:
         raise CheckpointError(f"{checkpoint.path}: {error}") from None
 

@@ -201,11 +201,13 @@ def _by_names(groups: Sequence[Mapping[str, Any]], networks: Sequence[Network]) 
     names = [name for group in groups for name in group.get("param_names", group["params"])]
     if not names or not all(isinstance(name, str) for name in names):
         return None
+    found = []
     for network in networks:
         own = names_for(names, network.parameters).stored
         if own.keys() <= network.parameters.keys() and len(own) == len(names):
-            return _part(network, list(own)).answer()
-    return None
+            found.append(_part(network, list(own)).answer())
+    # Two networks may have the same names; then the shapes decide.
+    return found[0] if len(found) == 1 else None
 
 
 def _is_plain(name: str) -> bool:

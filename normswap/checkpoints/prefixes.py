@@ -108,14 +108,12 @@ def names_for(keys: Collection[str], wanted: Collection[str], *, prefix: str = "
     return max(candidates or [names_under(keys, prefix)], key=lambda names: len(wanted & names.stored.keys()))
 
 
-def names_with_copies(
-    tensors: Mapping[str, Any], wanted: Mapping[str, tuple[int, ...]], *, prefix: str = ""
-) -> StoredNames:
+def names_with_copies(tensors: Mapping[str, Any], wanted: Collection[str], *, prefix: str = "") -> StoredNames:
     """Return the names of a model as `names_for` does, and those of further copies of it under other prefixes.
 
     Args:
         tensors: a state dict by key; what has no shape is no tensor.
-        wanted: shapes of the model's tensors by its own names.
+        wanted: the model's own names of its tensors.
         prefix: what the user says that the prefix begins with; other copies may then differ.
 
     Raises:

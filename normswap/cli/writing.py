@@ -83,7 +83,7 @@ class Writing:
 
         source, target = self.source, self.wish.target
         with stage(f"writing {target.name}"):
-            record = self._record()
+            record = self.record()
             if source.program is not None:
                 inputs, original = self.result.inputs, source.program.program
                 error = write_program(content, original, target, record, inputs=inputs)
@@ -102,14 +102,18 @@ class Writing:
             return Beside({}, ())
         return trainer_state(self.source.path, self.result.new.trainable)
 
-    def _record(self) -> "Record":
+    def record(self) -> "Record":
+        """Return what the file says of its converted network, and of those that were converted before."""
         from normswap.checkpoints.checkpoint import BESIDE
         from normswap.checkpoints.containers import FOLDERS
         from normswap.checkpoints.record import Record, Step
 
         source, result = self.source, self.result
         told_beside = self.container in FOLDERS and result.architecture == f"hf:{source.path}"
-        step = Step.now("converted", source=self.wish.file.name, sha256=self.digest.result() if self.digest else None)
+        digest = self.digest.result() if self.digest else None
+        networks = source.record.networks if source.record and not self.wish.weights_only else {}
+        detail = source.contents.entry if networks or self.wish.one_of_several else None
+        step = Step.now("converted", source=self.wish.file.name, sha256=digest, detail=detail)
         return Record(
             payload=source.payload,
             architecture=BESIDE if told_beside else result.architecture,
@@ -118,4 +122,5 @@ class Writing:
             history=(*(source.record.history if source.record else ()), step),
             originals=result.originals,
             entry=None if self.wish.weights_only else source.contents.entry or None,
+            networks=networks,
         )
