@@ -206,8 +206,9 @@ def _by_names(groups: Sequence[Mapping[str, Any]], networks: Sequence[Network]) 
         own = names_for(names, network.parameters).stored
         if own.keys() <= network.parameters.keys() and len(own) == len(names):
             found.append(_part(network, list(own)).answer())
+    exact = [each for each in found if set(names) <= each.networks[0].parameters.keys()]
     # Two networks may have the same names; then the shapes decide.
-    return found[0] if len(found) == 1 else None
+    return next((each[0] for each in (exact, found) if len(each) == 1), None)
 
 
 def _is_plain(name: str) -> bool:
