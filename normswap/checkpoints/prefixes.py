@@ -104,8 +104,16 @@ def names_for(keys: Collection[str], wanted: Collection[str], *, prefix: str = "
         prefix: what the prefix has to begin with.
     """
     wanted = set(wanted)
-    candidates = [names_under(keys, each) for each in _candidates(keys, wanted) if each.startswith(prefix)]
-    return max(candidates or [names_under(keys, prefix)], key=lambda names: len(wanted & names.stored.keys()))
+
+    def best(prefixes: Iterable[str]) -> StoredNames:
+        found = [names_under(keys, each) for each in prefixes if each.startswith(prefix)]
+        return max(found or [names_under(keys, prefix)], key=lambda names: len(wanted & names.stored.keys()))
+
+    candidates, wrappers = _candidates(keys, wanted), prefixes_of(keys)
+    chosen = best(candidates)
+    beside = [each for each in candidates if not (each.startswith(chosen.prefix) or chosen.prefix.startswith(each))]
+    # A single prefix that is no wrapper's is left to be told; copies of one model may have any.
+    return chosen if prefix or chosen.prefix in wrappers or beside else best(wrappers)
 
 
 def names_with_copies(tensors: Mapping[str, Any], wanted: Collection[str], *, prefix: str = "") -> StoredNames:
@@ -123,7 +131,7 @@ def names_with_copies(tensors: Mapping[str, Any], wanted: Collection[str], *, pr
     own = _matched(chosen, wanted, tensors)
     taken = {chosen.stored[name] for name in own}
     copies = []
-    for each in _candidates(tensors, set(wanted)):
+    for each in _candidates(tensors, set(wanted)) if own else ():
         other = names_under(tensors, each)
         theirs = _matched(other, wanted, tensors)
         used = {other.stored[name] for name in theirs}
