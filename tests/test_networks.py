@@ -1,5 +1,6 @@
 """Files with several networks, copies, optimizers and schedulers: each is converted or left for what it is."""
 
+import argparse
 import copy
 import json
 from collections.abc import Callable
@@ -7,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
+import timm.utils
 import torch
 from click.testing import CliRunner, Result
 from torch import Tensor, nn, optim
@@ -384,6 +387,7 @@ def test_a_state_that_nobody_knows_is_named(
 
 
 SILENT: dict[str, Any] = {
+    "options": {"opt": argparse.Namespace(lr=0.1), "hyper_parameters": {"size": (3, 4)}},
     "a scaler": {"scaler": {"scale": 65536.0, "growth_factor": 2.0, "_growth_tracker": 3}},
     "amp": {"amp": {"loss_scaler0": {"loss_scale": 65536.0, "unskipped": 3}}},
     "numbers": {"epoch": 3, "args": {"opt": "sgd", "sched": "cosine", "model_ema": True}, "best": 0.7},
@@ -417,3 +421,37 @@ def test_an_average_of_the_parameters_alone_is_converted_by_name(nets: dict[str,
     assert "ema: converted too" in ok("convert", "last.pt", *G, *INPUT)
     model = normswap.load("last.normswap.pt", trust=True).model
     assert read("last.normswap.pt")["ema"].keys() == dict(model.named_parameters()).keys()
+
+
+@pytest.mark.parametrize("make", [optim.swa_utils.AveragedModel, timm.utils.ModelEmaV2], ids=["torch", "timm"])
+def test_a_pickled_average_is_converted_and_a_pickled_optimizer_named(
+    nets: dict[str, nn.Module], make: Callable[[nn.Module], nn.Module]
+) -> None:
+    torch.save({"model": nets["g"], "ema": make(nets["g"]), "optimizer": trained(nets["g"])}, "last.pt")
+    output = ok("convert", "last.pt", "--trust", *INPUT)
+    assert "ema: converted too" in output
+    assert "optimizer: left as it is, an optimizer's state in a form that normswap does not know" in output
+    found = torch.load("last.normswap.pt", weights_only=False)
+    assert set(normswap.importance_weights(found["ema"].module)) == {"1"}
+
+
+@pytest.mark.parametrize("entry", [(), ("--entry", "model")], ids=["both", "one"])
+def test_copies_converted_by_names_alone_load(nets: dict[str, nn.Module], entry: tuple[str, ...]) -> None:
+    state = nets["g"].state_dict()
+    torch.save({p + key: v for p in ("model.", "ema_model.") for key, v in state.items()}, "two.pt")
+    ok("convert", "two.pt", "--arch", "none", *entry)
+    assert len(read("two.normswap.pt")) - 2 * len(state) == (2 if entry else 4)
+    loaded = normswap.load("two.normswap.pt", architecture="nets.py:g", trust=True)
+    assert len(loaded.plan.swaps) == 1
+
+
+def test_two_architectures_in_one_state_dict_are_a_question(tmp_path: Path) -> None:
+    models = {"model": timm.create_model("resnet10t"), "net": timm.create_model("resnet18")}
+    torch.save({f"{p}.{k}": v for p, m in models.items() for k, v in m.state_dict().items()}, tmp_path / "two.pt")
+    result = run("convert", str(tmp_path / "two.pt"))
+    message = " ".join(result.stderr.split())
+    assert result.exit_code == 2
+    assert "holds several models, under 'net.'" in message
+    assert "'model.'" in message
+    assert "say which with --entry NAME" in message
+    assert [path.name for path in tmp_path.iterdir()] == ["two.pt"]

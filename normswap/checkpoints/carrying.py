@@ -41,6 +41,8 @@ _WORDS = (
     "dict",
     "lr",
 )
+# Where an average that is pickled keeps its copy of the model.
+_AVERAGES = ("module", "ema", "ema_model")
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
@@ -134,12 +136,8 @@ def _converted_copy(
 ) -> tuple[Any | None, str]:
     """A further copy of the model, such as its moving average, converted alike; None if it is another model."""
     if isinstance(value, nn.Module):
-        try:
-            twin = copy.deepcopy(value)
-            apply_plan(twin, plan)
-        except (PlanError, SwapError):
-            return None, "left as it is, not the same model"
-        return twin, "converted too"
+        twin = _converted_module(value, plan)
+        return twin, "left as it is, not the same model" if twin is None else "converted too"
     weights: Any = checkpoint.weights
     stored = weights.state_dict() if isinstance(weights, nn.Module) else weights
     wanted = {name: tuple(stored[key].shape) for name, key in names.stored.items() if isinstance(stored[key], Tensor)}
@@ -159,6 +157,20 @@ def _converted_copy(
     ):
         return None, "left as it is, not the same model"
     return _converted_state(value, own, new), "converted too"
+
+
+def _converted_module(value: nn.Module, plan: SwapPlan) -> nn.Module | None:
+    """A converted copy of a pickled module, or of an average with the model inside; None if it is another model."""
+    for inside in (None, *_AVERAGES):
+        twin = copy.deepcopy(value)
+        model = twin if inside is None else getattr(twin, inside, None)
+        try:
+            if isinstance(model, nn.Module):
+                apply_plan(model, plan)
+                return twin
+        except (PlanError, SwapError):
+            continue
+    return None
 
 
 def _networks(checkpoint: Checkpoint, names: StoredNames, new: New, alike: Mapping[Place, bool]) -> list[Network]:

@@ -32,7 +32,7 @@ _WEIGHTS = (
     "params",
     "current_model_state",
 )
-_TRAINING = re.compile(r"optim|(^|_)opt(_|$)|sched|momentum|exp_avg|(^|_)hyper")
+_TRAINING = re.compile(r"optim|(^|_)opt(_|$)|sched|momentum|exp_avg")
 _COPIES = ("ema", "averag", "swa", "teacher", "best")
 _DEPTH = 3
 _HINTS = ("arch", "model", "model_name", "architecture")

@@ -27,7 +27,7 @@ class _Kind(NamedTuple):
 
 _KINDS = (
     _Kind(
-        re.compile(r"ema(?![a-z])|averag|swa|shadow|collected_params"),
+        re.compile(r"(^|[^a-z]|model)ema|averag|(^|_)swa(_|$)|shadow|collected_params"),
         "an average",
         "make it again from the converted model",
     ),
@@ -37,7 +37,7 @@ _KINDS = (
         "build the scheduler for the optimizer of the converted model and set its step",
     ),
     _Kind(
-        re.compile(r"optim|(^|_)opt(_|$)|momentum|exp_avg|hyper|master|fp32|fp16|zero|amp(_|$)|moment"),
+        re.compile(r"optim|(^|_)opt(_|$)|moment|exp_avg|master|fp32|fp16|(^|_)zero|(^|_)amp(_|$)"),
         "an optimizer's state",
         "build the optimizer from normswap.param_groups(model) and begin its state again, or put the gates in yourself",
     ),
@@ -139,5 +139,5 @@ def _sizes(value: Any, depth: int = 6) -> list[Shape]:
 
 
 def _is_object(value: Any) -> bool:
-    """Whether it is an object with attributes, as pickled optimizers are, and no plain data."""
-    return hasattr(value, "__dict__") and not isinstance(value, Tensor | nn.Module | Mapping | type)
+    """Whether it is an object with a state of its own, as pickled optimizers are; options that were parsed are none."""
+    return hasattr(value, "state_dict") and not isinstance(value, nn.Module | type)

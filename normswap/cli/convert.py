@@ -208,7 +208,7 @@ def _by_names(
     weights = checkpoint.weights
     if not isinstance(weights, Mapping):
         raise CheckpointError(f"{wish.file}: a pickled module brings its own architecture: leave --arch none out")
-    names = names_under(weights, "")
+    names = names_under(weights, checkpoint.contents.prefix)
     state = {name: weights[key] for name, key in names.stored.items()}
     plan = plan_from_names(state, include=wish.include, exclude=wish.exclude)
     _tell_plan(console, document, describe_content(checkpoint, "by names alone"), checkpoint, plan, None)
