@@ -455,3 +455,29 @@ def test_two_architectures_in_one_state_dict_are_a_question(tmp_path: Path) -> N
     assert "'model.'" in message
     assert "say which with --entry NAME" in message
     assert [path.name for path in tmp_path.iterdir()] == ["two.pt"]
+
+
+DAMAGED: dict[str, tuple[Any, str]] = {
+    "numbers that are none": (
+        {"state": {}, "param_groups": [{"params": [[0], {}]}]},
+        "is damaged, it gives parameters",
+    ),
+    "no group": ({"state": {}, "param_groups": []}, "has no parameter group"),
+    "a state without a parameter": ({"state": {9: {}}, "param_groups": [{"params": [0]}]}, "parameter 9 has a state"),
+}
+
+
+@pytest.mark.parametrize(("state", "message"), DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_optimizer_is_refused_in_one_line(nets: dict[str, nn.Module], state: Any, message: str) -> None:
+    torch.save({"model": nets["g"].state_dict(), "optimizer": state}, "last.pt")
+    result = run("convert", "last.pt", *G, *INPUT)
+    assert (result.exit_code, message in result.stderr) == (2, True), result.output
+    assert not Path("last.normswap.pt").exists()
+
+
+def test_a_scheduler_of_odd_rates_is_left(nets: dict[str, nn.Module]) -> None:
+    optimizer = trained(nets["g"])
+    optimizer.param_groups[0]["initial_lr"] = 0.1
+    content = {"model": nets["g"].state_dict(), "optimizer": optimizer.state_dict(), "sched": {"base_lrs": ["x"]}}
+    torch.save(content, "last.pt")
+    assert "sched: left as it is, it fits no optimizer in this file" in ok("convert", "last.pt", *G, *INPUT)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from normswap.checkpoints.checkpoint import Checkpoint
 from normswap.checkpoints.contents import Contents, Place, at, looks_like_training, name_of, replaced
 from normswap.checkpoints.leftovers import average_lists, master_copies, unknown_states, with_gates_between
-from normswap.checkpoints.optimizer_state import StateDict, has_gates, with_gates, with_more_gates
+from normswap.checkpoints.optimizer_state import StateDict, checked_groups, has_gates, with_gates, with_more_gates
 from normswap.checkpoints.ownership import Network, Owned, in_its_order, owned_by
 from normswap.checkpoints.prefixes import StoredNames, names_with_copies
 from normswap.checkpoints.scheduler_state import could_step, scheduler_with_gates
@@ -247,6 +247,7 @@ def _extended(state: StateDict, networks: Sequence[Network], *, alone: bool) -> 
     """An optimizer's state with the gates of the networks that it has, and what was done."""
     if not any(network.gates for network in networks):
         return None, "left as it is, no gate trains"
+    checked_groups(state)
     owned = owned_by(state, networks, alone=alone)
     if not isinstance(owned, Owned):
         return None, f"left as it is, {owned}"

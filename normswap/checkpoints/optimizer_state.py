@@ -43,6 +43,25 @@ def has_gates(optimizer_state: StateDict) -> bool:
     return any(group.get(GATE_GROUP) is True for group in optimizer_state["param_groups"])
 
 
+def checked_groups(optimizer_state: object) -> Sequence[Mapping[str, Any]]:
+    """Return the parameter groups of an optimizer's state dict.
+
+    Raises:
+        CheckpointError: it is no such state dict, or damaged.
+    """
+    if not is_optimizer_state(optimizer_state):
+        kind = type(optimizer_state).__name__
+        got = f"entries {[*optimizer_state][:6]}" if isinstance(optimizer_state, Mapping) else kind
+        raise CheckpointError(
+            f"expected an optimizer's state dict, 'state' and 'param_groups', got {got}: pass optimizer.state_dict()"
+        )
+    groups: Sequence[Mapping[str, Any]] = optimizer_state["param_groups"]
+    problem = _problem(groups, optimizer_state["state"])
+    if problem:
+        raise CheckpointError(f"the optimizer's state dict {problem}: save it again with optimizer.state_dict()")
+    return groups
+
+
 def ordinary_groups(optimizer_state: StateDict) -> list[StateDict]:
     """Return the parameter groups but that of the gates."""
     return [group for group in optimizer_state["param_groups"] if group.get(GATE_GROUP) is not True]
@@ -73,7 +92,9 @@ def with_gates(
         CheckpointError: not such a state dict, damaged, or with gates already.
         OptimizerError: `importance_lr` is no learning rate.
     """
-    groups = _checked_groups(optimizer_state)
+    groups = checked_groups(optimizer_state)
+    if has_gates(optimizer_state):
+        raise CheckpointError("the optimizer's state dict has a group of gates already: load it as it is")
     if not gates:
         return dict(optimizer_state)
     taken = [key for group in groups for key in group["params"]]
@@ -149,22 +170,6 @@ def _new_keys(taken: Sequence[Any], state: Mapping[Any, Any], gates: Sequence[st
         return list(gates)
     first = max((key for key in (*taken, *state) if isinstance(key, int)), default=-1) + 1
     return list(range(first, first + len(gates)))
-
-
-def _checked_groups(optimizer_state: object) -> Sequence[Mapping[str, Any]]:
-    if not is_optimizer_state(optimizer_state):
-        kind = type(optimizer_state).__name__
-        got = f"entries {[*optimizer_state][:6]}" if isinstance(optimizer_state, Mapping) else kind
-        raise CheckpointError(
-            f"expected an optimizer's state dict, 'state' and 'param_groups', got {got}: pass optimizer.state_dict()"
-        )
-    groups: Sequence[Mapping[str, Any]] = optimizer_state["param_groups"]
-    problem = _problem(groups, optimizer_state["state"])
-    if problem:
-        raise CheckpointError(f"the optimizer's state dict {problem}: save it again with optimizer.state_dict()")
-    if has_gates(optimizer_state):
-        raise CheckpointError("the optimizer's state dict has a group of gates already: load it as it is")
-    return groups
 
 
 def _problem(groups: Sequence[Mapping[str, Any]], state: Mapping[Any, Any]) -> str | None:

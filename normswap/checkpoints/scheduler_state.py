@@ -39,7 +39,14 @@ def could_step(scheduler_state: StateDict, groups: Sequence[StateDict]) -> bool:
     rates = scheduler_state.get("base_lrs", scheduler_state.get("base_values"))
     initial = [group.get(f"initial_{scheduler_state.get('param_group_field', 'lr')}") for group in groups]
     pairs = zip(rates if isinstance(rates, list) else [], initial, strict=False)
-    return all(first is None or float(first) == float(rate) for rate, first in pairs)
+    return all(first is None or _is_same(first, rate) for rate, first in pairs)
+
+
+def _is_same(first: Any, rate: Any) -> bool:
+    try:
+        return float(first) == float(rate)
+    except (TypeError, ValueError, RuntimeError):  # whatever a file may hold: nothing is known of it
+        return False
 
 
 def scheduler_with_gates(scheduler_state: StateDict, *, optimizer_state: StateDict) -> dict[str, Any]:
