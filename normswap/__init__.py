@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from normswap.finetune.batch_price import batch_dependence as batch_dependence
     from normswap.finetune.engine import Outcome as Outcome
     from normswap.finetune.engine import run_recipe as run_recipe
+    from normswap.finetune.live_training import TrainingConversion as TrainingConversion
+    from normswap.finetune.live_training import convert_training as convert_training
     from normswap.finetune.param_groups import param_groups as param_groups
     from normswap.finetune.recipe import Recipe as Recipe
     from normswap.finetune.recipe import read_recipe as read_recipe
@@ -57,6 +59,8 @@ _HOMES = {
     "save": "normswap.checkpoints.saving",
     "NormswapError": "normswap.errors",
     "batch_dependence": "normswap.finetune.batch_price",
+    "TrainingConversion": "normswap.finetune.live_training",
+    "convert_training": "normswap.finetune.live_training",
     "param_groups": "normswap.finetune.param_groups",
     "Outcome": "normswap.finetune.engine",
     "run_recipe": "normswap.finetune.engine",

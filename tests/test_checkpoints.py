@@ -487,7 +487,7 @@ def _proof(**changes: Any) -> str:
 
 
 BAD_RECORDS = {
-    "of the future": (_edited(version=2), "its record is of a newer version than 1: update normswap"),
+    "of the future": (_edited(version=3), "its record is of a newer version than 2: update normswap"),
     "no JSON": ("{", "its record is damaged (Expecting property name"),
     "a list": ("[]", "its record is damaged ("),
     "unknown payload": (_edited(payload="onnx"), "its record is damaged (payload: unexpected 'onnx')"),

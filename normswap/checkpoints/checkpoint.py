@@ -8,7 +8,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +30,7 @@ from normswap.checkpoints.fit import Fit, fill
 from normswap.checkpoints.identification import decide
 from normswap.checkpoints.layout import rejoin
 from normswap.checkpoints.pages import let_go
-from normswap.checkpoints.prefixes import StoredNames, names_for
+from normswap.checkpoints.prefixes import StoredNames, names_for, names_with_copies
 from normswap.checkpoints.programs import Program, digest_of_members
 from normswap.checkpoints.recognition import recognise
 from normswap.checkpoints.record import Payload, Record, Step, check_seal
@@ -40,7 +40,7 @@ from normswap.layers.adoption import GATE_PARAMETERS
 from normswap.layers.importance import importance_weights as shares_of
 from normswap.surgery.conversion import apply_plan
 from normswap.surgery.gated import ImportanceWeights, gated_modules, importance_weights
-from normswap.surgery.plan import SwapPlan
+from normswap.surgery.plan import ANY_CLASS, SwapPlan
 from normswap.surgery.planning import complete_plan
 from normswap.surgery.programs import module_of
 from normswap.surgery.tree import join
@@ -208,11 +208,7 @@ def read_checkpoint(
     with _named(origin.path):
         if program is not None:
             content = module_of(program.program)
-        contents = read_contents(content, entry=entry or (record.entry if record else None))
-        weights = at(content, contents.weights)
-        if not isinstance(weights, nn.Module):
-            content = replaced(content, {contents.weights: _readable(weights)})
-    return Checkpoint(origin, source.container, content, contents, record, program)
+        return _checkpoint(origin, source.container, content, record, entry, program)
 
 
 def read_content(header: Header, *, trust: bool = False, mapped: bool = False) -> Any:
@@ -244,6 +240,66 @@ def _named(path: Path) -> Iterator[None]:
         raise CheckpointError(f"{path}: {error}") from error
 
 
+def at_entry(checkpoint: Checkpoint, content: Any, record: Record, entry: str) -> Checkpoint:
+    """Return a file as it stands at another one of its networks, once its content and its record have changed.
+
+    Raises:
+        CheckpointError: there are no weights at `entry`.
+    """
+    with _named(checkpoint.path):
+        return _checkpoint(checkpoint.origin, checkpoint.container, content, record, entry, None)
+
+
+def _checkpoint(
+    origin: Source,
+    container: Container,
+    content: Any,
+    record: Record | None,
+    entry: str | None,
+    program: Program | None,
+) -> Checkpoint:
+    if record is not None and entry is None:
+        if len(record.entries) > 1:
+            raise CheckpointError(
+                f"holds several converted models ({', '.join(map(repr, record.entries))}): say which with "
+                "--entry NAME (entry=...)"
+            )
+        entry = record.entry
+    contents = read_contents(content, entry=entry)
+    weights = at(content, contents.weights)
+    if not isinstance(weights, nn.Module):
+        content = replaced(content, {contents.weights: _readable(weights)})
+    if record is not None:
+        record = _record_of(record, contents, weights)
+    return Checkpoint(origin, container, content, contents, record, program)
+
+
+def _record_of(record: Record, contents: Contents, weights: Any) -> Record:
+    """What a record says of the weights that are meant: they are listed, a copy of such a network, or not converted."""
+    if contents.entry in record.entries or (record.plan is None and not record.networks):
+        return record.about(contents.entry) if contents.entry in record.entries else record
+    for entry in record.entries:
+        seen = record.about(entry)
+        if seen.plan is not None and _has_gates_of(seen.plan, weights, contents.prefix):
+            return seen
+    return record.about(contents.entry)
+
+
+def _has_gates_of(plan: SwapPlan, weights: Any, prefix: str) -> bool:
+    """Whether weights hold the gates of a plan beside norms of its sizes, as far as a state dict can show."""
+    state = weights.state_dict() if isinstance(weights, nn.Module) else weights
+    wanted = {join(swap.fqn, GATE_PARAMETERS[0]): swap for swap in plan.swaps if "[" not in swap.fqn}
+    names = names_for(state, wanted, prefix=prefix)
+    for name, swap in wanted.items():
+        key = names.stored.get(name)
+        if key is None or tuple(state[key].shape) != (len(swap.branches),):
+            return False
+        beside = (state.get(f"{key.rpartition('.')[0]}.{last}") for last in ("weight", "running_mean"))
+        if any(tensor is not None and tensor.numel() != swap.num_features for tensor in beside):
+            return False
+    return True
+
+
 def build_model(checkpoint: Checkpoint, architecture: Architecture | None = None, *, trust: bool = False) -> Built:
     """Return the model in a checkpoint: built, converted by the file's plan, filled; the pickled module itself.
 
@@ -266,22 +322,36 @@ def build_model(checkpoint: Checkpoint, architecture: Architecture | None = None
     source = architecture or said_architecture(checkpoint, trust=trust)
     if source is None:
         try:
-            source = decide(recognise(weights, checkpoint.content))
-        except AmbiguityError as error:
-            raise AmbiguityError(f"{path}: {error}") from None
+            source = decide(recognise(weights, checkpoint.content, prefix=checkpoint.contents.prefix))
+        except (AmbiguityError, CheckpointError) as error:
+            raise type(error)(f"{path}: {error}") from None
     named = isinstance(source, str) and (architecture is None or source.startswith("hf:"))
     with limited_build(path, len(weights)) if named and not trust else nullcontext():
         model = _built(source, trust=trust)
-    rename = renaming_of(model)
-    names = names_for(weights, model.state_dict(), rename)
+    names = _names(checkpoint, weights, model)
     if plan is not None:
-        plan = complete_plan(model, plan, prefix=names.prefix)
+        plan = complete_plan(model, _without_copies(plan, names), prefix=names.prefix)
         if not gated_modules(model):
             apply_plan(model, plan)
-            names = names_for(weights, model.state_dict(), rename)
+            names = _names(checkpoint, weights, model)
     fit = fill(model, _for_model(weights, names, model), source if isinstance(source, str) else type(model).__name__)
     let_go(weights.values())
     return Built(model.eval(), names, source if isinstance(source, str) else None, plan, fit)
+
+
+def _names(checkpoint: Checkpoint, weights: Mapping[str, Tensor], model: nn.Module) -> StoredNames:
+    """How a file names the tensors of a model, of which it may hold copies."""
+    with _named(checkpoint.path):
+        return names_with_copies(
+            weights, model.state_dict(), prefix=checkpoint.contents.prefix, rename=renaming_of(model)
+        )
+
+
+def _without_copies(plan: SwapPlan, names: StoredNames) -> SwapPlan:
+    """A plan made from names alone without the sites of further copies of the model; any other plan has none."""
+    prefixes = tuple(copy.prefix for copy in names.copies)
+    kept = tuple(s for s in plan.swaps if s.class_name != ANY_CLASS or not prefixes or not s.fqn.startswith(prefixes))
+    return replace(plan, swaps=kept)
 
 
 def stored_importance_weights(checkpoint: Checkpoint) -> dict[str, ImportanceWeights]:
@@ -296,7 +366,8 @@ def stored_importance_weights(checkpoint: Checkpoint) -> dict[str, ImportanceWei
     if isinstance(weights, nn.Module):  # of a program, whose gates are parameters like any other
         weights = weights.state_dict()
     swaps = record.plan.swaps if record and record.plan else ()
-    names = names_for(weights, [join(swap.fqn, name) for swap in swaps for name in GATE_PARAMETERS])
+    wanted = [join(swap.fqn, name) for swap in swaps for name in GATE_PARAMETERS]
+    names = names_for(weights, wanted, prefix=checkpoint.contents.prefix)
     found = {}
     for swap in swaps:
         module = record.stored_as.get(swap.fqn) if record else None

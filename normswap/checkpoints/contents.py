@@ -32,6 +32,7 @@ _WEIGHTS = (
     "params",
     "current_model_state",
 )
+_TRAINING = re.compile(r"optim|(^|_)opt(_|$)|sched|momentum|exp_avg")
 _COPIES = ("ema", "averag", "swa", "teacher", "best")
 _DEPTH = 3
 _HINTS = ("arch", "model", "model_name", "architecture")
@@ -42,7 +43,8 @@ class Contents:
     """Where things lie in a file's content, each place a path of keys; () is the content itself.
 
     `kind` says what the whole is, `weights` where the tensors or the module to convert are, `others` where further
-    ones are, `optimizers` and `schedulers` where those states are.
+    ones are, `optimizers` and `schedulers` where those states are. `prefix` is what the user says that the names of the
+    meant tensors begin with, `entry` how the user, or a record, calls the weights.
     """
 
     kind: str
@@ -50,13 +52,20 @@ class Contents:
     others: tuple[Place, ...] = ()
     optimizers: tuple[Place, ...] = ()
     schedulers: tuple[Place, ...] = ()
+    prefix: str = ""
+
+    @property
+    def entry(self) -> str:
+        """What --entry has to be given for these weights: nothing where the content is theirs."""
+        return ".".join(filter(None, (name_of(self.weights), self.prefix.rstrip("."))))
 
 
 def read_contents(content: Any, *, entry: str | None = None) -> Contents:
     """Return where weights, their copies and optimizer states lie in `content`.
 
     Args:
-        entry: the entry whose weights are meant, where there are several: its name, dots between nested ones.
+        entry: the entry whose weights are meant, where there are several: its name, dots between nested ones; inside
+            a state dict the first parts of the names of one model.
 
     Raises:
         CheckpointError: there are no weights, several and none is likelier, or `entry` holds none.
@@ -64,11 +73,11 @@ def read_contents(content: Any, *, entry: str | None = None) -> Contents:
     found = weights_in(content)
     if not found:
         raise CheckpointError(f"expected a state dict or a module, got {_described(content)}")
-    weights = _chosen(found, entry)
+    weights, prefix = _chosen(found, entry)
     others = tuple(place for place in found if place != weights)
     optimizers = optimizers_in(content)
     schedulers = tuple(_places(content, (), is_scheduler_state))
-    return Contents(_kind(content, weights), weights, others, optimizers, schedulers)
+    return Contents(_kind(content, weights), weights, others, optimizers, schedulers, prefix)
 
 
 def weights_in(content: Any) -> dict[Place, Any]:
@@ -131,6 +140,11 @@ def name_of(place: Place) -> str:
     return ".".join(map(str, place))
 
 
+def looks_like_training(place: Place) -> bool:
+    """Say whether a place is called like the state of an optimizer or a scheduler, whatever lies there."""
+    return any(_TRAINING.search(str(key).lower()) for key in place)
+
+
 def is_state_dict(value: Any) -> bool:
     """Say whether `value` maps names to tensors, some of them floating and none without a name."""
     if not isinstance(value, Mapping) or not value or not all(isinstance(key, str) for key in value):
@@ -189,23 +203,34 @@ def _places(value: Any, place: Place, is_one: Callable[[Any], bool]) -> Iterator
                 yield from _places(inner, (*place, key), is_one)
 
 
-def _chosen(found: Mapping[Place, Any], entry: str | None) -> Place:
+def _chosen(found: Mapping[Place, Any], entry: str | None) -> tuple[Place, str]:
+    """Where the weights lie, and what their names begin with."""
     if entry is not None:
-        match = next((place for place in found if name_of(place) == entry), None)
-        if match is None:
-            raise CheckpointError(f"no weights at {entry!r}: expected one of {_listed(found)}")
-        return match
+        return _named(found, entry)
+    named = {place: value for place, value in found.items() if not looks_like_training(place)} or found
     for name in _WEIGHTS:
-        for place in sorted(found, key=len):
+        for place in sorted(named, key=len):
             if place and place[-1] == name:
-                return place
-    plain = [place for place in found if not any(word in name_of(place).lower() for word in _COPIES)]
-    candidates = plain or list(found)
+                return place, ""
+    plain = [place for place in named if not any(word in name_of(place).lower() for word in _COPIES)]
+    candidates = plain or list(named)
     if len(candidates) > 1:
         raise CheckpointError(
-            f"holds several models ({_listed(found)}): say which with --entry NAME (entry=...), one at a time"
+            f"holds several models ({_listed(named)}): say which with --entry NAME (entry=...), repeated for several"
         )
-    return candidates[0]
+    return candidates[0], ""
+
+
+def _named(found: Mapping[Place, Any], entry: str) -> tuple[Place, str]:
+    match = next((place for place in found if name_of(place) == entry), None)
+    if match is not None:
+        return match, ""
+    for place, value in found.items():
+        outside = f"{name_of(place)}." if place else ""
+        prefix = f"{entry.removeprefix(outside)}."
+        if entry.startswith(outside) and is_state_dict(value) and any(key.startswith(prefix) for key in value):
+            return place, prefix
+    raise CheckpointError(f"no weights at {entry!r}: expected one of {_listed(found)}")
 
 
 def _kind(content: Any, weights: Place) -> str:

@@ -12,12 +12,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parameter import is_lazy
 
 from normswap.checkpoints.identification import is_beyond, is_counter, is_head, parts_of
 from normswap.errors import ArchitectureError
 from normswap.surgery.tracing import first_line
 
 _MOST = 3
+# What a lazy module learns from its first input, and in which dimension of its weight that stands.
+_SIZES = {"in_features": 1, "in_channels": 1, "num_features": 0}
 _STATISTICS = ("running_mean", "running_var")
 # difflib compares every pair: of more names than these the first ones are searched.
 _MOST_SEARCHED = 2000
@@ -56,7 +60,9 @@ def fill(model: nn.Module, state: Mapping[str, Tensor], name: str) -> Fit:
     """
     for key, tensor in model.state_dict(keep_vars=True).items():
         stored = state.get(key)
-        if stored is not None and isinstance(tensor, Tensor) and _wants_another_layout(tensor, stored):
+        if stored is not None and is_lazy(tensor):
+            tensor.materialize(tuple(stored.shape), dtype=stored.dtype)
+        elif stored is not None and isinstance(tensor, Tensor) and _wants_another_layout(tensor, stored):
             # The Parameter object stays, and with it ties between modules.
             tensor.data = torch.empty_like(stored, device=tensor.device)
     fit = _fit(model.state_dict(), state)
@@ -65,7 +71,26 @@ def fill(model: nn.Module, state: Mapping[str, Tensor], name: str) -> Fit:
         model.load_state_dict(state, strict=fit is None or fit == Fit())
     except RuntimeError as error:
         raise ArchitectureError(f"the tensors do not fit {name}: {_misfit(model, state) or _told(error)}") from error
+    for module in model.modules():
+        if isinstance(module, LazyModuleMixin):
+            _settle(module)
     return fit or Fit()
+
+
+def _settle(module: Any) -> None:
+    """Make a lazy module, whose tensors are there now, what its first forward pass would make it."""
+    if module.has_uninitialized_params() or not hasattr(module, "_initialize_hook"):
+        return
+    size = module.weight if getattr(module, "weight", None) is not None else module.running_mean
+    for name, place in _SIZES.items():
+        if getattr(module, name, None) == 0:
+            across = 0 if getattr(module, "transposed", False) else place
+            setattr(module, name, size.shape[across] * (1 if across == 0 else getattr(module, "groups", 1)))
+    for hook in ("_initialize_hook", "_load_hook"):
+        getattr(module, hook).remove()
+        delattr(module, hook)
+    if module.cls_to_become is not None:
+        module.__class__ = module.cls_to_become
 
 
 def _fit(own: Mapping[str, Any], state: Mapping[str, Tensor]) -> Fit | None:

@@ -9,12 +9,19 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
+from torch import Tensor
+
 from normswap.errors import CheckpointError, OptimizerError
 
 # An option of the group of gates, by which it is known again. Optimizers carry options that they do not know.
 GATE_GROUP = "gates"
 # Options that are learning rates or bounds of them; schedulers add all but the first.
 _RATES = ("lr", "initial_lr", "max_lr", "min_lr", "swa_lr")
+# Entries of optimizer states that have the shape of their parameter (or are scalars).
+SHAPED = {
+    *("momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_avg_diff", "exp_avg_var", "exp_inf"),
+    *("square_avg", "grad_avg", "acc_delta", "sum", "prev", "neg_pre_grad", "grad_sum_sq", "lookahead_slow_buff"),
+}
 # A count of steps that an optimizer keeps per group: the gates' begins anew, or their first steps would be too long.
 _COUNTS = ("step",)
 
@@ -36,6 +43,38 @@ def has_gates(optimizer_state: StateDict) -> bool:
     return any(group.get(GATE_GROUP) is True for group in optimizer_state["param_groups"])
 
 
+def checked_groups(optimizer_state: object) -> Sequence[Mapping[str, Any]]:
+    """Return the parameter groups of an optimizer's state dict.
+
+    Raises:
+        CheckpointError: it is no such state dict, or damaged.
+    """
+    if not is_optimizer_state(optimizer_state):
+        kind = type(optimizer_state).__name__
+        got = f"entries {[*optimizer_state][:6]}" if isinstance(optimizer_state, Mapping) else kind
+        raise CheckpointError(
+            f"expected an optimizer's state dict, 'state' and 'param_groups', got {got}: pass optimizer.state_dict()"
+        )
+    groups: Sequence[Mapping[str, Any]] = optimizer_state["param_groups"]
+    problem = _problem(groups, optimizer_state["state"])
+    if problem:
+        raise CheckpointError(f"the optimizer's state dict {problem}: save it again with optimizer.state_dict()")
+    return groups
+
+
+def ordinary_groups(optimizer_state: StateDict) -> list[StateDict]:
+    """Return the parameter groups but that of the gates."""
+    return [group for group in optimizer_state["param_groups"] if group.get(GATE_GROUP) is not True]
+
+
+def parameter_shape(entries: Any) -> tuple[int, ...] | None:
+    """Return the shape of a parameter as its state in an optimizer tells it, or None if that does not."""
+    if not isinstance(entries, Mapping):
+        return None
+    tensors = [value for name, value in entries.items() if name in SHAPED and isinstance(value, Tensor)]
+    return next((tuple(tensor.shape) for tensor in tensors if tensor.dim()), None)
+
+
 def with_gates(
     optimizer_state: StateDict, *, gates: Sequence[str], importance_lr: float | None = None
 ) -> dict[str, Any]:
@@ -53,18 +92,34 @@ def with_gates(
         CheckpointError: not such a state dict, damaged, or with gates already.
         OptimizerError: `importance_lr` is no learning rate.
     """
-    groups = _checked_groups(optimizer_state)
+    groups = checked_groups(optimizer_state)
+    if has_gates(optimizer_state):
+        raise CheckpointError("the optimizer's state dict has a group of gates already: load it as it is")
     if not gates:
         return dict(optimizer_state)
     taken = [key for group in groups for key in group["params"]]
     added = gate_options(groups[-1], importance_lr=importance_lr)
     if "param_names" in groups[-1]:
         added["param_names"] = list(gates)
-    # Some libraries name parameters where torch numbers them.
-    named = bool(taken) and isinstance(taken[0], str)
-    first = max((key for key in (*taken, *optimizer_state["state"]) if isinstance(key, int)), default=-1) + 1
-    added["params"] = list(gates) if named else list(range(first, first + len(gates)))
+    added["params"] = _new_keys(taken, optimizer_state["state"], gates)
     return {**optimizer_state, "param_groups": [*optimizer_state["param_groups"], added]}
+
+
+def with_more_gates(optimizer_state: StateDict, *, gates: Sequence[str], place: int) -> dict[str, Any]:
+    """Return an optimizer's state dict with further gates in the group of gates that it has.
+
+    Args:
+        gates: their names.
+        place: how many gates of that group stand before them.
+    """
+    groups = [dict(group) for group in optimizer_state["param_groups"]]
+    group = next(group for group in groups if group.get(GATE_GROUP) is True)
+    taken = [key for each in groups for key in each["params"]]
+    keys = _new_keys(taken, optimizer_state["state"], gates)
+    for name, added in (("params", keys), ("param_names", list(gates))):
+        if name in group:
+            group[name] = [*group[name][:place], *added, *group[name][place:]]
+    return {**optimizer_state, "param_groups": groups}
 
 
 def gate_options(template: Mapping[str, Any], *, importance_lr: float | None = None) -> dict[str, Any]:
@@ -109,20 +164,12 @@ def check_rate(name: str, value: float | None) -> None:
         raise OptimizerError(f"{name}: expected a finite number >= 0, got {value}")
 
 
-def _checked_groups(optimizer_state: object) -> Sequence[Mapping[str, Any]]:
-    if not is_optimizer_state(optimizer_state):
-        kind = type(optimizer_state).__name__
-        got = f"entries {[*optimizer_state][:6]}" if isinstance(optimizer_state, Mapping) else kind
-        raise CheckpointError(
-            f"expected an optimizer's state dict, 'state' and 'param_groups', got {got}: pass optimizer.state_dict()"
-        )
-    groups: Sequence[Mapping[str, Any]] = optimizer_state["param_groups"]
-    problem = _problem(groups, optimizer_state["state"])
-    if problem:
-        raise CheckpointError(f"the optimizer's state dict {problem}: save it again with optimizer.state_dict()")
-    if has_gates(optimizer_state):
-        raise CheckpointError("the optimizer's state dict has a group of gates already: load it as it is")
-    return groups
+def _new_keys(taken: Sequence[Any], state: Mapping[Any, Any], gates: Sequence[str]) -> list[Any]:
+    """What stands for further parameters: numbers that are free, or their names where others have names."""
+    if taken and isinstance(taken[0], str):  # some libraries name parameters where torch numbers them
+        return list(gates)
+    first = max((key for key in (*taken, *state) if isinstance(key, int)), default=-1) + 1
+    return list(range(first, first + len(gates)))
 
 
 def _problem(groups: Sequence[Mapping[str, Any]], state: Mapping[Any, Any]) -> str | None:

@@ -6,9 +6,13 @@ reads tensors.
 """
 
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
+
+from normswap.errors import CheckpointError
 
 # What a wrapper calls the model inside it.
 WRAPPERS = (
@@ -28,6 +32,10 @@ WRAPPERS = (
 _PREFIX = re.compile(rf"(?:(?:{'|'.join(WRAPPERS)})\.)*")
 # Put inside names, too, by wrappers around parts of a model; no network calls a child so.
 _INSIDE = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+# By so many of its longest names a model is looked for; if these give more prefixes, they are no names of its own.
+_PROBES, _MOST_CANDIDATES = 3, 40
+# A first part of names that is to be a prefix stands before so many of them; so many such parts are tried.
+_LEAST, _MOST_PARTS = 4, 6
 
 
 Rename = Callable[[str], str]
@@ -36,13 +44,15 @@ Rename = Callable[[str], str]
 @dataclass(frozen=True)
 class StoredNames:
     """How a file names the tensors of one model: `stored` by the model's own name, `foreign` those of something else
-    (a criterion, a counter of averages), and the prefix before the model's own. `rename` makes the model's own name of
+    (a criterion, a counter of averages), and the prefix before the model's own. `copies` are further copies of the
+    whole model in the same file, which have the same names under other prefixes. `rename` makes the model's own name of
     one in the file without that prefix, for libraries that save under other names than a model has.
     """
 
     prefix: str
     stored: Mapping[str, str]
     foreign: tuple[str, ...]
+    copies: "tuple[StoredNames, ...]" = ()
     rename: Rename | None = field(default=None, compare=False)
 
     def to_store(self, name: str) -> str:
@@ -87,18 +97,132 @@ def names_under(keys: Iterable[str], prefix: str, rename: Rename | None = None) 
             stored[name] = key
         else:
             foreign.append(key)
-    return StoredNames(prefix, stored, tuple(foreign), rename)
+    return StoredNames(prefix, stored, tuple(foreign), rename=rename)
 
 
-def names_for(keys: Collection[str], wanted: Collection[str], rename: Rename | None = None) -> StoredNames:
+def names_for(
+    keys: Collection[str], wanted: Collection[str], *, prefix: str = "", rename: Rename | None = None
+) -> StoredNames:
     """Return the names under the prefix that gives most of the `wanted` names of a model; the shortest of equals.
-
-    They are renamed if that gives more.
 
     Keys that no wanted name stands for stay among the model's own where everything has that prefix, so that a file
     which does not fit is told by its own names; beside a prefix they are foreign.
+
+    Args:
+        prefix: what the prefix has to begin with.
+        rename: applied if it gives more of the wanted names.
     """
     wanted = set(wanted)
     ways = [None] if rename is None else [None, rename]
-    candidates = [names_under(keys, prefix, way) for way in ways for prefix in prefixes_of(keys)]
-    return max(candidates, key=lambda names: len(wanted & names.stored.keys()))
+
+    def best(prefixes: Collection[str]) -> StoredNames:
+        found = [names_under(keys, each, way) for way in ways for each in prefixes if each.startswith(prefix)]
+        return max(found or [names_under(keys, prefix)], key=lambda names: len(wanted & names.stored.keys()))
+
+    candidates, wrappers = _candidates(keys, wanted), prefixes_of(keys)
+    chosen = best(candidates)
+    beside = [each for each in candidates if not (each.startswith(chosen.prefix) or chosen.prefix.startswith(each))]
+    # A single prefix that is no wrapper's is left to be told; copies of one model may have any.
+    return chosen if prefix or chosen.prefix in wrappers or beside else best(wrappers)
+
+
+def names_with_copies(
+    tensors: Mapping[str, Any], wanted: Collection[str], *, prefix: str = "", rename: Rename | None = None
+) -> StoredNames:
+    """Return the names of a model as `names_for` does, and those of further copies of it under other prefixes.
+
+    Args:
+        tensors: a state dict by key; what has no shape is no tensor.
+        wanted: the model's own names of its tensors.
+        prefix: what the user says that the prefix begins with; other copies may then differ.
+        rename: as for `names_for`.
+
+    Raises:
+        CheckpointError: without `prefix`, two copies differ in names or shapes.
+    """
+    chosen = names_for(tensors, wanted, prefix=prefix, rename=rename)
+    own = _matched(chosen, wanted, tensors)
+    taken = {chosen.stored[name] for name in own}
+    copies = []
+    for each in _candidates(tensors, set(wanted)) if own else ():
+        other = names_under(tensors, each, chosen.rename)
+        theirs = _matched(other, wanted, tensors)
+        used = {other.stored[name] for name in theirs}
+        if used & taken or 2 * len(theirs) < len(own) or not theirs:
+            continue
+        taken |= used
+        difference = _difference(chosen, other, own, theirs, wanted, tensors)
+        if difference is None:
+            copies.append(other)
+        elif not prefix:
+            first, second = (names.prefix.rstrip(".") for names in (chosen, other))
+            raise CheckpointError(
+                f"holds two models, under {chosen.prefix!r} and {each!r}, that differ ({difference}): say which with "
+                f"--entry NAME (entry=...), such as {first or second}"
+            )
+    if not copies:
+        return chosen
+    keys = {key for copy in copies for key in copy.stored.values()}
+    stored = {name: key for name, key in chosen.stored.items() if key not in keys}
+    foreign = tuple(key for key in chosen.foreign if key not in keys)
+    return replace(chosen, stored=stored, foreign=foreign, copies=tuple(copies))
+
+
+def leading_parts(keys: Collection[str]) -> list[str]:
+    """Return the first parts of names that may each stand before a model's own: `student.`, `teacher.`."""
+    counts = Counter(key.partition(".")[0] for key in keys if key.count(".") > 1)
+    return [f"{part}." for part, count in counts.most_common(_MOST_PARTS) if count >= _LEAST]
+
+
+def _candidates(keys: Collection[str], wanted: Collection[str]) -> list[str]:
+    """Every prefix that may stand before the wanted names, the shortest first: of wrappers, or of any other name."""
+    probes = sorted(wanted, key=len)[-_PROBES:]
+    bare = [_INSIDE.sub("", key) for key in keys]
+    found = {
+        key.removesuffix(probe)
+        for probe in probes
+        for key in bare
+        if key.endswith(probe) and key.removesuffix(probe).endswith(".")
+    }
+    # Names such as `weight` end half of all keys and tell nothing.
+    return sorted({*prefixes_of(keys), *(found if len(found) <= _MOST_CANDIDATES else ())}, key=lambda p: (len(p), p))
+
+
+def _matched(names: StoredNames, wanted: Collection[str], tensors: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The shapes under those of a model's names that are there."""
+    return {name: _shape(tensors[key]) for name, key in names.stored.items() if name in wanted}
+
+
+def _difference(
+    chosen: StoredNames,
+    other: StoredNames,
+    own: Mapping[str, tuple[int, ...]],
+    theirs: Mapping[str, tuple[int, ...]],
+    wanted: Collection[str],
+    tensors: Mapping[str, Any],
+) -> str | None:
+    """What is different in two copies, or None: a name that only one has, or another shape."""
+    lone = sorted(own.keys() ^ theirs.keys())
+    if chosen.prefix:
+        extra = [_extra(names, wanted, tensors) for names in (chosen, other)]
+        lone += sorted(extra[0] ^ extra[1])
+    if lone:
+        more = f" and {len(lone) - 1} more" if len(lone) > 1 else ""
+        return f"{lone[0]}{more} in one of them only"
+    for name, shape in own.items():
+        if theirs[name] != shape:
+            sizes = [_size(size) for size in (shape, theirs[name])]
+            return f"{name} is {sizes[0]} in one and {sizes[1]} in the other"
+    return None
+
+
+def _extra(names: StoredNames, wanted: Collection[str], tensors: Mapping[str, Any]) -> set[str]:
+    return {name for name, key in names.stored.items() if name not in wanted and _shape(tensors[key])}
+
+
+def _shape(tensor: Any) -> tuple[int, ...]:
+    return tuple(getattr(tensor, "shape", ()))
+
+
+def _size(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape)) or "a number"

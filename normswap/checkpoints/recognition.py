@@ -11,24 +11,53 @@ from torch import Tensor, nn
 
 from normswap.checkpoints.contents import hinted_architectures
 from normswap.checkpoints.identification import Identification, identify
-from normswap.checkpoints.prefixes import names_under, prefixes_of
+from normswap.checkpoints.prefixes import leading_parts, names_under, prefixes_of
+from normswap.errors import CheckpointError
 
 
-def recognise(weights: Mapping[str, Any], content: Any = None) -> Identification:
+def recognise(weights: Mapping[str, Any], content: Any = None, *, prefix: str = "") -> Identification:
     """Return which architectures the tensors in `weights` fit, under any prefix of wrappers.
 
     Args:
         content: all that the file holds, whose words decide among several.
+        prefix: what the prefix has to begin with.
+
+    Raises:
+        CheckpointError: under two prefixes lie two architectures.
     """
-    tried = []
-    for prefix in prefixes_of(weights):
-        names = names_under(weights, prefix)
-        tensors = {name: weights[key] for name, key in names.stored.items() if isinstance(weights[key], Tensor)}
-        found = identify({name: tuple(tensor.shape) for name, tensor in tensors.items()})
-        if found.candidates:
-            return _narrowed(found, hinted_architectures(content))
-        tried.append(found)
-    return min(tried, key=lambda found: min((match.misfits for match in found.matches), default=len(weights) + 1))
+    tried: dict[str, Identification] = {}
+    fitting: dict[str, Identification] = {}
+    for each in dict.fromkeys([prefix, *prefixes_of(weights), *_copies_alike(weights)]):
+        # Inside what fits, or around it, is no other model.
+        if not each.startswith(prefix) or any(each.startswith(p) or p.startswith(each) for p in fitting):
+            continue
+        tried[each] = identify(_shapes_under(weights, each))
+        if tried[each].candidates:
+            fitting[each] = _narrowed(tried[each], hinted_architectures(content))
+    names = {p: found.candidates[0].architecture for p, found in fitting.items()}
+    if len({*names.values()}) > 1:
+        listed = " and ".join(f"{p!r} ({name})" for p, name in names.items())
+        raise CheckpointError(
+            f"holds several models, under {listed}: say which with --entry NAME (entry=...), such as "
+            f"{next(iter(names)).rstrip('.')}"
+        )
+    if fitting:
+        return next(iter(fitting.values()))
+    return min(
+        tried.values(), key=lambda found: min((match.misfits for match in found.matches), default=len(weights) + 1)
+    )
+
+
+def _shapes_under(weights: Mapping[str, Any], prefix: str) -> dict[str, tuple[int, ...]]:
+    stored = names_under(weights, prefix).stored
+    return {name: tuple(weights[key].shape) for name, key in stored.items() if isinstance(weights[key], Tensor)}
+
+
+def _copies_alike(weights: Mapping[str, Any]) -> list[str]:
+    """The first parts of all names, where each of them stands before the same tensors: copies of one model."""
+    parts = leading_parts(weights)
+    inside = {frozenset(_shapes_under(weights, part).items()) for part in parts}
+    return parts if len(inside) == 1 else []
 
 
 def state_dict_of(weights: Any) -> Mapping[str, Any]:

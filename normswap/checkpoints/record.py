@@ -20,7 +20,8 @@ from normswap.site_watch import SiteError
 from normswap.surgery.plan import SwapPlan
 from normswap.verification import Check, Verification, read_numbers
 
-RECORD_VERSION = 1
+# Of a record of one network it is 1, which older versions of normswap read.
+RECORD_VERSION = 2
 
 Payload = Literal["state dict", "module", "program"]
 
@@ -58,6 +59,18 @@ class Original:
 
 
 @dataclass(frozen=True)
+class Part:
+    """What a record says of one network in a file of several; the fields are those of `Record`."""
+
+    payload: Payload
+    architecture: str | None = None
+    plan: SwapPlan | None = None
+    verification: Verification | None = None
+    originals: Mapping[str, Original] = field(default_factory=dict)
+    stored_as: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Record:
     """What a file says of the model in it.
 
@@ -65,7 +78,8 @@ class Record:
     the proof, `originals` what each site was, by fqn, `entry` where the converted weights lie in a file of several
     models, `stored_as` the name of a site in the file if that is another one than its fqn. `tied` maps a tensor's key
     to the key under which its value is stored, `channels_last` names the tensors of that memory format: only
-    safetensors, which knows neither, needs them. `fingerprint` seals record and content.
+    safetensors, which knows neither, needs them. `fingerprint` seals record and content. `networks` are further
+    converted networks of the file by their entry.
     """
 
     payload: Payload
@@ -81,13 +95,44 @@ class Record:
     fingerprint: str | None = None
     normswap: str = normswap.__version__
     torch: str = str(torch.__version__)
+    networks: Mapping[str, Part] = field(default_factory=dict)
+
+    @property
+    def entries(self) -> tuple[str, ...]:
+        """The entries of all converted networks, `""` for the whole content."""
+        own = (self.entry or "",) if self.plan is not None else ()
+        return (*own, *self.networks)
+
+    def about(self, entry: str) -> Self:
+        """Return the same record with this network as its own and the others in `networks`.
+
+        A network that it does not know has no plan and no architecture.
+        """
+        if entry == (self.entry or ""):
+            return self
+        own = {field: getattr(self, field) for field in _PART_FIELDS}
+        networks = {**({self.entry or "": Part(**own)} if self.plan is not None else {}), **self.networks}
+        found = networks.pop(entry, None) or Part("state dict")
+        return replace(self, entry=entry or None, networks=networks, **{f: getattr(found, f) for f in _PART_FIELDS})
 
     def to_json(self) -> str:
         """Return the record as JSON of one line."""
         plan = None if self.plan is None else self.plan.to_dict()
         verification = None if self.verification is None else self.verification.to_dict()
-        whole = {"version": RECORD_VERSION, **asdict(self), "plan": plan, "verification": verification}
-        return json.dumps(whole, allow_nan=False)
+        data = {
+            "version": RECORD_VERSION if self.networks else 1,
+            **asdict(self),
+            "plan": plan,
+            "verification": verification,
+        }
+        for entry, part in self.networks.items():
+            data["networks"][entry] |= {
+                "plan": None if part.plan is None else part.plan.to_dict(),
+                "verification": None if part.verification is None else part.verification.to_dict(),
+            }
+        if not self.networks:
+            del data["networks"]
+        return json.dumps(data, allow_nan=False)
 
     def sealed(self, content: str) -> Self:
         """Return the record with the fingerprint of itself and of a content, whose own fingerprint is `content`."""
@@ -187,6 +232,14 @@ def _proof(value: Any) -> Verification | None:
     return Verification.from_dict(data)
 
 
+def _networks(value: Any) -> dict[str, Part]:
+    parts = {_of(str)(entry): _of(dict)(part) for entry, part in _of(dict)(value).items()}
+    if any(part.keys() - set(_PART_FIELDS) for part in parts.values()):
+        raise ValueError("networks: an unknown field")
+    return {entry: Part(**{name: _FIELDS[name](item) for name, item in part.items()}) for entry, part in parts.items()}
+
+
+_PART_FIELDS = ("payload", "architecture", "plan", "verification", "originals", "stored_as")
 _FIELDS: dict[str, Callable[[Any], Any]] = {
     "payload": _payload,
     "architecture": _of(str, type(None)),
@@ -203,4 +256,5 @@ _FIELDS: dict[str, Callable[[Any], Any]] = {
     "fingerprint": _of(str, type(None)),
     "normswap": _of(str),
     "torch": _of(str),
+    "networks": _networks,
 }

@@ -1,17 +1,15 @@
 """save, and the content of a converted file: written whole or not at all, read back and compared bit for bit.
 
-Everything that the source holds is carried: copies of the weights are converted by the same plan, optimizer states get
-the gates as a last group, all else passes through untouched.
+What becomes of everything that the source holds, `carrying` says.
 """
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from hashlib import file_digest, sha256
 from pathlib import Path
 from threading import Thread
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -31,46 +29,25 @@ from normswap.checkpoints.containers import (
     read_record_text,
     sniff,
 )
-from normswap.checkpoints.contents import Place, at, check_has_values, is_state_dict, name_of, replaced
+from normswap.checkpoints.contents import check_has_values, is_state_dict, replaced
 from normswap.checkpoints.fingerprint import fingerprint, holds_the_same, safetensors_holds
 from normswap.checkpoints.layout import separate
-from normswap.checkpoints.optimizer_state import with_gates
-from normswap.checkpoints.prefixes import StoredNames, names_for, names_under
+from normswap.checkpoints.prefixes import StoredNames, names_under
 from normswap.checkpoints.programs import Program, digest_of_members, load_program, save_program
 from normswap.checkpoints.record import Original, Record, Step
-from normswap.checkpoints.scheduler_state import scheduler_with_gates
 from normswap.checkpoints.sources import Source
-from normswap.checkpoints.state_surgery import with_metadata, with_tensors
+from normswap.checkpoints.state_surgery import with_metadata
 from normswap.checkpoints.trainer_state import write_beside
-from normswap.errors import CheckpointError, PlanError, SwapError
+from normswap.errors import CheckpointError, PlanError
 from normswap.layers.adoption import GATE_PARAMETERS
 from normswap.layers.modules import FunctionalSwitchNorm
-from normswap.surgery.conversion import apply_plan
-from normswap.surgery.gated import gated_modules, trainable_gates
+from normswap.surgery.gated import gated_modules
 from normswap.surgery.plan import SwapPlan
 from normswap.surgery.programs import check_same
 from normswap.surgery.tracing import first_line
 from normswap.surgery.tree import join
 from normswap.surgery.wrapping import unwrap
 from normswap.verification import Verification
-
-
-@dataclass(frozen=True)
-class New:
-    """What a conversion adds to a state dict: tensors by the model's own names, torch's notes on the new layers, and
-    the names of those gates that train.
-    """
-
-    tensors: Mapping[str, Tensor]
-    metadata: Mapping[str, Any]
-    trainable: tuple[str, ...]
-
-
-class Carried(NamedTuple):
-    """A converted content, and in words what was done to the rest of the file."""
-
-    content: Any
-    notes: tuple[str, ...]
 
 
 def save(
@@ -119,43 +96,6 @@ def save(
     write_content(model if payload == "module" else model.state_dict(), target, container, record)
 
 
-def new_of(original: Mapping[str, Any], converted: nn.Module) -> New:
-    """Return what `converted` has beyond the names in `original`."""
-    state: Any = converted.state_dict()
-    tensors = {name: tensor for name, tensor in state.items() if name not in original}
-    return New(tensors, state._metadata, tuple(name for name in trainable_gates(converted) if name in tensors))
-
-
-def converted_content(
-    checkpoint: Checkpoint, names: StoredNames, new: New, *, module: nn.Module | None = None, plan: SwapPlan
-) -> Carried:
-    """Return the content of a file with everything in it converted that `new` fits, and the rest as it was.
-
-    Args:
-        names: how the file names the tensors of the model.
-        module: the converted module, where the file holds a pickled one.
-        plan: carried out on further pickled modules of the same kind.
-    """
-    content, where = checkpoint.content, checkpoint.contents
-    values: dict[Place, Any] = {where.weights: module or _converted_state(checkpoint.weights, names, new)}
-    notes: list[str] = []
-    for place in where.others:
-        copied = _converted_copy(at(content, place), names, new, plan)
-        values |= {} if copied is None else {place: copied}
-        verdict = "left as it is, not the same model" if copied is None else "converted too"
-        notes.append(f"{name_of(place)}: {verdict}")
-    for place in where.optimizers:
-        extended, note = _extended(at(content, place), checkpoint.weights, new, alone=len(where.optimizers) == 1)
-        values |= {} if extended is None else {place: extended}
-        notes.append(f"{name_of(place)}: {note}")
-    optimizer = next((values[place] for place in where.optimizers if place in values), None)
-    for place in where.schedulers if optimizer else ():
-        scheduled, note = _rescheduled(at(content, place), optimizer)
-        values |= {} if scheduled is None else {place: scheduled}
-        notes.append(f"{name_of(place)}: {note}")
-    return Carried(replaced(content, values), tuple(notes))
-
-
 def updated_content(checkpoint: Checkpoint, names: StoredNames, model: nn.Module) -> Any:
     """Return the content of a file with its weights as they are now in the model that was built from it.
 
@@ -182,7 +122,7 @@ def next_record(checkpoint: Checkpoint, architecture: str | None, step: Step, co
     old = checkpoint.record or Record(
         payload=checkpoint.payload,
         architecture=architecture,
-        entry=name_of(checkpoint.contents.weights) or None,
+        entry=checkpoint.contents.entry or None,
     )
     return replace(
         old,
@@ -366,41 +306,6 @@ def _is_written(path: Path, container: Container, content: Any, record: str) -> 
     except CheckpointError:
         back, mapped = decode(path, container, trust=True), False
     return holds_the_same(content, back, forget=mapped)
-
-
-def _converted_state(state: Any, names: StoredNames, new: New) -> dict[str, Tensor]:
-    return with_metadata(with_tensors(state, names, new.tensors), state, names, new.metadata)
-
-
-def _converted_copy(value: Any, names: StoredNames, new: New, plan: SwapPlan) -> Any:
-    """A further copy of the model, such as its moving average, converted alike; None if it is another model."""
-    if isinstance(value, nn.Module):
-        try:
-            twin = copy.deepcopy(value)
-            apply_plan(twin, plan)
-        except (PlanError, SwapError):
-            return None
-        return twin
-    own = names_for(value, names.stored, names.rename)
-    return _converted_state(value, own, new) if own.stored.keys() >= names.stored.keys() else None
-
-
-def _extended(state: Any, weights: Any, new: New, *, alone: bool) -> tuple[Any, str]:
-    """An optimizer state with the gates as its last group, where it is that of this model."""
-    numbered = sum(len(group["params"]) for group in state["param_groups"])
-    tensors = weights.state_dict() if isinstance(weights, nn.Module) else weights
-    if not new.trainable:
-        return None, "left as it is, no gate trains"
-    if not alone and numbered > len(tensors):
-        return None, "left as it is, not of this model"
-    return with_gates(state, gates=new.trainable), f"{len(new.trainable)} gates appended as a last group"
-
-
-def _rescheduled(state: Any, optimizer: Any) -> tuple[Any, str]:
-    try:
-        return scheduler_with_gates(state, optimizer_state=optimizer), "gates follow the last group's schedule"
-    except CheckpointError:
-        return None, "left as it is, of another optimizer"
 
 
 def _check_plan(model: nn.Module, plan: SwapPlan | None) -> None:

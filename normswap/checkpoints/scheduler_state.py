@@ -6,7 +6,7 @@ ReduceLROnPlateau with its own bounds) and some leave the last group's learning 
 """
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeGuard
 
 from normswap.checkpoints.optimizer_state import StateDict, base_rate, has_gates, rescaled
@@ -26,6 +26,27 @@ def is_scheduler_state(value: object) -> TypeGuard[StateDict]:
     if isinstance(inner, list):
         return all(map(is_scheduler_state, inner))
     return any(isinstance(value.get(name), list) for name in ("base_lrs", "base_values", "min_lrs"))
+
+
+def could_step(scheduler_state: StateDict, groups: Sequence[StateDict]) -> bool:
+    """Say whether a scheduler's lists have as many entries as an optimizer has groups, and their initial rates."""
+    inner = scheduler_state.get("_schedulers")
+    if isinstance(inner, list):
+        return all(could_step(each, groups) for each in inner)
+    lists = [values for name in _ENTRIES if isinstance(values := scheduler_state.get(name), list)]
+    if any(len(values) != len(groups) for values in lists):
+        return False
+    rates = scheduler_state.get("base_lrs", scheduler_state.get("base_values"))
+    initial = [group.get(f"initial_{scheduler_state.get('param_group_field', 'lr')}") for group in groups]
+    pairs = zip(rates if isinstance(rates, list) else [], initial, strict=False)
+    return all(first is None or _is_same(first, rate) for rate, first in pairs)
+
+
+def _is_same(first: Any, rate: Any) -> bool:
+    try:
+        return float(first) == float(rate)
+    except (TypeError, ValueError, RuntimeError):  # whatever a file may hold: nothing is known of it
+        return False
 
 
 def scheduler_with_gates(scheduler_state: StateDict, *, optimizer_state: StateDict) -> dict[str, Any]:
@@ -51,7 +72,19 @@ def scheduler_with_gates(scheduler_state: StateDict, *, optimizer_state: StateDi
     return _extended(scheduler_state, len(old), base_rate(old[-1]), base_rate(gates))
 
 
-def _extended(state: StateDict, groups: int, old: Any, new: Any) -> dict[str, Any]:
+def lists_with_gates(state: StateDict, groups: int, old: Any, new: Any) -> dict[str, list[Any]]:
+    """Return those lists per group in a scheduler's state, each with an entry for the gates at its end.
+
+    Args:
+        state: a scheduler's state dict, or the attributes of a scheduler; nested schedulers are left aside.
+        groups: how many parameter groups the optimizer has without that of the gates.
+        old: the learning rate of the last of them before any schedule.
+        new: that of the gates; None keeps what the last group has.
+
+    Raises:
+        CheckpointError: a list has another length.
+    """
+
     def own(rate: Any) -> Any:
         # One that schedules something else than the learning rate treats the gates as the group before them.
         of_rate = "lr" in (state.get("param_group_field"), state.get("param_name")) or not (
@@ -59,9 +92,7 @@ def _extended(state: StateDict, groups: int, old: Any, new: Any) -> dict[str, An
         )
         return rescaled(rate, old=old, new=new) if of_rate and new is not None else copy.deepcopy(rate)
 
-    extended = dict(state)
-    if isinstance(state.get("_schedulers"), list):
-        extended["_schedulers"] = [_extended(inner, groups, old, new) for inner in state["_schedulers"]]
+    extended = {}
     for name, entry in _ENTRIES.items():
         values = state.get(name)
         if not isinstance(values, list):
@@ -73,6 +104,18 @@ def _extended(state: StateDict, groups: int, old: Any, new: Any) -> dict[str, An
             )
         extended[name] = [*values, entry(state, values[-1], own)]
     return extended
+
+
+def _extended(state: StateDict, groups: int, old: Any, new: Any) -> dict[str, Any]:
+    extended = dict(state)
+    if isinstance(state.get("_schedulers"), list):
+        extended["_schedulers"] = [_extended(inner, groups, old, new) for inner in state["_schedulers"]]
+    return extended | lists_with_gates(state, groups, old, new)
+
+
+def _same(_state: StateDict, last: Any, _own: Callable[[Any], Any]) -> Any:
+    """A function is shared, as a scheduler shares the one that it was given for all groups; its state is copied."""
+    return last if callable(last) else copy.deepcopy(last)
 
 
 def _warmup_step(state: StateDict, last: Any, own: Callable[[Any], Any]) -> Any:
@@ -87,6 +130,6 @@ _ENTRIES: Mapping[str, Entry] = {
     **dict.fromkeys(
         ("base_lrs", "_last_lr", "min_lrs", "max_lrs", "base_values", "_last_value"), lambda _, last, own: own(last)
     ),
-    **dict.fromkeys(("lr_lambdas", "base_momentums", "max_momentums"), lambda _, last, __: copy.deepcopy(last)),
+    **dict.fromkeys(("lr_lambdas", "base_momentums", "max_momentums"), _same),
     "warmup_steps": _warmup_step,
 }

@@ -1,7 +1,7 @@
 """`normswap convert`: plan, swap, prove, write - and write nothing unless the proof holds."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,18 +13,19 @@ from normswap.checkpoints.freeing import freed_at_once
 from normswap.cli.failures import one_line_failures
 from normswap.cli.opening import Opened, describe_content, describe_size, open_model, read_file, read_header, size_of
 from normswap.cli.options import (
-    arch_option,
-    entry_option,
-    input_option,
+    InputSpec,
+    archs_option,
+    entries_option,
     json_option,
     kinds_option,
+    named_inputs_option,
     print_json,
     tolerance_option,
     trust_option,
 )
-from normswap.cli.outputs import dropped_entries
+from normswap.cli.outputs import dropped_entries, merged_notes
 from normswap.cli.progress import stage
-from normswap.cli.wish import Wish
+from normswap.cli.wish import Wish, wishes_for
 from normswap.cli.writing import Result, Writing
 from normswap.errors import CheckpointError, NothingToDo, PlanError
 
@@ -32,9 +33,9 @@ if TYPE_CHECKING:
     from rich.console import Console
     from torch import nn
 
+    from normswap.checkpoints.carrying import Carried
     from normswap.checkpoints.checkpoint import Checkpoint
     from normswap.checkpoints.record import Record
-    from normswap.checkpoints.saving import Carried
     from normswap.surgery.conversion import Conversion
     from normswap.surgery.plan import SwapPlan
     from normswap.verification import Verification
@@ -51,9 +52,9 @@ _GATES = ("simplex", "softmax")
     help="What to write; NAME.safetensors becomes that, anything else a torch file. Default: model.normswap.pt beside "
     "model.pt, of the same kind.",
 )
-@arch_option
-@entry_option
-@input_option
+@archs_option
+@entries_option
+@named_inputs_option
 @click.option("--include", multiple=True, metavar="PATTERN", help="Swap only these sites: glob on names, or re:REGEX.")
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="Leave these sites as they are; wins over --include.")
 @kinds_option
@@ -80,7 +81,15 @@ _GATES = ("simplex", "softmax")
 @json_option
 @one_line_failures
 @freed_at_once()
-def convert_command(file: Path, output: Path | None, as_json: bool, **options: Any) -> None:
+def convert_command(
+    file: Path,
+    output: Path | None,
+    archs: tuple[str, ...],
+    entries: tuple[str, ...],
+    inputs: tuple[InputSpec, ...],
+    as_json: bool,
+    **options: Any,
+) -> None:
     """Swap Batch Normalization (and more, see --kinds) for Switchable Normalization in FILE, into a new file.
 
     FILE is any checkpoint: a state dict, a training checkpoint (its EMA copy and optimizer are carried along), a
@@ -89,14 +98,15 @@ def convert_command(file: Path, output: Path | None, as_json: bool, **options: A
     tensors are converted by their names alone. Exit status 0 done, 1 nothing to convert or not the same function, 2
     cannot.
     """
-    wish = Wish(file, output, **options)
-    wish.check()
+    wishes = wishes_for(Wish(file, output, arch=None, entry=None, inputs=(), **options), entries, archs, inputs)
+    for wish in wishes:
+        wish.check()
     from rich.console import Console
 
     document: dict[str, Any] = {"file": str(file), "output": None, "written": False, "verification": None}
     answer: NothingToDo | None = None
     try:
-        _convert(wish, Console(highlight=False, quiet=as_json), document)
+        _convert(wishes, Console(highlight=False, quiet=as_json), document)
     except NothingToDo as no:
         answer = no
     if as_json:
@@ -105,26 +115,38 @@ def convert_command(file: Path, output: Path | None, as_json: bool, **options: A
         raise answer
 
 
-def _convert(wish: Wish, console: "Console", document: dict[str, Any]) -> None:
+def _convert(wishes: Sequence[Wish], console: "Console", document: dict[str, Any]) -> None:
     """The command itself; what is known so far is printed, and noted in `document`."""
+    from normswap.checkpoints.checkpoint import at_entry
     from normswap.checkpoints.saving import sha256_in_background
     from normswap.reports.tables import carried_notes
 
+    wish = wishes[0]
     header = read_header(wish.file, output=None if wish.dry_run else wish.target)
-    _refuse_converted(wish.file, header.record, document)
+    for each in wishes:
+        _refuse_converted(
+            each, header.record and header.record.about(each.entry or header.record.entry or ""), document
+        )
     stored = _stored_plan(wish.plan)
     checkpoint = read_file(header, trust=wish.trust, entry=wish.entry, arch=wish.arch)
     container = wish.container(checkpoint)
     digest = None if wish.dry_run else sha256_in_background(checkpoint.origin.copy)
-    _check_values(checkpoint)
-    make = _by_names if wish.names_only else _by_architecture
-    result = make(wish, checkpoint, stored, console, document)
-    carried = _carried(wish, checkpoint, result)
-    writing = Writing(wish, checkpoint, result, container, digest)
-    notes = (*carried.notes, *writing.notes)
+    notes: list[str] = []
+    for wish in wishes:
+        part = document if len(wishes) == 1 else document.setdefault("networks", {}).setdefault(wish.entry, {})
+        _refuse_converted(wish, checkpoint.record, part)
+        _check_values(checkpoint)
+        make = _by_names if wish.names_only else _by_architecture
+        result = make(wish, checkpoint, stored, console, part)
+        carried = _carried(wish, checkpoint, result)
+        writing = Writing(wish, checkpoint, result, container, digest)
+        notes = merged_notes(notes, (*carried.notes, *writing.notes), [w.entry for w in wishes])
+        if wish is not wishes[-1]:
+            following = wishes[wishes.index(wish) + 1].entry or ""
+            checkpoint = at_entry(checkpoint, carried.content, writing.record(), following)
     if notes:
         console.print(carried_notes(notes))
-    document["carried"] = list(notes)
+    document["carried"] = notes
     content = writing.final(carried.content)
     if wish.dry_run or wish.save_plan is not None:  # else the writer looks, once
         checkpoint.origin.check_unchanged()
@@ -140,7 +162,8 @@ def _by_architecture(
     wish: Wish, checkpoint: "Checkpoint", stored: "SwapPlan | None", console: "Console", document: dict[str, Any]
 ) -> Result:
     """Build the model, convert it, and hold it against the original."""
-    from normswap.checkpoints.saving import new_of, originals
+    from normswap.checkpoints.carrying import new_of
+    from normswap.checkpoints.saving import originals
     from normswap.reports.tables import missing, parity
     from normswap.surgery.conversion import convert
 
@@ -179,15 +202,15 @@ def _by_names(
     wish: Wish, checkpoint: "Checkpoint", stored: "SwapPlan | None", console: "Console", document: dict[str, Any]
 ) -> Result:
     """Convert the tensors by their names, without any model."""
+    from normswap.checkpoints.carrying import New
     from normswap.checkpoints.prefixes import names_under
-    from normswap.checkpoints.saving import New
     from normswap.checkpoints.state_surgery import gates_of, plan_from_names
     from normswap.reports.tables import missing
 
     weights = checkpoint.weights
     if not isinstance(weights, Mapping):
         raise CheckpointError(f"{wish.file}: a pickled module brings its own architecture: leave --arch none out")
-    names = names_under(weights, "")
+    names = names_under(weights, checkpoint.contents.prefix)
     state = {name: weights[key] for name, key in names.stored.items()}
     plan = plan_from_names(state, include=wish.include, exclude=wish.exclude)
     _tell_plan(console, document, describe_content(checkpoint, "by names alone"), checkpoint, plan, None)
@@ -216,8 +239,8 @@ def _tell_plan(
 
 
 def _carried(wish: Wish, checkpoint: "Checkpoint", result: Result) -> "Carried":
+    from normswap.checkpoints.carrying import Carried, converted_content
     from normswap.checkpoints.contents import read_contents
-    from normswap.checkpoints.saving import Carried, converted_content
 
     if not wish.weights_only:
         return converted_content(checkpoint, result.names, result.new, module=result.module, plan=result.plan)
@@ -234,12 +257,13 @@ def _check_values(checkpoint: "Checkpoint") -> None:
         check_statistics(checkpoint.weights, name=str(checkpoint.path))
 
 
-def _refuse_converted(file: Path, record: "Record | None", document: dict[str, Any]) -> None:
+def _refuse_converted(wish: Wish, record: "Record | None", document: dict[str, Any]) -> None:
     if record is not None and record.plan is not None and record.plan.swaps:
         document |= {"architecture": record.architecture, "plan": record.plan.to_dict()}
+        named = "" if wish.entry is not None or record.entry is None else ", or name another network with --entry"
         raise NothingToDo(
-            f"{file}: nothing to do, {len(record.plan.swaps)} sites are converted already: convert the original file "
-            "again for another choice"
+            f"{wish.file}: nothing to do, {len(record.plan.swaps)} sites are converted already: convert the original "
+            f"file again for another choice{named}"
         )
 
 
@@ -315,5 +339,7 @@ def _print_end(console: "Console", wish: Wish, source: "Checkpoint") -> None:
         return
     trust = ", trust=True" if source.payload != "state dict" else ""
     told = ", architecture=your_model" if wish.names_only else ""
+    several = (source.record is not None and source.record.networks) or wish.one_of_several
+    told += f', entry="{wish.entry}"' if several and wish.entry is not None else ""
     console.print(f"wrote {wish.target} ({describe_size(wish.target)})", style="bold", markup=False)
     console.print(f'next: model = normswap.load("{wish.target}"{told}{trust}).model', markup=False, soft_wrap=True)

@@ -51,6 +51,11 @@ def inspect_command(file: Path, trust: bool, as_json: bool, entry: str | None, *
     check_readable(file)
     header = read_header(file)
     record = header.record
+    if record is not None and entry is not None:
+        record = read_file(header, trust=trust, entry=entry).record
+    elif record is not None and len(record.entries) > 1:
+        _show_networks(file, header, record, trust=trust, as_json=as_json)
+        return
     if record is not None and record.plan is not None and record.plan.swaps:
         _show_converted(file, header, record, record.plan, trust=trust, as_json=as_json)
     else:
@@ -113,6 +118,23 @@ def _opened(
         return None
 
 
+def _show_networks(file: Path, header: "Header", record: "Record", *, trust: bool, as_json: bool) -> None:
+    """All converted networks of a file, one after the other."""
+    documents = {}
+    for entry in sorted(record.entries):
+        seen = record.about(entry)
+        if seen.plan is None:
+            continue
+        if as_json:
+            documents[entry] = _converted_document(file, seen, seen.plan, _weights(header, seen, trust=trust))
+            continue
+        click.echo(f"entry {entry}")
+        _show_converted(file, header, seen, seen.plan, trust=trust, as_json=False)
+        click.echo()
+    if as_json:
+        print_json({"file": str(file), "converted": True, "networks": documents})
+
+
 def _show_converted(
     file: Path, header: "Header", record: "Record", plan: "SwapPlan", *, trust: bool, as_json: bool
 ) -> None:
@@ -146,7 +168,7 @@ def _weights(header: "Header", record: "Record", *, trust: bool) -> "dict[str, I
 
     if record.payload == "module" and not trust:
         return None
-    weights = stored_importance_weights(read_file(header, trust=trust))
+    weights = stored_importance_weights(read_file(header, trust=trust, entry=record.entry))
     header.origin.check_unchanged()
     return weights
 

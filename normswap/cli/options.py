@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -24,10 +24,13 @@ _KINDS = ("bn", "in", "gn1")
 
 @dataclass(frozen=True)
 class InputSpec:
-    """One example input as `--input` gives it: a shape, and a dtype or None for the model's own."""
+    """One example input as `--input` gives it: a shape, a dtype or None for the model's own, and the entry of the
+    network that it is for, or None.
+    """
 
     shape: tuple[int, ...]
     dtype: str | None = None
+    entry: str | None = None
 
 
 def parse_input(text: str) -> InputSpec:
@@ -47,6 +50,13 @@ def parse_input(text: str) -> InputSpec:
 
 def _parse_inputs(_context: click.Context, _parameter: click.Parameter, texts: Sequence[str]) -> tuple[InputSpec, ...]:
     return tuple(map(parse_input, texts))
+
+
+def _parse_named_inputs(
+    _context: click.Context, _parameter: click.Parameter, texts: Sequence[str]
+) -> tuple[InputSpec, ...]:
+    named = (text.rpartition("=") for text in texts)
+    return tuple(replace(parse_input(sizes), entry=entry if equals else None) for entry, equals, sizes in named)
 
 
 def _parse_kinds(_context: click.Context, _parameter: click.Parameter, text: str | None) -> tuple[str, ...] | None:
@@ -107,6 +117,33 @@ entry_option = click.option(
     "--entry",
     metavar="NAME",
     help="Which weights of several in the file are meant, such as state_dict_ema; dots between nested entries.",
+)
+# `convert` takes several networks of one file: each of these options once for all, or once for each in their order.
+archs_option = click.option(
+    "--arch",
+    "archs",
+    multiple=True,
+    metavar="ZOO:NAME[,KEY=VALUE...]",
+    help="What the tensors belong to: timm:NAME, torchvision:NAME, hf:FOLDER or path/file.py:function, with keywords "
+    "such as num_classes=10; none: convert by names alone. Files that normswap wrote say it themselves. With several "
+    "--entry give one, or one for each in their order.",
+)
+entries_option = click.option(
+    "--entry",
+    "entries",
+    multiple=True,
+    metavar="NAME",
+    help="Which weights of several in the file are meant, such as state_dict_ema; dots between nested entries, and "
+    "before the first part of names inside a state dict. Repeat it to convert several networks.",
+)
+named_inputs_option = click.option(
+    "--input",
+    "inputs",
+    metavar="[ENTRY=]SIZES[:DTYPE]",
+    multiple=True,
+    callback=_parse_named_inputs,
+    help="Example input such as 2x3x224x224; repeat it for several arguments. With several --entry give one, one for "
+    "each in their order, or name the network: g=2x100. Default: what timm's configuration says.",
 )
 input_option = click.option(
     "--input",

@@ -1,5 +1,6 @@
 """Where a command writes a changed file, and as what."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -87,3 +88,18 @@ def dropped_entries(source: "Checkpoint") -> list[str]:
     from normswap.checkpoints.contents import without
 
     return sorted(map(str, without(source.content, source.contents.weights)))
+
+
+def merged_notes(before: Sequence[str], notes: Sequence[str], entries: Sequence[str | None]) -> list[str]:
+    """Return the notes on the rest of a file after one more of its networks was converted.
+
+    What was left at an earlier network and concerned a later one is said of that one only.
+
+    Args:
+        entries: the networks that are converted, about which there is nothing to note.
+    """
+    said = dict(note.split(": ", 1) for note in before)
+    for name, what in (note.split(": ", 1) for note in notes):
+        if name not in said or not what.startswith("left as it is"):
+            said[name] = what
+    return [f"{name}: {what}" for name, what in said.items() if name not in entries]

@@ -1,6 +1,7 @@
 """What a user asked of `normswap convert`, and what can be told of it before anything slow is done."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,6 +40,7 @@ class Wish:
     dry_run: bool
     trust: bool
     force: bool
+    one_of_several: bool = False
 
     @property
     def target(self) -> Path:
@@ -89,3 +91,62 @@ class Wish:
         """
         named = self.output is not None
         return container_of(self.target, source, named=named, weights_only=self.weights_only)
+
+
+def wishes_for(
+    wish: Wish, entries: Sequence[str], archs: Sequence[str], inputs: Sequence[InputSpec]
+) -> tuple[Wish, ...]:
+    """Return what is asked for each network of a file: one wish, or one for each of several entries.
+
+    Raises:
+        click.UsageError: architectures or inputs cannot be told apart, or an option is for one network only.
+    """
+    if len(entries) > 1:
+        _check_several(wish, entries)
+    elif len(archs) > 1:
+        raise click.UsageError(f"--arch: expected one, got {len(archs)}: name the networks with --entry")
+    names: Sequence[str | None] = entries or [None]
+    if len(archs) not in (0, 1, len(names)):
+        raise click.UsageError(f"--arch: expected one, or one for each of {len(names)} --entry, got {len(archs)}")
+    unknown = [spec.entry for spec in inputs if spec.entry is not None and spec.entry not in entries]
+    if unknown:
+        raise click.UsageError(f"--input {unknown[0]}=...: there is no --entry {unknown[0]}")
+    return tuple(
+        replace(
+            wish,
+            entry=name,
+            arch=(archs[index] if len(archs) > 1 else archs[0]) if archs else None,
+            inputs=_inputs_of(name, index, names, inputs),
+            one_of_several=len(names) > 1,
+        )
+        for index, name in enumerate(names)
+    )
+
+
+def _check_several(wish: Wish, entries: Sequence[str]) -> None:
+    double = next((name for name in entries if entries.count(name) > 1), None)
+    if double is not None:
+        raise click.UsageError(f"--entry {double} is given twice: give each network once")
+    for option, given in (
+        ("--plan", wish.plan),
+        ("--save-plan", wish.save_plan),
+        ("--weights-only", wish.weights_only),
+    ):
+        if given:
+            raise click.UsageError(f"{option} is for one network: give one --entry")
+
+
+def _inputs_of(
+    name: str | None, index: int, names: Sequence[str | None], inputs: Sequence[InputSpec]
+) -> tuple[InputSpec, ...]:
+    """The inputs of one network: those with its name; else the only one, or the one in its place."""
+    own = tuple(replace(spec, entry=None) for spec in inputs if spec.entry is not None and spec.entry == name)
+    plain = tuple(spec for spec in inputs if spec.entry is None)
+    if own or len(names) == 1 or len(plain) < 2:
+        return own or plain
+    if len(plain) != len(names) or len(plain) != len(inputs):
+        raise click.UsageError(
+            f"--input: expected one, or one for each of {len(names)} --entry, got {len(plain)}: name the network, such "
+            f"as --input {name}=2x3x224x224"
+        )
+    return (plain[index],)

@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from rich.console import Console
     from torch import nn
 
+    from normswap.checkpoints.carrying import New
     from normswap.checkpoints.checkpoint import Checkpoint
     from normswap.checkpoints.containers import Container
     from normswap.checkpoints.prefixes import StoredNames
     from normswap.checkpoints.record import Original, Record
-    from normswap.checkpoints.saving import New
     from normswap.checkpoints.trainer_state import Beside
     from normswap.surgery.plan import SwapPlan
     from normswap.verification import Verification
@@ -83,7 +83,7 @@ class Writing:
 
         source, target = self.source, self.wish.target
         with stage(f"writing {target.name}"):
-            record = self._record()
+            record = self.record()
             if source.program is not None:
                 inputs, original = self.result.inputs, source.program.program
                 error = write_program(content, original, target, record, inputs=inputs, source=source.origin)
@@ -108,16 +108,19 @@ class Writing:
         found = trainer_state(origin.copy, self.result.new.trainable)
         return found._replace(notes=tuple(map(origin.in_words, found.notes)))
 
-    def _record(self) -> "Record":
+    def record(self) -> "Record":
+        """Return what the file says of its converted network, and of those that were converted before."""
         from normswap.checkpoints.architecture import beside
         from normswap.checkpoints.containers import FOLDERS
-        from normswap.checkpoints.contents import name_of
         from normswap.checkpoints.record import Record, Step
         from normswap.checkpoints.saving import stored_as
 
         source, result = self.source, self.result
         named = result.architecture
-        step = Step.now("converted", source=self.wish.file.name, sha256=self.digest.result() if self.digest else None)
+        digest = self.digest.result() if self.digest else None
+        networks = source.record.networks if source.record and not self.wish.weights_only else {}
+        detail = source.contents.entry if networks or self.wish.one_of_several else None
+        step = Step.now("converted", source=self.wish.file.name, sha256=digest, detail=detail)
         return Record(
             payload=source.payload,
             architecture=beside(named, source.path) if self.container in FOLDERS else named,
@@ -125,6 +128,7 @@ class Writing:
             verification=result.proof,
             history=(*(source.record.history if source.record else ()), step),
             originals=result.originals,
-            entry=None if self.wish.weights_only else name_of(source.contents.weights) or None,
+            entry=None if self.wish.weights_only else source.contents.entry or None,
             stored_as=stored_as(result.names, result.plan),
+            networks=networks,
         )

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from normswap.checkpoints.optimizer_state import GATE_GROUP
+from normswap.checkpoints.optimizer_state import GATE_GROUP, SHAPED
 from normswap.checkpoints.prefixes import StoredNames, names_for
 from normswap.errors import OptimizerError
 from normswap.layers.gates import GatedModule
@@ -23,11 +23,6 @@ Group = Mapping[str, Any]
 
 _MOST = 3
 _OTHERWISE = "pass like=the optimizer that your code builds from the converted model"
-# Entries of optimizer states that have the shape of their parameter (or are scalars).
-_SHAPED = {
-    *("momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_avg_diff", "exp_avg_var", "exp_inf"),
-    *("square_avg", "grad_avg", "acc_delta", "sum", "prev", "neg_pre_grad", "grad_sum_sq", "lookahead_slow_buff"),
-}
 
 
 class Part(NamedTuple):
@@ -130,7 +125,7 @@ def _fits(groups: Sequence[Group], parts: Sequence[Part], state: Mapping[Any, An
 def _has_its_shape(entries: Any, parameter: nn.Parameter) -> bool:
     if not isinstance(entries, Mapping):
         return True
-    tensors = [value for name, value in entries.items() if name in _SHAPED and isinstance(value, Tensor)]
+    tensors = [value for name, value in entries.items() if name in SHAPED and isinstance(value, Tensor)]
     return all(tensor.shape == parameter.shape for tensor in tensors if tensor.dim())
 
 

@@ -64,9 +64,9 @@ def param_groups(
     if lr is not None or weight_decay:
         raise OptimizerError("like= keeps the lr and weight_decay of the old groups: leave lr and weight_decay out")
     groups = _old_groups(model, like)
-    _check_owner(model, groups)
+    check_owner(model, groups)
     kept, template = _without_gates(model, groups)
-    _check_complete(model, kept)
+    check_complete(model, kept)
     gates = _gates(model, groups)
     if not gates:
         return kept
@@ -121,7 +121,7 @@ def _copied(group: Mapping[str, Any]) -> Group:
     return {**options, "params": params}
 
 
-def _check_owner(model: nn.Module, groups: Iterable[Group]) -> None:
+def check_owner(model: nn.Module, groups: Iterable[Group]) -> None:
     own = {p for place in walk_modules(unwrap(model)) for p in place.module._parameters.values()}
     foreign = [p for group in groups for p in group["params"] if p not in own]
     if foreign:
@@ -146,7 +146,7 @@ def _without_gates(model: nn.Module, groups: list[Group]) -> tuple[list[Group], 
     return kept, template or kept[-1]
 
 
-def _check_complete(model: nn.Module, groups: Iterable[Group]) -> None:
+def check_complete(model: nn.Module, groups: Iterable[Group]) -> None:
     held = {parameter for group in groups for parameter in group["params"]}
     left = [name for name, p in ordinary_parameters(model).items() if p.requires_grad and p not in held]
     if left:

@@ -167,7 +167,7 @@ def watch_importance(
         LayerError: a mode is unknown.
         ModelError: `set_bn_statistics` refuses.
     """
-    stepping = _stepping(optimizer)
+    stepping = stepping_optimizer(optimizer)
     _check_gates(model, stepping)
     parts: list[_Reaching] = []
     if bn_statistics:
@@ -193,6 +193,20 @@ def importance_scalars(model: nn.Module, *, per_site: bool = False) -> dict[str,
     return scalars
 
 
+def stepping_optimizer(optimizer: Any) -> torch.optim.Optimizer:
+    """Return the optimizer inside its wrappers, whose step calls hooks; those of a wrapper are never called.
+
+    Raises:
+        OptimizerError: there is none.
+    """
+    found = optimizer
+    while (name := next((name for name in _INSIDE if name in getattr(found, "__dict__", {})), None)) is not None:
+        found = vars(found)[name]
+    if not isinstance(found, torch.optim.Optimizer):
+        raise OptimizerError(f"expected an optimizer of torch, got {type(optimizer).__name__}: pass optimizer")
+    return found
+
+
 def _as_function(write: Any) -> Write:
     if not hasattr(write, "add_scalar"):
         return write  # type: ignore[no-any-return]
@@ -202,16 +216,6 @@ def _as_function(write: Any) -> Write:
             write.add_scalar(name, value, step)
 
     return add
-
-
-def _stepping(optimizer: Any) -> torch.optim.Optimizer:
-    """The optimizer inside its wrappers, whose step calls hooks; those of a wrapper are never called."""
-    found = optimizer
-    while (name := next((name for name in _INSIDE if name in getattr(found, "__dict__", {})), None)) is not None:
-        found = vars(found)[name]
-    if not isinstance(found, torch.optim.Optimizer):
-        raise OptimizerError(f"expected an optimizer of torch, got {type(optimizer).__name__}: pass optimizer")
-    return found
 
 
 def _check_gates(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
