@@ -39,8 +39,8 @@ class GatedModule(nn.Module):
     """A module with `mean_weight` and `var_weight` of shape (number of branches,), and what they mean.
 
     `site` is its name for warnings. `vertex` is the branch at which it is the norm it replaced.
-    With `synchronize` its `bn` branch takes, in training, the batch of all processes of `process_group` (None: all that
-    there are).
+    With `synchronize` its `bn` branch takes, in training, the batch of all processes of `process_group` (None: all of
+    them).
     """
 
     _version = 1
