@@ -9,7 +9,7 @@ views and tied tensors stay views and tied; what a pass has not changed is compa
 import random
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from functools import lru_cache, partial
 from types import BuiltinFunctionType, CellType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
@@ -22,6 +22,9 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
 from normswap.errors import ModelError
+
+# A tensor made of other tensors; torch's own name for the question narrows the type to what no Tensor can be.
+_is_wrapper: Callable[[Tensor], bool] = is_traceable_wrapper_subclass
 
 # How many plain objects may stand one in another: a counter in a cache in a queue, but not all of a trainer.
 _OBJECT_DEPTH = 3
@@ -107,7 +110,7 @@ class Snapshot:
     def _is_new(self, thing: Any, depth: int, reach: bool) -> bool:
         if type(thing) in _ATOMS or id(thing) in self._met:
             return False
-        keeper = _keeper_of(type(thing))
+        keeper = _keeper_of(type(thing))  # type: ignore[arg-type]  # a class with a metaclass of its own is hashable too
         if keeper is _keep_function and thing.__module__ and thing.__module__.startswith("normswap."):
             return False  # hooks of a measurement, which collect its results
         if keeper is None or (not reach and keeper in _BEYOND) or depth > _OBJECT_DEPTH:
@@ -116,7 +119,7 @@ class Snapshot:
         return True
 
     def _keep(self, thing: Any, depth: int) -> tuple[_Kept, int]:
-        keeper = _keeper_of(type(thing))
+        keeper = _keeper_of(type(thing))  # type: ignore[arg-type]  # a class with a metaclass of its own is hashable too
         assert keeper is not None
         if keeper is _keep_tensor and (storage := _storage_of(thing)) is not None:
             known = self._storages.setdefault(storage._cdata, _Storage(storage))
@@ -199,7 +202,7 @@ def _keep_tensor(tensor: Tensor) -> _Kept:
     """Which memory it is a view of, its flag, gradient, hooks and attributes; the memory itself is kept by storage."""
     if is_lazy(tensor):
         return _Kept(None, ())
-    if is_traceable_wrapper_subclass(tensor):
+    if _is_wrapper(tensor):
         names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
         return _Kept(None, [getattr(tensor, name) for name in names])
     if _storage_of(tensor) is None:
@@ -232,7 +235,12 @@ def _keep_foreign_tensor(tensor: Tensor) -> _Kept:
         copy = tensor.detach().clone()
     except Exception:  # noqa: BLE001 - a kind that cannot be copied can hardly be written either
         return _Kept(None, ())
-    return _Kept(lambda: None if _equal(tensor, copy) else tensor.data.copy_(copy) and None, ())
+
+    def put_back() -> None:
+        if not _equal(tensor, copy):
+            tensor.data.copy_(copy)
+
+    return _Kept(put_back, ())
 
 
 def _keep_array(array: Any) -> _Kept:
@@ -306,10 +314,11 @@ _BEYOND = (_keep_module, _keep_function, _keep_method, _keep_partial, _keep_obje
 
 
 @lru_cache(maxsize=4096)
-def _keeper_of(cls: type) -> Callable[[Any], _Kept] | None:
+def _keeper_of(cls: Hashable) -> Callable[[Any], _Kept] | None:
     """What keeps objects of a class, None where they are left alone."""
+    assert isinstance(cls, type)
     numpy = sys.modules.get("numpy")
-    of_numpy = (
+    of_numpy: tuple[tuple[type | tuple[type, ...], Callable[[Any], _Kept]], ...] = (
         (
             (numpy.ndarray, _keep_array),
             (numpy.random.Generator, _keep_numpy_generator),
@@ -349,7 +358,7 @@ def _is_filled(cell: CellType) -> bool:
 
 def _storage_of(tensor: Tensor) -> torch.UntypedStorage | None:
     """The memory of a plain strided tensor, None of any other."""
-    if is_lazy(tensor) or is_traceable_wrapper_subclass(tensor) or tensor.layout is not torch.strided:
+    if is_lazy(tensor) or _is_wrapper(tensor) or tensor.layout is not torch.strided:
         return None
     try:
         return tensor.untyped_storage()
@@ -360,7 +369,7 @@ def _storage_of(tensor: Tensor) -> torch.UntypedStorage | None:
 def _bytes_of(storage: torch.UntypedStorage) -> Tensor:
     """All of a storage as whole numbers: of 8 bytes where its size allows, which are compared fastest."""
     dtype = next(d for d in (torch.int64, torch.int32, torch.uint8) if storage.nbytes() % d.itemsize == 0)
-    return torch.empty(0, dtype=dtype, device=storage.device).set_(storage)  # type: ignore[call-overload,no-any-return]
+    return torch.empty(0, dtype=dtype, device=storage.device).set_(storage)
 
 
 def _form(tensor: Tensor) -> tuple[Any, ...]:

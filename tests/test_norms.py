@@ -21,7 +21,8 @@ from normswap.layers.modules import (
     SwitchNorm3d,
     SwitchNormAct2d,
 )
-from normswap.surgery.norms import NormSpec, is_norm_layer, looks_like_norm, read_frozen_batch_norm, read_norm
+from normswap.surgery.norm_candidates import looks_like_norm
+from normswap.surgery.norms import NormSpec, is_norm_layer, read_frozen_batch_norm, read_norm
 
 # (module, what is read)
 KNOWN: dict[str, tuple[nn.Module, NormSpec]] = {

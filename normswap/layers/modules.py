@@ -175,7 +175,8 @@ class SwitchNorm(GatedModule):
 
     def __dir__(self) -> list[str]:
         """Leave out `eps`, which may raise: torch.jit.trace reads every attribute that a module lists (torch 2.14)."""
-        return [name for name in super().__dir__() if name != "eps"]
+        names: list[str] = super().__dir__()  # type: ignore[no-untyped-call]
+        return [name for name in names if name != "eps"]
 
     def reset_running_stats(self) -> None:
         """Set running mean 0, running variance 1 and the count of batches 0, where they are kept."""

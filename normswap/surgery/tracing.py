@@ -26,7 +26,8 @@ from normswap.modes import (
     training_flags,
 )
 from normswap.surgery.calls import norm_arguments, norm_call, reads_activation
-from normswap.surgery.norms import KNOWN_NORMS, Norms, is_norm_layer, looks_like_norm
+from normswap.surgery.norm_candidates import looks_like_norm
+from normswap.surgery.norms import KNOWN_NORMS, Norms, is_norm_layer
 from normswap.surgery.tree import deep_copy, join
 
 
