@@ -37,9 +37,11 @@ def with_head(source: Source, recipe: Recipe, classes: int, example: Tensor) -> 
             f"the model with {classes} classes, and leave new_head out"
         )
     torch.manual_seed(recipe.train.seed)
-    parameter = next(source.model.parameters(), torch.empty(0))
+    kept = {*source.model.parameters()}
+    dtype = next((parameter.dtype for parameter in kept if parameter.is_floating_point()), torch.float32)
     reset(classes)
-    source.model.to(dtype=parameter.dtype)
+    for parameter in {*source.model.parameters()} - kept:
+        parameter.data = parameter.data.to(dtype)
     said = source.architecture
     return replace(
         source,

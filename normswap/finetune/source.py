@@ -18,7 +18,8 @@ from normswap.checkpoints.checkpoint import Checkpoint, build_model, read_checkp
 from normswap.checkpoints.identification import decide
 from normswap.checkpoints.recognition import recognise
 from normswap.checkpoints.record import Step
-from normswap.errors import AmbiguityError, CheckpointError, PlanError, RecipeError
+from normswap.errors import AmbiguityError, ArchitectureError, CheckpointError, PlanError, RecipeError
+from normswap.finetune.network import bounded_fetching
 from normswap.finetune.recipe import Recipe, read_recipe, shipped_recipes
 from normswap.surgery.gated import gated_modules
 from normswap.surgery.patterns import first_matches
@@ -53,13 +54,28 @@ def source_of_recipe(recipe: Recipe, *, trust: bool) -> Source:
     if wanted.checkpoint is None:
         torch.manual_seed(recipe.train.seed)
         architecture = wanted.architecture or ""
-        return Source(build_architecture(architecture, pretrained=wanted.pretrained), architecture, None, ())
+        build = _fetched if wanted.pretrained else build_architecture
+        return Source(build(architecture), architecture, None, ())
     path = Path(wanted.checkpoint)
     _check_there(path)
     checkpoint = read_checkpoint(path, entry=wanted.entry, trust=trust)
     source = _built(checkpoint, _architecture(recipe, checkpoint, trust=trust), trust=trust)
     _check_conversion(recipe, source)
     return source
+
+
+def _fetched(architecture: str) -> nn.Module:
+    """The model of an architecture with its published weights."""
+    with bounded_fetching() as network:
+        try:
+            return build_architecture(architecture, pretrained=True)
+        except ArchitectureError as error:
+            if network.is_reachable or not isinstance(error.__cause__, OSError):
+                raise
+            raise ArchitectureError(
+                f"{architecture}: its published weights are not cached, and {network.host} cannot be reached: connect "
+                "to the network, or give weights with model.checkpoint and set model.pretrained=false"
+            ) from error
 
 
 def source_of_state(recipe: Recipe, state: Path, *, trust: bool) -> Source:

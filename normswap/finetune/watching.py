@@ -167,7 +167,7 @@ def watch_importance(
         LayerError: a mode is unknown.
         ModelError: `set_bn_statistics` refuses.
     """
-    stepping = _stepping(optimizer)
+    stepping = stepping_optimizer(optimizer)
     _check_gates(model, stepping)
     parts: list[_Reaching] = []
     if bn_statistics:
@@ -204,8 +204,12 @@ def _as_function(write: Any) -> Write:
     return add
 
 
-def _stepping(optimizer: Any) -> torch.optim.Optimizer:
-    """The optimizer inside its wrappers, whose step calls hooks; those of a wrapper are never called."""
+def stepping_optimizer(optimizer: Any) -> torch.optim.Optimizer:
+    """Return the optimizer inside its wrappers, whose step calls hooks; those of a wrapper are never called.
+
+    Raises:
+        OptimizerError: there is none.
+    """
     found = optimizer
     while (name := next((name for name in _INSIDE if name in getattr(found, "__dict__", {})), None)) is not None:
         found = vars(found)[name]
