@@ -33,7 +33,7 @@ class Program(click.Group):
     """The command line, silent in all processes of a launcher but the first."""
 
     def main(self, args: Sequence[str] | None = None, *rest: Any, **keys: Any) -> Any:
-        """Run the command, or nothing if this process has no part in it."""
+        """Run the command, or nothing if it works in the first process alone."""
         args = list(sys.argv[1:] if args is None else args)
         if not rank():
             return super().main(args, *rest, **keys)
