@@ -93,7 +93,13 @@ def test_the_architecture_of_a_shipped_recipe_is_a_default_for_files_that_have_n
     torch.save(timm.create_model("resnet10t", num_classes=10).state_dict(), "bn.pt")
     found = prepare(read_recipe("imagenet_small_batch", [*overrides, "model.checkpoint=bn.pt"]))
     assert found.source.architecture == "timm:resnet10t,num_classes=10"
-    # And else by what the recipe says.
+    # If several fit, the one that the recipe names: torchvision's resnet50 has the same tensors.
+    torch.save(timm.create_model("resnet50", num_classes=10).state_dict(), "bn.pt")
+    found = prepare(
+        read_recipe("imagenet_small_batch", [*overrides, "model.checkpoint=bn.pt", "convert.enabled=false"])
+    )
+    assert found.source.architecture == "timm:resnet50,num_classes=10"
+    # And else what the recipe says.
     torch.save({"a.weight": torch.zeros(2, 2, 1, 1)}, "unknown.pt")
     with pytest.raises(ArchitectureError, match="the tensors do not fit timm:resnet50"):
         prepare(read_recipe("imagenet_small_batch", [*overrides, "model.checkpoint=unknown.pt"]))
@@ -375,7 +381,7 @@ def test_data_to_be_fetched_without_a_network_is_told_in_one_line(
     monkeypatch.setattr("urllib.request.urlopen", refuse)
     data = {"source": "torch/cifar10", "root": str(tmp_path / "data"), "download": True}
     with pytest.raises(
-        NormswapError, match=r"cannot be reached\): connect to the network, or name the folder of the data"
+        NormswapError, match=r"cannot be reached: connect to the network, or name the folder of the data"
     ):
         prepare(recipe(model={"architecture": TEN}, data=data))
 
@@ -387,6 +393,9 @@ def test_a_network_that_answers_is_used(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(network, "_answers", lambda *_: True)
     with network.bounded_fetching() as found:
         assert (found.is_reachable, constants.HF_HUB_OFFLINE) == (True, False)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with network.bounded_fetching() as found:
+        assert found == (False, "HF_HUB_OFFLINE forbids fetching them: unset it")
 
 
 def test_a_connection_is_tried_where_a_request_would_go_first(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,6 @@ Commands that work in one process alone do so in the first one, and the others h
 """
 
 import importlib
-import io
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -49,12 +48,13 @@ def _silent() -> Iterator[None]:
     global _errors
     before = sys.stdout, sys.stderr
     _errors = sys.stderr
-    sys.stdout = sys.stderr = io.StringIO()
-    try:
-        yield
-    finally:
-        sys.stdout, sys.stderr = before
-        _errors = None
+    with open(os.devnull, "w", encoding="utf-8") as nowhere:
+        sys.stdout = sys.stderr = nowhere
+        try:
+            yield
+        finally:
+            sys.stdout, sys.stderr = before
+            _errors = None
 
 
 def print_error(message: str) -> None:

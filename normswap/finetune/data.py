@@ -213,8 +213,7 @@ def _named(settings: DataSettings) -> tuple[Any, tuple[str, ...] | None]:
             if network.is_reachable or not isinstance(error.__cause__, OSError | RuntimeError):
                 raise
             raise DataError(
-                f"{error} ({network.host} cannot be reached): connect to the network, or name the folder of the data "
-                "with data.root (--data-root)"
+                f"{error}; {network.obstacle}, or name the folder of the data with data.root (--data-root)"
             ) from error
 
 

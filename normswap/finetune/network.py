@@ -18,10 +18,10 @@ _SLOWEST = 10.0  # seconds without an answer, for libraries that would wait with
 
 
 class Network(NamedTuple):
-    """The host of the hub, and whether it, or the proxy before it, answers."""
+    """Whether the hub, or the proxy before it, answers; if not, what is in the way and what to do about it."""
 
-    host: str
     is_reachable: bool
+    obstacle: str = ""
 
 
 @contextmanager
@@ -29,15 +29,18 @@ def bounded_fetching() -> Iterator[Network]:
     """Yield whether the hub can be reached; if not, whatever the block asks of it fails at once if it is not cached."""
     from huggingface_hub import constants
 
-    host = urlsplit(constants.ENDPOINT).hostname or ""
-    if not constants.HF_HUB_OFFLINE and _answers(*_address(constants.ENDPOINT)):
-        yield Network(host, True)
+    if constants.HF_HUB_OFFLINE:
+        yield Network(False, "HF_HUB_OFFLINE forbids fetching them: unset it")
         return
+    if _answers(*_address(constants.ENDPOINT)):
+        yield Network(True)
+        return
+    host = urlsplit(constants.ENDPOINT).hostname
     before, patience = constants.HF_HUB_OFFLINE, socket.getdefaulttimeout()
     _set_offline(constants, True)
     socket.setdefaulttimeout(_SLOWEST)
     try:
-        yield Network(host, False)
+        yield Network(False, f"{host} cannot be reached: connect to the network")
     finally:
         _set_offline(constants, before)
         socket.setdefaulttimeout(patience)

@@ -73,8 +73,8 @@ def _fetched(architecture: str) -> nn.Module:
             if network.is_reachable or not isinstance(error.__cause__, OSError):
                 raise
             raise ArchitectureError(
-                f"{architecture}: its published weights are not cached, and {network.host} cannot be reached: connect "
-                "to the network, or give weights with model.checkpoint and set model.pretrained=false"
+                f"{architecture}: its published weights are not cached, and {network.obstacle}, or give weights with "
+                "model.checkpoint and set model.pretrained=false"
             ) from error
 
 
@@ -115,7 +115,7 @@ def _architecture(recipe: Recipe, checkpoint: Checkpoint, *, trust: bool) -> str
         return own
     said = said_architecture(checkpoint, trust=trust)
     if said is None:
-        return _identified(checkpoint) or own
+        return _identified(checkpoint, own)
     return _completed(said, own, checkpoint.path) if is_written else said
 
 
@@ -123,11 +123,18 @@ def _is_place(architecture: str) -> bool:
     return parse_architecture(architecture).scheme not in _NAMED
 
 
-def _identified(checkpoint: Checkpoint) -> str | None:
+def _identified(checkpoint: Checkpoint, default: str) -> str:
+    """The architecture that the tensors fit, if there is just one; the default if it is among several, or none fits."""
+    found = recognise(checkpoint.weights, checkpoint.content)  # type: ignore[arg-type]
+    wanted = _without_tag(parse_architecture(default))
+    for candidate in found.candidates:
+        name = parse_architecture(candidate.architecture)
+        if _without_tag(name) == wanted:
+            return _with_keywords(default, name)
     try:
-        return decide(recognise(checkpoint.weights, checkpoint.content))  # type: ignore[arg-type]
+        return decide(found)
     except AmbiguityError:
-        return None
+        return default
 
 
 def _completed(said: str, own: str, path: Path) -> str:
@@ -138,8 +145,13 @@ def _completed(said: str, own: str, path: Path) -> str:
     for key, value in there.keywords.items():
         if here.keywords.get(key, value) != value:
             _refuse("model.architecture", f"{key}={here.keywords[key]!r}", path, f"{key}={value!r} ({said!r})")
-        own = with_keyword(own, key, value)
-    return own
+    return _with_keywords(own, there)
+
+
+def _with_keywords(architecture: str, other: ArchitectureName) -> str:
+    for key, value in other.keywords.items():
+        architecture = with_keyword(architecture, key, value)
+    return architecture
 
 
 def _without_tag(name: ArchitectureName) -> tuple[str, str]:
