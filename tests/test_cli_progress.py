@@ -151,6 +151,8 @@ def test_other_processes_print_errors_with_their_rank_and_nothing_else(monkeypat
     monkeypatch.setattr("normswap.finetune.engine.run_recipe", lambda *_args, **_keys: 1 / 0)
     assert isinstance(run(*FINETUNE).exception, ZeroDivisionError)  # a defect keeps its traceback
     assert launched._errors is None
+    # Without a store that all processes share an error is printed twice rather than not at all.
+    assert launched._is_first_to_tell("it failed", {"WORLD_SIZE": "2"})
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torch.distributed.run") is None, reason="needs torchrun")
