@@ -152,7 +152,7 @@ def test_other_processes_print_errors_with_their_rank_and_nothing_else(monkeypat
     assert isinstance(run(*FINETUNE).exception, ZeroDivisionError)  # a defect keeps its traceback
     assert launched._errors is None
     # Without a store that all processes share an error is printed twice rather than not at all.
-    assert launched._is_first_to_tell("it failed", {"WORLD_SIZE": "2"})
+    assert launched._is_first_to_report("it failed", {"WORLD_SIZE": "2"})
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torch.distributed.run") is None, reason="needs torchrun")
@@ -168,6 +168,6 @@ def test_an_error_of_all_processes_is_printed_once(tmp_path: Path) -> None:
         env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
     )
     assert done.returncode != 0
-    said = [line for line in (done.stdout + done.stderr).splitlines() if "train.lr: expected" in line]
-    assert len(said) == 1, said
-    assert re.fullmatch(r"\[rank [01]\] error: digits_source: train\.lr: expected at least 0, got -1\.0", said[0])
+    printed = [line for line in (done.stdout + done.stderr).splitlines() if "train.lr: expected" in line]
+    assert len(printed) == 1, printed
+    assert re.fullmatch(r"\[rank [01]\] error: digits_source: train\.lr: expected at least 0, got -1\.0", printed[0])

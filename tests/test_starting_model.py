@@ -191,7 +191,7 @@ def test_a_trained_head_that_fits_is_kept(here: Path) -> None:
     assert torch.equal(found.model.fc.weight, again.model.fc.weight)  # type: ignore[union-attr, operator]
 
 
-def test_a_head_that_is_replaced_is_told_in_the_log_and_on_the_terminal(here: Path) -> None:
+def test_a_head_that_is_replaced_is_reported_in_the_log_and_on_the_terminal(here: Path) -> None:
     converted_file("timm:test_resnet,num_classes=7")
     words = ["model.checkpoint=sn.pt", "model.pretrained=false", "data.source=digits", "data.image_size=32"]
     words += ["train.epochs=none", "train.steps=1", "train.accumulation=1", "data.workers=0", "run.output=run"]
@@ -199,10 +199,10 @@ def test_a_head_that_is_replaced_is_told_in_the_log_and_on_the_terminal(here: Pa
         main, ["finetune", "imagenet_small_batch", *(w for word in words for w in ("--set", word))]
     )
     assert done.exit_code == 0, done.output
-    told = "model.new_head: classifier replaced"
-    assert f"note: {told}" in done.stderr
+    wording = "model.new_head: classifier replaced"
+    assert f"note: {wording}" in done.stderr
     first = read_journal(Path("run"))[0]
-    assert any(note.startswith(told) and "7 classes -> 10" in note for note in first["notes"])
+    assert any(note.startswith(wording) and "7 classes -> 10" in note for note in first["notes"])
     assert normswap.load("run/model.pt").model.num_classes == 10  # type: ignore[comparison-overlap]
 
 
@@ -224,7 +224,7 @@ def test_a_head_in_half_precision_stays_in_it(here: Path) -> None:
     assert prepare(recipe(model=wanted, convert={"enabled": False})).model.fc.weight.dtype == torch.bfloat16  # type: ignore[union-attr]
 
 
-def test_a_part_that_the_file_lacks_is_told(here: Path) -> None:
+def test_a_part_that_the_file_lacks_is_reported(here: Path) -> None:
     state = timm.create_model("test_resnet", num_classes=10).state_dict()
     torch.save({key: value for key, value in state.items() if not key.startswith("fc.")}, "headless.pt")
     found = prepare(recipe(model={"checkpoint": "headless.pt", "architecture": TEN}))
@@ -296,7 +296,7 @@ def test_epochs_too_short_for_a_single_step_are_refused() -> None:
     assert run_length(train, 8) == 1
 
 
-def test_what_comes_more_rarely_than_once_in_a_run_is_told(here: Path) -> None:
+def test_what_comes_more_rarely_than_once_in_a_run_is_reported(here: Path) -> None:
     run = {"evaluate_every": 50, "save_every": 60, "log_every": 70}
     (note,) = prepare(recipe(model={"architecture": TEN}, run=run)).notes
     assert "run.log_every = 70, run.evaluate_every = 50, run.save_every = 60: more than the 1 steps of the run" in note
@@ -331,7 +331,7 @@ def test_a_state_of_an_older_version_goes_on() -> None:
 # --- files and networks that are not there ----------------------------------------------------------------------------
 
 
-def test_a_checkpoint_that_another_recipe_writes_is_told_with_that_recipe(here: Path) -> None:
+def test_a_checkpoint_that_another_recipe_writes_names_that_recipe(here: Path) -> None:
     with pytest.raises(CheckpointError) as error:
         prepare(read_recipe("digits_small_batch"))
     assert str(error.value) == (
@@ -360,7 +360,7 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("offline")
-def test_published_weights_without_a_network_are_told_in_one_line() -> None:
+def test_published_weights_without_a_network_are_one_line() -> None:
     from huggingface_hub import constants
 
     with pytest.raises(ArchitectureError, match=r"not cached, and huggingface\.co cannot be reached: connect to the"):
@@ -372,9 +372,7 @@ def test_published_weights_without_a_network_are_told_in_one_line() -> None:
 
 
 @pytest.mark.usefixtures("offline")
-def test_data_to_be_fetched_without_a_network_is_told_in_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_data_to_be_fetched_without_a_network_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_args: Any, **_keys: Any) -> None:
         raise OSError("Name or service not known")
 

@@ -93,11 +93,13 @@ def calibrate_command(
     """
     target = target_of(file, output, "calibrated")
     with nothing_written():
-        document = _calibrate_file(
+        document, closing = _calibrate_file(
             file, target, source, arch, entry, as_json, named=output is not None, options=options
         )
     if as_json:
         print_json(document)
+    else:
+        click.echo(closing)
 
 
 def _calibrate_file(
@@ -110,8 +112,8 @@ def _calibrate_file(
     *,
     named: bool,
     options: dict[str, Any],
-) -> dict[str, Any]:
-    """Write the calibrated file, print what was done, and return the same as one document."""
+) -> tuple[dict[str, Any], str]:
+    """Write the calibrated file and print what was done; return the same as one document, and the closing lines."""
     check_readable(file)
     check_writable(target, replace=options.pop("force"), as_folder=is_folder_for(file, target))
     from rich.console import Console
@@ -136,11 +138,10 @@ def _calibrate_file(
         console.print(carried_notes(notes))
     images = f"{result.batches} batches of {data.settings.batch_size}"
     _write(opened, target, container, f"{source}, {data.settings.split}, {images}")
-    console.print()
-    console.print(f"{len(result.layers)} layers calibrated on {images} of {source}", markup=False)
-    console.print(f"wrote {target} ({describe_size(target)})", style="bold", markup=False)
+    closing = f"\n{len(result.layers)} layers calibrated on {images} of {source}"
+    wrote = click.style(f"wrote {target} ({describe_size(target)})", bold=True)
     facts = {"file": str(file), "output": str(target), "bytes": size_of(target)}
-    return {**facts, "architecture": opened.architecture, "carried": notes, **result.to_dict()}
+    return {**facts, "architecture": opened.architecture, "carried": notes, **result.to_dict()}, f"{closing}\n{wrote}"
 
 
 class _Batches:

@@ -64,7 +64,7 @@ def finetune_command(
 
 
 def _run(wanted: "Recipe", **options: bool) -> "Outcome":
-    """Carry out a recipe under the eyes of the user.
+    """Run a recipe and show how far it has come.
 
     Raises:
         KeyboardInterrupt: at once, in the middle of a step or before the first one; says what is kept.

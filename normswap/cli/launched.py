@@ -62,11 +62,11 @@ def print_error(message: str) -> None:
     number = rank()
     if number is None:
         click.echo(message, err=True)
-    elif _is_first_to_tell(message, os.environ):
+    elif _is_first_to_report(message, os.environ):
         click.echo(f"[rank {number}] {message}", file=_errors or sys.stderr)
 
 
-def _is_first_to_tell(message: str, environment: Mapping[str, str]) -> bool:
+def _is_first_to_report(message: str, environment: Mapping[str, str]) -> bool:
     """Whether no process of this launcher has printed a message yet, by the store that the launcher keeps for them."""
     if environment.get("WORLD_SIZE", "1") == "1":
         return True

@@ -42,10 +42,10 @@ def with_head(source: Source, recipe: Recipe, classes: int, example: Tensor) -> 
     reset(classes)
     for parameter in {*source.model.parameters()} - kept:
         parameter.data = parameter.data.to(dtype)
-    said = source.architecture
+    recorded = source.architecture
     return replace(
         source,
-        architecture=said and with_keyword(said, "num_classes", classes),
+        architecture=recorded and with_keyword(recorded, "num_classes", classes),
         notes=(
             *source.notes,
             f"model.new_head: classifier replaced, {old} classes -> {classes}, which start at random",
@@ -58,11 +58,11 @@ def _check_keyword(recipe: Recipe, classes: int) -> None:
     wanted = recipe.model
     if wanted.checkpoint is not None or wanted.architecture is None:
         return
-    told = parse_architecture(wanted.architecture).keywords.get("num_classes", classes)
-    if told != classes:
+    named = parse_architecture(wanted.architecture).keywords.get("num_classes", classes)
+    if named != classes:
         raise RecipeError(
-            f"model.architecture: num_classes={told} contradicts the {classes} classes of {recipe.data.source}: leave "
-            f"num_classes out, or set model.new_head=false to keep {told} outputs"
+            f"model.architecture: num_classes={named} contradicts the {classes} classes of {recipe.data.source}: leave "
+            f"num_classes out, or set model.new_head=false to keep {named} outputs"
         )
 
 

@@ -15,23 +15,23 @@ def run_length(train: TrainTable, batches: int) -> int:
         return train.steps
     epochs = train.epochs or 0
     steps = epochs * batches // train.accumulation
-    told = f"train.epochs = {epochs} of {batches} batches"
+    origin = f"train.epochs = {epochs} of {batches} batches"
     if not steps:
         enough = -(-train.accumulation // batches)
         raise RecipeError(
             f"train.accumulation: a step takes {train.accumulation} batches, and the run has {epochs * batches} "
-            f"({told}): choose a smaller accumulation, or train.epochs = {enough}"
+            f"({origin}): choose a smaller accumulation, or train.epochs = {enough}"
         )
     shared = f", train.accumulation = {train.accumulation}" if train.accumulation > 1 else ""
-    check_warmup(train, steps, f" ({told}{shared})")
+    check_warmup(train, steps, f" ({origin}{shared})")
     return steps
 
 
-def check_warmup(train: TrainTable, steps: int, told: str = "") -> int:
+def check_warmup(train: TrainTable, steps: int, origin: str = "") -> int:
     """Return how many of the steps of a run warm up.
 
     Args:
-        told: where the number of steps comes from, for the error.
+        origin: where the number of steps comes from, for the error.
 
     Raises:
         RecipeError: all of them would, so that the learning rate never reaches `train.lr`.
@@ -39,8 +39,8 @@ def check_warmup(train: TrainTable, steps: int, told: str = "") -> int:
     warmup = train.warmup_steps or int(train.warmup_share * steps)
     if warmup >= steps and warmup:
         raise RecipeError(
-            f"train.warmup_steps: expected fewer than the {steps} steps{told}, got {warmup}, so that the learning rate "
-            f"would never reach train.lr: choose at most {steps - 1}, or a share of the run: train.warmup_share=0.05"
+            f"train.warmup_steps: expected fewer than the {steps} steps{origin}, got {warmup}: the learning rate would "
+            f"never reach train.lr; choose at most {steps - 1}, or a share of the run: train.warmup_share=0.05"
         )
     return warmup
 

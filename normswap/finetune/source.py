@@ -110,13 +110,13 @@ def _architecture(recipe: Recipe, checkpoint: Checkpoint, *, trust: bool) -> str
         return own if is_written else None
     if own is None:
         return None
-    recorded = checkpoint.record.architecture if checkpoint.record else None
-    if is_written and (recorded is None or _is_place(own) or _is_place(recorded)):
+    record = checkpoint.record.architecture if checkpoint.record else None
+    if is_written and (record is None or _is_place(own) or _is_place(record)):
         return own
-    said = said_architecture(checkpoint, trust=trust)
-    if said is None:
+    known = said_architecture(checkpoint, trust=trust)
+    if known is None:
         return _identified(checkpoint, own)
-    return _completed(said, own, checkpoint.path) if is_written else said
+    return _completed(known, own, checkpoint.path) if is_written else known
 
 
 def _is_place(architecture: str) -> bool:
@@ -137,14 +137,14 @@ def _identified(checkpoint: Checkpoint, default: str) -> str:
         return default
 
 
-def _completed(said: str, own: str, path: Path) -> str:
+def _completed(known: str, own: str, path: Path) -> str:
     """The architecture as the user wrote it, with the keywords that only the file has."""
-    there, here = parse_architecture(said), parse_architecture(own)
+    there, here = parse_architecture(known), parse_architecture(own)
     if _without_tag(there) != _without_tag(here):
-        _refuse("model.architecture", repr(own), path, repr(said))
+        _refuse("model.architecture", repr(own), path, repr(known))
     for key, value in there.keywords.items():
         if here.keywords.get(key, value) != value:
-            _refuse("model.architecture", f"{key}={here.keywords[key]!r}", path, f"{key}={value!r} ({said!r})")
+            _refuse("model.architecture", f"{key}={here.keywords[key]!r}", path, f"{key}={value!r} ({known!r})")
     return _with_keywords(own, there)
 
 
