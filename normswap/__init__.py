@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from normswap.finetune.recipe import read_recipe as read_recipe
     from normswap.finetune.watching import ImportanceWatch as ImportanceWatch
     from normswap.finetune.watching import watch_importance as watch_importance
+    from normswap.finetune.weight_decay import exempt_gates as exempt_gates
     from normswap.layers.dispatch import use_backend as use_backend
     from normswap.layers.functional import switch_norm as switch_norm
     from normswap.layers.modules import SwitchNorm1d as SwitchNorm1d
@@ -68,6 +69,7 @@ _HOMES = {
     "read_recipe": "normswap.finetune.recipe",
     "ImportanceWatch": "normswap.finetune.watching",
     "watch_importance": "normswap.finetune.watching",
+    "exempt_gates": "normswap.finetune.weight_decay",
     "use_backend": "normswap.layers.dispatch",
     "switch_norm": "normswap.layers.functional",
     "SwitchNorm1d": "normswap.layers.modules",

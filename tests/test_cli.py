@@ -577,10 +577,10 @@ def _raising(error: BaseException) -> Callable[..., None]:
     return fail
 
 
-def test_an_interrupt_is_quiet(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_is_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(convert_module.Wish, "check", _raising(KeyboardInterrupt()))
     result = run("convert", "bn.pt")
-    assert (result.exit_code, result.output) == (130, "")
+    assert (result.exit_code, result.output) == (130, "interrupted\n")
 
 
 def test_the_system_names_the_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from normswap.cli.failures import one_line_failures
 from normswap.cli.opening import Opened, describe_content, describe_size, open_model, read_file, read_header, size_of
 from normswap.cli.options import arch_option, entry_option, json_option, print_json, trust_option
 from normswap.cli.outputs import container_of, is_folder_for, target_of
-from normswap.cli.progress import stage
+from normswap.cli.progress import Bar, counted, nothing_written, stage
 from normswap.errors import CheckpointError, ModelError
 
 if TYPE_CHECKING:
@@ -92,6 +92,28 @@ def calibrate_command(
     is left out, since the function in evaluation is another one now.
     """
     target = target_of(file, output, "calibrated")
+    with nothing_written():
+        document, closing = _calibrate_file(
+            file, target, source, arch, entry, as_json, named=output is not None, options=options
+        )
+    if as_json:
+        print_json(document)
+    else:
+        click.echo(closing)
+
+
+def _calibrate_file(
+    file: Path,
+    target: Path,
+    source: str,
+    arch: str | None,
+    entry: str | None,
+    as_json: bool,
+    *,
+    named: bool,
+    options: dict[str, Any],
+) -> tuple[dict[str, Any], str]:
+    """Write the calibrated file and print what was done; return the same as one document, and the closing lines."""
     check_readable(file)
     check_writable(target, replace=options.pop("force"), as_folder=is_folder_for(file, target))
     from rich.console import Console
@@ -103,7 +125,7 @@ def calibrate_command(
         raise CheckpointError(
             f"{file}: an exported program is calibrated by its weights: leave --trust out, or give --arch"
         )
-    container = container_of(target, checkpoint, named=output is not None)
+    container = container_of(target, checkpoint, named=named)
     opened = open_model(checkpoint, arch=arch, inputs=(), trust=options["trust"])
     data = _open_data(source, opened, options)
     console = Console(highlight=False, quiet=as_json)
@@ -116,24 +138,35 @@ def calibrate_command(
         console.print(carried_notes(notes))
     images = f"{result.batches} batches of {data.settings.batch_size}"
     _write(opened, target, container, f"{source}, {data.settings.split}, {images}")
-    console.print()
-    console.print(f"{len(result.layers)} layers calibrated on {images} of {source}", markup=False)
-    console.print(f"wrote {target} ({describe_size(target)})", style="bold", markup=False)
-    if as_json:
-        facts = {"file": str(file), "output": str(target), "bytes": size_of(target)}
-        print_json({**facts, "architecture": opened.architecture, "carried": notes, **result.to_dict()})
+    closing = f"\n{len(result.layers)} layers calibrated on {images} of {source}"
+    wrote = click.style(f"wrote {target} ({describe_size(target)})", bold=True)
+    facts = {"file": str(file), "output": str(target), "bytes": size_of(target)}
+    return {**facts, "architecture": opened.architecture, "carried": notes, **result.to_dict()}, f"{closing}\n{wrote}"
 
 
-@dataclass(frozen=True)
 class _Batches:
-    """The first batches of a data set, as often as they are asked for, in the type that the model computes in."""
+    """The first batches of a data set, as often as they are asked for, in the type that the model computes in.
 
-    data: "Data"
-    count: int | None
-    dtype: "torch.dtype"
+    The bar shows the number of batches done, of how many, and which pass it is if there are several.
+    """
+
+    def __init__(self, data: "Data", count: int | None, dtype: "torch.dtype", bar: Bar) -> None:
+        self._data, self._count, self._dtype, self._bar = data, count, dtype, bar
+        self._passes = 0
 
     def __iter__(self) -> "Iterator[torch.Tensor]":
-        return (images.to(self.dtype) for images, _ in islice(self.data, self.count))
+        self._passes += 1
+        total, told = self._total(), f"pass {self._passes}" if self._passes > 1 else ""
+        for done, (images, _) in enumerate(islice(self._data, self._count)):
+            self._bar.show(done, total, told)
+            yield images.to(self._dtype)
+            self._bar.show(done + 1, total, told)
+
+    def _total(self) -> int | None:
+        try:
+            return min(len(self._data), self._count or len(self._data))
+        except TypeError:  # a data set that is streamed may not know its length
+            return self._count
 
 
 def _open_data(source: str, opened: Opened, options: dict[str, Any]) -> "Data":
@@ -171,10 +204,10 @@ def _calibrated(opened: Opened, data: "Data", options: dict[str, Any]) -> "Calib
         model.to(device)
     except (RuntimeError, AssertionError) as error:
         raise ModelError(f"--device {device}: the model cannot be moved there: {first_line(error)}") from error
-    with stage("calibrating"):
+    with counted("calibrating") as bar:
         result = calibrate(
             model,
-            _Batches(data, options["batches"], dtype),
+            _Batches(data, options["batches"], dtype, bar),
             layer_by_layer=options["layer_by_layer"],
             include_frozen=options["include_frozen"],
             device=device,

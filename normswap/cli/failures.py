@@ -7,6 +7,7 @@ from typing import NoReturn, ParamSpec
 
 import click
 
+from normswap.cli.launched import print_error
 from normswap.errors import NormswapError
 
 P = ParamSpec("P")
@@ -27,15 +28,15 @@ def one_line_failures(command: Callable[P, None]) -> Callable[P, None]:
             if error.filename is None:
                 raise
             _exit(f"{error.filename}: {error.strerror}", NormswapError.exit_code)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
+            print_error(str(stop) or "interrupted")
             sys.exit(_INTERRUPTED)
 
     return run
 
 
 def _exit(message: str, status: int) -> NoReturn:
-    click.secho("error: ", fg="red", nl=False, err=True)
     # Names from files may hold what rules a terminal, or what it cannot show.
     shown = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in " ".join(message.split()))
-    click.echo(shown, err=True)
+    print_error(click.style("error: ", fg="red") + shown)
     sys.exit(status)

@@ -4,13 +4,19 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.util import find_spec
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from normswap.cli.failures import one_line_failures
 from normswap.cli.options import json_option, print_json, trust_option
+from normswap.cli.progress import counted
 from normswap.errors import RecipeError
+
+if TYPE_CHECKING:
+    from normswap.finetune.engine import Outcome
+    from normswap.finetune.recipe import Recipe
 
 
 @click.command("finetune", short_help="Fine-tune a model as a recipe says.")
@@ -42,27 +48,48 @@ def finetune_command(
     _check_installed()
     from rich.console import Console
 
-    from normswap.finetune.engine import is_first_process, run_recipe
-    from normswap.finetune.journal import read_journal
-    from normswap.reports.finetuning import draw_course, outcome_table
+    from normswap.finetune.engine import is_first_process
+    from normswap.reports.finetuning import outcome_table
 
     console = Console(highlight=False, stderr=as_json, quiet=not is_first_process())
-    with _progress() as (on_step, say):
-        outcome = run_recipe(
-            wanted,
-            resume=resume,
-            overwrite=force,
-            trust=trust,
-            on_step=on_step,
-            on_record=lambda record: say(_told(record)),
-        )
+    outcome = _run(wanted, resume=resume, overwrite=force, trust=trust)
     if not is_first_process():
         return
-    draw_course(read_journal(outcome.output), outcome.output / "course.png")
+    picture = _picture(outcome)
     if as_json:
-        print_json({**asdict(outcome), "output": str(outcome.output), "model": str(outcome.model)})
+        paths = {"output": outcome.output, "model": outcome.model, "log": outcome.log, "picture": picture}
+        print_json({**asdict(outcome), **{name: str(path) for name, path in paths.items()}})
     else:
-        console.print(outcome_table(outcome))
+        console.print(outcome_table(outcome, picture))
+
+
+def _run(wanted: "Recipe", **options: bool) -> "Outcome":
+    """Run a recipe and show how far it has come.
+
+    Raises:
+        KeyboardInterrupt: at once, in the middle of a step or before the first one; says what is kept.
+    """
+    from normswap.finetune.engine import run_recipe
+    from normswap.finetune.source import STATE
+
+    state = wanted.output / STATE
+    before = state.stat().st_mtime_ns if state.is_file() else None
+    try:
+        with _progress() as (on_step, on_record):
+            return run_recipe(wanted, on_step=on_step, on_record=on_record, **options)
+    except KeyboardInterrupt:
+        is_new = state.is_file() and state.stat().st_mtime_ns != before
+        kept = f"the last saved state is in {wanted.output}: go on with --resume" if is_new else "no state was saved"
+        raise KeyboardInterrupt(f"interrupted; {kept}") from None
+
+
+def _picture(outcome: "Outcome") -> Path:
+    from normswap.finetune.journal import read_journal
+    from normswap.reports.finetuning import draw_course
+
+    path = outcome.output / "course.png"
+    draw_course(read_journal(outcome.output), path)
+    return path
 
 
 def _check_installed() -> None:
@@ -72,30 +99,30 @@ def _check_installed() -> None:
         raise RecipeError(f"fine-tuning needs {' and '.join(missing)}: pip install 'normswap[finetune]'")
 
 
-def _told(record: Mapping[str, Any]) -> str | None:
-    """A line for the terminal, for what people want to see while they wait."""
+def _told(record: Mapping[str, Any]) -> list[str]:
+    """Lines for the terminal: what people want to see while they wait."""
+    lines = [f"note: {note}" for note in record.get("notes", ())]
     if "evaluation" in record:
         found = record["evaluation"]
-        return f"step {record['step']}: accuracy {found['accuracy']:.1f} %, loss {found['loss']:.3f}"
-    return None
+        lines.append(f"step {record['step']}: accuracy {found['accuracy']:.1f} %, loss {found['loss']:.3f}")
+    return lines
 
 
 @contextmanager
-def _progress() -> Iterator[tuple[Callable[[int, int], None], Callable[[str | None], None]]]:
-    """Give what to call at every step and with every line; a bar on stderr where that is a terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+def _progress() -> Iterator[tuple[Callable[[int, int], None], Callable[[Mapping[str, Any]], None]]]:
+    """Yield what to call at every step and with every record of the log; a bar on stderr if that is a terminal."""
+    from normswap.reports.finetuning import describe_losses
 
-    console = Console(stderr=True, highlight=False)
-    columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("training", total=None)
+    figures = ""
+    with counted("training") as bar:
 
         def on_step(step: int, steps: int) -> None:
-            progress.update(task, completed=step, total=steps)
+            bar.show(step, steps, figures)
 
-        def say(line: str | None) -> None:
-            if line:
-                console.print(line)
+        def on_record(record: Mapping[str, Any]) -> None:
+            nonlocal figures
+            figures = describe_losses(record) or figures
+            for line in _told(record):
+                bar.say(line)
 
-        yield on_step, say
+        yield on_step, on_record

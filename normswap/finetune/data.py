@@ -16,6 +16,7 @@ from normswap.errors import DataError
 from normswap.finetune.digits import CLASSES, DigitImages, prepare_digits
 from normswap.finetune.image_source import USES, DataSettings, Use
 from normswap.finetune.loaders import Epochs, Loader, Stream
+from normswap.finetune.network import bounded_fetching
 from normswap.surgery.tracing import first_line
 
 _SPLITS = {
@@ -28,6 +29,8 @@ _FOLDER = "folder:"
 _DIGITS = {"digits": "source", "digits:shifted": "target"}
 _STREAMED = ("wds/", "tfds/", "hfids/")
 _NAMED = ("torch/", "hfds/", *_STREAMED)
+# What is fetched if it is not there, also unasked.
+_HUB = ("hfds/", "hfids/")
 
 
 @dataclass(frozen=True)
@@ -201,6 +204,20 @@ def _synonyms(split: str) -> tuple[str, ...]:
 
 
 def _named(settings: DataSettings) -> tuple[Any, tuple[str, ...] | None]:
+    if not settings.download and not settings.source.lower().startswith(_HUB):
+        return _from_timm(settings)
+    with bounded_fetching() as network:
+        try:
+            return _from_timm(settings)
+        except DataError as error:
+            if network.is_reachable or not isinstance(error.__cause__, OSError | RuntimeError):
+                raise
+            raise DataError(
+                f"{error}; {network.obstacle}, or name the folder of the data with data.root (--data-root)"
+            ) from error
+
+
+def _from_timm(settings: DataSettings) -> tuple[Any, tuple[str, ...] | None]:
     try:
         dataset: Any = _timm().create_dataset(
             settings.source,

@@ -26,13 +26,16 @@ from normswap.finetune.batch_price import batch_dependence
 from normswap.finetune.data import Data
 from normswap.finetune.evaluation import Evaluation, evaluate, share_buffers
 from normswap.finetune.interruption import StopRequest, stop_requests
+from normswap.finetune.journal import NAME as LOG
 from normswap.finetune.journal import Journal
 from normswap.finetune.optimizer import build_average, build_optimizer
 from normswap.finetune.preparation import Prepared, prepare
 from normswap.finetune.randomness import mixed, seed_generators
 from normswap.finetune.recipe import Recipe
 from normswap.finetune.recipe_tables import TrainTable
-from normswap.finetune.run_state import MODEL, STATE, RunState, read_state, write_model, write_state
+from normswap.finetune.run_length import check_warmup
+from normswap.finetune.run_state import RunState, read_state, write_model, write_state
+from normswap.finetune.source import MODEL, STATE
 from normswap.surgery.gated import ImportanceWeights, gate_parameters, importance_weights
 
 Record = Mapping[str, Any]
@@ -41,7 +44,9 @@ Tell = Callable[[Record], None]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run came to: accuracies and losses before and after, where the model is, what the gates learned."""
+    """What a run came to: accuracies and losses before and after, where the model and the log are, what the gates
+    learned, and what the user should know of the start.
+    """
 
     output: Path
     model: Path
@@ -50,6 +55,12 @@ class Outcome:
     before: Evaluation
     after: Evaluation
     importance: Mapping[str, ImportanceWeights]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def log(self) -> Path:
+        """The log of the run: a JSON document a line."""
+        return self.output / LOG
 
 
 @dataclass
@@ -109,9 +120,9 @@ def run_recipe(
     output = recipe.output
     state = _found_state(recipe, output, resume=resume, overwrite=overwrite)
     accelerator = _accelerator(recipe)
+    run = _begin(recipe, accelerator, state, trust=trust)
     if accelerator.is_main_process:
         output.mkdir(parents=True, exist_ok=True)
-    run = _begin(recipe, accelerator, state, trust=trust)
     with stop_requests() as request, _journal(run) as journal:
 
         def tell(record: Record) -> None:
@@ -156,12 +167,11 @@ def _begin(recipe: Recipe, accelerator: Accelerator, state: RunState | None, *, 
     if train.channels_last:
         model.to(memory_format=torch.channels_last)
     model.to(accelerator.device)
-    steps = train.steps or max(1, (train.epochs or 0) * len(prepared.training) // train.accumulation)
     average = build_average(model, train.ema_decay)
     optimizer = build_optimizer(model, train)
-    schedule = LambdaLR(optimizer, _factor(train, steps))
+    schedule = LambdaLR(optimizer, _factor(train, prepared.steps))
     network, prepared_optimizer = accelerator.prepare(model, optimizer)
-    run = _Run(recipe, accelerator, prepared, network, prepared_optimizer, schedule, average, steps)
+    run = _Run(recipe, accelerator, prepared, network, prepared_optimizer, schedule, average, prepared.steps)
     if state is not None:
         _restore(run, state)
     return run
@@ -170,12 +180,12 @@ def _begin(recipe: Recipe, accelerator: Accelerator, state: RunState | None, *, 
 def _factor(train: TrainTable, steps: int) -> Callable[[int], float]:
     """The learning rate of a step as a share of the highest."""
     least = train.min_lr / train.lr if train.lr else 0.0
-    length = max(1, steps - train.warmup_steps)
+    warmup = check_warmup(train, steps)
 
     def factor(step: int) -> float:
-        if step < train.warmup_steps:
-            return (step + 1) / (train.warmup_steps + 1)
-        done = min(1.0, (step - train.warmup_steps) / length)
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        done = min(1.0, (step - warmup) / (steps - warmup))
         falls = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
         return least + (1 - least) * falls[train.schedule]
 
@@ -200,7 +210,8 @@ def _journal(run: _Run) -> Any:
 
 def _carry_out(run: _Run, request: StopRequest, tell: Tell, on_step: Callable[[int, int], None]) -> Outcome:
     if run.before is None:
-        tell({"step": 0, "recipe": run.recipe.to_dict(), "processes": run.accelerator.num_processes})
+        facts = {"recipe": run.recipe.to_dict(), "processes": run.accelerator.num_processes}
+        tell({"step": 0, **facts, "notes": run.prepared.notes})
         run.before = _evaluated(run, tell)
     _train(run, request, tell, on_step)
     after = _evaluated(run, tell)
@@ -209,7 +220,8 @@ def _carry_out(run: _Run, request: StopRequest, tell: Tell, on_step: Callable[[i
     if run.accelerator.is_main_process:
         model = write_model(run.recipe.output, run.recipe, run.prepared.source, run.kept)
     run.accelerator.wait_for_everyone()
-    return Outcome(run.recipe.output, model, run.steps, run.seconds, run.before, after, importance_weights(run.kept))
+    importance, notes = importance_weights(run.kept), run.prepared.notes
+    return Outcome(run.recipe.output, model, run.steps, run.seconds, run.before, after, importance, notes)
 
 
 def _train(run: _Run, request: StopRequest, tell: Tell, on_step: Callable[[int, int], None]) -> None:

@@ -32,10 +32,13 @@ def build_optimizer(model: nn.Module, train: TrainTable) -> torch.optim.Optimize
 
 
 def build_average(model: nn.Module, decay: float) -> Any:
-    """Return timm's moving average of a model, or None where its decay is 0."""
+    """Return timm's moving average of a model, or None if its decay is 0.
+
+    Its decay rises to `decay` with the steps: from the start it would keep 98 % of the first weights over 100 steps.
+    """
     if not decay:
         return None
     import timm.utils
 
     package: Any = timm.utils
-    return package.ModelEmaV3(model, decay=decay)
+    return package.ModelEmaV3(model, decay=decay, use_warmup=True, warmup_power=0.75)

@@ -9,7 +9,7 @@ import math
 import tomllib
 import types
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
@@ -17,11 +17,16 @@ from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 from normswap.documents import jsonable
 from normswap.errors import RecipeError
 from normswap.finetune.recipe_tables import ConvertTable, DataTable, ModelTable, Range, RunTable, TrainTable
+from normswap.finetune.run_length import check_warmup
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A complete fine-tuning run; the tables are described where they are defined."""
+    """A complete fine-tuning run; the tables are described where they are defined.
+
+    `written` are the keys that the user wrote, as `table.key`: all in a file of the user's and in `--set`, none of
+    those in a recipe that came with normswap. None takes every key that differs from its default for one.
+    """
 
     name: str
     model: ModelTable = field(default_factory=ModelTable)
@@ -29,6 +34,14 @@ class Recipe:
     data: DataTable = field(default_factory=DataTable)
     train: TrainTable = field(default_factory=TrainTable)
     run: RunTable = field(default_factory=RunTable)
+    written: frozenset[str] | None = field(default=None, compare=False)
+
+    def is_written(self, place: str) -> bool:
+        """Say whether the user wrote the key `place`, such as `model.architecture`."""
+        if self.written is not None:
+            return place in self.written
+        table, _, key = place.partition(".")
+        return bool(_value(self, place) != getattr(TABLES[table](), key))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the tables as plain data."""
@@ -48,7 +61,7 @@ class Shipped(NamedTuple):
     text: str
 
 
-TABLES: Mapping[str, Any] = {f.name: f.default_factory for f in fields(Recipe) if f.name != "name"}
+TABLES: Mapping[str, Any] = {f.name: f.default_factory for f in fields(Recipe) if f.name not in ("name", "written")}
 
 
 def shipped_recipes() -> dict[str, Shipped]:
@@ -92,15 +105,19 @@ def read_recipe(source: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         RecipeError: no such recipe; not TOML; an unknown table or key; a value of the wrong kind, out of its range, or
             at odds with another one.
     """
-    name, text = _text_of(source)
+    name, text, is_shipped = _text_of(source)
+    overrides = tuple(overrides)
     try:
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise RecipeError(f"{source}: not TOML: {error}") from None
+    written = set() if is_shipped else _places(data)
     for override in overrides:
         _put(data, override)
+    written |= {override.partition("=")[0].strip() for override in overrides}
+    _replace_alternatives(data, overrides)
     try:
-        return parse_recipe(name, data)
+        return replace(parse_recipe(name, data), written=frozenset(written & _places(data)))
     except RecipeError as error:
         raise RecipeError(f"{source}: {error}") from None
 
@@ -117,33 +134,41 @@ def parse_recipe(name: str, data: Mapping[str, Any]) -> Recipe:
         if not isinstance(keys, Mapping):
             raise RecipeError(f"{table}: expected a table [{table}], got {keys!r}")
     tables = {table: _table(table, build, data.get(table, {})) for table, build in TABLES.items()}
-    recipe = Recipe(name, **tables)
+    recipe = Recipe(name, **tables, written=frozenset(_places(data)))
     for check in _CHECKS:
         check(recipe)
     return recipe
 
 
 def differing_keys(recipe: Recipe, other: Mapping[str, Any]) -> list[str]:
-    """Return the keys, as `table.key`, whose values differ between a recipe and another's `to_dict()`."""
-    mine = recipe.to_dict()
+    """Return the keys, as `table.key`, whose values differ between a recipe and another's `to_dict()`.
+
+    A key that the other does not have, since an older version wrote it, has its default there.
+    """
+    mine, default = recipe.to_dict(), {name: asdict(build()) for name, build in TABLES.items()}
     return [
         f"{table}.{key}"
         for table, keys in mine.items()
         for key, value in keys.items()
-        if jsonable(value) != jsonable(other.get(table, {}).get(key))
+        if jsonable(value) != jsonable(other.get(table, {}).get(key, default[table][key]))
     ]
 
 
-def _text_of(source: str | Path) -> tuple[str, str]:
+def _text_of(source: str | Path) -> tuple[str, str, bool]:
+    """The name of a recipe, its text, and whether it came with normswap."""
     path = Path(source)
     if path.suffix == ".toml":
         if not path.is_file():
             raise RecipeError(f"{path}: no such file: see what there is with normswap recipes ls")
         try:
-            return path.stem, path.read_text(encoding="utf-8")
+            return path.stem, path.read_text(encoding="utf-8"), False
         except UnicodeDecodeError as error:
             raise RecipeError(f"{path}: not TOML: {error}") from None
-    return str(source), find_shipped(str(source)).text
+    return str(source), find_shipped(str(source)).text, True
+
+
+def _places(data: Mapping[str, Any]) -> set[str]:
+    return {f"{table}.{key}" for table, keys in data.items() if isinstance(keys, Mapping) for key in keys}
 
 
 def _put(data: dict[str, Any], override: str) -> None:
@@ -163,6 +188,20 @@ def _put(data: dict[str, Any], override: str) -> None:
         keys[key] = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         keys[key] = text
+
+
+# Keys of which a recipe has one at most. One that is put over a recipe takes the place of the other one in it.
+_ALTERNATIVES = (("train.steps", "train.epochs"), ("train.warmup_steps", "train.warmup_share"))
+
+
+def _replace_alternatives(data: dict[str, Any], overrides: Iterable[str]) -> None:
+    put = {override.partition("=")[0].strip() for override in overrides}
+    for pair in _ALTERNATIVES:
+        chosen = [place for place in pair if place in put and place in _places(data)]
+        if len(chosen) == 1:
+            (other,) = {*pair} - {*chosen}
+            table, _, key = other.partition(".")
+            data[table].pop(key, None)
 
 
 def _table(name: str, build: Callable[..., Any], data: Mapping[str, Any]) -> Any:
@@ -232,6 +271,7 @@ _RANGES: Mapping[str, Range] = {
     "train.weight_decay": (0, _INFINITE),
     "train.min_lr": (0, _INFINITE),
     "train.warmup_steps": (0, _INFINITE),
+    "train.warmup_share": (0, 0.99),
     "train.clip": (0, _INFINITE),
     "train.accumulation": (1, _INFINITE),
     "train.ema_decay": (0, 0.99999999),
@@ -241,7 +281,8 @@ _RANGES: Mapping[str, Range] = {
     "run.evaluate_every": (0, _INFINITE),
     "run.save_every": (0, _INFINITE),
 }
-_CHOICES: Mapping[str, tuple[str | None, ...]] = {
+_CHOICES: Mapping[str, tuple[str | bool | None, ...]] = {
+    "model.new_head": (True, False, "always"),
     "train.schedule": ("constant", "linear", "cosine"),
     "train.precision": ("no", "bf16", "fp16"),
     "convert.gate": (None, "simplex", "softmax"),
@@ -266,7 +307,8 @@ def _check_choices(recipe: Recipe) -> None:
     for place, known in _CHOICES.items():
         value = _value(recipe, place)
         if value not in known:
-            raise RecipeError(f"{place}: expected one of {', '.join(filter(None, known))}, got {value!r}")
+            told = [str(choice).lower() for choice in known if choice is not None]
+            raise RecipeError(f"{place}: expected one of {', '.join(told)}, got {value!r}")
 
 
 def _check_source(recipe: Recipe) -> None:
@@ -283,8 +325,19 @@ def _check_length(recipe: Recipe) -> None:
     train = recipe.train
     if (train.steps is None) == (train.epochs is None):
         raise RecipeError("train: expected either steps or epochs, such as epochs = 10")
-    if train.steps is not None and train.warmup_steps >= train.steps:
-        raise RecipeError(f"train.warmup_steps: expected fewer than the {train.steps} steps, got {train.warmup_steps}")
+    if train.warmup_steps and train.warmup_share:
+        raise RecipeError(
+            f"train.warmup_steps, train.warmup_share: expected one of the two, got {train.warmup_steps} and "
+            f"{train.warmup_share}"
+        )
+    if train.steps is not None:
+        check_warmup(train, train.steps)
+
+
+def _check_rates(recipe: Recipe) -> None:
+    train = recipe.train
+    if train.min_lr > train.lr:
+        raise RecipeError(f"train.min_lr: expected at most the {train.lr:g} of train.lr, got {train.min_lr:g}")
 
 
 def _check_crop(recipe: Recipe) -> None:
@@ -299,4 +352,4 @@ def _check_mixing(recipe: Recipe) -> None:
         raise RecipeError(f"data.mixup, data.cutmix: expected an even data.batch_size, got {data.batch_size}")
 
 
-_CHECKS = (_check_ranges, _check_choices, _check_source, _check_length, _check_crop, _check_mixing)
+_CHECKS = (_check_ranges, _check_choices, _check_source, _check_length, _check_rates, _check_crop, _check_mixing)

@@ -11,17 +11,18 @@ class ModelTable:
 
     Args:
         checkpoint: a file or folder that `normswap.load` reads; without it the weights are those of `architecture`.
-        architecture: as `--arch`; needed where the checkpoint does not say it.
+        architecture: as `--arch`; needed if the checkpoint does not name its own, which it may not contradict.
         entry: which weights of several in the checkpoint, such as `state_dict_ema`.
         pretrained: fetch the published weights of a timm architecture; not with `checkpoint`.
-        new_head: give the model a new classifier for the classes of the data (timm models).
+        new_head: true gives the model a new classifier (timm models) if its own has another number of classes than the
+            data; false never does; "always" also replaces one that fits.
     """
 
     checkpoint: str | None = None
     architecture: str | None = None
     entry: str | None = None
     pretrained: bool = False
-    new_head: bool = False
+    new_head: bool | str = False
 
 
 @dataclass(frozen=True)
@@ -94,11 +95,13 @@ class TrainTable:
         importance_lr: learning rate of the gates; None is `lr`.
         schedule: how the rates fall: `constant`, `linear` or `cosine`.
         min_lr: what `lr` has fallen to at the end; all other rates fall by the same factor.
-        warmup_steps: steps in which the rate rises from 0.
+        warmup_steps: steps in which the rate rises from 0; fewer than the run has.
+        warmup_share: the same as a share of all steps, such as 0.05; one of the two.
         clip: largest norm of the gradient of everything but the gates; 0 is off.
         accumulation: forward passes per step; each gets a batch of its own.
         precision: `no`, `bf16` or `fp16`: autocast, by accelerate.
-        ema_decay: of a moving average of the weights, which is then what is evaluated and kept; 0 is off.
+        ema_decay: of a moving average of the weights, which is then what is evaluated and kept; 0 is off. The decay
+            rises to this value over the steps, so that a short run is averaged too.
         batch_price: what the BN share of all sites costs in the loss (`normswap.batch_dependence`).
         channels_last: keep images and weights in that memory format.
         seed: of the order of the images, their augmentation, and all other randomness.
@@ -114,6 +117,7 @@ class TrainTable:
     schedule: str = "cosine"
     min_lr: float = 0.0
     warmup_steps: int = 0
+    warmup_share: float = 0.0
     clip: float = 1.0
     accumulation: int = 1
     precision: str = "no"

@@ -15,11 +15,9 @@ from normswap.checkpoints.record import Record, Step
 from normswap.checkpoints.saving import originals, write_content
 from normswap.documents import jsonable
 from normswap.errors import CheckpointError, RecipeError
-from normswap.finetune.preparation import Source
 from normswap.finetune.recipe import Recipe, differing_keys
+from normswap.finetune.source import MODEL, STATE, Source
 
-STATE = "state.pt"
-MODEL = "model.pt"
 _WEIGHTS, _AVERAGE = "state_dict", "state_dict_ema"
 # Keys that may change between the parts of a run without changing what it computes.
 _FREE = {"run.output", "run.log_every", "run.save_every", "data.workers", "data.evaluation_batch_size"}

@@ -15,7 +15,7 @@ from normswap.surgery.gated import ImportanceWeights
 _KINDS = {"mean": "means", "var": "variances"}
 
 
-def outcome_table(outcome: Outcome) -> RenderableType:
+def outcome_table(outcome: Outcome, picture: Path) -> RenderableType:
     """Return accuracy and loss before and after, what the gates learned on average, and where things are."""
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
     table.add_column("")
@@ -28,7 +28,18 @@ def outcome_table(outcome: Outcome) -> RenderableType:
     parts: list[RenderableType] = [table, Text(f"  {pace}", "dim")]
     if outcome.importance:
         parts += [Text(""), average_importance(outcome.importance)]
-    return Group(*parts, Text(""), Text(f"wrote {outcome.model}"))
+    files = (f"wrote {outcome.model}", f"log {outcome.log}", f"picture {picture}")
+    return Group(*parts, Text(""), *map(Text, files))
+
+
+def describe_losses(record: Mapping[str, Any]) -> str:
+    """Return the loss, the learning rate and the mean share of each branch in a record; "" without a loss."""
+    if "loss" not in record:
+        return ""
+    sites = record["importance"].values()
+    shares = [site[kind] for site in sites for kind in _KINDS]
+    told = [f"{branch} {_mean(shares, branch):.2f}" for branch in BRANCHES] if shares else []
+    return " ".join([f"loss {record['loss']:.3f}", f"lr {record['lr']:.2g}", *told])
 
 
 def average_importance(importance: Mapping[str, ImportanceWeights]) -> Table:

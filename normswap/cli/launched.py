@@ -1,0 +1,83 @@
+"""Several processes of one launcher, such as torchrun: the first one prints, and an error is printed once.
+
+Commands that work in one process alone do so in the first one, and the others have nothing to do.
+"""
+
+import importlib
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from hashlib import sha256
+from typing import Any, TextIO
+
+import click
+
+# Set by torchrun, and by all that start processes through it, in each of them. RANK alone may be a leftover.
+_LAUNCHED = "TORCHELASTIC_RUN_ID"
+_SHARED = ("finetune",)
+_PATIENCE = timedelta(seconds=5)
+
+# Where errors go while the other streams of this process are silent.
+_errors: TextIO | None = None
+
+
+def rank() -> int | None:
+    """Return the number of this process among those of a launcher, or None if there is none."""
+    return int(os.environ.get("RANK", "0")) if _LAUNCHED in os.environ else None
+
+
+class Program(click.Group):
+    """The command line, silent in all processes of a launcher but the first."""
+
+    def main(self, args: Sequence[str] | None = None, *rest: Any, **keys: Any) -> Any:
+        """Run the command, or nothing if it works in the first process alone."""
+        args = list(sys.argv[1:] if args is None else args)
+        if not rank():
+            return super().main(args, *rest, **keys)
+        if not args or args[0] not in _SHARED:
+            return None
+        with _silent():
+            return super().main(args, *rest, **keys)
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Print nothing while the block runs, but for errors; an unknown one leaves the block with its traceback."""
+    global _errors
+    before = sys.stdout, sys.stderr
+    _errors = sys.stderr
+    with open(os.devnull, "w", encoding="utf-8") as nowhere:
+        sys.stdout = sys.stderr = nowhere
+        try:
+            yield
+        finally:
+            sys.stdout, sys.stderr = before
+            _errors = None
+
+
+def print_error(message: str) -> None:
+    """Print a message on stderr; in several processes once, however many of them have it, and with the rank."""
+    number = rank()
+    if number is None:
+        click.echo(message, err=True)
+    elif _is_first_to_report(message, os.environ):
+        click.echo(f"[rank {number}] {message}", file=_errors or sys.stderr)
+
+
+def _is_first_to_report(message: str, environment: Mapping[str, str]) -> bool:
+    """Whether no process of this launcher has printed a message yet, by the store that the launcher keeps for them."""
+    if environment.get("WORLD_SIZE", "1") == "1":
+        return True
+    distributed: Any = importlib.import_module("torch.distributed")
+    try:
+        host, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
+        store = distributed.TCPStore(host, port, is_master=False, timeout=_PATIENCE)
+        digest = sha256(message.encode()).hexdigest()
+        number = store.add(
+            f"normswap/{environment[_LAUNCHED]}/{environment.get('TORCHELASTIC_RESTART_COUNT')}/{digest}", 1
+        )
+    except (RuntimeError, KeyError, ValueError):
+        return True  # twice is better than not at all
+    return bool(number == 1)
