@@ -227,12 +227,29 @@ def test_without_input_timm_tells_the_size(folder: Path) -> None:
     assert "relative L2 in float64 on 2x3x160x160" in ok("convert", "bn.pt", *ARCH).stdout
 
 
-def test_without_any_size_nothing_is_measured(folder: Path) -> None:
+@pytest.mark.parametrize("dry_run", [(), ("--dry-run",), ("--save-plan", "plan.json")])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["tied.pt", "--trust"], "the input size is unknown, so the conversion cannot be verified: pass --input 2x3x"),
+        (["tied-state.pt", "--arch", "own.py:TiedNet"], "the input size is unknown, so the conversion cannot be"),
+        (["bn.pt", "--arch", "none"], "with --arch none there is no model to run, so the conversion cannot be verified"),
+    ],
+)
+def test_what_cannot_be_verified_is_not_written(
+    folder: Path, arguments: list[str], message: str, dry_run: tuple[str, ...]
+) -> None:
     torch.save(files.TiedNet(), "tied.pt")
-    result = ok("convert", "tied.pt", "--trust")
-    assert "Parity  not measured: give --input, nothing tells the size" in result.stdout
-    assert "planned without an example input" in result.stdout
-    assert read_record(folder / "tied.normswap.pt").verification is None
+    torch.save(files.TiedNet().state_dict(), "tied-state.pt")
+    Path("own.py").write_text("from files import TiedNet\n")
+    before = names(folder)
+    result = run("convert", *arguments, *dry_run)
+    assert (result.exit_code, names(folder)) == (2, before)
+    assert message in result.stderr and "--no-verify to write it unverified" in result.stderr
+    output = ok("convert", *arguments, "--no-verify", "-o", "out.pt").stdout
+    assert "Parity  not measured: " in output
+    record = read_record(folder / "out.pt")
+    assert (record.verification, record.history[-1].detail) == (None, "not verified")
 
 
 def test_no_verify_measures_nothing(folder: Path) -> None:

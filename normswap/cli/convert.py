@@ -26,7 +26,7 @@ from normswap.cli.outputs import dropped_entries
 from normswap.cli.progress import stage
 from normswap.cli.wish import Wish
 from normswap.cli.writing import Result, Writing
-from normswap.errors import CheckpointError, NothingToDo, PlanError
+from normswap.errors import ArchitectureError, CheckpointError, NothingToDo, PlanError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -84,10 +84,10 @@ def convert_command(file: Path, output: Path | None, as_json: bool, **options: A
     """Swap Batch Normalization (and more, see --kinds) for Switchable Normalization in FILE, into a new file.
 
     FILE is any checkpoint: a state dict, a training checkpoint (its EMA copy and optimizer are carried along), a
-    pickled module, an exported program, a folder of shards. The converted model is measured against the original
-    wherever the size of an input is known, and written only if it computes the same function. With --arch none the
-    tensors are converted by their names alone. Exit status 0 done, 1 nothing to convert or not the same function, 2
-    cannot.
+    pickled module, an exported program, a folder of shards. The converted model is compared with the original, and
+    written only if it computes the same function; what cannot be compared is written only with --no-verify. With
+    --arch none the tensors are converted by their names alone. Exit codes: 0 success; 1 nothing to convert or not the
+    same function; 2 error.
     """
     wish = Wish(file, output, **options)
     wish.check()
@@ -148,6 +148,8 @@ def _by_architecture(
     _tell_plan(
         console, document, describe_content(checkpoint, opened.architecture), checkpoint, plan, opened.architecture
     )
+    if wish.verify and opened.inputs is None:
+        raise _unverifiable("the input size is unknown", "--input 2x3x224x224 (batch x channels x height x width)")
     with stage("swapping"):
         # What is built here is only looked at: one set of parameters serves both.
         alone = checkpoint.payload == "state dict"
@@ -156,8 +158,7 @@ def _by_architecture(
     new, sites = new_of(opened.model.state_dict(), conversion.model), originals(conversion.model, plan)
     proof = _prove(wish, opened, conversion, in_place=alone)
     document["verification"] = proof and proof.to_dict()
-    reason = "--no-verify" if not wish.verify else "give --input, nothing tells the size"
-    console.print(parity(proof) if proof else missing("Parity", f"not measured: {reason}"))
+    console.print(parity(proof) if proof else missing("Parity", "not measured: --no-verify"))
     _refuse_difference(console, plan, proof)
     module = None if alone else conversion.model
     notes = opened.built.fit.notes(opened.architecture or plan.model_class)
@@ -189,6 +190,8 @@ def _by_names(
     state = {name: weights[key] for name, key in names.stored.items()}
     plan = plan_from_names(state, include=wish.include, exclude=wish.exclude)
     _tell_plan(console, document, describe_content(checkpoint, "by names alone"), checkpoint, plan, None)
+    if wish.verify:
+        raise _unverifiable("with --arch none there is no model to run", "--arch path/file.py:function or timm:NAME")
     console.print(missing("Parity", "not measured: without an architecture there is no model to run"))
     gates = gates_of(plan)
     return Result(plan, names, New(gates, {}, tuple(gates)))
@@ -278,11 +281,18 @@ def _nothing(plan: "SwapPlan") -> str:
 def _prove(wish: Wish, opened: Opened, conversion: "Conversion", *, in_place: bool) -> "Verification | None":
     from normswap.verification import verify, verify_in_place
 
-    if not wish.verify or opened.inputs is None:
+    if not wish.verify:
         return None
     with stage("comparing original and converted in float64"):
         prove = verify_in_place if in_place else verify
         return prove(opened.model, conversion.model, [opened.inputs], tolerance=wish.tolerance)
+
+
+def _unverifiable(reason: str, remedy: str) -> ArchitectureError:
+    return ArchitectureError(
+        f"nothing written: {reason}, so the conversion cannot be verified: pass {remedy}, or --no-verify to write it "
+        "unverified"
+    )
 
 
 def _refuse_difference(console: "Console", plan: "SwapPlan", proof: "Verification | None") -> None:

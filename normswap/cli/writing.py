@@ -110,7 +110,9 @@ class Writing:
 
         source, result = self.source, self.result
         told_beside = self.container in FOLDERS and result.architecture == f"hf:{source.path}"
-        step = Step.now("converted", source=self.wish.file.name, sha256=self.digest.result() if self.digest else None)
+        digest = self.digest.result() if self.digest else None
+        detail = None if result.proof or source.program is not None else "not verified"
+        step = Step.now("converted", source=self.wish.file.name, sha256=digest, detail=detail)
         return Record(
             payload=source.payload,
             architecture=BESIDE if told_beside else result.architecture,
