@@ -24,6 +24,7 @@ from normswap.errors import DataError, ModelError, NothingToDo
 from normswap.layers.gates import GatedModule
 from normswap.layers.modules import FunctionalSwitchNorm
 from normswap.statistics import is_hooked
+from normswap.surgery.arguments import mistaken_batches, require_module
 from normswap.surgery.norms import is_norm_layer
 from normswap.surgery.tree import walk_modules
 from normswap.surgery.wrapping import unwrap
@@ -124,7 +125,9 @@ def calibrate(
             "batches: expected what can be gone through once for each layer, such as a list or a DataLoader, got "
             f"{type(batches).__name__}: make a list of it, or leave layer_by_layer out"
         )
-    model = unwrap(model)
+    model = unwrap(require_module(model))
+    if problem := mistaken_batches(batches):
+        raise DataError(f"batches: {problem}")
     layers, skipped = _sorted_layers(model, include_frozen=include_frozen)
     run = _Run(model, layers, device, Processes(process_group))
     with run.all_or_nothing():

@@ -16,12 +16,13 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from normswap.calibration_pass import inputs_of, on_device
-from normswap.errors import ModelError
+from normswap.errors import DataError, ModelError
 from normswap.layers.adoption import STATISTICS, UNFROZEN
 from normswap.layers.gates import GatedModule
 from normswap.layers.importance import BnStatistics, check_bn_statistics
 from normswap.layers.modules import SwitchNorm
 from normswap.modes import call_model, training_flags
+from normswap.surgery.arguments import mistaken_batches, require_module
 from normswap.surgery.patterns import first_matches
 from normswap.surgery.tree import Place, walk_modules
 from normswap.surgery.wrapping import unwrap
@@ -177,9 +178,11 @@ def update_statistics(model: nn.Module, loader: Iterable[Any], *, device: torch.
         device: where to move the inputs; default is to leave them.
 
     Raises:
-        ModelError: `loader` is empty.
+        ModelError: `loader` is empty; DataError: it is one input, not an iterable of inputs.
     """
-    modules = [place.module for place in walk_modules(model)]
+    modules = [place.module for place in walk_modules(require_module(model))]
+    if problem := mistaken_batches(loader):
+        raise DataError(f"loader: {problem}")
     layers = [module for module in modules if isinstance(module, SwitchNorm | _BatchNorm) and _is_live(module)]
     with training_flags(modules, training=True), _averaging(layers):
         batches = 0

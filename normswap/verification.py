@@ -22,8 +22,8 @@ from normswap.layers.gates import GatedModule
 from normswap.layers.modules import SwitchNorm
 from normswap.modes import call_model, preserved_state, seeded, training_flags
 from normswap.site_watch import SiteError, SiteWatch
+from normswap.surgery.arguments import describe_inputs, describe_shapes, mistaken_batches, require_module
 from normswap.surgery.gated import gated_modules
-from normswap.surgery.observation import describe_shapes
 from normswap.surgery.tracing import first_line
 from normswap.surgery.tree import copy_model, join, walk_modules
 from normswap.surgery.wrapping import unwrap
@@ -119,7 +119,8 @@ def verify(
     Raises:
         ModelError: `batches` holds no inputs, or the original fails on them in evaluation.
     """
-    original, converted = unwrap(original), unwrap(converted)
+    original = unwrap(require_module(original, "original"))
+    converted = unwrap(require_module(converted, "converted"))
     first = copy_model(original)
     second = copy_model(converted, _same_parameters(original, converted, first))
     return verify_in_place(first, second, batches, tolerance=tolerance)
@@ -175,8 +176,8 @@ def verify_in_place(
 
 
 def _as_batches(batches: Iterable[Any]) -> list[Any]:
-    if isinstance(batches, Tensor | dict):
-        raise ModelError(f"batches: expected a list of inputs, got one {type(batches).__name__}: pass [x]")
+    if problem := mistaken_batches(batches):
+        raise ModelError(f"batches: {problem}")
     inputs = list(batches)
     if not inputs:
         raise ModelError("batches: expected at least one input, got none")
@@ -224,7 +225,7 @@ def _silence(a: _Pass | Exception, batch: Any, *, training: bool) -> str:
         return "no output of the original is finite"
     if training:
         return f"the original raises in training: {first_line(a)}"
-    raise ModelError(f"the original model fails on an input of {describe_shapes(batch)}: {first_line(a)}") from a
+    raise ModelError(f"the original model fails on an input of {describe_inputs(batch)}: {first_line(a)}") from a
 
 
 def _is_finite_somewhere(a: _Pass) -> bool:

@@ -36,6 +36,7 @@ def check_readable(path: Path) -> None:
     Raises:
         CheckpointError: missing (with the nearest names beside it), or empty.
     """
+    _check_name(path)
     if not path.exists():
         raise CheckpointError(f"{path}: no such file{_nearest(path)}")
     if path.is_file() and path.stat().st_size == 0:
@@ -53,13 +54,14 @@ def check_writable(path: Path, *, replace: bool, as_folder: bool = False) -> Non
         CheckpointError: its folder is missing or not writable, its name too long, it is a folder, a device or a link
             that leads nowhere, or it exists and may not be replaced.
     """
+    _check_name(path)
     if not path.parent.is_dir():
         raise CheckpointError(f"{path}: expected an existing folder, got {path.parent}: create it first")
     if as_folder:
         _refuse_existing(path)
     final = _final(path)
     if path.exists() and not replace:
-        raise CheckpointError(f"{path}: exists already: choose another name, or replace it with --force")
+        raise CheckpointError(f"{path}: exists already: choose another name, or replace it with overwrite=True")
     probe = temporary_name(final)
     try:
         # Asking for permissions is not enough: root has them all, also on a file system that is read-only.
@@ -68,6 +70,17 @@ def check_writable(path: Path, *, replace: bool, as_folder: bool = False) -> Non
     except OSError as error:
         folder = final.parent if path.is_symlink() else path.parent
         raise CheckpointError(f"{path}: cannot write in {folder} ({error.strerror}): {_hint(error)}") from None
+
+
+def _check_name(path: Path) -> None:
+    """Refuse a name that torch and safetensors cannot be given: they take UTF-8 only."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise CheckpointError(
+            f"{path}: the name has bytes that the encoding of file names here ({sys.getfilesystemencoding()}) does not "
+            "have: set PYTHONUTF8=1, or rename it"
+        ) from None
 
 
 @contextmanager

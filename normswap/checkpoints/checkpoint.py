@@ -4,6 +4,7 @@ Reads whatever `containers` decodes, finds the weights in it and builds their mo
 """
 
 import copy
+import os
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -24,11 +25,12 @@ from normswap.checkpoints.layout import rejoin
 from normswap.checkpoints.pages import let_go
 from normswap.checkpoints.prefixes import StoredNames, names_for
 from normswap.checkpoints.programs import Program, digest_of_members
-from normswap.checkpoints.recognition import recognise
+from normswap.checkpoints.recognition import recognise, state_dict_of
 from normswap.checkpoints.record import Payload, Record, Step, check_seal
-from normswap.errors import AmbiguityError, ArchitectureError, CheckpointError, SwapError
+from normswap.errors import AmbiguityError, ArgumentError, ArchitectureError, CheckpointError, SwapError
 from normswap.layers.adoption import GATE_PARAMETERS
 from normswap.layers.importance import importance_weights as shares_of
+from normswap.surgery.arguments import require_module
 from normswap.surgery.conversion import apply_plan
 from normswap.surgery.gated import ImportanceWeights, gated_modules, importance_weights
 from normswap.surgery.plan import SwapPlan
@@ -39,6 +41,7 @@ from normswap.surgery.tree import join
 Architecture = str | nn.Module | Callable[[], nn.Module]
 # What a record calls the architecture that the configuration in its own folder describes.
 BESIDE = "hf:."
+_MOST_FITTING = 2
 
 
 class Loaded(NamedTuple):
@@ -113,6 +116,8 @@ def load(
         ArchitectureError: the tensors fit no or several known architectures, it cannot be built, or they do not fit it.
         PlanError: the file's plan does not fit the architecture.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise ArgumentError(f"path: expected the name of a file or a folder, got {type(path).__name__}")
     header = read_header(Path(path))
     checkpoint = read_checkpoint(header, entry=entry, trust=trust and not header.gives_weights(architecture))
     built = build_model(checkpoint, architecture, trust=trust)
@@ -201,13 +206,13 @@ def build_model(checkpoint: Checkpoint, architecture: Architecture | None = None
     plan = record.plan if record else None
     if record is not None and record.payload == "program" and checkpoint.program is None:
         raise CheckpointError(
-            f"{path}: a converted program, whose graph alone knows what its weights mean: pass --trust (trust=True), "
+            f"{path}: a converted program, whose graph alone knows what its weights mean: pass trust=True, "
             "without an architecture, if you trust where it comes from"
         )
     if isinstance(weights, nn.Module):
         if architecture is not None:
             raise ArchitectureError(
-                f"{path}: a pickled module brings its own architecture: leave --arch (architecture=) out"
+                f"{path}: a pickled module brings its own architecture: leave architecture= out"
             )
         return Built(weights, names_for([], []), None, plan)
     source = architecture or said_architecture(checkpoint, trust=trust)
@@ -223,9 +228,24 @@ def build_model(checkpoint: Checkpoint, architecture: Architecture | None = None
         if not gated_modules(model):
             apply_plan(model, plan)
             names = names_for(weights, model.state_dict())
-    fit = fill(model, _for_model(weights, names, model), source if isinstance(source, str) else type(model).__name__)
+    try:
+        fit = fill(
+            model, _for_model(weights, names, model), source if isinstance(source, str) else type(model).__name__
+        )
+    except ArchitectureError as error:
+        raise type(error)(f"{path}: {error}{_what_fits(checkpoint, source)}") from error
     let_go(weights.values())
     return Built(model.eval(), names, source if isinstance(source, str) else None, plan, fit)
+
+
+def _what_fits(checkpoint: Checkpoint, tried: Architecture) -> str:
+    """The architectures that the tensors of a file fit, to be added to why they do not fit the one that was tried."""
+    found = recognise(state_dict_of(checkpoint.weights), checkpoint.content)
+    fitting = [f"architecture={group[0].architecture!r}" for group in found.functions]
+    if not fitting or any(tried == candidate.architecture for candidate in found.candidates):
+        return ""
+    more = f" or {len(fitting) - _MOST_FITTING} others" if len(fitting) > _MOST_FITTING else ""
+    return f"; the tensors fit {' or '.join(fitting[:_MOST_FITTING])}{more}"
 
 
 def stored_importance_weights(checkpoint: Checkpoint) -> dict[str, ImportanceWeights]:
@@ -275,8 +295,8 @@ def said_architecture(checkpoint: Checkpoint, *, trust: bool) -> str | None:
         return f"hf:{checkpoint.path}"
     if said is not None and is_foreign_code(said) and not trust:
         raise ArchitectureError(
-            f"{checkpoint.path}: names the code of its architecture, {said}, which is not run unasked: pass it with "
-            "--arch (architecture=) if it is yours, or --trust (trust=True)"
+            f"{checkpoint.path}: names the code of its architecture, {said}, which is not run unasked: pass "
+            f"architecture={said!r} if it is yours, or trust=True"
         )
     return said
 
@@ -303,6 +323,8 @@ def _built(source: Architecture) -> nn.Module:
         return build_architecture(source)
     if isinstance(source, nn.Module):
         return copy.deepcopy(source)
+    if not callable(source):
+        require_module(source, "architecture")
     model: object = source()
     if not isinstance(model, nn.Module):
         raise ArchitectureError(f"architecture: expected a function that returns a module, got {type(model).__name__}")

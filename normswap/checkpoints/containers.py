@@ -131,6 +131,13 @@ def decode(path: Path, container: Container, *, trust: bool, mapped: bool = Fals
     return _decode_pickle(path, trust=trust, legacy=container == "legacy pickle", mapped=mapped)
 
 
+def needs_trust(path: Path) -> bool:
+    """Say whether a file holds pickled objects that only `trust=True` reads."""
+    container = sniff(path)
+    is_pickle = container in ("torch zip", "legacy pickle")
+    return is_pickle and bool(_blocked_globals(path, legacy=container == "legacy pickle"))
+
+
 def encode(path: Path, container: Container, content: Any, record: str, *, like: Path | None = None) -> None:
     """Write `content` and the text of the record to a new file, or into an empty folder, at `path`.
 
@@ -288,7 +295,7 @@ def _refusal(path: Path, error: Exception, *, legacy: bool) -> str:
         return f"{path}: truncated or damaged, or pickled in an unusual way ({told_by_torch(error)}): save it again"
     return (
         f"{path}: holds pickled objects beside tensors and plain data; loading them would run {_listed(blocked)}: pass "
-        "--trust (trust=True) if you trust where it comes from, or save model.state_dict() instead"
+        "trust=True if you trust where it comes from, or save model.state_dict() instead"
     )
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from normswap.checkpoints.identification import is_beyond, is_counter, is_head, parts_of
-from normswap.errors import ArchitectureError
+from normswap.errors import ArchitectureError, UnknownNormsError
 from normswap.surgery.tracing import first_line
 
 _MOST = 3
@@ -62,7 +62,9 @@ def fill(model: nn.Module, state: Mapping[str, Tensor], name: str) -> Fit:
         # What is tolerated has been told apart above; a layer may still refuse what it is given.
         model.load_state_dict(state, strict=fit is None or fit == Fit())
     except RuntimeError as error:
-        raise ArchitectureError(f"the tensors do not fit {name}: {_misfit(model, state) or _told(error)}") from error
+        message = f"the tensors do not fit {name}: {_misfit(model, state) or _told(error)}"
+        unknown = any(_is_statistic(key) for key in state if key not in model.state_dict())
+        raise (UnknownNormsError if unknown else ArchitectureError)(message) from error
     return fit or Fit()
 
 
@@ -135,10 +137,7 @@ def _advice(unexpected: list[str], shapes: list[tuple[tuple[int, ...], tuple[int
         return "the file holds importance weights without a plan: write converted models with normswap.save(plan=...)"
     norms = sorted({key.rpartition(".")[0] for key in unexpected if _is_statistic(key)})
     if norms:
-        return (
-            f"the file has norms that the model has not ({_named(norms)}): name the architecture that has them, or "
-            "convert by names alone with --arch none"
-        )
+        return f"the file has norms that the model has not ({_named(norms)}): name the architecture that has them"
     classes = {given[0] for given, wanted in shapes if given[1:] == wanted[1:] and len(given) in (1, 2)}
     if shapes and len(classes) == 1 and all(given[1:] == wanted[1:] for given, wanted in shapes):
         return f"perhaps the architecture lacks num_classes={classes.pop()}"

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from normswap.checkpoints.contents import hinted_architectures
 from normswap.checkpoints.identification import Identification, identify
 from normswap.checkpoints.prefixes import names_under, prefixes_of
+from normswap.layers.adoption import GATE_PARAMETERS
 
 
 def recognise(weights: Mapping[str, Any], content: Any = None) -> Identification:
@@ -23,7 +24,12 @@ def recognise(weights: Mapping[str, Any], content: Any = None) -> Identification
     tried = []
     for prefix in prefixes_of(weights):
         names = names_under(weights, prefix)
-        tensors = {name: weights[key] for name, key in names.stored.items() if isinstance(weights[key], Tensor)}
+        tensors = {
+            name: weights[key]
+            for name, key in names.stored.items()
+            # Importance weights are what a conversion adds: the architecture is the original's.
+            if isinstance(weights[key], Tensor) and name.rpartition(".")[2] not in GATE_PARAMETERS
+        }
         found = identify({name: tuple(tensor.shape) for name, tensor in tensors.items()})
         if found.candidates:
             return _narrowed(found, hinted_architectures(content))

@@ -42,6 +42,7 @@ from normswap.checkpoints.state_surgery import with_metadata, with_tensors
 from normswap.checkpoints.trainer_state import write_beside
 from normswap.errors import CheckpointError, PlanError, SwapError
 from normswap.layers.modules import FunctionalSwitchNorm
+from normswap.surgery.arguments import require_module
 from normswap.surgery.conversion import apply_plan
 from normswap.surgery.gated import gated_modules, trainable_gates
 from normswap.surgery.plan import SwapPlan
@@ -98,8 +99,8 @@ def save(
         ArchitectureError: `architecture` is not such a name.
         PlanError: the plan is missing or not the one that the model was converted with.
     """
+    model = unwrap(require_module(model))
     target = Path(path)
-    model = unwrap(model)
     container: Container = "safetensors" if target.suffix == ".safetensors" else "torch zip"
     _check_plan(model, plan)
     if architecture is not None:
@@ -267,7 +268,7 @@ def write_content(
         if not is_state_dict(content) or not all(isinstance(value, Tensor) for value in content.values()):
             raise CheckpointError(
                 f"{path}: safetensors holds tensors only, not a pickled module, extra state or a training checkpoint: "
-                "use a name in .pt, or --weights-only"
+                "use a name in .pt"
             )
         content, tied, channels_last = separate(content)
         record = replace(record, tied=tied, channels_last=channels_last)

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from normswap.surgery.plan import SwapPlan
     from normswap.verification import Verification
 
+# Zoos whose models `normswap.load` builds from the name in a file alone.
+_BUILT_BY_NAME = ("timm:", "torchvision:")
 _GATES = ("simplex", "softmax")
 
 
@@ -99,6 +101,9 @@ def convert_command(file: Path, output: Path | None, as_json: bool, **options: A
         _convert(wish, Console(highlight=False, quiet=as_json), document)
     except NothingToDo as no:
         answer = no
+    except KeyboardInterrupt:
+        written = f"{wish.target} was written" if document["written"] else "nothing was written"
+        raise KeyboardInterrupt(f"interrupted; {written}") from None
     if as_json:
         print_json(document)
     if answer is not None:
@@ -126,12 +131,12 @@ def _convert(wish: Wish, console: "Console", document: dict[str, Any]) -> None:
         console.print(carried_notes(notes))
     document["carried"] = list(notes)
     content = writing.final(carried.content)
-    if wish.save_plan is not None:
-        write_text(wish.save_plan, result.plan.to_json())
     if not wish.dry_run:
         writing.write(content, console)
         document |= {"output": str(wish.target), "written": True, "bytes": size_of(wish.target)}
-    _print_end(console, wish, checkpoint)
+    if wish.save_plan is not None:
+        write_text(wish.save_plan, result.plan.to_json())
+    _print_end(console, wish, checkpoint, result)
 
 
 def _by_architecture(
@@ -142,7 +147,12 @@ def _by_architecture(
     from normswap.reports.tables import missing, parity
     from normswap.surgery.conversion import convert
 
-    opened = open_model(checkpoint, arch=wish.arch, inputs=wish.inputs, trust=wish.trust)
+    try:
+        opened = open_model(checkpoint, arch=wish.arch, inputs=wish.inputs, trust=wish.trust)
+    except ArchitectureError as error:
+        if error.convertible_by_names and not (wish.inputs or wish.kinds or wish.plan or wish.gate or wish.synchronize):
+            raise type(error)(f"{error}; or convert by tensor names: --arch none --no-verify") from error
+        raise
     with stage("finding norm sites"):
         plan = stored or _fresh_plan(wish, opened)
     _tell_plan(
@@ -314,14 +324,28 @@ def _refuse_difference(console: "Console", plan: "SwapPlan", proof: "Verificatio
     )
 
 
-def _print_end(console: "Console", wish: Wish, source: "Checkpoint") -> None:
+def _print_end(console: "Console", wish: Wish, source: "Checkpoint", result: Result) -> None:
     console.print()
     if wish.save_plan is not None:
         console.print(f"plan stored in {wish.save_plan}", markup=False)
     if wish.dry_run:
         console.print(f"dry run: without --dry-run this writes {wish.target}", markup=False)
         return
-    trust = ", trust=True" if source.payload != "state dict" else ""
-    told = ", architecture=your_model" if wish.names_only else ""
     console.print(f"wrote {wish.target} ({describe_size(wish.target)})", style="bold", markup=False)
-    console.print(f'next: model = normswap.load("{wish.target}"{told}{trust}).model', markup=False, soft_wrap=True)
+    arguments = ", ".join([f'"{wish.target}"', *_arguments_of_load(wish, source, result)])
+    console.print(f"next: model = normswap.load({arguments}).model", markup=False, soft_wrap=True)
+
+
+def _arguments_of_load(wish: Wish, source: "Checkpoint", result: Result) -> list[str]:
+    """What `normswap.load` needs to be told of the file just written."""
+    from normswap.checkpoints.containers import needs_trust
+
+    arguments = []
+    if wish.names_only:
+        arguments.append("architecture=your_model")
+    elif result.architecture is not None and not result.architecture.startswith(_BUILT_BY_NAME):
+        beside = wish.target.is_dir() and result.architecture == f"hf:{source.path}"
+        arguments += [] if beside else [f'architecture="{result.architecture}"']
+    if source.payload != "state dict" or (wish.trust and needs_trust(wish.target)):
+        arguments.append("trust=True")
+    return arguments

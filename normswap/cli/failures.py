@@ -7,6 +7,7 @@ from typing import NoReturn, ParamSpec
 
 import click
 
+from normswap.cli.wording import as_options
 from normswap.errors import NormswapError
 
 P = ParamSpec("P")
@@ -22,12 +23,13 @@ def one_line_failures(command: Callable[P, None]) -> Callable[P, None]:
         try:
             command(*args, **kwargs)
         except NormswapError as error:
-            _exit(str(error), error.exit_code)
+            _exit(as_options(str(error)), error.exit_code)
         except OSError as error:
             if error.filename is None:
                 raise
             _exit(f"{error.filename}: {error.strerror}", NormswapError.exit_code)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
+            click.echo(str(stop) or "interrupted", err=True)
             sys.exit(_INTERRUPTED)
 
     return run

@@ -51,7 +51,7 @@ def carried_notes(notes: Sequence[str]) -> RenderableType:
 
 def parity(verification: Verification) -> RenderableType:
     """Return every check with its error, its limit and its verdict, and the float32 error for the record."""
-    loosened = "; limit loosened by --tolerance" if verification.loosened else ""
+    loosened = "; limit loosened on request" if verification.loosened else ""
     # The model's own response to a change of one unit in the last place is measured only where an error is large.
     own = any(check.own_response is not None for check in verification.checks)
     table = _table("Parity", "error", "limit", "verdict", *(["own response"] if own else []), right={1, 2, 4})

@@ -116,7 +116,7 @@ class SwapPlan:
         try:
             return cls.from_dict(json.loads(text))
         except (json.JSONDecodeError, RecursionError) as error:
-            raise PlanError(f"expected a plan as JSON, written by --save-plan; {error}") from None
+            raise PlanError(f"expected a plan as JSON, as SwapPlan.to_json() writes it (normswap convert --save-plan); {error}") from None
 
 
 _FIELD_TYPES: dict[str, Any] = {
