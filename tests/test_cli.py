@@ -570,16 +570,24 @@ def test_inputs_have_the_type_of_the_model() -> None:
 
 
 def _raising(error: BaseException) -> Callable[..., None]:
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise error
 
     return fail
 
 
-def test_an_interrupt_is_quiet(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(convert_module.Wish, "check", _raising(KeyboardInterrupt()))
-    result = run("convert", "bn.pt")
-    assert (result.exit_code, result.output) == (130, "")
+def test_an_interrupt_says_in_one_line_what_was_written(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped = _raising(KeyboardInterrupt())
+    for owner, name in ((convert_module.Wish, "check"), (convert_module, "read_file"), (convert_module, "_carried")):
+        with monkeypatch.context() as patched:
+            patched.setattr(owner, name, stopped)
+            before = names(folder)
+            result = run("convert", "bn.pt", *ARCH, *INPUT)
+            assert (result.exit_code, names(folder)) == (130, before)
+            assert result.stderr == "interrupted; nothing was written\n"
+    monkeypatch.setattr(convert_module, "_print_end", stopped)
+    result = run("convert", "bn.pt", *ARCH, *INPUT)
+    assert (result.exit_code, result.stderr) == (130, "interrupted; bn.normswap.pt was written\n")
 
 
 def test_the_system_names_the_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

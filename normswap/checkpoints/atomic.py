@@ -36,9 +36,9 @@ def check_readable(path: Path) -> None:
     Raises:
         CheckpointError: missing (with the nearest names beside it), or empty.
     """
-    _check_name(path)
     if not path.exists():
         raise CheckpointError(f"{path}: no such file{_nearest(path)}")
+    _check_name(path)
     if path.is_file() and path.stat().st_size == 0:
         raise CheckpointError(f"{path}: the file is empty: copy or download it again")
 

@@ -92,12 +92,12 @@ def convert_command(file: Path, output: Path | None, as_json: bool, **options: A
     same function; 2 error.
     """
     wish = Wish(file, output, **options)
-    wish.check()
-    from rich.console import Console
-
     document: dict[str, Any] = {"file": str(file), "output": None, "written": False, "verification": None}
     answer: NothingToDo | None = None
     try:
+        wish.check()
+        from rich.console import Console
+
         _convert(wish, Console(highlight=False, quiet=as_json), document)
     except NothingToDo as no:
         answer = no
