@@ -37,6 +37,9 @@ def freeze_statistics(model: nn.Module) -> list[str]:
     In place and for good: `model.train()` does not undo it. IN and LN statistics are those of the sample as ever, and
     parameters train on. Pass a part of a model to freeze that part.
 
+    Args:
+        model: converted or not, wrapped or not; it is changed.
+
     Returns:
         The fqns of the layers that were not frozen before; one without running statistics cannot be.
     """
@@ -57,6 +60,9 @@ def unfreeze_statistics(model: nn.Module) -> list[str]:
 
     SN layers that were set to `"renorm"` before are again. Also SN layers that were planned with
     `bn_statistics="running"`; not those that replaced a frozen BatchNorm.
+
+    Args:
+        model: converted or not, wrapped or not; it is changed.
 
     Returns:
         The fqns of the layers that were frozen before.
@@ -79,6 +85,7 @@ def synchronize_statistics(model: nn.Module, process_group: "ProcessGroup | None
     layers that a model still has. `layer.synchronize = False` undoes it.
 
     Args:
+        model: converted, wrapped or not; it is changed.
         process_group: the processes that share their batch; default all there are.
 
     Returns:
@@ -105,6 +112,7 @@ def set_bn_statistics(
     or without running statistics has no choice and is left alone.
 
     Args:
+        model: converted, wrapped or not; it is changed.
         mode: `"batch"`, `"running"` or `"renorm"`, as `bn_statistics` of `normswap.switch_norm`.
         include, exclude: globs on names, or regular expressions after `re:`. Without `include` all sites are meant, but
             those that replaced a frozen BatchNorm keep their running statistics; a pattern sets these too.
@@ -174,6 +182,7 @@ def update_statistics(model: nn.Module, loader: Iterable[Any], *, device: torch.
     gives the statistics of the data itself.
 
     Args:
+        model: converted or not, wrapped or not; its running statistics are changed.
         loader: batches, each what the model is called with, or a list or tuple with that first.
         device: where to move the inputs; default is to leave them.
 

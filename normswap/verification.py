@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from normswap.comparison import Names, VectorDistance, absolute, distance, shared, worst
+from normswap.display import printed_as
 from normswap.errors import ModelError
 from normswap.gradients import GradientDistance, KeptGradients, Receive, hand_on_gradients
 from normswap.layers.gates import GatedModule
 from normswap.layers.modules import SwitchNorm
 from normswap.modes import call_model, preserved_state, seeded, training_flags
 from normswap.site_watch import SiteError, SiteWatch
-from normswap.surgery.arguments import describe_inputs, describe_shapes, mistaken_batches, require_module
+from normswap.surgery.arguments import describe_inputs, describe_shapes, mistaken_batches, require_module, require_type
 from normswap.surgery.gated import gated_modules
 from normswap.surgery.tracing import first_line
 from normswap.surgery.tree import copy_model, join, walk_modules
@@ -50,7 +51,8 @@ class Check:
     note: str = ""
 
 
-@dataclass(frozen=True)
+@printed_as("verification")
+@dataclass(frozen=True, repr=False)
 class Verification:
     """What `verify` found: `passed` only if something was compared and nothing failed.
 
@@ -67,6 +69,11 @@ class Verification:
     max_abs_error: float
     max_rel_error: float
     fp32_error: float | None
+
+    def __repr__(self) -> str:
+        failed = [check.name for check in self.checks if check.passed is False]
+        verdict = "passed" if self.passed else f"failed: {', '.join(failed) or 'nothing was compared'}"
+        return f"Verification({verdict}, max_rel_error={self.max_rel_error:.1e}, inputs={self.inputs!r:.80})"
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain lists, dicts, strings and numbers."""
@@ -112,13 +119,27 @@ def verify(
     """Compare two models on data, end to end and site by site, in evaluation and in training.
 
     Args:
-        original, converted: both are left as they are; of wrapped ones the models inside are compared.
-        batches: an iterable of inputs, each a tensor, a tuple or a dict; a list for a single one.
-        tolerance: relative L2 in float64; default is the law's 1e-9, a wider one is reported as loosened.
+        original, converted: two models that should compute the same, the reference first. Both are left as they are;
+            of wrapped ones the models inside are compared.
+        batches: an iterable of inputs, each a tensor, a tuple of positional or a dict of keyword arguments; `[x]` for a
+            single one.
+        tolerance: the largest relative L2 error in float64 that passes. Default 1e-9; a wider one is reported as
+            loosened.
+
+    Returns:
+        A `Verification`: `.passed`, `.checks` with errors and limits, `.sites`. `print(result)` shows a table.
 
     Raises:
         ModelError: `batches` holds no inputs, or the original fails on them in evaluation.
+        ArgumentError: a model is no module, or `tolerance` no number.
+
+    Example:
+        >>> import torch, normswap
+        >>> model, x = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8)), torch.randn(2, 3, 16, 16)
+        >>> normswap.verify(model, normswap.convert(model, x).model, [x]).passed
+        True
     """
+    require_type(tolerance, float | int | None, "tolerance", "a relative error such as 1e-9")
     original = unwrap(require_module(original, "original"))
     converted = unwrap(require_module(converted, "converted"))
     first = copy_model(original)

@@ -494,8 +494,14 @@ def test_a_plan_for_another_model_is_told(folder: Path) -> None:
 PLANS = {
     "missing": (None, "bad.json: no such file"),
     "empty": (b"", "bad.json: the file is empty"),
-    "no JSON": (b"swap everything", "bad.json: expected a plan as JSON, as SwapPlan.to_json() writes it (normswap convert --save-plan); "),
-    "nested too deeply": (b"[" * 100_000, "expected a plan as JSON, as SwapPlan.to_json() writes it (normswap convert --save-plan); maximum recursion depth"),
+    "no JSON": (
+        b"swap everything",
+        "bad.json: expected a plan as JSON, as SwapPlan.to_json() writes it (normswap convert --save-plan); ",
+    ),
+    "nested too deeply": (
+        b"[" * 100_000,
+        "expected a plan as JSON, as SwapPlan.to_json() writes it (normswap convert --save-plan); maximum recursion depth",
+    ),
     "not text": (b"\xff\xfe\x00", "bad.json: 'utf-8' codec can't decode"),
     "another document": (b'{"a": 1}', "bad.json: the plan lacks ["),
     "of the future": (None, "bad.json: the plan is of a newer version than 1: update normswap"),

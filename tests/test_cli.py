@@ -233,7 +233,10 @@ def test_without_input_timm_tells_the_size(folder: Path) -> None:
     [
         (["tied.pt", "--trust"], "the input size is unknown, so the conversion cannot be verified: pass --input 2x3x"),
         (["tied-state.pt", "--arch", "own.py:TiedNet"], "the input size is unknown, so the conversion cannot be"),
-        (["bn.pt", "--arch", "none"], "with --arch none there is no model to run, so the conversion cannot be verified"),
+        (
+            ["bn.pt", "--arch", "none"],
+            "with --arch none there is no model to run, so the conversion cannot be verified",
+        ),
     ],
 )
 def test_what_cannot_be_verified_is_not_written(

@@ -231,7 +231,9 @@ def test_two_processes_end_alike_interrupted_or_not(tmp_path: Path) -> None:
 def test_a_state_is_of_one_recipe_and_in_one_folder(finished: tuple[Path, Any, list[Any]], tmp_path: Path) -> None:
     folder, _, _ = finished
     same: dict[str, Any] = {"train": {"ema_decay": 0.9}, "run": {"evaluate_every": 2}}
-    with pytest.raises(TrainingError, match="holds a run already: go on with resume=True, or start anew with overwrite=True"):
+    with pytest.raises(
+        TrainingError, match="holds a run already: go on with resume=True, or start anew with overwrite=True"
+    ):
         run_recipe(recipe(folder.parent, **same))
     with pytest.raises(RecipeError, match=r"is of a run with other train\.lr: start anew in another run\.output"):
         run_recipe(recipe(folder.parent, train={"ema_decay": 0.9, "lr": 0.5}, run={"evaluate_every": 2}), resume=True)

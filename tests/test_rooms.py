@@ -14,6 +14,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "normswap"
 # From the ground floor up; inside a floor a room may import from those listed before it. See docs/architecture.md.
 ROOMS = [
     "errors",
+    "display",
     "documents",
     "modes",
     "layers.importance",
@@ -125,6 +126,7 @@ ROOMS = [
     "finetune.interruption",
     "finetune.engine",
     "reports.tables",
+    "reports.results",
     "reports.identification",
     "reports.finetuning",
     "cli.wording",

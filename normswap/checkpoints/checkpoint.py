@@ -27,10 +27,11 @@ from normswap.checkpoints.prefixes import StoredNames, names_for
 from normswap.checkpoints.programs import Program, digest_of_members
 from normswap.checkpoints.recognition import recognise, state_dict_of
 from normswap.checkpoints.record import Payload, Record, Step, check_seal
+from normswap.display import counted, printed_as
 from normswap.errors import AmbiguityError, ArgumentError, ArchitectureError, CheckpointError, SwapError
 from normswap.layers.adoption import GATE_PARAMETERS
 from normswap.layers.importance import importance_weights as shares_of
-from normswap.surgery.arguments import require_module
+from normswap.surgery.arguments import require_type
 from normswap.surgery.conversion import apply_plan
 from normswap.surgery.gated import ImportanceWeights, gated_modules, importance_weights
 from normswap.surgery.plan import SwapPlan
@@ -44,6 +45,7 @@ BESIDE = "hf:."
 _MOST_FITTING = 2
 
 
+@printed_as("loaded")
 class Loaded(NamedTuple):
     """What `load` found in a file: the model, the plan it was converted with (None if it was not), what was done to
     it so far, and what else the file holds.
@@ -53,6 +55,11 @@ class Loaded(NamedTuple):
     plan: SwapPlan | None
     history: tuple[Step, ...]
     rest: dict[str, Any]
+
+    def __repr__(self) -> str:
+        plan = "not converted" if self.plan is None else counted(len(self.plan.swaps), "swap")
+        rest = f", rest: {', '.join(map(str, self.rest))}" if self.rest else ""
+        return f"Loaded({type(self.model).__name__}, {plan}{rest:.200})"
 
 
 @dataclass(frozen=True)
@@ -111,13 +118,24 @@ def load(
         entry: which weights of several are meant, such as `"state_dict_ema"`; dots between nested entries.
         trust: run the code that the file names: pickled objects, or an architecture in a Python file.
 
+    Returns:
+        `Loaded(model, plan, history, rest)`: the model, the plan it was converted with (None if it was not), what was
+        done to it, and what else the file holds, such as `rest["optimizer"]`. `print` shows it as tables.
+
     Raises:
         CheckpointError: not a checkpoint, damaged, changed since normswap wrote it, or with code and not trusted.
         ArchitectureError: the tensors fit no or several known architectures, it cannot be built, or they do not fit it.
         PlanError: the file's plan does not fit the architecture.
+        ArgumentError: `path` or `architecture` is of a wrong type.
+
+    Example:
+        >>> import torch, normswap
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))
+        >>> torch.save({"model": model.state_dict(), "epoch": 3}, "trained.pt")
+        >>> normswap.load("trained.pt", architecture=model)
+        Loaded(Sequential, not converted, rest: epoch)
     """
-    if not isinstance(path, str | os.PathLike):
-        raise ArgumentError(f"path: expected the name of a file or a folder, got {type(path).__name__}")
+    require_type(path, str | os.PathLike, "path", "the name of a file or a folder")
     header = read_header(Path(path))
     checkpoint = read_checkpoint(header, entry=entry, trust=trust and not header.gives_weights(architecture))
     built = build_model(checkpoint, architecture, trust=trust)
@@ -211,9 +229,7 @@ def build_model(checkpoint: Checkpoint, architecture: Architecture | None = None
         )
     if isinstance(weights, nn.Module):
         if architecture is not None:
-            raise ArchitectureError(
-                f"{path}: a pickled module brings its own architecture: leave architecture= out"
-            )
+            raise ArchitectureError(f"{path}: a pickled module brings its own architecture: leave architecture= out")
         return Built(weights, names_for([], []), None, plan)
     source = architecture or said_architecture(checkpoint, trust=trust)
     if source is None:
@@ -324,7 +340,8 @@ def _built(source: Architecture) -> nn.Module:
     if isinstance(source, nn.Module):
         return copy.deepcopy(source)
     if not callable(source):
-        require_module(source, "architecture")
+        named = "'timm:NAME', 'path/file.py:function', a module, or a function that returns one"
+        raise ArgumentError(f"architecture: expected {named}, got {type(source).__name__}")
     model: object = source()
     if not isinstance(model, nn.Module):
         raise ArchitectureError(f"architecture: expected a function that returns a module, got {type(model).__name__}")

@@ -163,9 +163,7 @@ def no_match(found: Identification) -> str:
     if not found.matches:
         return f"the tensors resemble no model of {found.origin}: {_NAME_IT}"
     near = "; ".join(f"{match.architecture} ({describe_misfits(match)})" for match in found.matches[:_MOST_NAMES])
-    return (
-        f"the tensors fit no model of {found.origin}; nearest: {near}: {_NAME_IT}"
-    )
+    return f"the tensors fit no model of {found.origin}; nearest: {near}: {_NAME_IT}"
 
 
 def describe_misfits(candidate: Candidate) -> str:

@@ -5,6 +5,7 @@ the gates as a last group, all else passes through untouched.
 """
 
 import copy
+import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
@@ -42,10 +43,10 @@ from normswap.checkpoints.state_surgery import with_metadata, with_tensors
 from normswap.checkpoints.trainer_state import write_beside
 from normswap.errors import CheckpointError, PlanError, SwapError
 from normswap.layers.modules import FunctionalSwitchNorm
-from normswap.surgery.arguments import require_module
+from normswap.surgery.arguments import require_module, require_type
 from normswap.surgery.conversion import apply_plan
 from normswap.surgery.gated import gated_modules, trainable_gates
-from normswap.surgery.plan import SwapPlan
+from normswap.surgery.plan import SwapPlan, require_plan
 from normswap.surgery.programs import check_same
 from normswap.surgery.tracing import first_line
 from normswap.surgery.wrapping import unwrap
@@ -87,6 +88,7 @@ def save(
 
     Args:
         model: converted or not; of a wrapped one the model inside is saved.
+        path: the file to write, in an existing folder.
         plan: of a converted model, `Conversion.plan` or `Loaded.plan`.
         architecture: what builds the original model, `"timm:NAME[,key=value...]"`; without it `load` must be told.
         verification: the proof, to travel with the model.
@@ -98,8 +100,22 @@ def save(
             differs from what was written.
         ArchitectureError: `architecture` is not such a name.
         PlanError: the plan is missing or not the one that the model was converted with.
+        ArgumentError: an argument is of a wrong type.
+
+    Example:
+        >>> import torch, normswap
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))
+        >>> conversion = normswap.convert(model)
+        >>> normswap.save(conversion.model, "converted.pt", plan=conversion.plan)
+        >>> normswap.load("converted.pt", architecture=model)
+        Loaded(Sequential, 1 swap)
     """
     model = unwrap(require_module(model))
+    require_type(path, str | os.PathLike, "path", "the name of a file")
+    if plan is not None:
+        require_plan(plan)
+    require_type(architecture, str | None, "architecture", "a name such as 'timm:resnet18' or 'path/file.py:function'")
+    require_type(verification, Verification | None, "verification", "what verify returned")
     target = Path(path)
     container: Container = "safetensors" if target.suffix == ".safetensors" else "torch zip"
     _check_plan(model, plan)

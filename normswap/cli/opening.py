@@ -88,7 +88,13 @@ def _inputs(checkpoint: "Checkpoint", built: "Built", asked: Sequence[InputSpec]
 
 def describe_content(checkpoint: "Checkpoint", architecture: str | None) -> str:
     """Return what a content is: kind, container, architecture, size."""
-    parts = [checkpoint.contents.kind, _described_entry(checkpoint), checkpoint.container, architecture, describe_size(checkpoint.path)]
+    parts = [
+        checkpoint.contents.kind,
+        _described_entry(checkpoint),
+        checkpoint.container,
+        architecture,
+        describe_size(checkpoint.path),
+    ]
     return ", ".join(part for part in parts if part)
 
 

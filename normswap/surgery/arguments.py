@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import PurePath
+from types import UnionType
 from typing import Any, TypeGuard
 
 import torch
@@ -24,6 +25,19 @@ def require_module(value: object, argument: str = "model") -> nn.Module:
         return value
     told = next((tell(value) for is_one, tell in _MISTAKEN_MODELS if is_one(value)), f"got {_kind(value)}")
     raise ArgumentError(f"{argument}: expected a torch.nn.Module, {told}")
+
+
+def require_type(value: object, kinds: type | UnionType | tuple[type, ...], argument: str, expected: str) -> None:
+    """Refuse an argument that is not of the types it may be of.
+
+    Args:
+        expected: in words what is expected and how to get it.
+
+    Raises:
+        ArgumentError: it is of another type.
+    """
+    if not isinstance(value, kinds):
+        raise ArgumentError(f"{argument}: expected {expected}, got {_kind(value)}")
 
 
 def describe_shapes(inputs: Any) -> str:
@@ -83,9 +97,7 @@ def _tell_checkpoint(value: Any) -> str:
 
 
 def _tell_path(value: Any) -> str:
-    return (
-        f"got the path {str(value)!r}: pass normswap.load({str(value)!r}).model, or type: normswap convert {value}"
-    )
+    return f"got the path {str(value)!r}: pass normswap.load({str(value)!r}).model, or type: normswap convert {value}"
 
 
 def _tell_class(value: Any) -> str:
