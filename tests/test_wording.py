@@ -411,7 +411,7 @@ def test_any_encoding_of_the_terminal_serves(folder: Path, encoding: str, monkey
         patched.setattr(sys, "stdout", io.TextIOWrapper(written, encoding=encoding))
         main(["inspect", "öwn☃.pt", "--arch", "own.py:build", "--input", "2x3x8x8"], standalone_mode=False)
         sys.stdout.flush()
-    shown = written.getvalue().decode(encoding)
+        shown = written.getvalue().decode(encoding)
     assert ("☃" if encoding == "utf-8" else r"\u2603") in shown
     assert ("…" if encoding in ("utf-8", "cp1252") else "...") in shown
 
@@ -423,5 +423,53 @@ def test_a_name_that_torch_cannot_be_given_is_told(tmp_path: Path, monkeypatch: 
         Path("a.pt").rename("b\udcff.pt")
     except (OSError, UnicodeEncodeError):
         pytest.skip("the file system takes UTF-8 only")
-    with pytest.raises(NormswapError, match="the name has bytes that the encoding of file names here .* does not have"):
+    with pytest.raises(
+        NormswapError, match=r"the name has bytes that the encoding of file names here .* does not have"
+    ):
         normswap.load("b\udcff.pt", architecture=Net)
+
+
+OTHERS = {
+    "an image": (b"\x89PNG\r\n\x1a\n", "got an image (PNG)"),
+    "ONNX": (b"\x08\x07\x12\x07pytorch", "got what looks like ONNX: convert the Python model, then export it again"),
+    "Keras": (b"\x89HDF\r\n", "got an HDF5 file, as Keras writes"),
+    "numpy": (b"\x93NUMPY\x01", "got a numpy array: torch.save a state dict of tensors"),
+    "gzip": (b"\x1f\x8b\x08", "got a gzip archive: unpack it first"),
+    "a program": (b"\x7fELF\x02", "got a program"),
+}
+
+
+@pytest.mark.parametrize(("head", "message"), OTHERS.values(), ids=OTHERS)
+def test_a_file_of_another_kind_is_named(tmp_path: Path, head: bytes, message: str) -> None:
+    (tmp_path / "model.bin").write_bytes(head + bytes(100))
+    with pytest.raises(CheckpointError, match=re.escape(message)):
+        normswap.load(tmp_path / "model.bin")
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("https://example.org/model.pt", ": an address is not opened, download the file first"),
+        ("~/nowhere.pt", f"pass {Path('~/nowhere.pt').expanduser()}"),
+    ],
+)
+def test_a_path_that_is_none_is_told_with_what_to_pass(path: str, message: str) -> None:
+    with pytest.raises(CheckpointError, match=re.escape(message)):
+        normswap.load(path)
+    assert message in run("convert", path).stderr
+
+
+def test_no_torch_file_is_written_under_the_name_of_another_format(folder: Path) -> None:
+    refused = run("convert", "bn.pt", "--arch", files.ARCH, "--no-verify", "-o", "model.onnx")
+    assert (refused.exit_code, "model.onnx: expected a name in .pt" in refused.stderr) == (2, True)
+    with pytest.raises(CheckpointError, match=r"a\.npz: expected a name in \.pt, .* a format that is not written"):
+        normswap.save(Net(), "a.npz")
+    assert not Path("model.onnx").exists()
+
+
+def test_another_width_is_not_taken_for_another_number_of_classes(folder: Path) -> None:
+    wider = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    torch.save(Net().state_dict(), "net.pt")
+    with pytest.raises(ArchitectureError, match="of another shape") as told:
+        normswap.load("net.pt", architecture=wider)
+    assert "num_classes" not in str(told.value)

@@ -7,6 +7,7 @@ removed by the next one that writes the same target. What the disk refuses is on
 import difflib
 import errno
 import os
+import re
 import stat
 import sys
 from collections.abc import Iterator
@@ -37,7 +38,7 @@ def check_readable(path: Path) -> None:
         CheckpointError: missing (with the nearest names beside it), or empty.
     """
     if not path.exists():
-        raise CheckpointError(f"{path}: no such file{_nearest(path)}")
+        raise CheckpointError(f"{path}: no such file{_instead_of(path)}")
     _check_name(path)
     if path.is_file() and path.stat().st_size == 0:
         raise CheckpointError(f"{path}: the file is empty: copy or download it again")
@@ -180,6 +181,15 @@ def _sync(path: Path) -> None:
             os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _instead_of(path: Path) -> str:
+    """What was most likely meant by a path that leads nowhere."""
+    if re.match(r"\w{2,}:/", str(path)):  # a Path makes one slash of two
+        return ": an address is not opened, download the file first"
+    if path.parts[:1] and path.parts[0].startswith("~"):
+        return f": ~ is expanded by the shell alone, and not in quotes: pass {path.expanduser()}"
+    return _nearest(path)
 
 
 def _nearest(path: Path) -> str:

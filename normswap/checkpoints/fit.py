@@ -106,7 +106,7 @@ def _misfit(model: nn.Module, state: Mapping[str, Tensor]) -> str:
             "of another shape",
             {key: f" (is {_size(given[key])}, expected {_size(wanted[key])})" for key in shaped[:_MOST]},
         ),
-        _advice(unexpected, [(given[key], wanted[key]) for key in shaped]),
+        _advice(unexpected, {key: (given[key], wanted[key]) for key in shaped}),
     ]
     return "; ".join(part for part in parts if part)
 
@@ -131,15 +131,16 @@ def _size(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape)) or "a single number"
 
 
-def _advice(unexpected: list[str], shapes: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> str:
+def _advice(unexpected: list[str], shapes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]) -> str:
     """What the pattern of misfits most likely means."""
     if any(key.endswith(".mean_weight") for key in unexpected):
         return "the file holds importance weights without a plan: write converted models with normswap.save(plan=...)"
     norms = sorted({key.rpartition(".")[0] for key in unexpected if _is_statistic(key)})
     if norms:
         return f"the file has norms that the model has not ({_named(norms)}): name the architecture that has them"
-    classes = {given[0] for given, wanted in shapes if given[1:] == wanted[1:] and len(given) in (1, 2)}
-    if shapes and len(classes) == 1 and all(given[1:] == wanted[1:] for given, wanted in shapes):
+    pairs = shapes.values()
+    classes = {given[0] for given, wanted in pairs if given[1:] == wanted[1:] and len(given) in (1, 2)}
+    if len(classes) == 1 and all(map(is_head, shapes)) and all(given[1:] == wanted[1:] for given, wanted in pairs):
         return f"perhaps the architecture lacks num_classes={classes.pop()}"
     return ""
 

@@ -26,6 +26,7 @@ from normswap.checkpoints.containers import (
     TENSORS_ONLY,
     Container,
     add_record,
+    check_ending,
     decode,
     encode,
     read_record_text,
@@ -117,6 +118,7 @@ def save(
     require_type(architecture, str | None, "architecture", "a name such as 'timm:resnet18' or 'path/file.py:function'")
     require_type(verification, Verification | None, "verification", "what verify returned")
     target = Path(path)
+    check_ending(target)
     container: Container = "safetensors" if target.suffix == ".safetensors" else "torch zip"
     _check_plan(model, plan)
     if architecture is not None:
