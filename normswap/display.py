@@ -37,7 +37,7 @@ def counted(number: int, noun: str) -> str:
 
 
 def _text(table: str, result: object) -> str:
-    console, file = _console(table, result)
+    _, file = _console(table, result)
     lines = (line.rstrip() for line in file.getvalue().splitlines())
     return "\n".join(lines).strip("\n")
 

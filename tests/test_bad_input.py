@@ -170,7 +170,7 @@ FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "numbers as names": (
         lambda path: torch.save({3: torch.ones(1)}, path),
-        "expected a state dict or a module, got a mapping with the key 3 (int), where names of tensors are texts: save the model",
+        "expected a state dict or a module, got a mapping with the key 3 (int), where names of tensors are texts",
     ),
     "a tensor": (
         lambda path: torch.save(torch.ones(1), path),
@@ -500,7 +500,7 @@ PLANS = {
     ),
     "nested too deeply": (
         b"[" * 100_000,
-        "expected a plan as JSON, as SwapPlan.to_json() writes it (normswap convert --save-plan); maximum recursion depth",
+        "expected a plan as JSON, as SwapPlan.to_json() writes it (normswap convert --save-plan); maximum",
     ),
     "not text": (b"\xff\xfe\x00", "bad.json: 'utf-8' codec can't decode"),
     "another document": (b'{"a": 1}', "bad.json: the plan lacks ["),

@@ -248,7 +248,8 @@ def test_what_cannot_be_verified_is_not_written(
     before = names(folder)
     result = run("convert", *arguments, *dry_run)
     assert (result.exit_code, names(folder)) == (2, before)
-    assert message in result.stderr and "--no-verify to write it unverified" in result.stderr
+    assert message in result.stderr
+    assert "--no-verify to write it unverified" in result.stderr
     output = ok("convert", *arguments, "--no-verify", "-o", "out.pt").stdout
     assert "Parity  not measured: " in output
     record = read_record(folder / "out.pt")

@@ -78,9 +78,11 @@ def test_a_result_prints_as_a_table(results: dict[str, Any], name: str, monkeypa
     monkeypatch.setenv("COLUMNS", "20")
     shown = str(results[name])
     assert all(part in shown for part in TABLES[name]), shown
-    assert "\x1b" not in shown and max(map(len, shown.splitlines())) <= 100
+    assert "\x1b" not in shown
+    assert max(map(len, shown.splitlines())) <= 100
     page = results[name]._repr_html_()
-    assert page.startswith("<pre>") and TABLES[name][0].split("  ")[0] in page
+    assert page.startswith("<pre>")
+    assert TABLES[name][0].split("  ")[0] in page
 
 
 @pytest.mark.parametrize(("name", "table"), [("plan", plan_summary), ("verification", parity)])
@@ -94,19 +96,23 @@ def test_the_table_is_that_of_the_command_line(results: dict[str, Any], name: st
 def test_notebooks_escape_what_a_file_says() -> None:
     plan = SwapPlan((), (Skip("<b>", "<i>", "bn", "<script>alert(1)</script>"),), "<img>", None, ("<a href=x>",))
     page = plan._repr_html_()
-    assert "&lt;script&gt;" in page and not {"<script>", "<a href", "<b>", "<i>"} & {*re.findall(r"<[^>]*>", page)}
+    assert "&lt;script&gt;" in page
+    assert not {"<script>", "<a href", "<b>", "<i>"} & {*re.findall(r"<[^>]*>", page)}
 
 
 def test_importance_weights_stay_a_dict(results: dict[str, Any]) -> None:
     weights = results["weights"]
-    assert isinstance(weights, dict) and {**weights} == weights == pickle.loads(pickle.dumps(weights))
+    assert isinstance(weights, dict)
+    assert {**weights} == weights == pickle.loads(pickle.dumps(weights))
     assert json.loads(json.dumps(weights))["bn1"][0] == {"in": 0.0, "ln": 0.0, "bn": 1.0}
     assert str(normswap.importance_weights(nn.Linear(1, 1)))  # an empty one prints too
 
 
 def test_results_still_unpack(results: dict[str, Any]) -> None:
     model, plan, replaced = results["conversion"]
-    assert isinstance(model, nn.Module) and plan == results["plan"] and len(replaced) == 12
+    assert isinstance(model, nn.Module)
+    assert plan == results["plan"]
+    assert len(replaced) == 12
     assert len(results["loaded"]) == 4
 
 
@@ -121,7 +127,8 @@ def test_things_are_counted_in_words(number: int, words: str) -> None:
 @pytest.mark.parametrize("name", ["convert", "plan_swaps", "find_norm_sites", "apply_plan"])
 def test_help_prints_no_table_of_classes(name: str) -> None:
     shown = pydoc.plain(pydoc.render_doc(FUNCTIONS[name]))
-    assert "= KNOWN_NORMS" in shown and "functools.partial" not in shown
+    assert "= KNOWN_NORMS" in shown
+    assert "functools.partial" not in shown
     assert len(str(inspect.signature(FUNCTIONS[name]))) < 1200
 
 
@@ -131,7 +138,8 @@ def test_the_table_of_norms_is_read_only_and_can_be_extended() -> None:
 
     longer = normswap.KNOWN_NORMS | {Own: normswap.read_batch_norm}
     assert longer == {Own: normswap.read_batch_norm} | normswap.KNOWN_NORMS == dict(longer)
-    assert len(longer) == len(normswap.KNOWN_NORMS) + 1 and Own not in normswap.KNOWN_NORMS
+    assert len(longer) == len(normswap.KNOWN_NORMS) + 1
+    assert Own not in normswap.KNOWN_NORMS
     with pytest.raises(TypeError, match="does not support item assignment"):
         normswap.KNOWN_NORMS[Own] = normswap.read_batch_norm  # type: ignore[index]
 
@@ -146,8 +154,11 @@ def test_every_argument_is_explained_in_place(name: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["convert", "plan_swaps", "find_norm_sites", "verify", "calibrate", "save", "load", "param_groups", "importance_weights"],
-)  # fmt: skip
+    [
+        *("convert", "plan_swaps", "find_norm_sites", "verify", "calibrate", "save", "load", "param_groups"),
+        "importance_weights",
+    ],
+)
 def test_the_example_in_a_docstring_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import doctest
 

@@ -28,7 +28,7 @@ from normswap.checkpoints.programs import Program, digest_of_members
 from normswap.checkpoints.recognition import recognise, state_dict_of
 from normswap.checkpoints.record import Payload, Record, Step, check_seal
 from normswap.display import counted, printed_as
-from normswap.errors import AmbiguityError, ArgumentError, ArchitectureError, CheckpointError, SwapError
+from normswap.errors import AmbiguityError, ArchitectureError, ArgumentError, CheckpointError, SwapError
 from normswap.layers.adoption import GATE_PARAMETERS
 from normswap.layers.importance import importance_weights as shares_of
 from normswap.surgery.arguments import require_type
@@ -339,10 +339,11 @@ def _built(source: Architecture) -> nn.Module:
         return build_architecture(source)
     if isinstance(source, nn.Module):
         return copy.deepcopy(source)
-    if not callable(source):
+    builder: object = source
+    if not callable(builder):
         named = "'timm:NAME', 'path/file.py:function', a module, or a function that returns one"
         raise ArgumentError(f"architecture: expected {named}, got {type(source).__name__}")
-    model: object = source()
+    model: object = builder()
     if not isinstance(model, nn.Module):
         raise ArchitectureError(f"architecture: expected a function that returns a module, got {type(model).__name__}")
     return model

@@ -181,7 +181,8 @@ def _chosen(found: Mapping[Place, Any], entry: str | None) -> Place:
     candidates = plain or list(found)
     if len(candidates) > 1:
         raise CheckpointError(
-            f"holds several models ({_listed(found)}): say which, such as entry={name_of(candidates[0])!r}, one at a time"
+            f"holds several models ({_listed(found)}): say which, such as entry={name_of(candidates[0])!r}, "
+            "one at a time"
         )
     return candidates[0]
 

@@ -5,7 +5,7 @@ import io
 import sys
 
 _ERRORS = "normswap_printable"
-_PLAIN = {"…": "...", "–": "-", "—": "-"}
+_PLAIN = {"…": "...", "\u2013": "-", "\u2014": "-"}
 
 
 def make_output_printable() -> None:

@@ -245,7 +245,8 @@ def _notice(run: _Run, request: StopRequest, tell: Tell) -> None:
     if (is_due or run.accelerator.num_processes == 1) and run.step < run.steps and _asked_to_stop(run, request):
         _save(run, tell)
         raise RunInterrupted(
-            f"stopped after step {run.step} of {run.steps}, all is saved in {run.recipe.output}: go on with resume=True",
+            f"stopped after step {run.step} of {run.steps}, all is saved in {run.recipe.output}: "
+            "go on with resume=True",
             request.number,
         )
 

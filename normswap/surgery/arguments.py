@@ -90,9 +90,10 @@ def _tell_state_dict(value: Any) -> str:
 
 
 def _tell_checkpoint(value: Any) -> str:
+    keys = ", ".join(map(repr, list(value)[:3]))
     return (
-        f"got a checkpoint (a {type(value).__name__} with {', '.join(map(repr, list(value)[:3]))}): build its model and "
-        "load its weights, or let normswap.load(path, architecture=...) do both from the file"
+        f"got a checkpoint (a {type(value).__name__} with {keys}): build its model and load its weights, or "
+        "let normswap.load(path, architecture=...) do both from the file"
     )
 
 

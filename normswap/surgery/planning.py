@@ -13,9 +13,9 @@ from torch.utils._pytree import tree_leaves
 
 from normswap.errors import PlanError
 from normswap.layers.importance import BN_STATISTICS, BRANCHES, BnStatistics, Branch, Gate, check_gate
+from normswap.surgery.arguments import describe_shapes
 from normswap.surgery.norm_site import NormSite
 from normswap.surgery.norms import KINDS, KNOWN_NORMS, Norms, requested_kind, vertex_of
-from normswap.surgery.arguments import describe_shapes
 from normswap.surgery.patterns import Names, first_matches, matched
 from normswap.surgery.plan import ANY_CLASS, NEVER_FILLED, Skip, Swap, SwapPlan, notes_on, with_vertex
 from normswap.surgery.settings import Settings, SiteSettings, settle

@@ -61,7 +61,8 @@ def export_again(program: ExportedProgram, converted: nn.Module, inputs: Any = N
     """
     if program.example_inputs is None and inputs is None:
         raise SwapError(
-            "the program carries no example inputs to export it again with: give them, such as example_inputs=torch.randn(2, 3, 224, 224)"
+            "the program carries no example inputs to export it again with: give them, such as "
+            "example_inputs=torch.randn(2, 3, 224, 224)"
         )
     args, kwargs = _call(program, inputs)
     try:
