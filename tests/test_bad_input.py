@@ -135,7 +135,7 @@ FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
         "got a Git LFS pointer: fetch the real file with git lfs pull",
     ),
     "noise": (lambda path: path.write_bytes(bytes(range(128, 256))), "got bytes of an unknown kind (80 81"),
-    "an image": (lambda path: path.write_bytes(b"\x89PNG\r\n\x1a\n\0\0"), "got bytes of an unknown kind (89 50"),
+    "an image": (lambda path: path.write_bytes(b"\x89PNG\r\n\x1a\n\0\0"), "got an image (PNG)"),
     "a huge header": (
         lambda path: path.write_bytes(struct.pack("<Q", 2**60) + b"{}"),
         "expected a file of torch.save or safetensors, got bytes of an unknown kind",
