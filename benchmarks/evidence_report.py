@@ -275,7 +275,8 @@ from 0.2 led the best of these BN arms by 19.7 points, less than wanted (convert
 mean nothing. The lead is one at few steps and two images a batch: {longer}.
 
 **Reproduce.** `make evidence`, or `python benchmarks/evidence.py --seeds 0 1 2`. All numbers that define the run are in
-`benchmarks/protocol.py`. Results repeat on one machine; another processor may differ in single images.
+`benchmarks/protocol.py`. Results repeat on one machine; on another processor a
+run takes another course: one baseline differed by 20 points.
 """
 
 

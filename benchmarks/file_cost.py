@@ -32,7 +32,7 @@ INPUT = "2x3x64x64"
 _FIELDS = ("VmRSS", "RssAnon")
 
 CASES = {
-    "by names alone (`--arch none`)": ["--arch", "none"],
+    "by names alone (`--arch none --no-verify`)": ["--arch", "none", "--no-verify"],
     "with the architecture (`--no-verify`)": ["--arch", f"timm:{MODEL}", "--no-verify"],
     f"with the proof in float64 (`--input {INPUT}`)": ["--arch", f"timm:{MODEL}", "--input", INPUT],
 }

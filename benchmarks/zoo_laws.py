@@ -35,7 +35,7 @@ from zoo_records import (
 import normswap
 from normswap.errors import ModelError
 from normswap.modes import call_model, preserved_state, seeded, training_flags
-from normswap.surgery.observation import describe_shapes
+from normswap.surgery.arguments import describe_shapes
 from normswap.surgery.plan import SwapPlan
 from normswap.surgery.tracing_paths import tracing_path
 

@@ -20,10 +20,12 @@ from torch.nn.parameter import is_lazy
 
 from normswap.calibration_pass import NO_STATISTICS, CalibrationPass, Gathered
 from normswap.calibration_pooling import Processes, Share, united
+from normswap.display import counted, printed_as
 from normswap.errors import DataError, ModelError, NothingToDo
 from normswap.layers.gates import GatedModule
 from normswap.layers.modules import FunctionalSwitchNorm
 from normswap.statistics import is_hooked
+from normswap.surgery.arguments import mistaken_batches, require_module
 from normswap.surgery.norms import is_norm_layer
 from normswap.surgery.tree import walk_modules
 from normswap.surgery.wrapping import unwrap
@@ -61,7 +63,8 @@ class PassedOver:
     reason: str
 
 
-@dataclass(frozen=True)
+@printed_as("calibration")
+@dataclass(frozen=True, repr=False)
 class Calibration:
     """What `calibrate` did: the layers in the order they ran, those it left, and what it ran on.
 
@@ -72,6 +75,10 @@ class Calibration:
     skipped: tuple[PassedOver, ...]
     batches: int
     passes: int
+
+    def __repr__(self) -> str:
+        layers, skipped = counted(len(self.layers), "layer"), f"{len(self.skipped)} skipped"
+        return f"Calibration({layers}, {skipped}, {self.batches} batch{'es' * (self.batches != 1)})"
 
     @property
     def largest_shift(self) -> float:
@@ -109,22 +116,35 @@ def calibrate(
         model: SN, BN or both, also wrapped.
         batches: each what the model is called with (a tensor, a tuple of positional or a dict of keyword arguments), or
             a list or tuple with that first. To be gone through more than once with `layer_by_layer`.
+        layer_by_layer: one layer after another, each in a pass of its own; exact at any batch size.
         include_frozen: also layers that use their running statistics in training.
         device: where to move inputs; default is to leave them.
         process_group: the processes that pool; default all.
+
+    Returns:
+        A `Calibration`: `.layers` with how far each moved, `.skipped` with reasons. `print(result)` shows a table.
 
     Raises:
         NothingToDo: no layer with running statistics ran.
         DataError: no batches; a layer is fed NaN or infinite values, another number of channels, or a single value
             per channel.
         ModelError: the model fails on a batch; in another process something failed.
+        ArgumentError: `model` is no module.
+
+    Example:
+        >>> import torch, normswap
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))
+        >>> normswap.calibrate(model, [torch.randn(16, 3, 8, 8) for _ in range(4)])
+        Calibration(1 layer, 0 skipped, 4 batches)
     """
     if layer_by_layer and iter(batches) is iter(batches):
         raise DataError(
             "batches: expected what can be gone through once for each layer, such as a list or a DataLoader, got "
             f"{type(batches).__name__}: make a list of it, or leave layer_by_layer out"
         )
-    model = unwrap(model)
+    model = unwrap(require_module(model))
+    if problem := mistaken_batches(batches):
+        raise DataError(f"batches: {problem}")
     layers, skipped = _sorted_layers(model, include_frozen=include_frozen)
     run = _Run(model, layers, device, Processes(process_group))
     with run.all_or_nothing():

@@ -24,9 +24,9 @@ from normswap.layers.adoption import STATISTICS
 from normswap.layers.modules import FunctionalSwitchNorm
 from normswap.layers.moments import GatheredMoments
 from normswap.modes import call_model, hooked, preserved_random_state, preserved_state, training_flags
+from normswap.surgery.arguments import describe_inputs
 from normswap.surgery.calls import NORM_CALLS
 from normswap.surgery.norms import is_norm_layer
-from normswap.surgery.observation import describe_shapes
 from normswap.surgery.tracing import first_line
 from normswap.surgery.tree import walk_modules
 
@@ -99,7 +99,7 @@ class CalibrationPass:
                 except Exception as error:
                     raise ModelError(
                         f"batch {self.batches} (counted from 0): the model fails on an input of "
-                        f"{describe_shapes(inputs)}: {first_line(error)}"
+                        f"{describe_inputs(inputs)}: {first_line(error)}"
                     ) from error
                 self.batches += 1
 

@@ -11,6 +11,10 @@ class NormswapError(Exception):
     exit_code = 2
 
 
+class ArgumentError(NormswapError, TypeError):
+    """An argument is not of the type that a function takes."""
+
+
 class LayerError(NormswapError, ValueError):
     """A layer was built with, or fed, something it cannot normalise."""
 
@@ -60,13 +64,25 @@ class CheckpointError(NormswapError):
 
 
 class ArchitectureError(NormswapError):
-    """An architecture is unknown, or does not fit the tensors."""
+    """An architecture is unknown, or does not fit the tensors.
+
+    `convertible_by_names`: the tensors could be converted by their names, without any architecture.
+    """
+
+    convertible_by_names = False
 
 
 class AmbiguityError(ArchitectureError):
     """The tensors fit several architectures, or none that is known: the user has to say which."""
 
     exit_code = 1
+    convertible_by_names = True
+
+
+class UnknownNormsError(ArchitectureError):
+    """The file has norms that the architecture does not have."""
+
+    convertible_by_names = True
 
 
 class NothingToDo(NormswapError):  # noqa: N818 - an answer, not a failure

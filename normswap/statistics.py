@@ -16,12 +16,13 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from normswap.calibration_pass import inputs_of, on_device
-from normswap.errors import ModelError
+from normswap.errors import DataError, ModelError
 from normswap.layers.adoption import STATISTICS, UNFROZEN
 from normswap.layers.gates import GatedModule
 from normswap.layers.importance import BnStatistics, check_bn_statistics
 from normswap.layers.modules import SwitchNorm
 from normswap.modes import call_model, training_flags
+from normswap.surgery.arguments import mistaken_batches, require_module
 from normswap.surgery.own_mode import own_flags
 from normswap.surgery.patterns import first_matches
 from normswap.surgery.tree import Place, walk_modules
@@ -36,6 +37,9 @@ def freeze_statistics(model: nn.Module) -> list[str]:
 
     In place and for good: `model.train()` does not undo it. IN and LN statistics are those of the sample as ever, and
     parameters train on. Pass a part of a model to freeze that part.
+
+    Args:
+        model: converted or not, wrapped or not; it is changed.
 
     Returns:
         The fqns of the layers that were not frozen before; one without running statistics cannot be.
@@ -58,6 +62,9 @@ def unfreeze_statistics(model: nn.Module) -> list[str]:
     SN layers that were set to `"renorm"` before are again. Also SN layers that were planned with
     `bn_statistics="running"`; not those that replaced a frozen BatchNorm.
 
+    Args:
+        model: converted or not, wrapped or not; it is changed.
+
     Returns:
         The fqns of the layers that were frozen before.
     """
@@ -79,6 +86,7 @@ def synchronize_statistics(model: nn.Module, process_group: "ProcessGroup | None
     layers that a model still has. `layer.synchronize = False` undoes it.
 
     Args:
+        model: converted, wrapped or not; it is changed.
         process_group: the processes that share their batch; default all there are.
 
     Returns:
@@ -105,6 +113,7 @@ def set_bn_statistics(
     or without running statistics has no choice and is left alone.
 
     Args:
+        model: converted, wrapped or not; it is changed.
         mode: `"batch"`, `"running"` or `"renorm"`, as `bn_statistics` of `normswap.switch_norm`.
         include, exclude: globs on names, or regular expressions after `re:`. Without `include` all sites are meant, but
             those that replaced a frozen BatchNorm keep their running statistics; a pattern sets these too.
@@ -174,13 +183,16 @@ def update_statistics(model: nn.Module, loader: Iterable[Any], *, device: torch.
     gives the statistics of the data itself.
 
     Args:
+        model: converted or not, wrapped or not; its running statistics are changed.
         loader: batches, each what the model is called with, or a list or tuple with that first.
         device: where to move the inputs; default is to leave them.
 
     Raises:
-        ModelError: `loader` is empty.
+        ModelError: `loader` is empty; DataError: it is one input, not an iterable of inputs.
     """
-    modules = [place.module for place in walk_modules(model)]
+    modules = [place.module for place in walk_modules(require_module(model))]
+    if problem := mistaken_batches(loader):
+        raise DataError(f"loader: {problem}")
     kept = _kept_in_evaluation(model)
     live = [module for module in modules if isinstance(module, SwitchNorm | _BatchNorm) and _is_live(module)]
     layers = [module for module in live if module not in kept]

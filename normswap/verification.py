@@ -15,9 +15,10 @@ from math import isfinite
 from typing import Any, Self, get_args, get_type_hints
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from normswap.comparison import shared
+from normswap.display import printed_as
 from normswap.errors import ModelError
 from normswap.layers.gates import GatedModule
 from normswap.model_comparison import Check, ModelComparison, all_distances
@@ -25,8 +26,8 @@ from normswap.model_pass import ModelPass, run_pass, shared_tensors
 from normswap.precision import Precision, computes_below, precisions
 from normswap.site_verdict import judge_sites
 from normswap.site_watch import SiteError
+from normswap.surgery.arguments import describe_shapes, mistaken_batches, require_module, require_type
 from normswap.surgery.gated import gated_modules
-from normswap.surgery.observation import describe_shapes
 from normswap.surgery.own_mode import OwnFlags, own_flags
 from normswap.surgery.tracing import first_line
 from normswap.surgery.tree import copy_model, walk_modules
@@ -37,7 +38,8 @@ __all__ = ["LAW_TOLERANCE", "Check", "Verification", "read_numbers", "verify", "
 LAW_TOLERANCE = 1e-9
 
 
-@dataclass(frozen=True)
+@printed_as("verification")
+@dataclass(frozen=True, repr=False)
 class Verification:
     """What `verify` found: `passed` only if something was compared and nothing failed.
 
@@ -71,6 +73,11 @@ class Verification:
             f"not judged by the whole model: {', '.join(silent)}" if silent else "",
         ]
         return "; ".join(part for part in parts if part)
+
+    def __repr__(self) -> str:
+        failed = [check.name for check in self.checks if check.passed is False]
+        verdict = "passed" if self.passed else f"failed: {', '.join(failed) or 'nothing was compared'}"
+        return f"Verification({verdict}, max_rel_error={self.max_rel_error:.1e}, inputs={self.inputs!r:.80})"
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain lists, dicts, strings and numbers; infinity and NaN, which JSON lacks, as strings."""
@@ -114,24 +121,31 @@ def verify(
     """Compare two models on data, end to end and site by site, in evaluation and in training.
 
     Args:
-        original, converted: both are left as they are; of wrapped ones the models inside are compared.
-        batches: an iterable of inputs, each a tensor, a tuple or a dict; a list for a single one.
-        tolerance: relative L2; default is 1e-9 in float64, a wider one is reported as loosened.
+        original, converted: two models that should compute the same, the reference first. Both are left as they are;
+            of wrapped ones the models inside are compared.
+        batches: an iterable of inputs, each a tensor, a tuple of positional or a dict of keyword arguments; `[x]` for a
+            single one.
+        tolerance: the largest relative L2 error that passes. Default 1e-9 in float64; a wider one is reported as
+            loosened.
 
     Returns:
-        What was measured. Models that do not run in float64 are compared in their own precision, which it names.
+        A `Verification`: `.passed`, `.checks` with errors and limits, `.sites`, and the precision: models that do not
+        run in float64 are compared in their own. `print(result)` shows a table.
 
     Raises:
         ModelError: `batches` holds no inputs, or the original fails on them in evaluation, or returns nothing that can
             be compared.
+        ArgumentError: a model is no module, or `tolerance` no number.
 
     Example:
-        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))
-        >>> x = torch.randn(4, 3, 9, 9)
+        >>> import torch, normswap
+        >>> model, x = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8)), torch.randn(2, 3, 16, 16)
         >>> normswap.verify(model, normswap.convert(model, x).model, [x]).passed
         True
     """
-    original, converted = unwrap(original), unwrap(converted)
+    require_type(tolerance, float | int | None, "tolerance", "a relative error such as 1e-9")
+    original = unwrap(require_module(original, "original"))
+    converted = unwrap(require_module(converted, "converted"))
     before = [(place.module, place.module.training) for m in (original, converted) for place in walk_modules(m)]
     flags = own_flags(original), own_flags(converted)
     first = copy_model(original)
@@ -236,8 +250,8 @@ def _shapes(comparison: ModelComparison) -> str:
 
 
 def _as_batches(batches: Iterable[Any]) -> list[Any]:
-    if isinstance(batches, Tensor | dict):
-        raise ModelError(f"batches: expected a list of inputs, got one {type(batches).__name__}: pass [x]")
+    if problem := mistaken_batches(batches):
+        raise ModelError(f"batches: {problem}")
     inputs = list(batches)
     if not inputs:
         raise ModelError("batches: expected at least one input, got none")

@@ -135,7 +135,7 @@ FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
         "got a Git LFS pointer: fetch the real file with git lfs pull",
     ),
     "noise": (lambda path: path.write_bytes(bytes(range(128, 256))), "got bytes of an unknown kind (80 81"),
-    "an image": (lambda path: path.write_bytes(b"\x89PNG\r\n\x1a\n\0\0"), "got bytes of an unknown kind (89 50"),
+    "an image": (lambda path: path.write_bytes(b"\x89PNG\r\n\x1a\n\0\0"), "got an image (PNG)"),
     "a huge header": (
         lambda path: path.write_bytes(struct.pack("<Q", 2**60) + b"{}"),
         "expected a file of torch.save or safetensors, got bytes of an unknown kind",
@@ -154,7 +154,7 @@ FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "TorchScript": (_torchscript, "TorchScript, whose code is fixed: convert the Python model's state_dict()"),
     "several models": (
         lambda path: torch.save({"left": files.TiedNet().state_dict(), "right": files.TiedNet().state_dict()}, path),
-        "bad.pt: holds several models ('left', 'right'): say which with --entry NAME (entry=...)",
+        "bad.pt: holds several models ('left', 'right'): say which, such as ",
     ),
     "weights on meta": (
         lambda path: torch.save(files.TiedNet().to("meta").state_dict(), path),
@@ -170,7 +170,7 @@ FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "numbers as names": (
         lambda path: torch.save({3: torch.ones(1)}, path),
-        "expected a state dict or a module, got a mapping of tensors, none of them a weight by name",
+        "expected a state dict or a module, got a mapping with the key 3 (int), where names of tensors are texts",
     ),
     "a tensor": (
         lambda path: torch.save(torch.ones(1), path),
@@ -268,7 +268,7 @@ def test_a_pickled_module_needs_trust(folder: Path) -> None:
     for arguments in (["convert", "module.pt"], ["inspect", "module.pt"], ["verify", "module.pt", "bn.pt"]):
         message = "loading them would run timm.layers"
         assert_refused(folder, arguments, 2, message)
-        assert_refused(folder, arguments, 2, "more): pass --trust (trust=True) if you trust where it comes from")
+        assert_refused(folder, arguments, 2, "more): pass --trust if you trust where it comes from")
 
 
 def test_a_pickled_module_whose_class_is_not_here(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -289,10 +289,10 @@ def test_a_pickled_module_whose_code_fails(folder: Path, monkeypatch: pytest.Mon
 
 # Architectures.
 
-SCHEMES = "timm:NAME, torchvision:NAME, hf:FOLDER, path/file.py:function"
+SCHEMES = "timm:NAME, torchvision:NAME, hf:FOLDER, or path/file.py:function"
 ARCHITECTURES = {
-    "no scheme": ("resnet50", f"expected one of {SCHEMES}, such as timm:resnet50"),
-    "unknown scheme": ("tim:resnet50", f"expected one of {SCHEMES}, such as timm:resnet50"),
+    "no scheme": ("resnet50", f"expected one of {SCHEMES} for a model of your own, such as timm:resnet50"),
+    "unknown scheme": ("tim:resnet50", f"expected one of {SCHEMES} for a model of your own, such as timm:resnet50"),
     "a folder without a model": ("hf:nowhere", "expected the file nowhere/config.json, which is not there"),
     "a file that is not there": ("mine.py:build", "expected the file mine.py, which is not there"),
     "no name": ("timm:", "expected timm:NAME[,key=value...], got the name ''"),
@@ -324,7 +324,7 @@ def test_an_architecture_is_needed_where_the_tensors_tell_none(folder: Path) -> 
 
 def test_several_functions_are_never_guessed_among(folder: Path) -> None:
     torch.save(timm.create_model("efficientnet_b0", num_classes=10).state_dict(), folder / "bad.pt")
-    message = " architectures that compute different functions, and do not say which: type --arch timm:efficientnet_b0"
+    message = " architectures that compute different functions, and do not say which: pass --arch timm:efficientnet_b0"
     for command in ("convert", "identify"):
         assert_refused(folder, [command, "bad.pt"], 1, message)
         assert_refused(folder, [command, "bad.pt"], 1, "--arch timm:tf_efficientnet_b0,num_classes=10")
@@ -494,8 +494,14 @@ def test_a_plan_for_another_model_is_told(folder: Path) -> None:
 PLANS = {
     "missing": (None, "bad.json: no such file"),
     "empty": (b"", "bad.json: the file is empty"),
-    "no JSON": (b"swap everything", "bad.json: expected a plan as JSON, written by --save-plan; "),
-    "nested too deeply": (b"[" * 100_000, "expected a plan as JSON, written by --save-plan; maximum recursion depth"),
+    "no JSON": (
+        b"swap everything",
+        "bad.json: expected a plan as JSON, as SwapPlan.to_json() writes it (normswap convert --save-plan); ",
+    ),
+    "nested too deeply": (
+        b"[" * 100_000,
+        "expected a plan as JSON, as SwapPlan.to_json() writes it (normswap convert --save-plan); maximum",
+    ),
     "not text": (b"\xff\xfe\x00", "bad.json: 'utf-8' codec can't decode"),
     "another document": (b'{"a": 1}', "bad.json: the plan lacks ["),
     "of the future": (None, "bad.json: the plan is of a newer version than 1: update normswap"),

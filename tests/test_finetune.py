@@ -180,7 +180,7 @@ def test_an_interrupted_run_ends_with_the_weights_of_one_that_was_not(tmp_path: 
     before = signal.getsignal(number)
     parts = recipe(tmp_path / "parts", **keys)
     with pytest.raises(
-        RunInterrupted, match=r"stopped after step 3 of 5, all is saved in .*: go on with --resume"
+        RunInterrupted, match=r"stopped after step 3 of 5, all is saved in .*: go on with resume=True"
     ) as e:
         run_recipe(parts, on_step=stop)
     assert (e.value.exit_code, signal.getsignal(number)) == (128 + number, before)
@@ -231,11 +231,13 @@ def test_two_processes_end_alike_interrupted_or_not(tmp_path: Path) -> None:
 def test_a_state_is_of_one_recipe_and_in_one_folder(finished: tuple[Path, Any, list[Any]], tmp_path: Path) -> None:
     folder, _, _ = finished
     same: dict[str, Any] = {"train": {"ema_decay": 0.9}, "run": {"evaluate_every": 2}}
-    with pytest.raises(TrainingError, match="holds a run already: go on with --resume, or start anew with --force"):
+    with pytest.raises(
+        TrainingError, match="holds a run already: go on with resume=True, or start anew with overwrite=True"
+    ):
         run_recipe(recipe(folder.parent, **same))
     with pytest.raises(RecipeError, match=r"is of a run with other train\.lr: start anew in another run\.output"):
         run_recipe(recipe(folder.parent, train={"ema_decay": 0.9, "lr": 0.5}, run={"evaluate_every": 2}), resume=True)
-    with pytest.raises(CheckpointError, match="no state of a run to go on from: leave --resume out"):
+    with pytest.raises(CheckpointError, match="no state of a run to go on from: leave resume=True out"):
         run_recipe(recipe(tmp_path), resume=True)
     (tmp_path / "run").mkdir()
     torch.save(weights_of(folder), tmp_path / "run" / "state.pt")

@@ -74,7 +74,7 @@ REFUSED: dict[str, tuple[State, str]] = {
     "a norm beyond": (
         state() | {f"aux.1.running_{name}": torch.ones(3) for name in ("mean", "var")},
         "2 unexpected: aux.1.running_mean, aux.1.running_var; the file has norms that the model has not (aux.1): name "
-        "the architecture that has them, or convert by names alone with --arch none",
+        "the architecture that has them",
     ),
     "mostly other heads": (
         state() | {f"head{number}.weight": torch.ones(3) for number in range(11)},

@@ -231,13 +231,13 @@ def test_names_count_as_one_exactly_where_the_networks_compute_the_same(first: s
 def test_what_differs_in_function_is_told_with_what_to_type() -> None:
     shapes = shapes_of("timm:tf_efficientnet_b0,num_classes=10")
     with pytest.raises(
-        ArchitectureError, match="different functions, and do not say which: type --arch timm:"
+        ArchitectureError, match="different functions, and do not say which: pass architecture='timm:"
     ) as caught:
         decide_on(shapes)
     text = str(caught.value)
-    assert "--arch timm:efficientnet_b0,num_classes=10 (norm BatchNorm eps 1e-05; convolution Conv2d;" in text
+    assert "architecture='timm:efficientnet_b0,num_classes=10' (norm BatchNorm eps 1e-05; convolution Conv2d;" in text
     assert (
-        "--arch timm:tf_efficientnet_b0,num_classes=10 (norm BatchNorm eps 0.001; convolution Conv2d, Conv2dSame"
+        "architecture='timm:tf_efficientnet_b0,num_classes=10' (norm BatchNorm eps 0.001; convolution Conv2d, Conv2d"
         in text
     )
     assert "\n" not in text
@@ -409,7 +409,7 @@ def test_several_functions_are_told_apart_and_exit_with_1(folder: Path) -> None:
     assert result.exit_code == 1
     assert "torchvision:resnet18" in result.stdout
     assert "BlurPool2d" in result.stdout
-    assert "type --arch timm:resnet18 (" in result.stderr
+    assert "pass --arch timm:resnet18 (" in result.stderr
     document = json.loads(run("model.pt", "--json").stdout)
     assert document["architecture"] is None
     assert document["differences"].keys() == {"timm:resnet18", "timm:resnetblur18"}
@@ -419,7 +419,7 @@ def test_a_stranger_exits_with_1(folder: Path) -> None:
     torch.save(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)).state_dict(), "model.pt")
     result = run("model.pt")
     assert result.exit_code == 1
-    assert "name the architecture with --arch ZOO:NAME" in result.stderr
+    assert "name the architecture with --arch timm:NAME, or with --arch path/file.py:function" in result.stderr
     shapes = shapes_of(SMALL)
     torch.save({**{n: torch.zeros(s) for n, s in shapes.items()}, "norm_pre.bias": torch.zeros(3)}, "model.pt")
     result = run("model.pt")
@@ -447,5 +447,5 @@ def test_a_pickled_module_is_identified_only_where_it_is_trusted(folder: Path) -
 
 def test_the_messages_speak_of_the_same_identification() -> None:
     several, none = identify(shapes_of("timm:resnet18")), identify({})
-    assert ambiguity(several).count("--arch") == len(several.functions)
+    assert ambiguity(several).count("architecture=") == len(several.functions)
     assert "resemble no model" in no_match(none)

@@ -13,7 +13,8 @@ from timm.layers import StdConv2d
 from torch import Tensor, nn
 
 from normswap.errors import ModelError
-from normswap.surgery.observation import Observation, describe_shapes, observe_forward
+from normswap.surgery.arguments import describe_shapes
+from normswap.surgery.observation import Observation, observe_forward
 from normswap.surgery.tree import walk_modules
 
 

@@ -222,7 +222,7 @@ def edited_swap(plan: SwapPlan, **changes: object) -> str:
 
 def test_json_that_is_no_plan_is_refused(plan: SwapPlan) -> None:
     cases = [
-        ("not json", "expected a plan as JSON, written by --save-plan"),
+        ("not json", "expected a plan as JSON, as SwapPlan.to_json"),
         ("[]", "expected the plan as a JSON object, got list"),
         ("{}", r"the plan lacks \['inputs', 'model_class', 'notes', 'skips', 'swaps', 'version'\]"),
         (edited(plan, extra=1), r"the plan has unknown fields \['extra'\]"),

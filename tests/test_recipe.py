@@ -88,8 +88,8 @@ def test_values_can_be_put_over_a_recipe(tmp_path: Path) -> None:
     assert (recipe.name, recipe.train.steps, recipe.train.epochs) == ("mine", None, 2)
     assert (recipe.train.optimizer, recipe.data.crop_scale) == ("adamw", (0.5, 1.0))
     for override, text in (
-        ("steps=3", "--set: expected table.key=value such as train.lr=0.01, got 'steps=3'"),
-        ("trian.steps=3", "--set trian.steps=3: unknown table [trian]; did you mean train?"),
+        ("steps=3", "overrides: expected table.key=value such as train.lr=0.01, got 'steps=3'"),
+        ("trian.steps=3", "overrides='trian.steps=3': unknown table [trian]; did you mean train?"),
         ("train.stpes=3", "unknown key train.stpes; did you mean steps?"),
         ("train.stpes=none", "unknown key train.stpes; did you mean steps?"),
     ):

@@ -24,6 +24,9 @@ from normswap.checkpoints.named_architectures import check_keywords, checked_con
 from normswap.errors import ArchitectureError
 from normswap.surgery.tracing import first_line
 
+_BUILDER = re.compile(r"(build|make|create|get|model|net)", re.IGNORECASE)
+_MOST_KEYWORDS = 12
+_FILES_OF_WEIGHTS = {".pt", ".pth", ".bin", ".ckpt", ".safetensors"}
 # Keywords that fetch or read weights: the weights come from the file alone.
 _WEIGHT_KEYWORDS = re.compile(r"pretrained|checkpoint|weights|cache_dir|progress")
 _MOST_CHARACTERS = 4_000
@@ -59,11 +62,7 @@ def parse_architecture(text: str) -> ArchitectureName:
         return ArchitectureName("file", whole, keywords)
     scheme, colon, model = whole.partition(":")
     if not colon or scheme not in (*_ZOOS, "hf"):
-        near = f"timm:{model if colon else whole}"
-        raise ArchitectureError(
-            f"architecture {text!r}: expected one of {', '.join(f'{zoo}:NAME' for zoo in _ZOOS)}, hf:FOLDER, "
-            f"path/file.py:function, such as {near}"
-        )
+        raise ArchitectureError(_unknown_scheme(text, whole))
     if not (model if scheme == "hf" else re.fullmatch(r"[\w.\-]+", model)):
         raise ArchitectureError(f"architecture {text!r}: expected {scheme}:NAME[,key=value...], got the name {model!r}")
     return ArchitectureName(scheme, model, keywords)
@@ -117,8 +116,7 @@ def check_architecture(text: str) -> ArchitectureName:
         return name
     names = _ZOOS[name.scheme].names()
     if name.model.partition(".")[0] not in names:
-        near = difflib.get_close_matches(name.model, names, n=3) or ["none, see its list_models()"]
-        raise ArchitectureError(f"{name.scheme} has no model {name.model!r}; nearest: {', '.join(near)}")
+        raise ArchitectureError(f"{name.scheme} has no model {name.model!r}; {_nearest_models(name, names)}")
     return name
 
 
@@ -142,7 +140,7 @@ def build_architecture(text: str, *, pretrained: bool = False, trust: bool = Fal
     """
     name = check_architecture(text)
     if name.keywords.get("trust_remote_code") and not trust:
-        raise ArchitectureError(f"{text}: trust_remote_code runs Python code of the folder: add --trust (trust=True)")
+        raise ArchitectureError(f"{text}: trust_remote_code runs Python code of the folder: add trust=True")
     if pretrained:
         if name.scheme != "timm":
             raise ArchitectureError(f"{text}: published weights are fetched for timm:NAME only: give a checkpoint")
@@ -154,7 +152,7 @@ def build_architecture(text: str, *, pretrained: bool = False, trust: bool = Fal
     except ArchitectureError:
         raise
     except Exception as error:
-        raise ArchitectureError(f"{text}: cannot be built: {first_line(error)}") from error
+        raise ArchitectureError(f"{text}: cannot be built: {first_line(error)}{_nearest_keyword(error)}") from error
     if not isinstance(model, nn.Module):
         raise ArchitectureError(f"{text}: expected a function that returns a module, got {type(model).__name__}")
     return model
@@ -196,6 +194,65 @@ def default_input_shape(model: nn.Module, architecture: str | None) -> tuple[int
 
 def _written(start: str, keywords: Mapping[str, Any]) -> str:
     return ",".join([start, *(f"{key}={value!r}" for key, value in keywords.items())])
+
+
+def _unknown_scheme(text: str, whole: str) -> str:
+    """What to type instead of a name that begins with no zoo."""
+    path = Path(whole.rstrip(":"))
+    if text == "none":
+        return "architecture 'none' builds no model, and one is needed here: pass timm:NAME, or path/file.py:function"
+    if path.suffix == ".py":
+        found = _builders_in(path)
+        which = f"such as {path}:{found[0]}; in it are {', '.join(found)}" if found else f"such as {path}:build"
+        missing = "" if path.is_file() else f" (and there is no file {path})"
+        return f"architecture {text!r}: expected the function or class that builds the model too, {which}{missing}"
+    if path.suffix in _FILES_OF_WEIGHTS:
+        return f"architecture {text!r}: a file of weights builds no model: pass timm:NAME, or path/file.py:function"
+    zoo, _, model = whole.replace("torchvision.models.", "torchvision:").replace("/", ":").rpartition(":")
+    zoo = next((known for known in _ZOOS if known in zoo), "timm")
+    return (
+        f"architecture {text!r}: expected one of {', '.join(f'{zoo}:NAME' for zoo in _ZOOS)}, hf:FOLDER, or "
+        f"path/file.py:function for a model of your own, such as {zoo}:{model}"
+    )
+
+
+def _builders_in(path: Path) -> list[str]:
+    """The functions and classes that a Python file defines, the likeliest builders first; it is not run."""
+    try:
+        tree = ast.parse(path.read_bytes())
+    except (OSError, SyntaxError, ValueError):
+        return []
+    found = [node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    found.sort(key=lambda node: (not _BUILDER.match(node.name), isinstance(node, ast.ClassDef)))
+    return [node.name for node in found if not node.name.startswith("_")]
+
+
+def _nearest_models(name: ArchitectureName, names: list[str]) -> str:
+    """Another zoo that has the model, or models with names like it."""
+    other = next((zoo for zoo in _ZOOS if zoo != name.scheme and name.model in _ZOOS[zoo].names()), None)
+    if other is not None:
+        return f"{other} has: {other}:{name.model}"
+    near = difflib.get_close_matches(name.model.lower().replace("-", "_"), names, n=3)
+    return f"nearest: {', '.join(near or ['none, see its list_models()'])}"
+
+
+def _nearest_keyword(error: BaseException) -> str:
+    """The keyword that was meant, if a builder was given one that it does not take."""
+    match = re.search(r"([\w.]+)\(\) got an unexpected keyword argument '(\w+)'", str(error))
+    if match is None:
+        return ""
+    accepted: set[str] = set()
+    trace = error.__traceback__
+    while trace is not None:
+        # The function itself was never entered: it is a name that its caller knows.
+        for value in {**trace.tb_frame.f_globals, **trace.tb_frame.f_locals}.values():
+            owner = match[1].removesuffix(".__init__")
+            if callable(value) and getattr(value, "__qualname__", None) == owner:
+                accepted |= {*inspect.signature(value).parameters} - {"self", "args", "kwargs"}
+        trace = trace.tb_next
+    near = difflib.get_close_matches(match[2], sorted(accepted), n=1)
+    known = f"; it takes {', '.join(sorted(accepted)[:_MOST_KEYWORDS])}" if accepted else ""
+    return f"; did you mean {near[0]}?" if near else known
 
 
 def _pair(size: Any) -> tuple[int, ...]:
@@ -245,8 +302,8 @@ def _checked(folder: Path, config: Any) -> dict[str, Any]:
             check_keywords(what, {key: checked[key] for key in ("num_classes", "global_pool") if key in checked})
     except ArchitectureError as error:
         raise ArchitectureError(
-            f"{error}: name the architecture with --arch (architecture=), or pass --trust (trust=True) if you trust "
-            "where the folder comes from"
+            f"{error}: name the architecture with architecture=, or pass trust=True if you trust where the folder "
+            "comes from"
         ) from None
     return checked
 
@@ -284,7 +341,7 @@ def _build_from_file(name: ArchitectureName) -> object:
     build = getattr(module, function, None)
     if not callable(build):
         found = sorted(key for key, value in vars(module).items() if callable(value) and not key.startswith("_"))
-        near = difflib.get_close_matches(function, found, n=3) or found[:3]
+        near = difflib.get_close_matches(function, found, n=3) or _builders_in(path) or ["none"]
         raise ArchitectureError(f"{path}: has no function {function!r}; nearest: {', '.join(near)}")
     return build(**name.keywords)
 

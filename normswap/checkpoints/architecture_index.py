@@ -130,7 +130,7 @@ def shipped_index() -> ArchitectureIndex:
     except (OSError, lzma.LZMAError, ValueError, EOFError) as error:
         raise ArchitectureError(
             f"the index of architectures cannot be read ({error}): install normswap again, or name the architecture "
-            "with --arch timm:NAME"
+            "with architecture='timm:NAME'"
         ) from error
 
 

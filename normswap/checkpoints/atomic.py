@@ -7,6 +7,7 @@ removed by the next one that writes the same target. What the disk refuses is on
 import difflib
 import errno
 import os
+import re
 import stat
 import sys
 from collections.abc import Callable, Iterator
@@ -37,7 +38,8 @@ def check_readable(path: Path) -> None:
         CheckpointError: missing (with the nearest names beside it), or empty.
     """
     if not path.exists():
-        raise CheckpointError(f"{path}: no such file{_nearest(path)}")
+        raise CheckpointError(f"{path}: no such file{_instead_of(path)}")
+    _check_name(path)
     if path.is_file() and path.stat().st_size == 0:
         raise CheckpointError(f"{path}: the file is empty: copy or download it again")
 
@@ -53,13 +55,14 @@ def check_writable(path: Path, *, replace: bool, as_folder: bool = False) -> Non
         CheckpointError: its folder is missing or not writable, its name too long, it is a folder, a device or a link
             that leads nowhere, or it exists and may not be replaced.
     """
+    _check_name(path)
     if not path.parent.is_dir():
         raise CheckpointError(f"{path}: expected an existing folder, got {path.parent}: create it first")
     if as_folder:
         _refuse_existing(path)
     final = _final(path)
     if path.exists() and not replace:
-        raise CheckpointError(f"{path}: exists already: choose another name, or replace it with --force")
+        raise CheckpointError(f"{path}: exists already: choose another name, or replace it with overwrite=True")
     probe = temporary_name(final)
     try:
         # Asking for permissions is not enough: root has them all, also on a file system that is read-only.
@@ -72,6 +75,17 @@ def check_writable(path: Path, *, replace: bool, as_folder: bool = False) -> Non
 
 def _no_check() -> None:
     """Nothing to be looked at before a file appears."""
+
+
+def _check_name(path: Path) -> None:
+    """Refuse a name that torch and safetensors cannot be given: they take UTF-8 only."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise CheckpointError(
+            f"{path}: the name has bytes that the encoding of file names here ({sys.getfilesystemencoding()}) does not "
+            "have: set PYTHONUTF8=1, or rename it"
+        ) from None
 
 
 @contextmanager
@@ -176,6 +190,15 @@ def _sync(path: Path) -> None:
             os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _instead_of(path: Path) -> str:
+    """What was most likely meant by a path that leads nowhere."""
+    if re.match(r"\w{2,}:/", str(path)):  # a Path makes one slash of two
+        return ": an address is not opened, download the file first"
+    if path.parts[:1] and path.parts[0].startswith("~"):
+        return f": ~ is expanded by the shell alone, and not in quotes: pass {path.expanduser()}"
+    return _nearest(path)
 
 
 def _nearest(path: Path) -> str:

@@ -4,6 +4,7 @@ Reads whatever `containers` decodes, finds the weights in it and builds their mo
 """
 
 import copy
+import os
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
@@ -32,12 +33,14 @@ from normswap.checkpoints.layout import rejoin
 from normswap.checkpoints.pages import let_go
 from normswap.checkpoints.prefixes import StoredNames, names_for, names_with_copies
 from normswap.checkpoints.programs import Program, digest_of_members
-from normswap.checkpoints.recognition import recognise
+from normswap.checkpoints.recognition import recognise, state_dict_of
 from normswap.checkpoints.record import Payload, Record, Step, check_seal
 from normswap.checkpoints.sources import Source, open_source
-from normswap.errors import AmbiguityError, ArchitectureError, CheckpointError, SwapError
+from normswap.display import counted, printed_as
+from normswap.errors import AmbiguityError, ArchitectureError, ArgumentError, CheckpointError, SwapError
 from normswap.layers.adoption import GATE_PARAMETERS
 from normswap.layers.importance import importance_weights as shares_of
+from normswap.surgery.arguments import require_type
 from normswap.surgery.conversion import apply_plan
 from normswap.surgery.gated import ImportanceWeights, gated_modules, importance_weights
 from normswap.surgery.plan import ANY_CLASS, SwapPlan
@@ -46,8 +49,10 @@ from normswap.surgery.programs import module_of
 from normswap.surgery.tree import join
 
 Architecture = str | nn.Module | Callable[[], nn.Module]
+_MOST_FITTING = 2
 
 
+@printed_as("loaded")
 class Loaded(NamedTuple):
     """What `load` found in a file: the model, the plan it was converted with (None if it was not), what was done to
     it so far, and what else the file holds.
@@ -57,6 +62,11 @@ class Loaded(NamedTuple):
     plan: SwapPlan | None
     history: tuple[Step, ...]
     rest: dict[str, Any]
+
+    def __repr__(self) -> str:
+        plan = "not converted" if self.plan is None else counted(len(self.plan.swaps), "swap")
+        rest = f", rest: {', '.join(map(str, self.rest))}" if self.rest else ""
+        return f"Loaded({type(self.model).__name__}, {plan}{rest:.200})"
 
 
 @dataclass(frozen=True)
@@ -120,11 +130,24 @@ def load(
         entry: which weights of several are meant, such as `"state_dict_ema"`; dots between nested entries.
         trust: run the code that the file names: pickled objects, or an architecture in a Python file.
 
+    Returns:
+        `Loaded(model, plan, history, rest)`: the model, the plan it was converted with (None if it was not), what was
+        done to it, and what else the file holds, such as `rest["optimizer"]`. `print` shows it as tables.
+
     Raises:
         CheckpointError: not a checkpoint, damaged, changed since normswap wrote it, or with code and not trusted.
         ArchitectureError: the tensors fit no or several known architectures, it cannot be built, or they do not fit it.
         PlanError: the file's plan does not fit the architecture.
+        ArgumentError: `path` or `architecture` is of a wrong type.
+
+    Example:
+        >>> import torch, normswap
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))
+        >>> torch.save({"model": model.state_dict(), "epoch": 3}, "trained.pt")
+        >>> normswap.load("trained.pt", architecture=model)
+        Loaded(Sequential, not converted, rest: epoch)
     """
+    require_type(path, str | os.PathLike, "path", "the name of a file or a folder")
     header = read_header(Path(path))
     checkpoint = read_checkpoint(header, entry=entry, trust=trust and not header.gives_weights(architecture))
     header.origin.check_unchanged()
@@ -261,8 +284,8 @@ def _checkpoint(
     if record is not None and entry is None:
         if len(record.entries) > 1:
             raise CheckpointError(
-                f"holds several converted models ({', '.join(map(repr, record.entries))}): say which with "
-                "--entry NAME (entry=...)"
+                f"holds several converted models ({', '.join(map(repr, record.entries))}): say which, such as "
+                f"entry={record.entries[0]!r}"
             )
         entry = record.entry
     contents = read_contents(content, entry=entry)
@@ -310,14 +333,12 @@ def build_model(checkpoint: Checkpoint, architecture: Architecture | None = None
     plan = record.plan if record else None
     if record is not None and record.payload == "program" and checkpoint.program is None:
         raise CheckpointError(
-            f"{path}: a converted program, whose graph alone knows what its weights mean: pass --trust (trust=True), "
+            f"{path}: a converted program, whose graph alone knows what its weights mean: pass trust=True, "
             "without an architecture, if you trust where it comes from"
         )
     if isinstance(weights, nn.Module):
         if architecture is not None:
-            raise ArchitectureError(
-                f"{path}: a pickled module brings its own architecture: leave --arch (architecture=) out"
-            )
+            raise ArchitectureError(f"{path}: a pickled module brings its own architecture: leave architecture= out")
         return Built(weights, names_for([], []), None, plan)
     source = architecture or said_architecture(checkpoint, trust=trust)
     if source is None:
@@ -334,7 +355,12 @@ def build_model(checkpoint: Checkpoint, architecture: Architecture | None = None
         if not gated_modules(model):
             apply_plan(model, plan)
             names = _names(checkpoint, weights, model)
-    fit = fill(model, _for_model(weights, names, model), source if isinstance(source, str) else type(model).__name__)
+    try:
+        fit = fill(
+            model, _for_model(weights, names, model), source if isinstance(source, str) else type(model).__name__
+        )
+    except ArchitectureError as error:
+        raise type(error)(f"{path}: {error}{_what_fits(checkpoint, source)}") from error
     let_go(weights.values())
     return Built(model.eval(), names, source if isinstance(source, str) else None, plan, fit)
 
@@ -352,6 +378,19 @@ def _without_copies(plan: SwapPlan, names: StoredNames) -> SwapPlan:
     prefixes = tuple(copy.prefix for copy in names.copies)
     kept = tuple(s for s in plan.swaps if s.class_name != ANY_CLASS or not prefixes or not s.fqn.startswith(prefixes))
     return replace(plan, swaps=kept)
+
+
+def _what_fits(checkpoint: Checkpoint, tried: Architecture) -> str:
+    """The architectures that the tensors of a file fit, to be added to why they do not fit the one that was tried."""
+    try:
+        found = recognise(state_dict_of(checkpoint.weights), checkpoint.content, prefix=checkpoint.contents.prefix)
+    except CheckpointError:  # which holds several models
+        return ""
+    fitting = [f"architecture={group[0].architecture!r}" for group in found.functions]
+    if not fitting or any(tried == candidate.architecture for candidate in found.candidates):
+        return ""
+    more = f" or {len(fitting) - _MOST_FITTING} others" if len(fitting) > _MOST_FITTING else ""
+    return f"; the tensors fit {' or '.join(fitting[:_MOST_FITTING])}{more}"
 
 
 def stored_importance_weights(checkpoint: Checkpoint) -> dict[str, ImportanceWeights]:
@@ -410,13 +449,13 @@ def said_architecture(checkpoint: Checkpoint, *, trust: bool) -> str | None:
         foreign = not trust and (is_foreign_code(said) or said.startswith("hf:"))
     except ArchitectureError as error:
         raise ArchitectureError(
-            f"{path}: names the architecture {said!r:.100}: {error}: name it with --arch (architecture=), or pass "
-            "--trust (trust=True) if you trust where the file comes from"
+            f"{path}: names the architecture {said!r:.100}: {error}: name it with architecture=, or pass trust=True if "
+            "you trust where the file comes from"
         ) from None
     if foreign:
         raise ArchitectureError(
-            f"{path}: names the code of its architecture, {said}, which is not run unasked: pass it with --arch "
-            "(architecture=) if it is yours, or --trust (trust=True)"
+            f"{path}: names the code of its architecture, {said}, which is not run unasked: pass "
+            f"architecture={said!r} if it is yours, or trust=True"
         )
     return said
 
@@ -452,7 +491,11 @@ def _built(source: Architecture, *, trust: bool) -> nn.Module:
         return build_architecture(source, trust=trust)
     if isinstance(source, nn.Module):
         return copy.deepcopy(source)
-    model: object = source()
+    builder: object = source
+    if not callable(builder):
+        named = "'timm:NAME', 'path/file.py:function', a module, or a function that returns one"
+        raise ArgumentError(f"architecture: expected {named}, got {type(source).__name__}")
+    model: object = builder()
     if not isinstance(model, nn.Module):
         raise ArchitectureError(f"architecture: expected a function that returns a module, got {type(model).__name__}")
     return model

@@ -6,6 +6,7 @@ or called unless the caller says `trust`; TorchScript, plain pickles and text ar
 
 import codecs
 import json
+import re
 import struct
 import warnings
 import zipfile
@@ -155,6 +156,26 @@ def decode(path: Path, container: Container, *, trust: bool, mapped: bool = Fals
     if container in FOLDERS:
         return _decode_shards(_shards(path), trust=trust, mapped=mapped)
     return _decode_pickle(path, trust=trust, legacy=container == "legacy pickle", mapped=mapped)
+
+
+def check_ending(path: Path) -> None:
+    """Refuse a name for an output whose ending promises a format that is not written.
+
+    Raises:
+        CheckpointError: such as `model.onnx`.
+    """
+    if path.suffix.lower() in _NOT_WRITTEN:
+        raise CheckpointError(
+            f"{path}: expected a name in .pt, .pth, .bin, .ckpt, .safetensors or .pt2, got one in {path.suffix}, a "
+            "format that is not written: choose another name"
+        )
+
+
+def needs_trust(path: Path) -> bool:
+    """Say whether a file holds pickled objects that only `trust=True` reads."""
+    container = sniff(path)
+    is_pickle = container in ("torch zip", "legacy pickle")
+    return is_pickle and bool(_blocked_globals(path, legacy=container == "legacy pickle"))
 
 
 def encode(
@@ -337,12 +358,12 @@ def _refusal(path: Path, error: Exception, *, legacy: bool) -> str:
     blocked = _blocked_globals(path, legacy=legacy)
     if isinstance(error, CheckpointError) and all(name.startswith("torch.") for name in blocked):
         said = str(error).removeprefix(f"{path}: ")
-        return f"{path}: {said}; pass --trust (trust=True) if you trust where it comes from"
+        return f"{path}: {said}; pass trust=True if you trust where it comes from"
     if not blocked:
         return f"{path}: truncated or damaged, or pickled in an unusual way ({told_by_torch(error)}): save it again"
     return (
         f"{path}: holds pickled objects beside tensors and plain data; loading them would run {_listed(blocked)}: pass "
-        "--trust (trust=True) if you trust where it comes from, or save model.state_dict() instead"
+        "trust=True if you trust where it comes from, or save model.state_dict() instead"
     )
 
 
@@ -356,7 +377,43 @@ def _blocked_globals(path: Path, *, legacy: bool) -> list[str]:
         return blocked_globals([stack.enter_context(archive.open(f"{_root(archive)}/data.pkl"))])
 
 
+# Endings of formats that hold models or arrays too.
+_NOT_WRITTEN = {
+    ".onnx",
+    ".h5",
+    ".hdf5",
+    ".keras",
+    ".tflite",
+    ".pb",
+    ".gguf",
+    ".npz",
+    ".npy",
+    ".json",
+    ".mlmodel",
+    ".engine",
+}
+# What files of other kinds begin with.
+_OTHER_KINDS = {
+    b"\x89PNG": "an image (PNG)",
+    b"\xff\xd8\xff": "an image (JPEG)",
+    b"GIF8": "an image (GIF)",
+    b"\x89HDF": "an HDF5 file, as Keras writes: load it with its own library and torch.save the weights",
+    b"\x93NUMPY": "a numpy array: torch.save a state dict of tensors",
+    b"\x1f\x8b": "a gzip archive: unpack it first",
+    b"7z\xbc\xaf": "a 7z archive: unpack it first",
+    b"GGUF": "a GGUF file, which holds quantised tensors: convert the model as it was before",
+    b"\x7fELF": "a program",
+    b"%PDF": "a PDF document",
+}
+_ONNX = re.compile(rb"\x08.[\x12:]", re.DOTALL)  # the version of its format, then who made it
+
+
 def _describe(head: bytes) -> str:
+    other = next((name for start, name in _OTHER_KINDS.items() if head.startswith(start)), None)
+    if other is not None:
+        return other
+    if _ONNX.match(head):
+        return "what looks like ONNX: convert the Python model, then export it again"
     if head.startswith(b"version https://git-lfs"):
         return "a Git LFS pointer: fetch the real file with git lfs pull"
     if head.lstrip().lower().startswith((b"<!doctype html", b"<html")):

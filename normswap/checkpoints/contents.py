@@ -35,6 +35,7 @@ _WEIGHTS = (
 _TRAINING = re.compile(r"optim|(^|_)opt(_|$)|sched|momentum|exp_avg")
 _COPIES = ("ema", "averag", "swa", "teacher", "best")
 _DEPTH = 3
+_SAVE_WEIGHTS = "save the model's own weights with torch.save(model.state_dict(), path)"
 _HINTS = ("arch", "model", "model_name", "architecture")
 
 
@@ -72,7 +73,7 @@ def read_contents(content: Any, *, entry: str | None = None) -> Contents:
     """
     found = weights_in(content)
     if not found:
-        raise CheckpointError(f"expected a state dict or a module, got {_described(content)}")
+        raise CheckpointError(f"expected a state dict or a module, got {_described(content)}: {_SAVE_WEIGHTS}")
     weights, prefix = _chosen(found, entry)
     others = tuple(place for place in found if place != weights)
     optimizers = optimizers_in(content)
@@ -216,7 +217,8 @@ def _chosen(found: Mapping[Place, Any], entry: str | None) -> tuple[Place, str]:
     candidates = plain or list(named)
     if len(candidates) > 1:
         raise CheckpointError(
-            f"holds several models ({_listed(named)}): say which with --entry NAME (entry=...), repeated for several"
+            f"holds several models ({_listed(named)}): say which, such as entry={name_of(candidates[0])!r}; "
+            "normswap convert takes several, --entry repeated"
         )
     return candidates[0], ""
 
@@ -254,10 +256,27 @@ def _listed(found: Sequence[Place] | Mapping[Place, Any]) -> str:
 
 def _described(content: Any) -> str:
     if isinstance(content, Mapping):
-        if not content:
-            return "an empty one"
-        bad = next((key for key, value in content.items() if not isinstance(value, Tensor)), None)
-        if bad is not None:
-            return f"a mapping with the entry {bad!r} of type {type(content[bad]).__name__} and no state dict in it"
-        return "a mapping of tensors, none of them a weight by name"
+        return _described_mapping(content)
+    if isinstance(content, list | tuple):
+        kinds = ", ".join(sorted({type(item).__name__ for item in content}))
+        return f"a {type(content).__name__} of {len(content)} items without names ({kinds or 'empty'})"
     return type(content).__name__
+
+
+def _described_mapping(content: Mapping[Any, Any]) -> str:
+    if not content:
+        return "an empty one"
+    number = next((key for key, value in content.items() if not isinstance(key, str) and _is_array(value)), None)
+    if number is not None:
+        return f"a mapping with the key {number!r} ({type(number).__name__}), where names of tensors are texts"
+    array = next((key for key, value in content.items() if _is_array(value) and not isinstance(value, Tensor)), None)
+    if array is not None:
+        return f"a mapping of arrays, such as {array!r} ({type(content[array]).__name__}), not of tensors"
+    bad = next((key for key, value in content.items() if not isinstance(value, Tensor)), None)
+    if bad is not None:
+        return f"a mapping with the entry {bad!r} of type {type(content[bad]).__name__} and no state dict in it"
+    return "a mapping of tensors, none of which is a floating-point weight"
+
+
+def _is_array(value: object) -> bool:
+    return hasattr(value, "shape") and hasattr(value, "dtype")

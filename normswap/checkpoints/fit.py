@@ -16,7 +16,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 
 from normswap.checkpoints.identification import is_beyond, is_counter, is_head, parts_of
-from normswap.errors import ArchitectureError
+from normswap.errors import ArchitectureError, UnknownNormsError
 from normswap.surgery.tracing import first_line
 
 _MOST = 3
@@ -70,7 +70,9 @@ def fill(model: nn.Module, state: Mapping[str, Tensor], name: str) -> Fit:
         # What is tolerated has been told apart above; a layer may still refuse what it is given.
         model.load_state_dict(state, strict=fit is None or fit == Fit())
     except RuntimeError as error:
-        raise ArchitectureError(f"the tensors do not fit {name}: {_misfit(model, state) or _told(error)}") from error
+        message = f"the tensors do not fit {name}: {_misfit(model, state) or _told(error)}"
+        unknown = any(_is_statistic(key) for key in state if key not in model.state_dict())
+        raise (UnknownNormsError if unknown else ArchitectureError)(message) from error
     for module in model.modules():
         if isinstance(module, LazyModuleMixin):
             _settle(module)
@@ -150,7 +152,7 @@ def _misfit(model: nn.Module, state: Mapping[str, Tensor]) -> str:
             "of another shape",
             {key: f" (is {_size(given[key])}, expected {_size(wanted[key])})" for key in shaped[:_MOST]},
         ),
-        _advice(unexpected, [(given[key], wanted[key]) for key in shaped]),
+        _advice(unexpected, {key: (given[key], wanted[key]) for key in shaped}),
     ]
     return "; ".join(part for part in parts if part)
 
@@ -175,18 +177,16 @@ def _size(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape)) or "a single number"
 
 
-def _advice(unexpected: list[str], shapes: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> str:
+def _advice(unexpected: list[str], shapes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]) -> str:
     """What the pattern of misfits most likely means."""
     if any(key.endswith(".mean_weight") for key in unexpected):
         return "the file holds importance weights without a plan: write converted models with normswap.save(plan=...)"
     norms = sorted({key.rpartition(".")[0] for key in unexpected if _is_statistic(key)})
     if norms:
-        return (
-            f"the file has norms that the model has not ({_named(norms)}): name the architecture that has them, or "
-            "convert by names alone with --arch none"
-        )
-    classes = {given[0] for given, wanted in shapes if given[1:] == wanted[1:] and len(given) in (1, 2)}
-    if shapes and len(classes) == 1 and all(given[1:] == wanted[1:] for given, wanted in shapes):
+        return f"the file has norms that the model has not ({_named(norms)}): name the architecture that has them"
+    pairs = shapes.values()
+    classes = {given[0] for given, wanted in pairs if given[1:] == wanted[1:] and len(given) in (1, 2)}
+    if len(classes) == 1 and all(map(is_head, shapes)) and all(given[1:] == wanted[1:] for given, wanted in pairs):
         return f"perhaps the architecture lacks num_classes={classes.pop()}"
     return ""
 

@@ -34,6 +34,10 @@ _RESEMBLANCE = 0.2
 _MOST_ADDED = 10_000
 _IMAGE_SIZES = ("img_size", "image_size")
 _CLASSES = "num_classes"
+_NAME_IT = (
+    "name the architecture with architecture='timm:NAME', or with architecture='path/file.py:function' if the model is "
+    "your own"
+)
 
 # What may be there beyond a network's own tensors: heads that were added, and what tools and older code leave behind.
 _HEAD = re.compile(
@@ -144,12 +148,12 @@ def decide(found: Identification) -> str:
 def ambiguity(found: Identification) -> str:
     """Return one line that says how the candidates differ and what to type."""
     told = [
-        f"--arch {name} ({'; '.join(f'{kind} {value}' for kind, value in facts.items()) or 'other settings'})"
+        f"architecture={name!r} ({'; '.join(f'{kind} {value}' for kind, value in facts.items()) or 'other settings'})"
         for name, facts in found.differences().items()
     ]
     more = f"; +{len(told) - _MOST_LISTED} more, see normswap identify" if len(told) > _MOST_LISTED else ""
     return (
-        f"the tensors fit {len(told)} architectures that compute different functions, and do not say which: type "
+        f"the tensors fit {len(told)} architectures that compute different functions, and do not say which: pass "
         f"{' or '.join(told[:_MOST_LISTED])}{more}"
     )
 
@@ -157,12 +161,9 @@ def ambiguity(found: Identification) -> str:
 def no_match(found: Identification) -> str:
     """Return one line that says what came nearest and what to type."""
     if not found.matches:
-        return f"the tensors resemble no model of {found.origin}: name the architecture with --arch ZOO:NAME"
+        return f"the tensors resemble no model of {found.origin}: {_NAME_IT}"
     near = "; ".join(f"{match.architecture} ({describe_misfits(match)})" for match in found.matches[:_MOST_NAMES])
-    return (
-        f"the tensors fit no model of {found.origin}; nearest: {near}: name the architecture with --arch ZOO:NAME, "
-        "or make the file hold that model's tensors alone"
-    )
+    return f"the tensors fit no model of {found.origin}; nearest: {near}: {_NAME_IT}"
 
 
 def describe_misfits(candidate: Candidate) -> str:

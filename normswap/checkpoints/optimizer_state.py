@@ -160,8 +160,8 @@ def check_rate(name: str, value: float | None) -> None:
     Raises:
         OptimizerError: as said.
     """
-    if value is not None and not (math.isfinite(value) and value >= 0):
-        raise OptimizerError(f"{name}: expected a finite number >= 0, got {value}")
+    if value is not None and not (hasattr(value, "__float__") and math.isfinite(value) and value >= 0):
+        raise OptimizerError(f"{name}: expected a finite number >= 0, got {value!r}")
 
 
 def _new_keys(taken: Sequence[Any], state: Mapping[Any, Any], gates: Sequence[str]) -> list[Any]:

@@ -157,8 +157,8 @@ def names_with_copies(
         elif not prefix:
             first, second = (names.prefix.rstrip(".") for names in (chosen, other))
             raise CheckpointError(
-                f"holds two models, under {chosen.prefix!r} and {each!r}, that differ ({difference}): say which with "
-                f"--entry NAME (entry=...), such as {first or second}"
+                f"holds two models, under {chosen.prefix!r} and {each!r}, that differ ({difference}): say which, such "
+                f"as entry={first or second!r}"
             )
     if not copies:
         return chosen

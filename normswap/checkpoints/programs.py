@@ -115,7 +115,7 @@ def load_program(path: Path) -> Program:
     if len(models) > 1:
         raise CheckpointError(
             f"{path}: {len(models)} programs in one archive: save each by torch.export.save, or convert the weights of "
-            "one by --arch ZOO:NAME --entry NAME"
+            "one with architecture='timm:NAME' and entry='NAME'"
         )
     try:
         with silence(), open(path, "rb") as file:
@@ -162,7 +162,7 @@ def _model_names(path: Path, sizes: Mapping[str, int]) -> list[str]:
 
 def _refuse(path: Path, what: str, do: str) -> NoReturn:
     raise CheckpointError(
-        f"{path}: {what}; reading them may run code: pass --trust (trust=True) to {do} if you trust where it comes "
+        f"{path}: {what}; reading them may run code: pass trust=True to {do} if you trust where it comes "
         "from, or convert the Python model's state_dict() and export it again"
     )
 

@@ -13,6 +13,7 @@ from normswap.checkpoints.contents import hinted_architectures
 from normswap.checkpoints.identification import Identification, identify
 from normswap.checkpoints.prefixes import leading_parts, names_under, prefixes_of
 from normswap.errors import CheckpointError
+from normswap.layers.adoption import GATE_PARAMETERS
 
 
 def recognise(weights: Mapping[str, Any], content: Any = None, *, prefix: str = "") -> Identification:
@@ -38,8 +39,7 @@ def recognise(weights: Mapping[str, Any], content: Any = None, *, prefix: str = 
     if len({*names.values()}) > 1:
         listed = " and ".join(f"{p!r} ({name})" for p, name in names.items())
         raise CheckpointError(
-            f"holds several models, under {listed}: say which with --entry NAME (entry=...), such as "
-            f"{next(iter(names)).rstrip('.')}"
+            f"holds several models, under {listed}: say which, such as entry={next(iter(names)).rstrip('.')!r}"
         )
     if fitting:
         return next(iter(fitting.values()))
@@ -50,7 +50,12 @@ def recognise(weights: Mapping[str, Any], content: Any = None, *, prefix: str = 
 
 def _shapes_under(weights: Mapping[str, Any], prefix: str) -> dict[str, tuple[int, ...]]:
     stored = names_under(weights, prefix).stored
-    return {name: tuple(weights[key].shape) for name, key in stored.items() if isinstance(weights[key], Tensor)}
+    return {
+        name: tuple(weights[key].shape)
+        for name, key in stored.items()
+        # Importance weights are what a conversion adds: the architecture is the original's.
+        if isinstance(weights[key], Tensor) and name.rpartition(".")[2] not in GATE_PARAMETERS
+    }
 
 
 def _copies_alike(weights: Mapping[str, Any]) -> list[str]:

@@ -3,6 +3,7 @@
 What becomes of everything that the source holds, `carrying` says.
 """
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
@@ -23,6 +24,7 @@ from normswap.checkpoints.containers import (
     TENSORS_ONLY,
     Container,
     add_record,
+    check_ending,
     decode,
     encode,
     read_metadata,
@@ -41,8 +43,9 @@ from normswap.checkpoints.trainer_state import write_beside
 from normswap.errors import CheckpointError, PlanError
 from normswap.layers.adoption import GATE_PARAMETERS
 from normswap.layers.modules import FunctionalSwitchNorm
+from normswap.surgery.arguments import require_module, require_type
 from normswap.surgery.gated import gated_modules
-from normswap.surgery.plan import SwapPlan
+from normswap.surgery.plan import SwapPlan, require_plan
 from normswap.surgery.programs import check_same
 from normswap.surgery.tracing import first_line
 from normswap.surgery.tree import join
@@ -67,6 +70,7 @@ def save(
 
     Args:
         model: converted or not; of a wrapped one the model inside is saved.
+        path: the file to write, in an existing folder.
         plan: of a converted model, `Conversion.plan` or `Loaded.plan`.
         architecture: what builds the original model, `"timm:NAME[,key=value...]"`; without it `load` must be told.
         verification: the proof, to travel with the model.
@@ -78,9 +82,24 @@ def save(
             differs from what was written.
         ArchitectureError: `architecture` is not such a name.
         PlanError: the plan is missing or not the one that the model was converted with.
+        ArgumentError: an argument is of a wrong type.
+
+    Example:
+        >>> import torch, normswap
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))
+        >>> conversion = normswap.convert(model)
+        >>> normswap.save(conversion.model, "converted.pt", plan=conversion.plan)
+        >>> normswap.load("converted.pt", architecture=model)
+        Loaded(Sequential, 1 swap)
     """
+    model = unwrap(require_module(model))
+    require_type(path, str | os.PathLike, "path", "the name of a file")
+    if plan is not None:
+        require_plan(plan)
+    require_type(architecture, str | None, "architecture", "a name such as 'timm:resnet18' or 'path/file.py:function'")
+    require_type(verification, Verification | None, "verification", "what verify returned")
     target = Path(path)
-    model = unwrap(model)
+    check_ending(target)
     container: Container = "safetensors" if target.suffix == ".safetensors" else "torch zip"
     _check_plan(model, plan)
     if architecture is not None:
@@ -216,7 +235,7 @@ def write_content(
         if not is_state_dict(content) or not all(isinstance(value, Tensor) for value in content.values()):
             raise CheckpointError(
                 f"{path}: safetensors holds tensors only, not a pickled module, extra state or a training checkpoint: "
-                "use a name in .pt, or --weights-only"
+                "use a name in .pt"
             )
         content, tied, channels_last = separate(content)
         record = replace(record, tied=tied, channels_last=channels_last)

@@ -84,7 +84,9 @@ def plan_from_names(
     included, excluded = first_matches(include, sites), first_matches(exclude, sites)
     kept = [swap for swap in swaps if swap.fqn not in excluded and (not include or swap.fqn in included)]
     skips = [
-        Skip(swap.fqn, ANY_CLASS, swap.kind, "left out by --include or --exclude") for swap in swaps if swap not in kept
+        Skip(swap.fqn, ANY_CLASS, swap.kind, "excluded by a pattern, or matched by none of include")
+        for swap in swaps
+        if swap not in kept
     ]
     note = "made from the names of tensors alone: what each norm is, the model tells that the file is loaded into"
     return SwapPlan(tuple(kept), tuple(skips), ANY_CLASS, None, (note,))

@@ -13,6 +13,7 @@ from normswap.cli.finetune import finetune_command
 from normswap.cli.identify import identify_command
 from normswap.cli.inspect import inspect_command
 from normswap.cli.launched import Program
+from normswap.cli.printable import make_output_printable
 from normswap.cli.recipes import recipes_command
 from normswap.cli.verify import verify_command
 
@@ -21,6 +22,7 @@ from normswap.cli.verify import verify_command
 @click.version_option(__version__, message="normswap %(version)s")
 def main() -> None:
     """Swap Batch Normalization for Switchable Normalization in trained networks, without changing their function."""
+    make_output_printable()
 
 
 main.add_command(identify_command)

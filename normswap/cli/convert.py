@@ -27,7 +27,7 @@ from normswap.cli.outputs import dropped_entries, merged_notes
 from normswap.cli.progress import stage
 from normswap.cli.wish import Wish, wishes_for
 from normswap.cli.writing import Result, Writing
-from normswap.errors import CheckpointError, NothingToDo, PlanError
+from normswap.errors import ArchitectureError, CheckpointError, NothingToDo, PlanError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from normswap.surgery.plan import SwapPlan
     from normswap.verification import Verification
 
+# Zoos whose models `normswap.load` builds from the name in a file alone.
+_BUILT_BY_NAME = ("timm:", "torchvision:")
 _GATES = ("simplex", "softmax")
 
 
@@ -93,22 +95,25 @@ def convert_command(
     """Swap Batch Normalization (and more, see --kinds) for Switchable Normalization in FILE, into a new file.
 
     FILE is any checkpoint: a state dict, a training checkpoint (its EMA copy and optimizer are carried along), a
-    pickled module, an exported program, a folder of shards. The converted model is measured against the original
-    wherever the size of an input is known, and written only if it computes the same function. With --arch none the
-    tensors are converted by their names alone. Exit status 0 done, 1 nothing to convert or not the same function, 2
-    cannot.
+    pickled module, an exported program, a folder of shards. The converted model is compared with the original, and
+    written only if it computes the same function; what cannot be compared is written only with --no-verify. With
+    --arch none the tensors are converted by their names alone. Exit codes: 0 success; 1 nothing to convert or not the
+    same function; 2 error.
     """
     wishes = wishes_for(Wish(file, output, arch=None, entry=None, inputs=(), **options), entries, archs, inputs)
-    for wish in wishes:
-        wish.check()
-    from rich.console import Console
-
     document: dict[str, Any] = {"file": str(file), "output": None, "written": False, "verification": None}
     answer: NothingToDo | None = None
     try:
+        for wish in wishes:
+            wish.check()
+        from rich.console import Console
+
         _convert(wishes, Console(highlight=False, quiet=as_json), document)
     except NothingToDo as no:
         answer = no
+    except KeyboardInterrupt:
+        written = f"{wishes[0].target} was written" if document["written"] else "nothing was written"
+        raise KeyboardInterrupt(f"interrupted; {written}") from None
     if as_json:
         print_json(document)
     if answer is not None:
@@ -148,14 +153,14 @@ def _convert(wishes: Sequence[Wish], console: "Console", document: dict[str, Any
         console.print(carried_notes(notes))
     document["carried"] = notes
     content = writing.final(carried.content)
-    if wish.dry_run or wish.save_plan is not None:  # else the writer looks, once
+    if wish.dry_run:  # else the writer looks, once
         checkpoint.origin.check_unchanged()
-    if wish.save_plan is not None:
-        write_text(wish.save_plan, result.plan.to_json())
     if not wish.dry_run:
         writing.write(content, console)
         document |= {"output": str(wish.target), "written": True, "bytes": size_of(wish.target)}
-    _print_end(console, wish, checkpoint)
+    if wish.save_plan is not None:
+        write_text(wish.save_plan, result.plan.to_json())
+    _print_end(console, wish, checkpoint, result)
 
 
 def _by_architecture(
@@ -167,12 +172,19 @@ def _by_architecture(
     from normswap.reports.tables import missing, parity
     from normswap.surgery.conversion import convert
 
-    opened = open_model(checkpoint, arch=wish.arch, inputs=wish.inputs, trust=wish.trust)
+    try:
+        opened = open_model(checkpoint, arch=wish.arch, inputs=wish.inputs, trust=wish.trust)
+    except ArchitectureError as error:
+        if error.convertible_by_names and not (wish.inputs or wish.kinds or wish.plan or wish.gate or wish.synchronize):
+            raise type(error)(f"{error}; or convert by tensor names: --arch none --no-verify") from error
+        raise
     with stage("finding norm sites"):
         plan = stored or _fresh_plan(wish, opened)
     _tell_plan(
         console, document, describe_content(checkpoint, opened.architecture), checkpoint, plan, opened.architecture
     )
+    if wish.verify and opened.inputs is None:
+        raise _unverifiable("the input size is unknown", "--input 2x3x224x224 (batch x channels x height x width)")
     with stage("swapping"):
         # What is built here is only looked at: one set of parameters serves both.
         alone = checkpoint.payload == "state dict"
@@ -181,8 +193,7 @@ def _by_architecture(
     new, sites = new_of(opened.model.state_dict(), conversion.model), originals(conversion.model, plan)
     proof = _prove(wish, opened, conversion, in_place=alone)
     document["verification"] = proof and proof.to_dict()
-    reason = "--no-verify" if not wish.verify else "give --input, nothing tells the size"
-    console.print(parity(proof) if proof else missing("Parity", f"not measured: {reason}"))
+    console.print(parity(proof) if proof else missing("Parity", "not measured: --no-verify"))
     _refuse_difference(console, plan, proof)
     module = None if alone else conversion.model
     notes = opened.built.fit.notes(opened.architecture or plan.model_class)
@@ -214,6 +225,8 @@ def _by_names(
     state = {name: weights[key] for name, key in names.stored.items()}
     plan = plan_from_names(state, include=wish.include, exclude=wish.exclude)
     _tell_plan(console, document, describe_content(checkpoint, "by names alone"), checkpoint, plan, None)
+    if wish.verify:
+        raise _unverifiable("with --arch none there is no model to run", "--arch path/file.py:function or timm:NAME")
     console.print(missing("Parity", "not measured: without an architecture there is no model to run"))
     gates = gates_of(plan)
     return Result(plan, names, New(gates, {}, tuple(gates)))
@@ -304,11 +317,18 @@ def _nothing(plan: "SwapPlan") -> str:
 def _prove(wish: Wish, opened: Opened, conversion: "Conversion", *, in_place: bool) -> "Verification | None":
     from normswap.verification import verify, verify_in_place
 
-    if not wish.verify or opened.inputs is None:
+    if not wish.verify:
         return None
     with stage("comparing original and converted"):
         prove = verify_in_place if in_place else verify
         return prove(opened.model, conversion.model, [opened.inputs], tolerance=wish.tolerance)
+
+
+def _unverifiable(reason: str, remedy: str) -> ArchitectureError:
+    return ArchitectureError(
+        f"nothing written: {reason}, so the conversion cannot be verified: pass {remedy}, or --no-verify to write it "
+        "unverified"
+    )
 
 
 def _refuse_difference(console: "Console", plan: "SwapPlan", proof: "Verification | None") -> None:
@@ -330,16 +350,31 @@ def _refuse_difference(console: "Console", plan: "SwapPlan", proof: "Verificatio
     )
 
 
-def _print_end(console: "Console", wish: Wish, source: "Checkpoint") -> None:
+def _print_end(console: "Console", wish: Wish, source: "Checkpoint", result: Result) -> None:
     console.print()
     if wish.save_plan is not None:
         console.print(f"plan stored in {wish.save_plan}", markup=False)
     if wish.dry_run:
         console.print(f"dry run: without --dry-run this writes {wish.target}", markup=False)
         return
-    trust = ", trust=True" if source.payload != "state dict" else ""
-    told = ", architecture=your_model" if wish.names_only else ""
-    several = (source.record is not None and source.record.networks) or wish.one_of_several
-    told += f', entry="{wish.entry}"' if several and wish.entry is not None else ""
     console.print(f"wrote {wish.target} ({describe_size(wish.target)})", style="bold", markup=False)
-    console.print(f'next: model = normswap.load("{wish.target}"{told}{trust}).model', markup=False, soft_wrap=True)
+    arguments = ", ".join([f'"{wish.target}"', *_arguments_of_load(wish, source, result)])
+    console.print(f"next: model = normswap.load({arguments}).model", markup=False, soft_wrap=True)
+
+
+def _arguments_of_load(wish: Wish, source: "Checkpoint", result: Result) -> list[str]:
+    """What `normswap.load` needs to be told of the file just written."""
+    from normswap.checkpoints.containers import needs_trust
+
+    arguments = []
+    if wish.names_only:
+        arguments.append("architecture=your_model")
+    elif result.architecture is not None and not result.architecture.startswith(_BUILT_BY_NAME):
+        beside = wish.target.is_dir() and result.architecture == f"hf:{source.path}"
+        arguments += [] if beside else [f'architecture="{result.architecture}"']
+    several = (source.record is not None and source.record.networks) or wish.one_of_several
+    if several and wish.entry is not None:
+        arguments.append(f'entry="{wish.entry}"')
+    if source.payload != "state dict" or (wish.trust and needs_trust(wish.target)):
+        arguments.append("trust=True")
+    return arguments

@@ -93,8 +93,24 @@ def _inputs(checkpoint: "Checkpoint", built: "Built", asked: Sequence[InputSpec]
 
 def describe_content(checkpoint: "Checkpoint", architecture: str | None) -> str:
     """Return what a content is: kind, container, architecture, size."""
-    parts = [checkpoint.contents.kind, checkpoint.container, architecture, describe_size(checkpoint.path)]
+    parts = [
+        checkpoint.contents.kind,
+        _described_entry(checkpoint),
+        checkpoint.container,
+        architecture,
+        describe_size(checkpoint.path),
+    ]
     return ", ".join(part for part in parts if part)
+
+
+def _described_entry(checkpoint: "Checkpoint") -> str | None:
+    """Which weights are meant, if the file holds several."""
+    from normswap.checkpoints.contents import name_of
+
+    contents = checkpoint.contents
+    if not contents.others:
+        return None
+    return f"entry {name_of(contents.weights)} (not {', '.join(map(name_of, contents.others))})"
 
 
 def describe_size(path: Path) -> str:

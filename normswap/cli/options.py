@@ -109,7 +109,7 @@ def print_json(document: dict[str, Any]) -> None:
 
 arch_option = click.option(
     "--arch",
-    metavar="ZOO:NAME[,KEY=VALUE...]",
+    metavar="NAME[,KEY=VALUE...]",
     help="What the tensors belong to: timm:NAME, torchvision:NAME, hf:FOLDER or path/file.py:function, with keywords "
     "such as num_classes=10. Files that normswap wrote say it themselves.",
 )

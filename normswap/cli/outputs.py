@@ -44,8 +44,9 @@ def container_of(target: Path, source: "Checkpoint", *, named: bool, weights_onl
     Raises:
         CheckpointError: that kind cannot hold what the file holds.
     """
-    from normswap.checkpoints.containers import FOLDERS
+    from normswap.checkpoints.containers import FOLDERS, check_ending
 
+    check_ending(target)
     if source.container == "exported program":
         _check_program(target, source)
     if source.program is not None:

@@ -78,8 +78,8 @@ class Wish:
         check_readable(self.file)
         if self.plan is not None:
             check_readable(self.plan)
-        if not self.dry_run:
-            check_writable(self.target, replace=self.force, as_folder=is_folder_for(self.file, self.target))
+        # A dry run is refused for what would refuse the real one.
+        check_writable(self.target, replace=self.force, as_folder=is_folder_for(self.file, self.target))
         if self.save_plan is not None:
             check_writable(self.save_plan, replace=self.force)
 

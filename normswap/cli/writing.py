@@ -119,7 +119,12 @@ class Writing:
         named = result.architecture
         digest = self.digest.result() if self.digest else None
         networks = source.record.networks if source.record and not self.wish.weights_only else {}
-        detail = source.contents.entry if networks or self.wish.one_of_several else None
+        several = networks or self.wish.one_of_several
+        details = (
+            *((source.contents.entry,) if several and source.contents.entry else ()),
+            *(() if result.proof or source.program is not None else ("not verified",)),
+        )
+        detail = ", ".join(details) or None
         step = Step.now("converted", source=self.wish.file.name, sha256=digest, detail=detail)
         return Record(
             payload=source.payload,

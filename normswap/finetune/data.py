@@ -127,7 +127,7 @@ def completed(settings: DataSettings, model: nn.Module | None) -> DataSettings:
     config = getattr(model, "pretrained_cfg", None)
     config = config if isinstance(config, Mapping) else {}
     if settings.image_size is None and not config.get("input_size"):
-        raise DataError("nothing tells the size of images: give image_size=(height, width), --input-size HxW")
+        raise DataError("nothing tells the size of images: give image_size=(224, 224)")
     told: dict[str, Any] = _timm().resolve_data_config({"img_size": None}, pretrained_cfg=dict(config))
     channels = settings.channels or told["input_size"][0]
     if channels not in (1, 3):

@@ -143,7 +143,7 @@ def _found_state(recipe: Recipe, output: Path, *, resume: bool, overwrite: bool)
     if resume:
         return read_state(output, recipe)
     if (output / STATE).exists() and not overwrite:
-        raise TrainingError(f"{output}: holds a run already: go on with --resume, or start anew with --force")
+        raise TrainingError(f"{output}: holds a run already: go on with resume=True, or start anew with overwrite=True")
     return None
 
 
@@ -257,7 +257,8 @@ def _notice(run: _Run, request: StopRequest, tell: Tell) -> None:
     if (is_due or run.accelerator.num_processes == 1) and run.step < run.steps and _asked_to_stop(run, request):
         _save(run, tell)
         raise RunInterrupted(
-            f"stopped after step {run.step} of {run.steps}, all is saved in {run.recipe.output}: go on with --resume",
+            f"stopped after step {run.step} of {run.steps}, all is saved in {run.recipe.output}: "
+            "go on with resume=True",
             request.number,
         )
 

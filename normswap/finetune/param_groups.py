@@ -54,8 +54,16 @@ def param_groups(
         The groups, each with `params` and its options; that of the gates has the option `gates=True`.
 
     Raises:
+        ArgumentError: `model` is no module.
         OptimizerError: a rate is negative or not finite; a trainable parameter is in no group; `like` is no such thing,
             holds parameters of another model, or numbers that no known order explains.
+
+    Example:
+        >>> import torch, normswap
+        >>> model = normswap.convert(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))).model
+        >>> groups = normswap.param_groups(model, lr=0.1, weight_decay=5e-4, importance_lr=0.01)
+        >>> [(len(group["params"]), group["lr"], group["weight_decay"]) for group in groups]
+        [(3, 0.1, 0.0), (1, 0.1, 0.0005), (2, 0.01, 0.0)]
     """
     for name, value in (("lr", lr), ("weight_decay", weight_decay), ("importance_lr", importance_lr)):
         check_rate(name, value)

@@ -176,9 +176,9 @@ def _put(data: dict[str, Any], override: str) -> None:
     place, equals, text = override.partition("=")
     table, dot, key = place.strip().partition(".")
     if not equals or not dot or not key:
-        raise RecipeError(f"--set: expected table.key=value such as train.lr=0.01, got {override!r}")
+        raise RecipeError(f"overrides: expected table.key=value such as train.lr=0.01, got {override!r}")
     if table not in TABLES:
-        raise RecipeError(f"--set {override}: unknown table [{table}]{_nearest(table, TABLES)}")
+        raise RecipeError(f"overrides={override!r}: unknown table [{table}]{_nearest(table, TABLES)}")
     keys = data.setdefault(table, {})
     if text.strip().lower() == "none":
         keys.pop(key, None)

@@ -80,7 +80,7 @@ def read_state(folder: Path, recipe: Recipe) -> RunState:
     """
     path = folder / STATE
     if not path.is_file():
-        raise CheckpointError(f"{path}: no state of a run to go on from: leave --resume out to start one")
+        raise CheckpointError(f"{path}: no state of a run to go on from: leave resume=True out to start one")
     content = read_checkpoint(path, entry=_WEIGHTS).content
     try:
         found = RunState(

@@ -73,6 +73,7 @@ def switch_norm(
         weight, bias: (C,) or None.
         training: take (and record) the moments of the batch in the `bn` branch.
         momentum: share of the new moments in the running ones.
+        eps: added to the variance.
         gate: `"softmax"` (logits) or `"simplex"` (points; see `normswap.layers.importance`).
         branches: which statistics are mixed, in the order of the gate parameters' entries.
         bn_statistics: `"batch"`; or `"running"` to use running statistics as constants in training too; or `"renorm"`

@@ -56,7 +56,7 @@ def carried_notes(notes: Sequence[str]) -> RenderableType:
 
 def parity(verification: Verification) -> RenderableType:
     """Return every check with its error, its limit and its verdict, and the float32 error for the record."""
-    loosened = "; limit loosened by --tolerance" if verification.loosened else ""
+    loosened = "; limit loosened on request" if verification.loosened else ""
     rule = "the whole model" if verification.judged_by == "whole model" else "every site alone"
     # The model's own response to a change of one unit in the last place is measured only where an error is large.
     own = any(check.own_response is not None for check in verification.checks)
@@ -115,8 +115,12 @@ def site_table(sites: Sequence[NormSite], plan: SwapPlan) -> RenderableType:
     return table
 
 
-def importance_table(weights: Mapping[str, ImportanceWeights], plan: SwapPlan) -> RenderableType:
-    """Return the importance weights of every site, for means and for variances, and how many are where they began."""
+def importance_table(weights: Mapping[str, ImportanceWeights], plan: SwapPlan | None = None) -> RenderableType:
+    """Return the importance weights of every site, for means and for variances.
+
+    Args:
+        plan: what the sites were converted with; with it, how many are where they began.
+    """
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column("Importance weights", header_style="bold not dim")
     for kind in ("mean", "var"):
@@ -127,6 +131,8 @@ def importance_table(weights: Mapping[str, ImportanceWeights], plan: SwapPlan) -
             Text(fqn or "(the model)", overflow="fold"),
             *(_share(side.get(branch)) for side in shares for branch in BRANCHES),
         )
+    if plan is None:
+        return table
     began = {swap.fqn: swap.vertex for swap in plan.swaps}
     still = sum(all(side[began[fqn]] == 1 for side in shares) for fqn, shares in weights.items())
     return Group(table, Text(f"  {still} of {len(weights)} sites are still exactly the norm they replaced", "dim"))

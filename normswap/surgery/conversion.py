@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, fx, nn
 
+from normswap.display import counted, printed_as
 from normswap.errors import PlanError, SwapError
 from normswap.layers.adoption import adopt, release
 from normswap.layers.importance import BnStatistics, Branch, Gate
@@ -18,7 +19,7 @@ from normswap.surgery.graph_edit import edit_graph, edited_nodes, restore_graph
 from normswap.surgery.graph_rewrite import free_names, is_rewritten, restore_forward, rewrite_forward
 from normswap.surgery.norms import KNOWN_NORMS, Norms, NormSpec, read_norm
 from normswap.surgery.own_forward import trace_own_forward
-from normswap.surgery.plan import Swap, SwapPlan
+from normswap.surgery.plan import Swap, SwapPlan, require_plan
 from normswap.surgery.planning import plan_swaps
 from normswap.surgery.settings import Settings
 from normswap.surgery.tree import class_name, copy_model, join, modules_by_name, walk_modules
@@ -26,12 +27,17 @@ from normswap.surgery.whole_graph import to_graph_module
 from normswap.surgery.wrapping import check_not_prepared, check_wrapping, rewrap, unwrap
 
 
+@printed_as("conversion")
 class Conversion(NamedTuple):
-    """The converted model, the plan that was carried out, and the new layers by fqn."""
+    """The converted model, the plan that was carried out, and the new layers by fqn. `print` shows the plan."""
 
     model: nn.Module
     plan: SwapPlan
     replaced: dict[str, nn.Module]
+
+    def __repr__(self) -> str:
+        swaps, skips = counted(len(self.plan.swaps), "swap"), counted(len(self.plan.skips), "skip")
+        return f"Conversion({type(self.model).__name__}, {swaps}, {skips})"
 
 
 def convert(
@@ -60,19 +66,46 @@ def convert(
     Args:
         model: any module. DataParallel, DistributedDataParallel and `torch.compile` around it stay around it, with
             their settings; all names are those of the model inside.
-        example_inputs: a tensor, a tuple or a dict for one forward pass in evaluation; recommended, since sites with
-            one spatial position need other branches.
-        plan: carry out this plan; excludes the deciding arguments, which are those of `plan_swaps`.
+        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments for one forward pass in
+            evaluation; recommended, since sites with one spatial position need other branches.
+        plan: carry out this plan of `plan_swaps`. It excludes the arguments from `include` to `settings`.
+        include, exclude: names of the sites to swap, and of those to leave: glob patterns on dotted names such as
+            `["layer4.*"]`, or regular expressions after `re:`. `exclude` wins; without `include` all sites are meant.
+        kinds: which norms are swapped: `"bn"` (default), `"in"` (InstanceNorm, which starts at its own branch) and
+            `"gn1"` (GroupNorm of one group, which starts at `ln`).
+        gate: how importance weights follow from their parameters: `"simplex"` (default) starts as exactly the same
+            function, `"softmax"` at the uniform mix, which is another function.
+        branches: the branches that a site may have, some of `"in"`, `"ln"`, `"bn"`, with the one where each kind
+            starts. Default: all that the shape and the kind of a site allow. Only `settings` give a site of kind `in`
+            or `gn1` a `bn` branch, whose running statistics begin then.
+        bn_statistics: what the `bn` branches use in training: `"batch"` (default), `"running"` or `"renorm"`. Sites
+            that were frozen use running statistics whatever it says.
+        train_frozen_gates: let gates learn also at sites whose own parameters are all frozen.
+        synchronize: let the `bn` branch of every site take in training the batch of all processes; without it only
+            those do that did so before (SyncBatchNorm).
+        settings: by pattern, some of `gate`, `branches`, `bn_statistics` (of frozen sites too), `train_gates` and
+            `synchronize`, which override the arguments above. If several patterns match a site, the later one wins, key
+            by key. Branches that the shape of a site leaves no signal are left out of these as well.
+        norms: the table of norm classes, `KNOWN_NORMS` or `KNOWN_NORMS | {TheirNorm: read_batch_norm}`.
         as_graph: return the whole converted model as a `torch.fx.GraphModule` that obeys `train()` and `eval()`.
+        inplace: convert the module objects themselves; default is to convert a deep copy.
 
     Returns:
-        The model, the plan and the new layers by fqn. With nothing to swap the plan has no swaps and says why.
+        `Conversion(model, plan, replaced)`: the model, the plan and the new layers by fqn. With nothing to swap the
+        plan has no swaps and says why.
 
     Raises:
         PlanError: a pattern matches nothing, or the plan was made for another model.
         ModelError: the forward pass on `example_inputs` failed.
         SwapError: the model is wrapped in what cannot be kept or built again, or cannot be copied, rewritten or traced
             as asked.
+        ArgumentError: an argument is of a wrong type, such as a state dict or a path instead of a module.
+
+    Example:
+        >>> import torch, normswap
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))
+        >>> normswap.convert(model, torch.randn(2, 3, 16, 16))
+        Conversion(Sequential, 1 swap, 0 skips)
     """
     check_wrapping(model, inplace=inplace, rebuilt=as_graph or not inplace)
     inside = unwrap(model)
@@ -111,12 +144,18 @@ def convert(
 def apply_plan(model: nn.Module, plan: SwapPlan, *, norms: Norms = KNOWN_NORMS) -> dict[str, nn.Module]:
     """Carry out `plan` on `model` itself, all or nothing, and return the new layers by fqn.
 
+    Args:
+        model: the model that the plan was made for; it is changed.
+        plan: what `plan_swaps` returned, or `SwapPlan.from_json` read.
+        norms: the table of norm classes that the plan was made with.
+
     Raises:
         PlanError: the plan was made for another model.
         SwapError: the model is in a wrapper that would not notice, is prepared for quantization, or a site cannot be
             swapped; it is as it was.
     """
     check_wrapping(model, inplace=True, rebuilt=False)
+    require_plan(plan)
     check_not_prepared(model)
     model = unwrap(model)
     by_name = modules_by_name(model)
@@ -139,6 +178,7 @@ def revert(model: nn.Module, *, discard: bool = False) -> nn.Module:
     """Put the original norms back in `model` itself and return it: the inverse of `convert(inplace=True)`.
 
     Args:
+        model: a converted model; it is changed.
         discard: also where importance weights have moved, and with them the function.
 
     Raises:

@@ -5,7 +5,7 @@ A reader turns a module into a `NormSpec`: what it is and what it becomes. A cal
 like a norm and is not in the table is never guessed at: it gets a spec whose `problem` tells what to do.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
@@ -75,7 +75,12 @@ Norms = Mapping[str | type, Reader]
 
 
 def read_batch_norm(module: nn.Module, target: type[SwitchNorm] = SwitchNorm) -> NormSpec:
-    """Read a module with torch's BatchNorm attributes and forward pass."""
+    """Read a module with torch's BatchNorm attributes and forward pass.
+
+    Args:
+        module: of the class that the table has this reader for.
+        target: the SwitchNorm class that it becomes; the default takes inputs of any rank.
+    """
     return NormSpec("bn", module.num_features, module.eps, module.momentum, target)  # type: ignore[arg-type]
 
 
@@ -92,7 +97,12 @@ def read_frozen_batch_norm(
 
 
 def read_instance_norm(module: nn.Module, target: type[SwitchNorm] = SwitchNorm) -> NormSpec:
-    """Read a module with torch's InstanceNorm attributes and forward pass."""
+    """Read a module with torch's InstanceNorm attributes and forward pass.
+
+    Args:
+        module: of the class that the table has this reader for.
+        target: the SwitchNorm class that it becomes; the default takes inputs of any rank.
+    """
     spec = NormSpec("in", module.num_features, module.eps, None, target)  # type: ignore[arg-type]
     if module.track_running_stats or isinstance(module.running_mean, Tensor):
         problem = "uses running statistics in evaluation (track_running_stats=True), which no InstanceNorm branch has"
@@ -101,7 +111,12 @@ def read_instance_norm(module: nn.Module, target: type[SwitchNorm] = SwitchNorm)
 
 
 def read_group_norm(module: nn.Module, target: type[SwitchNorm] = SwitchNorm) -> NormSpec:
-    """Read a module with torch's GroupNorm attributes and forward pass; of more than one group it stays as it is."""
+    """Read a module with torch's GroupNorm attributes and forward pass; of more than one group it stays as it is.
+
+    Args:
+        module: of the class that the table has this reader for.
+        target: the SwitchNorm class that it becomes; the default takes inputs of any rank.
+    """
     if module.num_groups != 1:
         return NormSpec("gn", problem=_STAYS)
     return NormSpec("gn1", module.num_channels, module.eps, None, target)  # type: ignore[arg-type]
@@ -162,7 +177,33 @@ def _with_activation(module: nn.Module, spec: NormSpec) -> NormSpec:
 
 _STAYS = "has no batch statistics to lose at small batches: stays as it is"
 
-KNOWN_NORMS: Norms = MappingProxyType(
+
+class KnownNorms(Mapping[str | type, Reader]):
+    """A read-only table of norm classes, with a short `repr`: it is the default of arguments."""
+
+    def __init__(self, readers: Mapping[str | type, Reader]) -> None:
+        self._readers = dict(readers)
+
+    def __getitem__(self, key: str | type) -> Reader:
+        return self._readers[key]
+
+    def __iter__(self) -> Iterator[str | type]:
+        return iter(self._readers)
+
+    def __len__(self) -> int:
+        return len(self._readers)
+
+    def __or__(self, other: Norms) -> dict[str | type, Reader]:
+        return {**self._readers, **other}
+
+    def __ror__(self, other: Norms) -> dict[str | type, Reader]:
+        return {**other, **self._readers}
+
+    def __repr__(self) -> str:
+        return "KNOWN_NORMS"
+
+
+KNOWN_NORMS = KnownNorms(
     {
         nn.BatchNorm1d: partial(read_batch_norm, target=SwitchNorm1d),
         nn.BatchNorm2d: partial(read_batch_norm, target=SwitchNorm2d),

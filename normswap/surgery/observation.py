@@ -18,6 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from normswap.errors import ModelError
 from normswap.modes import call_model, hooked, preserved_state, seeded, training_flags
 from normswap.output_leaves import leaf_list
+from normswap.surgery.arguments import describe_inputs, describe_shapes
 from normswap.surgery.calls import NORM_CALLS, NormCall
 from normswap.surgery.norms import KNOWN_NORMS, Norms, is_norm_layer
 from normswap.surgery.tracing import first_line
@@ -143,12 +144,6 @@ def observe_forward(
     return watcher.notes
 
 
-def describe_shapes(inputs: Any) -> str:
-    """Return the shapes in `inputs` for a message, such as `2x3x224x224`."""
-    shapes = ["x".join(map(str, leaf.shape)) for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
-    return ", ".join(shapes) or "no tensor"
-
-
 def _registrations(watcher: _Watcher, places: tuple[Place, ...]) -> Iterator[Callable[[], Any]]:
     for place in places:
         if not isinstance(place.module, torch.jit.ScriptModule):  # those take no hooks
@@ -171,4 +166,4 @@ def _failure(watcher: _Watcher, inputs: Any, error: Exception) -> str:
         call = watcher.stack[-1]
         name = call.place.names[0] or "the model"
         where = f"{name} ({type(call.place.module).__name__}, fed {describe_shapes((call.args, call.kwargs))})"
-    return f"the model fails on an input of {describe_shapes(inputs)}, in {where}: {first_line(error)}"
+    return f"the model fails on an input of {describe_inputs(inputs)}, in {where}: {first_line(error)}"

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from normswap.errors import PlanError
+from normswap.surgery.arguments import require_type
 
 # All names of one site, the fqn first.
 Names = tuple[str, ...]
@@ -38,6 +39,7 @@ def first_matches(patterns: Iterable[str], sites: Sequence[Names], what: str = "
         PlanError: as `matched`.
     """
     found: dict[str, str] = {}
+    require_type(patterns, Iterable, "include, exclude", "a list of patterns such as ['layer4.*']")
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         for fqn in matched(pattern, sites, what):
             found.setdefault(fqn, pattern)

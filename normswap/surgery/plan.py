@@ -9,8 +9,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Self
 
+from normswap.display import counted, printed_as
 from normswap.errors import PlanError
 from normswap.layers.importance import BN_STATISTICS, BnStatistics, Branch, Gate, check_branches, check_gate
+from normswap.surgery.arguments import require_type
 from normswap.surgery.norms import vertex_of
 from normswap.surgery.settings import SiteSettings, settle
 
@@ -59,7 +61,8 @@ class Skip:
     reason: str
 
 
-@dataclass(frozen=True)
+@printed_as("plan")
+@dataclass(frozen=True, repr=False)
 class SwapPlan:
     """All decisions for one model: `swaps` + `skips` = sites found.
 
@@ -71,6 +74,9 @@ class SwapPlan:
     model_class: str
     inputs: str | None = None
     notes: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        return f"SwapPlan({self.model_class}, {counted(len(self.swaps), 'swap')}, {counted(len(self.skips), 'skip')})"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as plain lists, dicts, strings and numbers."""
@@ -113,10 +119,23 @@ class SwapPlan:
         Raises:
             PlanError: not JSON, or as `from_dict`.
         """
+        require_type(text, str | bytes, "text", "a plan as JSON, such as Path('plan.json').read_text()")
         try:
             return cls.from_dict(json.loads(text))
         except (json.JSONDecodeError, RecursionError) as error:
-            raise PlanError(f"expected a plan as JSON, written by --save-plan; {error}") from None
+            raise PlanError(
+                f"expected a plan as JSON, as SwapPlan.to_json() writes it (normswap convert --save-plan); {error}"
+            ) from None
+
+
+def require_plan(plan: object) -> None:
+    """Refuse what is no `SwapPlan`.
+
+    Raises:
+        ArgumentError: it is something else.
+    """
+    how = "a SwapPlan (conversion.plan, plan_swaps(model), or SwapPlan.from_json(Path('plan.json').read_text()))"
+    require_type(plan, SwapPlan, "plan", how)
 
 
 _FIELD_TYPES: dict[str, Any] = {

@@ -13,9 +13,9 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from normswap.errors import ModelError, PlanError
 from normswap.layers.importance import BN_STATISTICS, BRANCHES, BnStatistics, Branch, Gate, check_gate
+from normswap.surgery.arguments import describe_shapes
 from normswap.surgery.norm_site import NormSite
 from normswap.surgery.norms import KINDS, KNOWN_NORMS, Norms, requested_kind, vertex_of
-from normswap.surgery.observation import describe_shapes
 from normswap.surgery.patterns import Names, first_matches, matched
 from normswap.surgery.plan import ANY_CLASS, NEVER_FILLED, Skip, Swap, SwapPlan, notes_on, with_vertex
 from normswap.surgery.settings import Settings, SiteSettings, settle
@@ -58,26 +58,42 @@ def plan_swaps(
     """Decide for every norm site of `model` whether and how it is swapped. The model is left as it is.
 
     Args:
-        example_inputs: tensor, tuple or dict for one forward pass; without it spatial sizes are unknown.
-        include, exclude: glob patterns on fqns, or regular expressions after `re:`; exclude wins.
-        kinds: which norms are swapped: `"bn"`, `"in"` (InstanceNorm, which starts at its own branch) and `"gn1"`
-            (GroupNorm of one group, which starts at `ln`).
-        gate: `"simplex"` starts as exactly the same function, `"softmax"` at the uniform mix, which is another.
-        branches: restrict the branches that a site would get by its shape and kind; must hold the one where each
-            kind starts. Only `settings` give an `in` or `gn1` site a `bn` branch, whose statistics begin then.
-        bn_statistics: of sites that are not frozen; frozen ones use the running statistics, and so do those that the
-            model's own `train()` leaves in evaluation.
-        train_frozen_gates: let gates learn at sites whose own parameters are all frozen.
-        synchronize: in training, every site takes as the batch of its `bn` branch that of all processes; without it
+        model: any module, wrapped or not; all names are those of the model inside.
+        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments for one forward pass in
+            evaluation. Without it spatial sizes are unknown.
+        include, exclude: names of the sites to swap, and of those to leave: glob patterns on dotted names such as
+            `["layer4.*"]`, or regular expressions after `re:`. `exclude` wins; without `include` all sites are meant.
+        kinds: which norms are swapped: `"bn"` (default), `"in"` (InstanceNorm, which starts at its own branch) and
+            `"gn1"` (GroupNorm of one group, which starts at `ln`).
+        gate: how importance weights follow from their parameters: `"simplex"` (default) starts as exactly the same
+            function, `"softmax"` at the uniform mix, which is another function.
+        branches: the branches that a site may have, some of `"in"`, `"ln"`, `"bn"`, with the one where each kind
+            starts. Default: all that the shape and the kind of a site allow. Only `settings` give a site of kind `in`
+            or `gn1` a `bn` branch, whose running statistics begin then.
+        bn_statistics: what the `bn` branches use in training: `"batch"` (default), `"running"` or `"renorm"`. Sites
+            that were frozen, and those that the model's own `train()` leaves in evaluation, use running statistics
+            whatever it says.
+        train_frozen_gates: let gates learn also at sites whose own parameters are all frozen.
+        synchronize: let the `bn` branch of every site take in training the batch of all processes; without it only
             those do that did so before (SyncBatchNorm).
-        settings: by pattern some of `gate`, `branches`, `bn_statistics` (also of such sites), `train_gates` and
-            `synchronize`, over the arguments above; of several patterns that match a site the later one wins, key by
-            key. Branches that the shape of a site leaves no signal are cut from these as well.
-        norms: table of known norm classes.
+        settings: by pattern, some of `gate`, `branches`, `bn_statistics` (of such sites too), `train_gates` and
+            `synchronize`, which override the arguments above. If several patterns match a site, the later one wins, key
+            by key. Branches that the shape of a site leaves no signal are left out of these as well.
+        norms: the table of norm classes, `KNOWN_NORMS` or `KNOWN_NORMS | {TheirNorm: read_batch_norm}`.
+
+    Returns:
+        The plan: swaps and skips, which together are all sites that were found. `print(plan)` shows it as a table.
 
     Raises:
         PlanError: a pattern matches no site, or an option or setting is unknown.
         ModelError: the forward pass on `example_inputs` failed.
+        ArgumentError: an argument is of a wrong type.
+
+    Example:
+        >>> import torch, normswap
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))
+        >>> normswap.plan_swaps(model, torch.randn(2, 3, 16, 16))
+        SwapPlan(torch.nn.modules.container.Sequential, 1 swap, 0 skips)
     """
     ground = _ground(kinds, gate, branches, bn_statistics, train_frozen_gates, synchronize)
     model = unwrap(model)

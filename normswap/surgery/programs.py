@@ -16,8 +16,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from normswap.comparison import distance
 from normswap.errors import ModelError, SwapError
 from normswap.modes import as_call, preserved_state, seeded
+from normswap.surgery.arguments import describe_inputs
 from normswap.surgery.exporting import silence
-from normswap.surgery.observation import describe_shapes
 from normswap.surgery.tracing import first_line
 
 _LIMIT = 1e-4
@@ -60,7 +60,10 @@ def export_again(program: ExportedProgram, converted: nn.Module, inputs: Any = N
         SwapError: there are no inputs, torch cannot export it, or other dimensions would be free.
     """
     if program.example_inputs is None and inputs is None:
-        raise SwapError("the program carries no example inputs to export it again with: give them with --input")
+        raise SwapError(
+            "the program carries no example inputs to export it again with: give them, such as "
+            "example_inputs=torch.randn(2, 3, 224, 224)"
+        )
     args, kwargs = _call(program, inputs)
     try:
         shapes: Any = ShapesCollection()  # type: ignore[no-untyped-call]
@@ -80,7 +83,7 @@ def export_again(program: ExportedProgram, converted: nn.Module, inputs: Any = N
 
 _INSTEAD = (
     "convert the Python model and export that, or normswap.convert(program.module()) and use it as it is; the weights "
-    "alone are converted by --arch ZOO:NAME"
+    "alone are read by normswap.load(path, architecture='timm:NAME')"
 )
 
 
@@ -147,7 +150,7 @@ def _run(module: nn.Module, buffers: list[str], call: tuple[tuple[Any, ...], dic
         try:
             outputs = tree_leaves(module(*call[0], **call[1]))
         except Exception as error:
-            raise ModelError(f"a program fails on {describe_shapes(call)}: {first_line(error)}") from error
+            raise ModelError(f"a program fails on {describe_inputs(call)}: {first_line(error)}") from error
         found = dict(module.named_buffers())
         return [*outputs, *(found[name].clone() if name in found else None for name in buffers)]
 

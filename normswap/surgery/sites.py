@@ -3,6 +3,7 @@
 Discovery never decides: a site says what is there and what is known of it, `plan` says what becomes of it.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from normswap.errors import ModelError
+from normswap.surgery.arguments import require_type
 from normswap.surgery.functional_sites import calls_a_norm, functional_sites, tensors_used
 from normswap.surgery.graph_rewrite import is_rewritten
 from normswap.surgery.norm_site import NormSite, order_of
@@ -32,14 +34,25 @@ def find_norm_sites(
         model: any module; it is left as it is. Names are those of the model inside wrappers.
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments for one forward pass in
             evaluation. Without it shapes, calls and modules' real order stay unknown.
-        norms: table of known norm classes, see `normswap.surgery.norms`.
+        norms: the table of norm classes, `KNOWN_NORMS` or `KNOWN_NORMS | {TheirNorm: read_batch_norm}`.
+
+    Returns:
+        One `NormSite` per place, with its names, class, channels, shapes and what keeps it from being swapped.
 
     Raises:
         ModelError: the forward pass on `example_inputs` failed, or sizes are not settled before one.
         SwapError: the model is prepared for quantization.
+        ArgumentError: `model` is no module, or `norms` no table.
+
+    Example:
+        >>> import torch, normswap
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))
+        >>> [(site.fqn, site.shapes) for site in normswap.find_norm_sites(model, torch.randn(2, 3, 16, 16))]
+        [('1', ((2, 8, 14, 14),))]
     """
     check_not_prepared(model)
     model = unwrap(model)
+    require_type(norms, Mapping, "norms", "a table such as KNOWN_NORMS | {TheirNorm: read_batch_norm}")
     places = walk_modules(model)
     by_name = {name: place for place in places for name in place.names}
     seen = None

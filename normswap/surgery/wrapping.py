@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from normswap.errors import SwapError
 from normswap.layers.adoption import shallow_twin
 from normswap.layers.gates import GatedModule
+from normswap.surgery.arguments import require_module
 from normswap.surgery.tracing import first_line
 from normswap.surgery.tree import class_name, walk_modules
 
@@ -59,7 +60,11 @@ class _Wrapper:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Return the model inside its wrappers: DataParallel, DistributedDataParallel, torch.compile, in any order."""
+    """Return the model inside its wrappers: DataParallel, DistributedDataParallel, torch.compile, in any order.
+
+    Raises:
+        ArgumentError: `model` is no module.
+    """
     for _, wrapper, kind in _wrappers(model):
         model = wrapper._modules[kind.inside]  # type: ignore[assignment]
     return model
@@ -135,7 +140,7 @@ def rewrap(model: nn.Module, inside: nn.Module) -> nn.Module:
 
 def _wrappers(model: nn.Module) -> Iterator[tuple[str, nn.Module, _Wrapper]]:
     """The wrappers from the outermost in, each with its name in Python."""
-    where = "model"
+    where, model = "model", require_module(model)
     while (kind := _WRAPPERS.get(class_name(model))) is not None:
         yield where, model, kind
         where, model = f"{where}.{kind.inside}", model._modules[kind.inside]  # type: ignore[assignment]

@@ -1,0 +1,192 @@
+"""What callers pass: whether it is a module, or inputs, and in words what else it is and what to pass instead."""
+
+from collections.abc import Callable, Mapping
+from pathlib import PurePath
+from types import UnionType
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from normswap.errors import ArgumentError
+
+
+def require_module(value: object, argument: str = "model") -> nn.Module:
+    """Return `value` if it is a module.
+
+    Args:
+        argument: the name of the argument, for the message.
+
+    Raises:
+        ArgumentError: it is something else, with what to pass instead.
+    """
+    if isinstance(value, nn.Module):
+        return value
+    told = next((tell(value) for is_one, tell in _MISTAKEN_MODELS if is_one(value)), f"got {_kind(value)}")
+    raise ArgumentError(f"{argument}: expected a torch.nn.Module, {told}")
+
+
+def require_type(value: object, kinds: type | UnionType | tuple[type, ...], argument: str, expected: str) -> None:
+    """Refuse an argument that is not of the types it may be of.
+
+    Args:
+        expected: in words what is expected and how to get it.
+
+    Raises:
+        ArgumentError: it is of another type.
+    """
+    if not isinstance(value, kinds):
+        raise ArgumentError(f"{argument}: expected {expected}, got {_kind(value)}")
+
+
+def describe_shapes(inputs: Any) -> str:
+    """Return the shapes in `inputs` for a message, such as `2x3x224x224`."""
+    shapes = ["x".join(map(str, leaf.shape)) for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
+    return ", ".join(shapes) or "no tensor"
+
+
+def describe_inputs(inputs: Any) -> str:
+    """Return the shapes in `inputs` on which a model failed, with what was most likely meant if they look mistaken."""
+    advice = next((tell(inputs) for is_one, tell in _MISTAKEN_INPUTS if is_one(inputs)), "")
+    return describe_shapes(inputs) + (f" ({advice})" if advice else "")
+
+
+def mistaken_batches(batches: object) -> str | None:
+    """Return why `batches` cannot be an iterable of inputs and what to pass instead, None if it can."""
+    kind = f"expected a list of inputs, got one {type(batches).__name__}"
+    if isinstance(batches, Tensor | dict):
+        return f"{kind}: pass [x]"
+    if _is_array(batches):
+        return f"{kind} of numpy: pass [torch.from_numpy(x)]"
+    if _is_shape(batches):
+        return f"expected a list of inputs, got the shape {_sizes(batches)}: pass [torch.randn{_sizes(batches)}]"
+    if isinstance(batches, str | bytes | PurePath | nn.Module) or not hasattr(type(batches), "__iter__"):
+        return f"{kind}: pass [x], or a DataLoader"
+    return None
+
+
+# --- what is taken for a model ----------------------------------------------------------------------------------------
+
+
+def _kind(value: object) -> str:
+    name = type(value).__name__
+    return "None" if value is None else f"{'an' if name[:1] in 'AEIOUaeiou' else 'a'} {name}"
+
+
+def _is_state_dict(value: object) -> TypeGuard[Mapping[Any, Any]]:
+    return isinstance(value, Mapping) and any(isinstance(item, Tensor) for item in value.values())
+
+
+def _is_checkpoint(value: object) -> bool:
+    return isinstance(value, Mapping) and any(_is_state_dict(item) for item in value.values())
+
+
+def _tell_state_dict(value: Any) -> str:
+    return (
+        f"got a state dict ({len(value)} tensors), which has no forward pass: build its model and call "
+        "model.load_state_dict(...), or let normswap.load(path, architecture=...) do both from the file"
+    )
+
+
+def _tell_checkpoint(value: Any) -> str:
+    keys = ", ".join(map(repr, list(value)[:3]))
+    return (
+        f"got a checkpoint (a {type(value).__name__} with {keys}): build its model and load its weights, or "
+        "let normswap.load(path, architecture=...) do both from the file"
+    )
+
+
+def _tell_path(value: Any) -> str:
+    return f"got the path {str(value)!r}: pass normswap.load({str(value)!r}).model, or type: normswap convert {value}"
+
+
+def _tell_class(value: Any) -> str:
+    return f"got the class {value.__name__}: pass an instance, such as {value.__name__}()"
+
+
+def _tell_result(value: Any) -> str:
+    return f"got a {type(value).__name__}: pass its .model"
+
+
+def _tell_program(_value: Any) -> str:
+    return "got an exported program: pass program.module()"
+
+
+def _tell_tensor(_value: Any) -> str:
+    return "got a Tensor: the model comes first, its inputs after it"
+
+
+def _tell_sequence(value: Any) -> str:
+    return f"got a {type(value).__name__} of {len(value)} modules: pass one at a time, or torch.nn.ModuleList(...)"
+
+
+def _tell_function(value: Any) -> str:
+    return f"got the function {getattr(value, '__name__', repr(value))}: pass the module that it returns"
+
+
+# In this order, what something else is and what to pass instead of it.
+_MISTAKEN_MODELS: tuple[tuple[Callable[[Any], bool], Callable[[Any], str]], ...] = (
+    (_is_state_dict, _tell_state_dict),
+    (_is_checkpoint, _tell_checkpoint),
+    (lambda value: isinstance(value, str | PurePath), _tell_path),
+    (lambda value: isinstance(value, type) and issubclass(value, nn.Module), _tell_class),
+    (lambda value: isinstance(value, tuple) and isinstance(getattr(value, "model", None), nn.Module), _tell_result),
+    (lambda value: isinstance(value, torch.export.ExportedProgram), _tell_program),
+    (lambda value: isinstance(value, Tensor), _tell_tensor),
+    (
+        lambda value: isinstance(value, list | tuple) and any(isinstance(item, nn.Module) for item in value),
+        _tell_sequence,
+    ),
+    (callable, _tell_function),
+)
+
+
+# --- what is taken for inputs -----------------------------------------------------------------------------------------
+
+
+def _is_array(value: object) -> bool:
+    return type(value).__module__ == "numpy" and hasattr(value, "shape")
+
+
+def _is_shape(value: object) -> bool:
+    is_tuple = isinstance(value, tuple | list)
+    return is_tuple and bool(value) and all(type(size) is int for size in value)  # type: ignore[attr-defined]
+
+
+def _sizes(value: Any) -> str:
+    return f"({', '.join(map(str, value))}{',' * (len(value) == 1)})"
+
+
+def _is_labelled(value: object) -> bool:
+    if not (isinstance(value, tuple | list) and len(value) == 2 and all(isinstance(item, Tensor) for item in value)):
+        return False
+    images, labels = value
+    return labels.dim() == 1 and not labels.is_floating_point() and images.shape[:1] == labels.shape
+
+
+def _is_single_image(value: object) -> bool:
+    return isinstance(value, Tensor) and value.dim() == 3 and value.shape[0] in (1, 3)
+
+
+_MISTAKEN_INPUTS: tuple[tuple[Callable[[Any], bool], Callable[[Any], str]], ...] = (
+    (_is_shape, lambda value: f"{_sizes(value)} is a shape: pass a tensor, such as torch.randn{_sizes(value)}"),
+    (
+        lambda value: any(map(_is_array, tree_leaves(value))),
+        lambda _: "a numpy array: pass a tensor, such as torch.from_numpy(x).float()",
+    ),
+    (lambda value: isinstance(value, str | PurePath), lambda value: f"{str(value)!r} is a text: pass a tensor"),
+    (
+        lambda value: isinstance(value, torch.utils.data.DataLoader | torch.utils.data.Dataset),
+        lambda value: f"a {type(value).__name__}: pass the inputs of one batch, such as next(iter(loader))[0]",
+    ),
+    (_is_labelled, lambda _: "images and labels: pass the images alone if these are labels"),
+    (
+        lambda value: isinstance(value, list) and bool(value),
+        lambda _: "a list is passed as one argument: several arguments are a tuple",
+    ),
+    (
+        _is_single_image,
+        lambda value: f"without a batch dimension: pass 2x{describe_shapes(value)} if this is one image",
+    ),
+)
