@@ -149,6 +149,11 @@ def runs_now(x: Tensor) -> bool:
     )
 
 
+def is_jit_traced() -> bool:
+    """Say whether torch.jit.trace records; a compiler, which would break its graph at the question, never does."""
+    return not torch.compiler.is_compiling() and torch._C._is_tracing()
+
+
 def _is_transformed(x: Tensor) -> bool:
     """Whether operators on x do more than their names say, which an operator of ours has no rule for."""
     return type(x) not in _PLAIN or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0

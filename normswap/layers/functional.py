@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 
 from normswap.errors import LayerError
 from normswap.layers.checks import check_tensors, check_update
-from normswap.layers.dispatch import compiles_operator, fused_backend, runs_now
+from normswap.layers.dispatch import compiles_operator, fused_backend, is_jit_traced, runs_now
 from normswap.layers.fused import Inputs, Renew, switch_norm_fused
 from normswap.layers.importance import (
     BRANCHES,
@@ -184,7 +184,7 @@ def _running_moments(
         return None
     # Copies where a backward pass may follow: an update in between must not change what was used. A trace is the same
     # graph with gradients and without, which torch.jit.trace checks.
-    copy = torch.is_grad_enabled() or torch._C._is_tracing()
+    copy = torch.is_grad_enabled() or is_jit_traced()
     return read_running(running_mean, running_var, accumulation_dtype(x), copy=copy)  # type: ignore[arg-type]
 
 

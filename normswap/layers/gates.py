@@ -15,7 +15,7 @@ from normswap.errors import LayerError
 from normswap.layers import operators
 from normswap.layers.adoption import GATE_PARAMETERS
 from normswap.layers.checks import is_captured
-from normswap.layers.dispatch import can_read, compiles_operator, project_points, runs_now
+from normswap.layers.dispatch import can_read, compiles_operator, is_jit_traced, project_points, runs_now
 from normswap.layers.importance import BnStatistics, Branch, Gate, importance_weights
 from normswap.layers.mixing import lies_on_simplex
 from normswap.layers.single_position import SiteName
@@ -100,7 +100,7 @@ class GatedModule(nn.Module):
         change; it has to be readable at no cost, or met by a kernel that reads it on its device.
         """
         # A trace would record the write without its `no_grad`; what it computes projects the points itself.
-        if self.gate == "simplex" and not torch._C._is_tracing():
+        if self.gate == "simplex" and not is_jit_traced():
             points = [registered(self, name) for name in GATE_PARAMETERS]
             self._project([point for point in points if point.requires_grad])
 

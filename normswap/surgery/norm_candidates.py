@@ -36,7 +36,7 @@ def looks_like_norm(module: nn.Module) -> bool:
     if isinstance(module, tuple(TORCH_KINDS)):
         return True
     if any(looks_like_norm(child) for child in module.children()):
-        return bool({"running_mean", "running_var"} & {*module._buffers})
+        return bool({"running_mean", "running_var"} & {*module._buffers.keys()})
     named = re.search(rf"Norm{_OTHERWISE}", type(module).__name__) is not None
     tensors = _tensors(module).values()
     vectors = all(not is_lazy(t) and max(t.shape, default=1) == t.numel() for t in tensors)
