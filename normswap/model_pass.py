@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_any, tree_map_only
 
 from normswap.comparison import Names
 from normswap.gradients import Receive, hand_on_gradients
-from normswap.modes import call_model, hooked, preserved_state, seeded
+from normswap.modes import call_model, hooked, preserved_before_writes, seeded
 from normswap.output_leaves import Leaves, read_leaves
 from normswap.surgery.calls import NORM_CALLS
 from normswap.surgery.gated import gated_modules
@@ -59,7 +59,7 @@ def run_pass(
     modules = [place.module for place in walk_modules(model)]
     backward_error = None
     with (
-        preserved_state(modules),
+        preserved_before_writes(modules, "weights"),
         own_mode(model, training=training, flags=flags),
         seeded(_SEED),
         within or nullcontext(),

@@ -15,7 +15,7 @@ import torch
 from torch import fx, nn
 from torch.utils.hooks import RemovableHandle
 
-from normswap.state_snapshot import Snapshot
+from normswap.state_snapshot import OnWrite, Snapshot
 
 _CONTAINERS = (list, dict, set)
 
@@ -53,9 +53,13 @@ def preserved_state(modules: Iterable[nn.Module], *, reach: bool = True) -> Iter
 
 
 @contextmanager
-def preserved_in_trace(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Put back at the end what tracing changed, as `preserved_state`; costs memory only for what is written to."""
-    snapshot = Snapshot(modules, on_write=True)
+def preserved_before_writes(modules: Iterable[nn.Module], on_write: OnWrite) -> Iterator[None]:
+    """Put back at the end what a pass or a trace changed, as `preserved_state`, for less memory.
+
+    Args:
+        on_write: what costs memory only if a function of torch writes to it: large weights, or everything.
+    """
+    snapshot = Snapshot(modules, on_write=on_write)
     try:
         with snapshot.copying_before_writes():
             yield

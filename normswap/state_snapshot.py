@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Hashable, Iterable
 from functools import lru_cache, partial
 from types import BuiltinFunctionType, CellType, FunctionType, MethodType, ModuleType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,11 @@ _OPAQUE = (ModuleType, BuiltinFunctionType)
 # Of these packages, plain objects of a few parts only: the others hold caches and the state of an interpreter.
 _FOLLOWED_PARTS = {"torch": ("torch.nn.", "torch.optim.", "torch.distributions."), "normswap": ()}
 _FOLLOWED_STDLIB = ("types", "collections")
+
+
+OnWrite = Literal["nothing", "weights", "everything"]
+# Gates and running statistics are smaller, or hardly larger.
+_LARGE = 1 << 15
 
 
 class _Kept(NamedTuple):
@@ -67,14 +72,17 @@ class Snapshot:
     Args:
         modules: the modules that run.
         reach: also follow plain objects, hooks, closures and the modules found there; without it only containers.
-        on_write: copy memory only before a function of torch writes to it, within `copying_before_writes`.
+        on_write: whose memory is copied only before a function of torch writes to it, within `copying_before_writes`:
+            of nothing, of large parameters that train, or of everything.
     """
 
-    def __init__(self, modules: Iterable[nn.Module], *, reach: bool = True, on_write: bool = False) -> None:
+    def __init__(
+        self, modules: Iterable[nn.Module], *, reach: bool = True, on_write: OnWrite = "nothing"
+    ) -> None:
         self._kept: list[Callable[[], None]] = []
         self._storages: dict[int, _Storage] = {}
         self._met: dict[int, Any] = {}  # objects by identity, which holding them keeps
-        self._copy_at_once = not on_write
+        self._on_write = on_write
         pending = [(module, 0) for module in modules]
         self._met |= {id(module): module for module, _ in pending}
         with torch.no_grad():
@@ -118,12 +126,18 @@ class Snapshot:
         self._met[id(thing)] = thing
         return True
 
+    def _waits(self, tensor: Tensor) -> bool:
+        """Whether memory is copied only before a write; kernels of C, which nobody sees write, leave weights alone."""
+        if self._on_write == "weights":
+            return isinstance(tensor, nn.Parameter) and tensor.requires_grad and tensor.nbytes >= _LARGE
+        return self._on_write == "everything"
+
     def _keep(self, thing: Any, depth: int) -> tuple[_Kept, int]:
         keeper = _keeper_of(type(thing))  # type: ignore[arg-type]  # a class with a metaclass of its own is hashable too
         assert keeper is not None
         if keeper is _keep_tensor and (storage := _storage_of(thing)) is not None:
             known = self._storages.setdefault(storage._cdata, _Storage(storage))
-            if self._copy_at_once:
+            if not self._waits(thing):
                 known.copy()
         return keeper(thing), depth + (keeper is _keep_object)
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from normswap.modes import preserved_in_trace
+from normswap.modes import preserved_before_writes
 from normswap.surgery.calls import NORM_CALLS, batch_norm_nodes
 from normswap.surgery.code_reading import uses_of_names
 from normswap.surgery.tracing import Trace, sharing_twin, trace_with
@@ -96,7 +96,7 @@ def _trace_by_default(module: nn.Module, *, training: bool) -> tuple[Trace, dict
 
 
 def _trace(module: nn.Module, *, training: bool, concrete: dict[str, Any] | None = None) -> Trace:
-    with preserved_in_trace(module.modules()):
+    with preserved_before_writes(module.modules(), "everything"):
         return trace_with(lambda: sharing_twin(module), lambda _: True, training=training, concrete=concrete)
 
 

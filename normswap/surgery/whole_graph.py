@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from normswap.errors import SwapError
 from normswap.layers.gates import GatedModule
-from normswap.modes import call_model, preserved_in_trace
+from normswap.modes import call_model, preserved_before_writes
 from normswap.surgery.own_forward import deciding_options, trace_own_forward
 from normswap.surgery.tracing import first_line, sharing_twin, trace_with
 from normswap.surgery.tree import join, modules_by_name
@@ -146,7 +146,7 @@ def _graph_module(model: nn.Module, leaves: Any, options: dict[str, Any]) -> fx.
     twins, graphs = [], []
     for training in (True, False):
         twins.append(sharing_twin(model))
-        with preserved_in_trace(model.modules()):
+        with preserved_before_writes(model.modules(), "everything"):
             trace = trace_with(lambda: twins[-1], leaves, training=training, concrete=options)
         if trace.graph is None or trace.omission:
             raise SwapError(trace.reason or trace.omission)
