@@ -76,9 +76,7 @@ class Snapshot:
             of nothing, of large parameters that train, or of everything.
     """
 
-    def __init__(
-        self, modules: Iterable[nn.Module], *, reach: bool = True, on_write: OnWrite = "nothing"
-    ) -> None:
+    def __init__(self, modules: Iterable[nn.Module], *, reach: bool = True, on_write: OnWrite = "nothing") -> None:
         self._kept: list[Callable[[], None]] = []
         self._storages: dict[int, _Storage] = {}
         self._met: dict[int, Any] = {}  # objects by identity, which holding them keeps

@@ -106,7 +106,9 @@ def trace_model(model: nn.Module, *, training: bool, norms: Norms = KNOWN_NORMS)
     """Trace the whole of `model` with norm layers as leaves, or say why it cannot be traced."""
     reason = None
     for is_leaf, wrapped in _leaf_rules(norms):
-        with preserved_before_writes(model.modules(), "everything"):  # code run for real reaches the parameters that the twin shares
+        with preserved_before_writes(
+            model.modules(), "everything"
+        ):  # code run for real reaches the parameters that the twin shares
             trace = trace_with(lambda: without_hooks(sharing_twin(model)), is_leaf, wrapped, training=training)
         if trace.graph is not None:
             return trace
