@@ -30,7 +30,6 @@ from normswap.checkpoints.shards import (
     INDEX,
     RECORD,
     Shards,
-    check_links,
     copy_rest,
     find_shards,
     shard_of,
@@ -230,7 +229,6 @@ def _write_safetensors(path: Path, tensors: Any, metadata: dict[str, str]) -> No
 
 
 def _sniff_folder(path: Path) -> Container:
-    check_links(path)
     if (path / INDEX).is_file():
         return "distributed folder"
     shards = find_shards(path)

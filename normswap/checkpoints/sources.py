@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from normswap.checkpoints.atomic import check_readable, located
-from normswap.checkpoints.shards import INDEX, find_shards, texts_beside
+from normswap.checkpoints.shards import INDEX, check_links, find_shards, texts_beside
 from normswap.checkpoints.trainer_state import trainer_files
 from normswap.errors import CheckpointError
 
@@ -111,12 +111,13 @@ def open_source(path: Path, *, folder: Path | None = None) -> Source:
         folder: where the copy goes, on a disk; None for memory, for a caller that reads all of it into memory anyway.
 
     Raises:
-        CheckpointError: missing or empty, or it changed while it was copied.
+        CheckpointError: missing or empty, a link in it leads out of the folder, or it changed while it was copied.
     """
     path = located(path)
     check_readable(path)
     files = PrivateFiles()
     if path.is_dir():
+        check_links(path)
         copy, names = _new_folder(files, None), _files_read(path)
     elif _DESCRIPTORS.is_dir():
         stamp = _copied(path, folder, files)
