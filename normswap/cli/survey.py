@@ -17,7 +17,7 @@ _ADVICE = {
     "--arch path/file.py:function": "if a function of yours builds the model",
     "--arch timm:NAME": "if it is a model of timm; torchvision:NAME and hf:FOLDER likewise",
 }
-_BY_NAMES = "--arch none"
+_BY_NAMES = "--arch none --no-verify"
 
 
 def holds_several(header: "Header", *, trust: bool) -> bool:
