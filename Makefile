@@ -51,6 +51,7 @@ bench: $(READY)  ## what the layer, converting, starting and files cost -> docs/
 
 fuzz: $(READY)  ## 10,000 damaged files and 100 killed runs -> docs/fuzz.md (about 10 minutes on 2 cores)
 	@$(BIN)/python benchmarks/kills.py --kills 100
+	@$(BIN)/python benchmarks/source_changes.py --runs 100
 	@$(BIN)/python benchmarks/fuzz.py
 
 sanitize: $(READY)  ## the C extension under the address and undefined-behaviour sanitizers (about 10 minutes; needs gcc)
