@@ -142,7 +142,9 @@ def test_the_record_knows_every_network(gan: dict[str, Any]) -> None:
         assert all(torch.equal(v, original.state_dict()[k]) for k, v in reverted.state_dict().items())
         ok("verify", "gan.pt", "two.pt", "--entry", name, "--trust", *INPUT)
         assert "Importance weights" in ok("inspect", "two.pt", "--entry", name)
-    with pytest.raises(CheckpointError, match=r"holds several converted models \('d', 'g'\): say which, such as entry='d'"):
+    with pytest.raises(
+        CheckpointError, match=r"holds several converted models \('d', 'g'\): say which, such as entry='d'"
+    ):
         normswap.load("two.pt", trust=True)
     shown = json.loads(run("inspect", "two.pt", "--json").output)
     assert {name: part["converted"] for name, part in shown["networks"].items()} == {"g": True, "d": True}
