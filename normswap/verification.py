@@ -26,7 +26,7 @@ from normswap.model_pass import ModelPass, run_pass, shared_tensors
 from normswap.precision import Precision, computes_below, precisions
 from normswap.site_verdict import judge_sites
 from normswap.site_watch import SiteError
-from normswap.surgery.arguments import describe_shapes, mistaken_batches, require_module, require_type
+from normswap.surgery.arguments import describe_inputs, describe_shapes, mistaken_batches, require_module, require_type
 from normswap.surgery.gated import gated_modules
 from normswap.surgery.own_mode import OwnFlags, own_flags
 from normswap.surgery.tracing import first_line
@@ -199,7 +199,7 @@ def verify_in_place(
     if widest is None:
         error, batch = comparison.raised[False]
         raise ModelError(
-            f"the original model fails on an input of {describe_shapes(batch)}: {first_line(error)}"
+            f"the original model fails on an input of {describe_inputs(batch)}: {first_line(error)}"
         ) from error
     # It raises in training as the user runs it: what is said of that is of that run.
     return replace(widest[1], checks=widest[0].checks(comparison.raised))

@@ -120,7 +120,8 @@ def test_a_layer_adds_few_nodes() -> None:
         compiled_model, graphs = compiled(model.train(), backend="eager")
         compiled_model(torch.randn(X))
         nodes.append(sum(graphs.targets.values()))
-    assert 0 < nodes[1] - nodes[0] <= 2 * 20
+    # Two of them update the running statistics by BN's own formula, which keeps an infinite one infinite.
+    assert 0 < nodes[1] - nodes[0] <= 2 * 21
 
 
 def test_a_network_without_sites_compiles_as_before() -> None:

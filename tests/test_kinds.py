@@ -313,7 +313,7 @@ def test_a_lazy_instance_norm_says_its_kind() -> None:
     assert spec is not None
     assert (spec.kind, spec.problem) == (
         "in",
-        "LazyInstanceNorm2d has no sizes yet: run one forward pass, then convert",
+        "torch.nn.modules.instancenorm.LazyInstanceNorm2d has no sizes yet: run one forward pass, then convert",
     )
 
 

@@ -229,7 +229,7 @@ def test_a_converted_program_tells_what_it_is(converted: tuple[Path, Path]) -> N
     assert shown[0]["importance_weights"]["batch_norm"]["mean"] == {"in": 0.0, "ln": 0.0, "bn": 1.0}
     assert run("convert", target, "--trust").exit_code == 1
     for architecture in (None, Net):
-        with pytest.raises(CheckpointError, match=r"a converted program, whose graph alone knows .*pass --trust"):
+        with pytest.raises(CheckpointError, match=r"a converted program, whose graph alone knows .*pass trust=True"):
             normswap.load(target, architecture=architecture)
 
 
@@ -326,7 +326,7 @@ def meta(**fields: Any) -> Callable[[dict[str, bytes]], None]:
 BAD: dict[str, tuple[Callable[[dict[str, bytes]], object], str]] = {
     "pickled weights": (
         config_of(lambda entry: entry.update(use_pickle=True)),
-        "1 weights are pickled objects ('norm.weight'); reading them may run code: pass --trust",
+        "1 weights are pickled objects ('norm.weight'); reading them may run code: pass trust=True",
     ),
     "an older torch": (lambda m: m.update({"data/weights/model.pt": b""}), "of an older torch, which pickled its"),
     "torch 2.4": (
@@ -440,7 +440,9 @@ def test_a_program_without_inputs_is_exported_on_those_that_are_given() -> None:
     program.example_inputs = None
     converted = normswap.convert(module_of(program), x(), inplace=True).model
     assert inputs_of(program) is None
-    with pytest.raises(SwapError, match=r"carries no example inputs to export it again with: give them with --input"):
+    with pytest.raises(
+        SwapError, match=r"carries no example inputs to export it again with: give them, such as example_inputs="
+    ):
         export_again(program, converted)
     assert check_same(program, export_again(program, converted, x()), x()) < 1e-5
     with pytest.raises(SwapError, match="cannot be exported again"):

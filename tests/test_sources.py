@@ -17,6 +17,7 @@ from click.testing import CliRunner, Result
 from torch import Tensor
 
 import normswap
+import normswap.checkpoints.carrying
 import normswap.checkpoints.checkpoint
 import normswap.checkpoints.recognition
 import normswap.checkpoints.saving

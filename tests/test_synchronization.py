@@ -177,9 +177,9 @@ def test_what_has_no_real_values_is_refused() -> None:
     layer, x = SwitchNorm1d(3, branches=("ln", "bn"), synchronize=True), torch.randn(4, 3)
     before = copy.deepcopy(layer.state_dict())
     message = "^synchronized statistics: in training they need real values in every process, and there are none under"
-    with pytest.raises(LayerError, match=message):
+    with pytest.raises(LayerError, match=r"^torch\.func\.vmap maps the input, but not the running statistics"):
         torch.func.vmap(layer)(x[None])
-    with pytest.raises(LayerError, match=message):
+    with pytest.raises(LayerError, match=r"^a derivative of torch\.func was not given the running statistics"):
         torch.func.jvp(layer, (x,), (x,))
     with pytest.raises(LayerError, match=message), FakeTensorMode(allow_non_fake_inputs=True) as mode:
         layer(mode.from_tensor(x))

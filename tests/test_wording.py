@@ -79,7 +79,8 @@ def library_texts() -> list[tuple[str, str]]:
 
 def option_first(text: str) -> bool:
     """Whether a text names an option of the command line other than in brackets behind an argument of Python."""
-    foreign = ("--multi_gpu", "normswap convert --save-plan")  # another program's, or a whole command
+    # Another program's, a whole command, and a note that a plan carries to the command line.
+    foreign = ("--multi_gpu", "normswap convert --save-plan", " --resume", "use --input ")
     for words in foreign:
         text = text.replace(words, "")
     return re.search(r"(?<![\w(-])--[a-z]", text) is not None
@@ -164,6 +165,8 @@ def entry_points() -> dict[str, Callable[[Any], Any]]:
         "batch_dependence": normswap.batch_dependence,
         "calibrate": lambda m: normswap.calibrate(m, [x()]),
         "convert": normswap.convert,
+        "convert_training": lambda m: normswap.convert_training(m, optimizer),
+        "exempt_gates": lambda m: normswap.exempt_gates(m, optimizer),
         "find_norm_sites": normswap.find_norm_sites,
         "freeze_statistics": normswap.freeze_statistics,
         "importance_weights": normswap.importance_weights,
@@ -318,12 +321,12 @@ def test_a_wrong_architecture_is_told_with_the_one_that_fits(folder: Path) -> No
 def test_an_own_model_is_told_of_own_code_and_of_names(folder: Path) -> None:
     with pytest.raises(ArchitectureError, match=r"architecture='path/file\.py:function' if the model is your own"):
         normswap.load("own.pt")
-    told = {command: run(command, "own.pt").stderr for command in ("convert", "inspect", "identify", "calibrate")}
+    told = {command: run(command, "own.pt").stderr for command in ("convert", "identify", "calibrate")}
     del told["calibrate"]  # wants --data first
     for message in told.values():
         assert "--arch path/file.py:function if the model is your own" in message
     assert told["convert"].endswith("or convert by tensor names: --arch none --no-verify\n")
-    assert "none" not in told["inspect"]
+    assert "--arch path/file.py:function" in run("inspect", "own.pt").stdout
     beyond = files.small_model().state_dict() | {"more.running_mean": torch.ones(2), "more.running_var": torch.ones(2)}
     torch.save(beyond, "beyond.pt")
     assert "--arch none --no-verify" in run("convert", "beyond.pt", "--arch", files.ARCH).stderr

@@ -1041,7 +1041,12 @@ TRAPS: tuple[Trap, ...] = (
     ),
     _trap("torchvision FrozenBatchNorm2d", lambda: Chain(FrozenBatchNorm2d(8, eps=0.0)), IMAGE, "1"),
     _trap("FrozenBatchNormAct2d", lambda: Chain(FrozenBatchNormAct2d(8, act_layer=nn.SiLU)), IMAGE, "1"),
-    _trap("unknown subclass", lambda: Chain(TheirNorm(8)), IMAGE, skips={"1": r"KNOWN_NORMS \| \{TheirNorm"}),
+    _trap(
+        "unknown subclass",
+        lambda: Chain(TheirNorm(8)),
+        IMAGE,
+        skips={"1": r"KNOWN_NORMS \| \{\"zoo.TheirNorm\": read_batch_norm"},
+    ),
     _trap("unknown subclass made known", lambda: Chain(TheirNorm(8)), IMAGE, "1", also_read_as_batch_norm=(TheirNorm,)),
     _trap(
         "known by mistake: more inside",
@@ -1192,8 +1197,8 @@ TRAPS: tuple[Trap, ...] = (
         lambda: Chain(TheirInstanceNorm(8), TheirGroupNorm(1, 8), TheirGroupNorm(2, 8)),
         IMAGE,
         skips={
-            "1": r"KNOWN_NORMS \| \{TheirInstanceNorm: read_instance_norm\}$",
-            "2": r"KNOWN_NORMS \| \{TheirGroupNorm: read_group_norm\}$",
+            "1": r"KNOWN_NORMS \| \{\"zoo.TheirInstanceNorm\": read_instance_norm\}$",
+            "2": r"KNOWN_NORMS \| \{\"zoo.TheirGroupNorm\": read_group_norm\}$",
             "3": f"^{STAYS}$",
         },
         options=OTHER_KINDS,

@@ -218,7 +218,7 @@ def _chosen(found: Mapping[Place, Any], entry: str | None) -> tuple[Place, str]:
     if len(candidates) > 1:
         raise CheckpointError(
             f"holds several models ({_listed(named)}): say which, such as entry={name_of(candidates[0])!r}; "
-            "normswap convert takes several, --entry repeated"
+            "normswap convert takes several at once"
         )
     return candidates[0], ""
 
