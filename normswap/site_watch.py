@@ -3,7 +3,7 @@
 Nothing is stored but the worst error of each site. The models are left as they are.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -58,6 +58,7 @@ class SiteWatch:
             for name in (place.names[0] for place in walk_modules(converted))
             if name in self._olds and (isinstance(news[name], SwitchNorm) or is_rewritten(news[name]))
         }
+        self._modules: dict[nn.Module, list[nn.Module]] = {}
         self.names = tuple(self._pairs)
         self._found: dict[Measure, dict[str, float]] = {"evaluation": {}, "training": {}, "gradients": {}}
         covered = {id(module) for _, new in self._pairs.values() for module in new.modules()}
@@ -86,12 +87,18 @@ class SiteWatch:
         self, name: str, mode: Measure, flags: Mapping[int, bool], gradients: bool,
         old: nn.Module, new: nn.Module, call: _Call, output: Any,
     ) -> None:  # fmt: skip
-        modules = [place.module for module in ((old, new) if gradients else (new,)) for place in walk_modules(module)]
+        modules = [module for site in ((old, new) if gradients else (new,)) for module in self._inside(site)]
         # Without what hooks refer to: `forward` calls none, and a hook of each site may refer to the whole model.
-        with preserved_state(modules, reach=False), _flags_of(new, flags):
+        with preserved_state(modules, reach=False), _flags_of(self._inside(new), flags):
             self._note(mode, name, _outputs_apart(new, call, output))
             if gradients:
                 self._note("gradients", name, _gradients_apart(old, new, call))
+
+    def _inside(self, site: nn.Module) -> list[nn.Module]:
+        """The modules of a site, which is looked through once: sites are called hundreds of times."""
+        if site not in self._modules:
+            self._modules[site] = [place.module for place in walk_modules(site)]
+        return self._modules[site]
 
     def _note(self, measure: Measure, name: str, error: float) -> None:
         self._found[measure][name] = max(self._found[measure].get(name, 0.0), error)
@@ -114,8 +121,7 @@ def _compare_call(old: nn.Module, compare: Callable[[_Call, Any], None], calls: 
 
 
 @contextmanager
-def _flags_of(new: nn.Module, flags: Mapping[int, bool]) -> Iterator[None]:
-    modules = [place.module for place in walk_modules(new)]
+def _flags_of(modules: Sequence[nn.Module], flags: Mapping[int, bool]) -> Iterator[None]:
     before = [module.training for module in modules]
     try:
         for module in modules:

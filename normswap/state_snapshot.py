@@ -8,7 +8,7 @@ views and tied tensors stay views and tied; what a pass has not changed is compa
 
 import random
 import sys
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterable
 from functools import lru_cache, partial
 from types import BuiltinFunctionType, CellType, FunctionType, MethodType, ModuleType
@@ -29,6 +29,7 @@ _is_wrapper: Callable[[Tensor], bool] = is_traceable_wrapper_subclass
 # How many plain objects may stand one in another: a counter in a cache in a queue, but not all of a trainer.
 _OBJECT_DEPTH = 3
 _ATOMS = (bool, int, float, complex, str, bytes, type(None), type, torch.dtype, torch.device, torch.Size)
+_CONTAINERS = (dict, list, set, OrderedDict, deque)
 _OPAQUE = (ModuleType, BuiltinFunctionType)
 # Of these packages, plain objects of a few parts only: the others hold caches and the state of an interpreter.
 _FOLLOWED_PARTS = {"torch": ("torch.nn.", "torch.optim.", "torch.distributions."), "normswap": ()}
@@ -78,6 +79,7 @@ class Snapshot:
 
     def __init__(self, modules: Iterable[nn.Module], *, reach: bool = True, on_write: OnWrite = "nothing") -> None:
         self._kept: list[Callable[[], None]] = []
+        self._empty: list[Any] = []  # containers, as most registries of a module are
         self._storages: dict[int, _Storage] = {}
         self._met: dict[int, Any] = {}  # objects by identity, which holding them keeps
         self._on_write = on_write
@@ -97,6 +99,9 @@ class Snapshot:
             ModelError: something that was changed cannot be put back; all else is.
         """
         failure: Exception | None = None
+        for container in self._empty:
+            if container:
+                container.clear()
         with torch.no_grad():
             for put_back in (*self._kept, *(storage.put_back for storage in self._storages.values())):
                 try:
@@ -115,6 +120,10 @@ class Snapshot:
 
     def _is_new(self, thing: Any, depth: int, reach: bool) -> bool:
         if type(thing) in _ATOMS or id(thing) in self._met:
+            return False
+        if type(thing) in _CONTAINERS and not thing:
+            self._met[id(thing)] = thing
+            self._empty.append(thing)
             return False
         keeper = _keeper_of(type(thing))  # type: ignore[arg-type]  # a class with a metaclass of its own is hashable too
         if keeper is _keep_function and thing.__module__ and thing.__module__.startswith("normswap."):
@@ -155,6 +164,7 @@ class _CopyBeforeWrite(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+@lru_cache(maxsize=4096)
 def _writes(name: str) -> bool:
     """Say whether a function of torch of this name writes to a tensor that it is given."""
     inplace = name.endswith("_") and not name.endswith("__")
@@ -162,6 +172,7 @@ def _writes(name: str) -> bool:
 
 
 _TENSOR_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
+_NO_HOOKS: dict[str, dict[int, Any]] = {name: {} for name in _TENSOR_HOOKS}
 
 
 # --- one kind of object each ------------------------------------------------------------------------------------------
@@ -221,7 +232,8 @@ def _keep_tensor(tensor: Tensor) -> _Kept:
         return _keep_foreign_tensor(tensor)
     alias, form, leaf, needs_grad = tensor.data, _form(tensor), tensor.is_leaf, tensor.requires_grad
     grad = tensor.grad if leaf else None
-    hooks = {name: dict(getattr(tensor, name, None) or {}) for name in _TENSOR_HOOKS}
+    # Only a tensor that requires a gradient may have hooks.
+    hooks = {name: dict(getattr(tensor, name, None) or {}) for name in _TENSOR_HOOKS} if needs_grad else _NO_HOOKS
 
     def put_back() -> None:
         if leaf and not tensor.is_leaf:
