@@ -251,7 +251,8 @@ def read_norm(module: nn.Module, norms: Norms = KNOWN_NORMS) -> NormSpec | None:
         check_replaceable(module, spec.target, children, vertex=vertex_of(spec.kind), eps=spec.eps)
     except (LayerError, AttributeError) as error:
         known = reader in (KNOWN_NORMS.get(cls), KNOWN_NORMS.get(qualified_name(cls)))
-        expected = f"is not a plain {cls.__name__}" if known else "is not what norms= says of its class"
+        reader_failed = "is left as it is, since the reader registered for its class in norms= failed"
+        expected = f"is not a plain {cls.__name__}" if known else reader_failed
         return replace(spec, target=None, problem=f"{expected}: {error}")
     return spec
 
