@@ -143,7 +143,7 @@ def test_a_target_of_another_rank_names_the_one_of_any_rank() -> None:
 
 def test_a_name_that_the_norm_does_not_have_is_said() -> None:
     norm = norm_act(2, act=nn.ReLU())
-    expected = r"says of its class: read_norm_act: expected modules or functions named \('drop', 'act'\), "
+    expected = r"for its class in norms= failed: read_norm_act: expected modules or functions named \('drop', 'act'\), "
     assert re.search(expected + "found no 'drop'", reason(norm, read_norm_act, 2))
     with pytest.raises(LayerError, match="found no 'drop'"):
         read_norm_act(norm)
