@@ -3,7 +3,7 @@
 Nothing is stored but the worst error of each site. The models are left as they are.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -71,6 +71,7 @@ class SiteWatch:
             for name in (place.names[0] for place in walk_modules(converted))
             if name in self._olds and (isinstance(news[name], SwitchNorm) or is_rewritten(news[name]))
         }
+        self._modules: dict[nn.Module, list[nn.Module]] = {}
         self.names = tuple(self._pairs)
         self._found: dict[Measure, dict[str, float]] = {measure: {} for measure in get_args(Measure)}
         self.wrong: dict[str, dict[Measure, float]] = {}
@@ -104,7 +105,7 @@ class SiteWatch:
                 x = torch.randn(4, new.num_features, *sizes).to(tensor)
             call = _Call(((x,), {}), torch.get_rng_state(), first=True, ends=training)
             try:
-                with _preserved(_modules(old)), torch.no_grad():
+                with _preserved(self._inside(old)), torch.no_grad():
                     output = old.forward(x)
                     found = self._measured(
                         "training" if training else "evaluation", flags, False, old, new, call, output
@@ -140,12 +141,13 @@ class SiteWatch:
         old: nn.Module, new: nn.Module, call: _Call, output: Any,
     ) -> dict[Measure, float]:  # fmt: skip
         found: dict[Measure, float] = {}
-        with _preserved(_modules(new)), _flags_of(new, flags):
+        with _preserved(self._inside(new)), _flags_of(self._inside(new), flags):
             found[mode] = _outputs_apart(new, call, output)
             if call.first:
                 found["statistics"] = _statistics_apart(old, new)
         if gradients or (call.ends and isinstance(new, SwitchNorm)):
-            with _preserved([*_modules(old), *_modules(new)]), _flags_of(new, flags):
+            modules = [module for site in (old, new) for module in self._inside(site)]
+            with _preserved(modules), _flags_of(self._inside(new), flags):
                 found["gradients"] = _gradients_apart(old, new, call)
         return found
 
@@ -155,12 +157,18 @@ class SiteWatch:
                 wrong = self.wrong.setdefault(name, {})
                 wrong[measure] = max(wrong.get(measure, 0.0), error)
 
+    def _inside(self, site: nn.Module) -> list[nn.Module]:
+        """The modules of a site, which is looked through once: sites are called hundreds of times."""
+        if site not in self._modules:
+            self._modules[site] = [place.module for place in walk_modules(site)]
+        return self._modules[site]
+
     def _is_wrong(self, measure: Measure, error: float, old: nn.Module, call: _Call) -> bool:
         """Whether an error beyond the limit is more than what rounding of the input does to the original's norm."""
         if measure == "statistics":
             return True
         nudged = replace(call, args=tree_map_only(Tensor, lambda t: nudge(t, "random", self._eps), call.args))
-        with _preserved(_modules(old)), torch.no_grad():
+        with _preserved(self._inside(old)), torch.no_grad():
             if measure == "gradients":
                 own = _vectors_apart(_gradients(old, call), _gradients(old, nudged))
             else:
@@ -172,10 +180,6 @@ def _preserved(modules: list[nn.Module]) -> AbstractContextManager[None]:
     # Without what hooks refer to: `forward` calls none, and a hook of each site may refer to the whole model. A forward
     # of a single object may refer to anything, such as the object that this is a copy of.
     return preserved_state(modules, reach=any("forward" in vars(module) for module in modules))
-
-
-def _modules(module: nn.Module) -> list[nn.Module]:
-    return [place.module for place in walk_modules(module)]
 
 
 def _remember_call(old: nn.Module, calls: list[_Call], called: set[nn.Module]) -> Callable[[], Any]:
@@ -198,8 +202,7 @@ def _compare_call(old: nn.Module, compare: Callable[[_Call, Any], None], calls: 
 
 
 @contextmanager
-def _flags_of(new: nn.Module, flags: Mapping[int, bool]) -> Iterator[None]:
-    modules = [place.module for place in walk_modules(new)]
+def _flags_of(modules: Sequence[nn.Module], flags: Mapping[int, bool]) -> Iterator[None]:
     before = [module.training for module in modules]
     try:
         for module in modules:

@@ -171,8 +171,14 @@ def _may_write(func: Any, kwargs: Mapping[str, Any]) -> bool:
         arguments = (argument for overload in overloads for argument in overload._schema.arguments)
         return any(argument.alias_info is not None and argument.alias_info.is_write for argument in arguments)
     name = getattr(func, "__name__", "")
+    return _writes(name) or name in _HANDS_OUT
+
+
+@lru_cache(maxsize=4096)
+def _writes(name: str) -> bool:
+    """Say whether a function of torch of this name writes to a tensor that it is given."""
     inplace = name.endswith("_") and not name.endswith("__")
-    return inplace or name == "__setitem__" or name.startswith("__i") or name in _HANDS_OUT
+    return inplace or name == "__setitem__" or name.startswith("__i")
 
 
 _TENSOR_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
