@@ -66,7 +66,7 @@ def run_pass(
     ):
         try:
             with torch.set_grad_enabled(training):
-                leaves = read_leaves(call_model(model, batch))
+                leaves = read_leaves(call_model(model, batch), model=frozenset(map(id, modules)))
             # Before the backward pass, in which activation checkpointing has BN record its batch a second time.
             found = shared_tensors(model, "_buffers") if training else {}
             buffers = {names: buffer.detach().clone() for names, buffer in found.items()}

@@ -167,7 +167,8 @@ def _may_write(func: Any, kwargs: Mapping[str, Any]) -> bool:
     if any(option is not None and option is not False for option in options):
         return True
     if isinstance(func, OpOverload | OpOverloadPacket):
-        overloads = [func] if isinstance(func, OpOverload) else [getattr(func, name) for name in func.overloads()]
+        names = () if isinstance(func, OpOverload) else func.overloads()  # type: ignore[no-untyped-call]
+        overloads = [getattr(func, name) for name in names] or [func]
         arguments = (argument for overload in overloads for argument in overload._schema.arguments)
         return any(argument.alias_info is not None and argument.alias_info.is_write for argument in arguments)
     name = getattr(func, "__name__", "")

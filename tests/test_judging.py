@@ -2,6 +2,8 @@
 
 import json
 import types
+import weakref
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -246,6 +248,48 @@ def test_outputs_that_are_nowhere_finite_hide_no_fault() -> None:
     assert verify(model, converted, [X]).passed
     converted.bn.momentum = 0.5
     assert not verify(model, converted, [X]).passed
+
+
+def buffered(y: Tensor) -> nn.Module:
+    module = nn.Module()
+    module.register_buffer("y", y.detach())
+    return module
+
+
+KEPT: list[Tensor] = []
+
+
+def kept(y: Tensor) -> Any:
+    KEPT.append(y)
+    return weakref.ref(y)
+
+
+def promised(y: Tensor) -> Any:
+    future: Any = torch.futures.Future()
+    future.set_result(y)
+    return future
+
+
+CARRIERS: dict[str, Callable[[Tensor], Any]] = {
+    "a module": buffered,
+    "parameters": lambda y: nn.ParameterList([nn.Parameter(y.detach())]),
+    "a weak reference": kept,
+    "a future": promised,
+    "an exception": lambda y: ValueError(y),
+    "values of a dict": lambda y: {"y": y}.values(),
+    "an array": lambda y: array("d", y.flatten().tolist()),
+}
+
+
+@pytest.mark.parametrize("carry", CARRIERS.values(), ids=CARRIERS)
+def test_a_carrier_beside_an_output_hides_no_difference(carry: Callable[[Tensor], Any]) -> None:
+    def model(broken: bool) -> nn.Module:
+        net = Net(lambda y: y, broken=broken)
+        net.wrap = lambda y: (net.conv.weight.sum(), carry(y), net)
+        return net
+
+    assert verified(model(broken=False)).passed
+    assert not verified(model(broken=True)).passed
 
 
 class Beside(Net):
