@@ -262,7 +262,7 @@ def _future(value: Any, path: str) -> dict[str, Any]:
 
 
 def _storage(value: Any, path: str) -> Tensor:
-    plain = value.untyped() if isinstance(value, torch.TypedStorage) else value
+    plain = value.untyped() if isinstance(value, torch.TypedStorage) else value  # type: ignore[no-untyped-call]
     return torch.empty(0, dtype=torch.uint8, device=plain.device).set_(plain).clone()
 
 

@@ -78,7 +78,7 @@ def _problem(site: SiteError, limit: float) -> str:
     return _differs(site.fqn, wrong, limit) if wrong else ""
 
 
-def _differs(name: str, wrong: Mapping[str, float], limit: float) -> str:
+def _differs(name: str, wrong: Mapping[Any, float], limit: float) -> str:
     found = ", ".join(f"{error:.1e} in {_MEASURES[measure]}" for measure, error in wrong.items())
     return f"{name} alone differs by {found} (limit {limit:.0e})"
 

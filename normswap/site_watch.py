@@ -293,7 +293,7 @@ def _gradients(module: nn.Module, call: _Call) -> dict[Names, Tensor]:
 
     # Hooks of the pass that this interrupts, such as those of a checkpoint, have no part in it.
     own_hooks = torch.autograd.graph.saved_tensors_hooks(_same, _same)
-    with torch.enable_grad(), seeded(0), own_hooks:
+    with torch.inference_mode(False), torch.enable_grad(), seeded(0), own_hooks:
         torch.set_rng_state(call.random_state)
         args, kwargs = tree_map_only(Tensor, as_leaf, call.args)
         outputs = read_leaves(module.forward(*args, **kwargs)).tensors

@@ -524,3 +524,13 @@ def test_the_report_says_precision_and_rule(capsys: pytest.CaptureFixture[str]) 
     assert "judged by every site alone" in text
     assert "not judged" in text
     assert "gradients" in text.split("Sites that differ most")[1]
+
+
+def test_sites_in_inference_mode_are_judged_alone() -> None:
+    class Inference(Wild):
+        def forward(self, x: Tensor) -> Any:
+            with torch.inference_mode():
+                y = self.bn(self.conv(x))
+            return self.wrap(y.clone())
+
+    assert verified(Inference()).passed
