@@ -19,6 +19,7 @@ from normswap.layers.gates import GatedModule
 from normswap.layers.modules import SwitchNorm
 from normswap.model_pass import ModelPass, PlainBatchNorm, nudged_passes, run_pass, shared_tensors
 from normswap.output_leaves import Leaves, comparable_size
+from normswap.precision import Precision
 from normswap.site_watch import SiteWatch
 from normswap.surgery.gated import gated_modules
 from normswap.surgery.own_mode import Flags, OwnFlags, own_mode
@@ -79,15 +80,14 @@ class _Tally:
                 f"{part or self.name}: not judged, one unit in the last place of the input alone changes it by "
                 f"{response:.1e} (relative L2) in the original"
             )
-        judged = [part for part in errors if part not in wild]
-        if not judged:
-            return
-        worst = max(errors[part] for part in judged)
-        own = max((responses[part] for part in judged if part in responses), default=None)
-        limit = max(base, _RESPONSE_FACTOR * (own or 0.0))
-        self.failed = self.failed or not worst <= limit
-        if self.error is None or worst / limit > self.error / self.limit:
-            self.error, self.limit, self.own_response = worst, limit, own
+        for part in errors:  # each with a limit of its own: one that amplifies rounding hides no other one
+            if part in wild:
+                continue
+            error, own = errors[part], responses.get(part)
+            limit = max(base, _RESPONSE_FACTOR * (own or 0.0))
+            self.failed = self.failed or not error <= limit
+            if self.error is None or error / limit > self.error / self.limit:
+                self.error, self.limit, self.own_response = error, limit, own
 
     def not_judged(self, note: str) -> None:
         self.unjudged = True
@@ -110,15 +110,16 @@ class ModelComparison:
         inputs: list[Any],
         *,
         limit: float,
-        eps: float,
+        precision: Precision,
         flags: tuple[OwnFlags | None, OwnFlags | None],
     ) -> None:
         self.models = first, second
-        self.inputs, self.limit, self._eps = inputs, limit, eps
+        self.inputs, self.limit, self._eps = inputs, limit, precision.eps
+        self.site_limit = max(limit, precision.limit)
         self.tallies = {name: _Tally(name, limit) for name in CHECKS}
         self.raised: dict[bool, tuple[Exception, Any]] = {}
         self.largest_difference = 0.0
-        self.returns_something = False
+        self.returns_something = self._infinite = False
         self._raising: set[str] = set()
         self.training = _training_terms(first, second)
         self._flags = {
@@ -131,7 +132,11 @@ class ModelComparison:
         self.modes = (False,) if self.training.silence else (False, True)
         if self.training.silence:
             self._note(_TRAINING, self.training.silence)
-        self.site_watch = SiteWatch(first, second)
+        self.site_watch = self.new_watch()
+
+    def new_watch(self) -> SiteWatch:
+        """Return what compares the two models site by site."""
+        return SiteWatch(*self.models, limit=self.site_limit, eps=self._eps)
 
     def compare(self) -> None:
         """Compare in all modes on all inputs."""
@@ -144,7 +149,9 @@ class ModelComparison:
     @property
     def is_judged(self) -> bool:
         """Whether every check that was made can be judged by the whole models."""
-        return not any(tally.unjudged for tally in self.tallies.values())
+        # A model of which nothing is finite in any pass is judged: nothing of it can pass.
+        partly_finite = self._infinite and any(tally.error is not None for tally in self.tallies.values())
+        return not partly_finite and not any(tally.unjudged for tally in self.tallies.values())
 
     def checks(self, raised: Mapping[bool, tuple[Exception, Any]] | None = None) -> tuple[Check, ...]:
         """Return every check.
@@ -171,10 +178,17 @@ class ModelComparison:
 
     def watching(self, watch: SiteWatch, *, training: bool, gradients: bool = False) -> Any:
         """Return a context in which passes of the first model are compared site by site."""
+        return watch.watching(training=training, flags=self._second_flags(training=training), gradients=gradients)
+
+    def feed(self, watch: SiteWatch, name: str, *, training: bool) -> bool:
+        """Compare a site that never ran on an input made for it, and return whether the original's takes one."""
+        with own_mode(self.models[0], training=training, flags=self._flags[training][0]):
+            return watch.feed(name, training=training, flags=self._second_flags(training=training))
+
+    def _second_flags(self, *, training: bool) -> dict[int, bool]:
         second = self.models[1]
         with own_mode(second, training=training, flags=self._flags[training][1]):
-            flags = {id(place.module): place.module.training for place in walk_modules(second)}
-        return watch.watching(training=training, flags=flags, gradients=gradients)
+            return {id(place.module): place.module.training for place in walk_modules(second)}
 
     def _compare_pass(self, batch: Any, *, training: bool) -> None:
         names = _TRAINING if training else CHECKS[:1]
@@ -186,6 +200,7 @@ class ModelComparison:
                 return
             self.returns_something = self.returns_something or bool(a.leaves.opaque) or _holds_numbers(a.leaves)
             if not _is_finite_somewhere(a.leaves):
+                self._infinite = True
                 self._note(names, "no output of the original is finite")
                 return
             gradients = GradientDistance(kept)
@@ -216,6 +231,8 @@ class ModelComparison:
         if not comparable_size(a.leaves) and not any(error > 0 for error in errors[outputs].values()):
             self.tallies[outputs].not_judged("the original returns no number: nothing to compare")
             errors[outputs] = {}
+        elif not _holds_fractions(a.leaves):
+            self.tallies[outputs].not_judged("the original returns whole numbers only, which say little of a site")
         if training:
             errors[GRADIENTS] = self._gradient_error(a, b, gradients)
             errors[STATISTICS] = _statistics_error(a.buffers, b.buffers)
@@ -373,6 +390,11 @@ def _is_finite_somewhere(leaves: Leaves) -> bool:
     if not floating and not numbers:
         return True
     return any(isfinite(number) for number in numbers) or any(bool(leaf.isfinite().any()) for leaf in floating)
+
+
+def _holds_fractions(leaves: Leaves) -> bool:
+    tensors = any(leaf.is_floating_point() or leaf.is_complex() for leaf in leaves.tensors)
+    return tensors or any(isinstance(leaf, float | complex) for leaf in leaves.values.values())
 
 
 def _holds_numbers(leaves: Leaves) -> bool:

@@ -66,7 +66,7 @@ def run_pass(
     ):
         try:
             with torch.set_grad_enabled(training):
-                leaves = read_leaves(call_model(model, batch))
+                leaves = read_leaves(call_model(model, batch), model=frozenset(map(id, modules)))
             # Before the backward pass, in which activation checkpointing has BN record its batch a second time.
             found = shared_tensors(model, "_buffers") if training else {}
             buffers = {names: buffer.detach().clone() for names, buffer in found.items()}
@@ -110,11 +110,11 @@ def nudged_passes(
     """
     fine = tree_any(lambda leaf: _is_fine(leaf, eps), batch)
     for direction in ("up", "down", "random"):
-        nudge = partial(_nudged, direction=direction, eps=eps)
+        nudged = partial(nudge, direction=direction, eps=eps)
         if fine:
-            yield run(tree_map_only(Tensor, nudge, batch), None)
+            yield run(tree_map_only(Tensor, nudged, batch), None)
         else:
-            yield run(batch, _first_output_nudged(model, nudge, eps))
+            yield run(batch, _first_output_nudged(model, nudged, eps))
 
 
 @contextmanager
@@ -143,13 +143,15 @@ def _is_fine(leaf: Any, eps: float) -> bool:
     return fractions and torch.finfo(leaf.dtype).eps <= eps
 
 
-def _nudged(tensor: Tensor, direction: str, eps: float) -> Tensor:
+def nudge(tensor: Tensor, direction: str, eps: float) -> Tensor:
+    """Return a tensor changed by one unit in the last place, one that is too coarse for that as it is."""
     if not _is_fine(tensor, eps):
         return tensor
     if direction != "random":
         return tensor * (1 + eps if direction == "up" else 1 - eps)
     coins = torch.randint(0, 2, tensor.shape, generator=torch.Generator().manual_seed(_SEED)).to(tensor.device)
-    return tensor * (1 + (2 * coins - 1) * eps)
+    signs = (2 * coins - 1).to(tensor.dtype)  # or float32, in which 1 + eps of float64 is 1
+    return tensor * (1 + signs * eps)
 
 
 # --- batch normalization by its formula -------------------------------------------------------------------------------

@@ -9,8 +9,9 @@ import io
 import itertools
 import types
 import weakref
+from array import array
 from collections import UserList, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set, ValuesView
 from dataclasses import dataclass, field
 from datetime import date, time, timedelta, tzinfo
 from decimal import Decimal
@@ -35,6 +36,7 @@ class Leaves:
 
     values: dict[str, Any] = field(default_factory=dict)
     opaque: dict[str, str] = field(default_factory=dict)
+    model: frozenset[int] | None = None
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -47,13 +49,15 @@ class Leaves:
         return Leaves(values, self.opaque)
 
 
-def read_leaves(value: Any, name: str = "output") -> Leaves:
+def read_leaves(value: Any, name: str = "output", model: frozenset[int] | None = None) -> Leaves:
     """Return the leaves of `value`; iterators in it are consumed.
 
     Args:
         name: what the paths begin with.
+        model: the ids of the modules of the model that returned `value`: these are no data, other modules are. Without
+            it none is.
     """
-    found = Leaves()
+    found = Leaves(model=model)
     _read(value, name, found, ())
     return found
 
@@ -78,7 +82,8 @@ def _read(value: Any, path: str, found: Leaves, inside: tuple[int, ...]) -> None
     if type(value) in _EQUAL_OR_NOT or isinstance(value, _EQUAL_OR_NOT_BASES):
         found.values[path] = value
         return
-    if isinstance(value, _NO_DATA):
+    own = isinstance(value, nn.Module) and (found.model is None or id(value) in found.model)
+    if own or isinstance(value, _NO_DATA):
         return
     if id(value) in inside:  # which contains itself: read already
         return
@@ -105,7 +110,7 @@ _EQUAL_OR_NOT_BASES = (
 )  # fmt: skip
 # No result of a computation.
 _NO_DATA = (
-    nn.Module, type, types.ModuleType, weakref.ReferenceType, torch.Generator, Logger, type(Lock()),
+    type, types.ModuleType, torch.Generator, Logger, type(Lock()),
 )  # fmt: skip
 
 
@@ -241,6 +246,34 @@ def _method(value: Any, path: str) -> dict[str, Any]:
     return {f"{path}.__self__": value.__self__}
 
 
+def _module(value: nn.Module, path: str) -> dict[str, Any]:
+    """What a module that the forward pass made holds."""
+    plain = {name: item for name, item in vars(value).items() if not name.startswith("_")}
+    held = plain | value._parameters | value._buffers | value._modules
+    return {f"{path}.{name}": item for name, item in held.items()}
+
+
+def _referred(value: Any, path: str) -> dict[str, Any]:
+    return {f"{path}()": value()}
+
+
+def _future(value: Any, path: str) -> dict[str, Any]:
+    return {f"{path}.value()": value.value()}
+
+
+def _storage(value: Any, path: str) -> Tensor:
+    plain = value.untyped() if isinstance(value, torch.TypedStorage) else value  # type: ignore[no-untyped-call]
+    return torch.empty(0, dtype=torch.uint8, device=plain.device).set_(plain).clone()
+
+
+def _exception(value: BaseException, path: str) -> dict[str, Any]:
+    return {f"{path}.args": value.args} | {f"{path}.{name}": item for name, item in vars(value).items()}
+
+
+def _buffer(value: Any, path: str) -> Any:
+    return _array(_numpy().asarray(value), path)
+
+
 def _attributes(value: Any, path: str) -> dict[str, Any]:
     """The attributes of any other object, in its `__dict__` and in slots."""
     slots = [
@@ -273,6 +306,12 @@ class _Numpy(metaclass=_NumpyValue):
 # The first kind that fits.
 _KINDS: tuple[tuple[Any, Callable[[Any, str], Any]], ...] = (
     (Tensor, _tensor),
+    (nn.Module, _module),
+    (weakref.ReferenceType, _referred),
+    (torch.futures.Future, _future),
+    ((torch.UntypedStorage, torch.TypedStorage), _storage),
+    (BaseException, _exception),
+    (array, _buffer),
     (_Numpy, _array),
     (int, _plain(int)),
     ((float, Decimal, Fraction), _plain(float)),
@@ -281,7 +320,7 @@ _KINDS: tuple[tuple[Any, Callable[[Any, str], Any]], ...] = (
     (bytes, _plain(bytes)),
     (tuple, _tuple),
     (Mapping, _mapping),
-    ((list, deque, UserList), _sequence),
+    ((list, deque, UserList, ValuesView), _sequence),
     (Set, _set),
     (io.IOBase, _file),
     (Iterator, _iterator),
@@ -290,4 +329,4 @@ _KINDS: tuple[tuple[Any, Callable[[Any, str], Any]], ...] = (
     (types.FunctionType, _function),
 )
 # Their classes may add attributes of their own.
-_CONTAINERS = (tuple, Mapping, (list, deque, UserList), Set, functools.partial)
+_CONTAINERS = (tuple, Mapping, (list, deque, UserList, ValuesView), Set, functools.partial)

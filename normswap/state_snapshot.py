@@ -9,13 +9,14 @@ views and tied tensors stay views and tied; what a pass has not changed is compa
 import random
 import sys
 from collections import OrderedDict, deque
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from functools import lru_cache, partial
 from types import BuiltinFunctionType, CellType, FunctionType, MethodType, ModuleType
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload, OpOverloadPacket
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -156,12 +157,31 @@ class _CopyBeforeWrite(TorchFunctionMode):
         self._storages = storages
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if "out" in (kwargs or {}) or _writes(getattr(func, "__name__", "")):
+        if _may_write(func, kwargs or {}):
             for leaf in tree_leaves((args, kwargs)):
                 storage = _storage_of(leaf) if isinstance(leaf, Tensor) else None
                 if storage is not None and storage._cdata in self._storages:
                     self._storages[storage._cdata].copy()
         return func(*args, **(kwargs or {}))
+
+
+# What hands memory out to code that torch does not see, and what writes by an option.
+_HANDS_OUT = {"numpy", "__array__", "__dlpack__", "data_ptr", "untyped_storage", "storage"}
+_WRITING_OPTIONS = ("out", "inplace", "max_norm")
+
+
+def _may_write(func: Any, kwargs: Mapping[str, Any]) -> bool:
+    """Say whether a function of torch may write to a tensor that it is given."""
+    options = (kwargs.get(option) for option in _WRITING_OPTIONS)
+    if any(option is not None and option is not False for option in options):
+        return True
+    if isinstance(func, OpOverload | OpOverloadPacket):
+        names = () if isinstance(func, OpOverload) else func.overloads()  # type: ignore[no-untyped-call]
+        overloads = [getattr(func, name) for name in names] or [func]
+        arguments = (argument for overload in overloads for argument in overload._schema.arguments)
+        return any(argument.alias_info is not None and argument.alias_info.is_write for argument in arguments)
+    name = getattr(func, "__name__", "")
+    return _writes(name) or name in _HANDS_OUT
 
 
 @lru_cache(maxsize=4096)

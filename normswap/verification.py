@@ -24,7 +24,7 @@ from normswap.layers.gates import GatedModule
 from normswap.model_comparison import Check, ModelComparison, all_distances
 from normswap.model_pass import ModelPass, run_pass, shared_tensors
 from normswap.precision import Precision, computes_below, precisions
-from normswap.site_verdict import judge_sites
+from normswap.site_verdict import faults_of_sites, judge_sites
 from normswap.site_watch import SiteError
 from normswap.surgery.arguments import describe_inputs, describe_shapes, mistaken_batches, require_module, require_type
 from normswap.surgery.gated import gated_modules
@@ -182,7 +182,9 @@ def verify_in_place(
         last = precision is attempts[-1]
         undo = precision.apply((first, second))
         limit = precision.limit if tolerance is None else tolerance
-        comparison = ModelComparison(first, second, precision.cast(inputs), limit=limit, eps=precision.eps, flags=flags)
+        comparison = ModelComparison(
+            first, second, precision.cast(inputs), limit=limit, precision=precision, flags=flags
+        )
         comparison.compare()
         if False not in comparison.raised:
             result = _result(comparison, precision, notes, single_precision_error)
@@ -218,10 +220,12 @@ def _result(
     passed = all(check.passed is not False for check in checks)
     notes = [*notes, *comparison.training.notes]
     if comparison.is_judged:
-        passed = passed and any(check.passed for check in checks)
+        faults, remarks = faults_of_sites(comparison)
+        passed = passed and any(check.passed for check in checks) and not faults
+        notes += [*faults, *remarks]
     else:
-        limit = max(comparison.limit, precision.limit)
-        sites, problems = judge_sites(comparison, limit)
+        limit = comparison.site_limit
+        sites, problems = judge_sites(comparison)
         passed = passed and not problems
         found = (
             f"not all can be judged so: {'; '.join(problems)}"

@@ -2,6 +2,8 @@
 
 import json
 import types
+import weakref
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +18,7 @@ from normswap.checkpoints.record import Record
 from normswap.comparison import distance
 from normswap.errors import ModelError
 from normswap.model_comparison import Check
+from normswap.model_pass import nudge
 from normswap.site_watch import SiteError
 
 X = torch.randn(4, 3, 9, 9, generator=torch.Generator().manual_seed(0))
@@ -142,6 +145,13 @@ SITE_FAULTS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "gates": (lambda m: m.bn.mean_weight.copy_(torch.tensor([0.1, 0.0, 0.9])), "bn alone differs by"),
     "a weight elsewhere": (lambda m: m.conv.weight.mul_(1.5), "conv.weight has other values"),
     "a module elsewhere": (lambda m: setattr(m, "conv", nn.Sequential(m.conv)), "conv is a torch.nn.modules.conv"),
+    "momentum": (lambda m: setattr(m.bn, "momentum", 0.5), "in running statistics"),
+    "a number elsewhere": (lambda m: setattr(m.conv, "stride", (2, 2)), "conv.stride has other values"),
+    "a text elsewhere": (lambda m: setattr(m.conv, "padding_mode", "reflect"), "conv.padding_mode has other values"),
+    "a function elsewhere": (lambda m: setattr(m, "wrap", torch.cos), "wrap has other values"),
+    "a hook on a site": (lambda m: m.bn.register_forward_hook(lambda *args: None), "bn has other hooks"),
+    "a hook elsewhere": (lambda m: m.conv.register_full_backward_hook(lambda *args: None), "conv has other hooks"),
+    "a frozen weight": (lambda m: m.conv.weight.requires_grad_(False), "conv.weight has other values"),
     "another module": (lambda m: m.add_module("extra", nn.ReLU()), "extra is in the converted model only"),
 }
 
@@ -157,6 +167,159 @@ def test_a_fault_in_a_model_that_amplifies_rounding_is_found(fault: Callable[[An
     assert said in " ".join(found.notes)
 
 
+class Hidden(Net):
+    """A second norm, whose output does not decide what the model returns."""
+
+    def __init__(self, use: str) -> None:
+        super().__init__(lambda y: y)
+        self.aux, self.use = nn.BatchNorm2d(8), use
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.conv(x)
+        if self.use == "an attribute":
+            self.loss = self.aux(y).square().mean()
+        return self.bn(y) + (0 * self.aux(y) if self.use == "multiplied by zero" else 0)
+
+
+@pytest.mark.parametrize("use", ["an attribute", "multiplied by zero", "never called"])
+def test_a_site_that_does_not_reach_the_outputs_is_compared_alone(use: str) -> None:
+    model = Hidden(use)
+    converted = convert(model, X).model
+    assert verify(model, converted, [X]).passed
+    converted.aux.eps = 1e-2
+    found = verify(model, converted, [X])
+    assert not found.passed
+    assert "aux alone differs by" in " ".join(found.notes)
+
+
+def test_the_report_names_sites_that_never_ran() -> None:
+    model = Hidden("never called")
+    found = verify(model, convert(model).model, [X])
+    assert found.notes == ("1 site never ran and agree alone, on random input: aux",)
+
+
+def test_a_frozen_model_that_returns_whole_numbers_is_judged_by_its_sites() -> None:
+    model = Net(lambda y: y.flatten(1).argmax(1)).requires_grad_(False)
+    converted = convert(model, X).model
+    found = verify(model, converted, [X])
+    assert (found.passed, found.judged_by) == (True, "sites")
+    assert "whole numbers only" in check(found, "outputs in evaluation").note
+    with torch.no_grad():
+        converted.conv.weight.mul_(1.001)
+    assert not verify(model, converted, [X]).passed
+
+
+class NoInputGradient(torch.autograd.Function):
+    """Passes its input on and no gradient back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return torch.zeros_like(gradient)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_gradients_of_the_input_are_compared_at_the_first_site(frozen: bool) -> None:
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3)).requires_grad_(not frozen)
+    converted = convert(model, X).model
+    assert verify(model, converted, [X]).passed
+    kind = type(converted[0])
+    blind = {"forward": lambda self, x: kind.forward(self, NoInputGradient.apply(x))}
+    converted[0].__class__ = type("Blind", (kind,), blind)
+    found = verify(model, converted, [X])
+    assert not found.passed
+    assert "in gradients" in " ".join(found.notes)
+
+
+class NotFinite(Net):
+    """Returns NaN in training."""
+
+    def forward(self, x: Tensor) -> Any:
+        y = super().forward(x)
+        return y * float("nan") if self.training else y
+
+
+def test_outputs_that_are_nowhere_finite_hide_no_fault() -> None:
+    model = NotFinite(lambda y: y)
+    converted = convert(model, X).model
+    assert verify(model, converted, [X]).passed
+    converted.bn.momentum = 0.5
+    assert not verify(model, converted, [X]).passed
+
+
+def buffered(y: Tensor) -> nn.Module:
+    module = nn.Module()
+    module.register_buffer("y", y.detach())
+    return module
+
+
+KEPT: list[Tensor] = []
+
+
+def kept(y: Tensor) -> Any:
+    KEPT.append(y)
+    return weakref.ref(y)
+
+
+def promised(y: Tensor) -> Any:
+    future: Any = torch.futures.Future()
+    future.set_result(y)
+    return future
+
+
+CARRIERS: dict[str, Callable[[Tensor], Any]] = {
+    "a module": buffered,
+    "parameters": lambda y: nn.ParameterList([nn.Parameter(y.detach())]),
+    "a weak reference": kept,
+    "a future": promised,
+    "an exception": lambda y: ValueError(y),
+    "values of a dict": lambda y: {"y": y}.values(),
+    "an array": lambda y: array("d", y.flatten().tolist()),
+}
+
+
+@pytest.mark.parametrize("carry", CARRIERS.values(), ids=CARRIERS)
+def test_a_carrier_beside_an_output_hides_no_difference(carry: Callable[[Tensor], Any]) -> None:
+    def model(broken: bool) -> nn.Module:
+        net = Net(lambda y: y, broken=broken)
+        net.wrap = lambda y: (net.conv.weight.sum(), carry(y), net)
+        return net
+
+    assert verified(model(broken=False)).passed
+    assert not verified(model(broken=True)).passed
+
+
+class Beside(Net):
+    """Two outputs, one of which amplifies rounding by about 1e9."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda y: y)
+        self.quiet = nn.BatchNorm2d(8)
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.conv(x)
+        return self.quiet(y), torch.sin(1e9 * self.bn(y))
+
+
+def test_an_output_that_amplifies_rounding_hides_no_other_one() -> None:
+    model = Beside()
+    converted = convert(model, X).model
+    assert verify(model, converted, [X]).passed
+    with torch.no_grad():
+        converted.quiet.weight.mul_(1 + 1e-7)
+    found = verify(model, converted, [X])
+    assert check(found, "outputs in evaluation").passed is False
+
+
+def test_the_nudge_at_random_changes_float64() -> None:
+    x = torch.ones(8, dtype=torch.float64)
+    assert set(((nudge(x, "random", 2**-52) - x) / 2**-53).tolist()) <= {-2.0, 2.0}
+    assert nudge(x.half(), "random", 2**-10).dtype == torch.float16
+
+
 def test_wrong_gradients_of_a_site_are_found_if_the_model_cannot_be_judged() -> None:
     model = Wild()
     converted = convert(model, X).model
@@ -164,7 +327,8 @@ def test_wrong_gradients_of_a_site_are_found_if_the_model_cannot_be_judged() -> 
     converted.bn.forward = lambda x: forward(converted.bn, x.detach())
     found = verify(model, converted, [X])
     assert not found.passed
-    assert "in gradients (limit 1e-09)" in found.notes[-1]
+    assert " in gradients" in found.notes[-1]
+    assert converted.bn.num_batches_tracked == 0  # which the closure reaches from the copy that is verified
 
 
 def test_a_site_that_never_ran_does_not_pass_if_the_model_cannot_be_judged() -> None:
@@ -222,7 +386,7 @@ def test_records_of_older_versions_are_read() -> None:
     for name in ("precision", "judged_by", "notes"):
         del data["verification"][name]
     for site in data["verification"]["sites"]:
-        del site["gradients"]
+        del site["gradients"], site["statistics"]
     data["verification"]["max_abs_error"] = float("inf")  # which older versions wrote bare
     read = Record.from_json(json.dumps(data)).verification
     assert read is not None
@@ -360,3 +524,13 @@ def test_the_report_says_precision_and_rule(capsys: pytest.CaptureFixture[str]) 
     assert "judged by every site alone" in text
     assert "not judged" in text
     assert "gradients" in text.split("Sites that differ most")[1]
+
+
+def test_sites_in_inference_mode_are_judged_alone() -> None:
+    class Inference(Wild):
+        def forward(self, x: Tensor) -> Any:
+            with torch.inference_mode():
+                y = self.bn(self.conv(x))
+            return self.wrap(y.clone())
+
+    assert verified(Inference()).passed

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from normswap import calibrate, convert, find_norm_sites, plan_swaps, verify
 from normswap.errors import ModelError, NormswapError, SwapError
+from normswap.modes import preserved_before_writes
 
 C = 8
 X = torch.randn(4, C, generator=torch.Generator().manual_seed(0))
@@ -209,3 +210,39 @@ def test_calibration_that_fails_half_way_leaves_the_model_as_it_was(kind: type[B
     with pytest.raises(NormswapError, match="batch 1 "):
         calibrate(model, [X, torch.zeros(4, 3)])
     assert state(model) == before
+
+
+# --- weights that a verification copies only before something writes to them ------------------------------------------
+
+
+@torch.library.custom_op("normswap_tests::enlarge", mutates_args={"tensor"})
+def enlarge(tensor: Tensor) -> None:
+    tensor.mul_(1.5)
+
+
+LARGE = 128
+
+WEIGHT_WRITERS: dict[str, Callable[[Tensor], Any]] = {
+    "a method": lambda w: w.mul_(1.5),
+    "a list of tensors": lambda w: torch._foreach_mul_([w], 1.5),
+    "an operator": lambda w: torch.ops.aten.mul_.Tensor(w, torch.tensor(1.5, dtype=w.dtype)),
+    "a packet of operators": lambda w: torch.ops.aten.mul_(w, torch.tensor(1.5, dtype=w.dtype)),
+    "a custom operator": enlarge,
+    "a named custom operator": lambda w: torch.ops.normswap_tests.enlarge(w),
+    "out": lambda w: torch.mul(w, 1.5, out=w),
+    "inplace": lambda w: nn.functional.relu(w, inplace=True),
+    "max_norm": lambda w: nn.functional.embedding(torch.arange(4), w, max_norm=0.1),
+    "numpy": lambda w: w.numpy().fill(1),
+    "dlpack": lambda w: torch.from_dlpack(w).mul_(1.5),
+    "a storage": lambda w: w.untyped_storage().fill_(1),
+}
+
+
+@pytest.mark.parametrize("write", WEIGHT_WRITERS.values(), ids=WEIGHT_WRITERS)
+def test_a_pass_of_a_verification_puts_large_weights_back(write: Callable[[Tensor], Any]) -> None:
+    linear = nn.Linear(LARGE, LARGE)
+    before = linear.weight.detach().clone()
+    with preserved_before_writes([linear], "weights"), torch.no_grad():
+        write(linear.weight.detach())
+        assert not torch.equal(linear.weight, before)
+    assert torch.equal(linear.weight, before)

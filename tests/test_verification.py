@@ -140,7 +140,7 @@ def test_a_site_that_raises_is_infinitely_far() -> None:
     assert {check.note for check in proof.checks} == {
         "the converted model raises: expected gate parameters of shape (2,), got (3,)"
     }
-    assert proof.sites[0] == SiteError("bn1", float("inf"), float("inf"))
+    assert proof.sites[0] == SiteError("bn1", float("inf"), float("inf"), statistics=float("inf"))
     assert proof.max_abs_error == proof.max_rel_error == float("inf")
 
 

@@ -88,11 +88,13 @@ def read_back(error: float) -> RenderableType:
 def worst_sites(verification: Verification, limit: int = 5) -> RenderableType:
     """Return the sites that differ most from what they replaced, fed the same input."""
     measured = any(site.gradients is not None for site in verification.sites)
-    table = _table("Sites that differ most", "evaluation", "training", *["gradients"] * measured, right={1, 2, 3})
+    headings = ["evaluation", "training", *["gradients"] * measured, "statistics"]
+    table = _table("Sites that differ most", *headings, right={1, 2, 3, 4})
     ranked = sorted(verification.sites, key=_worst_of, reverse=True)
     for site in ranked[:limit]:
         gradients = [_number(site.gradients)] if measured else []
-        table.add_row(Text(site.fqn, overflow="fold"), _number(site.evaluation), _number(site.training), *gradients)
+        errors = [_number(site.evaluation), _number(site.training), *gradients, _number(site.statistics)]
+        table.add_row(Text(site.fqn, overflow="fold"), *errors)
     return table
 
 
@@ -238,7 +240,7 @@ def _number(value: float | None) -> str:
 
 
 def _worst_of(site: SiteError) -> float:
-    return max(site.evaluation or 0.0, site.training or 0.0, site.gradients or 0.0)
+    return max(error or 0.0 for error in (site.evaluation, site.training, site.gradients, site.statistics))
 
 
 def _share(value: float | None) -> RenderableType:
