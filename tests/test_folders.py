@@ -12,6 +12,7 @@ import files
 import pytest
 import safetensors.torch
 import torch
+from torch import nn
 from torch.distributed import checkpoint as distributed
 
 import normswap
@@ -105,6 +106,45 @@ def test_what_a_trainer_keeps_is_carried(tmp_path: Path) -> None:
     assert resumed.param_groups[2]["weight_decay"] == 0.0
     old, new = optimizer.state[decayed[0]], resumed.state[resumed.param_groups[0]["params"][0]]
     assert torch.equal(old["exp_avg"], new["exp_avg"])
+
+
+OTHERS: dict[str, tuple[Callable[[nn.Module], list[nn.Parameter]], str]] = {
+    "another network": (lambda _: [*nn.Linear(3, 5).parameters()], "are not those of one network in this file"),
+    "one of as many parameters": (
+        lambda model: [nn.Parameter(torch.ones(2, 2)) for _ in model.parameters()],
+        "are not those of one network in this file",
+    ),
+    "the head alone": (
+        lambda model: [p for name, p in model.named_parameters() if name.startswith("fc.")],
+        "it has no parameter of a converted norm of the model",
+    ),
+}
+
+
+@pytest.mark.parametrize(("parameters", "reason"), OTHERS.values(), ids=OTHERS)
+def test_the_optimizer_of_another_network_in_a_folder_of_a_trainer_is_left(
+    tmp_path: Path, parameters: Callable[[nn.Module], list[nn.Parameter]], reason: str
+) -> None:
+    from click.testing import CliRunner
+
+    from normswap.cli import main
+
+    model, folder = files.small_model(), tmp_path / "checkpoint-1"
+    folder.mkdir()
+    optimizer = torch.optim.AdamW(parameters(model), 0.1)
+    sum(p.sum() for group in optimizer.param_groups for p in group["params"]).backward()
+    optimizer.step()
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+    torch.save(scheduler.state_dict(), folder / "scheduler.pt")
+    result = CliRunner().invoke(main, ["convert", str(folder), "--arch", files.ARCH, "--no-verify"])
+    assert result.exit_code == 0, result.output
+    text, out = " ".join(result.output.split()), tmp_path / "checkpoint-1.normswap"
+    assert "optimizer.pt: copied as it is" in text
+    assert reason in text
+    for name in ("optimizer.pt", "scheduler.pt"):
+        assert (out / name).read_bytes() == (folder / name).read_bytes()
 
 
 def _edit_index(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:

@@ -79,10 +79,11 @@ def _record(architecture: str) -> str:
 CONTAINERS = {"m.pt": _zip, "m.safetensors": _safetensors, "m": _folder}
 HOSTILE = {
     "remote code": ("hf:d,trust_remote_code=True", "in a file or folder elsewhere"),
-    "another folder": ("hf:d", "in a file or folder elsewhere"),
-    "an absolute folder": ("hf:/etc", "in a file or folder elsewhere"),
-    "a parent folder": ("hf:..", "in a file or folder elsewhere"),
-    "a repository": ("hf:user/model", "in a file or folder elsewhere"),
+    "another folder": ("hf:d", "pass architecture='hf:d' if it is yours, with its new path if it has moved, or trust"),
+    "an absolute folder": ("hf:/etc", "the config.json in /etc, a folder that is not opened unasked"),
+    "a parent folder": ("hf:..", "a folder that is not opened unasked"),
+    "a repository": ("hf:user/model", "a folder that is not opened unasked"),
+    "no folder": ("hf:.", "from the config.json of a folder: pass architecture='hf:FOLDER' with that folder, or trust"),
     "a Python file": ("net.py:build", "which is not run unasked"),
     "another Python file": ("hf:net.py:build", "which is not run unasked"),
     "a function of a module": ("os:system", "expected one of timm:NAME"),
@@ -226,6 +227,11 @@ def test_every_identified_architecture_is_one_that_a_record_may_name() -> None:
         check_named_by_file(name.rstrip(","))
 
 
+WRAPPER = {
+    "model_type": "timm_wrapper",
+    "architectures": ["TimmWrapperForImageClassification"],
+    "architecture": "test_resnet",
+}
 CONFIGURATIONS: dict[str, tuple[dict[str, Any], str]] = {
     "code": ({"model_type": "resnet", "auto_map": {"AutoConfig": "conf.C"}}, "has 'auto_map', which may run code"),
     "code of a part": (
@@ -240,7 +246,7 @@ CONFIGURATIONS: dict[str, tuple[dict[str, Any], str]] = {
         {"architecture": "test_resnet", "model_args": {"pretrained": True}},
         "the keyword 'pretrained', which a file may not set",
     ),
-    "arguments that are a list": ({"architecture": "test_resnet", "model_args": [1]}, "'model_args', which a file may"),
+    "arguments that are a list": ({"architecture": "test_resnet", "model_args": [1]}, "expected an object of keywords"),
     "timm's hub": (
         {"architecture": "hf-hub:user/model"},
         "architecture='hf-hub:user/model', which is no model of timm",
@@ -265,6 +271,25 @@ CONFIGURATIONS: dict[str, tuple[dict[str, Any], str]] = {
         "the architecture is not the one of this file",
     ),
     "another class": ({"model_type": "resnet", "architectures": ["Trainer"]}, "expected a model class of transformers"),
+    "another file in a wrapper": (
+        WRAPPER | {"model_args": {"checkpoint_path": "../other.pth"}},
+        "the keyword 'checkpoint_path', which a file may not set",
+    ),
+    "another file in a wrapper inside": (
+        {"model_type": "detr", "backbone_config": WRAPPER | {"model_args": {"checkpoint_path": "other.pth"}}},
+        "the keyword 'checkpoint_path', which a file may not set",
+    ),
+    "published weights in a wrapper": (
+        WRAPPER | {"model_args": {"pretrained": True, "pretrained_cfg": {"file": "other.pth"}}},
+        "the keyword 'pretrained', which a file may not set",
+    ),
+    "weights configured in a wrapper": (
+        WRAPPER | {"model_args": {"pretrained_cfg": {"file": "other.pth"}}},
+        "the keyword 'pretrained_cfg', which a file may not set",
+    ),
+    "a layer of a wrapper that is a path": (WRAPPER | {"model_args": {"norm_layer": "conf.C"}}, "or a plain word"),
+    "a wrapper of timm's hub": (WRAPPER | {"architecture": "hf-hub:user/model"}, "which is no model of timm"),
+    "arguments of a wrapper that are a text": (WRAPPER | {"model_args": "x"}, "expected an object of keywords"),
 }
 
 
@@ -281,6 +306,21 @@ def test_a_configuration_never_runs_fetches_or_opens_anything(
         normswap.load("m")
     assert message in str(told.value)
     assert not marker.exists()
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", '"x"', "null"])
+def test_a_configuration_that_is_no_object_is_refused(marker: Path, state: dict[str, Any], text: str) -> None:
+    _folder(Path("m"), state, "hf:.")
+    Path("m/config.json").write_text(text)
+    with pytest.raises(ArchitectureError, match=r"config\.json is no configuration: expected a JSON object"):
+        normswap.load("m")
+
+
+def test_a_record_in_its_own_folder_sets_only_listed_keywords(marker: Path, state: dict[str, Any]) -> None:
+    _folder(Path("m"), state, "hf:.,scriptable=True")
+    Path("m/config.json").write_text(json.dumps({"architecture": "test_resnet"}))
+    with pytest.raises(ArchitectureError, match="the keyword 'scriptable', which a file may not set"):
+        normswap.load("m")
 
 
 def test_only_the_configuration_that_was_checked_is_used(marker: Path, state: dict[str, Any]) -> None:
@@ -305,7 +345,7 @@ def test_the_configuration_beside_is_found_wherever_the_folder_is(marker: Path, 
     Path("m").rename("n")
     assert normswap.load("n").model.num_classes == 1000
     _zip(Path("m.pt"), state, "hf:.")
-    with pytest.raises(ArchitectureError, match="which is not run unasked"):
+    with pytest.raises(ArchitectureError, match="with that folder, or trust=True"):
         normswap.load("m.pt")
 
 

@@ -73,14 +73,39 @@ def is_foreign_code(text: str) -> bool:
     return parse_architecture(text).scheme == "file"
 
 
-def check_named_by_file(text: str) -> None:
+def place_elsewhere(text: str) -> str | None:
+    """Return that an architecture is in a file or folder that a record only names, and what to type to open it.
+
+    Returns:
+        None for a model of timm or torchvision, for the folder that is opened, and with keywords that no file may set.
+    """
+    name = parse_architecture(text)
+    if name.scheme == "file":
+        return (
+            f"names the code of its architecture, {text}, which is not run unasked: pass architecture={text!r} if it "
+            "is yours"
+        )
+    if name.scheme != "hf" or name.keywords.keys() & {"trust_remote_code"}:
+        return None
+    if name.model == _BESIDE:
+        return "is built from the config.json of a folder: pass architecture='hf:FOLDER' with that folder"
+    return (
+        f"is built from the config.json in {name.model}, a folder that is not opened unasked: pass "
+        f"architecture={text!r} if it is yours, with its new path if it has moved"
+    )
+
+
+def check_named_by_file(text: str, *, folder: Path | None = None) -> None:
     """Refuse an architecture that a file may not name: only models of timm and torchvision, with listed keywords.
+
+    Args:
+        folder: the folder that is opened, whose own configuration may be meant.
 
     Raises:
         ArchitectureError: as `parse_architecture`; or it opens a file or a folder, or has another keyword.
     """
     name = parse_architecture(text)
-    if name.scheme not in _ZOOS and (name.scheme, name.model) != ("hf", _BESIDE):
+    if name.scheme not in _ZOOS and not (folder is not None and is_of_folder(text, folder)):
         raise ArchitectureError("it is in a file or folder elsewhere, which is not opened unasked")
     check_keywords("it", name.keywords)
 
@@ -284,6 +309,8 @@ def _build_hf(name: ArchitectureName, *, trust: bool) -> nn.Module:
     """The model that a folder's config.json describes, as timm's or as transformers' own class."""
     folder = Path(name.model)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if not isinstance(config, dict):
+        raise ArchitectureError(f"hf:{folder}: config.json is no configuration: expected a JSON object")
     if not trust:
         config = _checked(folder, {**config, **name.keywords})
     if isinstance(config.get("architecture"), str) and "model_type" not in config:  # else a wrapper of transformers

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from normswap.checkpoints.checkpoint import Checkpoint
 from normswap.checkpoints.contents import Contents, Place, at, looks_like_training, name_of, replaced
 from normswap.checkpoints.leftovers import average_lists, master_copies, unknown_states, with_gates_between
-from normswap.checkpoints.optimizer_state import StateDict, checked_groups, has_gates, with_gates, with_more_gates
-from normswap.checkpoints.ownership import Network, Owned, in_its_order, owned_by
+from normswap.checkpoints.optimizer_state import StateDict
+from normswap.checkpoints.ownership import Network, extended_by_owner
 from normswap.checkpoints.prefixes import StoredNames, names_with_copies
 from normswap.checkpoints.scheduler_state import could_step, scheduler_with_gates
 from normswap.checkpoints.state_surgery import with_metadata, with_tensors
@@ -104,7 +104,7 @@ def converted_content(
         alike[place] = copied is not None
         values |= {} if copied is None else {place: copied}
         notes.append(f"{name_of(place)}: {note}")
-    networks = _networks(checkpoint, names, new, alike)
+    networks = networks_in(checkpoint, names, new, alike)
     stepped, told = _optimizers(content, where, networks)
     scheduled = _schedulers(content, where, stepped)
     averages = _averages(content, where, names, new)
@@ -173,8 +173,14 @@ def _converted_module(value: nn.Module, plan: SwapPlan) -> nn.Module | None:
     return None
 
 
-def _networks(checkpoint: Checkpoint, names: StoredNames, new: New, alike: Mapping[Place, bool]) -> list[Network]:
-    """All networks in a file: the one that is converted, its copies, what lies beside it under other names, others."""
+def networks_in(
+    checkpoint: Checkpoint, names: StoredNames, new: New, alike: Mapping[Place, bool] | None = None
+) -> list[Network]:
+    """Return the networks in a file: the one that is converted, what lies beside it under other names, and others.
+
+    Args:
+        alike: the further weights in the file by their place, and whether they are copies that are converted alike.
+    """
     shapes = _shapes(names, new, checkpoint.weights)
     own = {name: shape for name, shape in shapes.items() if name not in new.tensors}
     entry = checkpoint.contents.entry or "the model"
@@ -185,7 +191,7 @@ def _networks(checkpoint: Checkpoint, names: StoredNames, new: New, alike: Mappi
         copied = {key for each in names.copies for key in each.stored.values()}
         beside = [key for key in weights if key not in mine and key not in copied]
         found += _unbuilt("what lies beside it", {key: weights[key] for key in beside})
-    for place, same in alike.items():
+    for place, same in (alike or {}).items():
         value = at(checkpoint.content, place)
         if same:
             found.append(found[0]._replace(name=name_of(place)))
@@ -247,18 +253,8 @@ def _extended(state: StateDict, networks: Sequence[Network], *, alone: bool) -> 
     """An optimizer's state with the gates of the networks that it has, and what was done."""
     if not any(network.gates for network in networks):
         return None, "left as it is, no gate trains"
-    checked_groups(state)
-    owned = owned_by(state, networks, alone=alone)
-    if not isinstance(owned, Owned):
-        return None, f"left as it is, {owned}"
-    if not owned.gates:
-        return None, f"left as it is, it belongs to {owned.names}"
-    if has_gates(state):
-        owned = in_its_order(state, owned)
-        return with_more_gates(state, gates=owned.gates, place=owned.place), (
-            f"{len(owned.gates)} gates joined those in its last group"
-        )
-    return with_gates(state, gates=owned.gates), f"{len(owned.gates)} gates appended as a last group"
+    extended, note = extended_by_owner(state, networks, alone=alone)
+    return extended, note if extended is not None else f"left as it is, {note}"
 
 
 def _schedulers(content: Any, where: Contents, stepped: Sequence[_Stepped]) -> list[Told]:

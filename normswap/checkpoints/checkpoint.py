@@ -19,8 +19,8 @@ from normswap.checkpoints.architecture import (
     at_folder,
     build_architecture,
     check_named_by_file,
-    is_foreign_code,
     is_of_folder,
+    place_elsewhere,
     renaming_of,
 )
 from normswap.checkpoints.build_limits import limited_build
@@ -442,21 +442,18 @@ def said_architecture(checkpoint: Checkpoint, *, trust: bool) -> str | None:
     if said is None:
         return f"hf:{path}" if (path / "config.json").is_file() else None
     try:
-        if not trust and not is_foreign_code(said):
-            check_named_by_file(said)
-        if is_of_folder(said, path) and path.is_dir():
-            return at_folder(said, path)
-        foreign = not trust and (is_foreign_code(said) or said.startswith("hf:"))
+        beside = path.is_dir() and is_of_folder(said, path)
+        said = at_folder(said, path) if beside else said
+        elsewhere = None if beside else place_elsewhere(said)
+        if not trust and elsewhere is None:
+            check_named_by_file(said, folder=path)
     except ArchitectureError as error:
         raise ArchitectureError(
             f"{path}: names the architecture {said!r:.100}: {error}: name it with architecture=, or pass trust=True if "
             "you trust where the file comes from"
         ) from None
-    if foreign:
-        raise ArchitectureError(
-            f"{path}: names the code of its architecture, {said}, which is not run unasked: pass "
-            f"architecture={said!r} if it is yours, or trust=True"
-        )
+    if elsewhere is not None and not trust:
+        raise ArchitectureError(f"{path}: {elsewhere}, or trust=True")
     return said
 
 

@@ -128,10 +128,9 @@ def checked_configuration(what: str, config: Any, *, models: Callable[[], Sequen
         if _NEVER.fullmatch(key) and value not in (None, False, {}, []):
             raise ArchitectureError(f"{what} has {key!r}, which may run code or fetch files")
         if key == "model_args":
-            check_keywords(
-                f"{what}: model_args",
-                {"model_args": value} if value is not None and not isinstance(value, dict) else value or {},
-            )
+            if not isinstance(value, dict | None):
+                raise ArchitectureError(f"{what} has model_args={value!r:.60}, expected an object of keywords")
+            check_keywords(f"{what}: model_args", value or {})
         elif key in ("architecture", "backbone") and value is not None:
             _check_model(f"{what} has {key}={value!r:.60}", value, models())
         elif isinstance(value, str) and not _PLAIN_TEXT.fullmatch(value):

@@ -10,7 +10,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain, combinations, permutations
 from typing import Any, NamedTuple
 
-from normswap.checkpoints.optimizer_state import StateDict, ordinary_groups, parameter_shape
+from normswap.checkpoints.optimizer_state import (
+    StateDict,
+    checked_groups,
+    has_gates,
+    ordinary_groups,
+    parameter_shape,
+    with_gates,
+    with_more_gates,
+)
 from normswap.checkpoints.prefixes import names_for
 
 Shape = tuple[int, ...]
@@ -78,6 +86,29 @@ def owned_by(optimizer_state: StateDict, networks: Sequence[Network], *, alone: 
         if found:
             return _only(found, len(shapes))
     return _within(shapes, networks, alone=alone)
+
+
+def extended_by_owner(
+    optimizer_state: StateDict, networks: Sequence[Network], *, alone: bool = True
+) -> tuple[dict[str, Any] | None, str]:
+    """Return an optimizer's state with the gates of the networks that it has, None if it is left; and a note.
+
+    Raises:
+        CheckpointError: the state dict is damaged.
+    """
+    checked_groups(optimizer_state)
+    owned = owned_by(optimizer_state, networks, alone=alone)
+    if not isinstance(owned, Owned):
+        return None, owned
+    if not owned.gates:
+        is_part = {network.name for network in owned.networks} & {network.name for network in networks if network.gates}
+        relation = "has no parameter of a converted norm of" if is_part else "belongs to"
+        return None, f"it {relation} {owned.names}"
+    if has_gates(optimizer_state):
+        owned = in_its_order(optimizer_state, owned)
+        extended = with_more_gates(optimizer_state, gates=owned.gates, place=owned.place)
+        return extended, f"{len(owned.gates)} gates joined those in its last group"
+    return with_gates(optimizer_state, gates=owned.gates), f"{len(owned.gates)} gates appended as a last group"
 
 
 class _Candidate(NamedTuple):

@@ -1,7 +1,8 @@
 """What a Trainer of transformers keeps beside the weights in its folder, for a folder with the converted weights.
 
-Its optimizer and its scheduler get the gates as a last group; generators and arguments are copied byte by byte and
-never opened. What is no plain state of an optimizer or scheduler is copied as it is too, and the note says why.
+Its optimizer and its scheduler get the gates as a last group, if the optimizer is that of the converted network;
+generators and arguments are copied byte by byte and never opened. What is no plain state of an optimizer or scheduler,
+or that of another network, is copied as it is too, and the note says why.
 """
 
 import shutil
@@ -13,7 +14,8 @@ import torch
 
 from normswap.checkpoints.containers import decode, sniff
 from normswap.checkpoints.fingerprint import holds_the_same
-from normswap.checkpoints.optimizer_state import with_gates
+from normswap.checkpoints.optimizer_state import checked_groups
+from normswap.checkpoints.ownership import Network, extended_by_owner
 from normswap.checkpoints.scheduler_state import scheduler_with_gates
 from normswap.errors import CheckpointError
 
@@ -28,21 +30,21 @@ class Beside(NamedTuple):
     notes: tuple[str, ...]
 
 
-def trainer_state(folder: Path, gates: Sequence[str]) -> Beside:
+def trainer_state(folder: Path, networks: Sequence[Network]) -> Beside:
     """Return what belongs beside the converted weights of `folder`; nothing where no Trainer has written there.
 
     Args:
-        gates: names of those that train, in the order of `surgery.gated.trainable_gates`.
+        networks: those in the weights of the folder, of which the optimizer may have some.
     """
     files: dict[str, Any] = {path.name: path for pattern in _COPIED for path in sorted(folder.glob(pattern))}
     notes = []
-    steps: tuple[tuple[str, Callable[[Any], Any], str], ...] = (
-        (_OPTIMIZER, lambda state: with_gates(state, gates=gates), f"{len(gates)} gates appended as a last group"),
-        (_SCHEDULER, lambda state: _scheduled(state, files.get(_OPTIMIZER)), "gates follow the last group's schedule"),
+    steps: tuple[tuple[str, Callable[[Any], tuple[Any, str]]], ...] = (
+        (_OPTIMIZER, lambda state: _with_gates(state, networks)),
+        (_SCHEDULER, lambda state: _scheduled(state, files.get(_OPTIMIZER))),
     )
-    for name, extend, told in steps if gates else ():
+    for name, extend in steps if any(network.gates for network in networks) else ():
         if (folder / name).is_file():
-            files[name], note = _extended(folder / name, extend, told)
+            files[name], note = _extended(folder / name, extend)
             notes.append(f"{name}: {note}")
     return Beside(files, tuple(notes))
 
@@ -71,14 +73,22 @@ def write_beside(folder: Path, files: Mapping[str, Any]) -> None:
             raise CheckpointError(f"{name} differs from what was written when it is read back: look at the disk")
 
 
-def _extended(path: Path, extend: Callable[[Any], Any], told: str) -> tuple[Any, str]:
+def _extended(path: Path, extend: Callable[[Any], tuple[Any, str]]) -> tuple[Any, str]:
     try:
-        return extend(decode(path, sniff(path), trust=False, mapped=True)), told
+        return extend(decode(path, sniff(path), trust=False, mapped=True))
     except CheckpointError as error:
         return path, f"copied as it is ({error})"
 
 
-def _scheduled(state: Any, optimizer: Any) -> Any:
+def _with_gates(state: Any, networks: Sequence[Network]) -> tuple[Any, str]:
+    checked_groups(state)
+    extended, note = extended_by_owner(state, networks)
+    if extended is None:
+        raise CheckpointError(note)
+    return extended, note
+
+
+def _scheduled(state: Any, optimizer: Any) -> tuple[Any, str]:
     if not isinstance(optimizer, Mapping):
         raise CheckpointError(f"there is no {_OPTIMIZER} with gates beside it")
-    return scheduler_with_gates(state, optimizer_state=optimizer)
+    return scheduler_with_gates(state, optimizer_state=optimizer), "gates follow the last group's schedule"

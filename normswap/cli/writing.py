@@ -99,13 +99,15 @@ class Writing:
     @cached_property
     def _beside(self) -> "Beside":
         """What a trainer keeps in further files of a folder, where the output is one that has a place for it."""
+        from normswap.checkpoints.carrying import networks_in
         from normswap.checkpoints.containers import FOLDERS
         from normswap.checkpoints.trainer_state import Beside, trainer_state
 
         if self.wish.weights_only or self.container not in FOLDERS:
             return Beside({}, ())
         origin = self.source.origin
-        found = trainer_state(origin.copy, self.result.new.trainable)
+        networks = networks_in(self.source, self.result.names, self.result.new)
+        found = trainer_state(origin.copy, networks)
         return found._replace(notes=tuple(map(origin.in_words, found.notes)))
 
     def record(self) -> "Record":
