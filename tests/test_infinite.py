@@ -173,9 +173,7 @@ def test_renewed_statistics_are_finite_in_training_if_those_of_batch_norm_are(
     points = [torch.tensor([0.2, 0.3, 0.5]).requires_grad_() for _ in range(2)]
     known = statistics((*case[:2], 1))
     with use(backend, by_c):
-        y = switch_norm(
-            leaves[0], *points, *known, *leaves[1:], training=True, gate="simplex", bn_statistics="renorm"
-        )
+        y = switch_norm(leaves[0], *points, *known, *leaves[1:], training=True, gate="simplex", bn_statistics="renorm")
         gradients = torch.autograd.grad(y, [*leaves, *points], torch.randn(4, 6, 3, 3))
     assert y.isfinite().all()
     assert all(gradient.isfinite().all() for gradient in gradients)

@@ -111,7 +111,7 @@ def check_lengths(schedulers: Sequence[Any], groups: int) -> None:
         try:
             # On a copy: a class may count its calls.
             complete = len(copy.copy(each).get_lr()) == groups
-        except Exception:  # whatever a class of the user raises
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
             complete = False
         finally:
             each._get_lr_called_within_step = False

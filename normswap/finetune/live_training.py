@@ -191,7 +191,8 @@ def _owner(
     if name in _REFUSED:
         raise OptimizerError(
             f"optimizer: {name} {_REFUSED[name]}: keep the gates in a second optimizer, such as "
-            'torch.optim.SGD(normswap.param_groups(model)[-1]["params"], lr=0.01), after normswap.convert(model, inplace=True)'
+            'torch.optim.SGD(normswap.param_groups(model)[-1]["params"], lr=0.01), after '
+            "normswap.convert(model, inplace=True)"
         )
     return found
 

@@ -37,10 +37,14 @@ def conversion(result: Conversion) -> RenderableType:
 
 def training(result: TrainingConversion) -> RenderableType:
     """Return the plan that was carried out, and what of the training was converted with it."""
-    gates = "in no optimizer" if result.group is None else f"learning rate {float(result.group['lr']):g}, no weight decay"
+    gates = (
+        "in no optimizer" if result.group is None else f"learning rate {float(result.group['lr']):g}, no weight decay"
+    )
     parts = {"Gates": gates, "Schedulers": ", ".join(result.schedulers), "Averages": ", ".join(result.averages)}
     lines = [Text.assemble((name, "bold"), f"  {said or 'none'}") for name, said in parts.items()]
-    return Group(heading(type(result.model).__name__, "converted"), Text(""), plan_summary(result.plan), Text(""), *lines)
+    return Group(
+        heading(type(result.model).__name__, "converted"), Text(""), plan_summary(result.plan), Text(""), *lines
+    )
 
 
 def plan(result: SwapPlan) -> RenderableType:
