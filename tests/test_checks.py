@@ -71,6 +71,14 @@ def test_a_tensor_that_does_not_fit_is_named_and_nothing_is_written(
         assert all(given[key].equal(tensor) for key, tensor in before.items() if not tensor.is_meta)
 
 
+@pytest.mark.parametrize("name", ["running_mean", "running_var"])
+def test_one_running_statistic_without_the_other_is_refused_as_by_batch_norm(name: str) -> None:
+    """It was ignored without a word: training updated neither, evaluation took the moments of the batch."""
+    for training in (True, False):
+        with pytest.raises(LayerError, match="must either both be None or neither be None"):
+            switch_norm(torch.randn(SHAPE), **{**arguments(), name: None}, training=training, gate="simplex")
+
+
 def test_no_memory_behind_a_short_tensor_is_written() -> None:
     """64 channels and one variance: 63 numbers behind it were overwritten."""
     for dtype, name in itertools.product(

@@ -163,6 +163,22 @@ def test_an_infinite_running_variance_stays_infinite_as_in_batch_norm(
     torch.testing.assert_close(y, bn.eval()(x), equal_nan=True, **close)
 
 
+@BACKEND_CASES
+@pytest.mark.parametrize("case", [*CASES.values(), (0.3, -5.0, 1)], ids=[*CASES, "variance negative"])
+def test_renewed_statistics_are_finite_in_training_if_those_of_batch_norm_are(
+    case: tuple[float, float, float], backend: str, by_c: bool, use: Callable[[str, bool], Any]
+) -> None:
+    """A channel whose running statistics are unusable is normalised by its batch, gradients included."""
+    leaves = [torch.randn(4, 6, 3, 3).requires_grad_(), torch.rand(6).requires_grad_(), torch.randn(6).requires_grad_()]
+    points = [torch.tensor([0.2, 0.3, 0.5]).requires_grad_() for _ in range(2)]
+    known = statistics((*case[:2], 1))
+    with use(backend, by_c):
+        y = switch_norm(leaves[0], *points, *known, *leaves[1:], training=True, gate="simplex", bn_statistics="renorm")
+        gradients = torch.autograd.grad(y, [*leaves, *points], torch.randn(4, 6, 3, 3))
+    assert y.isfinite().all()
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
 def test_a_compiled_layer_has_finite_gradients_beside_an_infinite_variance() -> None:
     torch.compiler.reset()
     layer = SwitchNorm2d.from_batch_norm(torch.nn.BatchNorm2d(4), bn_statistics="running")

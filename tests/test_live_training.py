@@ -337,6 +337,33 @@ def test_a_failure_leaves_everything_as_it_was(call: Any, error: type[Exception]
     assert all(torch.equal(value, values[key]) for key, value in model.state_dict().items())
 
 
+class OwnSchedule(lr_scheduler.LRScheduler):
+    """A class of the user's, which keeps a list per group under a name of its own, or none."""
+
+    def __init__(self, optimizer: optim.Optimizer, shares: Rates | None) -> None:
+        self.shares = shares
+        super().__init__(optimizer)
+
+    def get_lr(self) -> Rates:
+        return [rate * share for rate, share in zip(self.base_lrs, self.shares or [0.5] * 9, strict=bool(self.shares))]
+
+
+def test_an_own_scheduler_goes_on_or_is_refused_before_anything_changes() -> None:
+    """Its next step raised, in the middle of the run."""
+    model = network()
+    optimizer = optim.SGD(model.parameters(), lr=0.1)
+    scheduler = OwnSchedule(optimizer, [0.5])
+    before = state_of(model, optimizer, scheduler, network())
+    with pytest.raises(OptimizerError, match="OwnSchedule computes no learning rate for the 2 groups"):
+        normswap.convert_training(model, optimizer, scheduler, example_inputs=X.double())
+    assert state_of(model, optimizer, scheduler, network()) == before
+    scheduler.shares = None
+    normswap.convert_training(model, [optimizer, optimizer], scheduler, example_inputs=X.double())
+    optimizer.step()
+    scheduler.step()
+    assert scheduler.get_last_lr() == [0.05, 0.05]
+
+
 def test_a_failure_of_the_optimizer_itself_leaves_everything_as_it_was() -> None:
     class Full(optim.SGD):
         def add_param_group(self, group: dict[str, Any]) -> None:

@@ -31,12 +31,16 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     model, x = files.small_model(), torch.randn(files.SHAPE)
     conversion = normswap.convert(model, x, exclude=["layer4.*"])
     normswap.save(conversion.model, path, plan=conversion.plan, architecture=files.ARCH)
+    trained = files.small_model()
+    optimizer = torch.optim.SGD(trained.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 3)
     return {
         "conversion": conversion,
         "plan": conversion.plan,
         "verification": normswap.verify(model, conversion.model, [x]),
         "failed": normswap.verify(model, files.small_model(), [x]),
         "calibration": normswap.calibrate(normswap.convert(model).model, [x]),
+        "training": normswap.convert_training(trained, optimizer, scheduler, example_inputs=x),
         "loaded": normswap.load(path),
         "bare": normswap.load(path)._replace(plan=None, history=(), rest={"epoch": 3}),
         "weights": normswap.importance_weights(conversion.model),
@@ -49,6 +53,7 @@ REPRS = {
     "verification": r"Verification\(passed, max_rel_error=\d\.\de-\d\d, inputs='2x3x64x64'\)",
     "failed": r"Verification\(failed: outputs in evaluation, .*max_rel_error=.*\)",
     "calibration": r"Calibration\(15 layers, 0 skipped, 1 batch\)",
+    "training": r"TrainingConversion\(ResNet, 15 swaps, 0 skips, StepLR\)",
     "loaded": r"Loaded\(ResNet, 12 swaps\)",
     "bare": r"Loaded\(ResNet, not converted, rest: epoch\)",
     "weights": r"SiteImportance\(12 sites\)",
@@ -59,6 +64,7 @@ TABLES = {
     "verification": ("outputs in evaluation", "gradients", "same"),
     "failed": ("DIFFERS", "Sites that differ most"),
     "calibration": ("Statistics that moved most", "5 more, at most"),
+    "training": ("ResNet  converted", "15  swap", "Gates  learning rate 0.1, no weight decay", "Schedulers  StepLR"),
     "loaded": ("ResNet  loaded", "12  swap  in+ln+bn", "History", "saved"),
     "bare": ("Plan  not converted", "Also in the file  epoch"),
     "weights": ("Importance weights", "layer1.0.bn1", "1.00"),

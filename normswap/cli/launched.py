@@ -29,14 +29,22 @@ def rank() -> int | None:
 
 
 class Program(click.Group):
-    """The command line, silent in all processes of a launcher but the first."""
+    """The command line; in all processes of a launcher but the first it says nothing, or only that it does nothing."""
 
     def main(self, args: Sequence[str] | None = None, *rest: Any, **keys: Any) -> Any:
-        """Run the command, or nothing if it works in the first process alone."""
+        """Run the command, or only say so if it works in the first process alone."""
         args = list(sys.argv[1:] if args is None else args)
         if not rank():
             return super().main(args, *rest, **keys)
         if not args or args[0] not in _SHARED:
+            # Not for the launcher itself, whose processes all get the same command, but for a training script in one
+            # of them that starts a command of its own and waits for its output.
+            click.echo(
+                f"process {rank()} of a launcher such as torchrun: nothing done, since only `normswap finetune` works "
+                f"in all processes and everything else in process 0; to run it here all the same: env -u {_LAUNCHED} "
+                f"{' '.join(['normswap', *args[:1]])} ...",
+                err=True,
+            )
             return None
         with _silent():
             return super().main(args, *rest, **keys)

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch.optim.lr_scheduler import LRScheduler
 
 from normswap.checkpoints.optimizer_state import base_rate
 from normswap.checkpoints.scheduler_state import lists_with_gates
@@ -94,6 +95,31 @@ def extensions(schedulers: Sequence[Any], groups: Sequence[Group], gates: Group)
             lists["_last_lr"][-1] = copy.deepcopy(gates["lr"])
         found.append(Extension(each, lists))
     return found
+
+
+def check_lengths(schedulers: Sequence[Any], groups: int) -> None:
+    """Refuse own classes of schedulers that keep a list per parameter group which `extensions` does not know.
+
+    Raises:
+        OptimizerError: one computes no rate for the last of so many groups, so that its next step would fail.
+    """
+    for each in schedulers:
+        kind = type(each)
+        if not isinstance(each, LRScheduler) or kind.__module__.partition(".")[0] == "torch":
+            continue
+        each._get_lr_called_within_step = True
+        try:
+            # On a copy: a class may count its calls.
+            complete = len(copy.copy(each).get_lr()) == groups
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+            complete = False
+        finally:
+            each._get_lr_called_within_step = False
+        if not complete:
+            raise OptimizerError(
+                f"scheduler: {kind.__module__}.{kind.__qualname__} computes no learning rate for the {groups} groups "
+                "that the optimizer has with the gates: leave it out, and build it again after the conversion"
+            )
 
 
 def present_rate(schedulers: Sequence[Any], last: Group, gates: Group) -> Any:

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from normswap.checkpoints.optimizer_state import gate_options
+from normswap.display import counted, printed_as
 from normswap.errors import OptimizerError, PlanError
 from normswap.finetune.live_averages import copy_gates, freeze_like_the_rest, lists_with_gates, model_in, set_lists
-from normswap.finetune.live_schedulers import check_schedulers, extensions, present_rate, schedulers_in
+from normswap.finetune.live_schedulers import check_lengths, check_schedulers, extensions, present_rate, schedulers_in
 from normswap.finetune.param_groups import check_complete, check_owner
 from normswap.finetune.watching import stepping_optimizer
 from normswap.modes import all_or_nothing
@@ -32,6 +33,7 @@ _REFUSED = {
 }
 
 
+@printed_as("training")
 class TrainingConversion(NamedTuple):
     """What `convert_training` did: the model, the plan and the new layers by fqn as in `Conversion`; the group of gates
     as the optimizer has it (None without an optimizer or trainable gates); the classes of the schedulers that got an
@@ -44,6 +46,11 @@ class TrainingConversion(NamedTuple):
     group: dict[str, Any] | None
     schedulers: tuple[str, ...]
     averages: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        swaps, skips = counted(len(self.plan.swaps), "swap"), counted(len(self.plan.skips), "skip")
+        extended = ", ".join((*self.schedulers, *self.averages)) or "no scheduler, no average"
+        return f"TrainingConversion({type(self.model).__name__}, {swaps}, {skips}, {extended})"
 
 
 def convert_training(
@@ -94,7 +101,7 @@ def convert_training(
     """
     if choices.keys() & {"as_graph", "inplace"}:
         raise PlanError("convert_training works in place on the model itself: leave as_graph and inplace out")
-    optimizers = [stepping_optimizer(each) for each in _listed(optimizer)]
+    optimizers = [*dict.fromkeys(stepping_optimizer(each) for each in _listed(optimizer))]
     schedulers = _listed(scheduler)
     averages = _listed(ema)
     if schedulers and not optimizers:
@@ -159,6 +166,7 @@ def _extend(
     optimizer.add_param_group(added)
     for change in changes:
         change.set()
+    check_lengths(every, len(optimizer.param_groups))
     return optimizer.param_groups[-1], tuple(type(change.scheduler).__name__ for change in changes if change.lists)
 
 
@@ -183,7 +191,8 @@ def _owner(
     if name in _REFUSED:
         raise OptimizerError(
             f"optimizer: {name} {_REFUSED[name]}: keep the gates in a second optimizer, such as "
-            "torch.optim.SGD(trainable_gates(model).values(), lr=0.01)"
+            'torch.optim.SGD(normswap.param_groups(model)[-1]["params"], lr=0.01), after '
+            "normswap.convert(model, inplace=True)"
         )
     return found
 

@@ -22,7 +22,7 @@ def check_tensors(x: Tensor, gates: tuple[Tensor, Tensor], branches: int, per_ch
 
     Raises:
         LayerError: x is not floating or has no channels, or a tensor has another length than x or the branches ask for,
-            is not floating, or lies on another device.
+            is not floating, or lies on another device; or only one of the running statistics is given.
     """
     dtype, device = x.dtype, x.device
     if x.dim() < 2 or not x.is_floating_point():
@@ -32,6 +32,8 @@ def check_tensors(x: Tensor, gates: tuple[Tensor, Tensor], branches: int, per_ch
             raise LayerError(f"expected gate parameters of shape {(branches,)}, got {tuple(gate.shape)}")
         if (gate.dtype != dtype and not gate.is_floating_point()) or gate.device != device:
             raise LayerError(_misfit("mean_weight" if gate is gates[0] else "var_weight", gate, gate.shape, x))
+    if (per_channel[0] is None) != (per_channel[1] is None):
+        raise LayerError("running_mean and running_var must either both be None or neither be None")
     shape = x.shape[1:2]
     for tensor in per_channel:
         if tensor is not None and (

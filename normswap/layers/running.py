@@ -39,6 +39,9 @@ def renew_running(
 ) -> Moments:
     """Record a batch as `update_running`, unless this is a recomputation; return the statistics, (1, C) each.
 
+    A channel whose running statistics normalise nothing (NaN, an infinite mean, a negative variance) keeps those of the
+    batch, as BN does in training: an output that is not finite would spread to every gate.
+
     In a graph that is compiled this is one opaque node, which asks anew at each run whether it is a recomputation.
     """
     arguments = running_mean, running_var, count, momentum, values
@@ -46,7 +49,9 @@ def renew_running(
         return Moments(*_renew(*arguments, *(moment.detach() for moment in batch)))
     if not is_recomputation():
         update_running(*arguments, batch)
-    return read_running(running_mean, running_var, batch.mean.dtype, copy=True)
+    renewed = read_running(running_mean, running_var, batch.mean.dtype, copy=True)
+    usable = renewed.mean.isfinite() & (renewed.var >= 0)
+    return Moments(*(torch.where(usable, new, own.detach()) for new, own in zip(renewed, batch, strict=True)))
 
 
 def read_running(running_mean: Tensor, running_var: Tensor, dtype: torch.dtype, *, copy: bool) -> Moments:

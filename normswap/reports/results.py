@@ -8,6 +8,7 @@ from rich.text import Text
 
 from normswap.calibration import Calibration
 from normswap.checkpoints.checkpoint import Loaded
+from normswap.finetune.live_training import TrainingConversion
 from normswap.reports.tables import (
     calibration_table,
     heading,
@@ -32,6 +33,18 @@ def recording_console(file: TextIO, width: int) -> Console:
 def conversion(result: Conversion) -> RenderableType:
     """Return the class of the converted model above the plan that was carried out."""
     return Group(heading(type(result.model).__name__, "converted"), Text(""), plan_summary(result.plan))
+
+
+def training(result: TrainingConversion) -> RenderableType:
+    """Return the plan that was carried out, and what of the training was converted with it."""
+    gates = (
+        "in no optimizer" if result.group is None else f"learning rate {float(result.group['lr']):g}, no weight decay"
+    )
+    parts = {"Gates": gates, "Schedulers": ", ".join(result.schedulers), "Averages": ", ".join(result.averages)}
+    lines = [Text.assemble((name, "bold"), f"  {said or 'none'}") for name, said in parts.items()]
+    return Group(
+        heading(type(result.model).__name__, "converted"), Text(""), plan_summary(result.plan), Text(""), *lines
+    )
 
 
 def plan(result: SwapPlan) -> RenderableType:
