@@ -32,7 +32,7 @@ pytestmark = [
     pytest.mark.skipif(sys.platform == "win32", reason="an open file cannot be replaced there"),
 ]
 
-RUNS = 12  # of the program that changes files at random moments
+RUNS = 5  # of the program that changes files at random moments
 
 
 def run(*arguments: str | Path) -> Result:

@@ -110,7 +110,7 @@ def test_an_own_model_shows_its_norms_without_an_architecture(
         assert word in text
     assert "3 batch norms with running statistics, 2 norms without (LayerNorm, GroupNorm, ...)" in text
     assert "type: --arch path/file.py:function" in text
-    assert "type: --arch none (with normswap convert: converts the 3 batch norms by their names)" in text
+    assert "type: --arch none --no-verify (with normswap convert: converts the 3 batch norms by their names)" in text
     found = document(path)
     (weights,) = found["weights"]
     assert (found["container"], found["architecture"], found["converted"]) == (container, None, False)
