@@ -54,6 +54,20 @@ def converted_file(architecture: str, **options: Any) -> nn.Module:
     return conversion.model
 
 
+def test_a_recipe_never_runs_code_without_trust(here: Path) -> None:
+    Path("own.py").write_text(
+        "import pathlib, timm\n\npathlib.Path('ran').touch()\n\n"
+        "def build():\n    return timm.create_model('test_resnet', num_classes=10)\n"
+    )
+    bare_file(TEN)
+    for model in ({"architecture": "own.py:build"}, {"architecture": "own.py:build", "checkpoint": "bn.pt"}):
+        with pytest.raises(RecipeError, match=r'"own\.py:build" is Python code, which a recipe does not run unasked'):
+            prepare(recipe(model=model))
+        assert not Path("ran").exists()
+        assert prepare(recipe(model=model), trust=True).source.plan is not None
+        Path("ran").unlink()
+
+
 def bare_file(architecture: str) -> str:
     """Write `bn.pt`, a state dict."""
     name, _, keywords = architecture.removeprefix("timm:").partition(",")
