@@ -247,7 +247,7 @@ def test_what_cannot_be_verified_is_not_written(
     Path("own.py").write_text("from files import TiedNet\n")
     before = names(folder)
     result = run("convert", *arguments, *dry_run)
-    assert (result.exit_code, names(folder)) == (2, before)
+    assert (result.exit_code, names(folder) - {"__pycache__"}) == (2, before)  # Python's own, of own.py
     assert message in result.stderr
     assert "--no-verify to write it unverified" in result.stderr
     output = ok("convert", *arguments, "--no-verify", "-o", "out.pt").stdout
