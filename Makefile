@@ -37,19 +37,19 @@ unit: $(READY)
 	@echo "== tests (pytest, one worker per core)"
 	@$(BIN)/python -m pytest -n auto --dist worksteal
 
-evidence: $(READY)  ## fine-tuning at batch size 2, 3 seeds -> docs/evidence.md (about an hour on 2 cores)
+evidence: $(READY)  ## fine-tuning at batch size 2, 3 seeds -> docs/measured/evidence.md (about an hour on 2 cores)
 	@$(BIN)/python benchmarks/evidence.py
 
-price: $(READY)  ## what a price on batch dependence does, by batch size -> docs/batch-price.md (half an hour; resumes)
+price: $(READY)  ## what a price on batch dependence does, by batch size -> docs/measured/batch-price.md (half an hour; resumes)
 	@$(BIN)/python benchmarks/price.py
 
-bench: $(READY)  ## what the layer, converting, starting and files cost -> docs/speed.md, docs/cost.md, docs/file-cost.md, docs/compile.md (40 minutes)
+bench: $(READY)  ## what the layer, converting, starting and files cost -> docs/measured/{speed,cost,file-cost,compile}.md (40 minutes)
 	@$(BIN)/python benchmarks/speed.py
 	@$(BIN)/python benchmarks/cost.py
 	@$(BIN)/python benchmarks/file_cost.py
 	@$(BIN)/python benchmarks/compiling.py
 
-fuzz: $(READY)  ## 10,000 damaged files and 100 killed runs -> docs/fuzz.md (about 10 minutes on 2 cores)
+fuzz: $(READY)  ## 10,000 damaged files and 100 killed runs -> docs/measured/fuzz.md (about 10 minutes on 2 cores)
 	@$(BIN)/python benchmarks/kills.py --kills 100
 	@$(BIN)/python benchmarks/source_changes.py --runs 100
 	@$(BIN)/python benchmarks/fuzz.py
@@ -57,16 +57,16 @@ fuzz: $(READY)  ## 10,000 damaged files and 100 killed runs -> docs/fuzz.md (abo
 sanitize: $(READY)  ## the C extension under the address and undefined-behaviour sanitizers (about 10 minutes; needs gcc)
 	@$(BIN)/python benchmarks/sanitize.py
 
-zoo: $(READY)  ## every model of timm, torchvision and transformers through the laws -> docs/coverage.md (hours; resumes)
+zoo: $(READY)  ## every model of timm, torchvision and transformers through the laws -> docs/measured/coverage.md (hours; resumes)
 	@$(BIN)/python benchmarks/zoo.py --workers 2
 
-recipes: $(READY)  ## the recipe for small batches over 3 seeds, and what the loop costs -> docs/small-batch.md (20 minutes)
+recipes: $(READY)  ## the recipe for small batches over 3 seeds, and what the loop costs -> docs/measured/small-batch.md (20 minutes)
 	@$(BIN)/python benchmarks/recipes.py
 
 index: $(READY)  ## the index of architectures that identification reads, from models on the meta device (half an hour)
 	@$(BIN)/python benchmarks/architecture_index.py
 
-identify: $(READY)  ## every model of timm and torchvision identified -> docs/identification.md (half an hour)
+identify: $(READY)  ## every model of timm and torchvision identified -> docs/measured/identification.md (half an hour)
 	@$(BIN)/python benchmarks/identification.py
 
 clean:

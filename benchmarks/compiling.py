@@ -1,4 +1,4 @@
-"""What `torch.compile` makes of converted networks, held against their originals in one process -> docs/compile.md.
+"""What `torch.compile` makes of converted networks, against their originals in one process -> docs/measured/compile.md.
 
 Run by `make bench`; needs a C++ compiler. Compilation is told in seconds of processor time, compilers that torch starts
 included, since time on the clock is that of whatever else the machine does.
@@ -90,7 +90,7 @@ class Row:
 
 
 def main() -> None:
-    """Measure, print and write docs/compile.md, anew after each network."""
+    """Measure, print and write docs/measured/compile.md, anew after each network."""
     torch.set_num_threads(1)
     torch._inductor.config.compile_threads = 1  # in this process, whose time is taken
     torch._inductor.config.force_disable_caches = True
@@ -99,7 +99,7 @@ def main() -> None:
     for name, make in NETWORKS.items():
         rows += (_row(name, make, training) for training in (True, False))
         text = _document(rows)
-        (ROOT / "docs" / "compile.md").write_text(text)
+        (ROOT / "docs" / "measured" / "compile.md").write_text(text)
         print(text, flush=True)
 
 

@@ -1,4 +1,4 @@
-"""What conversion and start-up cost, as ratios measured interleaved in one process -> docs/cost.md.
+"""What conversion and start-up cost, as ratios measured interleaved in one process -> docs/measured/cost.md.
 
 Run by `make bench`. A ratio holds where the machine's load changes; a time of its own does not.
 """
@@ -26,12 +26,12 @@ STARTS = 9
 
 
 def main() -> None:
-    """Measure, print and write docs/cost.md."""
+    """Measure, print and write docs/measured/cost.md."""
     torch.set_num_threads(1)
     conversion = [_conversion_row(name) for name in MODELS]
     starts = _start_rows()
     text = _document(conversion, starts)
-    (ROOT / "docs" / "cost.md").write_text(text)
+    (ROOT / "docs" / "measured" / "cost.md").write_text(text)
     print(text)
 
 

@@ -1,6 +1,6 @@
-"""The fine-tuning evidence: every arm at batch size 2 on shifted digits, over several seeds -> docs/evidence.md.
+"""The fine-tuning evidence: every arm at batch size 2 on shifted digits, several seeds -> docs/measured/evidence.md.
 
-Run by `make evidence`. Raw numbers go to docs/evidence.json; `--rewrite` writes the report from them without
+Run by `make evidence`. Raw numbers go to benchmarks/results; `--rewrite` writes the report from them without
 running anything. Exit status 1 where the converted network lacks the wanted lead or equality.
 """
 
@@ -31,14 +31,15 @@ from torchvision.utils import save_image
 import normswap
 from normswap.finetune.digits import SHIFT, SPLIT, Digits, prepare_digits
 
-DOCS = Path(__file__).resolve().parent.parent / "docs"
+DOCS = Path(__file__).resolve().parents[1] / "docs" / "measured"
+RESULTS = Path(__file__).resolve().parent / "results"
 Weights = dict[str, list[dict[str, float]]]
 
 
 def main() -> int:
     """Run (or only rewrite) the evidence; return the exit status."""
     options = _options()
-    raw = options.output / "evidence.json"
+    raw = options.records
     if options.rewrite:
         evidence = read_json(raw)
     else:
@@ -54,7 +55,7 @@ def main() -> int:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds to run (default 0 1 2)")
-    parser.add_argument("--output", type=Path, default=DOCS, help="existing folder of the report (default docs)")
+    parser.add_argument("--output", type=Path, default=DOCS, help="existing folder of the report")
     parser.add_argument("--sensitivity", action="store_true", help="also with more steps and with AdamW: 3 x the time")
     parser.add_argument("--rewrite", action="store_true", help="run nothing, write the report from evidence.json")
     options = parser.parse_args()
@@ -62,8 +63,9 @@ def _options() -> argparse.Namespace:
         parser.error(f"--seeds: expected different numbers from 0 up, got {options.seeds}")
     if not options.output.is_dir():
         parser.error(f"--output: expected an existing folder, got {options.output}")
-    if options.rewrite and not (options.output / "evidence.json").is_file():
-        parser.error(f"--rewrite: no evidence.json in {options.output}; run without --rewrite first")
+    options.records = (RESULTS if options.output == DOCS else options.output) / "evidence.json"
+    if options.rewrite and not options.records.is_file():
+        parser.error(f"--rewrite: no file {options.records}; run without --rewrite first")
     return options
 
 

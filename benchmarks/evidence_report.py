@@ -1,4 +1,4 @@
-"""docs/evidence.md out of the records: tables, and the words on data, shift and protocol that they need.
+"""docs/measured/evidence.md out of the records: tables, and the words on data, shift and protocol that they need.
 
 Computes means and leads and says plainly where a wanted figure is missed; runs nothing.
 """
@@ -74,7 +74,7 @@ def _head(evidence: Evidence) -> str:
 
 A network with Batch Normalization (BN), trained on clean digits, goes on training at batch size 2 on digits that
 look different. Each row of the tables below is one way to go on. Written by `make evidence`; the numbers of every
-single run are in [evidence.json](evidence.json).
+single run are in `benchmarks/results/evidence.json`.
 
 **In short.** Right after the swap the converted network is the original. After fine-tuning at batch size 2 it leads
 the best of "{'", "'.join(ARMS[arm].title for arm in WANTED_LEAD_OVER)}" by {points:.1f} points of accuracy on the

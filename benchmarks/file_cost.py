@@ -1,4 +1,4 @@
-"""What converting a file costs in time and memory, against copying it -> docs/file-cost.md.
+"""What converting a file costs in time and memory, against copying it -> docs/measured/file-cost.md.
 
 Run by `make bench`. Every case is a process of its own that has torch and normswap loaded before it starts counting;
 time is that of the command, interleaved with `cp` of the same file.
@@ -39,7 +39,7 @@ CASES = {
 
 
 def main() -> None:
-    """Measure, print and write docs/file-cost.md."""
+    """Measure, print and write docs/measured/file-cost.md."""
     rows = []
     floor = ""
     with tempfile.TemporaryDirectory() as folder:
@@ -50,7 +50,7 @@ def main() -> None:
             floor = floor or _floor(path)
             rows += [(name, what, *_measured(path, options)) for what, options in CASES.items()]
     text = _document(rows, floor)
-    (ROOT / "docs" / "file-cost.md").write_text(text)
+    (ROOT / "docs" / "measured" / "file-cost.md").write_text(text)
     print(text)
 
 

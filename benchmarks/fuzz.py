@@ -1,4 +1,4 @@
-"""Damaged files: no traceback, no file on failure, no code executed -> docs/fuzz.md.
+"""Damaged files: no traceback, no file on failure, no code executed -> docs/measured/fuzz.md.
 
 Run by `make fuzz`; a part of it, and with it the kills of `kills.py`, runs in the tests. The same seed gives the same
 mutations on the same versions of torch.
@@ -49,7 +49,7 @@ def main() -> int:
         print(json.dumps([trial.to_dict() for trial in trials]))
     else:
         text = document(trials, seed=options.seed)
-        (ROOT / "docs" / "fuzz.md").write_text(text)
+        (ROOT / "docs" / "measured" / "fuzz.md").write_text(text)
         print(text)
     return 1 if any(trial.failures for trial in trials) else 0
 

@@ -24,7 +24,7 @@ from normswap.checkpoints.architecture import parse_architecture
 from normswap.checkpoints.identification import Candidate, identify
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGE = ROOT / "docs" / "identification.md"
+PAGE = ROOT / "docs" / "measured" / "identification.md"
 CASES: Mapping[str, Mapping[str, int]] = {
     "default": {},
     "10 classes": {"num_classes": 10},

@@ -1,6 +1,6 @@
 """The price of batch dependence, measured: fine-tuning with `normswap.batch_dependence` in the loss.
 
-Four prices at four batch sizes on two tasks made of scanned digits -> docs/batch-price.md and docs/batch-price.json.
+Four prices at four batch sizes on two tasks made of scanned digits -> docs/measured/batch-price.md.
 Run by `make price`; it goes on where it was interrupted. `--rewrite` writes the page from the records without running
 anything.
 """
@@ -24,7 +24,8 @@ from torch import Tensor, nn
 import normswap
 from normswap.finetune.digits import Digits, Domain, Images, load_ink, prepare_digits, render_source, split_indices
 
-DOCS = Path(__file__).resolve().parent.parent / "docs"
+DOCS = Path(__file__).resolve().parents[1] / "docs" / "measured"
+RESULTS = Path(__file__).resolve().parent / "results"
 # Which classes the source network learns in the transfer; the others come after.
 _SOURCE_CLASSES = 5
 
@@ -33,10 +34,10 @@ def main() -> None:
     """Make the runs that are missing, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds to run (default 0 1 2)")
-    parser.add_argument("--output", type=Path, default=DOCS, help="existing folder of the page (default docs)")
+    parser.add_argument("--output", type=Path, default=DOCS, help="existing folder of the page")
     parser.add_argument("--rewrite", action="store_true", help="run nothing, write the page from the records")
     options = parser.parse_args()
-    records = options.output / "batch-price.json"
+    records = (RESULTS if options.output == DOCS else options.output) / "batch-price.json"
     study = read_study(records) or Study(provenance(), [])
     torch.set_num_threads(1)  # images this small gain nothing from a second thread, and sums keep their order
     made = {run.cell for run in study.runs}

@@ -1,4 +1,4 @@
-"""docs/batch-price.md out of the records: tables, and the words on the tasks that they need. Runs nothing."""
+"""docs/measured/batch-price.md out of the records: tables, and the words on the tasks that they need. Runs nothing."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -33,7 +33,7 @@ In a batch of one sample Instance and Batch Normalization take the same moments,
 their importance weights apart, while evaluation, on running statistics, does. A price on the share of BN,
 `loss + price * normswap.batch_dependence(model)`, decides. What does it do, and where does it harm? A BN network is
 converted and fine-tuned with four prices at four batch sizes, the same number of steps each. Written by `make price`;
-every single run is in [batch-price.json](batch-price.json).{left}
+every single run is in `benchmarks/results/batch-price.json`.{left}
 
 {study.provenance}
 """

@@ -1,7 +1,7 @@
 """The recipe for small batches, carried out: batch sizes 1, 2 and 4, with and without what it has that others have not.
 
 Three ways of training at three batch sizes over three seeds, and what the loop costs beside one written by hand ->
-docs/small-batch.md and docs/small-batch.json. Run by `make recipes`; it goes on where it was interrupted. `--rewrite`
+docs/measured/small-batch.md. Run by `make recipes`; it goes on where it was interrupted. `--rewrite`
 writes the page from the records without running anything; `recipes.py --peak engine|hand` prints the peak of one loop.
 """
 
@@ -29,7 +29,8 @@ from normswap.finetune.preparation import prepare
 from normswap.finetune.recipe import Recipe, read_recipe
 from normswap.surgery.gated import gate_parameters
 
-DOCS = Path(__file__).resolve().parent.parent / "docs"
+DOCS = Path(__file__).resolve().parents[1] / "docs" / "measured"
+RESULTS = Path(__file__).resolve().parent / "results"
 RECIPE, SOURCE = "digits_small_batch", "digits_source"
 SEEDS, BATCHES = (0, 1, 2), (1, 2, 4)
 ARMS = {
@@ -52,7 +53,7 @@ def main() -> None:
     if options.peak:
         print(_peak(options.peak))
         return
-    records = DOCS / "small-batch.json"
+    records = RESULTS / "small-batch.json"
     found: dict[str, Any] = json.loads(records.read_text()) if records.exists() else {"runs": []}
     if not options.rewrite:
         found["provenance"] = provenance()

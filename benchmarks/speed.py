@@ -1,6 +1,6 @@
-"""What the layer costs in time and memory, as ratios to BatchNorm measured interleaved in one process -> docs/speed.md.
+"""What the layer costs in time and memory, as ratios to BatchNorm measured interleaved -> docs/measured/speed.md.
 
-Run by `make bench`. Writes the records to docs/speed.json as well; `--render` writes the page anew from them.
+Run by `make bench`. Writes the records to benchmarks/results/speed.json; `--render` writes the page anew from them.
 """
 
 import argparse
@@ -20,7 +20,8 @@ from speed_timing import cpu_time, cuda_clock, keep_freed_memory, wall_time
 
 from normswap.layers.dispatch import fused_backend
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
+DOCS = Path(__file__).resolve().parents[1] / "docs" / "measured"
+RESULTS = Path(__file__).resolve().parent / "results"
 CLOCKS = {"wall": lambda: wall_time, "cpu": lambda: cpu_time, "cuda": cuda_clock}
 BATCH = {"cpu": 8, "cuda": 32}
 QUICK_BATCH = 2  # of networks
@@ -32,10 +33,10 @@ STEPS = 6  # so much more for one of networks
 
 
 def main() -> None:
-    """Measure and write docs/speed.json and docs/speed.md."""
+    """Measure and write benchmarks/results/speed.json and docs/measured/speed.md."""
     options = _options()
-    measurements = Measurements.read(DOCS / "speed.json") if options.render else _measured(options)
-    measurements.write(DOCS / "speed.json")
+    measurements = Measurements.read(RESULTS / "speed.json") if options.render else _measured(options)
+    measurements.write(RESULTS / "speed.json")
     text = document(measurements)
     (DOCS / "speed.md").write_text(text)
     print(text)
@@ -47,7 +48,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="few shapes and one network, small, in fp32 on one thread")
     parser.add_argument("--compile", action="store_true", help="race what torch.compile makes too; needs a compiler")
     parser.add_argument("--cpu-time", action="store_true", help="for a loaded machine: CPU time of one thread")
-    parser.add_argument("--render", action="store_true", help="measure nothing: write the page from docs/speed.json")
+    parser.add_argument("--render", action="store_true", help="measure nothing: write the page from its records")
     options = parser.parse_args()
     if options.cpu_time and options.device != "cpu":
         parser.error("--cpu-time measures the CPU: leave out --device")

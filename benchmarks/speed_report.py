@@ -1,4 +1,4 @@
-"""docs/speed.md out of the records: means, worst shapes, and what was wanted beside what was found; runs nothing."""
+"""docs/measured/speed.md from the records: means, worst shapes, what was wanted and what was found; runs nothing."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -152,7 +152,7 @@ def _shapes(found: Measurements) -> str:
     parts = [
         "## Every shape",
         f"In {dtype}, threads: {threads}; train, then eval. The first column of figures is BatchNorm in milliseconds. "
-        "All other settings are in [speed.json](speed.json).",
+        "All other settings: `make bench` writes them to `benchmarks/results/speed.json`.",
     ]
     for layout in dict.fromkeys(race.layout for race in found.layers):
         modes = [_chosen(found.layers, dtype, threads, layout, mode) for mode in ("train", "eval")]

@@ -1,7 +1,7 @@
 """The zoo proof: every model of timm, torchvision and transformers converted and put through the laws.
 
 Run by `make zoo`. Each model has a process of its own with a limit of time and memory; results are appended to
-zoo-output/records.jsonl and a later run goes on where this one stopped. `--report` writes docs/coverage.md.
+zoo-output/records.jsonl and a later run goes on where this one stopped. `--report` writes docs/measured/coverage.md.
 """
 
 import argparse
@@ -64,7 +64,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="leave out laws 1 and 3, which take most of the time")
     parser.add_argument("--float64", metavar="MILLIONS", type=float, help="law 1 in float64 up to (%(default)g)")
     parser.set_defaults(float64=FLOAT64_PARAMETERS / 1e6)
-    parser.add_argument("--report", action="store_true", help="run nothing, write docs/coverage.md from what is there")
+    parser.add_argument("--report", action="store_true", help="run nothing, write the page from the records")
     parser.add_argument("--sample", action="store_true", help="run nothing, print the smallest model of each family")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="folder of the records (default zoo-output)")
     return parser.parse_args()

@@ -1,4 +1,4 @@
-"""docs/coverage.md and docs/coverage.json from the records of a run: what is converted, what is not, and why."""
+"""docs/measured/coverage.md, zoo-output/coverage.json from the records: what is converted, what is not, and why."""
 
 import json
 import statistics
@@ -29,11 +29,11 @@ _WANTED_SHARE = 99.5
 _METHOD = """
 Each model is built with random parameters; its batch norms get random weights and biases, and statistics near those
 of the input, but disturbed. It is planned and converted with an example input of batch 2 and held against laws 1-5 of
-`architecture.md`: law 1 in float64, or in float32 where that is listed below with the reason, in evaluation
+`docs/architecture.md`: law 1 in float64, or in float32 where that is listed below with the reason, in evaluation
 and in training, with a fixed seed. The input has the smaller of the model's default size and 128 px where it runs at
 that; where that takes more than 0.3 G multiply-adds it has 64 px, and what the model then amplifies too much to be
-judged is repeated at the full size. `coverage.json` tells the input of each. Where laws 1 and 3 have not been run yet,
-all the rest has.
+judged is repeated at the full size. `zoo-output/coverage.json` has the input of each. Where laws 1 and 3 have not been
+run yet, all the rest has.
 """.strip().splitlines()
 
 _REASONS = """
@@ -49,8 +49,8 @@ def write_report(records: dict[str, Record]) -> str:
     found = sorted(records.values(), key=lambda record: (ZOOS.index(record.zoo), record.name))
     with_norms = [record for record in found if record.outcome != NO_NORM]
     text = _document(found, with_norms)
-    (ROOT / "docs" / "coverage.md").write_text(text)
-    (ROOT / "docs" / "coverage.json").write_text(_machine_readable(found, with_norms))
+    (ROOT / "docs" / "measured" / "coverage.md").write_text(text)
+    (ROOT / "zoo-output" / "coverage.json").write_text(_machine_readable(found, with_norms))
     return text
 
 
@@ -58,7 +58,7 @@ def _document(found: Sequence[Record], with_norms: Sequence[Record]) -> str:
     parts = [
         "# Coverage: every model of three zoos, converted and put through the laws",
         "",
-        "Written by `make zoo` (`benchmarks/zoo.py`); one line per model is in `coverage.json`.",
+        "Written by `make zoo` (`benchmarks/zoo.py`); one line per model is in `zoo-output/coverage.json`.",
         f"{provenance()} {_transformers_version()}",
         f"Code: {', '.join(f'{c} ({n} models)' for c, n in Counter(r.commit for r in with_norms).most_common(4))}.",
         "",
