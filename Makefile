@@ -9,7 +9,7 @@ READY := $(VENV)/.normswap-ready
 # Libraries are installed without bytecode, since most of it is never imported; what is, each process would compile anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test lint types unit evidence price bench fuzz sanitize zoo index identify recipes clean
+.PHONY: demo test lint types unit evidence price bench fuzz sanitize zoo index identify recipes docs clean
 
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"normswap needs Python 3.11 or newer, {sys.executable} is {v[0]}.{v[1]}; try: make PYTHON=python3.12 $(MAKECMDGOALS)")'
@@ -69,5 +69,9 @@ index: $(READY)  ## the index of architectures that identification reads, from m
 identify: $(READY)  ## every model of timm and torchvision identified -> docs/measured/identification.md (half an hour)
 	@$(BIN)/python benchmarks/identification.py
 
+docs: $(READY)  ## the site in site/, with the Python API; a broken link or name fails (10 seconds)
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo "== wrote site/index.html"
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info demo-output
+	rm -rf $(VENV) build dist *.egg-info demo-output site
