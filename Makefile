@@ -11,7 +11,10 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test lint types unit evidence price bench fuzz sanitize zoo index identify recipes docs clean
 
-$(READY): pyproject.toml
+# What the C extension is built from: a change of it builds the extension again.
+NATIVE := $(wildcard normswap/layers/*.[ch] normswap/layers/csrc/*.[ch])
+
+$(READY): pyproject.toml setup.py $(NATIVE)
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"normswap needs Python 3.11 or newer, {sys.executable} is {v[0]}.{v[1]}; try: make PYTHON=python3.12 $(MAKECMDGOALS)")'
 	@echo "== setting up $(VENV): torch, torchvision, timm and the development tools (about 2 minutes, 6 GB)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -82,7 +82,7 @@ compiled._C.record(64, 0.1, 1.0, *buffers, 0, 0)
 
 
 def _copy(tree: Path) -> None:
-    for name in ("normswap", "tests", "benchmarks"):
+    for name in ("normswap", "recipes", "tests", "benchmarks"):
         shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", tree)
 
