@@ -67,7 +67,7 @@ def test_what_is_not_one_graph_says_why_and_prints_nothing(
         SwapError, match=f"cannot be made one graph {re.escape(f'({reason}')}.*: convert without as_graph"
     ):
         convert(model, inputs, as_graph=True, inplace=True)
-    laws.nothing_else_changed(before, model, laws.SwapPlan((), (), ""), same_objects=True)
+    laws.nothing_else_changed(before, model, laws.NO_SWAPS, same_objects=True)
     assert capfd.readouterr() == ("", "")
 
 
@@ -191,7 +191,7 @@ def test_hooks_of_inner_modules_and_of_the_model_go_on_running() -> None:
 
 def test_hooks_that_change_values_are_part_of_the_function() -> None:
     model = nn.Sequential(zoo.BY_NAME["hooks"].model())
-    model[0].register_forward_hook(zoo._double_output)
+    model[0].register_forward_hook(zoo.double_output)
     graph = convert(model, zoo.IMAGE(), as_graph=True).model
     laws.same_function(model, graph, zoo.IMAGE(), ("evaluation", "training"))
 

@@ -159,9 +159,7 @@ def test_a_plan_for_another_model_is_refused(
 ) -> None:
     model = make()
     record, plan = laws.Record.of(model), edit(plan_swaps(model))
-    with pytest.raises(
-        PlanError, match=rf"the plan was made for another model \(tests\.helpers\.zoo\.[\w.]+\): {message}$"
-    ):
+    with pytest.raises(PlanError, match=rf"the plan was made for another model \([\w.]*\.zoo\.[\w.]+\): {message}$"):
         apply_plan(model, plan)
     unchanged(record, model)
 

@@ -130,7 +130,7 @@ def test_the_model_and_the_random_numbers_are_left_alone(name: str) -> None:
     model, inputs = trap.model(), trap.inputs()
     before, states = laws.Record.of(model), (torch.get_rng_state(), random.getstate())
     observe(model, inputs)
-    laws.nothing_else_changed(before, model, laws.SwapPlan((), (), ""), same_objects=True)
+    laws.nothing_else_changed(before, model, laws.NO_SWAPS, same_objects=True)
     assert torch.equal(states[0], torch.get_rng_state())
     assert states[1] == random.getstate()
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -168,7 +168,7 @@ def test_the_models_error_comes_with_its_place(make: type[nn.Module], message: s
     with pytest.raises(ModelError, match=message) as caught:
         observe(model, zoo.IMAGE())
     assert caught.value.__cause__ is not None
-    laws.nothing_else_changed(before, model, laws.SwapPlan((), (), ""), same_objects=True)
+    laws.nothing_else_changed(before, model, laws.NO_SWAPS, same_objects=True)
 
 
 def test_before_any_module_runs_the_model_itself_is_named() -> None:

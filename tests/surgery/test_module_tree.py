@@ -80,7 +80,7 @@ def test_names_are_joined_and_classes_named() -> None:
     assert join("", "a") == "a"
     assert join("a.b", "c") == "a.b.c"
     assert class_name(nn.ReLU()) == "torch.nn.modules.activation.ReLU"
-    assert class_name(zoo.DataDependentTail.Tail()) == "tests.helpers.zoo.DataDependentTail.Tail"
+    assert class_name(zoo.DataDependentTail.Tail()) == "tests.helpers.zoo.functional_calls.DataDependentTail.Tail"
 
 
 def test_a_copy_can_be_trained_like_the_model() -> None:

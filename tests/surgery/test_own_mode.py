@@ -109,13 +109,13 @@ def test_norms_that_train_leaves_in_evaluation_keep_their_statistics(make: Calla
     model = make()
     before = laws.Record.of(model)
     conversion = convert(model, X, bn_statistics="batch")
-    laws.nothing_else_changed(before, model, laws.SwapPlan((), (), ""), same_objects=True)
+    laws.nothing_else_changed(before, model, laws.NO_SWAPS, same_objects=True)
     assert {swap.fqn for swap in conversion.plan.swaps if swap.bn_statistics == "running"} == kept
     notes = [note for note in conversion.plan.notes if "the model's own train() leaves them in evaluation" in note]
     assert len(notes) == bool(kept)
     assert all(name in notes[0] for name in kept)
     found = verify(model, conversion.model, [X])
-    laws.nothing_else_changed(before, model, laws.SwapPlan((), (), ""), same_objects=True)
+    laws.nothing_else_changed(before, model, laws.NO_SWAPS, same_objects=True)
     assert found.passed
     assert [check.passed for check in found.checks] == [True] * 4
     assert all(site.training is not None for site in found.sites)
@@ -203,7 +203,7 @@ def test_what_train_and_eval_change_is_put_back_to_the_bit() -> None:
     before = laws.Record.of(model)
     converted = convert(model, X).model
     found = verify(model, converted, [X])
-    laws.nothing_else_changed(before, model, laws.SwapPlan((), (), ""), same_objects=True)
+    laws.nothing_else_changed(before, model, laws.NO_SWAPS, same_objects=True)
     assert found.passed
     assert [check.passed for check in found.checks] == [True] * 4
 
