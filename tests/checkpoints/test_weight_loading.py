@@ -1,0 +1,137 @@
+"""Tensors poured into a model: heads may differ, norms and all else may not."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from torch import Tensor, nn
+
+import normswap
+from normswap.checkpoints.fit import Fit, fill
+from normswap.cli import main
+from normswap.errors import ArchitectureError
+from tests.helpers import files
+
+State = dict[str, Tensor]
+
+
+class Net(nn.Module):
+    """A body with a norm, and a head of two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+        self.classifier = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.norm(self.stem(x)).mean((2, 3)))
+
+
+def state() -> State:
+    torch.manual_seed(5)
+    return dict(Net().state_dict())
+
+
+def without(*prefixes: str) -> State:
+    return {key: value for key, value in state().items() if not key.startswith(prefixes)}
+
+
+HEAD = ("classifier.0.weight", "classifier.0.bias", "classifier.2.weight", "classifier.2.bias")
+TOLERATED: dict[str, tuple[State, Fit]] = {
+    "nothing": (state(), Fit()),
+    "heads beyond": (
+        state() | {"head_aux.weight": torch.ones(3), "fc2.0.bias": torch.ones(3)},
+        Fit(beyond=("head_aux.weight", "fc2.0.bias")),
+    ),
+    "what tools leave": (state() | {"norm.total_ops": torch.ones(1)}, Fit(beyond=("norm.total_ops",))),
+    "no head": (without("classifier"), Fit(heads=HEAD)),
+    "no counter": (without("norm.num"), Fit(counters=("norm.num_batches_tracked",))),
+    "another head": (
+        without("classifier") | {"head.weight": torch.ones(9, 4)},
+        Fit(beyond=("head.weight",), heads=HEAD),
+    ),
+}
+
+
+@pytest.mark.parametrize(("given", "fit"), TOLERATED.values(), ids=TOLERATED)
+def test_heads_and_counters_may_differ(given: State, fit: Fit) -> None:
+    model = Net()
+    own = {key: value.clone() for key, value in model.state_dict().items()}
+    assert fill(model, given, "Net") == fit
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, given.get(key, own[key]))
+
+
+REFUSED: dict[str, tuple[State, str]] = {
+    "a norm's weight": (without("norm.weight"), "1 missing: norm.weight"),
+    "a norm's statistics": (without("norm.running_mean"), "1 missing: norm.running_mean"),
+    "a part of the head": (without("classifier.2"), "2 missing: classifier.2.weight, classifier.2.bias"),
+    "a part of the body": (without("stem"), "2 missing: stem.weight, stem.bias"),
+    "one that could take part": (state() | {"neck.weight": torch.ones(3)}, "1 unexpected: neck.weight"),
+    "one inside the head": (state() | {"classifier.4.weight": torch.ones(3)}, "1 unexpected: classifier.4.weight"),
+    "a norm beyond": (
+        state() | {f"aux.1.running_{name}": torch.ones(3) for name in ("mean", "var")},
+        "2 unexpected: aux.1.running_mean, aux.1.running_var; the file has norms that the model has not (aux.1): name "
+        "the architecture that has them",
+    ),
+    "mostly other heads": (
+        state() | {f"head{number}.weight": torch.ones(3) for number in range(11)},
+        "11 unexpected: head0.weight, ",
+    ),
+    "almost nothing": ({"stem.weight": torch.ones(4, 3, 1, 1)}, "10 missing: stem.bias, norm.weight, norm.bias, +7"),
+    "another shape too": (
+        without("classifier") | {"stem.bias": torch.ones(5)},
+        "1 of another shape: stem.bias (is 5, expected 4)",
+    ),
+}
+
+
+@pytest.mark.parametrize(("given", "message"), REFUSED.values(), ids=REFUSED)
+def test_what_a_norm_could_depend_on_must_be_there_and_nothing_more(given: State, message: str) -> None:
+    with pytest.raises(ArchitectureError) as told:
+        fill(Net(), given, "Net")
+    assert str(told.value).startswith("the tensors do not fit Net: ")
+    assert message in str(told.value)
+
+
+@pytest.fixture
+def build(tmp_path: Path) -> Callable[[State], tuple[Path, str]]:
+    """Converts a state dict of the small network; where the result is, and what was said."""
+
+    def convert(given: State) -> tuple[Path, str]:
+        torch.save(given, tmp_path / "model.pt")
+        result = CliRunner().invoke(main, ["convert", str(tmp_path / "model.pt"), "--arch", files.ARCH])
+        assert result.exit_code == 0, result.output
+        return tmp_path / "model.normswap.pt", " ".join(result.output.split())
+
+    return convert
+
+
+def test_a_head_beyond_is_carried_untouched(build: Callable[[State], tuple[Path, str]]) -> None:
+    given = files.small_model().state_dict() | {"module_head.weight": torch.full((3, 2), torch.nan)}
+    path, output = build(given)
+    assert f"note module_head.weight: carried, no part of {files.ARCH}" in output
+    written = torch.load(path)
+    assert written.keys() - given.keys() == {key for key in written if key.endswith(("mean_weight", "var_weight"))}
+    assert all(torch.equal(written[key].nan_to_num(), value.nan_to_num()) for key, value in given.items())
+    assert "module_head" not in dict(normswap.load(path).model.named_children())
+
+
+def test_a_head_that_is_missing_is_not_written(build: Callable[[State], tuple[Path, str]]) -> None:
+    given = {key: value for key, value in files.small_model().state_dict().items() if not key.startswith("fc.")}
+    path, output = build(given)
+    assert f"note fc.weight, fc.bias: not in the file: {files.ARCH} has its own at random, for the proof only" in output
+    assert not {"fc.weight", "fc.bias"} & torch.load(path).keys()
+    with pytest.warns(UserWarning, match=r"holds no fc\.weight, fc\.bias: that part of the model is as it was built"):
+        assert normswap.load(path).model.fc.weight.shape == (7, 96)
+
+
+def test_counters_that_are_missing_are_not_written(build: Callable[[State], tuple[Path, str]]) -> None:
+    given = {key: value for key, value in files.small_model().state_dict().items() if "num_batches" not in key}
+    path, output = build(given)
+    assert "+12 more: not in the file: counted from 0, and not written" in output
+    assert not any("num_batches" in key for key in torch.load(path))
+    counts = [value for key, value in normswap.load(path).model.state_dict().items() if "num_batches" in key]
+    assert counts == [0] * files.SITES

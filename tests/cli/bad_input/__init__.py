@@ -1,0 +1,1 @@
+"""Tests of bad input on the command line."""

@@ -1,0 +1,155 @@
+"""Recipes: what is read, what is refused, what is shipped."""
+
+import json
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from normswap.cli import main
+from normswap.errors import RecipeError
+from normswap.finetune.recipe import TABLES, Recipe, differing_keys, parse_recipe, read_recipe, shipped_recipes
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALLEST = {"model": {"architecture": "timm:test_resnet"}, "train": {"steps": 10}}
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "mine.toml"
+    path.write_text(text)
+    return path
+
+
+def with_value(place: str, value: object) -> dict[str, dict[str, object]]:
+    table, _, key = place.partition(".")
+    return {**SMALLEST, table: {**SMALLEST.get(table, {}), key: value}}
+
+
+def test_a_recipe_has_the_defaults_of_what_it_leaves_out() -> None:
+    recipe = parse_recipe("mine", SMALLEST)
+    assert (recipe.train.steps, recipe.train.batch_price, recipe.convert.enabled) == (10, 0.03, True)
+    assert str(recipe.output) == "runs/mine"
+    assert parse_recipe("mine", with_value("train.lr", 1)).train.lr == 1.0
+    assert parse_recipe("mine", with_value("convert.include", ["a.*"])).convert.include == ("a.*",)
+    assert parse_recipe("mine", with_value("data.crop_scale", [0.5, 1])).data.crop_scale == (0.5, 1.0)
+
+
+REFUSED = [
+    (with_value("train.learning_rate", 0.1), "unknown key train.learning_rate; there are steps, epochs"),
+    (with_value("train.momentun", 0.9), "unknown key train.momentun; did you mean momentum?"),
+    (with_value("train.batch_size", 2), "unknown key train.batch_size; did you mean data.batch_size?"),
+    ({**SMALLEST, "trian": {}}, "unknown table [trian]; did you mean train?"),
+    ({**SMALLEST, "data": 3}, "data: expected a table [data], got 3"),
+    (with_value("train.lr", "fast"), "train.lr: expected a number, got 'fast'"),
+    (with_value("train.steps", 2.5), "train.steps: expected a whole number, got 2.5"),
+    (with_value("train.channels_last", 1), "train.channels_last: expected true or false, got 1"),
+    (with_value("model.architecture", 3), "model.architecture: expected a text in quotes, got 3"),
+    (with_value("convert.include", [1]), "convert.include: expected a text in quotes, got 1"),
+    (with_value("convert.include", "a"), "convert.include: expected a list of texts, got 'a'"),
+    (with_value("data.crop_scale", [1.0]), "data.crop_scale: expected a list of two numbers, got [1.0]"),
+    (with_value("data.crop_scale", [0.9, 0.5]), "expected shares 0 < least <= most <= 1, got [0.9, 0.5]"),
+    (with_value("train.lr", -1.0), "train.lr: expected at least 0, got -1.0"),
+    (with_value("train.lr", float("inf")), "train.lr: expected at least 0, got inf"),
+    (with_value("data.flip", 2), "data.flip: expected 0 to 1, got 2.0"),
+    (with_value("train.schedule", "step"), "train.schedule: expected one of constant, linear, cosine, got 'step'"),
+    (with_value("convert.gate", "hard"), "convert.gate: expected one of simplex, softmax, got 'hard'"),
+    ({"train": {"steps": 1}}, "model: expected a checkpoint or an architecture"),
+    ({"model": {"architecture": "a"}}, "train: expected either steps or epochs"),
+    (with_value("train.epochs", 2), "train: expected either steps or epochs"),
+    (with_value("train.warmup_steps", 10), "train.warmup_steps: expected fewer than the 10 steps, got 10"),
+    (with_value("model.entry", "ema"), "model.entry: names weights in a checkpoint"),
+    (
+        {"model": {"checkpoint": "a.pt", "pretrained": True}, "train": {"steps": 1}},
+        "model.pretrained: the weights come from model.checkpoint",
+    ),
+    (
+        {**SMALLEST, "data": {"mixup": 0.2, "batch_size": 1}},
+        "data.mixup, data.cutmix: expected an even data.batch_size, got 1",
+    ),
+]
+
+
+@pytest.mark.parametrize(("data", "text"), REFUSED, ids=[text[:45] for _, text in REFUSED])
+def test_a_wrong_recipe_is_refused_with_what_to_type(data: dict[str, object], text: str) -> None:
+    with pytest.raises(RecipeError, match=re.escape(text)):
+        parse_recipe("mine", data)
+
+
+def test_values_can_be_put_over_a_recipe(tmp_path: Path) -> None:
+    path = written(tmp_path, '[model]\narchitecture = "timm:test_resnet"\n[train]\nsteps = 3\n')
+    overrides = ["train.steps=none", "train.epochs=2", "train.optimizer=adamw", "data.crop_scale=[0.5, 1.0]"]
+    recipe = read_recipe(path, overrides)
+    assert (recipe.name, recipe.train.steps, recipe.train.epochs) == ("mine", None, 2)
+    assert (recipe.train.optimizer, recipe.data.crop_scale) == ("adamw", (0.5, 1.0))
+    for override, text in (
+        ("steps=3", "overrides: expected table.key=value such as train.lr=0.01, got 'steps=3'"),
+        ("trian.steps=3", "overrides='trian.steps=3': unknown table [trian]; did you mean train?"),
+        ("train.stpes=3", "unknown key train.stpes; did you mean steps?"),
+        ("train.stpes=none", "unknown key train.stpes; did you mean steps?"),
+    ):
+        with pytest.raises(RecipeError, match=re.escape(text)):
+            read_recipe(path, [override])
+
+
+def test_what_is_no_recipe_is_refused(tmp_path: Path) -> None:
+    for source, text in (
+        (tmp_path / "other.toml", "no such file: see what there is with normswap recipes ls"),
+        (written(tmp_path, "[model\n"), "not TOML: "),
+        ("digits_smal_batch", "no recipe 'digits_smal_batch'; did you mean digits_small_batch?"),
+    ):
+        with pytest.raises(RecipeError, match=re.escape(text)):
+            read_recipe(source)
+    (tmp_path / "mine.toml").write_bytes(b"\xff\xfe")
+    with pytest.raises(RecipeError, match="not TOML: "):
+        read_recipe(tmp_path / "mine.toml")
+
+
+def test_the_page_on_recipes_has_every_key_and_its_default() -> None:
+    page = (ROOT / "docs" / "reference" / "recipes.md").read_text()
+    for table, build in TABLES.items():
+        (part,) = re.findall(rf"^## `\[{table}\]`\n(.*?)(?=^## |\Z)", page, re.M | re.S)
+        found = dict(re.findall(r"^\| `(\w+)` \| (\S.*?) \| ", part, re.M))
+        assert found.keys() == {key.name for key in fields(build)}
+        for key in fields(build):
+            default = list(key.default) if isinstance(key.default, tuple) else key.default
+            assert found[key.name] == ("-" if default is None else f"`{json.dumps(default)}`"), f"{table}.{key.name}"
+
+
+def test_two_runs_are_told_apart_by_their_keys() -> None:
+    one, other = parse_recipe("mine", SMALLEST), parse_recipe("mine", with_value("train.seed", 3))
+    assert differing_keys(one, one.to_dict()) == []
+    assert differing_keys(one, other.to_dict()) == ["train.seed"]
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_every_shipped_recipe_says_what_it_is_for(name: str) -> None:
+    recipe = shipped_recipes()[name]
+    assert isinstance(read_recipe(name), Recipe)
+    for word in ("Data:", "Hardware:", "Time:", "Result:"):
+        assert word in recipe.summary, f"{name} does not tell {word}"
+    assert not re.search(r"\b[A-Z_]{4,}\b", recipe.summary), f"{name} has a blank to be filled in"
+
+
+def test_recipes_can_be_listed_shown_and_copied(tmp_path: Path) -> None:
+    def run(*arguments: str) -> tuple[int, str]:
+        done = CliRunner().invoke(main, ["recipes", *arguments])
+        return done.exit_code, done.output
+
+    status, listed = run("ls")
+    assert status == 0
+    assert {line for line in listed.splitlines() if line and not line.startswith(" ")} == {*shipped_recipes()}
+    assert run("show", "digits_source") == (0, shipped_recipes()["digits_source"].text)
+    copy = tmp_path / "digits_source.toml"
+    assert run("cp", "digits_source", str(tmp_path)) == (
+        0,
+        f"wrote {copy}; run it with: normswap finetune {copy}\n",
+    )
+    assert copy.read_text() == shipped_recipes()["digits_source"].text
+    assert "exists already" in run("cp", "digits_source", str(tmp_path))[1]
+    assert run("cp", "digits_source", str(tmp_path), "--force")[0] == 0
+    status, said = run("cp", "digits_source", str(tmp_path / "a.txt"))
+    assert (status, "expected a folder or a name in .toml" in said) == (2, True)
+    status, said = run("show", "digits")
+    assert (status, "no recipe 'digits'; did you mean digits_source?" in said) == (2, True)

@@ -1,0 +1,126 @@
+"""Law 1: original and converted model compute the same function."""
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from tests.helpers.laws.walking import (
+    LIMIT,
+    MODES,
+    call,
+    in_float64,
+    is_floating,
+    own_tensors,
+    set_mode,
+    to_float64,
+    twin_of,
+)
+
+OWN_RESPONSES = 10
+
+
+@dataclass
+class Run:
+    """What one pass gave: outputs, and with gradients those of parameters and of the input, and the buffers left."""
+
+    outputs: list[Any]
+    gradients: dict[frozenset[str], Tensor]
+    input_gradients: list[Tensor]
+    buffers: dict[frozenset[str], Tensor]
+
+
+def run(model: nn.Module, inputs: Any, mode: str) -> Run:
+    """One pass of a copy of `model`, seeded, and the gradients of a fixed random projection of its outputs."""
+    model = twin_of(model)
+    set_mode(model, mode)
+    leaves = [leaf.clone().requires_grad_() for leaf in tree_leaves(inputs) if is_floating(leaf)]
+    remaining = iter(leaves)
+    fed = tree_map(lambda leaf: next(remaining) * 1 if is_floating(leaf) else leaf, inputs)
+    torch.manual_seed(1)
+    random.seed(1)
+    outputs = tree_leaves(call(model, fed))
+    generator = torch.Generator().manual_seed(2)
+    heads = [leaf for leaf in outputs if is_floating(leaf)]
+    loss = sum((head * torch.randn(head.shape, generator=generator, dtype=head.dtype)).sum() for head in heads)
+    if isinstance(loss, Tensor) and loss.requires_grad:
+        loss.backward()
+    named = grouped(model)
+    return Run(
+        outputs=[leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in outputs],
+        gradients={names: p.grad for names, p in named.items() if isinstance(p, nn.Parameter) and p.grad is not None},
+        input_gradients=[leaf.grad for leaf in leaves if leaf.grad is not None],
+        buffers={names: b for names, b in named.items() if not isinstance(b, nn.Parameter)},
+    )
+
+
+def grouped(model: nn.Module) -> dict[frozenset[str], Tensor]:
+    """Every tensor once, by all its names."""
+    names: dict[int, set[str]] = {}
+    tensors = {}
+    for name, tensor in own_tensors(model):
+        tensors[id(tensor)] = tensor
+        names.setdefault(id(tensor), set()).add(name)
+    return {frozenset(names[key]): tensor for key, tensor in tensors.items()}
+
+
+def partner(names: frozenset[str], tensors: dict[frozenset[str], Tensor]) -> Tensor | None:
+    """The tensor that has a name in common; a whole-model graph keeps one name of each."""
+    return next((tensor for others, tensor in tensors.items() if names & others), None)
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    """Relative L2 of b to a, their own size where a is zero."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return float("inf")
+    size = a.double().norm().item()
+    return (a.double() - b.double()).norm().item() / (size or 1.0)
+
+
+def distances(a: Run, b: Run) -> dict[str, float]:
+    """How far two runs are apart: outputs, gradients of parameters as one vector, of the input, running statistics."""
+    found = {"number of outputs": 0.0 if len(a.outputs) == len(b.outputs) else float("inf")}
+    for index, (x, y) in enumerate(zip(a.outputs, b.outputs, strict=False)):
+        same_kind = isinstance(x, Tensor) == isinstance(y, Tensor)
+        far = distance(x, y) if isinstance(x, Tensor) and same_kind else 0.0 if same_kind and x == y else float("inf")
+        found[f"output {index}"] = far
+    if a.gradients:
+        other = [partner(names, b.gradients) for names in a.gradients]
+        pairs = [(x, torch.zeros_like(x) if y is None else y) for x, y in zip(a.gradients.values(), other, strict=True)]
+        found["gradients of parameters"] = distance(
+            *(torch.cat([t.flatten() for t in side]) for side in zip(*pairs, strict=True))
+        )
+    if a.input_gradients:
+        vectors = [torch.cat([g.flatten() for g in r.input_gradients]) for r in (a, b)]
+        found["gradients of inputs"] = distance(*vectors)
+    for names, buffer in a.buffers.items():
+        other = partner(names, b.buffers)
+        if other is not None:
+            found[f"buffer {min(names)}"] = distance(buffer, other)
+    return found
+
+
+def same_function(
+    original: nn.Module, converted: nn.Module, inputs: Any, modes: tuple[str, ...] = MODES
+) -> dict[str, float | None]:
+    """Law 1. Returns the worst error in each mode, None where the original raises and the law is silent."""
+    first, second, inputs = in_float64(original), in_float64(converted), to_float64(inputs)
+    worst: dict[str, float | None] = {}
+    for mode in modes:
+        try:
+            reference = run(first, inputs, mode)
+        except Exception:  # noqa: BLE001 - whatever it is, the converted model owes nothing then
+            worst[mode] = None
+            continue
+        far = distances(reference, run(second, inputs, mode))
+        if max(far.values()) > LIMIT:
+            nudged = tree_map(lambda leaf: leaf * (1 + 2**-52) if is_floating(leaf) else leaf, inputs)
+            own = distances(reference, run(first, nudged, mode))
+            for name, error in far.items():
+                limit = max(LIMIT, OWN_RESPONSES * own.get(name, 0.0))
+                assert error <= limit, f"law 1, {mode}: {name} is {error:.1e} off, limit {limit:.1e}"
+        worst[mode] = max(far.values())
+    return worst

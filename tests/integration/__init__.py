@@ -1,0 +1,1 @@
+"""Tests of whole flows: model zoo, laws of a conversion, documentation, packaging, imports, wording, benchmarks."""

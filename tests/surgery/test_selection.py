@@ -1,0 +1,240 @@
+"""Settings by pattern: over the arguments, the later over the earlier, key by key - in Python and in a plan file."""
+
+import json
+import re
+from typing import Any
+
+import pytest
+from torch import Tensor, nn
+from torchvision.ops.misc import FrozenBatchNorm2d
+
+from normswap import convert, plan_swaps
+from normswap.errors import PlanError
+from normswap.surgery.patterns import first_matches, matched
+from normswap.surgery.plan import SwapPlan
+from normswap.surgery.settings import settle
+from tests.helpers import laws, zoo
+
+
+class Net(nn.Module):
+    """Two BN, a frozen one, one at a single position, and a GroupNorm that stays."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.second, self.frozen = zoo.conv(), nn.BatchNorm2d(8), FrozenBatchNorm2d(8)
+        self.group, self.pool, self.pooled = nn.GroupNorm(2, 8), nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(8)
+        self.again = self.second
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pooled(self.pool(self.group(self.frozen(self.again(self.conv(x))))))
+
+
+SITES = ("second", "frozen", "pooled")
+
+
+def planned(settings: Any, **options: Any) -> SwapPlan:
+    return plan_swaps(Net(), zoo.IMAGE(), settings=settings, **options)
+
+
+def chosen(plan: SwapPlan, key: str) -> dict[str, Any]:
+    return {swap.fqn: getattr(swap, key) for swap in plan.swaps}
+
+
+# --- precedence -------------------------------------------------------------------------------------------------------
+
+ENTRIES: dict[str, tuple[dict[str, Any], str, tuple[Any, Any, Any]]] = {
+    "none": ({}, "gate", ("simplex", "simplex", "simplex")),
+    "one": ({"second": {"gate": "softmax"}}, "gate", ("softmax", "simplex", "simplex")),
+    "all": ({"*": {"gate": "softmax"}}, "gate", ("softmax", "softmax", "softmax")),
+    "the later wins": (
+        {"*": {"gate": "softmax"}, "re:f.*": {"gate": "simplex"}},
+        "gate",
+        ("softmax", "simplex", "softmax"),
+    ),
+    "the later wins, though wider": (
+        {"second": {"gate": "simplex"}, "*": {"gate": "softmax"}},
+        "gate",
+        ("softmax", "softmax", "softmax"),
+    ),
+    "key by key": ({"*": {"gate": "softmax"}, "second": {"train_gates": False}}, "gate", ("softmax",) * 3),
+    "by another name": ({"again": {"gate": "softmax"}}, "gate", ("softmax", "simplex", "simplex")),
+    "gates that learn": ({"frozen": {"train_gates": True}}, "train_gates", (True, True, True)),
+    "gates that do not": ({"second": {"train_gates": False}}, "train_gates", (False, False, True)),
+    "branches": (
+        {"second": {"branches": ["bn", "ln"]}},
+        "branches",
+        (("ln", "bn"), ("in", "ln", "bn"), ("ln", "bn")),
+    ),
+    "branches that the shape cuts": (
+        {"*": {"branches": ("in", "ln", "bn")}},
+        "branches",
+        (("in", "ln", "bn"), ("in", "ln", "bn"), ("ln", "bn")),
+    ),
+    "statistics, frozen ones too": (
+        {"*": {"bn_statistics": "batch"}},
+        "bn_statistics",
+        ("batch", "batch", "batch"),
+    ),
+}
+
+
+@pytest.mark.parametrize(("settings", "key", "expected"), ENTRIES.values(), ids=ENTRIES)
+def test_settings_override_the_arguments(settings: Any, key: str, expected: tuple[Any, ...]) -> None:
+    assert chosen(planned(settings), key) == dict(zip(SITES, expected, strict=True))
+
+
+def test_the_arguments_hold_where_no_setting_speaks() -> None:
+    plan = planned(
+        {"second": {"branches": ("in", "bn")}}, branches=("ln", "bn"), bn_statistics="running", gate="softmax"
+    )
+    assert chosen(plan, "branches") == {"second": ("in", "bn"), "frozen": ("ln", "bn"), "pooled": ("ln", "bn")}
+    assert set(chosen(plan, "bn_statistics").values()) == {"running"}
+    assert set(chosen(plan, "gate").values()) == {"softmax"}
+
+
+def test_the_plan_has_them_resolved_and_conversion_carries_them_out() -> None:
+    settings = {"second": {"branches": ("ln", "bn"), "train_gates": False, "bn_statistics": "running"}}
+    conversion = convert(Net(), zoo.IMAGE(), settings=settings)
+    layer = conversion.model.second
+    assert (layer.branches, layer.bn_statistics, layer.mean_weight.requires_grad) == (("ln", "bn"), "running", False)
+    assert "settings" not in conversion.plan.to_dict()
+    laws.plan_survives_json(conversion.plan)
+
+
+def test_the_laws_hold_with_settings() -> None:
+    trap = zoo.Trap("settings", Net, zoo.IMAGE)
+    laws.hold(trap.model, trap.inputs(), settings={"*": {"branches": ("ln", "bn")}, "frozen": {"train_gates": True}})
+
+
+def test_what_the_user_should_know_is_noted() -> None:
+    settings = {"frozen": {"bn_statistics": "batch"}, "pooled": {"gate": "softmax"}, "group": {"gate": "softmax"}}
+    assert planned(settings).notes == (
+        "the settings of 'group' have no effect: it matches skipped sites only",
+        "frozen, but set to use batch statistics, which is another function in training: frozen",
+        "softmax gates start at the uniform mix: the converted model is not the same function",
+    )
+
+
+def test_batch_statistics_at_a_frozen_site_are_another_function_in_training_only() -> None:
+    model = convert(Net(), zoo.IMAGE(), settings={"frozen": {"bn_statistics": "batch"}}).model
+    laws.same_function(Net_like(model), model, zoo.IMAGE(), ("evaluation",))
+    with pytest.raises(AssertionError, match="law 1, training"):
+        laws.same_function(Net_like(model), model, zoo.IMAGE(), ("training",))
+
+
+def Net_like(model: nn.Module) -> nn.Module:  # noqa: N802
+    net = Net()
+    net.load_state_dict(model.state_dict(), strict=False)
+    return net
+
+
+def test_a_setting_that_leaves_one_branch_skips_the_site() -> None:
+    reasons = {
+        skip.fqn: skip.reason
+        for skip in planned({"*": {"branches": ("in", "bn")}, "second": {"branches": ["bn"]}}).skips
+    }
+    assert reasons["second"] == "only the branch bn is allowed: nothing to switch to"
+    assert reasons["pooled"].startswith("8 channels at one spatial position leave only the branch bn")
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+REFUSED: dict[str, tuple[Any, str]] = {
+    "no mapping": ([("*", {})], r"settings: expected a mapping from names such as {'layer4.\*': {'branches'"),
+    "a name that is none": ({3: {}}, "settings: expected a mapping from names"),
+    "no mapping inside": ({"*": "softmax"}, r"settings of '\*': expected a mapping from names such as {'branches'"),
+    "a key": (
+        {"*": {"gates": "softmax"}},
+        r"settings of '\*': expected keys among \['bn_statistics', 'branches', 'gate', 'synchronize', 'train_gates'\], "
+        "got 'gates'",
+    ),
+    "a gate": (
+        {"*": {"gate": "hard"}},
+        r"settings of '\*': gate: expected one of \('simplex', 'softmax'\), got 'hard'",
+    ),
+    "branches": ({"*": {"branches": ["gn"]}}, r"settings of '\*': branches: expected a non-empty subset"),
+    "branches that are no list": ({"*": {"branches": 3}}, r"settings of '\*': "),
+    "statistics": ({"*": {"bn_statistics": "moving"}}, r"settings of '\*': bn_statistics: expected one of"),
+    "a flag": ({"*": {"train_gates": 1}}, r"settings of '\*': train_gates: expected True or False, got 1"),
+    "a pattern": ({"secnd": {}}, r"the pattern 'secnd' matches none of the 4 norm sites; nearest: \['second'"),
+    "an expression": ({"re:(": {}}, r"expected a regular expression after `re:`, got 're:\('"),
+    "no vertex": (
+        {"second": {"branches": ["in", "ln"]}},
+        r"settings of 'second': branches: expected `bn` among them, the function starts there; got \('in', 'ln'\)",
+    ),
+}
+
+
+@pytest.mark.parametrize(("settings", "message"), REFUSED.values(), ids=REFUSED)
+def test_settings_that_make_no_sense_are_refused(settings: Any, message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        planned(settings)
+
+
+# --- in a plan file ---------------------------------------------------------------------------------------------------
+
+
+def read(plan: SwapPlan, settings: Any) -> SwapPlan:
+    return SwapPlan.from_json(json.dumps(json.loads(plan.to_json()) | {"settings": settings}))
+
+
+@pytest.mark.parametrize(("settings", "key", "expected"), [e for e in ENTRIES.values() if "again" not in e[0]])
+def test_a_plan_file_takes_the_same_settings(settings: Any, key: str, expected: tuple[Any, ...]) -> None:
+    plan = read(planned({}), settings)
+    assert chosen(plan, key) == dict(zip(SITES, expected, strict=True))
+    assert SwapPlan.from_json(plan.to_json()) == plan
+    assert convert(Net(), plan=plan).plan is plan
+
+
+def test_a_plan_file_adds_bn_to_other_norms_but_nothing_that_was_cut() -> None:
+    trap = zoo.BY_NAME["three kinds"]
+    plan = read(plan_swaps(trap.model(), trap.inputs(), **trap.options), {"*": {"branches": ["in", "ln", "bn"]}})
+    assert set(chosen(plan, "branches").values()) == {("in", "ln", "bn")}
+    assert plan.notes[0].startswith("begin running statistics")
+    narrow = plan_swaps(Net(), zoo.IMAGE(), branches=("ln", "bn"))
+    assert set(chosen(read(narrow, {"*": {"branches": ["in", "ln", "bn"]}}), "branches").values()) == {("ln", "bn")}
+
+
+IN_A_FILE: dict[str, tuple[Any, str]] = {
+    **{name: case for name, case in REFUSED.items() if name not in ("a name that is none", "a pattern")},
+    "a pattern": ({"secnd": {}}, r"the pattern 'secnd' matches none of the 3 swaps of the plan; nearest: \['second'"),
+    "a skipped site": ({"group": {}}, "the pattern 'group' matches none of the 3 swaps of the plan"),
+    "one branch": (
+        {"pooled": {"branches": ["in", "bn"]}},
+        r"settings of 'pooled': branches: \('in', 'bn'\) leave only 'bn' of \('ln', 'bn'\): nothing to switch to",
+    ),
+}
+
+
+@pytest.mark.parametrize(("settings", "message"), IN_A_FILE.values(), ids=IN_A_FILE)
+def test_a_plan_file_refuses_what_makes_no_sense(settings: Any, message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        read(planned({}), settings)
+
+
+def test_a_plan_file_does_not_begin_statistics_that_are_never_filled() -> None:
+    trap = zoo.BY_NAME["three kinds"]
+    plan = plan_swaps(trap.model(), trap.inputs(), **trap.options)
+    with pytest.raises(
+        PlanError, match="settings of 'instance': bn_statistics: expected 'batch' or 'renorm', since running"
+    ):
+        read(plan, {"instance": {"branches": ["in", "bn"], "bn_statistics": "running"}})
+
+
+# --- the parts --------------------------------------------------------------------------------------------------------
+
+
+def test_patterns_match_any_name_and_give_the_first() -> None:
+    sites = [("a.bn", "b.bn"), ("a.norm",), ("",)]
+    assert matched("b.*", sites) == ["a.bn"]
+    assert matched("re:a\\..*", sites) == ["a.bn", "a.norm"]
+    assert first_matches(["*.norm", "*"], sites) == {"a.norm": "*.norm", "a.bn": "*", "": "*"}
+    assert first_matches("a.*", sites) == {"a.bn": "a.*", "a.norm": "a.*"}
+    with pytest.raises(PlanError, match=re.escape("the pattern 'a' matches none of the 3 things; nearest:")):
+        matched("a", sites, "things")
+
+
+def test_settled_values_are_checked_and_canonical() -> None:
+    told = settle({"*": {"branches": ["bn", "in"]}, "a": {"train_gates": True}}, [("a",), ("b",)])
+    assert told == {"a": {"branches": ("in", "bn"), "train_gates": True}, "b": {"branches": ("in", "bn")}}
+    assert settle({}, [("a",)]) == {"a": {}}
