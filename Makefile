@@ -1,5 +1,5 @@
 # Two commands do everything on a fresh machine with Python 3.11+, git and make:
-#   make demo   train a small BN network on real digits, convert it, prove it, fine-tune it at batch size 2
+#   make demo   train a small BN network on real digits, convert it, verify it, fine-tune it at batch size 2
 #   make test   lint, types and tests
 PYTHON ?= python3
 VENV := .venv
@@ -9,7 +9,7 @@ READY := $(VENV)/.normswap-ready
 # Libraries are installed without bytecode, since most of it is never imported; what is, each process would compile anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test lint types unit evidence price bench fuzz sanitize zoo index identify recipes docs clean
+.PHONY: demo test lint types unit evidence batch-dependence bench fuzz sanitize zoo index identify recipes docs clean
 
 # What the C extension is built from: a change of it builds the extension again.
 NATIVE := $(wildcard normswap/layers/*.[ch] normswap/layers/csrc/*.[ch])
@@ -22,7 +22,7 @@ $(READY): pyproject.toml setup.py $(NATIVE)
 	@touch $@
 
 demo: $(READY)  ## the main job, end to end, with measured figures
-	@$(BIN)/python benchmarks/demo.py
+	@$(BIN)/python -m benchmarks.finetuning.demo
 
 test: lint  ## everything that has to hold; the types take one core for a while, which the tests fill up
 	@$(MAKE) --no-print-directory -j2 types unit
@@ -41,36 +41,36 @@ unit: $(READY)
 	@$(BIN)/python -m pytest -n auto --dist worksteal
 
 evidence: $(READY)  ## fine-tuning at batch size 2, 3 seeds -> docs/measured/evidence.md (about an hour on 2 cores)
-	@$(BIN)/python benchmarks/evidence.py
+	@$(BIN)/python -m benchmarks.finetuning.evidence
 
-price: $(READY)  ## what a price on batch dependence does, by batch size -> docs/measured/batch-price.md (half an hour; resumes)
-	@$(BIN)/python benchmarks/price.py
+batch-dependence: $(READY)  ## what a penalty on batch dependence does, by batch size -> docs/measured/batch-price.md (half an hour; resumes)
+	@$(BIN)/python -m benchmarks.finetuning.batch_dependence
 
 bench: $(READY)  ## what the layer, converting, starting and files cost -> docs/measured/{speed,cost,file-cost,compile}.md (40 minutes)
-	@$(BIN)/python benchmarks/speed.py
-	@$(BIN)/python benchmarks/cost.py
-	@$(BIN)/python benchmarks/file_cost.py
-	@$(BIN)/python benchmarks/compiling.py
+	@$(BIN)/python -m benchmarks.speed.run
+	@$(BIN)/python -m benchmarks.speed.conversion_cost
+	@$(BIN)/python -m benchmarks.speed.file_cost
+	@$(BIN)/python -m benchmarks.speed.compile_cost
 
 fuzz: $(READY)  ## 10,000 damaged files and 100 killed runs -> docs/measured/fuzz.md (about 10 minutes on 2 cores)
-	@$(BIN)/python benchmarks/kills.py --kills 100
-	@$(BIN)/python benchmarks/source_changes.py --runs 100
-	@$(BIN)/python benchmarks/fuzz.py
+	@$(BIN)/python -m benchmarks.robustness.kills --kills 100
+	@$(BIN)/python -m benchmarks.robustness.source_changes --runs 100
+	@$(BIN)/python -m benchmarks.robustness.run
 
 sanitize: $(READY)  ## the C extension under the address and undefined-behaviour sanitizers (about 10 minutes; needs gcc)
-	@$(BIN)/python benchmarks/sanitize.py
+	@$(BIN)/python -m benchmarks.robustness.sanitizers
 
-zoo: $(READY)  ## every model of timm, torchvision and transformers through the laws -> docs/measured/coverage.md (hours; resumes)
-	@$(BIN)/python benchmarks/zoo.py --workers 2
+zoo: $(READY)  ## every model of timm, torchvision and transformers converted and verified -> docs/measured/coverage.md (hours; resumes)
+	@$(BIN)/python -m benchmarks.zoo.run --workers 2
 
 recipes: $(READY)  ## the recipe for small batches over 3 seeds, and what the loop costs -> docs/measured/small-batch.md (20 minutes)
-	@$(BIN)/python benchmarks/recipes.py
+	@$(BIN)/python -m benchmarks.finetuning.recipes
 
 index: $(READY)  ## the index of architectures that identification reads, from models on the meta device (half an hour)
-	@$(BIN)/python benchmarks/architecture_index.py
+	@$(BIN)/python -m benchmarks.architectures.build_index
 
 identify: $(READY)  ## every model of timm and torchvision identified -> docs/measured/identification.md (half an hour)
-	@$(BIN)/python benchmarks/identification.py
+	@$(BIN)/python -m benchmarks.architectures.identification
 
 docs: $(READY)  ## the site in site/, with the Python API; a broken link or name fails (10 seconds)
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -18,19 +18,16 @@ from torch import nn
 from torchvision import models as torchvision_models
 
 import normswap
+from benchmarks.architectures.facts import fingerprint
+from benchmarks.architectures.functions import difference
+from benchmarks.architectures.records import built
+from benchmarks.architectures.records import shapes_of as shapes_of_model
 from normswap.checkpoints import architecture_index
 from normswap.checkpoints.architecture import build_architecture
 from normswap.checkpoints.architecture_index import Symbol, decode_index, encode_index, shipped_index
 from normswap.checkpoints.identification import Identification, ambiguity, decide, identify, no_match
 from normswap.cli import main
 from normswap.errors import ArchitectureError
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-
-from architecture_facts import fingerprint
-from architecture_functions import difference
-from architecture_records import built
-from architecture_records import shapes_of as shapes_of_model
 
 Shapes = dict[str, tuple[int, ...]]
 

@@ -406,9 +406,9 @@ def test_a_copy_between_file_systems_is_read_and_written(tmp_path: Path, monkeyp
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_change_at_any_moment_gives_no_output_or_the_tensors_of_one_version() -> None:
     """In a process of its own, which forks the conversions: this one may have threads."""
-    program = Path(__file__).resolve().parents[2] / "benchmarks" / "source_changes.py"
-    command = [sys.executable, str(program), "--runs", str(RUNS)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    root = Path(__file__).resolve().parents[2]
+    command = [sys.executable, "-m", "benchmarks.robustness.source_changes", "--runs", str(RUNS)]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout + done.stderr
     outcome = json.loads(done.stdout)
     assert outcome["broken"] == []

@@ -1,30 +1,16 @@
 """The data and the training behind the demo and the evidence: the same for every arm, and the same every time."""
 
 import copy
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
-
-import demo
-from arms import ARMS, batch_norms, reestimate_statistics
-from evidence_records import choose
-from finetuning import (
-    Outcome,
-    batch_order,
-    build_network,
-    build_optimizer,
-    finetune,
-    relative_output_error,
-    split_parameters,
-    train_source,
-)
-from protocol import (
+from benchmarks.finetuning import demo
+from benchmarks.finetuning.arms import ARMS, batch_norms, reestimate_statistics
+from benchmarks.finetuning.evidence_records import choose
+from benchmarks.finetuning.protocol import (
     ALL_ARMS,
     DEMO_ARMS,
     DEMO_RATE,
@@ -36,7 +22,16 @@ from protocol import (
     FineTuning,
     SourceTraining,
 )
-
+from benchmarks.finetuning.training import (
+    Outcome,
+    batch_order,
+    build_network,
+    build_optimizer,
+    finetune,
+    relative_output_error,
+    split_parameters,
+    train_source,
+)
 from normswap.finetune.digits import SPLIT, load_ink, prepare_digits, render_target, split_indices
 from normswap.surgery.gated import gated_modules, moved_sites
 

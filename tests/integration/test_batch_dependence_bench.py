@@ -7,14 +7,22 @@ import pytest
 import torch
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-
-import price as study  # found by the line above
-from arms import convert
-from finetuning import build_network, finetune
-from price_records import PRICES, RENORM_PRICES, TASKS, Cell, Run, Study, cells, read_study, write_study
-from price_report import write_report
-from protocol import FineTuning
+from benchmarks.finetuning import batch_dependence as study
+from benchmarks.finetuning.arms import convert
+from benchmarks.finetuning.batch_dependence_records import (
+    PRICES,
+    RENORM_PRICES,
+    TASKS,
+    Cell,
+    Run,
+    Study,
+    cells,
+    read_study,
+    write_study,
+)
+from benchmarks.finetuning.batch_dependence_report import write_report
+from benchmarks.finetuning.protocol import FineTuning
+from benchmarks.finetuning.training import build_network, finetune
 
 
 def run_of(cell: Cell, accuracy: float = 90.0) -> Run:
@@ -69,7 +77,7 @@ def test_an_interrupted_study_goes_on_where_it_was(tmp_path: Path, monkeypatch: 
         return run_of(cell)
 
     monkeypatch.setattr(study, "run_cell", run_cell)
-    monkeypatch.setattr(sys, "argv", ["price.py", "--seeds", "0", "--output", str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", ["batch_dependence.py", "--seeds", "0", "--output", str(tmp_path)])
     with pytest.raises(KeyboardInterrupt):
         study.main()
     monkeypatch.setattr(study, "run_cell", lambda cell: made.append(cell) or run_of(cell))  # type: ignore[func-returns-value]

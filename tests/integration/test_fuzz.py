@@ -14,23 +14,20 @@ from random import Random
 import click
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-
-import fuzz  # found by the line above
-import fuzz_trial
-import fuzz_workers
-from fuzz_files import KINDS, Payloads, plant, register
-from fuzz_mutations import FOLDER_MUTATIONS, MUTATIONS, Material, files_in
-from fuzz_trial import Bench, Trial
+from benchmarks.paths import ROOT
+from benchmarks.robustness import run, workers
+from benchmarks.robustness import trial as trial_module
+from benchmarks.robustness.files import KINDS, Material, Payloads, plant, register
+from benchmarks.robustness.mutations import FOLDER_MUTATIONS, MUTATIONS, files_in
+from benchmarks.robustness.trial import Bench, Trial
 
 MUTATED = 300
-PROGRAM = Path(fuzz.__file__)
 
 
 def test_damaged_files_never_end_in_a_traceback_a_file_or_code_that_ran() -> None:
     """In a process of its own, which forks: this one may have threads."""
-    command = [sys.executable, str(PROGRAM), "--json", "--workers", "1", "--mutations", str(MUTATED)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    command = [sys.executable, "-m", run.__name__, "--json", "--workers", "1", "--mutations", str(MUTATED)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     trials = [Trial.from_dict(data) for data in json.loads(done.stdout)]
     assert sorted(trial.index for trial in trials) == list(range(MUTATED))
@@ -58,7 +55,7 @@ def test_the_payloads_would_run(payloads: Payloads, index: int) -> None:
 @pytest.fixture
 def bench(tmp_path: Path, payloads: Payloads, monkeypatch: pytest.MonkeyPatch) -> Bench:
     register()
-    monkeypatch.setattr(fuzz_trial, "KINDS", KINDS[:1])
+    monkeypatch.setattr(trial_module, "KINDS", KINDS[:1])
     return Bench(tmp_path / "good", payloads)
 
 
@@ -162,7 +159,7 @@ def test_a_defect_is_noticed(
     def broken(arguments: Sequence[str]) -> None:
         defect(arguments, bench.payloads.marker)
 
-    monkeypatch.setattr(fuzz_trial, "main", broken)
+    monkeypatch.setattr(trial_module, "main", broken)
     (tmp_path / "scratch").mkdir()
     trial = bench.trial(0, seed=0, scratch=tmp_path / "scratch")
     assert message in " | ".join(trial.failures)
@@ -172,7 +169,7 @@ def test_a_traceback_of_load_is_noticed(tmp_path: Path, bench: Bench, monkeypatc
     def broken(*_: object, **__: object) -> None:
         raise RecursionError("too deep")
 
-    monkeypatch.setattr(fuzz_trial.normswap, "load", broken)
+    monkeypatch.setattr(trial_module.normswap, "load", broken)
     (tmp_path / "scratch").mkdir()
     assert "load: RecursionError: too deep" in bench.trial(0, seed=0, scratch=tmp_path / "scratch").failures
 
@@ -189,8 +186,8 @@ def test_a_worker_that_hangs_or_dies_costs_one_mutation(
         return Trial(index, "state dict", "none")
 
     monkeypatch.setattr(bench, "trial", trial)
-    monkeypatch.setattr(fuzz_workers, "SECONDS", 2.0)
-    trials = list(fuzz_workers.run_all(bench, count=6, seed=0, workers=2, scratch=tmp_path / "scratch"))
+    monkeypatch.setattr(workers, "SECONDS", 2.0)
+    trials = list(workers.run_all(bench, count=6, seed=0, workers=2, scratch=tmp_path / "scratch"))
     assert {t.index: t.failures for t in trials} == {
         **{index: [] for index in (0, 2, 4, 5)},
         1: ["died with status 7"],
@@ -200,7 +197,7 @@ def test_a_worker_that_hangs_or_dies_costs_one_mutation(
 
 def test_the_page_counts_what_came_of_it() -> None:
     refused = {"inspect": "2", "convert": "2", "load": "refused"}
-    page = fuzz.document(
+    page = run.document(
         [
             Trial(0, "state dict", "truncation", refused),
             Trial(1, "state dict", "bit flips", {"inspect": "0", "convert": "0", "load": "loaded"}),

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 
 KILLS = 20
-PROGRAM = Path(__file__).resolve().parents[2] / "benchmarks" / "kills.py"
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_kill_at_any_moment_leaves_nothing_the_old_or_the_whole_new_file() -> None:
-    command = [sys.executable, str(PROGRAM), "--kills", str(KILLS)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    command = [sys.executable, "-m", "benchmarks.robustness.kills", "--kills", str(KILLS)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout + done.stderr
     outcome = json.loads(done.stdout)
     assert sum(outcome["left"].values()) == KILLS

@@ -1,6 +1,5 @@
 """What `make bench` stands on: that its rival computes the same, that it counts what it says, that its page renders."""
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,15 +7,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.speed.competitors import EagerSwitchNorm
+from benchmarks.speed.memory import saved_bytes
+from benchmarks.speed.records import BASE, COPY, EAGER, Conditions, Measurements, Memory, Race, ours
+from benchmarks.speed.report import document
+from benchmarks.speed.timing import Entrant, race, ratios
 from normswap import switch_norm
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-
-from speed_competitors import EagerSwitchNorm  # found by the line above
-from speed_memory import saved_bytes
-from speed_records import BASE, COPY, EAGER, Conditions, Measurements, Memory, Race, ours
-from speed_report import document
-from speed_timing import Entrant, race, ratios
 
 
 @pytest.mark.parametrize("training", [True, False])

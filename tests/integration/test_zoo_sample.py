@@ -1,19 +1,14 @@
 """The zoo proof on its sample: the smallest model of every family of timm and torchvision that holds batch norms."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import timm
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-
-import zoo_timm  # found by the line above
-from zoo_catalog import Entry, entries, sample
-from zoo_laws import prove
-from zoo_numbers import batch_norms
-from zoo_records import CONVERTED, PARTLY
+from benchmarks.zoo import timm_models
+from benchmarks.zoo.catalog import Entry, entries, sample
+from benchmarks.zoo.laws import prove
+from benchmarks.zoo.norm_values import batch_norms
+from benchmarks.zoo.records import CONVERTED, PARTLY
 
 SAMPLE = sample()
 LAW_PARAMETERS = 5_000_000  # what is larger takes up to a minute: laws 1 and 3 are left to `make zoo` there
@@ -31,7 +26,7 @@ def test_every_family_is_converted_and_keeps_the_laws(entry: Entry) -> None:
         assert any(check[4] for check in record.checks)
 
 
-@pytest.mark.skipif(timm.__version__ != zoo_timm.SAMPLED_FROM, reason="the sample was made from another timm")
+@pytest.mark.skipif(timm.__version__ != timm_models.SAMPLED_FROM, reason="the sample was made from another timm")
 def test_families_that_are_not_in_the_sample_hold_no_batch_norms() -> None:
     """Of each its first model."""
     chosen = {entry.family for entry in SAMPLE if entry.zoo == "timm"}

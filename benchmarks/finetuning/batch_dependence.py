@@ -1,0 +1,106 @@
+"""The price of batch dependence, measured: fine-tuning with `normswap.batch_dependence` in the loss.
+
+Four prices at four batch sizes on two tasks made of scanned digits -> docs/measured/batch-price.md.
+Run by `make price`; it goes on where it was interrupted. `--rewrite` writes the page from the records without running
+anything.
+"""
+
+import argparse
+import math
+import time
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import normswap
+from benchmarks.finetuning.arms import convert
+from benchmarks.finetuning.batch_dependence_records import RATE, STEPS, Cell, Run, Study, cells, read_study, write_study
+from benchmarks.finetuning.batch_dependence_report import write_report
+from benchmarks.finetuning.protocol import FINE_TUNING
+from benchmarks.finetuning.training import accuracy, finetune, train_source
+from benchmarks.paths import DOCS, RESULTS
+from benchmarks.provenance import provenance
+from normswap.finetune.digits import Digits, Domain, Images, load_ink, prepare_digits, render_source, split_indices
+
+# Which classes the source network learns in the transfer; the others come after.
+_SOURCE_CLASSES = 5
+
+
+def main() -> None:
+    """Make the runs that are missing, and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds to run (default 0 1 2)")
+    parser.add_argument("--output", type=Path, default=DOCS, help="existing folder of the page")
+    parser.add_argument("--rewrite", action="store_true", help="run nothing, write the page from the records")
+    options = parser.parse_args()
+    records = (RESULTS if options.output == DOCS else options.output) / "batch-price.json"
+    study = read_study(records) or Study(provenance(), [])
+    torch.set_num_threads(1)  # images this small gain nothing from a second thread, and sums keep their order
+    made = {run.cell for run in study.runs}
+    missing = [] if options.rewrite else [cell for cell in cells(options.seeds) if cell not in made]
+    for number, cell in enumerate(missing, 1):
+        study.runs.append(run_cell(cell))
+        write_study(study, records)
+        print(f"{number}/{len(missing)} {study.runs[-1]}", flush=True)
+    write_report(study, options.output / "batch-price.md", planned=len(list(cells(options.seeds))))
+    print(f"wrote {options.output / 'batch-price.md'}")
+
+
+def run_cell(cell: Cell) -> Run:
+    """Fine-tune one conversion and measure it."""
+    start = time.monotonic()
+    network, digits = trained_network(cell.task, cell.seed)
+    model = convert(network)
+    normswap.set_bn_statistics(model, cell.statistics)  # type: ignore[arg-type]
+    settings = replace(FINE_TUNING, steps=STEPS, batch_size=cell.batch_size)
+    losses = finetune(model, digits.target.train, rate=RATE, settings=settings, seed=cell.seed, price=cell.price)
+    return Run(
+        **cell._asdict(),
+        accuracy=accuracy(model, digits.target.test),
+        bn_share=bn_share(model),
+        is_finite=math.isfinite(losses[-1]),
+        seconds=time.monotonic() - start,
+        steps=settings.steps,
+        rate=RATE,
+        gate_rate=settings.gate_rate,
+    )
+
+
+def bn_share(model: nn.Module) -> float:
+    """Return the mean importance weight of BN over all sites and both gates."""
+    sites = normswap.importance_weights(model).values()
+    return sum(site.mean["bn"] + site.var["bn"] for site in sites) / (2 * len(sites))
+
+
+@cache
+def trained_network(task: str, seed: int) -> tuple[nn.Module, Digits]:
+    """Return the BN network of one seed trained on the source of a task, ready for its target, and the images."""
+    digits = {"shift": prepare_digits, "transfer": prepare_transfer}[task](seed=seed)
+    network = train_source(digits, seed=seed)
+    if task == "transfer":
+        torch.manual_seed(seed)
+        network.reset_classifier(int(digits.target.train.labels.max()) + 1)  # type: ignore[operator]
+    return network, digits
+
+
+def prepare_transfer(*, seed: int) -> Digits:
+    """Return clean digits, 0 to 4 as the source and 5 to 9, numbered from 0, as the target."""
+    ink, labels = load_ink()
+    parts: dict[str, list[Tensor]] = {}
+    for (_, part), index in split_indices(len(labels), seed=seed).items():
+        parts.setdefault(part, []).append(index)
+    sets = {part: torch.cat(indices) for part, indices in parts.items()}
+
+    def domain(*, source: bool) -> Domain:
+        chosen = {part: index[(labels[index] < _SOURCE_CLASSES) == source] for part, index in sets.items()}
+        offset = 0 if source else _SOURCE_CLASSES
+        return Domain(**{part: Images(render_source(ink[i]), labels[i] - offset) for part, i in chosen.items()})
+
+    return Digits(domain(source=True), domain(source=False))
+
+
+if __name__ == "__main__":
+    main()

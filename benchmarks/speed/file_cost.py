@@ -1,0 +1,163 @@
+"""What converting a file costs in time and memory, against copying it -> docs/measured/file-cost.md.
+
+Run by `make bench`. Every case is a process of its own that has torch and normswap loaded before it starts counting;
+time is that of the command, interleaved with `cp` of the same file.
+"""
+
+import hashlib
+import json
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import textwrap
+import threading
+import time
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import timm
+import torch
+
+from benchmarks.paths import DOCS, ROOT
+from benchmarks.provenance import provenance
+
+MODEL = "resnet50"
+ROUNDS = 2
+INPUT = "2x3x64x64"
+_FIELDS = ("VmRSS", "RssAnon")
+
+CASES = {
+    "by names alone (`--arch none --no-verify`)": ["--arch", "none", "--no-verify"],
+    "with the architecture (`--no-verify`)": ["--arch", f"timm:{MODEL}", "--no-verify"],
+    f"with the proof in float64 (`--input {INPUT}`)": ["--arch", f"timm:{MODEL}", "--input", INPUT],
+}
+
+
+def main() -> None:
+    """Measure, print and write docs/measured/file-cost.md."""
+    rows = []
+    floor = ""
+    with tempfile.TemporaryDirectory() as folder:
+        model = timm.create_model(MODEL)
+        for name, write in (("model.pt", torch.save), ("model.safetensors", safetensors.torch.save_file)):
+            path = Path(folder, name)
+            write(model.state_dict(), path)
+            floor = floor or _floor(path)
+            rows += [(name, what, *_measured(path, options)) for what, options in CASES.items()]
+    text = _document(rows, floor)
+    (DOCS / "file-cost.md").write_text(text)
+    print(text)
+
+
+def _measured(path: Path, options: list[str]) -> tuple[float, float, float]:
+    """Time over that of `cp`, and the most memory above the loaded interpreter, all and without mapped files, in S."""
+    ratios, resident, anonymous = [], [], []
+    for _ in range(ROUNDS):
+        start = time.perf_counter()
+        subprocess.run(["cp", path, path.with_suffix(".copy")], check=True)
+        copying = time.perf_counter() - start
+        command = [sys.executable, "-m", "benchmarks.speed.file_cost", "--child", str(path), *options]
+        done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+        found = json.loads(done.stdout.splitlines()[-1])
+        ratios.append(found["seconds"] / copying)
+        resident.append(found["VmRSS"] / path.stat().st_size)
+        anonymous.append(found["RssAnon"] / path.stat().st_size)
+    return statistics.median(ratios), max(resident), max(anonymous)
+
+
+def _floor(path: Path) -> str:
+    """What no conversion can do without, in seconds of CPU for every second that `cp` computes."""
+    data = path.read_bytes()
+
+    def seconds(work: Callable[[], object]) -> float:
+        found = []
+        for _ in range(5):
+            start = time.thread_time()
+            work()
+            found.append(time.thread_time() - start)
+        return min(found)
+
+    copying = seconds(lambda: shutil.copyfile(path, path.with_suffix(".copy")))
+    hashing, summing = seconds(lambda: hashlib.sha256(data)), seconds(lambda: zlib.crc32(data))
+    size = len(data) / 1e9
+    return (
+        f"Copying computes at {size / copying:.1f} GB/s on this machine, SHA-256 at {size / hashing:.1f}, the CRC-32 "
+        f"of a zip at {size / summing:.1f}. A conversion takes two digests (of the source, on a thread of its own, and "
+        f"of the content), writes once, compares once and waits for the disk, which `cp` does not: the two digests "
+        f"alone are {2 * hashing / copying:.1f} times what copying computes, the CRC-32 {summing / copying:.1f} times."
+    )
+
+
+def child(arguments: list[str]) -> None:
+    """Convert one file in this process and print what it took."""
+    # Loaded before counting begins: what a command imports when it needs it.
+    import rich.console  # noqa: F401
+
+    import normswap.checkpoints.saving
+    import normswap.reports.tables
+    import normswap.verification  # noqa: F401
+    from normswap.cli import main as command
+
+    torch.set_num_threads(1)
+    base = _memory()
+    peak, over = dict(base), threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.002):
+            for name, value in _memory().items():
+                peak[name] = max(peak[name], value)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    start = time.perf_counter()
+    try:
+        command(["convert", *arguments, "--force"], standalone_mode=False)
+    finally:
+        seconds = time.perf_counter() - start
+        over.set()
+        watcher.join()
+    print(json.dumps({"seconds": seconds, **{name: peak[name] - base[name] for name in _FIELDS}}))
+
+
+def _memory() -> dict[str, int]:
+    text = Path("/proc/self/status").read_text()
+    return {name: int(_match(name, text)[1]) * 1024 for name in _FIELDS}
+
+
+def _match(name: str, text: str) -> Any:
+    return re.search(rf"{name}:\s+(\d+)", text)
+
+
+def _document(rows: list[tuple[str, str, float, float, float]], floor: str) -> str:
+    return "\n".join(
+        [
+            "# What converting a file costs",
+            "",
+            "Written by `make bench` (`benchmarks/file_cost.py`).",
+            provenance(),
+            "",
+            f"`normswap convert` on the state dict of timm `{MODEL}` (S = 102 MB), one thread, imports done before.",
+            f"Time over that of `cp` on the same file, median of {ROUNDS}; most memory above the loaded interpreter in",
+            "units of S, with and without pages that are mapped from files and that the system can take back.",
+            "",
+            "| file | how | time / cp | memory / S | of that not mapped |",
+            "|---|---|---|---|---|",
+            *(f"| {f} | {what} | {ratio:.1f} | {rss:.2f} | {anon:.2f} |" for f, what, ratio, rss, anon in rows),
+            "",
+            textwrap.fill(floor, 118),
+            "",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--child"]:
+        child(sys.argv[2:])
+    else:
+        main()

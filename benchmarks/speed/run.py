@@ -1,0 +1,114 @@
+"""What the layer costs in time and memory, as ratios to BatchNorm measured interleaved -> docs/measured/speed.md.
+
+Run by `make bench`. Writes the records to benchmarks/results/speed.json; `--render` writes the page anew from them.
+"""
+
+import argparse
+import os
+import time
+from collections.abc import Iterable
+
+import torch
+
+from benchmarks.paths import DOCS, RESULTS
+from benchmarks.provenance import provenance
+from benchmarks.speed.layers import DTYPES, NETWORKS, layer_races, network_races, saved_by_layers, shapes
+from benchmarks.speed.memory import network_memory
+from benchmarks.speed.records import Conditions, Measurements, Race
+from benchmarks.speed.report import document
+from benchmarks.speed.timing import cpu_time, cuda_clock, keep_freed_memory, wall_time
+from normswap.layers.dispatch import fused_backend
+
+CLOCKS = {"wall": lambda: wall_time, "cpu": lambda: cpu_time, "cuda": cuda_clock}
+BATCH = {"cpu": 8, "cuda": 32}
+QUICK_BATCH = 2  # of networks
+PROCESSES = 3  # whose peak memory is measured
+PRECISIONS = {"cpu": ("fp32",), "cuda": ("fp32", "bf16")}
+SECONDS = 1.5  # for one race of layers
+QUICK_SECONDS = 0.5
+STEPS = 6  # so much more for one of networks
+
+
+def main() -> None:
+    """Measure and write benchmarks/results/speed.json and docs/measured/speed.md."""
+    options = _options()
+    measurements = Measurements.read(RESULTS / "speed.json") if options.render else _measured(options)
+    measurements.write(RESULTS / "speed.json")
+    text = document(measurements)
+    (DOCS / "speed.md").write_text(text)
+    print(text)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", choices=[*BATCH], default="cpu")
+    parser.add_argument("--quick", action="store_true", help="few shapes and one network, small, in fp32 on one thread")
+    parser.add_argument("--compile", action="store_true", help="race what torch.compile makes too; needs a compiler")
+    parser.add_argument("--cpu-time", action="store_true", help="for a loaded machine: CPU time of one thread")
+    parser.add_argument("--render", action="store_true", help="measure nothing: write the page from its records")
+    options = parser.parse_args()
+    if options.cpu_time and options.device != "cpu":
+        parser.error("--cpu-time measures the CPU: leave out --device")
+    return options
+
+
+def _measured(options: argparse.Namespace) -> Measurements:
+    keep_freed_memory()
+    device, quick = options.device, options.quick
+    clock_name = "cuda" if device == "cuda" else "cpu" if options.cpu_time else "wall"
+    clock = CLOCKS[clock_name]()
+    everything = torch.get_num_threads()
+    threads = (
+        (everything,) if device == "cuda" else (1,) if quick or options.cpu_time else tuple(sorted({1, everything}))
+    )
+    seconds = QUICK_SECONDS if quick else SECONDS
+    load = os.getloadavg()[0]
+    layers = layer_races(
+        shapes(BATCH[device], quick=quick),
+        ("fp32",) if quick else tuple(DTYPES),
+        threads,
+        device=device,
+        clock=clock,
+        seconds=seconds,
+        with_compiled=options.compile,
+    )
+    layer_records = _told(layers)
+    torch.set_num_threads(threads[-1])
+    batch = QUICK_BATCH if quick else BATCH[device]
+    networks = network_races(
+        NETWORKS[:1] if quick else NETWORKS,
+        batch,
+        PRECISIONS[device],
+        device=device,
+        clock=clock,
+        seconds=STEPS * seconds,
+    )
+    network_records = _told(networks)
+    saved_shape, saved = saved_by_layers(device)
+    memory = network_memory(NETWORKS[0], batch, 1 if quick else PROCESSES, device)
+    backend = fused_backend(torch.empty(0, device=device))
+    conditions = Conditions(
+        provenance(),
+        torch.cuda.get_device_name() if device == "cuda" else device,
+        clock_name,
+        len(os.sched_getaffinity(0)),
+        (load, os.getloadavg()[0]),
+        "reference" if backend is None else backend.name,
+        quick,
+    )
+    return Measurements(conditions, layer_records, network_records, saved_shape, saved, memory)
+
+
+def _told(races: Iterable[Race]) -> list[Race]:
+    """Run the races and print a line after each."""
+    start, done = time.perf_counter(), []
+    for race in races:
+        done.append(race)
+        figures = ", ".join(f"{name} {ratio:.2f}" for name, ratio in race.ratios.items())
+        where = f"{race.subject} {race.layout} {race.dtype} x{race.threads} {race.mode}"
+        print(f"{time.perf_counter() - start:6.0f} s  {where} ({race.rounds} rounds): {figures}", flush=True)
+    return done
+
+
+if __name__ == "__main__":
+    main()

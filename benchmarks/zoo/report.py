@@ -1,0 +1,261 @@
+"""docs/measured/coverage.md, zoo-output/coverage.json from the records: what is converted, what is not, and why."""
+
+import json
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from benchmarks.paths import DOCS
+from benchmarks.provenance import provenance
+from benchmarks.zoo.catalog import ZOOS
+from benchmarks.zoo.records import (
+    ACCEPTED_REASONS,
+    CONVERTED,
+    FAILED,
+    MODEL_FAILS,
+    NO_NORM,
+    PARTLY,
+    PLANNED,
+    UNFINISHED,
+    Record,
+)
+
+_CHECKS = ("outputs in evaluation", "outputs in training", "gradients", "running statistics")
+_LIMIT = 1e-9
+_WANTED_SHARE = 99.5
+
+_METHOD = """
+Each model is built with random parameters; its batch norms get random weights and biases, and statistics near those
+of the input, but disturbed. It is planned and converted with an example input of batch 2 and held against laws 1-5 of
+`docs/architecture.md`: law 1 in float64, or in float32 where that is listed below with the reason, in evaluation
+and in training, with a fixed seed. The input has the smaller of the model's default size and 128 px where it runs at
+that; where that takes more than 0.3 G multiply-adds it has 64 px, and what the model then amplifies too much to be
+judged is repeated at the full size. `zoo-output/coverage.json` has the input of each. Where laws 1 and 3 have not been
+run yet, all the rest has.
+""".strip().splitlines()
+
+_REASONS = """
+Any other reason is a failure. The accepted ones: quantised modules and fused intrinsic ones have no batch norm of their
+own any more; a batch norm call on a *kernel* standardises it and normalises no activation; with one spatial position
+and few channels only the branch `bn` leaves a signal; and a model that cannot be built or run before anything is done
+to it proves nothing.
+""".strip().splitlines()
+
+
+def write_report(records: dict[str, Record]) -> str:
+    """Write both files and return the Markdown."""
+    found = sorted(records.values(), key=lambda record: (ZOOS.index(record.zoo), record.name))
+    with_norms = [record for record in found if record.outcome != NO_NORM]
+    text = _document(found, with_norms)
+    (DOCS / "coverage.md").write_text(text)
+    (ROOT / "zoo-output" / "coverage.json").write_text(_machine_readable(found, with_norms))
+    return text
+
+
+def _document(found: Sequence[Record], with_norms: Sequence[Record]) -> str:
+    parts = [
+        "# Coverage: every model of three zoos, converted and put through the laws",
+        "",
+        "Written by `make zoo` (`benchmarks/zoo.py`); one line per model is in `zoo-output/coverage.json`.",
+        f"{provenance()} {_transformers_version()}",
+        f"Code: {', '.join(f'{c} ({n} models)' for c, n in Counter(r.commit for r in with_norms).most_common(4))}.",
+        "",
+        *_METHOD,
+        "",
+        *_table("By zoo", _zoo_rows(found)),
+        *_table("By tracing path", _path_rows(with_norms)),
+        *_table("Skips by reason", _reason_rows(with_norms)),
+        *_REASONS,
+        "",
+        *_table("Law 1", _error_rows(with_norms)),
+        "Errors are relative L2. The own response is that of the original to a change of its input by one unit in the",
+        "last place: a model that amplifies this may differ by ten times as much.",
+        "",
+        *_table("Time", _time_rows(with_norms)),
+        "The ratio is (plan + swap) / (build + one forward pass), both on the small input, which makes it larger than",
+        "it is at the model's own size.",
+        "",
+        *_section("Not fully swapped", [_partly_line(r) for r in with_norms if r.outcome == PARTLY]),
+        *_section("Failed", [_failure_line(r) for r in with_norms if r.outcome in (FAILED, UNFINISHED)]),
+        *_section("The model itself fails", [_note_line(r) for r in with_norms if r.outcome == MODEL_FAILS]),
+        *_section("Too large: planned on meta", [_size_line(r) for r in with_norms if r.outcome == PLANNED]),
+        *_section("Laws 1 and 3 not run yet", [f"`{r.key}`" for r in with_norms if r.is_unproved]),
+        *_section("Law 1 in float32 only", [_precision_line(r) for r in with_norms if r.precision == "float32"]),
+        *_section("The original does not run in training", _silent_lines(with_norms)),
+    ]
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def _transformers_version() -> str:
+    try:
+        return f"transformers {version('transformers')}."
+    except PackageNotFoundError:
+        return ""
+
+
+def _table(title: str, rows: Sequence[Sequence[Any]]) -> list[str]:
+    head, *body = rows
+    lines = [f"| {' | '.join(map(str, row))} |" for row in body]
+    return [f"## {title}", "", f"| {' | '.join(map(str, head))} |", "|---" * len(head) + "|", *lines, ""]
+
+
+def _section(title: str, lines: Sequence[str]) -> list[str]:
+    return [f"## {title} ({len(lines)})", "", *(f"- {line}" for line in lines), *([""] if lines else ["None.", ""])]
+
+
+def _zoo_rows(found: Sequence[Record]) -> list[list[Any]]:
+    rows: list[list[Any]] = [
+        ["zoo", "models", "with BN", "fully swapped", "partly", "planned on meta", "model fails", "failed"]
+        + ["laws 1 and 3 held", "sites", "swapped", "%"]
+    ]
+    for zoo in (*ZOOS, "all"):
+        records = [record for record in found if zoo in (record.zoo, "all")]
+        outcomes = Counter(record.outcome for record in records)
+        sites, swapped = sum(r.sites for r in records), sum(r.swapped for r in records)
+        rows.append(
+            [zoo, len(records), len(records) - outcomes[NO_NORM], outcomes[CONVERTED], outcomes[PARTLY]]
+            + [outcomes[PLANNED], outcomes[MODEL_FAILS], outcomes[FAILED] + outcomes[UNFINISHED]]
+            + [sum(r.is_proved and not r.failures for r in records), sites, swapped, f"{_share(swapped, sites):.2f}"]
+        )
+    return rows
+
+
+def _share(part: int, whole: int) -> float:
+    return 100 * part / whole if whole else 100.0
+
+
+def _path_rows(records: Sequence[Record]) -> list[list[Any]]:
+    rows: list[list[Any]] = [["path", "models", "sites", "why the paths before it did not serve (most frequent)"]]
+    for path, count in Counter(record.path for record in records if record.path).most_common():
+        those = [record for record in records if record.path == path]
+        reasons = Counter(_short(record.path_reason, 90) for record in those if record.path_reason).most_common(3)
+        told = "; ".join(f"{reason} ({number})" for reason, number in reasons)
+        rows.append([path, count, sum(record.sites for record in those), told])
+    return rows
+
+
+def _reason_rows(records: Sequence[Record]) -> list[list[Any]]:
+    counted: Counter[str] = Counter()
+    models: dict[str, set[str]] = {}
+    for record in records:
+        for *_, reason in record.skips:
+            counted[reason] += 1
+            models.setdefault(reason, set()).add(record.key)
+    names = [*ACCEPTED_REASONS, MODEL_FAILS, *sorted(counted.keys() - {*ACCEPTED_REASONS, MODEL_FAILS})]
+    return [["reason", "sites", "models"]] + [[n, counted[n], len(models.get(n, ()))] for n in names]
+
+
+def _error_rows(records: Sequence[Record]) -> list[list[Any]]:
+    rows: list[list[Any]] = [["check in float64", "models", "median", "worst", "in", "by the own-response clause"]]
+    for name in _CHECKS:
+        those = [(c[1], c[3], r.name) for r in records for c in r.checks if c[0] == name and c[5] != "float32"]
+        known = [(error, own, model) for error, own, model in those if error is not None]
+        rows.append([name, *_spread([(error, model) for error, _, model in known]), _clause(known)])
+    for index, mode in enumerate(("evaluation", "training")):
+        known_sites = [
+            (r.site_errors[index], r.name)
+            for r in records
+            if len(r.site_errors) > index and r.site_errors[index] is not None
+        ]
+        rows.append([f"worst site alone, {mode}", *_spread(known_sites), "-"])
+    single = [(r.fp32_error, r.name) for r in records if r.fp32_error is not None]
+    rows.append(["for the record: outputs in float32", *_spread(single), "-"])
+    return rows
+
+
+def _spread(values: Sequence[tuple[Any, str]]) -> list[Any]:
+    if not values:
+        return [0, "-", "-", "-"]
+    worst, model = max(values)
+    return [len(values), f"{statistics.median(value for value, _ in values):.1e}", f"{worst:.1e}", model]
+
+
+def _clause(known: Iterable[tuple[float, float | None, str]]) -> int:
+    return sum(own is not None and error > _LIMIT for error, own, _ in known)
+
+
+def _time_rows(records: Sequence[Record]) -> list[list[Any]]:
+    rows: list[list[Any]] = [["", "models", "median", "90 %", "worst", "in"]]
+    for name in ("build", "forward", "plan", "swap", "law 1", "total"):
+        rows.append([f"{name}, s", *_quantiles([(r.seconds[name], r.name) for r in records if name in r.seconds])])
+    rows.append(["**ratio**", *_quantiles([(r.ratio, r.name) for r in records if r.ratio is not None])])
+    return rows
+
+
+def _quantiles(values: Sequence[tuple[Any, str]]) -> list[Any]:
+    if not values:
+        return [0, "-", "-", "-", "-"]
+    ordered = sorted(values)
+    median, high = (ordered[min(int(q * len(ordered)), len(ordered) - 1)][0] for q in (0.5, 0.9))
+    return [len(ordered), f"{median:.2f}", f"{high:.2f}", f"{ordered[-1][0]:.2f}", ordered[-1][1]]
+
+
+def _short(text: str, length: int) -> str:
+    text = " ".join(text.split()).replace("|", "\\|")
+    return text if len(text) <= length else text[: length - 3] + "..."
+
+
+def _partly_line(record: Record) -> str:
+    reasons = ", ".join(f"{reason} {n}" for reason, n in Counter(skip[3] for skip in record.skips).items())
+    names = ", ".join(f"`{skip[0]}`" for skip in record.skips[:3]) + (", ..." if len(record.skips) > 3 else "")
+    return f"`{record.key}`: {record.swapped} of {record.sites}; {reasons} ({names})"
+
+
+def _failure_line(record: Record) -> str:
+    more = f" (+{len(record.failures) - 1} more)" if len(record.failures) > 1 else ""
+    first = record.failures[0] if record.failures else f"unfinished, in the stage: {record.stage}"
+    return f"`{record.key}`: {_short(first, 300)}{more}"
+
+
+def _note_line(record: Record) -> str:
+    return f"`{record.key}` ({record.norms} batch norms): {_short('; '.join(record.notes), 200)}"
+
+
+def _size_line(record: Record) -> str:
+    return f"`{record.key}`: {record.parameters / 1e6:.0f} million parameters, {record.swapped} of {record.sites} sites"
+
+
+def _precision_line(record: Record) -> str:
+    why = next((note for note in record.notes if note.startswith("float64:")), "")
+    size = f"{record.parameters / 1e6:.0f} million parameters"
+    return f"`{record.key}`: {_short(why, 160) or size}"
+
+
+def _silent_lines(records: Sequence[Record]) -> list[str]:
+    silent = [(record, check) for record in records for check in record.checks if check[4] is None]
+    return list(dict.fromkeys(f"`{record.key}`: {_short(str(check[5]), 160)}" for record, check in silent))
+
+
+def _machine_readable(found: Sequence[Record], with_norms: Sequence[Record]) -> str:
+    head = {"measured": provenance(), "models": len(found), "with batch norms": len(with_norms)}
+    head["share of sites swapped"] = _share(sum(r.swapped for r in with_norms), sum(r.sites for r in with_norms))
+    head["wanted share"] = _WANTED_SHARE
+    lines = ",\n".join(json.dumps(_row(record)) for record in with_norms)
+    return json.dumps(head)[:-1] + f', "rows": [\n{lines}\n]}}\n'
+
+
+def _row(record: Record) -> dict[str, Any]:
+    return {
+        "model": record.key,
+        "outcome": record.outcome,
+        "parameters": record.parameters,
+        "inputs": record.inputs,
+        "reduced": record.reduced,
+        "sites": record.sites,
+        "swapped": record.swapped,
+        "skips": dict(Counter(skip[3] for skip in record.skips)),
+        "other norms": record.other_norms,
+        "path": record.path,
+        "precision": record.precision,
+        "law 1": {check[0]: check[1:4] for check in record.checks},
+        "sites alone": record.site_errors,
+        "float32 error": record.fp32_error,
+        "gates checked": record.gates_checked,
+        "ratio": record.ratio and round(record.ratio, 3),
+        "seconds": record.seconds,
+        "failures": record.failures,
+        "notes": record.notes,
+        "commit": record.commit,
+    }
