@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from normswap.modes import (
+from normswap.model_state import (
     all_or_nothing,
     call_model,
     changed_names,

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, distributions, nn
 from torch.nn.utils.rnn import pack_sequence
 
-from normswap.output_leaves import comparable_size, read_leaves
+from normswap.surgery.model_outputs import comparable_size, read_leaves
 
 Pair = namedtuple("Pair", "left right")
 

@@ -23,7 +23,7 @@ from benchmarks.architectures.facts import setting_differences, tree_settings
 from benchmarks.architectures.functions import difference, unsaved_difference
 from benchmarks.architectures.records import COMMON_SIZES, built, catalog, describe_all, records
 from benchmarks.paths import ROOT
-from normswap.checkpoints.architecture_index import ArchitectureIndex, IndexedArchitecture, Symbol, encode_index
+from normswap.checkpoints.architecture.index import ArchitectureIndex, IndexedArchitecture, Symbol, encode_index
 
 RECORDS = ROOT / "build" / "architectures.jsonl"
 COMPARED = ROOT / "build" / "architectures-compared.json"

@@ -19,8 +19,8 @@ from benchmarks.architectures.functions import difference
 from benchmarks.architectures.records import EXCLUDED, Shapes, built, catalog, shapes_of
 from benchmarks.paths import DOCS
 from benchmarks.provenance import provenance
-from normswap.checkpoints.architecture import parse_architecture
-from normswap.checkpoints.identification import Candidate, identify
+from normswap.checkpoints.architecture.identification import Candidate, identify
+from normswap.checkpoints.architecture.registry import parse_architecture
 
 PAGE = DOCS / "identification.md"
 CASES: Mapping[str, Mapping[str, int]] = {
@@ -157,7 +157,7 @@ def _verdict(first: str, other: str) -> str:
 def _start_seconds() -> float:
     """Seconds from torch being imported to the first answer, in a fresh process."""
     code = (
-        "import torch, time; t = time.perf_counter(); from normswap.checkpoints.identification import identify; "
+        "import torch, time; t = time.perf_counter(); from normswap.checkpoints.architecture.identification import identify; "
         "identify({'fc.weight': (10, 512)}); print(time.perf_counter() - t)"
     )
     runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in range(5)]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import normswap
-from normswap.finetune.digits import IMAGE_SIZE
+from normswap.finetune.data.digits import IMAGE_SIZE
 
 # Batch size for re-estimating statistics: large, since no gradient needs to be held.
 _REESTIMATION_BATCH = 50

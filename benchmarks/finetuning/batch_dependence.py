@@ -23,7 +23,7 @@ from benchmarks.finetuning.protocol import FINE_TUNING
 from benchmarks.finetuning.training import accuracy, finetune, train_source
 from benchmarks.paths import DOCS, RESULTS
 from benchmarks.provenance import provenance
-from normswap.finetune.digits import Digits, Domain, Images, load_ink, prepare_digits, render_source, split_indices
+from normswap.finetune.data.digits import Digits, Domain, Images, load_ink, prepare_digits, render_source, split_indices
 
 # Which classes the source network learns in the transfer; the others come after.
 _SOURCE_CLASSES = 5

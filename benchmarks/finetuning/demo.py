@@ -20,8 +20,8 @@ from benchmarks.finetuning.arms import ARMS, Arm
 from benchmarks.finetuning.protocol import DEMO_ARMS, DEMO_RATE, DEMO_SEED, FINE_TUNING, architecture
 from benchmarks.finetuning.training import Outcome, accuracy, relative_output_error, run_arm, train_source
 from benchmarks.paths import ROOT
-from normswap.finetune.digits import IMAGE_SIZE, Digits, prepare_digits
-from normswap.finetune.journal import read_journal
+from normswap.finetune.data.digits import IMAGE_SIZE, Digits, prepare_digits
+from normswap.finetune.run_files import read_journal
 
 OUTPUT = Path("demo-output")
 ORIGINAL, CONVERTED = OUTPUT / "model.pt", OUTPUT / "model.normswap.pt"

@@ -1,6 +1,6 @@
 """Every number of the demo and of the fine-tuning evidence: network, training, learning rates.
 
-Holds constants only; the data are drawn by `normswap.finetune.digits`. The demo and the evidence read the same ones;
+Holds constants only; the data are drawn by `normswap.finetune.data.digits`. The demo and the evidence read the same ones;
 the evidence copies them into its report.
 """
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from benchmarks.finetuning.arms import Arm, batch_norms, reestimate_statistics
 from benchmarks.finetuning.protocol import NETWORK, NETWORK_OPTIONS, SOURCE_TRAINING, FineTuning, SourceTraining
 from normswap import batch_dependence
-from normswap.finetune.digits import Digits, Images
+from normswap.finetune.data.digits import Digits, Images
 
 GATES = ("mean_weight", "var_weight")
 

@@ -82,11 +82,11 @@ def _run_all(scratch: Path, options: argparse.Namespace) -> int:
 
 _PLANTED_CALL = """
 import torch
-from normswap.layers import compiled
-assert compiled.AVAILABLE
+from normswap.layers.backends import cpu
+assert cpu.AVAILABLE
 row, mean, short = torch.ones(64), torch.zeros(64), torch.ones(1)
-buffers = [number for tensor in (row, row, mean, short) for number in compiled._buffer(tensor)]
-compiled._C.record(64, 0.1, 1.0, *buffers, 0, 0)
+buffers = [number for tensor in (row, row, mean, short) for number in cpu._buffer(tensor)]
+cpu._C.record(64, 0.1, 1.0, *buffers, 0, 0)
 """
 
 
@@ -137,10 +137,10 @@ def _try_shapes(count: int, seed: int) -> int:
     import torch
 
     from normswap import use_backend
-    from normswap.layers import compiled
+    from normswap.layers.backends import cpu
     from normswap.layers.functional import switch_norm
 
-    assert compiled.AVAILABLE
+    assert cpu.AVAILABLE
     choose = random.Random(seed)
     torch.manual_seed(seed)
     subsets = [("in", "ln", "bn"), ("in", "ln"), ("in", "bn"), ("ln", "bn"), ("in",), ("ln",), ("bn",)]

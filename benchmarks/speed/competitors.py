@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import normswap
 from benchmarks.speed.records import BASE, EAGER, ours
 from normswap import SwitchNorm2d, SwitchNorm3d
-from normswap.layers.dispatch import BACKENDS
+from normswap.layers.backends.selection import BACKENDS
 
 _GROUPS = 32
 _BATCH_NORMS = {4: nn.BatchNorm2d, 5: nn.BatchNorm3d}

@@ -34,10 +34,10 @@ from benchmarks.zoo.records import (
     accepted_reason,
 )
 from normswap.errors import ModelError
-from normswap.modes import call_model, preserved_state, seeded, training_flags
+from normswap.model_state import call_model, preserved_state, seeded, training_flags
 from normswap.surgery.arguments import describe_shapes
+from normswap.surgery.discovery.whole_model import tracing_path
 from normswap.surgery.plan import SwapPlan
-from normswap.surgery.tracing_paths import tracing_path
 
 # The checks are shared with the tests, which import their helpers by name.
 sys.path[:0] = [str(ROOT / "tests" / "helpers"), str(ROOT / "tests")]

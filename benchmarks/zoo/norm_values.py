@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from normswap.modes import call_model, seeded, training_flags
+from normswap.model_state import call_model, seeded, training_flags
 
 _SEED = 1
 _MEAN_SPREAD = 0.1

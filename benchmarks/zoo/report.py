@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from benchmarks.paths import DOCS
+from benchmarks.paths import DOCS, ROOT
 from benchmarks.provenance import provenance
 from benchmarks.zoo.catalog import ZOOS
 from benchmarks.zoo.records import (

@@ -1,1 +1,1 @@
-"""Reading files into models and writing models into files, with plan, architecture and proof beside the tensors."""
+"""Read checkpoint files into models and write converted models into files."""

@@ -10,15 +10,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from hashlib import sha256
+from importlib.metadata import version
 from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
 import torch
 
-import normswap
 from normswap.errors import CheckpointError, PlanError
-from normswap.site_watch import SiteError
 from normswap.surgery.plan import SwapPlan
-from normswap.verification import Check, Verification, read_numbers
+from normswap.verification.equivalence import Check, Verification, read_numbers
+from normswap.verification.site_watch import SiteError
+
+_VERSION = version("normswap")
 
 # Of a record of one network it is 1, which older versions of normswap read.
 RECORD_VERSION = 2
@@ -45,7 +47,7 @@ class Step:
     ) -> Self:
         """Return a step of this moment, done by this version."""
         date = datetime.now(UTC).isoformat(timespec="seconds")
-        return cls(action, date, normswap.__version__, _shown(source), sha256, _shown(detail))
+        return cls(action, date, _VERSION, _shown(source), sha256, _shown(detail))
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ class Record:
     entry: str | None = None
     stored_as: Mapping[str, str] = field(default_factory=dict)
     fingerprint: str | None = None
-    normswap: str = normswap.__version__
+    normswap: str = _VERSION
     torch: str = str(torch.__version__)
     networks: Mapping[str, Part] = field(default_factory=dict)
 

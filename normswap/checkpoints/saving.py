@@ -16,10 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from normswap.checkpoints.architecture import beside, check_architecture
-from normswap.checkpoints.atomic import check_writable, written_whole, written_whole_folder
-from normswap.checkpoints.checkpoint import Checkpoint
-from normswap.checkpoints.containers import (
+from normswap.checkpoints.architecture.registry import beside, check_architecture
+from normswap.checkpoints.content.entries import check_has_values, is_state_dict, replaced
+from normswap.checkpoints.content.hf_trainer import write_beside
+from normswap.checkpoints.content.key_prefixes import StoredNames, names_under
+from normswap.checkpoints.content.state_dict import with_metadata
+from normswap.checkpoints.content.weight_loading import separate
+from normswap.checkpoints.formats.formats import (
     FOLDERS,
     TENSORS_ONLY,
     Container,
@@ -31,26 +34,22 @@ from normswap.checkpoints.containers import (
     read_record_text,
     sniff,
 )
-from normswap.checkpoints.contents import check_has_values, is_state_dict, replaced
-from normswap.checkpoints.fingerprint import fingerprint, holds_the_same, safetensors_holds
-from normswap.checkpoints.layout import separate
-from normswap.checkpoints.prefixes import StoredNames, names_under
-from normswap.checkpoints.programs import Program, digest_of_members, load_program, save_program
+from normswap.checkpoints.formats.pt2_archive import Program, digest_of_members, load_program, save_program
+from normswap.checkpoints.io.atomic_write import check_writable, written_whole, written_whole_folder
+from normswap.checkpoints.io.digest import fingerprint, holds_the_same, safetensors_holds
+from normswap.checkpoints.loading import Checkpoint
 from normswap.checkpoints.record import Original, Record, Step
-from normswap.checkpoints.sources import Source
-from normswap.checkpoints.state_surgery import with_metadata
-from normswap.checkpoints.trainer_state import write_beside
+from normswap.checkpoints.source_copy import Source
 from normswap.errors import CheckpointError, PlanError
-from normswap.layers.adoption import GATE_PARAMETERS
-from normswap.layers.modules import FunctionalSwitchNorm
+from normswap.layers.in_place import GATE_PARAMETERS
+from normswap.layers.switch_norm import FunctionalSwitchNorm
 from normswap.surgery.arguments import require_module, require_type
-from normswap.surgery.gated import gated_modules
+from normswap.surgery.graphs.exported_program import check_same
+from normswap.surgery.importance import gated_modules
 from normswap.surgery.plan import SwapPlan, require_plan
-from normswap.surgery.programs import check_same
-from normswap.surgery.tracing import first_line
-from normswap.surgery.tree import join
-from normswap.surgery.wrapping import unwrap
-from normswap.verification import Verification
+from normswap.surgery.wrappers import unwrap
+from normswap.text import first_line, join
+from normswap.verification.equivalence import Verification
 
 
 def save(

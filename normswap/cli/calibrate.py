@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from normswap.checkpoints.atomic import check_readable, check_writable
+from normswap.checkpoints.io.atomic_write import check_readable, check_writable
 from normswap.cli.failures import one_line_failures
-from normswap.cli.opening import Opened, describe_content, describe_size, open_model, read_file, read_header, size_of
+from normswap.cli.open_model import Opened, describe_content, describe_size, open_model, read_file, read_header, size_of
 from normswap.cli.options import arch_option, entry_option, json_option, print_json, trust_option
 from normswap.cli.outputs import container_of, is_folder_for, target_of
 from normswap.cli.progress import Bar, counted, nothing_written, stage
@@ -20,8 +20,8 @@ from normswap.errors import CheckpointError, ModelError
 if TYPE_CHECKING:
     import torch
 
-    from normswap.calibration import Calibration
-    from normswap.finetune.data import Data
+    from normswap.finetune.data.datasets import Data
+    from normswap.running_stats.calibration import Calibration
 
 
 @dataclass(frozen=True)
@@ -170,9 +170,9 @@ class _Batches:
 
 
 def _open_data(source: str, opened: Opened, options: dict[str, Any]) -> "Data":
-    from normswap.checkpoints.architecture import default_input_shape
-    from normswap.finetune.data import open_data
-    from normswap.finetune.image_source import DataSettings
+    from normswap.checkpoints.architecture.registry import default_input_shape
+    from normswap.finetune.data.datasets import open_data
+    from normswap.finetune.data.loaders import DataSettings
 
     shape = default_input_shape(opened.model, opened.architecture)
     size: Size | None = options["input_size"]
@@ -195,8 +195,8 @@ def _open_data(source: str, opened: Opened, options: dict[str, Any]) -> "Data":
 def _calibrated(opened: Opened, data: "Data", options: dict[str, Any]) -> "Calibration":
     import torch
 
-    from normswap.calibration import calibrate
-    from normswap.surgery.tracing import first_line
+    from normswap.running_stats.calibration import calibrate
+    from normswap.text import first_line
 
     model, device = opened.model, options["device"]
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
@@ -217,7 +217,7 @@ def _calibrated(opened: Opened, data: "Data", options: dict[str, Any]) -> "Calib
 
 
 def _notes(opened: Opened) -> list[str]:
-    from normswap.checkpoints.contents import name_of
+    from normswap.checkpoints.content.entries import name_of
 
     others = opened.checkpoint.contents.others
     notes = [f"{name_of(place)}: left as it is, calibrate it with --entry {name_of(place)}" for place in others]
@@ -228,10 +228,10 @@ def _notes(opened: Opened) -> list[str]:
 
 
 def _write(opened: Opened, target: Path, container: Any, detail: str) -> None:
-    from normswap.checkpoints.containers import FOLDERS
+    from normswap.checkpoints.content.hf_trainer import trainer_files
+    from normswap.checkpoints.formats.formats import FOLDERS
     from normswap.checkpoints.record import Step
     from normswap.checkpoints.saving import next_record, notes_of, sha256_of, updated_content, write_content
-    from normswap.checkpoints.trainer_state import trainer_files
 
     checkpoint, origin = opened.checkpoint, opened.checkpoint.origin
     with stage(f"writing {target.name}"):

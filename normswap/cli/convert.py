@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from normswap.checkpoints.atomic import write_text
-from normswap.checkpoints.freeing import freed_at_once
+from normswap.checkpoints.io.atomic_write import write_text
+from normswap.checkpoints.io.memory import freed_at_once
 from normswap.cli.failures import one_line_failures
-from normswap.cli.opening import Opened, describe_content, describe_size, open_model, read_file, read_header, size_of
+from normswap.cli.open_model import Opened, describe_content, describe_size, open_model, read_file, read_header, size_of
 from normswap.cli.options import (
     InputSpec,
     archs_option,
@@ -33,12 +33,12 @@ if TYPE_CHECKING:
     from rich.console import Console
     from torch import nn
 
-    from normswap.checkpoints.carrying import Carried
-    from normswap.checkpoints.checkpoint import Checkpoint
+    from normswap.checkpoints.converted_content import Carried
+    from normswap.checkpoints.loading import Checkpoint
     from normswap.checkpoints.record import Record
     from normswap.surgery.conversion import Conversion
     from normswap.surgery.plan import SwapPlan
-    from normswap.verification import Verification
+    from normswap.verification.equivalence import Verification
 
 # Zoos whose models `normswap.load` builds from the name in a file alone.
 _BUILT_BY_NAME = ("timm:", "torchvision:")
@@ -122,7 +122,7 @@ def convert_command(
 
 def _convert(wishes: Sequence[Wish], console: "Console", document: dict[str, Any]) -> None:
     """The command itself; what is known so far is printed, and noted in `document`."""
-    from normswap.checkpoints.checkpoint import at_entry
+    from normswap.checkpoints.loading import at_entry
     from normswap.checkpoints.saving import sha256_in_background
     from normswap.reports.tables import carried_notes
 
@@ -167,7 +167,7 @@ def _by_architecture(
     wish: Wish, checkpoint: "Checkpoint", stored: "SwapPlan | None", console: "Console", document: dict[str, Any]
 ) -> Result:
     """Build the model, convert it, and hold it against the original."""
-    from normswap.checkpoints.carrying import new_of
+    from normswap.checkpoints.converted_content import new_of
     from normswap.checkpoints.saving import originals
     from normswap.reports.tables import missing, parity
     from normswap.surgery.conversion import convert
@@ -202,8 +202,8 @@ def _by_architecture(
 
 def _twin(checkpoint: "Checkpoint", opened: Opened) -> "nn.Module":
     """The same model again, on the same parameters."""
-    from normswap.surgery.programs import module_of
-    from normswap.surgery.tree import lighter_copy
+    from normswap.surgery.graphs.exported_program import module_of
+    from normswap.surgery.module_tree import lighter_copy
 
     # A copy of a graph would turn its constants into buffers.
     return module_of(checkpoint.program.program) if checkpoint.program is not None else lighter_copy(opened.model)
@@ -213,9 +213,9 @@ def _by_names(
     wish: Wish, checkpoint: "Checkpoint", stored: "SwapPlan | None", console: "Console", document: dict[str, Any]
 ) -> Result:
     """Convert the tensors by their names, without any model."""
-    from normswap.checkpoints.carrying import New
-    from normswap.checkpoints.prefixes import names_under
-    from normswap.checkpoints.state_surgery import gates_of, plan_from_names
+    from normswap.checkpoints.content.key_prefixes import names_under
+    from normswap.checkpoints.content.state_dict import gates_of, plan_from_names
+    from normswap.checkpoints.converted_content import New
     from normswap.reports.tables import missing
 
     weights = checkpoint.weights
@@ -252,8 +252,8 @@ def _tell_plan(
 
 
 def _carried(wish: Wish, checkpoint: "Checkpoint", result: Result) -> "Carried":
-    from normswap.checkpoints.carrying import Carried, converted_content
-    from normswap.checkpoints.contents import read_contents
+    from normswap.checkpoints.content.entries import read_contents
+    from normswap.checkpoints.converted_content import Carried, converted_content
 
     if not wish.weights_only:
         return converted_content(checkpoint, result.names, result.new, module=result.module, plan=result.plan)
@@ -264,7 +264,7 @@ def _carried(wish: Wish, checkpoint: "Checkpoint", result: Result) -> "Carried":
 
 
 def _check_values(checkpoint: "Checkpoint") -> None:
-    from normswap.checkpoints.norm_values import check_statistics
+    from normswap.checkpoints.content.state_dict import check_statistics
 
     if isinstance(checkpoint.weights, Mapping):
         check_statistics(checkpoint.weights, name=str(checkpoint.path))
@@ -292,7 +292,7 @@ def _stored_plan(path: Path | None) -> "SwapPlan | None":
 
 
 def _fresh_plan(wish: Wish, opened: Opened) -> "SwapPlan":
-    from normswap.layers.importance import check_gate
+    from normswap.layers.gating import check_gate
     from normswap.surgery.planning import plan_swaps
 
     return plan_swaps(
@@ -315,7 +315,7 @@ def _nothing(plan: "SwapPlan") -> str:
 
 
 def _prove(wish: Wish, opened: Opened, conversion: "Conversion", *, in_place: bool) -> "Verification | None":
-    from normswap.verification import verify, verify_in_place
+    from normswap.verification.equivalence import verify, verify_in_place
 
     if not wish.verify:
         return None
@@ -364,7 +364,7 @@ def _print_end(console: "Console", wish: Wish, source: "Checkpoint", result: Res
 
 def _arguments_of_load(wish: Wish, source: "Checkpoint", result: Result) -> list[str]:
     """What `normswap.load` needs to be told of the file just written."""
-    from normswap.checkpoints.containers import needs_trust
+    from normswap.checkpoints.formats.formats import needs_trust
 
     arguments = []
     if wish.names_only:

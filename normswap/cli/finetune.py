@@ -15,8 +15,8 @@ from normswap.cli.progress import counted
 from normswap.errors import RecipeError
 
 if TYPE_CHECKING:
-    from normswap.finetune.engine import Outcome
     from normswap.finetune.recipe import Recipe
+    from normswap.finetune.trainer import Outcome
 
 
 @click.command("finetune", short_help="Fine-tune a model as a recipe says.")
@@ -48,8 +48,8 @@ def finetune_command(
     _check_installed()
     from rich.console import Console
 
-    from normswap.finetune.engine import is_first_process
-    from normswap.reports.finetuning import outcome_table
+    from normswap.finetune.trainer import is_first_process
+    from normswap.reports.results import outcome_table
 
     console = Console(highlight=False, stderr=as_json, quiet=not is_first_process())
     outcome = _run(wanted, resume=resume, overwrite=force, trust=trust)
@@ -69,8 +69,8 @@ def _run(wanted: "Recipe", **options: bool) -> "Outcome":
     Raises:
         KeyboardInterrupt: at once, in the middle of a step or before the first one; says what is kept.
     """
-    from normswap.finetune.engine import run_recipe
-    from normswap.finetune.source import STATE
+    from normswap.finetune.model_source import STATE
+    from normswap.finetune.trainer import run_recipe
 
     state = wanted.output / STATE
     before = state.stat().st_mtime_ns if state.is_file() else None
@@ -84,8 +84,8 @@ def _run(wanted: "Recipe", **options: bool) -> "Outcome":
 
 
 def _picture(outcome: "Outcome") -> Path:
-    from normswap.finetune.journal import read_journal
-    from normswap.reports.finetuning import draw_course
+    from normswap.finetune.run_files import read_journal
+    from normswap.reports.results import draw_course
 
     path = outcome.output / "course.png"
     draw_course(read_journal(outcome.output), path)
@@ -111,7 +111,7 @@ def _told(record: Mapping[str, Any]) -> list[str]:
 @contextmanager
 def _progress() -> Iterator[tuple[Callable[[int, int], None], Callable[[Mapping[str, Any]], None]]]:
     """Yield what to call at every step and with every record of the log; a bar on stderr if that is a terminal."""
-    from normswap.reports.finetuning import describe_losses
+    from normswap.reports.results import describe_losses
 
     figures = ""
     with counted("training") as bar:

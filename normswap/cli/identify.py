@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from normswap.checkpoints.atomic import check_readable
+from normswap.checkpoints.io.atomic_write import check_readable
 from normswap.cli.failures import one_line_failures
-from normswap.cli.opening import describe_size, read_file
+from normswap.cli.open_model import describe_size, read_file
 from normswap.cli.options import entry_option, json_option, print_json, trust_option
 from normswap.cli.progress import stage
 
 if TYPE_CHECKING:
-    from normswap.checkpoints.identification import Identification
+    from normswap.checkpoints.architecture.identification import Identification
 
 
 @click.command("identify", short_help="Tell which timm or torchvision model a file holds.")
@@ -30,15 +30,14 @@ def identify_command(file: Path, entry: str | None, trust: bool, as_json: bool) 
     """
     check_readable(file)
     checkpoint = read_file(file, trust=trust, entry=entry)
-    from normswap.checkpoints.checkpoint import said_architecture
+    from normswap.checkpoints.loading import said_architecture
 
     if checkpoint.record is not None and said_architecture(checkpoint, trust=trust) is not None:
         checkpoint.origin.check_unchanged()
         _print_known(file, checkpoint.record.architecture or f"hf:{checkpoint.path}", as_json=as_json)
         return
     with stage("comparing with all architectures"):
-        from normswap.checkpoints.identification import decide
-        from normswap.checkpoints.recognition import recognise, state_dict_of
+        from normswap.checkpoints.architecture.identification import decide, recognise, state_dict_of
 
         found = recognise(state_dict_of(checkpoint.weights), checkpoint.content)
     checkpoint.origin.check_unchanged()
@@ -60,8 +59,7 @@ def _print_known(file: Path, architecture: str, *, as_json: bool) -> None:
 def _print(file: Path, found: "Identification") -> None:
     from rich.console import Console
 
-    from normswap.reports.identification import identification
-    from normswap.reports.tables import heading
+    from normswap.reports.tables import heading, identification
 
     console = Console(highlight=False)
     console.print(heading(file.name, describe_size(file)))

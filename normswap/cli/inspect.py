@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from normswap.checkpoints.atomic import check_readable
+from normswap.checkpoints.io.atomic_write import check_readable
 from normswap.cli.failures import one_line_failures
-from normswap.cli.opening import Opened, describe_content, describe_size, open_model, read_file, read_header
+from normswap.cli.open_model import Opened, describe_content, describe_size, open_model, read_file, read_header
 from normswap.cli.options import (
     InputSpec,
     arch_option,
@@ -26,9 +26,9 @@ from normswap.cli.wish import NO_ARCHITECTURE
 from normswap.errors import AmbiguityError, CheckpointError
 
 if TYPE_CHECKING:
-    from normswap.checkpoints.checkpoint import Header
+    from normswap.checkpoints.loading import Header
     from normswap.checkpoints.record import Record
-    from normswap.surgery.gated import ImportanceWeights
+    from normswap.surgery.importance import ImportanceWeights
     from normswap.surgery.plan import SwapPlan
 
 
@@ -76,8 +76,8 @@ def _show_sites(
     from rich.console import Console
 
     from normswap.reports.tables import heading, history, plan_summary, site_table
+    from normswap.surgery.discovery.sites import find_norm_sites
     from normswap.surgery.planning import plan_swaps
-    from normswap.surgery.sites import find_norm_sites
 
     opened = _opened(header, arch=arch, inputs=inputs, entry=entry, trust=trust)
     if opened is None:
@@ -164,7 +164,7 @@ def _show_converted(
 
 def _weights(header: "Header", record: "Record", *, trust: bool) -> "dict[str, ImportanceWeights] | None":
     """The importance weights in the file, or None where only running its code would show them."""
-    from normswap.checkpoints.checkpoint import stored_importance_weights
+    from normswap.checkpoints.loading import stored_importance_weights
 
     if record.payload == "module" and not trust:
         return None

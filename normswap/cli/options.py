@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from normswap.documents import jsonable
+from normswap.text import jsonable
 
 if TYPE_CHECKING:
     import torch
@@ -18,7 +18,7 @@ _FLOATING = ("float16", "bfloat16", "float32", "float64", "complex64", "complex1
 # The random integers of each: token ids that every vocabulary has, or the values of an image.
 _INTEGER = {"uint8": 256, "int8": 10, "int16": 10, "int32": 10, "int64": 10, "bool": 2}
 _SEED = 0
-# As `normswap.surgery.norms.KINDS`, which is not imported for a look at --help.
+# As `normswap.surgery.norms.classes.KINDS`, which is not imported for a look at --help.
 _KINDS = ("bn", "in", "gn1")
 
 
@@ -74,7 +74,7 @@ def example_inputs(specs: Sequence[InputSpec], model: "nn.Module", architecture:
     Values are random normal (integers: 0 to 9, of `uint8` 0 to 255, booleans both) from a fixed seed. Without specs
     the shape is the one that timm's configuration of `model` gives, with batch size 2.
     """
-    from normswap.checkpoints.architecture import default_input_shape
+    from normswap.checkpoints.architecture.registry import default_input_shape
 
     if not specs:
         shape = default_input_shape(model, architecture)

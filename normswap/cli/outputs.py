@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from normswap.checkpoints.atomic import located
+from normswap.checkpoints.io.atomic_write import located
 from normswap.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from normswap.checkpoints.checkpoint import Checkpoint
-    from normswap.checkpoints.containers import Container
+    from normswap.checkpoints.formats.formats import Container
+    from normswap.checkpoints.loading import Checkpoint
 
 # Endings that name a file rather than a folder.
 _FILES = {".pt", ".pth", ".bin", ".ckpt", ".tar", ".safetensors", ".pt2"}
@@ -44,7 +44,7 @@ def container_of(target: Path, source: "Checkpoint", *, named: bool, weights_onl
     Raises:
         CheckpointError: that kind cannot hold what the file holds.
     """
-    from normswap.checkpoints.containers import FOLDERS, check_ending
+    from normswap.checkpoints.formats.formats import FOLDERS, check_ending
 
     check_ending(target)
     if source.container == "exported program":
@@ -86,7 +86,7 @@ def _check_safetensors(target: Path, source: "Checkpoint", weights_only: bool | 
 
 def dropped_entries(source: "Checkpoint") -> list[str]:
     """Return what a file holds beside its weights, by name."""
-    from normswap.checkpoints.contents import without
+    from normswap.checkpoints.content.entries import without
 
     return sorted(map(str, without(source.content, source.contents.weights)))
 

@@ -49,7 +49,7 @@ def copy_command(name: str, target: Path | None, force: bool) -> None:
         place = place / f"{name}.toml"
     if place.suffix != ".toml":
         raise RecipeError(f"{place}: expected a folder or a name in .toml")
-    from normswap.checkpoints.atomic import check_writable, write_text
+    from normswap.checkpoints.io.atomic_write import check_writable, write_text
 
     check_writable(place, replace=force)
     write_text(place, recipe.text)

@@ -3,15 +3,15 @@
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from normswap.cli.opening import describe_size
+from normswap.cli.open_model import describe_size
 from normswap.cli.options import print_json
 from normswap.cli.progress import stage
 from normswap.errors import CheckpointError, NothingToDo
 
 if TYPE_CHECKING:
-    from normswap.checkpoints.checkpoint import Header
-    from normswap.checkpoints.identification import Identification
-    from normswap.checkpoints.survey import Survey
+    from normswap.checkpoints.architecture.identification import Identification
+    from normswap.checkpoints.content.state_dict import Survey
+    from normswap.checkpoints.loading import Header
 
 _ADVICE = {
     "--arch path/file.py:function": "if a function of yours builds the model",
@@ -22,8 +22,8 @@ _BY_NAMES = "--arch none --no-verify"
 
 def holds_several(header: "Header", *, trust: bool) -> bool:
     """Say whether a file holds several sets of weights, of which `--entry` chooses one."""
-    from normswap.checkpoints.checkpoint import read_content
-    from normswap.checkpoints.contents import weights_in
+    from normswap.checkpoints.content.entries import weights_in
+    from normswap.checkpoints.loading import read_content
 
     return len(weights_in(read_content(header, trust=trust, mapped=True))) > 1
 
@@ -35,9 +35,9 @@ def show_survey(header: "Header", *, entry: str | None, trust: bool, as_json: bo
         CheckpointError: there are no weights at `entry`, or the file changed while it was read.
         NothingToDo: there are no norm tensors, which is printed first.
     """
-    from normswap.checkpoints.checkpoint import read_content
-    from normswap.checkpoints.contents import read_contents
-    from normswap.checkpoints.survey import survey
+    from normswap.checkpoints.content.entries import read_contents
+    from normswap.checkpoints.content.state_dict import survey
+    from normswap.checkpoints.loading import read_content
 
     content = read_content(header, trust=trust, mapped=True)
     found = survey(content)
@@ -56,8 +56,8 @@ def show_survey(header: "Header", *, entry: str | None, trust: bool, as_json: bo
 
 def _identified(content: Any, entry: str | None) -> "Identification | None":
     """Which architectures fit the weights that are meant; None where several are and no name is likelier."""
-    from normswap.checkpoints.contents import at, read_contents
-    from normswap.checkpoints.recognition import recognise, state_dict_of
+    from normswap.checkpoints.architecture.identification import recognise, state_dict_of
+    from normswap.checkpoints.content.entries import at, read_contents
 
     try:
         weights = at(content, read_contents(content, entry=entry).weights)
@@ -85,9 +85,7 @@ def _document(header: "Header", found: "Survey", identified: "Identification | N
 def _print(header: "Header", found: "Survey", identified: "Identification | None") -> None:
     from rich.console import Console
 
-    from normswap.reports.identification import identification
-    from normswap.reports.survey import weights_table
-    from normswap.reports.tables import bullets, heading
+    from normswap.reports.tables import bullets, heading, identification, weights_table
 
     console = Console(highlight=False)
     facts = ("architecture unknown", header.container, describe_size(header.path))

@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from normswap.checkpoints.atomic import check_readable
-from normswap.checkpoints.freeing import freed_at_once
+from normswap.checkpoints.io.atomic_write import check_readable
+from normswap.checkpoints.io.memory import freed_at_once
 from normswap.cli.failures import one_line_failures
-from normswap.cli.opening import Opened, describe_content, open_model, read_file
+from normswap.cli.open_model import Opened, describe_content, open_model, read_file
 from normswap.cli.options import (
     InputSpec,
     arch_option,
@@ -23,7 +23,7 @@ from normswap.cli.progress import stage
 from normswap.errors import ArchitectureError, NothingToDo
 
 if TYPE_CHECKING:
-    from normswap.checkpoints.checkpoint import Checkpoint
+    from normswap.checkpoints.loading import Checkpoint
 
 
 @click.command("verify", short_help="Measure whether two files hold the same function.")
@@ -56,9 +56,9 @@ def verify_command(
         check_readable(path)
     from rich.console import Console
 
-    from normswap.checkpoints.checkpoint import said_architecture
+    from normswap.checkpoints.loading import said_architecture
     from normswap.reports.tables import heading, parity, worst_sites
-    from normswap.verification import verify
+    from normswap.verification.equivalence import verify
 
     files = [read_file(path, trust=trust, entry=entry, arch=arch) for path in (original, converted)]
     said = [said_architecture(file, trust=trust) for file in files] if arch is None else []
@@ -91,7 +91,7 @@ def verify_command(
 
 def _compare_programs(first: Opened, second: Opened, *, as_json: bool) -> None:
     """Two exported programs, in their own precision: nothing else can be told of graphs."""
-    from normswap.surgery.programs import difference
+    from normswap.surgery.graphs.exported_program import difference
 
     original, converted = first.checkpoint, second.checkpoint
     if original.program is None or converted.program is None:
@@ -114,7 +114,7 @@ def _check_unchanged(*opened: Opened) -> None:
 
 
 def _open(file: "Checkpoint", arch: str | None, inputs: tuple[InputSpec, ...], *, trust: bool) -> Opened:
-    from normswap.checkpoints.checkpoint import is_named_by_itself
+    from normswap.checkpoints.loading import is_named_by_itself
 
     # Each file's own word goes first, since --arch may be meant for the other one; code needs the user's.
     itself = file.payload == "module" or is_named_by_itself(file)

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from normswap.checkpoints.atomic import check_readable, check_writable
+from normswap.checkpoints.io.atomic_write import check_readable, check_writable
 from normswap.cli.options import InputSpec
 from normswap.cli.outputs import container_of, is_folder_for, target_of
 
 if TYPE_CHECKING:
-    from normswap.checkpoints.checkpoint import Checkpoint
-    from normswap.checkpoints.containers import Container
+    from normswap.checkpoints.formats.formats import Container
+    from normswap.checkpoints.loading import Checkpoint
 
 NO_ARCHITECTURE = "none"
 

@@ -14,14 +14,14 @@ if TYPE_CHECKING:
     from rich.console import Console
     from torch import nn
 
-    from normswap.checkpoints.carrying import New
-    from normswap.checkpoints.checkpoint import Checkpoint
-    from normswap.checkpoints.containers import Container
-    from normswap.checkpoints.prefixes import StoredNames
+    from normswap.checkpoints.content.hf_trainer import Beside
+    from normswap.checkpoints.content.key_prefixes import StoredNames
+    from normswap.checkpoints.converted_content import New
+    from normswap.checkpoints.formats.formats import Container
+    from normswap.checkpoints.loading import Checkpoint
     from normswap.checkpoints.record import Original, Record
-    from normswap.checkpoints.trainer_state import Beside
     from normswap.surgery.plan import SwapPlan
-    from normswap.verification import Verification
+    from normswap.verification.equivalence import Verification
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Writing:
         """
         if self.source.program is None or self.result.module is None:
             return content
-        from normswap.surgery.programs import export_again
+        from normswap.surgery.graphs.exported_program import export_again
 
         with stage("exporting the converted program"):
             program = export_again(self.source.program.program, self.result.module, self.result.inputs)
@@ -99,9 +99,9 @@ class Writing:
     @cached_property
     def _beside(self) -> "Beside":
         """What a trainer keeps in further files of a folder, where the output is one that has a place for it."""
-        from normswap.checkpoints.carrying import networks_in
-        from normswap.checkpoints.containers import FOLDERS
-        from normswap.checkpoints.trainer_state import Beside, trainer_state
+        from normswap.checkpoints.content.hf_trainer import Beside, trainer_state
+        from normswap.checkpoints.converted_content import networks_in
+        from normswap.checkpoints.formats.formats import FOLDERS
 
         if self.wish.weights_only or self.container not in FOLDERS:
             return Beside({}, ())
@@ -112,8 +112,8 @@ class Writing:
 
     def record(self) -> "Record":
         """Return what the file says of its converted network, and of those that were converted before."""
-        from normswap.checkpoints.architecture import beside
-        from normswap.checkpoints.containers import FOLDERS
+        from normswap.checkpoints.architecture.registry import beside
+        from normswap.checkpoints.formats.formats import FOLDERS
         from normswap.checkpoints.record import Record, Step
         from normswap.checkpoints.saving import stored_as
 

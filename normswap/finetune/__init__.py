@@ -1,1 +1,1 @@
-"""What comes after a conversion: training the converted model."""
+"""Fine-tuning by recipe: the recipe file, the trainer, the data, the files of a run."""

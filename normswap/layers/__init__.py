@@ -1,1 +1,1 @@
-"""The Switchable Normalization layer: gates, moments, the plain-torch definition, the modules."""
+"""The Switchable Normalization layer: modules, the functional form, gates, and backends that compute it."""

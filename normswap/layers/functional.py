@@ -5,9 +5,11 @@ the backend and records the moments of the batch. Empty batches, single values a
 and so is what a synchronized batch needs.
 """
 
+import itertools
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,31 +17,192 @@ from torch._subclasses import FakeTensor
 from torch.autograd import forward_ad
 
 from normswap.errors import LayerError
-from normswap.layers.checks import check_tensors, check_update
-from normswap.layers.dispatch import compiles_operator, fused_backend, is_jit_traced, runs_now
-from normswap.layers.fused import Inputs, Renew, switch_norm_fused
-from normswap.layers.importance import (
+from normswap.layers.backends import cpu
+from normswap.layers.backends.custom_ops import switch_norm_operator
+from normswap.layers.backends.interface import Inputs, Renew, check_tensors, check_update, switch_norm_fused
+from normswap.layers.backends.reference import (
+    Moments,
+    accumulation_dtype,
+    batch_norm,
+    is_batch_norm,
+    switch_norm_reference,
+)
+from normswap.layers.backends.selection import can_read, compiles_operator, fused_backend, is_jit_traced, runs_now
+from normswap.layers.gating import (
     BRANCHES,
     BnStatistics,
     Branch,
     Gate,
+    Mixing,
     check_bn_statistics,
     check_branches,
     check_gate,
     importance_weights,
+    read_weights,
 )
-from normswap.layers.joint_batch import Settle, Settled, switch_norm_joint
-from normswap.layers.mixing import Mixing
-from normswap.layers.moments import Moments, accumulation_dtype
-from normswap.layers.operators import switch_norm_operator
-from normswap.layers.reference import switch_norm_reference
-from normswap.layers.running import is_recomputation, read_running, renew_running, update_running
-from normswap.layers.single_position import SiteName, without_instance
-from normswap.layers.synchronization import processes
-from normswap.layers.vertex import batch_norm, is_batch_norm
+from normswap.layers.sync import Settle, Settled, processes, switch_norm_joint
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+
+# MERGED DOC: Calls with one spatial position per channel, where `in` has no variance: another branch takes its weight.
+
+# MERGED DOC: Running statistics: a batch recorded in them, and what the `bn` branch reads of them, once per batch.
+
+
+_numbers = itertools.count()
+
+
+class SiteName(NamedTuple):
+    """What a warning calls a layer, and a number that tells layers of the same name apart."""
+
+    name: str
+    number: int
+
+
+def new_site_name(name: str) -> SiteName:
+    """Return a name that no other layer of this process has; copies of the layer share it."""
+    return SiteName(name, next(_numbers))
+
+
+def without_instance(
+    x: Tensor, mean_weight: Tensor, var_weight: Tensor, gate: Gate, branches: Sequence[Branch], site: SiteName | None
+) -> tuple[Tensor, Tensor, tuple[Branch, ...]]:
+    """Return simplex points (K - 1,) for the branches beside `in`, which are returned third.
+
+    The weight of `in` goes to `ln` if that is among them, else to `bn`.
+
+    Args:
+        x: fed to a layer with the gate parameters (K,) `mean_weight` and `var_weight`.
+        site: warned of once if `in` has weight, or if reading the weights would wait for a device or break a graph.
+
+    Raises:
+        LayerError: `in` is the only branch.
+    """
+    left = tuple(branch for branch in branches if branch != "in")
+    if not left:
+        raise LayerError(
+            f"one spatial position per channel (input of shape {tuple(x.shape)}) leaves the `in` branch no variance, "
+            "and there is no other one: build the layer with branches=('ln', 'bn'), or plan with an input of the real "
+            "size"
+        )
+    heir: Branch = "ln" if "ln" in left else "bn"
+    if site is not None:
+        _warn(x, (mean_weight, var_weight), gate, branches.index("in"), heir, site)
+    weights = importance_weights(torch.stack((mean_weight, var_weight)), gate)
+    others = [weights[:, branches.index(branch)] for branch in left if branch != heir]
+    # What the others leave: so a weight of exactly 0 or 1 stays one.
+    rest = 1 - torch.stack(others).sum(0) if others else 1 + 0 * weights.sum(1)
+    taken = iter(others)
+    points = torch.stack([rest if branch == heir else next(taken) for branch in left], dim=1)
+    return points[0], points[1], left
+
+
+def _warn(x: Tensor, gates: tuple[Tensor, Tensor], gate: Gate, place: int, heir: Branch, site: SiteName) -> None:
+    if torch.compiler.is_compiling():
+        if not torch.compiler.is_exporting():
+            _warn_once(*site, heir)
+        return
+    if not runs_now(x) or site in _warned:
+        return
+    if not all(can_read(point) for point in gates) or any(read_weights(point, gate)[place] != 0 for point in gates):
+        _warn_once(*site, heir)
+
+
+_warned: set[SiteName] = set()
+
+
+def _warn_once(name: str, number: int, heir: Branch) -> bool:
+    """Warn of a site, once; a compiler calls this while it traces, with what is constant."""
+    site = SiteName(name, number)
+    if site not in _warned:
+        _warned.add(site)
+        warnings.warn(
+            f"{name} is fed one spatial position per channel, where `in` has no variance: in such calls the weight of "
+            f"`in` goes to `{heir}`, and parameters stay as they are. To leave `in` out, convert with an example input "
+            "of the real size",
+            stacklevel=2,
+        )
+    return True
+
+
+# The mark that `torch.compiler.assume_constant_result` sets, which would import the compiler for everyone.
+_marked: Any = _warn_once
+_marked._dynamo_marked_constant = True
+
+
+def update_running(
+    running_mean: Tensor, running_var: Tensor, count: Tensor | None, momentum: float, values: int, batch: Moments
+) -> None:
+    """Record the moments (1, C) of a batch of `values` values per channel in place; the variance is stored unbiased."""
+    unbiased = values / (values - 1)
+    if runs_now(batch.mean) and cpu.record(batch, running_mean, running_var, count, momentum=momentum, factor=unbiased):
+        return
+    mean, var = (moment.detach().squeeze(0) for moment in batch)
+    for running, new in ((running_mean, mean), (running_var, var * unbiased)):
+        # As BN moves them, and not by their difference: of two infinite ones there is none.
+        if running.dtype == new.dtype:
+            running.mul_(1 - momentum).add_(new, alpha=momentum)
+        else:  # in half precision: rounded once
+            running.copy_((running.to(new.dtype) * (1 - momentum)).add_(new, alpha=momentum))
+    if count is not None:
+        count.add_(1)
+
+
+def renew_running(
+    running_mean: Tensor, running_var: Tensor, count: Tensor | None, momentum: float, values: int, batch: Moments
+) -> Moments:
+    """Record a batch as `update_running`, unless this is a recomputation; return the statistics, (1, C) each.
+
+    A channel whose running statistics normalise nothing (NaN, an infinite mean, a negative variance) keeps those of the
+    batch, as BN does in training: an output that is not finite would spread to every gate.
+
+    In a graph that is compiled this is one opaque node, which asks anew at each run whether it is a recomputation.
+    """
+    arguments = running_mean, running_var, count, momentum, values
+    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        return Moments(*_renew(*arguments, *(moment.detach() for moment in batch)))
+    if not is_recomputation():
+        update_running(*arguments, batch)
+    renewed = read_running(running_mean, running_var, batch.mean.dtype, copy=True)
+    usable = renewed.mean.isfinite() & (renewed.var >= 0)
+    return Moments(*(torch.where(usable, new, own.detach()) for new, own in zip(renewed, batch, strict=True)))
+
+
+def read_running(running_mean: Tensor, running_var: Tensor, dtype: torch.dtype, *, copy: bool) -> Moments:
+    """Return the running statistics as moments (1, C)."""
+    mean, var = (
+        s.unsqueeze(0)
+        if not copy and s.dtype == dtype and s.is_contiguous()
+        else s.detach().to(dtype, copy=copy).contiguous().unsqueeze(0)
+        for s in (running_mean, running_var)
+    )
+    return Moments(mean, var)
+
+
+def is_recomputation() -> bool:
+    """Say whether a backward pass runs this forward pass; while a graph is compiled it cannot be told."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+@torch.library.custom_op("normswap::renew_running", mutates_args=("running_mean", "running_var", "count"))
+def _renew(
+    running_mean: Tensor,
+    running_var: Tensor,
+    count: Tensor | None,
+    momentum: float,
+    values: int,
+    mean: Tensor,
+    var: Tensor,
+) -> tuple[Tensor, Tensor]:
+    return tuple(renew_running(running_mean, running_var, count, momentum, values, Moments(mean, var)))  # type: ignore[return-value]
+
+
+@_renew.register_fake
+def _(*arguments: Any) -> tuple[Tensor, Tensor]:
+    *_, mean, var = arguments
+    return torch.empty_like(mean), torch.empty_like(var)
 
 
 def switch_norm(
@@ -74,7 +237,7 @@ def switch_norm(
         training: take (and record) the moments of the batch in the `bn` branch.
         momentum: share of the new moments in the running ones.
         eps: added to the variance.
-        gate: `"softmax"` (logits) or `"simplex"` (points; see `normswap.layers.importance`).
+        gate: `"softmax"` (logits) or `"simplex"` (points; see `normswap.layers.gating`).
         branches: which statistics are mixed, in the order of the gate parameters' entries.
         bn_statistics: `"batch"`; or `"running"` to use running statistics as constants in training too; or `"renorm"`
             to use the values of the running statistics just updated, with the gradients of `"batch"`.

@@ -1,1 +1,1 @@
-"""What people look at: tables for the terminal."""
+"""Tables of results for the terminal and notebooks."""

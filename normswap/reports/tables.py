@@ -11,14 +11,21 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from normswap.calibration import Calibration
+from normswap.checkpoints.architecture.identification import Candidate, Identification, describe_misfits
+from normswap.checkpoints.content.state_dict import NormTensors, WeightsSurvey
 from normswap.checkpoints.record import Step
-from normswap.layers.importance import BRANCHES
-from normswap.site_watch import SiteError
-from normswap.surgery.gated import ImportanceWeights
-from normswap.surgery.norm_site import NormSite
+from normswap.layers.gating import BRANCHES
+from normswap.running_stats.calibration import Calibration
+from normswap.surgery.discovery.sites import NormSite
+from normswap.surgery.importance import ImportanceWeights
 from normswap.surgery.plan import Swap, SwapPlan
-from normswap.verification import Verification
+from normswap.verification.equivalence import Verification
+from normswap.verification.site_watch import SiteError
+
+# MERGED DOC: Tables of which architectures a state dict can belong to, for the terminal, as rich renderables.
+
+# MERGED DOC: Tables of what a file shows without an architecture, for the terminal, as rich renderables.
+
 
 _MOST_EXAMPLES = 3
 _LEFT_OUT = {
@@ -256,3 +263,106 @@ def _named(class_name: str) -> str:
 
 def _short(class_name: str) -> str:
     return class_name.rpartition(".")[2]
+
+
+_MOST_ALIASES = 4
+
+
+def identification(found: Identification) -> RenderableType:
+    """Return what fits, one row per function with what sets it apart, or the nearest ones with misfits."""
+    parts = _functions(found) if found.candidates else _matches(found)
+    return Group(*parts, Text(f"  known: the models of {found.origin}", "dim"))
+
+
+def _functions(found: Identification) -> list[RenderableType]:
+    several = len(found.functions) > 1
+    differences = found.differences()
+    table = _borderless_table("Architecture", "differs in" if several else "", "also called")
+    for group in found.functions:
+        first, *others = group
+        told = [f"{kind}: {value}" for kind, value in differences[first.architecture].items()]
+        table.add_row(
+            Text(first.architecture, overflow="fold"),
+            Text("\n".join(told) if several else "", overflow="fold"),
+            Text(_aliases(others), "dim", overflow="fold"),
+        )
+    notes = dict.fromkeys(describe_misfits(group[0]) for group in found.functions)
+    return [table, *(Text(f"  {note}", "dim") for note in notes)]
+
+
+def _matches(found: Identification) -> list[RenderableType]:
+    table = _borderless_table("Nearest architecture", "misfits", "tensors")
+    for match in found.matches:
+        table.add_row(
+            Text(match.architecture, overflow="fold"),
+            str(match.misfits),
+            Text(describe_misfits(match), overflow="fold"),
+        )
+    return [table] if found.matches else []
+
+
+def _aliases(others: list[Candidate]) -> str:
+    more = f" +{len(others) - _MOST_ALIASES}" if len(others) > _MOST_ALIASES else ""
+    return ", ".join(other.architecture for other in others[:_MOST_ALIASES]) + more
+
+
+def _borderless_table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    for number, column in enumerate(columns):
+        table.add_column(column, header_style="dim" if number else "bold not dim")
+    return table
+
+
+_MOST_GROUPS = 24
+_MOST_NAMES = 3
+
+
+def weights_table(weights: WeightsSurvey) -> RenderableType:
+    """Return one set of weights: how many tensors and parameters, and its norms by the module around them."""
+    title = Text.assemble((weights.entry or "Weights", "bold"), "  ", (_described(weights), "dim"))
+    if not weights.norms:
+        return Group(title, Text("  no norm tensors", "yellow"))
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    for name in ("Norms in", "batch", "other", "channels", "names"):
+        table.add_column(name, justify="right" if name in ("batch", "other", "channels") else "left")
+    groups = [*weights.groups().items()]
+    for name, norms in groups[:_MOST_GROUPS]:
+        table.add_row(
+            Text(name or "(outermost)", overflow="fold"),
+            *(str(count or "") for count in _counts(norms)),
+            _channels(norms),
+            Text(_names(norms), "dim", overflow="fold"),
+        )
+    rest = [norm for _, norms in groups[_MOST_GROUPS:] for norm in norms]
+    if rest:
+        table.add_row(Text(f"{len(groups) - _MOST_GROUPS} more", "dim"), *(str(n or "") for n in _counts(rest)), "", "")
+    return Group(title, table, Text(f"  {_total(weights)}", "dim"))
+
+
+def _described(weights: WeightsSurvey) -> str:
+    parts = [f"{weights.tensors:,} tensors", f"{weights.parameters:,} parameters", f"{weights.bytes / 1e6:.1f} MB"]
+    return ", ".join(parts + ([f"all names begin with {weights.prefix}"] if weights.prefix else []))
+
+
+def _counts(norms: "list[NormTensors] | tuple[NormTensors, ...]") -> tuple[int, int]:
+    batch = sum(norm.statistics for norm in norms)
+    return batch, len(norms) - batch
+
+
+def _total(weights: WeightsSurvey) -> str:
+    batch, other = _counts(weights.norms)
+    converted = sum(norm.converted for norm in weights.norms)
+    parts = [f"{batch} batch norms with running statistics"]
+    parts += [f"{other} norms without (LayerNorm, GroupNorm, ...)"] if other else []
+    parts += [f"{converted} with importance weights already"] if converted else []
+    return ", ".join(parts)
+
+
+def _channels(norms: tuple[NormTensors, ...]) -> str:
+    sizes = sorted({norm.channels for norm in norms})
+    return str(sizes[0]) if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
+
+
+def _names(norms: tuple[NormTensors, ...]) -> str:
+    shown = ", ".join(norm.fqn for norm in norms[:_MOST_NAMES])
+    return shown + (f" +{len(norms) - _MOST_NAMES}" if len(norms) > _MOST_NAMES else "")

@@ -1,1 +1,1 @@
-"""Finding norm sites, planning, swapping, rewriting and reverting."""
+"""Find norm sites, plan swaps, apply a plan to a model, and revert it."""

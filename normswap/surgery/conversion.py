@@ -6,25 +6,32 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, fx, nn
 
-from normswap.display import counted, printed_as
 from normswap.errors import PlanError, SwapError
-from normswap.layers.adoption import adopt, release
-from normswap.layers.importance import BnStatistics, Branch, Gate
-from normswap.layers.modules import FunctionalSwitchNorm, SwitchNorm
-from normswap.layers.single_position import new_site_name
-from normswap.modes import all_or_nothing
-from normswap.surgery.calls import batch_norm_nodes, call_name
-from normswap.surgery.gated import moved_sites
-from normswap.surgery.graph_edit import edit_graph, edited_nodes, restore_graph
-from normswap.surgery.graph_rewrite import free_names, is_rewritten, restore_forward, rewrite_forward
-from normswap.surgery.norms import KNOWN_NORMS, Norms, NormSpec, read_norm
-from normswap.surgery.own_forward import trace_own_forward
+from normswap.layers.functional import new_site_name
+from normswap.layers.gating import BnStatistics, Branch, Gate
+from normswap.layers.in_place import adopt, release
+from normswap.layers.switch_norm import FunctionalSwitchNorm, SwitchNorm
+from normswap.model_state import all_or_nothing
+from normswap.surgery.graphs.as_graph_module import to_graph_module
+from normswap.surgery.graphs.module_trace import trace_own_forward
+from normswap.surgery.graphs.rewriting import (
+    edit_graph,
+    edited_nodes,
+    free_names,
+    is_rewritten,
+    restore_forward,
+    restore_graph,
+    rewrite_forward,
+)
+from normswap.surgery.importance import moved_sites
+from normswap.surgery.module_tree import class_name, copy_model, modules_by_name, walk_modules
+from normswap.surgery.norms.classes import KNOWN_NORMS, Norms, NormSpec, read_norm
+from normswap.surgery.norms.functions import batch_norm_nodes, call_name
 from normswap.surgery.plan import Swap, SwapPlan, require_plan
 from normswap.surgery.planning import plan_swaps
-from normswap.surgery.settings import Settings
-from normswap.surgery.tree import class_name, copy_model, join, modules_by_name, walk_modules
-from normswap.surgery.whole_graph import to_graph_module
-from normswap.surgery.wrapping import check_not_prepared, check_wrapping, rewrap, unwrap
+from normswap.surgery.selection import Settings
+from normswap.surgery.wrappers import check_not_prepared, check_wrapping, rewrap, unwrap
+from normswap.text import counted, join, printed_as
 
 
 @printed_as("conversion")

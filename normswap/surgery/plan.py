@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Self
 
-from normswap.display import counted, printed_as
 from normswap.errors import PlanError
-from normswap.layers.importance import BN_STATISTICS, BnStatistics, Branch, Gate, check_branches, check_gate
+from normswap.layers.gating import BN_STATISTICS, BnStatistics, Branch, Gate, check_branches, check_gate
 from normswap.surgery.arguments import require_type
-from normswap.surgery.norms import vertex_of
-from normswap.surgery.settings import SiteSettings, settle
+from normswap.surgery.norms.classes import vertex_of
+from normswap.surgery.selection import SiteSettings, settle
+from normswap.text import counted, printed_as
 
 PLAN_VERSION = 1
 # The class of a norm that is known by the names of its tensors only.

@@ -12,16 +12,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from normswap.errors import ModelError, PlanError
-from normswap.layers.importance import BN_STATISTICS, BRANCHES, BnStatistics, Branch, Gate, check_gate
+from normswap.layers.gating import BN_STATISTICS, BRANCHES, BnStatistics, Branch, Gate, check_gate
 from normswap.surgery.arguments import describe_shapes
-from normswap.surgery.norm_site import NormSite
-from normswap.surgery.norms import KINDS, KNOWN_NORMS, Norms, requested_kind, vertex_of
-from normswap.surgery.patterns import Names, first_matches, matched
+from normswap.surgery.discovery.sites import NormSite, find_norm_sites
+from normswap.surgery.module_tree import class_name, modules_by_name
+from normswap.surgery.norms.classes import KINDS, KNOWN_NORMS, Norms, requested_kind, vertex_of
 from normswap.surgery.plan import ANY_CLASS, NEVER_FILLED, Skip, Swap, SwapPlan, notes_on, with_vertex
-from normswap.surgery.settings import Settings, SiteSettings, settle
-from normswap.surgery.sites import find_norm_sites
-from normswap.surgery.tree import class_name, modules_by_name
-from normswap.surgery.wrapping import unwrap
+from normswap.surgery.selection import Names, Settings, SiteSettings, first_matches, matched, settle
+from normswap.surgery.wrappers import unwrap
 
 # LN of fewer values than this at one position erases the signal (two values normalise to +1 and -1).
 _MIN_LN_VALUES = 8

@@ -14,10 +14,14 @@ import torch
 from torch import nn
 
 import normswap
-from normswap.checkpoints import claims
-from normswap.checkpoints.archives import check_archive, check_safetensors
-from normswap.checkpoints.claims import check_legacy_claims, check_zip_claims
-from normswap.checkpoints.opcodes import Storage, read_opcodes
+from normswap.checkpoints.formats import archive_checks
+from normswap.checkpoints.formats.archive_checks import (
+    check_archive,
+    check_legacy_claims,
+    check_safetensors,
+    check_zip_claims,
+)
+from normswap.checkpoints.formats.pickle_opcodes import Storage, read_opcodes
 from normswap.errors import CheckpointError
 from tests.helpers import files
 
@@ -338,9 +342,9 @@ def test_a_damaged_pickle_is_followed_as_far_as_it_goes() -> None:
 def test_every_storage_class_of_torch_has_a_size() -> None:
     for dtype in (torch.uint8, torch.int8, torch.bool, torch.int16, torch.float16, torch.bfloat16, torch.int32):
         name = torch.storage._dtype_to_storage_type_map()[dtype]
-        assert claims._bytes_of(Storage(f"torch.{name}", "0", 3)) == 3 * dtype.itemsize
+        assert archive_checks._bytes_of(Storage(f"torch.{name}", "0", 3)) == 3 * dtype.itemsize
     for dtype in (torch.float32, torch.int64, torch.float64, torch.complex64, torch.complex128):
         name = torch.storage._dtype_to_storage_type_map()[dtype]
-        assert claims._bytes_of(Storage(f"torch.{name}", "0", 3)) == 3 * dtype.itemsize
-    assert claims._bytes_of(Storage("torch.storage.UntypedStorage", "0", 3)) == 3
-    assert claims._bytes_of(Storage("torch.NewStorage", "0", 3)) is None
+        assert archive_checks._bytes_of(Storage(f"torch.{name}", "0", 3)) == 3 * dtype.itemsize
+    assert archive_checks._bytes_of(Storage("torch.storage.UntypedStorage", "0", 3)) == 3
+    assert archive_checks._bytes_of(Storage("torch.NewStorage", "0", 3)) is None

@@ -13,19 +13,19 @@ from typing import Any
 
 import pytest
 
-from normswap.checkpoints import atomic, temporaries
-from normswap.checkpoints.atomic import check_writable, write_text, written_whole, written_whole_folder
+from normswap.checkpoints.io import atomic_write
+from normswap.checkpoints.io.atomic_write import check_writable, write_text, written_whole, written_whole_folder
 from normswap.errors import CheckpointError
 
 # Writes `WRITER model.pt`, says so, and waits for its end in the middle.
 _WRITER = """
 import signal, sys, time
 from pathlib import Path
-from normswap.checkpoints import atomic
+from normswap.checkpoints.io import atomic_write
 # Whoever runs the tests in the background may have told their children to ignore these.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
-with getattr(atomic, sys.argv[1])(Path("model.pt")) as temporary:
+with getattr(atomic_write, sys.argv[1])(Path("model.pt")) as temporary:
     (temporary / "part" if temporary.is_dir() else temporary).write_text("half")
     print("writing", flush=True)
     time.sleep(60)
@@ -48,7 +48,7 @@ def writing(folder: Path, kind: str) -> Iterator[subprocess.Popen[str]]:
 
 
 def write(folder: Path, kind: str, name: str = "model.pt") -> None:
-    with getattr(atomic, kind)(folder / name) as temporary:
+    with getattr(atomic_write, kind)(folder / name) as temporary:
         (temporary / "part" if temporary.is_dir() else temporary).write_text("new")
 
 
@@ -88,7 +88,7 @@ def test_a_living_run_of_another_user_is_left_alone_and_a_dead_one_is_not(tmp_pa
         pid = os.fork()
         if pid == 0:
             os.setuid(12345)
-            temporaries.remove_stale(tmp_path / "model.pt")
+            atomic_write.remove_stale(tmp_path / "model.pt")
             os._exit(0)
         os.waitpid(pid, 0)
 
@@ -139,7 +139,7 @@ def test_a_thread_may_write_too(tmp_path: Path) -> None:
 
 @KINDS
 def test_an_exception_leaves_nothing(tmp_path: Path, kind: str) -> None:
-    with pytest.raises(ZeroDivisionError), getattr(atomic, kind)(tmp_path / "model.pt"):
+    with pytest.raises(ZeroDivisionError), getattr(atomic_write, kind)(tmp_path / "model.pt"):
         _ = 1 / 0
     assert names(tmp_path) == []
 
@@ -147,7 +147,7 @@ def test_an_exception_leaves_nothing(tmp_path: Path, kind: str) -> None:
 def test_a_run_whose_temporary_was_taken_for_stale_takes_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lock, taken = temporaries._lock, []
+    lock, taken = atomic_write._lock, []
 
     def late(descriptor: int, *, wait: bool) -> bool:
         if not taken:
@@ -155,7 +155,7 @@ def test_a_run_whose_temporary_was_taken_for_stale_takes_another(
             taken[0].unlink()
         return lock(descriptor, wait=wait)
 
-    monkeypatch.setattr(temporaries, "_lock", late)
+    monkeypatch.setattr(atomic_write, "_lock", late)
     with written_whole(tmp_path / "model.pt") as temporary:
         assert temporary != taken[0]
         temporary.write_text("new")
@@ -267,7 +267,7 @@ def test_a_read_only_folder_is_told(kind: str) -> None:
 _TOO_LARGE = """
 import resource, sys
 from pathlib import Path
-from normswap.checkpoints.atomic import written_whole
+from normswap.checkpoints.io.atomic_write import written_whole
 from normswap.errors import CheckpointError
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 try:

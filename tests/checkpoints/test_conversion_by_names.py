@@ -8,7 +8,7 @@ from click.testing import CliRunner, Result
 from torch import nn
 
 import normswap
-from normswap.checkpoints.state_surgery import plan_from_names
+from normswap.checkpoints.content.state_dict import plan_from_names
 from normswap.cli import main
 from normswap.errors import PlanError
 from tests.helpers import files

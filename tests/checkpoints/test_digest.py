@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from normswap.checkpoints.fingerprint import fingerprint, holds_the_same
+from normswap.checkpoints.io.digest import fingerprint, holds_the_same
 from normswap.checkpoints.saving import sha256_in_background, sha256_of
 from normswap.errors import CheckpointError
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from normswap.checkpoints.contents import (
+from normswap.checkpoints.content.entries import (
     at,
     hinted_architectures,
     is_state_dict,

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from normswap.checkpoints import freeing
-from normswap.checkpoints.freeing import freed_at_once
+from normswap.checkpoints.io import memory
+from normswap.checkpoints.io.memory import freed_at_once
 
 # In a process of its own, whose heap has no holes to begin with: what stays behind, in MB, when of 64 blocks of one
 # megabyte all but the last are freed; while it is asked for, and after.
@@ -15,7 +15,7 @@ _HOLES = """
 import re
 from pathlib import Path
 import torch
-from normswap.checkpoints.freeing import freed_at_once
+from normswap.checkpoints.io.memory import freed_at_once
 
 def own():
     return int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
@@ -42,7 +42,7 @@ def test_freed_blocks_leave_no_holes() -> None:
 
 
 def test_where_there_is_no_such_option_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(freeing.sys, "platform", "darwin")
-    monkeypatch.setattr(freeing.ctypes, "CDLL", lambda _: pytest.fail("asked for"))
+    monkeypatch.setattr(memory.sys, "platform", "darwin")
+    monkeypatch.setattr(memory.ctypes, "CDLL", lambda _: pytest.fail("asked for"))
     with freed_at_once():
         pass

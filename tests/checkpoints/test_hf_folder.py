@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed import checkpoint as distributed
 
 import normswap
-from normswap.checkpoints.atomic import located
+from normswap.checkpoints.io.atomic_write import located
 from normswap.errors import ArchitectureError, CheckpointError
 from tests.helpers import checkpoint_makers, files
 

@@ -22,10 +22,10 @@ from benchmarks.architectures.facts import fingerprint
 from benchmarks.architectures.functions import difference
 from benchmarks.architectures.records import built
 from benchmarks.architectures.records import shapes_of as shapes_of_model
-from normswap.checkpoints import architecture_index
-from normswap.checkpoints.architecture import build_architecture
-from normswap.checkpoints.architecture_index import Symbol, decode_index, encode_index, shipped_index
-from normswap.checkpoints.identification import Identification, ambiguity, decide, identify, no_match
+from normswap.checkpoints.architecture import index
+from normswap.checkpoints.architecture.identification import Identification, ambiguity, decide, identify, no_match
+from normswap.checkpoints.architecture.index import Symbol, decode_index, encode_index, shipped_index
+from normswap.checkpoints.architecture.registry import build_architecture
 from normswap.cli import main
 from normswap.errors import ArchitectureError
 
@@ -357,14 +357,14 @@ def test_the_index_knows_every_model_of_its_versions() -> None:
 @pytest.mark.parametrize("data", [b"", b"normswap architectures 1\n", b"normswap architectures 1\nxyz", b"other"])
 def test_a_damaged_index_is_told(data: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "architectures.bin").write_bytes(data)
-    monkeypatch.setattr(architecture_index, "files", lambda _package: tmp_path)
+    monkeypatch.setattr(index, "files", lambda _package: tmp_path)
     with pytest.raises(ArchitectureError, match=r"index of architectures cannot be read .*: install normswap again"):
         shipped_index.__wrapped__()
 
 
 def test_identifying_imports_no_zoo_and_builds_nothing() -> None:
     code = (
-        "import sys; from normswap.checkpoints.identification import identify; identify({'fc.bias': (10,)}); "
+        "import sys; from normswap.checkpoints.architecture.identification import identify; identify({'fc.bias': (10,)}); "
         "print(sorted({'timm', 'torchvision'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

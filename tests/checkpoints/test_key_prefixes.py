@@ -2,7 +2,7 @@
 
 import pytest
 
-from normswap.checkpoints.prefixes import names_for, names_under, prefixes_of
+from normswap.checkpoints.content.key_prefixes import names_for, names_under, prefixes_of
 
 OWN = ["conv.weight", "bn.weight", "bn.running_mean", "layer1.0.bn.weight"]
 

@@ -13,8 +13,8 @@ from click.testing import CliRunner, Result
 from torch import Tensor, nn
 
 import normswap
-from normswap.checkpoints.checkpoint import read_record
-from normswap.checkpoints.layout import rejoin, separate
+from normswap.checkpoints.content.weight_loading import rejoin, separate
+from normswap.checkpoints.loading import read_record
 from normswap.cli import main
 from normswap.errors import ArchitectureError
 from tests.helpers import files

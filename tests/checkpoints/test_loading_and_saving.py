@@ -18,8 +18,10 @@ import torch
 from torch import Tensor, nn
 
 import normswap
-from normswap.checkpoints import atomic, containers, saving
-from normswap.checkpoints.checkpoint import read_checkpoint, read_record, stored_importance_weights
+from normswap.checkpoints import saving
+from normswap.checkpoints.formats import formats
+from normswap.checkpoints.io import atomic_write
+from normswap.checkpoints.loading import read_checkpoint, read_record, stored_importance_weights
 from normswap.checkpoints.record import Record, Step
 from normswap.checkpoints.saving import sha256_of
 from normswap.errors import ArchitectureError, CheckpointError, NormswapError, PlanError
@@ -268,7 +270,7 @@ def test_importance_weights_that_do_not_fit_the_plan(tmp_path: Path, x: Tensor, 
     conversion = converted(x)
     state = {key: value for key, value in (conversion.model.state_dict() | change).items() if value is not None}
     record = Record("state dict", plan=conversion.plan)
-    containers.encode(tmp_path / "a.pt", "torch zip", state, record.to_json())
+    formats.encode(tmp_path / "a.pt", "torch zip", state, record.to_json())
     with pytest.raises(CheckpointError, match=r"a\.pt: the importance weights of 'bn1' do not fit its plan"):
         stored_importance_weights(read_checkpoint(tmp_path / "a.pt"))
 
@@ -321,7 +323,7 @@ def _disk_full_behind_torch(*_: Any, **__: Any) -> None:
 
 def _writes_something_else(path: Path, container: str, content: Any, record: str, **_: Any) -> None:
     key = next(key for key, value in content.items() if value.is_floating_point())
-    containers.encode(path, container, {**content, key: content[key] + 1e-6}, record)
+    formats.encode(path, container, {**content, key: content[key] + 1e-6}, record)
 
 
 def _loses_the_record(path: Path, _container: str, content: Any, _record: str, **_: Any) -> None:
@@ -461,9 +463,9 @@ def test_safetensors_hold_no_extra_state(tmp_path: Path) -> None:
 
 def test_a_text_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "plan.json").write_text("old")
-    monkeypatch.setattr(atomic.os, "replace", _disk_full)
+    monkeypatch.setattr(atomic_write.os, "replace", _disk_full)
     with pytest.raises(CheckpointError, match=r"plan\.json: cannot be written \(No space left on device\): free some"):
-        atomic.write_text(tmp_path / "plan.json", "new")
+        atomic_write.write_text(tmp_path / "plan.json", "new")
     assert [entry.name for entry in tmp_path.iterdir()] == ["plan.json"]
     assert (tmp_path / "plan.json").read_text() == "old"
 
@@ -520,7 +522,7 @@ BAD_RECORDS = {
 @pytest.mark.parametrize(("text", "message"), BAD_RECORDS.values(), ids=BAD_RECORDS)
 def test_a_bad_record_is_told(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "model.pt"
-    containers.encode(path, "torch zip", files.TiedNet().state_dict(), text)
+    formats.encode(path, "torch zip", files.TiedNet().state_dict(), text)
     with pytest.raises(CheckpointError, match=re.escape(f"{path}: {message}")):
         normswap.load(path, architecture=files.TiedNet)
 
@@ -540,5 +542,5 @@ def test_a_record_survives_json() -> None:
 
 def test_ties_that_a_record_invents_are_left_aside(tmp_path: Path) -> None:
     record = Record("state dict", tied={"ghost": "nowhere"}, channels_last=("ghost", "norm.weight"))
-    containers.encode(tmp_path / "model.pt", "torch zip", files.TiedNet().state_dict(), record.to_json())
+    formats.encode(tmp_path / "model.pt", "torch zip", files.TiedNet().state_dict(), record.to_json())
     assert normswap.load(tmp_path / "model.pt", architecture=files.TiedNet).model is not None

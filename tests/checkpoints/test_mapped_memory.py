@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from normswap.checkpoints.pages import let_go
+from normswap.checkpoints.io.memory import let_go
 
 MAPS = Path("/proc/self/status")
 

@@ -14,9 +14,8 @@ import torch
 from click.testing import CliRunner
 
 import normswap
-from normswap.checkpoints.architecture import build_architecture, check_named_by_file, parse_architecture
-from normswap.checkpoints.build_limits import limited_build
-from normswap.checkpoints.named_architectures import check_keywords, checked_configuration
+from normswap.checkpoints.architecture.permissions import check_keywords, checked_configuration, limited_build
+from normswap.checkpoints.architecture.registry import build_architecture, check_named_by_file, parse_architecture
 from normswap.cli import main
 from normswap.errors import ArchitectureError, CheckpointError
 
@@ -219,7 +218,7 @@ def test_the_records_of_today_are_built(tmp_path: Path, architecture: str) -> No
 
 
 def test_every_identified_architecture_is_one_that_a_record_may_name() -> None:
-    from normswap.checkpoints.architecture_index import shipped_index
+    from normswap.checkpoints.architecture.index import shipped_index
 
     names = [f"{a.name},{','.join(f'{k}={v}' for k, v in a.defaults.items())}" for a in shipped_index().architectures]
     assert len(names) > 900

@@ -10,7 +10,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from normswap.checkpoints.norm_values import check_statistics
+from normswap.checkpoints.content.state_dict import check_statistics
 from normswap.errors import CheckpointError
 from tests.helpers import files
 

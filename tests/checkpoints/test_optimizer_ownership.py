@@ -8,8 +8,8 @@ import torch
 from torch import nn, optim
 
 import normswap
-from normswap.checkpoints.ownership import Network, Owned, owned_by
-from normswap.surgery.gated import trainable_gates
+from normswap.checkpoints.content.optimizer_ownership import Network, Owned, owned_by
+from normswap.surgery.importance import trainable_gates
 
 
 def net(*widths: int) -> nn.Sequential:

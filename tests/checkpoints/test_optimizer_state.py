@@ -14,10 +14,15 @@ from torch import Tensor, nn, optim
 from torch.optim import lr_scheduler
 
 import normswap
-from normswap.checkpoints.optimizer_state import has_gates, is_optimizer_state, with_gates
-from normswap.checkpoints.scheduler_state import is_scheduler_state, scheduler_with_gates
+from normswap.checkpoints.content.optimizer_state import (
+    has_gates,
+    is_optimizer_state,
+    is_scheduler_state,
+    scheduler_with_gates,
+    with_gates,
+)
 from normswap.errors import CheckpointError, OptimizerError
-from normswap.surgery.gated import trainable_gates
+from normswap.surgery.importance import trainable_gates
 
 TORCH: dict[str, Callable[..., optim.Optimizer]] = {
     "SGD": lambda params: optim.SGD(params, lr=0.02, momentum=0.9, weight_decay=0.05),

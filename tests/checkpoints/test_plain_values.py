@@ -14,8 +14,8 @@ import pytest
 import torch
 
 import normswap
-from normswap.checkpoints.containers import decode, sniff
-from normswap.checkpoints.plain_globals import names_allowed_by_user, plain_globals, plain_names
+from normswap.checkpoints.formats.formats import decode, sniff
+from normswap.checkpoints.formats.plain_values import names_allowed_by_user, plain_globals, plain_names
 from normswap.errors import CheckpointError
 
 # Every name that is allowed beyond torch's own list. A new one needs a line in HARMLESS or FORGED below.

@@ -21,13 +21,13 @@ from torch.export.pt2_archive._package import package_pt2
 
 import normswap
 from normswap.checkpoints import saving
-from normswap.checkpoints.checkpoint import read_checkpoint, read_header
-from normswap.checkpoints.programs import Program, load_program
+from normswap.checkpoints.formats.pt2_archive import Program, load_program
+from normswap.checkpoints.loading import read_checkpoint, read_header
 from normswap.checkpoints.record import Record
 from normswap.cli import main
 from normswap.errors import CheckpointError, ModelError, SwapError
+from normswap.surgery.graphs.exported_program import check_same, difference, export_again, inputs_of, module_of
 from normswap.surgery.plan import SwapPlan
-from normswap.surgery.programs import check_same, difference, export_again, inputs_of, module_of
 from tests.helpers import files
 
 MODES = ("training", "evaluation")

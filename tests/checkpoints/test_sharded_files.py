@@ -15,7 +15,7 @@ from torch.distributed import checkpoint as distributed
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 
 import normswap
-from normswap.checkpoints.containers import decode, sniff
+from normswap.checkpoints.formats.formats import decode, sniff
 from normswap.errors import CheckpointError
 
 SIZE = (4, 6)

@@ -16,13 +16,13 @@ from click.testing import CliRunner, Result
 from torch import Tensor
 
 import normswap
-import normswap.checkpoints.carrying
-import normswap.checkpoints.checkpoint
-import normswap.checkpoints.recognition
+import normswap.checkpoints.architecture.identification
+import normswap.checkpoints.converted_content
+import normswap.checkpoints.loading
 import normswap.checkpoints.saving
 import normswap.surgery.planning
-import normswap.verification
-from normswap.checkpoints.containers import encode
+import normswap.verification.equivalence
+from normswap.checkpoints.formats.formats import encode
 from normswap.cli import main
 from normswap.errors import CheckpointError
 from tests.helpers import files
@@ -223,7 +223,7 @@ def test_a_source_that_changes_under_the_reader_is_refused(
 ) -> None:
     """After the checks of the file and before its tensors are read: a mapping would end the process here."""
     source, part = CONTAINERS[container](tmp_path)
-    change_at(normswap.checkpoints.checkpoint, "read_record_text", lambda: change(part))
+    change_at(normswap.checkpoints.loading, "read_record_text", lambda: change(part))
     check_refused(run("convert", source, "--arch", "none", "--no-verify", "-o", tmp_path / "out.pt"), "", part)
     assert not (tmp_path / "out.pt").exists()
     _shrink(part)
@@ -238,15 +238,19 @@ def test_files_that_join_a_folder_are_noticed(tmp_path: Path, change_at: Any) ->
 
 
 READERS: dict[str, tuple[Any, str, list[str]]] = {
-    "convert --dry-run": (normswap.checkpoints.carrying, "converted_content", ["convert", "--dry-run", "--no-verify"]),
+    "convert --dry-run": (
+        normswap.checkpoints.converted_content,
+        "converted_content",
+        ["convert", "--dry-run", "--no-verify"],
+    ),
     "convert --save-plan": (
-        normswap.checkpoints.carrying,
+        normswap.checkpoints.converted_content,
         "converted_content",
         ["convert", "--no-verify", "--save-plan", "plan.json"],
     ),
     "inspect": (normswap.surgery.planning, "plan_swaps", ["inspect"]),
-    "identify": (normswap.checkpoints.recognition, "recognise", ["identify"]),
-    "verify": (normswap.verification, "verify", ["verify", "bn.pt", "--input", "2x3x64x64"]),
+    "identify": (normswap.checkpoints.architecture.identification, "recognise", ["identify"]),
+    "verify": (normswap.verification.equivalence, "verify", ["verify", "bn.pt", "--input", "2x3x64x64"]),
 }
 
 
@@ -275,9 +279,9 @@ def test_an_inspected_converted_file_that_changes_is_refused(tmp_path: Path, cha
     conversion = normswap.convert(files.small_model())
     path = tmp_path / "sn.pt"
     normswap.save(conversion.model, path, plan=conversion.plan, architecture=files.ARCH)
-    change_at(normswap.checkpoints.checkpoint, "stored_importance_weights", lambda: _flip_unnoticed(path))
+    change_at(normswap.checkpoints.loading, "stored_importance_weights", lambda: _flip_unnoticed(path))
     check_refused(run("inspect", path), "it was written to", path)
-    change_at(normswap.checkpoints.checkpoint, "decode", lambda: _flip_unnoticed(path))
+    change_at(normswap.checkpoints.loading, "decode", lambda: _flip_unnoticed(path))
     _flip_unnoticed(path)
     check_refused(run("identify", path), "it was written to", path)
 
@@ -285,7 +289,7 @@ def test_an_inspected_converted_file_that_changes_is_refused(tmp_path: Path, cha
 @pytest.mark.parametrize("container", ["torch zip", "legacy pickle", "safetensors", "a shard", "distributed"])
 def test_load_refuses_a_source_that_changes_while_it_is_read(container: str, tmp_path: Path, change_at: Any) -> None:
     source, part = CONTAINERS[container](tmp_path)
-    change_at(normswap.checkpoints.checkpoint, "decode", lambda: _flip_unnoticed(part))
+    change_at(normswap.checkpoints.loading, "decode", lambda: _flip_unnoticed(part))
     with pytest.raises(CheckpointError, match=r"changed while it was read \(it was written to\)"):
         normswap.load(source, architecture=files.ARCH)
 
@@ -346,14 +350,14 @@ def test_no_copy_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_without_room_on_the_disk_the_copy_goes_to_memory(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from normswap.checkpoints import sources
+    from normswap.checkpoints import source_copy
 
     path, _ = _zip(tmp_path)
     folder = tmp_path / "missing" if kind == "no such folder" else tmp_path
     if kind == "full":
-        monkeypatch.setattr(sources.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 0))
+        monkeypatch.setattr(source_copy.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 0))
     if kind == "no room while it is copied":
-        copy, calls = sources._copy_bytes, []
+        copy, calls = source_copy._copy_bytes, []
 
         def fail_once(source: int, target: int) -> None:
             calls.append(target)
@@ -361,8 +365,8 @@ def test_without_room_on_the_disk_the_copy_goes_to_memory(
                 raise OSError(28, "No space left on device")
             copy(source, target)
 
-        monkeypatch.setattr(sources, "_copy_bytes", fail_once)
-    origin = sources.open_source(path, folder=folder)
+        monkeypatch.setattr(source_copy, "_copy_bytes", fail_once)
+    origin = source_copy.open_source(path, folder=folder)
     assert "memfd:" in os.readlink(origin.copy)
     assert origin.copy.read_bytes() == path.read_bytes()
     origin.check_unchanged()
@@ -372,15 +376,15 @@ def test_without_room_on_the_disk_the_copy_goes_to_memory(
 def test_systems_without_files_without_names_copy_too(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from normswap.checkpoints import sources
+    from normswap.checkpoints import source_copy
 
     if kind == "more files than descriptors":
-        monkeypatch.setattr(sources, "_MOST_DESCRIPTORS", 1)
+        monkeypatch.setattr(source_copy, "_MOST_DESCRIPTORS", 1)
     else:
-        monkeypatch.setattr(sources, "_DESCRIPTORS", tmp_path / "nowhere")
+        monkeypatch.setattr(source_copy, "_DESCRIPTORS", tmp_path / "nowhere")
     for make in (_zip, _inside("config.json")):
         path, part = make(tmp_path)
-        origin = sources.open_source(path, folder=tmp_path)
+        origin = source_copy.open_source(path, folder=tmp_path)
         if origin.copy.is_dir():
             assert not any(entry.is_symlink() for entry in origin.copy.iterdir())
         assert normswap.load(path, architecture=files.ARCH).model is not None
@@ -393,14 +397,14 @@ def test_systems_without_files_without_names_copy_too(
 
 
 def test_a_copy_between_file_systems_is_read_and_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from normswap.checkpoints import sources
+    from normswap.checkpoints import source_copy
 
     def refuse(*_: Any) -> int:
         raise OSError(18, "Invalid cross-device link")
 
-    monkeypatch.setattr(sources.os, "copy_file_range", refuse)
+    monkeypatch.setattr(source_copy.os, "copy_file_range", refuse)
     path, _ = _zip(tmp_path)
-    assert sources.open_source(path, folder=tmp_path).copy.read_bytes() == path.read_bytes()
+    assert source_copy.open_source(path, folder=tmp_path).copy.read_bytes() == path.read_bytes()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from torch import Tensor, nn
 
 import normswap
-from normswap.checkpoints.fit import Fit, fill
+from normswap.checkpoints.content.weight_loading import Fit, fill
 from normswap.cli import main
 from normswap.errors import ArchitectureError
 from tests.helpers import files

@@ -13,11 +13,11 @@ from click.testing import CliRunner, Result
 from torch import nn
 
 import normswap
-from normswap.checkpoints.checkpoint import read_record
+from normswap.checkpoints.loading import read_record
 from normswap.checkpoints.saving import sha256_of
 from normswap.cli import main
-from normswap.finetune.data import open_data
-from normswap.finetune.image_source import DataSettings
+from normswap.finetune.data.datasets import open_data
+from normswap.finetune.data.loaders import DataSettings
 from tests.finetune.test_datasets import image_folder
 from tests.helpers import files
 

@@ -13,8 +13,8 @@ from click.testing import CliRunner, Result
 from torch import Tensor, nn
 
 import normswap
-from normswap.checkpoints.containers import encode
-from normswap.checkpoints.survey import NormTensors, survey
+from normswap.checkpoints.content.state_dict import NormTensors, survey
+from normswap.checkpoints.formats.formats import encode
 from normswap.cli import main
 from tests.helpers import files
 
@@ -203,7 +203,7 @@ def test_arch_none_shows_names_of_a_known_model_too(tmp_path: Path) -> None:
 def test_an_inspected_file_without_an_architecture_that_changes_is_refused(
     state: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import normswap.checkpoints.survey as room
+    import normswap.checkpoints.content.state_dict as room
 
     path = _zip(state, tmp_path)
     original: Callable[[Any], Any] = room.survey

@@ -93,7 +93,11 @@ def interrupt(*_args: Any, **_keys: Any) -> None:
 @pytest.mark.usefixtures("here")
 @pytest.mark.parametrize(
     "place",
-    ["normswap.finetune.data.open_data", "normswap.calibration.calibrate", "normswap.checkpoints.saving.write_content"],
+    [
+        "normswap.finetune.data.datasets.open_data",
+        "normswap.running_stats.calibration.calibrate",
+        "normswap.checkpoints.saving.write_content",
+    ],
 )
 def test_calibrate_interrupted_says_that_nothing_was_written(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     before = sorted(os.listdir())
@@ -106,12 +110,12 @@ def test_calibrate_interrupted_says_that_nothing_was_written(place: str, monkeyp
 @pytest.mark.usefixtures("here")
 def test_finetune_interrupted_at_once_says_what_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("normswap.finetune.preparation.open_data", interrupt)
+        patch.setattr("normswap.finetune.setup.open_data", interrupt)
         result = run(*FINETUNE)
     assert (result.exit_code, result.stderr) == (130, "interrupted; no state was saved\n")
     assert not Path("run").exists()
     with monkeypatch.context() as patch:
-        patch.setattr("normswap.finetune.engine.write_model", interrupt)
+        patch.setattr("normswap.finetune.trainer.write_model", interrupt)
         result = run(*FINETUNE)
     assert result.exit_code == 130
     assert result.stderr.endswith("interrupted; the last saved state is in run: go on with --resume\n")
@@ -148,10 +152,10 @@ def test_other_processes_print_errors_with_their_rank_and_nothing_else(monkeypat
         print("a line", "another on stderr", file=sys.stderr)
         raise normswap.NormswapError("it failed")
 
-    monkeypatch.setattr("normswap.finetune.engine.run_recipe", fail)
+    monkeypatch.setattr("normswap.finetune.trainer.run_recipe", fail)
     result = run(*FINETUNE)
     assert (result.exit_code, result.output) == (2, "[rank 3] error: it failed\n")
-    monkeypatch.setattr("normswap.finetune.engine.run_recipe", lambda *_args, **_keys: 1 / 0)
+    monkeypatch.setattr("normswap.finetune.trainer.run_recipe", lambda *_args, **_keys: 1 / 0)
     assert isinstance(run(*FINETUNE).exception, ZeroDivisionError)  # a defect keeps its traceback
     assert launched._errors is None
     # Without a store that all processes share an error is printed twice rather than not at all.

@@ -16,9 +16,9 @@ from timm.data import IterableImageDataset
 from torch import nn
 
 from normswap.errors import DataError
-from normswap.finetune.data import completed, open_data
-from normswap.finetune.digits import prepare_digits
-from normswap.finetune.image_source import DataSettings
+from normswap.finetune.data.datasets import completed, open_data
+from normswap.finetune.data.digits import prepare_digits
+from normswap.finetune.data.loaders import DataSettings
 
 # timm opens a file per image and leaves it to the garbage collector to close it.
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")

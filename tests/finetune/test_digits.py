@@ -32,8 +32,8 @@ from benchmarks.finetuning.training import (
     split_parameters,
     train_source,
 )
-from normswap.finetune.digits import SPLIT, load_ink, prepare_digits, render_target, split_indices
-from normswap.surgery.gated import gated_modules, moved_sites
+from normswap.finetune.data.digits import SPLIT, load_ink, prepare_digits, render_target, split_indices
+from normswap.surgery.importance import gated_modules, moved_sites
 
 SHORT = FineTuning(steps=3)
 

@@ -14,13 +14,11 @@ from torch import nn
 import normswap
 from normswap.cli import main
 from normswap.errors import ArchitectureError, CheckpointError, NormswapError, RecipeError
-from normswap.finetune import network
-from normswap.finetune.engine import run_recipe
-from normswap.finetune.journal import read_journal
-from normswap.finetune.optimizer import build_average
-from normswap.finetune.preparation import prepare
-from normswap.finetune.recipe import Recipe, differing_keys, parse_recipe, read_recipe
-from normswap.finetune.run_length import run_length
+from normswap.finetune import model_source
+from normswap.finetune.recipe import Recipe, differing_keys, parse_recipe, read_recipe, run_length
+from normswap.finetune.run_files import read_journal
+from normswap.finetune.setup import build_average, prepare
+from normswap.finetune.trainer import run_recipe
 from tests.finetune.test_datasets import image_folder
 
 # timm opens a file per image and leaves it to the garbage collector to close it.
@@ -280,7 +278,7 @@ def test_a_warmup_longer_than_the_run_is_refused_before_anything_is_written(here
 def test_a_warmup_is_given_as_a_share_of_the_run() -> None:
     train = recipe(model={"architecture": TEN}, train={"steps": 40, "warmup_share": 0.05}).train
     assert run_length(train, 7) == 40
-    from normswap.finetune.engine import _factor
+    from normswap.finetune.trainer import _factor
 
     factor = _factor(train, 40)
     assert [round(factor(step), 3) for step in range(3)] == [0.333, 0.667, 1.0]
@@ -369,7 +367,7 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(network, "_answers", lambda *_: False)
+    monkeypatch.setattr(model_source, "_answers", lambda *_: False)
     monkeypatch.setattr("time.sleep", lambda _: None)
 
 
@@ -402,20 +400,20 @@ def test_a_network_that_answers_is_used(monkeypatch: pytest.MonkeyPatch) -> None
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(network, "_answers", lambda *_: True)
-    with network.bounded_fetching() as found:
+    monkeypatch.setattr(model_source, "_answers", lambda *_: True)
+    with model_source.bounded_fetching() as found:
         assert (found.is_reachable, constants.HF_HUB_OFFLINE) == (True, False)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with network.bounded_fetching() as found:
+    with model_source.bounded_fetching() as found:
         assert found == (False, "HF_HUB_OFFLINE forbids fetching them: unset it")
 
 
 def test_a_connection_is_tried_where_a_request_would_go_first(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY", "no_proxy", "NO_PROXY", "http_proxy"):
         monkeypatch.delenv(name, raising=False)
-    assert network._address("https://hub.example") == ("hub.example", 443)
+    assert model_source._address("https://hub.example") == ("hub.example", 443)
     monkeypatch.setenv("https_proxy", "http://proxy.example:3128")
-    assert network._address("https://hub.example") == ("proxy.example", 3128)
+    assert model_source._address("https://hub.example") == ("proxy.example", 3128)
     monkeypatch.setenv("no_proxy", "hub.example")
-    assert network._address("https://hub.example") == ("hub.example", 443)
-    assert network._answers("127.0.0.1", 9) is False
+    assert model_source._address("https://hub.example") == ("hub.example", 443)
+    assert model_source._answers("127.0.0.1", 9) is False

@@ -33,13 +33,13 @@ from normswap.errors import (
     RunInterrupted,
     TrainingError,
 )
-from normswap.finetune import engine, journal, preparation
-from normswap.finetune.data import open_data
-from normswap.finetune.engine import run_recipe
-from normswap.finetune.journal import Journal, read_journal
-from normswap.finetune.preparation import prepare
+from normswap.finetune import run_files, setup, trainer
+from normswap.finetune.data.datasets import open_data
 from normswap.finetune.recipe import Recipe, parse_recipe
-from normswap.surgery.gated import gated_modules
+from normswap.finetune.run_files import Journal, read_journal
+from normswap.finetune.setup import prepare
+from normswap.finetune.trainer import run_recipe
+from normswap.surgery.importance import gated_modules
 
 ARCHITECTURE = "timm:test_resnet,num_classes=10,output_stride=8"
 ROOT = Path(__file__).resolve().parents[2]
@@ -131,7 +131,7 @@ def test_the_loss_is_that_of_the_images_and_the_price_pulls_at_the_gates(tmp_pat
 def test_the_learning_rate_follows_its_schedule() -> None:
     def factors(**keys: Any) -> list[float]:
         train = recipe(Path(), train={"steps": 4, "lr": 0.1, **keys}).train
-        return [round(engine._factor(train, 4)(step), 4) for step in range(5)]
+        return [round(trainer._factor(train, 4)(step), 4) for step in range(5)]
 
     assert factors(schedule="linear") == [1, 0.75, 0.5, 0.25, 0]
     assert factors(schedule="constant") == [1] * 5
@@ -286,7 +286,7 @@ def test_a_full_disk_loses_nothing(tmp_path: Path, file_size_limit: Any) -> None
 
 
 def test_a_log_that_cannot_be_written_is_told(tmp_path: Path, file_size_limit: Any, monkeypatch: Any) -> None:
-    monkeypatch.setattr(journal, "_open_board", lambda *_: None)
+    monkeypatch.setattr(run_files, "_open_board", lambda *_: None)
     (tmp_path / "log.jsonl").mkdir()
     with pytest.raises(TrainingError, match=r"log\.jsonl: cannot be written \(Is a directory\)"):
         Journal(tmp_path)
@@ -352,13 +352,13 @@ def test_what_cannot_be_trained_is_told_before_anything_is_written(
 
 def test_data_that_does_not_tell_its_classes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     untold = partial(replace, classes=None)
-    monkeypatch.setattr(preparation, "open_data", lambda *args, **keys: untold(open_data(*args, **keys)))
+    monkeypatch.setattr(setup, "open_data", lambda *args, **keys: untold(open_data(*args, **keys)))
     with pytest.raises(DataError, match="digits:shifted: does not tell its classes: use a folder per class"):
         run_recipe(recipe(tmp_path))
 
 
 def test_a_conversion_that_fails_its_proof_is_not_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preparation, "verify", lambda *_: SimpleNamespace(passed=False))
+    monkeypatch.setattr(setup, "verify", lambda *_: SimpleNamespace(passed=False))
     with pytest.raises(
         NothingToDo, match="the converted model does not compute the same function: see normswap verify"
     ):
@@ -369,7 +369,7 @@ def test_a_conversion_that_fails_its_proof_is_not_trained(tmp_path: Path, monkey
 
 
 def test_sharded_parameters_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "Accelerator", lambda **_: SimpleNamespace(distributed_type="FSDP"))
+    monkeypatch.setattr(trainer, "Accelerator", lambda **_: SimpleNamespace(distributed_type="FSDP"))
     with pytest.raises(
         RecipeError, match="FSDP: gates are projected in the forward pass, which sharded parameters lose"
     ):

@@ -12,8 +12,8 @@ import torch
 from accelerate import PartialState
 
 from normswap.errors import RunInterrupted
-from normswap.finetune.engine import run_recipe
 from normswap.finetune.recipe import Recipe, parse_recipe
+from normswap.finetune.trainer import run_recipe
 
 
 def recipe(folder: Path, name: str) -> Recipe:

@@ -26,8 +26,9 @@ from torch.utils.checkpoint import checkpoint
 
 from normswap import convert, param_groups, synchronize_statistics, use_backend
 from normswap.errors import LayerError
-from normswap.layers import joint_batch, tables
-from normswap.layers.modules import SwitchNorm
+from normswap.layers import sync
+from normswap.layers.backends import moment_algebra
+from normswap.layers.switch_norm import SwitchNorm
 
 ALL = ("in", "ln", "bn")
 # The node on CPU, the node as on other devices, the plain formula.
@@ -134,11 +135,11 @@ def normalise(case: Case, rank: int) -> dict[str, Tensor | None]:
 def by_backend(name: str) -> Iterator[None]:
     """Normalise on CPU as on some device."""
     with use_backend("reference" if name == "reference" else "native"):
-        before = joint_batch._PASSES, tables._as_array
+        before = sync._PASSES, moment_algebra._as_array
         if name == "plain":
-            joint_batch._PASSES, tables._as_array = {}, lambda tensor: tensor
+            sync._PASSES, moment_algebra._as_array = {}, lambda tensor: tensor
         yield
-        joint_batch._PASSES, tables._as_array = before
+        sync._PASSES, moment_algebra._as_array = before
 
 
 # --- what else can be done with a synchronized layer ------------------------------------------------------------------

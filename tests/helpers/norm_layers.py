@@ -9,11 +9,7 @@ from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 from torchvision.ops.misc import FrozenBatchNorm2d
 
-from normswap.layers.modules import (
-    SwitchNorm,
-    SwitchNorm2d,
-    SwitchNormAct2d,
-)
+from normswap.layers.switch_norm import SwitchNorm, SwitchNorm2d, SwitchNormAct2d
 
 LAYERS: dict[str, Callable[[], SwitchNorm]] = {
     "softmax": lambda: SwitchNorm2d(4),

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from normswap import convert, verify
 from normswap.errors import SwapError
-from normswap.surgery.own_forward import trace_own_forward
+from normswap.surgery.graphs.module_trace import trace_own_forward
 from tests.helpers import laws, zoo
 
 CONTROL_FLOW = "TraceError: symbolically traced variables cannot be used as inputs to control flow"

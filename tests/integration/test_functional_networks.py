@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import normswap
-from normswap.layers.modules import FunctionalSwitchNorm
+from normswap.layers.switch_norm import FunctionalSwitchNorm
 from tests.helpers import functional_networks as networks
 from tests.helpers import laws
 from tests.helpers.zoo import Trap

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 from normswap import convert, freeze_statistics, unfreeze_statistics, update_statistics
-from normswap.layers.modules import SwitchNorm
+from normswap.layers.switch_norm import SwitchNorm
 from tests.helpers import laws, zoo
 
 X = zoo.image(3, 3, 48, 48)().double()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from normswap import calibrate, convert, find_norm_sites, plan_swaps, verify
 from normswap.errors import ModelError, NormswapError, SwapError
-from normswap.modes import preserved_before_writes
+from normswap.model_state import preserved_before_writes
 
 C = 8
 X = torch.randn(4, C, generator=torch.Generator().manual_seed(0))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.ao.quantization.quantize_fx import prepare_fx, prepare_qat_fx
 
 from normswap import apply_plan, convert, find_norm_sites, importance_weights, param_groups, plan_swaps
-from normswap.checkpoints.checkpoint import load
+from normswap.checkpoints.loading import load
 from normswap.cli import main
 from normswap.errors import CheckpointError, SwapError
 

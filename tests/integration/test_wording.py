@@ -16,7 +16,7 @@ from click.testing import CliRunner, Result
 from torch import nn
 
 import normswap
-from normswap.checkpoints.containers import needs_trust
+from normswap.checkpoints.formats.formats import needs_trust
 from normswap.cli import main
 from normswap.cli.wording import OPTIONS, as_options
 from normswap.errors import ArchitectureError, ArgumentError, CheckpointError, DataError, ModelError, NormswapError

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 import normswap
 from normswap import SwitchNorm2d, switch_norm
-from normswap.layers.importance import BN_STATISTICS
+from normswap.layers.gating import BN_STATISTICS
 from tests.helpers import zoo
 
 Run = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]

@@ -16,17 +16,16 @@ from torch.nn import functional as F
 
 import normswap
 from normswap.errors import LayerError
-from normswap.layers import compiled, dispatch, passes
+from normswap.layers.backends import aten_passes, cpu, selection
+from normswap.layers.backends.interface import Backend
 from normswap.layers.functional import switch_norm
-from normswap.layers.fused import Backend
-from normswap.layers.importance import BRANCHES, GATES, Branch, Gate, importance_weights
-from normswap.layers.mixing import project, read_weights
+from normswap.layers.gating import BRANCHES, GATES, Branch, Gate, importance_weights, project, read_weights
 
 # The algebra and, on small maps, the passes are done by C where the extension was built, else by numpy and torch.
 COMPILED = pytest.mark.parametrize(
     "by_c",
     [
-        pytest.param(True, id="C", marks=pytest.mark.skipif(not compiled.AVAILABLE, reason="built without a compiler")),
+        pytest.param(True, id="C", marks=pytest.mark.skipif(not cpu.AVAILABLE, reason="built without a compiler")),
         pytest.param(False, id="no C"),
     ],
 )
@@ -89,7 +88,7 @@ def test_backends_agree_in_every_layout(
     by_c: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(compiled, "AVAILABLE", by_c)
+    monkeypatch.setattr(cpu, "AVAILABLE", by_c)
     positions = torch.Size(shape[2:]).numel()
     for branches, gate, at_vertex in itertools.product(BRANCH_SETS, GATES, (False, True)):
         if "in" in branches and positions == 1:
@@ -115,7 +114,7 @@ def test_the_layout_is_that_of_batch_norm(shape: tuple[int, ...], lay_out: Calla
     for dy in (lay_out(torch.randn(shape)), torch.randn(shape), torch.randn(()).expand(shape)):
         (gradient,) = torch.autograd.grad(y, x, dy, retain_graph=True)
         (expected,) = torch.autograd.grad(twin, x, dy, retain_graph=True)
-        if x.is_contiguous() or passes.is_channels_last(x):
+        if x.is_contiguous() or aten_passes.is_channels_last(x):
             assert gradient.stride() == expected.stride()
 
 
@@ -152,7 +151,7 @@ def errors(function: Callable[..., Tensor], tensors: list[Tensor], dy: Tensor) -
 def test_errors_are_at_most_twice_those_of_torchs_norms(
     dtype: torch.dtype, ratio: float, layout: str, by_c: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compiled, "AVAILABLE", by_c)
+    monkeypatch.setattr(cpu, "AVAILABLE", by_c)
     # Where the mean is large, torch's kernel for the moments of single rows errs by one unit in the last place of it,
     # those of its norms by half of one, and gradients feel it more.
     factor = 4.0 if not by_c and dtype == torch.float32 and ratio > 0 else 2.0
@@ -213,7 +212,7 @@ def test_a_fixed_batch_norm_is_batch_norm_bit_for_bit(
     bn.running_mean, bn.running_var = torch.randn(shape[1]), torch.rand(shape[1]) + 0.5
     sn_class = normswap.SwitchNorm2d if len(shape) == 4 else normswap.SwitchNorm3d
     layer = sn_class.from_batch_norm(bn, bn_statistics=bn_statistics).train(bn_statistics == "running")  # type: ignore[arg-type]
-    monkeypatch.setattr(dispatch, "_FUSED", {"native": lambda: Backend("none", None, None)})  # type: ignore[arg-type]
+    monkeypatch.setattr(selection, "_FUSED", {"native": lambda: Backend("none", None, None)})  # type: ignore[arg-type]
     x = lay_out(torch.randn(shape))
     with torch.no_grad():
         assert layer(x).equal(bn(x))
@@ -259,10 +258,10 @@ def test_the_extension_is_there_where_it_can_be_built() -> None:
     header = Path(sysconfig.get_paths()["include"]) / "Python.h"
     command = (sysconfig.get_config_var("CC") or "cc").split()[0]
     if header.exists() and shutil.which(command):
-        assert compiled.AVAILABLE
+        assert cpu.AVAILABLE
 
 
-@pytest.mark.skipif(not compiled.AVAILABLE, reason="built without a compiler")
+@pytest.mark.skipif(not cpu.AVAILABLE, reason="built without a compiler")
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("shape", [(1, 2, 40, 3), (3, 17, 5, 9), (2, 33, 1, 19)])
 def test_a_first_value_far_out_costs_no_digits(layout: str, shape: tuple[int, ...]) -> None:
@@ -277,7 +276,7 @@ def test_a_first_value_far_out_costs_no_digits(layout: str, shape: tuple[int, ..
     torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.skipif(not compiled.AVAILABLE, reason="built without a compiler")
+@pytest.mark.skipif(not cpu.AVAILABLE, reason="built without a compiler")
 def test_what_is_not_finite_is_what_it_is_in_torch() -> None:
     for value in (float("nan"), float("inf")):
         x = torch.randn(2, 3, 4, 4)
@@ -291,14 +290,14 @@ def test_what_is_not_finite_is_what_it_is_in_torch() -> None:
 
 # Sizes at which several threads take part; in the last two one sample is cut into segments where channels_last.
 SHARED_SHAPES = [(3, 40, 17, 33), (1, 8, 130, 131), (2, 3, 6, 70, 90)]
-NEEDS_C = pytest.mark.skipif(not compiled.AVAILABLE, reason="built without a compiler")
+NEEDS_C = pytest.mark.skipif(not cpu.AVAILABLE, reason="built without a compiler")
 
 
 @NEEDS_C
 def test_the_extension_finds_the_threads_of_torch() -> None:
     """Where it did not, that would show as nothing but slowness."""
     if sys.platform == "linux" and torch.backends.openmp.is_available():
-        assert compiled._SHARES_THREADS
+        assert cpu._SHARES_THREADS
 
 
 @NEEDS_C
@@ -341,12 +340,12 @@ def test_large_activations_are_left_to_torch_where_its_threads_are_out_of_reach(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     seen: list[torch.Size] = []
-    served = compiled.normalise
-    monkeypatch.setattr(compiled, "normalise", lambda inputs: [seen.append(inputs.x.shape), served(inputs)][1])
+    served = cpu.normalise
+    monkeypatch.setattr(cpu, "normalise", lambda inputs: [seen.append(inputs.x.shape), served(inputs)][1])
     layer, small, large = normswap.SwitchNorm2d(4), torch.randn(2, 4, 8, 8), torch.randn(2, 4, 512, 512)
     for threads, shares in ((2, True), (1, False), (2, False)):
         torch.set_num_threads(threads)
-        monkeypatch.setattr(compiled, "_SHARES_THREADS", shares)
+        monkeypatch.setattr(cpu, "_SHARES_THREADS", shares)
         layer(small)
         layer(large)
     assert seen == [small.shape, large.shape] * 2 + [small.shape]
@@ -400,13 +399,13 @@ def test_running_statistics_move_as_in_batch_norm_and_say_that_they_changed(dtyp
 
 @NEEDS_C
 def test_the_extension_refuses_calls_that_make_no_sense() -> None:
-    site = (0, 1, 0, 4, False, 1, *compiled._ABSENT * 8, False, 1, 1e-5)
-    for function, count in ((compiled._C.normalise, 45), (compiled._C.differentiate, 54)):
+    site = (0, 1, 0, 4, False, 1, *cpu._ABSENT * 8, False, 1, 1e-5)
+    for function, count in ((cpu._C.normalise, 45), (cpu._C.differentiate, 54)):
         with pytest.raises(TypeError, match=f"expected {count} arguments, got 1"):
             function(0)
         with pytest.raises(ValueError, match="expected a kind of number and a shape without zeros"):
             function(*site, *[0] * (count - len(site)))
-    for function, count in ((compiled._C.record, 17), (compiled._C.use_threads, 3)):
+    for function, count in ((cpu._C.record, 17), (cpu._C.use_threads, 3)):
         with pytest.raises(TypeError, match=f"expected {count} arguments, got 1"):
             function(0)
 
@@ -415,7 +414,7 @@ def test_the_extension_refuses_calls_that_make_no_sense() -> None:
 
 
 def test_the_cpu_is_served_by_aten_kernels() -> None:
-    backend = dispatch.fused_backend(torch.ones(1))
+    backend = selection.fused_backend(torch.ones(1))
     assert backend is not None
     assert backend.name == "native"
 
@@ -423,11 +422,11 @@ def test_the_cpu_is_served_by_aten_kernels() -> None:
 def test_use_backend_is_undone_and_nests() -> None:
     x = torch.ones(1)
     with normswap.use_backend("reference"):
-        assert dispatch.fused_backend(x) is None
+        assert selection.fused_backend(x) is None
         with normswap.use_backend("native"):
-            assert dispatch.fused_backend(x) is not None
-        assert dispatch.fused_backend(x) is None
-    assert dispatch.fused_backend(x) is not None
+            assert selection.fused_backend(x) is not None
+        assert selection.fused_backend(x) is None
+    assert selection.fused_backend(x) is not None
 
 
 def renewed(x: Tensor, *leaves: Tensor) -> Tensor:
@@ -453,7 +452,7 @@ def test_second_derivatives_where_statistics_are_renewed() -> None:
 def test_a_backend_that_cannot_renew_statistics_is_passed_by(monkeypatch: pytest.MonkeyPatch) -> None:
     leaves = renewed_leaves()
     expected = renewed(*leaves)
-    monkeypatch.setattr(dispatch, "_FUSED", {"native": lambda: Backend("none", None, None)})  # type: ignore[arg-type]
+    monkeypatch.setattr(selection, "_FUSED", {"native": lambda: Backend("none", None, None)})  # type: ignore[arg-type]
     torch.testing.assert_close(renewed(*leaves), expected)
 
 
@@ -461,11 +460,11 @@ def test_unknown_backends_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     message = "use_backend: expected one of ('reference', 'native', 'triton'), got 'cudnn'"
     with pytest.raises(LayerError, match=re.escape(message)), normswap.use_backend("cudnn"):
         pass
-    monkeypatch.setattr(dispatch, "_from_environment", "fast")
+    monkeypatch.setattr(selection, "_from_environment", "fast")
     with pytest.raises(LayerError, match="NORMSWAP_BACKEND: expected one of"):
         normswap.SwitchNorm2d(2)(torch.randn(2, 2, 3, 3))
-    monkeypatch.setattr(dispatch, "_from_environment", "reference")
-    assert dispatch.fused_backend(torch.ones(1)) is None
+    monkeypatch.setattr(selection, "_from_environment", "reference")
+    assert selection.fused_backend(torch.ones(1)) is None
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated:FutureWarning")  # exporters of old still use it
@@ -473,7 +472,7 @@ def test_what_does_not_run_now_gets_the_plain_formula() -> None:
     seen = []
 
     def note(x: Tensor) -> Tensor:
-        seen.append(dispatch.runs_now(x))
+        seen.append(selection.runs_now(x))
         return x
 
     torch.func.vmap(note)(torch.ones(2))

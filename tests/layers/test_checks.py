@@ -14,17 +14,17 @@ from torch.nn import functional as F
 import normswap
 from normswap import SwitchNorm2d
 from normswap.errors import LayerError
-from normswap.layers import compiled, synchronization
-from normswap.layers.dispatch import BACKENDS, fused_backend
+from normswap.layers import sync
+from normswap.layers.backends import cpu
+from normswap.layers.backends.interface import Inputs
+from normswap.layers.backends.selection import BACKENDS, fused_backend
 from normswap.layers.functional import switch_norm
-from normswap.layers.fused import Inputs
-from normswap.layers.importance import BRANCHES
-from normswap.layers.mixing import Mixing
+from normswap.layers.gating import BRANCHES, Mixing
 
 SHAPE = (2, 64, 3, 3)
 PER_CHANNEL = ("running_mean", "running_var", "weight", "bias")
 GATES = ("mean_weight", "var_weight")
-NEEDS_C = pytest.mark.skipif(not compiled.AVAILABLE, reason="built without a compiler")
+NEEDS_C = pytest.mark.skipif(not cpu.AVAILABLE, reason="built without a compiler")
 
 
 def arguments() -> dict[str, Any]:
@@ -134,7 +134,7 @@ def test_a_compiled_layer_refuses_what_an_eager_one_refuses() -> None:
 
 def test_a_synchronized_layer_checks_before_it_meets_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("normswap.layers.functional.processes", lambda group: 2)
-    monkeypatch.setattr(synchronization, "_gather", lambda *_: pytest.fail("an exchange took place"))
+    monkeypatch.setattr(sync, "_gather", lambda *_: pytest.fail("an exchange took place"))
     with pytest.raises(LayerError, match="running_var should contain 64 elements not 1"):
         switch_norm(
             torch.randn(SHAPE), **{**arguments(), "running_var": torch.ones(1)}, training=True, synchronize=True
@@ -248,9 +248,9 @@ def site(table: Tensor, x: Tensor, **changed: Any) -> list[Any]:
     point = torch.tensor([0.2, 0.3, 0.5])
     given: dict[str, Any] = {"mean": table, "var": table.clone(), "fixed_mean": None, "fixed_var": None}
     given |= {"weight": torch.ones(x.shape[1]), "bias": None, "mean_point": point, "var_point": point}
-    options = {"kind": 0, "order": compiled._order(("in", "ln", "bn"))} | changed
+    options = {"kind": 0, "order": cpu._order(("in", "ln", "bn"))} | changed
     _kept.append(given | options)
-    buffers = [number for name in given for number in compiled._buffer(options.get(name, given[name]))]
+    buffers = [number for name in given for number in cpu._buffer(options.get(name, given[name]))]
     positions = x[0, 0].numel()
     return [options["kind"], *x.shape[:2], positions, False, 1, *buffers, False, options["order"], 1e-5]
 
@@ -286,11 +286,11 @@ BUFFERS: dict[str, tuple[dict[str, Any], str]] = {
 def test_the_extension_checks_every_buffer(changed: dict[str, Any], message: str) -> None:
     x, table = torch.randn(2, 4, 3, 3), torch.ones(2, 4)
     y, dx = torch.full_like(x, 7), torch.full_like(x, 7)
-    first, absent = site(table, x, **changed), compiled._ABSENT
+    first, absent = site(table, x, **changed), cpu._ABSENT
     with pytest.raises(ValueError, match=message):
-        compiled._C.normalise(*first, *compiled._buffer(x), *compiled._buffer(y), *absent, *absent)
+        cpu._C.normalise(*first, *cpu._buffer(x), *cpu._buffer(y), *absent, *absent)
     with pytest.raises(ValueError, match=message):
-        compiled._C.differentiate(*first, *compiled._buffer(x) * 2, *compiled._buffer(dx), *absent * 4)
+        cpu._C.differentiate(*first, *cpu._buffer(x) * 2, *cpu._buffer(dx), *absent * 4)
     assert (y == 7).all()
     assert (dx == 7).all()
     assert (table == 1).all()
@@ -299,7 +299,7 @@ def test_the_extension_checks_every_buffer(changed: dict[str, Any], message: str
 @NEEDS_C
 def test_the_extension_checks_what_it_writes() -> None:
     x, table = torch.randn(2, 4, 3, 3), torch.ones(2, 4)
-    first, absent, good = site(table, x), compiled._ABSENT, compiled._buffer(x)
+    first, absent, good = site(table, x), cpu._ABSENT, cpu._buffer(x)
     y, short, row = torch.empty_like(x), torch.empty(71), torch.empty(3)
     for rest, message in (
         ((x, short), "y should contain 72 elements not 71"),
@@ -308,18 +308,18 @@ def test_the_extension_checks_what_it_writes() -> None:
         ((x, x.double()), "y: expected another kind of number than 1"),
     ):
         with pytest.raises(ValueError, match=message):
-            compiled._C.normalise(*first, *(n for t in rest for n in compiled._buffer(t)), *absent, *absent)
+            cpu._C.normalise(*first, *(n for t in rest for n in cpu._buffer(t)), *absent, *absent)
     with pytest.raises(ValueError, match="bn_mean should contain 4 elements not 3"):
-        compiled._C.normalise(*first, *good, *compiled._buffer(y), *compiled._buffer(row), *absent)
+        cpu._C.normalise(*first, *good, *cpu._buffer(y), *cpu._buffer(row), *absent)
     for at, name in enumerate(
         ("gradient of x", "gradient of mean_weight", "gradient of var_weight", "gradient of weight")
     ):
         gradients = [absent] * 5
-        gradients[at] = compiled._buffer(torch.empty(5))
+        gradients[at] = cpu._buffer(torch.empty(5))
         with pytest.raises(ValueError, match=f"{name} should contain"):
-            compiled._C.differentiate(*first, *good, *good, *itertools.chain(*gradients))
+            cpu._C.differentiate(*first, *good, *good, *itertools.chain(*gradients))
     with pytest.raises(ValueError, match="gradient of x and dy share memory"):
-        compiled._C.differentiate(*first, *good, *good, *good, *absent * 4)
+        cpu._C.differentiate(*first, *good, *good, *good, *absent * 4)
 
 
 @NEEDS_C
@@ -337,8 +337,8 @@ def test_the_extension_records_no_further_than_statistics_reach() -> None:
     count = torch.tensor([0, 0])
 
     def record(*tensors: Tensor, counts: int = 1) -> None:
-        buffers = (number for tensor in tensors for number in compiled._buffer(tensor))
-        compiled._C.record(4, 0.1, 1.0, *buffers, count.data_ptr(), counts)
+        buffers = (number for tensor in tensors for number in cpu._buffer(tensor))
+        cpu._C.record(4, 0.1, 1.0, *buffers, count.data_ptr(), counts)
 
     for tensors, message in (
         ((row, row, mean, memory[:1]), "running_var should contain 4 elements not 1"),
@@ -361,7 +361,7 @@ def test_the_compiled_passes_take_no_other_layout() -> None:
     x = torch.randn(2, 3, 4, 5).transpose(1, 3)
     inputs = Inputs(x, torch.ones(3), torch.ones(3), None, None, None, Mixing("softmax", BRANCHES, 1e-5))
     with pytest.raises(LayerError, match="expected a contiguous or channels_last input, got strides"):
-        compiled.normalise(inputs)
+        cpu.normalise(inputs)
     backend = fused_backend(x)
     assert backend is not None
     backend.forward(inputs)  # lays it out first
@@ -369,9 +369,9 @@ def test_the_compiled_passes_take_no_other_layout() -> None:
 
 @NEEDS_C
 def test_an_extension_of_another_interface_is_left_aside(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiled._C, "INTERFACE", 1)
+    monkeypatch.setattr(cpu._C, "INTERFACE", 1)
     try:
-        assert not importlib.reload(compiled).AVAILABLE
+        assert not importlib.reload(cpu).AVAILABLE
     finally:
         monkeypatch.undo()
-        assert importlib.reload(compiled).AVAILABLE
+        assert importlib.reload(cpu).AVAILABLE

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._dynamo import lookup_backend
 
 import normswap
-from normswap.layers.modules import SwitchNorm, SwitchNorm2d
+from normswap.layers.switch_norm import SwitchNorm, SwitchNorm2d
 
 X = torch.Size((2, 3, 32, 32))
 

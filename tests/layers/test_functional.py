@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from normswap.errors import LayerError
 from normswap.layers.functional import switch_norm
-from normswap.layers.importance import BRANCHES, GATES
+from normswap.layers.gating import BRANCHES, GATES
 from tests.helpers import oracles
 
 BRANCH_SETS = [subset for k in (1, 2, 3) for subset in itertools.combinations(BRANCHES, k)]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from normswap.errors import LayerError
-from normswap.layers.importance import (
+from normswap.layers.gating import (
     BRANCHES,
     GATES,
     check_bn_statistics,

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from normswap.errors import LayerError, SwapError
-from normswap.layers.adoption import (
+from normswap.layers.gating import BRANCHES
+from normswap.layers.in_place import (
     Replaced,
     adopt,
     check_replaceable,
@@ -22,8 +23,7 @@ from normswap.layers.adoption import (
     release,
     shallow_twin,
 )
-from normswap.layers.importance import BRANCHES
-from normswap.layers.modules import SwitchNorm, SwitchNorm1d, SwitchNorm2d, SwitchNorm3d, SwitchNormAct2d
+from normswap.layers.switch_norm import SwitchNorm, SwitchNorm1d, SwitchNorm2d, SwitchNorm3d, SwitchNormAct2d
 from tests.helpers import oracles
 
 # (how to make the norm, what it becomes, shape of the input)

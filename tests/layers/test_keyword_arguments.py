@@ -11,8 +11,8 @@ from torchvision.ops import FrozenBatchNorm2d
 
 import normswap
 from normswap import SwitchNorm1d, SwitchNorm2d, SwitchNorm3d
-from normswap.layers.modules import SwitchNorm, SwitchNormAct2d
-from normswap.surgery.sites import find_norm_sites
+from normswap.layers.switch_norm import SwitchNorm, SwitchNormAct2d
+from normswap.surgery.discovery.sites import find_norm_sites
 
 
 class Keyword(nn.Module):

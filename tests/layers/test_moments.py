@@ -3,7 +3,13 @@
 import pytest
 import torch
 
-from normswap.layers.moments import GatheredMoments, Moments, accumulation_dtype, instance_moments, pool_moments
+from normswap.layers.backends.reference import (
+    GatheredMoments,
+    Moments,
+    accumulation_dtype,
+    instance_moments,
+    pool_moments,
+)
 from tests.helpers import oracles
 
 SHAPES = {
@@ -111,7 +117,7 @@ def test_moments_are_accumulated_in_float32_or_wider(dtype: torch.dtype, expecte
 def test_gathered_moments_are_those_of_everything_at_once(
     monkeypatch: pytest.MonkeyPatch, part: int, shape: tuple[int, ...]
 ) -> None:
-    monkeypatch.setattr("normswap.layers.moments._PART_ON_CPU", part)
+    monkeypatch.setattr("normswap.layers.backends.reference._PART_ON_CPU", part)
     batches = [torch.randn(n, *shape[1:]) / 2 + 3000 for n in (1, 0, 5, 2)]
     gathered = GatheredMoments(4)
     for x in batches:

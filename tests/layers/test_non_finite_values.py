@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import normswap
 from normswap import SwitchNorm2d
-from normswap.layers import compiled
+from normswap.layers.backends import cpu
 from normswap.layers.functional import switch_norm
 
 try:
@@ -51,11 +51,11 @@ def _infinities_pass_as_on_a_device() -> Any:
 @pytest.fixture
 def use(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, bool], Any]:
     def chosen(backend: str, by_c: bool) -> Any:
-        if by_c and not compiled.AVAILABLE:
+        if by_c and not cpu.AVAILABLE:
             pytest.skip("built without a compiler")
         if backend == "triton" and not HAS_TRITON:
             pytest.skip("no Triton")
-        monkeypatch.setattr(compiled, "AVAILABLE", by_c)
+        monkeypatch.setattr(cpu, "AVAILABLE", by_c)
         return normswap.use_backend(backend)
 
     return chosen
@@ -142,9 +142,9 @@ def test_an_infinite_running_variance_stays_infinite_as_in_batch_norm(
     dtype: torch.dtype, by_c: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Moved by a difference it became NaN, and the layer with it."""
-    if by_c and not compiled.AVAILABLE:
+    if by_c and not cpu.AVAILABLE:
         pytest.skip("built without a compiler")
-    monkeypatch.setattr(compiled, "AVAILABLE", by_c)
+    monkeypatch.setattr(cpu, "AVAILABLE", by_c)
     layer, bn = SwitchNorm2d.from_batch_norm(torch.nn.BatchNorm2d(4)).to(dtype), torch.nn.BatchNorm2d(4).to(dtype)
     for model in (layer, bn):
         model.running_var[1] = INF

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 import normswap
 from normswap import SwitchNorm1d, SwitchNorm2d
 from normswap.errors import LayerError
-from normswap.layers import compiled
+from normswap.layers.backends import cpu
 from normswap.layers.functional import switch_norm
-from normswap.layers.importance import Branch
+from normswap.layers.gating import Branch
 from tests.helpers import oracles
 
 SHAPES = [(5, 4), (5, 4, 1), (5, 4, 1, 1), (3, 4, 1, 1, 1), (1, 4, 1, 1)]
@@ -51,7 +51,7 @@ def test_the_weight_of_in_goes_to_another_branch(
 ) -> None:
     if backend == "triton":
         pytest.importorskip("triton")
-    monkeypatch.setattr(compiled, "AVAILABLE", compiled.AVAILABLE and backend != "no C")
+    monkeypatch.setattr(cpu, "AVAILABLE", cpu.AVAILABLE and backend != "no C")
     name = {"no C": "native", "compiled": "native"}.get(backend, backend)
     dtype = torch.float32 if name == "triton" else torch.float64
     slow = backend in ("compiled", "triton")

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from normswap.errors import LayerError
-from normswap.layers.importance import BRANCHES
-from normswap.layers.modules import (
+from normswap.layers.gating import BRANCHES
+from normswap.layers.switch_norm import (
     FunctionalSwitchNorm,
     SwitchNorm,
     SwitchNorm1d,

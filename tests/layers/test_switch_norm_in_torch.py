@@ -13,14 +13,8 @@ from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from normswap.layers.importance import BRANCHES, GATES
-from normswap.layers.modules import (
-    FunctionalSwitchNorm,
-    SwitchNorm,
-    SwitchNorm2d,
-    SwitchNorm3d,
-    SwitchNormAct2d,
-)
+from normswap.layers.gating import BRANCHES, GATES
+from normswap.layers.switch_norm import FunctionalSwitchNorm, SwitchNorm, SwitchNorm2d, SwitchNorm3d, SwitchNormAct2d
 from tests.helpers.norm_layers import LAYER_CASES, LAYERS, mixed, trained
 
 

@@ -17,7 +17,7 @@ from torch._subclasses import FakeTensorMode
 from normswap import convert, revert, switch_norm, synchronize_statistics, verify
 from normswap.errors import LayerError
 from normswap.layers import functional
-from normswap.layers.modules import SwitchNorm, SwitchNorm1d, SwitchNorm2d
+from normswap.layers.switch_norm import SwitchNorm, SwitchNorm1d, SwitchNorm2d
 from tests.helpers import joint_processes, oracles
 from tests.helpers.joint_processes import BACKENDS, CASES, EMPTY, SINGLE, UNEVEN, Case, problem
 

@@ -22,19 +22,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from normswap.errors import LayerError
-from normswap.layers import dispatch
-from normswap.layers.adoption import GATE_PARAMETERS
-from normswap.layers.dispatch import fused_backend, use_backend
+from normswap.layers.backends import selection
+from normswap.layers.backends.interface import Inputs
+from normswap.layers.backends.reference import Moments
+from normswap.layers.backends.selection import fused_backend, use_backend
 from normswap.layers.functional import switch_norm
-from normswap.layers.fused import Inputs
-from normswap.layers.importance import BRANCHES, GATES
-from normswap.layers.mixing import Mixing
-from normswap.layers.modules import SwitchNorm2d
-from normswap.layers.moments import Moments
+from normswap.layers.gating import BRANCHES, GATES, Mixing
+from normswap.layers.in_place import GATE_PARAMETERS
+from normswap.layers.switch_norm import SwitchNorm2d
 from tests.helpers import oracles
 
 pytest.importorskip("triton")
-from normswap.layers import triton_backend
+from normswap.layers.backends import triton_launch
 
 # The interpreter of Triton 3.4 reads bounds of loops so; a later one does not.
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
@@ -68,7 +67,7 @@ def never_waiting() -> Iterator[None]:
 
 def cut_small(monkeypatch: pytest.MonkeyPatch, tile: int, table_tile: int, programs: int) -> None:
     for name, value in {"_TILE": tile, "_TABLE_TILE": table_tile, "_PROGRAMS": programs}.items():
-        monkeypatch.setattr(triton_backend, name, value)
+        monkeypatch.setattr(triton_launch, name, value)
 
 
 def gate_points(gate: str, branches: tuple[str, ...]) -> list[Tensor]:
@@ -203,7 +202,7 @@ def test_however_it_is_cut(
 ) -> None:
     cut_small(monkeypatch, tile, table_tile, programs)
     leaves = problem(shape, "softmax", BRANCHES, last=last)
-    assert met(triton_backend._cut_of(leaves["x"]))
+    assert met(triton_launch._cut_of(leaves["x"]))
     assert_equal_to_the_oracle(leaves, gate="softmax", branches=BRANCHES)
 
 
@@ -364,13 +363,13 @@ def test_the_moments_of_the_batch_are_recorded_in_float32() -> None:
     x = torch.randn(2, 3, 5, device=DEVICE).half()
     mixing = Mixing("simplex", BRANCHES, 1e-5)
     vertex = torch.tensor([1.0, 0.0, 0.0], device=DEVICE)
-    _, batch, saved, _ = triton_backend.forward(Inputs(x, vertex, vertex, None, None, None, mixing))
+    _, batch, saved, _ = triton_launch.forward(Inputs(x, vertex, vertex, None, None, None, mixing))
     assert batch is not None
     assert all(table.dtype == torch.float32 for table in (*batch, *saved))
     torch.testing.assert_close(batch.mean, x.float().mean((0, 2))[None], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(batch.var, x.float().var((0, 2), correction=0)[None], rtol=1e-5, atol=1e-6)
     constants = Moments(torch.zeros(1, 3, device=DEVICE), torch.ones(1, 3, device=DEVICE))
-    assert triton_backend.forward(Inputs(x, vertex, vertex, None, None, constants, mixing)).batch is None
+    assert triton_launch.forward(Inputs(x, vertex, vertex, None, None, constants, mixing)).batch is None
 
 
 def test_one_position_leaves_in_no_variance_and_y_finite() -> None:
@@ -378,8 +377,8 @@ def test_one_position_leaves_in_no_variance_and_y_finite() -> None:
     x, uniform = torch.randn(3, 4, 1, device=DEVICE), torch.full((3,), 1 / 3, device=DEVICE)
     mixing = Mixing("simplex", BRANCHES, 1e-5)
     inputs = Inputs(x, uniform, uniform, None, None, None, mixing)
-    y, _, saved, _ = triton_backend.forward(inputs)
-    found = triton_backend.backward(x, inputs, saved, (True, True, True, False, False))
+    y, _, saved, _ = triton_launch.forward(inputs)
+    found = triton_launch.backward(x, inputs, saved, (True, True, True, False, False))
     assert bool((saved.var == 0).all())
     assert all(bool(tensor.isfinite().all()) for tensor in (y, *found[:3]))  # type: ignore[union-attr]
 
@@ -397,8 +396,8 @@ def test_launches_are_few(
 ) -> None:
     launches: list[str] = []
     for name in ("moments", "pool", "affine", "sums", "pulls", "gradient"):
-        kernel = getattr(triton_backend, f"{name}_kernel")
-        monkeypatch.setattr(triton_backend, f"{name}_kernel", _Counted(name, kernel, launches))
+        kernel = getattr(triton_launch, f"{name}_kernel")
+        monkeypatch.setattr(triton_launch, f"{name}_kernel", _Counted(name, kernel, launches))
     leaves = problem((2, 3, 4), "softmax", branches)
     normalised(leaves, torch.randn(2, 3, 4), running_statistics(3) if constant else None, branches=branches)
     assert launches == [*forward, "sums", "pulls", "gradient"]
@@ -453,12 +452,12 @@ def test_points_of_any_branches_and_dtype_are_projected_in_float32(dtype: torch.
     points = [torch.tensor([0.8, 0.9][: len(branches)], dtype=dtype, device=DEVICE) for _ in range(2)]
     exact = oracles.project_by_enumeration(points[0].float().cpu())
     version = points[0]._version
-    triton_backend.project_points(points, branches)
+    triton_launch.project_points(points, branches)
     tolerance = 1e-6 if dtype == torch.float32 else 0.0
     for point in points:
         torch.testing.assert_close(point.cpu(), exact.to(dtype), rtol=tolerance, atol=0)
     before = points[0].clone()
-    triton_backend.project_points(points[:1], branches)
+    triton_launch.project_points(points[:1], branches)
     assert points[0].equal(before)
     assert points[0]._version == version
 
@@ -468,7 +467,7 @@ def test_a_gate_that_is_not_a_number_is_not_hidden(gate: str) -> None:
     x, point = torch.randn(1, 2, 3, device=DEVICE), torch.tensor([0.2, float("nan"), 0.5], device=DEVICE)
     fine = torch.full((3,), 1 / 3, device=DEVICE)
     mixing = Mixing(gate, BRANCHES, 1e-5)  # type: ignore[arg-type]
-    assert bool(triton_backend.forward(Inputs(x, point, fine, None, None, None, mixing)).y.isnan().all())
+    assert bool(triton_launch.forward(Inputs(x, point, fine, None, None, None, mixing)).y.isnan().all())
 
 
 def test_a_vertex_survives_training_bit_for_bit_and_trains_as_batch_norm() -> None:
@@ -488,10 +487,10 @@ def test_a_vertex_survives_training_bit_for_bit_and_trains_as_batch_norm() -> No
 
 
 def test_on_a_gpu_it_is_the_default_but_for_float64(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "_can_compile_for", lambda device: True)
+    monkeypatch.setattr(selection, "_can_compile_for", lambda device: True)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         stub: Any = SimpleNamespace(dtype=dtype, device=torch.device("cuda"))
-        assert fused_backend(stub) is triton_backend.TRITON
+        assert fused_backend(stub) is triton_launch.TRITON
     double: Any = SimpleNamespace(dtype=torch.float64, device=torch.device("cuda"))
     assert fused_backend(double) is None
     with use_backend("triton"):
@@ -502,7 +501,7 @@ def test_on_a_gpu_it_is_the_default_but_for_float64(monkeypatch: pytest.MonkeyPa
 def test_a_gpu_that_triton_does_not_compile_for_gets_the_reference(
     capability: tuple[int, int], backend: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dispatch, "_can_compile_for", dispatch._can_compile_for.__wrapped__)
+    monkeypatch.setattr(selection, "_can_compile_for", selection._can_compile_for.__wrapped__)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     stub: Any = SimpleNamespace(dtype=torch.float32, device=torch.device("cuda"))
     found = fused_backend(stub)
@@ -511,8 +510,8 @@ def test_a_gpu_that_triton_does_not_compile_for_gets_the_reference(
 
 def test_without_triton_a_gpu_gets_the_reference_and_asking_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     stub: Any = SimpleNamespace(dtype=torch.float32, device=torch.device("cuda"))
-    monkeypatch.setattr(dispatch, "_has_triton", lambda: False)
-    monkeypatch.setattr(dispatch, "_triton", dispatch._triton.__wrapped__)
+    monkeypatch.setattr(selection, "_has_triton", lambda: False)
+    monkeypatch.setattr(selection, "_triton", selection._triton.__wrapped__)
     assert fused_backend(stub) is None
     with (
         use_backend("triton"),
@@ -522,7 +521,7 @@ def test_without_triton_a_gpu_gets_the_reference_and_asking_is_refused(monkeypat
 
 
 def test_cpu_tensors_are_refused_unless_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "interpreted", lambda: False)
+    monkeypatch.setattr(selection, "interpreted", lambda: False)
     gates = torch.ones(3)
     with (
         use_backend("triton"),
@@ -553,16 +552,16 @@ def compile_only(self, *args, grid, warmup, **options):
     print(self.fn.__name__)
 JITFunction.run = compile_only
 
-from normswap.layers import triton_backend
-from normswap.layers.fused import Inputs
-from normswap.layers.mixing import Mixing
-triton_backend._TILE = triton_backend._TABLE_TILE = 128
+from normswap.layers.backends import triton_launch
+from normswap.layers.backends.interface import Inputs
+from normswap.layers.gating import Mixing
+triton_launch._TILE = triton_launch._TABLE_TILE = 128
 x, point, weight = torch.empty(1, 2, 20, 20, dtype=torch.bfloat16), torch.empty(3), torch.empty(2)
 mixing = Mixing("simplex", ("in", "ln", "bn"), 1e-5)
 inputs = Inputs(x, point, point, weight, weight, None, mixing)
-y, _, saved, _ = triton_backend.forward(inputs)
-triton_backend.backward(y, inputs, saved, (True,) * 5)
-triton_backend.project_points([point, point], mixing.branches)
+y, _, saved, _ = triton_launch.forward(inputs)
+triton_launch.backward(y, inputs, saved, (True,) * 5)
+triton_launch.project_points([point, point], mixing.branches)
 """
 
 

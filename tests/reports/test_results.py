@@ -15,9 +15,9 @@ from rich.console import Console
 from torch import nn
 
 import normswap
-from normswap.display import counted
 from normswap.reports.tables import parity, plan_summary
 from normswap.surgery.plan import Skip, SwapPlan
+from normswap.text import counted
 from tests.helpers import files
 
 FUNCTIONS = {name: f for name in normswap.__all__ if inspect.isfunction(f := getattr(normswap, name))}

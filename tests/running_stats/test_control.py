@@ -21,7 +21,7 @@ from normswap import (
     update_statistics,
 )
 from normswap.errors import LayerError, ModelError, PlanError
-from normswap.surgery.gated import gated_modules
+from normswap.surgery.importance import gated_modules
 from tests.helpers import laws, zoo
 
 X = zoo.image(4, 3, 9, 9)().double()

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 import normswap
 from normswap.errors import SwapError
-from normswap.layers.gates import GatedModule
+from normswap.layers.gated_module import GatedModule
 
 
 class Dropped(nn.Module):

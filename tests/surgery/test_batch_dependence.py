@@ -9,7 +9,7 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from normswap import SwitchNorm2d, batch_dependence, convert, freeze_statistics
-from normswap.surgery.gated import gated_modules
+from normswap.surgery.importance import gated_modules
 from tests.helpers import oracles, zoo
 
 X = zoo.image(2, 3, 9, 9)()

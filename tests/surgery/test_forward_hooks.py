@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from normswap.errors import ModelError
 from normswap.surgery.arguments import describe_shapes
-from normswap.surgery.observation import Observation, observe_forward
-from normswap.surgery.tree import walk_modules
+from normswap.surgery.discovery.whole_model import Observation, observe_forward
+from normswap.surgery.module_tree import walk_modules
 from tests.helpers import laws, zoo
 
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import normswap
-from normswap.surgery.frozen import frozen_eps, has_frozen_structure
+from normswap.surgery.norms.classes import frozen_eps, has_frozen_structure
 from tests.helpers import laws
 
 

@@ -13,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.hooks import RemovableHandle
 
 from normswap import convert, load, save, verify
-from normswap.surgery.tree import copy_model, deep_copy
+from normswap.surgery.module_tree import copy_model, deep_copy
 
 X = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
 

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normswap import find_norm_sites
-from normswap.surgery.calls import batch_norm_nodes
-from normswap.surgery.own_forward import mentioned_kinds, trace_own_forward
+from normswap.surgery.graphs.module_trace import mentioned_kinds, trace_own_forward
+from normswap.surgery.norms.functions import batch_norm_nodes
 from tests.helpers import laws, zoo
 
 # (module, calls of batch_norm on an activation)

@@ -3,7 +3,8 @@
 import torch
 from torch import nn
 
-from normswap.surgery.tree import Place, class_name, copy_model, join, modules_by_name, walk_modules
+from normswap.surgery.module_tree import Place, class_name, copy_model, modules_by_name, walk_modules
+from normswap.text import join
 from tests.helpers import zoo
 
 

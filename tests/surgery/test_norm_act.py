@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import normswap
 from normswap import KNOWN_NORMS, SwitchNormAct, convert, read_batch_norm, read_norm_act, revert, verify
 from normswap.errors import LayerError
-from normswap.layers.modules import SwitchNorm2d, SwitchNormAct2d
+from normswap.layers.switch_norm import SwitchNorm2d, SwitchNormAct2d
 
 SHAPES = {1: (4, 8, 5), 2: (4, 8, 5, 5), 3: (2, 8, 4, 4, 4)}
 NORMS: dict[int, type[Any]] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}

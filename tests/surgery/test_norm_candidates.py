@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from normswap import convert, plan_swaps
 from normswap.reports.tables import plan_summary, site_table
-from normswap.surgery.norm_candidates import looks_like_norm, own_statistics
-from normswap.surgery.norms import read_norm
-from normswap.surgery.sites import find_norm_sites
+from normswap.surgery.discovery.sites import find_norm_sites
+from normswap.surgery.norms.candidates import looks_like_norm, own_statistics
+from normswap.surgery.norms.classes import read_norm
 
 
 def norm_class(name: str, base: type[nn.Module] = nn.Module, *, affine: bool = True, **buffers: Tensor) -> nn.Module:

@@ -13,15 +13,9 @@ from torch.nn.utils import parametrizations, parametrize
 from torchvision.ops.misc import Conv2dNormActivation, FrozenBatchNorm2d
 
 from normswap import KNOWN_NORMS, SwitchNorm2d, read_batch_norm
-from normswap.layers.modules import (
-    FunctionalSwitchNorm,
-    SwitchNorm,
-    SwitchNorm1d,
-    SwitchNorm3d,
-    SwitchNormAct2d,
-)
-from normswap.surgery.norm_candidates import looks_like_norm
-from normswap.surgery.norms import NormSpec, is_norm_layer, read_frozen_batch_norm, read_norm
+from normswap.layers.switch_norm import FunctionalSwitchNorm, SwitchNorm, SwitchNorm1d, SwitchNorm3d, SwitchNormAct2d
+from normswap.surgery.norms.candidates import looks_like_norm
+from normswap.surgery.norms.classes import NormSpec, is_norm_layer, read_frozen_batch_norm, read_norm
 from tests.helpers import zoo
 
 # (module, what is read)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 import normswap
-from normswap.surgery.calls import NORM_CALLS, call_name, is_folded, norm_arguments, norm_nodes, other_use
+from normswap.surgery.norms.functions import NORM_CALLS, call_name, is_folded, norm_arguments, norm_nodes, other_use
 from tests.helpers import laws, zoo
 
 aten = torch.ops.aten

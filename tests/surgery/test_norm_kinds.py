@@ -18,10 +18,10 @@ from torch import Tensor, nn
 import normswap
 from normswap import KNOWN_NORMS, convert, plan_swaps, read_group_norm, read_instance_norm, revert, verify
 from normswap.errors import LayerError, PlanError, SwapError
-from normswap.layers.adoption import check_replaceable
-from normswap.layers.modules import SwitchNorm, SwitchNorm2d
-from normswap.surgery.gated import moved_sites
-from normswap.surgery.norms import KINDS, NormSpec, read_norm, requested_kind, vertex_of
+from normswap.layers.in_place import check_replaceable
+from normswap.layers.switch_norm import SwitchNorm, SwitchNorm2d
+from normswap.surgery.importance import moved_sites
+from normswap.surgery.norms.classes import KINDS, NormSpec, read_norm, requested_kind, vertex_of
 from normswap.surgery.plan import SwapPlan
 from tests.helpers import laws, oracles, zoo
 

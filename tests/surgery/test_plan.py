@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from normswap.errors import ModelError, PlanError
-from normswap.layers.importance import Branch
+from normswap.layers.gating import Branch
+from normswap.surgery.discovery.sites import find_norm_sites
 from normswap.surgery.plan import SwapPlan
 from normswap.surgery.planning import plan_swaps
-from normswap.surgery.sites import find_norm_sites
 
 
 class Net(nn.Module):

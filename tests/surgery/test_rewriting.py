@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 import normswap
 from normswap.errors import SwapError
-from normswap.layers.modules import FunctionalSwitchNorm
-from normswap.surgery.graph_rewrite import compile_forward, free_names, is_rewritten, rewrite_forward
-from normswap.surgery.own_forward import trace_own_forward
+from normswap.layers.switch_norm import FunctionalSwitchNorm
+from normswap.surgery.graphs.module_trace import trace_own_forward
+from normswap.surgery.graphs.rewriting import compile_forward, free_names, is_rewritten, rewrite_forward
 
 
 class Block(nn.Module):

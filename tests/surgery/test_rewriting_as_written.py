@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 import normswap
 from normswap.errors import LayerError
-from normswap.layers.modules import FunctionalSwitchNorm
-from normswap.surgery.as_written import run_as_written
+from normswap.layers.switch_norm import FunctionalSwitchNorm
+from normswap.surgery.graphs.rewriting import run_as_written
 from tests.helpers import laws, zoo
 
 

@@ -10,9 +10,8 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 
 from normswap import convert, plan_swaps
 from normswap.errors import PlanError
-from normswap.surgery.patterns import first_matches, matched
 from normswap.surgery.plan import SwapPlan
-from normswap.surgery.settings import settle
+from normswap.surgery.selection import first_matches, matched, settle
 from tests.helpers import laws, zoo
 
 

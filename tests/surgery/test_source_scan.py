@@ -11,9 +11,9 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-from normswap.surgery import code_reading
-from normswap.surgery.code_reading import could_normalize, names_in, uses_of_names
-from normswap.surgery.norms import is_norm_layer
+from normswap.surgery.graphs import module_trace
+from normswap.surgery.graphs.module_trace import could_normalize, names_in, uses_of_names
+from normswap.surgery.norms.classes import is_norm_layer
 from tests.helpers import zoo
 
 
@@ -212,4 +212,4 @@ def test_uses_of_a_name_are_told_from_attributes_of_self() -> None:
 
 def test_names_are_read_in_inner_functions_too() -> None:
     assert {"F", "batch_norm"} <= names_in(ByInnerFunction.forward.__code__)
-    assert "batch_norm" in code_reading._wanted()
+    assert "batch_norm" in module_trace._wanted()

@@ -9,16 +9,10 @@ import torch.nn.functional as F
 from timm.models import create_model
 from torch import Tensor, fx, nn
 
-from normswap.surgery.calls import batch_norm_nodes, is_batch_norm_call, norm_arguments
-from normswap.surgery.norms import is_norm_layer
-from normswap.surgery.tracing import (
-    GraphFacts,
-    first_line,
-    read_graph,
-    sharing_twin,
-    trace_model,
-    trace_with,
-)
+from normswap.surgery.graphs.tracing import GraphFacts, read_graph, sharing_twin, trace_model, trace_with
+from normswap.surgery.norms.classes import is_norm_layer
+from normswap.surgery.norms.functions import batch_norm_nodes, is_batch_norm_call, norm_arguments
+from normswap.text import first_line
 from tests.helpers import laws, zoo
 
 

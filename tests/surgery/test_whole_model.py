@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normswap import find_norm_sites
-from normswap.surgery import tracing_paths
-from normswap.surgery.exporting import export_facts
-from normswap.surgery.norms import is_norm_layer
-from normswap.surgery.tracing import GraphFacts, trace_model
-from normswap.surgery.tracing_paths import WholeModel, tracing_path
+from normswap.surgery.discovery import whole_model
+from normswap.surgery.discovery.whole_model import WholeModel, tracing_path
+from normswap.surgery.graphs.exported_program import export_facts
+from normswap.surgery.graphs.tracing import GraphFacts, trace_model
+from normswap.surgery.norms.classes import is_norm_layer
 from tests.helpers import functional_networks as networks
 from tests.helpers import laws, zoo
 
@@ -97,7 +97,7 @@ PATHS = {
 @pytest.fixture
 def graphs_are_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the code of every model named a function that normalizes."""
-    monkeypatch.setattr(tracing_paths, "could_normalize", lambda _: True)
+    monkeypatch.setattr(whole_model, "could_normalize", lambda _: True)
 
 
 @pytest.mark.usefixtures("graphs_are_asked")
@@ -157,7 +157,7 @@ def test_no_graph_is_made_where_the_pass_has_shown_everything(monkeypatch: pytes
         traced.append(training)
         return trace_model(*args, training=training, **options)
 
-    monkeypatch.setattr(tracing_paths, "trace_model", spy)
+    monkeypatch.setattr(whole_model, "trace_model", spy)
     assert tracing_path(LostSkip(), zoo.FEATURES()) == WholeModel("forward pass")
     assert traced == []
     assert tracing_path(LostSkip()).path == "symbolic trace"

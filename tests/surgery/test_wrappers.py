@@ -30,7 +30,7 @@ from normswap import (
     verify,
 )
 from normswap.errors import SwapError
-from normswap.surgery.wrapping import check_wrapping, rewrap, unwrap
+from normswap.surgery.wrappers import check_wrapping, rewrap, unwrap
 from tests.helpers import laws, zoo
 
 NOTHING = SwapPlan((), (), "")

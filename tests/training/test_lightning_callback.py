@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader
 
 from normswap import convert, param_groups
 from normswap.errors import WatchError
-from normswap.finetune import lightning as room
-from normswap.finetune.lightning import ImportanceCallback
+from normswap.training import lightning_callback as room
+from normswap.training.lightning_callback import ImportanceCallback
 from tests.helpers import zoo
 
 pytestmark = pytest.mark.filterwarnings(

@@ -14,7 +14,7 @@ from torch.optim import lr_scheduler, swa_utils
 
 import normswap
 from normswap.errors import OptimizerError, PlanError, SwapError
-from normswap.surgery.gated import gate_parameters, trainable_gates
+from normswap.surgery.importance import gate_parameters, trainable_gates
 
 Rates = list[float]
 X = torch.linspace(-2, 2, 2 * 3 * 6 * 6).view(2, 3, 6, 6)

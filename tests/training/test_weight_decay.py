@@ -18,7 +18,7 @@ from torch import nn
 
 import normswap
 from normswap.errors import OptimizerError
-from normswap.surgery.gated import gated_modules, trainable_gates
+from normswap.surgery.importance import gated_modules, trainable_gates
 
 DECAY = 0.05
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.GroupNorm, nn.LayerNorm)

@@ -1,1 +1,1 @@
-"""Tests of `normswap.verification`."""
+"""Tests of `normswap.verification.equivalence`."""

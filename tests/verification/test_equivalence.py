@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from normswap import Verification, convert, use_backend, verify
-from normswap.comparison import VectorDistance, absolute, distance, shared, worst
 from normswap.errors import ModelError
-from normswap.layers.importance import BnStatistics
-from normswap.site_watch import SiteError
-from normswap.verification import LAW_TOLERANCE, Check
+from normswap.layers.gating import BnStatistics
+from normswap.surgery.model_outputs import VectorDistance, absolute, distance, shared, worst
+from normswap.verification.equivalence import LAW_TOLERANCE, Check
+from normswap.verification.site_watch import SiteError
 from tests.helpers import laws, zoo
 
 EVALUATION, TRAINING, GRADIENTS, STATISTICS = (

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from normswap import gradients
-from normswap.gradients import GradientDistance, KeptGradients, hand_on_gradients
+from normswap.verification import model_pass
+from normswap.verification.model_pass import GradientDistance, KeptGradients, hand_on_gradients
 
 
 class Twice(nn.Module):
@@ -30,7 +30,7 @@ def model() -> Twice:
     return Twice()
 
 
-def _handed_on(model: nn.Module, receive: gradients.Receive) -> None:
+def _handed_on(model: nn.Module, receive: model_pass.Receive) -> None:
     parameters: dict[Any, Tensor] = {(name,): parameter for name, parameter in model.named_parameters()}
     x = torch.linspace(-1, 1, 8, dtype=torch.float64).view(2, 4)
     hand_on_gradients([model(x), "no tensor"], parameters, receive, seed=0)
@@ -44,7 +44,7 @@ def _at_once(model: Twice) -> dict[str, Tensor]:
 
 
 def test_each_gradient_comes_once_and_whole(model: Twice) -> None:
-    found: list[tuple[gradients.Names, Tensor]] = []
+    found: list[tuple[model_pass.Names, Tensor]] = []
     _handed_on(model, lambda names, gradient: found.append((names, gradient)))
     expected = _at_once(model)
     assert sorted(names for names, _ in found) == [(name,) for name in sorted(expected)]
@@ -59,7 +59,7 @@ def _no_disk(**_: object) -> None:
 @pytest.mark.parametrize("place", ["memory", "file", "no disk"])
 def test_kept_gradients_are_what_came(model: Twice, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
     if place != "memory":
-        monkeypatch.setattr(gradients, "IN_MEMORY", 0)
+        monkeypatch.setattr(model_pass, "IN_MEMORY", 0)
     if place == "no disk":
         monkeypatch.setattr(tempfile, "TemporaryFile", _no_disk)
     with KeptGradients() as kept:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from normswap import Verification, convert, verify
 from normswap.errors import ModelError
-from normswap.precision import Precision, computes_below, precisions
+from normswap.verification.precision import Precision, computes_below, precisions
 
 
 def seeded(make: Callable[[], nn.Module]) -> nn.Module:

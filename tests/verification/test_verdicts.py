@@ -15,11 +15,11 @@ from torch.utils.checkpoint import checkpoint
 
 from normswap import Verification, convert, verify
 from normswap.checkpoints.record import Record
-from normswap.comparison import distance
 from normswap.errors import ModelError
-from normswap.model_comparison import Check
-from normswap.model_pass import nudge
-from normswap.site_watch import SiteError
+from normswap.surgery.model_outputs import distance
+from normswap.verification.model_comparison import Check
+from normswap.verification.model_pass import nudge
+from normswap.verification.site_watch import SiteError
 
 X = torch.randn(4, 3, 9, 9, generator=torch.Generator().manual_seed(0))
 

@@ -14,10 +14,10 @@ import torch
 from torch import nn
 
 import normswap
-from normswap import verification
-from normswap.checkpoints import atomic
-from normswap.checkpoints.architecture import build_architecture
+from normswap.checkpoints.architecture.registry import build_architecture
+from normswap.checkpoints.io import atomic_write
 from normswap.errors import ArchitectureError
+from normswap.verification import equivalence
 from tests.helpers import files
 from tests.helpers.command_line import SIZES
 from tests.helpers.refusals import assert_refused
@@ -177,7 +177,7 @@ def test_an_unwritable_folder_is_refused(folder: Path, monkeypatch: pytest.Monke
     def refuse(*_: Any) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(atomic.os, "open", refuse)
+    monkeypatch.setattr(atomic_write.os, "open", refuse)
     message = "bn.normswap.pt: cannot write in . (Permission denied): choose another folder"
     assert_refused(folder, CONVERT, 2, message)
 
@@ -320,13 +320,13 @@ def test_a_proof_that_fails(folder: Path) -> None:
 
 
 def test_a_proof_that_fails_without_a_known_reason(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    measure = verification.verify_in_place
+    measure = equivalence.verify_in_place
 
-    def fail(*arguments: Any, **options: Any) -> verification.Verification:
+    def fail(*arguments: Any, **options: Any) -> equivalence.Verification:
         found = measure(*arguments, **options)
         checks = (dataclasses.replace(found.checks[0], error=0.5, passed=False), *found.checks[1:])
         return dataclasses.replace(found, passed=False, checks=checks)
 
-    monkeypatch.setattr(verification, "verify_in_place", fail)
+    monkeypatch.setattr(equivalence, "verify_in_place", fail)
     message = "nothing written: the converted model is not the same function (outputs in evaluation): --exclude the"
     assert_refused(folder, CONVERT, 1, message)

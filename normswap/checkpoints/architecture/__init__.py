@@ -1,0 +1,1 @@
+"""Architectures by name, and the identification of the architecture of a state dict."""

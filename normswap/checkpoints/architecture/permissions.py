@@ -1,0 +1,239 @@
+"""What an architecture that a file names may say: models of installed zoos, with keywords out of a fixed list.
+
+A record, the metadata of safetensors and a `config.json` come from whoever made the file. What they name is built only
+if that cannot run, fetch or open anything: a known name, listed keywords, and numbers or plain words as values. All
+else needs the user's word. Builds nothing and reads nothing.
+"""
+
+import difflib
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from normswap.errors import ArchitectureError
+
+# MERGED DOC: A limit on what building a model may allocate, in proportion to the file that is to fill it.
+
+
+_LARGEST = 1_000_000  # a number, such as of classes
+_MOST_ITEMS, _DEEPEST = 256, 3  # of a tuple
+_WORD = re.compile(r"[A-Za-z0-9_+-]{0,40}")  # no name of a file, of a repository or of a module
+# Keywords of the models of timm and torchvision that take numbers, booleans and tuples of these.
+_NUMBERS_LISTED = """
+    abs_win_pos_embed aa_stem_only always_partition attention_dropout attn attn_drop_rate attn_groups
+    attn_head_dim_reduction attn_mlp attn_mlp_ratio attn_only_layer_scale attn_pool_mlp_ratio attn_pool_num_heads
+    attn_ratio aux_logits aux_loss avg_down base_dim base_dims base_width basic bg_iou_thresh bias bidirectional
+    block_channels block_config block_layers block_reduce_first bn_eps bn_momentum bn_size bottle_ratio
+    bottleneck_width_ratio box_batch_size_per_image box_bg_iou_thresh box_detections_per_img box_fg_iou_thresh
+    box_nms_thresh box_positive_fraction box_score_thresh cardinality center_sampling_radius ch_div channel_attention
+    channel_attn_v2 channel_multiplier channels class_token cls_attn_layers cls_ratio conv_bias conv_init conv_mlp
+    conv_ratio cpe_act crop_scale crpe_window d2_scales deepen_factor depth depth_list depth_mult depth_multiplier
+    depth_token_only depths detections_per_img dims dim dim_mul dim_reduced distillation distilled down_kernel_size
+    down_pad down_patch_size down_stride downsample_block downsample_expand_ratios downsample_kernel_size
+    downsample_padding downsample_ratio downsamples drop drop_block_rate drop_block_size drop_connect_rate
+    drop_path_rate drop_rate dropout dropout_aux dynamic_img_pad dynamic_img_size embed_dim embed_dims eta expand_groups
+    expand_ratio expansion_ratio extra_norm_period extra_norm_stage fc_norm feature_dim features_only ffn ffn_ratio
+    fg_iou_thresh final_chs final_norm first_stride fix_init fix_stem fix_group_size focal_levels focal_windows
+    fused_conv fused_downsample global_att_blocks global_attn_indexes global_block_counts global_pos_size group groups
+    group_size growth_rate growth_rates head_bias head_conv head_dim head_hidden_size head_init_scale head_mul head_norm
+    head_norm_first head_widths heads hidden_dim hidden_size hidden_sizes image_mean image_size image_std img_scale
+    img_size in_channels in_chans in_features inc_sec init_channels init_values init_weights initial_chs inner_dim
+    inplanes input_3x3 input_size inter_channels intermediate_size iou_thresh is_downsample_block k_r k_sec kernel_size
+    kernel_sizes kernels key_dim last_channel layer_scale layer_scale_init_value layer_scale_init_values layers
+    layerscale_value legacy levels linear lkc_use_act local_conv_size local_up_to_layer locality_strength ls_init_value
+    mask_unit_attn mask_unit_size max_size mbconv_expand_ratio memory_efficient merge_size min_size mix_block_ratio
+    mlp_bias mlp_dim mlp_dropout mlp_ratio mlp_ratio_token_only mlp_ratios msfa_indices msfa_output_resolution
+    multi_conv n_div named_blocks neck_chans nlhb nms_thresh no_embed_class norm_eps norm_momentum normalize_modulator
+    num_anchors num_blocks num_blocks_list num_classes num_convs num_features num_heads num_heads_inner
+    num_heads_outer num_init_features num_keypoints num_kv_heads num_labels num_layers num_levels num_reg_tokens
+    num_rnn_layers num_vit out_features out_indices outlook_attention output_stride parallel_depth partial_dim
+    partition_size patch_drop_rate patch_embed_kernel patch_embed_padding patch_embed_stride patch_kernel patch_norm
+    patch_padding patch_size patch_sizes patch_stride pool_include_prefix pool_size pooling_kernel_size pooling_scale
+    pos_drop_rate pos_embed_grid_size position_embedding_size positive_fraction post_layers pre_norm preact
+    prior_probability proj_bias proj_drop_rate q_pool q_stride qk_dim qk_norm qkv_bias qkv_fused quantize reduction
+    ref_feat_shape reg_tokens rel_pos_dim rel_pos_embed reparam replace_stem_pool replace_stride_with_dilation
+    repmixer_kernel_size representation_size res_scale_init_values residual_pool residual_with_cls_embed
+    rope_grid_offset rope_jitter_coords rope_mrope_section rope_rescale_coords rope_rotate_half rope_shift_coords
+    rope_temperature rope_theta round_limit round_nearest rpn_batch_size_per_image rpn_bg_iou_thresh rpn_fg_iou_thresh
+    rpn_nms_thresh rpn_positive_fraction rpn_post_nms_top_n_test rpn_post_nms_top_n_train rpn_pre_nms_top_n_test
+    rpn_pre_nms_top_n_train rpn_score_thresh scale scale_attn_inner scale_attn_norm scale_mlp scale_mlp_norm
+    score_thresh se_downsamples se_from_exp se_ratio sep_pos_embed sequential_attn serial_depths shared_rel_pos
+    shortcut_root size small small_kernels spatial_size split_bn squeeze_ratio sr_ratios ssd_expand stages
+    stages_out_channels stages_repeats standardize state_dim stem_bias stem_channels stem_chs stem_expand_ratio
+    stem_hidden_dim stem_kernel_size stem_mid_norm stem_norm stem_size stem_stride stem_use_scale_branch stem_width
+    stochastic_depth_prob strict_img_size stride strides swiglu_align_to swiglu_mlp temporal_size tokens_norm
+    topk_candidates transform_input transformer_depths transformer_drop_path transition_compression_ratio
+    use_abs_pos use_abs_pos_emb use_aux_head use_checkpoint use_clipped_linears use_conv use_expand_proj use_fc_norm
+    use_grn use_lab use_layer_scale use_mix_token use_mlp_head use_msfa use_overlap_down use_pos_emb use_pos_embed
+    use_post_norm use_post_norm_in_modulation use_post_transformer_norm use_pre_transformer_norm use_rel_pos
+    use_rel_pos_bias use_rope use_rot_pos_emb use_shared_rel_pos_bias v2 vit_stem widen_factor width width_factor
+    width_list width_mult width_per_group widths window_ratio window_size window_sizes window_spec with_fc
+    zero_init_last zero_init_residual
+    """
+_NUMBERS = frozenset(_NUMBERS_LISTED.split())
+# And those that also take words, which these packages look up in tables of their own.
+_WORDS_LISTED = """
+    aa_layer act_layer attn_act_layer attn_stage attn_type attn_types attn_upsample block_type conv_layer down_op
+    downsample dw_act_layer embed_norm_layer encoder_pool fc_act_layer fc_norm feature_location global_pool head head_fn
+    local_mbconv_norm mlp_act norm_layer norm_layer_cl output_fmt pad_type pconv_fw_type pool_type pos_embed
+    post_layers qk_norm rel_pos_type rope_grid_indexing rope_type se_layer spatial_conv stem_type token_mixers types
+    union version weight_init
+    """
+_WORDS = frozenset(_WORDS_LISTED.split())
+# Of a config.json: what makes transformers run, fetch or open something, whatever the model.
+_NEVER = re.compile(
+    r"auto_map|trust_remote_code|custom_\w+|\w*checkpoint_(path|file|url)|pretrained\w*_(path|file|url)|cache_dir"
+    r"|_?(attn|experts)_implementation\w*|quantization_config|adapter_\w+|use_kernels|kernel_config"
+)
+# Texts of a config.json that nothing obeys: names of classes, where it was saved from.
+_INERT = frozenset(
+    (
+        "_name_or_path", "name_or_path", "_commit_hash", "id2label", "label2id", "label_names", "license", "url",
+        "labels", "pretrained_cfg", "finetuning_task", "torchscript", "transformers_version", "task_specific_params",
+    )
+)  # fmt: skip
+_PLAIN_TEXT = re.compile(r"[^/\\:\x00-\x1f]{0,200}")
+
+
+def check_keywords(what: str, keywords: Mapping[str, Any]) -> None:
+    """Refuse keywords that a file may not give to the builder of a model.
+
+    Args:
+        what: what names them, for the message.
+
+    Raises:
+        ArchitectureError: a keyword is not on the list, or its value is no number, plain word or tuple of these.
+    """
+    for key, value in keywords.items():
+        if key not in _NUMBERS and key not in _WORDS:
+            raise ArchitectureError(f"{what} has the keyword {key[:60]!r}, which a file may not set")
+        if not _is_plain(value, words=key in _WORDS):
+            expected = "numbers or a plain word" if key in _WORDS else "numbers"
+            raise ArchitectureError(
+                f"{what} has {key}={value!r:.60}, where a file may give {expected} up to {_LARGEST:,} only"
+            )
+
+
+def checked_configuration(what: str, config: Any, *, models: Callable[[], Sequence[str]]) -> dict[str, Any]:
+    """Return a `config.json` of transformers or timm, without the texts that are of no use to build a model.
+
+    Args:
+        what: the file, for the message.
+        models: gives the names of timm's models.
+
+    Raises:
+        ArchitectureError: it is no object, or has something that would run code, fetch or open anything.
+    """
+    if not isinstance(config, dict):
+        raise ArchitectureError(f"{what} is no configuration: expected a JSON object")
+    for key, value in _entries(config):
+        if _NEVER.fullmatch(key) and value not in (None, False, {}, []):
+            raise ArchitectureError(f"{what} has {key!r}, which may run code or fetch files")
+        if key == "model_args":
+            if not isinstance(value, dict | None):
+                raise ArchitectureError(f"{what} has model_args={value!r:.60}, expected an object of keywords")
+            check_keywords(f"{what}: model_args", value or {})
+        elif key in ("architecture", "backbone") and value is not None:
+            _check_model(f"{what} has {key}={value!r:.60}", value, models())
+        elif isinstance(value, str) and not _PLAIN_TEXT.fullmatch(value):
+            raise ArchitectureError(f"{what} has {key}={value!r:.60}, a path or an address, which is not opened")
+    labels = config.get("num_labels")
+    if labels is not None and not _is_plain(labels, words=False):
+        raise ArchitectureError(f"{what} has num_labels={labels!r:.60}, at most {_LARGEST:,} are expected")
+    kept = {key: value for key, value in config.items() if key not in ("_name_or_path", "name_or_path")}
+    # The weights come from the file.
+    return kept | ({"use_pretrained_backbone": False} if "use_pretrained_backbone" in kept else {})
+
+
+def _check_model(what: str, value: Any, models: Sequence[str]) -> None:
+    plain = value.partition(".")[0] if isinstance(value, str) and _PLAIN_TEXT.fullmatch(value) else ""
+    if plain not in models:
+        near = difflib.get_close_matches(plain, models, n=3) or ["none, see timm.list_models()"]
+        raise ArchitectureError(f"{what}, which is no model of timm; nearest: {', '.join(near)}")
+
+
+def _entries(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """All keys with their values, at any depth; of a list every text, with the list's key."""
+    if isinstance(value, dict):
+        for name, item in value.items():
+            if name not in _INERT:
+                yield name, item
+                yield from () if name == "model_args" else _entries(item, name)
+    elif isinstance(value, list):
+        for item in value:
+            yield from [(key, item)] if isinstance(item, str) else _entries(item, key)
+
+
+def _is_plain(value: Any, *, words: bool, depth: int = 0) -> bool:
+    if value is None or isinstance(value, bool):
+        return True
+    if isinstance(value, int | float):
+        return math.isfinite(value) and abs(value) <= _LARGEST if isinstance(value, float) else abs(value) <= _LARGEST
+    if isinstance(value, str):
+        return words and _WORD.fullmatch(value) is not None
+    if isinstance(value, tuple | list) and depth < _DEEPEST and len(value) <= _MOST_ITEMS:
+        return all(_is_plain(item, words=words, depth=depth + 1) for item in value)
+    return False
+
+
+# Types that are wider than in the file, buffers that no file has, and what initialising a layer needs for a moment.
+_BYTES_PER_BYTE, _LEAST_BYTES = 16, 2**30
+_CALLS_PER_TENSOR, _LEAST_CALLS = 16, 1_000
+
+
+@contextmanager
+def limited_build(path: Path, tensors: int) -> Iterator[None]:
+    """Refuse to allocate far more in this block than the file at `path`, with so many tensors, can fill.
+
+    Raises:
+        ArchitectureError: the limit is reached.
+    """
+    files = [entry for entry in path.iterdir() if entry.is_file()] if path.is_dir() else [path]
+    size = sum(file.stat().st_size for file in files)
+    with _Limit(size * _BYTES_PER_BYTE + _LEAST_BYTES, tensors * _CALLS_PER_TENSOR + _LEAST_CALLS):
+        yield
+
+
+class _Limit(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    def __init__(self, size: int, calls: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._size = self._left = size
+        self._calls = calls
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        options = kwargs or {}
+        if not func.is_view and not func._schema.is_mutable:
+            self._calls -= 1
+            self._left -= _bytes_of_result(func, args, options)
+            if self._left < 0 or self._calls < 0:
+                raise ArchitectureError(
+                    f"building it needs more than {self._size / 1e6:,.0f} MB or thousands of tensors more than the "
+                    "file has: the architecture is not the one of this file"
+                )
+        return func(*args, **options)
+
+
+def _bytes_of_result(func: Any, args: Any, options: dict[str, Any]) -> int:
+    """The bytes that a call allocates, found without allocating them; none where only running it would tell."""
+    if any(argument.name == "device" for argument in func._schema.arguments):
+        options = {**options, "device": "meta"}
+    try:
+        with torch.no_grad():
+            result = func(*tree_map(_without_values, args), **tree_map(_without_values, options))
+    except Exception:  # noqa: BLE001 - not every operation works without values
+        return 0
+    return sum(leaf.nbytes for leaf in tree_leaves(result) if isinstance(leaf, Tensor))
+
+
+def _without_values(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")

@@ -1,0 +1,93 @@
+"""What a Trainer of transformers keeps beside the weights in its folder, for a folder with the converted weights.
+
+Its optimizer and its scheduler get the gates as a last group, if the optimizer is that of the converted network;
+generators and arguments are copied byte by byte and never opened. What is no plain state of an optimizer or scheduler,
+or that of another network, is copied as it is too, and the note says why.
+"""
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from normswap.checkpoints.content.optimizer_ownership import Network, extended_by_owner
+from normswap.checkpoints.content.optimizer_state import checked_groups, scheduler_with_gates
+from normswap.checkpoints.formats.formats import decode, sniff
+from normswap.checkpoints.io.digest import holds_the_same
+from normswap.errors import CheckpointError
+
+_OPTIMIZER, _SCHEDULER = "optimizer.pt", "scheduler.pt"
+_COPIED = ("rng_state*.pth", "scaler.pt", "training_args.bin")
+
+
+class Beside(NamedTuple):
+    """Further files of a folder by name, each a state to be saved or the path of a file to be copied; and notes."""
+
+    files: Mapping[str, Any]
+    notes: tuple[str, ...]
+
+
+def trainer_state(folder: Path, networks: Sequence[Network]) -> Beside:
+    """Return what belongs beside the converted weights of `folder`; nothing where no Trainer has written there.
+
+    Args:
+        networks: those in the weights of the folder, of which the optimizer may have some.
+    """
+    files: dict[str, Any] = {path.name: path for pattern in _COPIED for path in sorted(folder.glob(pattern))}
+    notes = []
+    steps: tuple[tuple[str, Callable[[Any], tuple[Any, str]]], ...] = (
+        (_OPTIMIZER, lambda state: _with_gates(state, networks)),
+        (_SCHEDULER, lambda state: _scheduled(state, files.get(_OPTIMIZER))),
+    )
+    for name, extend in steps if any(network.gates for network in networks) else ():
+        if (folder / name).is_file():
+            files[name], note = _extended(folder / name, extend)
+            notes.append(f"{name}: {note}")
+    return Beside(files, tuple(notes))
+
+
+def trainer_files(folder: Path) -> dict[str, Path]:
+    """Return all that a Trainer keeps beside the weights of `folder`, by name, to be copied as it is."""
+    patterns = (_OPTIMIZER, _SCHEDULER, *_COPIED)
+    return {path.name: path for pattern in patterns for path in sorted(folder.glob(pattern))}
+
+
+def write_beside(folder: Path, files: Mapping[str, Any]) -> None:
+    """Write the files of a `Beside` into a folder, read them back and compare.
+
+    Raises:
+        CheckpointError: what was read back differs.
+    """
+    for name, value in files.items():
+        target = folder / name
+        if isinstance(value, Path):
+            shutil.copyfile(value, target)
+            same = target.read_bytes() == value.read_bytes()
+        else:
+            torch.save(value, target)
+            same = holds_the_same(value, decode(target, sniff(target), trust=False, mapped=True))
+        if not same:
+            raise CheckpointError(f"{name} differs from what was written when it is read back: look at the disk")
+
+
+def _extended(path: Path, extend: Callable[[Any], tuple[Any, str]]) -> tuple[Any, str]:
+    try:
+        return extend(decode(path, sniff(path), trust=False, mapped=True))
+    except CheckpointError as error:
+        return path, f"copied as it is ({error})"
+
+
+def _with_gates(state: Any, networks: Sequence[Network]) -> tuple[Any, str]:
+    checked_groups(state)
+    extended, note = extended_by_owner(state, networks)
+    if extended is None:
+        raise CheckpointError(note)
+    return extended, note
+
+
+def _scheduled(state: Any, optimizer: Any) -> tuple[Any, str]:
+    if not isinstance(optimizer, Mapping):
+        raise CheckpointError(f"there is no {_OPTIMIZER} with gates beside it")
+    return scheduler_with_gates(state, optimizer_state=optimizer), "gates follow the last group's schedule"

@@ -1,0 +1,281 @@
+"""Pouring tensors into a model, and saying in one line what does not fit: missing, unexpected, mis-shaped keys.
+
+A file may hold heads that the model does not have, and lack the model's own head or its counters of batches: no norm
+depends on them. Everything else has to be there and nothing more. Types and memory formats are the file's: a network
+stored in half precision or channels_last comes back as that.
+"""
+
+import difflib
+import re
+from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parameter import is_lazy
+
+from normswap.errors import ArchitectureError, UnknownNormsError
+from normswap.text import first_line
+
+# MERGED DOC: What safetensors cannot hold, taken apart before writing and put together after reading.
+
+
+# What may be there beyond a network's own tensors: heads that were added, and what tools and older code leave behind.
+_HEAD = re.compile(
+    r"(?!pre_)(\w+_)?(head|heads|aux\w*|fc|classifier|projector|predictor)\d*(_dist|_head|_\d+)?(\.(?!.*norm)|$)",
+    re.IGNORECASE,
+)
+_LEFT_BEHIND = re.compile(
+    r"(^|\.)(total_ops|total_params|num_batches_tracked|relative_position_index|attn_mask|position_ids)$"
+)
+
+
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+class Stored(NamedTuple):
+    """Tensors by key as a container of plain tensors takes them, and the notes that bring the others back."""
+
+    tensors: dict[str, Tensor]
+    tied: dict[str, str]
+    channels_last: tuple[str, ...]
+
+
+def separate(state: Mapping[str, Tensor]) -> Stored:
+    """Return `state` with every value once and contiguous. Tensors that only overlap are stored one by one.
+
+    Of the names of one tensor the first in alphabetical order is kept, as `safetensors.torch.save_model` does.
+    """
+    names: dict[tuple[object, ...], list[str]] = {}
+    for key, tensor in state.items():
+        # Tensors without elements share the null pointer and nothing else.
+        place = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()) if tensor.numel() else (key,)
+        names.setdefault(place, []).append(key)
+    tied = {key: min(same) for same in names.values() for key in same if key != min(same)}
+    tensors = {key: _contiguous(tensor) for key, tensor in state.items() if key not in tied}
+    return Stored(tensors, tied, tuple(key for key, tensor in state.items() if _is_channels_last(tensor)))
+
+
+def _contiguous(tensor: Tensor) -> Tensor:
+    own = tensor.untyped_storage().nbytes() == tensor.nbytes
+    return tensor.contiguous() if own else tensor.clone(memory_format=torch.contiguous_format)
+
+
+def rejoin(tensors: Mapping[str, Tensor], tied: Mapping[str, str], channels_last: Iterable[str]) -> dict[str, Tensor]:
+    """Return what `separate` was given; notes on keys that are not there are left aside."""
+    state = dict(tensors)
+    for key in channels_last:
+        if key in state and state[key].dim() in _CHANNELS_LAST:
+            layout = _CHANNELS_LAST[state[key].dim()]
+            state[key] = torch.empty_like(state[key], memory_format=layout).copy_(state[key])
+    return state | {key: state[kept] for key, kept in tied.items() if kept in state}
+
+
+def _is_channels_last(tensor: Tensor) -> bool:
+    layout = _CHANNELS_LAST.get(tensor.dim())
+    # Told by the strides: with one channel or one position both layouts call themselves contiguous.
+    return layout is not None and tensor.stride() == torch.empty_like(tensor, memory_format=layout).stride() != (
+        torch.empty_like(tensor, memory_format=torch.contiguous_format).stride()
+    )
+
+
+_MOST = 3
+# What a lazy module learns from its first input, and in which dimension of its weight that stands.
+_SIZES = {"in_features": 1, "in_channels": 1, "num_features": 0}
+_STATISTICS = ("running_mean", "running_var")
+# difflib compares every pair: of more names than these the first ones are searched.
+_MOST_SEARCHED = 2000
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How tensors fit a model: by name those `beyond` it, and of the model's own the `heads` and `counters` of batches
+    that are not among the tensors and stay as the model was built. What is `tied` is not among them either, and has
+    the memory of a tensor that is.
+    """
+
+    beyond: tuple[str, ...] = ()
+    heads: tuple[str, ...] = ()
+    counters: tuple[str, ...] = ()
+    tied: tuple[str, ...] = ()
+
+    def notes(self, name: str) -> tuple[str, ...]:
+        """Return in words what becomes of them in a file that is made of the tensors, `name` being the model."""
+        told = {
+            f"carried, no part of {name}": self.beyond,
+            f"not in the file: {name} has its own at random, for the proof only, and none is written": self.heads,
+            "not in the file: counted from 0, and not written": self.counters,
+        }
+        return tuple(f"{_named(keys)}: {what}" for what, keys in told.items() if keys)
+
+
+def fill(model: nn.Module, state: Mapping[str, Tensor], name: str) -> Fit:
+    """Load `state` into `model`, strictly but for heads and counters of batches, and return how it fits.
+
+    Args:
+        name: what the model is called in the error.
+
+    Raises:
+        ArchitectureError: keys or shapes differ, or a layer refuses its tensors; the model may be partly filled.
+    """
+    for key, tensor in model.state_dict(keep_vars=True).items():
+        stored = state.get(key)
+        if stored is not None and is_lazy(tensor):
+            tensor.materialize(tuple(stored.shape), dtype=stored.dtype)
+        elif stored is not None and isinstance(tensor, Tensor) and _wants_another_layout(tensor, stored):
+            # The Parameter object stays, and with it ties between modules.
+            tensor.data = torch.empty_like(stored, device=tensor.device)
+    fit = _fit(model.state_dict(), state)
+    try:
+        # What is tolerated has been told apart above; a layer may still refuse what it is given.
+        model.load_state_dict(state, strict=fit is None or fit == Fit())
+    except RuntimeError as error:
+        message = f"the tensors do not fit {name}: {_misfit(model, state) or _told(error)}"
+        unknown = any(_is_statistic(key) for key in state if key not in model.state_dict())
+        raise (UnknownNormsError if unknown else ArchitectureError)(message) from error
+    for module in model.modules():
+        if isinstance(module, LazyModuleMixin):
+            _settle(module)
+    return fit or Fit()
+
+
+def _settle(module: Any) -> None:
+    """Make a lazy module, whose tensors are there now, what its first forward pass would make it."""
+    if module.has_uninitialized_params() or not hasattr(module, "_initialize_hook"):
+        return
+    size = module.weight if getattr(module, "weight", None) is not None else module.running_mean
+    for name, place in _SIZES.items():
+        if getattr(module, name, None) == 0:
+            across = 0 if getattr(module, "transposed", False) else place
+            setattr(module, name, size.shape[across] * (1 if across == 0 else getattr(module, "groups", 1)))
+    for hook in ("_initialize_hook", "_load_hook"):
+        getattr(module, hook).remove()
+        delattr(module, hook)
+    if module.cls_to_become is not None:
+        module.__class__ = module.cls_to_become
+
+
+def _fit(own: Mapping[str, Any], state: Mapping[str, Tensor]) -> Fit | None:
+    """How tensors fit a model of these own ones, or None where something is missing or unexpected that must not be."""
+    tied = _tied(own, state)
+    missing = [key for key in own if key not in state and key not in tied]
+    beyond = tuple(key for key in state if key not in own)
+    held = [key for key in own if key in state]
+    counters = tuple(filter(is_counter, missing))
+    heads = tuple(key for key in missing if not is_counter(key))
+    parts = parts_of(held)
+    if len(held) <= len(heads) + len(beyond) or any(map(_is_statistic, (*heads, *beyond))):
+        return None
+    whole = all(is_head(key) and key.partition(".")[0] not in parts for key in heads)
+    return Fit(beyond, heads, counters, tied) if whole and all(is_beyond(key, parts) for key in beyond) else None
+
+
+def _tied(own: Mapping[str, Any], state: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """The names of a model's tensors that are not in a file and have the memory of others, whose names are.
+
+    safetensors stores what several names share under one of them, as transformers does.
+    """
+    missing = {key: value for key, value in own.items() if key not in state and _has_memory(value)}
+    stored = {_memory(own[key]) for key in state if key in own and _has_memory(own[key])} if missing else set()
+    return tuple(key for key, value in missing.items() if _memory(value) in stored)
+
+
+def _has_memory(value: Any) -> bool:
+    return isinstance(value, Tensor) and not value.is_meta and value.layout is torch.strided and value.numel() > 0
+
+
+def _memory(tensor: Tensor) -> tuple[object, ...]:
+    return tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
+
+
+def _is_statistic(key: str) -> bool:
+    return key.rpartition(".")[2] in _STATISTICS
+
+
+def _wants_another_layout(tensor: Tensor, stored: Tensor) -> bool:
+    floating = tensor.is_floating_point() and stored.is_floating_point()
+    differs = tensor.dtype != stored.dtype or tensor.stride() != stored.stride()
+    return floating and differs and tensor.shape == stored.shape
+
+
+def _misfit(model: nn.Module, state: Mapping[str, Tensor]) -> str:
+    wanted = {key: tuple(value.shape) for key, value in model.state_dict().items() if isinstance(value, Tensor)}
+    given = {key: tuple(value.shape) for key, value in state.items()}
+    missing = [key for key in wanted if key not in given]
+    unexpected = [key for key in given if key not in wanted]
+    shaped = [key for key in wanted if key in given and wanted[key] != given[key]]
+    parts = [
+        _listed(missing, "missing", {key: _nearest(key, unexpected, "in the file") for key in missing[:_MOST]}),
+        _listed(unexpected, "unexpected", {key: _nearest(key, missing, "in the model") for key in unexpected[:_MOST]}),
+        _listed(
+            shaped,
+            "of another shape",
+            {key: f" (is {_size(given[key])}, expected {_size(wanted[key])})" for key in shaped[:_MOST]},
+        ),
+        _advice(unexpected, {key: (given[key], wanted[key]) for key in shaped}),
+    ]
+    return "; ".join(part for part in parts if part)
+
+
+def _listed(keys: list[str], what: str, remarks: Mapping[str, str]) -> str:
+    if not keys:
+        return ""
+    more = f", +{len(keys) - _MOST} more" if len(keys) > _MOST else ""
+    return f"{len(keys)} {what}: {', '.join(key + remark for key, remark in remarks.items())}{more}"
+
+
+def _named(keys: Sequence[str]) -> str:
+    return ", ".join(keys[:_MOST]) + (f", +{len(keys) - _MOST} more" if len(keys) > _MOST else "")
+
+
+def _nearest(key: str, candidates: list[str], where: str) -> str:
+    near = difflib.get_close_matches(key, candidates[:_MOST_SEARCHED], n=1, cutoff=0.7)
+    return f" (nearest {where}: {near[0]})" if near else ""
+
+
+def _size(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape)) or "a single number"
+
+
+def _advice(unexpected: list[str], shapes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]) -> str:
+    """What the pattern of misfits most likely means."""
+    if any(key.endswith(".mean_weight") for key in unexpected):
+        return "the file holds importance weights without a plan: write converted models with normswap.save(plan=...)"
+    norms = sorted({key.rpartition(".")[0] for key in unexpected if _is_statistic(key)})
+    if norms:
+        return f"the file has norms that the model has not ({_named(norms)}): name the architecture that has them"
+    pairs = shapes.values()
+    classes = {given[0] for given, wanted in pairs if given[1:] == wanted[1:] and len(given) in (1, 2)}
+    if len(classes) == 1 and all(map(is_head, shapes)) and all(given[1:] == wanted[1:] for given, wanted in pairs):
+        return f"perhaps the architecture lacks num_classes={classes.pop()}"
+    return ""
+
+
+def _told(error: RuntimeError) -> str:
+    """What a layer said: torch puts a heading over it."""
+    heading, _, rest = str(error).partition("\n\t")
+    return first_line(RuntimeError(rest or heading))
+
+
+def parts_of(names: Iterable[str]) -> set[str]:
+    """Return the outermost modules that tensors of these names belong to."""
+    return {name.partition(".")[0] for name in names}
+
+
+def is_head(name: str) -> bool:
+    """Say whether a tensor of this name is part of a head: it is called so, and is no norm's."""
+    return _HEAD.match(name) is not None
+
+
+def is_beyond(name: str, parts: Container[str]) -> bool:
+    """Say whether a tensor that a network does not have takes no part in its function: a head beside the network's own
+    parts, or what tools and older code leave behind.
+    """
+    return bool(_LEFT_BEHIND.search(name)) or (is_head(name) and name.partition(".")[0] not in parts)
+
+
+def is_counter(name: str) -> bool:
+    """Say whether a tensor of this name counts the batches that a norm has seen."""
+    return name.endswith("num_batches_tracked")

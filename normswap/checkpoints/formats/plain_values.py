@@ -1,0 +1,367 @@
+"""Values of numpy and the standard library rebuilt from the fields in a pickle, each field checked first.
+
+The constructors of these packages trust what a pickle says: numpy uses addresses out of it as objects, `datetime` takes
+any byte for a month. No object of theirs is given a state out of a file here: a pickle that names their constructors
+gets the functions of this room, which take plain numbers only and call the public constructors with them.
+"""
+
+import argparse
+import collections
+import datetime
+import os
+import pathlib
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from types import FunctionType, SimpleNamespace
+from typing import IO, Any, NoReturn
+
+import numpy
+import torch
+from numpy.typing import NDArray
+
+from normswap.checkpoints.formats.pickle_opcodes import read_opcodes
+from normswap.errors import CheckpointError
+from normswap.text import first_line
+
+# MERGED DOC: Which classes and functions a pickle may name beside tensors and plain containers: data only, nothing that acts.
+
+# MERGED DOC: Which code a pickle names beside plain data, for whoever has to decide whether to trust it.
+
+
+# What a plain numeric type is called in a pickle; extended precision is left out, whose bytes not all are numbers.
+_NUMERIC = frozenset(
+    ("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8", "c8", "c16")
+)  # fmt: skip
+_NATIVE = "<" if sys.byteorder == "little" else ">"
+_BYTE_ORDERS = ("<", ">", "|", "=")
+_ARRAY_STATE, _DTYPE_STATE = 1, 3  # versions of the states that numpy 1 and 2 write
+_PLAIN_DTYPE_STATE = (None, None, None, -1, -1, 0)  # of no parts and no flags
+_MOST_DIMENSIONS = 32
+_DATE_BYTES, _DATETIME_BYTES = 4, 10
+_FOLD = 0x80  # of the month in the bytes of a datetime
+_MOST_OF_A_RANGE = 1_000_000
+
+
+class Dtype:
+    """A numeric type that a pickle names; its byte order comes as a state."""
+
+    def __init__(self, name: Any = None, align: Any = False, copy: Any = True) -> None:
+        if name not in _NUMERIC:
+            _refuse(f"a numpy type {name!r:.40}, which is no plain number")
+        self._name: str = name
+        self._order = "="
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __setstate__(self, state: Any) -> None:
+        if type(state) is not tuple or state[:1] != (_DTYPE_STATE,) or state[2:] != _PLAIN_DTYPE_STATE:
+            _refuse("a numpy type of parts or with flags, which is no plain number")
+        if state[1] not in _BYTE_ORDERS:
+            _refuse(f"a numpy type of the byte order {state[1]!r:.40}")
+        self._order = state[1]
+
+    def numbers(self, data: bytes) -> "NDArray[Any]":
+        """Return the numbers in `data`, one after the other, as an array of its own."""
+        if self._name == "b1" and data.translate(None, b"\0\1"):
+            _refuse("a numpy array of truth values that are neither")
+        return numpy.frombuffer(data, self.value).copy()
+
+    @property
+    def value(self) -> "numpy.dtype[Any]":
+        """The type itself."""
+        return numpy.dtype(f"{_NATIVE if self._order in '=|' else self._order}{self._name}")
+
+    @property
+    def itemsize(self) -> int:
+        """The bytes of one number."""
+        return int(self._name[1:])
+
+
+class ArrayMark:
+    """Stands for the class `numpy.ndarray` in a pickle; nothing is made of it."""
+
+    def __new__(cls, *_: Any) -> "ArrayMark":
+        """Refuse to be called, as pickles of arrays never do."""
+        _refuse("a call of numpy.ndarray, which no pickle of an array makes")
+
+
+class Array:
+    """A numpy array that a pickle is about to describe; `value` is there once it has.
+
+    It stands in the place of the array while the file is read: `restored` puts the array there.
+    """
+
+    value: "NDArray[Any] | None" = None
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __setstate__(self, state: Any) -> None:
+        match state:
+            case (int(version), tuple(shape), Dtype() as dtype, bool() | int() as by_columns, bytes(data)) if (
+                version == _ARRAY_STATE
+            ):
+                self.value = _array(shape, dtype, data, by_columns=bool(by_columns))
+            case _:
+                _refuse("a numpy array that is not described as one of plain numbers")
+
+
+class PlainArrays:
+    """The constructor of numpy arrays for one file, and the arrays it made."""
+
+    def __init__(self) -> None:
+        self._made: list[Array] = []
+
+    def reconstruct(self, kind: Any, shape: Any, code: Any) -> Array:
+        """Stand for `numpy.core.multiarray._reconstruct`: an empty array, which a state will describe."""
+        if kind is not ArrayMark:
+            _refuse("a numpy array of another class than numpy.ndarray")
+        self._made.append(Array())
+        return self._made[-1]
+
+    def restored(self, content: Any) -> Any:
+        """Return `content` with all arrays in their places: containers are changed as they are.
+
+        Raises:
+            CheckpointError: an array lies where it cannot be replaced, or was never described.
+        """
+        restorer = _Restorer()
+        result = restorer.restored(content)
+        if any(array.value is None or id(array) not in restorer.placed for array in self._made):
+            _refuse("a numpy array without values, or in a place where none is expected")
+        return result
+
+
+def scalar(dtype: Any, data: Any = b"") -> Any:
+    """Stand for `numpy.core.multiarray.scalar`: a number of numpy."""
+    if not isinstance(dtype, Dtype) or type(data) is not bytes or len(data) != dtype.itemsize:
+        _refuse("a numpy number whose bytes do not fit its type")
+    return dtype.numbers(data)[0]
+
+
+def date(*fields: Any) -> datetime.date:
+    """Stand for `datetime.date`, whose pickle is four bytes."""
+    if len(fields) == 1 and type(fields[0]) is bytes and len(fields[0]) == _DATE_BYTES:
+        high, low, *rest = fields[0]
+        fields = (high << 8 | low, *rest)
+    return datetime.date(*_integers(fields))
+
+
+def date_and_time(*fields: Any) -> datetime.datetime:
+    """Stand for `datetime.datetime`, whose pickle is ten bytes and may be followed by a time zone."""
+    if not fields or type(fields[0]) is not bytes or len(fields[0]) != _DATETIME_BYTES or len(fields) > 2:
+        _refuse("a datetime that is not described by its ten bytes")
+    zone = fields[1] if len(fields) == 2 else None
+    if zone is not None and type(zone) is not datetime.timezone:
+        _refuse("a datetime whose time zone is no datetime.timezone")
+    high, low, month, day, hour, minute, second, *micro = fields[0]
+    return datetime.datetime(
+        high << 8 | low,
+        month & ~_FOLD,
+        day,
+        hour,
+        minute,
+        second,
+        int.from_bytes(micro, "big"),
+        tzinfo=zone,
+        fold=int(month >= _FOLD),
+    )
+
+
+def bounded_range(*bounds: Any) -> range:
+    """Stand for `range`: one that is no bomb for whoever makes a list of it."""
+    found = range(*_integers(bounds))
+    if found and abs(found[-1] - found[0]) // abs(found.step) >= _MOST_OF_A_RANGE:
+        _refuse(f"a range of more than {_MOST_OF_A_RANGE:,} numbers")
+    return found
+
+
+def empty_bytes(*arguments: Any) -> bytes:
+    """Stand for `bytes`, by which pickles for Python 2 write bytes of length zero; `bytes(10**12)` is a bomb."""
+    if arguments:
+        _refuse("a call of bytes with arguments")
+    return b""
+
+
+def _array(shape: tuple[Any, ...], dtype: Dtype, data: bytes, *, by_columns: bool) -> "NDArray[Any]":
+    if len(shape) > _MOST_DIMENSIONS or any(type(length) is not int or length < 0 for length in shape):
+        _refuse(f"a numpy array of the shape {shape!r:.60}")
+    expected = dtype.itemsize
+    for length in shape:
+        expected *= length
+    if expected != len(data):
+        _refuse(f"a numpy array of the shape {shape!r:.60} whose {len(data):,} bytes do not fit it")
+    return dtype.numbers(data).reshape(shape, order="F" if by_columns else "C")
+
+
+def _integers(values: tuple[Any, ...]) -> tuple[int, ...]:
+    if any(type(value) is not int for value in values):
+        _refuse(f"{values!r:.60} where whole numbers are expected")
+    return values
+
+
+def _refuse(what: str) -> NoReturn:
+    raise CheckpointError(f"holds {what}")
+
+
+# What a file means that stores one of these themselves, such as the default of an option.
+_STANDS_FOR: dict[Any, Any] = {
+    ArrayMark: numpy.ndarray,
+    Dtype: numpy.dtype,
+    date: datetime.date,
+    date_and_time: datetime.datetime,
+    bounded_range: range,
+    empty_bytes: bytes,
+}
+
+
+class _Restorer:
+    """Puts arrays in their places, every container once, however often it is used."""
+
+    def __init__(self) -> None:
+        self.placed: set[int] = set()
+        self._done: dict[int, tuple[Any, Any]] = {}  # with the container, so that its id stays its own
+
+    def restored(self, value: Any) -> Any:
+        """Return `value`, or what replaces it."""
+        if isinstance(value, Array):
+            self.placed.add(id(value))
+        if isinstance(value, Array | Dtype):
+            return value.value
+        if isinstance(value, type | FunctionType) and value in _STANDS_FOR:
+            return _STANDS_FOR[value]
+        if id(value) in self._done:
+            return self._done[id(value)][1]
+        if type(value) is tuple:
+            items = [self.restored(item) for item in value]
+            same = all(new is old for new, old in zip(items, value, strict=True))
+            self._done[id(value)] = (value, value if same else tuple(items))
+            return self._done[id(value)][1]
+        self._done[id(value)] = (value, value)
+        for holder, key, item in _entries(value):
+            changed = self.restored(item)
+            if changed is not item:
+                holder[key] = changed
+        return value
+
+
+def _entries(value: Any) -> Iterator[tuple[Any, Any, Any]]:
+    """What a list, a mapping or the attributes of a plain object hold: holder, key and item."""
+    if isinstance(value, list):
+        yield from ((value, index, item) for index, item in enumerate(value))
+    elif isinstance(value, dict):
+        yield from ((value, key, item) for key, item in list(value.items()))
+    attributes = getattr(value, "__dict__", None)
+    if isinstance(attributes, dict) and not isinstance(value, type):
+        yield from ((attributes, key, item) for key, item in list(attributes.items()))
+
+
+# numpy renamed its core in version 2: a file names whichever it was written with. So did pathlib, in Python 3.13.
+_NUMPY_CORES = ("numpy.core.multiarray", "numpy._core.multiarray")
+_PATH_MODULES = ("pathlib", "pathlib._local")
+# By the name in a file: what checks its arguments itself, or does nothing with them.
+_VALUES: dict[str, Any] = {
+    "argparse.Namespace": argparse.Namespace,
+    "types.SimpleNamespace": SimpleNamespace,
+    "collections.defaultdict": collections.defaultdict,
+    "datetime.timedelta": datetime.timedelta,
+    "datetime.timezone": datetime.timezone,
+    **{f"builtins.{kind.__name__}": kind for kind in (frozenset, slice, list, dict, int, float, str, bool, tuple)},
+}
+# And what stands for a constructor that trusts its arguments.
+_CHECKED: dict[str, Any] = {
+    "datetime.datetime": date_and_time,
+    "datetime.date": date,
+    "builtins.range": bounded_range,
+    "builtins.bytes": empty_bytes,
+    "numpy.ndarray": ArrayMark,
+    "numpy.dtype": Dtype,
+    **{f"{core}.scalar": scalar for core in _NUMPY_CORES},
+}
+
+_NOT_KEPT = re.compile(r"(builtins|traceback|numpy|torch\.nested|torch\.distributed|torch\._dynamo)\b")
+
+
+@contextmanager
+def plain_globals() -> Iterator[Callable[[Any], Any]]:
+    """Let `torch.load(..., weights_only=True)` read plain data of the standard library and numpy in this block.
+
+    Yields:
+        What puts numpy arrays into a content that was loaded in the block; call it on each.
+    """
+    arrays = PlainArrays()
+    allowed = _allowed(arrays)
+    own = torch.serialization.get_safe_globals()
+    kept = [entry for entry in own if _name_of(entry) in names_allowed_by_user()]
+    torch.serialization.clear_safe_globals()
+    torch.serialization.add_safe_globals([*kept, *((value, name) for name, value in allowed.items())])
+    try:
+        yield arrays.restored
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(own)
+
+
+def names_allowed_by_user() -> set[str]:
+    """Return the names that `torch.serialization.add_safe_globals` was given, without those that are not harmless.
+
+    Packages add names too: torch its exceptions, nested and distributed tensors, others the constructors of numpy.
+    """
+    names = {_name_of(entry) for entry in torch.serialization.get_safe_globals()}
+    return {name for name in names if not _NOT_KEPT.match(name)} - plain_names()
+
+
+def plain_names() -> set[str]:
+    """Return the full names that `plain_globals` allows."""
+    return {*_allowed(PlainArrays())}
+
+
+def _allowed(arrays: PlainArrays) -> dict[str, Any]:
+    reconstruct = {f"{core}._reconstruct": arrays.reconstruct for core in _NUMPY_CORES}
+    paths = {f"{module}.{name}": value for module in _PATH_MODULES for name, value in _path_classes().items()}
+    # An array is given its state only if its class is listed; no file can name it, since names in files have a dot.
+    return {**_VALUES, **_CHECKED, **reconstruct, **paths, "Array": Array}
+
+
+def _name_of(entry: Any) -> str:
+    return str(entry[1]) if isinstance(entry, tuple) else f"{entry.__module__}.{entry.__qualname__}"
+
+
+def _path_classes() -> dict[str, type]:
+    """By the name in a file, what a path becomes here: one of the other system stays text with no way to a disk."""
+    own = os.name == "posix"
+    return {
+        "PosixPath": pathlib.PosixPath if own else pathlib.PurePosixPath,
+        "WindowsPath": pathlib.PureWindowsPath if own else pathlib.WindowsPath,
+        "PurePosixPath": pathlib.PurePosixPath,
+        "PureWindowsPath": pathlib.PureWindowsPath,
+    }
+
+
+# Whose globals are listed last, since every pickled network names hundreds of them.
+_EXPECTED_MODULES = {"torch", "timm", "torchvision", "normswap", "collections"}
+_HARMLESS = (
+    r"torch\._utils\._rebuild_|torch\.(storage\.)?\w*Storage$|collections\.OrderedDict$|torch\.Size$|"
+    r"__builtin__\.set$|torch\.\w*\d+$|_codecs\.encode$"
+)
+
+
+def blocked_globals(pickles: Iterable[IO[bytes]]) -> list[str]:
+    """Return the globals that these pickles name and that are not known to be harmless, the unexpected ones first."""
+    found: set[str] = set()
+    for pickle in pickles:
+        found |= read_opcodes(pickle).names
+    harmless = plain_names()
+    blocked = (name for name in found if not re.match(_HARMLESS, name) and _modern(name) not in harmless)
+    return sorted(blocked, key=lambda name: (name.partition(".")[0] in _EXPECTED_MODULES, name))
+
+
+def told_by_torch(error: BaseException) -> str:
+    """Return the heart of torch's long advice, in one line."""
+    return first_line(Exception(str(error).partition("WeightsUnpickler error:")[2] or first_line(error)))
+
+
+def _modern(name: str) -> str:
+    """Pickles of protocol 2 use the module names of Python 2."""
+    return name.replace("__builtin__.", "builtins.")

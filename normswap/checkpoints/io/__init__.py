@@ -1,0 +1,1 @@
+"""Atomic writes, digests of contents, and memory of mapped files."""

@@ -1,0 +1,245 @@
+"""Sources: a file or folder is read from a private copy, and compared with that copy before a result counts.
+
+A trainer may overwrite its last.pt at any moment. Whoever maps such a file reads numbers of both versions, or the
+process ends by SIGBUS if the file shrank. So the bytes are copied once, into files without a name (nothing stays
+behind, whatever ends the process), and everything is checked, read and digested from there. The copy is on a disk and
+costs no memory; file systems that share blocks (btrfs, xfs) copy nothing. Without room on the disk it is in memory.
+"""
+
+import os
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from normswap.checkpoints.content.hf_trainer import trainer_files
+from normswap.checkpoints.formats.hf_folder import INDEX, check_links, find_shards, texts_beside
+from normswap.checkpoints.io.atomic_write import check_readable, located
+from normswap.errors import CheckpointError
+
+_CHUNK = 1 << 18  # what two caches hold at once
+_DESCRIPTORS = Path("/proc/self/fd")
+_MOST_DESCRIPTORS = 256  # of the 1024 that a process usually may have
+
+
+class Stamp(NamedTuple):
+    """What tells a file from another one, or from a later version of itself, without reading it."""
+
+    device: int
+    inode: int
+    size: int
+    mtime_ns: int
+
+
+class PrivateFiles:
+    """Open files without a name, and folders; removed with this object, at the latest when Python ends."""
+
+    def __init__(self) -> None:
+        self.descriptors: list[int] = []
+        self.folders: list[Path] = []
+        weakref.finalize(self, _remove, self.descriptors, self.folders)
+
+    def close(self) -> None:
+        """Remove the files and folders; a mapping of a file without a name stays valid."""
+        _remove(self.descriptors, self.folders)
+
+
+def _remove(descriptors: list[int], folders: list[Path]) -> None:
+    while descriptors:
+        os.close(descriptors.pop())
+    while folders:
+        shutil.rmtree(folders.pop(), ignore_errors=True)
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """A file or folder that is read: `path` as the user names it, `copy` a private copy of its bytes.
+
+    `stamps` has one stamp per file, by its name inside the folder; that of a single file is "". The copy lives as long
+    as this object.
+    """
+
+    path: Path
+    copy: Path
+    stamps: Mapping[str, Stamp]
+    files: PrivateFiles
+
+    def check_unchanged(self) -> None:
+        """Refuse to go on if the source is no longer what the copy was made of, down to the byte.
+
+        Raises:
+            CheckpointError: a file was removed, replaced, written to, or joined the folder.
+        """
+        for name, stamp in self.stamps.items():
+            _check_same(self.path / name, self.copy / name, stamp)
+        if self.path.is_dir() and _files_read(self.path) != [*self.stamps]:
+            raise _changed(self.path, "files came or went")
+
+    def in_words(self, text: str) -> str:
+        """Return a text about the copy as one about the source."""
+        return text.replace(str(self.copy), str(self.path))
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Let errors of who reads the copy name the source, and give the copy back on the first one."""
+        try:
+            yield
+        except BaseException as error:
+            self.close()
+            if isinstance(error, CheckpointError) and str(self.copy) in str(error):
+                raise type(error)(self.in_words(str(error))) from error
+            raise
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether the copy is gone, so that nothing can be read of it any more."""
+        return not (self.files.descriptors or self.files.folders)
+
+    def close(self) -> None:
+        """Give the copy back. Tensors that are mapped from it stay valid."""
+        self.files.close()
+
+
+def open_source(path: Path, *, folder: Path | None = None) -> Source:
+    """Copy the file at `path`, or what is read of the folder, and return the source.
+
+    Args:
+        folder: where the copy goes, on a disk; None for memory, for a caller that reads all of it into memory anyway.
+
+    Raises:
+        CheckpointError: missing or empty, a link in it leads out of the folder, or it changed while it was copied.
+    """
+    path = located(path)
+    check_readable(path)
+    files = PrivateFiles()
+    if path.is_dir():
+        check_links(path)
+        copy, names = _new_folder(files, None), _files_read(path)
+    elif _DESCRIPTORS.is_dir():
+        stamp = _copied(path, folder, files)
+        return Source(path, _DESCRIPTORS / str(files.descriptors[-1]), {"": stamp}, files)
+    else:
+        copy, names = _new_folder(files, folder) / path.name, [""]
+    without_name = _DESCRIPTORS.is_dir() and len(names) <= _MOST_DESCRIPTORS
+    place = _linked if without_name else _named
+    return Source(path, copy, {name: place(path / name, copy / name, folder, files) for name in names}, files)
+
+
+def _files_read(folder: Path) -> list[str]:
+    """The names of the files in a folder that are read or copied, whatever is done with it."""
+    if (folder / INDEX).is_file():
+        return sorted(entry.name for entry in folder.iterdir() if entry.is_file())
+    shards = find_shards(folder)
+    weights = {*shards.files, *filter(None, [shards.index])} if shards else set()
+    return sorted({*weights, *texts_beside(folder), *trainer_files(folder)})
+
+
+def _new_folder(files: PrivateFiles, parent: Path | None) -> Path:
+    files.folders.append(Path(tempfile.mkdtemp(prefix="normswap-", dir=parent)))
+    return files.folders[-1]
+
+
+def _linked(path: Path, copy: Path, folder: Path | None, files: PrivateFiles) -> Stamp:
+    """Copy into a file without a name, which a link at `copy` leads to."""
+    stamp = _copied(path, folder, files)
+    copy.symlink_to(_DESCRIPTORS / str(files.descriptors[-1]))
+    return stamp
+
+
+def _named(path: Path, copy: Path, _folder: Path | None, _files: PrivateFiles) -> Stamp:
+    """Copy into a file with a name, on systems that cannot open one without."""
+    before = _stamp(path)
+    shutil.copyfile(path, copy)
+    _check_stamp(path, before)
+    return before
+
+
+def _copied(path: Path, folder: Path | None, files: PrivateFiles) -> Stamp:
+    """Copy into a new file without a name, whose descriptor is then the last one of `files`."""
+    with open(path, "rb", buffering=0) as file:
+        opened = os.fstat(file.fileno())
+        stamp = Stamp(opened.st_dev, opened.st_ino, opened.st_size, opened.st_mtime_ns)
+        for place in (folder, None) if folder is not None and not _is_full(folder, stamp.size) else (None,):
+            files.descriptors.append(_unnamed(place))
+            try:
+                _copy_bytes(file.fileno(), files.descriptors[-1])
+                break
+            except OSError:  # no room, or a limit on the size of files
+                os.close(files.descriptors.pop())
+                if place is None:
+                    raise
+    _check_stamp(path, stamp)
+    return stamp
+
+
+def _is_full(folder: Path, size: int) -> bool:
+    try:
+        return shutil.disk_usage(folder).free < size
+    except OSError:
+        return True
+
+
+def _unnamed(folder: Path | None) -> int:
+    """Open a new file without a name, in memory if `folder` is None or takes none."""
+    if folder is not None:
+        with suppress(OSError):
+            return os.open(folder, os.O_TMPFILE | os.O_RDWR, 0o600)
+        with suppress(OSError):  # a file system without O_TMPFILE
+            descriptor, name = tempfile.mkstemp(prefix=".normswap-", dir=folder)
+            os.unlink(name)
+            return descriptor
+    return os.memfd_create("normswap", os.MFD_CLOEXEC)
+
+
+def _copy_bytes(source: int, target: int) -> None:
+    with suppress(OSError):  # between two file systems, or one that has no such call
+        while os.copy_file_range(source, target, 1 << 30):
+            pass
+        if os.fstat(target).st_size == os.fstat(source).st_size:
+            return
+    os.lseek(source, 0, os.SEEK_SET)
+    os.ftruncate(target, 0)
+    os.lseek(target, 0, os.SEEK_SET)
+    with open(source, "rb", closefd=False) as reader, open(target, "wb", closefd=False) as writer:
+        shutil.copyfileobj(reader, writer, _CHUNK)
+
+
+def _check_same(path: Path, copy: Path, stamp: Stamp) -> None:
+    """Refuse a file that is not the one of this stamp, or whose bytes are not those of the copy."""
+    _check_stamp(path, stamp)
+    one, other = bytearray(_CHUNK), bytearray(_CHUNK)
+    with open(path, "rb", buffering=0) as file, open(copy, "rb", buffering=0) as twin:
+        while length := twin.readinto(other):
+            if file.readinto(one) != length or one[:length] != other[:length]:
+                raise _changed(path, "it was written to")
+    _check_stamp(path, stamp)
+
+
+def _check_stamp(path: Path, stamp: Stamp) -> None:
+    """Refuse a file that is not the one of this stamp any more."""
+    try:
+        now = _stamp(path)
+    except FileNotFoundError:
+        raise _changed(path, "it was removed") from None
+    if now[:2] != stamp[:2]:
+        raise _changed(path, "another file took its place")
+    if now.size != stamp.size:
+        raise _changed(path, f"it had {stamp.size:,} bytes and has {now.size:,}")
+    if now != stamp:
+        raise _changed(path, "it was written to")
+
+
+def _stamp(path: Path) -> Stamp:
+    found = os.stat(path)
+    return Stamp(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+def _changed(path: Path, what: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: changed while it was read ({what}), expected a file that stays as it is: wait until the program that "
+        "writes it is done, or copy the file first, and try again"
+    )

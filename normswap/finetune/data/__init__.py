@@ -1,0 +1,1 @@
+"""Data sets and loaders of a fine-tuning run."""

@@ -1,0 +1,402 @@
+"""run_recipe: a recipe carried out. One loop on accelerate, which places, casts and synchronises.
+
+Decides nothing that the recipe does not say. Every random number follows from the seed and the number of the batch, and
+every state is saved between two steps, so that an interrupted run ends with the weights of one that was not.
+"""
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import Tensor, distributed, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from normswap.errors import RecipeError, RunInterrupted, TrainingError
+from normswap.finetune.data.datasets import Data
+from normswap.finetune.data.loaders import mixed, seed_generators
+from normswap.finetune.model_source import MODEL, STATE
+from normswap.finetune.recipe import Recipe, check_warmup
+from normswap.finetune.recipe_fields import TrainTable
+from normswap.finetune.run_files import NAME as LOG
+from normswap.finetune.run_files import (
+    Journal,
+    RunState,
+    StopRequest,
+    read_state,
+    stop_requests,
+    write_model,
+    write_state,
+)
+from normswap.finetune.setup import Prepared, batch_mixer, build_average, build_optimizer, prepare
+from normswap.model_state import training_flags
+from normswap.surgery.importance import ImportanceWeights, batch_dependence, gate_parameters, importance_weights
+
+# MERGED DOC: Loss and accuracy of a classifier on data that is divided among processes.
+
+
+class Evaluation(NamedTuple):
+    """Mean cross-entropy, share of right answers in percent, and of how many images."""
+
+    loss: float
+    accuracy: float
+    images: int
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, data: Data, accelerator: Accelerator) -> Evaluation:
+    """Return what a model makes of all images, each taken once whatever the number of processes; flags are put back."""
+    total = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
+    with training_flags(list(model.modules()), training=False), accelerator.autocast():
+        for images, labels in data:
+            labels = labels.to(accelerator.device)
+            logits = model(images.to(accelerator.device)).float()
+            loss = F.cross_entropy(logits, labels, reduction="sum")
+            right = (logits.argmax(1) == labels).sum()
+            total += torch.stack([loss.double(), right.double(), torch.tensor(float(len(labels))).to(loss).double()])
+    loss, right, images = accelerator.reduce(total, "sum").tolist()
+    return Evaluation(loss / images, 100 * right / images, int(images))
+
+
+@torch.no_grad()
+def share_buffers(model: nn.Module) -> None:
+    """Give every process the running statistics of the first one, which are those that are saved."""
+    for buffer in model.buffers():
+        distributed.broadcast(buffer, 0)
+
+
+Record = Mapping[str, Any]
+Tell = Callable[[Record], None]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run came to: accuracies and losses before and after, where the model and the log are, what the gates
+    learned, and what the user should know of the start.
+    """
+
+    output: Path
+    model: Path
+    steps: int
+    seconds: float
+    before: Evaluation
+    after: Evaluation
+    importance: Mapping[str, ImportanceWeights]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def log(self) -> Path:
+        """The log of the run: a JSON document a line."""
+        return self.output / LOG
+
+
+@dataclass
+class _Run:
+    """Everything that a step needs; `losses` are those that nobody has looked at yet."""
+
+    recipe: Recipe
+    accelerator: Accelerator
+    prepared: Prepared
+    network: nn.Module
+    optimizer: Any
+    schedule: LambdaLR
+    average: Any
+    steps: int
+    step: int = 0
+    seconds: float = 0.0
+    saved: int | None = None
+    before: Evaluation | None = None
+    losses: list[Tensor] = field(default_factory=list)
+
+    @property
+    def model(self) -> nn.Module:
+        return self.prepared.model
+
+    @property
+    def kept(self) -> nn.Module:
+        """The weights that are evaluated and kept."""
+        return self.average.module if self.average is not None else self.model
+
+
+def run_recipe(
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    trust: bool = False,
+    on_record: Callable[[Record], None] | None = None,
+    on_step: Callable[[int, int], None] | None = None,
+) -> Outcome:
+    """Carry out a recipe: load, convert and prove, train, evaluate, save.
+
+    Started by `torchrun` or `accelerate launch`, each process takes its share of every step, and the first one writes.
+    SIGINT and SIGTERM are answered after the step, once the state is saved.
+
+    Args:
+        resume: go on from the state in the folder of the run.
+        overwrite: start anew where such a state is.
+        trust: run the code that the checkpoint or its architecture names.
+        on_record: told every line of the log, in the first process.
+        on_step: told the number of steps done, and of all.
+
+    Raises:
+        RunInterrupted: a signal asked for it; the state is saved.
+        TrainingError: the loss is no number, or the log cannot be written; the last state is kept.
+        NormswapError: what reading, converting, opening data and saving raise.
+    """
+    output = recipe.output
+    state = _found_state(recipe, output, resume=resume, overwrite=overwrite)
+    accelerator = _accelerator(recipe)
+    run = _begin(recipe, accelerator, state, trust=trust)
+    if accelerator.is_main_process:
+        output.mkdir(parents=True, exist_ok=True)
+    with stop_requests() as request, _journal(run) as journal:
+
+        def tell(record: Record) -> None:
+            if journal is not None:
+                journal.write(record)
+                if on_record is not None:
+                    on_record(record)
+
+        return _carry_out(run, request, tell, on_step or (lambda *_: None))
+
+
+def is_first_process() -> bool:
+    """Say whether this is the process that writes and prints, of those that a launcher has started."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def _found_state(recipe: Recipe, output: Path, *, resume: bool, overwrite: bool) -> RunState | None:
+    if resume:
+        return read_state(output, recipe)
+    if (output / STATE).exists() and not overwrite:
+        raise TrainingError(f"{output}: holds a run already: go on with resume=True, or start anew with overwrite=True")
+    return None
+
+
+def _accelerator(recipe: Recipe) -> Accelerator:
+    if not distributed.is_initialized():
+        # Else the first run of a process decides the precision of all others.
+        AcceleratorState._reset_state()
+    accelerator = Accelerator(mixed_precision=recipe.train.precision)
+    if "FSDP" in accelerator.distributed_type or accelerator.distributed_type == "DEEPSPEED":
+        raise RecipeError(
+            f"{accelerator.distributed_type}: gates are projected in the forward pass, which sharded parameters lose: "
+            "launch with plain data parallelism (torchrun, accelerate launch --multi_gpu)"
+        )
+    return accelerator
+
+
+def _begin(recipe: Recipe, accelerator: Accelerator, state: RunState | None, *, trust: bool) -> _Run:
+    shard = accelerator.process_index, accelerator.num_processes
+    prepared = prepare(recipe, state=recipe.output / STATE if state else None, trust=trust, shard=shard)
+    model, train = prepared.model, recipe.train
+    if train.channels_last:
+        model.to(memory_format=torch.channels_last)
+    model.to(accelerator.device)
+    average = build_average(model, train.ema_decay)
+    optimizer = build_optimizer(model, train)
+    schedule = LambdaLR(optimizer, _factor(train, prepared.steps))
+    network, prepared_optimizer = accelerator.prepare(model, optimizer)
+    run = _Run(recipe, accelerator, prepared, network, prepared_optimizer, schedule, average, prepared.steps)
+    if state is not None:
+        _restore(run, state)
+    return run
+
+
+def _factor(train: TrainTable, steps: int) -> Callable[[int], float]:
+    """The learning rate of a step as a share of the highest."""
+    least = train.min_lr / train.lr if train.lr else 0.0
+    warmup = check_warmup(train, steps)
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        done = min(1.0, (step - warmup) / (steps - warmup))
+        falls = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
+        return least + (1 - least) * falls[train.schedule]
+
+    return factor
+
+
+def _restore(run: _Run, state: RunState) -> None:
+    run.optimizer.load_state_dict(dict(state.optimizer))
+    run.schedule.load_state_dict(dict(state.schedule))
+    if run.average is not None and state.average is not None:
+        run.average.module.load_state_dict(state.average)
+    if run.accelerator.scaler is not None and state.scaler is not None:
+        run.accelerator.scaler.load_state_dict(dict(state.scaler))
+    run.step = run.saved = state.step
+    run.seconds = state.seconds
+    run.before = Evaluation(**state.before)
+
+
+def _journal(run: _Run) -> Any:
+    return Journal(run.recipe.output, after=run.step) if run.accelerator.is_main_process else nullcontext()
+
+
+def _carry_out(run: _Run, request: StopRequest, tell: Tell, on_step: Callable[[int, int], None]) -> Outcome:
+    if run.before is None:
+        facts = {"recipe": run.recipe.to_dict(), "processes": run.accelerator.num_processes}
+        tell({"step": 0, **facts, "notes": run.prepared.notes})
+        run.before = _evaluated(run, tell)
+    _train(run, request, tell, on_step)
+    after = _evaluated(run, tell)
+    _save(run, tell)
+    model = run.recipe.output / MODEL
+    if run.accelerator.is_main_process:
+        model = write_model(run.recipe.output, run.recipe, run.prepared.source, run.kept)
+    run.accelerator.wait_for_everyone()
+    importance, notes = importance_weights(run.kept), run.prepared.notes
+    return Outcome(run.recipe.output, model, run.steps, run.seconds, run.before, after, importance, notes)
+
+
+def _train(run: _Run, request: StopRequest, tell: Tell, on_step: Callable[[int, int], None]) -> None:
+    """Take the steps that are left."""
+    every = run.recipe.run
+    batches = _batches(run.prepared.training, first=run.step * run.recipe.train.accumulation)
+    mix = batch_mixer(run.recipe.data, classes=run.prepared.classes)
+    gates = set(gate_parameters(run.model).values())
+    network = [parameter for parameter in run.model.parameters() if parameter not in gates]
+    run.network.train()
+    while run.step < run.steps:
+        since = time.monotonic()
+        _step(run, batches, mix, network)
+        run.step += 1
+        run.seconds += time.monotonic() - since
+        on_step(run.step, run.steps)
+        _notice(run, request, tell)
+        if run.step < run.steps:
+            if every.evaluate_every and run.step % every.evaluate_every == 0:
+                _evaluated(run, tell)
+            if every.save_every and run.step % every.save_every == 0:
+                _save(run, tell)
+
+
+def _notice(run: _Run, request: StopRequest, tell: Tell) -> None:
+    """Look at the losses where a line of the log is due, and stop where that was asked for.
+
+    In many processes only where a line is due: a look in common makes each wait for all, and the host for the device.
+    """
+    is_due = run.step % run.recipe.run.log_every == 0 or run.step == run.steps
+    if is_due:
+        tell(_looked(run))
+    if (is_due or run.accelerator.num_processes == 1) and run.step < run.steps and _asked_to_stop(run, request):
+        _save(run, tell)
+        raise RunInterrupted(
+            f"stopped after step {run.step} of {run.steps}, all is saved in {run.recipe.output}: "
+            "go on with resume=True",
+            request.number,
+        )
+
+
+def _batches(data: Data, *, first: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches from number `first` on, without end."""
+    epoch, start = divmod(first, len(data))
+    while True:
+        yield from data.epoch(epoch, first=start)
+        epoch, start = epoch + 1, 0
+
+
+def _step(
+    run: _Run,
+    batches: Iterator[tuple[Tensor, Tensor]],
+    mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    network: list[nn.Parameter],
+) -> None:
+    """One update of all parameters, from `accumulation` batches in each process."""
+    train, accelerator = run.recipe.train, run.accelerator
+    for part in range(train.accumulation):
+        images, labels = (tensor.to(accelerator.device, non_blocking=True) for tensor in next(batches))
+        if train.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        seed_generators(mixed(train.seed, accelerator.process_index, run.step * train.accumulation + part))
+        images, targets = mix(images, labels)
+        is_last = part == train.accumulation - 1
+        with nullcontext() if is_last else accelerator.no_sync(run.network):
+            loss = F.cross_entropy(run.network(images), targets, label_smoothing=run.recipe.data.label_smoothing)
+            run.losses.append(loss.detach())
+            loss = loss / train.accumulation
+            if is_last and train.batch_price:
+                loss = loss + train.batch_price * batch_dependence(run.model)
+            accelerator.backward(loss)
+    if train.clip:
+        accelerator.clip_grad_norm_(network, train.clip)
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    run.schedule.step()
+    if run.average is not None:
+        run.average.update(run.model, step=run.step)
+
+
+def _asked_to_stop(run: _Run, request: StopRequest) -> bool:
+    """Whether any process was; all of them get the same answer."""
+    if run.accelerator.num_processes == 1:
+        return request.number is not None
+    asked = torch.tensor(float(request.number is not None), device=run.accelerator.device)
+    return bool(run.accelerator.reduce(asked, "sum") > 0)
+
+
+def _looked(run: _Run) -> Record:
+    """What is to be told of the steps since the last look.
+
+    Raises:
+        TrainingError: one of the losses is no number.
+    """
+    losses = run.accelerator.reduce(torch.stack(run.losses).float(), "mean").tolist()
+    run.losses.clear()
+    bad = next((number for number, loss in enumerate(losses) if not math.isfinite(loss)), None)
+    if bad is not None:
+        first = run.step - (len(losses) - 1 - bad) // run.recipe.train.accumulation
+        kept = f"the state after step {run.saved} is kept in {run.recipe.output}" if run.saved else "no state was saved"
+        raise TrainingError(
+            f"the loss of step {first} is {losses[bad]}: {kept}; lower train.lr, or look at the images of that step"
+        )
+    groups = run.optimizer.param_groups
+    return {
+        "step": run.step,
+        "loss": sum(losses) / len(losses),
+        "lr": groups[0]["lr"],
+        "importance_lr": groups[-1]["lr"],
+        "seconds": run.seconds,
+        "importance": {fqn: weights._asdict() for fqn, weights in importance_weights(run.model).items()},
+    }
+
+
+def _evaluated(run: _Run, tell: Tell) -> Evaluation:
+    if run.accelerator.num_processes > 1:
+        share_buffers(run.kept)
+    found = evaluate(run.kept, run.prepared.evaluation, run.accelerator)
+    tell({"step": run.step, "evaluation": found._asdict()})
+    run.network.train()
+    return found
+
+
+def _save(run: _Run, tell: Tell) -> None:
+    """Write the state; only one whose losses all are numbers."""
+    if run.losses:
+        tell(_looked(run))
+    run.accelerator.wait_for_everyone()
+    if run.accelerator.is_main_process and run.before is not None:
+        scaler = run.accelerator.scaler
+        state = RunState(
+            run.step,
+            run.step * run.recipe.train.accumulation // len(run.prepared.training),
+            run.seconds,
+            run.before._asdict(),
+            run.average.module.state_dict() if run.average is not None else None,
+            run.optimizer.state_dict(),
+            run.schedule.state_dict(),
+            scaler.state_dict() if scaler is not None else None,
+        )
+        write_state(run.recipe.output, run.recipe, run.prepared.source, run.model, state)
+    run.saved = run.step
+    run.accelerator.wait_for_everyone()

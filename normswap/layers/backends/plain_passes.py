@@ -1,0 +1,31 @@
+"""The passes of `passes.py` out of plain operators, for devices whose kernels those were not chosen for.
+
+Arguments and results are the same; sums are taken in float32 or wider. A half precision activation exists in float32
+while a pass runs.
+"""
+
+import torch
+from torch import Tensor
+
+from normswap.layers.backends import reference
+from normswap.layers.backends.aten_passes import per_position
+from normswap.layers.backends.reference import Moments, accumulation_dtype
+
+
+def instance_moments(x: Tensor) -> tuple[Moments, Tensor | None]:
+    """Return the moments of x over its spatial positions, (N, C); no buffer is made on the way."""
+    return reference.instance_moments(x.detach()), None
+
+
+def scale_and_shift(x: Tensor, scale: Tensor, shift: Tensor, *, buffer: Tensor | None = None) -> Tensor:
+    """Return scale x + shift, of the dtype and layout of x, in the memory of `buffer` where one is given."""
+    y = torch.addcmul(per_position(shift, x), x.to(scale.dtype), per_position(scale, x)).to(x.dtype)
+    return y if buffer is None else buffer.copy_(y)
+
+
+def gradient_sums(dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the sums over positions of dy and of dy (x - mean) rstd, each (N, C)."""
+    wide, dtype = dy.to(accumulation_dtype(x)), accumulation_dtype(x)
+    scaled = (x.to(dtype) - per_position(mean, x)).mul_(wide)
+    plain, scaled = (tensor.reshape(*mean.shape, -1).sum(2) for tensor in (wide, scaled))
+    return plain, scaled * rstd

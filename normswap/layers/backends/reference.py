@@ -1,0 +1,180 @@
+"""First and second moments of activations, and how they pool.
+
+One pass over the input gives the per-sample, per-channel moments; those of LN and BN are pooled from that
+(N, C) table as mean of variances + variance of means: a sum of non-negative terms, never E[x^2] - E[x]^2,
+which turns to NaN where the mean is large beside the deviation. All variances are biased (paper, sec. 3). Moments of
+more values than there are at one time are gathered part by part, in float64.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from normswap.layers.gating import Branch, Mixing, read_shares
+
+# MERGED DOC: A site that is exactly BN: told where that costs nothing, and computed at BN's price.
+
+# MERGED DOC: Switchable Normalization in plain torch: the definition, and the path that everything else is held against.
+
+
+class Moments(NamedTuple):
+    """Mean and biased variance, of one shape, in float32 or wider."""
+
+    mean: Tensor
+    var: Tensor
+
+
+def accumulation_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype in which moments of `x` are accumulated: float32, or float64 for float64."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def instance_moments(x: Tensor) -> Moments:
+    """Return the moments of x (N, C, *spatial) over its spatial positions, each of shape (N, C)."""
+    x = x.to(accumulation_dtype(x))
+    if x.dim() == 2:
+        return Moments(x, torch.zeros_like(x))
+    var, mean = torch.var_mean(x, dim=list(range(2, x.dim())), correction=0)
+    return Moments(mean, var)
+
+
+def pool_moments(moments: Moments, dim: int) -> Moments:
+    """Return the moments of the union along `dim` of an (N, C) table, with that axis kept at size 1."""
+    mean = moments.mean.mean(dim, keepdim=True)
+    var = moments.var.mean(dim, keepdim=True) + moments.mean.var(dim, correction=0, keepdim=True)
+    return Moments(mean, var)
+
+
+# Values that are widened to float64 at one time: on CPU what stays in its caches, elsewhere what fills a device.
+_PART_ON_CPU, _PART = 1 << 18, 1 << 24
+
+
+class GatheredMoments:
+    """Mean and biased variance per channel of all values seen so far, in float64.
+
+    Part by part: two passes over each, then the merge of Chan, Golub and LeVeque (1983). Six digits more than one pass
+    in float32, in a third of the time of `var_mean`.
+
+    Attributes:
+        count: values per channel.
+        mean, spread: (C,), the spread being the sum of squared deviations from the mean.
+    """
+
+    def __init__(self, channels: int) -> None:
+        self.count = 0
+        self.mean = torch.zeros(channels, dtype=torch.float64)
+        self.spread = torch.zeros_like(self.mean)
+
+    @property
+    def var(self) -> Tensor:
+        """The biased variance (C,); NaN where nothing was seen."""
+        return self.spread / self.count if self.count else torch.full_like(self.spread, float("nan"))
+
+    def add(self, x: Tensor) -> None:
+        """Take in the values of x (N, C, *spatial)."""
+        x = x.detach().cpu() if x.device.type == "mps" else x.detach()  # which has no float64
+        dims = [0, *range(2, x.dim())]
+        size = _PART_ON_CPU if x.device.type == "cpu" else _PART
+        for part in torch.split(x, max(1, size // x[0].numel())) if x.numel() else ():
+            wide = part.to(torch.float64)
+            mean = wide.mean(dims, keepdim=True)
+            spread = (wide - mean).square_().sum(dims)
+            self.merge(part.numel() // part.shape[1], mean.flatten(), spread)
+
+    def merge(self, count: int, mean: Tensor, spread: Tensor) -> None:
+        """Take in what is known of `count` more values per channel: their mean (C,) and spread (C,)."""
+        if not count:
+            return
+        total = self.count + count
+        own, own_spread = self.mean.to(mean.device), self.spread.to(mean.device)
+        shift = mean - own
+        self.mean = own + shift * (count / total)
+        self.spread = own_spread + spread + shift.square() * (self.count * count / total)
+        self.count = total
+
+
+def is_batch_norm(gates: tuple[Tensor, Tensor], mixing: Mixing) -> bool:
+    """Say whether both gate parameters (K,) lie exactly at the `bn` vertex; False where reading them has a price."""
+    if gates[0].device.type != "cpu":
+        return False
+    return all(read_shares(gate, mixing) == (0.0, 0.0, 1.0) for gate in gates)
+
+
+def batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, constants: Moments, eps: float) -> Tensor:
+    """Normalise x (N, C, *spatial) by constants (1, C) alone, as BN does in evaluation: no moments of x are taken."""
+    mean, var = (moment.squeeze(0) for moment in constants)
+    weight, bias = (None if p is None else p.to(mean.dtype) for p in (weight, bias))
+    return torch.native_batch_norm(x, weight, bias, mean, var, False, 0.0, eps)[0]
+
+
+def switch_norm_reference(
+    x: Tensor,
+    mean_weights: Tensor,
+    var_weights: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    constants: Moments | None,
+    *,
+    branches: Sequence[Branch],
+    eps: float,
+    record: Callable[[Moments], Moments | None] | None = None,
+) -> Tensor:
+    """Normalise x (N, C, *spatial) with the given importance weights (K,), one per branch.
+
+    Args:
+        constants: moments (1, C) for the `bn` branch; None takes those of the batch.
+        record: is given the moments (1, C) of the batch that the `bn` branch uses. If it returns others, their values
+            are used instead, while gradients go to those of the batch.
+
+    Returns:
+        y of the shape, dtype and memory format of x.
+    """
+    table = instance_moments(x)
+    bn = pool_moments(table, 0) if constants is None else constants
+    taken = None if record is None else record(bn)
+    if taken is not None:
+        bn = Moments(*(with_gradient_of(moment, value) for value, moment in zip(taken, bn, strict=True)))
+    moments = {"in": table, "ln": pool_moments(table, 1), "bn": bn}
+    mixed_mean = _mix(mean_weights, [moments[branch].mean for branch in branches])
+    mixed_var = _mix(var_weights, [moments[branch].var for branch in branches])
+    finite = mixed_mean.value.isfinite() & mixed_var.value.isfinite()
+    mean, var = (torch.where(finite, mixed.differentiable, mixed.value) for mixed in (mixed_mean, mixed_var))
+
+    dtype = accumulation_dtype(x)
+    spatial = (1,) * (x.dim() - 2)
+    scale = (var + eps).rsqrt()
+    if weight is not None:
+        scale = scale * weight.to(dtype)
+    y = (x.to(dtype) - mean.reshape(mean.shape + spatial)) * scale.reshape(scale.shape + spatial)
+    if bias is not None:
+        y = y + bias.to(dtype).reshape((1, -1) + spatial)
+    return y.to(x.dtype)
+
+
+def with_gradient_of(moment: Tensor, value: Tensor) -> Tensor:
+    """Return `value` with the gradient of `moment`; none is passed on where that is not finite."""
+    # The difference is exactly zero; that of two infinities would be NaN.
+    return value + torch.where(moment.isfinite(), moment - moment.detach(), 0.0)
+
+
+class _Mixed(NamedTuple):
+    """A mixed statistic: its value, whose gradient reaches statistics of weight above zero only; and the same with all
+    gradients, but without what is not finite.
+
+    The first stands where a mixed statistic is inf or NaN: gradients there are so too, and times zero would be NaN. An
+    infinite variance stays infinite however much of it is taken, so that its weight has no gradient there.
+    """
+
+    value: Tensor
+    differentiable: Tensor
+
+
+def _mix(weights: Tensor, statistics: list[Tensor]) -> _Mixed:
+    """Sum weights (K,) times statistics; a weight of exactly zero silences inf and NaN instead of spreading them."""
+    weights = weights.to(statistics[0].dtype)
+    pairs = list(zip(weights.unbind(), statistics, strict=True))
+    values = [torch.where(share != 0, share.detach() * table, 0.0) for share, table in pairs]
+    finite = [share * torch.where(table.isfinite(), table, 0.0) for share, table in pairs]
+    return _Mixed(sum(values[1:], start=values[0]), sum(finite[1:], start=finite[0]))

@@ -1,0 +1,615 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+# What Triton compiles takes no annotations but its own, and its constants are in capitals.
+# ruff: noqa: N803
+"""Triton kernels of Switchable Normalization, and nothing else: what runs on the device.
+
+Activations come contiguous or channels_last (`LAST`), of any rank, and are met in tiles of BLOCK_C channels by BLOCK_P
+positions of one sample. The positions of a row may be spread over `splits` programs of `span` positions each; whoever
+reads their results next merges them. Everything is computed in float32 and rounded once.
+
+Tables, all in float32, with N C entries unless said otherwise; variances are biased:
+
+    in_mean, in_var   moments of every (n, c): what backward keeps
+    workspace         moments of LN (N, N), moments of BN (C, C); of the backward pass also p and q of LN (N, N) and of
+                      BN (C, C), p and q of every (n, c), the sums of dy and of dy (x - centre) of every part, and the
+                      gradients of importance weights of every program that pools
+
+with p = dmu / M and q = 2 dvar / M as in `normswap.layers.backends.moment_algebra`. Where M, N, C and dtypes are named, they are
+`positions`, `samples`, `channels` and those of the pointers.
+
+No number goes through the host: importance weights are computed from the gate parameters wherever they are needed. A
+share of exactly zero silences what it would multiply.
+"""
+
+import triton
+import triton.language as tl
+
+# --- statistics that neither cancel nor overflow -------------------------------------------------------------------
+
+
+@triton.jit
+def _gathered(mean, squares, size, lanes, LANES: tl.constexpr):
+    """Mean and biased variance (R,) of what the lanes (R, LANES) have seen of `size` values, one after the other."""
+    counts = ((size - lanes + LANES - 1) // LANES).to(tl.float32)[None, :]
+    total = tl.sum(mean * counts, axis=1) / size
+    away = mean - total[:, None]
+    # A lane that has seen nothing adds nothing, though its square may be infinite.
+    return total, tl.sum(squares + tl.where(counts > 0, away * away * counts, 0.0), axis=1) / size
+
+
+@triton.jit
+def _merged(mean, var, offsets, mask, table, span, positions, SPLITS: tl.constexpr):
+    """Moments (R, S) of the table's entries at `offsets`, merged from their parts around the first (Chan et al.)."""
+    first = tl.load(mean + offsets, mask=mask, other=0.0)
+    if SPLITS == 1:
+        return first, tl.load(var + offsets, mask=mask, other=0.0)
+    part = tl.arange(0, SPLITS)[None, None, :]
+    size = tl.minimum(tl.maximum(positions - part * span, 0), span)
+    seen = mask[:, :, None] & (size > 0)
+    places = offsets[:, :, None] + part * tl.cast(table, tl.int64)
+    size = size.to(tl.float32) / positions
+    away = tl.where(seen, tl.load(mean + places, mask=seen, other=0.0) - first[:, :, None], 0.0)
+    centre = tl.sum(away * size, axis=2)
+    away = tl.where(seen, away - centre[:, :, None], 0.0)
+    within = tl.load(var + places, mask=seen, other=0.0)
+    return first + centre, tl.sum((within + away * away) * size, axis=2)
+
+
+@triton.jit
+def _total(sums, offsets, mask, table, splits, SPLITS: tl.constexpr):
+    """The sums (R, S) of the table's entries at `offsets`, over their parts."""
+    if SPLITS == 1:
+        return tl.load(sums + offsets, mask=mask, other=0.0)
+    part = tl.arange(0, SPLITS)[None, None, :]
+    seen = mask[:, :, None] & (part < splits)
+    places = offsets[:, :, None] + part * (2 * tl.cast(table, tl.int64))
+    return tl.sum(tl.load(sums + places, mask=seen, other=0.0), axis=2)
+
+
+# --- gates ---------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _point(point, IN: tl.constexpr, LN: tl.constexpr, BN: tl.constexpr):
+    """The entries of a gate parameter for `in`, `ln` and `bn`, minus infinity for a branch that is not in use."""
+    nothing = tl.full((), float("-inf"), tl.float32)
+    a = tl.load(point).to(tl.float32) if IN else nothing
+    b = tl.load(point + IN).to(tl.float32) if LN else nothing
+    c = tl.load(point + (IN + LN)).to(tl.float32) if BN else nothing
+    return a, b, c
+
+
+@triton.jit
+def _shares(point, SIMPLEX: tl.constexpr, IN: tl.constexpr, LN: tl.constexpr, BN: tl.constexpr):
+    """Importance weights of `in`, `ln` and `bn`, 0 for a branch that is not in use."""
+    a, b, c = _point(point, IN, LN, BN)
+    whole, top = a + b + c, tl.maximum(tl.maximum(a, b), c)
+    # A common shift changes nothing; with the largest entry at 0, no size of it can swallow a 1 or overflow.
+    a, b, c = a - top, b - top, c - top
+    if SIMPLEX:
+        second = tl.maximum(tl.minimum(a, b), tl.minimum(tl.maximum(a, b), c))
+        # The threshold of the right support is the largest one.
+        threshold = tl.maximum(tl.maximum((second - 1.0) / 2.0, tl.div_rn(a + b + c - 1.0, 3.0)), -1.0)
+        # A point that is not finite has no projection.
+        threshold = tl.where((whole != whole) | (top == float("inf")), float("nan"), threshold)
+        unknown = tl.where(threshold != threshold, threshold, 0.0)
+        return (
+            tl.maximum(a - threshold, 0.0) + unknown,
+            tl.maximum(b - threshold, 0.0) + unknown,
+            tl.maximum(c - threshold, 0.0) + unknown,
+        )
+    a, b, c = tl.exp(a), tl.exp(b), tl.exp(c)
+    whole = a + b + c
+    return tl.div_rn(a, whole), tl.div_rn(b, whole), tl.div_rn(c, whole)
+
+
+@triton.jit
+def _write_gate_gradient(
+    out, point, a, b, c, SIMPLEX: tl.constexpr, IN: tl.constexpr, LN: tl.constexpr, BN: tl.constexpr
+):
+    """Write the gradient of a gate parameter, from that of the importance weights up to a common shift of them.
+
+    Statistics that a weight of zero silences have no say on that weight either.
+    """
+    in_, ln, bn = _shares(point, SIMPLEX, IN, LN, BN)
+    a = tl.where((in_ != 0) | (tl.abs(a) < float("inf")), a, 0.0) if IN else 0.0
+    b = tl.where((ln != 0) | (tl.abs(b) < float("inf")), b, 0.0) if LN else 0.0
+    c = tl.where((bn != 0) | (tl.abs(c) < float("inf")), c, 0.0) if BN else 0.0
+    if SIMPLEX:
+        centre = (a + b + c) / (IN + LN + BN)
+        in_, ln, bn = 1.0, 1.0, 1.0
+    else:
+        centre = in_ * a + ln * b + bn * c
+    if IN:
+        tl.store(out, in_ * (a - centre))
+    if LN:
+        tl.store(out + IN, ln * (b - centre))
+    if BN:
+        tl.store(out + (IN + LN), bn * (c - centre))
+
+
+@triton.jit
+def _project(point, EPS: tl.constexpr, IN: tl.constexpr, LN: tl.constexpr, BN: tl.constexpr):
+    a, b, c = _point(point, IN, LN, BN)
+    a = a if IN else 0.0
+    b = b if LN else 0.0
+    c = c if BN else 0.0
+    whole, lowest = a + b + c, tl.minimum(tl.minimum(a, b), c)
+    away = (lowest < 0) | (tl.abs(whole - 1.0) > EPS) | (whole != whole)
+    a, b, c = _shares(point, True, IN, LN, BN)
+    if IN:
+        tl.store(point, a, mask=away)
+    if LN:
+        tl.store(point + IN, b, mask=away)
+    if BN:
+        tl.store(point + (IN + LN), c, mask=away)
+
+
+@triton.jit
+def project_kernel(first, second, EPS: tl.constexpr, IN: tl.constexpr, LN: tl.constexpr, BN: tl.constexpr):
+    """Put points back on the simplex, in place; one that lies there, to EPS, the rounding of its dtype, is left."""
+    _project(first, EPS, IN, LN, BN)
+    if second is not None:
+        _project(second, EPS, IN, LN, BN)
+
+
+# --- what the branches say of an (n, c), and their mix ---------------------------------------------------------------
+
+
+@triton.jit
+def _mix(in_, ln, bn, a, b, c):
+    """Sum shares times statistics; a share of zero silences infinities."""
+    total = tl.where(in_ == 0, 0.0, in_ * a) + tl.where(ln == 0, 0.0, ln * b)
+    return total + tl.where(bn == 0, 0.0, bn * c)
+
+
+@triton.jit
+def _branches(
+    n, c, mask, in_mean, in_var, workspace, constant_mean, constant_var, samples, channels,
+    LN: tl.constexpr, BN: tl.constexpr, CONSTANT: tl.constexpr,
+):  # fmt: skip
+    """Mean and variance of `in`, `ln` and `bn` for samples n and channels c, which broadcast against each other."""
+    place = n.to(tl.int64) * channels + c
+    mean = tl.load(in_mean + place, mask=mask, other=0.0)
+    var = tl.load(in_var + place, mask=mask, other=0.0)
+    ln_mean, ln_var, bn_mean, bn_var = 0.0, 0.0, 0.0, 0.0
+    if LN:
+        ln_mean = tl.load(workspace + n, mask=n < samples, other=0.0)
+        ln_var = tl.load(workspace + samples + n, mask=n < samples, other=0.0)
+    if BN:
+        if CONSTANT:
+            bn_mean = tl.load(constant_mean + c, mask=c < channels, other=0.0)
+            bn_var = tl.load(constant_var + c, mask=c < channels, other=0.0)
+        else:
+            bn_mean = tl.load(workspace + 2 * samples + c, mask=c < channels, other=0.0)
+            bn_var = tl.load(workspace + 2 * samples + channels + c, mask=c < channels, other=0.0)
+    return mean, var, ln_mean, ln_var, bn_mean, bn_var
+
+
+@triton.jit
+def _centre(mean):
+    """What values are taken around: their own mean, since shares sum to 1; 0 where there is no finite one."""
+    return tl.where(tl.abs(mean) < float("inf"), mean, 0.0)
+
+
+# --- tiles of an activation ------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _tile(pid, channels, positions, span, splits, LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
+    """Where a program works: sample, channels (BLOCK_C,), part, first and last position, address, tile around it."""
+    part, row = pid % splits, pid // splits
+    blocks = (channels + BLOCK_C - 1) // BLOCK_C
+    n, first = row // blocks, (row % blocks) * BLOCK_C
+    rows, lanes = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_P)
+    begin = part * span
+    end = tl.minimum(begin + span, positions)
+    sample = n.to(tl.int64)
+    if LAST:
+        base = (sample * positions + begin) * channels + first
+        offsets = rows[:, None] + lanes[None, :] * channels
+    else:
+        base = (sample * channels + first) * positions + begin
+        offsets = rows[:, None] * positions + lanes[None, :]
+    return n, first + rows, part, begin, end, base, offsets
+
+
+@triton.jit(do_not_specialize=["table"])
+def moments_kernel(
+    x, mean, var, channels, units, span, splits, table,
+    UNIT: tl.constexpr, LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """Moments of every (n, c) over the positions of each part, by Welford's recurrence in every lane.
+
+    UNIT divides the number of positions, `units` UNIT, so that the compiler knows how rows are aligned.
+    """
+    positions = units * UNIT
+    n, c, part, begin, end, base, offsets = _tile(
+        tl.program_id(0), channels, positions, span, splits, LAST, BLOCK_C, BLOCK_P
+    )
+    lanes, known = tl.arange(0, BLOCK_P), c < channels
+    # Around the first value: a mean that is large beside the deviation costs no digits.
+    rows = tl.arange(0, BLOCK_C) * (1 if LAST else positions)
+    shift = tl.load(x + base + rows, mask=known, other=0.0)
+    shift = shift.to(tl.float32)
+    lane_mean = tl.full((BLOCK_C, BLOCK_P), 0.0, tl.float32)
+    squares = tl.full((BLOCK_C, BLOCK_P), 0.0, tl.float32)
+    count = 0.0
+    for start in range(begin, end, BLOCK_P):
+        mask = known[:, None] & (start + lanes < end)[None, :]
+        values = tl.load(x + base + offsets, mask=mask, other=0.0).to(tl.float32)
+        count += 1.0
+        delta = tl.where(mask, values - shift[:, None] - lane_mean, 0.0)
+        squares += delta * (delta * ((count - 1.0) / count))
+        lane_mean += delta * (1.0 / count)
+        base += BLOCK_P * (channels if LAST else 1)
+    centre, within = _gathered(lane_mean, squares, end - begin, lanes, BLOCK_P)
+    place = part * tl.cast(table, tl.int64) + n.to(tl.int64) * channels + c
+    tl.store(mean + place, shift + centre, mask=known)
+    tl.store(var + place, within, mask=known)
+
+
+@triton.jit
+def _pool(
+    block, mean, var, out_mean, out_var, size, count, stride, step, in_mean, in_var, table, span, positions,
+    STORE: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """Pool a table along one axis: ROWS of `size` entries `stride` apart, of `count` values `step` apart each.
+
+    Mean of variances + variance of means, of equal shares. STORE: the entries, merged, go to `in_mean` and `in_var`.
+    """
+    rows, lanes = block * ROWS + tl.arange(0, ROWS), tl.arange(0, LANES)
+    known = rows < size
+    ahead = rows.to(tl.int64) * stride
+    shift = tl.load(mean + ahead, mask=known, other=0.0)
+    lane_mean = tl.full((ROWS, LANES), 0.0, tl.float32)
+    squares = tl.full((ROWS, LANES), 0.0, tl.float32)
+    seen = 0.0
+    for start in range(0, count, LANES):
+        along = start + lanes
+        mask = known[:, None] & (along < count)[None, :]
+        offsets = ahead[:, None] + along.to(tl.int64)[None, :] * step
+        entry, within = _merged(mean, var, offsets, mask, table, span, positions, SPLITS)
+        if STORE:
+            tl.store(in_mean + offsets, entry, mask=mask)
+            tl.store(in_var + offsets, within, mask=mask)
+        seen += 1.0
+        delta = tl.where(mask, entry - shift[:, None] - lane_mean, 0.0)
+        squares += within + delta * (delta * ((seen - 1.0) / seen))
+        lane_mean += delta * (1.0 / seen)
+    centre, pooled = _gathered(lane_mean, squares, count, lanes, LANES)
+    tl.store(out_mean + rows, shift + centre, mask=known)
+    tl.store(out_var + rows, pooled, mask=known)
+
+
+@triton.jit
+def _pool_table(
+    pid, mean, var, in_mean, in_var, workspace, samples, channels, table, span, positions, by_sample,
+    STORE: tl.constexpr, SPLITS: tl.constexpr,
+    LN_ROWS: tl.constexpr, LN_LANES: tl.constexpr, BN_ROWS: tl.constexpr, BN_LANES: tl.constexpr,
+):  # fmt: skip
+    """The moments of LN by the first `by_sample` programs, those of BN by the others."""
+    if pid < by_sample:
+        _pool(
+            pid, mean, var, workspace, workspace + samples, samples, channels, channels, 1,
+            in_mean, in_var, table, span, positions, STORE, SPLITS, LN_ROWS, LN_LANES,
+        )  # fmt: skip
+    else:
+        out = workspace + 2 * samples
+        _pool(
+            pid - by_sample, mean, var, out, out + channels, channels, samples, 1, channels,
+            in_mean, in_var, table, span, positions, False, SPLITS, BN_ROWS, BN_LANES,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["samples", "table", "by_sample"])
+def pool_kernel(
+    mean, var, in_mean, in_var, workspace, samples, channels, table, span, positions, by_sample,
+    STORE: tl.constexpr, SPLITS: tl.constexpr,
+    LN_ROWS: tl.constexpr, LN_LANES: tl.constexpr, BN_ROWS: tl.constexpr, BN_LANES: tl.constexpr,
+):  # fmt: skip
+    """Pool the moments of every (n, c) to those of LN and BN; where rows are split, merge and write them too."""
+    _pool_table(
+        tl.program_id(0), mean, var, in_mean, in_var, workspace, samples, channels, table, span, positions, by_sample,
+        STORE, SPLITS, LN_ROWS, LN_LANES, BN_ROWS, BN_LANES,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["samples"])
+def affine_kernel(
+    x, y, in_mean, in_var, workspace, constant_mean, constant_var, mean_point, var_point, weight, bias,
+    samples, channels, units, span, splits, eps,
+    SIMPLEX: tl.constexpr, IN: tl.constexpr, LN: tl.constexpr, BN: tl.constexpr, CONSTANT: tl.constexpr,
+    UNIT: tl.constexpr, LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """Mix the moments, and write y = weight (x - mean) / sqrt(var + eps) + bias."""
+    positions = units * UNIT
+    n, c, _, begin, end, base, offsets = _tile(
+        tl.program_id(0), channels, positions, span, splits, LAST, BLOCK_C, BLOCK_P
+    )
+    known, lanes = c < channels, tl.arange(0, BLOCK_P)
+    mean, var, ln_mean, ln_var, bn_mean, bn_var = _branches(
+        n, c, known, in_mean, in_var, workspace, constant_mean, constant_var, samples, channels, LN, BN, CONSTANT
+    )
+    centre = _centre(mean)
+    in_, ln, bn = _shares(mean_point, SIMPLEX, IN, LN, BN)
+    away = _mix(in_, ln, bn, mean - centre, ln_mean - centre, bn_mean - centre)
+    in_, ln, bn = _shares(var_point, SIMPLEX, IN, LN, BN)
+    scale = tl.div_rn(1.0, tl.sqrt_rn(_mix(in_, ln, bn, var, ln_var, bn_var) + eps))
+    if weight is not None:
+        scale *= tl.load(weight + c, mask=known, other=0.0).to(tl.float32)
+    shift = tl.full((BLOCK_C,), 0.0, tl.float32)
+    if bias is not None:
+        shift += tl.load(bias + c, mask=known, other=0.0).to(tl.float32)
+    for start in range(begin, end, BLOCK_P):
+        mask = known[:, None] & (start + lanes < end)[None, :]
+        values = tl.load(x + base + offsets, mask=mask, other=0.0).to(tl.float32)
+        values = ((values - centre[:, None]) - away[:, None]) * scale[:, None] + shift[:, None]
+        tl.store(y + base + offsets, values.to(y.dtype.element_ty), mask=mask)
+        base += BLOCK_P * (channels if LAST else 1)
+
+
+# --- backward --------------------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["samples", "table", "by_sample", "pools"])
+def sums_kernel(
+    dy, x, in_mean, in_var, workspace, samples, channels, units, span, splits, table, by_sample, pools,
+    UNIT: tl.constexpr, LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+    LN_ROWS: tl.constexpr, LN_LANES: tl.constexpr, BN_ROWS: tl.constexpr, BN_LANES: tl.constexpr,
+):  # fmt: skip
+    """Sums of dy and of dy (x - centre) over the positions of each part; beside it, `pools` programs pool moments."""
+    positions = units * UNIT
+    pid = tl.program_id(0)
+    if pid < pools:
+        _pool_table(
+            pid, in_mean, in_var, in_mean, in_var, workspace, samples, channels, table, span, positions, by_sample,
+            False, 1, LN_ROWS, LN_LANES, BN_ROWS, BN_LANES,
+        )  # fmt: skip
+    else:
+        n, c, part, begin, end, base, offsets = _tile(
+            pid - pools, channels, positions, span, splits, LAST, BLOCK_C, BLOCK_P
+        )
+        known, lanes = c < channels, tl.arange(0, BLOCK_P)
+        place = n.to(tl.int64) * channels + c
+        centre = _centre(tl.load(in_mean + place, mask=known, other=0.0))
+        plain = tl.full((BLOCK_C, BLOCK_P), 0.0, tl.float32)
+        scaled = tl.full((BLOCK_C, BLOCK_P), 0.0, tl.float32)
+        for start in range(begin, end, BLOCK_P):
+            mask = known[:, None] & (start + lanes < end)[None, :]
+            gradient = tl.load(dy + base + offsets, mask=mask, other=0.0).to(tl.float32)
+            values = tl.load(x + base + offsets, mask=mask, other=0.0).to(tl.float32)
+            plain += gradient
+            scaled += gradient * (values - centre[:, None])
+            base += BLOCK_P * (channels if LAST else 1)
+        wide = tl.cast(table, tl.int64)
+        sums = workspace + 4 * (samples + channels) + 2 * wide + part * (2 * wide) + place
+        tl.store(sums, tl.sum(plain, axis=1), mask=known)
+        tl.store(sums + wide, tl.sum(scaled, axis=1), mask=known)
+
+
+@triton.jit
+def _pulls(
+    n, c, mask, in_mean, in_var, workspace, constant_mean, constant_var, mean_point, var_point, weight,
+    samples, channels, table, splits, positions, eps,
+    SIMPLEX: tl.constexpr, IN: tl.constexpr, LN: tl.constexpr, BN: tl.constexpr, CONSTANT: tl.constexpr,
+    SPLITS: tl.constexpr,
+):  # fmt: skip
+    """For samples n and channels c: p, q, sums of dy and of dy xhat, centre, variance of `in`, moments of ln and bn."""
+    mean, var, ln_mean, ln_var, bn_mean, bn_var = _branches(
+        n, c, mask, in_mean, in_var, workspace, constant_mean, constant_var, samples, channels, LN, BN, CONSTANT
+    )
+    centre = _centre(mean)
+    in_, ln, bn = _shares(mean_point, SIMPLEX, IN, LN, BN)
+    away = _mix(in_, ln, bn, mean - centre, ln_mean - centre, bn_mean - centre)
+    in_, ln, bn = _shares(var_point, SIMPLEX, IN, LN, BN)
+    rstd = tl.div_rn(1.0, tl.sqrt_rn(_mix(in_, ln, bn, var, ln_var, bn_var) + eps))
+    wide = tl.cast(table, tl.int64)
+    sums = workspace + 4 * (samples + channels) + 2 * wide
+    place = n.to(tl.int64) * channels + c
+    plain = _total(sums, place, mask, table, splits, SPLITS)
+    scaled = (_total(sums + wide, place, mask, table, splits, SPLITS) - away * plain) * rstd
+    pull = rstd * (-1.0 / positions)
+    if weight is not None:
+        pull *= tl.load(weight + c, mask=c < channels, other=0.0).to(tl.float32)
+    p, q = tl.where(mask, pull * plain, 0.0), tl.where(mask, pull * rstd * scaled, 0.0)
+    return p, q, plain, scaled, centre, var, ln_mean, ln_var, bn_mean, bn_var
+
+
+@triton.jit
+def _product(pulled, statistic):
+    """What a statistic contributes to the gradient of its share: nothing where nothing pulls, be it infinite."""
+    return tl.where(pulled == 0, 0.0, pulled * statistic)
+
+
+@triton.jit
+def _pull_along_channels(
+    pid, pulled, pulls, parts,
+    in_mean, in_var, workspace, constant_mean, constant_var, mean_point, var_point, weight,
+    samples, channels, table, splits, positions, eps,
+    SIMPLEX: tl.constexpr, IN: tl.constexpr, LN: tl.constexpr, BN: tl.constexpr, CONSTANT: tl.constexpr,
+    SPLITS: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """Write p and q of every (n, c), those of LN, and what these samples say of the shares of `ln` and `in`."""
+    rows, lanes = pid * ROWS + tl.arange(0, ROWS), tl.arange(0, LANES)
+    p_sum = tl.full((ROWS, LANES), 0.0, tl.float32)
+    q_sum = tl.full((ROWS, LANES), 0.0, tl.float32)
+    by_mean_ln = tl.full((ROWS, LANES), 0.0, tl.float32)
+    by_var_in = tl.full((ROWS, LANES), 0.0, tl.float32)
+    by_var_ln = tl.full((ROWS, LANES), 0.0, tl.float32)
+    n = rows[:, None]
+    for start in range(0, channels, LANES):
+        c = (start + lanes)[None, :]
+        mask = (n < samples) & (c < channels)
+        p, q, _, _, centre, var, ln_mean, ln_var, _, _ = _pulls(
+            n, c, mask, in_mean, in_var, workspace, constant_mean, constant_var, mean_point, var_point, weight,
+            samples, channels, table, splits, positions, eps, SIMPLEX, IN, LN, BN, CONSTANT, SPLITS,
+        )  # fmt: skip
+        place = n.to(tl.int64) * channels + c
+        tl.store(pulls + place, p, mask=mask)
+        tl.store(pulls + tl.cast(table, tl.int64) + place, q, mask=mask)
+        p_sum += p
+        q_sum += q
+        by_mean_ln += _product(p, centre - ln_mean)
+        by_var_in += _product(q, var)
+        by_var_ln += _product(q, ln_var)
+    tl.store(pulled + rows, tl.sum(p_sum, axis=1) / channels, mask=rows < samples)
+    tl.store(pulled + samples + rows, tl.sum(q_sum, axis=1) / channels, mask=rows < samples)
+    tl.store(parts + 3 * pid, tl.sum(by_mean_ln))
+    tl.store(parts + 3 * pid + 1, tl.sum(by_var_in))
+    tl.store(parts + 3 * pid + 2, tl.sum(by_var_ln))
+
+
+@triton.jit
+def _pull_along_samples(
+    pid, pulled, parts, weight_gradient, bias_gradient,
+    in_mean, in_var, workspace, constant_mean, constant_var, mean_point, var_point, weight,
+    samples, channels, table, splits, positions, eps,
+    SIMPLEX: tl.constexpr, IN: tl.constexpr, LN: tl.constexpr, BN: tl.constexpr, CONSTANT: tl.constexpr,
+    SPLITS: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """Write p and q of BN, the gradients of weight and bias, and what these channels say of the shares of `bn`."""
+    rows, lanes = pid * ROWS + tl.arange(0, ROWS), tl.arange(0, LANES)
+    p_sum = tl.full((ROWS, LANES), 0.0, tl.float32)
+    q_sum = tl.full((ROWS, LANES), 0.0, tl.float32)
+    plain_sum = tl.full((ROWS, LANES), 0.0, tl.float32)
+    scaled_sum = tl.full((ROWS, LANES), 0.0, tl.float32)
+    by_mean_bn = tl.full((ROWS, LANES), 0.0, tl.float32)
+    by_var_bn = tl.full((ROWS, LANES), 0.0, tl.float32)
+    c = rows[:, None]
+    for start in range(0, samples, LANES):
+        n = (start + lanes)[None, :]
+        mask = (n < samples) & (c < channels)
+        p, q, plain, scaled, centre, _, _, _, bn_mean, bn_var = _pulls(
+            n, c, mask, in_mean, in_var, workspace, constant_mean, constant_var, mean_point, var_point, weight,
+            samples, channels, table, splits, positions, eps, SIMPLEX, IN, LN, BN, CONSTANT, SPLITS,
+        )  # fmt: skip
+        p_sum += p
+        q_sum += q
+        plain_sum += plain
+        scaled_sum += tl.where(mask, scaled, 0.0)
+        by_mean_bn += _product(p, centre - bn_mean)
+        by_var_bn += _product(q, bn_var)
+    known = rows < channels
+    tl.store(pulled + rows, tl.sum(p_sum, axis=1) / samples, mask=known)
+    tl.store(pulled + channels + rows, tl.sum(q_sum, axis=1) / samples, mask=known)
+    if weight_gradient is not None:
+        tl.store(weight_gradient + rows, tl.sum(scaled_sum, axis=1).to(weight_gradient.dtype.element_ty), mask=known)
+    if bias_gradient is not None:
+        tl.store(bias_gradient + rows, tl.sum(plain_sum, axis=1), mask=known)
+    tl.store(parts + 2 * pid, tl.sum(by_mean_bn))
+    tl.store(parts + 2 * pid + 1, tl.sum(by_var_bn))
+
+
+@triton.jit(do_not_specialize=["samples", "table", "by_sample"])
+def pulls_kernel(
+    in_mean, in_var, workspace, constant_mean, constant_var, mean_point, var_point, weight,
+    weight_gradient, bias_gradient, samples, channels, positions, splits, table, by_sample, eps,
+    SIMPLEX: tl.constexpr, IN: tl.constexpr, LN: tl.constexpr, BN: tl.constexpr, CONSTANT: tl.constexpr,
+    SPLITS: tl.constexpr,
+    LN_ROWS: tl.constexpr, LN_LANES: tl.constexpr, BN_ROWS: tl.constexpr, BN_LANES: tl.constexpr,
+):  # fmt: skip
+    """All of the backward pass that is algebra: the first `by_sample` programs go along channels, the others along
+    samples.
+    """
+    pid = tl.program_id(0)
+    wide = tl.cast(table, tl.int64)
+    pulled = workspace + 2 * (samples + channels)
+    pulls = pulled + 2 * (samples + channels)
+    parts = pulls + 2 * wide + 2 * wide * splits
+    if pid < by_sample:
+        _pull_along_channels(
+            pid, pulled, pulls, parts,
+            in_mean, in_var, workspace, constant_mean, constant_var, mean_point, var_point, weight,
+            samples, channels, table, splits, positions, eps,
+            SIMPLEX, IN, LN, BN, CONSTANT, SPLITS, LN_ROWS, LN_LANES,
+        )  # fmt: skip
+    else:
+        _pull_along_samples(
+            pid - by_sample, pulled + 2 * samples, parts + 3 * by_sample, weight_gradient, bias_gradient,
+            in_mean, in_var, workspace, constant_mean, constant_var, mean_point, var_point, weight,
+            samples, channels, table, splits, positions, eps,
+            SIMPLEX, IN, LN, BN, CONSTANT, SPLITS, BN_ROWS, BN_LANES,
+        )  # fmt: skip
+
+
+@triton.jit
+def _sum_of(parts, count, step, LANES: tl.constexpr):
+    """The sum of `count` values that lie `step` apart."""
+    lanes = tl.arange(0, LANES)
+    total = tl.full((LANES,), 0.0, tl.float32)
+    for start in range(0, count, LANES):
+        total += tl.load(parts + (start + lanes) * step, mask=start + lanes < count, other=0.0)
+    return tl.sum(total, axis=0)
+
+
+@triton.jit(do_not_specialize=["samples", "table", "by_sample", "by_channel"])
+def gradient_kernel(
+    dy, x, dx, in_mean, in_var, workspace, constant_mean, constant_var, mean_point, var_point, weight,
+    mean_gradient, var_gradient, samples, channels, units, span, splits, table, by_sample, by_channel, eps,
+    SIMPLEX: tl.constexpr, IN: tl.constexpr, LN: tl.constexpr, BN: tl.constexpr, CONSTANT: tl.constexpr,
+    GATES: tl.constexpr, UNIT: tl.constexpr, LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """dx = scale dy + slope (x - centre) + shift; where GATES, the first program writes the gradients of gates."""
+    positions = units * UNIT
+    pid = tl.program_id(0)
+    wide = tl.cast(table, tl.int64)
+    pulled = workspace + 2 * (samples + channels)
+    pulls = pulled + 2 * (samples + channels)
+    if GATES and pid == 0:
+        parts = pulls + 2 * wide + 2 * wide * splits
+        others = parts + 3 * by_sample
+        if mean_gradient is not None:
+            ln = _sum_of(parts, by_sample, 3, 256) * -positions
+            bn = _sum_of(others, by_channel, 2, 256) * -positions
+            _write_gate_gradient(mean_gradient, mean_point, ln * 0.0, ln, bn, SIMPLEX, IN, LN, BN)
+        if var_gradient is not None:
+            half = positions * 0.5
+            in_ = _sum_of(parts + 1, by_sample, 3, 256) * half
+            ln = _sum_of(parts + 2, by_sample, 3, 256) * half
+            bn = _sum_of(others + 1, by_channel, 2, 256) * half
+            _write_gate_gradient(var_gradient, var_point, in_, ln, bn, SIMPLEX, IN, LN, BN)
+    else:
+        n, c, _, begin, end, base, offsets = _tile(
+            pid - GATES, channels, positions, span, splits, LAST, BLOCK_C, BLOCK_P
+        )
+        known, lanes = c < channels, tl.arange(0, BLOCK_P)
+        mean, var, ln_mean, ln_var, bn_mean, bn_var = _branches(
+            n, c, known, in_mean, in_var, workspace, constant_mean, constant_var, samples, channels, LN, BN, CONSTANT
+        )
+        centre = _centre(mean)
+        mean_in, mean_ln, mean_bn = _shares(mean_point, SIMPLEX, IN, LN, BN)
+        var_in, var_ln, var_bn = _shares(var_point, SIMPLEX, IN, LN, BN)
+        scale = tl.div_rn(1.0, tl.sqrt_rn(_mix(var_in, var_ln, var_bn, var, ln_var, bn_var) + eps))
+        if weight is not None:
+            scale *= tl.load(weight + c, mask=known, other=0.0).to(tl.float32)
+        place = n.to(tl.int64) * channels + c
+        p = tl.load(pulls + place, mask=known, other=0.0)
+        q = tl.load(pulls + wide + place, mask=known, other=0.0)
+        p_ln, q_ln, p_bn, q_bn = 0.0, 0.0, 0.0, 0.0
+        if LN:
+            p_ln, q_ln = tl.load(pulled + n), tl.load(pulled + samples + n)
+        if CONSTANT:
+            mean_bn, var_bn = mean_bn * 0.0, var_bn * 0.0  # x does not move them
+        elif BN:
+            out = pulled + 2 * samples + c
+            p_bn = tl.load(out, mask=known, other=0.0)
+            q_bn = tl.load(out + channels, mask=known, other=0.0)
+        slope = _mix(var_in, var_ln, var_bn, q, q_ln, q_bn)
+        shift = _mix(mean_in, mean_ln, mean_bn, p, p_ln, p_bn)
+        shift += _mix(var_in, var_ln, var_bn, 0.0, q_ln * (centre - ln_mean), q_bn * (centre - bn_mean))
+        moved = (mean_in + mean_ln + mean_bn + var_in + var_ln + var_bn) != 0
+        # Where x moves no statistic that has a share, it is not read.
+        reach = tl.where(moved, end, begin)
+        for start in range(begin, end, BLOCK_P):
+            mask = known[:, None] & (start + lanes < end)[None, :]
+            gradient = tl.load(dy + base + offsets, mask=mask, other=0.0).to(tl.float32)
+            read = known[:, None] & (start + lanes < reach)[None, :]
+            values = tl.load(x + base + offsets, mask=read, other=0.0).to(tl.float32)
+            gradient = scale[:, None] * gradient + slope[:, None] * (values - centre[:, None]) + shift[:, None]
+            tl.store(dx + base + offsets, gradient.to(dx.dtype.element_ty), mask=mask)
+            base += BLOCK_P * (channels if LAST else 1)
+
+
+# Whether Triton was imported with TRITON_INTERPRET=1: kernels then run on CPU tensors, for proofs.
+INTERPRETED = not isinstance(moments_kernel, triton.JITFunction)

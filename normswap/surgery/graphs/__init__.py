@@ -1,0 +1,1 @@
+"""FX graphs: tracing, rewriting of forward methods, whole models as graphs, exported programs."""

@@ -1,0 +1,177 @@
+"""The whole of a converted model as one `GraphModule` that still obeys `train()` and `eval()`.
+
+Two traces, in training and in evaluation, must be one graph: where they differ in a flag, the flag is read from a
+child when it runs. Where they differ in structure, the modules whose own forward does so stay whole, as leaves; where
+the trace fails, so do all modules without norm sites. Optional arguments that decide what runs keep their defaults.
+"""
+
+import copy
+from contextlib import redirect_stderr
+from functools import partial
+from io import StringIO
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from normswap.errors import SwapError
+from normswap.layers.gated_module import GatedModule
+from normswap.model_state import call_model, preserved_before_writes
+from normswap.surgery.graphs.module_trace import deciding_options, trace_own_forward
+from normswap.surgery.graphs.tracing import agree, outcome, sharing_twin, trace_with
+from normswap.surgery.module_tree import modules_by_name
+from normswap.text import first_line, join
+
+_FLAG = "_training_flag"
+
+
+class TrainingFlag(nn.Module):
+    """Returns its own training flag, so that a graph can read the mode instead of freezing it."""
+
+    def forward(self) -> bool:
+        """Return whether the model is in training."""
+        return self.training
+
+
+def to_graph_module(model: nn.Module, example_inputs: Any = None) -> fx.GraphModule:
+    """Return `model`, converted, as a GraphModule on the same submodules, parameters, buffers and hooks.
+
+    Args:
+        example_inputs: held against the model itself on these, in both modes; a wrong trace is noticed only so.
+
+    Raises:
+        SwapError: it cannot be traced, or only wrongly, or does different things in training and in evaluation.
+    """
+    if isinstance(model, fx.GraphModule):
+        return model
+    if isinstance(model, GatedModule):
+        raise SwapError(f"{type(model).__name__} is a single norm layer, not a model to be made one graph")
+    options = deciding_options(model)
+    reason = ""
+    for leaves in (_kept_whole, _kept_whole_or_forked, _forked_or_without_sites):
+        try:
+            graph_module = _graph_module(model, leaves, options)
+        except Exception as error:  # noqa: BLE001 - the copy and the model's state are the user's code
+            reason = reason or first_line(error)
+            continue
+        if example_inputs is None or _does_the_same(model, graph_module, example_inputs):
+            return graph_module
+        reason = reason or "its traced forward differs from the real one"
+    raise SwapError(f"{type(model).__name__} cannot be made one graph ({reason}): convert without as_graph")
+
+
+def _does_the_same(model: nn.Module, graph_module: fx.GraphModule, inputs: Any) -> bool:
+    for training in (True, False):
+        runs = [(module, partial(call_model, module, copy.deepcopy(inputs))) for module in (model, graph_module)]
+        with redirect_stderr(StringIO()):  # where a GraphModule prints its code when it raises
+            outcomes = [outcome(module, run, training=training) for module, run in runs]
+        if not agree(*outcomes):
+            return False
+    return True
+
+
+def _kept_whole(module: nn.Module) -> bool:
+    """Gates read their mode when they run; a hook is called by its module, not by the graph."""
+    return isinstance(module, GatedModule) or bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def _kept_whole_or_forked(module: nn.Module) -> bool:
+    return _kept_whole(module) or _is_forked(module)
+
+
+def _forked_or_without_sites(module: nn.Module) -> bool:
+    return _kept_whole_or_forked(module) or not any(isinstance(inner, GatedModule) for inner in module.modules())
+
+
+def _is_forked(module: nn.Module) -> bool:
+    """Say whether the module's own forward cannot be one graph for both modes."""
+    if type(module).__module__.startswith("torch.nn."):
+        return False
+    own = trace_own_forward(module)
+    if own.training is None or own.evaluation is None:
+        return True
+    return _operations(own.training) != _operations(own.evaluation)
+
+
+def _operations(graph: fx.Graph) -> list[tuple[Any, ...]]:
+    return [(node.op, node.target, node.name) for node in graph.nodes]
+
+
+def _merge(training: fx.Graph, evaluation: fx.Graph) -> fx.Graph:
+    """Return the evaluation graph with every flag that differs in training read at run time, where its owner has it."""
+    if _operations(training) != _operations(evaluation):
+        raise SwapError("training and evaluation run different operations")
+    flags: dict[str, fx.Node] = {}
+
+    def read_flag(target: str) -> fx.Node:
+        if target not in flags:
+            first = next(node for node in evaluation.nodes if node.op != "placeholder")
+            with evaluation.inserting_before(first):
+                flags[target] = evaluation.call_module(target)
+        return flags[target]
+
+    for train_node, eval_node in zip(list(training.nodes), list(evaluation.nodes), strict=True):
+        read = partial(read_flag, join(_caller(eval_node), _FLAG))
+        eval_node.args = _with_flags(train_node.args, eval_node.args, read)
+        eval_node.kwargs = _with_flags(train_node.kwargs, eval_node.kwargs, read)
+    return evaluation
+
+
+def _caller(node: fx.Node) -> str:
+    """The module whose forward made the node, and whose flag it was that the node was given."""
+    stack = [name for name, _ in (node.meta.get("nn_module_stack") or {}).values()]
+    callers = stack[:-1] if node.op == "call_module" else stack
+    return str(callers[-1]) if callers else ""
+
+
+def _with_flags(training: Any, evaluation: Any, read_flag: Any) -> Any:
+    if isinstance(evaluation, fx.Node):
+        if getattr(training, "name", None) != evaluation.name:
+            raise SwapError("training and evaluation use different values")
+        return evaluation
+    if isinstance(evaluation, tuple | list):
+        merged = [_with_flags(t, e, read_flag) for t, e in zip(training, evaluation, strict=True)]
+        return type(evaluation)(merged)
+    if isinstance(evaluation, dict):
+        return {key: _with_flags(training[key], value, read_flag) for key, value in evaluation.items()}
+    if training is True and evaluation is False:
+        return read_flag()
+    if training != evaluation:
+        raise SwapError(f"training uses {training!r} where evaluation uses {evaluation!r}")
+    return evaluation
+
+
+def _graph_module(model: nn.Module, leaves: Any, options: dict[str, Any]) -> fx.GraphModule:
+    """Build on the model's own objects; constants that tracing made exist on the twins only."""
+    twins, graphs = [], []
+    for training in (True, False):
+        twins.append(sharing_twin(model))
+        with preserved_before_writes(model.modules(), "everything"):
+            trace = trace_with(lambda: twins[-1], leaves, training=training, concrete=options)
+        if trace.graph is None or trace.omission:
+            raise SwapError(trace.reason or trace.omission)
+        graphs.append(trace.graph)
+    graph = _merge(*graphs)
+    own = modules_by_name(model)
+    root: dict[str, Any] = {}
+    for node in graph.nodes:
+        target = str(node.target)
+        owner, _, name = target.rpartition(".")
+        if node.op == "call_module":
+            root[target] = TrainingFlag() if name == _FLAG else own[target]
+        elif node.op == "get_attr":
+            root[target] = getattr(own[owner], name) if hasattr(own.get(owner), name) else _constant(twins, name)
+    module = fx.GraphModule(root, graph, type(model).__name__)
+    # Hooks of the model itself: the registries, so that a handle still removes its hook.
+    module.__dict__.update({name: value for name, value in vars(model).items() if name.endswith(("_hooks", "_hook"))})
+    for name, made in module.named_modules():
+        if name not in own or made is not own[name]:  # those that FX made on the way to others, and our flags
+            made.training = own[name.removesuffix(_FLAG).removesuffix(".")].training
+    return module
+
+
+def _constant(twins: list[nn.Module], name: str) -> Any:
+    training, evaluation = (getattr(twin, name) for twin in twins)
+    if not (isinstance(training, Tensor) and torch.equal(training, evaluation)):
+        raise SwapError("training and evaluation use different constants")
+    return evaluation

@@ -1,0 +1,281 @@
+"""An exported program around a conversion: the module to convert, and the converted module exported again.
+
+It is exported on the inputs that the program carries, with those dimensions free that were free before, and held
+against the original once it is written. What cannot be exported alike is refused.
+"""
+
+import logging
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from io import StringIO
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram, ShapesCollection
+from torch.export.graph_signature import InputKind
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from normswap.errors import ModelError, SwapError
+from normswap.model_state import as_call, preserved_state, seeded, training_flags
+from normswap.surgery.arguments import describe_inputs
+from normswap.surgery.graphs.tracing import GraphFacts, sharing_twin, without_hooks
+from normswap.surgery.model_outputs import distance
+from normswap.surgery.norms.functions import norm_arguments, norm_call, reads_activation
+from normswap.text import first_line
+
+# MERGED DOC: `torch.export` as the second way to know a whole model: it runs the real code on tensors without data.
+
+
+def export_facts(model: nn.Module, example_inputs: Any, is_norm_fqn: Callable[[str], bool]) -> GraphFacts | str:
+    """Export `model` in evaluation on `example_inputs` and read its graph, or return the reason why it cannot be."""
+    args, kwargs = as_call(example_inputs)
+    with preserved_state(model.modules()), seeded(0), silence():
+        try:
+            twin = without_hooks(sharing_twin(model))
+            with training_flags(twin.modules(), training=False):
+                program = torch.export.export(twin, args, kwargs, strict=False)
+            return read_program(program, is_norm_fqn)
+        except Exception as error:  # noqa: BLE001 - it runs the user's code, and fails in many ways of its own
+            return f"{type(error).__name__}: {first_line(error)}"
+
+
+def read_program(program: torch.export.ExportedProgram, is_norm_fqn: Callable[[str], bool]) -> GraphFacts:
+    """Read calls, producers and owners of functional calls off an exported program."""
+    fed = frozenset(spec.arg.name for spec in program.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT)
+    calls: list[str] = []
+    producers: dict[str, str] = {}
+    owners: dict[bool, list[str]] = {True: [], False: []}
+    running = None  # the call of a norm layer that the nodes belong to
+    for node in (node for node in program.graph.nodes if node.op == "call_function"):
+        stack = _stack(node)
+        layer = next((key for key, fqn in stack.items() if is_norm_fqn(fqn)), None)
+        if layer is not None:
+            calls += [stack[layer]] * (layer != running)
+            _note_producer(node, layer, fed, producers)
+        elif norm_call(node):
+            owner, on_activation = list(stack.values())[-1], reads_activation(norm_arguments(node)["input"], fed)
+            owners[on_activation].append(owner)
+            calls += [owner] * on_activation
+        running = layer
+    return GraphFacts(tuple(calls), producers, tuple(dict.fromkeys(owners[True])), frozenset(owners[False]))
+
+
+def _stack(node: fx.Node) -> dict[str, str]:
+    """The modules whose code made a node, the root first: by call, which tells two of one module apart, their names."""
+    stack = node.meta.get("nn_module_stack") or {"": ("", None)}
+    return {key: _without_count(name) for key, (name, _) in stack.items()}
+
+
+def _without_count(name: str) -> str:
+    """The name of a module in a stack; from its second call on torch adds the number of the call."""
+    return re.sub(r"@\d+$", "", name)
+
+
+def _note_producer(node: fx.Node, layer: str, fed: frozenset[str], producers: dict[str, str]) -> None:
+    """Note which module or function made the activation that comes into a norm layer, once that is read."""
+    outside = [read for read in node.all_input_nodes if layer not in _stack(read) or read.op == "placeholder"]
+    source = next((read for read in outside if reads_activation(read, fed)), None)
+    if source is not None:
+        producers.setdefault(_stack(node)[layer], _maker(source))
+
+
+def _maker(source: fx.Node) -> str:
+    """A layer of torch is named, as in a symbolic trace, where it is a leaf; of other code the function."""
+    name, cls = list((source.meta.get("nn_module_stack") or {"": ("", "")}).values())[-1]
+    if source.op != "placeholder" and str(cls).startswith("torch.nn.modules."):
+        return _without_count(name)
+    schema = getattr(source.target, "_schema", None)
+    return schema.name.partition("::")[2] if schema is not None else str(source.target)
+
+
+@contextmanager
+def silence() -> Iterator[None]:
+    """Keep in what torch logs, warns of and prints while it exports, saves or loads."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(action="ignore"), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+            yield
+    finally:
+        logging.disable(before)
+
+
+_LIMIT = 1e-4
+_RESPONSE_FACTOR = 10
+_MOST = 2**31  # beyond, a bound is none: torch notes the largest number that it has
+
+
+def module_of(program: ExportedProgram) -> nn.Module:
+    """Return a module that computes what the program does, on the program's own parameters and buffers.
+
+    Raises:
+        SwapError: torch makes none of it.
+    """
+    try:
+        with silence():
+            module: nn.Module = program.module()
+    except Exception as error:
+        raise SwapError(f"torch makes no module of the program ({first_line(error)}): export it again") from error
+    return module
+
+
+def inputs_of(program: ExportedProgram) -> Any:
+    """Return the inputs that a program carries as `convert` takes them: a tuple or a dict.
+
+    None where it carries none, or some by position and some by name: a program insists on how it was called.
+    """
+    args, kwargs = program.example_inputs or ((), {})
+    if args and kwargs:
+        return None
+    return tuple(args) or kwargs or None
+
+
+def export_again(program: ExportedProgram, converted: nn.Module, inputs: Any = None) -> ExportedProgram:
+    """Export what became of a program's module: for the same inputs, with the same dimensions free.
+
+    Args:
+        inputs: what to export on where the program carries no inputs.
+
+    Raises:
+        SwapError: there are no inputs, torch cannot export it, or other dimensions would be free.
+    """
+    if program.example_inputs is None and inputs is None:
+        raise SwapError(
+            "the program carries no example inputs to export it again with: give them, such as "
+            "example_inputs=torch.randn(2, 3, 224, 224)"
+        )
+    args, kwargs = _call(program, inputs)
+    try:
+        shapes: Any = ShapesCollection()  # type: ignore[no-untyped-call]
+        for leaf, dims in zip(tree_leaves((args, kwargs)), _free_dimensions(program), strict=True):
+            if dims and isinstance(leaf, Tensor):
+                shapes[leaf] = dims
+        with silence(), torch.enable_grad():
+            again = torch.export.export(
+                converted, args, kwargs, dynamic_shapes=shapes if len(shapes) else None, strict=False
+            )
+    except Exception as error:
+        raise SwapError(f"the converted program cannot be exported again ({first_line(error)}): {_INSTEAD}") from error
+    if _signature(again) != _signature(program):
+        raise SwapError(f"the converted program would take other inputs than the original: {_INSTEAD}")
+    return again
+
+
+_INSTEAD = (
+    "convert the Python model and export that, or normswap.convert(program.module()) and use it as it is; the weights "
+    "alone are read by normswap.load(path, architecture='timm:NAME')"
+)
+
+
+class Difference(NamedTuple):
+    """How far two programs are apart, as relative L2 of outputs and buffers in their own precision, and how far they
+    may be.
+    """
+
+    error: float
+    limit: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether they compute the same, up to rounding."""
+        return self.error <= self.limit
+
+
+def difference(original: ExportedProgram, again: ExportedProgram, inputs: Any = None) -> Difference:
+    """Return how far two programs differ on inputs: a graph has its precision in it, so that none is run in float64.
+
+    The limit is 1e-4, or ten times what the original differs by when its input changes by one unit in the last place.
+
+    Args:
+        inputs: what to run them on where the original carries no inputs.
+
+    Raises:
+        ModelError: one of them fails on the inputs.
+    """
+    call = _call(original, inputs)
+    first, second = module_of(original), module_of(again)
+    names = [name for name, _ in first.named_buffers()]
+    reference, found = (_run(module, names, call) for module in (first, second))
+    error = _worst(reference, found)
+    if error <= _LIMIT:
+        return Difference(error, _LIMIT)
+    nudged = _run(first, names, tree_map_only(Tensor, _nudged, call))
+    return Difference(error, max(_LIMIT, _RESPONSE_FACTOR * _worst(reference, nudged)))
+
+
+def check_same(original: ExportedProgram, again: ExportedProgram, inputs: Any = None) -> float:
+    """Return the error of `difference`.
+
+    Raises:
+        SwapError: it is beyond the limit.
+    """
+    found = difference(original, again, inputs)
+    if not found.passed:
+        raise SwapError(
+            f"the program exported again computes something else (relative L2 {found.error:.1e}, at most "
+            f"{found.limit:.1e}): {_INSTEAD}"
+        )
+    return found.error
+
+
+def _call(program: ExportedProgram, inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments that a program carries, or else those that it is given."""
+    args, kwargs = program.example_inputs or as_call(inputs)
+    return tuple(args), dict(kwargs)
+
+
+def _run(module: nn.Module, buffers: list[str], call: tuple[tuple[Any, ...], dict[str, Any]]) -> list[Any]:
+    """The leaves of the output, and the buffers as the run leaves them; the state is put back."""
+    with preserved_state(module.modules()), seeded(0), torch.no_grad():
+        try:
+            outputs = tree_leaves(module(*call[0], **call[1]))
+        except Exception as error:
+            raise ModelError(f"a program fails on {describe_inputs(call)}: {first_line(error)}") from error
+        found = dict(module.named_buffers())
+        return [*outputs, *(found[name].clone() if name in found else None for name in buffers)]
+
+
+def _worst(reference: list[Any], found: list[Any]) -> float:
+    if len(reference) != len(found):
+        return float("inf")
+    return max(map(distance, reference, found), default=0.0)
+
+
+def _nudged(tensor: Tensor) -> Tensor:
+    return tensor * (1 + torch.finfo(tensor.dtype).eps) if tensor.is_floating_point() else tensor
+
+
+def _free_dimensions(program: ExportedProgram) -> list[Mapping[int, Any]]:
+    """For each input, flat, which of its dimensions are free, and within which bounds."""
+    return [
+        {index: _bounds(program, size) for index, size in enumerate(shape) if isinstance(size, torch.SymInt)}
+        for shape in _input_shapes(program)
+    ]
+
+
+def _bounds(program: ExportedProgram, size: torch.SymInt) -> Any:
+    allowed = program.range_constraints.get(size.node.expr)
+    lower, upper = (_finite(bound) for bound in (allowed.lower, allowed.upper)) if allowed else (None, None)
+    return Dim.DYNAMIC(min=lower, max=upper)
+
+
+def _finite(bound: Any) -> int | None:
+    return int(bound) if bound.is_Integer and abs(int(bound)) < _MOST else None
+
+
+def _signature(program: ExportedProgram) -> list[tuple[int | None, ...]]:
+    """The shape of each input, with None for a free dimension."""
+    return [tuple(None if isinstance(n, torch.SymInt) else n for n in shape) for shape in _input_shapes(program)]
+
+
+def _input_shapes(program: ExportedProgram) -> list[tuple[Any, ...]]:
+    fed = [spec.arg.name for spec in program.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT]
+    values = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
+    return [_shape(values.get(name)) for name in fed]
+
+
+def _shape(value: Any) -> tuple[Any, ...]:
+    return (value,) if isinstance(value, torch.SymInt) else tuple(getattr(value, "shape", ()))

@@ -1,0 +1,330 @@
+"""Functional sites: rewriting the FX graph of the one module that calls `F.batch_norm` itself.
+
+Only that module's own forward is traced, with its children as leaves, once in training and once in evaluation;
+the rewritten module runs the graph of its present mode, so it obeys `train()` and `eval()` in everything that its
+forward does. Where optional arguments decide what runs, the graphs serve the calls that leave these at their defaults,
+and all others run as they are written. The module object stays and remains an instance of its class, with its methods,
+attributes, buffers and parameters; it gains one small child per site that holds the gates.
+"""
+
+import copy
+import functools
+import inspect
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.overrides import TorchFunctionMode
+
+from normswap.errors import LayerError, SwapError
+from normswap.layers.in_place import shallow_twin
+from normswap.layers.switch_norm import FunctionalSwitchNorm
+from normswap.surgery.graphs.module_trace import OwnForward, trace_own_forward
+from normswap.surgery.graphs.tracing import compile_graph
+from normswap.surgery.norms.functions import (
+    NORM_CALLS,
+    all_results,
+    as_results,
+    batch_norm_nodes,
+    call_name,
+    is_batch_norm_call,
+    norm_arguments,
+)
+
+# MERGED DOC: A forward run as it is written, with its batch_norm calls led to the gates: for calls that no graph was made for.
+
+# MERGED DOC: Functional sites of a `torch.fx.GraphModule`: its graph is its code, so the nodes themselves are swapped, and back.
+
+
+_CALLS_OF_MODULES = {nn.Module._call_impl.__code__, nn.Module._wrapped_call_impl.__code__}
+
+
+class _Redirection(TorchFunctionMode):
+    """Leads the batch_norm calls of one forward, those of its helper functions included, to the gates in order."""
+
+    def __init__(self, gates: list[nn.Module | None]) -> None:
+        super().__init__()
+        self.gates = gates
+        self.count = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        call = NORM_CALLS.get(func)
+        if call is None or call.kind != "bn" or _in_another_module():
+            return func(*args, **kwargs)
+        self.count += 1
+        gate = self.gates[self.count - 1] if self.count <= len(self.gates) else None
+        if gate is None:
+            return func(*args, **kwargs)
+        arguments = dict(zip(call.parameters, args, strict=False)) | kwargs | dict(call.settled)
+        arguments.pop("cudnn_enabled", None)
+        y = gate(arguments.pop("input"), **arguments)
+        return y if call.results is None else all_results(call, y, arguments)
+
+
+def run_as_written(forward: Callable[..., Any], gates: list[nn.Module | None], *args: Any, **kwargs: Any) -> Any:
+    """Run `forward` with its batch_norm calls led to `gates`, one per call in order, None for a call that stays.
+
+    Raises:
+        LayerError: it calls batch_norm, but another number of times.
+    """
+    with _Redirection(gates) as redirection:
+        result = forward(*args, **kwargs)
+    if redirection.count not in (0, len(gates)):
+        raise LayerError(
+            f"{forward.__qualname__} was rewritten for {len(gates)} batch_norm calls, and with these arguments makes "
+            f"{redirection.count}: move each call into a module of its own, then convert again"
+        )
+    return result
+
+
+def _in_another_module() -> bool:
+    """Say whether a module that the forward called is running, by the frames between the two."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_code is not run_as_written.__code__:
+        if frame.f_code in _CALLS_OF_MODULES:
+            return True
+        frame = frame.f_back
+    return False
+
+
+# Where a rewritten module keeps, per batch_norm call of its own forward in order, the child that replaced it.
+_SITE_NAMES = "_switch_norm_names"
+
+SiteNames = tuple[str | None, ...]
+
+
+def free_names(module: nn.Module, count: int, stem: str = "batch_norm") -> list[str]:
+    """Return `count` attribute names that `module` does not have, for the gates of its sites in order."""
+    names: list[str] = []
+    number = 0
+    while len(names) < count:
+        name = f"{stem}_{number}" if number else stem
+        if not hasattr(module, name):
+            names.append(name)
+        number += 1
+    return names
+
+
+def compile_forward(
+    module: nn.Module, site_names: SiteNames | None = None, *, own: OwnForward | None = None
+) -> Callable[..., Any]:
+    """Return a forward function for `module` made from the graphs of its class's; the module is left as it is.
+
+    Args:
+        site_names: for each batch_norm call in order the child of `module` to call in its place, None to keep it;
+            by default those that are in its place already.
+        own: what was traced of a `module` that is not rewritten yet, if somebody has done that; its graphs are
+            changed where calls are replaced.
+
+    Raises:
+        SwapError: the forward cannot be traced, or not so that the graph may run in its place.
+    """
+    original = _as_it_was(module) if is_rewritten(module) else module
+    if site_names is None:
+        site_names = module.__dict__.get(_SITE_NAMES, ())
+    if own is None or original is not module:
+        own = trace_own_forward(original)
+    if own.training is None or own.evaluation is None:
+        raise SwapError(f"the forward of {type(module).__name__} cannot be rewritten: {own.reason}")
+    order = {mode: _names_by_call(graph, site_names) for mode, graph in ((True, own.training), (False, own.evaluation))}
+    name = f"forward of {type(module).__qualname__}"
+    training, evaluation = (compile_graph(swap_calls(g, site_names), name) for g in (own.training, own.evaluation))
+    written = type(original).forward
+
+    @functools.wraps(written)
+    def by_graph(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return (training if self.training else evaluation)(self, *args, **kwargs)
+
+    return _by_arguments(by_graph, written, own, order) if own.options else by_graph
+
+
+def _names_by_call(graph: fx.Graph, site_names: SiteNames) -> SiteNames:
+    """For each batch_norm call, those on kernels included, the child in its place, None for a call that stays."""
+    names = dict(zip(batch_norm_nodes(graph), site_names, strict=False))
+    return tuple(names.get(node) for node in graph.nodes if is_batch_norm_call(node))
+
+
+def _by_arguments(
+    by_graph: Callable[..., Any], written: Callable[..., Any], own: OwnForward, order: dict[bool, SiteNames]
+) -> Callable[..., Any]:
+    """Return a forward that runs the graphs where the options are at their defaults, and else what is written."""
+    signature = inspect.signature(written)
+
+    @functools.wraps(written)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(self, *args, **kwargs)
+        given = [name for name in own.options if name in bound.arguments]
+        if all(_is(bound.arguments[name], own.options[name]) for name in given):
+            for name in given:  # the graphs have them under other names
+                del bound.arguments[name]
+            return by_graph(*bound.args, **bound.kwargs)
+        gates = [None if name is None else self.get_submodule(name) for name in order[self.training]]
+        return run_as_written(written, gates, self, *args, **kwargs)
+
+    return forward
+
+
+def _is(value: Any, default: Any) -> bool:
+    """Say whether an argument is at its default; what has another type, such as a tensor, is not even compared."""
+    return type(value) is type(default) and bool(value == default)
+
+
+def rewrite_forward(
+    module: nn.Module, gates: dict[str, FunctionalSwitchNorm], site_names: SiteNames, own: OwnForward
+) -> None:
+    """Put SN in place of batch_norm calls in `module`'s own forward.
+
+    Args:
+        gates: the new children by name.
+        site_names: for each batch_norm call in order the name of its child, None for a call that stays.
+        own: what was traced of `module`; its graphs are changed.
+
+    Raises:
+        SwapError: the forward cannot be traced; the module is as it was.
+    """
+    original = type(module)
+    if is_rewritten(module):
+        # Its remaining calls are those that were left in place before.
+        remaining = iter(site_names)
+        earlier = module.__dict__[_SITE_NAMES]
+        site_names = tuple(next(remaining, None) if name is None else name for name in earlier)
+        original = original.original_class  # type: ignore[attr-defined]
+    forward = compile_forward(module, site_names, own=own)
+    for name, child in gates.items():
+        module.add_module(name, child)
+    module.__dict__[_SITE_NAMES] = site_names
+    module.__class__ = _rewritten_class(original, forward)
+
+
+def restore_forward(module: nn.Module) -> None:
+    """Undo `rewrite_forward`: class, forward and children are what they were."""
+    for name in module.__dict__.pop(_SITE_NAMES):
+        if name is not None:
+            del module._modules[name]
+    module.__class__ = type(module).original_class  # type: ignore[attr-defined]
+
+
+def is_rewritten(module: nn.Module) -> bool:
+    """Say whether `module` runs a rewritten forward."""
+    return isinstance(module, _RewrittenForward)
+
+
+class _RewrittenForward(nn.Module):
+    """What a rewritten module is besides its own class. Graphs are not pickled: a copy is rewritten again."""
+
+    original_class: type[nn.Module]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _blank, (self.original_class,), self.__dict__
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.__class__ = _rewritten_class(self.original_class, compile_forward(self))  # type: ignore[assignment]
+
+
+def _as_it_was(module: nn.Module) -> nn.Module:
+    """Return a twin on the same tensors and children, of the original class and without the gates."""
+    twin = shallow_twin(module)
+    restore_forward(twin)
+    return twin
+
+
+def _blank(original: type[nn.Module]) -> nn.Module:
+    cls = _rewritten_class(original, original.forward)
+    return cls.__new__(cls)
+
+
+def _rewritten_class(original: type[nn.Module], forward: Callable[..., Any]) -> type[nn.Module]:
+    body = {
+        "__module__": original.__module__,
+        "__qualname__": original.__qualname__,
+        "__doc__": original.__doc__,
+        "original_class": original,
+        "forward": forward,
+    }
+    return type(original.__name__, (_RewrittenForward, original), body)
+
+
+def swap_calls(graph: fx.Graph, site_names: SiteNames) -> fx.Graph:
+    """Make `graph` call the named child for each batch_norm call in order, None to keep it; return the graph."""
+    for node, name in zip(batch_norm_nodes(graph), site_names, strict=False):
+        if name is None:
+            continue
+        call, arguments = NORM_CALLS[node.target], norm_arguments(node)
+        with graph.inserting_before(node):
+            new = graph.call_module(name, (arguments.pop("input"),), arguments)
+            new.meta = dict(node.meta)
+            if "cudnn_enabled" in call.parameters[: len(node.args)]:  # says nothing of the function, but is put back
+                new.meta["cudnn_enabled"] = node.args[call.parameters.index("cudnn_enabled")]
+            if call.results is not None:
+                new = graph.call_function(as_results, all_results(call, new, arguments))
+                new.meta["is_wrapped"] = True
+        replace_node(graph, node, new)
+    return graph
+
+
+def replace_node(graph: fx.Graph, node: fx.Node, new: fx.Node) -> None:
+    """Put `new` in the place of `node`, with what is known of it."""
+    new.meta = {**node.meta, **new.meta}
+    node.replace_all_uses_with(new)
+    graph.erase_node(node)
+
+
+def edit_graph(
+    module: fx.GraphModule, gates: dict[str, FunctionalSwitchNorm], site_names: tuple[str | None, ...]
+) -> None:
+    """Put SN in place of batch_norm nodes of `module`'s graph.
+
+    Args:
+        gates: the new children by name.
+        site_names: for each batch_norm node in order the name of its child, None for a node that stays.
+    """
+    for child_name, child in gates.items():
+        module.add_module(child_name, child)
+    module.graph = swap_calls(copy.deepcopy(module.graph), site_names)
+
+
+def restore_graph(module: fx.GraphModule) -> None:
+    """Undo `edit_graph`: the nodes call what they called before, and the children are gone."""
+    calls = {call_name(call): call for call in NORM_CALLS}
+    gates = _functional_gates(module)
+    graph = copy.deepcopy(module.graph)
+    for node in _calls_of(graph, gates):
+        call = calls[gates[str(node.target)].replaced_call]
+        args, kwargs = _arguments_of(node, NORM_CALLS[call].parameters)
+        with graph.inserting_before(node):
+            restored = graph.call_function(call, args, kwargs)
+        packed = next((user for user in node.users if user.target is as_results), None)
+        replace_node(graph, packed or node, restored)
+        if packed is not None:
+            restored.meta.pop("is_wrapped", None)
+            graph.erase_node(node)
+    for name in gates:
+        module.delete_submodule(name)
+    module.graph = graph
+
+
+def _arguments_of(node: fx.Node, parameters: tuple[str, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of the call that a gate stands for: by position up to the first that is not given."""
+    cudnn = node.meta.get("cudnn_enabled", torch.backends.cudnn.enabled)
+    given = {"input": node.args[0], "cudnn_enabled": cudnn, **node.kwargs}
+    gap = next((index for index, name in enumerate(parameters) if name not in given), len(parameters))
+    later = {name: given[name] for name in parameters[gap:] if name in given}
+    return tuple(given[name] for name in parameters[:gap]), later
+
+
+def edited_nodes(module: fx.GraphModule) -> list[fx.Node]:
+    """Return the nodes that call the gates of a functional site."""
+    return _calls_of(module.graph, _functional_gates(module))
+
+
+def _functional_gates(module: fx.GraphModule) -> dict[str, FunctionalSwitchNorm]:
+    called = {str(node.target) for node in module.graph.nodes if node.op == "call_module"}
+    return {n: m for n, m in module.named_modules() if n in called and isinstance(m, FunctionalSwitchNorm)}
+
+
+def _calls_of(graph: fx.Graph, gates: dict[str, FunctionalSwitchNorm]) -> list[fx.Node]:
+    return [node for node in graph.nodes if node.op == "call_module" and str(node.target) in gates]

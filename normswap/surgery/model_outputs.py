@@ -1,0 +1,438 @@
+"""What a model returns, taken apart into named leaves: dense tensors, numbers, and values that are equal or not.
+
+Looks into mappings, sequences, sets, iterators, dataclasses, plain objects and closures, never at `__eq__` of a class.
+What may hold numbers and cannot be taken apart is named with the reason, so that nothing is left out silently.
+"""
+
+import functools
+import io
+import itertools
+import types
+import weakref
+from array import array
+from collections import UserList, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set, ValuesView
+from dataclasses import dataclass, field
+from datetime import date, time, timedelta, tzinfo
+from decimal import Decimal
+from enum import Enum
+from fractions import Fraction
+from logging import Logger
+from math import hypot, isfinite
+from pathlib import PurePath
+from threading import Lock
+from typing import Any
+from uuid import UUID
+
+import torch
+from torch import Tensor, nn
+
+# MERGED DOC: How far two values are apart: relative L2 of tensors and numbers, equal or not for anything else.
+
+
+_MOST_ITEMS = 100_000  # of an iterator, which may have no end
+_MOST_DEPTH = 50
+
+
+@dataclass
+class Leaves:
+    """The leaves of a value by path, such as `output.loc`, and the reason for each that cannot be compared."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    opaque: dict[str, str] = field(default_factory=dict)
+    model: frozenset[int] | None = None
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The tensors among the leaves, in the order of their paths."""
+        return [leaf for _, leaf in sorted(self.values.items()) if isinstance(leaf, Tensor)]
+
+    def detached(self) -> "Leaves":
+        """Return the same leaves without the graph behind them."""
+        values = {path: leaf.detach() if isinstance(leaf, Tensor) else leaf for path, leaf in self.values.items()}
+        return Leaves(values, self.opaque)
+
+
+def read_leaves(value: Any, name: str = "output", model: frozenset[int] | None = None) -> Leaves:
+    """Return the leaves of `value`; iterators in it are consumed.
+
+    Args:
+        name: what the paths begin with.
+        model: the ids of the modules of the model that returned `value`: these are no data, other modules are. Without
+            it none is.
+    """
+    found = Leaves(model=model)
+    _read(value, name, found, ())
+    return found
+
+
+def leaf_list(value: Any) -> list[Any]:
+    """Return paths and leaves of `value` in turn; what cannot be compared is an object that equals nothing."""
+    leaves = read_leaves(value)
+    unknown: dict[str, Any] = {path: object() for path in leaves.opaque}
+    return [part for item in (leaves.values | unknown).items() for part in item]
+
+
+def comparable_size(leaves: Leaves) -> int:
+    """Return how many numbers the leaves hold."""
+    return sum(_count(leaf) for leaf in leaves.values.values())
+
+
+def _count(leaf: Any) -> int:
+    return leaf.numel() if isinstance(leaf, Tensor) else int(isinstance(leaf, int | float | complex))
+
+
+def _read(value: Any, path: str, found: Leaves, inside: tuple[int, ...]) -> None:
+    if type(value) in _EQUAL_OR_NOT or isinstance(value, _EQUAL_OR_NOT_BASES):
+        found.values[path] = value
+        return
+    own = isinstance(value, nn.Module) and (found.model is None or id(value) in found.model)
+    if own or isinstance(value, _NO_DATA):
+        return
+    if id(value) in inside:  # which contains itself: read already
+        return
+    if len(inside) >= _MOST_DEPTH:
+        found.opaque[path] = f"is nested deeper than {_MOST_DEPTH} levels"
+        return
+    try:
+        parts = _parts(value, path)
+        if not isinstance(parts, dict):
+            found.values[path] = parts
+            return
+        for part, item in parts.items():
+            _read(item, part, found, (*inside, id(value)))
+    except Exception as error:  # noqa: BLE001 - properties and iterators run the model's code
+        reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
+        found.opaque[path] = reason[0]
+
+
+# Compared by `==`, which is theirs and exact; floats and other numbers among them by their distance.
+_EQUAL_OR_NOT = {type(None), bool, int, float, complex, str, bytes, type(...), type(NotImplemented)}
+_EQUAL_OR_NOT_BASES = (
+    Enum, date, time, timedelta, tzinfo, PurePath, UUID, range, slice, bytearray,
+    torch.dtype, torch.device, torch.layout, torch.memory_format,
+)  # fmt: skip
+# No result of a computation.
+_NO_DATA = (
+    type, types.ModuleType, torch.Generator, Logger, type(Lock()),
+)  # fmt: skip
+
+
+def _parts(value: Any, path: str) -> Any:
+    """The parts of a value by path, or a leaf."""
+    for kind, parts in _KINDS:
+        if isinstance(value, kind):
+            read = parts(value, path)
+            return _with_attributes(read, value, path) if kind in _CONTAINERS else read
+    if hasattr(value, "__array__") or hasattr(value, "__array_interface__"):  # an image, a data frame
+        return _array(_numpy().asarray(value), path)
+    return _attributes(value, path)
+
+
+def _with_attributes(read: Any, value: Any, path: str) -> Any:
+    """What a container of a class of its own holds beside its items."""
+    held = {name: item for name, item in getattr(value, "__dict__", {}).items() if name != "data"}
+    if not held:
+        return read
+    parts = read if isinstance(read, dict) else {f"{path}[:]": read}
+    known = {id(item) for item in parts.values()}
+    return parts | {f"{path}.{name}": item for name, item in held.items() if id(item) not in known}
+
+
+def _tensor(value: Tensor, path: str) -> Any:
+    """A dense tensor of torch's own class, or the parts of a nested one."""
+    if value.is_meta:
+        raise ValueError("is on the meta device, where tensors have no values")
+    if value.is_nested:
+        return {f"{path}[{index}]": part for index, part in enumerate(value.unbind())}
+    if value.is_quantized:
+        return value.dequantize()
+    if value.layout is not torch.strided:
+        return value.to_dense()
+    return value if type(value) in (Tensor, nn.Parameter) else value.as_subclass(Tensor)
+
+
+def _array(value: Any, path: str) -> Any:
+    """A numpy array or scalar as a tensor; one of objects, texts or records as its items."""
+    if value.dtype.names:
+        return {f"{path}[{name!r}]": value[name] for name in value.dtype.names}
+    if value.dtype.kind in "biufc":
+        try:
+            return torch.from_numpy(_numpy().array(value))
+        except TypeError:  # a dtype that torch does not have, such as longdouble
+            wide = _numpy().complex128 if value.dtype.kind == "c" else _numpy().float64
+            return torch.from_numpy(_numpy().array(value, dtype=wide))
+    if value.dtype.kind in "Mm":
+        return torch.from_numpy(_numpy().array(value.astype("int64")))
+    items = value.tolist()
+    return _sequence(items, path) if isinstance(items, list) else {f"{path}[()]": items}
+
+
+def _numpy() -> Any:
+    import numpy
+
+    return numpy
+
+
+def _plain(kind: Callable[[Any], Any]) -> Callable[[Any, str], Any]:
+    return lambda value, _path: kind(value)
+
+
+def _mapping(value: Mapping[Any, Any], path: str) -> dict[str, Any]:
+    return {f"{path}[{key!r}]": item for key, item in value.items()} | {f"len({path})": f"{len(value)} items"}
+
+
+def _named_tuple(value: Any, path: str) -> dict[str, Any]:
+    return {f"{path}.{name}": getattr(value, name) for name in value._fields}
+
+
+def _sequence(value: Iterable[Any], path: str) -> Any:
+    items = list(value)
+    numbers = _as_one_tensor(items)
+    if numbers is not None:
+        return numbers
+    return {f"{path}[{index}]": item for index, item in enumerate(items)} | {f"len({path})": f"{len(items)} items"}
+
+
+def _tuple(value: tuple[Any, ...], path: str) -> Any:
+    return _named_tuple(value, path) if hasattr(value, "_fields") else _sequence(value, path)
+
+
+def _as_one_tensor(items: list[Any]) -> Tensor | None:
+    """Many numbers in a list as one tensor: a path for each would take seconds."""
+    kinds = {type(item) for item in items}
+    if len(items) < 2 or not kinds <= {int, float}:
+        return None
+    try:
+        return torch.tensor(items, dtype=torch.float64)
+    except (OverflowError, RuntimeError):  # an integer beyond float64
+        return None
+
+
+def _set(value: Set[Any], path: str) -> dict[str, Any]:
+    """The items of a set in an order of their own: plain values by their text, others by what they hold."""
+    if all(type(item) in _EQUAL_OR_NOT for item in value):
+        return {f"{path}{{{index}}}": item for index, item in enumerate(sorted(value, key=repr))}
+    read = sorted((read_leaves(item, "").values for item in value), key=_rank)
+    return {f"{path}{{{index}}}{end}": leaf for index, leaves in enumerate(read) for end, leaf in leaves.items()}
+
+
+def _rank(leaves: dict[str, Any]) -> tuple[str, float]:
+    size = sum(float(leaf.double().sum()) for leaf in leaves.values() if isinstance(leaf, Tensor))
+    return ",".join(f"{path}:{getattr(leaf, 'shape', leaf)}" for path, leaf in leaves.items()), size
+
+
+def _iterator(value: Iterator[Any], path: str) -> Any:
+    items = list(itertools.islice(value, _MOST_ITEMS + 1))
+    if len(items) > _MOST_ITEMS:
+        raise ValueError(f"is an iterator of more than {_MOST_ITEMS:,} items")
+    return _sequence(items, path)
+
+
+def _file(value: io.IOBase, path: str) -> Any:
+    if isinstance(value, io.BytesIO | io.StringIO):
+        return {f"{path}.getvalue()": value.getvalue()}
+    raise ValueError("is an open file")
+
+
+def _partial(value: "functools.partial[Any]", path: str) -> dict[str, Any]:
+    return {f"{path}.func": value.func, f"{path}.args": value.args, f"{path}.keywords": value.keywords}
+
+
+def _function(value: types.FunctionType, path: str) -> dict[str, Any]:
+    """What a function keeps of the computation: the variables that it closes over, and its defaults."""
+    cells = zip(value.__code__.co_freevars, value.__closure__ or (), strict=True)
+    kept = {f"{path}.{name}": cell.cell_contents for name, cell in cells}
+    return kept | {f"{path}.__defaults__": value.__defaults__, f"{path}.__kwdefaults__": value.__kwdefaults__}
+
+
+def _method(value: Any, path: str) -> dict[str, Any]:
+    return {f"{path}.__self__": value.__self__}
+
+
+def _module(value: nn.Module, path: str) -> dict[str, Any]:
+    """What a module that the forward pass made holds."""
+    plain = {name: item for name, item in vars(value).items() if not name.startswith("_")}
+    held = plain | value._parameters | value._buffers | value._modules
+    return {f"{path}.{name}": item for name, item in held.items()}
+
+
+def _referred(value: Any, path: str) -> dict[str, Any]:
+    return {f"{path}()": value()}
+
+
+def _future(value: Any, path: str) -> dict[str, Any]:
+    return {f"{path}.value()": value.value()}
+
+
+def _storage(value: Any, path: str) -> Tensor:
+    plain = value.untyped() if isinstance(value, torch.TypedStorage) else value  # type: ignore[no-untyped-call]
+    return torch.empty(0, dtype=torch.uint8, device=plain.device).set_(plain).clone()
+
+
+def _exception(value: BaseException, path: str) -> dict[str, Any]:
+    return {f"{path}.args": value.args} | {f"{path}.{name}": item for name, item in vars(value).items()}
+
+
+def _buffer(value: Any, path: str) -> Any:
+    return _array(_numpy().asarray(value), path)
+
+
+def _attributes(value: Any, path: str) -> dict[str, Any]:
+    """The attributes of any other object, in its `__dict__` and in slots."""
+    slots = [
+        name
+        for cls in type(value).__mro__
+        for name in _names(cls.__dict__.get("__slots__", ()))
+        if name not in ("__dict__", "__weakref__") and hasattr(value, name)
+    ]
+    if not hasattr(value, "__dict__") and not slots and type(value) is not object:
+        raise ValueError(f"is a {type(value).__module__}.{type(value).__qualname__}, which shows no attributes")
+    held = {**vars(value)} if hasattr(value, "__dict__") else {}
+    return {f"{path}.{name}": item for name, item in (held | {name: getattr(value, name) for name in slots}).items()}
+
+
+def _names(slots: Any) -> tuple[str, ...]:
+    return (slots,) if isinstance(slots, str) else tuple(slots)
+
+
+class _NumpyValue(type):
+    """A stand-in for numpy's classes, which are imported only if somebody else has done so."""
+
+    def __instancecheck__(cls, value: Any) -> bool:
+        return type(value).__module__ == "numpy" and hasattr(value, "dtype") and hasattr(value, "tolist")
+
+
+class _Numpy(metaclass=_NumpyValue):
+    pass
+
+
+# The first kind that fits.
+_KINDS: tuple[tuple[Any, Callable[[Any, str], Any]], ...] = (
+    (Tensor, _tensor),
+    (nn.Module, _module),
+    (weakref.ReferenceType, _referred),
+    (torch.futures.Future, _future),
+    ((torch.UntypedStorage, torch.TypedStorage), _storage),
+    (BaseException, _exception),
+    (array, _buffer),
+    (_Numpy, _array),
+    (int, _plain(int)),
+    ((float, Decimal, Fraction), _plain(float)),
+    (complex, _plain(complex)),
+    (str, _plain(str)),
+    (bytes, _plain(bytes)),
+    (tuple, _tuple),
+    (Mapping, _mapping),
+    ((list, deque, UserList, ValuesView), _sequence),
+    (Set, _set),
+    (io.IOBase, _file),
+    (Iterator, _iterator),
+    (functools.partial, _partial),
+    ((types.MethodType, types.BuiltinFunctionType), _method),
+    (types.FunctionType, _function),
+)
+# Their classes may add attributes of their own.
+_CONTAINERS = (tuple, Mapping, (list, deque, UserList, ValuesView), Set, functools.partial)
+
+
+Names = tuple[str, ...]
+
+# Elements that are compared at a time: what is in between stays small, whatever the tensors are.
+_CHUNK = 1 << 18
+
+# From here on a value that is exactly the same on both sides may be a constant that masks others, such as -1e9: counted
+# into the norm of the reference it would hide any difference of the values beside it.
+_MASK = 1e4
+_WIDE = {float: torch.float64, complex: torch.complex128}
+
+
+def distance(reference: Any, value: Any) -> float:
+    """Return the relative L2 of floating tensors or numbers; for anything else, or another shape or dtype, 0 or inf.
+
+    Where the reference is inf or NaN the value must be the same, else the distance is inf.
+    """
+    if not (isinstance(reference, Tensor) and isinstance(value, Tensor)):
+        if type(reference) is not type(value):
+            return float("inf")
+        if isinstance(reference, float | complex):
+            return distance(*(torch.tensor(number, dtype=_WIDE[type(number)]) for number in (reference, value)))
+        return 0.0 if reference == value else float("inf")
+    if reference.shape != value.shape or reference.dtype != value.dtype:
+        return float("inf")
+    if not (reference.is_floating_point() or reference.is_complex()):
+        return 0.0 if torch.equal(reference, value) else float("inf")
+    return _ratio(*_norms(reference, value))
+
+
+def _norms(reference: Tensor, value: Tensor) -> tuple[float, float]:
+    """The norms of the difference and of the reference, over what is finite in the reference."""
+    sides = (torch.split(tensor.reshape(-1), _CHUNK) for tensor in (reference, value))
+    norms = [_norms_of_chunk(a, b) for a, b in zip(*sides, strict=True)]
+    return hypot(*(difference for difference, _ in norms)), hypot(*(size for _, size in norms))
+
+
+def _norms_of_chunk(reference: Tensor, value: Tensor) -> tuple[float, float]:
+    difference, size = (value - reference).norm().item(), reference.norm().item()
+    if isfinite(difference) and isfinite(size) and (size < _MASK or reference.abs().max().item() < _MASK):
+        return difference, size
+    finite = reference.isfinite()
+    odd, other = reference[~finite], value[~finite]
+    if not torch.equal(odd.isnan(), other.isnan()) or not torch.equal(odd.nan_to_num(), other.nan_to_num()):
+        return float("inf"), size
+    counted = finite & ~((reference == value) & (reference.abs() >= _MASK))
+    reference, value = reference[counted], value[counted]
+    scale = max(reference.abs().max().item(), 1.0) if reference.numel() else 1.0  # or squares could overflow
+    return ((value - reference) / scale).norm().item() * scale, (reference / scale).norm().item() * scale
+
+
+def _ratio(difference: float, size: float) -> float:
+    if difference == 0.0:
+        return 0.0
+    return difference / size if size > 0 and isfinite(difference) and isfinite(size) else float("inf")
+
+
+class VectorDistance:
+    """The distance of paired tensors taken as one vector, added pair by pair and kept nowhere."""
+
+    def __init__(self) -> None:
+        self._difference = self._size = 0.0
+
+    def add(self, reference: Tensor, value: Tensor) -> None:
+        """Take one more pair in; tensors of different shapes or dtypes are infinitely far apart."""
+        if reference.shape != value.shape or reference.dtype != value.dtype:
+            self._difference = float("inf")
+            return
+        difference, size = _norms(reference, value)
+        self._difference, self._size = hypot(self._difference, difference), hypot(self._size, size)
+
+    def result(self) -> float:
+        """Return the distance of all pairs, 0 where there are none."""
+        return _ratio(self._difference, self._size)
+
+
+def absolute(reference: Any, value: Any) -> float:
+    """Return the largest absolute difference of two floating tensors where the reference is finite, else 0."""
+    tensors = isinstance(reference, Tensor) and isinstance(value, Tensor)
+    if not tensors or not reference.is_floating_point() or reference.shape != value.shape:
+        return 0.0
+    difference = (value - reference).abs()
+    largest = difference.max().item() if difference.numel() else 0.0
+    if isfinite(largest):
+        return largest
+    difference = difference[reference.isfinite()]
+    return difference.max().item() if difference.numel() else 0.0
+
+
+def worst(references: list[Any], values: list[Any]) -> float:
+    """Return the largest distance of paired values, inf if there are more of the one than of the other."""
+    if len(references) != len(values):
+        return float("inf")
+    return max((distance(a, b) for a, b in zip(references, values, strict=True)), default=0.0)
+
+
+def shared(references: dict[Names, Tensor], values: dict[Names, Tensor]) -> list[tuple[Names, Names]]:
+    """Return the keys of tensors that have a name in common: each side may know a tensor by other names as well."""
+    by_name = {name: names for names in values for name in names}
+    partners = ((names, next((by_name[name] for name in names if name in by_name), None)) for names in references)
+    return [(names, partner) for names, partner in partners if partner is not None]

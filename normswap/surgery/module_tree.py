@@ -1,0 +1,234 @@
+"""The one walk over a model's modules: every module with all its names, held in Python containers or registered.
+
+A module kept only in a plain list, tuple or dict is in no `named_modules()`, has no state-dict keys and no
+optimizer, but it runs. It is found through its owner's `__dict__` and named like Python would: `blocks.norms[0]`.
+"""
+
+import copy
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx, nn
+from torch.utils.hooks import RemovableHandle
+
+from normswap.layers.in_place import qualified_name
+from normswap.model_state import preserved_state
+from normswap.text import join
+
+# MERGED DOC: Training and evaluation as a model's own `train()` and `eval()` set them, for a while.
+
+
+# Registries of nn.Module itself: `_modules` is walked by name, the rest holds no modules of the model.
+_OWN_REGISTRIES = {"_parameters", "_buffers", "_modules"}
+_CONTAINERS = (list, tuple, dict)
+_CONTAINER_DEPTH = 3
+
+
+@dataclass(frozen=True)
+class Place:
+    """A module, all its names (first the one met first), and whether its tensors are in the state dict."""
+
+    module: nn.Module
+    names: tuple[str, ...]
+    registered: bool
+
+
+def walk_modules(model: nn.Module) -> tuple[Place, ...]:
+    """Return every distinct module of `model`, the root included (named ""), in registration order."""
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+    registered = set(names)
+    pending = list(names)
+    for owner in pending:  # which grows meanwhile
+        for suffix, module in _referenced_modules(owner):
+            if module not in names:
+                for inner_name, inner in module.named_modules(prefix=join(names[owner][0], suffix)):
+                    if inner not in names:
+                        names[inner] = [inner_name]
+                        pending.append(inner)
+    return tuple(Place(module, tuple(found), module in registered) for module, found in names.items())
+
+
+def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
+    """Return every name of every module of `model`."""
+    return {name: place.module for place in walk_modules(model) for name in place.names}
+
+
+def copy_model(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """Return a deep copy of `model` whose parameters can be trained like its own.
+
+    The deep copy of TorchScript inside a model would stay tied to the original by its gradients (torch 2.14).
+
+    Args:
+        memo: as in `deep_copy`.
+    """
+    with torch.no_grad():
+        twin = deep_copy(model, {} if memo is None else memo)
+    for parameter, copied in zip(model.parameters(), twin.parameters(), strict=True):
+        if copied.requires_grad != parameter.requires_grad:
+            copied.requires_grad_(parameter.requires_grad)
+    for module, copied_module in zip(model.modules(), twin.modules(), strict=True):
+        if isinstance(module, fx.GraphModule):
+            _complete_graph_copy(module, copied_module)
+    return twin
+
+
+def lighter_copy(model: nn.Module) -> nn.Module:
+    """Return a copy of `model` with the same parameters and its own buffers: to be changed in form, not trained."""
+    return copy_model(model, {id(parameter): parameter for parameter in model.parameters()})
+
+
+def deep_copy(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """Return what `copy.deepcopy` does, without its cost for what modules hold most: numbers and empty registries.
+
+    Args:
+        memo: as that of `copy.deepcopy`: what is in it by its id is not copied.
+    """
+    if id(module) in memo:
+        return memo[id(module)]  # type: ignore[no-any-return]
+    cls = type(module)
+    if any(getattr(cls, name, None) is not getattr(nn.Module, name, None) for name in _COPY_PROTOCOL):
+        return copy.deepcopy(module, memo)
+    twin = cls.__new__(cls)
+    memo[id(module)] = twin
+    for name, value in module.__getstate__().items():  # type: ignore[no-untyped-call]  # no compiled code
+        if type(value) in _IMMUTABLE or isinstance(value, _SHARED):
+            vars(twin)[name] = value
+        elif type(value) in _DICTS and id(value) not in memo and (name in _OWN_REGISTRIES or not value):
+            # Known to what refers to the dict itself and is copied before or after it: the handle of a hook does.
+            memo[id(value)] = vars(twin)[name] = copied = type(value)()
+            copy_item = deep_copy if name == "_modules" else copy.deepcopy
+            for key, item in value.items():
+                copied[key] = item if item is None else copy_item(item, memo)
+        else:
+            vars(twin)[name] = copy.deepcopy(value, memo)
+    return twin
+
+
+_COPY_PROTOCOL = ("__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__", "__setstate__", "__new__", "__slots__")
+_DICTS = (dict, OrderedDict)
+_IMMUTABLE = (bool, int, float, str, type(None))
+# What a copy has in common with what it is a copy of: a group of processes, which a SyncBatchNorm holds, is none's own.
+_SHARED = (torch.distributed.ProcessGroup,) if torch.distributed.is_available() else ()
+
+
+_HOOK_DICTS = ("_hooks", "_hooks_with_kwargs", "_hooks_always_called")
+
+
+def _complete_graph_copy(module: nn.Module, twin: nn.Module) -> None:
+    """Give the copy of a GraphModule what torch's own copying leaves behind: name, hooks, attributes (torch 2.14)."""
+    type(twin).__name__, type(twin).__qualname__ = type(module).__name__, type(module).__qualname__
+    handles: dict[str, RemovableHandle] = {}
+    for name, value in vars(module).items():
+        if name.endswith(_HOOK_DICTS) and value:
+            vars(twin)[name] = value.copy()
+        elif name not in vars(twin):
+            vars(twin)[name] = value
+            if isinstance(value, MethodType) and value.__self__ is module:
+                vars(twin)[name] = MethodType(value.__func__, twin)
+            elif isinstance(value, RemovableHandle):
+                handles[name] = value
+    # A handle removes the hook of the copy: it refers to the dicts of hooks, which are all there only now.
+    dicts = {id(value): vars(twin)[name] for name, value in vars(module).items() if name.endswith(_HOOK_DICTS)}
+    for name, handle in handles.items():
+        vars(twin)[name] = copy.deepcopy(handle, dict(dicts))
+
+
+def class_name(module: nn.Module) -> str:
+    """Return the module's class as `module.QualName`."""
+    return qualified_name(type(module))
+
+
+def _referenced_modules(owner: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    if isinstance(owner, torch.jit.ScriptModule):  # keeps wrappers of itself there
+        return
+    for name, value in vars(owner).items():
+        # First what is cheap to tell, and true of nearly all: models have tens of thousands of attributes.
+        if type(value) in _IMMUTABLE or (isinstance(value, _CONTAINERS) and not value):
+            continue
+        if name not in _OWN_REGISTRIES and not name.endswith("_hooks"):
+            yield from _modules_in(value, name, _CONTAINER_DEPTH)
+
+
+def _modules_in(value: Any, name: str, depth: int) -> Iterator[tuple[str, nn.Module]]:
+    if isinstance(value, nn.Module):
+        yield name, value
+    elif not depth or not isinstance(value, _CONTAINERS):
+        return
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _modules_in(item, f"{name}[{key!r}]", depth - 1)
+    else:
+        for index, item in enumerate(value):
+            yield from _modules_in(item, f"{name}[{index}]", depth - 1)
+
+
+Flags = Mapping[str, bool]
+
+
+class OwnFlags(NamedTuple):
+    """The training flag of every module by its first name, after `model.eval()` and after `model.train()`."""
+
+    evaluation: Flags
+    training: Flags
+
+
+def own_flags(model: nn.Module) -> OwnFlags | None:
+    """Return the flags that the model's own `train()` and `eval()` set, None if they are those of `nn.Module`."""
+    places = walk_modules(model)
+    if not any(_overrides(place.module) for place in places):
+        return None
+    found: list[Flags] = []
+    for training in (False, True):
+        with own_mode(model, training=training):
+            found.append({place.names[0]: place.module.training for place in places})
+    return OwnFlags(*found)
+
+
+@contextmanager
+def own_mode(model: nn.Module, *, training: bool, flags: Flags | None = None) -> Iterator[None]:
+    """Call the model's own `train()` or `eval()`, and put back what that changed at the end.
+
+    A model whose own one raises has its flags set directly. Modules that are in no registry get the flag too.
+
+    Args:
+        flags: what single modules are set to afterwards, by name.
+    """
+    places = walk_modules(model)
+    before = [(place.module, place.module.training) for place in places]
+    with ExitStack() as stack:
+        stack.callback(_set_flags, before)
+        if any(_overrides(place.module) for place in places):
+            stack.enter_context(preserved_state([place.module for place in places]))
+            _set_flags((place.module, training) for place in places if not place.registered)
+            _switch(model, places, training=training)
+        else:
+            _set_flags((place.module, training) for place in places)
+        if flags:
+            _set_flags((p.module, flags[p.names[0]]) for p in places if p.names[0] in flags)
+        yield
+
+
+def _switch(model: nn.Module, places: tuple[Place, ...], *, training: bool) -> None:
+    try:
+        model.train() if training else model.eval()
+    except Exception:  # noqa: BLE001 - such as that of an exported program, which refuses; it runs the model's code
+        _set_flags((place.module, training) for place in places)
+
+
+def _set_flags(flags: Iterable[tuple[nn.Module, bool]]) -> None:
+    for module, flag in flags:
+        module.training = flag
+
+
+def _overrides(module: nn.Module) -> bool:
+    if isinstance(module, torch.jit.ScriptModule):  # wraps those of `nn.Module`
+        return False
+    cls, own = type(module), vars(module)
+    return cls.train is not nn.Module.train or cls.eval is not nn.Module.eval or "train" in own or "eval" in own

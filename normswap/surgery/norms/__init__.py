@@ -1,0 +1,1 @@
+"""Norm classes and functions that normswap knows, and which modules may be norms of unknown classes."""

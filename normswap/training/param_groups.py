@@ -1,0 +1,397 @@
+"""Parameter groups of a converted model: its gates in a last group of their own.
+
+`param_groups` groups anew, or keeps the groups of an optimizer that exists, whose state then stays valid. What it
+returns is a list of dicts that every optimizer of torch takes, and timm's factory.
+"""
+
+import copy
+import fnmatch
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from typing import Any, NamedTuple, TypeVar
+
+from torch import Tensor, nn
+
+from normswap.checkpoints.content.key_prefixes import StoredNames, names_for
+from normswap.checkpoints.content.optimizer_state import GATE_GROUP, SHAPED, check_rate, gate_options
+from normswap.errors import OptimizerError
+from normswap.layers.gated_module import GatedModule
+from normswap.surgery.importance import gate_parameters, gated_modules, trainable_gates
+from normswap.surgery.module_tree import walk_modules
+from normswap.surgery.wrappers import unwrap
+from normswap.training.importance_watch import stepping_optimizer
+
+# MERGED DOC: Which parameter of a model is meant by a number in an optimizer's state dict.
+
+# MERGED DOC: Weight decay taken off the gates in an optimizer that another library has built by its own rules.
+
+
+Named = dict[str, nn.Parameter]
+AnyGroup = Mapping[str, Any]
+
+_OTHERWISE = "pass like=the optimizer that your code builds from the converted model"
+
+
+class Part(NamedTuple):
+    """The parameters of one group, and whether they get weight decay (None: either)."""
+
+    parameters: list[nn.Parameter]
+    decays: bool | None
+
+
+def ordinary_parameters(model: nn.Module) -> Named:
+    """Return the parameters that are no gates, by name, in the order of `named_parameters()`."""
+    gates = set(gate_parameters(model).values())
+    return {name: parameter for name, parameter in unwrap(model).named_parameters() if parameter not in gates}
+
+
+def timm_parts(model: nn.Module, members: Named) -> list[Part]:
+    """Return the parts of `timm.optim.param_groups_weight_decay`: without decay, then with; none is empty."""
+    listed: Iterable[str] = getattr(unwrap(model), "no_weight_decay", set)()
+
+    def decays(name: str, parameter: nn.Parameter) -> bool:
+        excluded = parameter.ndim <= 1 or name.endswith(".bias")
+        return not excluded and not any(fnmatch.fnmatch(name, pattern) for pattern in listed)
+
+    return _split(members, decays, order=(False, True))
+
+
+def parameters_of(model: nn.Module, groups: Sequence[AnyGroup], state: Mapping[Any, Any]) -> list[list[nn.Parameter]]:
+    """Return the parameters of each group, which gives them by number or by name.
+
+    Args:
+        model: converted; the groups hold its gates in one marked group or not at all.
+        groups: the `param_groups` of an optimizer's state dict.
+        state: its `state`, or an empty mapping.
+
+    Raises:
+        OptimizerError: a name is not the model's, or no known order, or more than one, explains the numbers.
+    """
+    if all("param_names" in group for group in groups):
+        return [_by_name(model, group["param_names"]) for group in groups]
+    if all(isinstance(key, str) for group in groups for key in group["params"]):
+        return [_by_name(model, group["params"]) for group in groups]
+    old = [group for group in groups if group.get(GATE_GROUP) is not True]
+    found = _by_layout(model, old, state)
+    gates = list(trainable_gates(model).values())
+    for group in groups[len(old) :]:
+        if group.get(GATE_GROUP) is not True or len(group["params"]) != len(gates):
+            raise OptimizerError(
+                f"like: its group of gates has {len(group['params'])} parameters, the model has {len(gates)} trainable "
+                f"gates: {_OTHERWISE}"
+            )
+        found.append(gates)
+    return found
+
+
+def names_in(model: nn.Module, stored: Collection[str]) -> StoredNames:
+    """Return how names that an optimizer has stored, perhaps of a wrapped model, stand for those of `model`."""
+    return names_for(stored, dict(unwrap(model).named_parameters(remove_duplicate=False)))
+
+
+def _by_name(model: nn.Module, names: Sequence[str]) -> list[nn.Parameter]:
+    inside = dict(unwrap(model).named_parameters(remove_duplicate=False))
+    own = {stored: name for name, stored in names_in(model, names).stored.items()}
+    bare = [name if name in inside else own.get(name, name) for name in names]
+    unknown = [name for name in bare if name not in inside]
+    if unknown:
+        raise OptimizerError(
+            f"like: {len(unknown)} of its names are not the model's ({', '.join(unknown[:_MOST])}): {_OTHERWISE}"
+        )
+    return [inside[name] for name in bare]
+
+
+def _by_layout(model: nn.Module, groups: Sequence[AnyGroup], state: Mapping[Any, Any]) -> list[list[nn.Parameter]]:
+    every = ordinary_parameters(model)
+    training = {name: parameter for name, parameter in every.items() if parameter.requires_grad}
+    fitting = {}
+    for members in (every, training):
+        for parts_of in _LAYOUTS.values():
+            parts = parts_of(model, members)
+            if _fits(groups, parts, state):
+                fitting[tuple(tuple(map(id, part.parameters)) for part in parts)] = parts
+    if len(fitting) != 1:
+        what = "fit more than one known order" if fitting else f"fit no known order ({', '.join(_LAYOUTS)})"
+        sizes = " and ".join(str(len(group["params"])) for group in groups)
+        raise OptimizerError(
+            f"like: it gives parameters by number, and its groups of {sizes} of the {len(every)} in the model {what}: "
+            f"{_OTHERWISE}"
+        )
+    return [part.parameters for part in fitting.popitem()[1]]
+
+
+def _fits(groups: Sequence[AnyGroup], parts: Sequence[Part], state: Mapping[Any, Any]) -> bool:
+    return len(groups) == len(parts) and all(
+        len(group["params"]) == len(part.parameters)
+        and part.decays in (None, bool(group.get("weight_decay", 0)))
+        and all(map(_has_its_shape, map(state.get, group["params"]), part.parameters))
+        for group, part in zip(groups, parts, strict=True)
+    )
+
+
+def _has_its_shape(entries: Any, parameter: nn.Parameter) -> bool:
+    if not isinstance(entries, Mapping):
+        return True
+    tensors = [value for name, value in entries.items() if name in SHAPED and isinstance(value, Tensor)]
+    return all(tensor.shape == parameter.shape for tensor in tensors if tensor.dim())
+
+
+def _split(members: Named, decays: Callable[[str, nn.Parameter], bool], *, order: tuple[bool, bool]) -> list[Part]:
+    parts = [Part([p for name, p in members.items() if decays(name, p) == which], which) for which in order]
+    return [part for part in parts if part.parameters]
+
+
+def _norms_last(model: nn.Module, members: Named) -> list[Part]:
+    """As torchvision's references: all others, then the parameters of norms, each with a decay of its own."""
+    classes = (GatedModule, nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
+    norms = [module for module in unwrap(model).modules() if isinstance(module, classes)]
+    inside = {parameter for module in norms for parameter in module.parameters(recurse=False)}
+    parts = _split(members, lambda _, parameter: parameter not in inside, order=(True, False))
+    return [part._replace(decays=None) for part in parts]
+
+
+_LAYOUTS: Mapping[str, Callable[[nn.Module, Named], list[Part]]] = {
+    "model.parameters()": lambda _, members: [Part(list(members.values()), None)],
+    "timm's factory": timm_parts,
+    "decayed, then 1-D": lambda _, members: _split(members, lambda __, p: p.ndim > 1, order=(True, False)),
+    "all others, then norms": _norms_last,
+}
+
+
+Group = dict[str, Any]
+
+_MOST = 3
+
+
+def param_groups(
+    model: nn.Module,
+    *,
+    like: Any = None,
+    lr: float | None = None,
+    weight_decay: float = 0.0,
+    importance_lr: float | None = None,
+) -> list[Group]:
+    """Return parameter groups for an optimizer, with the gates in a last group that has no weight decay.
+
+    Without `like` the groups are timm's (parameters of one dimension, biases and what `model.no_weight_decay()` names
+    without decay, then the rest; all in one where there is none) and the gates'. Parameters that do not train are left
+    out.
+
+    With `like` the old groups keep their order and options; gates are taken out of wherever they are, and a group that
+    held nothing else goes. An optimizer that lives on needs only `add_param_group` with the last group; a new one takes
+    over the state of the old by `load_state_dict`.
+
+    Args:
+        model: converted, wrapped or not. Without trainable gates there is no group of gates.
+        like: an optimizer of this model or its groups, with gates in any of them or in none; or an optimizer's state
+            dict or its groups, where parameters are numbers: these are known by `param_names`, else by a known order.
+        lr: of all groups, default the optimizer's own. Not with `like`.
+        weight_decay: of the groups that have any. Not with `like`.
+        importance_lr: the learning rate of the gates, default that of the last old group. It is meant before any
+            schedule: where a scheduler has left an `initial_lr`, the gates' present rate is the same share of it as
+            that of the last old group.
+
+    Returns:
+        The groups, each with `params` and its options; that of the gates has the option `gates=True`.
+
+    Raises:
+        ArgumentError: `model` is no module.
+        OptimizerError: a rate is negative or not finite; a trainable parameter is in no group; `like` is no such thing,
+            holds parameters of another model, or numbers that no known order explains.
+
+    Examples:
+        >>> import torch, normswap
+        >>> model = normswap.convert(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))).model
+        >>> groups = normswap.param_groups(model, lr=0.1, weight_decay=5e-4, importance_lr=0.01)
+        >>> [(len(group["params"]), group["lr"], group["weight_decay"]) for group in groups]
+        [(3, 0.1, 0.0), (1, 0.1, 0.0005), (2, 0.01, 0.0)]
+    """
+    for name, value in (("lr", lr), ("weight_decay", weight_decay), ("importance_lr", importance_lr)):
+        check_rate(name, value)
+    if like is None:
+        return _new_groups(model, lr, weight_decay, importance_lr)
+    if lr is not None or weight_decay:
+        raise OptimizerError("like= keeps the lr and weight_decay of the old groups: leave lr and weight_decay out")
+    groups = _old_groups(model, like)
+    check_owner(model, groups)
+    kept, template = _without_gates(model, groups)
+    check_complete(model, kept)
+    gates = _gates(model, groups)
+    if not gates:
+        return kept
+    added = {**gate_options(template, importance_lr=importance_lr), "params": list(gates.values())}
+    if "param_names" in template:
+        names = names_in(model, [name for group in groups for name in group["param_names"]])
+        added["param_names"] = [names.to_store(name) for name in gates]
+    return [*kept, added]
+
+
+def _new_groups(model: nn.Module, lr: float | None, weight_decay: float, importance_lr: float | None) -> list[Group]:
+    members = {name: parameter for name, parameter in ordinary_parameters(model).items() if parameter.requires_grad}
+    rate = {} if lr is None else {"lr": lr}
+    parts = timm_parts(model, members) if weight_decay else [Part(list(members.values()), decays=False)]
+    groups: list[Group] = [
+        {"params": part.parameters, "weight_decay": weight_decay if part.decays else 0.0, **rate}
+        for part in parts
+        if part.parameters
+    ]
+    if gates := trainable_gates(model):
+        groups.append({"params": list(gates.values()), **gate_options(rate, importance_lr=importance_lr)})
+    return groups
+
+
+def _old_groups(model: nn.Module, like: Any) -> list[Group]:
+    """The groups in `like` as copies whose `params` are lists of parameters."""
+    state: Any = None
+    found = getattr(like, "param_groups", like)
+    if isinstance(like, Mapping):
+        found, state = like.get("param_groups"), like.get("state")
+    if not isinstance(found, list | tuple) or not found or not all(_is_group(group) for group in found):
+        kind = type(like).__name__
+        raise OptimizerError(
+            f"like: expected an optimizer, its param_groups or its state dict, got {kind}: pass optimizer"
+        )
+    groups = [_copied(group) for group in found]
+    if not all(isinstance(key, Tensor) for group in groups for key in group["params"]):
+        parameters = parameters_of(model, groups, state if isinstance(state, Mapping) else {})
+        groups = [{**group, "params": params} for group, params in zip(groups, parameters, strict=True)]
+    return groups
+
+
+def _is_group(value: object) -> bool:
+    return isinstance(value, Mapping) and isinstance(value.get("params"), Iterable)
+
+
+def _copied(group: Mapping[str, Any]) -> Group:
+    params = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+    options = {name: copy.deepcopy(value) for name, value in group.items() if name != "params"}
+    if params and all(isinstance(item, tuple) and len(item) == 2 for item in params):
+        options["param_names"], params = [name for name, _ in params], [parameter for _, parameter in params]
+    return {**options, "params": params}
+
+
+def check_owner(model: nn.Module, groups: Iterable[Group]) -> None:
+    own = {p for place in walk_modules(unwrap(model)) for p in place.module._parameters.values()}
+    foreign = [p for group in groups for p in group["params"] if p not in own]
+    if foreign:
+        shapes = ", ".join("x".join(map(str, p.shape)) or "scalar" for p in foreign[:_MOST])
+        raise OptimizerError(
+            f"like: {len(foreign)} of its parameters are not the model's ({shapes}): build the optimizer from the "
+            "converted model, or convert with inplace=True, or pass its state_dict()"
+        )
+
+
+def _without_gates(model: nn.Module, groups: list[Group]) -> tuple[list[Group], Group]:
+    """The groups without gates, and the one whose options are the gates': theirs if they had one, else the last."""
+    gates = set(gate_parameters(model).values())
+    kept, template = [], None
+    for group in groups:
+        stays = [parameter not in gates for parameter in group["params"]]
+        if stays and not any(stays):
+            template = group
+            continue
+        lists = {name: group[name] for name in ("params", "param_names") if name in group}
+        kept.append(group | {name: [v for v, stay in zip(x, stays, strict=True) if stay] for name, x in lists.items()})
+    return kept, template or kept[-1]
+
+
+def check_complete(model: nn.Module, groups: Iterable[Group]) -> None:
+    held = {parameter for group in groups for parameter in group["params"]}
+    left = [name for name, p in ordinary_parameters(model).items() if p.requires_grad and p not in held]
+    if left:
+        more = f", +{len(left) - _MOST} more" if len(left) > _MOST else ""
+        raise OptimizerError(
+            f"like: {len(left)} trainable parameters are in no group ({', '.join(left[:_MOST])}{more}): add them, "
+            "or freeze them with requires_grad_(False)"
+        )
+
+
+def _gates(model: nn.Module, groups: Iterable[Group]) -> Named:
+    """The gates that learn; of modules that no registry knows, those that the groups hold."""
+    gates = trainable_gates(model)
+    held = {parameter for group in groups for parameter in group["params"]}
+    hidden = held - set(gates.values())
+    return gates | {n: p for n, p in gate_parameters(model).items() if p in hidden and p.requires_grad}
+
+
+Optimizer = TypeVar("Optimizer")
+
+
+def exempt_gates(
+    model: nn.Module, optimizer: Optimizer, *, affine: bool = False, importance_lr: float | None = None
+) -> Optimizer:
+    """Take the gates of a converted model out of weight decay, in place, in an optimizer that exists.
+
+    Gates leave the groups that they are in, and form a last group without weight decay; gates that are in no group
+    join it. All other options, and the state, stay. Build a scheduler afterwards, since it counts the groups. In an
+    optimizer of fastai the gates are marked as it marks the parameters of norms.
+
+        optimizer = normswap.exempt_gates(model, their_library.build_optimizer(model), affine=True)
+
+    Args:
+        model: converted, wrapped or not.
+        optimizer: of this model: torch's, also as accelerate, Lightning or timm's Lookahead wrap it, or fastai's.
+        affine: also take `weight` and `bias` of SN layers out of weight decay, as many libraries do with those of BN.
+        importance_lr: learning rate of the gates, as in `param_groups`.
+
+    Returns:
+        `optimizer`.
+
+    Raises:
+        OptimizerError: no optimizer, one of another model, or one that lacks trainable parameters of the model.
+    """
+    exempt = _affine_parameters(model) if affine else set()
+    if _is_fastai(optimizer):
+        _mark(optimizer, exempt | {*trainable_gates(model).values()}, importance_lr)
+        return optimizer
+    inner = stepping_optimizer(optimizer)
+    wanted = param_groups(model, like=inner, importance_lr=importance_lr)
+    added = [
+        _part(group, exempt) | {"weight_decay": 0.0}
+        for group in inner.param_groups
+        if group.get("weight_decay") and not exempt.isdisjoint(group["params"])
+    ]
+    added += wanted[-1:] if wanted[-1].get(GATE_GROUP) is True else []
+    moved = {parameter for group in added for parameter in group["params"]}
+    for group in list(inner.param_groups):
+        if not moved.isdisjoint(group["params"]):
+            group |= _part(group, {*group["params"]} - moved)
+            if not group["params"]:
+                inner.param_groups.remove(group)
+    for group in added:
+        inner.add_param_group(group)
+    return optimizer
+
+
+def _affine_parameters(model: nn.Module) -> set[nn.Parameter]:
+    layers = gated_modules(model).values()
+    found = [layer._parameters.get(name) for layer in layers for name in ("weight", "bias")]
+    return {parameter for parameter in found if parameter is not None}
+
+
+def _part(group: Group, parameters: AbstractSet[nn.Parameter]) -> Group:
+    """A group with its options and, of its parameters, those named."""
+    stays = [parameter in parameters for parameter in group["params"]]
+    lists = {name: group[name] for name in ("params", "param_names") if name in group}
+    options = {name: copy.deepcopy(value) for name, value in group.items() if name not in lists}
+    return options | {
+        name: [value for value, stay in zip(values, stays, strict=True) if stay] for name, values in lists.items()
+    }
+
+
+def _is_fastai(optimizer: object) -> bool:
+    return all(hasattr(optimizer, name) for name in ("hypers", "param_lists", "state"))
+
+
+def _mark(optimizer: Any, parameters: AbstractSet[nn.Parameter], importance_lr: float | None) -> None:
+    """Set fastai's own mark, by which it leaves a parameter out of weight decay."""
+    own = {parameter for group in optimizer.param_lists for parameter in group}
+    if importance_lr is not None:
+        raise OptimizerError("importance_lr: fastai has one rate for a group of layers: leave it out")
+    if not parameters <= own:
+        raise OptimizerError(
+            f"the optimizer lacks {len(parameters - own)} of the model's gates and norms: build it from the converted "
+            "model, learn.create_opt()"
+        )
+    for parameter in parameters:
+        optimizer.state[parameter]["do_wd"] = False
