@@ -14,6 +14,7 @@ from random import Random
 import click
 import pytest
 
+pytest.importorskip("resource", reason="limits the memory of processes (setrlimit)")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import fuzz  # found by the line above

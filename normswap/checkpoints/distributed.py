@@ -7,7 +7,6 @@ through an unpickler that knows the index's own classes only, and values through
 import collections
 import io
 import math
-import pathlib
 import pickle
 import warnings
 from collections.abc import Iterator, Mapping
@@ -30,7 +29,7 @@ from normswap.checkpoints.chunks import check_chunks
 from normswap.checkpoints.claims import check_calls, check_unfolds, check_zip_claims
 from normswap.checkpoints.opcodes import read_opcodes
 from normswap.checkpoints.pickle_reading import told_by_torch
-from normswap.checkpoints.plain_globals import names_allowed_by_user, plain_globals
+from normswap.checkpoints.plain_globals import names_allowed_by_user, path_globals, plain_globals
 from normswap.checkpoints.shards import INDEX
 from normswap.errors import CheckpointError
 
@@ -190,8 +189,7 @@ _INDEX_CLASSES: Mapping[str, Any] = {
     **_records(torch.serialization, ("_get_layout",)),
     **_records(torch, ("Size",)),
     **_records(collections, ("OrderedDict",)),
-    **_records(pathlib, ("PosixPath", "PurePosixPath")),
-    "pathlib._local.PosixPath": pathlib.PosixPath,
+    **path_globals(),
 }
 
 
