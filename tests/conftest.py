@@ -2,10 +2,12 @@
 
 import gc
 import os
+import sys
 from collections.abc import Generator
 
 import pytest
 import torch
+from systems import POSIX_ONLY
 
 torch.set_num_threads(1)  # also while tests are collected: each core has a worker of its own
 
@@ -23,6 +25,15 @@ def pytest_collection() -> Generator[None, object, object]:
     finally:
         gc.freeze()
         gc.enable()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what Windows cannot run, with the reason."""
+    if sys.platform == "win32":
+        for item in items:
+            needed = POSIX_ONLY.get(getattr(item, "originalname", item.name))
+            if needed is not None:
+                item.add_marker(pytest.mark.skip(reason=f"needs {needed}"))
 
 
 @pytest.fixture(autouse=True)

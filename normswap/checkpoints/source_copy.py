@@ -6,6 +6,7 @@ behind, whatever ends the process), and everything is checked, read and digested
 costs no memory; file systems that share blocks (btrfs, xfs) copy nothing. Without room on the disk it is in memory.
 """
 
+import atexit
 import os
 import shutil
 import tempfile
@@ -52,7 +53,10 @@ def _remove(descriptors: list[int], folders: list[Path]) -> None:
     while descriptors:
         os.close(descriptors.pop())
     while folders:
-        shutil.rmtree(folders.pop(), ignore_errors=True)
+        folder = folders.pop()
+        shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():  # Windows removes no file that is mapped
+            atexit.register(shutil.rmtree, folder, ignore_errors=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,12 +123,12 @@ def open_source(path: Path, *, folder: Path | None = None) -> Source:
     if path.is_dir():
         check_links(path)
         copy, names = _new_folder(files, None), _files_read(path)
-    elif _DESCRIPTORS.is_dir():
+    elif _opens_unnamed():
         stamp = _copied(path, folder, files)
         return Source(path, _DESCRIPTORS / str(files.descriptors[-1]), {"": stamp}, files)
     else:
         copy, names = _new_folder(files, folder) / path.name, [""]
-    without_name = _DESCRIPTORS.is_dir() and len(names) <= _MOST_DESCRIPTORS
+    without_name = _opens_unnamed() and len(names) <= _MOST_DESCRIPTORS
     place = _linked if without_name else _named
     return Source(path, copy, {name: place(path / name, copy / name, folder, files) for name in names}, files)
 
@@ -183,6 +187,11 @@ def _is_full(folder: Path, size: int) -> bool:
         return True
 
 
+def _opens_unnamed() -> bool:
+    """Whether this system and this build of Python can open a file without a name, and read it by a path (Linux)."""
+    return _DESCRIPTORS.is_dir() and hasattr(os, "O_TMPFILE") and hasattr(os, "memfd_create")
+
+
 def _unnamed(folder: Path | None) -> int:
     """Open a new file without a name, in memory if `folder` is None or takes none."""
     if folder is not None:
@@ -196,7 +205,7 @@ def _unnamed(folder: Path | None) -> int:
 
 
 def _copy_bytes(source: int, target: int) -> None:
-    with suppress(OSError):  # between two file systems, or one that has no such call
+    with suppress(OSError, AttributeError):  # between two file systems, or where there is no such call
         while os.copy_file_range(source, target, 1 << 30):
             pass
         if os.fstat(target).st_size == os.fstat(source).st_size:

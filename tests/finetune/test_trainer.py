@@ -4,7 +4,6 @@ import json
 import math
 import os
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -266,9 +265,10 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_state(tmp_pat
 
 @pytest.fixture
 def file_size_limit() -> Iterator[Any]:
-    """Makes the system refuse to let a file grow beyond so many bytes, as a full disk would."""
+    """Makes the system refuse to let a file grow beyond so many bytes, as a full disk would; None undoes it."""
+    resource = pytest.importorskip("resource")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (before[0] if size is None else size, before[1]))
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
@@ -279,7 +279,7 @@ def test_a_full_disk_loses_nothing(tmp_path: Path, file_size_limit: Any) -> None
 
     with pytest.raises(CheckpointError, match=r"state\.pt: cannot be written \(.*File too large"):
         run_recipe(recipe(tmp_path, run={"save_every": 2}), on_step=fill)
-    file_size_limit(resource.RLIM_INFINITY)
+    file_size_limit(None)
     assert torch.load(tmp_path / "run" / "state.pt")["step"] == 2
     assert [path.name for path in (tmp_path / "run").glob("*state*")] == ["state.pt"]
     assert run_recipe(recipe(tmp_path, run={"save_every": 2}), resume=True).steps == 4

@@ -14,6 +14,8 @@ from random import Random
 import click
 import pytest
 
+pytest.importorskip("resource", reason="limits the memory of processes (setrlimit)")
+
 from benchmarks.paths import ROOT
 from benchmarks.robustness import run, workers
 from benchmarks.robustness import trial as trial_module

@@ -7,7 +7,6 @@ through an unpickler that knows the index's own classes only, and values through
 import collections
 import io
 import math
-import pathlib
 import pickle
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,7 +30,7 @@ from torch.futures import Future
 from normswap.checkpoints.formats.archive_checks import check_archive, check_calls, check_unfolds, check_zip_claims
 from normswap.checkpoints.formats.hf_folder import INDEX
 from normswap.checkpoints.formats.pickle_opcodes import read_opcodes
-from normswap.checkpoints.formats.plain_values import names_allowed_by_user, plain_globals, told_by_torch
+from normswap.checkpoints.formats.plain_values import names_allowed_by_user, path_globals, plain_globals, told_by_torch
 from normswap.errors import CheckpointError
 
 # MERGED DOC: Whether the chunks that the index of a distributed checkpoint lists cover every tensor once, in bytes of their own.
@@ -288,8 +287,7 @@ _INDEX_CLASSES: Mapping[str, Any] = {
     **_records(torch.serialization, ("_get_layout",)),
     **_records(torch, ("Size",)),
     **_records(collections, ("OrderedDict",)),
-    **_records(pathlib, ("PosixPath", "PurePosixPath")),
-    "pathlib._local.PosixPath": pathlib.PosixPath,
+    **path_globals(),
 }
 
 

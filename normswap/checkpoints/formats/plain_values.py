@@ -319,13 +319,17 @@ def plain_names() -> set[str]:
 
 def _allowed(arrays: PlainArrays) -> dict[str, Any]:
     reconstruct = {f"{core}._reconstruct": arrays.reconstruct for core in _NUMPY_CORES}
-    paths = {f"{module}.{name}": value for module in _PATH_MODULES for name, value in _path_classes().items()}
     # An array is given its state only if its class is listed; no file can name it, since names in files have a dot.
-    return {**_VALUES, **_CHECKED, **reconstruct, **paths, "Array": Array}
+    return {**_VALUES, **_CHECKED, **reconstruct, **path_globals(), "Array": Array}
 
 
 def _name_of(entry: Any) -> str:
     return str(entry[1]) if isinstance(entry, tuple) else f"{entry.__module__}.{entry.__qualname__}"
+
+
+def path_globals() -> dict[str, type]:
+    """Return the classes of paths by their full names in a file."""
+    return {f"{module}.{name}": value for module in _PATH_MODULES for name, value in _path_classes().items()}
 
 
 def _path_classes() -> dict[str, type]:

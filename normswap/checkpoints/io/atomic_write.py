@@ -161,8 +161,10 @@ def _lock(descriptor: int, *, wait: bool) -> bool:
     """Lock for this process; False where another one holds it, or the system knows no such locks."""
     if sys.platform == "win32":
         return False
-    import fcntl
-
+    try:
+        import fcntl
+    except ImportError:
+        return False
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError:
