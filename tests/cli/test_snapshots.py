@@ -17,8 +17,8 @@ COMMANDS: dict[str, tuple[int, list[str]]] = {
     "inspect_converted": (0, ["inspect", "sn.pt"]),
     "inspect_identified": (0, ["inspect", "bn.pt"]),
     "convert": (0, ["convert", "bn.pt", *ARCH, *INPUT, "-o", "out.pt"]),
-    "convert_with_options": (
-        0,
+    "convert_that_differs": (
+        1,
         ["convert", "bn.pt", *ARCH, *INPUT, "--gate", "softmax", "--include", "conv1*", "--dry-run"],
     ),
     "verify": (0, ["verify", "bn.pt", "sn.pt", *ARCH, *INPUT]),
