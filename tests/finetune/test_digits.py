@@ -41,6 +41,7 @@ from normswap.finetune.digits import SPLIT, load_ink, prepare_digits, render_tar
 from normswap.surgery.gated import gated_modules, moved_sites
 
 SHORT = FineTuning(steps=3)
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(autouse=True)

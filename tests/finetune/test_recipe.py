@@ -159,6 +159,8 @@ def test_recipes_can_be_listed_shown_and_copied(tmp_path: Path) -> None:
     assert (status, "no recipe 'digits'; did you mean digits_source?" in said) == (2, True)
 
 
+@pytest.mark.multiprocess
+@pytest.mark.slow
 def test_the_wheel_holds_the_recipes(tmp_path: Path) -> None:
     # Of a copy without the C extension, which takes a compiler and says nothing here.
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout

@@ -25,8 +25,10 @@ from fuzz_trial import Bench, Trial
 
 MUTATED = 300
 PROGRAM = Path(fuzz.__file__)
+pytestmark = pytest.mark.slow
 
 
+@pytest.mark.multiprocess
 def test_damaged_files_never_end_in_a_traceback_a_file_or_code_that_ran() -> None:
     """In a process of its own, which forks: this one may have threads."""
     command = [sys.executable, str(PROGRAM), "--json", "--workers", "1", "--mutations", str(MUTATED)]
