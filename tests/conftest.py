@@ -41,3 +41,7 @@ def _deterministic() -> None:
     torch.set_num_threads(1)  # a test may have changed it
     torch.default_generator.manual_seed(0)  # torch.manual_seed takes milliseconds, for devices that are not there
     torch.set_warn_always(True)  # else a warning of torch's C++ code fails only the first test that causes it
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-snapshots", action="store_true", help="write the expected outputs of commands again")

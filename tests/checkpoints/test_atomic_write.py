@@ -57,6 +57,7 @@ def names(folder: Path) -> list[str]:
     return sorted(entry.name for entry in folder.iterdir())
 
 
+@pytest.mark.multiprocess
 @KINDS
 def test_a_killed_run_leaves_a_temporary_that_the_next_one_removes(tmp_path: Path, kind: str) -> None:
     with writing(tmp_path, kind) as process:
@@ -71,6 +72,7 @@ def test_a_killed_run_leaves_a_temporary_that_the_next_one_removes(tmp_path: Pat
     assert names(tmp_path) == ["model", "model.pt", "model.pt.x"]
 
 
+@pytest.mark.multiprocess
 @KINDS
 def test_the_temporary_of_a_living_run_stays(tmp_path: Path, kind: str) -> None:
     with writing(tmp_path, kind):
@@ -79,6 +81,7 @@ def test_the_temporary_of_a_living_run_stays(tmp_path: Path, kind: str) -> None:
         assert names(tmp_path) == sorted([*held, "model.pt"])
 
 
+@pytest.mark.multiprocess
 @pytest.mark.skipif(getattr(os, "getuid", int)() != 0, reason="only root becomes another user")
 def test_a_living_run_of_another_user_is_left_alone_and_a_dead_one_is_not(tmp_path: Path) -> None:
     tmp_path.chmod(0o777)
@@ -102,6 +105,7 @@ def test_a_living_run_of_another_user_is_left_alone_and_a_dead_one_is_not(tmp_pa
     assert names(tmp_path) == []
 
 
+@pytest.mark.multiprocess
 @KINDS
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
 def test_a_run_that_is_ended_leaves_nothing(tmp_path: Path, kind: str, name: str) -> None:
@@ -164,6 +168,7 @@ def test_a_run_whose_temporary_was_taken_for_stale_takes_another(
     assert names(tmp_path) == ["model.pt"]
 
 
+@pytest.mark.multiprocess
 def test_without_locks_a_temporary_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import fcntl
 
@@ -280,6 +285,7 @@ except CheckpointError as error:
 """
 
 
+@pytest.mark.multiprocess
 def test_a_disk_that_takes_no_more_is_told(tmp_path: Path) -> None:
     (tmp_path / "model.pt").write_text("old")
     done = subprocess.run([sys.executable, "-c", _TOO_LARGE], cwd=tmp_path, capture_output=True, text=True, check=True)

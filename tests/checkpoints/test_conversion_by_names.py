@@ -18,6 +18,7 @@ def run(*arguments: str) -> Result:
     return CliRunner().invoke(main, arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module.net."])
 @pytest.mark.parametrize("name", ["model.pt", "model.safetensors"])
 def test_the_user_brings_the_model(tmp_path: Path, prefix: str, name: str) -> None:

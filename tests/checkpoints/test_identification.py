@@ -84,6 +84,7 @@ TORCHVISION = (
 )
 # The names of what torchvision does not let one choose.
 FIXED = ("raft_small",)
+pytestmark = pytest.mark.slow
 
 
 def decide_on(shapes: Shapes) -> str:
@@ -362,6 +363,7 @@ def test_a_damaged_index_is_told(data: bytes, tmp_path: Path, monkeypatch: pytes
         shipped_index.__wrapped__()
 
 
+@pytest.mark.multiprocess
 def test_identifying_imports_no_zoo_and_builds_nothing() -> None:
     code = (
         "import sys; from normswap.checkpoints.architecture.identification import identify; identify({'fc.bias': (10,)}); "

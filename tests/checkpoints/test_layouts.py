@@ -18,6 +18,7 @@ from tests.helpers import checkpoint_makers, files
 from tests.helpers.checkpoint_makers import LAYOUTS, Layout, Trained
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "reference" / "checkpoints.md"
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

@@ -270,6 +270,7 @@ def _reopened(cls: Any, folder: Path) -> tuple[nn.Module, dict[str, Any]]:
     return cls.from_pretrained(folder, local_files_only=True, output_loading_info=True)  # type: ignore[no-any-return]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
 def test_a_folder_of_transformers_converts_without_any_option(make: Callable[[], nn.Module], tmp_path: Path) -> None:
     source, target = tmp_path / "in", tmp_path / "in.normswap"

@@ -63,6 +63,8 @@ def same_bits(a: nn.Module, b: nn.Module) -> bool:
     )
 
 
+@pytest.mark.multiprocess
+@pytest.mark.slow
 def test_a_fresh_process_computes_the_same_bits(tmp_path: Path, x: Tensor) -> None:
     conversion = converted(x)
     names = ["model.pt", "model.safetensors", "module.pt"]

@@ -120,6 +120,7 @@ HOSTILE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("architecture", "message"), HOSTILE.values(), ids=HOSTILE)
 def test_a_record_never_runs_fetches_or_opens_anything(
     marker: Path, state: dict[str, Any], architecture: str, message: str
@@ -206,6 +207,7 @@ ALLOWED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ALLOWED)
 def test_the_records_of_today_are_built(tmp_path: Path, architecture: str) -> None:
     torch.manual_seed(0)

@@ -182,6 +182,7 @@ def test_an_architecture_takes_the_weights_alone_whether_trusted_or_not(path: Pa
 # --- the program, where it is trusted ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_a_program_is_converted_into_one_that_computes_the_same(
     converted: tuple[Path, Path], path: Path, mode: str

@@ -211,6 +211,7 @@ PREFIXES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("container", ["pt", "safetensors"])
 @pytest.mark.parametrize("prefixes", PREFIXES, ids=" ".join)
 def test_copies_of_the_same_tensors_are_converted_alike(

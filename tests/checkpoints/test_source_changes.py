@@ -28,6 +28,7 @@ from normswap.errors import CheckpointError
 from tests.helpers import files
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning"),
     pytest.mark.skipif(sys.platform == "win32", reason="an open file cannot be replaced there"),
 ]
@@ -407,6 +408,7 @@ def test_a_copy_between_file_systems_is_read_and_written(tmp_path: Path, monkeyp
     assert source_copy.open_source(path, folder=tmp_path).copy.read_bytes() == path.read_bytes()
 
 
+@pytest.mark.multiprocess
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_change_at_any_moment_gives_no_output_or_the_tensors_of_one_version() -> None:
     """In a process of its own, which forks the conversions: this one may have threads."""

@@ -22,7 +22,7 @@ from tests.finetune.test_datasets import image_folder
 from tests.helpers import files
 
 # timm opens a file per image and leaves it to the garbage collector to close it.
-pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")]
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 DIGITS = ["--data", "digits", "--input-size", "32", "--batch-size", "20", "--batches", "3"]

@@ -23,6 +23,7 @@ def python(code: str) -> str:
     return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
 
 
+@pytest.mark.multiprocess
 def test_help_imports_nothing_heavy() -> None:
     heavy = python(
         "import sys, click.testing, normswap.cli\n"
@@ -33,6 +34,7 @@ def test_help_imports_nothing_heavy() -> None:
     assert heavy.strip() == "set()"
 
 
+@pytest.mark.multiprocess
 def test_help_is_fast() -> None:
     def cpu_seconds() -> float:
         before = os.times()
@@ -44,6 +46,7 @@ def test_help_is_fast() -> None:
     assert min(cpu_seconds() for _ in range(5)) < 0.3
 
 
+@pytest.mark.multiprocess
 def test_bad_input_costs_no_import_of_torch(tmp_path: Path) -> None:
     code = (
         "import sys, click.testing, normswap.cli\n"
@@ -60,6 +63,7 @@ def test_the_version_is_told() -> None:
 COMMAND = Path(sys.executable).with_name("normswap")
 
 
+@pytest.mark.multiprocess
 def test_it_is_a_command_and_a_module() -> None:
     """As processes, where it costs no import of torch."""
     for command in ([str(COMMAND)], [sys.executable, "-m", "normswap"]):

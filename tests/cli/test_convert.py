@@ -26,6 +26,7 @@ OUTPUTS: dict[str, tuple[list[str], str, str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("arguments", "output", "container"), OUTPUTS.values(), ids=OUTPUTS)
 def test_convert_writes_the_same_function(folder: Path, arguments: list[str], output: str, container: str) -> None:
     before = names(folder)

@@ -33,6 +33,7 @@ FINETUNE = [
     "digits_source",
     *(word for key, value in SHORT.items() for word in ("--set", f"{key}={value}")),
 ]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
@@ -162,6 +163,7 @@ def test_other_processes_print_errors_with_their_rank_and_nothing_else(monkeypat
     assert launched._is_first_to_report("it failed", {"WORLD_SIZE": "2"})
 
 
+@pytest.mark.multiprocess
 @pytest.mark.skipif(importlib.util.find_spec("torch.distributed.run") is None, reason="needs torchrun")
 def test_an_error_of_all_processes_is_printed_once(tmp_path: Path) -> None:
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

@@ -70,6 +70,7 @@ def test_shifted_digits_are_others_and_in_colour() -> None:
     assert labels.equal(drawn.labels[:100])
 
 
+@pytest.mark.slow
 def test_digits_take_the_form_that_a_model_asks_for() -> None:
     model = timm.create_model("test_resnet", num_classes=10)
     data = open_data(DataSettings("digits", split="test"), model=model, classes=10)

@@ -36,6 +36,7 @@ from normswap.finetune.data.digits import SPLIT, load_ink, prepare_digits, rende
 from normswap.surgery.importance import gated_modules, moved_sites
 
 SHORT = FineTuning(steps=3)
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(autouse=True)

@@ -22,7 +22,7 @@ from normswap.finetune.trainer import run_recipe
 from tests.finetune.test_datasets import image_folder
 
 # timm opens a file per image and leaves it to the garbage collector to close it.
-pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")]
 
 ROOT = Path(__file__).resolve().parents[2]
 TEN = "timm:test_resnet,num_classes=10"

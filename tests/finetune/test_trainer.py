@@ -42,6 +42,7 @@ from normswap.surgery.importance import gated_modules
 
 ARCHITECTURE = "timm:test_resnet,num_classes=10,output_stride=8"
 ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.slow
 
 
 def recipe(folder: Path, **tables: dict[str, Any]) -> Recipe:
@@ -207,6 +208,7 @@ def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
         run_recipe(recipe(tmp_path), on_step=insist)
 
 
+@pytest.mark.multiprocess
 def test_two_processes_end_alike_interrupted_or_not(tmp_path: Path) -> None:
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     script = Path(__file__).parents[1] / "helpers" / "finetuning_processes.py"

@@ -43,6 +43,7 @@ UNPICKLED = {  # torch pickles no such model
 }
 OTHERS = {*REFUSED, "the root is a BN", "the root is an InstanceNorm", "TorchScript inside"}
 GRAPHS = [trap for trap in zoo.TRAPS if trap.copyable and trap.name not in OTHERS]
+pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize("trap", GRAPHS, ids=lambda trap: trap.name)

@@ -13,6 +13,7 @@ from normswap.cli import main
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.M | re.S)
+pytestmark = pytest.mark.slow
 
 
 def steps(page: Path) -> list[str]:

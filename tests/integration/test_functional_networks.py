@@ -17,6 +17,7 @@ from tests.helpers.zoo import Trap
 
 BY_NAME = {trap.name: trap for trap in networks.NETWORKS}
 EACH = pytest.mark.parametrize("trap", networks.NETWORKS, ids=lambda trap: trap.name)
+pytestmark = pytest.mark.slow
 
 
 def assert_decided(plan: normswap.SwapPlan, swaps: tuple[str, ...], reasons: Any) -> None:

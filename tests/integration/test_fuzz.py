@@ -24,8 +24,10 @@ from benchmarks.robustness.mutations import FOLDER_MUTATIONS, MUTATIONS, files_i
 from benchmarks.robustness.trial import Bench, Trial
 
 MUTATED = 300
+pytestmark = pytest.mark.slow
 
 
+@pytest.mark.multiprocess
 def test_damaged_files_never_end_in_a_traceback_a_file_or_code_that_ran() -> None:
     """In a process of its own, which forks: this one may have threads."""
     command = [sys.executable, "-m", run.__name__, "--json", "--workers", "1", "--mutations", str(MUTATED)]

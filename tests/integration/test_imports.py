@@ -259,6 +259,8 @@ def test_every_room_is_in_the_architecture_page() -> None:
         assert shown in page, f"docs/architecture.md does not show {room}"
 
 
+@pytest.mark.multiprocess
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "steps",  # one process for several, from little to more: what comes later adds to what is absent still
     [

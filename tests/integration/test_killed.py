@@ -13,8 +13,10 @@ import pytest
 
 KILLS = 20
 ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.slow
 
 
+@pytest.mark.multiprocess
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_kill_at_any_moment_leaves_nothing_the_old_or_the_whole_new_file() -> None:
     command = [sys.executable, "-m", "benchmarks.robustness.kills", "--kills", str(KILLS)]

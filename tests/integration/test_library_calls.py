@@ -31,6 +31,7 @@ X = zoo.image(3, 3, 48, 48)().double()
 TIMM = ["test_resnet", "mobilenetv3_small_050", "regnetx_002"]
 SMALL = TIMM[:2]
 NETWORKS = [*SMALL, "torchvision mobilenet_v3_small"]
+pytestmark = pytest.mark.slow
 
 
 def build(name: str, **options: Any) -> nn.Module:

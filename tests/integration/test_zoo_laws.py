@@ -16,6 +16,7 @@ from normswap import KNOWN_NORMS, SwapPlan, convert, plan_swaps, read_batch_norm
 from tests.helpers import laws, oracles, zoo
 
 COPYABLE = [trap for trap in zoo.TRAPS if trap.copyable]
+pytestmark = pytest.mark.slow
 
 
 def options_of(trap: zoo.Trap) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from benchmarks.zoo.records import CONVERTED, PARTLY
 
 SAMPLE = sample()
 LAW_PARAMETERS = 5_000_000  # what is larger takes up to a minute: laws 1 and 3 are left to `make zoo` there
+pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize("entry", SAMPLE, ids=lambda entry: entry.key)

@@ -69,6 +69,7 @@ def test_a_functional_site_does_what_it_does_without(mode: str, run: Run) -> Non
     assert_alike(block, without, x, twin)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["checkpoint in the graph", "graph in the checkpoint"])
 def test_a_compiled_layer_renews_its_statistics_once(where: str) -> None:
     layer, x = layer_in("renorm"), batch()

@@ -78,6 +78,7 @@ def run(backend: str, dy: Tensor, leaves: dict[str, Tensor], **options: Any) -> 
     return {"y": y.detach()} | dict(zip(copies, gradients, strict=True)) | statistics
 
 
+@pytest.mark.slow
 @COMPILED
 @LAYOUT_CASES
 @pytest.mark.parametrize("bn_statistics", ["batch", "running", "renorm"])
@@ -145,6 +146,7 @@ def errors(function: Callable[..., Tensor], tensors: list[Tensor], dy: Tensor) -
     return [float((a.double() - b).norm() / b.norm().clamp(min=1e-30)) for a, b in pairs]
 
 
+@pytest.mark.slow
 @COMPILED
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "3-D", "3-D, channels_last", "(N, C, L)"])
 @pytest.mark.parametrize(("dtype", "ratio"), ACCURACY.values(), ids=ACCURACY)
@@ -508,6 +510,7 @@ def test_forward_mode_derivatives() -> None:
 
 
 # The check itself reads the gradients of tensors that are no leaves.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.parametrize(("branches", "constant"), [("in ln bn", False), ("ln bn", True)])
 def test_the_operator_is_what_torch_expects_of_one(branches: str, constant: bool) -> None:

@@ -19,6 +19,7 @@ import normswap
 from normswap.layers.switch_norm import SwitchNorm, SwitchNorm2d
 
 X = torch.Size((2, 3, 32, 32))
+pytestmark = pytest.mark.slow
 
 
 class Graphs:

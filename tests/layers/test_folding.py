@@ -63,6 +63,7 @@ def test_torch_folds_a_converted_layer_rightly_or_not_at_all() -> None:
         fuse_conv_bn_eval(converted[0], converted[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SILENT_FOLDERS)
 def test_blocks_that_fold_their_own_norm(name: str) -> None:
     model = trained(timm.create_model(name))

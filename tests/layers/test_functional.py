@@ -117,6 +117,7 @@ def test_the_oracle_agrees_with_finite_differences(branches: tuple[str, ...], bn
         torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("shape", "branches"), SHAPES_AND_BRANCHES)
 @MODE_CASES
 @GATE_CASES
@@ -289,6 +290,7 @@ DIFFERENTIABLE = {name: mode for name, mode in MODES.items() if mode[1] != "reno
 GRADCHECK_GATES = {"softmax": "softmax", "simplex, interior": "simplex"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("training", "bn_statistics", "tracked"), DIFFERENTIABLE.values(), ids=DIFFERENTIABLE)
 @pytest.mark.parametrize("gate", GRADCHECK_GATES.values(), ids=GRADCHECK_GATES)
 def test_first_and_second_derivatives_against_finite_differences(

@@ -40,6 +40,7 @@ CASES: dict[str, tuple[float, float, float]] = {
     "mean NaN": (NAN, 1, 1),
     "squares of x overflow": (0.3, 1, 1e25),
 }
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(autouse=True)

@@ -43,6 +43,7 @@ def expected_gate_gradient(gradient: Tensor, weights: Tensor, branches: tuple[Br
     return by_weight - by_weight.mean()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("gate", ["simplex", "softmax"])
 @pytest.mark.parametrize("branches", [("in", "ln", "bn"), ("in", "ln"), ("in", "bn")], ids="+".join)

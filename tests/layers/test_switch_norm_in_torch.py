@@ -193,6 +193,7 @@ def test_jacobians_with_torch_func() -> None:
     torch.testing.assert_close(forward, backward, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", [True, False])
 @LAYER_CASES
 def test_compiles_without_graph_breaks(make: Callable[[], SwitchNorm], training: bool) -> None:
@@ -246,6 +247,7 @@ def test_compiles_and_exports_at_one_spatial_position(training: bool) -> None:
         torch.testing.assert_close(torch.export.export(layer, (x,), strict=False).module()(x), expected)
 
 
+@pytest.mark.slow
 @LAYER_CASES
 def test_exports_in_evaluation(make: Callable[[], SwitchNorm]) -> None:
     layer = mixed(trained(make()).eval())  # type: ignore[arg-type]

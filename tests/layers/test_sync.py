@@ -55,6 +55,7 @@ def truth(case: Case) -> dict[str, Tensor]:
     return {"y": y, **vars(gradients), "running_mean": after.mean, "running_var": after.var}
 
 
+@pytest.mark.multiprocess
 @pytest.mark.parametrize("index", range(len(CASES)), ids=map(str, CASES))
 def test_the_parts_of_a_batch_give_what_the_whole_batch_gives(results: Results, index: int) -> None:
     case, expected = CASES[index], truth(CASES[index])
@@ -75,6 +76,7 @@ def test_the_parts_of_a_batch_give_what_the_whole_batch_gives(results: Results, 
         assert oracles.relative_error(first[name].double() + second[name], expected[name]) < limit, name
 
 
+@pytest.mark.multiprocess
 def test_a_segment_that_runs_again_meets_the_others_again(results: Results) -> None:
     expected = truth(EMPTY)
     for first, second in zip(*(found["checkpointed"] for found in results), strict=True):
@@ -83,6 +85,7 @@ def test_a_segment_that_runs_again_meets_the_others_again(results: Results) -> N
             assert oracles.relative_error(second[name], expected[name]) < 1e-12
 
 
+@pytest.mark.multiprocess
 def test_second_derivatives_go_through_all_processes(results: Results) -> None:
     given = problem(UNEVEN)
     x = given["x"].requires_grad_()
@@ -95,18 +98,21 @@ def test_second_derivatives_go_through_all_processes(results: Results) -> None:
         assert oracles.relative_error(found, expected) < 1e-11
 
 
+@pytest.mark.multiprocess
 def test_a_differentiable_gradient_is_met_by_who_does_not_ask_for_it(results: Results) -> None:
     expected = truth(UNEVEN)["x"][: UNEVEN.cut]
     for name in BACKENDS[:2]:
         assert oracles.relative_error(results[0]["differentiable"][name], expected) < 1e-12
 
 
+@pytest.mark.multiprocess
 def test_running_statistics_that_were_used_may_change_before_the_backward_pass(results: Results) -> None:
     expected = truth(SINGLE)["x"]
     for name in BACKENDS:
         assert oracles.relative_error(results[0]["updated_between"][name], expected) < 1e-12
 
 
+@pytest.mark.multiprocess
 def test_a_compiler_leaves_the_exchange_outside_its_graphs(results: Results) -> None:
     expected = truth(UNEVEN)
     first, second = (found["compiled"] for found in results)
@@ -115,6 +121,7 @@ def test_a_compiler_leaves_the_exchange_outside_its_graphs(results: Results) -> 
     assert "statistics are synchronized" in first["refused"]
 
 
+@pytest.mark.multiprocess
 def test_an_activation_is_kept_once_and_else_tables_only(results: Results) -> None:
     for found in results:
         for name in ("native", "plain"):
@@ -122,6 +129,7 @@ def test_an_activation_is_kept_once_and_else_tables_only(results: Results) -> No
             assert found["kept"][name][-2] == 2 * 3
 
 
+@pytest.mark.multiprocess
 def test_a_group_decides_who_shares_and_stays_with_copies(results: Results) -> None:
     for rank, found in enumerate(found["groups"] for found in results):
         assert found["held"] == {"copied": True, "taken over": True}
@@ -133,6 +141,7 @@ def test_a_group_decides_who_shares_and_stays_with_copies(results: Results) -> N
         assert oracles.relative_error(found["local"], joint) > 0.01
 
 
+@pytest.mark.multiprocess
 def test_who_would_wait_for_ever_is_told(results: Results) -> None:
     for found in results:
         assert re.search(
@@ -142,12 +151,14 @@ def test_who_would_wait_for_ever_is_told(results: Results) -> None:
         )
 
 
+@pytest.mark.multiprocess
 def test_without_gradients_the_batch_is_joint_and_evaluation_waits_for_nobody(results: Results) -> None:
     expected = truth(UNEVEN)["running_mean"]
     for found in results:
         assert oracles.relative_error(found["silent"], expected) < 1e-12
 
 
+@pytest.mark.multiprocess
 def test_a_network_in_ddp_or_sharded_trains_as_one_process_on_the_whole_batch(results: Results) -> None:
     model = convert(joint_processes.network(), torch.zeros(2, 3, 6, 6).double()).model
     expected = joint_processes.train(model, joint_processes.batches(), 1 / joint_processes.SAMPLES)

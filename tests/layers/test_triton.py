@@ -36,7 +36,11 @@ pytest.importorskip("triton")
 from normswap.layers.backends import triton_launch
 
 # The interpreter of Triton 3.4 reads bounds of loops so; a later one does not.
-pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.gpu,
+    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning"),
+]
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BRANCH_SETS = [subset for k in (1, 2, 3) for subset in itertools.combinations(BRANCHES, k)]
@@ -565,6 +569,7 @@ triton_launch.project_points([point, point], mixing.branches)
 """
 
 
+@pytest.mark.multiprocess
 def test_the_compiler_takes_every_kernel(tmp_path: Any) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, check=False, env=environment)

@@ -484,6 +484,8 @@ def test_a_process_without_batches_cannot_know_a_row_of_a_table(monkeypatch: pyt
 SCRIPT = Path(__file__).parents[1] / "helpers" / "two_processes_calibrating.py"
 
 
+@pytest.mark.multiprocess
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_two_processes_pool_what_they_gathered(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[2])}

@@ -106,6 +106,7 @@ def test_a_copy_whose_hook_keeps_its_handle_can_be_copied_again(make: Callable[[
     assert model.stage._forward_hooks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("removed", [False, True])
 @pytest.mark.parametrize("register", REGISTERED.values(), ids=REGISTERED)
 def test_handles_of_every_kind_survive_copying(

@@ -88,6 +88,7 @@ def test_constants_of_a_preprocessing_are_no_statistics() -> None:
     assert read_norm(module) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "mobilevit_xxs", "maxvit_pico_rw_256", "coat_tiny"]

@@ -218,6 +218,8 @@ def test_a_file_is_converted_again_by_its_plan(tmp_path: Path, name: str, option
         assert tensor.equal(value)
 
 
+@pytest.mark.multiprocess
+@pytest.mark.slow
 def test_a_pickled_module_is_read_in_a_fresh_process(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.InstanceNorm2d(8), GroupNorm1(8))
     conversion = convert(model, zoo.IMAGE(), kinds=("in", "gn1"), settings={"1": {"branches": ("in", "bn")}})

@@ -42,6 +42,7 @@ def pair() -> tuple[Any, Any]:
     return block, normswap.convert(block, zoo.IMAGE().double()).model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("arguments", [{}, {"flip": False}, {"flip": True}, {"flip": True, "calls": 2}], ids=str)
 def test_every_call_is_the_same_function(arguments: dict[str, Any], training: bool) -> None:
@@ -115,6 +116,7 @@ def test_a_call_without_any_norm_has_nothing_to_mistake() -> None:
     assert torch.equal(converted(zoo.IMAGE(), normalize=False), block(zoo.IMAGE(), normalize=False))
 
 
+@pytest.mark.slow
 def test_a_learner_is_found_inside_another_module() -> None:
     class Outer(nn.Module):
         def __init__(self) -> None:

@@ -199,6 +199,7 @@ def test_a_site_is_a_frozen_record() -> None:
         site(zoo.TwoNames()).kind = "gn"  # type: ignore[misc]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trap", zoo.TRAPS, ids=lambda trap: trap.name)
 @pytest.mark.parametrize("blind", [False, True], ids=["seen", "blind"])
 def test_finding_changes_nothing(trap: zoo.Trap, blind: bool) -> None:

@@ -491,6 +491,7 @@ def test_a_model_without_wrappers_passes_through() -> None:
 SCRIPT = Path(__file__).parents[1] / "helpers" / "two_processes.py"
 
 
+@pytest.mark.multiprocess
 @pytest.mark.skipif("forward_sync_buffers" not in PARAMETERS, reason="an older torch")
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_two_processes_train_the_conversion_as_they_trained_the_original(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from normswap.cli import main
 from tests.helpers import zoo
 
 IMAGES = zoo.image(8, 3, 32, 32)().double()
+pytestmark = pytest.mark.slow
 
 
 class Images(torch.utils.data.Dataset[dict[str, Any]]):

@@ -94,6 +94,7 @@ def run(name: str, rates: Rates, *, converted: bool) -> tuple[nn.Module, optim.O
     return model, optimizer, SCHEDULERS[name](optimizer, rates)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("importance_lr", [None, 0.005])
 @pytest.mark.parametrize("stopped", [1, 6])
 @pytest.mark.parametrize("name", SCHEDULERS)

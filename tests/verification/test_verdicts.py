@@ -73,6 +73,7 @@ RETURNS: dict[str, Callable[[Tensor], Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrap", RETURNS.values(), ids=RETURNS)
 @pytest.mark.parametrize("statistics", ["batch", "running"])
 def test_any_output_is_compared_and_no_difference_passes(wrap: Callable[[Tensor], Any], statistics: Any) -> None:

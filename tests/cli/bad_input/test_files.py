@@ -134,6 +134,7 @@ def test_a_bad_file_is_refused_by_inspect(folder: Path, make: Callable[[Path], A
     assert_refused(folder, ["inspect", "bad.pt", "--arch", files.ARCH], 2, message)
 
 
+@pytest.mark.slow
 @FILE_CASES
 @pytest.mark.parametrize("pair", [("bn.pt", "bad.pt"), ("bad.pt", "bn.pt")], ids=["second", "first"])
 def test_a_bad_file_is_refused_by_verify(
@@ -155,6 +156,7 @@ def test_the_nearest_name_is_told(folder: Path) -> None:
     assert_refused(folder, ["inspect", "nowhere/a.pt"], 2, "nowhere/a.pt: no such file, nor is there a folder nowhere")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", range(12))
 @pytest.mark.parametrize("name", ["bn.pt", "bn.safetensors", "legacy.pt", "sn.pt"])
 def test_random_damage_never_ends_in_a_traceback(folder: Path, name: str, damage: int) -> None:
@@ -172,6 +174,7 @@ def test_random_damage_never_ends_in_a_traceback(folder: Path, name: str, damage
 
 
 # Code in files.
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["the payload itself", "among tensors", "as a key"])
 @pytest.mark.parametrize(("wrap"), files.PICKLED.values(), ids=files.PICKLED)
 @pytest.mark.parametrize("command", ["inspect", "convert", "verify", "load"])
