@@ -9,16 +9,19 @@ READY := $(VENV)/.normswap-ready
 # Libraries are installed without bytecode, since most of it is never imported; what is, each process would compile anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test lint types unit evidence batch-dependence bench fuzz sanitize zoo index identify recipes clean
+.PHONY: demo test lint types unit evidence batch-dependence bench fuzz sanitize zoo index identify recipes docs clean
 
-$(READY): pyproject.toml
+# What the C extension is built from: a change of it builds the extension again.
+NATIVE := $(wildcard normswap/layers/*.[ch] normswap/layers/csrc/*.[ch])
+
+$(READY): pyproject.toml setup.py $(NATIVE)
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"normswap needs Python 3.11 or newer, {sys.executable} is {v[0]}.{v[1]}; try: make PYTHON=python3.12 $(MAKECMDGOALS)")'
 	@echo "== setting up $(VENV): torch, torchvision, timm and the development tools (about 2 minutes, 6 GB)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --editable '.[dev]'
 	@touch $@
 
-demo: $(READY)  ## the main job, end to end, with measured figures
+demo: $(READY)  ## train, convert, verify and fine-tune, with measured figures
 	@$(BIN)/python -m benchmarks.finetuning.demo
 
 test: lint  ## everything that has to hold; the types take one core for a while, which the tests fill up
@@ -37,19 +40,19 @@ unit: $(READY)
 	@echo "== tests (pytest, one worker per core)"
 	@$(BIN)/python -m pytest -n auto --dist worksteal
 
-evidence: $(READY)  ## fine-tuning at batch size 2, 3 seeds -> docs/evidence.md (about an hour on 2 cores)
+evidence: $(READY)  ## fine-tuning at batch size 2, 3 seeds -> docs/measured/evidence.md (about an hour on 2 cores)
 	@$(BIN)/python -m benchmarks.finetuning.evidence
 
-batch-dependence: $(READY)  ## what a penalty on batch dependence does, by batch size -> docs/batch-price.md (half an hour; resumes)
+batch-dependence: $(READY)  ## effect of a penalty on batch dependence, by batch size -> docs/measured/batch-dependence.md (half an hour; resumes)
 	@$(BIN)/python -m benchmarks.finetuning.batch_dependence
 
-bench: $(READY)  ## what the layer, converting, starting and files cost -> docs/speed.md, docs/cost.md, docs/file-cost.md, docs/compile.md (40 minutes)
+bench: $(READY)  ## time and memory of the layer, conversion, start-up and files -> docs/measured/{speed,cost,file-cost,compile}.md (40 minutes)
 	@$(BIN)/python -m benchmarks.speed.run
 	@$(BIN)/python -m benchmarks.speed.conversion_cost
 	@$(BIN)/python -m benchmarks.speed.file_cost
 	@$(BIN)/python -m benchmarks.speed.compile_cost
 
-fuzz: $(READY)  ## 10,000 damaged files and 100 killed runs -> docs/fuzz.md (about 10 minutes on 2 cores)
+fuzz: $(READY)  ## 10,000 damaged files and 100 killed runs -> docs/measured/fuzz.md (about 10 minutes on 2 cores)
 	@$(BIN)/python -m benchmarks.robustness.kills --kills 100
 	@$(BIN)/python -m benchmarks.robustness.source_changes --runs 100
 	@$(BIN)/python -m benchmarks.robustness.run
@@ -57,17 +60,21 @@ fuzz: $(READY)  ## 10,000 damaged files and 100 killed runs -> docs/fuzz.md (abo
 sanitize: $(READY)  ## the C extension under the address and undefined-behaviour sanitizers (about 10 minutes; needs gcc)
 	@$(BIN)/python -m benchmarks.robustness.sanitizers
 
-zoo: $(READY)  ## every model of timm, torchvision and transformers converted and verified -> docs/coverage.md (hours; resumes)
+zoo: $(READY)  ## every model of timm, torchvision and transformers converted and verified -> docs/measured/coverage.md (hours; resumes)
 	@$(BIN)/python -m benchmarks.zoo.run --workers 2
 
-recipes: $(READY)  ## the recipe for small batches over 3 seeds, and what the loop costs -> docs/small-batch.md (20 minutes)
+recipes: $(READY)  ## the recipe for small batches over 3 seeds, and the cost of the loop -> docs/measured/small-batch.md (20 minutes)
 	@$(BIN)/python -m benchmarks.finetuning.recipes
 
 index: $(READY)  ## the index of architectures that identification reads, from models on the meta device (half an hour)
 	@$(BIN)/python -m benchmarks.architectures.build_index
 
-identify: $(READY)  ## every model of timm and torchvision identified -> docs/identification.md (half an hour)
+identify: $(READY)  ## every model of timm and torchvision identified -> docs/measured/identification.md (half an hour)
 	@$(BIN)/python -m benchmarks.architectures.identification
 
+docs: $(READY)  ## the site in site/, with the Python API; a broken link or name fails (10 seconds)
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo "== wrote site/index.html"
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info demo-output
+	rm -rf $(VENV) build dist *.egg-info demo-output site

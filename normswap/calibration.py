@@ -131,7 +131,7 @@ def calibrate(
         ModelError: the model fails on a batch; in another process something failed.
         ArgumentError: `model` is no module.
 
-    Example:
+    Examples:
         >>> import torch, normswap
         >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))
         >>> normswap.calibrate(model, [torch.randn(16, 3, 8, 8) for _ in range(4)])

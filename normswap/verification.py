@@ -137,7 +137,7 @@ def verify(
             be compared.
         ArgumentError: a model is no module, or `tolerance` no number.
 
-    Example:
+    Examples:
         >>> import torch, normswap
         >>> model, x = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8)), torch.randn(2, 3, 16, 16)
         >>> normswap.verify(model, normswap.convert(model, x).model, [x]).passed

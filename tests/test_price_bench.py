@@ -83,10 +83,10 @@ def test_an_interrupted_study_goes_on_where_it_was(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(study, "run_cell", lambda cell: made.append(cell) or run_of(cell))  # type: ignore[func-returns-value]
     study.main()
     assert made == list(cells([0]))
-    stored = read_study(tmp_path / "batch-price.json")
+    stored = read_study(tmp_path / "batch-dependence.json")
     assert stored is not None
     assert [run.cell for run in stored.runs] == made
-    assert "runs are complete" not in (tmp_path / "batch-price.md").read_text()
+    assert "runs are complete" not in (tmp_path / "batch-dependence.md").read_text()
 
 
 def test_the_page_holds_what_the_records_say(tmp_path: Path) -> None:

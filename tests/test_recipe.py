@@ -2,10 +2,6 @@
 
 import json
 import re
-import shutil
-import subprocess
-import sys
-import zipfile
 from dataclasses import fields
 from pathlib import Path
 
@@ -157,21 +153,3 @@ def test_recipes_can_be_listed_shown_and_copied(tmp_path: Path) -> None:
     assert (status, "expected a folder or a name in .toml" in said) == (2, True)
     status, said = run("show", "digits")
     assert (status, "no recipe 'digits'; did you mean digits_source?" in said) == (2, True)
-
-
-def test_the_wheel_holds_the_recipes(tmp_path: Path) -> None:
-    # Of a copy without the C extension, which takes a compiler and says nothing here.
-    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    for name in tracked.splitlines():
-        if name.startswith("normswap/") or "/" not in name:
-            (tmp_path / "source" / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, tmp_path / "source" / name)
-    project = tmp_path / "source" / "pyproject.toml"
-    text = re.sub(r"\[\[tool.setuptools.ext-modules\]\].*?\n\n", "", project.read_text(), flags=re.S)
-    project.write_text(text)
-    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(tmp_path)]
-    subprocess.run([*build, str(tmp_path / "source")], check=True, capture_output=True)
-    (wheel,) = tmp_path.glob("*.whl")
-    names = zipfile.ZipFile(wheel).namelist()
-    found = {Path(name).stem for name in names if name.startswith("normswap/recipes/")}
-    assert found == {*shipped_recipes()}

@@ -284,7 +284,7 @@ def test_a_warmup_is_given_as_a_share_of_the_run() -> None:
 
     factor = _factor(train, 40)
     assert [round(factor(step), 3) for step in range(3)] == [0.333, 0.667, 1.0]
-    assert "warmup_share = 0.05" in (ROOT / "normswap" / "recipes" / "imagenet_small_batch.toml").read_text()
+    assert "warmup_share = 0.05" in (ROOT / "recipes" / "imagenet_small_batch.toml").read_text()
     for value, text in ((1, "expected 0 to 0.99, got 1.0"), (-0.1, "expected 0 to 0.99, got -0.1")):
         with pytest.raises(RecipeError, match=re.escape(f"train.warmup_share: {text}")):
             recipe(model={"architecture": TEN}, train={"warmup_share": value})

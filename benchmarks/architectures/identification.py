@@ -18,12 +18,12 @@ from dataclasses import dataclass, field
 from benchmarks.architectures.build_index import COMPARED, INDEX
 from benchmarks.architectures.functions import difference
 from benchmarks.architectures.records import EXCLUDED, Shapes, built, catalog, shapes_of
-from benchmarks.paths import DOCS
+from benchmarks.paths import PAGES
 from benchmarks.provenance import provenance
 from normswap.checkpoints.architecture import parse_architecture
 from normswap.checkpoints.identification import Candidate, identify
 
-PAGE = DOCS / "identification.md"
+PAGE = PAGES / "identification.md"
 CASES: Mapping[str, Mapping[str, int]] = {
     "default": {},
     "10 classes": {"num_classes": 10},

@@ -1,4 +1,4 @@
-"""Fine-tune with a penalty on batch dependence (`make batch-dependence`) -> docs/batch-price.md, docs/batch-price.json.
+"""Fine-tune with a penalty on batch dependence (`make batch-dependence`) -> docs/measured/batch-dependence.md.
 
 The loss is `loss + penalty * normswap.batch_dependence(model)`, with four penalties at four batch sizes on two tasks of
 scanned digits. An interrupted run resumes; `--rewrite` only writes the page from the records.
@@ -20,11 +20,11 @@ from benchmarks.finetuning.batch_dependence_records import RATE, STEPS, Cell, Ru
 from benchmarks.finetuning.batch_dependence_report import write_report
 from benchmarks.finetuning.protocol import FINE_TUNING
 from benchmarks.finetuning.training import accuracy, finetune, train_source
-from benchmarks.paths import DOCS
+from benchmarks.paths import PAGES, RESULTS
 from benchmarks.provenance import provenance
 from normswap.finetune.digits import Digits, Domain, Images, load_ink, prepare_digits, render_source, split_indices
 
-PAGE = "batch-price"
+PAGE = "batch-dependence"
 # In the transfer task the source has the first 5 classes, the target the others.
 _SOURCE_CLASSES = 5
 
@@ -33,10 +33,10 @@ def main() -> None:
     """Run what the records do not contain, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds to run (default 0 1 2)")
-    parser.add_argument("--output", type=Path, default=DOCS, help="existing folder for the page (default docs)")
+    parser.add_argument("--output", type=Path, default=PAGES, help="existing folder (default docs/measured)")
     parser.add_argument("--rewrite", action="store_true", help="only write the page from the records")
     options = parser.parse_args()
-    records = options.output / f"{PAGE}.json"
+    records = (RESULTS if options.output == PAGES else options.output) / f"{PAGE}.json"
     study = read_study(records) or Study(provenance(), [])
     torch.set_num_threads(1)  # small images are not faster with two threads; one thread sums in a fixed order
     known = {run.cell for run in study.runs}

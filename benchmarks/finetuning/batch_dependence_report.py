@@ -1,4 +1,4 @@
-"""Write docs/batch-price.md from the records: tables and a description of the tasks."""
+"""Write docs/measured/batch-dependence.md from the records: tables and a description of the tasks."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -41,7 +41,7 @@ With one sample per batch, Instance and Batch Normalization use the same moments
 importance weights are equal. In evaluation BN uses running statistics and the branches differ. A penalty on the weight
 of BN, `loss + penalty * normswap.batch_dependence(model)`, moves the weights away from BN. This page measures its
 effect: a BN network is converted and fine-tuned with four penalties at four batch sizes, with the same number of steps.
-`make batch-dependence` writes this page; all runs are in [batch-price.json](batch-price.json).{left}
+`make batch-dependence` writes this page; all runs are in `benchmarks/results/batch-dependence.json`.{left}
 
 {study.provenance}
 """

@@ -1,7 +1,7 @@
-"""Compare every arm at batch size 2 on shifted digits, over several seeds (`make evidence`) -> docs/evidence.md.
+"""Compare all arms at batch size 2 on shifted digits with several seeds (`make evidence`) -> docs/measured/evidence.md.
 
-All measurements are in docs/evidence.json; `--rewrite` only writes the page from them. Exit status 1 if the converted
-network differs from the original or its lead is below the target.
+All measurements are in benchmarks/results/evidence.json; `--rewrite` only writes the page from them. Exit status 1 if
+the converted network differs from the original or its lead is below the target.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from benchmarks.finetuning.evidence_records import Evidence, Section, SwapCompar
 from benchmarks.finetuning.evidence_report import meets_targets, write_report
 from benchmarks.finetuning.protocol import MAIN, OTHERS, SOURCE_TRAINING, Setting, architecture
 from benchmarks.finetuning.training import Outcome, accuracy, relative_output_error, run_arm, train_source
-from benchmarks.paths import DOCS
+from benchmarks.paths import PAGES, RESULTS
 from benchmarks.provenance import machine
 from normswap.finetune.digits import SHIFT, SPLIT, Digits, prepare_digits
 
@@ -38,7 +38,7 @@ Weights = dict[str, list[dict[str, float]]]
 def main() -> int:
     """Run the evidence, or only write the page; return the exit status."""
     options = _options()
-    raw = options.output / "evidence.json"
+    raw = options.records
     if options.rewrite:
         evidence = read_json(raw)
     else:
@@ -54,7 +54,7 @@ def main() -> int:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds to run (default 0 1 2)")
-    parser.add_argument("--output", type=Path, default=DOCS, help="existing folder for the page (default docs)")
+    parser.add_argument("--output", type=Path, default=PAGES, help="existing folder (default docs/measured)")
     parser.add_argument(
         "--sensitivity", action="store_true", help="repeat with more steps and with AdamW (3 x the time)"
     )
@@ -64,8 +64,9 @@ def _options() -> argparse.Namespace:
         parser.error(f"--seeds: expected distinct integers of at least 0, got {options.seeds}")
     if not options.output.is_dir():
         parser.error(f"--output: expected an existing folder, got {options.output}")
-    if options.rewrite and not (options.output / "evidence.json").is_file():
-        parser.error(f"--rewrite: {options.output} has no evidence.json; first run without --rewrite")
+    options.records = (RESULTS if options.output == PAGES else options.output) / "evidence.json"
+    if options.rewrite and not options.records.is_file():
+        parser.error(f"--rewrite: expected the file {options.records}; first run without --rewrite")
     return options
 
 

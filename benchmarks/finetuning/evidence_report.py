@@ -1,4 +1,4 @@
-"""Write docs/evidence.md from the records: tables and a description of data, shift and protocol.
+"""Write docs/measured/evidence.md from the records: tables and a description of data, shift and protocol.
 
 The page shows means and leads, and marks each target that is not met.
 """
@@ -74,7 +74,7 @@ def _head(evidence: Evidence) -> str:
 
 A network with Batch Normalization (BN), trained on clean digits, is fine-tuned at batch size 2 on digits that look
 different. Each row of the tables below is one way to fine-tune it (an *arm*). `make evidence` writes this page; the
-results of all runs are in [evidence.json](evidence.json).
+results of all runs are in `benchmarks/results/evidence.json`.
 
 **Summary.** Before fine-tuning, the converted network computes the same outputs as the original. After fine-tuning at
 batch size 2 it leads the best of "{'", "'.join(ARMS[arm].title for arm in TARGET_LEAD_OVER)}" by {points:.1f} points

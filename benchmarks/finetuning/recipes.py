@@ -1,4 +1,4 @@
-"""Run the recipe for small batches and measure its training loop (`make recipes`) -> docs/small-batch.md and .json.
+"""Run the recipe for small batches and measure its training loop (`make recipes`) -> docs/measured/small-batch.md.
 
 The recipe, the recipe without its penalty, and plain BN run at three batch sizes over three seeds. The training loop is
 compared with a loop written by hand. An interrupted run resumes; `--rewrite` only writes the page from the records.
@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 import normswap
-from benchmarks.paths import DOCS, ROOT
+from benchmarks.paths import PAGES, RESULTS, ROOT
 from benchmarks.provenance import provenance
 from benchmarks.records import read_document, write_document
 from benchmarks.speed.memory import process_memory
@@ -52,15 +52,15 @@ def main() -> None:
     if options.peak:
         print(_peak(options.peak))
         return
-    records = DOCS / "small-batch.json"
+    records = RESULTS / "small-batch.json"
     found: dict[str, Any] = read_document(records) or {"runs": []}
     if not options.rewrite:
         found["provenance"] = provenance()
         with tempfile.TemporaryDirectory() as folder:
             for _ in _measure(found, Path(folder)):
                 write_document(records, found)
-    (DOCS / "small-batch.md").write_text(_page(found))
-    print(f"wrote {DOCS / 'small-batch.md'}")
+    (PAGES / "small-batch.md").write_text(_page(found))
+    print(f"wrote {PAGES / 'small-batch.md'}")
 
 
 def _measure(found: dict[str, Any], folder: Path) -> Iterator[None]:

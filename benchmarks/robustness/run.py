@@ -1,4 +1,4 @@
-"""Fuzz the commands with damaged files (`make fuzz`) -> docs/fuzz.md.
+"""Fuzz the commands with damaged files (`make fuzz`) -> docs/measured/fuzz.md.
 
 A damaged file must not cause a traceback, an output file after a failure, or the execution of code. The same seed gives
 the same mutations if the version of torch is the same. The tests run a small number of mutations.
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.paths import DOCS
+from benchmarks.paths import PAGES
 from benchmarks.provenance import provenance
 from benchmarks.robustness.files import KINDS, plant, register
 from benchmarks.robustness.mutations import FOLDER_MUTATIONS, MUTATIONS
@@ -50,7 +50,7 @@ def main() -> int:
         print(json.dumps([trial.to_dict() for trial in trials]))
     else:
         text = document(trials, seed=options.seed)
-        (DOCS / "fuzz.md").write_text(text)
+        (PAGES / "fuzz.md").write_text(text)
         print(text)
     return 1 if any(trial.failures for trial in trials) else 0
 

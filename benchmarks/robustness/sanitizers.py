@@ -95,7 +95,7 @@ def _test_files(tree: Path) -> list[Path]:
 
 
 def _copy(tree: Path) -> None:
-    for name in ("normswap", "tests", "benchmarks"):
+    for name in ("normswap", "recipes", "tests", "benchmarks"):
         shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", tree)
 

@@ -1,4 +1,4 @@
-"""Compare converted networks with their originals under `torch.compile` (`make bench`) -> docs/compile.md.
+"""Compare converted networks with their originals under `torch.compile` (`make bench`) -> docs/measured/compile.md.
 
 The program needs a C++ compiler. Compilation is measured in CPU time, including compilers started by torch, because
 wall time depends on the load of the machine.
@@ -20,7 +20,7 @@ from torch._dynamo import lookup_backend
 from torch._dynamo.utils import counters
 
 import normswap
-from benchmarks.paths import DOCS
+from benchmarks.paths import PAGES
 from benchmarks.provenance import provenance
 
 SHAPE = (4, 3, 64, 64)
@@ -90,7 +90,7 @@ class Row:
 
 
 def main() -> None:
-    """Measure, print and write docs/compile.md after each network."""
+    """Measure, print and write docs/measured/compile.md after each network."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     torch.set_num_threads(1)
     torch._inductor.config.compile_threads = 1  # compile in this process, whose time is measured
@@ -100,7 +100,7 @@ def main() -> None:
     for name, make in NETWORKS.items():
         rows += (_row(name, make, training) for training in (True, False))
         text = _document(rows)
-        (DOCS / "compile.md").write_text(text)
+        (PAGES / "compile.md").write_text(text)
         print(text, flush=True)
 
 

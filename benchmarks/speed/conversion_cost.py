@@ -1,4 +1,4 @@
-"""Measure the time of conversion and start-up (`make bench`) -> docs/cost.md.
+"""Measure the time of conversion and start-up (`make bench`) -> docs/measured/cost.md.
 
 Build, forward pass and conversion are measured in turn in one process: their ratio depends little on the load of the
 machine.
@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 import normswap
-from benchmarks.paths import DOCS
+from benchmarks.paths import PAGES
 from benchmarks.provenance import provenance
 
 MODELS = ("resnet50", "efficientnet_b0", "densenet121", "mobilenetv3_large_100", "regnety_002")
@@ -28,13 +28,13 @@ STARTS = 9
 
 
 def main() -> None:
-    """Measure, print and write docs/cost.md."""
+    """Measure, print and write docs/measured/cost.md."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     torch.set_num_threads(1)
     conversion = [_conversion_row(name) for name in MODELS]
     starts = _start_rows()
     text = _document(conversion, starts)
-    (DOCS / "cost.md").write_text(text)
+    (PAGES / "cost.md").write_text(text)
     print(text)
 
 

@@ -1,4 +1,4 @@
-"""Measure the time and memory of the conversion of a file relative to a copy (`make bench`) -> docs/file-cost.md.
+"""Measure time and memory of the conversion of a file relative to a copy (`make bench`) -> docs/measured/file-cost.md.
 
 Each case runs in a new process, which imports torch and normswap before the measurement. The command alternates with
 `cp` of the same file.
@@ -25,7 +25,7 @@ import safetensors.torch
 import timm
 import torch
 
-from benchmarks.paths import DOCS, ROOT
+from benchmarks.paths import PAGES, ROOT
 from benchmarks.provenance import provenance
 
 MODEL = "resnet50"
@@ -41,7 +41,7 @@ CASES = {
 
 
 def main() -> None:
-    """Measure, print and write docs/file-cost.md."""
+    """Measure, print and write docs/measured/file-cost.md."""
     rows = []
     floor = ""
     with tempfile.TemporaryDirectory() as folder:
@@ -52,7 +52,7 @@ def main() -> None:
             floor = floor or _floor(path)
             rows += [(name, what, *_measured(path, options)) for what, options in CASES.items()]
     text = _document(rows, floor)
-    (DOCS / "file-cost.md").write_text(text)
+    (PAGES / "file-cost.md").write_text(text)
     print(text)
 
 

@@ -1,4 +1,4 @@
-"""Write docs/speed.md from the records: means, worst shapes, and a comparison with the targets."""
+"""Write docs/measured/speed.md from the records: means, worst shapes, and a comparison with the targets."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -152,7 +152,7 @@ def _shapes(found: Measurements) -> str:
     parts = [
         "## All shapes",
         f"Ratios in {dtype} with {threads} {'thread' if threads == 1 else 'threads'}: train / eval. The times of "
-        "BatchNorm are in milliseconds. All other settings are in [speed.json](speed.json).",
+        "BatchNorm are in milliseconds. `make bench` writes the other settings to `benchmarks/results/speed.json`.",
     ]
     for layout in dict.fromkeys(race.layout for race in found.layers):
         modes = [_chosen(found.layers, dtype, threads, layout, mode) for mode in ("train", "eval")]

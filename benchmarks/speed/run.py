@@ -1,6 +1,6 @@
-"""Measure time and memory of the layer as ratios to BatchNorm (`make bench`) -> docs/speed.md and docs/speed.json.
+"""Measure time and memory of the layer as ratios to BatchNorm (`make bench`) -> docs/measured/speed.md.
 
-All layers are measured in turn in one process. `--render` only writes the page from docs/speed.json.
+All layers are measured in turn in one process. `--render` only writes the page from benchmarks/results/speed.json.
 """
 
 import argparse
@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 import torch
 
-from benchmarks.paths import DOCS
+from benchmarks.paths import PAGES, RESULTS
 from benchmarks.provenance import provenance
 from benchmarks.speed.layers import DTYPES, NETWORKS, layer_races, network_races, saved_by_layers, shapes
 from benchmarks.speed.memory import network_memory
@@ -30,12 +30,12 @@ STEPS = 6  # times `SECONDS` for one comparison of networks
 
 
 def main() -> None:
-    """Measure and write docs/speed.json and docs/speed.md."""
+    """Measure and write benchmarks/results/speed.json and docs/measured/speed.md."""
     options = _options()
-    measurements = Measurements.read(DOCS / "speed.json") if options.render else _measured(options)
-    measurements.write(DOCS / "speed.json")
+    measurements = Measurements.read(RESULTS / "speed.json") if options.render else _measured(options)
+    measurements.write(RESULTS / "speed.json")
     text = document(measurements)
-    (DOCS / "speed.md").write_text(text)
+    (PAGES / "speed.md").write_text(text)
     print(text)
 
 
@@ -47,7 +47,7 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("--compile", action="store_true", help="also measure torch.compile; needs a C++ compiler")
     parser.add_argument("--cpu-time", action="store_true", help="measure CPU time of one thread, for a busy machine")
-    parser.add_argument("--render", action="store_true", help="only write the page from docs/speed.json")
+    parser.add_argument("--render", action="store_true", help="only write the page from its records")
     options = parser.parse_args()
     if options.cpu_time and options.device != "cpu":
         parser.error("--cpu-time: expected --device cpu; remove --device")

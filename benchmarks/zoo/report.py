@@ -1,4 +1,4 @@
-"""Write docs/coverage.md and docs/coverage.json from the records."""
+"""Write docs/measured/coverage.md and zoo-output/coverage.json from the records."""
 
 import json
 import statistics
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from benchmarks.paths import DOCS
+from benchmarks.paths import PAGES
 from benchmarks.provenance import provenance
 from benchmarks.zoo.catalog import ZOOS
 from benchmarks.zoo.records import (
@@ -16,6 +16,7 @@ from benchmarks.zoo.records import (
     FAILED,
     MODEL_FAILS,
     NO_NORM,
+    OUTPUT,
     PARTLY,
     PLANNED,
     UNFINISHED,
@@ -33,7 +34,7 @@ in evaluation and in training with a fixed seed, in float64, or in float32 for t
 the model may change; every batch norm must be in the plan; gates must get correct gradients; a converted model must
 stay the same when converted again, and reverting must restore the original. The input has the default size of the
 model, at most 128 px, or 64 px if 128 px needs more than 0.3 G multiply-adds. Models that amplify rounding errors too
-much at 64 px are repeated at the full size. `coverage.json` has the input of each model.
+much at 64 px are repeated at the full size. `zoo-output/coverage.json` has the input of each model.
 """.strip().splitlines()
 
 _REASONS = """
@@ -48,8 +49,8 @@ def write_report(records: dict[str, Record]) -> str:
     found = sorted(records.values(), key=lambda record: (ZOOS.index(record.zoo), record.name))
     with_norms = [record for record in found if record.outcome != NO_NORM]
     text = _document(found, with_norms)
-    (DOCS / "coverage.md").write_text(text)
-    (DOCS / "coverage.json").write_text(_machine_readable(found, with_norms))
+    (PAGES / "coverage.md").write_text(text)
+    (OUTPUT / "coverage.json").write_text(_machine_readable(found, with_norms))
     return text
 
 
@@ -57,7 +58,7 @@ def _document(found: Sequence[Record], with_norms: Sequence[Record]) -> str:
     parts = [
         "# Coverage: every model of three zoos, converted and verified",
         "",
-        "Written by `make zoo` (`python -m benchmarks.zoo.run`); `coverage.json` has one line per model.",
+        "Written by `make zoo` (`python -m benchmarks.zoo.run`); `zoo-output/coverage.json` has one line per model.",
         f"{provenance()} {_transformers_version()}",
         f"Code: {', '.join(f'{c} ({n} models)' for c, n in Counter(r.commit for r in with_norms).most_common(4))}.",
         "",

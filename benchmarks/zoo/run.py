@@ -1,4 +1,4 @@
-"""Convert and verify every model of timm, torchvision and transformers (`make zoo`) -> docs/coverage.md.
+"""Convert and verify every model of timm, torchvision and transformers (`make zoo`) -> docs/measured/coverage.md.
 
 Each model runs in a separate process with limits of time and memory. Results are appended to zoo-output/records.jsonl,
 and an interrupted run resumes. `--report` only writes the page from the records.
@@ -71,7 +71,7 @@ def _options() -> argparse.Namespace:
         "--float64", metavar="MILLIONS", type=float, help="verify in float64 up to so many parameters (%(default)g)"
     )
     parser.set_defaults(float64=FLOAT64_PARAMETERS / 1e6)
-    parser.add_argument("--report", action="store_true", help="only write docs/coverage.md from the records")
+    parser.add_argument("--report", action="store_true", help="only write docs/measured/coverage.md from the records")
     parser.add_argument("--sample", action="store_true", help="only print the smallest model of each family")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="folder of the records (default zoo-output)")
     return parser.parse_args()

@@ -140,7 +140,7 @@ def load(
         PlanError: the file's plan does not fit the architecture.
         ArgumentError: `path` or `architecture` is of a wrong type.
 
-    Example:
+    Examples:
         >>> import torch, normswap
         >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))
         >>> torch.save({"model": model.state_dict(), "epoch": 3}, "trained.pt")

@@ -84,7 +84,7 @@ def save(
         PlanError: the plan is missing or not the one that the model was converted with.
         ArgumentError: an argument is of a wrong type.
 
-    Example:
+    Examples:
         >>> import torch, normswap
         >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))
         >>> conversion = normswap.convert(model)

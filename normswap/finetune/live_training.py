@@ -90,7 +90,7 @@ def convert_training(
         OptimizerError: a scheduler belongs to another optimizer or number of groups, an optimizer cannot take the
             gates or has not all parameters, an average is of no known kind, or `importance_lr` is no learning rate.
 
-    Example:
+    Examples:
         >>> import torch, normswap
         >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)

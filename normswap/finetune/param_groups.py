@@ -58,7 +58,7 @@ def param_groups(
         OptimizerError: a rate is negative or not finite; a trainable parameter is in no group; `like` is no such thing,
             holds parameters of another model, or numbers that no known order explains.
 
-    Example:
+    Examples:
         >>> import torch, normswap
         >>> model = normswap.convert(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))).model
         >>> groups = normswap.param_groups(model, lr=0.1, weight_decay=5e-4, importance_lr=0.01)

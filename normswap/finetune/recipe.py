@@ -65,8 +65,11 @@ TABLES: Mapping[str, Any] = {f.name: f.default_factory for f in fields(Recipe) i
 
 
 def shipped_recipes() -> dict[str, Shipped]:
-    """Return the recipes in the package by name."""
-    folder = files("normswap") / "recipes"
+    """Return the recipes that come with normswap by name: those in the package, in a checkout those beside it."""
+    package = files("normswap")
+    folder = package / "recipes"
+    if not folder.is_dir() and isinstance(package, Path):
+        folder = package.parent / "recipes"
     found = {}
     for entry in sorted(folder.iterdir(), key=lambda entry: entry.name):
         if entry.name.endswith(".toml"):

@@ -310,7 +310,7 @@ class SwitchNormAct(SwitchNorm):
 
     A layer that replaced another norm has that norm's own modules, and their names in `then`.
 
-    Example:
+    Examples:
         >>> layer = SwitchNormAct(8, act=torch.nn.ReLU())
         >>> bool((layer(torch.randn(2, 8, 4, 4, 4)) >= 0).all())
         True

@@ -101,7 +101,7 @@ def convert(
             as asked.
         ArgumentError: an argument is of a wrong type, such as a state dict or a path instead of a module.
 
-    Example:
+    Examples:
         >>> import torch, normswap
         >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))
         >>> normswap.convert(model, torch.randn(2, 3, 16, 16))

@@ -62,7 +62,7 @@ def importance_weights(model: nn.Module) -> SiteImportance:
     Raises:
         ArgumentError: `model` is no module.
 
-    Example:
+    Examples:
         >>> import torch, normswap
         >>> model = normswap.convert(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))).model
         >>> normswap.importance_weights(model)["1"].mean

@@ -138,7 +138,7 @@ def read_norm_act(
     Raises:
         LayerError: `module` has no attribute of such a name that can be called.
 
-    Example:
+    Examples:
         >>> norms = normswap.KNOWN_NORMS | {TheirNormAct3d: partial(normswap.read_norm_act, then=("activation",))}
         >>> converted = normswap.convert(model, x, norms=norms).model
     """

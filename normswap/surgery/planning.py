@@ -89,7 +89,7 @@ def plan_swaps(
         ModelError: the forward pass on `example_inputs` failed.
         ArgumentError: an argument is of a wrong type.
 
-    Example:
+    Examples:
         >>> import torch, normswap
         >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))
         >>> normswap.plan_swaps(model, torch.randn(2, 3, 16, 16))

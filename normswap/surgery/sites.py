@@ -44,7 +44,7 @@ def find_norm_sites(
         SwapError: the model is prepared for quantization.
         ArgumentError: `model` is no module, or `norms` no table.
 
-    Example:
+    Examples:
         >>> import torch, normswap
         >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))
         >>> [(site.fqn, site.shapes) for site in normswap.find_norm_sites(model, torch.randn(2, 3, 16, 16))]
