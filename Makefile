@@ -22,7 +22,7 @@ $(READY): pyproject.toml setup.py $(NATIVE)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --editable '.[dev]'
 	@touch $@
 
-demo: $(READY)  ## the main job, end to end, with measured figures
+demo: $(READY)  ## train, convert, verify and fine-tune, with measured figures
 	@$(BIN)/python -m benchmarks.finetuning.demo
 
 test: lint  ## everything that has to hold; the types take one core for a while, which the tests fill up
@@ -47,10 +47,10 @@ unit: $(READY)
 evidence: $(READY)  ## fine-tuning at batch size 2, 3 seeds -> docs/measured/evidence.md (about an hour on 2 cores)
 	@$(BIN)/python -m benchmarks.finetuning.evidence
 
-batch-dependence: $(READY)  ## what a penalty on batch dependence does, by batch size -> docs/measured/batch-price.md (half an hour; resumes)
+batch-dependence: $(READY)  ## effect of a penalty on batch dependence, by batch size -> docs/measured/batch-dependence.md (half an hour; resumes)
 	@$(BIN)/python -m benchmarks.finetuning.batch_dependence
 
-bench: $(READY)  ## what the layer, converting, starting and files cost -> docs/measured/{speed,cost,file-cost,compile}.md (40 minutes)
+bench: $(READY)  ## time and memory of the layer, conversion, start-up and files -> docs/measured/{speed,cost,file-cost,compile}.md (40 minutes)
 	@$(BIN)/python -m benchmarks.speed.run
 	@$(BIN)/python -m benchmarks.speed.conversion_cost
 	@$(BIN)/python -m benchmarks.speed.file_cost
@@ -67,7 +67,7 @@ sanitize: $(READY)  ## the C extension under the address and undefined-behaviour
 zoo: $(READY)  ## every model of timm, torchvision and transformers converted and verified -> docs/measured/coverage.md (hours; resumes)
 	@$(BIN)/python -m benchmarks.zoo.run --workers 2
 
-recipes: $(READY)  ## the recipe for small batches over 3 seeds, and what the loop costs -> docs/measured/small-batch.md (20 minutes)
+recipes: $(READY)  ## the recipe for small batches over 3 seeds, and the cost of the loop -> docs/measured/small-batch.md (20 minutes)
 	@$(BIN)/python -m benchmarks.finetuning.recipes
 
 index: $(READY)  ## the index of architectures that identification reads, from models on the meta device (half an hour)

@@ -1,0 +1,1 @@
+"""Measurements of normswap: run each program from the repository root, for example `python -m benchmarks.zoo.run`."""

@@ -3,5 +3,5 @@
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCS = ROOT / "docs" / "measured"
-RESULTS = ROOT / "benchmarks" / "results"
+PAGES = ROOT / "docs" / "measured"  # written by the programs
+RESULTS = ROOT / "benchmarks" / "results"  # records from which a program resumes and rewrites its page

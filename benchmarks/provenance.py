@@ -1,4 +1,4 @@
-"""Where and with what a figure was measured, for the head of every generated document."""
+"""The machine and the versions of a measurement, for the head of every generated page."""
 
 import os
 import platform
@@ -10,13 +10,13 @@ _PACKAGES = ("normswap", "torch", "torchvision", "timm")
 
 
 def provenance() -> str:
-    """Return one Markdown sentence: date, machine and versions."""
+    """Return one Markdown sentence with date, machine and versions."""
     versions = ", ".join(f"{name} {version(name)}" for name in _PACKAGES)
     return f"Measured on {date.today().isoformat()} on {machine()}; Python {platform.python_version()}, {versions}."
 
 
 def machine() -> str:
-    """Return the processor's name and the number of cores that this process may use."""
+    """Return the processor's name and the number of cores available to this process."""
     return (
         f"{_processor()}, {len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} cores"
     )

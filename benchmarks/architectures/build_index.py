@@ -1,10 +1,10 @@
-"""Build the index of architectures that comes with the package (`make index`).
+"""Build the index of architectures that the package contains (`make index`).
 
-    python benchmarks/architecture_index.py [--workers N]
+    python -m benchmarks.architectures.build_index [--workers N]
 
-Records of all architectures are made first (`build/architectures.jsonl`; a run that was stopped goes on), then those
-that share all their tensors are compared: by their fingerprints, and two that are of different classes and take any
-image size, by running both.
+The program first records all architectures in `build/architectures.jsonl` and resumes if it was interrupted. It then
+compares architectures with equal tensors: by fingerprint, and, if two have different classes and take any image size,
+by running both.
 """
 
 import argparse
@@ -29,18 +29,19 @@ RECORDS = ROOT / "build" / "architectures.jsonl"
 COMPARED = ROOT / "build" / "architectures-compared.json"
 INDEX = ROOT / "normswap" / "checkpoints" / "architectures.bin"
 _IMAGE_SIZES = ("img_size", "image_size")
-# Above, two models (to run: in float64 with gradients) are too much for a small machine: they count as different.
+# Larger pairs do not fit on a small machine (runs are in float64 with gradients) and count as different.
 _MOST_TO_BUILD, _MOST_TO_RUN = 500_000_000, 130_000_000
 _MOST_SETTINGS = 3
-# Differ wherever the default image size does, or say nothing to people.
-_UNTELLING = re.compile(r"_traits|img_size|grid_size|num_patches|feat_shape|num_classes| tensors:")
+# Settings that follow from the default image size or do not help people.
+_UNINFORMATIVE = re.compile(r"_traits|img_size|grid_size|num_patches|feat_shape|num_classes| tensors:")
 
 Record = dict[str, Any]
 
 
 def main() -> None:
+    """Record the architectures, compare them and write the index."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--workers", metavar="N", type=int, default=2, help="parallel processes (default 2)")
     workers = parser.parse_args().workers
     describe_all(catalog(), RECORDS, workers)
     found = records(RECORDS)
@@ -57,7 +58,7 @@ def main() -> None:
 
 
 def tensor_groups(found: Iterable[Record]) -> list[list[Record]]:
-    """Return the records by their tensors: names, and shapes for any number of classes and any image size."""
+    """Group the records by tensors: names, and shapes for any number of classes and any image size."""
     groups: dict[str, list[Record]] = defaultdict(list)
     for record in found:
         entries = sorted([name, [_dimension(d, record["defaults"]) for d in dims]] for name, dims in record["entries"])
@@ -69,13 +70,14 @@ def _dimension(dimension: Any, defaults: Mapping[str, int]) -> Any:
     if not isinstance(dimension, list):
         return dimension
     keyword, a, b, c, d = dimension
-    # torchvision takes no other input channels: the default ones compare.
+    # torchvision has no argument for input channels, so the default is compared.
     return (b * defaults[keyword] + c) // d if keyword == "in_chans" else ["*", a, b, c, d]
 
 
 def compare(groups: Sequence[Sequence[Record]]) -> tuple[dict[str, str], dict[str, str]]:
-    """Return per architecture the first one that computes the same as it is, and, where shapes follow an image size,
-    when both are built for another one; what is measured is kept on disk.
+    """Return the first equal architecture for each one: with default arguments, and at other image sizes.
+
+    The second map contains only architectures whose shapes depend on the image size. Measurements are kept on disk.
     """
     measured: dict[str, str] = json.loads(COMPARED.read_text()) if COMPARED.exists() else {}
     same: dict[str, str] = {}
@@ -101,13 +103,12 @@ def _firsts(group: Sequence[Record], is_same: Callable[[Record, Record], bool]) 
 def _is_same(first: Record, second: Record, measured: dict[str, str]) -> bool:
     names = first["architecture"], second["architecture"]
     if first["function"] == second["function"]:
-        # Values outside the state dict follow from arguments that a module need not keep.
+        # Buffers outside the state dict can depend on arguments that no module stores.
         return not first["unsaved"] or not _measure("unsaved", names, measured)
-    # Settings that differ within one class are a difference, unless a size is all that people are told; two classes,
-    # as of two zoos, may yet be one function.
+    # In one class, different settings are different functions. Two classes (of two zoos) may compute the same function.
     sized = any(key in _IMAGE_SIZES for record in (first, second) for key in record["defaults"])
-    told, told_second = ({k: v for k, v in r["facts"].items() if k != "input"} for r in (first, second))
-    if sized or (told["class"] == told_second["class"] and told != told_second):
+    facts, other_facts = ({k: v for k, v in r["facts"].items() if k != "input"} for r in (first, second))
+    if sized or (facts["class"] == other_facts["class"] and facts != other_facts):
         return False
     return first["parameters"] <= _MOST_TO_RUN and not _measure("run", names, measured)
 
@@ -127,7 +128,7 @@ def _measure(kind: str, names: tuple[str, str], measured: dict[str, str]) -> str
     if key not in measured:
         try:
             measured[key] = (difference if kind == "run" else unsaved_difference)(*names)
-        except Exception as error:  # noqa: BLE001 - what cannot be compared is not the same
+        except Exception as error:  # noqa: BLE001 - models that cannot be compared count as different
             measured[key] = f"{type(error).__name__}: {error}"
         COMPARED.write_text(json.dumps(measured, indent=1))
         print(f"{key}: {measured[key] or 'same'}", file=sys.stderr, flush=True)
@@ -142,7 +143,7 @@ def _functions(group: Sequence[Record], same: Mapping[str, str]) -> dict[str, li
 
 
 def add_settings(found: Sequence[Record], same: Mapping[str, str]) -> None:
-    """Add what sets functions of one body apart where none of their facts does: the first settings that differ."""
+    """Add the first settings that differ to architectures with equal facts and different functions."""
     alike: dict[str, list[Record]] = defaultdict(list)
     for record in found:
         head = {*(record["head"] or ())}
@@ -155,20 +156,20 @@ def add_settings(found: Sequence[Record], same: Mapping[str, str]) -> None:
         alike[json.dumps([body, facts], sort_keys=True)].append(record)
     for group in alike.values():
         if len(functions := _functions(group, same)) > 1:
-            _tell_apart([*functions.values()])
+            _add_differences([*functions.values()])
 
 
-def _tell_apart(functions: Sequence[Sequence[Record]]) -> None:
+def _add_differences(functions: Sequence[Sequence[Record]]) -> None:
     trees = [tree_settings(built(records[0]["architecture"])) for records in functions]
     for records_, tree in zip(functions, trees, strict=True):
         other = next((t for t in trees if t is not tree and t != tree), tree)
-        differing = [line for line in setting_differences(tree, other) if not _UNTELLING.search(line)]
+        differing = [line for line in setting_differences(tree, other) if not _UNINFORMATIVE.search(line)]
         for record in records_ if differing else ():
             record["facts"]["settings"] = ", ".join(line.rpartition(" / ")[0] for line in differing[:_MOST_SETTINGS])
 
 
 def index_of(found: Sequence[Record], same: Mapping[str, str], resized: Mapping[str, str]) -> ArchitectureIndex:
-    """Return the records as an index; numbers of names, shapes and functions in the order of first appearance."""
+    """Return the records as an index. Names, shapes and functions are numbered in the order of first appearance."""
     names: dict[str, int] = {}
     templates: dict[Any, int] = {}
     functions: dict[str, int] = {}

@@ -1,8 +1,8 @@
-"""What a module tree computes, apart from its parameters: a fingerprint for equality, and facts for people.
+"""Fingerprints that compare what two module trees compute, and facts that describe one to people.
 
-Two models with one fingerprint have the same classes under the same names, with the same settings: what `extra_repr`
-prints and every simple attribute of every module. Anything that cannot be read makes a fingerprint of its own, so that
-a doubt splits and never joins.
+Two models have the same fingerprint if they have the same classes under the same names with the same settings: the
+text of `extra_repr` and every simple attribute of every module. A value that cannot be read makes the fingerprint
+unique, so models are kept apart when unsure.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-# What says how a model was trained or is called, and nothing of what it computes.
+# Attributes that describe training or naming and do not affect the outputs.
 _BOOKKEEPING = {"training", "pretrained_cfg", "default_cfg", "feature_info", "pruned_loaded"}
 _INTERNAL = frozenset(vars(nn.Module()))
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -33,7 +33,7 @@ _SAME_ACTIVATION = {"Swish": "SiLU", "SwishMe": "SiLU", "SiLUMe": "SiLU", "ReLU6
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Return 16 hexadecimal digits that are equal only for models which compute alike with equal parameters."""
+    """Return 16 hexadecimal digits. They are equal only if two models with equal parameters give equal outputs."""
     digest = hashlib.sha256()
     for name, settings in tree_settings(model).items():
         digest.update(json.dumps([name, settings], sort_keys=True).encode())
@@ -41,8 +41,9 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def tree_settings(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """Return per module name its class, its settings and the tensors outside the state dict; a module that has several
-    names is described once and referred to after that.
+    """Return the class, the settings and the tensors of each module by name.
+
+    A module with several names is described under the first; the others refer to it.
     """
     seen: dict[int, str] = {}
     found: dict[str, dict[str, Any]] = {}
@@ -60,7 +61,7 @@ def tree_settings(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 
 def facts(model: nn.Module, input_size: Any) -> dict[str, str]:
-    """Return what people tell models apart by: norms with eps, activations, paddings, pooling, heads, input size."""
+    """Return the facts by which people distinguish models: norms, activations, pooling, heads, input size."""
     kinds = {
         "norm": _norms(model),
         "momentum": {
@@ -82,11 +83,11 @@ def facts(model: nn.Module, input_size: Any) -> dict[str, str]:
             _plain(m.window_size) for m in model.modules() if isinstance(getattr(m, "window_size", None), int | tuple)
         },
     }
-    told = {kind: ", ".join(sorted(values, key=_natural)) for kind, values in kinds.items() if values}
-    told = {kind: text if len(text) <= 120 else text[:117] + "..." for kind, text in told.items()}
+    texts = {kind: ", ".join(sorted(values, key=_natural)) for kind, values in kinds.items() if values}
+    texts = {kind: text if len(text) <= 120 else text[:117] + "..." for kind, text in texts.items()}
     if input_size:
-        told["input"] = "x".join(map(str, input_size))
-    return {"class": f"{type(model).__module__.partition('.')[0]} {type(model).__name__}", **told}
+        texts["input"] = "x".join(map(str, input_size))
+    return {"class": f"{type(model).__module__.partition('.')[0]} {type(model).__name__}", **texts}
 
 
 def _settings(module: nn.Module, names: Mapping[int, str]) -> dict[str, Any]:
@@ -114,7 +115,7 @@ def _tensor(value: torch.Tensor) -> list[Any]:
 
 
 def _readable(value: Any, names: Mapping[int, str], depth: int) -> Any:
-    """Return a JSON value that is equal for equal values only."""
+    """Return a JSON value. Two results are equal only if the two values are equal."""
     if value is None or isinstance(value, bool | int | float | str):
         return value if not isinstance(value, enum.Enum) else f"{_qualified(type(value))}.{value.name}"
     if depth > _DEEPEST:
@@ -193,7 +194,7 @@ def _natural(text: str) -> list[Any]:
 def setting_differences(
     first: Mapping[str, Mapping[str, Any]], second: Mapping[str, Mapping[str, Any]]
 ) -> Iterator[str]:
-    """Yield the settings that differ between two trees, one line each: `conv1 stride: (2, 2) / (1, 1)`."""
+    """Yield one line for each setting that differs between two trees: `conv1 stride: (2, 2) / (1, 1)`."""
     for name in dict.fromkeys([*first, *second]):
         one, other = first.get(name, {}), second.get(name, {})
         if one == other:

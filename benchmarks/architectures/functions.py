@@ -1,5 +1,7 @@
-"""Whether two architectures with the same tensors compute the same function, measured: one set of random parameters
-and running statistics in both, run in float64 at several image sizes, in evaluation and in training.
+"""Measure if two architectures with the same tensors compute the same function.
+
+Both get the same random parameters and running statistics and run in float64 at several image sizes, in evaluation
+mode and in training mode.
 """
 
 import copy
@@ -12,17 +14,18 @@ from torch import Tensor, nn
 
 from benchmarks.architectures.records import built
 
-# One set where strides divide the size, one where they do not. Sameness wants two sizes at which both run.
+# Strides divide the first two sizes and not the third. Equality needs two sizes at which both models run.
 SIZES = ((128, 128), (160, 192), (97, 131))
 _CLASSES = 7
 _LIMIT = 1e-9
 
 
 def difference(first: str, second: str, *, sizes: Sequence[tuple[int, int]] = SIZES) -> str:
-    """Return how two architectures with the same tensors differ in what they compute, or "" where they do not.
+    """Return the first difference between the outputs of two architectures with the same tensors, or "" if equal.
 
     Args:
-        sizes: heights and widths of the inputs. Both must fail alike, and run at least at two (or at the only one).
+        sizes: heights and widths of the inputs. At each size both models run or both fail; they must run at two sizes
+            (or at the only one).
     """
     torch.manual_seed(0)
     one, other = (_with_classes(name).double() for name in (first, second))
@@ -33,9 +36,9 @@ def difference(first: str, second: str, *, sizes: Sequence[tuple[int, int]] = SI
         x = torch.randn(2, 3, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
         for training in (False, True):
             results = [_run(model, x, training=training) for model in (one, other)]
-            told = _compare(*results)
-            if told:
-                return f"{'x'.join(map(str, size))} in {'training' if training else 'evaluation'}: {told}"
+            found = _compare(*results)
+            if found:
+                return f"{'x'.join(map(str, size))} in {'training' if training else 'evaluation'}: {found}"
             ran += not isinstance(results[0], str) and not training
     return "" if ran >= min(2, len(sizes)) else f"ran at {ran} of {len(sizes)} sizes"
 
@@ -53,7 +56,7 @@ def unsaved_difference(first: str, second: str) -> str:
 def _with_classes(name: str) -> nn.Module:
     try:
         return built(name, device="cpu", num_classes=_CLASSES)
-    except Exception:  # noqa: BLE001 - what a builder raises for an argument that it does not take is anybody's guess
+    except Exception:  # noqa: BLE001 - builders raise different errors for unknown arguments
         return built(name, device="cpu")
 
 
@@ -69,13 +72,13 @@ def _scramble(model: nn.Module) -> None:
         elif name.endswith("running_mean"):
             buffer.normal_(0, 0.3)
     for parameter in model.parameters():
-        # Scales that begin at zero or at 1e-6 would hide a whole branch.
+        # Scales initialised with 0 or 1e-6 would hide a whole branch.
         if parameter.dim() <= 1 or parameter.abs().max() < 1e-2:
             parameter.data.add_(torch.empty_like(parameter).uniform_(0.1, 0.5))
 
 
 def _run(model: nn.Module, x: Tensor, *, training: bool) -> list[Tensor] | str:
-    """Outputs and, in training, changed buffers and gradients; or the name of the error."""
+    """Return the outputs and, in training, buffers and gradients; or the name of the error."""
     model = copy.deepcopy(model).train(training)
     torch.manual_seed(2)
     try:
@@ -86,7 +89,7 @@ def _run(model: nn.Module, x: Tensor, *, training: bool) -> list[Tensor] | str:
             sum(o.square().sum() for o in outputs).backward()
             outputs += [b for _, b in sorted(model.state_dict().items()) if b.is_floating_point()]
             outputs += [p.grad for _, p in sorted(model.named_parameters()) if p.grad is not None]
-    except Exception as error:  # noqa: BLE001 - a size that a model refuses
+    except Exception as error:  # noqa: BLE001 - some models raise at some sizes
         return type(error).__name__
     return outputs
 
@@ -103,7 +106,7 @@ def _compare(one: list[Tensor] | str, other: list[Tensor] | str) -> str:
     if isinstance(one, str) or isinstance(other, str):
         return "" if isinstance(one, str) and isinstance(other, str) else "one of them fails"
     if [t.shape for t in one] != [t.shape for t in other]:
-        return "outputs of other shapes"
+        return "outputs differ in shape"
     a, b = (torch.cat([t.detach().double().flatten() for t in side]) for side in (one, other))
     if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
         return "not finite"

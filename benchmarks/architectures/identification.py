@@ -1,10 +1,11 @@
 """Identify every model of timm and torchvision from the shapes of its state dict (`make identify`).
 
-Models are built on the meta device as they are, with 10 classes and with 1 input channel where they take that. The true
-architecture must be among the candidates with the right arguments, and every candidate, built with its arguments, must
-have exactly these tensors. Models counted as the same function are run, where they are not too large.
+Models are built on the meta device: with default arguments, with 10 classes, and with 1 input channel if the model
+takes this argument. The true architecture with the right arguments must be among the candidates, and every candidate
+must have exactly these tensors. Models that count as the same function are run and compared, unless they are too large.
 """
 
+import argparse
 import json
 import statistics
 import subprocess
@@ -17,12 +18,12 @@ from dataclasses import dataclass, field
 from benchmarks.architectures.build_index import COMPARED, INDEX
 from benchmarks.architectures.functions import difference
 from benchmarks.architectures.records import EXCLUDED, Shapes, built, catalog, shapes_of
-from benchmarks.paths import DOCS
+from benchmarks.paths import PAGES
 from benchmarks.provenance import provenance
-from normswap.checkpoints.architecture.identification import Candidate, identify
-from normswap.checkpoints.architecture.registry import parse_architecture
+from normswap.checkpoints.architecture import parse_architecture
+from normswap.checkpoints.identification import Candidate, identify
 
-PAGE = DOCS / "identification.md"
+PAGE = PAGES / "identification.md"
 CASES: Mapping[str, Mapping[str, int]] = {
     "default": {},
     "10 classes": {"num_classes": 10},
@@ -33,18 +34,18 @@ _SLOWEST = 1.0
 _SIZE_LIMIT = 1_500_000
 
 _METHOD = """
-Each model is built on the meta device: as it is, with 10 classes, and with 1 input channel where it takes that. Found:
-the true architecture is among the candidates, with the right arguments. Exact: every candidate, built with its own
-arguments, has exactly these names and shapes, so that the set is as small as tensors allow. Functions: candidates with
-the same fingerprint (classes, settings and attributes of every module), or, across zoos, with the same measured
-outputs, running statistics and gradients, count as one. Models with more than one function share all their tensors and
-need `--arch`; `normswap identify` tells how they differ.
+Each model is built on the meta device: with default arguments, with 10 classes, and with 1 input channel if it takes
+this argument. Found: the true architecture with the right arguments is among the candidates. Exact: every candidate
+has exactly these names and shapes, so tensors alone cannot reduce the set further. Functions: candidates count as one
+function if they have the same fingerprint (classes, settings and attributes of every module) or, across zoos, the same
+measured outputs, running statistics and gradients. A model with more than one function shares all its tensors with
+another one and needs `--arch`; `normswap identify` shows the differences.
 """.strip().splitlines()
 
 
 @dataclass
 class Case:
-    """What came of one kind of build: sizes of the sets, seconds, and what did not hold."""
+    """Results of one kind of build: sizes of the candidate sets, seconds, and failures."""
 
     models: int = 0
     found: int = 0
@@ -56,6 +57,8 @@ class Case:
 
 
 def main() -> None:
+    """Identify all models, write the page; exit status 1 if any identification failed."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     shapes_by_build: dict[str, Shapes] = {}
     groups: set[tuple[str, ...]] = set()
     ambiguous: dict[str, list[str]] = {}
@@ -78,16 +81,16 @@ def _name(architecture: str, keywords: Mapping[str, int]) -> str:
 
 
 def _shapes(architecture: str, keywords: Mapping[str, int], known: dict[str, Shapes]) -> Shapes | None:
-    """The shapes of the model with these arguments, or None where it does not take them."""
+    """Return the shapes of the model with these arguments, or None if it does not take them."""
     name = _name(architecture, keywords)
     if name not in known:
         try:
             known[name] = shapes_of(built(architecture, **keywords))
-        except Exception:  # what a builder raises for an argument that it does not take is anybody's guess
+        except Exception:  # builders raise different errors for unknown arguments
             if not keywords:
                 raise
             return None
-    # Some take any argument and pass it on to nobody.
+    # Some builders accept any argument and ignore it.
     return None if keywords and known[name] == known.get(architecture) else known[name]
 
 
@@ -110,10 +113,10 @@ def _judge(
     names = {candidate.architecture for candidate in found.candidates}
     case.found += name in names
     if name not in names:
-        case.failures.append(f"{name}: not among {sorted(names) or 'no candidates'}")
+        case.failures.append(f"{name}: expected among the candidates, got {sorted(names) or 'no candidates'}")
     wrong = [c.architecture for c in found.candidates if not _is_exact(c, shapes, known)]
     case.exact += not wrong
-    case.failures += [f"{name}: the candidate {other} has other tensors" for other in wrong]
+    case.failures += [f"{name}: the candidate {other} has different tensors" for other in wrong]
     if not keywords:
         groups |= {tuple(sorted(c.architecture for c in group)) for group in found.functions if len(group) > 1}
         if len(found.functions) > 1:
@@ -128,13 +131,13 @@ def _is_exact(candidate: Candidate, shapes: Shapes, known: dict[str, Shapes]) ->
 
 
 def _run_groups(groups: Sequence[tuple[str, ...]]) -> list[list[str]]:
-    """Run the members of every group against its first: name, verdict."""
+    """Run the members of each group and its first member; return rows of names and verdict."""
     rows = []
     known = json.loads(COMPARED.read_text()) if COMPARED.exists() else {}
     for first, *others in groups:
         for other in others:
             if known.get(f"run {first} {other}") == "":
-                rows.append([f"`{first}`", f"`{other}`", "equal, when the index was built"])
+                rows.append([f"`{first}`", f"`{other}`", "equal (measured when the index was built)"])
                 continue
             size = sum(p.numel() for p in built(first).parameters())
             if size > _MOST_PARAMETERS:
@@ -148,16 +151,16 @@ def _run_groups(groups: Sequence[tuple[str, ...]]) -> list[list[str]]:
 
 def _verdict(first: str, other: str) -> str:
     for sizes in (((128, 128), (97, 131)), ((224, 224),), ((256, 256),), ((384, 384),)):
-        told = difference(first, other, sizes=sizes)
-        if not told.startswith("ran at"):
-            return f"DIFFERS: {told}" if told else "equal"
-    return "runs at none of the sizes tried"
+        found = difference(first, other, sizes=sizes)
+        if not found.startswith("ran at"):
+            return f"DIFFERS: {found}" if found else "equal"
+    return "ran at none of the sizes tried"
 
 
 def _start_seconds() -> float:
-    """Seconds from torch being imported to the first answer, in a fresh process."""
+    """Return the seconds of the first identification in a fresh process, after the import of torch."""
     code = (
-        "import torch, time; t = time.perf_counter(); from normswap.checkpoints.architecture.identification import identify; "
+        "import torch, time; t = time.perf_counter(); from normswap.checkpoints.identification import identify; "
         "identify({'fc.weight': (10, 512)}); print(time.perf_counter() - t)"
     )
     runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in range(5)]
@@ -168,9 +171,9 @@ def _page(cases: Mapping[str, Case], ambiguous: Mapping[str, list[str]], ran: Se
     first, size = _start_seconds(), INDEX.stat().st_size
     functions = Counter(len(v) for v in ambiguous.values())
     parts = [
-        "# Identification: every model of timm and torchvision from its tensors alone",
+        "# Identification of every model of timm and torchvision from its tensors",
         "",
-        "Written by `make identify` (`benchmarks/identification.py`).",
+        "Written by `make identify` (`python -m benchmarks.architectures.identification`).",
         provenance(),
         "",
         *_METHOD,
@@ -179,21 +182,21 @@ def _page(cases: Mapping[str, Case], ambiguous: Mapping[str, list[str]], ran: Se
         "|---|---|---|---|---|---|---|---|",
         *(_case_row(name, case) for name, case in cases.items()),
         "",
-        "| | measured | wanted |",
+        "| | measured | target |",
         "|---|---|---|",
         f"| size of the index, bytes | {size:,} | at most {_SIZE_LIMIT:,} |",
-        f"| first identification in a process, torch imported, s (median of 5) | {first:.2f} | below {_SLOWEST:g} |",
+        f"| first identification after `import torch`, s (median of 5) | {first:.2f} | below {_SLOWEST:g} |",
         *_seconds_rows(cases),
         "",
-        f"## Several functions ({len(ambiguous)} models as they are)",
+        f"## Several functions ({len(ambiguous)} models with default arguments)",
         "",
         f"Functions per set: {', '.join(f'{n}: {count} models' for n, count in sorted(functions.items()))}.",
         "",
         *dict.fromkeys(f"- {', '.join(f'`{n}`' for n in sorted(names))}" for names in ambiguous.values()),
         "",
-        f"## Counted as one function, and run ({len(ran)})",
+        f"## Counted as one function and run ({len(ran)})",
         "",
-        "In float64, with the same random parameters and statistics, in evaluation and in training.",
+        "Both models run in float64 with the same random parameters and statistics, in evaluation and training mode.",
         "",
         "| first | other | outputs, statistics, gradients |",
         "|---|---|---|",
@@ -217,8 +220,8 @@ def _case_row(name: str, case: Case) -> str:
 def _seconds_rows(cases: Mapping[str, Case]) -> list[str]:
     seconds = [s for case in cases.values() for s in case.seconds]
     return [
-        f"| each further one, median, s | {statistics.median(seconds):.3f} | |",
-        f"| slowest of all, s | {max(seconds):.2f} | below {_SLOWEST:g} |",
+        f"| later identifications, median, s | {statistics.median(seconds):.3f} | |",
+        f"| slowest identification, s | {max(seconds):.2f} | below {_SLOWEST:g} |",
     ]
 
 

@@ -1,11 +1,11 @@
-"""Every architecture of timm and torchvision as a record: tensors, the dimensions that arguments set, fingerprint.
+"""Record every architecture of timm and torchvision: tensors, dimensions that depend on arguments, fingerprint.
 
-Built on the `meta` device, so that nothing is allocated. A dimension that an argument sets is found by building with
-other values: it is a polynomial of one argument, of degree 1 (classes, input channels) or 2 (image size).
+Models are built on the `meta` device and allocate nothing. To find the dimensions that depend on an argument, a model
+is built with other values: such a dimension is a polynomial of the argument, of degree 1 (classes, input channels) or
+2 (image size).
 """
 
 import contextlib
-import json
 import os
 import sys
 import time
@@ -23,27 +23,27 @@ from torchvision import models as torchvision_models
 
 from benchmarks.architectures.facts import facts, fingerprint
 from benchmarks.paths import ROOT
-from normswap.checkpoints.architecture.index import Symbol
-from normswap.checkpoints.architecture.registry import build_architecture
+from benchmarks.records import append_line, read_lines
+from normswap.checkpoints.architecture import build_architecture
+from normswap.checkpoints.architecture_index import Symbol
 from normswap.errors import ArchitectureError
 
 Shapes = dict[str, tuple[int, ...]]
 
-# Which norm a detector has depends on whether weights were downloaded, which a name does not say; a quantised network
-# has no norms and shares its tensors with the float one.
+# Modules of torchvision that are not in the index, with the reason.
 EXCLUDED = {
-    "torchvision.models.quantization": "the tensors are those of the float model, and what is quantised has no norms",
+    "torchvision.models.quantization": "the tensors equal those of the float model; quantised networks have no norms",
 }
 _IMAGE_SIZE = {"timm": "img_size", "torchvision": "image_size"}
-# Two builds tell a line, and the default build has to lie on it. Both arguments are varied at once: their values are
-# such that no dimension can be a line in both.
+# Two builds define a line, and the default build must be a point of it. Both arguments vary at once: with these values
+# no dimension is linear in both.
 _CLASSES, _CHANNELS = (7, 13), (5, 1)
 COMMON_SIZES = (224, 448)
 _FILLING = ("normal_", "uniform_", "erfinv_", "mul_", "add_", "clamp_", "zero_", "fill_")
 
 
 def catalog() -> list[str]:
-    """Return every architecture's name, `zoo:NAME`, in the order of the zoos' own lists."""
+    """Return the names of all architectures, `zoo:NAME`, in the order of the lists of the zoos."""
     excluded = {
         name
         for module in EXCLUDED
@@ -54,15 +54,15 @@ def catalog() -> list[str]:
 
 
 def describe(architecture: str) -> dict[str, Any]:
-    """Return the record of one architecture: names with dimensions, what arguments set, fingerprint, facts."""
+    """Return the record of one architecture: names, dimensions, default arguments, fingerprint, facts."""
     zoo, _, _ = architecture.partition(":")
     started = time.perf_counter()
     model = built(architecture)
     shapes = shapes_of(model)
-    told = facts(model, _input_size(model))
+    described = facts(model, _input_size(model))
     with_head = _attempt(architecture, num_classes=_CLASSES[0])
     no_head = with_head is not None and shapes.items() < with_head.items()
-    if no_head:  # the default is a network without one: classes are an addition
+    if no_head:  # the default has no head: `num_classes` adds one
         shapes = with_head or {}
     templates, defaults = _linear_templates(architecture, shapes)
     prints = [fingerprint(built(architecture, **({"num_classes": 7} if "num_classes" in defaults else {})))]
@@ -84,14 +84,14 @@ def describe(architecture: str) -> dict[str, Any]:
         "function": "".join(prints),
         "function at sizes": size_prints,
         "unsaved": any(module._non_persistent_buffers_set for module in model.modules()),
-        "facts": told,
+        "facts": described,
         "parameters": sum(p.numel() for p in model.parameters()),
         "seconds": round(time.perf_counter() - started, 2),
     }
 
 
 def built(architecture: str, *, device: str = "meta", **keywords: Any) -> nn.Module:
-    """Return the model with these keyword arguments, in evaluation."""
+    """Return the model with these keyword arguments, in evaluation mode."""
     text = ",".join([architecture, *(f"{key}={value}" for key, value in keywords.items())])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -110,7 +110,7 @@ def built(architecture: str, *, device: str = "meta", **keywords: Any) -> nn.Mod
 
 @contextlib.contextmanager
 def _parameters_without_values() -> Iterator[None]:
-    """Let parameters alone be on `meta`: torchvision's RegNets reckon their widths with tensors that need values."""
+    """Put only parameters on `meta`: torchvision's RegNets compute their widths with tensors that need values."""
     original = nn.Module.register_parameter
 
     def register(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
@@ -127,7 +127,7 @@ def _parameters_without_values() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _no_initial_values() -> Iterator[None]:
-    """Let operations that fill tensors pass over those on `meta`: they have no values, and it is half of the time."""
+    """Skip operations that fill tensors on `meta`. They have no effect there and take half of the time."""
     originals = {name: getattr(torch.Tensor, name) for name in _FILLING}
 
     def passing(original: Any) -> Any:
@@ -148,10 +148,10 @@ def shapes_of(model: nn.Module) -> Shapes:
 
 
 def _attempt(architecture: str, **keywords: Any) -> Shapes | None:
-    """The shapes with these arguments, or None where the model does not take them."""
+    """Return the shapes with these arguments, or None if the model does not take them."""
     try:
         return shapes_of(built(architecture, **keywords))
-    except Exception:  # noqa: BLE001 - what a builder raises for an argument that it does not take is anybody's guess
+    except Exception:  # noqa: BLE001 - builders raise different errors for unknown arguments
         return None
 
 
@@ -176,7 +176,7 @@ def _fit(
     templates: dict[str, Any],
     defaults: dict[str, int],
 ) -> None:
-    """Add the dimensions that are a polynomial of one argument; an argument that they contradict is left out."""
+    """Add the dimensions that are polynomials of one argument. Skip an argument if its dimensions disagree."""
     changed = {key for key, shape in shapes.items() if any(one[key] != shape for one in found)}
     for keyword, values in arguments.items():
         fitted: dict[str, Any] = {}
@@ -202,7 +202,7 @@ def _fit(
 
 
 def _polynomial(values: Sequence[int], points: Sequence[int]) -> list[int] | None:
-    """Integers (a, b, c, d) with (a x^2 + b x + c) / d through the points, or None for a constant."""
+    """Return integers (a, b, c, d) such that (a x^2 + b x + c) / d fits the points, or None for a constant."""
     if len(set(points)) == 1:
         return None
     if len(values) == 2:
@@ -228,9 +228,9 @@ def _gcd(a: int, b: int) -> int:
 
 
 def _default(polynomial: Sequence[int], size: int, keyword: str) -> int | None:
-    """The value of the argument that gives `size`, by the same rule as the reader of the index."""
+    """Return the argument that gives `size`, by the rule that the index uses."""
     value = Symbol(keyword, *polynomial).solve(size)
-    # A line through two points of one argument is no line of the other: only a plausible default counts.
+    # Values of one argument can fit a line of the other by chance: accept only a plausible default.
     if value is None or (keyword == "in_chans" and value > 16):
         return None
     return value
@@ -239,7 +239,7 @@ def _default(polynomial: Sequence[int], size: int, keyword: str) -> int | None:
 def _headless(architecture: str) -> nn.Module | None:
     try:
         return built(architecture, num_classes=0)
-    except Exception:  # noqa: BLE001 - as above
+    except Exception:  # noqa: BLE001 - builders raise different errors
         return None
 
 
@@ -252,7 +252,7 @@ def _input_size(model: nn.Module) -> Sequence[int] | None:
 def _with_image_size(
     architecture: str, zoo: str, model: nn.Module, shapes: Shapes, templates: dict[str, Any], defaults: dict[str, int]
 ) -> str | None:
-    """Add the dimensions that follow the image size; return the fingerprint at two common sizes."""
+    """Add the dimensions that depend on the image size. Return the fingerprint at two common sizes."""
     keyword = _IMAGE_SIZE[zoo]
     size = (_input_size(model) or (3, 224, 224))[-1]
     sizes = (size, 2 * size, 3 * size)
@@ -260,13 +260,13 @@ def _with_image_size(
     classes = {"num_classes": 7} if "num_classes" in defaults else {}
     for value in sizes:
         one = _attempt(architecture, **{keyword: value}, **classes)
-        if one is not None:  # classes are no matter of size
+        if one is not None:  # the head does not depend on the size
             one |= {key: shapes[key] for key in templates.keys() & one.keys() if "num_classes" in str(templates[key])}
         if one is None or one.keys() != shapes.keys() or (value == size and one != shapes):
             return None
         found.append(one)
         if len(found) == 2 and found[0] == found[1]:
-            return None  # the size is in no shape
+            return None  # no shape depends on the size
     fitted: dict[str, Any] = {}
     known: dict[str, int] = {}
     _fit(shapes, found, {keyword: sizes}, fitted, known)
@@ -277,14 +277,14 @@ def _with_image_size(
     defaults[keyword] = size
     try:
         return "".join(fingerprint(built(architecture, **{keyword: value}, **classes)) for value in COMMON_SIZES)
-    except Exception:  # noqa: BLE001 - as above
+    except Exception:  # noqa: BLE001 - builders raise different errors
         return None
 
 
 def describe_all(names: Sequence[str], path: Path, workers: int) -> None:
-    """Append the record of each architecture that the file lacks, by forked processes."""
+    """Append the record of each architecture that is not in the file; forked processes share the work."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    done = {json.loads(line)["architecture"] for line in path.read_text().splitlines()} if path.exists() else set()
+    done = read_lines(path, key="architecture")
     left = [name for name in names if name not in done]
     children = []
     for worker in range(workers):
@@ -294,7 +294,7 @@ def describe_all(names: Sequence[str], path: Path, workers: int) -> None:
         children.append(pid)
     for pid in children:
         if os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]):
-            sys.exit("a worker failed, see above; run it again to go on")
+            sys.exit("error: a worker failed (see above). Run the program again to continue.")
 
 
 def _describe_some(names: Sequence[str], path: Path) -> int:
@@ -302,21 +302,20 @@ def _describe_some(names: Sequence[str], path: Path) -> int:
     failed = 0
     for name in names:
         try:
-            line = json.dumps(describe(name)) + "\n"
-        except Exception:  # noqa: BLE001 - told, and the others go on
+            record = describe(name)
+        except Exception:  # noqa: BLE001 - print it and continue with the others
             print(f"{name}:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
             failed = 1
             continue
-        with open(path, "a") as file:
-            file.write(line)
+        append_line(path, record)
     return failed
 
 
 def records(path: Path) -> list[dict[str, Any]]:
-    """Return the records in the file, in the order of the catalog."""
+    """Return the records of the file, in the order of the catalog."""
     order = {name: index for index, name in enumerate(catalog())}
-    found = [json.loads(line) for line in path.read_text().splitlines()]
-    return sorted((r for r in found if r["architecture"] in order), key=lambda r: order[r["architecture"]])
+    found = read_lines(path, key="architecture")
+    return sorted((r for name, r in found.items() if name in order), key=lambda r: order[r["architecture"]])
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""Fine-tune converted networks and compare them with other ways to train at small batch sizes."""

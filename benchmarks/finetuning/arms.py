@@ -1,7 +1,7 @@
-"""The arms: what each one makes of the trained BN network before and after fine-tuning at a small batch size.
+"""The arms: how each one changes the trained BN network before and after fine-tuning at a small batch size.
 
-An arm gets a network of its own; the trained one is never changed. All arms start from the same trained
-parameters: where a norm is replaced, its scale and shift are carried over.
+Each arm works on a copy of the trained network, so all arms start from the same parameters. If an arm replaces a norm,
+the new norm gets the scale and shift of the old one.
 """
 
 import copy
@@ -15,19 +15,19 @@ from torch import Tensor, nn
 import normswap
 from normswap.finetune.data.digits import IMAGE_SIZE
 
-# Batch size for re-estimating statistics: large, since no gradient needs to be held.
+# Batch size of re-estimation. It can be large because no gradients are computed.
 _REESTIMATION_BATCH = 50
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to go on with a trained BN network.
+    """One way to continue the training of a BN network.
 
     Args:
-        title: how tables call it.
+        title: the name in tables.
         prepare: (trained network, target training pixels) -> the network to fine-tune, a copy.
-        freezes_statistics: BN keeps its running statistics while fine-tuning; all parameters are trained.
-        reestimates_after: BN statistics are averaged anew over the target training images after fine-tuning.
+        freezes_statistics: BN keeps its running statistics during fine-tuning; all parameters are trained.
+        reestimates_after: BN statistics are re-estimated on the target training images after fine-tuning.
     """
 
     title: str
@@ -49,7 +49,7 @@ def reestimate_statistics(model: nn.Module, pixels: Tensor) -> None:
     was_training = model.training
     for layer in layers:
         layer.reset_running_stats()
-        layer.momentum = None  # torch's sign for a plain average over the batches
+        layer.momentum = None  # torch computes the plain average over the batches
     model.train()
     for batch in pixels.split(_REESTIMATION_BATCH):
         model(batch)
@@ -59,7 +59,7 @@ def reestimate_statistics(model: nn.Module, pixels: Tensor) -> None:
 
 
 def replace_batch_norms(model: nn.Module, build: Callable[[nn.BatchNorm2d], nn.Module]) -> nn.Module:
-    """Return a copy of `model` with every BN replaced by `build` of it, scale and shift carried over."""
+    """Return a copy of `model` with every BN replaced by `build(bn)`, which gets its scale and shift."""
     model = copy.deepcopy(model)
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
@@ -71,9 +71,9 @@ def replace_batch_norms(model: nn.Module, build: Callable[[nn.BatchNorm2d], nn.M
 
 
 def group_norm(bn: nn.BatchNorm2d) -> nn.GroupNorm:
-    """Return a GroupNorm of 32 groups, the default of Wu and He, or of the largest common divisor with the channels.
+    """Return a GroupNorm of 32 groups, the default of Wu and He, or of gcd(32, channels) groups.
 
-    In these narrow layers fewer groups do far worse (at 16 channels a group the arm does not learn at all).
+    In these narrow layers fewer groups are far worse: with 16 channels per group the arm does not learn at all.
     """
     return nn.GroupNorm(math.gcd(32, bn.num_features), bn.num_features, eps=bn.eps)
 
@@ -84,7 +84,7 @@ def instance_norm(bn: nn.BatchNorm2d) -> nn.InstanceNorm2d:
 
 
 def convert(model: nn.Module, *, gate: str = "simplex") -> nn.Module:
-    """Return `model` converted by normswap, with an input of the real size."""
+    """Return `model` converted by normswap with an example input of the size of the images."""
     example = torch.zeros(2, 3, IMAGE_SIZE, IMAGE_SIZE)
     return normswap.convert(model, example, gate=gate).model
 

@@ -1,8 +1,7 @@
-"""The price of batch dependence, measured: fine-tuning with `normswap.batch_dependence` in the loss.
+"""Fine-tune with a penalty on batch dependence (`make batch-dependence`) -> docs/measured/batch-dependence.md.
 
-Four prices at four batch sizes on two tasks made of scanned digits -> docs/measured/batch-price.md.
-Run by `make price`; it goes on where it was interrupted. `--rewrite` writes the page from the records without running
-anything.
+The loss is `loss + penalty * normswap.batch_dependence(model)`, with four penalties at four batch sizes on two tasks of
+scanned digits. An interrupted run resumes; `--rewrite` only writes the page from the records.
 """
 
 import argparse
@@ -21,42 +20,43 @@ from benchmarks.finetuning.batch_dependence_records import RATE, STEPS, Cell, Ru
 from benchmarks.finetuning.batch_dependence_report import write_report
 from benchmarks.finetuning.protocol import FINE_TUNING
 from benchmarks.finetuning.training import accuracy, finetune, train_source
-from benchmarks.paths import DOCS, RESULTS
+from benchmarks.paths import PAGES, RESULTS
 from benchmarks.provenance import provenance
-from normswap.finetune.data.digits import Digits, Domain, Images, load_ink, prepare_digits, render_source, split_indices
+from normswap.finetune.digits import Digits, Domain, Images, load_ink, prepare_digits, render_source, split_indices
 
-# Which classes the source network learns in the transfer; the others come after.
+PAGE = "batch-dependence"
+# In the transfer task the source has the first 5 classes, the target the others.
 _SOURCE_CLASSES = 5
 
 
 def main() -> None:
-    """Make the runs that are missing, and write the page."""
+    """Run what the records do not contain, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds to run (default 0 1 2)")
-    parser.add_argument("--output", type=Path, default=DOCS, help="existing folder of the page")
-    parser.add_argument("--rewrite", action="store_true", help="run nothing, write the page from the records")
+    parser.add_argument("--output", type=Path, default=PAGES, help="existing folder (default docs/measured)")
+    parser.add_argument("--rewrite", action="store_true", help="only write the page from the records")
     options = parser.parse_args()
-    records = (RESULTS if options.output == DOCS else options.output) / "batch-price.json"
+    records = (RESULTS if options.output == PAGES else options.output) / f"{PAGE}.json"
     study = read_study(records) or Study(provenance(), [])
-    torch.set_num_threads(1)  # images this small gain nothing from a second thread, and sums keep their order
-    made = {run.cell for run in study.runs}
-    missing = [] if options.rewrite else [cell for cell in cells(options.seeds) if cell not in made]
+    torch.set_num_threads(1)  # small images are not faster with two threads; one thread sums in a fixed order
+    known = {run.cell for run in study.runs}
+    missing = [] if options.rewrite else [cell for cell in cells(options.seeds) if cell not in known]
     for number, cell in enumerate(missing, 1):
         study.runs.append(run_cell(cell))
         write_study(study, records)
         print(f"{number}/{len(missing)} {study.runs[-1]}", flush=True)
-    write_report(study, options.output / "batch-price.md", planned=len(list(cells(options.seeds))))
-    print(f"wrote {options.output / 'batch-price.md'}")
+    write_report(study, options.output / f"{PAGE}.md", planned=len(list(cells(options.seeds))))
+    print(f"wrote {options.output}/{PAGE}.md")
 
 
 def run_cell(cell: Cell) -> Run:
-    """Fine-tune one conversion and measure it."""
+    """Fine-tune one converted network and measure it."""
     start = time.monotonic()
     network, digits = trained_network(cell.task, cell.seed)
     model = convert(network)
     normswap.set_bn_statistics(model, cell.statistics)  # type: ignore[arg-type]
     settings = replace(FINE_TUNING, steps=STEPS, batch_size=cell.batch_size)
-    losses = finetune(model, digits.target.train, rate=RATE, settings=settings, seed=cell.seed, price=cell.price)
+    losses = finetune(model, digits.target.train, rate=RATE, settings=settings, seed=cell.seed, penalty=cell.penalty)
     return Run(
         **cell._asdict(),
         accuracy=accuracy(model, digits.target.test),
@@ -77,7 +77,7 @@ def bn_share(model: nn.Module) -> float:
 
 @cache
 def trained_network(task: str, seed: int) -> tuple[nn.Module, Digits]:
-    """Return the BN network of one seed trained on the source of a task, ready for its target, and the images."""
+    """Return the BN network trained on the source of a task, with the head for its target, and the images."""
     digits = {"shift": prepare_digits, "transfer": prepare_transfer}[task](seed=seed)
     network = train_source(digits, seed=seed)
     if task == "transfer":
@@ -87,7 +87,7 @@ def trained_network(task: str, seed: int) -> tuple[nn.Module, Digits]:
 
 
 def prepare_transfer(*, seed: int) -> Digits:
-    """Return clean digits, 0 to 4 as the source and 5 to 9, numbered from 0, as the target."""
+    """Return clean digits: 0 to 4 as the source, and 5 to 9 with labels from 0 as the target."""
     ink, labels = load_ink()
     parts: dict[str, list[Tensor]] = {}
     for (_, part), index in split_indices(len(labels), seed=seed).items():

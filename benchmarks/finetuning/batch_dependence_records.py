@@ -1,52 +1,51 @@
-"""What the study of the price of batch dependence runs and keeps: its grid, one record a run, as JSON and back.
+"""The grid and the records of the study of batch dependence, as JSON.
 
-A record is written as soon as its run is over, so that an interrupted study goes on where it was.
+Each run is recorded when it ends, so an interrupted study resumes.
 """
 
-import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.finetuning.protocol import FineTuning
+from benchmarks.records import read_document, write_document
 
 TASKS = {"shift": "to shifted digits", "transfer": "to digits 5 to 9, without a shift"}
-PRICES = (0.0, 0.01, 0.03, 0.1)
+PENALTIES = (0.0, 0.01, 0.03, 0.1)
 BATCH_SIZES = (1, 2, 4, 16)
-# Values of the running statistics in training too: a rival to the price where it matters.
-RENORM_PRICES = (0.0, 0.03)
+# Batch renormalization, which is an alternative to the penalty at a batch size of 1.
+RENORM_PENALTIES = (0.0, 0.03)
 RENORM_BATCH_SIZE = 1
 STEPS = FineTuning().steps
-RATE = 0.03  # which the converted network chose most often in the evidence
+RATE = 0.03  # the rate selected most often for the converted network in the evidence
 
 
 class Cell(NamedTuple):
-    """One run to make: what a batch holds, what BN costs, what the `bn` branch takes in training."""
+    """The configuration of one run. `statistics` is what the `bn` branch uses in training: `batch` or `renorm`."""
 
     task: str
     statistics: str
     batch_size: int
-    price: float
+    penalty: float
     seed: int
 
 
 @dataclass(frozen=True)
 class Run:
-    """What one run gave.
+    """The result of one run.
 
     Args:
-        accuracy: on the test images in evaluation, in percent.
+        accuracy: on the test images in evaluation mode, in percent.
         bn_share: mean importance weight of BN over sites and gates after the last step, from 0 to 1.
-        is_finite: whether the loss stayed finite to the last step.
-        steps, rate: of the network; the gates' rate is that times `gate_rate`.
+        is_finite: true if the loss of the last step is finite.
+        steps, rate: of the network. The learning rate of the gates is `rate * gate_rate`.
     """
 
     task: str
     statistics: str
     batch_size: int
-    price: float
+    penalty: float
     seed: int
     accuracy: float
     bn_share: float
@@ -58,42 +57,37 @@ class Run:
 
     @property
     def cell(self) -> Cell:
-        """What was asked for."""
-        return Cell(self.task, self.statistics, self.batch_size, self.price, self.seed)
+        """Return the configuration of the run."""
+        return Cell(self.task, self.statistics, self.batch_size, self.penalty, self.seed)
 
 
 @dataclass
 class Study:
-    """All runs so far, and where they were made."""
+    """All runs so far and the conditions of the measurement."""
 
     provenance: str
     runs: list[Run]
 
 
 def cells(seeds: Sequence[int]) -> Iterator[Cell]:
-    """Yield every run of the study, seed after seed, so that what is there early is even."""
+    """Yield the configuration of every run, one seed after the other."""
     for seed in seeds:
         for task in TASKS:
             for batch_size in BATCH_SIZES:
-                for price in PRICES:
-                    yield Cell(task, "batch", batch_size, price, seed)
-            for price in RENORM_PRICES:
-                yield Cell(task, "renorm", RENORM_BATCH_SIZE, price, seed)
+                for penalty in PENALTIES:
+                    yield Cell(task, "batch", batch_size, penalty, seed)
+            for penalty in RENORM_PENALTIES:
+                yield Cell(task, "renorm", RENORM_BATCH_SIZE, penalty, seed)
 
 
 def read_study(path: Path) -> Study | None:
-    """Return what `write_study` wrote; None where there is nothing yet."""
-    if not path.exists():
+    """Read a study written by `write_study`, or return None if there is none."""
+    stored: dict[str, Any] | None = read_document(path)
+    if stored is None:
         return None
-    stored: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return Study(stored["provenance"], [Run(**run) for run in stored["runs"]])
 
 
 def write_study(study: Study, path: Path) -> None:
-    """Write all runs, whole or not at all."""
-    lines = ",\n".join("  " + json.dumps(asdict(run)) for run in study.runs)
-    draft = path.with_suffix(".draft")
-    draft.write_text(
-        f'{{\n "provenance": {json.dumps(study.provenance)},\n "runs": [\n{lines}\n ]\n}}\n', encoding="utf-8"
-    )
-    os.replace(draft, path)
+    """Write all runs."""
+    write_document(path, asdict(study))

@@ -1,4 +1,4 @@
-"""docs/measured/batch-price.md out of the records: tables, and the words on the tasks that they need. Runs nothing."""
+"""Write docs/measured/batch-dependence.md from the records: tables and a description of the tasks."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -6,9 +6,9 @@ from statistics import mean
 
 from benchmarks.finetuning.batch_dependence_records import (
     BATCH_SIZES,
-    PRICES,
+    PENALTIES,
     RENORM_BATCH_SIZE,
-    RENORM_PRICES,
+    RENORM_PENALTIES,
     TASKS,
     Run,
     Study,
@@ -19,7 +19,7 @@ def write_report(study: Study, path: Path, *, planned: int) -> None:
     """Write the page as Markdown.
 
     Args:
-        planned: how many runs there will be.
+        planned: number of runs of the complete study.
     """
     tasks = [_task(study.runs, task) for task in TASKS]
     path.write_text(
@@ -27,21 +27,21 @@ def write_report(study: Study, path: Path, *, planned: int) -> None:
     )
 
 
-def cell_of(runs: Iterable[Run], task: str, batch_size: int, price: float, *, statistics: str = "batch") -> list[Run]:
-    """Return the runs of one cell of a table, one a seed, in the order of the seeds."""
-    wanted = (task, statistics, batch_size, price)
-    return sorted((run for run in runs if run.cell[:4] == wanted), key=lambda run: run.seed)
+def cell_of(runs: Iterable[Run], task: str, batch_size: int, penalty: float, *, statistics: str = "batch") -> list[Run]:
+    """Return the runs of one cell of a table in the order of the seeds."""
+    configuration = (task, statistics, batch_size, penalty)
+    return sorted((run for run in runs if run.cell[:4] == configuration), key=lambda run: run.seed)
 
 
 def _head(study: Study, planned: int) -> str:
-    left = "" if len(study.runs) >= planned else f" **{len(study.runs)} of {planned} runs are made so far.**"
-    return f"""# The price of batch dependence
+    left = "" if len(study.runs) >= planned else f" **{len(study.runs)} of {planned} runs are complete.**"
+    return f"""# A penalty on batch dependence
 
-In a batch of one sample Instance and Batch Normalization take the same moments, so in training no gradient tells
-their importance weights apart, while evaluation, on running statistics, does. A price on the share of BN,
-`loss + price * normswap.batch_dependence(model)`, decides. What does it do, and where does it harm? A BN network is
-converted and fine-tuned with four prices at four batch sizes, the same number of steps each. Written by `make price`;
-every single run is in `benchmarks/results/batch-price.json`.{left}
+With one sample per batch, Instance and Batch Normalization use the same moments in training, so the gradients of their
+importance weights are equal. In evaluation BN uses running statistics and the branches differ. A penalty on the weight
+of BN, `loss + penalty * normswap.batch_dependence(model)`, moves the weights away from BN. This page measures its
+effect: a BN network is converted and fine-tuned with four penalties at four batch sizes, with the same number of steps.
+`make batch-dependence` writes this page; all runs are in `benchmarks/results/batch-dependence.json`.{left}
 
 {study.provenance}
 """
@@ -49,14 +49,14 @@ every single run is in `benchmarks/results/batch-price.json`.{left}
 
 def _gains(runs: list[Run]) -> str:
     rows = [
-        [str(size), TASKS[task], *(_gain(_pairs(runs, task, size, price)) for price in PRICES[1:])]
+        [str(size), TASKS[task], *(_gain(_pairs(runs, task, size, penalty)) for penalty in PENALTIES[1:])]
         for size in BATCH_SIZES
         for task in TASKS
     ]
-    header = ["batch size", "from clean digits", *(f"price {price:g}" for price in PRICES[1:])]
-    return f"""## In short
+    header = ["batch size", "task: from clean digits", *(f"penalty {penalty:g}" for penalty in PENALTIES[1:])]
+    return f"""## Summary
 
-Points of test accuracy over the same fine-tuning without a price, mean of the seeds.
+Gain in test accuracy over the same fine-tuning without a penalty, in points, mean of the seeds.
 
 {_table(header, rows)}"""
 
@@ -65,26 +65,30 @@ def _gain(differences: list[float]) -> str:
     return f"{mean(differences):+.1f}" if differences else "-"
 
 
-def _pairs(runs: list[Run], task: str, batch_size: int, price: float) -> list[float]:
-    """Points over no price, by seed."""
+def _pairs(runs: list[Run], task: str, batch_size: int, penalty: float) -> list[float]:
+    """Return the gain over no penalty for each seed, in points."""
     without = {run.seed: run.accuracy for run in cell_of(runs, task, batch_size, 0.0)}
-    priced = cell_of(runs, task, batch_size, price)
-    return [run.accuracy - without[run.seed] for run in priced if run.seed in without]
+    penalized = cell_of(runs, task, batch_size, penalty)
+    return [run.accuracy - without[run.seed] for run in penalized if run.seed in without]
 
 
 def _task(runs: list[Run], task: str) -> str:
-    header = ["batch size", "statistics", *(f"price {price:g}" for price in PRICES)]
+    header = ["batch size", "statistics", *(f"penalty {penalty:g}" for penalty in PENALTIES)]
     rows = [
-        [str(size), "batch", *(_entry(cell_of(runs, task, size, price)) for price in PRICES)] for size in BATCH_SIZES
+        [str(size), "batch", *(_entry(cell_of(runs, task, size, penalty)) for penalty in PENALTIES)]
+        for size in BATCH_SIZES
     ]
-    renewed = [
-        _entry(cell_of(runs, task, RENORM_BATCH_SIZE, price, statistics="renorm")) if price in RENORM_PRICES else ""
-        for price in PRICES
+    renorm = [
+        _entry(cell_of(runs, task, RENORM_BATCH_SIZE, penalty, statistics="renorm"))
+        if penalty in RENORM_PENALTIES
+        else ""
+        for penalty in PENALTIES
     ]
-    rows.insert(1 + BATCH_SIZES.index(RENORM_BATCH_SIZE), [str(RENORM_BATCH_SIZE), "renorm", *renewed])
+    rows.insert(1 + BATCH_SIZES.index(RENORM_BATCH_SIZE), [str(RENORM_BATCH_SIZE), "renorm", *renorm])
     return f"""## From clean digits {TASKS[task]}
 
-Test accuracy in percent, mean (one value per seed), and the share of BN that is left, mean of sites, gates and seeds.
+Test accuracy in percent, mean (one value per seed), and the importance weight of BN after fine-tuning, mean of sites,
+gates and seeds.
 
 {_table(header, rows)}"""
 
@@ -104,18 +108,18 @@ def _table(header: list[str], rows: Iterable[list[str]]) -> str:
 
 def _method(runs: list[Run]) -> str:
     steps, rates, gates = (sorted({value(run) for run in runs}) for value in (_steps, _rate, _gate_rate))
-    return f"""## How it was done
+    return f"""## Method
 
 Network, data, shift and optimizer are those of the [evidence](evidence.md). *Shift*: trained on clean digits,
-fine-tuned on digits of other colours, contrast and brightness. *Transfer*: trained on the digits 0 to 4, given a new
-head and fine-tuned on 5 to 9, all clean. Each run takes {_numbers(steps)} steps. The network's rate is
-{_numbers(rates)}, the one that the converted network chose most often in the evidence; that of the gates is
-{_numbers(gates)} times as large. All prices of a seed start from the same network and see the same images in the same
-order. With `renorm` the `bn` branch takes the values of the running statistics in training too.
+fine-tuned on digits with other colours, contrast and brightness. *Transfer*: trained on the digits 0 to 4, then with a
+new head fine-tuned on 5 to 9, all clean. Each run has {_numbers(steps)} steps. The learning rate of the network is
+{_numbers(rates)}, the rate selected most often for the converted network in the evidence; that of the gates is
+{_numbers(gates)} times as large. For one seed, all penalties start from the same network and get the same images in the
+same order. With `renorm` the `bn` branch normalises with the running statistics in training too.
 
-**What this does not show.** One small network, one data set, few seeds: differences of one or two points mean
-nothing. With the same number of steps, larger batches see more images. How far a price moves a gate hangs on the
-gate's rate and on the number of steps too: a short training at a small rate needs a larger one.
+**Limits.** This is one small network, one data set and few seeds: differences of one or two points are not significant.
+With the same number of steps, larger batches train on more images. The effect of a penalty also depends on the learning
+rate of the gates and on the number of steps: a short training at a low rate needs a larger penalty.
 """
 
 

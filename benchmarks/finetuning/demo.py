@@ -1,7 +1,7 @@
-"""The main job, end to end: train with BN, convert, prove, fine-tune at batch size 2, show what the gates learned.
+"""Train with BN, convert, verify, fine-tune at batch size 2, and show what the gates learned (`make demo`).
 
-Run by `make demo`. Every figure is measured in this run, one seed; files go to demo-output/. The evidence over
-several seeds, with a learning rate chosen per arm, is `make evidence`.
+All figures are measured in this run, with one seed; the files are in demo-output/. `make evidence` compares the arms
+over several seeds, with a learning rate selected for each arm.
 """
 
 import subprocess
@@ -35,49 +35,49 @@ def main() -> int:
     start = time.monotonic()
     console = Console(width=None if sys.stdout.isatty() else 118, highlight=False)
 
-    def say(text: str) -> None:
+    def log(text: str) -> None:
         console.print(f"[bold]\\[{time.monotonic() - start:4.0f} s][/bold] {text}")
 
-    say("draw the data: scanned digits, clean (source) and with other colours, texture, contrast, noise (target)")
+    log("load scanned digits: clean (source) and with random colours, texture, contrast and noise (target)")
     digits = prepare_digits(seed=DEMO_SEED)
-    say(f"train {architecture()} with Batch Normalization on {len(digits.source.train.labels)} clean digits")
+    log(f"train {architecture()} with Batch Normalization on {len(digits.source.train.labels)} clean digits")
     network = train_source(digits, seed=DEMO_SEED)
     (ROOT / OUTPUT).mkdir(exist_ok=True)
     torch.save(network.state_dict(), ROOT / ORIGINAL)
-    say(f"saved {ORIGINAL}: {accuracy(network, digits.source.test):.1f} % on clean test digits")
+    log(f"saved {ORIGINAL}: {accuracy(network, digits.source.test):.1f} % on clean test digits")
 
     common = ["--arch", architecture(), "--input", f"2x3x{IMAGE_SIZE}x{IMAGE_SIZE}"]
-    say("convert it, and verify the file that was written")
+    log("convert the file and verify the result")
     run_normswap(console, "convert", str(ORIGINAL), *common, "-o", str(CONVERTED), "--force")
     run_normswap(console, "verify", str(ORIGINAL), str(CONVERTED), *common)
     converted = normswap.load(ROOT / CONVERTED).model
-    say(check_same(network, converted, digits))
+    log(check_same(network, converted, digits))
 
     tuning = FINE_TUNING
-    say(f"fine-tune on the target: {tuning.steps} steps at batch size {tuning.batch_size}, rate {DEMO_RATE:g} for all")
-    outcomes = [finetune_arm(name, ARMS[name], network, digits, say) for name in DEMO_ARMS if name != "converted"]
-    say("  and the converted network, by the recipe for it in a short form")
+    log(f"fine-tune on the target: {tuning.steps} steps at batch size {tuning.batch_size}, learning rate {DEMO_RATE:g}")
+    outcomes = [finetune_arm(name, ARMS[name], network, digits, log) for name in DEMO_ARMS if name != "converted"]
+    log("  converted by normswap: a short run of the recipe")
     run_normswap(console, "finetune", RECIPE, *recipe_keys(), "--force")
     tuned = normswap.load(ROOT / TUNED / "model.pt").model
     outcomes.append(outcome_of_recipe(converted, tuned, digits))
     console.print(outcome_table(outcomes), importance_table(tuned))
-    say("done; over several seeds, with a learning rate chosen per arm: make evidence")
+    log("done. `make evidence` repeats the comparison over several seeds with a learning rate selected for each arm.")
     return 0
 
 
 def run_normswap(console: Console, *arguments: str) -> None:
-    """Run the command line in this environment, as typed in the repository, and stop the demo where it fails."""
+    """Run the normswap command in this environment; stop the demo if it fails."""
     console.print(f"\n[green]$[/green] normswap {' '.join(arguments)}", soft_wrap=True)
-    # The command shares this terminal: what it prints must come after what has been printed so far.
+    # The command prints to the same terminal, so print everything before it.
     sys.stdout.flush()
     status = subprocess.run([sys.executable, "-m", "normswap", *arguments], cwd=ROOT, check=False).returncode
     if status != 0:
-        raise SystemExit(f"normswap {arguments[0]} ended with status {status}: see its message above")
+        raise SystemExit(f"error: `normswap {arguments[0]}` failed with exit status {status}; see its message above")
     console.print()
 
 
 def check_same(original: nn.Module, converted: nn.Module, digits: Digits) -> str:
-    """Return a line on the two networks right after the swap.
+    """Compare the two networks after conversion; return a line with their accuracies.
 
     Raises:
         RuntimeError: their accuracies differ.
@@ -87,14 +87,14 @@ def check_same(original: nn.Module, converted: nn.Module, digits: Digits) -> str
         for name, domain in (("source", digits.source), ("target", digits.target))
     ]
     if any(before != after for _, before, after in pairs):
-        raise RuntimeError(f"accuracies right after the swap differ (original, converted): {pairs}")
+        raise RuntimeError(f"expected equal accuracies after conversion, got (name, original, converted): {pairs}")
     figures = ", ".join(f"{name} {before:.1f} = {after:.1f} %" for name, before, after in pairs)
     error = relative_output_error(original, converted, digits.source.test.pixels)
-    return f"original = converted: {figures}; relative output error in float32 {error:.1e}"
+    return f"accuracy, original = converted: {figures}; relative output error in float32 {error:.1e}"
 
 
 def recipe_keys() -> list[str]:
-    """Return the options that put the demo's file, batch size and length over the recipe."""
+    """Return the options that set the file, the batch size and the number of steps of the demo in the recipe."""
     keys = {
         "model.checkpoint": CONVERTED,
         "data.batch_size": FINE_TUNING.batch_size,
@@ -104,12 +104,12 @@ def recipe_keys() -> list[str]:
         "train.seed": DEMO_SEED,
         "run.output": TUNED,
     }
-    return [word for key, value in keys.items() for word in ("--set", f"{key}={value}")]
+    return [argument for key, value in keys.items() for argument in ("--set", f"{key}={value}")]
 
 
 def outcome_of_recipe(converted: nn.Module, tuned: nn.Module, digits: Digits) -> Outcome:
-    """Measure the network that the recipe has trained, as the arms are measured."""
-    log = read_journal(ROOT / TUNED)
+    """Measure the network trained by the recipe in the same way as the arms."""
+    entries = read_journal(ROOT / TUNED)
     return Outcome(
         arm="converted",
         seed=DEMO_SEED,
@@ -119,24 +119,24 @@ def outcome_of_recipe(converted: nn.Module, tuned: nn.Module, digits: Digits) ->
         validation=accuracy(tuned, digits.target.validation),
         target=accuracy(tuned, digits.target.test),
         source=accuracy(tuned, digits.source.test),
-        is_finite=True,  # else the recipe had stopped
-        seconds=next(record["seconds"] for record in reversed(log) if "seconds" in record),
+        is_finite=True,  # otherwise the recipe fails
+        seconds=next(record["seconds"] for record in reversed(entries) if "seconds" in record),
     )
 
 
-def finetune_arm(name: str, arm: Arm, network: nn.Module, digits: Digits, say: Callable[[str], None]) -> Outcome:
-    """Fine-tune and measure one arm, and say so."""
+def finetune_arm(name: str, arm: Arm, network: nn.Module, digits: Digits, log: Callable[[str], None]) -> Outcome:
+    """Fine-tune and measure one arm, and print its accuracy."""
     _, outcome = run_arm(name, arm, network, digits, rate=DEMO_RATE, settings=FINE_TUNING, seed=DEMO_SEED)
-    say(f"  {arm.title}: {outcome.target:.1f} % on the target")
+    log(f"  {arm.title}: {outcome.target:.1f} % on the target")
     return outcome
 
 
 def outcome_table(outcomes: list[Outcome]) -> Table:
-    """Return one row per arm: test accuracies in percent."""
+    """Return the test accuracies in percent, one row per arm."""
     title = f"Test accuracy (%), before and after {FINE_TUNING.steps} steps at batch size {FINE_TUNING.batch_size}"
     table = Table(title=title, title_justify="left")
     table.add_column("arm")
-    for column in ("source, right after the swap", "target, before", "target, after", "source, after"):
+    for column in ("source, before", "target, before", "target, after", "source, after"):
         table.add_column(column, justify="right")
     for outcome in outcomes:
         figures = (outcome.source_before, outcome.target_before, outcome.target, outcome.source)
@@ -147,15 +147,15 @@ def outcome_table(outcomes: list[Outcome]) -> Table:
 
 def importance_table(model: nn.Module) -> Table:
     """Return the importance weights of every site, for means and for variances."""
-    title = "Importance weights that the gates learned (all started at bn = 1)"
+    title = "Learned importance weights (all started at bn = 1)"
     table = Table(title=title, title_justify="left")
     table.add_column("site")
     for kind in ("mean", "variance"):
         for branch in BRANCHES:
             table.add_column(f"{kind} {branch}", justify="right")
     for site, weights in normswap.importance_weights(model).items():
-        shares = [kind.get(branch) for kind in weights for branch in BRANCHES]
-        table.add_row(site, *("-" if share is None else f"{share:.2f}" for share in shares))
+        values = [kind.get(branch) for kind in weights for branch in BRANCHES]
+        table.add_row(site, *("-" if value is None else f"{value:.2f}" for value in values))
     return table
 
 

@@ -1,7 +1,7 @@
-"""The fine-tuning evidence: every arm at batch size 2 on shifted digits, several seeds -> docs/measured/evidence.md.
+"""Compare all arms at batch size 2 on shifted digits with several seeds (`make evidence`) -> docs/measured/evidence.md.
 
-Run by `make evidence`. Raw numbers go to benchmarks/results; `--rewrite` writes the report from them without
-running anything. Exit status 1 where the converted network lacks the wanted lead or equality.
+All measurements are in benchmarks/results/evidence.json; `--rewrite` only writes the page from them. Exit status 1 if
+the converted network differs from the original or its lead is below the target.
 """
 
 import argparse
@@ -24,19 +24,19 @@ from torchvision.utils import save_image
 
 import normswap
 from benchmarks.finetuning.arms import ARMS, convert
-from benchmarks.finetuning.evidence_records import Evidence, Parity, Section, choose, read_json, write_json
-from benchmarks.finetuning.evidence_report import is_claim_held, write_report
+from benchmarks.finetuning.evidence_records import Evidence, Section, SwapComparison, choose, read_json, write_json
+from benchmarks.finetuning.evidence_report import meets_targets, write_report
 from benchmarks.finetuning.protocol import MAIN, OTHERS, SOURCE_TRAINING, Setting, architecture
 from benchmarks.finetuning.training import Outcome, accuracy, relative_output_error, run_arm, train_source
-from benchmarks.paths import DOCS, RESULTS
+from benchmarks.paths import PAGES, RESULTS
 from benchmarks.provenance import machine
-from normswap.finetune.data.digits import SHIFT, SPLIT, Digits, prepare_digits
+from normswap.finetune.digits import SHIFT, SPLIT, Digits, prepare_digits
 
 Weights = dict[str, list[dict[str, float]]]
 
 
 def main() -> int:
-    """Run (or only rewrite) the evidence; return the exit status."""
+    """Run the evidence, or only write the page; return the exit status."""
     options = _options()
     raw = options.records
     if options.rewrite:
@@ -46,30 +46,32 @@ def main() -> int:
         write_json(evidence, raw)
     write_report(evidence, options.output / "evidence.md")
     write_sample(options.output / "digits.png")
-    held = is_claim_held(evidence)
-    print(f"wrote {options.output / 'evidence.md'}: the claim {'holds' if held else 'DOES NOT HOLD'}")
-    return 0 if held else 1
+    passed = meets_targets(evidence)
+    print(f"wrote {options.output / 'evidence.md'}: the targets are {'met' if passed else 'NOT MET'}")
+    return 0 if passed else 1
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds to run (default 0 1 2)")
-    parser.add_argument("--output", type=Path, default=DOCS, help="existing folder of the report")
-    parser.add_argument("--sensitivity", action="store_true", help="also with more steps and with AdamW: 3 x the time")
-    parser.add_argument("--rewrite", action="store_true", help="run nothing, write the report from evidence.json")
+    parser.add_argument("--output", type=Path, default=PAGES, help="existing folder (default docs/measured)")
+    parser.add_argument(
+        "--sensitivity", action="store_true", help="repeat with more steps and with AdamW (3 x the time)"
+    )
+    parser.add_argument("--rewrite", action="store_true", help="only write the page from evidence.json")
     options = parser.parse_args()
     if len(set(options.seeds)) != len(options.seeds) or min(options.seeds) < 0:
-        parser.error(f"--seeds: expected different numbers from 0 up, got {options.seeds}")
+        parser.error(f"--seeds: expected distinct integers of at least 0, got {options.seeds}")
     if not options.output.is_dir():
         parser.error(f"--output: expected an existing folder, got {options.output}")
-    options.records = (RESULTS if options.output == DOCS else options.output) / "evidence.json"
+    options.records = (RESULTS if options.output == PAGES else options.output) / "evidence.json"
     if options.rewrite and not options.records.is_file():
-        parser.error(f"--rewrite: no file {options.records}; run without --rewrite first")
+        parser.error(f"--rewrite: expected the file {options.records}; first run without --rewrite")
     return options
 
 
 def collect(seeds: list[int], settings: tuple[Setting, ...]) -> Evidence:
-    """Run every setting on every seed, one process per core; a seed's numbers do not depend on the others."""
+    """Run every setting with every seed, in one process per core. Seeds do not depend on each other."""
     start = time.monotonic()
     with ProcessPoolExecutor(max_workers=os.cpu_count(), mp_context=get_context("spawn")) as pool:
         runs = list(pool.map(run_seed, seeds, [settings] * len(seeds)))
@@ -85,7 +87,7 @@ def collect(seeds: list[int], settings: tuple[Setting, ...]) -> Evidence:
             "shift": asdict(SHIFT),
             "source_training": asdict(SOURCE_TRAINING),
         },
-        parity=[run.parity for run in runs],
+        after_swap=[run.after_swap for run in runs],
         weights=[run.weights for run in runs],
         sections=[
             Section(s.title, asdict(s.tuning), [o for run in runs for o in run.outcomes[s.title]]) for s in settings
@@ -94,20 +96,20 @@ def collect(seeds: list[int], settings: tuple[Setting, ...]) -> Evidence:
 
 
 class SeedRun(NamedTuple):
-    """What one seed gave: outcomes by setting, and what the converted network learned at its chosen rate."""
+    """The results of one seed: outcomes by setting, and the weights of the converted arm at its selected rate."""
 
-    parity: Parity
+    after_swap: SwapComparison
     outcomes: dict[str, list[Outcome]]
     weights: Weights
 
 
 def run_seed(seed: int, settings: tuple[Setting, ...]) -> SeedRun:
-    """Train the source network of one seed and run every arm of every setting on it."""
-    torch.set_num_threads(1)  # images this small gain nothing from a second thread, and sums keep their order
+    """Train the source network of one seed and run every arm of every setting with it."""
+    torch.set_num_threads(1)  # small images are not faster with two threads; one thread sums in a fixed order
     digits = prepare_digits(seed=seed)
     network = train_source(digits, seed=seed)
-    parity = measure_parity(network, digits, seed=seed)
-    print(f"seed {seed}: {parity}", flush=True)
+    after_swap = compare_after_swap(network, digits, seed=seed)
+    print(f"seed {seed}: {after_swap}", flush=True)
     weights: Weights = {}
     outcomes: dict[str, list[Outcome]] = {}
     for setting in settings:
@@ -117,13 +119,13 @@ def run_seed(seed: int, settings: tuple[Setting, ...]) -> SeedRun:
             if setting is settings[0] and name == "converted":
                 best = choose(outcome for outcome, _ in runs)
                 weights = next(learned for outcome, learned in runs if outcome is best)
-    return SeedRun(parity, outcomes, weights)
+    return SeedRun(after_swap, outcomes, weights)
 
 
 def run_grid(
     name: str, setting: Setting, network: nn.Module, digits: Digits, *, seed: int
 ) -> Iterator[tuple[Outcome, Weights]]:
-    """Yield the outcome of one arm at every rate, with the importance weights that it learned."""
+    """Yield the outcome and the learned importance weights of one arm at every learning rate."""
     for rate in setting.tuning.rates:
         model, outcome = run_arm(name, ARMS[name], network, digits, rate=rate, settings=setting.tuning, seed=seed)
         print(
@@ -135,11 +137,11 @@ def run_grid(
         yield outcome, {site: [w.mean, w.var] for site, w in normswap.importance_weights(model).items()}
 
 
-def measure_parity(network: nn.Module, digits: Digits, *, seed: int) -> Parity:
-    """Compare the trained network with its conversion before any step, on all test images."""
+def compare_after_swap(network: nn.Module, digits: Digits, *, seed: int) -> SwapComparison:
+    """Compare the trained network with its conversion on all test images, before the first step."""
     converted = convert(network)
     source, target = digits.source.test, digits.target.test
-    return Parity(
+    return SwapComparison(
         seed=seed,
         source_original=accuracy(network, source),
         source_converted=accuracy(converted, source),
@@ -150,14 +152,14 @@ def measure_parity(network: nn.Module, digits: Digits, *, seed: int) -> Parity:
 
 
 def write_sample(path: Path, *, count: int = 12) -> None:
-    """Write a picture of `count` test images of the source over as many of the target."""
+    """Write an image of `count` test images of the source above as many of the target."""
     digits = prepare_digits(seed=0)
     pixels = [domain.test.pixels[:count] for domain in (digits.source, digits.target)]
     save_image((torch.cat(pixels) + 1) / 2, path, nrow=count)
 
 
 def describe_versions() -> dict[str, str]:
-    """Return the versions that the numbers depend on."""
+    """Return the versions of the packages that affect the results."""
     packages = ("torch", "timm", "scikit-learn", "normswap")
     return {"python": platform.python_version()} | {name: version(name) for name in packages}
 

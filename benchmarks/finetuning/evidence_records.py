@@ -1,20 +1,20 @@
-"""What the evidence run keeps: outcomes, parity, learned weights, and where they came from; as JSON and back.
+"""The records of the evidence: outcomes, comparisons after the swap, learned weights and conditions, as JSON.
 
-Decides only which learning rate an arm is judged at: the one with the best accuracy on validation images.
+An arm is compared at the learning rate with the best accuracy on the validation images.
 """
 
-import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.finetuning.training import Outcome
+from benchmarks.records import read_document, write_document
 
 
 @dataclass(frozen=True)
-class Parity:
-    """The network right after the swap beside the original: test accuracies in percent, float32 output error."""
+class SwapComparison:
+    """The original and the converted network before fine-tuning: test accuracies in percent, float32 output error."""
 
     seed: int
     source_original: float
@@ -25,7 +25,7 @@ class Parity:
 
     @property
     def is_equal(self) -> bool:
-        """Whether both accuracies are equal, exactly."""
+        """Return true if both pairs of accuracies are exactly equal."""
         return self.source_original == self.source_converted and self.target_original == self.target_converted
 
 
@@ -40,11 +40,11 @@ class Section:
 
 @dataclass(frozen=True)
 class Evidence:
-    """One whole run.
+    """All results of one run.
 
     Args:
         protocol: the constants of `protocol`, by name.
-        weights: per seed, per site: importance weights of means and of variances by branch, of the converted arm.
+        weights: importance weights of the converted arm: by seed, by site, for means and variances, by branch.
     """
 
     date: str
@@ -53,36 +53,36 @@ class Evidence:
     seconds: float
     seeds: list[int]
     protocol: dict[str, Any]
-    parity: list[Parity]
+    after_swap: list[SwapComparison]
     weights: list[dict[str, list[dict[str, float]]]]
     sections: list[Section]
 
 
 def choose(outcomes: Iterable[Outcome]) -> Outcome:
-    """Return the outcome with the best validation accuracy; of equals, the one of the smallest rate."""
+    """Return the outcome with the best validation accuracy; if several are equal, the one with the lowest rate."""
     return min(outcomes, key=lambda outcome: (-outcome.validation, outcome.rate))
 
 
 def chosen(section: Section, arm: str) -> list[Outcome]:
-    """Return one outcome per seed for `arm`, each at its chosen rate."""
+    """Return one outcome per seed for `arm`, each at its selected rate."""
     seeds = sorted({outcome.seed for outcome in section.outcomes})
     return [choose(o for o in section.outcomes if o.arm == arm and o.seed == seed) for seed in seeds]
 
 
 def arms_of(section: Section) -> list[str]:
-    """Return the arms of a section in the order in which they were run."""
+    """Return the arms of a section in the order of the runs."""
     return list(dict.fromkeys(outcome.arm for outcome in section.outcomes))
 
 
 def write_json(evidence: Evidence, path: Path) -> None:
-    """Write all raw numbers."""
-    path.write_text(json.dumps(asdict(evidence), indent=1) + "\n", encoding="utf-8")
+    """Write all results."""
+    write_document(path, asdict(evidence))
 
 
 def read_json(path: Path) -> Evidence:
-    """Return what `write_json` wrote."""
-    stored = json.loads(path.read_text(encoding="utf-8"))
-    stored["parity"] = [Parity(**entry) for entry in stored["parity"]]
+    """Read results written by `write_json`."""
+    stored = read_document(path)
+    stored["after_swap"] = [SwapComparison(**entry) for entry in stored["after_swap"]]
     stored["sections"] = [
         Section(entry["title"], entry["tuning"], [Outcome(**outcome) for outcome in entry["outcomes"]])
         for entry in stored["sections"]

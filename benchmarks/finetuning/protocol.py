@@ -1,7 +1,7 @@
-"""Every number of the demo and of the fine-tuning evidence: network, training, learning rates.
+"""The constants of the demo and of the fine-tuning evidence: network, training, learning rates.
 
-Holds constants only; the data are drawn by `normswap.finetune.data.digits`. The demo and the evidence read the same ones;
-the evidence copies them into its report.
+Both programs use the same constants, and the evidence copies them into its page. `normswap.finetune.digits` draws the
+data.
 """
 
 from dataclasses import dataclass
@@ -10,13 +10,13 @@ from typing import Literal
 NETWORK = (
     "test_resnet"  # the smallest ResNet of timm: basic and bottleneck blocks, 15 BN sites, 0.37 million parameters
 )
-# Stride 8 leaves 4 x 4 positions at the last stage, where the smallest images would otherwise end at 1 x 1.
+# With an output stride of 8 the last stage has 4 x 4 positions; by default it would have 1 x 1.
 NETWORK_OPTIONS = {"in_chans": 3, "num_classes": 10, "output_stride": 8}
 
 
 @dataclass(frozen=True)
 class SourceTraining:
-    """How the BN network is trained on clean digits, by SGD under a one-cycle schedule."""
+    """Training of the BN network on clean digits, by SGD with a one-cycle schedule."""
 
     epochs: int = 20
     batch_size: int = 64
@@ -28,14 +28,14 @@ class SourceTraining:
 
 @dataclass(frozen=True)
 class FineTuning:
-    """How every arm is fine-tuned on the target domain; the rate falls linearly to 0.
+    """Fine-tuning of every arm on the target domain. The learning rate falls linearly to 0.
 
     Args:
         steps, batch_size: the same for all arms, as are the batches and their order.
-        rates: the grid that each arm's learning rate is chosen from, on the target's validation images.
-        momentum: of SGD; AdamW keeps torch's own betas.
-        clip: largest norm of the gradient of the network's own parameters. Gates are left out: they cannot run
-            away from the simplex, and beside large gradients of the network they would hardly move.
+        rates: the grid of learning rates. Each arm gets the best one on the validation images of the target.
+        momentum: of SGD. AdamW has the default betas of torch.
+        clip: largest gradient norm of the parameters other than gates. Gates are not clipped: they stay on the
+            simplex, and together with large gradients of the network they would hardly move.
         gate_rate: learning rate of the gates, in units of the network's.
     """
 
@@ -51,7 +51,7 @@ class FineTuning:
 
 @dataclass(frozen=True)
 class Setting:
-    """One way of fine-tuning, and the arms that are put through it."""
+    """A fine-tuning configuration and the arms that run with it."""
 
     title: str
     tuning: FineTuning
@@ -72,7 +72,7 @@ ALL_ARMS = (
 )
 MAIN = Setting("The comparison", FINE_TUNING, ALL_ARMS)
 
-# Other settings are run with the strongest rivals only, and with the rates that can matter to them.
+# Other settings run only the strongest arms, with the rates that are useful for them.
 _STRONGEST = ("adapted", "bn_then_reestimated", "group_norm", "converted")
 _ADAMW_RATES = (0.0003, 0.001, 0.003)
 OTHERS = (
@@ -89,13 +89,13 @@ DEMO_SEED = 0
 DEMO_RATE = 0.01
 DEMO_ARMS = ("bn", "frozen", "group_norm", "converted")
 
-# Points of accuracy by which the converted network is to lead the best arm of WANTED_LEAD_OVER after fine-tuning.
-WANTED_LEAD = 20.0
-WANTED_LEAD_OVER = ("bn", "frozen", "adapted")
-# Largest relative output error right after the swap, in float32.
-WANTED_ERROR = 1e-5
+# Target: after fine-tuning, the converted network leads the best arm of TARGET_LEAD_OVER by so many points.
+TARGET_LEAD = 20.0
+TARGET_LEAD_OVER = ("bn", "frozen", "adapted")
+# Target: largest relative output error after conversion, in float32.
+TARGET_ERROR = 1e-5
 
 
 def architecture() -> str:
-    """Return the network as `normswap --arch` takes it."""
+    """Return the network as a value for `normswap --arch`."""
     return ",".join([f"timm:{NETWORK}", *(f"{key}={value}" for key, value in NETWORK_OPTIONS.items())])

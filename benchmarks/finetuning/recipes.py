@@ -1,12 +1,11 @@
-"""The recipe for small batches, carried out: batch sizes 1, 2 and 4, with and without what it has that others have not.
+"""Run the recipe for small batches and measure its training loop (`make recipes`) -> docs/measured/small-batch.md.
 
-Three ways of training at three batch sizes over three seeds, and what the loop costs beside one written by hand ->
-docs/measured/small-batch.md. Run by `make recipes`; it goes on where it was interrupted. `--rewrite`
-writes the page from the records without running anything; `recipes.py --peak engine|hand` prints the peak of one loop.
+The recipe, the recipe without its penalty, and plain BN run at three batch sizes over three seeds. The training loop is
+compared with a loop written by hand. An interrupted run resumes; `--rewrite` only writes the page from the records.
+`--peak engine|hand` prints the peak memory of one loop.
 """
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
@@ -21,52 +20,54 @@ import torch
 import torch.nn.functional as F
 
 import normswap
-from benchmarks.paths import DOCS, RESULTS, ROOT
+from benchmarks.paths import PAGES, RESULTS, ROOT
 from benchmarks.provenance import provenance
+from benchmarks.records import read_document, write_document
 from benchmarks.speed.memory import process_memory
-from normswap.finetune.data.datasets import Data
+from normswap.finetune.data import Data
+from normswap.finetune.optimizer import build_optimizer
+from normswap.finetune.preparation import prepare
 from normswap.finetune.recipe import Recipe, read_recipe
-from normswap.finetune.setup import build_optimizer, prepare
-from normswap.surgery.importance import gate_parameters
+from normswap.surgery.gated import gate_parameters
 
 RECIPE, SOURCE = "digits_small_batch", "digits_source"
 SEEDS, BATCHES = (0, 1, 2), (1, 2, 4)
 ARMS = {
     "recipe": ("the recipe", ()),
-    "no price": ("the recipe, price 0", ("train.batch_price=0.0",)),
+    "no penalty": ("the recipe, penalty 0", ("train.batch_price=0.0",)),
     "bn": ("BN in training mode", ("convert.enabled=false", "train.batch_price=0.0")),
 }
-# Wanted: points that the recipe may lose from batch size 4 to 1, that BN loses at least, and what the loop may cost.
-MOST_LOST, LEAST_LOST_BY_BN, MOST_COST = 2.0, 30.0, 1.03
+# Targets: largest loss of the recipe from batch size 4 to 1 in points, smallest loss of BN, largest cost of the loop.
+MAX_LOSS, MIN_LOSS_OF_BN, MAX_COST = 2.0, 30.0, 1.03
 _COST_STEPS, _COST_ROUNDS = 40, 5
 
 
 def main() -> None:
-    """Make the runs that are missing, and write the page."""
+    """Run what the records do not contain, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rewrite", action="store_true", help="run nothing, write the page from the records")
+    parser.add_argument("--rewrite", action="store_true", help="only write the page from the records")
     parser.add_argument("--peak", choices=("engine", "hand"), help="print the peak memory of one loop in bytes")
     options = parser.parse_args()
-    torch.set_num_threads(1)  # images this small gain nothing from a second thread, and sums keep their order
+    torch.set_num_threads(1)  # small images are not faster with two threads; one thread sums in a fixed order
     if options.peak:
         print(_peak(options.peak))
         return
     records = RESULTS / "small-batch.json"
-    found: dict[str, Any] = json.loads(records.read_text()) if records.exists() else {"runs": []}
+    found: dict[str, Any] = read_document(records) or {"runs": []}
     if not options.rewrite:
         found["provenance"] = provenance()
         with tempfile.TemporaryDirectory() as folder:
             for _ in _measure(found, Path(folder)):
-                records.write_text(json.dumps(found, indent=1) + "\n")
-    (DOCS / "small-batch.md").write_text(_page(found))
-    print(f"wrote {DOCS / 'small-batch.md'}")
+                write_document(records, found)
+    (PAGES / "small-batch.md").write_text(_page(found))
+    print(f"wrote {PAGES / 'small-batch.md'}")
 
 
 def _measure(found: dict[str, Any], folder: Path) -> Iterator[None]:
-    """Add what is missing to the records, one after the other."""
-    made = {(run["arm"], run["batch"], run["seed"]) for run in found["runs"]}
+    """Add the missing results to the records, one after the other."""
+    known = {(run["arm"], run["batch"], run["seed"]) for run in found["runs"]}
     for seed, arm, batch in product(SEEDS, ARMS, BATCHES):
-        if (arm, batch, seed) not in made:
+        if (arm, batch, seed) not in known:
             found["runs"].append(_run(arm, batch, seed, folder))
             print(found["runs"][-1], flush=True)
             yield
@@ -76,13 +77,13 @@ def _measure(found: dict[str, Any], folder: Path) -> Iterator[None]:
 
 
 def _run(arm: str, batch: int, seed: int, folder: Path) -> dict[str, Any]:
-    """Carry out the recipe, from the source network of that seed."""
+    """Run the recipe, starting from the source network of the seed."""
     source = folder / f"source-{seed}"
     if not source.exists():
         normswap.run_recipe(read_recipe(SOURCE, [f"run.output={source}", f"train.seed={seed}"]))
     output = folder / f"{arm.replace(' ', '-')}-{batch}-{seed}"
-    own = (f"run.output={output}", f"train.seed={seed}", f"data.batch_size={batch}")
-    recipe = read_recipe(RECIPE, [f"model.checkpoint={source / 'model.pt'}", *own, *ARMS[arm][1]])
+    overrides = (f"run.output={output}", f"train.seed={seed}", f"data.batch_size={batch}")
+    recipe = read_recipe(RECIPE, [f"model.checkpoint={source / 'model.pt'}", *overrides, *ARMS[arm][1]])
     start = time.thread_time()
     outcome = normswap.run_recipe(recipe)
     shares = [share for site in outcome.importance.values() for share in (site.mean["bn"], site.var["bn"])]
@@ -98,15 +99,15 @@ def _run(arm: str, batch: int, seed: int, folder: Path) -> dict[str, Any]:
     }
 
 
-# --- what the loop costs ----------------------------------------------------------------------------------------------
+# --- the cost of the loop ---------------------------------------------------------------------------------------------
 
 
 def _cost(folder: Path) -> dict[str, Any]:
-    """Ratios of the engine's loop to one written by hand: CPU time a step in one process, peaks in fresh ones."""
+    """Return ratios of the loop of the package to one written by hand: CPU time and peak memory of a process."""
     ratios = []
     for number in range(_COST_ROUNDS):
-        with tempfile.TemporaryDirectory(dir=folder) as place:
-            recipe = _cost_recipe(Path(place))
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            recipe = _cost_recipe(Path(scratch))
             times = {name: _time(loop, recipe) for name, loop in _in_turn(number)}
         ratios.append(times["engine"] / times["hand"])
     peaks: dict[str, list[int]] = {"engine": [], "hand": []}
@@ -123,7 +124,7 @@ def _in_turn(number: int) -> list[tuple[str, Callable[..., None]]]:
 
 
 def _cost_recipe(folder: Path) -> Recipe:
-    """A converted resnet18 on images of 64 pixels, 8 at a time: small enough that a loop's own cost shows."""
+    """Return a recipe for a converted resnet18 with 8 images of 64 pixels: steps are short, so the loop matters."""
     model = folder / "model.pt"
     if not model.exists():
         network, plan, _ = normswap.convert(prepare(_plain_recipe(folder)).model, torch.randn(2, 3, 64, 64))
@@ -149,7 +150,7 @@ def _cost_keys(folder: Path) -> list[str]:
 
 
 def _time(loop: Callable[..., None], recipe: Recipe) -> float:
-    """Seconds of CPU time of the steps after the first few."""
+    """Return the CPU seconds of all steps after the first 5."""
     marks: list[float] = []
     loop(recipe, lambda *_: marks.append(time.process_time()))
     return marks[-1] - marks[4]
@@ -160,7 +161,7 @@ def _by_engine(recipe: Recipe, on_step: Callable[[int, int], None]) -> None:
 
 
 def _by_hand(recipe: Recipe, on_step: Callable[[int, int], None]) -> None:
-    """The same steps as one would write them in a script, without a log, a schedule's file, or an answer to signals."""
+    """Run the same steps as in a short script, without log, run files or signal handlers."""
     prepared, train = prepare(recipe), recipe.train
     model = prepared.model.train()
     optimizer = build_optimizer(model, train)
@@ -174,7 +175,7 @@ def _by_hand(recipe: Recipe, on_step: Callable[[int, int], None]) -> None:
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-        loss.item()  # which every loop looks at
+        loss.item()  # every training loop reads the loss
         on_step(step, _COST_STEPS)
 
 
@@ -186,15 +187,15 @@ def _batches(data: Data) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
 
 
 def _peak(name: str) -> int:
-    """Bytes that the process holds at its peak, up to the end of the last step."""
+    """Return the peak memory of the process in bytes, at the end of the last step."""
     peak = 0
 
-    def look(*_: int) -> None:
+    def measure(*_: int) -> None:
         nonlocal peak
         peak = process_memory("VmHWM")
 
     with tempfile.TemporaryDirectory() as folder:
-        {"engine": _by_engine, "hand": _by_hand}[name](_cost_recipe(Path(folder)), look)
+        {"engine": _by_engine, "hand": _by_hand}[name](_cost_recipe(Path(folder)), measure)
     return peak
 
 
@@ -204,21 +205,21 @@ def _peak(name: str) -> int:
 def _page(found: dict[str, Any]) -> str:
     after = {(arm, batch): _of(found, arm, batch, "after") for arm, batch in product(ARMS, BATCHES)}
     lines = [
-        "# Small batches: what the recipe reaches",
+        "# Accuracy of the recipe for small batches",
         "",
-        f"Written by `make recipes` (`benchmarks/recipes.py`). {found.get('provenance', '')}",
+        f"Written by `make recipes` (`python -m benchmarks.finetuning.recipes`). {found.get('provenance', '')}",
         "",
-        "`normswap finetune digits_small_batch`: a network trained with Batch Normalization on clean digits goes on",
-        "training on digits of other colours, texture, contrast and noise, 4 times through 400 images whatever the",
+        "`normswap finetune digits_small_batch`: a network trained with Batch Normalization on clean digits is",
+        "fine-tuned on digits with other colours, texture, contrast and noise, for 4 epochs of 400 images at every",
         "batch size. Accuracy on 250 test images in percent, mean of the seeds (one value per seed).",
         "",
         "| batch size | " + " | ".join(title for title, _ in ARMS.values()) + " |",
         "|---|" + "---|" * len(ARMS),
-        *(f"| {batch} | " + " | ".join(_told(after[arm, batch]) for arm in ARMS) + " |" for batch in BATCHES),
+        *(f"| {batch} | " + " | ".join(_mean_and_seeds(after[arm, batch]) for arm in ARMS) + " |" for batch in BATCHES),
         "",
         *_verdicts(after),
         "",
-        "Before training: " + _told(sorted({run["before"] for run in found["runs"]})) + ".",
+        "Before training: " + _mean_and_seeds(sorted({run["before"] for run in found["runs"]})) + ".",
         "",
         *_cost_lines(found.get("cost")),
     ]
@@ -229,24 +230,24 @@ def _of(found: dict[str, Any], arm: str, batch: int, key: str) -> list[float]:
     return [run[key] for run in found["runs"] if (run["arm"], run["batch"]) == (arm, batch)]
 
 
-def _told(values: list[float]) -> str:
+def _mean_and_seeds(values: list[float]) -> str:
     if not values:
         return "-"
     return f"{statistics.mean(values):.1f} ({', '.join(f'{value:.1f}' for value in values)})"
 
 
 def _verdicts(after: dict[tuple[str, int], list[float]]) -> list[str]:
-    """What was wanted of the step from batches of 4 to single images, and what was found."""
+    """Compare the loss of accuracy from batches of 4 to single images with the targets."""
     lost = {arm: statistics.mean(after[arm, 4]) - statistics.mean(after[arm, 1]) for arm in ARMS if after[arm, 1]}
-    wanted = {
-        "recipe": (lost.get("recipe", 0) <= MOST_LOST, f"wanted at most {MOST_LOST:g}"),
-        "bn": (lost.get("bn", 0) >= LEAST_LOST_BY_BN, f"expected at least {LEAST_LOST_BY_BN:g}"),
+    targets = {
+        "recipe": (lost.get("recipe", 0) <= MAX_LOSS, f"target at most {MAX_LOSS:g}"),
+        "bn": (lost.get("bn", 0) >= MIN_LOSS_OF_BN, f"expected at least {MIN_LOSS_OF_BN:g}"),
     }
-    lines = ["From batches of 4 to single images, points of accuracy lost:", ""]
+    lines = ["Loss of accuracy from batches of 4 to single images, in points:", ""]
     for arm, points in lost.items():
         verdict = ""
-        if arm in wanted:
-            met, text = wanted[arm]
+        if arm in targets:
+            met, text = targets[arm]
             verdict = f" ({text}: {'met' if met else '**not met**'})"
         lines.append(f"- {ARMS[arm][0]}: {points:.1f}{verdict}")
     return lines
@@ -257,13 +258,13 @@ def _cost_lines(cost: dict[str, Any] | None) -> list[str]:
         return []
 
     def verdict(ratio: float) -> str:
-        return f"{ratio:.3f}, {'met' if ratio <= MOST_COST else '**not met**'}"
+        return f"{ratio:.3f}, {'met' if ratio <= MAX_COST else '**not met**'}"
 
     return [
-        "## What the loop costs",
+        "## Cost of the training loop",
         "",
-        f"Beside the same steps written by hand (converted `resnet18`, 8 images of 64 pixels, {_COST_STEPS} steps),",
-        f"wanted at most {MOST_COST:g}:",
+        f"Ratio to the same steps written by hand (converted `resnet18`, 8 images of 64 pixels, {_COST_STEPS} steps);",
+        f"target at most {MAX_COST:g}:",
         "",
         f"- CPU time, median of {len(cost['times'])} ratios in one process: {verdict(cost['time'])}",
         f"- peak memory of a process, {cost['peaks'][0] / 1e6:.0f} to {cost['peaks'][1] / 1e6:.0f} MB, medians of 3: "

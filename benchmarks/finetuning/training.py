@@ -1,7 +1,7 @@
-"""Training and measuring: the source network, and one arm fine-tuned at one learning rate.
+"""Train the source network; fine-tune and measure one arm at one learning rate.
 
-Every arm gets the same batches in the same order, the same number of steps and the same optimizer; what differs
-is what `arms` says. Accuracies are in percent, measured in evaluation.
+All arms get the same batches in the same order, the same number of steps and the same optimizer; they differ only as
+`arms` defines. Accuracies are in percent, in evaluation mode.
 """
 
 import math
@@ -23,13 +23,13 @@ GATES = ("mean_weight", "var_weight")
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one arm reached at one learning rate: accuracies in percent.
+    """The result of one arm at one learning rate. Accuracies are in percent.
 
     Args:
-        source_before, target_before: on the test images, after the swap and before any step.
-        validation: on the target's validation images, after fine-tuning; the rate is chosen by it.
+        source_before, target_before: on the test images, after the swap and before the first step.
+        validation: on the validation images of the target, after fine-tuning; selects the learning rate.
         target, source: on the test images, after fine-tuning.
-        is_finite: whether the loss stayed finite to the last step.
+        is_finite: true if the loss of the last step is finite.
     """
 
     arm: str
@@ -51,10 +51,10 @@ def build_network(*, seed: int) -> nn.Module:
 
 
 def train_source(digits: Digits, *, seed: int, training: SourceTraining = SOURCE_TRAINING) -> nn.Module:
-    """Return the BN network trained on the source's training images.
+    """Return the BN network, trained on the training images of the source.
 
     Raises:
-        RuntimeError: it did not learn them, so that no comparison would mean anything.
+        RuntimeError: the validation accuracy is too low for a comparison.
     """
     model = build_network(seed=seed).train()
     pixels, labels = digits.source.train
@@ -71,14 +71,14 @@ def train_source(digits: Digits, *, seed: int, training: SourceTraining = SOURCE
     reached = accuracy(model, digits.source.validation)
     if reached < training.least_validation_accuracy:
         raise RuntimeError(
-            f"the source network reached {reached:.1f} % on validation images, "
-            f"expected at least {training.least_validation_accuracy} %: train it longer"
+            f"the source network reached {reached:.1f} % on the validation images, "
+            f"expected at least {training.least_validation_accuracy} %; increase SourceTraining.epochs"
         )
     return model.eval()
 
 
 def batch_order(count: int, *, steps: int, batch_size: int, seed: int) -> Tensor:
-    """Return indices (steps, batch_size) into `count` images, one random pass after the other, without remainders."""
+    """Return indices (steps, batch_size) into `count` images from successive random passes without remainders."""
     generator = torch.Generator().manual_seed(seed)
     per_pass = count // batch_size
     passes = math.ceil(steps / per_pass)
@@ -88,16 +88,16 @@ def batch_order(count: int, *, steps: int, batch_size: int, seed: int) -> Tensor
 
 @torch.no_grad()
 def accuracy(model: nn.Module, images: Images) -> float:
-    """Return the share of right answers in evaluation, in percent; the model's mode is put back."""
+    """Return the accuracy in evaluation mode, in percent. The mode of the model is restored."""
     was_training = model.training
-    answers = model.eval()(images.pixels).argmax(1)
+    predictions = model.eval()(images.pixels).argmax(1)
     model.train(was_training)
-    return 100 * float((answers == images.labels).double().mean())
+    return 100 * float((predictions == images.labels).double().mean())
 
 
 @torch.no_grad()
 def relative_output_error(original: nn.Module, converted: nn.Module, pixels: Tensor) -> float:
-    """Return the relative L2 distance of two models' outputs in evaluation, in the dtype of `pixels`."""
+    """Return the relative L2 distance between the outputs of two models in evaluation mode."""
     expected, got = original.eval()(pixels), converted.eval()(pixels)
     return float(torch.linalg.vector_norm(got - expected) / torch.linalg.vector_norm(expected))
 
@@ -110,9 +110,9 @@ def finetune(
     settings: FineTuning,
     seed: int,
     freezes_statistics: bool = False,
-    price: float = 0.0,
+    penalty: float = 0.0,
 ) -> list[float]:
-    """Fine-tune `model` in place and return the loss of every step, without the price of batch dependence."""
+    """Fine-tune `model` in place. Return the loss of every step, without the penalty on batch dependence."""
     model.train()
     if freezes_statistics:
         for layer in batch_norms(model):
@@ -124,7 +124,7 @@ def finetune(
     for batch in batch_order(len(images.labels), steps=settings.steps, batch_size=settings.batch_size, seed=seed):
         optimizer.zero_grad()
         loss = F.cross_entropy(model(images.pixels[batch]), images.labels[batch])
-        (loss + price * batch_dependence(model) if price else loss).backward()
+        (loss + penalty * batch_dependence(model) if penalty else loss).backward()
         nn.utils.clip_grad_norm_(network, settings.clip)
         optimizer.step()
         schedule.step()
@@ -133,7 +133,7 @@ def finetune(
 
 
 def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Return the network's own parameters, and those of the gates (none unless the model was converted)."""
+    """Return the parameters of the network and those of the gates (none if the model is not converted)."""
     network: list[nn.Parameter] = []
     gates: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
@@ -144,7 +144,7 @@ def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Para
 def build_optimizer(
     network: list[nn.Parameter], gates: list[nn.Parameter], *, rate: float, settings: FineTuning
 ) -> torch.optim.Optimizer:
-    """Return the optimizer; gates get no weight decay, which would pull the function away without any data."""
+    """Return the optimizer. Gates have no weight decay, which would change the function without any data."""
     groups = [
         {"params": network, "weight_decay": settings.weight_decay},
         {"params": gates, "weight_decay": 0.0, "lr": rate * settings.gate_rate},
@@ -157,7 +157,7 @@ def build_optimizer(
 def run_arm(
     name: str, arm: Arm, network: nn.Module, digits: Digits, *, rate: float, settings: FineTuning, seed: int
 ) -> tuple[nn.Module, Outcome]:
-    """Prepare, fine-tune and measure one arm at one learning rate; return its network and what it reached."""
+    """Prepare, fine-tune and measure one arm at one learning rate; return its network and its result."""
     start = time.monotonic()
     model = arm.prepare(network, digits.target.train.pixels)
     source_before, target_before = accuracy(model, digits.source.test), accuracy(model, digits.target.test)

@@ -1,0 +1,1 @@
+"""Damage files, kill runs and change sources during a conversion; run the C extension under sanitizers."""

@@ -1,6 +1,6 @@
-"""Real files of every kind that is read or refused, for the fuzz program to damage; and what must never run.
+"""Write valid files of every kind that normswap reads or refuses, and the code that must never run.
 
-A new kind is one line in `KINDS`.
+The mutations damage these files. A new kind of file is one line in `KINDS`.
 """
 
 import argparse
@@ -29,7 +29,7 @@ _FORMAT = {"format": "pt"}
 
 
 class FuzzingNet(nn.Module):
-    """Two batch norms and as few numbers as possible, so that most damage hits the structure of a file."""
+    """Two batch norms and few weights, so most damage affects the structure of a file."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,18 +43,18 @@ class FuzzingNet(nn.Module):
 
 
 def fuzzing_net(pretrained: bool = False, **_: Any) -> FuzzingNet:
-    """What `ARCH` names once it is registered."""
+    """Build the network that `ARCH` names after `register()`."""
     return FuzzingNet()
 
 
 def register() -> None:
-    """Make timm know `ARCH`: the command line builds nothing else."""
+    """Register `ARCH` with timm, so the command line can build it."""
     if not timm.is_model("fuzzing_net"):
         timm.models.register_model(fuzzing_net)
 
 
 def net() -> FuzzingNet:
-    """The network in all files, with statistics that matter."""
+    """Return the network of all files, with random running statistics."""
     torch.manual_seed(0)
     model = FuzzingNet()
     for norm in (model.bn1, model.bn2):
@@ -86,8 +86,8 @@ def _module(path: Path) -> None:
 def _converted(path: Path) -> None:
     x = torch.randn(SHAPE)
     conversion = normswap.convert(net(), x)
-    proof = normswap.verify(net(), conversion.model, [x])
-    normswap.save(conversion.model, path, plan=conversion.plan, architecture=ARCH, verification=proof)
+    verification = normswap.verify(net(), conversion.model, [x])
+    normswap.save(conversion.model, path, plan=conversion.plan, architecture=ARCH, verification=verification)
 
 
 def _training(path: Path) -> None:
@@ -125,7 +125,7 @@ def _exported(path: Path) -> None:
 
 
 def _lightning(path: Path) -> None:
-    """In the layout of `Trainer.save_checkpoint`."""
+    """Write a file with the layout of `Trainer.save_checkpoint`."""
     model = net().train()
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     model(torch.randn(SHAPE)).sum().backward()
@@ -178,8 +178,13 @@ def _distributed(path: Path) -> None:
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of file or folder: how a good one is written, what it is called, what the reader is told it belongs to,
-    and what a converted one is called if not the same.
+    """A kind of file or folder.
+
+    Attributes:
+        make: writes a valid one.
+        suffix: of its name.
+        arch: value of `--arch`, or None for no option.
+        written: suffix of the converted file if it differs.
     """
 
     name: str
@@ -210,7 +215,7 @@ KINDS = (
 
 @dataclass(frozen=True)
 class Payloads:
-    """Code that creates `marker` when it runs: as opcodes, as whole pickles, as names of architectures."""
+    """Code that creates the file `marker` when it runs, as pickle opcodes and as names of architectures."""
 
     marker: Path
     calls: tuple[bytes, ...]
@@ -218,12 +223,12 @@ class Payloads:
 
     @property
     def pickles(self) -> tuple[bytes, ...]:
-        """Pickles that do nothing else."""
+        """Return each call as a complete pickle."""
         return tuple(b"\x80\x02" + call + b"." for call in self.calls)
 
 
 class Material(NamedTuple):
-    """What a mutation may use: random numbers, another good file, payloads."""
+    """The input of a mutation: random numbers, another valid file, payloads."""
 
     random: Random
     other: bytes
@@ -242,8 +247,8 @@ class _Touching:
 
 
 def plant(folder: Path) -> Payloads:
-    """Write the files that payloads need into `folder` and return them."""
-    marker = folder / "it-ran"
+    """Write the files of the payloads to `folder` and return the payloads."""
+    marker = folder / "code-ran"
     code = f"open({str(marker)!r}, 'w').close()"
     (folder / "payload.py").write_text(f"{code}\ndef build():\n    {code}\n")
     _plant_remote_code(folder / "remote", code)
@@ -255,7 +260,7 @@ def plant(folder: Path) -> Payloads:
         _call(b"builtins\neval", code),
         _call(b"subprocess\ngetoutput", f"touch {marker}"),
         _call(b"runpy\nrun_path", str(folder / "payload.py")),
-        # By the names that pickle itself maps to those of today.
+        # The pickle module maps this Python 2 name to `builtins`.
         _call(b"__builtin__\neval", code),
     )
     file = folder / "payload.py"
@@ -285,7 +290,7 @@ def plant(folder: Path) -> Payloads:
 
 
 def _plant_remote_code(folder: Path, code: str) -> None:
-    """A folder whose configuration names Python code in it, as transformers would run with trust_remote_code."""
+    """Write a folder whose configuration names Python code, which transformers runs with trust_remote_code."""
     folder.mkdir(exist_ok=True)
     (folder / "conf.py").write_text(f"{code}\nfrom transformers import PretrainedConfig\nC = PretrainedConfig\n")
     (folder / "config.json").write_text(

@@ -1,4 +1,4 @@
-"""Mutations that know what an attacker would change: numpy objects, what an index says of files, what names a model."""
+"""Mutations that an attacker would make: forged numpy objects, folder indexes and names of models."""
 
 import json
 import pickle
@@ -18,7 +18,7 @@ _EXTREMES = (-1, 0, 1, 3, 2**31, 2**62, 2**63 - 1)
 
 
 def numpy_object(data: bytes, use: Material) -> bytes:
-    """A numpy array or number, forged in one of its fields, as a value that is dropped or kept."""
+    """Insert a numpy array or dtype with forged fields as a value that is dropped or kept."""
     random = use.random
     dtype = random.choice(("f4", "f8", "i8", "?", "c16", "V8", "O", "U2", "S4", "M8[s]", [("a", "O"), ("b", "f4")]))
     array = np.empty(random.choice(((), (1,), (2, 3))), dtype)
@@ -29,12 +29,12 @@ def numpy_object(data: bytes, use: Material) -> bytes:
     for _ in range(random.choice((0, 1, 1, 3))):
         _forge(body, use)
     place = data.find(b"\x80") + 2
-    # Kept as a value of its own, before the one that the pickle ends with: its numbers in the memo are written again.
+    # If kept, it stays on the stack below the value of the pickle, which overwrites its memo entries.
     return data[:place] + bytes(body) + random.choice((b"0", b"")) + data[place:]
 
 
 def _forge(body: bytearray, use: Material) -> None:
-    """Change one small number, one letter of a type, or the length of a text."""
+    """Change one small number, one letter of a dtype, or the length of a string."""
     random = use.random
     changes: tuple[Callable[[], None], ...] = (
         lambda: _replace(body, b"K", bytes([random.choice((0, 1, 2, 16, 63, 255))]), use),
@@ -54,7 +54,7 @@ def _replace(body: bytearray, before: bytes, new: bytes, use: Material) -> None:
 
 
 def holes(folder: Path, use: Material) -> None:
-    """Change what the index of a folder says of the chunks or the places of its tensors; the numbers stay."""
+    """Change chunks or file names in the index of a folder; the tensor data stay."""
     index = folder / ".metadata"
     if index.is_file():
         found = pickle.loads(index.read_bytes())
@@ -98,21 +98,21 @@ def _change_map(weight_map: dict[str, Any], use: Material) -> None:
     files = sorted({*weight_map.values()})
     changes: tuple[Callable[[], Any], ...] = (
         lambda: weight_map.pop(key),
-        lambda: weight_map.update({"not.there": weight_map[key]}),
+        lambda: weight_map.update({"missing": weight_map[key]}),
         lambda: weight_map.update({key: next(file for file in files if file != weight_map[key])}),
         lambda: weight_map.update({key: random.choice(("../" + files[0], "/etc/hostname", "", ".", "gone", 3, None))}),
     )
     random.choice(changes)()
 
 
-def record_beside(folder: Path, use: Material) -> None:
-    """A record that names an architecture of its own."""
+def added_record(folder: Path, use: Material) -> None:
+    """Add a record that names an architecture of a payload."""
     record = {"version": 1, "payload": "state dict", "architecture": use.random.choice(use.payloads.architectures)}
     (folder / "normswap.json").write_text(json.dumps(record))
 
 
-def configured(folder: Path, use: Material) -> None:
-    """A configuration, which makes the folder one of a library that builds models from such."""
+def added_configuration(folder: Path, use: Material) -> None:
+    """Add a config.json, as libraries that build models from a folder expect."""
     random = use.random
     planted = random.choice(use.payloads.architectures)
     config = random.choice(

@@ -1,7 +1,8 @@
-"""Mutations: bytes of a good file and random numbers in, bytes of a bad one out, or None where they do not fit.
+"""All mutations by name, and those that need no knowledge of the file format.
 
-Blind ones hit any file; others know zip archives, pickles, JSON records and the header of safetensors, and keep all the
-rest right, so that the damage gets past the first look.
+A mutation gets the bytes of a valid file and random numbers. It returns the bytes of a damaged file, or None if it does
+not apply to this kind of file. Mutations with knowledge of the format keep everything else valid, so the damage passes
+the first checks.
 """
 
 import re
@@ -10,11 +11,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from benchmarks.robustness.files import Material, Mutation
-from benchmarks.robustness.hostile_mutations import HOLES, configured, holes, numpy_object, record_beside
+from benchmarks.robustness.hostile_mutations import HOLES, added_configuration, added_record, holes, numpy_object
+from benchmarks.robustness.structured_mutations import (
+    added_record as added_record_to_file,
+)
 from benchmarks.robustness.structured_mutations import (
     bomb,
     in_pickle,
-    invented_record,
     json_file,
     json_member,
     opcode_swap,
@@ -47,7 +50,7 @@ _NUMBERS = {"<B": 0xFF, "<H": 0xFFFF, "<I": 2**32 - 1, "<Q": 2**64 - 1}
 _STRUCTURES = re.compile(rb"PK[\x01-\x07][\x02-\x08]")
 
 
-# Blind.
+# Without knowledge of the format.
 
 
 def _bit_flips(data: bytes, use: Material) -> bytes:
@@ -88,7 +91,7 @@ def _splice(data: bytes, use: Material) -> bytes:
 
 
 def _numbers(data: bytes, use: Material) -> bytes:
-    """An extreme number where a number is: in a structure of the archive, or in the first bytes."""
+    """Write an extreme number into a structure of the archive or into the first bytes."""
     places = [match.start() + use.random.randrange(4, 46) for match in _STRUCTURES.finditer(data)]
     place = use.random.choice(places) if places and use.random.random() < 0.9 else use.random.randrange(64)
     form, most = use.random.choice(list(_NUMBERS.items()))
@@ -116,7 +119,7 @@ MUTATIONS: Mapping[str, Mutation] = {
     "JSON file edited": json_file,
     "safetensors header edited": safetensors_header,
     "record edited": safetensors_record,
-    "record invented": invented_record,
+    "record added to a file": added_record_to_file,
 }
 
 
@@ -124,7 +127,7 @@ MUTATIONS: Mapping[str, Mutation] = {
 
 
 def files_in(folder: Path) -> list[Path]:
-    """The files in a folder that have something in them, in a fixed order."""
+    """Return the files of a folder that are not empty, in a fixed order."""
     return sorted(file for file in folder.rglob("*") if file.is_file() and file.stat().st_size)
 
 
@@ -166,28 +169,28 @@ FOLDER_MUTATIONS: Mapping[str, Callable[[Path, Material], None]] = {
     "another kind of file": _replaced,
     "folder for a file": _folder_in_its_place,
     "link for a file": _linked_away,
-    "record put beside": record_beside,
-    "configuration put beside": configured,
+    "record added": added_record,
+    "configuration added": added_configuration,
     HOLES: holes,
 }
 
 
 def mutate_folder(folder: Path, use: Material) -> str:
-    """Damage a folder as such, or one file in it; return the name of what was done."""
+    """Damage a folder or one of its files; return the name of the mutation."""
     if use.random.random() < 0.3:
         name = use.random.choice(list(FOLDER_MUTATIONS))
         FOLDER_MUTATIONS[name](folder, use)
         return name
     file = use.random.choice(files_in(folder))
     data = file.read_bytes()
-    edited = json_file(data, use) if use.random.random() < 0.6 else None  # or hardly any index would be edited
+    edited = json_file(data, use) if use.random.random() < 0.6 else None  # otherwise few mutations would edit the index
     name, changed = mutate(data, use) if edited is None else ("JSON file edited", edited)
     file.write_bytes(changed)
     return name
 
 
 def mutate(data: bytes, use: Material) -> tuple[str, bytes]:
-    """Return the name of a mutation that fits and what it makes of `data`."""
+    """Apply a random mutation that fits; return its name and the damaged bytes."""
     while True:
         name = use.random.choice(list(MUTATIONS))
         changed = MUTATIONS[name](data, use)

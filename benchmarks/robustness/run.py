@@ -1,7 +1,7 @@
-"""Damaged files: no traceback, no file on failure, no code executed -> docs/measured/fuzz.md.
+"""Fuzz the commands with damaged files (`make fuzz`) -> docs/measured/fuzz.md.
 
-Run by `make fuzz`; a part of it, and with it the kills of `kills.py`, runs in the tests. The same seed gives the same
-mutations on the same versions of torch.
+A damaged file must not cause a traceback, an output file after a failure, or the execution of code. The same seed gives
+the same mutations if the version of torch is the same. The tests run a small number of mutations.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.paths import DOCS
+from benchmarks.paths import PAGES
 from benchmarks.provenance import provenance
 from benchmarks.robustness.files import KINDS, plant, register
 from benchmarks.robustness.mutations import FOLDER_MUTATIONS, MUTATIONS
@@ -28,7 +28,7 @@ _REFUSED = ("1", "2")
 
 
 def main() -> int:
-    """Carry out the mutations, print what failed, write the page; exit status 1 if anything failed."""
+    """Run the mutations, print the failures, write the page; exit status 1 if there are failures."""
     options = _options()
     torch.set_num_threads(1)
     register()
@@ -50,30 +50,30 @@ def main() -> int:
         print(json.dumps([trial.to_dict() for trial in trials]))
     else:
         text = document(trials, seed=options.seed)
-        (DOCS / "fuzz.md").write_text(text)
+        (PAGES / "fuzz.md").write_text(text)
         print(text)
     return 1 if any(trial.failures for trial in trials) else 0
 
 
 def document(trials: Sequence[Trial], *, seed: int) -> str:
-    """The page: what was done, and per kind of file and mutation how many were refused and how many failed."""
+    """Return the page: the method, and the counts of results for each kind of file and each mutation."""
     failed = [trial for trial in trials if trial.failures]
     slowest = max(trials, key=lambda trial: trial.seconds)
     lines = [
         "# Fuzzing",
         "",
-        f"{len(trials):,} damaged files (seed {seed}) through `normswap inspect`, `normswap convert` and",
-        "`normswap.load`; written by `make fuzz`. A failure is a traceback or more than one line of error, a file",
-        "that was written although the command failed, planted code that ran, more than "
+        f"{len(trials):,} damaged files (seed {seed}), read by `normswap inspect`, `normswap convert` and",
+        "`normswap.load`. `make fuzz` writes this page. A failure is a traceback, an error message of more than one",
+        "line, an output file of a command that failed, the execution of planted code, more than "
         f"{SECONDS:.0f} s or more than {GIGABYTES:.0f} GB.",
         "",
         provenance(),
         "",
-        f"**{len(failed)} failures.** The slowest took {slowest.seconds:.1f} s ({slowest.kind}, {slowest.mutation}).",
+        f"**{len(failed)} failures.** Slowest trial: {slowest.seconds:.1f} s ({slowest.kind}, {slowest.mutation}).",
         "",
-        "Refused: exit status 1 or 2 of `convert`. The others are damaged in a way that leaves another, valid file:",
-        "other weights, bytes between the members of an archive, parts that nobody reads. What is converted already, a",
-        "pickled module, a training checkpoint and TorchScript are refused also where they are whole.",
+        "Refused means exit status 1 or 2 of `convert`. Other files are still valid after the damage: it changed",
+        "weights, bytes between the members of an archive, or parts that normswap does not read. `convert` also",
+        "refuses converted files, pickled modules, training checkpoints and TorchScript files without damage.",
         "",
     ]
     lines += _table("file", [kind.name for kind in KINDS], lambda trial: trial.kind, trials)
@@ -95,21 +95,21 @@ def _table(heading: str, names: Sequence[str], name_of: Callable[[Trial], str], 
     rows = [f"| {heading} | mutations | refused | converted | loaded | failures |", "|---|---|---|---|---|---|"]
     for name in names:
         own = [trial for trial in trials if name_of(trial) == name]
-        answers = Counter(trial.answers.get("convert", "") for trial in own)
-        refused = sum(answers[status] for status in _REFUSED)
+        results = Counter(trial.answers.get("convert", "") for trial in own)
+        refused = sum(results[status] for status in _REFUSED)
         loaded = sum(trial.answers.get("load") == "loaded" for trial in own)
         failures = sum(bool(trial.failures) for trial in own)
         if own:
-            rows.append(f"| {name} | {len(own)} | {refused} | {answers['0']} | {loaded} | {failures} |")
+            rows.append(f"| {name} | {len(own)} | {refused} | {results['0']} | {loaded} | {failures} |")
     return rows
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--mutations", type=int, default=10_000)
-    parser.add_argument("--seed", type=int, default=SEED)
-    parser.add_argument("--workers", type=int, choices=(1, 2), default=2)
-    parser.add_argument("--json", action="store_true", help="print all that came of it, and write no page")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mutations", metavar="N", type=int, default=10_000, help="(default 10000)")
+    parser.add_argument("--seed", type=int, default=SEED, help="seed of the mutations (default %(default)s)")
+    parser.add_argument("--workers", type=int, choices=(1, 2), default=2, help="parallel processes (default 2)")
+    parser.add_argument("--json", action="store_true", help="print all results as JSON and write no page")
     return parser.parse_args()
 
 

@@ -1,8 +1,8 @@
-"""The C extension under the address and undefined-behaviour sanitizers: layer tests and random shapes.
+"""Run the C extension under the address and undefined-behaviour sanitizers (`make sanitize`).
 
-Run by `make sanitize`. The package is copied to a scratch folder, and the extension is built there with
-`-fsanitize=address,undefined`; nothing of the working tree changes. First a fault is planted (the check of lengths is
-taken out of another copy): if the sanitizer does not report it, nothing that follows would say anything.
+The program copies the package to a scratch folder, builds the extension there with `-fsanitize=address,undefined`, and
+runs layer tests and random shapes. It first plants a fault in a second copy, by removing the check of buffer lengths:
+the sanitizer must report it.
 """
 
 import argparse
@@ -18,12 +18,12 @@ from pathlib import Path
 from benchmarks.paths import ROOT
 
 FLAGS = ("-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
-# The flags of the build that decide what the code may assume.
+# Flags of the normal build that change what the compiler may assume.
 BUILD = ("-shared", "-fPIC", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math")
 TESTS = ("test_functional.py", "test_backends.py", "test_checks.py", "test_infinite.py", "test_modules.py")
-# Compilers start processes of their own, Triton does not use the extension, and without its usual optimization
-# the extension rounds otherwise (`errors_are`).
-LEFT_OUT = " and ".join(
+# Compilers start other processes, Triton does not use the extension, and without the usual optimization the extension
+# rounds differently (`errors_are`).
+EXCLUDED = " and ".join(
     f"not {word}" for word in ("compil", "export", "triton", "graph", "trace", "interface", "errors_are")
 )
 CHECK = "buffer.count != wanted"
@@ -31,7 +31,7 @@ REPORT = "ERROR: AddressSanitizer: heap-buffer-overflow"
 
 
 def main() -> int:
-    """Build, plant, test, try random shapes; exit status 1 if the sanitizer or a test reports anything."""
+    """Build, plant a fault, run tests and random shapes; exit status 1 if the sanitizer or a test reports an error."""
     options = _options()
     if options.shapes_only:
         return _try_shapes(options.shapes, options.seed)
@@ -41,8 +41,8 @@ def main() -> int:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shapes", type=int, default=500, help="random shapes to try")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--shapes", type=int, default=500, help="number of random shapes (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the shapes (default %(default)s)")
     parser.add_argument("--shapes-only", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -55,13 +55,13 @@ def _run_all(scratch: Path, options: argparse.Namespace) -> int:
     header = planted / "normswap" / "layers" / "_checks.h"
     text = header.read_text()
     if CHECK not in text:
-        sys.exit(f"{header.name}: expected {CHECK!r} in it, to plant a fault")
+        sys.exit(f"error: {header.name}: expected the text {CHECK!r}, which this program removes to plant a fault")
     header.write_text(text.replace(CHECK, f"buffer.count < 0 && {CHECK}"))
     for tree in (planted, whole):
         _build(tree)
     found = _python(planted, "-c", _PLANTED_CALL, capture=True)
     if found.returncode == 0 or REPORT not in found.stderr:
-        print(f"the planted fault was not reported (exit status {found.returncode}): {found.stderr[-2000:]}")
+        print(f"error: planted fault not reported (exit status {found.returncode}): {found.stderr[-2000:]}")
         return 1
     print("planted fault: reported")
     shapes = (
@@ -73,8 +73,8 @@ def _run_all(scratch: Path, options: argparse.Namespace) -> int:
         "--seed",
         str(options.seed),
     )
-    tests = ("-m", "pytest", "-q", "-p", "no:xdist", "-k", LEFT_OUT, *map(str, _test_files(whole)))
-    # All of them, also after a failure.
+    tests = ("-m", "pytest", "-q", "-p", "no:xdist", "-k", EXCLUDED, *map(str, _test_files(whole)))
+    # Run both, also after a failure.
     statuses = [_python(whole, *command).returncode for command in (shapes, tests)]
     print("sanitizers: nothing reported" if not any(statuses) else f"failed: exit statuses {statuses}")
     return int(any(statuses))
@@ -114,7 +114,7 @@ def _compiler() -> str:
 
 
 def _python(tree: Path, *arguments: str, capture: bool = False) -> "subprocess.CompletedProcess[str]":
-    """Run Python in a copy of the package, with the run-time libraries of the sanitizers loaded first."""
+    """Run Python in a copy of the package with the run-time libraries of the sanitizers preloaded."""
     libraries = [
         subprocess.run(
             [_compiler(), f"-print-file-name={name}"], capture_output=True, text=True, check=True
@@ -124,7 +124,7 @@ def _python(tree: Path, *arguments: str, capture: bool = False) -> "subprocess.C
     environment = {
         **os.environ,
         "LD_PRELOAD": " ".join(libraries),
-        "ASAN_OPTIONS": "detect_leaks=0",  # Python keeps what it has until it ends
+        "ASAN_OPTIONS": "detect_leaks=0",  # Python does not free all memory at its end
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "PYTHONPATH": str(tree),
         "PYTHONDONTWRITEBYTECODE": "1",
@@ -133,7 +133,7 @@ def _python(tree: Path, *arguments: str, capture: bool = False) -> "subprocess.C
 
 
 def _try_shapes(count: int, seed: int) -> int:
-    """Run forward and backward passes of random shapes, layouts, dtypes and options against the plain formula."""
+    """Compare forward and backward passes of random shapes, layouts, dtypes and options with the reference backend."""
     import torch
 
     from normswap import use_backend
@@ -170,12 +170,12 @@ def _try_shapes(count: int, seed: int) -> int:
                 wanted = [leaf for leaf in leaves if leaf is not None]
                 gradients = torch.autograd.grad(y, wanted, dy.to(dtype), allow_unused=True)
             found.append([y.detach(), *gradients, *statistics])
-        # Tests say how close they are; here a read beyond a tensor would show as well. Gradients in half precision are
-        # rounded too coarsely for that.
+        # The tests check the accuracy; here wrong values would show a read outside of a tensor. Half precision is too
+        # coarse to compare gradients.
         half = dtype in (torch.bfloat16, torch.float16)
         for one, other in zip(*(each[: 1 if half else 2] for each in found), strict=True):
             torch.testing.assert_close(one, other, rtol=5e-2 if half else 1e-2, atol=5e-2 if half else 2e-2)
-    print(f"{count} random shapes: the same as the plain formula")
+    print(f"{count} random shapes: equal to the reference backend")
     return 0
 
 

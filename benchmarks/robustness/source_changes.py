@@ -1,8 +1,8 @@
-"""Files that are overwritten at random moments while they are converted: refused without output, or converted whole.
+"""Change source files at random moments while they are converted (`make fuzz`).
 
-Run by `make fuzz` with 100 changes and by the tests with a few. Every run is forked from this process, which has
-imported torch already. A run that ends well must have written the tensors of one version of the file; any other one
-must end with exit status 2, one line and no output. A signal, a traceback or numbers of two versions are failures.
+A conversion must either write the tensors of one version of the file, or end with exit status 2, an error of one line
+and no output. A signal, a traceback or tensors of two versions are failures. All runs are forked from this process,
+which has already imported torch. The tests run a few changes.
 """
 
 import argparse
@@ -36,12 +36,12 @@ def _truncated(path: Path, _new: Path) -> None:
 
 
 def _overwritten(path: Path, new: Path) -> None:
-    """As a trainer does: the old file is emptied and written again in place."""
+    """Truncate the file and write it again in place, as trainers do."""
     shutil.copyfile(new, path)
 
 
 def _patched(path: Path, new: Path) -> None:
-    """In place, without its ever being shorter, and with the old time put back."""
+    """Write in place without truncation and restore the old modification time."""
     before = path.stat()
     with open(path, "r+b") as file:
         file.write(new.read_bytes())
@@ -64,14 +64,14 @@ WRITERS: dict[str, Callable[[Any, Path], None]] = {
 
 @dataclass
 class Outcome:
-    """How the runs ended, and what is wrong with any of them."""
+    """Counts of how the runs ended, and descriptions of the failures."""
 
     ended: Counter[str] = field(default_factory=Counter)
     broken: list[str] = field(default_factory=list)
 
 
 def change_all(folder: Path, *, runs: int, seed: int) -> Outcome:
-    """Start so many conversions and change the source of each at a random moment."""
+    """Start `runs` conversions and change the source of each at a random moment."""
     random, outcome = Random(seed), Outcome()
     model = timm.create_model("test_resnet", num_classes=7)
     first: State = model.state_dict()
@@ -89,10 +89,10 @@ def change_all(folder: Path, *, runs: int, seed: int) -> Outcome:
         status, error = _run(
             folder, name, lambda path, new, change=change, delay=delay: _later(delay, change, path, new)
         )
-        what = _ended(folder, status, error, (first, second))
-        outcome.ended[what] += 1
-        if what not in ("refused", "converted"):
-            outcome.broken.append(f"{name}, {change.__name__} after {delay:.3f} s: {what}")
+        result = _result(folder, status, error, (first, second))
+        outcome.ended[result] += 1
+        if result not in ("refused", "converted"):
+            outcome.broken.append(f"{name}, {change.__name__} after {delay:.3f} s: {result}")
     return outcome
 
 
@@ -105,12 +105,12 @@ def _seconds(folder: Path, name: str) -> float:
     started = time.monotonic()
     status, error = _run(folder, name, lambda _path, _new: None)
     if status != 0:
-        raise SystemExit(f"a run without a change failed with status {status}: {error}")
+        raise SystemExit(f"error: a run without a change failed with status {status}: {error}")
     return time.monotonic() - started
 
 
 def _run(folder: Path, name: str, meanwhile: Callable[[Path, Path], None]) -> tuple[int, str]:
-    """The status of a conversion, negative for a signal, and what it wrote to stderr."""
+    """Return the exit status of a conversion, negative for a signal, and its text on stderr."""
     work = folder / "work"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
@@ -139,25 +139,25 @@ def _forked(arguments: list[str], errors: Path) -> int:
         os._exit(int(status or 0))
 
 
-def _ended(folder: Path, status: int, error: str, versions: tuple[State, State]) -> str:
-    """`refused`, `converted`, or what is wrong."""
+def _result(folder: Path, status: int, error: str, versions: tuple[State, State]) -> str:
+    """Return `refused`, `converted`, or a description of the failure."""
     left = sorted(entry.name for entry in (folder / "work").iterdir() if entry.name not in WRITERS)
     if status == 2 and not left and error.startswith("error: ") and error.count("\n") == 1:
         return "refused"
     if status != 0 or left != ["out.pt"]:
-        return f"status {status}, left {left}, said {error[-200:]!r}"
+        return f"exit status {status}, files {left}, stderr {error[-200:]!r}"
     written = torch.load(folder / "work" / "out.pt")
-    whole = (all(torch.equal(written[key], value) for key, value in version.items()) for version in versions)
-    return "converted" if any(whole) else "tensors of two versions"
+    complete = (all(torch.equal(written[key], value) for key, value in version.items()) for version in versions)
+    return "converted" if any(complete) else "tensors of two versions"
 
 
 def main() -> int:
-    """Change, print how the runs ended as JSON; exit status 1 if anything is wrong."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", type=int, default=100)
-    parser.add_argument("--seed", type=int, default=SEED)
+    """Change sources and print the results as JSON; exit status 1 if there is a failure."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", metavar="N", type=int, default=100, help="number of conversions (default 100)")
+    parser.add_argument("--seed", type=int, default=SEED, help="seed of the moments (default %(default)s)")
     options = parser.parse_args()
-    torch.set_num_threads(1)  # before any parallel work: a forked process has no threads but its own
+    torch.set_num_threads(1)  # before any parallel work: fork does not copy other threads
     folder = Path(tempfile.mkdtemp(prefix="normswap-changes-"))
     try:
         outcome = change_all(folder, runs=options.runs, seed=options.seed)

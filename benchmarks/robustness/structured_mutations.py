@@ -25,9 +25,9 @@ def _members(data: bytes) -> dict[str, bytes] | None:
 def _archive(members: Sequence[tuple[str, bytes]], *, compression: int = zipfile.ZIP_STORED) -> bytes:
     buffer = io.BytesIO()
     with warnings.catch_warnings(), zipfile.ZipFile(buffer, "w", compression) as archive:
-        warnings.simplefilter("ignore", UserWarning)  # of double names, which are what is wanted
+        warnings.simplefilter("ignore", UserWarning)  # duplicate names are intended
         for name, content in members:
-            # With the date of ZipInfo, which is always the same.
+            # ZipInfo has a fixed date.
             archive.writestr(zipfile.ZipInfo(name), content, compression)
     return buffer.getvalue()
 
@@ -71,7 +71,7 @@ def zip_edit(data: bytes, use: Material) -> bytes | None:
 
 
 def planted_member(data: bytes, use: Material) -> bytes | None:
-    """A payload in place of a member: a pickle as it is, or in a torch file of its own."""
+    """Replace a member by a payload, or add one: a pickle, or a torch file that contains it."""
     members = _members(data)
     if not members:
         return None
@@ -88,7 +88,7 @@ def planted_member(data: bytes, use: Material) -> bytes | None:
     return _archive(list((members | new).items()))
 
 
-# Pickles: alone, or in an archive.
+# Pickles, as a file or as a member of an archive.
 
 
 def in_pickle(edit: Mutation) -> Mutation:
@@ -110,7 +110,7 @@ _GLOBAL = re.compile(rb"c[\w.]+\n[\w.]+\n")
 
 
 def planted_call(data: bytes, use: Material) -> bytes:
-    """A payload that runs first, or in place of something: its value is dropped or kept."""
+    """Insert a payload; its value is dropped or kept."""
     call = use.random.choice(use.payloads.calls)
     places = [match.start() for match in re.finditer(rb"\x80[\x02-\x05]|}q|\(X|h.h", data)]
     place = use.random.choice(places) + 2
@@ -118,7 +118,7 @@ def planted_call(data: bytes, use: Material) -> bytes:
 
 
 def other_global(data: bytes, use: Material) -> bytes | None:
-    """Another function where the pickle names one: of a payload, or a harmless one that is not meant."""
+    """Replace a global by that of a payload, or by a harmless one."""
     found = list(_GLOBAL.finditer(data))
     if not found:
         return None
@@ -143,7 +143,7 @@ def opcode_swap(data: bytes, use: Material) -> bytes:
 
 
 def pickled_number(data: bytes, use: Material) -> bytes | None:
-    """An extreme number in place of a small one: sizes, strides, offsets, numbers of elements."""
+    """Replace a small number, such as a size, a stride or an offset, by an extreme one."""
     found = [match.start() for match in re.finditer(rb"K[\x00-\x40](?=[K\x85-\x87tq])", data)]
     if not found:
         return None
@@ -156,7 +156,7 @@ def pickled_number(data: bytes, use: Material) -> bytes | None:
 
 
 def bomb(data: bytes, use: Material) -> bytes:
-    """Tuples of tuples, each used twice, as a key; or lists in lists, deeper than any stack."""
+    """Insert exponentially growing tuples as a key, or lists nested deeper than the stack allows."""
     pairs = b"".join(b"j" + struct.pack("<I", n) + b"\x86r" + struct.pack("<I", n + 1) for n in range(9000, 9060))
     tuples = b"}X\x01\0\0\0a\x85r" + struct.pack("<I", 9000) + pairs + b"K\x01s0"
     lists = b"]" * 5000 + b"a" * 4999 + b"0"
@@ -164,7 +164,7 @@ def bomb(data: bytes, use: Material) -> bytes:
     return data[:place] + use.random.choice((tuples, lists)) + data[place:]
 
 
-# JSON: the record, the header of safetensors, the documents in a .pt2.
+# JSON: the record, the header of safetensors, the documents of a .pt2 archive.
 
 _VALUES: tuple[Any, ...] = (
     None, True, -1, 0, 1, 2, 2**31, 2**63, 10**400, 0.5, 1e308, float("nan"), float("inf"), "", "x", "bn", "../../x",
@@ -175,7 +175,7 @@ _DEEP = '"deep"'
 
 
 def _places(value: Any) -> list[tuple[Any, Any]]:
-    """Every (holder, key) in a document."""
+    """Return every pair of a container and a key in a document."""
     entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     found = []
     for key, item in entries:
@@ -186,7 +186,7 @@ def _places(value: Any) -> list[tuple[Any, Any]]:
 def _edited(text: str, use: Material) -> str | None:
     random = use.random
     document = json.loads(text)
-    # The outer levels as often as the many small things deep inside.
+    # Choose the top level often: most keys are in the lower levels.
     places = _places(document)
     near = [(document, key) for key in document] if isinstance(document, dict) else places
     for _ in range(random.choice((1, 1, 1, 2, 5))):
@@ -218,7 +218,7 @@ def json_member(data: bytes, use: Material) -> bytes | None:
 
 
 def json_file(data: bytes, use: Material) -> bytes | None:
-    """A file that is JSON, such as the index of a folder."""
+    """Edit a JSON file, such as the index of a folder."""
     try:
         edited = _edited(data.decode(), use)
     except ValueError:
@@ -258,8 +258,8 @@ def safetensors_record(data: bytes, use: Material) -> bytes | None:
     return _with_header(json.dumps(header), rest)
 
 
-def invented_record(data: bytes, use: Material) -> bytes | None:
-    """A record where there is none, that names an architecture of its own."""
+def added_record(data: bytes, use: Material) -> bytes | None:
+    """Add a record that names an architecture of a payload."""
     record = json.dumps(
         {"version": 1, "payload": "state dict", "architecture": use.random.choice(use.payloads.architectures)}
     )

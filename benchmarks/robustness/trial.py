@@ -1,4 +1,4 @@
-"""One damaged file through `normswap inspect`, `normswap convert` and `normswap.load`, and what must hold of each."""
+"""Read one damaged file with `normswap inspect`, `normswap convert` and `normswap.load`, and check the results."""
 
 import re
 import shutil
@@ -23,7 +23,7 @@ _MAX_MEMORY = re.compile(r"can't allocate memory|not enough memory|MemoryError|C
 
 @dataclass
 class Trial:
-    """What came of one mutation: `answers` is per step the exit status, or what `load` did."""
+    """The result of one mutation. `answers` has the exit status of each command and the result of `load`."""
 
     index: int
     kind: str
@@ -34,14 +34,16 @@ class Trial:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:
+        """Return the trial with these fields."""
         return cls(**data)
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the fields."""
         return asdict(self)
 
 
 class Bench:
-    """Good files of every kind, made once, and a folder to damage them in."""
+    """Valid files of every kind, made once, and the trials on damaged copies of them."""
 
     def __init__(self, folder: Path, payloads: Payloads) -> None:
         self.payloads = payloads
@@ -58,7 +60,7 @@ class Bench:
                 self.good[kind.name] = path.read_bytes()
 
     def mutated(self, index: int, *, seed: int, folder: Path) -> tuple[Kind, str, Path]:
-        """Write the file, or the damaged folder, of mutation `index`; the same in every run."""
+        """Write the damaged file or folder of mutation `index`, which is the same in every run."""
         random = Random(f"{seed}-{index}")
         kind = KINDS[index % len(KINDS)]
         path = folder / f"bad{kind.suffix}"
@@ -71,7 +73,7 @@ class Bench:
         return kind, name, path
 
     def trial(self, index: int, *, seed: int, scratch: Path) -> Trial:
-        """Carry out one mutation in the empty folder `scratch`."""
+        """Run one mutation in the empty folder `scratch`."""
         started = time.monotonic()
         kind, mutation, path = self.mutated(index, seed=seed, folder=scratch)
         trial = Trial(index, kind.name, mutation)
@@ -98,9 +100,9 @@ class Bench:
         elif result.exit_code not in (0, 1, 2):
             trial.failures.append(f"{command}: exit status {result.exit_code}")
         elif result.exit_code and (not result.stderr.startswith("error: ") or result.stderr.count("\n") != 1):
-            trial.failures.append(f"{command}: not one line: {result.stderr[:200]}")
+            trial.failures.append(f"{command}: expected one line that starts with error:, got {result.stderr[:200]}")
         elif _MAX_MEMORY.search(result.stderr):
-            trial.failures.append(f"{command}: more than the memory allowed was asked for: {result.stderr[:200]}")
+            trial.failures.append(f"{command}: requested more memory than allowed: {result.stderr[:200]}")
 
     def _load(self, trial: Trial, path: Path, arch: str | None) -> None:
         try:
@@ -108,17 +110,17 @@ class Bench:
         except normswap.NormswapError as error:
             trial.answers["load"] = "refused"
             if _MAX_MEMORY.search(str(error)):
-                trial.failures.append(f"load: more than the memory allowed was asked for: {error}"[:200])
-        except Exception as error:  # noqa: BLE001 - whatever else it is, is what is looked for
+                trial.failures.append(f"load: requested more memory than allowed: {error}"[:200])
+        except Exception as error:  # noqa: BLE001 - any other error is a failure
             trial.answers["load"] = "failed"
             trial.failures.append(f"load: {type(error).__name__}: {str(error)[:200]}")
         else:
             trial.answers["load"] = "loaded"
             if trial.mutation == HOLES and not _as_saved(loaded.model):
-                trial.failures.append("load: a tensor that is not the one in the files")
+                trial.failures.append("load: a tensor differs from the files")
 
 
 def _as_saved(model: nn.Module) -> bool:
-    """Whether the weights are those of the good files: what was changed is only which of them are where."""
+    """Return true if the weights equal those of the valid files. These mutations change only the index."""
     good, found = net().state_dict(), model.state_dict()
     return all(torch.equal(tensor, found[key]) for key, tensor in good.items())

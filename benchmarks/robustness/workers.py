@@ -1,7 +1,7 @@
-"""Forked workers that carry out mutations within limits of time and memory: one that dies costs one mutation.
+"""Forked workers that run mutations with limits of time and memory. A worker that dies costs one mutation.
 
-Forked, because the parent has imported torch already. A worker reports every mutation on a pipe; the parent kills one
-that is silent for too long, notes the mutation it was at, and starts another behind it.
+Workers are forked because the parent has already imported torch. A worker reports every mutation on a pipe. If a worker
+is silent for too long, the parent kills it, records the mutation as a failure and starts a worker for the rest.
 """
 
 import json
@@ -19,8 +19,8 @@ from pathlib import Path
 from benchmarks.robustness.files import KINDS
 from benchmarks.robustness.trial import Bench, Trial
 
-SECONDS = 20.0  # one mutation may take
-GIGABYTES = 2.0  # and allocate
+SECONDS = 20.0  # limit for one mutation
+GIGABYTES = 2.0  # limit of memory for one mutation
 
 
 @dataclass
@@ -28,12 +28,12 @@ class _Worker:
     pid: int
     pipe: int
     rest: Sequence[int]
-    heard: float
+    last_report: float
     text: bytes = b""
 
 
 def run_all(bench: Bench, *, count: int, seed: int, workers: int, scratch: Path) -> Iterator[Trial]:
-    """Carry out mutations 0 to `count` and yield them as they end."""
+    """Run mutations 0 to `count` - 1 and yield their trials as they end."""
     running = [
         _start(bench, range(first, count, workers), seed, scratch / str(first)) for first in range(min(workers, count))
     ]
@@ -41,13 +41,13 @@ def run_all(bench: Bench, *, count: int, seed: int, workers: int, scratch: Path)
         while running:
             ready, _, _ = select.select([worker.pipe for worker in running], [], [], 0.5)
             for worker in list(running):
-                trials, alive = _heard(worker) if worker.pipe in ready else ([], True)
+                trials, alive = _read_reports(worker) if worker.pipe in ready else ([], True)
                 yield from trials
-                late = time.monotonic() - worker.heard > SECONDS
+                late = time.monotonic() - worker.last_report > SECONDS
                 if alive and not late:
                     continue
                 running.remove(worker)
-                lost = _ended(worker, late=late)
+                lost = _end(worker, late=late)
                 if lost is not None:
                     yield lost
                     if len(worker.rest) > 1:
@@ -75,30 +75,30 @@ def _start(bench: Bench, indices: Sequence[int], seed: int, scratch: Path) -> _W
             trial = bench.trial(index, seed=seed, scratch=scratch)
             os.write(writing, json.dumps(trial.to_dict()).encode() + b"\n")
         status = 0
-    except BaseException:  # noqa: BLE001 - nothing may return into the parent's code
+    except BaseException:  # noqa: BLE001 - the child must not return into the code of the parent
         traceback.print_exc()
     finally:
         os._exit(status)
 
 
 def _limit_memory() -> None:
-    """So much on top of what the parent had."""
+    """Limit the memory to that of the parent and `GIGABYTES` more."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * os.sysconf("SC_PAGE_SIZE") + int(GIGABYTES * 2**30)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
-def _heard(worker: _Worker) -> tuple[list[Trial], bool]:
-    """The mutations that a worker reports, and whether more may come."""
+def _read_reports(worker: _Worker) -> tuple[list[Trial], bool]:
+    """Return the trials reported by a worker, and false if it has closed the pipe."""
     data = os.read(worker.pipe, 1 << 16)
     *lines, worker.text = (worker.text + data).split(b"\n")
     worker.rest = worker.rest[len(lines) :]
-    worker.heard = time.monotonic()
+    worker.last_report = time.monotonic()
     return [Trial.from_dict(json.loads(line)) for line in lines], bool(data)
 
 
-def _ended(worker: _Worker, *, late: bool) -> Trial | None:
-    """End a worker; the mutation that it died of, or None where it was through."""
+def _end(worker: _Worker, *, late: bool) -> Trial | None:
+    """End a worker. Return a failed trial for the mutation that stopped it, or None if it was complete."""
     if late:
         os.kill(worker.pid, signal.SIGKILL)
     _, status = os.waitpid(worker.pid, 0)

@@ -1,4 +1,4 @@
-"""What is raced against BatchNorm: GroupNorm, our layer on each backend, and SN as published code computes it."""
+"""The layers compared with BatchNorm: GroupNorm, our layer on each backend, and SN as in published code."""
 
 import copy
 from collections.abc import Callable
@@ -19,7 +19,7 @@ _SWITCH_NORMS = {4: SwitchNorm2d, 5: SwitchNorm3d}
 
 
 class EagerSwitchNorm(nn.Module):
-    """Switchable Normalization one torch operation after the other, as published code writes it (Luo et al., eq. 3-5).
+    """Switchable Normalization in separate torch operations, as in published code (Luo et al., eq. 3-5).
 
     Shapes: weight, bias, running_mean, running_var (C,); mean_weight, var_weight (3,), for `in`, `ln`, `bn`.
     """
@@ -61,7 +61,12 @@ class EagerSwitchNorm(nn.Module):
 
 @dataclass(frozen=True)
 class Competitor:
-    """A name, the layer for C channels of an input of a rank and a dtype, and what has to hold around its calls."""
+    """A layer in the comparison.
+
+    Attributes:
+        build: (channels, rank of the input, dtype of the input) -> layer.
+        around: context manager for its calls.
+    """
 
     name: str
     build: Callable[[int, int, torch.dtype], nn.Module]
@@ -69,7 +74,7 @@ class Competitor:
 
 
 def competitors(device: str) -> list[Competitor]:
-    """Return all that race on a device, BatchNorm first."""
+    """Return all layers for a device, BatchNorm first."""
     return [
         Competitor(BASE, _batch_norm),
         Competitor(f"GroupNorm({_GROUPS})", _group_norm),
@@ -79,7 +84,7 @@ def competitors(device: str) -> list[Competitor]:
 
 
 def compiled() -> list[Competitor]:
-    """Return what `torch.compile` makes of the eager SN and of our layer."""
+    """Return the eager SN and our layer, compiled by `torch.compile`."""
     builds = {EAGER: _eager, "normswap": _converted}
     return [
         Competitor(f"compiled {name}", lambda *size, build=build: torch.compile(build(*size)))  # type: ignore[misc]
@@ -99,7 +104,7 @@ def _ours(backend: str) -> list[Competitor]:
 
 
 def _batch_norm(channels: int, rank: int, dtype: torch.dtype) -> nn.Module:
-    """With float32 parameters for every dtype, as under autocast."""
+    """Return a layer with float32 parameters for every dtype, as under autocast."""
     return _BATCH_NORMS[rank](channels)
 
 
@@ -116,10 +121,10 @@ def _mixed(channels: int, rank: int, dtype: torch.dtype) -> nn.Module:
 
 
 def _group_norm(channels: int, rank: int, dtype: torch.dtype) -> nn.Module:
-    """In the dtype of its input: its kernels for CUDA take no other."""
+    """Return a layer in the dtype of its input, which its CUDA kernels require."""
     return nn.GroupNorm(_GROUPS, channels).to(dtype)
 
 
 def _eager(channels: int, rank: int, dtype: torch.dtype) -> nn.Module:
-    """In the dtype of its input: float32 parameters would turn its output to float32."""
+    """Return a layer in the dtype of its input. With float32 parameters its output would be float32."""
     return EagerSwitchNorm(channels).to(dtype)

@@ -1,9 +1,10 @@
-"""What `torch.compile` makes of converted networks, against their originals in one process -> docs/measured/compile.md.
+"""Compare converted networks with their originals under `torch.compile` (`make bench`) -> docs/measured/compile.md.
 
-Run by `make bench`; needs a C++ compiler. Compilation is told in seconds of processor time, compilers that torch starts
-included, since time on the clock is that of whatever else the machine does.
+The program needs a C++ compiler. Compilation is measured in CPU time, including compilers started by torch, because
+wall time depends on the load of the machine.
 """
 
+import argparse
 import copy
 import resource
 import statistics
@@ -19,7 +20,7 @@ from torch._dynamo import lookup_backend
 from torch._dynamo.utils import counters
 
 import normswap
-from benchmarks.paths import DOCS
+from benchmarks.paths import PAGES
 from benchmarks.provenance import provenance
 
 SHAPE = (4, 3, 64, 64)
@@ -27,13 +28,13 @@ ROUNDS = 15
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "resnet18": lambda: timm.create_model("resnet18"),
     "efficientnet_b0": lambda: timm.create_model("efficientnet_b0"),
-    "convnext_tiny of BatchNorms": lambda: timm.create_model("convnext_tiny", norm_layer="batchnorm2d", conv_mlp=True),
+    "convnext_tiny with BatchNorm": lambda: timm.create_model("convnext_tiny", norm_layer="batchnorm2d", conv_mlp=True),
     "convnext_tiny": lambda: timm.create_model("convnext_tiny"),
 }
 
 
 class Run:
-    """One network compiled by the default backend: what that cost, and a step of it."""
+    """One network compiled by the default backend: the cost of compilation, and one step of it."""
 
     def __init__(self, model: nn.Module, x: Tensor, *, training: bool) -> None:
         counters.clear()
@@ -42,10 +43,10 @@ class Run:
         self.x = x
         self.eager = copy.deepcopy(model).train(training)
         self.compiled = torch.compile(copy.deepcopy(self.eager), backend=self._counting)
-        start = _processor_seconds()
+        start = _cpu_seconds()
         with torch.random.fork_rng():
             ours = self._values(self.compiled)
-        self.seconds = _processor_seconds() - start
+        self.seconds = _cpu_seconds() - start
         self.breaks = sum(counters["graph_break"].values())
         self.error = max(_relative_error(a, b) for a, b in zip(ours, self._values(self.eager), strict=True))
 
@@ -54,7 +55,7 @@ class Run:
         return lookup_backend("inductor")(graph, inputs)
 
     def step(self, model: Any) -> Tensor:
-        """Run forward, and backward in training."""
+        """Run a forward pass, and a backward pass in training."""
         with torch.set_grad_enabled(self.training):
             y: Tensor = model(self.x)
         if self.training:
@@ -62,12 +63,12 @@ class Run:
         return y
 
     def _values(self, model: Any) -> tuple[Tensor, ...]:
-        """The output, all gradients as one vector, and all buffers as one."""
+        """Return the output, all gradients as one vector, and all buffers as one vector."""
         y = self.step(model).detach()
         return y, _joined(p.grad for p in model.parameters()), _joined(b.double() for b in model.buffers())
 
     def milliseconds(self, model: Any) -> float:
-        """The time of one step."""
+        """Return the CPU time of one step."""
         start = time.thread_time()
         self.step(model)
         return 1000 * (time.thread_time() - start)
@@ -75,7 +76,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Row:
-    """A network in one mode, original and converted."""
+    """The results of one network in one mode, original and converted."""
 
     network: str
     mode: str
@@ -89,16 +90,17 @@ class Row:
 
 
 def main() -> None:
-    """Measure, print and write docs/measured/compile.md, anew after each network."""
+    """Measure, print and write docs/measured/compile.md after each network."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     torch.set_num_threads(1)
-    torch._inductor.config.compile_threads = 1  # in this process, whose time is taken
+    torch._inductor.config.compile_threads = 1  # compile in this process, whose time is measured
     torch._inductor.config.force_disable_caches = True
     rows: list[Row] = []
     Run(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()), torch.randn(SHAPE), training=True)
     for name, make in NETWORKS.items():
         rows += (_row(name, make, training) for training in (True, False))
         text = _document(rows)
-        (DOCS / "compile.md").write_text(text)
+        (PAGES / "compile.md").write_text(text)
         print(text, flush=True)
 
 
@@ -127,7 +129,7 @@ def _row(name: str, make: Callable[[], nn.Module], training: bool) -> Row:
     )
 
 
-def _processor_seconds() -> float:
+def _cpu_seconds() -> float:
     usages = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
@@ -143,27 +145,27 @@ def _relative_error(a: Tensor, b: Tensor) -> float:
 
 def _document(rows: list[Row]) -> str:
     lines = [
-        "# What compiling costs",
+        "# Compilation",
         "",
-        "Written by `make bench` (`benchmarks/compiling.py`).",
+        "Written by `make bench` (`python -m benchmarks.speed.compile_cost`).",
         provenance(),
         "",
-        "`torch.compile` with the default backend (inductor) and empty caches; original and converted network in one",
-        f"process on one thread, float32, batch {SHAPE[0]} at {SHAPE[2]}x{SHAPE[3]}. Training is a forward and a",
-        "backward pass, evaluation runs without gradients on a freshly converted model. The machine is shared: times",
-        "of one row can be compared, others cannot.",
+        "`torch.compile` with the default backend (inductor) and empty caches. Original and converted network run in",
+        f"one process with one thread, float32, batch size {SHAPE[0]} at {SHAPE[2]}x{SHAPE[3]}. Training is a forward",
+        "and a backward pass; evaluation is a forward pass without gradients of a new conversion. The load of the",
+        "machine varies, so only times of the same row are comparable.",
         "",
-        "- nodes: of the graph that is handed to the backend;",
-        "- breaks: places where the converted network splits the graph and the original does not;",
-        "- compile, s: processor time of the first step, C++ compiler included;",
-        "- error: largest relative L2 between compiled and eager converted network: outputs, gradients, buffers;",
+        "- nodes: number of nodes in the graph for the backend;",
+        "- breaks: additional graph breaks in the converted network;",
+        "- compile, s: CPU time of the first step, including the C++ compiler;",
+        "- error: largest relative L2 distance of outputs, gradients and buffers, compiled to eager conversion;",
         f"- step: median time of {ROUNDS} interleaved steps, converted / original, both compiled, or both eager.",
         "",
         "| network | mode | sites | nodes | breaks | compile, s | ratio | error | step, compiled | step, eager |",
         "|---|---|---|---|---|---|---|---|---|---|",
         *map(_line, rows),
         "",
-        "`convnext_tiny` as it is published has LayerNorms only: no site, nothing converted.",
+        "The published `convnext_tiny` has only LayerNorms: it has no sites, and nothing is converted.",
         "",
     ]
     return "\n".join(lines)

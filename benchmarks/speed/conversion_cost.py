@@ -1,8 +1,10 @@
-"""What conversion and start-up cost, as ratios measured interleaved in one process -> docs/measured/cost.md.
+"""Measure the time of conversion and start-up (`make bench`) -> docs/measured/cost.md.
 
-Run by `make bench`. A ratio holds where the machine's load changes; a time of its own does not.
+Build, forward pass and conversion are measured in turn in one process: their ratio depends little on the load of the
+machine.
 """
 
+import argparse
 import gc
 import statistics
 import subprocess
@@ -17,7 +19,7 @@ import torch
 from torch import nn
 
 import normswap
-from benchmarks.paths import DOCS
+from benchmarks.paths import PAGES
 from benchmarks.provenance import provenance
 
 MODELS = ("resnet50", "efficientnet_b0", "densenet121", "mobilenetv3_large_100", "regnety_002")
@@ -27,16 +29,17 @@ STARTS = 9
 
 def main() -> None:
     """Measure, print and write docs/measured/cost.md."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     torch.set_num_threads(1)
     conversion = [_conversion_row(name) for name in MODELS]
     starts = _start_rows()
     text = _document(conversion, starts)
-    (DOCS / "cost.md").write_text(text)
+    (PAGES / "cost.md").write_text(text)
     print(text)
 
 
 def _conversion_row(name: str) -> tuple[str, int, float, float, float, float]:
-    """Build, run and convert one model in turn; return sites, median seconds of each, and convert's ratio."""
+    """Build, run and convert one model in turn; return its name, sites, median seconds of each, and the ratio."""
     build_times, forward_times, convert_times = [], [], []
     sites = 0
     for _ in range(ROUNDS):
@@ -76,22 +79,22 @@ def _timed(work: Callable[[], Any]) -> tuple[float, Any]:
 
 def _document(conversion: list[tuple[str, int, float, float, float, float]], starts: list[tuple[str, float]]) -> str:
     lines = [
-        "# What conversion costs",
+        "# Time of conversion and start-up",
         "",
-        "Written by `make bench` (`benchmarks/cost.py`).",
+        "Written by `make bench` (`python -m benchmarks.speed.conversion_cost`).",
         provenance(),
         "",
-        "`normswap.convert(model, x)`: finding, tracing, one observed forward pass, planning, copying and swapping,",
-        "without the verification. One thread, batch 2 at the model's own input size; medians of",
+        "`normswap.convert(model, x)` without verification: discovery, tracing, one forward pass with hooks, planning,",
+        "copying and swapping. One thread, batch size 2, default input size of the model; medians of",
         f"{ROUNDS} rounds in one process. The ratio is convert / (build + one forward pass).",
         "",
         "| model | sites | build, s | forward, s | convert, s | ratio |",
         "|---|---|---|---|---|---|",
         *(f"| {n} | {s} | {b:.2f} | {f:.2f} | {c:.2f} | {r:.2f} |" for n, s, b, f, c, r in conversion),
         "",
-        f"Start-up, medians of {STARTS} fresh processes:",
+        f"Start-up, medians of {STARTS} new processes:",
         "",
-        "| what | seconds |",
+        "| command | seconds |",
         "|---|---|",
         *(f"| {what} | {seconds:.2f} |" for what, seconds in starts),
         "",

@@ -1,9 +1,10 @@
-"""What converting a file costs in time and memory, against copying it -> docs/measured/file-cost.md.
+"""Measure time and memory of the conversion of a file relative to a copy (`make bench`) -> docs/measured/file-cost.md.
 
-Run by `make bench`. Every case is a process of its own that has torch and normswap loaded before it starts counting;
-time is that of the command, interleaved with `cp` of the same file.
+Each case runs in a new process, which imports torch and normswap before the measurement. The command alternates with
+`cp` of the same file.
 """
 
+import argparse
 import hashlib
 import json
 import re
@@ -24,7 +25,7 @@ import safetensors.torch
 import timm
 import torch
 
-from benchmarks.paths import DOCS, ROOT
+from benchmarks.paths import PAGES, ROOT
 from benchmarks.provenance import provenance
 
 MODEL = "resnet50"
@@ -33,9 +34,9 @@ INPUT = "2x3x64x64"
 _FIELDS = ("VmRSS", "RssAnon")
 
 CASES = {
-    "by names alone (`--arch none --no-verify`)": ["--arch", "none", "--no-verify"],
+    "from tensor names only (`--arch none --no-verify`)": ["--arch", "none", "--no-verify"],
     "with the architecture (`--no-verify`)": ["--arch", f"timm:{MODEL}", "--no-verify"],
-    f"with the proof in float64 (`--input {INPUT}`)": ["--arch", f"timm:{MODEL}", "--input", INPUT],
+    f"with verification in float64 (`--input {INPUT}`)": ["--arch", f"timm:{MODEL}", "--input", INPUT],
 }
 
 
@@ -51,12 +52,12 @@ def main() -> None:
             floor = floor or _floor(path)
             rows += [(name, what, *_measured(path, options)) for what, options in CASES.items()]
     text = _document(rows, floor)
-    (DOCS / "file-cost.md").write_text(text)
+    (PAGES / "file-cost.md").write_text(text)
     print(text)
 
 
 def _measured(path: Path, options: list[str]) -> tuple[float, float, float]:
-    """Time over that of `cp`, and the most memory above the loaded interpreter, all and without mapped files, in S."""
+    """Return the time relative to `cp`, and the peak memory in file sizes: resident, and without mapped files."""
     ratios, resident, anonymous = [], [], []
     for _ in range(ROUNDS):
         start = time.perf_counter()
@@ -72,7 +73,7 @@ def _measured(path: Path, options: list[str]) -> tuple[float, float, float]:
 
 
 def _floor(path: Path) -> str:
-    """What no conversion can do without, in seconds of CPU for every second that `cp` computes."""
+    """Return sentences on the CPU time of the digests and the checksum relative to a copy."""
     data = path.read_bytes()
 
     def seconds(work: Callable[[], object]) -> float:
@@ -87,29 +88,30 @@ def _floor(path: Path) -> str:
     hashing, summing = seconds(lambda: hashlib.sha256(data)), seconds(lambda: zlib.crc32(data))
     size = len(data) / 1e9
     return (
-        f"Copying computes at {size / copying:.1f} GB/s on this machine, SHA-256 at {size / hashing:.1f}, the CRC-32 "
-        f"of a zip at {size / summing:.1f}. A conversion takes two digests (of the source, on a thread of its own, and "
-        f"of the content), writes once, compares once and waits for the disk, which `cp` does not: the two digests "
-        f"alone are {2 * hashing / copying:.1f} times what copying computes, the CRC-32 {summing / copying:.1f} times."
+        f"CPU throughput on this machine: copy {size / copying:.1f} GB/s, SHA-256 {size / hashing:.1f} GB/s, CRC-32 "
+        f"of a zip archive {size / summing:.1f} GB/s. A conversion computes two digests (of the source, in a second "
+        f"thread, and of the content), writes the file, compares it once and waits for the disk; `cp` does not wait. "
+        f"The two digests alone take {2 * hashing / copying:.1f} times the CPU time of a copy, the CRC-32 "
+        f"{summing / copying:.1f} times."
     )
 
 
 def child(arguments: list[str]) -> None:
-    """Convert one file in this process and print what it took."""
-    # Loaded before counting begins: what a command imports when it needs it.
+    """Convert one file in this process and print its time and memory."""
+    # Import before the measurement what the command imports when needed.
     import rich.console  # noqa: F401
 
     import normswap.checkpoints.saving
     import normswap.reports.tables
-    import normswap.verification.equivalence  # noqa: F401
+    import normswap.verification  # noqa: F401
     from normswap.cli import main as command
 
     torch.set_num_threads(1)
     base = _memory()
-    peak, over = dict(base), threading.Event()
+    peak, stopped = dict(base), threading.Event()
 
     def watch() -> None:
-        while not over.wait(0.002):
+        while not stopped.wait(0.002):
             for name, value in _memory().items():
                 peak[name] = max(peak[name], value)
 
@@ -120,7 +122,7 @@ def child(arguments: list[str]) -> None:
         command(["convert", *arguments, "--force"], standalone_mode=False)
     finally:
         seconds = time.perf_counter() - start
-        over.set()
+        stopped.set()
         watcher.join()
     print(json.dumps({"seconds": seconds, **{name: peak[name] - base[name] for name in _FIELDS}}))
 
@@ -137,16 +139,16 @@ def _match(name: str, text: str) -> Any:
 def _document(rows: list[tuple[str, str, float, float, float]], floor: str) -> str:
     return "\n".join(
         [
-            "# What converting a file costs",
+            "# Time and memory of file conversion",
             "",
-            "Written by `make bench` (`benchmarks/file_cost.py`).",
+            "Written by `make bench` (`python -m benchmarks.speed.file_cost`).",
             provenance(),
             "",
-            f"`normswap convert` on the state dict of timm `{MODEL}` (S = 102 MB), one thread, imports done before.",
-            f"Time over that of `cp` on the same file, median of {ROUNDS}; most memory above the loaded interpreter in",
-            "units of S, with and without pages that are mapped from files and that the system can take back.",
+            f"`normswap convert` on the state dict of timm `{MODEL}` (S = 102 MB), one thread, without imports.",
+            f"Time is relative to `cp` of the same file, median of {ROUNDS}. Memory is the peak without interpreter",
+            "and its imports, in units of S, with and without pages mapped from files, which the system can reclaim.",
             "",
-            "| file | how | time / cp | memory / S | of that not mapped |",
+            "| file | mode | time / cp | memory / S | not mapped / S |",
             "|---|---|---|---|---|",
             *(f"| {f} | {what} | {ratio:.1f} | {rss:.2f} | {anon:.2f} |" for f, what, ratio, rss, anon in rows),
             "",
@@ -160,4 +162,5 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
         child(sys.argv[2:])
     else:
+        argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
         main()

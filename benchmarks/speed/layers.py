@@ -1,4 +1,4 @@
-"""Races of single layers over shapes, layouts, dtypes and threads; and what each layer saves for backward."""
+"""Compare single layers over shapes, layouts, dtypes and threads, and whole networks with their conversions."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -16,7 +16,7 @@ from benchmarks.speed.timing import Clock, Entrant, medians, race, ratios
 
 Shape = tuple[int, ...]
 
-# Of ResNet-50 at 224 pixels, without the batch.
+# Feature maps of ResNet-50 at 224 pixels, without the batch.
 _RESNET = (
     (64, 112, 112),
     (64, 56, 56),
@@ -42,7 +42,7 @@ _FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channe
 
 
 def shapes(batch: int, *, quick: bool) -> tuple[Shape, ...]:
-    """Return the shapes to measure; `batch` is that of the maps of ResNet-50."""
+    """Return the shapes to measure. `batch` is the batch size of the feature maps of ResNet-50."""
     return _QUICK if quick else (*((batch, *shape) for shape in _RESNET), *_OTHERS)
 
 
@@ -61,11 +61,11 @@ def layer_races(
     seconds: float,
     with_compiled: bool,
 ) -> Iterator[Race]:
-    """Race all competitors, in training and in evaluation.
+    """Compare all layers, in training and in evaluation.
 
     Args:
-        seconds: about how long one race may take.
-        with_compiled: let what `torch.compile` makes run too, in float32.
+        seconds: approximate time of one comparison.
+        with_compiled: also measure layers compiled by `torch.compile`, in float32.
     """
     for count in threads:
         torch.set_num_threads(count)
@@ -73,7 +73,7 @@ def layer_races(
             entered = competitors(device) + (compiled() if with_compiled and dtype == "fp32" else [])
             for layout, formats in LAYOUTS.items():
                 for shape in measured:
-                    torch.compiler.reset()  # else the compiled forms of many shapes count as recompilations of one
+                    torch.compiler.reset()  # otherwise new shapes count as recompilations of the same layer
                     x = torch.randn(shape, device=device).to(DTYPES[dtype])
                     x = x.to(memory_format=formats[len(shape)]).requires_grad_()
                     dy = torch.randn_like(x)
@@ -89,7 +89,7 @@ def _entrants(built: Mapping[Competitor, nn.Module], x: Tensor, dy: Tensor, mode
     works = {"train": _step, "eval": _evaluation}
     entrants = {
         competitor.name: Entrant(
-            works[mode](layer.train(mode == "train"), x, dy), _dropping(layer, x), competitor.around
+            works[mode](layer.train(mode == "train"), x, dy), _zero_gradients(layer, x), competitor.around
         )
         for competitor, layer in built.items()
     }
@@ -100,7 +100,7 @@ def _entrants(built: Mapping[Competitor, nn.Module], x: Tensor, dy: Tensor, mode
 
 
 def _step(layer: nn.Module, x: Tensor, dy: Tensor) -> Callable[[], None]:
-    """All gradients of one call."""
+    """Return a forward and backward pass with all gradients."""
     return lambda: layer(x).backward(dy)
 
 
@@ -112,16 +112,16 @@ def _evaluation(layer: nn.Module, x: Tensor, dy: Tensor) -> Callable[[], None]:
     return evaluate
 
 
-def _dropping(layer: nn.Module, x: Tensor) -> Callable[[], Any]:
-    def drop() -> None:
+def _zero_gradients(layer: nn.Module, x: Tensor) -> Callable[[], Any]:
+    def zero_gradients() -> None:
         x.grad = None
         layer.zero_grad(set_to_none=True)
 
-    return drop
+    return zero_gradients
 
 
 def saved_by_layers(device: str) -> tuple[str, dict[str, float]]:
-    """Return a shape, and what each competitor saves for backward of a float32 x of it, in units of the bytes of x."""
+    """Return a shape and the bytes that each layer saves for backward on it in float32, divided by the bytes of x."""
     x = torch.randn(_SAVED, device=device, requires_grad=True)
     size = x.untyped_storage().nbytes()
     found = {}
@@ -135,11 +135,11 @@ def saved_by_layers(device: str) -> tuple[str, dict[str, float]]:
 def network_races(
     names: Sequence[str], batch: int, precisions: Sequence[str], *, device: str, clock: Clock, seconds: float
 ) -> Iterator[Race]:
-    """Race timm networks of random weights at 224 pixels, in training and in evaluation, in both layouts.
+    """Compare timm networks with random weights at 224 pixels, in training and evaluation, in both layouts.
 
     Args:
         precisions: `fp32`, or `bf16` for autocast.
-        seconds: about how long one race may take.
+        seconds: approximate time of one comparison.
     """
     threads = torch.get_num_threads()
     for name in names:

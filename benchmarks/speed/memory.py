@@ -1,8 +1,10 @@
-"""Memory of a training step: bytes saved for backward, and the peak of a whole network in a process of its own.
+"""Measure the memory of a training step: bytes saved for backward, and the peak of a network in a new process.
 
-Run by `speed.py`, and by itself as `speed_memory.py NETWORK original|converted BATCH DEVICE`: prints that peak.
+`benchmarks.speed.run` uses this module. `python -m benchmarks.speed.memory NETWORK original|converted BATCH DEVICE`
+prints the peak in bytes.
 """
 
+import argparse
 import re
 import statistics
 import subprocess
@@ -22,14 +24,13 @@ _STEPS = 2
 
 
 def saved_bytes(module: nn.Module, x: Tensor) -> int:
-    """Return the bytes of the distinct storages that a forward pass saves for backward; those of `module` do not count.
+    """Return the bytes of the distinct storages that a forward pass saves for backward.
 
-    Args:
-        x: counts where it is saved.
+    Parameters and buffers of `module` do not count; `x` counts if it is saved.
     """
     own = {_storage(tensor) for tensor in (*module.parameters(), *module.buffers())}
     sizes: dict[int, int] = {}
-    alive = []  # else the address of one storage could be that of the next
+    alive = []  # otherwise a freed storage and the next one could have the same address
 
     def pack(tensor: Tensor) -> None:
         if _storage(tensor) not in own:
@@ -46,7 +47,7 @@ def _storage(tensor: Tensor) -> int:
 
 
 def network_memory(network: str, batch: int, processes: int, device: str) -> Memory:
-    """Measure a timm network and its conversion at 224 pixels; peaks are medians over fresh processes."""
+    """Measure a timm network and its conversion at 224 pixels. Peaks are medians over new processes."""
     x = torch.randn(batch, 3, 224, 224, device=device)
     saved = [saved_bytes(_network(network, form, device), x) for form in FORMS]
     peaks: dict[str, list[int]] = {form: [] for form in FORMS}
@@ -65,7 +66,7 @@ def _network(network: str, form: str, device: str) -> nn.Module:
 
 
 def peak_of_step(network: str, form: str, batch: int, device: str) -> int:
-    """Return the bytes that training steps in this process add at their peak to the network and its input."""
+    """Return the peak memory of training steps in this process in bytes, without the network and its input."""
     model = _network(network, form, device)
     x = torch.randn(batch, 3, 224, 224, device=device)
     before = _memory("VmRSS", device)
@@ -76,18 +77,24 @@ def peak_of_step(network: str, form: str, batch: int, device: str) -> int:
 
 
 def _memory(field: str, device: str) -> int:
-    """Return bytes held now (`VmRSS`) or at the peak so far (`VmHWM`), on a GPU those that torch allocated on it."""
+    """Return the current (`VmRSS`) or peak (`VmHWM`) memory in bytes; on a GPU, the memory allocated by torch."""
     if device == "cuda":
         return torch.cuda.memory_allocated() if field == "VmRSS" else torch.cuda.max_memory_allocated()
     return process_memory(field)
 
 
 def process_memory(field: str) -> int:
-    """Return bytes of this process, held now (`VmRSS`) or at the peak so far (`VmHWM`)."""
+    """Return the current (`VmRSS`) or peak (`VmHWM`) memory of this process in bytes."""
     found = re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())
     assert found is not None
     return int(found[1]) * 1024
 
 
 if __name__ == "__main__":
-    print(peak_of_step(sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("network", help="name of a timm model")
+    parser.add_argument("form", choices=FORMS)
+    parser.add_argument("batch", type=int, help="batch size")
+    parser.add_argument("device", choices=("cpu", "cuda"))
+    options = parser.parse_args()
+    print(peak_of_step(options.network, options.form, options.batch, options.device))

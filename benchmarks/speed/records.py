@@ -1,9 +1,10 @@
-"""Records of `make bench`: what was raced against what and how it ended, to JSON and back; runs and prints nothing."""
+"""The records of `benchmarks.speed.run`: comparisons, memory and conditions, as JSON."""
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self
+
+from benchmarks.records import read_document, write_document
 
 BASE = "BatchNorm"
 EAGER = "eager SN"
@@ -11,15 +12,18 @@ COPY = "copy"
 
 
 def ours(backend: str, *, mixed: bool = False) -> str:
-    """Return the name under which our layer races on a backend, at the `bn` vertex or at a mix of all branches."""
+    """Return the name of our layer on a backend: as converted (all weight on `bn`), or with a mix of all branches."""
     return f"{backend}, mix" if mixed else backend
 
 
 @dataclass(frozen=True)
 class Race:
-    """One subject (a shape or a network) in one setting: median seconds of each entrant, and medians of its ratios.
+    """The comparison of all entrants on one subject (a shape or a network) in one setting.
 
-    `mode` is `train` or `eval`; a ratio is that to the base of the same round.
+    Attributes:
+        mode: `train` or `eval`.
+        seconds: median time of each entrant.
+        ratios: median of the ratios to the base entrant in the same round.
     """
 
     subject: str
@@ -34,7 +38,7 @@ class Race:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of original and converted network: saved for backward, and what a step adds at its peak, the median."""
+    """Memory of the original and the converted network in bytes: saved for backward, and median peak of a step."""
 
     network: str
     batch: int
@@ -45,7 +49,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Conditions:
-    """Where and how a run was made; `load` is the load average of the machine at its start and at its end."""
+    """The conditions of a run. `load` is the load average of the machine at its start and at its end."""
 
     provenance: str
     device: str
@@ -58,7 +62,7 @@ class Conditions:
 
 @dataclass(frozen=True)
 class Measurements:
-    """One run: races of layers and of networks, what layers save for backward in units of x, and memory."""
+    """All results of one run. `saved` is the memory saved for backward by each layer, divided by the size of x."""
 
     conditions: Conditions
     layers: list[Race]
@@ -69,12 +73,12 @@ class Measurements:
 
     def write(self, path: Path) -> None:
         """Write as JSON."""
-        path.write_text(json.dumps(asdict(self), indent=1) + "\n")
+        write_document(path, asdict(self))
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Read what `write` wrote."""
-        data = json.loads(path.read_text())
+        """Read a file written by `write`."""
+        data = read_document(path)
         races = {part: [Race(**race) for race in data[part]] for part in ("layers", "networks")}
         return cls(
             **data | races | {"conditions": Conditions(**data["conditions"]), "memory": Memory(**data["memory"])}

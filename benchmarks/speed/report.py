@@ -1,4 +1,4 @@
-"""docs/measured/speed.md from the records: means, worst shapes, what was wanted and what was found; runs nothing."""
+"""Write docs/measured/speed.md from the records: means, worst shapes, and a comparison with the targets."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -10,18 +10,18 @@ from benchmarks.speed.records import BASE, COPY, EAGER, Conditions, Measurements
 
 _CLOCKS = {
     "wall": "wall time",
-    "cpu": "CPU time of the thread, which a trial on a loaded machine uses",
-    "cuda": "time between two events on the device, its caches flushed before each call",
+    "cpu": "CPU time of the thread, for a busy machine",
+    "cuda": "time between two events on the device, with its caches flushed before each call",
 }
-_TRAFFIC = {"train": 8, "eval": 3}  # activations read and written at least: 3 forward, 5 backward
+_TRAFFIC = {"train": 8, "eval": 3}  # smallest number of activations read and written: 3 forward, 5 backward
 _COPIED = 2
-_LARGE = 2**25  # bytes of an activation that no cache holds
+_LARGE = 2**25  # bytes of an activation that does not fit into any cache
 _BYTES = {"fp32": 4, "bf16": 2}
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What was set out to be shown: ratios to BatchNorm at most, leads over the eager SN at least."""
+class Targets:
+    """Targets: largest ratios to BatchNorm, smallest leads over the eager SN."""
 
     train: float
     worst: float | None
@@ -33,11 +33,11 @@ class Wanted:
     bandwidth: float = 0.7
 
 
-_WANTED = {
-    "cpu": Wanted(
+_TARGETS = {
+    "cpu": Targets(
         1.3, 2.0, {"contiguous": 2.5, "channels_last": 2.1}, {"train": 4, "eval": 6}, {"train": 1.15, "eval": 1.2}
     ),
-    "cuda": Wanted(1.15, None, {"contiguous": 1.6, "channels_last": 1.6}, {}, {"train": 1.08}),
+    "cuda": Targets(1.15, None, {"contiguous": 1.6, "channels_last": 1.6}, {}, {"train": 1.08}),
 }
 
 
@@ -58,39 +58,39 @@ def document(found: Measurements) -> str:
 def _head(conditions: Conditions) -> str:
     start, end = conditions.load
     lines = [
-        "Written by `make bench` (`benchmarks/speed.py`).",
+        "Written by `make bench` (`python -m benchmarks.speed.run`).",
         conditions.provenance,
         f"Device: {conditions.device}. Load average {start:.1f} at the start, {end:.1f} at the end.",
     ]
     if conditions.is_quick:
-        lines.append("**A quick trial: few shapes, one network, small batches.**")
+        lines.append("**Quick mode: few shapes, one network, small batches.**")
     if start >= 0.5 * conditions.cores:
-        lines.append("**The machine was busy with other work: take these figures as a trial.**")
+        lines.append("**The machine was busy with other work, so these figures are not reliable.**")
     return "\n\n".join(
         [
-            "# What the layer costs",
+            "# Speed and memory of the layer",
             "\n".join(lines),
             _filled(
-                "All competitors run in one process, round after round in rotating order, without garbage collection; "
-                "short calls several times in a row, and what takes more than three times what BatchNorm does in every "
-                "second round only. On a CPU, freed memory is kept for the next allocation: page faults, which would "
-                "fall on one or another by chance, are no part of it. A ratio is the median of the ratios to "
-                "`nn.BatchNorm2d` (of 3-D volumes `nn.BatchNorm3d`) in the same round, by "
-                f"{_CLOCKS[conditions.clock]}. `train` is forward and backward with all gradients, `eval` a forward "
-                "pass without any. Layers have float32 parameters in bf16 too, as under autocast; GroupNorm and the "
-                "eager SN, which cannot, have those of their input."
+                "All layers run in one process, in rounds and in rotating order, without garbage collection. Short "
+                "calls are repeated several times in a row. Layers that take more than three times as long as "
+                "BatchNorm run in every second round only. On a CPU, freed memory is kept for the next allocation, so "
+                "page faults do not affect the comparison. A ratio is the median of the ratios to `nn.BatchNorm2d` "
+                "(for 3-D volumes `nn.BatchNorm3d`) in the same round, by "
+                f"{_CLOCKS[conditions.clock]}. `train` is a forward and backward pass with all gradients, `eval` a "
+                "forward pass without gradients. In bf16 the layers have float32 parameters, as under autocast; "
+                "GroupNorm and the eager SN do not support this and have bf16 parameters."
             ),
             _filled(
-                "`native`, `reference` and their like are the backends of our layer: as converted, at the `bn` vertex, "
-                f"and at a `mix` of all three branches. The default on this device is `{conditions.backend}`. The "
-                "eager SN is written for this page as published code writes it, one torch operation after the other."
+                "`native`, `reference` and so on are the backends of our layer: as converted (all weight on `bn`), "
+                f"and with a `mix` of all three branches. The default on this device is `{conditions.backend}`. The "
+                "eager SN computes the layer in separate torch operations, as published code does."
             ),
         ]
     )
 
 
 def _layer_targets(found: Measurements) -> str:
-    wanted, backend = _wanted(found), found.conditions.backend
+    targets, backend = _targets(found), found.conditions.backend
     rows, verdicts = [], []
     for dtype, threads, layout in _settings(found.layers):
         chosen = {mode: _chosen(found.layers, dtype, threads, layout, mode) for mode in ("train", "eval")}
@@ -98,13 +98,13 @@ def _layer_targets(found: Measurements) -> str:
             means = {mode: _mean(races, name) for mode, races in chosen.items()}
             worst = max(chosen["train"], key=lambda race: race.ratios[name])
             cells = [
-                _judged(means["train"], wanted.train),
-                _judged(worst.ratios[name], wanted.worst) + f" ({worst.subject})",
-                _judged(means["eval"], wanted.evaluation[layout]),
+                _with_verdict(means["train"], targets.train),
+                _with_verdict(worst.ratios[name], targets.worst) + f" ({worst.subject})",
+                _with_verdict(means["eval"], targets.evaluation[layout]),
                 *(
-                    _judged(
+                    _with_verdict(
                         geometric_mean(race.ratios[EAGER] / race.ratios[name] for race in races),
-                        wanted.lead.get(mode) if layout == "contiguous" else None,
+                        targets.lead.get(mode) if layout == "contiguous" else None,
                         at_least=True,
                     )
                     for mode, races in chosen.items()
@@ -112,21 +112,21 @@ def _layer_targets(found: Measurements) -> str:
             ]
             verdicts += cells
             rows.append([dtype, str(threads), layout, name, *cells])
-    evaluation = " / ".join(f"{limit}" for limit in wanted.evaluation.values())
-    lead = {mode: f", wanted {limit:g}" for mode, limit in wanted.lead.items()}
+    evaluation = " / ".join(f"{limit}" for limit in targets.evaluation.values())
+    lead = {mode: f", target {limit:g}" for mode, limit in targets.lead.items()}
     header = [
-        *("dtype", "threads", "layout", "layer", f"train, wanted {wanted.train}"),
-        "worst shape" + (f", wanted {wanted.worst}" if wanted.worst else ""),
-        f"eval, wanted {evaluation}",
+        *("dtype", "threads", "layout", "layer", f"train, target {targets.train}"),
+        "worst shape" + (f", target {targets.worst}" if targets.worst else ""),
+        f"eval, target {evaluation}",
         *(f"eager SN / ours, {mode}{lead.get(mode, '')}" for mode in ("train", "eval")),
     ]
     missed, judged = sum("**" in cell for cell in verdicts), sum("met" in cell for cell in verdicts)
     text = (
-        f"Geometric means over the shapes, for the default backend. Wanted: ratios at most as the header says "
-        "(evaluation: contiguous / channels_last), leads over the eager SN at least so, these where contiguous. "
+        f"Geometric means over the shapes, for the default backend. The header has the targets: largest ratios "
+        "(evaluation: contiguous / channels_last), and smallest leads over the eager SN (contiguous only). "
         f"Met: {judged - missed} of {judged}."
     )
-    return "\n\n".join(["## What was wanted, and what was found: layers", _filled(text), _table(header, rows)])
+    return "\n\n".join(["## Layers: comparison with the targets", _filled(text), _table(header, rows)])
 
 
 def _means(found: Measurements) -> str:
@@ -136,9 +136,9 @@ def _means(found: Measurements) -> str:
         for mode in ("train", "eval"):
             races = _chosen(found.layers, dtype, threads, layout, mode)
             rows.append([dtype, str(threads), layout, mode, *(_cell(races, name) for name in names)])
-    parts = ["## All competitors", "Geometric means of the ratios to BatchNorm over the shapes."]
+    parts = ["## All layers", "Geometric means of the ratios to BatchNorm over the shapes."]
     if not any(name.startswith("compiled") for name in names):
-        parts[-1] += " `torch.compile`: not measured (`--compile` does)."
+        parts[-1] += " `torch.compile` was not measured (use `--compile`)."
     return "\n\n".join([*parts, _table(["dtype", "threads", "layout", "mode", *names], rows)])
 
 
@@ -150,9 +150,9 @@ def _shapes(found: Measurements) -> str:
     dtype, threads, _ = _settings(found.layers)[0]
     names = [name for name in _names(found.layers) if name != BASE]
     parts = [
-        "## Every shape",
-        f"In {dtype}, threads: {threads}; train, then eval. The first column of figures is BatchNorm in milliseconds. "
-        "All other settings: `make bench` writes them to `benchmarks/results/speed.json`.",
+        "## All shapes",
+        f"Ratios in {dtype} with {threads} {'thread' if threads == 1 else 'threads'}: train / eval. The times of "
+        "BatchNorm are in milliseconds. `make bench` writes the other settings to `benchmarks/results/speed.json`.",
     ]
     for layout in dict.fromkeys(race.layout for race in found.layers):
         modes = [_chosen(found.layers, dtype, threads, layout, mode) for mode in ("train", "eval")]
@@ -169,7 +169,7 @@ def _shapes(found: Measurements) -> str:
 
 
 def _bandwidth(found: Measurements) -> str:
-    wanted, backend = _wanted(found), found.conditions.backend
+    targets, backend = _targets(found), found.conditions.backend
     rows = []
     for race in found.layers:
         size = prod(map(int, race.subject.split("x"))) * _BYTES[race.dtype]
@@ -179,82 +179,86 @@ def _bandwidth(found: Measurements) -> str:
         copying = _COPIED * size / race.seconds[COPY]
         rows.append(
             [race.subject, race.dtype, race.layout, race.mode, f"{copying / 1e9:.0f}"]
-            + [f"{speeds[BASE] / copying:.0%}", _judged(speeds[backend] / copying, wanted.bandwidth, at_least=True)]
+            + [
+                f"{speeds[BASE] / copying:.0%}",
+                _with_verdict(speeds[backend] / copying, targets.bandwidth, at_least=True),
+            ]
         )
     text = (
-        "Bytes that a layer has to read and write at least (forward 2 reads and 1 write, backward 4 and 1) over its "
-        f"time, as a share of what a copy of the same activation reaches; wanted {wanted.bandwidth} on large shapes. "
-        "BatchNorm is credited with as many, though its evaluation needs one read less."
+        "The smallest number of bytes that a layer must read and write (forward 2 reads and 1 write, backward 4 and "
+        "1) divided by its time, relative to the bandwidth of a copy of the same activation; target "
+        f"{targets.bandwidth} on large shapes. The same number of bytes is used for BatchNorm, whose evaluation needs "
+        "one read less."
     )
     header = ["shape", "dtype", "layout", "mode", "copy, GB/s", BASE, backend]
     return "\n\n".join(["## Bandwidth", _filled(text), _table(header, rows)])
 
 
 def _networks(found: Measurements) -> str:
-    wanted = _wanted(found)
+    targets = _targets(found)
     rows = []
     for race in found.networks:
-        limit = wanted.networks.get(race.mode) if race.subject == found.memory.network else None
+        limit = targets.networks.get(race.mode) if race.subject == found.memory.network else None
         times = [f"{race.seconds[form] * 1e3:.0f}" for form in ("original", "converted")]
         setting = [race.subject, race.dtype, str(race.threads), race.layout, race.mode]
-        rows.append([*setting, *times, _judged(race.ratios["converted"], limit)])
-    limits = ", ".join(f"{mode} at most {limit}" for mode, limit in wanted.networks.items())
+        rows.append([*setting, *times, _with_verdict(race.ratios["converted"], limit)])
+    limits = ", ".join(f"{mode} at most {limit}" for mode, limit in targets.networks.items())
     text = (
-        f"timm networks at 224 pixels, batch {found.memory.batch}, random weights, original against converted. "
-        f"Wanted for {found.memory.network}: {limits}."
+        f"timm networks at 224 pixels, batch size {found.memory.batch}, random weights, original and converted. "
+        f"Target for {found.memory.network}: {limits}."
     )
     header = ["network", "dtype", "threads", "layout", "mode", "original, ms", "converted, ms", "ratio"]
     return "\n\n".join(["## Networks", _filled(text), _table(header, rows)])
 
 
 def _memory(found: Measurements) -> str:
-    wanted, memory = _wanted(found), found.memory
+    targets, memory = _targets(found), found.memory
     layers = _table(
         ["layer", "saved for backward / bytes of x"], [[name, f"{share:.3f}"] for name, share in found.saved.items()]
     )
     network = _table(
         ["", "original, MB", "converted, MB", "ratio"],
         [
-            _memory_row("saved for backward", memory.saved, wanted.saved),
-            _memory_row("peak of a training step", memory.peak, wanted.peak),
+            _memory_row("saved for backward", memory.saved, targets.saved),
+            _memory_row("peak of a training step", memory.peak, targets.peak),
         ],
     )
     return "\n\n".join(
         [
             "## Memory",
             _filled(
-                "Distinct storages that autograd is handed for backward, without parameters and buffers. A layer, on "
+                "Memory that autograd saves for backward, without parameters and buffers. For one layer on "
                 f"{found.saved_shape} in fp32, contiguous:"
             ),
             layers,
-            _filled(_about_network(memory, wanted)),
+            _filled(_about_network(memory, targets)),
             network,
         ]
     )
 
 
-def _about_network(memory: Memory, wanted: Wanted) -> str:
+def _about_network(memory: Memory, targets: Targets) -> str:
     return (
-        f"`{memory.network}` at 224 pixels, batch {memory.batch}, fp32. The peak is what training steps add "
-        f"to the network and its input, the median of {memory.processes} in fresh processes. Wanted: "
-        f"at most {wanted.saved} and {wanted.peak}."
+        f"`{memory.network}` at 224 pixels, batch size {memory.batch}, fp32. The peak is the memory of training steps "
+        f"without the network and its input, the median of {memory.processes} new processes. Targets: "
+        f"at most {targets.saved} and {targets.peak}."
     )
 
 
 def _memory_row(what: str, pair: tuple[int, int], limit: float) -> list[str]:
-    return [what, *(f"{size / 1e6:.1f}" for size in pair), _judged(pair[1] / pair[0], limit, digits=4)]
+    return [what, *(f"{size / 1e6:.1f}" for size in pair), _with_verdict(pair[1] / pair[0], limit, digits=4)]
 
 
-def _judged(value: float, limit: float | None, *, at_least: bool = False, digits: int = 2) -> str:
-    """The value and, where a limit is set, whether it is kept."""
+def _with_verdict(value: float, limit: float | None, *, at_least: bool = False, digits: int = 2) -> str:
+    """Return the value and, if there is a target, the verdict."""
     text = f"{value:.{digits}f}"
     if limit is None:
         return text
     return f"{text} met" if (value >= limit if at_least else value <= limit) else f"**{text} not met**"
 
 
-def _wanted(found: Measurements) -> Wanted:
-    return _WANTED["cuda" if _is_cuda(found) else "cpu"]
+def _targets(found: Measurements) -> Targets:
+    return _TARGETS["cuda" if _is_cuda(found) else "cpu"]
 
 
 def _is_cuda(found: Measurements) -> bool:
@@ -270,8 +274,8 @@ def _names(races: Iterable[Race]) -> list[str]:
 
 
 def _chosen(races: Iterable[Race], dtype: str, threads: int, layout: str, mode: str) -> list[Race]:
-    wanted = (dtype, threads, layout, mode)
-    return [race for race in races if (race.dtype, race.threads, race.layout, race.mode) == wanted]
+    setting = (dtype, threads, layout, mode)
+    return [race for race in races if (race.dtype, race.threads, race.layout, race.mode) == setting]
 
 
 def _mean(races: Iterable[Race], name: str) -> float:

@@ -1,6 +1,6 @@
-"""What the layer costs in time and memory, as ratios to BatchNorm measured interleaved -> docs/measured/speed.md.
+"""Measure time and memory of the layer as ratios to BatchNorm (`make bench`) -> docs/measured/speed.md.
 
-Run by `make bench`. Writes the records to benchmarks/results/speed.json; `--render` writes the page anew from them.
+All layers are measured in turn in one process. `--render` only writes the page from benchmarks/results/speed.json.
 """
 
 import argparse
@@ -10,23 +10,23 @@ from collections.abc import Iterable
 
 import torch
 
-from benchmarks.paths import DOCS, RESULTS
+from benchmarks.paths import PAGES, RESULTS
 from benchmarks.provenance import provenance
 from benchmarks.speed.layers import DTYPES, NETWORKS, layer_races, network_races, saved_by_layers, shapes
 from benchmarks.speed.memory import network_memory
 from benchmarks.speed.records import Conditions, Measurements, Race
 from benchmarks.speed.report import document
 from benchmarks.speed.timing import cpu_time, cuda_clock, keep_freed_memory, wall_time
-from normswap.layers.backends.selection import fused_backend
+from normswap.layers.dispatch import fused_backend
 
 CLOCKS = {"wall": lambda: wall_time, "cpu": lambda: cpu_time, "cuda": cuda_clock}
 BATCH = {"cpu": 8, "cuda": 32}
 QUICK_BATCH = 2  # of networks
-PROCESSES = 3  # whose peak memory is measured
+PROCESSES = 3  # for peak memory
 PRECISIONS = {"cpu": ("fp32",), "cuda": ("fp32", "bf16")}
-SECONDS = 1.5  # for one race of layers
+SECONDS = 1.5  # for one comparison of layers
 QUICK_SECONDS = 0.5
-STEPS = 6  # so much more for one of networks
+STEPS = 6  # times `SECONDS` for one comparison of networks
 
 
 def main() -> None:
@@ -35,20 +35,22 @@ def main() -> None:
     measurements = Measurements.read(RESULTS / "speed.json") if options.render else _measured(options)
     measurements.write(RESULTS / "speed.json")
     text = document(measurements)
-    (DOCS / "speed.md").write_text(text)
+    (PAGES / "speed.md").write_text(text)
     print(text)
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", choices=[*BATCH], default="cpu")
-    parser.add_argument("--quick", action="store_true", help="few shapes and one network, small, in fp32 on one thread")
-    parser.add_argument("--compile", action="store_true", help="race what torch.compile makes too; needs a compiler")
-    parser.add_argument("--cpu-time", action="store_true", help="for a loaded machine: CPU time of one thread")
-    parser.add_argument("--render", action="store_true", help="measure nothing: write the page from its records")
+    parser.add_argument("--device", choices=[*BATCH], default="cpu", help="device of the layers (default cpu)")
+    parser.add_argument(
+        "--quick", action="store_true", help="few shapes and one network, small batches, fp32, one thread"
+    )
+    parser.add_argument("--compile", action="store_true", help="also measure torch.compile; needs a C++ compiler")
+    parser.add_argument("--cpu-time", action="store_true", help="measure CPU time of one thread, for a busy machine")
+    parser.add_argument("--render", action="store_true", help="only write the page from its records")
     options = parser.parse_args()
     if options.cpu_time and options.device != "cpu":
-        parser.error("--cpu-time measures the CPU: leave out --device")
+        parser.error("--cpu-time: expected --device cpu; remove --device")
     return options
 
 
@@ -57,9 +59,9 @@ def _measured(options: argparse.Namespace) -> Measurements:
     device, quick = options.device, options.quick
     clock_name = "cuda" if device == "cuda" else "cpu" if options.cpu_time else "wall"
     clock = CLOCKS[clock_name]()
-    everything = torch.get_num_threads()
+    all_threads = torch.get_num_threads()
     threads = (
-        (everything,) if device == "cuda" else (1,) if quick or options.cpu_time else tuple(sorted({1, everything}))
+        (all_threads,) if device == "cuda" else (1,) if quick or options.cpu_time else tuple(sorted({1, all_threads}))
     )
     seconds = QUICK_SECONDS if quick else SECONDS
     load = os.getloadavg()[0]
@@ -72,7 +74,7 @@ def _measured(options: argparse.Namespace) -> Measurements:
         seconds=seconds,
         with_compiled=options.compile,
     )
-    layer_records = _told(layers)
+    layer_records = _run_all(layers)
     torch.set_num_threads(threads[-1])
     batch = QUICK_BATCH if quick else BATCH[device]
     networks = network_races(
@@ -83,7 +85,7 @@ def _measured(options: argparse.Namespace) -> Measurements:
         clock=clock,
         seconds=STEPS * seconds,
     )
-    network_records = _told(networks)
+    network_records = _run_all(networks)
     saved_shape, saved = saved_by_layers(device)
     memory = network_memory(NETWORKS[0], batch, 1 if quick else PROCESSES, device)
     backend = fused_backend(torch.empty(0, device=device))
@@ -99,8 +101,8 @@ def _measured(options: argparse.Namespace) -> Measurements:
     return Measurements(conditions, layer_records, network_records, saved_shape, saved, memory)
 
 
-def _told(races: Iterable[Race]) -> list[Race]:
-    """Run the races and print a line after each."""
+def _run_all(races: Iterable[Race]) -> list[Race]:
+    """Run the comparisons and print a line after each."""
     start, done = time.perf_counter(), []
     for race in races:
         done.append(race)

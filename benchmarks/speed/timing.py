@@ -1,4 +1,4 @@
-"""Entrants raced against each other in one process: round after round, in rotating order, by one clock."""
+"""Time several entrants in one process: in rounds, in rotating order, with the same clock."""
 
 import ctypes
 import gc
@@ -14,8 +14,8 @@ import torch
 Clock = Callable[[Callable[[], Any]], float]
 
 ROUNDS = (5, 101)
-_SLOW = 3  # times the first entrant; what takes longer runs in every second round only
-_SHORT = 5e-3  # seconds; where the first entrant takes less, all are called several times in a row
+_SLOW = 3  # entrants slower than so many times the first run in every second round only
+_SHORT = 5e-3  # seconds; if the first entrant takes less, all are called several times in a row
 _CALLS = 10
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of glibc's mallopt
 _FLUSHED = 2**28  # bytes, several times the L2 cache of any GPU
@@ -23,7 +23,7 @@ _FLUSHED = 2**28  # bytes, several times the L2 cache of any GPU
 
 @dataclass(frozen=True)
 class Entrant:
-    """What is timed, what is done after each call outside the time, and what has to hold around both."""
+    """The timed work, the cleanup after each call (not timed), and a context manager around both."""
 
     work: Callable[[], Any]
     tidy: Callable[[], Any]
@@ -31,9 +31,9 @@ class Entrant:
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep what is freed for the next allocation, as torch does on a GPU.
+    """Make glibc keep freed memory for the next allocation, as torch does on a GPU.
 
-    Else page faults, which cost several passes over an activation, fall on whom the state of the heap picks.
+    Otherwise page faults, which take as long as several passes over an activation, hit entrants at random.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
@@ -42,26 +42,26 @@ def keep_freed_memory() -> None:
 
 
 def wall_time(work: Callable[[], Any]) -> float:
-    """Return the seconds that `work` takes."""
+    """Return the wall time of `work` in seconds."""
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
 
 
 def cpu_time(work: Callable[[], Any]) -> float:
-    """Return the seconds for which this thread runs during `work`, whatever else the machine does."""
+    """Return the CPU time of this thread during `work` in seconds."""
     start = time.thread_time()
     work()
     return time.thread_time() - start
 
 
 def cuda_clock() -> Clock:
-    """Return a clock of the device: between two events, with its caches flushed before the first."""
-    rubbish = torch.empty(_FLUSHED, dtype=torch.uint8, device="cuda")
+    """Return a clock that measures the time between two events on the GPU, with flushed caches."""
+    flush = torch.empty(_FLUSHED, dtype=torch.uint8, device="cuda")
 
     def device_time(work: Callable[[], Any]) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        rubbish.zero_()
+        flush.zero_()
         start.record()
         work()
         end.record()
@@ -72,16 +72,16 @@ def cuda_clock() -> Clock:
 
 
 def race(entrants: Mapping[str, Entrant], clock: Clock, seconds: float) -> dict[str, dict[int, float]]:
-    """Return what each entrant took, by number of the round.
+    """Return the time of each entrant in seconds, by number of the round.
 
     Args:
         entrants: by name; the first runs in every round.
-        seconds: about how long the race may take; decides on the number of rounds, within `ROUNDS`.
+        seconds: approximate total time; determines the number of rounds, within `ROUNDS`.
     """
     for entrant in entrants.values():
         _run(entrant, clock, 1)  # warm-up
     base = next(iter(entrants.values()))
-    # As many calls for all: the first one of several finds caches that another entrant has filled.
+    # The same number of calls for all: the first call finds the caches filled by another entrant.
     calls = max(1, min(_CALLS, int(_SHORT / max(_run(base, clock, 1), 1e-9))))
     once = {name: _run(entrant, clock, calls) for name, entrant in entrants.items()}
     slow = _SLOW * next(iter(once.values()))

@@ -1,0 +1,1 @@
+"""Convert and verify every model of timm, torchvision and transformers."""

@@ -1,4 +1,4 @@
-"""What a model zoo offers to the proof: how to build each model, what to feed it, and a small sample of them all."""
+"""The models of a zoo: how to build each one, its example inputs, and a small sample."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,15 +13,15 @@ ZOOS = ("timm", "torchvision", "transformers")
 
 @dataclass(frozen=True)
 class Entry:
-    """One model of a zoo, not yet built.
+    """One model of a zoo, before it is built.
 
     Attributes:
-        family: what models of one code base have in common; the sample holds one of each.
-        build: makes the model with random parameters, on whatever device is the default.
-        inputs: example inputs in order of preference, the small one first; a tensor, a tuple or a dict each.
-        view: for a model that selects (boxes, keypoints): a thin module around it that gives what comes before.
-        smaller: an input for a model that is too slow for this machine on the first of `inputs`.
-        reduced: how it differs from the model's default size.
+        family: the source file or group of the model; the sample has one model of each family.
+        build: returns the model with random parameters on the default device.
+        inputs: example inputs in order of preference, smallest first; each is a tensor, a tuple or a dict.
+        view: for a model that selects boxes or keypoints, a wrapper that returns the outputs before the selection.
+        smaller: an input for a model that is too slow on the first of `inputs`.
+        reduced: how the configuration differs from the default size.
     """
 
     zoo: str
@@ -35,12 +35,12 @@ class Entry:
 
     @property
     def key(self) -> str:
-        """The name that is unique over all zoos."""
+        """Return the name that is unique over all zoos."""
         return f"{self.zoo}:{self.name}"
 
 
 def entries(zoo: str) -> Iterator[Entry]:
-    """Return every model of a zoo, built or not: with and without batch norms."""
+    """Yield every model of a zoo, with and without batch norms."""
     yield from _module(zoo).entries()
 
 
@@ -55,5 +55,5 @@ def sample() -> list[Entry]:
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
-    """Return normal noise, the same one at every call, on the CPU."""
+    """Return normal noise on the CPU, equal for equal arguments."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), device="cpu")

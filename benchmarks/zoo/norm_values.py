@@ -1,7 +1,8 @@
-"""Numbers by which a mistake shows: batch norms near the statistics of what they are fed, but not on them.
+"""Random values for batch norms that make mistakes of a conversion visible.
 
-A batch norm fresh from its constructor has mean 0, variance 1, weight 1 and bias 0: a conversion could lose any of
-them unseen. Arbitrary numbers make deep networks explode. So the statistics are measured first, then disturbed.
+A new batch norm has mean 0, variance 1, weight 1 and bias 0; a conversion could lose any of them without an effect on
+the outputs. Arbitrary statistics make the activations of deep networks explode. So statistics are measured on an input
+and then perturbed.
 """
 
 from typing import Any
@@ -22,7 +23,7 @@ _SMALLEST_VAR = 1e-3
 
 
 def batch_norms(model: nn.Module) -> set[nn.Module]:
-    """Return every module that normalizes with batch statistics, by what it holds, whatever its class is called."""
+    """Return every module that normalises with batch statistics, by its class or its buffers."""
     return {module for module in model.modules() if _is_batch_norm(module)}
 
 
@@ -33,9 +34,9 @@ def _is_batch_norm(module: nn.Module) -> bool:
 
 
 def randomise(model: nn.Module, inputs: Any | None) -> Any:
-    """Give every batch norm of `model` its own statistics, weight and bias, near those of `inputs` if it is given.
+    """Give every batch norm of `model` random weight, bias and statistics, near those of `inputs` if given.
 
-    Returns what the model gives in training on `inputs`, or the exception that it raises; None without them.
+    Returns the outputs of the model in training mode on `inputs`, or the exception; None without inputs.
     """
     generator = torch.Generator().manual_seed(_SEED)
     norms = [module for module in model.modules() if _is_batch_norm(module)]
@@ -46,7 +47,7 @@ def randomise(model: nn.Module, inputs: Any | None) -> Any:
         _fill(getattr(norm, "bias", None), generator, normal=_BIAS_SPREAD)
     outputs = None if inputs is None else _measure(model, norms, inputs)
     for norm in norms:
-        _disturb(norm, generator)
+        _perturb(norm, generator)
     return outputs
 
 
@@ -73,14 +74,14 @@ def _fill(
 
 
 def _measure(model: nn.Module, norms: list[nn.Module], inputs: Any) -> Any:
-    """One pass in training with momentum 1; where the model cannot, the statistics stay at 0 and 1."""
+    """Run one training pass with momentum 1. If the model fails, the statistics stay at 0 and 1."""
     momenta = [(norm, norm.momentum) for norm in norms if isinstance(norm, _BatchNorm)]
     try:
         for norm, _ in momenta:
             norm.momentum = 1.0
         with torch.no_grad(), seeded(0), training_flags(list(model.modules()), training=True):
             return call_model(model, inputs)
-    except Exception as error:  # noqa: BLE001 - it is judged by the caller
+    except Exception as error:  # noqa: BLE001 - the caller handles it
         for norm in norms:
             _reset(norm)
         return error
@@ -89,7 +90,7 @@ def _measure(model: nn.Module, norms: list[nn.Module], inputs: Any) -> Any:
             norm.momentum = momentum
 
 
-def _disturb(norm: nn.Module, generator: torch.Generator) -> None:
+def _perturb(norm: nn.Module, generator: torch.Generator) -> None:
     mean, var = norm.running_mean, norm.running_var
     if not (isinstance(mean, Tensor) and isinstance(var, Tensor)):
         return

@@ -1,4 +1,4 @@
-"""What is known of one model after the proof, and the file of one line per model that a run appends to."""
+"""The record of one model, and the file with one line per model."""
 
 import json
 import re
@@ -9,30 +9,45 @@ from pathlib import Path
 from typing import Any, Self
 
 from benchmarks.paths import ROOT
+from benchmarks.records import append_line, read_lines
 
 OUTPUT = ROOT / "zoo-output"
 
-# The only reasons for which a batch norm may stay as it is: what they are called, and how a skip of each is known by
-# its class or by what the plan says of it.
+# The accepted reasons to skip a batch norm: name, pattern of the class name, pattern of the reason in the plan.
 ACCEPTED_REASONS = {
     "quantised": (r"torch\.ao\.nn\.(quantized|qat)\.", r"^$"),
     "fused intrinsic": (r"torch\.ao\.nn\.intrinsic\.", r"^$"),
     "kernel standardisation": (r"^$", r"standardis|standardiz"),
     "no signal left": (r"^$", r"leave only the branch bn"),
 }
-MODEL_FAILS = "the model itself fails"
+MODEL_FAILS = "the original model fails"
 
-# What can come of a model. The first four are no failures.
+# Outcomes of a model. The first four are not failures.
 NO_NORM, CONVERTED, PARTLY, PLANNED, FAILED = "no batch norm", "converted", "partly", "planned on meta", "failed"
 UNFINISHED = "unfinished"
 
 
+# Stages of records that were written before the stages had these names.
+_OLD_STAGES = {
+    "look": "inspect",
+    "law 1": "verify",
+    "law 2": "check unchanged parts",
+    "law 3": "check gate gradients",
+    "law 4": "check the plan",
+    "law 5": "check reversal",
+}
+
+
 @dataclass
 class Record:
-    """One model put through the laws. `failures` says in words what did not hold; empty when all is well.
+    """The results of one model.
 
-    `checks` are those of law 1: name, error, limit, own response, passed, note. `site_errors` is the worst of all
-    sites in evaluation and in training. `stage` tells where it stopped, if it did. `commit` is that of the code.
+    Attributes:
+        failures: descriptions of failed checks; empty if all passed.
+        checks: those of the verification: name, error, limit, own response, passed, note.
+        site_errors: largest error of all sites in evaluation and in training.
+        stage: the current stage, or the last one if the process ended early.
+        commit: version of the code.
     """
 
     key: str
@@ -68,23 +83,30 @@ class Record:
 
     @classmethod
     def from_json(cls, line: str) -> Self:
-        """Return the record in a line; fields of older programs are dropped."""
+        """Return the record of a line. Unknown fields are ignored, and old names of stages are replaced."""
+        return cls.from_dict(json.loads(line))
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Self:
+        """Return the record with these fields; see `from_json`."""
         known = {f.name for f in fields(cls)}
-        return cls(**{name: value for name, value in json.loads(line).items() if name in known})
+        record = cls(**{name: value for name, value in data.items() if name in known})
+        record.seconds = {_OLD_STAGES.get(name, name): value for name, value in record.seconds.items()}
+        return record
 
     @property
-    def is_proved(self) -> bool:
-        """Whether laws 1 and 3 were held against it too."""
+    def is_verified(self) -> bool:
+        """Return true if verification and the check of gate gradients were run."""
         return bool(self.checks)
 
     @property
-    def is_unproved(self) -> bool:
-        """Whether it was swapped, and laws 1 and 3 are still to be run."""
-        return self.outcome in (CONVERTED, PARTLY) and not self.is_proved
+    def is_unverified(self) -> bool:
+        """Return true if the model was converted and verification was not run."""
+        return self.outcome in (CONVERTED, PARTLY) and not self.is_verified
 
     @property
     def ratio(self) -> float | None:
-        """Planning and swapping over building and one forward pass, where all four were measured."""
+        """Return (plan + swap) / (build + one forward pass), or None if one of the four was not measured."""
         times = [self.seconds.get(name) for name in ("plan", "swap", "build", "forward")]
         if any(time is None for time in times):
             return None
@@ -93,7 +115,7 @@ class Record:
 
 
 def accepted_reason(class_name: str, reason: str) -> str | None:
-    """Return which accepted reason a skip has, None if it has none."""
+    """Return the name of the accepted reason of a skip, or None if it has none."""
     for name, (by_class, by_reason) in ACCEPTED_REASONS.items():
         if re.search(by_class, class_name) or re.search(by_reason, reason):
             return name
@@ -101,25 +123,17 @@ def accepted_reason(class_name: str, reason: str) -> str | None:
 
 
 def read_records(path: Path) -> dict[str, Record]:
-    """Return the last record of each model by key; a line cut short by a crash is left out."""
-    found: dict[str, Record] = {}
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            record = Record.from_json(line)
-        except (json.JSONDecodeError, TypeError):
-            continue
-        found[record.key] = record
-    return found
+    """Return the last record of each model by key."""
+    return {key: Record.from_dict(data) for key, data in read_lines(path, key="key").items()}
 
 
 def append_record(path: Path, record: Record) -> None:
     """Add one line to the file."""
-    with path.open("a") as file:
-        file.write(record.to_json() + "\n")
+    append_line(path, asdict(record))
 
 
 def code_version() -> str:
-    """Return the commit of the working tree, with a mark if files differ from it."""
+    """Return the commit of the working tree, followed by `+changes` if the package differs from it."""
 
     def git(*arguments: Iterable[str]) -> str:
         return subprocess.run(["git", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True).stdout.strip()

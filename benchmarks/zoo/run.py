@@ -1,7 +1,7 @@
-"""The zoo proof: every model of timm, torchvision and transformers converted and put through the laws.
+"""Convert and verify every model of timm, torchvision and transformers (`make zoo`) -> docs/measured/coverage.md.
 
-Run by `make zoo`. Each model has a process of its own with a limit of time and memory; results are appended to
-zoo-output/records.jsonl and a later run goes on where this one stopped. `--report` writes docs/measured/coverage.md.
+Each model runs in a separate process with limits of time and memory. Results are appended to zoo-output/records.jsonl,
+and an interrupted run resumes. `--report` only writes the page from the records.
 """
 
 import argparse
@@ -21,22 +21,22 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import torch
 
 from benchmarks.zoo.catalog import ZOOS, Entry, entries
-from benchmarks.zoo.laws import FLOAT64_PARAMETERS, blank, prove, smallest_of_each_family
+from benchmarks.zoo.checks import FLOAT64_PARAMETERS, blank, check_model, smallest_of_each_family
 from benchmarks.zoo.records import FAILED, NO_NORM, OUTPUT, Record, append_record, code_version, read_records
 from benchmarks.zoo.report import write_report
 from benchmarks.zoo.workers import Limits, run_all
 
-# Which records are to be made again.
+# Values of `--again`: the records to measure again.
 AGAIN: dict[str, Callable[[Record], bool]] = {
     "failed": lambda record: record.outcome == FAILED,
     "float32": lambda record: record.precision == "float32",
-    "unproved": lambda record: record.is_unproved,
+    "unverified": lambda record: record.is_unverified,
     "all": lambda _: True,
 }
 
 
 def main() -> None:
-    """Run what is asked for and is not recorded yet, then write the report if asked."""
+    """Run the selected models that have no record, then write the page."""
     options = _options()
     torch.set_num_threads(1)
     records_file: Path = options.output / "records.jsonl"
@@ -60,26 +60,32 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--workers", metavar="N", type=int, default=1, help="processes at a time (default 1)")
     parser.add_argument("--seconds", type=float, default=900, help="time limit of one model (default 900)")
     parser.add_argument("--gigabytes", type=float, default=8, help="memory limit of one model (default 8)")
-    parser.add_argument("--again", choices=AGAIN, help="repeat what is recorded so")
-    parser.add_argument("--full-size", action="store_true", help="feed no slow model the smaller input")
-    parser.add_argument("--quick", action="store_true", help="leave out laws 1 and 3, which take most of the time")
-    parser.add_argument("--float64", metavar="MILLIONS", type=float, help="law 1 in float64 up to (%(default)g)")
+    parser.add_argument("--again", choices=AGAIN, help="repeat the models with these records")
+    parser.add_argument(
+        "--full-size", action="store_true", help="use the first input of each model, also if it is slow"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="skip verification and gate gradients, which take most of the time"
+    )
+    parser.add_argument(
+        "--float64", metavar="MILLIONS", type=float, help="verify in float64 up to so many parameters (%(default)g)"
+    )
     parser.set_defaults(float64=FLOAT64_PARAMETERS / 1e6)
-    parser.add_argument("--report", action="store_true", help="run nothing, write the page from the records")
-    parser.add_argument("--sample", action="store_true", help="run nothing, print the smallest model of each family")
+    parser.add_argument("--report", action="store_true", help="only write docs/measured/coverage.md from the records")
+    parser.add_argument("--sample", action="store_true", help="only print the smallest model of each family")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="folder of the records (default zoo-output)")
     return parser.parse_args()
 
 
 def _run(options: argparse.Namespace, records_file: Path) -> None:
     done = read_records(records_file)
-    # Those known to be quick first, so that a run that is cut short has proved the most.
+    # Models with short previous runs first, so an interrupted run has verified as many as possible.
     known = {key: record.seconds.get("total", 0.0) for key, record in done.items()}
-    jobs = sorted(islice(_wanted(options, done), options.limit), key=lambda entry: known.get(entry.key, 0.0))
+    jobs = sorted(islice(_selected(options, done), options.limit), key=lambda entry: known.get(entry.key, 0.0))
     commit, start = code_version(), time.monotonic()
     limits = Limits(options.seconds, options.gigabytes)
     scratch = options.output / "running"
-    work = partial(prove, float64_parameters=int(options.float64 * 1e6), quick_above=0 if options.quick else inf)
+    work = partial(check_model, float64_parameters=int(options.float64 * 1e6), quick_above=0 if options.quick else inf)
     results = run_all(work, jobs, workers=options.workers, limits=limits, scratch=scratch, blank=blank)
     for number, record in enumerate(results, 1):
         record.commit = commit
@@ -88,7 +94,7 @@ def _run(options: argparse.Namespace, records_file: Path) -> None:
             print(_line(record, f"{number}/{len(jobs)} {time.monotonic() - start:.0f} s"), flush=True)
 
 
-def _wanted(options: argparse.Namespace, done: dict[str, Record]) -> Iterator[Entry]:
+def _selected(options: argparse.Namespace, done: dict[str, Record]) -> Iterator[Entry]:
     for zoo in options.zoo or ZOOS:
         for entry in islice(entries(zoo), None, None, options.every):
             if options.only and not fnmatch.fnmatchcase(entry.name, options.only):

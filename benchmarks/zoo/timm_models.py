@@ -1,4 +1,4 @@
-"""Every model of timm's `list_models()`."""
+"""Every model of `timm.list_models()`."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -12,7 +12,8 @@ from benchmarks.zoo.catalog import Entry, noise
 BATCH = 2
 SIZE, MIDDLE, SMALL = 128, 192, 64
 
-# The smallest model of every file of timm.models that has batch norms, written by `python benchmarks/zoo.py --sample`.
+# The smallest model of every file of timm.models that has batch norms, printed by `python -m
+# benchmarks.zoo.run --sample`.
 SAMPLE = (
     "convmixer_768_32",
     "cpubone_nano",
@@ -78,10 +79,10 @@ SAMPLED_FROM = "1.0.31"
 
 
 def entries() -> Iterator[Entry]:
-    """Return every model of timm's own; its family is the file that defines it."""
+    """Yield every model that timm defines. Its family is the file that defines it."""
     for name in timm.list_models():
         if not timm.model_entrypoint(name).__module__.startswith("timm."):
-            continue  # registered by somebody else in this process
+            continue  # registered by another package
         config = timm.get_pretrained_cfg(name)
         fixed = config is not None and config.fixed_input_size and min(config.input_size[1:]) > SIZE
         yield Entry(
@@ -99,7 +100,7 @@ def _build(name: str) -> nn.Module:
 
 
 def _build_for_size(name: str) -> nn.Module:
-    """A model that is built for one image size: for the small one, where its code lets one say so."""
+    """Build a model with a fixed image size for the small size, if it has an argument for it."""
     try:
         return timm.create_model(name, pretrained=False, img_size=SIZE)
     except (TypeError, ValueError, AssertionError, RuntimeError):

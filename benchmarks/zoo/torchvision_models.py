@@ -1,8 +1,8 @@
-"""Every model of torchvision's `list_models()`, and the detectors as they are built around pretrained backbones.
+"""Every model of `torchvision.models.list_models()`, and detectors with frozen backbones.
 
-A detector with pretrained weights has `FrozenBatchNorm2d` in its backbone; the weights cannot be had here, so the
-same structure is built by hand. Detectors select boxes, which one unit in the last place can flip: their `view` gives
-everything up to the selection, and the heads on boxes that are given.
+A detector with pretrained weights has `FrozenBatchNorm2d` in its backbone. Without a download, the same structure is
+built here from random weights. Detectors select boxes, and a rounding error can change the selection, so their `view`
+returns everything before the selection, and the outputs of the heads on given boxes.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,7 +23,7 @@ FRAMES = 8
 CLASSES = 5
 KEYPOINTS = 17
 
-# The smallest model of every family that has batch norms, written by `python benchmarks/zoo.py --sample`.
+# The smallest model of every family that has batch norms, printed by `python -m benchmarks.zoo.run --sample`.
 SAMPLE = (
     "deeplabv3_mobilenet_v3_large",
     "densenet121",
@@ -57,7 +57,7 @@ SAMPLE = (
     "vgg11_bn",
 )
 
-# Detectors whose backbone is frozen when it is pretrained; the versions "v2" and ssdlite keep BatchNorm2d.
+# Detectors with frozen norms in a pretrained backbone; the versions "v2" and ssdlite keep BatchNorm2d.
 FROZEN = (
     "fasterrcnn_resnet50_fpn",
     "fasterrcnn_mobilenet_v3_large_fpn",
@@ -71,7 +71,7 @@ _FROZEN_STAGES = ("conv1", "bn1", "layer1")
 
 
 def entries() -> Iterator[Entry]:
-    """Return every registered model, then the detectors with frozen backbones."""
+    """Yield every registered model, then the detectors with frozen backbones."""
     for name in models.list_models():
         yield _entry(name)
     for name in FROZEN:
@@ -104,7 +104,7 @@ def _kind(name: str) -> str:
 
 
 def _family(name: str) -> str:
-    """The file that defines a model."""
+    """Return the file that defines a model."""
     return models.get_model_builder(name).__module__.removeprefix("torchvision.models.")
 
 
@@ -119,7 +119,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-# Each proposal costs a pass through the heads, and the laws take dozens of passes.
+# Each proposal needs a pass through the heads, and the checks run the model dozens of times.
 _FEW_PROPOSALS = {
     **dict.fromkeys(("rpn_pre_nms_top_n_train", "rpn_pre_nms_top_n_test"), 40),
     **dict.fromkeys(("rpn_post_nms_top_n_train", "rpn_post_nms_top_n_test"), 20),
@@ -129,7 +129,7 @@ _FEW_PROPOSALS = {
 
 
 def _build_frozen(name: str, **options: Any) -> nn.Module:
-    """A detector as it is around pretrained weights: BatchNorm2d frozen in the backbone, its first stages too."""
+    """Build a detector with the structure of a pretrained one: frozen norms in the backbone and frozen first stages."""
     model = models.get_model(name, **options)
     body: nn.Module = model.backbone.body
     for path, module in list(body.named_modules()):
@@ -184,14 +184,14 @@ _INPUTS = {"detection": _images_and_targets, "video": _videos, "optical_flow": _
 
 
 class BeforeSelection(nn.Module):
-    """A torchvision detector up to where it selects: features, what the dense head says, and heads on given boxes."""
+    """A torchvision detector before the selection: features, outputs of the dense head, and heads on given boxes."""
 
     def __init__(self, detector: nn.Module) -> None:
         super().__init__()
         self.detector = detector
 
     def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]]) -> list[Any]:
-        """Return all that is computed before any choice between boxes."""
+        """Return all outputs that do not depend on a selection of boxes."""
         batch, resized = self.detector.transform(images, targets)
         features = self.detector.backbone(batch.tensors)
         maps = [features] if isinstance(features, Tensor) else list(features.values())
@@ -209,7 +209,7 @@ class BeforeSelection(nn.Module):
 
 
 class Encoders(nn.Module):
-    """The part of RAFT that holds its norms; what follows computes in float32 whatever comes in."""
+    """The encoders of RAFT, which contain its norms. The rest always computes in float32."""
 
     def __init__(self, flow: nn.Module) -> None:
         super().__init__()

@@ -1,4 +1,8 @@
-"""@@All transformers architectures with batch norms: those for images, then sound, time series and mixtures."""
+"""The transformers architectures with batch norms, randomly initialised from their configurations.
+
+They were found by building every class of the auto mappings on `meta`, and by searching the modeling files for norms
+that an option enables. Transformer stacks are cut to two layers; other reductions are in the rows.
+"""
 
 from collections.abc import Iterator
 from functools import partial, reduce
@@ -124,7 +128,7 @@ _SERIES = [
     Row("PatchTSMixerConfig", "PatchTSMixerModel PatchTSMixerForPrediction", series(1, 32), {"norm_mlp": "BatchNorm"}),
 ]
 
-# As an object: the default misspells the architecture, and a dict of it does not survive its own checks.
+# An object, because the default misspells the architecture and a dict of it fails its validation.
 _REPVIT = transformers.TimmWrapperConfig(
     architecture="repvit_m1", model_args={"in_chans": 3, "features_only": True, "out_indices": [0, 1, 2, 3]}
 )
@@ -172,11 +176,11 @@ _DEPTH_NAMES = (
     "speech_encoder_layers",
     "num_attention_layers",
 )
-# A stack that counts its layers otherwise, or whose layers are named in other options, is cut in its row.
+# Stacks with other names for the number of layers are cut in their rows.
 
 
 def entries() -> Iterator[Entry]:
-    """Return every model of every row; a family is a modeling file."""
+    """Yield every model of every row. A family is a modeling file."""
     for row in ROWS:
         for name in row.models.split():
             cls = getattr(transformers, name)
@@ -197,7 +201,7 @@ def _build(name: str, row: Row) -> nn.Module:
 
 
 def configuration(row: Row) -> Any:
-    """Return the configuration of a row with its options, those of the configurations inside it, and the depth."""
+    """Return the configuration of a row with its options, nested options and depth."""
     config = getattr(transformers, row.config)(**row.options)
     if row.depth is not None:
         _cut_depth(config, row.depth, set())

@@ -1,6 +1,6 @@
-"""What the transformers architectures are fed: images, mel features, waveforms, tokens and time series of batch 2.
+"""The parts of the rows of transformers architectures: the row, nested configurations, and example inputs.
 
-Each function takes the model and returns its inputs as a list of dicts of keyword arguments, the small one first.
+An input function gets the model and returns a list of dicts of keyword arguments, smallest input first, batch size 2.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,8 +24,10 @@ Inputs = Callable[[nn.Module], Sequence[Any]]
 class Row:
     """One configuration and the models built from it.
 
-    `options` go to the configuration, `nested` into those inside it, by attribute path, after the stacks are cut to
-    `depth`. `variant` tells rows of one class apart.
+    Attributes:
+        options: arguments of the configuration.
+        nested: attributes of nested configurations by path, set after the stacks are cut to `depth`.
+        variant: distinguishes rows of the same class.
     """
 
     config: str
@@ -39,12 +41,12 @@ class Row:
 
 
 def inner(name: str, **options: Any) -> dict[str, Any]:
-    """A configuration inside another, as the dict that its owner takes."""
+    """Return a nested configuration as a dict."""
     return {"model_type": name, **options}
 
 
 RESNET = inner("resnet", depths=[1, 1, 1, 1], out_features=["stage2", "stage3", "stage4"])
-# The strides of a detector: halved at each stage; the default is a recogniser's, which keeps the length of a line.
+# The strides of a detector, which halve the size at each stage; the default is for text recognition.
 LCNET = inner(
     "pp_lcnet_v4",
     out_features=[f"stage{i}" for i in range(1, 5)],
@@ -87,7 +89,7 @@ LARGE_KERNELS = {
 
 
 class EncoderAndDecoder(nn.Module):
-    """Emu3's image tokenizer without the choice of a code between its halves; it has no forward of its own."""
+    """The image tokenizer of Emu3 without quantization; it has no forward method."""
 
     def __init__(self, tokenizer: nn.Module) -> None:
         super().__init__()
@@ -102,7 +104,7 @@ class EncoderAndDecoder(nn.Module):
 
 
 def tokens(length: int = TOKENS, *, high: int = 90, ending: int | None = None) -> Tensor:
-    """Return token ids (2, length), with `ending` in the last place if it is given."""
+    """Return token ids (2, length), with `ending` as the last token if given."""
     generator = torch.Generator().manual_seed(3)
     ids = torch.randint(LOW_TOKEN, high, (BATCH, length), generator=generator, device="cpu")
     if ending is not None:
@@ -129,7 +131,7 @@ def _default_size(config: Any) -> int:
 
 
 def with_text(inputs: Inputs, *, masked: bool = True, ending: int | None = None) -> Inputs:
-    """Return the same with `input_ids` and their mask beside them."""
+    """Return the inputs with `input_ids` and their mask added."""
 
     def both(model: nn.Module) -> Sequence[Any]:
         ids = tokens(ending=ending)
@@ -140,27 +142,27 @@ def with_text(inputs: Inputs, *, masked: bool = True, ending: int | None = None)
 
 
 def text(high: int = 90) -> Inputs:
-    """Return `input_ids` below `high` and nothing else."""
+    """Return only `input_ids` below `high`."""
     return lambda _model: [{"input_ids": tokens(high=high)}]
 
 
 def features(*shapes: tuple[int, ...], name: str = "input_features", **more: Any) -> Inputs:
-    """Return normal noise of the shapes given, without their batch axis, under a name."""
+    """Return normal noise of the given shapes, without the batch axis, under a name."""
     return lambda _model: [{name: noise(BATCH, *shape)} | more for shape in shapes]
 
 
 def with_decoder(inputs: Inputs) -> Inputs:
-    """Return the same with the tokens of a decoder, whose cache is off, so that outputs are tensors."""
+    """Return the inputs with tokens for the decoder and no cache, so outputs are tensors."""
     return lambda model: [found | {"decoder_input_ids": tokens(), "use_cache": False} for found in inputs(model)]
 
 
 def with_more(inputs: Inputs, make: Callable[[nn.Module], dict[str, Any]]) -> Inputs:
-    """Return the same with further keyword arguments."""
+    """Return the inputs with more keyword arguments."""
     return lambda model: [found | make(model) for found in inputs(model)]
 
 
 def audio_in_prompt(mels: int, frames: int = 96) -> Inputs:
-    """Return a prompt whose placeholders take the audio features, as many as the model makes of them."""
+    """Return a prompt with one placeholder for each audio feature of the model."""
 
     def inputs(model: nn.Module) -> Sequence[Any]:
         config = model.config
@@ -182,7 +184,7 @@ def audio_in_prompt(mels: int, frames: int = 96) -> Inputs:
 
 
 def image_in_prompt(size: int) -> Inputs:
-    """Return a prompt whose placeholders take the image features, as many as the model makes of them."""
+    """Return a prompt with one placeholder for each image feature of the model."""
 
     def inputs(model: nn.Module) -> Sequence[Any]:
         config = model.config
@@ -208,12 +210,12 @@ def clip(_model: nn.Module) -> list[dict[str, Tensor]]:
 
 
 def one_film(_model: nn.Module) -> list[dict[str, Tensor]]:
-    """Return a batch of one: the position embeddings of TVP allow no other."""
+    """Return a batch of one video; the position embeddings of TVP require it."""
     return [{"input_ids": tokens()[:1], "pixel_values": noise(1, 2, 3, 448, 448)}]
 
 
 def spoken_labels(_model: nn.Module) -> dict[str, Tensor]:
-    """Return what the tokens sound like: two frames each, of 80 mel bands, with pitch and energy."""
+    """Return labels for the tokens: two frames each, of 80 mel bands, with pitch and energy."""
     return {
         "duration_labels": torch.full((BATCH, TOKENS), 2),
         "spectrogram_labels": noise(BATCH, 2 * TOKENS, 80),
@@ -223,7 +225,7 @@ def spoken_labels(_model: nn.Module) -> dict[str, Tensor]:
 
 
 def first_token(_model: nn.Module) -> dict[str, Tensor]:
-    """Return the token that a transducer starts with."""
+    """Return the first token of a transducer."""
     return {"decoder_input_ids": torch.full((BATCH, 1), 7)}
 
 
@@ -240,7 +242,7 @@ def classes_and_tasks(_model: nn.Module) -> dict[str, Tensor]:
 
 
 def timed_series(model: nn.Module) -> list[dict[str, Tensor]]:
-    """Return a past and a future with their time features."""
+    """Return past and future values with their time features."""
     length = model.config.context_length + max(model.config.lags_sequence)
     ahead = model.config.prediction_length
     return [

@@ -1,4 +1,4 @@
-"""Transformers architectures for images: convolutional networks, dense prediction, detectors, documents."""
+"""The transformers architectures for images: convolutional networks, dense prediction, detectors, documents."""
 
 from benchmarks.zoo.transformers_parts import (
     DINO,

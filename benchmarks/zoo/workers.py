@@ -1,7 +1,7 @@
-"""A bounded number of forked processes, one model each, with a limit of time and memory that kills only that one.
+"""Run each model in a forked process with limits of time and memory.
 
-A child writes what it knows after every stage, so that of a crash, a hang or a kill at least the stage is known.
-Forked, because the parent has imported torch and the zoos already: a fresh import per model would cost hours.
+A process writes its record after every stage, so the record of a crash, a hang or a kill shows the stage. Processes are
+forked because the parent has already imported torch and the zoos; an import per model would take hours.
 """
 
 import gc
@@ -25,7 +25,7 @@ _LOG_TAIL = 600
 
 @dataclass(frozen=True)
 class Limits:
-    """What one model may use."""
+    """The limits of time and memory for one model."""
 
     seconds: float
     gigabytes: float
@@ -43,10 +43,10 @@ class _Child:
 def run_all(
     work: Work, jobs: Iterable[Entry], *, workers: int, limits: Limits, scratch: Path, blank: Callable[[Entry], Record]
 ) -> Iterator[Record]:
-    """Run `work` on every job and yield a record for each, in the order in which they end."""
+    """Run `work` on every job and yield their records in the order in which they end."""
     scratch.mkdir(parents=True, exist_ok=True)
     gc.collect()
-    gc.freeze()  # else each child collects, and thereby copies, all that its parent has imported
+    gc.freeze()  # otherwise garbage collection in each child copies the memory of the parent
     pending = iter(jobs)
     running: list[_Child] = []
     exhausted = False
@@ -79,14 +79,14 @@ def _start(work: Work, entry: Entry, scratch: Path, limits: Limits) -> _Child:
     code = 1
     try:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-        signal.alarm(int(limits.seconds) + 60)  # should the parent be gone
+        signal.alarm(int(limits.seconds) + 60)  # in case the parent has ended
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         log = os.open(scratch.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(log, 1)
         os.dup2(log, 2)
         work(entry, lambda record: _save(scratch, record))
         code = 0
-    except BaseException as error:  # noqa: BLE001 - nothing may return into the parent's code
+    except BaseException as error:  # noqa: BLE001 - the child must not return into the code of the parent
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
     finally:
         sys.stderr.flush()
@@ -117,7 +117,7 @@ def _ended(child: _Child, limits: Limits) -> int | None:
 def _resident_gigabytes(pid: int) -> float:
     try:
         pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-    except (OSError, IndexError):  # just ended, or no /proc on this system
+    except (OSError, IndexError):  # the process has ended, or this system has no /proc
         return 0.0
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**30
 
@@ -126,7 +126,7 @@ def _collect(child: _Child, status: int, blank: Callable[[Entry], Record]) -> Re
     result, log = child.scratch.with_suffix(".json"), child.scratch.with_suffix(".log")
     record = Record.from_json(result.read_text()) if result.exists() else blank(child.entry)
     if status != 0:
-        reason = child.kill_reason or f"the process died with status {os.waitstatus_to_exitcode(status)}"
+        reason = child.kill_reason or f"the process ended with status {os.waitstatus_to_exitcode(status)}"
         record.outcome = FAILED
         record.failures.append(f"{reason}, in the stage: {record.stage}")
         record.trace = log.read_text(errors="replace")[-_LOG_TAIL:] if log.exists() else ""

@@ -18,7 +18,7 @@ from benchmarks.finetuning.protocol import (
     FINE_TUNING,
     MAIN,
     OTHERS,
-    WANTED_LEAD_OVER,
+    TARGET_LEAD_OVER,
     FineTuning,
     SourceTraining,
 )
@@ -172,7 +172,7 @@ def test_the_rate_is_chosen_on_validation_images_and_the_smaller_of_equals() -> 
 
 
 def test_every_arm_that_is_named_exists() -> None:
-    named = {*ALL_ARMS, *DEMO_ARMS, *WANTED_LEAD_OVER, *(arm for setting in (MAIN, *OTHERS) for arm in setting.arms)}
+    named = {*ALL_ARMS, *DEMO_ARMS, *TARGET_LEAD_OVER, *(arm for setting in (MAIN, *OTHERS) for arm in setting.arms)}
     assert named == set(ARMS)
 
 

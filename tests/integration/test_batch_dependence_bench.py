@@ -1,4 +1,4 @@
-"""What `make price` stands on: its second task, its grid, records that outlive an interruption, its page."""
+"""Test `make batch-dependence`: its second task, its grid, records after an interruption, its page."""
 
 import sys
 from pathlib import Path
@@ -10,8 +10,8 @@ from torch import nn
 from benchmarks.finetuning import batch_dependence as study
 from benchmarks.finetuning.arms import convert
 from benchmarks.finetuning.batch_dependence_records import (
-    PRICES,
-    RENORM_PRICES,
+    PENALTIES,
+    RENORM_PENALTIES,
     TASKS,
     Cell,
     Run,
@@ -44,26 +44,26 @@ def test_the_transfer_is_to_classes_and_images_never_seen() -> None:
 
 def test_every_cell_is_run_once_and_seeds_come_one_after_the_other() -> None:
     planned = list(cells([0, 1]))
-    assert len(planned) == len(set(planned)) == 2 * len(TASKS) * (4 * len(PRICES) + len(RENORM_PRICES))
+    assert len(planned) == len(set(planned)) == 2 * len(TASKS) * (4 * len(PENALTIES) + len(RENORM_PENALTIES))
     assert [cell.seed for cell in planned] == sorted(cell.seed for cell in planned)
 
 
 @pytest.mark.parametrize("statistics", ["batch", "renorm"])
-def test_a_price_moves_the_gates_away_from_bn(statistics: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_penalty_moves_the_gates_away_from_bn(statistics: str, monkeypatch: pytest.MonkeyPatch) -> None:
     digits = study.prepare_transfer(seed=0)
     monkeypatch.setattr(study, "trained_network", lambda *_: (build_network(seed=0), digits))
     monkeypatch.setattr(study, "STEPS", 3)
-    free, priced = (study.run_cell(Cell("transfer", statistics, 2, price, 0)) for price in (0.0, 0.5))
-    assert priced.bn_share < free.bn_share <= 1
-    assert (priced.steps, priced.is_finite, priced.cell.statistics) == (3, True, statistics)
+    free, penalized = (study.run_cell(Cell("transfer", statistics, 2, penalty, 0)) for penalty in (0.0, 0.5))
+    assert penalized.bn_share < free.bn_share <= 1
+    assert (penalized.steps, penalized.is_finite, penalized.cell.statistics) == (3, True, statistics)
 
 
-def test_the_price_is_no_part_of_the_losses_that_are_returned() -> None:
+def test_the_penalty_is_no_part_of_the_losses_that_are_returned() -> None:
     images = study.prepare_transfer(seed=0).target.train
     losses = []
-    for price in (0.0, 0.5):
+    for penalty in (0.0, 0.5):
         model: nn.Module = convert(build_network(seed=0))
-        losses.append(finetune(model, images, rate=0.01, settings=FineTuning(steps=1), seed=0, price=price))
+        losses.append(finetune(model, images, rate=0.01, settings=FineTuning(steps=1), seed=0, penalty=penalty))
     assert losses[0] == losses[1]
 
 
@@ -83,21 +83,21 @@ def test_an_interrupted_study_goes_on_where_it_was(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(study, "run_cell", lambda cell: made.append(cell) or run_of(cell))  # type: ignore[func-returns-value]
     study.main()
     assert made == list(cells([0]))
-    stored = read_study(tmp_path / "batch-price.json")
+    stored = read_study(tmp_path / "batch-dependence.json")
     assert stored is not None
     assert [run.cell for run in stored.runs] == made
-    assert "runs are made so far" not in (tmp_path / "batch-price.md").read_text()
+    assert "runs are complete" not in (tmp_path / "batch-dependence.md").read_text()
 
 
 def test_the_page_holds_what_the_records_say(tmp_path: Path) -> None:
-    runs = [run_of(cell, 50 + 100 * cell.price + cell.seed) for cell in cells([0, 1]) if cell.batch_size != 16]
+    runs = [run_of(cell, 50 + 100 * cell.penalty + cell.seed) for cell in cells([0, 1]) if cell.batch_size != 16]
     record = Study("Measured here.", runs)
     write_study(record, tmp_path / "a.json")
     assert read_study(tmp_path / "a.json") == record
     assert read_study(tmp_path / "b.json") is None
     write_report(record, tmp_path / "a.md", planned=72)
     text = (tmp_path / "a.md").read_text()
-    assert f"**{len(runs)} of 72 runs are made so far.**" in text
+    assert f"**{len(runs)} of 72 runs are complete.**" in text
     assert "| 2 | to shifted digits | +1.0 | +3.0 | +10.0 |" in text
     assert "| 16 | to shifted digits | - | - | - |" in text
     assert "| 4 | batch | 50.5 (50.0, 51.0), BN 0.25 | 51.5 (51.0, 52.0), BN 0.25 |" in text

@@ -142,10 +142,10 @@ def _ends_otherwise(_arguments: Sequence[str], _marker: Path) -> None:
 DEFECTS: dict[str, tuple[Callable[[Sequence[str], Path], None], str]] = {
     "a traceback": (_raises, "inspect: ZeroDivisionError: by zero"),
     "a file on failure": (_writes_and_fails, "convert exited 2 and wrote ["),
-    "two lines": (_fails_in_two_lines, "inspect: not one line: error: no"),
+    "two lines": (_fails_in_two_lines, "inspect: expected one line that starts with error:, got error: no"),
     "a temporary": (_leaves_a_temporary, ".partial"),
     "code that ran": (_runs_code, "planted code ran"),
-    "too much memory": (_asks_for_memory, "more than the memory allowed was asked for"),
+    "too much memory": (_asks_for_memory, "requested more memory than allowed"),
     "another exit status": (_ends_otherwise, "inspect: exit status 3"),
 }
 
@@ -210,7 +210,7 @@ def test_the_page_counts_what_came_of_it() -> None:
         seed=9,
     )
     assert "3 damaged files (seed 9)" in page
-    assert "**1 failures.** The slowest took 3.5 s (TorchScript, truncation)." in page
+    assert "**1 failures.** Slowest trial: 3.5 s (TorchScript, truncation)." in page
     assert "| state dict | 2 | 1 | 1 | 1 | 0 |" in page
     assert "| truncation | 2 | 2 | 0 | 0 | 1 |" in page
     assert "- 2 (TorchScript, truncation): inspect: ValueError: no" in page

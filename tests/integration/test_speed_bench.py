@@ -106,14 +106,14 @@ def test_the_page_says_what_is_met_and_what_is_not() -> None:
     assert "| saved for backward | 1.0 | 1.0 | 1.0050 met |" in page
     assert "| peak of a training step | 2.0 | 2.1 | **1.0500 not met** |" in page
     assert "not measured" in page
-    assert "trial" not in page
+    assert "Quick mode" not in page
 
 
 def test_the_page_says_that_the_machine_was_busy() -> None:
     measurements = _measurements()
     busy = replace(measurements, conditions=replace(measurements.conditions, load=(5.0, 5.0), is_quick=True))
     assert "busy with other work" in document(busy)
-    assert "quick trial" in document(busy)
+    assert "Quick mode" in document(busy)
 
 
 def test_the_page_of_a_gpu_holds_bandwidths() -> None:

@@ -1,4 +1,4 @@
-"""The zoo proof on its sample: the smallest model of every family of timm and torchvision that holds batch norms."""
+"""Convert and verify the smallest model of every family of timm and torchvision that has batch norms."""
 
 import pytest
 import timm
@@ -6,23 +6,23 @@ import torch
 
 from benchmarks.zoo import timm_models
 from benchmarks.zoo.catalog import Entry, entries, sample
-from benchmarks.zoo.laws import prove
+from benchmarks.zoo.checks import check_model
 from benchmarks.zoo.norm_values import batch_norms
 from benchmarks.zoo.records import CONVERTED, PARTLY
 
 SAMPLE = sample()
-LAW_PARAMETERS = 5_000_000  # what is larger takes up to a minute: laws 1 and 3 are left to `make zoo` there
+LAW_PARAMETERS = 5_000_000  # what is larger takes up to a minute: `make zoo` verifies them
 pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize("entry", SAMPLE, ids=lambda entry: entry.key)
 def test_every_family_is_converted_and_keeps_the_laws(entry: Entry) -> None:
-    record = prove(entry, quick_above=LAW_PARAMETERS)
+    record = check_model(entry, quick_above=LAW_PARAMETERS)
     assert record.failures == []
     assert record.outcome in (CONVERTED, PARTLY)
     assert record.swapped > 0
-    assert record.is_proved == (record.parameters <= LAW_PARAMETERS)
-    if record.is_proved:
+    assert record.is_verified == (record.parameters <= LAW_PARAMETERS)
+    if record.is_verified:
         assert record.gates_checked > 0
         assert any(check[4] for check in record.checks)
 

@@ -1,7 +1,7 @@
-"""One model put through the laws of a conversion: built, given numbers to tell mistakes by, converted, judged.
+"""Build one model, give its batch norms random values, convert it and check the conversion.
 
-The laws are those of tests/laws.py, which knows nothing of the package; law 1 is judged by `normswap.verify`. What
-the zoo's own code cannot do (build, run) is told apart from what normswap does to it.
+`normswap.verify` compares the functions; the other checks are those of the tests (laws.py), which do not use the
+package. Errors of the original model, when it is built or run, are recorded separately from failures of normswap.
 """
 
 import sys
@@ -45,7 +45,7 @@ import laws  # noqa: E402 - found by the line above
 
 FLOAT64_PARAMETERS = 100_000_000
 CPU_PARAMETERS = 400_000_000
-MULTIPLY_ADDS = 0.3e9  # of one forward pass; what needs more is fed the smaller input, if it has one
+MULTIPLY_ADDS = 0.3e9  # of one forward pass; slower models get the smaller input, if they have one
 SITE_LIMIT = 1e-9
 FP32_LIMIT = 1e-5
 _OWN_RESPONSES = 10
@@ -53,35 +53,36 @@ _OWN_RESPONSES = 10
 Save = Callable[[Record], None]
 
 
-class ModelFails(Exception):  # noqa: N818 - a finding, not an error of this program
-    """The model cannot be run before anything is done to it."""
+class ModelFails(Exception):  # noqa: N818 - a result, not an error of this program
+    """The original model cannot be built or run."""
 
 
 def blank(entry: Entry) -> Record:
-    """Return the record of a model of which nothing is known yet."""
+    """Return the record of a model before the first stage."""
     return Record(entry.key, entry.zoo, entry.name, entry.family, reduced=entry.reduced)
 
 
-def prove(
+def check_model(
     entry: Entry, save: Save = lambda _: None, *, float64_parameters: int = FLOAT64_PARAMETERS, quick_above: float = inf
 ) -> Record:
-    """Put one model through everything. Never raises: what goes wrong is in the record, saved after every stage.
+    """Run all checks on one model. Errors are recorded, never raised; the record is saved after every stage.
 
     Args:
-        float64_parameters: law 1 is judged in float64 up to so many.
-        quick_above: laws 1 and 3, which take most of the time, are left out above so many parameters.
+        float64_parameters: verification is in float64 up to this number of parameters.
+        quick_above: above this number of parameters verification and the check of gate gradients, which take most of
+            the time, are skipped.
     """
     record = blank(entry)
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     try:
-        _prove(entry, record, save, float64_parameters, quick_above)
+        _check(entry, record, save, float64_parameters, quick_above)
     except ModelFails as finding:
         record.outcome = MODEL_FAILS
         record.notes.append(str(finding))
         record.skips = [["", "", str(finding), MODEL_FAILS]] * max(1, record.norms)
         record.sites = record.norms
-    except BaseException as error:  # noqa: BLE001 - whatever it is, it belongs to this model alone
+    except BaseException as error:  # noqa: BLE001 - any error concerns only this model
         record.failures.append(f"{record.stage}: {type(error).__name__}: {error}"[:600])
         record.trace = traceback.format_exc()[-1500:]
     if record.failures:
@@ -92,8 +93,8 @@ def prove(
     return record
 
 
-def _prove(entry: Entry, record: Record, save: Save, float64_parameters: int, quick_above: float) -> None:
-    with _stage(record, "look", save):
+def _check(entry: Entry, record: Record, save: Save, float64_parameters: int, quick_above: float) -> None:
+    with _stage(record, "inspect", save):
         blueprint = _blueprint(entry)
     if blueprint is not None:
         record.parameters = sum(p.numel() for p in blueprint.parameters())
@@ -105,14 +106,14 @@ def _prove(entry: Entry, record: Record, save: Save, float64_parameters: int, qu
             _plan_on_meta(entry, blueprint, record, save)
             return
     torch.manual_seed(0)
-    with _stage(record, "build", save), _blaming_the_model():
+    with _stage(record, "build", save), _errors_of_the_model():
         model = entry.build().eval()
     record.parameters = sum(p.numel() for p in model.parameters())
     record.norms = len(batch_norms(model))
     if not record.norms:
         record.outcome = NO_NORM
         return
-    if record.parameters > CPU_PARAMETERS:  # it had no blueprint to tell
+    if record.parameters > CPU_PARAMETERS:  # it has no blueprint on meta
         _plan_on_meta(entry, model.to("meta"), record, save)
         return
     with _stage(record, "choose an input", save):
@@ -128,18 +129,18 @@ def _prove(entry: Entry, record: Record, save: Save, float64_parameters: int, qu
     with _stage(record, "swap", save):
         converted = normswap.convert(model, plan=plan).model
     _account(model, plan, record)
-    with _stage(record, "law 2", save), _law(record):
+    with _stage(record, "check unchanged parts", save), _recorded(record):
         laws.nothing_else_changed(before, converted, plan, same_objects=False)
         laws.nothing_else_changed(before, model, SwapPlan((), (), ""), same_objects=True)
     del before
-    with _stage(record, "law 4", save), _law(record):
+    with _stage(record, "check the plan", save), _recorded(record):
         _accounted_for(plan)
     if record.parameters <= quick_above:
         fine = record.parameters <= float64_parameters
         _same_function(entry, model, converted, inputs, record, save, fine=fine)
-        with _stage(record, "law 3", save), _law(record):
-            record.gates_checked = _alive(entry, converted, inputs, plan, record)
-    with _stage(record, "law 5", save), _law(record):
+        with _stage(record, "check gate gradients", save), _recorded(record):
+            record.gates_checked = _check_gate_gradients(entry, converted, inputs, plan, record)
+    with _stage(record, "check reversal", save), _recorded(record):
         laws.plan_survives_json(plan)
         laws.converting_twice_changes_nothing(converted, plan, None)
         del converted
@@ -159,7 +160,7 @@ def smallest_of_each_family(zoo: str) -> list[str]:
 
 @contextmanager
 def _stage(record: Record, name: str, save: Save) -> Iterator[None]:
-    """Name what is being done, take its time, and save what is known so far."""
+    """Set the name of the stage, measure its time and save the record."""
     record.stage = name
     save(record)
     start = time.perf_counter()
@@ -171,18 +172,18 @@ def _stage(record: Record, name: str, save: Save) -> Iterator[None]:
 
 
 @contextmanager
-def _law(record: Record) -> Iterator[None]:
-    """A law that does not hold is noted, and the next one is tried all the same."""
+def _recorded(record: Record) -> Iterator[None]:
+    """Record the failure of a check and continue with the next one."""
     try:
         yield
-    except Exception as error:  # noqa: BLE001 - a broken law, or the converted model's own code
+    except Exception as error:  # noqa: BLE001 - a failed check, or an error of the converted model
         text = str(error) if isinstance(error, AssertionError) else f"{type(error).__name__}: {error}"
         record.failures.append(f"{record.stage}: {text}"[:600])
         record.trace = record.trace or traceback.format_exc()[-1500:]
 
 
 @contextmanager
-def _blaming_the_model() -> Iterator[None]:
+def _errors_of_the_model() -> Iterator[None]:
     try:
         yield
     except Exception as error:
@@ -190,16 +191,16 @@ def _blaming_the_model() -> Iterator[None]:
 
 
 def _blueprint(entry: Entry) -> nn.Module | None:
-    """The model without memory or numbers; None where it computes with numbers while it is built."""
+    """Return the model on `meta`, or None if it needs values when it is built."""
     try:
         with torch.device("meta"):
             return entry.build().eval()
-    except Exception:  # noqa: BLE001 - whatever it is, the real thing is built next
+    except Exception:  # noqa: BLE001 - the model is built on the CPU next
         return None
 
 
 def _plan_on_meta(entry: Entry, model: nn.Module, record: Record, save: Save) -> None:
-    """A model that is too large: planned and swapped without memory, so that nothing can be computed with it."""
+    """Plan and swap a model that is too large for this machine on `meta`, without running it."""
     inputs = tree_map_only(Tensor, lambda t: t.to("meta"), entry.inputs(model)[-1])
     record.outcome, record.inputs = PLANNED, describe_shapes(inputs)
     with _stage(record, "plan", save):
@@ -214,7 +215,7 @@ def _plan_on_meta(entry: Entry, model: nn.Module, record: Record, save: Save) ->
 
 
 def _runnable_input(entry: Entry, model: nn.Module, blueprint: nn.Module | None, record: Record) -> Any:
-    """The first input that the model runs on in both modes, else in evaluation; gives the model numbers on the way."""
+    """Set random values and return the first input that works in both modes, or else in evaluation mode."""
     problems: list[str] = []
     candidates = entry.inputs(model)
     if entry.smaller is not None and blueprint is not None and _operations(blueprint, candidates[0]) > MULTIPLY_ADDS:
@@ -232,23 +233,23 @@ def _runnable_input(entry: Entry, model: nn.Module, blueprint: nn.Module | None,
 
 
 def _operations(blueprint: nn.Module, inputs: Any) -> int:
-    """Multiply-adds of one forward pass, counted without computing; 0 where that cannot be done."""
+    """Return the multiply-adds of one forward pass, counted on `meta`; 0 if the model needs values."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         try:
             call_model(blueprint, tree_map_only(Tensor, lambda t: t.to("meta"), inputs))
-        except Exception:  # noqa: BLE001 - it computes with numbers, or fails: the real model tells
+        except Exception:  # noqa: BLE001 - the run on the CPU shows if the model fails
             return 0
     return int(counter.get_total_flops() // 2)
 
 
 def _evaluation_problem(model: nn.Module, inputs: Any, record: Record) -> str | None:
-    """Run the model once, leave it as it was, and say what is wrong with what it gave."""
+    """Run the model once in evaluation mode, restore its state, and return a description of the problem, if any."""
     modules = list(model.modules())
     with torch.no_grad(), seeded(0), preserved_state(modules), training_flags(modules, training=False):
         start = time.perf_counter()
         try:
             outputs = call_model(model, inputs)
-        except Exception as error:  # noqa: BLE001 - the model's own error is the finding
+        except Exception as error:  # noqa: BLE001 - any error of the model is a result
             return _problem(error, inputs, "evaluation")
         record.seconds["forward"] = round(time.perf_counter() - start, 4)
     return _problem(outputs, inputs, "evaluation")
@@ -258,11 +259,11 @@ def _problem(outputs: Any, inputs: Any, mode: str) -> str | None:
     if isinstance(outputs, Exception):
         return f"fails in {mode} on {describe_shapes(inputs)}: {type(outputs).__name__}: {outputs}"[:250]
     floats = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-    return f"gives NaN in {mode} on {describe_shapes(inputs)}" if any(leaf.isnan().any() for leaf in floats) else None
+    return f"returns NaN in {mode} on {describe_shapes(inputs)}" if any(leaf.isnan().any() for leaf in floats) else None
 
 
 def _account(model: nn.Module, plan: SwapPlan, record: Record) -> None:
-    """Count sites, and hold every skip against the accepted reasons and every batch norm against the plan."""
+    """Count sites; check that skips have accepted reasons and that every batch norm is in the plan."""
     norms = batch_norms(model)
     by_name = dict(model.named_modules(remove_duplicate=False))
     for skip in plan.skips:
@@ -278,14 +279,14 @@ def _account(model: nn.Module, plan: SwapPlan, record: Record) -> None:
     decided = {by_name.get(decision.fqn) for decision in (*plan.swaps, *plan.skips)}
     missing = [name for name, module in by_name.items() if module in norms and module not in decided]
     if missing:
-        record.failures.append(f"law 4: {len(missing)} batch norms are in no plan: {', '.join(missing[:3])}")
+        record.failures.append(f"plan: {len(missing)} batch norms are not in the plan: {', '.join(missing[:3])}")
 
 
 def _accounted_for(plan: SwapPlan) -> None:
-    """Law 4 beside `_account`, which has held the plan against every batch norm of the model, found on its own."""
+    """Check that every module is in the plan once, with a reason if it is skipped; see also `_account`."""
     decided = Counter(decision.fqn for decision in (*plan.swaps, *plan.skips))
     if max(decided.values(), default=1) > 1:
-        raise AssertionError(f"{decided.most_common(1)} is decided twice")
+        raise AssertionError(f"{decided.most_common(1)} is in the plan twice")
     if any(len(skip.reason) <= 10 for skip in plan.skips):
         raise AssertionError("a skip has no reason")
 
@@ -293,8 +294,8 @@ def _accounted_for(plan: SwapPlan) -> None:
 def _same_function(
     entry: Entry, model: nn.Module, converted: nn.Module, inputs: Any, record: Record, save: Save, *, fine: bool
 ) -> None:
-    """Law 1, in float64 where it is to be `fine` and the model can compute so, else in float32."""
-    with _stage(record, "law 1", save), _law(record):
+    """Verify in float64 if `fine` is true and the model supports it, else in float32."""
+    with _stage(record, "verify", save), _recorded(record):
         whole = None
         if fine:
             try:
@@ -308,12 +309,12 @@ def _same_function(
         judged = whole
         if entry.view is not None:
             judged = normswap.verify(entry.view(model), entry.view(converted), [inputs])
-            record.notes.append("law 1 in float64 is judged by a part of the outputs, see its view in the catalog")
+            record.notes.append("verification uses a part of the outputs; see the view of this model in benchmarks/zoo")
         if judged is not None:
-            _note_law_1(whole or judged, judged, record)
+            _record_verification(whole or judged, judged, record)
 
 
-def _note_law_1(whole: normswap.Verification, judged: normswap.Verification, record: Record) -> None:
+def _record_verification(whole: normswap.Verification, judged: normswap.Verification, record: Record) -> None:
     record.checks += [[c.name, c.error, c.limit, c.own_response, c.passed, c.note] for c in judged.checks]
     record.fp32_error = judged.fp32_error if record.fp32_error is None else record.fp32_error
     for mode in ("evaluation", "training"):
@@ -322,21 +323,23 @@ def _note_law_1(whole: normswap.Verification, judged: normswap.Verification, rec
         worst = max(errors, default=0.0)
         if worst > (SITE_LIMIT if whole.precision == "float64" else FP32_LIMIT):
             fqn = next(site.fqn for site in whole.sites if getattr(site, mode) == worst)
-            record.failures.append(f"law 1: the site {fqn} alone is {worst:.1e} off in {mode}")
+            record.failures.append(f"verification: site {fqn} has an error of {worst:.1e} in {mode}")
     for check in judged.checks:
         if check.passed is False:
             own = "" if check.own_response is None else f", own response {check.own_response:.1e}"
-            record.failures.append(f"law 1: {check.name}: {check.error:.1e}, limit {check.limit:.1e}{own} {check.note}")
+            record.failures.append(
+                f"verification: {check.name}: {check.error:.1e}, limit {check.limit:.1e}{own} {check.note}"
+            )
     if judged.precision != "float64":
         record.notes += [f"float64: {note}"[:250] for note in judged.notes[:1]]
     if judged.judged_by == "sites":
         record.notes.append(judged.notes[-1][:400])
     if not judged.passed and not any(check.passed is False for check in judged.checks):
-        record.failures.append(f"law 1: {judged.summary}: {'; '.join(judged.notes)}"[:400])
+        record.failures.append(f"verification: {judged.summary}: {'; '.join(judged.notes)}"[:400])
 
 
 def _compare_in_float32(model: nn.Module, converted: nn.Module, inputs: Any, record: Record) -> None:
-    """For what is too large for float64: outputs in both modes, held against the own response of the original."""
+    """Compare outputs in both modes in float32; the limit depends on how the original amplifies rounding errors."""
 
     def outputs(of: nn.Module, fed: Any, training: bool) -> list[Any]:
         modules = list(of.modules())
@@ -348,7 +351,7 @@ def _compare_in_float32(model: nn.Module, converted: nn.Module, inputs: Any, rec
         name, training = f"outputs in {mode}", mode == "training"
         try:
             expected = outputs(model, inputs, training)
-        except Exception as error:  # noqa: BLE001 - where the original raises, the law is silent
+        except Exception as error:  # noqa: BLE001 - if the original raises, the check is skipped
             record.checks.append([name, None, FP32_LIMIT, None, None, f"the original raises: {error}"[:200]])
             continue
         error = _distance(expected, outputs(converted, inputs, training))
@@ -358,7 +361,7 @@ def _compare_in_float32(model: nn.Module, converted: nn.Module, inputs: Any, rec
         if not training:
             record.fp32_error = error
         if error > limit:
-            record.failures.append(f"law 1 in float32: {name}: {error:.1e}, limit {limit:.1e}")
+            record.failures.append(f"verification in float32: {name}: {error:.1e}, limit {limit:.1e}")
 
 
 def _distance(first: Sequence[Any], second: Sequence[Any]) -> float:
@@ -366,8 +369,8 @@ def _distance(first: Sequence[Any], second: Sequence[Any]) -> float:
     return max((laws.distance(a, b) for a, b in pairs), default=0.0)
 
 
-def _alive(entry: Entry, converted: nn.Module, inputs: Any, plan: SwapPlan, record: Record) -> int:
-    """Law 3 against the oracle; for what is too large for float64 finite gradients of the gates alone."""
+def _check_gate_gradients(entry: Entry, converted: nn.Module, inputs: Any, plan: SwapPlan, record: Record) -> int:
+    """Compare gate gradients with the oracle; in float32, only check that they are finite. Return their number."""
     swapped = [swap.fqn for swap in plan.swaps]
     if entry.view is not None:
         view = entry.view(converted)
@@ -388,5 +391,5 @@ def _alive(entry: Entry, converted: nn.Module, inputs: Any, plan: SwapPlan, reco
         )
     for name, gradient in zip(gates, gradients, strict=True):
         if gradient is not None and not gradient.isfinite().all():
-            raise AssertionError(f"law 3: {name} has the gradient {gradient.tolist()}")
+            raise AssertionError(f"expected a finite gradient of {name}, got {gradient.tolist()}")
     return sum(gradient is not None for gradient in gradients)
