@@ -12,7 +12,7 @@ import timm
 import torch
 from torch.distributed import checkpoint
 
-from normswap.checkpoints.plain_globals import path_globals
+from normswap.checkpoints.formats.plain_values import path_globals
 
 # After the libraries, which choose their own modules by the system.
 HIDE = """

@@ -20,8 +20,8 @@ from benchmarks.architectures.functions import difference
 from benchmarks.architectures.records import EXCLUDED, Shapes, built, catalog, shapes_of
 from benchmarks.paths import PAGES
 from benchmarks.provenance import provenance
-from normswap.checkpoints.architecture import parse_architecture
-from normswap.checkpoints.identification import Candidate, identify
+from normswap.checkpoints.architecture.identification import Candidate, identify
+from normswap.checkpoints.architecture.registry import parse_architecture
 
 PAGE = PAGES / "identification.md"
 CASES: Mapping[str, Mapping[str, int]] = {
@@ -160,7 +160,7 @@ def _verdict(first: str, other: str) -> str:
 def _start_seconds() -> float:
     """Return the seconds of the first identification in a fresh process, after the import of torch."""
     code = (
-        "import torch, time; t = time.perf_counter(); from normswap.checkpoints.identification import identify; "
+        "import torch, time; t = time.perf_counter(); from normswap.checkpoints.architecture.identification import identify; "
         "identify({'fc.weight': (10, 512)}); print(time.perf_counter() - t)"
     )
     runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in range(5)]

@@ -24,8 +24,8 @@ from torchvision import models as torchvision_models
 from benchmarks.architectures.facts import facts, fingerprint
 from benchmarks.paths import ROOT
 from benchmarks.records import append_line, read_lines
-from normswap.checkpoints.architecture import build_architecture
-from normswap.checkpoints.architecture_index import Symbol
+from normswap.checkpoints.architecture.index import Symbol
+from normswap.checkpoints.architecture.registry import build_architecture
 from normswap.errors import ArchitectureError
 
 Shapes = dict[str, tuple[int, ...]]

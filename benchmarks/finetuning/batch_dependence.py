@@ -22,7 +22,7 @@ from benchmarks.finetuning.protocol import FINE_TUNING
 from benchmarks.finetuning.training import accuracy, finetune, train_source
 from benchmarks.paths import PAGES, RESULTS
 from benchmarks.provenance import provenance
-from normswap.finetune.digits import Digits, Domain, Images, load_ink, prepare_digits, render_source, split_indices
+from normswap.finetune.data.digits import Digits, Domain, Images, load_ink, prepare_digits, render_source, split_indices
 
 PAGE = "batch-dependence"
 # In the transfer task the source has the first 5 classes, the target the others.

@@ -30,7 +30,7 @@ from benchmarks.finetuning.protocol import MAIN, OTHERS, SOURCE_TRAINING, Settin
 from benchmarks.finetuning.training import Outcome, accuracy, relative_output_error, run_arm, train_source
 from benchmarks.paths import PAGES, RESULTS
 from benchmarks.provenance import machine
-from normswap.finetune.digits import SHIFT, SPLIT, Digits, prepare_digits
+from normswap.finetune.data.digits import SHIFT, SPLIT, Digits, prepare_digits
 
 Weights = dict[str, list[dict[str, float]]]
 

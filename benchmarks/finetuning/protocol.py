@@ -1,6 +1,6 @@
 """The constants of the demo and of the fine-tuning evidence: network, training, learning rates.
 
-Both programs use the same constants, and the evidence copies them into its page. `normswap.finetune.digits` draws the
+Both programs use the same constants, and the evidence copies them into its page. `normswap.finetune.data.digits` draws the
 data.
 """
 

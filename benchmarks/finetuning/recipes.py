@@ -24,11 +24,10 @@ from benchmarks.paths import PAGES, RESULTS, ROOT
 from benchmarks.provenance import provenance
 from benchmarks.records import read_document, write_document
 from benchmarks.speed.memory import process_memory
-from normswap.finetune.data import Data
-from normswap.finetune.optimizer import build_optimizer
-from normswap.finetune.preparation import prepare
+from normswap.finetune.data.datasets import Data
 from normswap.finetune.recipe import Recipe, read_recipe
-from normswap.surgery.gated import gate_parameters
+from normswap.finetune.setup import build_optimizer, prepare
+from normswap.surgery.importance import gate_parameters
 
 RECIPE, SOURCE = "digits_small_batch", "digits_source"
 SEEDS, BATCHES = (0, 1, 2), (1, 2, 4)

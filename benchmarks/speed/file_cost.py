@@ -103,7 +103,7 @@ def child(arguments: list[str]) -> None:
 
     import normswap.checkpoints.saving
     import normswap.reports.tables
-    import normswap.verification  # noqa: F401
+    import normswap.verification.equivalence  # noqa: F401
     from normswap.cli import main as command
 
     torch.set_num_threads(1)

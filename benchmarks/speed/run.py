@@ -17,7 +17,7 @@ from benchmarks.speed.memory import network_memory
 from benchmarks.speed.records import Conditions, Measurements, Race
 from benchmarks.speed.report import document
 from benchmarks.speed.timing import cpu_time, cuda_clock, keep_freed_memory, wall_time
-from normswap.layers.dispatch import fused_backend
+from normswap.layers.backends.selection import fused_backend
 
 CLOCKS = {"wall": lambda: wall_time, "cpu": lambda: cpu_time, "cuda": cuda_clock}
 BATCH = {"cpu": 8, "cuda": 32}

@@ -33,15 +33,15 @@ import torch
 import torch.distributed.checkpoint
 import transformers
 from click.testing import CliRunner
+from normswap.checkpoints.checkpoint import read_record
+from normswap.documents import jsonable
+from normswap.layers.gates import GatedModule
 from torch import Tensor, fx, nn
 from torch.optim.swa_utils import AveragedModel
 
 import normswap
 import normswap.errors
-from normswap.checkpoints.checkpoint import read_record
 from normswap.cli import main
-from normswap.documents import jsonable
-from normswap.layers.gates import GatedModule
 
 HERE = Path(__file__).resolve().parent
 

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import normswap
-from normswap.layers import compiled
+from normswap.layers.backends import cpu
 from normswap.layers.functional import switch_norm
-from normswap.layers.importance import BRANCHES, GATES
+from normswap.layers.gating import BRANCHES, GATES
 from tests.helpers import oracles
 
 settings.register_profile("tests", derandomize=True, database=None, deadline=None, max_examples=30)
@@ -25,9 +25,7 @@ PROFILE = settings.get_profile("tests")
 LIMITS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 BACKENDS = [
     pytest.param("reference", True, id="reference"),
-    pytest.param(
-        "native", True, id="C", marks=pytest.mark.skipif(not compiled.AVAILABLE, reason="needs the extension")
-    ),
+    pytest.param("native", True, id="C", marks=pytest.mark.skipif(not cpu.AVAILABLE, reason="needs the extension")),
     pytest.param("native", False, id="without C"),
 ]
 
@@ -118,7 +116,7 @@ def test_values_and_gradients_are_those_of_the_oracle(backend: str, by_c: bool) 
             assert oracles.relative_error(value, getattr(after, name)) <= 10 * limit
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compiled, "AVAILABLE", by_c)
+        patch.setattr(cpu, "AVAILABLE", by_c)
         holds()
 
 
