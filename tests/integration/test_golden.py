@@ -345,7 +345,7 @@ def test_a_recipe_with_batch_price_is_read(run: Path) -> None:
         changed = normswap.read_recipe("recipe.toml", ["train.batch_price=0.5"])
     assert penalty(recipe) == 0.05
     assert penalty(changed) == 0.5
-    assert recipe.is_written("train.batch_price")
+    assert recipe.is_set_by_user("train.batch_price")
     assert (recipe.train.steps, recipe.train.ema_decay, str(recipe.output)) == (6, 0.9, "run")
 
 
