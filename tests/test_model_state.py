@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from normswap.model_state import (
-    all_or_nothing,
     call_model,
-    changed_names,
-    hooked,
+    changed_attributes,
     module_state,
     preserved_state,
     random_state,
+    registered_hooks,
+    rollback_on_error,
     seeded,
     training_flags,
 )
@@ -75,7 +75,7 @@ def test_state_is_put_back_down_to_objects_and_values(model: Scrambled, fails: b
             assert fails is False or 1 / 0
     except ZeroDivisionError:
         assert fails
-    assert [changed_names(a, module_state(m)) for a, m in zip(before, modules, strict=True)] == [[], [], []]
+    assert [changed_attributes(a, module_state(m)) for a, m in zip(before, modules, strict=True)] == [[], [], []]
     assert model.history == [1, 2]
     assert list(model.cache) == ["a"]
     assert model.seen == {"x"}
@@ -107,11 +107,11 @@ def test_only_what_was_named_is_preserved(model: Scrambled) -> None:
 def test_changed_names_are_found_by_identity(model: Scrambled) -> None:
     before = module_state(model)
     model.change_everything()
-    changed = changed_names(before, module_state(model))
+    changed = changed_attributes(before, module_state(model))
     assert {"history", "cache", "seen", "last", "new", "_buffers", "_modules"} == set(changed)
     before = module_state(model)
     model.history[0] = 1.0  # equal, and another object
-    assert changed_names(before, module_state(model)) == ["history"]
+    assert changed_attributes(before, module_state(model)) == ["history"]
 
 
 def test_all_or_nothing_undoes_classes_registries_and_attributes(model: Scrambled) -> None:
@@ -124,14 +124,14 @@ def test_all_or_nothing_undoes_classes_registries_and_attributes(model: Scramble
         model.last = "after"
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt), all_or_nothing(modules):
+    with pytest.raises(KeyboardInterrupt), rollback_on_error(modules):
         fail_in_the_middle()
     assert [type(module) for module in modules] == values
-    assert [changed_names(a, module_state(m)) for a, m in zip(before, modules, strict=True)] == [[], [], []]
+    assert [changed_attributes(a, module_state(m)) for a, m in zip(before, modules, strict=True)] == [[], [], []]
 
 
 def test_all_or_nothing_keeps_what_succeeded(model: Scrambled) -> None:
-    with all_or_nothing([model]):
+    with rollback_on_error([model]):
         model.last = "after"
     assert model.last == "after"
 
@@ -176,14 +176,14 @@ def test_hooks_are_removed_also_when_registering_fails(model: Scrambled) -> None
     def register(name: str) -> Any:
         return lambda: model.bn.register_forward_hook(lambda *_: calls.append(name))
 
-    with hooked([register("a"), register("b")]):
+    with registered_hooks([register("a"), register("b")]):
         model.bn(torch.ones(2, 4))
     assert calls == ["a", "b"]
 
     def refuse() -> Any:
         raise RuntimeError("takes no hooks")
 
-    with pytest.raises(RuntimeError, match="takes no hooks"), hooked([register("c"), refuse]):
+    with pytest.raises(RuntimeError, match="takes no hooks"), registered_hooks([register("c"), refuse]):
         pytest.fail("never entered")
     assert model.bn._forward_hooks == {}
 

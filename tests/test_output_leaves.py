@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, distributions, nn
 from torch.nn.utils.rnn import pack_sequence
 
-from normswap.surgery.model_outputs import comparable_size, read_leaves
+from normswap.surgery.model_outputs import count_numbers, read_leaves
 
 Pair = namedtuple("Pair", "left right")
 
@@ -146,5 +146,5 @@ def test_what_is_no_data_is_left_out() -> None:
 
 
 def test_only_numbers_count_as_comparable() -> None:
-    assert comparable_size(read_leaves([None, "a", b"b", [], {}, torch.zeros(0)])) == 0
-    assert comparable_size(read_leaves([True, 2.0, torch.zeros(3), numpy.zeros(2)])) == 7
+    assert count_numbers(read_leaves([None, "a", b"b", [], {}, torch.zeros(0)])) == 0
+    assert count_numbers(read_leaves([True, 2.0, torch.zeros(3), numpy.zeros(2)])) == 7

@@ -187,7 +187,7 @@ def index_of(found: Sequence[Record], same: Mapping[str, str], resized: Mapping[
             IndexedArchitecture(
                 name=record["architecture"],
                 defaults=record["defaults"],
-                has_headless=bool(head),
+                allows_no_head=bool(head),
                 tracks=record["architecture"].removeprefix("torchvision:") in _detectors(),
                 function=functions.setdefault(same[record["architecture"]], len(functions)),
                 function_at_sizes=None

@@ -17,11 +17,11 @@ import normswap
 from normswap.checkpoints.formats import archive_checks
 from normswap.checkpoints.formats.archive_checks import (
     check_archive,
-    check_legacy_claims,
+    check_legacy_pickle,
     check_safetensors,
-    check_zip_claims,
+    check_zip_pickle,
 )
-from normswap.checkpoints.formats.pickle_opcodes import Storage, read_opcodes
+from normswap.checkpoints.formats.pickle_opcodes import StorageClaim, summarize_pickle
 from normswap.errors import CheckpointError
 from tests.helpers import files
 
@@ -172,9 +172,9 @@ def test_what_torch_writes_passes(tmp_path: Path) -> None:
     for path in tmp_path.iterdir():
         check_archive(path)
     for name in ("a", "module"):
-        check_zip_claims(tmp_path / name)
+        check_zip_pickle(tmp_path / name)
     torch.save(content, tmp_path / "legacy", _use_new_zipfile_serialization=False)
-    check_legacy_claims(tmp_path / "legacy")
+    check_legacy_pickle(tmp_path / "legacy")
 
 
 # safetensors.
@@ -305,7 +305,7 @@ def test_the_unchanged_pickle_is_good(tmp_path: Path) -> None:
     (tmp_path / "a.pt").write_bytes(
         archive({"m/data.pkl": tensor_pickle(), "m/data/0": bytes(16), "m/byteorder": b"little", "m/version": b"3\n"})
     )
-    check_zip_claims(tmp_path / "a.pt")
+    check_zip_pickle(tmp_path / "a.pt")
     assert torch.load(tmp_path / "a.pt")["a"].tolist() == [0, 0, 0, 0]
 
 
@@ -322,7 +322,7 @@ def test_opcodes_of_every_protocol_are_followed(tmp_path: Path, protocol: int) -
     tensors = {"a": torch.ones(3, 4), "b": torch.ones(5).double(), "n": [1, (2, 3), {"x": torch.ones(2).long()}]}
     torch.save(tensors, tmp_path / "a.pt", pickle_protocol=protocol)
     with zipfile.ZipFile(tmp_path / "a.pt") as reader:
-        said = read_opcodes(io.BytesIO(reader.read("a/data.pkl")))
+        said = summarize_pickle(io.BytesIO(reader.read("a/data.pkl")))
     assert [(storage.kind, storage.elements) for storage in said.storages] == [
         ("torch.FloatStorage", 12),
         ("torch.DoubleStorage", 5),
@@ -333,18 +333,18 @@ def test_opcodes_of_every_protocol_are_followed(tmp_path: Path, protocol: int) -
 
 def test_a_damaged_pickle_is_followed_as_far_as_it_goes() -> None:
     whole = tensor_pickle()
-    assert read_opcodes(io.BytesIO(whole)).storages == (Storage("torch.FloatStorage", "0", 4),)
-    assert read_opcodes(io.BytesIO(whole[: whole.index(b"QK")])).storages == ()
+    assert summarize_pickle(io.BytesIO(whole)).storages == (StorageClaim("torch.FloatStorage", "0", 4),)
+    assert summarize_pickle(io.BytesIO(whole[: whole.index(b"QK")])).storages == ()
     for damaged in (b"", b"\x80\x02t.", b"\x80\x02R.", b"\x80\x02h\x07.", b"\xff\xff", b"\x80\x02)\x81R."):
-        assert read_opcodes(io.BytesIO(damaged)).storages == ()
+        assert summarize_pickle(io.BytesIO(damaged)).storages == ()
 
 
 def test_every_storage_class_of_torch_has_a_size() -> None:
     for dtype in (torch.uint8, torch.int8, torch.bool, torch.int16, torch.float16, torch.bfloat16, torch.int32):
         name = torch.storage._dtype_to_storage_type_map()[dtype]
-        assert archive_checks._bytes_of(Storage(f"torch.{name}", "0", 3)) == 3 * dtype.itemsize
+        assert archive_checks._claimed_bytes(StorageClaim(f"torch.{name}", "0", 3)) == 3 * dtype.itemsize
     for dtype in (torch.float32, torch.int64, torch.float64, torch.complex64, torch.complex128):
         name = torch.storage._dtype_to_storage_type_map()[dtype]
-        assert archive_checks._bytes_of(Storage(f"torch.{name}", "0", 3)) == 3 * dtype.itemsize
-    assert archive_checks._bytes_of(Storage("torch.storage.UntypedStorage", "0", 3)) == 3
-    assert archive_checks._bytes_of(Storage("torch.NewStorage", "0", 3)) is None
+        assert archive_checks._claimed_bytes(StorageClaim(f"torch.{name}", "0", 3)) == 3 * dtype.itemsize
+    assert archive_checks._claimed_bytes(StorageClaim("torch.storage.UntypedStorage", "0", 3)) == 3
+    assert archive_checks._claimed_bytes(StorageClaim("torch.NewStorage", "0", 3)) is None

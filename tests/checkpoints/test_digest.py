@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from normswap.checkpoints.io.digest import fingerprint, holds_the_same
-from normswap.checkpoints.saving import sha256_in_background, sha256_of
+from normswap.checkpoints.io.digest import contents_equal, fingerprint
+from normswap.checkpoints.saving import compute_sha256, sha256_in_background
 from normswap.errors import CheckpointError
 
 
@@ -53,34 +53,34 @@ DIFFERENT = {
 def test_whatever_differs_is_noticed_by_both(other: dict[str, Any]) -> None:
     assert fingerprint(content()) != fingerprint(other)
     for pair in ((content(), other), (other, content())):
-        assert not holds_the_same(*pair)
+        assert not contents_equal(*pair)
 
 
 def test_the_same_bits_are_the_same_in_every_order_layout_and_holder() -> None:
     other = {key: content()[key] for key in ("truth", "array", "list", "weights")}
     other["weights"]["b"] = torch.stack([content()["weights"]["b"], torch.zeros(200_000).long()], 1)[:, 0]
     assert fingerprint(content()) == fingerprint(other)
-    assert holds_the_same(content(), other)
+    assert contents_equal(content(), other)
     model = nn.Linear(2, 2)
-    assert holds_the_same(model, dict(model.state_dict()))
+    assert contents_equal(model, dict(model.state_dict()))
 
 
 def test_what_is_read_from_a_file_may_be_forgotten(tmp_path: Path) -> None:
     torch.save({"a": torch.arange(5_000_000)}, tmp_path / "a.pt")
     mapped = torch.load(tmp_path / "a.pt", mmap=True)
-    assert holds_the_same({"a": torch.arange(5_000_000)}, mapped, forget=True)
-    assert holds_the_same(mapped, {"a": torch.arange(5_000_000)})
+    assert contents_equal({"a": torch.arange(5_000_000)}, mapped, release_pages=True)
+    assert contents_equal(mapped, {"a": torch.arange(5_000_000)})
 
 
 def test_what_has_no_end_is_refused() -> None:
     endless: list[Any] = []
     endless.append(endless)
     with pytest.raises(CheckpointError, match="is nested more than 50 deep"):
-        holds_the_same(endless, endless)
+        contents_equal(endless, endless)
 
 
 def test_the_digest_in_the_background_is_that_of_the_file_or_its_error(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"abc")
-    assert sha256_in_background(tmp_path / "a").result() == sha256_of(tmp_path / "a")
+    assert sha256_in_background(tmp_path / "a").result() == compute_sha256(tmp_path / "a")
     with pytest.raises(FileNotFoundError):
         sha256_in_background(tmp_path / "none").result()

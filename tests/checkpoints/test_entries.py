@@ -9,13 +9,13 @@ import torch
 from torch import nn
 
 from normswap.checkpoints.content.entries import (
-    at,
-    hinted_architectures,
+    drop_entry,
+    format_key_path,
+    get_entry,
     is_state_dict,
-    name_of,
+    read_architecture_hints,
     read_contents,
-    replaced,
-    without,
+    replace_entries,
 )
 from normswap.errors import CheckpointError
 
@@ -70,29 +70,29 @@ def test_no_guessing(content: Any, entry: str | None, message: str) -> None:
 
 def test_replacing_copies_the_way_and_nothing_else() -> None:
     content = {"a": {"b": [1, {"c": 2}], "keep": (kept := [3])}, "d": OrderedDict(e=4)}
-    changed = replaced(content, {("a", "b", 1, "c"): 20, ("d", "e"): 40})
+    changed = replace_entries(content, {("a", "b", 1, "c"): 20, ("d", "e"): 40})
     assert changed == {"a": {"b": [1, {"c": 20}], "keep": [3]}, "d": OrderedDict(e=40)}
     assert content == {"a": {"b": [1, {"c": 2}], "keep": [3]}, "d": OrderedDict(e=4)}
     assert changed["a"]["keep"] is kept
     assert type(changed["d"]) is OrderedDict
-    assert replaced(content, {(): 1}) == 1
-    assert replaced(content, {}) is content
+    assert replace_entries(content, {(): 1}) == 1
+    assert replace_entries(content, {}) is content
 
 
 def test_the_rest_leaves_the_weights_out() -> None:
     content = {"model": {"net": STATE, "step": 3}, "epoch": 4}
-    assert without(content, ("model", "net")) == {"epoch": 4, "model": {"step": 3}}
-    assert without(content, ("model",)) == {"epoch": 4}
-    assert without(STATE, ()) == {}
-    assert at(content, ("model", "step")) == 3
-    assert name_of(("optimizer_states", 0)) == "optimizer_states.0"
+    assert drop_entry(content, ("model", "net")) == {"epoch": 4, "model": {"step": 3}}
+    assert drop_entry(content, ("model",)) == {"epoch": 4}
+    assert drop_entry(STATE, ()) == {}
+    assert get_entry(content, ("model", "step")) == 3
+    assert format_key_path(("optimizer_states", 0)) == "optimizer_states.0"
 
 
 def test_hints_are_words_of_the_file() -> None:
     args = argparse.Namespace(model="resnet50", lr=0.1)
-    assert hinted_architectures({"arch": "resnet18", "args": args}) == ("resnet18", "resnet50")
-    assert hinted_architectures({"model": STATE, "args": {"arch": "vgg"}}) == ("vgg",)
-    assert hinted_architectures(nn.ReLU()) == ()
+    assert read_architecture_hints({"arch": "resnet18", "args": args}) == ("resnet18", "resnet50")
+    assert read_architecture_hints({"model": STATE, "args": {"arch": "vgg"}}) == ("vgg",)
+    assert read_architecture_hints(nn.ReLU()) == ()
 
 
 def test_random_states_and_optimizers_are_no_weights() -> None:

@@ -230,7 +230,7 @@ def _doubled() -> list[Any]:
 def test_a_content_without_an_end_is_refused(
     tmp_path: Path, make: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("normswap.checkpoints.io.digest._MOST_LEAVES", 10_000)
+    monkeypatch.setattr("normswap.checkpoints.io.digest._MAX_LEAVES", 10_000)
     torch.save({"state_dict": files.small_model().state_dict(), "odd": make()}, tmp_path / "model.pt")
     result = run("convert", str(tmp_path / "model.pt"), *OPTIONS, "--no-verify")
     assert result.exit_code == 2

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from normswap.checkpoints.io import memory
-from normswap.checkpoints.io.memory import freed_at_once
+from normswap.checkpoints.io.memory import return_freed_memory
 
 # In a process of its own, whose heap has no holes to begin with: what stays behind, in MB, when of 64 blocks of one
 # megabyte all but the last are freed; while it is asked for, and after.
@@ -44,5 +44,5 @@ def test_freed_blocks_leave_no_holes() -> None:
 def test_where_there_is_no_such_option_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory.sys, "platform", "darwin")
     monkeypatch.setattr(memory.ctypes, "CDLL", lambda _: pytest.fail("asked for"))
-    with freed_at_once():
+    with return_freed_memory():
         pass

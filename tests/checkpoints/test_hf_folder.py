@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed import checkpoint as distributed
 
 import normswap
-from normswap.checkpoints.io.atomic_write import located
+from normswap.checkpoints.io.atomic_files import resolve_checkpoint_path
 from normswap.errors import ArchitectureError, CheckpointError
 from tests.helpers import checkpoint_makers, files
 
@@ -37,7 +37,7 @@ def load(folder: Path) -> normswap.Loaded:
 
 def test_the_index_stands_for_its_folder(shards: Path) -> None:
     index = shards / "model.safetensors.index.json"
-    assert located(index) == shards
+    assert resolve_checkpoint_path(index) == shards
     assert normswap.load(index).model is not None
 
 
@@ -235,7 +235,7 @@ def test_a_module_does_not_become_a_folder(shards: Path, tmp_path: Path) -> None
     from normswap.checkpoints.saving import write_content
 
     with pytest.raises(CheckpointError, match="a folder holds tensors by name, not a pickled module: use a name in"):
-        write_content(files.small_model(), tmp_path / "out", "safetensors folder", Record("module"), like=shards)
+        write_content(files.small_model(), tmp_path / "out", "safetensors folder", Record("module"), template=shards)
     assert not (tmp_path / "out").exists()
 
 

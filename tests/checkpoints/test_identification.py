@@ -23,7 +23,13 @@ from benchmarks.architectures.functions import difference
 from benchmarks.architectures.records import built
 from benchmarks.architectures.records import shapes_of as shapes_of_model
 from normswap.checkpoints.architecture import index
-from normswap.checkpoints.architecture.identification import Identification, ambiguity, decide, identify, no_match
+from normswap.checkpoints.architecture.identification import (
+    Identification,
+    describe_ambiguity,
+    describe_no_match,
+    identify,
+    require_unique,
+)
 from normswap.checkpoints.architecture.index import Symbol, decode_index, encode_index, shipped_index
 from normswap.checkpoints.architecture.registry import build_architecture
 from normswap.cli import main
@@ -87,7 +93,7 @@ FIXED = ("raft_small",)
 
 
 def decide_on(shapes: Shapes) -> str:
-    return decide(identify(shapes))
+    return require_unique(identify(shapes))
 
 
 def shapes_of(architecture: str) -> Shapes:
@@ -109,7 +115,7 @@ def test_the_true_architecture_is_among_the_candidates(name: str) -> None:
         assert found.matches == ()
         (true,) = (one for one in found.candidates if one.architecture == architecture)
         for one in found.candidates:  # a network of another image size by its name is resized
-            assert one.misfits == 0
+            assert one.num_mismatches == 0
             assert {k: v for k, v in one.keywords.items() if k != "img_size"}.items() == true.keywords.items()
 
 
@@ -184,8 +190,8 @@ def test_the_nearest_architectures_come_with_what_does_not_fit() -> None:
     assert best.missing.names == ("conv_stem.weight",)
     assert best.unexpected.names == ("another",)
     assert best.misshaped.names == ("bn1.weight", "classifier.bias")
-    assert best.misfits == 4
-    assert [match.misfits for match in found.matches] == sorted(match.misfits for match in found.matches)
+    assert best.num_mismatches == 4
+    assert [match.num_mismatches for match in found.matches] == sorted(match.num_mismatches for match in found.matches)
 
 
 def test_an_image_size_is_read_off_and_sizes_of_one_network_are_one_function() -> None:
@@ -444,5 +450,5 @@ def test_a_pickled_module_is_identified_only_where_it_is_trusted(folder: Path) -
 
 def test_the_messages_speak_of_the_same_identification() -> None:
     several, none = identify(shapes_of("timm:resnet18")), identify({})
-    assert ambiguity(several).count("architecture=") == len(several.functions)
-    assert "resemble no model" in no_match(none)
+    assert describe_ambiguity(several).count("architecture=") == len(several.functions)
+    assert "resemble no model" in describe_no_match(none)

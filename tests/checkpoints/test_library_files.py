@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 from torch import Tensor, nn
 
 import normswap
-from normswap.checkpoints.content.weight_loading import rejoin, separate
+from normswap.checkpoints.content.weight_loading import retie_tensors, untie_tensors
 from normswap.checkpoints.loading import read_record
 from normswap.cli import main
 from normswap.errors import ArchitectureError
@@ -145,9 +145,9 @@ def test_what_is_missing_and_not_tied_is_refused(tied: Callable[[], nn.Module]) 
 
 def test_the_first_name_in_the_alphabet_is_kept() -> None:
     shared = torch.ones(3)
-    stored = separate({"z": shared, "b": shared, "a": torch.ones(3)})
+    stored = untie_tensors({"z": shared, "b": shared, "a": torch.ones(3)})
     assert (stored.tensors.keys(), stored.tied) == ({"b", "a"}, {"z": "b"})
-    assert rejoin(stored.tensors, stored.tied, ())["z"] is stored.tensors["b"]
+    assert retie_tensors(stored.tensors, stored.tied, ())["z"] is stored.tensors["b"]
 
 
 # Folders of transformers.

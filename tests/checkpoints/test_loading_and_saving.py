@@ -20,10 +20,10 @@ from torch import Tensor, nn
 import normswap
 from normswap.checkpoints import saving
 from normswap.checkpoints.formats import formats
-from normswap.checkpoints.io import atomic_write
+from normswap.checkpoints.io import atomic_files
 from normswap.checkpoints.loading import read_checkpoint, read_record, stored_importance_weights
 from normswap.checkpoints.record import Record, Step
-from normswap.checkpoints.saving import sha256_of
+from normswap.checkpoints.saving import compute_sha256
 from normswap.errors import ArchitectureError, CheckpointError, NormswapError, PlanError
 from tests.helpers import files
 
@@ -304,7 +304,7 @@ def test_files_are_as_readable_as_any_other(tmp_path: Path, name: str) -> None:
 
 def test_sha256(tmp_path: Path) -> None:
     (tmp_path / "abc").write_bytes(b"abc")
-    assert sha256_of(tmp_path / "abc").startswith("ba7816bf8f01cfea")
+    assert compute_sha256(tmp_path / "abc").startswith("ba7816bf8f01cfea")
 
 
 # What can go wrong while writing: the old file stays, nothing else does.
@@ -463,9 +463,9 @@ def test_safetensors_hold_no_extra_state(tmp_path: Path) -> None:
 
 def test_a_text_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "plan.json").write_text("old")
-    monkeypatch.setattr(atomic_write.os, "replace", _disk_full)
+    monkeypatch.setattr(atomic_files.os, "replace", _disk_full)
     with pytest.raises(CheckpointError, match=r"plan\.json: cannot be written \(No space left on device\): free some"):
-        atomic_write.write_text(tmp_path / "plan.json", "new")
+        atomic_files.write_text(tmp_path / "plan.json", "new")
     assert [entry.name for entry in tmp_path.iterdir()] == ["plan.json"]
     assert (tmp_path / "plan.json").read_text() == "old"
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from normswap.checkpoints.io.memory import let_go
+from normswap.checkpoints.io.memory import release_mapped_pages
 
 MAPS = Path("/proc/self/status")
 
@@ -24,12 +24,12 @@ def test_pages_of_a_file_go_and_come_again(tmp_path: Path) -> None:
     mapped = torch.load(tmp_path / "file.pt", mmap=True)
     assert mapped["a"].sum() == saved["a"].sum()
     before = _resident_file_pages()
-    let_go(mapped.values())
+    release_mapped_pages(mapped.values())
     assert before - _resident_file_pages() > 0.9 * saved["a"].nbytes
     assert all(torch.equal(mapped[key], saved[key]) for key in saved)
 
 
 def test_what_lies_in_no_file_stays() -> None:
     own, sparse = torch.ones(2**20), torch.eye(2).to_sparse()
-    let_go([own, own[5:], sparse, torch.empty(0), torch.ones(2, device="meta"), "no tensor"])
+    release_mapped_pages([own, own[5:], sparse, torch.empty(0), torch.ones(2, device="meta"), "no tensor"])
     assert own.sum() == 2**20

@@ -14,8 +14,8 @@ import torch
 from click.testing import CliRunner
 
 import normswap
-from normswap.checkpoints.architecture.permissions import check_keywords, checked_configuration, limited_build
-from normswap.checkpoints.architecture.registry import build_architecture, check_named_by_file, parse_architecture
+from normswap.checkpoints.architecture.permissions import check_configuration, check_keywords, limit_allocation
+from normswap.checkpoints.architecture.registry import build_architecture, check_untrusted_name, parse_architecture
 from normswap.cli import main
 from normswap.errors import ArchitectureError, CheckpointError
 
@@ -223,7 +223,7 @@ def test_every_identified_architecture_is_one_that_a_record_may_name() -> None:
     names = [f"{a.name},{','.join(f'{k}={v}' for k, v in a.defaults.items())}" for a in shipped_index().architectures]
     assert len(names) > 900
     for name in names:
-        check_named_by_file(name.rstrip(","))
+        check_untrusted_name(name.rstrip(","))
 
 
 WRAPPER = {
@@ -406,7 +406,7 @@ MAKERS: dict[str, Callable[[], Any]] = {
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 def test_building_allocates_no_more_than_a_file_can_fill(tmp_path: Path, make: Callable[[], Any]) -> None:
     (tmp_path / "m.pt").write_bytes(b"x")
-    with pytest.raises(ArchitectureError, match="building it needs more than"), limited_build(tmp_path / "m.pt", 1):
+    with pytest.raises(ArchitectureError, match="building it needs more than"), limit_allocation(tmp_path / "m.pt", 1):
         make()
 
 
@@ -415,7 +415,7 @@ def test_a_limited_build_gives_the_same_numbers(tmp_path: Path) -> None:
     torch.manual_seed(3)
     one = build_architecture(NAME).state_dict()
     torch.manual_seed(3)
-    with limited_build(tmp_path / "m.pt", 1):
+    with limit_allocation(tmp_path / "m.pt", 1):
         other = build_architecture(NAME).state_dict()
     assert all(torch.equal(one[key], other[key]) for key in one)
 
@@ -427,5 +427,5 @@ def test_a_list_of_keywords_says_which_is_wrong() -> None:
     ):
         check_keywords("x", {"num_classes": "3"})
     with pytest.raises(ArchitectureError, match=r"x is no configuration: expected a JSON object"):
-        checked_configuration("x", [], models=list)
+        check_configuration("x", [], models=list)
     assert parse_architecture(f"{NAME},layers=(1,2)").keywords == {"layers": (1, 2)}

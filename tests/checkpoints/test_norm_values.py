@@ -10,7 +10,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from normswap.checkpoints.content.state_dict import check_statistics
+from normswap.checkpoints.content.state_dict import check_running_stats
 from normswap.errors import CheckpointError
 from tests.helpers import files
 
@@ -60,10 +60,10 @@ BAD = {
 @pytest.mark.parametrize(("change", "message"), BAD.values(), ids=BAD)
 def test_values_that_cannot_normalize_are_refused(change: Callable[[State], None], message: str) -> None:
     bad = state()
-    check_statistics(bad, name="model.pt")
+    check_running_stats(bad, name="model.pt")
     change(bad)
     with pytest.raises(CheckpointError) as caught:
-        check_statistics(bad, name="model.pt")
+        check_running_stats(bad, name="model.pt")
     assert str(caught.value).startswith("model.pt: ")
     assert message in str(caught.value)
 
@@ -72,7 +72,7 @@ def test_a_norm_at_the_root_has_no_prefix() -> None:
     norm = nn.BatchNorm1d(3)
     norm.running_var[0] = -1
     with pytest.raises(CheckpointError, match=re.escape("x: running_var (1 of 3 values, such as -1) is no statistics")):
-        check_statistics(norm.state_dict(), name="x")
+        check_running_stats(norm.state_dict(), name="x")
 
 
 GOOD = {
@@ -91,7 +91,7 @@ GOOD = {
 def test_all_others_pass(change: Callable[[State], None]) -> None:
     good = state()
     change(good)
-    check_statistics(good, name="model.pt")
+    check_running_stats(good, name="model.pt")
 
 
 def test_the_check_is_cheap_and_touches_norms_only(tmp_path: Path) -> None:
@@ -101,5 +101,5 @@ def test_the_check_is_cheap_and_touches_norms_only(tmp_path: Path) -> None:
         if mapped[key].dim() > 1:
             mapped[key] = mapped[key].to("meta")  # which raises once its values are asked for
     started = time.perf_counter()
-    check_statistics(mapped, name="a.pt")
+    check_running_stats(mapped, name="a.pt")
     assert time.perf_counter() - started < 1

@@ -8,7 +8,7 @@ import torch
 from torch import nn, optim
 
 import normswap
-from normswap.checkpoints.content.optimizer_ownership import Network, Owned, owned_by
+from normswap.checkpoints.content.optimizer_ownership import Network, OwnedNetworks, find_owner
 from normswap.surgery.importance import trainable_gates
 
 
@@ -69,8 +69,8 @@ CASES: dict[str, tuple[Any, list[Network], Any]] = {
 
 @pytest.mark.parametrize(("state", "networks", "gates"), CASES.values(), ids=CASES)
 def test_the_gates_of_the_networks_that_it_has(state: Any, networks: list[Network], gates: Any) -> None:
-    owned = owned_by(state, networks)
-    assert isinstance(owned, Owned), owned
+    owned = find_owner(state, networks)
+    assert isinstance(owned, OwnedNetworks), owned
     assert len(owned.gates) == gates if isinstance(gates, int) else owned.gates == gates
 
 
@@ -101,14 +101,14 @@ LEFT: dict[str, tuple[Any, list[Network], bool, str]] = {
 def test_what_cannot_be_told_is_left_with_a_reason(
     state: Any, networks: list[Network], alone: bool, reason: str
 ) -> None:
-    found = owned_by(state, networks, alone=alone)
+    found = find_owner(state, networks, is_only_optimizer=alone)
     assert isinstance(found, str)
     assert reason in found
 
 
 def test_of_two_optimizers_the_one_with_the_norms_takes_the_gates() -> None:
     kernels, vectors = stepped(decayed[0]), stepped(decayed[1])
-    assert isinstance(owned_by(kernels, [g, d], alone=False), str)
-    owned = owned_by(vectors, [g, d], alone=False)
-    assert isinstance(owned, Owned)
+    assert isinstance(find_owner(kernels, [g, d], is_only_optimizer=False), str)
+    owned = find_owner(vectors, [g, d], is_only_optimizer=False)
+    assert isinstance(owned, OwnedNetworks)
     assert owned.gates == g.gates

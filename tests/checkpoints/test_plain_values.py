@@ -14,8 +14,8 @@ import pytest
 import torch
 
 import normswap
-from normswap.checkpoints.formats.formats import decode, sniff
-from normswap.checkpoints.formats.plain_values import names_allowed_by_user, plain_globals, plain_names
+from normswap.checkpoints.formats.formats import decode, detect_format
+from normswap.checkpoints.formats.plain_values import plain_global_names, plain_globals, user_safe_globals
 from normswap.errors import CheckpointError
 
 # Every name that is allowed beyond torch's own list. A new one needs a line in HARMLESS or FORGED below.
@@ -35,7 +35,7 @@ ALLOWED = {
 
 
 def test_the_allowed_names_are_these() -> None:
-    assert plain_names() == ALLOWED
+    assert plain_global_names() == ALLOWED
 
 
 class Call:
@@ -88,7 +88,7 @@ def _pickle_with_names() -> Any:
 
 
 def _read(path: Path) -> Any:
-    return decode(path, sniff(path), trust=False)["extra"]
+    return decode(path, detect_format(path), trust=False)["extra"]
 
 
 ARRAYS = {
@@ -306,7 +306,7 @@ def test_no_pickle_reads_memory_that_is_not_the_files(
 ) -> None:
     path = _saved(tmp_path / "a.pt", make(), legacy=legacy)
     with pytest.raises(CheckpointError) as told:
-        decode(path, sniff(path), trust=False)
+        decode(path, detect_format(path), trust=False)
     assert message in str(told.value)
 
 
@@ -365,7 +365,7 @@ def test_what_a_user_calls_safe_stays_safe_and_nothing_else_does(tmp_path: Path)
         allowed = set(map(str, torch.serialization.get_safe_globals()))
         assert _read(tmp_path / "a").lr == 0.5
         assert set(map(str, torch.serialization.get_safe_globals())) == allowed
-        assert names_allowed_by_user() == {f"{Options.__module__}.Options"}
+        assert user_safe_globals() == {f"{Options.__module__}.Options"}
         with pytest.raises(CheckpointError, match="a numpy type 'V8'"):
             _read(_saved(tmp_path / "b", FORGED["objects without the flag"][0]()))
     assert set(map(str, torch.serialization.get_safe_globals())) == before

@@ -26,7 +26,13 @@ from normswap.checkpoints.loading import read_checkpoint, read_header
 from normswap.checkpoints.record import Record
 from normswap.cli import main
 from normswap.errors import CheckpointError, ModelError, SwapError
-from normswap.surgery.graphs.exported_program import check_same, difference, export_again, inputs_of, module_of
+from normswap.surgery.graphs.exported_program import (
+    check_equivalent,
+    difference,
+    program_inputs,
+    program_module,
+    reexport,
+)
 from normswap.surgery.plan import SwapPlan
 from tests.helpers import files
 
@@ -430,23 +436,23 @@ def test_a_program_that_cannot_be_saved_is_one_line(tmp_path: Path) -> None:
 
 def test_inputs_by_position_and_by_name_are_those_of_the_program_alone() -> None:
     program = torch.export.export(net(), (x(),), {"shift": torch.ones(8)})
-    assert inputs_of(program) is None
-    converted = normswap.convert(module_of(program), inplace=True).model
-    assert check_same(program, export_again(program, converted)) < 1e-5
+    assert program_inputs(program) is None
+    converted = normswap.convert(program_module(program), inplace=True).model
+    assert check_equivalent(program, reexport(program, converted)) < 1e-5
 
 
 def test_a_program_without_inputs_is_exported_on_those_that_are_given() -> None:
     program = torch.export.export(net(), (x(),))
     program.example_inputs = None
-    converted = normswap.convert(module_of(program), x(), inplace=True).model
-    assert inputs_of(program) is None
+    converted = normswap.convert(program_module(program), x(), inplace=True).model
+    assert program_inputs(program) is None
     with pytest.raises(
         SwapError, match=r"carries no example inputs to export it again with: give them, such as example_inputs="
     ):
-        export_again(program, converted)
-    assert check_same(program, export_again(program, converted, x()), x()) < 1e-5
+        reexport(program, converted)
+    assert check_equivalent(program, reexport(program, converted, x()), x()) < 1e-5
     with pytest.raises(SwapError, match="cannot be exported again"):
-        export_again(program, converted, x(5))
+        reexport(program, converted, x(5))
 
 
 class Counting(nn.Module):
@@ -461,7 +467,7 @@ class Counting(nn.Module):
 def test_a_number_that_is_free_cannot_stay_so() -> None:
     program = torch.export.export(Counting(), (x(), 3), dynamic_shapes={"x": None, "times": Dim.DYNAMIC})
     with pytest.raises(SwapError, match="would take other inputs than the original"):
-        export_again(program, module_of(program))
+        reexport(program, program_module(program))
 
 
 class Moody(nn.Module):
@@ -472,7 +478,7 @@ class Moody(nn.Module):
 def test_what_cannot_be_exported_again_says_what_can_be_done() -> None:
     program = torch.export.export(net(), (x(),))
     with pytest.raises(SwapError, match=r"cannot be exported again \(.*: convert the Python model and export that, or"):
-        export_again(program, Moody())
+        reexport(program, Moody())
 
 
 def test_a_difference_is_judged_by_what_rounding_does_to_the_original() -> None:

@@ -15,7 +15,7 @@ from torch.distributed import checkpoint as distributed
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 
 import normswap
-from normswap.checkpoints.formats.formats import decode, sniff
+from normswap.checkpoints.formats.formats import decode, detect_format
 from normswap.errors import CheckpointError
 
 SIZE = (4, 6)
@@ -79,7 +79,7 @@ PINWHEEL = (
 @pytest.mark.parametrize("places", [HALVES, PINWHEEL], ids=["rows", "a pinwheel"])
 def test_chunks_that_cover_a_tensor_are_read(step: Path, content: dict[str, Any], places: Any) -> None:
     _cut(step, _pieces(content["w"], *places))
-    found = decode(step, sniff(step), trust=False)
+    found = decode(step, detect_format(step), trust=False)
     assert all(torch.equal(found[key], content[key]) for key in content)
     assert found["epoch"] == 3
 
@@ -205,7 +205,7 @@ def test_a_chunk_is_an_archive_that_is_checked(step: Path) -> None:
     data[info.offset : info.offset + info.length] = forged
     (step / info.relative_path).write_bytes(data)
     with pytest.raises(CheckpointError):
-        decode(step, sniff(step), trust=False)
+        decode(step, detect_format(step), trust=False)
 
 
 def _sharded(folder: Path, content: dict[str, Any], placed: dict[str, str], kind: str) -> None:
@@ -236,13 +236,13 @@ def test_an_index_of_shards_names_what_they_hold(
 ) -> None:
     folder = step.parent / "shards"
     _sharded(folder, content, PLACED, kind)
-    assert decode(folder, sniff(folder), trust=False).keys() == content.keys()
+    assert decode(folder, detect_format(folder), trust=False).keys() == content.keys()
     path = next(folder.glob("*.index.json"))
     index = json.loads(path.read_text())
     change(index["weight_map"])
     path.write_text(json.dumps(index))
     with pytest.raises(CheckpointError) as told:
-        decode(folder, sniff(folder), trust=False)
+        decode(folder, detect_format(folder), trust=False)
     assert message in str(told.value)
 
 
@@ -251,4 +251,4 @@ def test_a_tensor_in_two_shards_is_refused(step: Path, content: dict[str, Any]) 
     _sharded(folder, content, PLACED, "safetensors")
     safetensors.torch.save_file(content, folder / "model-2.safetensors")
     with pytest.raises(CheckpointError, match="which another shard has too: remove the stale shards"):
-        decode(folder, sniff(folder), trust=False)
+        decode(folder, detect_format(folder), trust=False)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import normswap.checkpoints.convert_content
 import pytest
 import safetensors.torch
 import torch
@@ -17,7 +18,6 @@ from torch import Tensor
 
 import normswap
 import normswap.checkpoints.architecture.identification
-import normswap.checkpoints.converted_content
 import normswap.checkpoints.loading
 import normswap.checkpoints.saving
 import normswap.surgery.planning
@@ -239,17 +239,17 @@ def test_files_that_join_a_folder_are_noticed(tmp_path: Path, change_at: Any) ->
 
 READERS: dict[str, tuple[Any, str, list[str]]] = {
     "convert --dry-run": (
-        normswap.checkpoints.converted_content,
-        "converted_content",
+        normswap.checkpoints.convert_content,
+        "convert_content",
         ["convert", "--dry-run", "--no-verify"],
     ),
     "convert --save-plan": (
-        normswap.checkpoints.converted_content,
-        "converted_content",
+        normswap.checkpoints.convert_content,
+        "convert_content",
         ["convert", "--no-verify", "--save-plan", "plan.json"],
     ),
     "inspect": (normswap.surgery.planning, "plan_swaps", ["inspect"]),
-    "identify": (normswap.checkpoints.architecture.identification, "recognise", ["identify"]),
+    "identify": (normswap.checkpoints.architecture.identification, "identify_state_dict", ["identify"]),
     "verify": (normswap.verification.equivalence, "verify", ["verify", "bn.pt", "--input", "2x3x64x64"]),
 }
 
@@ -379,7 +379,7 @@ def test_systems_without_files_without_names_copy_too(
     from normswap.checkpoints import source_copy
 
     if kind == "more files than descriptors":
-        monkeypatch.setattr(source_copy, "_MOST_DESCRIPTORS", 1)
+        monkeypatch.setattr(source_copy, "_MAX_DESCRIPTORS", 1)
     else:
         monkeypatch.setattr(source_copy, "_DESCRIPTORS", tmp_path / "nowhere")
     for make in (_zip, _inside("config.json")):

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from torch import Tensor, nn
 
 import normswap
-from normswap.checkpoints.content.weight_loading import Fit, fill
+from normswap.checkpoints.content.weight_loading import LoadReport, load_weights
 from normswap.cli import main
 from normswap.errors import ArchitectureError
 from tests.helpers import files
@@ -39,27 +39,27 @@ def without(*prefixes: str) -> State:
 
 
 HEAD = ("classifier.0.weight", "classifier.0.bias", "classifier.2.weight", "classifier.2.bias")
-TOLERATED: dict[str, tuple[State, Fit]] = {
-    "nothing": (state(), Fit()),
+TOLERATED: dict[str, tuple[State, LoadReport]] = {
+    "nothing": (state(), LoadReport()),
     "heads beyond": (
         state() | {"head_aux.weight": torch.ones(3), "fc2.0.bias": torch.ones(3)},
-        Fit(beyond=("head_aux.weight", "fc2.0.bias")),
+        LoadReport(unexpected=("head_aux.weight", "fc2.0.bias")),
     ),
-    "what tools leave": (state() | {"norm.total_ops": torch.ones(1)}, Fit(beyond=("norm.total_ops",))),
-    "no head": (without("classifier"), Fit(heads=HEAD)),
-    "no counter": (without("norm.num"), Fit(counters=("norm.num_batches_tracked",))),
+    "what tools leave": (state() | {"norm.total_ops": torch.ones(1)}, LoadReport(unexpected=("norm.total_ops",))),
+    "no head": (without("classifier"), LoadReport(heads=HEAD)),
+    "no counter": (without("norm.num"), LoadReport(counters=("norm.num_batches_tracked",))),
     "another head": (
         without("classifier") | {"head.weight": torch.ones(9, 4)},
-        Fit(beyond=("head.weight",), heads=HEAD),
+        LoadReport(unexpected=("head.weight",), heads=HEAD),
     ),
 }
 
 
 @pytest.mark.parametrize(("given", "fit"), TOLERATED.values(), ids=TOLERATED)
-def test_heads_and_counters_may_differ(given: State, fit: Fit) -> None:
+def test_heads_and_counters_may_differ(given: State, fit: LoadReport) -> None:
     model = Net()
     own = {key: value.clone() for key, value in model.state_dict().items()}
-    assert fill(model, given, "Net") == fit
+    assert load_weights(model, given, "Net") == fit
     for key, value in model.state_dict().items():
         assert torch.equal(value, given.get(key, own[key]))
 
@@ -91,7 +91,7 @@ REFUSED: dict[str, tuple[State, str]] = {
 @pytest.mark.parametrize(("given", "message"), REFUSED.values(), ids=REFUSED)
 def test_what_a_norm_could_depend_on_must_be_there_and_nothing_more(given: State, message: str) -> None:
     with pytest.raises(ArchitectureError) as told:
-        fill(Net(), given, "Net")
+        load_weights(Net(), given, "Net")
     assert str(told.value).startswith("the tensors do not fit Net: ")
     assert message in str(told.value)
 

@@ -14,7 +14,7 @@ from torch import nn
 
 import normswap
 from normswap.checkpoints.loading import read_record
-from normswap.checkpoints.saving import sha256_of
+from normswap.checkpoints.saving import compute_sha256
 from normswap.cli import main
 from normswap.finetune.data.datasets import open_data
 from normswap.finetune.data.loaders import DataSettings
@@ -85,7 +85,7 @@ def test_history_goes_on_and_the_proof_does_not(folder: Path) -> None:
     assert (new.plan, new.architecture, new.verification) == (old.plan, old.architecture, None)
     step = new.history[-1]
     assert new.history[:-1] == old.history
-    assert (step.action, step.source, step.sha256) == ("calibrated", "sn.pt", sha256_of(Path("sn.pt")))
+    assert (step.action, step.source, step.sha256) == ("calibrated", "sn.pt", compute_sha256(Path("sn.pt")))
     assert step.detail == "digits, train, 3 batches of 20"
     shown = CliRunner().invoke(main, ["inspect", "sn.calibrated.pt"]).output
     assert "no proof travels with this file" in shown

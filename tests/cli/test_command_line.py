@@ -105,20 +105,26 @@ def _raising(error: BaseException) -> Callable[..., None]:
 
 def test_an_interrupt_says_in_one_line_what_was_written(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stopped = _raising(KeyboardInterrupt())
-    for owner, name in ((convert_module.Wish, "check"), (convert_module, "read_file"), (convert_module, "_carried")):
+    for owner, name in (
+        (convert_module.ConvertOptions, "check"),
+        (convert_module, "read_file"),
+        (convert_module, "_convert_file_content"),
+    ):
         with monkeypatch.context() as patched:
             patched.setattr(owner, name, stopped)
             before = names(folder)
             result = run("convert", "bn.pt", *ARCH, *INPUT)
             assert (result.exit_code, names(folder)) == (130, before)
             assert result.stderr == "interrupted; nothing was written\n"
-    monkeypatch.setattr(convert_module, "_print_end", stopped)
+    monkeypatch.setattr(convert_module, "_print_summary", stopped)
     result = run("convert", "bn.pt", *ARCH, *INPUT)
     assert (result.exit_code, result.stderr) == (130, "interrupted; bn.normswap.pt was written\n")
 
 
 def test_the_system_names_the_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(convert_module.Wish, "check", _raising(PermissionError(13, "Permission denied", "bn.pt")))
+    monkeypatch.setattr(
+        convert_module.ConvertOptions, "check", _raising(PermissionError(13, "Permission denied", "bn.pt"))
+    )
     result = run("convert", "bn.pt")
     assert (result.exit_code, result.output) == (2, "error: bn.pt: Permission denied\n")
 
@@ -127,7 +133,7 @@ def test_the_system_names_the_file(folder: Path, monkeypatch: pytest.MonkeyPatch
 def test_what_nobody_expected_keeps_its_traceback(
     folder: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    monkeypatch.setattr(convert_module.Wish, "check", _raising(error))
+    monkeypatch.setattr(convert_module.ConvertOptions, "check", _raising(error))
     assert run("convert", "bn.pt").exception is error
 
 

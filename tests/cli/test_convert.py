@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 import normswap
 from normswap.checkpoints.loading import read_record
-from normswap.checkpoints.saving import sha256_of
+from normswap.checkpoints.saving import compute_sha256
 from tests.helpers import files
 from tests.helpers.command_line import ARCH, INPUT, SIZES, document, names, ok, run
 
@@ -67,7 +67,7 @@ def test_the_record_tells_where_the_file_came_from(folder: Path) -> None:
     ok("convert", "bn.pt", *ARCH, *INPUT)
     record = read_record(folder / "bn.normswap.pt")
     step = record.history[-1]
-    assert (step.action, step.source, step.sha256) == ("converted", "bn.pt", sha256_of(folder / "bn.pt"))
+    assert (step.action, step.source, step.sha256) == ("converted", "bn.pt", compute_sha256(folder / "bn.pt"))
     assert record.architecture == files.ARCH
     assert record.verification.passed
 

@@ -16,7 +16,7 @@ from timm.data import IterableImageDataset
 from torch import nn
 
 from normswap.errors import DataError
-from normswap.finetune.data.datasets import completed, open_data
+from normswap.finetune.data.datasets import complete_settings, open_data
 from normswap.finetune.data.digits import prepare_digits
 from normswap.finetune.data.loaders import DataSettings
 
@@ -76,7 +76,7 @@ def test_digits_take_the_form_that_a_model_asks_for() -> None:
     images, labels = next(iter(data))
     assert (images.shape, labels.shape, len(data), data.images, data.classes) == ((32, 3, 160, 160), (32,), 7, 200, 10)
     assert (data.settings.mean, data.settings.interpolation) == (model.pretrained_cfg["mean"], "bilinear")
-    grey = completed(DataSettings("digits", channels=1, mean=(0.1, 0.2, 0.6)), model)
+    grey = complete_settings(DataSettings("digits", channels=1, mean=(0.1, 0.2, 0.6)), model)
     assert grey.mean == pytest.approx((0.3,))
 
 

@@ -33,7 +33,7 @@ from benchmarks.finetuning.training import (
     train_source,
 )
 from normswap.finetune.data.digits import SPLIT, load_ink, prepare_digits, render_target, split_indices
-from normswap.surgery.importance import gated_modules, moved_sites
+from normswap.surgery.importance import gated_modules, sites_with_changed_weights
 
 SHORT = FineTuning(steps=3)
 
@@ -191,6 +191,6 @@ def test_at_least_half_of_the_sites_of_the_demo_leave_the_vertex_within_50_steps
     digits = prepare_digits(seed=DEMO_SEED)
     trained = train_source(digits, seed=DEMO_SEED)
     model = ARMS["converted"].prepare(trained, digits.target.train.pixels)
-    assert moved_sites(model) == []
+    assert sites_with_changed_weights(model) == []
     finetune(model, digits.target.train, rate=DEMO_RATE, settings=FineTuning(steps=50), seed=DEMO_SEED)
-    assert len(moved_sites(model)) >= len(gated_modules(model)) / 2
+    assert len(sites_with_changed_weights(model)) >= len(gated_modules(model)) / 2

@@ -181,11 +181,11 @@ def test_a_recipe_knows_what_the_user_wrote(here: Path) -> None:
         "imagenet_small_batch", ["model.checkpoint=a.pt", "model.pretrained=false", "run.output=none"]
     )
     assert shipped.written == {"model.checkpoint", "model.pretrained"}
-    assert not shipped.is_written("model.architecture")
+    assert not shipped.is_set_by_user("model.architecture")
     Path("own.toml").write_text('[model]\narchitecture = "timm:resnet18"\n[train]\nsteps = 3\n')
-    assert read_recipe("own.toml").is_written("model.architecture")
+    assert read_recipe("own.toml").is_set_by_user("model.architecture")
     built = Recipe("built", model=shipped.model)
-    assert (built.is_written("model.checkpoint"), built.is_written("model.entry")) == (True, False)
+    assert (built.is_set_by_user("model.checkpoint"), built.is_set_by_user("model.entry")) == (True, False)
 
 
 # --- the head ---------------------------------------------------------------------------------------------------------
@@ -278,9 +278,9 @@ def test_a_warmup_longer_than_the_run_is_refused_before_anything_is_written(here
 def test_a_warmup_is_given_as_a_share_of_the_run() -> None:
     train = recipe(model={"architecture": TEN}, train={"steps": 40, "warmup_share": 0.05}).train
     assert run_length(train, 7) == 40
-    from normswap.finetune.trainer import _factor
+    from normswap.finetune.trainer import _make_lr_lambda
 
-    factor = _factor(train, 40)
+    factor = _make_lr_lambda(train, 40)
     assert [round(factor(step), 3) for step in range(3)] == [0.333, 0.667, 1.0]
     assert "warmup_share = 0.05" in (ROOT / "recipes" / "imagenet_small_batch.toml").read_text()
     for value, text in ((1, "expected 0 to 0.99, got 1.0"), (-0.1, "expected 0 to 0.99, got -0.1")):
@@ -367,7 +367,7 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(model_source, "_answers", lambda *_: False)
+    monkeypatch.setattr(model_source, "_can_connect", lambda *_: False)
     monkeypatch.setattr("time.sleep", lambda _: None)
 
 
@@ -400,20 +400,20 @@ def test_a_network_that_answers_is_used(monkeypatch: pytest.MonkeyPatch) -> None
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(model_source, "_answers", lambda *_: True)
-    with model_source.bounded_fetching() as found:
+    monkeypatch.setattr(model_source, "_can_connect", lambda *_: True)
+    with model_source.limit_hub_wait() as found:
         assert (found.is_reachable, constants.HF_HUB_OFFLINE) == (True, False)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with model_source.bounded_fetching() as found:
+    with model_source.limit_hub_wait() as found:
         assert found == (False, "HF_HUB_OFFLINE forbids fetching them: unset it")
 
 
 def test_a_connection_is_tried_where_a_request_would_go_first(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY", "no_proxy", "NO_PROXY", "http_proxy"):
         monkeypatch.delenv(name, raising=False)
-    assert model_source._address("https://hub.example") == ("hub.example", 443)
+    assert model_source._resolve_address("https://hub.example") == ("hub.example", 443)
     monkeypatch.setenv("https_proxy", "http://proxy.example:3128")
-    assert model_source._address("https://hub.example") == ("proxy.example", 3128)
+    assert model_source._resolve_address("https://hub.example") == ("proxy.example", 3128)
     monkeypatch.setenv("no_proxy", "hub.example")
-    assert model_source._address("https://hub.example") == ("hub.example", 443)
-    assert model_source._answers("127.0.0.1", 9) is False
+    assert model_source._resolve_address("https://hub.example") == ("hub.example", 443)
+    assert model_source._can_connect("127.0.0.1", 9) is False

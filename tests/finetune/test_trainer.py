@@ -131,7 +131,7 @@ def test_the_loss_is_that_of_the_images_and_the_price_pulls_at_the_gates(tmp_pat
 def test_the_learning_rate_follows_its_schedule() -> None:
     def factors(**keys: Any) -> list[float]:
         train = recipe(Path(), train={"steps": 4, "lr": 0.1, **keys}).train
-        return [round(trainer._factor(train, 4)(step), 4) for step in range(5)]
+        return [round(trainer._make_lr_lambda(train, 4)(step), 4) for step in range(5)]
 
     assert factors(schedule="linear") == [1, 0.75, 0.5, 0.25, 0]
     assert factors(schedule="constant") == [1] * 5
@@ -286,7 +286,7 @@ def test_a_full_disk_loses_nothing(tmp_path: Path, file_size_limit: Any) -> None
 
 
 def test_a_log_that_cannot_be_written_is_told(tmp_path: Path, file_size_limit: Any, monkeypatch: Any) -> None:
-    monkeypatch.setattr(run_files, "_open_board", lambda *_: None)
+    monkeypatch.setattr(run_files, "_open_tensorboard", lambda *_: None)
     (tmp_path / "log.jsonl").mkdir()
     with pytest.raises(TrainingError, match=r"log\.jsonl: cannot be written \(Is a directory\)"):
         Journal(tmp_path)

@@ -135,11 +135,11 @@ def normalise(case: Case, rank: int) -> dict[str, Tensor | None]:
 def by_backend(name: str) -> Iterator[None]:
     """Normalise on CPU as on some device."""
     with use_backend("reference" if name == "reference" else "native"):
-        before = sync._PASSES, moment_algebra._as_array
+        before = sync._PASSES_BY_DEVICE, moment_algebra._as_array
         if name == "plain":
-            sync._PASSES, moment_algebra._as_array = {}, lambda tensor: tensor
+            sync._PASSES_BY_DEVICE, moment_algebra._as_array = {}, lambda tensor: tensor
         yield
-        sync._PASSES, moment_algebra._as_array = before
+        sync._PASSES_BY_DEVICE, moment_algebra._as_array = before
 
 
 # --- what else can be done with a synchronized layer ------------------------------------------------------------------

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from normswap import convert, verify
 from normswap.errors import SwapError
-from normswap.surgery.graphs.module_trace import trace_own_forward
+from normswap.surgery.graphs.module_trace import trace_module_forward
 from tests.helpers import laws, zoo
 
 CONTROL_FLOW = "TraceError: symbolically traced variables cannot be used as inputs to control flow"
@@ -166,7 +166,7 @@ def test_a_fork_is_refused_at_the_root_and_kept_whole_in_a_child(make: Callable[
 
 def test_a_constant_of_both_modes_goes_with_the_graph() -> None:
     model = nn.Sequential(zoo.Constant(), zoo.bn())
-    assert trace_own_forward(model[0]).reason is not None
+    assert trace_module_forward(model[0]).reason is not None
     graph = convert(model, zoo.IMAGE(), as_graph=True).model
     assert verify(model, graph, [zoo.IMAGE()]).passed
 

@@ -45,7 +45,7 @@ ROOMS = [
     "layers.modules",
     "surgery.arguments",
     "surgery.tree",
-    "surgery.own_mode",
+    "surgery.model_mode",
     "surgery.frozen",
     "surgery.norm_candidates",
     "surgery.norms",

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from normswap import calibrate, convert, find_norm_sites, plan_swaps, verify
 from normswap.errors import ModelError, NormswapError, SwapError
-from normswap.model_state import preserved_before_writes
+from normswap.model_state import preserved_on_write
 
 C = 8
 X = torch.randn(4, C, generator=torch.Generator().manual_seed(0))
@@ -242,7 +242,7 @@ WEIGHT_WRITERS: dict[str, Callable[[Tensor], Any]] = {
 def test_a_pass_of_a_verification_puts_large_weights_back(write: Callable[[Tensor], Any]) -> None:
     linear = nn.Linear(LARGE, LARGE)
     before = linear.weight.detach().clone()
-    with preserved_before_writes([linear], "weights"), torch.no_grad():
+    with preserved_on_write([linear], "weights"), torch.no_grad():
         write(linear.weight.detach())
         assert not torch.equal(linear.weight, before)
     assert torch.equal(linear.weight, before)

@@ -18,7 +18,7 @@ from torch import nn
 import normswap
 from normswap.checkpoints.formats.formats import needs_trust
 from normswap.cli import main
-from normswap.cli.wording import OPTIONS, as_options
+from normswap.cli.wording import OPTIONS, translate_arguments
 from normswap.errors import ArchitectureError, ArgumentError, CheckpointError, DataError, ModelError, NormswapError
 from tests.helpers import files
 
@@ -119,7 +119,7 @@ def test_every_argument_that_becomes_an_option_is_one_and_the_option_is_there() 
     ],
 )
 def test_an_argument_is_shown_as_the_option_that_means_it(message: str, shown: str) -> None:
-    assert as_options(message) == shown
+    assert translate_arguments(message) == shown
 
 
 def test_one_failure_is_told_as_an_argument_in_python_and_as_an_option_on_the_command_line(folder: Path) -> None:

@@ -212,7 +212,7 @@ def test_a_fixed_batch_norm_is_batch_norm_bit_for_bit(
     bn.running_mean, bn.running_var = torch.randn(shape[1]), torch.rand(shape[1]) + 0.5
     sn_class = normswap.SwitchNorm2d if len(shape) == 4 else normswap.SwitchNorm3d
     layer = sn_class.from_batch_norm(bn, bn_statistics=bn_statistics).train(bn_statistics == "running")  # type: ignore[arg-type]
-    monkeypatch.setattr(selection, "_FUSED", {"native": lambda: Backend("none", None, None)})  # type: ignore[arg-type]
+    monkeypatch.setattr(selection, "_FUSED_BACKENDS", {"native": lambda: Backend("none", None, None)})  # type: ignore[arg-type]
     x = lay_out(torch.randn(shape))
     with torch.no_grad():
         assert layer(x).equal(bn(x))
@@ -297,7 +297,7 @@ NEEDS_C = pytest.mark.skipif(not cpu.AVAILABLE, reason="built without a compiler
 def test_the_extension_finds_the_threads_of_torch() -> None:
     """Where it did not, that would show as nothing but slowness."""
     if sys.platform == "linux" and torch.backends.openmp.is_available():
-        assert cpu._SHARES_THREADS
+        assert cpu._USES_TORCH_THREADS
 
 
 @NEEDS_C
@@ -345,7 +345,7 @@ def test_large_activations_are_left_to_torch_where_its_threads_are_out_of_reach(
     layer, small, large = normswap.SwitchNorm2d(4), torch.randn(2, 4, 8, 8), torch.randn(2, 4, 512, 512)
     for threads, shares in ((2, True), (1, False), (2, False)):
         torch.set_num_threads(threads)
-        monkeypatch.setattr(cpu, "_SHARES_THREADS", shares)
+        monkeypatch.setattr(cpu, "_USES_TORCH_THREADS", shares)
         layer(small)
         layer(large)
     assert seen == [small.shape, large.shape] * 2 + [small.shape]
@@ -399,7 +399,7 @@ def test_running_statistics_move_as_in_batch_norm_and_say_that_they_changed(dtyp
 
 @NEEDS_C
 def test_the_extension_refuses_calls_that_make_no_sense() -> None:
-    site = (0, 1, 0, 4, False, 1, *cpu._ABSENT * 8, False, 1, 1e-5)
+    site = (0, 1, 0, 4, False, 1, *cpu._NULL_BUFFER * 8, False, 1, 1e-5)
     for function, count in ((cpu._C.normalise, 45), (cpu._C.differentiate, 54)):
         with pytest.raises(TypeError, match=f"expected {count} arguments, got 1"):
             function(0)
@@ -452,7 +452,7 @@ def test_second_derivatives_where_statistics_are_renewed() -> None:
 def test_a_backend_that_cannot_renew_statistics_is_passed_by(monkeypatch: pytest.MonkeyPatch) -> None:
     leaves = renewed_leaves()
     expected = renewed(*leaves)
-    monkeypatch.setattr(selection, "_FUSED", {"native": lambda: Backend("none", None, None)})  # type: ignore[arg-type]
+    monkeypatch.setattr(selection, "_FUSED_BACKENDS", {"native": lambda: Backend("none", None, None)})  # type: ignore[arg-type]
     torch.testing.assert_close(renewed(*leaves), expected)
 
 
@@ -472,7 +472,7 @@ def test_what_does_not_run_now_gets_the_plain_formula() -> None:
     seen = []
 
     def note(x: Tensor) -> Tensor:
-        seen.append(selection.runs_now(x))
+        seen.append(selection.is_eager(x))
         return x
 
     torch.func.vmap(note)(torch.ones(2))

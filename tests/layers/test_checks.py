@@ -133,7 +133,7 @@ def test_a_compiled_layer_refuses_what_an_eager_one_refuses() -> None:
 
 
 def test_a_synchronized_layer_checks_before_it_meets_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("normswap.layers.functional.processes", lambda group: 2)
+    monkeypatch.setattr("normswap.layers.functional.process_count", lambda group: 2)
     monkeypatch.setattr(sync, "_gather", lambda *_: pytest.fail("an exchange took place"))
     with pytest.raises(LayerError, match="running_var should contain 64 elements not 1"):
         switch_norm(
@@ -248,7 +248,7 @@ def site(table: Tensor, x: Tensor, **changed: Any) -> list[Any]:
     point = torch.tensor([0.2, 0.3, 0.5])
     given: dict[str, Any] = {"mean": table, "var": table.clone(), "fixed_mean": None, "fixed_var": None}
     given |= {"weight": torch.ones(x.shape[1]), "bias": None, "mean_point": point, "var_point": point}
-    options = {"kind": 0, "order": cpu._order(("in", "ln", "bn"))} | changed
+    options = {"kind": 0, "order": cpu._encode_branch_order(("in", "ln", "bn"))} | changed
     _kept.append(given | options)
     buffers = [number for name in given for number in cpu._buffer(options.get(name, given[name]))]
     positions = x[0, 0].numel()
@@ -286,7 +286,7 @@ BUFFERS: dict[str, tuple[dict[str, Any], str]] = {
 def test_the_extension_checks_every_buffer(changed: dict[str, Any], message: str) -> None:
     x, table = torch.randn(2, 4, 3, 3), torch.ones(2, 4)
     y, dx = torch.full_like(x, 7), torch.full_like(x, 7)
-    first, absent = site(table, x, **changed), cpu._ABSENT
+    first, absent = site(table, x, **changed), cpu._NULL_BUFFER
     with pytest.raises(ValueError, match=message):
         cpu._C.normalise(*first, *cpu._buffer(x), *cpu._buffer(y), *absent, *absent)
     with pytest.raises(ValueError, match=message):
@@ -299,7 +299,7 @@ def test_the_extension_checks_every_buffer(changed: dict[str, Any], message: str
 @NEEDS_C
 def test_the_extension_checks_what_it_writes() -> None:
     x, table = torch.randn(2, 4, 3, 3), torch.ones(2, 4)
-    first, absent, good = site(table, x), cpu._ABSENT, cpu._buffer(x)
+    first, absent, good = site(table, x), cpu._NULL_BUFFER, cpu._buffer(x)
     y, short, row = torch.empty_like(x), torch.empty(71), torch.empty(3)
     for rest, message in (
         ((x, short), "y should contain 72 elements not 71"),

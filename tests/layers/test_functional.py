@@ -101,9 +101,9 @@ def test_the_oracle_agrees_with_finite_differences(branches: tuple[str, ...], bn
         ((name, tensor),) = named.items()
         slopes, step = torch.empty_like(tensor), 1e-5
         for index in itertools.product(*map(range, tensor.shape)):
-            nudge = torch.zeros_like(tensor)
-            nudge[index] = step
-            slopes[index] = (loss(**{name: tensor + nudge}) - loss(**{name: tensor - nudge})) / (2 * step)
+            perturb = torch.zeros_like(tensor)
+            perturb[index] = step
+            slopes[index] = (loss(**{name: tensor + perturb}) - loss(**{name: tensor - perturb})) / (2 * step)
         return slopes
 
     closed = oracles.backward(dy, x, shares, var_shares, weight, branches, constants, follows_batch=bn == "renewed")

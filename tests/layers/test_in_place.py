@@ -16,12 +16,12 @@ from normswap.errors import LayerError, SwapError
 from normswap.layers.gating import BRANCHES
 from normswap.layers.in_place import (
     Replaced,
-    adopt,
     check_replaceable,
+    convert_module,
     original_class,
     qualified_name,
-    release,
-    shallow_twin,
+    revert_module,
+    shallow_copy,
 )
 from normswap.layers.switch_norm import SwitchNorm, SwitchNorm1d, SwitchNorm2d, SwitchNorm3d, SwitchNormAct2d
 from tests.helpers import oracles
@@ -69,7 +69,7 @@ def adopt_as(module: nn.Module, target: type[SwitchNorm], **options: Any) -> Swi
         "bn_statistics": "running" if frozen else "batch",
         "train_gates": not frozen,
     }
-    adopt(module, target, **(chosen | options))
+    convert_module(module, target, **(chosen | options))
     assert isinstance(module, target)
     return module
 
@@ -144,7 +144,7 @@ def test_release_restores_the_very_same_dict_and_class(
     cls, before, state = type(module), snapshot(module), copy.deepcopy(module.state_dict())
     x = torch.randn(shape).double()
     expected = copy.deepcopy(module)(x)
-    release(adopt_as(module, target))
+    revert_module(adopt_as(module, target))
     assert type(module) is cls
     assert_identical(snapshot(module), before)
     assert all(value.equal(state[name]) for name, value in module.state_dict().items())
@@ -157,7 +157,7 @@ def test_release_keeps_the_tensors_as_they_are_now() -> None:
     layer.eval().requires_grad_(False)
     layer.momentum = 0.5
     now = {k: v.clone() for k, v in layer.state_dict().items() if "mean_weight" not in k and "var_weight" not in k}
-    release(layer)
+    revert_module(layer)
     assert type(layer) is nn.BatchNorm2d
     assert layer.momentum == 0.5
     assert not layer.training
@@ -182,8 +182,8 @@ def test_release_puts_back_attributes_that_share_a_name_with_an_option() -> None
     layer = adopt_as(module, SwitchNorm2d)
     assert layer.gate == "simplex"
     assert layer(torch.randn(3, 4, 5, 5)).shape == (3, 4, 5, 5)
-    release(copy.deepcopy(layer))
-    release(layer)
+    revert_module(copy.deepcopy(layer))
+    revert_module(layer)
     assert_identical(snapshot(module), before)
 
 
@@ -277,7 +277,7 @@ def test_what_cannot_be_replaced(make: Callable[[], nn.Module], message: str) ->
 
 def test_what_can_be_replaced() -> None:
     for make, target, _ in NORMS.values():
-        check_replaceable(make(), target, target._children)
+        check_replaceable(make(), target, target._expected_children)
 
 
 class _Outer:
@@ -292,11 +292,11 @@ def test_the_original_class_is_found_by_name(cls: type[nn.Module]) -> None:
     assert layer.__dict__["replaced"].class_name == qualified_name(cls)
     for twin in (layer, copy.deepcopy(layer)):
         assert original_class(twin) is cls
-        release(twin)
+        revert_module(twin)
         assert type(twin) is cls
 
 
-@pytest.mark.parametrize("act", [original_class, release])
+@pytest.mark.parametrize("act", [original_class, revert_module])
 def test_a_layer_that_replaced_nothing_cannot_be_released(act: Callable[[nn.Module], Any]) -> None:
     layer = SwitchNorm2d(4)
     with pytest.raises(
@@ -308,9 +308,9 @@ def test_a_layer_that_replaced_nothing_cannot_be_released(act: Callable[[nn.Modu
 
 def test_a_layer_is_released_once() -> None:
     layer = adopt_as(nn.BatchNorm2d(4), SwitchNorm2d)
-    release(layer)
+    revert_module(layer)
     with pytest.raises(SwapError, match="got a BatchNorm2d that replaced nothing"):
-        release(layer)
+        revert_module(layer)
 
 
 @pytest.mark.parametrize("name", ["no_such_package.norms.Norm", "torch.nn.NoSuchNorm", "torch.nn.functional", "Norm"])
@@ -321,7 +321,7 @@ def test_a_class_that_is_not_imported_is_named(name: str) -> None:
     with pytest.raises(
         SwapError, match=f"cannot put back {re.escape(name)}: import its module first, then revert again"
     ):
-        release(layer)
+        revert_module(layer)
     assert type(layer) is SwitchNorm2d
     assert_identical(snapshot(layer), before)
     assert {*sys.modules} == imported, "a class is looked up, never imported"
@@ -330,7 +330,7 @@ def test_a_class_that_is_not_imported_is_named(name: str) -> None:
 def test_a_shallow_twin_shares_tensors_and_children_but_no_registry() -> None:
     module = BatchNormAct2d(4)
     module.register_forward_hook(lambda *_: None)
-    twin = shallow_twin(module)
+    twin = shallow_copy(module)
     assert type(twin) is BatchNormAct2d
     assert twin.act is module.act
     assert twin.weight is module.weight

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from normswap.layers.backends.reference import (
-    GatheredMoments,
+    MomentAccumulator,
     Moments,
     accumulation_dtype,
     instance_moments,
@@ -117,9 +117,9 @@ def test_moments_are_accumulated_in_float32_or_wider(dtype: torch.dtype, expecte
 def test_gathered_moments_are_those_of_everything_at_once(
     monkeypatch: pytest.MonkeyPatch, part: int, shape: tuple[int, ...]
 ) -> None:
-    monkeypatch.setattr("normswap.layers.backends.reference._PART_ON_CPU", part)
+    monkeypatch.setattr("normswap.layers.backends.reference._CHUNK_ON_CPU", part)
     batches = [torch.randn(n, *shape[1:]) / 2 + 3000 for n in (1, 0, 5, 2)]
-    gathered = GatheredMoments(4)
+    gathered = MomentAccumulator(4)
     for x in batches:
         gathered.add(x)
     flat = torch.cat([x.double().transpose(0, 1).reshape(4, -1) for x in batches], 1)
@@ -129,7 +129,7 @@ def test_gathered_moments_are_those_of_everything_at_once(
 
 
 def test_nothing_gathered_has_no_variance() -> None:
-    gathered = GatheredMoments(2)
+    gathered = MomentAccumulator(2)
     gathered.merge(0, torch.full((2,), float("nan")), torch.full((2,), float("nan")))
     assert (gathered.count, gathered.mean.tolist()) == (0, [0.0, 0.0])
     assert gathered.var.isnan().all()

@@ -166,7 +166,7 @@ def test_a_network_in_ddp_or_sharded_trains_as_one_process_on_the_whole_batch(re
 @pytest.fixture
 def several(monkeypatch: pytest.MonkeyPatch) -> None:
     """As far as a layer knows there are two processes."""
-    monkeypatch.setattr(functional, "processes", lambda group: 2)
+    monkeypatch.setattr(functional, "process_count", lambda group: 2)
 
 
 # torch writes its own forward-mode formulas in it.

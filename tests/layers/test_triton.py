@@ -202,7 +202,7 @@ def test_however_it_is_cut(
 ) -> None:
     cut_small(monkeypatch, tile, table_tile, programs)
     leaves = problem(shape, "softmax", BRANCHES, last=last)
-    assert met(triton_launch._cut_of(leaves["x"]))
+    assert met(triton_launch._tiling_of(leaves["x"]))
     assert_equal_to_the_oracle(leaves, gate="softmax", branches=BRANCHES)
 
 
@@ -511,7 +511,7 @@ def test_a_gpu_that_triton_does_not_compile_for_gets_the_reference(
 def test_without_triton_a_gpu_gets_the_reference_and_asking_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     stub: Any = SimpleNamespace(dtype=torch.float32, device=torch.device("cuda"))
     monkeypatch.setattr(selection, "_has_triton", lambda: False)
-    monkeypatch.setattr(selection, "_triton", selection._triton.__wrapped__)
+    monkeypatch.setattr(selection, "_load_triton", selection._load_triton.__wrapped__)
     assert fused_backend(stub) is None
     with (
         use_backend("triton"),
@@ -521,7 +521,7 @@ def test_without_triton_a_gpu_gets_the_reference_and_asking_is_refused(monkeypat
 
 
 def test_cpu_tensors_are_refused_unless_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(selection, "interpreted", lambda: False)
+    monkeypatch.setattr(selection, "is_interpreted", lambda: False)
     gates = torch.ones(3)
     with (
         use_backend("triton"),

@@ -15,9 +15,9 @@ from rich.console import Console
 from torch import nn
 
 import normswap
-from normswap.reports.tables import parity, plan_summary
+from normswap.reports.tables import plan_summary, verification_table
 from normswap.surgery.plan import Skip, SwapPlan
-from normswap.text import counted
+from normswap.text import pluralize
 from tests.helpers import files
 
 FUNCTIONS = {name: f for name in normswap.__all__ if inspect.isfunction(f := getattr(normswap, name))}
@@ -91,7 +91,7 @@ def test_a_result_prints_as_a_table(results: dict[str, Any], name: str, monkeypa
     assert TABLES[name][0].split("  ")[0] in page
 
 
-@pytest.mark.parametrize(("name", "table"), [("plan", plan_summary), ("verification", parity)])
+@pytest.mark.parametrize(("name", "table"), [("plan", plan_summary), ("verification", verification_table)])
 def test_the_table_is_that_of_the_command_line(results: dict[str, Any], name: str, table: Any) -> None:
     console = Console(file=io.StringIO(), width=100, highlight=False)
     console.print(table(results[name]))
@@ -124,7 +124,7 @@ def test_results_still_unpack(results: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(("number", "words"), [(0, "0 swaps"), (1, "1 swap"), (2, "2 swaps")])
 def test_things_are_counted_in_words(number: int, words: str) -> None:
-    assert counted(number, "swap") == words
+    assert pluralize(number, "swap") == words
 
 
 # help()

@@ -471,7 +471,7 @@ def test_a_process_without_batches_cannot_know_a_row_of_a_table(monkeypatch: pyt
     """Where other processes ran a functional site whose statistics are no whole buffer."""
     shares: list[Any] = []
     model: Any = convert(Steps().double(), BATCHES[0]).model
-    exchange = "normswap.running_stats.accumulation.Processes.exchange"
+    exchange = "normswap.running_stats.accumulation.ResultExchange.exchange"
     monkeypatch.setattr(exchange, lambda _, share: shares.append(share) or [share])
     calibrate(copy.deepcopy(model), BATCHES)
     monkeypatch.setattr(exchange, lambda _, share: [share, shares[0]])

@@ -264,7 +264,7 @@ def test_any_failure_is_undone(monkeypatch: pytest.MonkeyPatch, error: type[Base
 
     model = stubborn()
     record, plan = laws.Record.of(model), plan_swaps(model)
-    monkeypatch.setattr(conversion, "adopt", fail)
+    monkeypatch.setattr(conversion, "convert_module", fail)
     with pytest.raises(error):
         apply_plan(model, plan)
     unchanged(record, model)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normswap import find_norm_sites
-from normswap.surgery.graphs.module_trace import mentioned_kinds, trace_own_forward
+from normswap.surgery.graphs.module_trace import mentioned_norm_kinds, trace_module_forward
 from normswap.surgery.norms.functions import batch_norm_nodes
 from tests.helpers import laws, zoo
 
@@ -30,7 +30,7 @@ TRACED = {
 
 @pytest.mark.parametrize(("make", "calls"), TRACED.values(), ids=TRACED)
 def test_a_forward_becomes_a_graph_for_each_mode(make: type[nn.Module], calls: int) -> None:
-    own = trace_own_forward(make())
+    own = trace_module_forward(make())
     assert own.reason is None
     assert own.training is not None
     assert own.evaluation is not None
@@ -48,7 +48,7 @@ OPTIONS = {
 
 @pytest.mark.parametrize(("make", "options"), OPTIONS.values(), ids=OPTIONS)
 def test_graphs_are_for_the_defaults_of_options_that_decide(make: type[nn.Module], options: dict[str, Any]) -> None:
-    own = trace_own_forward(make())
+    own = trace_module_forward(make())
     assert own.reason is None
     assert own.options == options
 
@@ -129,7 +129,7 @@ REFUSED = {
 
 @pytest.mark.parametrize(("make", "reason"), REFUSED.values(), ids=REFUSED)
 def test_a_forward_that_a_graph_cannot_stand_for_is_refused_in_words(make: type[nn.Module], reason: str) -> None:
-    own = trace_own_forward(make())
+    own = trace_module_forward(make())
     assert (own.training, own.evaluation) == (None, None)
     assert own.reason is not None
     assert own.reason.startswith(reason)
@@ -139,7 +139,7 @@ def test_the_module_is_left_as_it_is() -> None:
     for name in ("functional", "list filled in forward", "attribute written in forward", "half-frozen", "two calls"):
         model = zoo.BY_NAME[name].model()
         before = laws.Record.of(model)
-        trace_own_forward(model)
+        trace_module_forward(model)
         laws.nothing_else_changed(before, model, laws.NO_SWAPS, same_objects=True)
 
 
@@ -185,8 +185,8 @@ class ChildAndCall(ChildOfThatName):
 
 @pytest.mark.parametrize(("make", "mentions"), [(ChildOfThatName, False), (ChildAndCall, True)])
 def test_a_child_that_is_called_like_the_function_is_not_meant(make: type[nn.Module], mentions: bool) -> None:
-    assert trace_own_forward(make()).evaluation is None
-    assert mentioned_kinds(make()) == ({"bn"} if mentions else set())
+    assert trace_module_forward(make()).evaluation is None
+    assert mentioned_norm_kinds(make()) == ({"bn"} if mentions else set())
     features = (torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4))
     for inputs in (None, (features,)):
         sites = find_norm_sites(make(), inputs)
@@ -196,4 +196,4 @@ def test_a_child_that_is_called_like_the_function_is_not_meant(make: type[nn.Mod
 
 @pytest.mark.parametrize(("make", "mentions"), MENTIONS)
 def test_code_is_asked_whether_it_names_batch_norm(make: type[nn.Module], mentions: bool) -> None:
-    assert mentioned_kinds(make()) == ({"bn"} if mentions else set())
+    assert mentioned_norm_kinds(make()) == ({"bn"} if mentions else set())

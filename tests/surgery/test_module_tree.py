@@ -3,19 +3,19 @@
 import torch
 from torch import nn
 
-from normswap.surgery.module_tree import Place, class_name, copy_model, modules_by_name, walk_modules
-from normswap.text import join
+from normswap.surgery.module_tree import ModuleEntry, class_name, copy_model, modules_by_name, walk_modules
+from normswap.text import join_fqn
 from tests.helpers import zoo
 
 
 def names(model: nn.Module) -> list[tuple[tuple[str, ...], bool]]:
-    return [(place.names, place.registered) for place in walk_modules(model)]
+    return [(entry.names, entry.registered) for entry in walk_modules(model)]
 
 
 def test_registered_modules_come_in_order_the_root_first() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.ReLU()))
     assert names(model) == [(("",), True), (("0",), True), (("1",), True), (("1.0",), True)]
-    assert walk_modules(model)[0] == Place(model, ("",), True)
+    assert walk_modules(model)[0] == ModuleEntry(model, ("",), True)
 
 
 def test_a_shared_module_has_all_its_names_the_first_met_first() -> None:
@@ -26,9 +26,9 @@ def test_a_shared_module_has_all_its_names_the_first_met_first() -> None:
 
 
 def test_a_module_in_a_container_is_named_as_python_would() -> None:
-    found = {place.names[0]: place for place in walk_modules(zoo.InContainers())}
+    found = {entry.names[0]: entry for entry in walk_modules(zoo.InContainers())}
     assert list(found) == ["", "conv", "norms[0]", "table['last']['norm']"]
-    assert [place.registered for place in found.values()] == [True, True, False, False]
+    assert [entry.registered for entry in found.values()] == [True, True, False, False]
 
 
 def test_a_reference_besides_registration_is_no_other_name() -> None:
@@ -66,7 +66,7 @@ def test_hooks_hold_no_modules_of_the_model() -> None:
 
 
 def test_torchscript_is_walked_by_its_registry_only() -> None:
-    assert [place.names for place in walk_modules(zoo.BY_NAME["TorchScript inside"].model())] == [
+    assert [entry.names for entry in walk_modules(zoo.BY_NAME["TorchScript inside"].model())] == [
         ("",),
         ("conv",),
         ("bn",),
@@ -78,8 +78,8 @@ def test_torchscript_is_walked_by_its_registry_only() -> None:
 
 
 def test_names_are_joined_and_classes_named() -> None:
-    assert join("", "a") == "a"
-    assert join("a.b", "c") == "a.b.c"
+    assert join_fqn("", "a") == "a"
+    assert join_fqn("a.b", "c") == "a.b.c"
     assert class_name(nn.ReLU()) == "torch.nn.modules.activation.ReLU"
     assert class_name(zoo.DataDependentTail.Tail()) == "tests.helpers.zoo.functional_calls.DataDependentTail.Tail"
 

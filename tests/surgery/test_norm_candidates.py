@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from normswap import convert, plan_swaps
 from normswap.reports.tables import plan_summary, site_table
 from normswap.surgery.discovery.sites import find_norm_sites
-from normswap.surgery.norms.candidates import looks_like_norm, own_statistics
+from normswap.surgery.norms.candidates import looks_like_norm, running_statistics_names
 from normswap.surgery.norms.classes import read_norm
 
 
@@ -84,7 +84,7 @@ def test_other_classes_are_not_listed(name: str) -> None:
 
 def test_constants_of_a_preprocessing_are_no_statistics() -> None:
     module = norm_class("Preprocess", affine=False, mean=ONES, std=ONES)
-    assert own_statistics(module) == ()
+    assert running_statistics_names(module) == ()
     assert read_norm(module) is None
 
 

@@ -11,7 +11,14 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 import normswap
-from normswap.surgery.norms.functions import NORM_CALLS, call_name, is_folded, norm_arguments, norm_nodes, other_use
+from normswap.surgery.norms.functions import (
+    NORM_CALLS,
+    call_name,
+    is_folded,
+    norm_arguments,
+    norm_nodes,
+    unsupported_use,
+)
 from tests.helpers import laws, zoo
 
 aten = torch.ops.aten
@@ -211,4 +218,4 @@ def test_a_view_of_all_samples_as_one_is_folded(sizes: Any, shape: Any, folded: 
 
 
 def test_a_call_that_returns_a_tensor_has_no_other_use() -> None:
-    assert other_use(norm_nodes(program(F.batch_norm).graph, "bn")[0]) is None
+    assert unsupported_use(norm_nodes(program(F.batch_norm).graph, "bn")[0]) is None

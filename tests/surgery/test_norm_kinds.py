@@ -20,8 +20,8 @@ from normswap import KNOWN_NORMS, convert, plan_swaps, read_group_norm, read_ins
 from normswap.errors import LayerError, PlanError, SwapError
 from normswap.layers.in_place import check_replaceable
 from normswap.layers.switch_norm import SwitchNorm, SwitchNorm2d
-from normswap.surgery.importance import moved_sites
-from normswap.surgery.norms.classes import KINDS, NormSpec, read_norm, requested_kind, vertex_of
+from normswap.surgery.importance import sites_with_changed_weights
+from normswap.surgery.norms.classes import KINDS, NormSpec, base_kind, branch_of_kind, read_norm
 from normswap.surgery.plan import SwapPlan
 from tests.helpers import laws, oracles, zoo
 
@@ -50,7 +50,7 @@ def test_each_kind_starts_at_its_own_branch_without_bn() -> None:
     shares = {name: weights.mean for name, weights in normswap.importance_weights(model).items()}
     assert shares["instance"] == {"in": 1.0, "ln": 0.0}
     assert shares["group"] == {"in": 0.0, "ln": 1.0}
-    assert moved_sites(model) == []
+    assert sites_with_changed_weights(model) == []
 
 
 def test_a_softmax_gate_starts_at_the_uniform_mix() -> None:
@@ -59,8 +59,8 @@ def test_a_softmax_gate_starts_at_the_uniform_mix() -> None:
 
 
 def test_the_kinds_are_words_and_everything_else_is_bn() -> None:
-    assert [requested_kind(kind) for kind in (*KINDS, "frozen bn", "theirs")] == ["bn", "in", "gn1", "bn", "bn"]
-    assert [vertex_of(kind) for kind in ("bn", "in", "gn1", "frozen bn")] == ["bn", "in", "ln", "bn"]
+    assert [base_kind(kind) for kind in (*KINDS, "frozen bn", "theirs")] == ["bn", "in", "gn1", "bn", "bn"]
+    assert [branch_of_kind(kind) for kind in ("bn", "in", "gn1", "frozen bn")] == ["bn", "in", "ln", "bn"]
 
 
 @pytest.mark.parametrize("kinds", ["in", (), ("bn", "gn"), ("ln",)], ids=str)
@@ -165,7 +165,7 @@ def move(layer: Any, branch: str) -> None:
 def test_a_site_that_left_its_vertex_has_moved(options: dict[str, Any], site: str, branch: str) -> None:
     model = converted(**options).model
     move(getattr(model, site), branch)
-    assert moved_sites(model) == [site]
+    assert sites_with_changed_weights(model) == [site]
     with pytest.raises(SwapError, match=rf"1 sites have learned importance weights \({site}\)"):
         revert(model)
     revert(model, discard=True)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from normswap import convert, plan_swaps, update_statistics, verify
-from normswap.surgery.module_tree import own_flags, own_mode
+from normswap.surgery.module_tree import model_mode, model_training_flags
 from tests.helpers import laws
 
 X = torch.randn(4, 3, 9, 9, generator=torch.Generator().manual_seed(0))
@@ -228,7 +228,7 @@ def test_flags_are_put_back_after_a_failure() -> None:
     seen = []
 
     def fail() -> None:
-        with own_mode(model, training=False):
+        with model_mode(model, training=False):
             seen.append(model.drop.training)
             raise ValueError("inside")
 
@@ -239,8 +239,8 @@ def test_flags_are_put_back_after_a_failure() -> None:
 
 
 def test_models_without_a_train_of_their_own_are_not_asked() -> None:
-    assert own_flags(Net()) is None
-    flags = own_flags(ByName())
+    assert model_training_flags(Net()) is None
+    flags = model_training_flags(ByName())
     assert flags is not None
     assert [name for name, flag in flags.training.items() if not flag] == ["bn"]
     assert not any(flags.evaluation.values())

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 import normswap
 from normswap.errors import SwapError
 from normswap.layers.switch_norm import FunctionalSwitchNorm
-from normswap.surgery.graphs.module_trace import trace_own_forward
-from normswap.surgery.graphs.rewriting import compile_forward, free_names, is_rewritten, rewrite_forward
+from normswap.surgery.graphs.module_trace import trace_module_forward
+from normswap.surgery.graphs.rewriting import compile_rewritten_forward, is_rewritten, rewrite_forward, unused_names
 
 
 class Block(nn.Module):
@@ -149,7 +149,7 @@ def test_in_place_the_module_object_stays(block: Block) -> None:
 
 def test_names_avoid_what_the_module_has(block: Block) -> None:
     block.batch_norm = "taken"
-    assert free_names(block, 2) == ["batch_norm_1", "batch_norm_2"]
+    assert unused_names(block, 2) == ["batch_norm_1", "batch_norm_2"]
     assert "batch_norm_1.mean_weight" in normswap.convert(block, X).model.state_dict()
 
 
@@ -169,10 +169,10 @@ class Untraceable(nn.Module):
 
 def test_what_cannot_be_traced_is_refused_in_words() -> None:
     with pytest.raises(SwapError, match="the forward of Untraceable cannot be rewritten: TraceError"):
-        compile_forward(Untraceable())
+        compile_rewritten_forward(Untraceable())
     module = Untraceable()
     with pytest.raises(SwapError, match="the forward of Untraceable cannot be rewritten"):
-        rewrite_forward(module, {}, (), trace_own_forward(module))
+        rewrite_forward(module, {}, (), trace_module_forward(module))
     assert type(module) is Untraceable
 
 

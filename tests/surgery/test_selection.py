@@ -11,7 +11,7 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 from normswap import convert, plan_swaps
 from normswap.errors import PlanError
 from normswap.surgery.plan import SwapPlan
-from normswap.surgery.selection import first_matches, matched, settle
+from normswap.surgery.selection import first_matching_patterns, matched, resolve_settings
 from tests.helpers import laws, zoo
 
 
@@ -227,13 +227,13 @@ def test_patterns_match_any_name_and_give_the_first() -> None:
     sites = [("a.bn", "b.bn"), ("a.norm",), ("",)]
     assert matched("b.*", sites) == ["a.bn"]
     assert matched("re:a\\..*", sites) == ["a.bn", "a.norm"]
-    assert first_matches(["*.norm", "*"], sites) == {"a.norm": "*.norm", "a.bn": "*", "": "*"}
-    assert first_matches("a.*", sites) == {"a.bn": "a.*", "a.norm": "a.*"}
+    assert first_matching_patterns(["*.norm", "*"], sites) == {"a.norm": "*.norm", "a.bn": "*", "": "*"}
+    assert first_matching_patterns("a.*", sites) == {"a.bn": "a.*", "a.norm": "a.*"}
     with pytest.raises(PlanError, match=re.escape("the pattern 'a' matches none of the 3 things; nearest:")):
         matched("a", sites, "things")
 
 
 def test_settled_values_are_checked_and_canonical() -> None:
-    told = settle({"*": {"branches": ["bn", "in"]}, "a": {"train_gates": True}}, [("a",), ("b",)])
+    told = resolve_settings({"*": {"branches": ["bn", "in"]}, "a": {"train_gates": True}}, [("a",), ("b",)])
     assert told == {"a": {"branches": ("in", "bn"), "train_gates": True}, "b": {"branches": ("in", "bn")}}
-    assert settle({}, [("a",)]) == {"a": {}}
+    assert resolve_settings({}, [("a",)]) == {"a": {}}

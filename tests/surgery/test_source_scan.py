@@ -12,7 +12,7 @@ import torchvision
 from torch import Tensor, nn
 
 from normswap.surgery.graphs import module_trace
-from normswap.surgery.graphs.module_trace import could_normalize, names_in, uses_of_names
+from normswap.surgery.graphs.module_trace import mentions_norm_function, name_uses, names_in
 from normswap.surgery.norms.classes import is_norm_layer
 from tests.helpers import zoo
 
@@ -147,16 +147,16 @@ def overridden() -> nn.Module:
 
 @pytest.mark.parametrize("make", COULD.values(), ids=COULD)
 def test_a_call_is_found_wherever_it_hides(make: Callable[[], nn.Module]) -> None:
-    assert could_normalize(make())
+    assert mentions_norm_function(make())
 
 
 @pytest.mark.parametrize("make", COULD_NOT.values(), ids=COULD_NOT)
 def test_other_code_is_not_suspected(make: Callable[[], nn.Module]) -> None:
-    assert not could_normalize(make())
+    assert not mentions_norm_function(make())
 
 
 def test_code_that_goes_in_circles_ends() -> None:
-    assert not could_normalize(holding(circle))
+    assert not mentions_norm_function(holding(circle))
 
 
 def circle(x: Tensor) -> Tensor:
@@ -170,16 +170,16 @@ def other_half(x: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", ["resnet18", "densenet121", "levit_128s", "mobilenetv3_small_050"])
 def test_models_of_timm_call_none_themselves(name: str) -> None:
     model = timm.create_model(name)
-    assert not any(could_normalize(m) for m in model.modules() if not is_norm_layer(m))
+    assert not any(mentions_norm_function(m) for m in model.modules() if not is_norm_layer(m))
 
 
 def test_models_of_torchvision_call_none_themselves() -> None:
     model = torchvision.models.get_model("googlenet", weights=None, init_weights=False)
-    assert not any(could_normalize(m) for m in model.modules() if not is_norm_layer(m))
+    assert not any(mentions_norm_function(m) for m in model.modules() if not is_norm_layer(m))
 
 
 def test_kernels_that_are_standardised_are_suspected() -> None:
-    assert could_normalize(timm.layers.StdConv2d(3, 4, 3))
+    assert mentions_norm_function(timm.layers.StdConv2d(3, 4, 3))
 
 
 class Namesake(Plain):
@@ -196,20 +196,20 @@ class Namesake(Plain):
 
 
 def test_a_child_called_like_the_function_is_not_suspected() -> None:
-    assert not could_normalize(Namesake())
+    assert not mentions_norm_function(Namesake())
     model = Namesake()
     del model._modules["batch_norm"]
     vars(model)["batch_norm"] = normalise
-    assert could_normalize(model)
-    assert not could_normalize(Namesake())
+    assert mentions_norm_function(model)
+    assert not mentions_norm_function(Namesake())
 
 
 def test_uses_of_a_name_are_told_from_attributes_of_self() -> None:
-    uses = dict(uses_of_names(Namesake.forward.__code__))
+    uses = dict(name_uses(Namesake.forward.__code__))
     assert uses["batch_norm"] is True
-    assert dict(uses_of_names(ByMethod.helper.__code__))["instance_norm"] is False
+    assert dict(name_uses(ByMethod.helper.__code__))["instance_norm"] is False
 
 
 def test_names_are_read_in_inner_functions_too() -> None:
     assert {"F", "batch_norm"} <= names_in(ByInnerFunction.forward.__code__)
-    assert "batch_norm" in module_trace._wanted()
+    assert "batch_norm" in module_trace._norm_function_names()

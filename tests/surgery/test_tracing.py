@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from timm.models import create_model
 from torch import Tensor, fx, nn
 
-from normswap.surgery.graphs.tracing import GraphFacts, read_graph, sharing_twin, trace_model, trace_with
+from normswap.surgery.graphs.tracing import GraphFacts, copy_for_tracing, read_graph, trace_copy, trace_model
 from normswap.surgery.norms.classes import is_norm_layer
 from normswap.surgery.norms.functions import batch_norm_nodes, is_batch_norm_call, norm_arguments
 from normswap.text import first_line
@@ -174,7 +174,7 @@ def test_hooks_of_the_user_see_no_proxies() -> None:
 
 def test_a_twin_shares_parameters_and_nothing_else() -> None:
     model = zoo.BY_NAME["in a list besides"].model()
-    twin = sharing_twin(model)
+    twin = copy_for_tracing(model)
     assert [id(p) for p in twin.parameters()] == [id(p) for p in model.parameters()]
     assert {id(b) for b in twin.buffers()}.isdisjoint({id(b) for b in model.buffers()})
     assert all(map(torch.equal, twin.buffers(), model.buffers()))
@@ -193,7 +193,7 @@ def test_a_twin_of_odd_modules_is_a_copy_as_well() -> None:
     ):
         trap = zoo.BY_NAME[name]
         model = trap.model()
-        twin = sharing_twin(model)
+        twin = copy_for_tracing(model)
         set_eval = [module.eval() for module in (model, twin)]
         torch.testing.assert_close(laws.call(set_eval[1], trap.inputs()), laws.call(set_eval[0], trap.inputs()))
         assert len(list(twin.named_modules(remove_duplicate=False))) == len(
@@ -210,7 +210,7 @@ def test_a_twin_that_cannot_be_made_is_a_reason() -> None:
 
 
 def test_concrete_arguments_are_no_placeholders_in_what_runs() -> None:
-    trace = trace_with(zoo.UnusedOption, lambda _: True, training=True, concrete={"scale": 3.0})
+    trace = trace_copy(zoo.UnusedOption, lambda _: True, training=True, concrete={"scale": 3.0})
     assert trace.graph is not None
     products = [node for node in trace.graph.nodes if getattr(node.target, "__name__", "") == "mul"]
     assert [node.args[1] for node in products] == [3.0]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from normswap import find_norm_sites
 from normswap.surgery.discovery import whole_model
-from normswap.surgery.discovery.whole_model import WholeModel, tracing_path
+from normswap.surgery.discovery.whole_model import ModelFacts, tracing_path
 from normswap.surgery.graphs.exported_program import export_facts
 from normswap.surgery.graphs.tracing import GraphFacts, trace_model
 from normswap.surgery.norms.classes import is_norm_layer
@@ -97,7 +97,7 @@ PATHS = {
 @pytest.fixture
 def graphs_are_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the code of every model named a function that normalizes."""
-    monkeypatch.setattr(whole_model, "could_normalize", lambda _: True)
+    monkeypatch.setattr(whole_model, "mentions_norm_function", lambda _: True)
 
 
 @pytest.mark.usefixtures("graphs_are_asked")
@@ -114,7 +114,7 @@ def test_the_first_path_that_can_be_believed_serves(
 
 def test_without_an_input_a_trace_is_taken_at_its_word() -> None:
     assert tracing_path(GhostNorm()).path == "symbolic trace"
-    assert tracing_path(SizeDependent()) == WholeModel("module tree", (("symbolic trace", CONTROL_FLOW),))
+    assert tracing_path(SizeDependent()) == ModelFacts("module tree", (("symbolic trace", CONTROL_FLOW),))
 
 
 def test_an_export_tells_what_a_trace_would() -> None:
@@ -158,7 +158,7 @@ def test_no_graph_is_made_where_the_pass_has_shown_everything(monkeypatch: pytes
         return trace_model(*args, training=training, **options)
 
     monkeypatch.setattr(whole_model, "trace_model", spy)
-    assert tracing_path(LostSkip(), zoo.FEATURES()) == WholeModel("forward pass")
+    assert tracing_path(LostSkip(), zoo.FEATURES()) == ModelFacts("forward pass")
     assert traced == []
     assert tracing_path(LostSkip()).path == "symbolic trace"
     assert traced == [False]

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from normswap import Verification, convert, use_backend, verify
 from normswap.errors import ModelError
 from normswap.layers.gating import BnStatistics
-from normswap.surgery.model_outputs import VectorDistance, absolute, distance, shared, worst
-from normswap.verification.equivalence import LAW_TOLERANCE, Check
+from normswap.surgery.model_outputs import VectorDistance, match_names, max_abs_difference, max_distance, relative_l2
+from normswap.verification.equivalence import DEFAULT_TOLERANCE, Check
 from normswap.verification.site_watch import SiteError
 from tests.helpers import laws, zoo
 
@@ -66,7 +66,7 @@ def test_a_correct_conversion_passes_with_everything_told() -> None:
     proof = verify(original, convert(original, inputs[0]).model, inputs)
     assert proof.passed
     assert list(outcomes(proof).items()) == [(name, True) for name in (EVALUATION, TRAINING, GRADIENTS, STATISTICS)]
-    assert (proof.tolerance, proof.loosened, proof.inputs) == (LAW_TOLERANCE, False, "3x3x9x9; 5x3x7x7")
+    assert (proof.tolerance, proof.loosened, proof.inputs) == (DEFAULT_TOLERANCE, False, "3x3x9x9; 5x3x7x7")
     assert 0 < proof.max_rel_error < 1e-13
     assert 0 < proof.max_abs_error < 1e-12
     assert proof.fp32_error is not None
@@ -74,7 +74,7 @@ def test_a_correct_conversion_passes_with_everything_told() -> None:
     assert proof.fp32_error == 0
     assert [site.fqn for site in proof.sites] == ["bn1", "block"]
     assert all(site.evaluation == 0 and 0 < site.training < 1e-14 for site in proof.sites)  # type: ignore[operator]
-    assert {(check.limit, check.own_response, check.note) for check in proof.checks} == {(LAW_TOLERANCE, None, "")}
+    assert {(check.limit, check.own_response, check.note) for check in proof.checks} == {(DEFAULT_TOLERANCE, None, "")}
 
 
 def test_a_proof_survives_json() -> None:
@@ -230,7 +230,7 @@ def test_a_chaotic_model_is_judged_by_its_own_response() -> None:
     assert proof.passed
     assert outputs.error is not None
     assert outputs.own_response is not None
-    assert outputs.error > LAW_TOLERANCE
+    assert outputs.error > DEFAULT_TOLERANCE
     assert outputs.limit == 10 * outputs.own_response
     # A fault is still told from chaos.
     faulty = convert(original, x).model
@@ -332,32 +332,32 @@ PAIRS: dict[str, tuple[Any, Any, float]] = {
 
 @pytest.mark.parametrize(("a", "b", "expected"), PAIRS.values(), ids=PAIRS)
 def test_distance_of_floating_tensors(a: list[float], b: list[float], expected: float) -> None:
-    assert distance(torch.tensor(a), torch.tensor(b)) == pytest.approx(expected)
+    assert relative_l2(torch.tensor(a), torch.tensor(b)) == pytest.approx(expected)
 
 
 def test_distance_of_anything_else() -> None:
     one = torch.tensor([1])
-    assert distance(one, torch.tensor([1])) == 0.0
-    assert distance(one, torch.tensor([2])) == INF
-    assert distance(one, torch.tensor([1.0])) == INF
-    assert distance(one, 1) == distance(1, one) == distance(1, True) == distance("a", "b") == INF
-    assert distance("a", "a") == distance(None, None) == 0.0
-    assert distance(torch.tensor([3 + 4j]), torch.tensor([3 + 3.5j])) == pytest.approx(0.1)
+    assert relative_l2(one, torch.tensor([1])) == 0.0
+    assert relative_l2(one, torch.tensor([2])) == INF
+    assert relative_l2(one, torch.tensor([1.0])) == INF
+    assert relative_l2(one, 1) == relative_l2(1, one) == relative_l2(1, True) == relative_l2("a", "b") == INF
+    assert relative_l2("a", "a") == relative_l2(None, None) == 0.0
+    assert relative_l2(torch.tensor([3 + 4j]), torch.tensor([3 + 3.5j])) == pytest.approx(0.1)
 
 
 def test_the_worst_of_pairs() -> None:
     one, two = torch.tensor([1.0]), torch.tensor([2.0])
-    assert worst([one, two], [one, one]) == pytest.approx(0.5)
-    assert worst([one], [one, one]) == INF
-    assert worst([], []) == 0.0
-    assert absolute(torch.tensor([INF, 1.0]), torch.tensor([0.0, 1.5])) == 0.5
-    assert absolute(one, 1.0) == absolute(torch.tensor([]), torch.tensor([])) == 0.0
+    assert max_distance([one, two], [one, one]) == pytest.approx(0.5)
+    assert max_distance([one], [one, one]) == INF
+    assert max_distance([], []) == 0.0
+    assert max_abs_difference(torch.tensor([INF, 1.0]), torch.tensor([0.0, 1.5])) == 0.5
+    assert max_abs_difference(one, 1.0) == max_abs_difference(torch.tensor([]), torch.tensor([])) == 0.0
 
 
 def test_tensors_are_paired_by_any_common_name() -> None:
     one, two = torch.tensor([1.0]), torch.tensor([2.0])
     first, second = {("a", "b"): one, ("c",): two}, {("b",): two, ("d",): one}
-    assert shared(first, second) == [(("a", "b"), ("b",))]
+    assert match_names(first, second) == [(("a", "b"), ("b",))]
 
 
 def test_a_vector_is_as_far_as_all_its_pairs_together() -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from normswap.verification import model_pass
-from normswap.verification.model_pass import GradientDistance, KeptGradients, hand_on_gradients
+from normswap.verification.model_pass import GradientDistance, GradientStore, stream_gradients
 
 
 class Twice(nn.Module):
@@ -30,10 +30,10 @@ def model() -> Twice:
     return Twice()
 
 
-def _handed_on(model: nn.Module, receive: model_pass.Receive) -> None:
+def _handed_on(model: nn.Module, on_gradient: model_pass.GradientCallback) -> None:
     parameters: dict[Any, Tensor] = {(name,): parameter for name, parameter in model.named_parameters()}
     x = torch.linspace(-1, 1, 8, dtype=torch.float64).view(2, 4)
-    hand_on_gradients([model(x), "no tensor"], parameters, receive, seed=0)
+    stream_gradients([model(x), "no tensor"], parameters, on_gradient, seed=0)
 
 
 def _at_once(model: Twice) -> dict[str, Tensor]:
@@ -44,7 +44,7 @@ def _at_once(model: Twice) -> dict[str, Tensor]:
 
 
 def test_each_gradient_comes_once_and_whole(model: Twice) -> None:
-    found: list[tuple[model_pass.Names, Tensor]] = []
+    found: list[tuple[model_pass.TensorNames, Tensor]] = []
     _handed_on(model, lambda names, gradient: found.append((names, gradient)))
     expected = _at_once(model)
     assert sorted(names for names, _ in found) == [(name,) for name in sorted(expected)]
@@ -59,25 +59,25 @@ def _no_disk(**_: object) -> None:
 @pytest.mark.parametrize("place", ["memory", "file", "no disk"])
 def test_kept_gradients_are_what_came(model: Twice, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
     if place != "memory":
-        monkeypatch.setattr(model_pass, "IN_MEMORY", 0)
+        monkeypatch.setattr(model_pass, "MAX_BYTES_IN_MEMORY", 0)
     if place == "no disk":
         monkeypatch.setattr(tempfile, "TemporaryFile", _no_disk)
-    with KeptGradients() as kept:
-        _handed_on(model, kept.keep)
+    with GradientStore() as kept:
+        _handed_on(model, kept.store)
         assert {names: kept[names].tolist() for names in kept} == {
             (name,): gradient.tolist() for name, gradient in _at_once(model).items()
         }
-        assert bool(kept._places) == (place == "file")
+        assert bool(kept._file_offsets) == (place == "file")
         same = GradientDistance(kept)
-        _handed_on(model, same.meet)
+        _handed_on(model, same.compare_gradient)
         assert same.result() == 0.0
 
 
 def test_a_gradient_that_one_side_lacks_counts_as_zeros() -> None:
-    with KeptGradients() as kept:
-        kept.keep(("a", "alias"), torch.tensor([3.0]))
-        kept.keep(("b",), torch.tensor([4.0]))
+    with GradientStore() as kept:
+        kept.store(("a", "alias"), torch.tensor([3.0]))
+        kept.store(("b",), torch.tensor([4.0]))
         for names, error in ((("alias",), 0.8), (("a",), 0.8), (("c",), 2**0.5)):
             distance = GradientDistance(kept)
-            distance.meet(names, torch.tensor([3.0 if names != ("c",) else 5.0]))
+            distance.compare_gradient(names, torch.tensor([3.0 if names != ("c",) else 5.0]))
             assert distance.result() == pytest.approx(error)

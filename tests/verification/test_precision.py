@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from normswap import Verification, convert, verify
 from normswap.errors import ModelError
-from normswap.verification.precision import Precision, computes_below, precisions
+from normswap.verification.precision import Precision, precisions, uses_narrower_dtype
 
 
 def seeded(make: Callable[[], nn.Module]) -> nn.Module:
@@ -138,7 +138,7 @@ def test_a_model_that_rounds_by_its_own_code_is_compared_in_that_precision() -> 
     converted = convert(model, RANDOM).model
     with torch.no_grad():  # a difference that float64 shows and float32 does not
         converted.bn.weight.mul_(1 + 3e-7)
-    assert computes_below(model.double(), RANDOM.double(), torch.float64)
+    assert uses_narrower_dtype(model.double(), RANDOM.double(), torch.float64)
     found = verify(seeded(Between), converted, [RANDOM])
     assert found.precision == "float32"
     assert found.notes[0] == "the original computes a part in less than float64 by its own code"

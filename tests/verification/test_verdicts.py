@@ -16,9 +16,9 @@ from torch.utils.checkpoint import checkpoint
 from normswap import Verification, convert, verify
 from normswap.checkpoints.record import Record
 from normswap.errors import ModelError
-from normswap.surgery.model_outputs import distance
+from normswap.surgery.model_outputs import relative_l2
 from normswap.verification.model_comparison import Check
-from normswap.verification.model_pass import nudge
+from normswap.verification.model_pass import perturb
 from normswap.verification.site_watch import SiteError
 
 X = torch.randn(4, 3, 9, 9, generator=torch.Generator().manual_seed(0))
@@ -316,8 +316,8 @@ def test_an_output_that_amplifies_rounding_hides_no_other_one() -> None:
 
 def test_the_nudge_at_random_changes_float64() -> None:
     x = torch.ones(8, dtype=torch.float64)
-    assert set(((nudge(x, "random", 2**-52) - x) / 2**-53).tolist()) <= {-2.0, 2.0}
-    assert nudge(x.half(), "random", 2**-10).dtype == torch.float16
+    assert set(((perturb(x, "random", 2**-52) - x) / 2**-53).tolist()) <= {-2.0, 2.0}
+    assert perturb(x.half(), "random", 2**-10).dtype == torch.float16
 
 
 def test_wrong_gradients_of_a_site_are_found_if_the_model_cannot_be_judged() -> None:
@@ -411,14 +411,14 @@ NUMBERS: dict[str, tuple[Any, Any, float]] = {
 
 @pytest.mark.parametrize(("a", "b", "expected"), NUMBERS.values(), ids=NUMBERS)
 def test_distance_of_numbers(a: Any, b: Any, expected: float) -> None:
-    assert distance(a, b) == pytest.approx(expected)
+    assert relative_l2(a, b) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("mask", [1e9, 1e200, 1.7e308])
 def test_a_mask_hides_no_difference(mask: float) -> None:
     a, b = (torch.tensor([-mask, value, -mask], dtype=torch.float64) for value in (2.0, 3.0))
-    assert distance(a, b) == pytest.approx(0.5)
-    assert distance(a, a) == 0.0
+    assert relative_l2(a, b) == pytest.approx(0.5)
+    assert relative_l2(a, a) == 0.0
 
 
 # --- gradients through any checkpoint ---------------------------------------------------------------------------------
@@ -514,10 +514,10 @@ def test_a_wrong_kernel_of_torch_is_told_from_a_wrong_conversion() -> None:
 def test_the_report_says_precision_and_rule(capsys: pytest.CaptureFixture[str]) -> None:
     from rich.console import Console
 
-    from normswap.reports.tables import parity, worst_sites
+    from normswap.reports.tables import verification_table, worst_sites
 
     found = verified(Wild())
-    Console(width=200, highlight=False).print(parity(found))
+    Console(width=200, highlight=False).print(verification_table(found))
     Console(width=200, highlight=False).print(worst_sites(found))
     text = capsys.readouterr().out
     assert "relative L2 in float64 on 4x3x9x9" in text

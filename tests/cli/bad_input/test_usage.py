@@ -15,7 +15,7 @@ from torch import nn
 
 import normswap
 from normswap.checkpoints.architecture.registry import build_architecture
-from normswap.checkpoints.io import atomic_write
+from normswap.checkpoints.io import atomic_files
 from normswap.errors import ArchitectureError
 from normswap.verification import equivalence
 from tests.helpers import files
@@ -177,7 +177,7 @@ def test_an_unwritable_folder_is_refused(folder: Path, monkeypatch: pytest.Monke
     def refuse(*_: Any) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(atomic_write.os, "open", refuse)
+    monkeypatch.setattr(atomic_files.os, "open", refuse)
     message = "bn.normswap.pt: cannot write in . (Permission denied): choose another folder"
     assert_refused(folder, CONVERT, 2, message)
 

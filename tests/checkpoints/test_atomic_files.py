@@ -13,24 +13,24 @@ from typing import Any
 
 import pytest
 
-from normswap.checkpoints.io import atomic_write
-from normswap.checkpoints.io.atomic_write import check_writable, write_text, written_whole, written_whole_folder
+from normswap.checkpoints.io import atomic_files
+from normswap.checkpoints.io.atomic_files import atomic_write, atomic_write_folder, check_writable, write_text
 from normswap.errors import CheckpointError
 
 # Writes `WRITER model.pt`, says so, and waits for its end in the middle.
 _WRITER = """
 import signal, sys, time
 from pathlib import Path
-from normswap.checkpoints.io import atomic_write
+from normswap.checkpoints.io import atomic_files
 # Whoever runs the tests in the background may have told their children to ignore these.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
-with getattr(atomic_write, sys.argv[1])(Path("model.pt")) as temporary:
+with getattr(atomic_files, sys.argv[1])(Path("model.pt")) as temporary:
     (temporary / "part" if temporary.is_dir() else temporary).write_text("half")
     print("writing", flush=True)
     time.sleep(60)
 """
-KINDS = pytest.mark.parametrize("kind", ["written_whole", "written_whole_folder"])
+KINDS = pytest.mark.parametrize("kind", ["atomic_write", "atomic_write_folder"])
 
 
 @contextmanager
@@ -48,7 +48,7 @@ def writing(folder: Path, kind: str) -> Iterator[subprocess.Popen[str]]:
 
 
 def write(folder: Path, kind: str, name: str = "model.pt") -> None:
-    with getattr(atomic_write, kind)(folder / name) as temporary:
+    with getattr(atomic_files, kind)(folder / name) as temporary:
         (temporary / "part" if temporary.is_dir() else temporary).write_text("new")
 
 
@@ -88,11 +88,11 @@ def test_a_living_run_of_another_user_is_left_alone_and_a_dead_one_is_not(tmp_pa
         pid = os.fork()
         if pid == 0:
             os.setuid(12345)
-            atomic_write.remove_stale(tmp_path / "model.pt")
+            atomic_files.remove_stale_temp_files(tmp_path / "model.pt")
             os._exit(0)
         os.waitpid(pid, 0)
 
-    with writing(tmp_path, "written_whole") as process:
+    with writing(tmp_path, "atomic_write") as process:
         as_another_user()
         assert len(names(tmp_path)) == 1
         process.kill()
@@ -114,7 +114,7 @@ def test_handlers_of_the_program_stay(tmp_path: Path) -> None:
     heard: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda number, _: heard.append(number))
     try:
-        with written_whole(tmp_path / "model.pt") as temporary:
+        with atomic_write(tmp_path / "model.pt") as temporary:
             signal.raise_signal(signal.SIGTERM)
             temporary.write_text("new")
     finally:
@@ -125,13 +125,13 @@ def test_handlers_of_the_program_stay(tmp_path: Path) -> None:
 
 def test_default_handlers_are_put_back(tmp_path: Path) -> None:
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)]
-    with written_whole(tmp_path / "a"), written_whole(tmp_path / "b"):
+    with atomic_write(tmp_path / "a"), atomic_write(tmp_path / "b"):
         assert signal.getsignal(signal.SIGTERM) != before[0]
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)] == before
 
 
 def test_a_thread_may_write_too(tmp_path: Path) -> None:
-    thread = threading.Thread(target=write, args=(tmp_path, "written_whole"))
+    thread = threading.Thread(target=write, args=(tmp_path, "atomic_write"))
     thread.start()
     thread.join()
     assert names(tmp_path) == ["model.pt"]
@@ -139,7 +139,7 @@ def test_a_thread_may_write_too(tmp_path: Path) -> None:
 
 @KINDS
 def test_an_exception_leaves_nothing(tmp_path: Path, kind: str) -> None:
-    with pytest.raises(ZeroDivisionError), getattr(atomic_write, kind)(tmp_path / "model.pt"):
+    with pytest.raises(ZeroDivisionError), getattr(atomic_files, kind)(tmp_path / "model.pt"):
         _ = 1 / 0
     assert names(tmp_path) == []
 
@@ -147,7 +147,7 @@ def test_an_exception_leaves_nothing(tmp_path: Path, kind: str) -> None:
 def test_a_run_whose_temporary_was_taken_for_stale_takes_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lock, taken = atomic_write._lock, []
+    lock, taken = atomic_files._lock, []
 
     def late(descriptor: int, *, wait: bool) -> bool:
         if not taken:
@@ -155,8 +155,8 @@ def test_a_run_whose_temporary_was_taken_for_stale_takes_another(
             taken[0].unlink()
         return lock(descriptor, wait=wait)
 
-    monkeypatch.setattr(atomic_write, "_lock", late)
-    with written_whole(tmp_path / "model.pt") as temporary:
+    monkeypatch.setattr(atomic_files, "_lock", late)
+    with atomic_write(tmp_path / "model.pt") as temporary:
         assert temporary != taken[0]
         temporary.write_text("new")
     assert names(tmp_path) == ["model.pt"]
@@ -168,11 +168,11 @@ def test_without_locks_a_temporary_is_left(tmp_path: Path, monkeypatch: pytest.M
     def unknown(*_: Any) -> None:
         raise OSError(95, "Operation not supported")
 
-    with writing(tmp_path, "written_whole") as process:
+    with writing(tmp_path, "atomic_write") as process:
         process.kill()
         process.wait()
     monkeypatch.setattr(fcntl, "flock", unknown)
-    write(tmp_path, "written_whole")
+    write(tmp_path, "atomic_write")
     assert len(names(tmp_path)) == 2
 
 
@@ -181,7 +181,7 @@ def test_what_only_looks_like_a_temporary_is_neither_followed_nor_waited_for(tmp
     (tmp_path / ".model.pt.0123abcd.partial").symlink_to(tmp_path / "mine")
     os.mkfifo(tmp_path / ".model.pt.0123abce.partial")
     (tmp_path / ".model.pt.notours.partial").write_text("mine")
-    write(tmp_path, "written_whole")
+    write(tmp_path, "atomic_write")
     assert (tmp_path / "mine").read_text() == "mine"
     assert {".model.pt.notours.partial", "mine", "model.pt"} <= {*names(tmp_path)}
 
@@ -193,7 +193,7 @@ def test_what_only_looks_like_a_temporary_is_neither_followed_nor_waited_for(tmp
 def test_a_replaced_file_keeps_its_mode(tmp_path: Path, mode: int) -> None:
     (tmp_path / "model.pt").touch()
     (tmp_path / "model.pt").chmod(mode)
-    with written_whole(tmp_path / "model.pt") as temporary:
+    with atomic_write(tmp_path / "model.pt") as temporary:
         assert stat.S_IMODE(temporary.stat().st_mode) & ~(mode | 0o600) == 0
         temporary.write_text("new")
     assert stat.S_IMODE((tmp_path / "model.pt").stat().st_mode) == mode
@@ -203,8 +203,8 @@ def test_a_replaced_file_keeps_its_mode(tmp_path: Path, mode: int) -> None:
 def test_new_files_and_folders_follow_the_umask(tmp_path: Path, umask: int, modes: tuple[int, int]) -> None:
     before = os.umask(umask)
     try:
-        write(tmp_path, "written_whole", "file")
-        write(tmp_path, "written_whole_folder", "folder")
+        write(tmp_path, "atomic_write", "file")
+        write(tmp_path, "atomic_write_folder", "folder")
     finally:
         os.umask(before)
     assert tuple(stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("file", "folder")) == modes
@@ -246,8 +246,8 @@ def test_an_existing_folder_is_not_replaced(tmp_path: Path) -> None:
     message = "model: exists already, and a folder is never replaced: choose another name"
     (tmp_path / "model").mkdir()
     with pytest.raises(CheckpointError, match=message):
-        write(tmp_path, "written_whole_folder", "model")
-    with pytest.raises(CheckpointError, match="later: exists already"), written_whole_folder(tmp_path / "later"):
+        write(tmp_path, "atomic_write_folder", "model")
+    with pytest.raises(CheckpointError, match="later: exists already"), atomic_write_folder(tmp_path / "later"):
         (tmp_path / "later").mkdir()
     assert names(tmp_path) == ["later", "model"]
 
@@ -267,7 +267,7 @@ def test_a_read_only_folder_is_told(kind: str) -> None:
 _TOO_LARGE = """
 import resource, sys
 from pathlib import Path
-from normswap.checkpoints.io.atomic_write import written_whole
+from normswap.checkpoints.io.atomic_files import written_whole
 from normswap.errors import CheckpointError
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 try:
@@ -287,6 +287,6 @@ def test_a_disk_that_takes_no_more_is_told(tmp_path: Path) -> None:
 
 
 def test_what_the_system_says_of_other_files_passes(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="another"), written_whole(tmp_path / "model.pt"):
+    with pytest.raises(FileNotFoundError, match="another"), atomic_write(tmp_path / "model.pt"):
         (tmp_path / "another").read_bytes()
     assert names(tmp_path) == []
