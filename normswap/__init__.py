@@ -6,6 +6,8 @@ Names are loaded when first used: importing normswap costs nothing and imports n
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from normswap import renamed
+
 if TYPE_CHECKING:
     from normswap.checkpoints.loading import Loaded as Loaded
     from normswap.checkpoints.loading import load as load
@@ -101,6 +103,8 @@ _HOMES = {
 
 __version__ = "0.1.0"
 __all__ = sorted(_HOMES)
+
+renamed.install()
 
 
 def __getattr__(name: str) -> Any:

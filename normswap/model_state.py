@@ -34,7 +34,7 @@ def training_flags(modules: Iterable[nn.Module], *, training: bool) -> Iterator[
 
 
 @contextmanager
-def preserved_state(modules: Iterable[nn.Module], *, reach: bool = True) -> Iterator[None]:
+def preserved_state(modules: Iterable[nn.Module], *, follow_objects: bool = True) -> Iterator[None]:
     """Put back at the end whatever a forward pass changed in `modules`, and in what they refer to.
 
     Every object stays the same object. Costs the memory of the tensors while it lasts.
@@ -45,15 +45,15 @@ def preserved_state(modules: Iterable[nn.Module], *, reach: bool = True) -> Iter
     Raises:
         ModelError: something that was changed cannot be put back; all else is.
     """
-    snapshot = Snapshot(modules, reach=reach)
+    snapshot = Snapshot(modules, follow_objects=follow_objects)
     try:
         yield
     finally:
-        snapshot.put_back()
+        snapshot.restore()
 
 
 @contextmanager
-def preserved_before_writes(modules: Iterable[nn.Module], on_write: OnWrite) -> Iterator[None]:
+def preserved_on_write(modules: Iterable[nn.Module], on_write: OnWrite) -> Iterator[None]:
     """Put back at the end what a pass or a trace changed, as `preserved_state`, for less memory.
 
     Args:
@@ -64,11 +64,11 @@ def preserved_before_writes(modules: Iterable[nn.Module], on_write: OnWrite) -> 
         with snapshot.copying_before_writes():
             yield
     finally:
-        snapshot.put_back()
+        snapshot.restore()
 
 
 @contextmanager
-def all_or_nothing(modules: Iterable[nn.Module]) -> Iterator[None]:
+def rollback_on_error(modules: Iterable[nn.Module]) -> Iterator[None]:
     """If what is done inside fails, put back the class, the attributes and the registries of every module."""
     states = [(module, type(module), module_state(module)) for module in modules]
     try:
@@ -76,7 +76,7 @@ def all_or_nothing(modules: Iterable[nn.Module]) -> Iterator[None]:
     except BaseException:
         for module, cls, state in states:
             module.__class__ = cls
-            _put_back(module, state)
+            _restore(module, state)
             if isinstance(module, fx.GraphModule):
                 module.recompile()
         raise
@@ -92,11 +92,11 @@ class ModuleState(NamedTuple):
 def module_state(module: nn.Module) -> ModuleState:
     """Return the attributes of `module` as they are now, and what its containers hold."""
     attributes = vars(module).copy()
-    held = {name: value for name, value in attributes.items() if isinstance(value, _CONTAINERS) and value}
-    return ModuleState(attributes, {name: _items(value) for name, value in held.items()})
+    containers = {name: value for name, value in attributes.items() if isinstance(value, _CONTAINERS) and value}
+    return ModuleState(attributes, {name: _items(value) for name, value in containers.items()})
 
 
-def changed_names(before: ModuleState, after: ModuleState) -> list[str]:
+def changed_attributes(before: ModuleState, after: ModuleState) -> list[str]:
     """Return the attributes that are not the same objects, holding the same objects, in two states of a module."""
     names = dict.fromkeys([*before.attributes, *after.attributes])
     return [name for name in names if not _same(before, after, name)]
@@ -114,9 +114,9 @@ def _same(a: ModuleState, b: ModuleState, name: str) -> bool:
     return len(first) == len(second) and all(map(operator.is_, first, second))
 
 
-def _put_back(module: nn.Module, state: ModuleState) -> None:
+def _restore(module: nn.Module, state: ModuleState) -> None:
     now = module_state(module)
-    for name in changed_names(state, now):
+    for name in changed_attributes(state, now):
         if name not in state.attributes:
             del vars(module)[name]
             continue
@@ -173,7 +173,7 @@ def random_state() -> list[Any]:
 
 
 @contextmanager
-def hooked(register: Iterable[Callable[[], RemovableHandle]]) -> Iterator[None]:
+def registered_hooks(register: Iterable[Callable[[], RemovableHandle]]) -> Iterator[None]:
     """Register hooks, one per callable, and remove them all at the end."""
     with ExitStack() as stack:
         for call in register:
@@ -183,11 +183,11 @@ def hooked(register: Iterable[Callable[[], RemovableHandle]]) -> Iterator[None]:
 
 def call_model(model: Callable[..., Any], inputs: Any) -> Any:
     """Call `model` with a tensor, a tuple of positional or a dict of keyword arguments."""
-    args, kwargs = as_call(inputs)
+    args, kwargs = call_arguments(inputs)
     return model(*args, **kwargs)
 
 
-def as_call(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def call_arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return the positional and the keyword arguments that a tensor, a tuple or a dict stands for."""
     if isinstance(inputs, dict):
         return (), inputs

@@ -28,7 +28,7 @@ _REPORTS = "normswap.reports.results"
 _WIDTH = 100
 
 
-def printed_as(table: str) -> Callable[[type[T]], type[T]]:
+def printable_as(table: str) -> Callable[[type[T]], type[T]]:
     """Give a class of results `str()` and `_repr_html_()` by a function of `normswap.reports.results`.
 
     Args:
@@ -44,7 +44,7 @@ def printed_as(table: str) -> Callable[[type[T]], type[T]]:
     return decorate
 
 
-def counted(number: int, noun: str) -> str:
+def pluralize(number: int, noun: str) -> str:
     """Return a number of things in words: `1 swap`, `20 swaps`."""
     return f"{number} {noun}{'s' * (number != 1)}"
 
@@ -75,6 +75,6 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def join(owner: str, name: str) -> str:
+def join_fqn(owner: str, name: str) -> str:
     """Return the fqn of `name` inside the module called `owner`, which is "" for the root."""
     return f"{owner}.{name}" if owner else name

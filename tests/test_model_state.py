@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from normswap.model_state import (
-    rollback_on_error,
     call_model,
     changed_attributes,
-    registered_hooks,
     module_state,
     preserved_state,
     random_state,
+    registered_hooks,
+    rollback_on_error,
     seeded,
     training_flags,
 )

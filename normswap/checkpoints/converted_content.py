@@ -13,20 +13,20 @@ from torch import Tensor, nn
 
 from normswap.checkpoints.content.entries import (
     Contents,
-    Place,
-    at,
-    average_lists,
-    looks_like_training,
-    master_copies,
-    name_of,
-    replaced,
-    unknown_states,
-    with_gates_between,
+    KeyPath,
+    describe_unknown_states,
+    find_average_lists,
+    find_master_weights,
+    format_key_path,
+    get_entry,
+    insert_gates,
+    is_training_key_path,
+    replace_entries,
 )
-from normswap.checkpoints.content.key_prefixes import StoredNames, names_with_copies
-from normswap.checkpoints.content.optimizer_ownership import Network, extended_by_owner
-from normswap.checkpoints.content.optimizer_state import StateDict, could_step, scheduler_with_gates
-from normswap.checkpoints.content.state_dict import with_metadata, with_tensors
+from normswap.checkpoints.content.key_prefixes import StoredNames, match_names_and_copies
+from normswap.checkpoints.content.optimizer_ownership import Network, add_owned_gates
+from normswap.checkpoints.content.optimizer_state import StateDict, matches_groups, scheduler_with_gates
+from normswap.checkpoints.content.state_dict import copy_metadata, insert_tensors
 from normswap.checkpoints.loading import Checkpoint
 from normswap.errors import CheckpointError, PlanError, SwapError
 from normswap.layers.in_place import GATE_PARAMETERS
@@ -37,7 +37,7 @@ from normswap.surgery.plan import SwapPlan
 Shape = tuple[int, ...]
 
 # What names of optimizers and schedulers have in common, longer words first.
-_WORDS = (
+_ROLE_WORDS = (
     "optimizers",
     "optimizer",
     "optim",
@@ -51,12 +51,12 @@ _WORDS = (
     "lr",
 )
 # Where an average that is pickled keeps its copy of the model.
-_AVERAGES = ("module", "ema", "ema_model")
+_AVERAGE_ATTRIBUTES = ("module", "ema", "ema_model")
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 @dataclass(frozen=True)
-class New:
+class AddedState:
     """What a conversion adds to a state dict: tensors by the model's own names, torch's notes on the new layers, and
     the names of those gates that train; the shapes of all parameters by name in the order of the converted model, or
     None where nobody has the model.
@@ -68,33 +68,33 @@ class New:
     parameters: Mapping[str, Shape] | None = None
 
 
-class Carried(NamedTuple):
+class ConvertedContent(NamedTuple):
     """A converted content, and in words what was done to the rest of the file."""
 
     content: Any
     notes: tuple[str, ...]
 
 
-class _Stepped(NamedTuple):
+class _OptimizerUpdate(NamedTuple):
     """An optimizer in a file: its state before, the state after or None if it was left, and whose it is."""
 
-    place: Place
+    key_path: KeyPath
     before: StateDict
     after: StateDict | None
 
 
-def new_of(original: Mapping[str, Any], converted: nn.Module) -> New:
+def collect_added_state(original: Mapping[str, Any], converted: nn.Module) -> AddedState:
     """Return what `converted` has beyond the names in `original`."""
     state: Any = converted.state_dict()
     tensors = {name: tensor for name, tensor in state.items() if name not in original}
     trainable = tuple(name for name in trainable_gates(converted) if name in tensors)
     shapes = {name: tuple(parameter.shape) for name, parameter in converted.named_parameters()}
-    return New(tensors, state._metadata, trainable, shapes)
+    return AddedState(tensors, state._metadata, trainable, shapes)
 
 
-def converted_content(
-    checkpoint: Checkpoint, names: StoredNames, new: New, *, module: nn.Module | None = None, plan: SwapPlan
-) -> Carried:
+def convert_content(
+    checkpoint: Checkpoint, names: StoredNames, new: AddedState, *, module: nn.Module | None = None, plan: SwapPlan
+) -> ConvertedContent:
     """Return the content of a file with everything in it converted that `new` fits, and the rest as it was.
 
     Args:
@@ -102,180 +102,201 @@ def converted_content(
         module: the converted module, where the file holds a pickled one.
         plan: carried out on further pickled modules of the same kind.
     """
-    content, where = checkpoint.content, checkpoint.contents
-    values: dict[Place, Any] = {where.weights: module or _converted_state(checkpoint.weights, names, new)}
+    content, contents = checkpoint.content, checkpoint.contents
+    values: dict[KeyPath, Any] = {contents.weights: module or _convert_state(checkpoint.weights, names, new)}
     notes = [f"{each.prefix}*: converted too" for each in names.copies]
-    alike: dict[Place, bool] = {}
-    for place in where.others:
-        if looks_like_training(place):
+    is_copy: dict[KeyPath, bool] = {}
+    for key_path in contents.others:
+        if is_training_key_path(key_path):
             continue
-        copied, note = _converted_copy(at(content, place), checkpoint, names, new, plan)
-        alike[place] = copied is not None
-        values |= {} if copied is None else {place: copied}
-        notes.append(f"{name_of(place)}: {note}")
-    networks = networks_in(checkpoint, names, new, alike)
-    stepped, told = _optimizers(content, where, networks)
-    scheduled = _schedulers(content, where, stepped)
-    averages = _averages(content, where, names, new)
-    for place, value, note in (*told, *scheduled, *averages):
-        values |= {} if value is None else {place: value}
-        notes.append(f"{name_of(place)}: {note}")
-    known = {*where.optimizers, *where.schedulers, *alike, where.weights, *(place for place, _, _ in averages)}
-    notes += unknown_states(content, known, set(_shapes(names, new, checkpoint.weights).values()))
-    return Carried(replaced(content, values), tuple(notes))
+        copied, note = _convert_copy(get_entry(content, key_path), checkpoint, names, new, plan)
+        is_copy[key_path] = copied is not None
+        values |= {} if copied is None else {key_path: copied}
+        notes.append(f"{format_key_path(key_path)}: {note}")
+    networks = find_networks(checkpoint, names, new, is_copy)
+    optimizer_updates, updates = _update_optimizers(content, contents, networks)
+    scheduler_updates = _update_schedulers(content, contents, optimizer_updates)
+    averages = _update_averages(content, contents, names, new)
+    for key_path, value, note in (*updates, *scheduler_updates, *averages):
+        values |= {} if value is None else {key_path: value}
+        notes.append(f"{format_key_path(key_path)}: {note}")
+    known = {
+        *contents.optimizers,
+        *contents.schedulers,
+        *is_copy,
+        contents.weights,
+        *(key_path for key_path, _, _ in averages),
+    }
+    notes += describe_unknown_states(content, known, set(_parameter_shapes(names, new, checkpoint.weights).values()))
+    return ConvertedContent(replace_entries(content, values), tuple(notes))
 
 
-def _converted_state(state: Any, names: StoredNames, new: New) -> dict[str, Tensor]:
-    result = with_metadata(with_tensors(state, names, new.tensors), state, names, new.metadata)
+def _convert_state(state: Any, names: StoredNames, new: AddedState) -> dict[str, Tensor]:
+    result = copy_metadata(insert_tensors(state, names, new.tensors), state, names, new.metadata)
     for each in names.copies:
-        tied = _is_tied(state, names, each)
+        tied = _shares_tensors(state, names, each)
         tensors = new.tensors if tied else {name: tensor.clone() for name, tensor in new.tensors.items()}
-        result = with_metadata(with_tensors(result, each, tensors), result, each, new.metadata)
+        result = copy_metadata(insert_tensors(result, each, tensors), result, each, new.metadata)
     return result
 
 
-def _is_tied(state: Mapping[str, Any], names: StoredNames, other: StoredNames) -> bool:
+def _shares_tensors(state: Mapping[str, Any], names: StoredNames, other: StoredNames) -> bool:
     """Whether two copies of a model share their tensors."""
     pairs = [(state[key], state[other.stored[name]]) for name, key in names.stored.items() if name in other.stored]
     return all(a.data_ptr() == b.data_ptr() for a, b in pairs if isinstance(a, Tensor) and isinstance(b, Tensor))
 
 
-def _converted_copy(
-    value: Any, checkpoint: Checkpoint, names: StoredNames, new: New, plan: SwapPlan
+def _convert_copy(
+    value: Any, checkpoint: Checkpoint, names: StoredNames, new: AddedState, plan: SwapPlan
 ) -> tuple[Any | None, str]:
     """A further copy of the model, such as its moving average, converted alike; None if it is another model."""
     if isinstance(value, nn.Module):
-        twin = _converted_module(value, plan)
-        return twin, "left as it is, not the same model" if twin is None else "converted too"
+        converted_copy = _convert_module(value, plan)
+        return converted_copy, "left as it is, not the same model" if converted_copy is None else "converted too"
     weights: Any = checkpoint.weights
     stored = weights.state_dict() if isinstance(weights, nn.Module) else weights
     wanted = {name: tuple(stored[key].shape) for name, key in names.stored.items() if isinstance(stored[key], Tensor)}
     if isinstance(weights, nn.Module):
         wanted = {name: tuple(tensor.shape) for name, tensor in stored.items() if name not in new.tensors}
     try:
-        own = names_with_copies(value, wanted, rename=names.rename)
+        own = match_names_and_copies(value, wanted, rename=names.rename)
     except CheckpointError:
         return None, "left as it is, not the same model"
-    if any(own.to_store(name) in value for name in new.tensors):
+    if any(own.stored_key(name) in value for name in new.tensors):
         return None, "left as it is, converted already"
     shapes = {name: tuple(value[key].shape) for name, key in own.stored.items() if isinstance(value[key], Tensor)}
     # An average may hold the parameters alone.
-    least = [name for name in new.parameters or () if name in wanted]
-    if any(shapes.get(name) != wanted[name] for name in (least or wanted)) or any(
+    required = [name for name in new.parameters or () if name in wanted]
+    if any(shapes.get(name) != wanted[name] for name in (required or wanted)) or any(
         shapes.get(name, shape) != shape for name, shape in wanted.items()
     ):
         return None, "left as it is, not the same model"
-    return _converted_state(value, own, new), "converted too"
+    return _convert_state(value, own, new), "converted too"
 
 
-def _converted_module(value: nn.Module, plan: SwapPlan) -> nn.Module | None:
+def _convert_module(value: nn.Module, plan: SwapPlan) -> nn.Module | None:
     """A converted copy of a pickled module, or of an average with the model inside; None if it is another model."""
-    for inside in (None, *_AVERAGES):
-        twin = copy.deepcopy(value)
-        model = twin if inside is None else getattr(twin, inside, None)
+    for inside in (None, *_AVERAGE_ATTRIBUTES):
+        converted_copy = copy.deepcopy(value)
+        model = converted_copy if inside is None else getattr(converted_copy, inside, None)
         try:
             if isinstance(model, nn.Module):
                 apply_plan(model, plan)
-                return twin
+                return converted_copy
         except (PlanError, SwapError):
             continue
     return None
 
 
-def networks_in(
-    checkpoint: Checkpoint, names: StoredNames, new: New, alike: Mapping[Place, bool] | None = None
+def find_networks(
+    checkpoint: Checkpoint, names: StoredNames, new: AddedState, is_copy: Mapping[KeyPath, bool] | None = None
 ) -> list[Network]:
     """Return the networks in a file: the one that is converted, what lies beside it under other names, and others.
 
     Args:
         alike: the further weights in the file by their place, and whether they are copies that are converted alike.
     """
-    shapes = _shapes(names, new, checkpoint.weights)
+    shapes = _parameter_shapes(names, new, checkpoint.weights)
     own = {name: shape for name, shape in shapes.items() if name not in new.tensors}
     entry = checkpoint.contents.entry or "the model"
     found = [Network(entry, own, new.trainable, certain=new.parameters is not None)]
     weights = checkpoint.weights
     if isinstance(weights, Mapping):
-        mine = {names.stored[name] for name in own if name in names.stored}
+        own_keys = {names.stored[name] for name in own if name in names.stored}
         copied = {key for each in names.copies for key in each.stored.values()}
-        beside = [key for key in weights if key not in mine and key not in copied]
-        found += _unbuilt("what lies beside it", {key: weights[key] for key in beside})
-    for place, same in (alike or {}).items():
-        value = at(checkpoint.content, place)
+        other_keys = [key for key in weights if key not in own_keys and key not in copied]
+        found += _network_from_tensors("what lies beside it", {key: weights[key] for key in other_keys})
+    for key_path, same in (is_copy or {}).items():
+        value = get_entry(checkpoint.content, key_path)
         if same:
-            found.append(found[0]._replace(name=name_of(place)))
+            found.append(found[0]._replace(name=format_key_path(key_path)))
         elif isinstance(value, nn.Module):
             known = set(gate_parameters(value))
             parameters = {n: tuple(p.shape) for n, p in value.named_parameters() if n not in known}
-            found.append(Network(name_of(place), parameters, earlier=len(trainable_gates(value))))
+            found.append(Network(format_key_path(key_path), parameters, num_existing_gates=len(trainable_gates(value))))
         else:
-            found += _unbuilt(name_of(place), value)
+            found += _network_from_tensors(format_key_path(key_path), value)
     return found
 
 
-def _shapes(names: StoredNames, new: New, weights: Any) -> Mapping[str, Shape]:
+def _parameter_shapes(names: StoredNames, new: AddedState, weights: Any) -> Mapping[str, Shape]:
     """The shapes of the parameters that the network has in the file and gets, by its own names."""
     if new.parameters is None:
         inside = {name: weights[key] for name, key in names.stored.items()}
-        return {name: shape for network in _unbuilt("", inside) for name, shape in network.parameters.items()}
+        return {
+            name: shape for network in _network_from_tensors("", inside) for name, shape in network.parameters.items()
+        }
     if isinstance(weights, nn.Module):
         return new.parameters
     return {name: shape for name, shape in new.parameters.items() if name in names.stored or name in new.tensors}
 
 
-def _unbuilt(name: str, state: Mapping[str, Any]) -> list[Network]:
+def _network_from_tensors(name: str, state: Mapping[str, Any]) -> list[Network]:
     """A network of which there are tensors alone: those that float and are no buffers by name may be parameters."""
     parameters: dict[str, Shape] = {}
     seen: set[tuple[int, int]] = set()
-    earlier = 0
+    num_existing_gates = 0
     for key, tensor in state.items():
         last = key.rpartition(".")[2]
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or last in _BUFFERS:
             continue
-        place = (tensor.data_ptr(), tensor.numel()) if tensor.numel() and not tensor.is_meta else (0, len(seen))
-        earlier += last in GATE_PARAMETERS
-        if last not in GATE_PARAMETERS and place not in seen:
+        storage = (tensor.data_ptr(), tensor.numel()) if tensor.numel() and not tensor.is_meta else (0, len(seen))
+        num_existing_gates += last in GATE_PARAMETERS
+        if last not in GATE_PARAMETERS and storage not in seen:
             parameters[key] = tuple(tensor.shape)
-        seen.add(place)
-    return [Network(name, parameters, earlier=earlier, certain=False)] if parameters else []
+        seen.add(storage)
+    return [Network(name, parameters, num_existing_gates=num_existing_gates, certain=False)] if parameters else []
 
 
-Told = tuple[Place, Any, str]
+EntryUpdate = tuple[KeyPath, Any, str]
 
 
-def _optimizers(content: Any, where: Contents, networks: Sequence[Network]) -> tuple[list[_Stepped], list[Told]]:
-    stepped, told = [], []
-    for place in where.optimizers:
-        state = at(content, place)
-        masters = master_copies(content, place, where.optimizers)
+def _update_optimizers(
+    content: Any, contents: Contents, networks: Sequence[Network]
+) -> tuple[list[_OptimizerUpdate], list[EntryUpdate]]:
+    optimizer_updates, updates = [], []
+    for key_path in contents.optimizers:
+        state = get_entry(content, key_path)
+        masters = find_master_weights(content, key_path, contents.optimizers)
         after: Any = None
         if masters:
             note = f"left as it is, {masters[0]} beside it holds copies of the parameters: begin the optimizer again"
         else:
-            after, note = _extended(state, networks, alone=len(where.optimizers) == 1)
-        stepped.append(_Stepped(place, state, after))
-        told.append((place, after, note))
-    return stepped, told
+            after, note = _add_gates(state, networks, is_only_optimizer=len(contents.optimizers) == 1)
+        optimizer_updates.append(_OptimizerUpdate(key_path, state, after))
+        updates.append((key_path, after, note))
+    return optimizer_updates, updates
 
 
-def _extended(state: StateDict, networks: Sequence[Network], *, alone: bool) -> tuple[Any, str]:
+def _add_gates(state: StateDict, networks: Sequence[Network], *, is_only_optimizer: bool) -> tuple[Any, str]:
     """An optimizer's state with the gates of the networks that it has, and what was done."""
     if not any(network.gates for network in networks):
         return None, "left as it is, no gate trains"
-    extended, note = extended_by_owner(state, networks, alone=alone)
+    extended, note = add_owned_gates(state, networks, is_only_optimizer=is_only_optimizer)
     return extended, note if extended is not None else f"left as it is, {note}"
 
 
-def _schedulers(content: Any, where: Contents, stepped: Sequence[_Stepped]) -> list[Told]:
-    return [(place, *_rescheduled(place, at(content, place), stepped)) for place in where.schedulers]
+def _update_schedulers(
+    content: Any, contents: Contents, optimizer_updates: Sequence[_OptimizerUpdate]
+) -> list[EntryUpdate]:
+    return [
+        (key_path, *_update_scheduler(key_path, get_entry(content, key_path), optimizer_updates))
+        for key_path in contents.schedulers
+    ]
 
 
-def _rescheduled(place: Place, state: StateDict, stepped: Sequence[_Stepped]) -> tuple[Any, str]:
+def _update_scheduler(
+    key_path: KeyPath, state: StateDict, optimizer_updates: Sequence[_OptimizerUpdate]
+) -> tuple[Any, str]:
     """A scheduler's state for the optimizer that it steps, known by its number of groups and their first rates."""
-    fitting = [each for each in stepped if could_step(state, each.before["param_groups"])]
-    found = fitting if _same_fate(fitting) else [each for each in fitting if _stem(each.place) == _stem(place)]
-    if not found or not _same_fate(found):
-        names = " and ".join(name_of(each.place) for each in fitting)
+    fitting = [each for each in optimizer_updates if matches_groups(state, each.before["param_groups"])]
+    found = (
+        fitting
+        if _have_same_update(fitting)
+        else [each for each in fitting if _strip_role_words(each.key_path) == _strip_role_words(key_path)]
+    )
+    if not found or not _have_same_update(found):
+        names = " and ".join(format_key_path(each.key_path) for each in fitting)
         reason = f"it fits {names}" if fitting else "it fits no optimizer in this file"
         return None, (
             f"left as it is, {reason}: normswap.checkpoints.content.optimizer_state.scheduler_with_gates puts the gates in"
@@ -286,31 +307,33 @@ def _rescheduled(place: Place, state: StateDict, stepped: Sequence[_Stepped]) ->
     return scheduler_with_gates(state, optimizer_state=optimizer), "gates follow the last group's schedule"
 
 
-def _same_fate(stepped: Sequence[_Stepped]) -> bool:
+def _have_same_update(optimizer_updates: Sequence[_OptimizerUpdate]) -> bool:
     """Whether it makes no difference which of these optimizers is meant."""
-    fates = {(each.after is None, len((each.after or each.before)["param_groups"])) for each in stepped}
-    return len(fates) == 1
+    outcomes = {(each.after is None, len((each.after or each.before)["param_groups"])) for each in optimizer_updates}
+    return len(outcomes) == 1
 
 
-def _stem(place: Place) -> str:
+def _strip_role_words(key_path: KeyPath) -> str:
     """What is left of a name without the words for optimizers and schedulers: `g` of `g_optim` and of `sched_g`."""
-    name = name_of(place).lower()
-    for word in _WORDS:
+    name = format_key_path(key_path).lower()
+    for word in _ROLE_WORDS:
         name = name.replace(word, "")
     return name.strip("._")
 
 
-def _averages(content: Any, where: Contents, names: StoredNames, new: New) -> list[Told]:
+def _update_averages(content: Any, contents: Contents, names: StoredNames, new: AddedState) -> list[EntryUpdate]:
     """Averages that are lists of tensors, with the gates between where the order is that of the parameters."""
     if new.parameters is None:
         return []
-    known = {*where.optimizers, *where.schedulers, where.weights, *where.others}
+    known = {*contents.optimizers, *contents.schedulers, contents.weights, *contents.others}
     shapes = new.parameters
     gates = {name: tensor for name, tensor in new.tensors.items() if name in shapes}
-    told: list[Told] = []
-    for place in average_lists(content, known):
-        held = at(content, place)
-        filled = with_gates_between(held, shapes, gates, new.trainable)
-        if filled is not None:
-            told.append((place, type(held)(filled), "gates put at their places between the parameters"))
-    return told
+    updates: list[EntryUpdate] = []
+    for key_path in find_average_lists(content, known):
+        averaged = get_entry(content, key_path)
+        extended_list = insert_gates(averaged, shapes, gates, new.trainable)
+        if extended_list is not None:
+            updates.append(
+                (key_path, type(averaged)(extended_list), "gates put at their places between the parameters")
+            )
+    return updates

@@ -15,41 +15,55 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from normswap.checkpoints.architecture.identification import decide, recognise, state_dict_of
-from normswap.checkpoints.architecture.permissions import limited_build
+from normswap.checkpoints.architecture.identification import get_state_dict, identify_state_dict, require_unique
+from normswap.checkpoints.architecture.permissions import limit_allocation
 from normswap.checkpoints.architecture.registry import (
-    at_folder,
     build_architecture,
-    check_named_by_file,
-    is_of_folder,
-    place_elsewhere,
-    renaming_of,
+    check_untrusted_name,
+    describe_external_source,
+    get_key_renaming,
+    refers_to_folder,
+    with_folder,
 )
-from normswap.checkpoints.content.entries import Contents, at, check_has_values, read_contents, replaced, without
-from normswap.checkpoints.content.key_prefixes import StoredNames, names_for, names_with_copies
-from normswap.checkpoints.content.weight_loading import Fit, fill, rejoin
-from normswap.checkpoints.formats.formats import TENSORS_ONLY, Container, decode, read_record_text, read_ties, sniff
-from normswap.checkpoints.formats.pt2_archive import Program, digest_of_members
+from normswap.checkpoints.content.entries import (
+    Contents,
+    check_has_values,
+    drop_entry,
+    get_entry,
+    read_contents,
+    replace_entries,
+)
+from normswap.checkpoints.content.key_prefixes import StoredNames, match_names, match_names_and_copies
+from normswap.checkpoints.content.weight_loading import LoadReport, load_weights, retie_tensors
+from normswap.checkpoints.formats.formats import (
+    TENSORS_ONLY,
+    Container,
+    decode,
+    detect_format,
+    read_record_text,
+    read_tied_names,
+)
+from normswap.checkpoints.formats.pt2_archive import Program, digest_members
 from normswap.checkpoints.io.digest import fingerprint
-from normswap.checkpoints.io.memory import let_go
-from normswap.checkpoints.record import Payload, Record, Step, check_seal
-from normswap.checkpoints.source_copy import Source, open_source
+from normswap.checkpoints.io.memory import release_mapped_pages
+from normswap.checkpoints.record import Payload, Record, Step, check_fingerprint
+from normswap.checkpoints.source_copy import SourceFiles, open_source
 from normswap.errors import AmbiguityError, ArchitectureError, ArgumentError, CheckpointError, SwapError
-from normswap.layers.gating import importance_weights as shares_of
+from normswap.layers.gating import importance_weights as normalize_gate
 from normswap.layers.in_place import GATE_PARAMETERS
 from normswap.surgery.arguments import require_type
 from normswap.surgery.conversion import apply_plan
-from normswap.surgery.graphs.exported_program import module_of
-from normswap.surgery.importance import ImportanceWeights, gated_modules, importance_weights
+from normswap.surgery.graphs.exported_program import program_module
+from normswap.surgery.importance import SiteWeights, gated_modules, importance_weights
 from normswap.surgery.plan import ANY_CLASS, SwapPlan
 from normswap.surgery.planning import complete_plan
-from normswap.text import counted, join, printed_as
+from normswap.text import join_fqn, pluralize, printable_as
 
 Architecture = str | nn.Module | Callable[[], nn.Module]
-_MOST_FITTING = 2
+_MAX_SUGGESTIONS = 2
 
 
-@printed_as("loaded")
+@printable_as("loaded")
 class Loaded(NamedTuple):
     """What `load` found in a file: the model, the plan it was converted with (None if it was not), what was done to
     it so far, and what else the file holds.
@@ -61,7 +75,7 @@ class Loaded(NamedTuple):
     rest: dict[str, Any]
 
     def __repr__(self) -> str:
-        plan = "not converted" if self.plan is None else counted(len(self.plan.swaps), "swap")
+        plan = "not converted" if self.plan is None else pluralize(len(self.plan.swaps), "swap")
         rest = f", rest: {', '.join(map(str, self.rest))}" if self.rest else ""
         return f"Loaded({type(self.model).__name__}, {plan}{rest:.200})"
 
@@ -73,7 +87,7 @@ class Checkpoint:
     Of an exported program that is trusted the content is its module, and `program` what that was made of.
     """
 
-    origin: Source
+    origin: SourceFiles
     container: Container
     content: Any
     contents: Contents
@@ -88,7 +102,7 @@ class Checkpoint:
     @property
     def weights(self) -> Mapping[str, Tensor] | nn.Module:
         """The state dict or the pickled module that is meant."""
-        return at(self.content, self.contents.weights)  # type: ignore[no-any-return]
+        return get_entry(self.content, self.contents.weights)  # type: ignore[no-any-return]
 
     @property
     def payload(self) -> Payload:
@@ -98,7 +112,7 @@ class Checkpoint:
         return "module" if isinstance(self.weights, nn.Module) else "state dict"
 
 
-class Built(NamedTuple):
+class BuiltModel(NamedTuple):
     """A model with a file's weights in it, how the file names them, and what builds it, where a name says so.
 
     `plan` is the file's, settled for this model; `fit` tells what file and model do not share.
@@ -108,7 +122,7 @@ class Built(NamedTuple):
     names: StoredNames
     architecture: str | None
     plan: SwapPlan | None
-    fit: Fit = Fit()
+    fit: LoadReport = LoadReport()
 
 
 def load(
@@ -146,7 +160,7 @@ def load(
     """
     require_type(path, str | os.PathLike, "path", "the name of a file or a folder")
     header = read_header(Path(path))
-    checkpoint = read_checkpoint(header, entry=entry, trust=trust and not header.gives_weights(architecture))
+    checkpoint = read_checkpoint(header, entry=entry, trust=trust and not header.loads_weights_only(architecture))
     header.origin.check_unchanged()
     header.origin.close()
     built = build_model(checkpoint, architecture, trust=trust)
@@ -156,14 +170,14 @@ def load(
             stacklevel=2,
         )
     history = checkpoint.record.history if checkpoint.record else ()
-    return Loaded(built.model, built.plan, history, without(checkpoint.content, checkpoint.contents.weights))
+    return Loaded(built.model, built.plan, history, drop_entry(checkpoint.content, checkpoint.contents.weights))
 
 
 @dataclass(frozen=True)
-class Header:
+class CheckpointHeader:
     """A file whose archive has been checked, and the record in it, read without its tensors or its pickle."""
 
-    origin: Source
+    origin: SourceFiles
     container: Container
     text: str | None
     record: Record | None
@@ -173,12 +187,12 @@ class Header:
         """The file as the user names it."""
         return self.origin.path
 
-    def gives_weights(self, architecture: Architecture | None) -> bool:
+    def loads_weights_only(self, architecture: Architecture | None) -> bool:
         """Say whether it is an exported program of which an architecture takes the weights alone."""
         return self.container == "exported program" and architecture is not None
 
 
-def read_header(path: Path, *, folder: Path | None = None) -> Header:
+def read_header(path: Path, *, folder: Path | None = None) -> CheckpointHeader:
     """Return what can be known of a file without reading its tensors or its pickle.
 
     Args:
@@ -189,10 +203,10 @@ def read_header(path: Path, *, folder: Path | None = None) -> Header:
     """
     origin = open_source(path, folder=folder)
     with origin.reading():
-        container = sniff(origin.copy)
+        container = detect_format(origin.copy)
         text = read_record_text(origin.copy, container)
     try:
-        return Header(origin, container, text, None if text is None else Record.from_json(text))
+        return CheckpointHeader(origin, container, text, None if text is None else Record.from_json(text))
     except CheckpointError as error:
         raise CheckpointError(f"{origin.path}: {error}") from error
 
@@ -203,7 +217,7 @@ def read_record(path: Path) -> Record | None:
 
 
 def read_checkpoint(
-    source: Path | Header, *, entry: str | None = None, trust: bool = False, mapped: bool = False
+    source: Path | CheckpointHeader, *, entry: str | None = None, trust: bool = False, mmap: bool = False
 ) -> Checkpoint:
     """Return the content of a file, where things lie in it, and its record.
 
@@ -218,20 +232,20 @@ def read_checkpoint(
     """
     if isinstance(source, Path):
         header = read_header(source)
-        checkpoint = read_checkpoint(header, entry=entry, trust=trust, mapped=mapped)
+        checkpoint = read_checkpoint(header, entry=entry, trust=trust, mmap=mmap)
         header.origin.check_unchanged()
         header.origin.close()
         return checkpoint
     origin, record = source.origin, source.record
-    content = read_content(source, trust=trust, mapped=mapped)
+    content = read_content(source, trust=trust, mmap=mmap)
     program = content if isinstance(content, Program) else None
-    with _named(origin.path):
+    with _prefix_errors(origin.path):
         if program is not None:
-            content = module_of(program.program)
+            content = program_module(program.program)
         return _checkpoint(origin, source.container, content, record, entry, program)
 
 
-def read_content(header: Header, *, trust: bool = False, mapped: bool = False) -> Any:
+def read_content(header: CheckpointHeader, *, trust: bool = False, mmap: bool = False) -> Any:
     """Return the object in a file, as its record seals it, whatever it holds; arguments as of `read_checkpoint`.
 
     Raises:
@@ -239,20 +253,20 @@ def read_content(header: Header, *, trust: bool = False, mapped: bool = False) -
     """
     origin, container, record = header.origin, header.container, header.record
     with origin.reading():
-        content = decode(origin.copy, container, trust=trust, mapped=mapped)
-        ties = {} if record is not None else read_ties(origin.copy, container)
+        content = decode(origin.copy, container, trust=trust, mmap=mmap)
+        ties = {} if record is not None else read_tied_names(origin.copy, container)
     if container in TENSORS_ONLY:
         tied, channels_last = (ties, ()) if record is None else (record.tied, record.channels_last)
-        content = {**content, **rejoin(content, tied, channels_last)}
+        content = {**content, **retie_tensors(content, tied, channels_last)}
     if header.text is not None:
         is_program = container == "exported program"
-        with _named(origin.path):
-            check_seal(header.text, digest_of_members(origin.copy) if is_program else fingerprint(content))
+        with _prefix_errors(origin.path):
+            check_fingerprint(header.text, digest_members(origin.copy) if is_program else fingerprint(content))
     return content
 
 
 @contextmanager
-def _named(path: Path) -> Iterator[None]:
+def _prefix_errors(path: Path) -> Iterator[None]:
     """Let errors about a content name its file."""
     try:
         yield
@@ -260,18 +274,18 @@ def _named(path: Path) -> Iterator[None]:
         raise CheckpointError(f"{path}: {error}") from error
 
 
-def at_entry(checkpoint: Checkpoint, content: Any, record: Record, entry: str) -> Checkpoint:
+def select_entry(checkpoint: Checkpoint, content: Any, record: Record, entry: str) -> Checkpoint:
     """Return a file as it stands at another one of its networks, once its content and its record have changed.
 
     Raises:
         CheckpointError: there are no weights at `entry`.
     """
-    with _named(checkpoint.path):
+    with _prefix_errors(checkpoint.path):
         return _checkpoint(checkpoint.origin, checkpoint.container, content, record, entry, None)
 
 
 def _checkpoint(
-    origin: Source,
+    origin: SourceFiles,
     container: Container,
     content: Any,
     record: Record | None,
@@ -286,30 +300,30 @@ def _checkpoint(
             )
         entry = record.entry
     contents = read_contents(content, entry=entry)
-    weights = at(content, contents.weights)
+    weights = get_entry(content, contents.weights)
     if not isinstance(weights, nn.Module):
-        content = replaced(content, {contents.weights: _readable(weights)})
+        content = replace_entries(content, {contents.weights: _to_ordered_state_dict(weights)})
     if record is not None:
-        record = _record_of(record, contents, weights)
+        record = _select_record(record, contents, weights)
     return Checkpoint(origin, container, content, contents, record, program)
 
 
-def _record_of(record: Record, contents: Contents, weights: Any) -> Record:
+def _select_record(record: Record, contents: Contents, weights: Any) -> Record:
     """What a record says of the weights that are meant: they are listed, a copy of such a network, or not converted."""
     if contents.entry in record.entries or (record.plan is None and not record.networks):
-        return record.about(contents.entry) if contents.entry in record.entries else record
+        return record.for_entry(contents.entry) if contents.entry in record.entries else record
     for entry in record.entries:
-        seen = record.about(entry)
-        if seen.plan is not None and _has_gates_of(seen.plan, weights, contents.prefix):
+        seen = record.for_entry(entry)
+        if seen.plan is not None and _has_planned_gates(seen.plan, weights, contents.prefix):
             return seen
-    return record.about(contents.entry)
+    return record.for_entry(contents.entry)
 
 
-def _has_gates_of(plan: SwapPlan, weights: Any, prefix: str) -> bool:
+def _has_planned_gates(plan: SwapPlan, weights: Any, prefix: str) -> bool:
     """Whether weights hold the gates of a plan beside norms of its sizes, as far as a state dict can show."""
     state = weights.state_dict() if isinstance(weights, nn.Module) else weights
-    wanted = {join(swap.fqn, GATE_PARAMETERS[0]): swap for swap in plan.swaps if "[" not in swap.fqn}
-    names = names_for(state, wanted, prefix=prefix)
+    wanted = {join_fqn(swap.fqn, GATE_PARAMETERS[0]): swap for swap in plan.swaps if "[" not in swap.fqn}
+    names = match_names(state, wanted, prefix=prefix)
     for name, swap in wanted.items():
         key = names.stored.get(name)
         if key is None or tuple(state[key].shape) != (len(swap.branches),):
@@ -320,7 +334,7 @@ def _has_gates_of(plan: SwapPlan, weights: Any, prefix: str) -> bool:
     return True
 
 
-def build_model(checkpoint: Checkpoint, architecture: Architecture | None = None, *, trust: bool = False) -> Built:
+def build_model(checkpoint: Checkpoint, architecture: Architecture | None = None, *, trust: bool = False) -> BuiltModel:
     """Return the model in a checkpoint: built, converted by the file's plan, filled; the pickled module itself.
 
     Raises:
@@ -336,61 +350,63 @@ def build_model(checkpoint: Checkpoint, architecture: Architecture | None = None
     if isinstance(weights, nn.Module):
         if architecture is not None:
             raise ArchitectureError(f"{path}: a pickled module brings its own architecture: leave architecture= out")
-        return Built(weights, names_for([], []), None, plan)
-    source = architecture or said_architecture(checkpoint, trust=trust)
+        return BuiltModel(weights, match_names([], []), None, plan)
+    source = architecture or recorded_architecture(checkpoint, trust=trust)
     if source is None:
         try:
-            source = decide(recognise(weights, checkpoint.content, prefix=checkpoint.contents.prefix))
+            source = require_unique(identify_state_dict(weights, checkpoint.content, prefix=checkpoint.contents.prefix))
         except (AmbiguityError, CheckpointError) as error:
             raise type(error)(f"{path}: {error}") from None
     named = isinstance(source, str) and (architecture is None or source.startswith("hf:"))
-    with limited_build(path, len(weights)) if named and not trust else nullcontext():
-        model = _built(source, trust=trust)
-    names = _names(checkpoint, weights, model)
+    with limit_allocation(path, len(weights)) if named and not trust else nullcontext():
+        model = _instantiate(source, trust=trust)
+    names = _match_model_names(checkpoint, weights, model)
     if plan is not None:
-        plan = complete_plan(model, _without_copies(plan, names), prefix=names.prefix)
+        plan = complete_plan(model, _drop_copy_sites(plan, names), prefix=names.prefix)
         if not gated_modules(model):
             apply_plan(model, plan)
-            names = _names(checkpoint, weights, model)
+            names = _match_model_names(checkpoint, weights, model)
     try:
-        fit = fill(
-            model, _for_model(weights, names, model), source if isinstance(source, str) else type(model).__name__
+        fit = load_weights(
+            model, _rename_for_model(weights, names, model), source if isinstance(source, str) else type(model).__name__
         )
     except ArchitectureError as error:
-        raise type(error)(f"{path}: {error}{_what_fits(checkpoint, source)}") from error
-    let_go(weights.values())
-    return Built(model.eval(), names, source if isinstance(source, str) else None, plan, fit)
+        raise type(error)(f"{path}: {error}{_suggest_architectures(checkpoint, source)}") from error
+    release_mapped_pages(weights.values())
+    return BuiltModel(model.eval(), names, source if isinstance(source, str) else None, plan, fit)
 
 
-def _names(checkpoint: Checkpoint, weights: Mapping[str, Tensor], model: nn.Module) -> StoredNames:
+def _match_model_names(checkpoint: Checkpoint, weights: Mapping[str, Tensor], model: nn.Module) -> StoredNames:
     """How a file names the tensors of a model, of which it may hold copies."""
-    with _named(checkpoint.path):
-        return names_with_copies(
-            weights, model.state_dict(), prefix=checkpoint.contents.prefix, rename=renaming_of(model)
+    with _prefix_errors(checkpoint.path):
+        return match_names_and_copies(
+            weights, model.state_dict(), prefix=checkpoint.contents.prefix, rename=get_key_renaming(model)
         )
 
 
-def _without_copies(plan: SwapPlan, names: StoredNames) -> SwapPlan:
+def _drop_copy_sites(plan: SwapPlan, names: StoredNames) -> SwapPlan:
     """A plan made from names alone without the sites of further copies of the model; any other plan has none."""
     prefixes = tuple(copy.prefix for copy in names.copies)
     kept = tuple(s for s in plan.swaps if s.class_name != ANY_CLASS or not prefixes or not s.fqn.startswith(prefixes))
     return replace(plan, swaps=kept)
 
 
-def _what_fits(checkpoint: Checkpoint, tried: Architecture) -> str:
+def _suggest_architectures(checkpoint: Checkpoint, architecture_tried: Architecture) -> str:
     """The architectures that the tensors of a file fit, to be added to why they do not fit the one that was tried."""
     try:
-        found = recognise(state_dict_of(checkpoint.weights), checkpoint.content, prefix=checkpoint.contents.prefix)
+        found = identify_state_dict(
+            get_state_dict(checkpoint.weights), checkpoint.content, prefix=checkpoint.contents.prefix
+        )
     except CheckpointError:  # which holds several models
         return ""
     fitting = [f"architecture={group[0].architecture!r}" for group in found.functions]
-    if not fitting or any(tried == candidate.architecture for candidate in found.candidates):
+    if not fitting or any(architecture_tried == candidate.architecture for candidate in found.candidates):
         return ""
-    more = f" or {len(fitting) - _MOST_FITTING} others" if len(fitting) > _MOST_FITTING else ""
-    return f"; the tensors fit {' or '.join(fitting[:_MOST_FITTING])}{more}"
+    more = f" or {len(fitting) - _MAX_SUGGESTIONS} others" if len(fitting) > _MAX_SUGGESTIONS else ""
+    return f"; the tensors fit {' or '.join(fitting[:_MAX_SUGGESTIONS])}{more}"
 
 
-def stored_importance_weights(checkpoint: Checkpoint) -> dict[str, ImportanceWeights]:
+def stored_importance_weights(checkpoint: Checkpoint) -> dict[str, SiteWeights]:
     """Return the importance weights in a checkpoint by fqn, without building the model; empty if not converted.
 
     Raises:
@@ -402,24 +418,26 @@ def stored_importance_weights(checkpoint: Checkpoint) -> dict[str, ImportanceWei
     if isinstance(weights, nn.Module):  # of a program, whose gates are parameters like any other
         weights = weights.state_dict()
     swaps = record.plan.swaps if record and record.plan else ()
-    wanted = [join(swap.fqn, name) for swap in swaps for name in GATE_PARAMETERS]
-    names = names_for(weights, wanted, prefix=checkpoint.contents.prefix)
+    wanted = [join_fqn(swap.fqn, name) for swap in swaps for name in GATE_PARAMETERS]
+    names = match_names(weights, wanted, prefix=checkpoint.contents.prefix)
     found = {}
     for swap in swaps:
         module = record.stored_as.get(swap.fqn) if record else None
-        keys = [join(module, name) if module else names.stored.get(join(swap.fqn, name)) for name in GATE_PARAMETERS]
+        keys = [
+            join_fqn(module, name) if module else names.stored.get(join_fqn(swap.fqn, name)) for name in GATE_PARAMETERS
+        ]
         points = [weights[key] for key in keys if key is not None and key in weights]
         if points:  # a site outside every registry is in no state dict
             if [tuple(point.shape) for point in points] != [(len(swap.branches),)] * len(GATE_PARAMETERS):
                 raise CheckpointError(f"{checkpoint.path}: the importance weights of {swap.fqn!r} do not fit its plan")
             mean, var = (
-                dict(zip(swap.branches, shares_of(point, swap.gate).tolist(), strict=True)) for point in points
+                dict(zip(swap.branches, normalize_gate(point, swap.gate).tolist(), strict=True)) for point in points
             )
-            found[swap.fqn] = ImportanceWeights(mean, var)
+            found[swap.fqn] = SiteWeights(mean, var)
     return found
 
 
-def _readable(weights: Mapping[str, Tensor]) -> "OrderedDict[str, Tensor]":
+def _to_ordered_state_dict(weights: Mapping[str, Tensor]) -> "OrderedDict[str, Tensor]":
     """Return a state dict with torch's `_metadata`, or refuse tensors that have no values to read."""
     check_has_values(weights)
     state = OrderedDict(weights)
@@ -428,59 +446,61 @@ def _readable(weights: Mapping[str, Tensor]) -> "OrderedDict[str, Tensor]":
     return state
 
 
-def said_architecture(checkpoint: Checkpoint, *, trust: bool) -> str | None:
+def recorded_architecture(checkpoint: Checkpoint, *, trust: bool) -> str | None:
     """Return the architecture that the file itself tells, or None.
 
     Raises:
         ArchitectureError: it is not one that a file may name (see `named_architectures`), and the file is not trusted.
     """
-    said = checkpoint.record.architecture if checkpoint.record else None
+    recorded = checkpoint.record.architecture if checkpoint.record else None
     path = checkpoint.path
-    if said is None:
+    if recorded is None:
         return f"hf:{path}" if (path / "config.json").is_file() else None
     try:
-        beside = path.is_dir() and is_of_folder(said, path)
-        said = at_folder(said, path) if beside else said
-        elsewhere = None if beside else place_elsewhere(said)
-        if not trust and elsewhere is None:
-            check_named_by_file(said, folder=path)
+        beside = path.is_dir() and refers_to_folder(recorded, path)
+        recorded = with_folder(recorded, path) if beside else recorded
+        external = None if beside else describe_external_source(recorded)
+        if not trust and external is None:
+            check_untrusted_name(recorded, folder=path)
     except ArchitectureError as error:
         raise ArchitectureError(
-            f"{path}: names the architecture {said!r:.100}: {error}: name it with architecture=, or pass trust=True if "
+            f"{path}: names the architecture {recorded!r:.100}: {error}: name it with architecture=, or pass trust=True if "
             "you trust where the file comes from"
         ) from None
-    if elsewhere is not None and not trust:
-        raise ArchitectureError(f"{path}: {elsewhere}, or trust=True")
-    return said
+    if external is not None and not trust:
+        raise ArchitectureError(f"{path}: {external}, or trust=True")
+    return recorded
 
 
-def is_named_by_itself(checkpoint: Checkpoint) -> bool:
+def builds_without_trust(checkpoint: Checkpoint) -> bool:
     """Say whether the record of a file names an architecture that is built without trust."""
     try:
         named = checkpoint.record is not None and checkpoint.record.architecture is not None
-        return named and said_architecture(checkpoint, trust=False) is not None
+        return named and recorded_architecture(checkpoint, trust=False) is not None
     except ArchitectureError:
         return False
 
 
-def _for_model(weights: Mapping[str, Tensor], names: StoredNames, model: nn.Module) -> "OrderedDict[str, Tensor]":
+def _rename_for_model(
+    weights: Mapping[str, Tensor], names: StoredNames, model: nn.Module
+) -> "OrderedDict[str, Tensor]":
     """The tensors under the model's own names, with what torch notes of its modules."""
     state = OrderedDict((name, weights[key]) for name, key in names.stored.items())
     # Containers without a place for the kind of gate: the plan says it, and the model was built by the plan.
     own = getattr(weights, "_metadata", None)
     wanted: Any = model.state_dict()._metadata  # type: ignore[attr-defined]
     if isinstance(own, Mapping):
-        stored = {fqn: own.get(_stored_module(names, fqn)) for fqn in wanted}
+        stored = {fqn: own.get(_stored_module_name(names, fqn)) for fqn in wanted}
         wanted = OrderedDict((fqn, note if note is not None else {}) for fqn, note in stored.items())
     state._metadata = wanted  # type: ignore[attr-defined]
     return state
 
 
-def _stored_module(names: StoredNames, fqn: str) -> str:
-    return names.to_store(join(fqn, "_")).rpartition(".")[0]
+def _stored_module_name(names: StoredNames, fqn: str) -> str:
+    return names.stored_key(join_fqn(fqn, "_")).rpartition(".")[0]
 
 
-def _built(source: Architecture, *, trust: bool) -> nn.Module:
+def _instantiate(source: Architecture, *, trust: bool) -> nn.Module:
     if isinstance(source, str):
         return build_architecture(source, trust=trust)
     if isinstance(source, nn.Module):

@@ -17,7 +17,7 @@ import torch
 
 from normswap.errors import CheckpointError, PlanError
 from normswap.surgery.plan import SwapPlan
-from normswap.verification.equivalence import Check, Verification, read_numbers
+from normswap.verification.equivalence import Check, Verification, parse_floats
 from normswap.verification.site_watch import SiteError
 
 _VERSION = version("normswap")
@@ -47,11 +47,11 @@ class Step:
     ) -> Self:
         """Return a step of this moment, done by this version."""
         date = datetime.now(UTC).isoformat(timespec="seconds")
-        return cls(action, date, _VERSION, _shown(source), sha256, _shown(detail))
+        return cls(action, date, _VERSION, _replace_unprintable(source), sha256, _replace_unprintable(detail))
 
 
 @dataclass(frozen=True)
-class Original:
+class OriginalNorm:
     """What a site was: its class, eps and momentum (None where the norm has none), and whether it was frozen."""
 
     class_name: str
@@ -61,14 +61,14 @@ class Original:
 
 
 @dataclass(frozen=True)
-class Part:
+class NetworkRecord:
     """What a record says of one network in a file of several; the fields are those of `Record`."""
 
     payload: Payload
     architecture: str | None = None
     plan: SwapPlan | None = None
     verification: Verification | None = None
-    originals: Mapping[str, Original] = field(default_factory=dict)
+    originals: Mapping[str, OriginalNorm] = field(default_factory=dict)
     stored_as: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -91,13 +91,13 @@ class Record:
     history: tuple[Step, ...] = ()
     tied: Mapping[str, str] = field(default_factory=dict)
     channels_last: tuple[str, ...] = ()
-    originals: Mapping[str, Original] = field(default_factory=dict)
+    originals: Mapping[str, OriginalNorm] = field(default_factory=dict)
     entry: str | None = None
     stored_as: Mapping[str, str] = field(default_factory=dict)
     fingerprint: str | None = None
     normswap: str = _VERSION
     torch: str = str(torch.__version__)
-    networks: Mapping[str, Part] = field(default_factory=dict)
+    networks: Mapping[str, NetworkRecord] = field(default_factory=dict)
 
     @property
     def entries(self) -> tuple[str, ...]:
@@ -105,17 +105,17 @@ class Record:
         own = (self.entry or "",) if self.plan is not None else ()
         return (*own, *self.networks)
 
-    def about(self, entry: str) -> Self:
+    def for_entry(self, entry: str) -> Self:
         """Return the same record with this network as its own and the others in `networks`.
 
         A network that it does not know has no plan and no architecture.
         """
         if entry == (self.entry or ""):
             return self
-        own = {field: getattr(self, field) for field in _PART_FIELDS}
-        networks = {**({self.entry or "": Part(**own)} if self.plan is not None else {}), **self.networks}
-        found = networks.pop(entry, None) or Part("state dict")
-        return replace(self, entry=entry or None, networks=networks, **{f: getattr(found, f) for f in _PART_FIELDS})
+        own = {field: getattr(self, field) for field in _NETWORK_FIELDS}
+        networks = {**({self.entry or "": NetworkRecord(**own)} if self.plan is not None else {}), **self.networks}
+        found = networks.pop(entry, None) or NetworkRecord("state dict")
+        return replace(self, entry=entry or None, networks=networks, **{f: getattr(found, f) for f in _NETWORK_FIELDS})
 
     def to_json(self) -> str:
         """Return the record as JSON of one line."""
@@ -138,7 +138,7 @@ class Record:
 
     def sealed(self, content: str) -> Self:
         """Return the record with the fingerprint of itself and of a content, whose own fingerprint is `content`."""
-        return replace(self, fingerprint=_seal(json.loads(self.to_json()), content))
+        return replace(self, fingerprint=_compute_fingerprint(json.loads(self.to_json()), content))
 
     @classmethod
     def from_json(cls, text: str) -> Self:
@@ -148,15 +148,15 @@ class Record:
             CheckpointError: not a record, of a newer version, or a field is unknown or of the wrong kind.
         """
         try:
-            data = _printable(json.loads(text))
+            data = _check_printable(json.loads(text))
             if data.pop("version") > RECORD_VERSION:
                 raise CheckpointError(f"its record is of a newer version than {RECORD_VERSION}: update normswap")
-            return cls(**{name: _FIELDS[name](value) for name, value in data.items()})
+            return cls(**{name: _FIELD_PARSERS[name](value) for name, value in data.items()})
         except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError, PlanError) as error:
             raise CheckpointError(f"its record is damaged ({error}): convert the original file again") from error
 
 
-def check_seal(text: str, content: str) -> None:
+def check_fingerprint(text: str, content: str) -> None:
     """Refuse a record whose own fingerprint does not seal it and a content; one without a fingerprint passes.
 
     Raises:
@@ -164,39 +164,39 @@ def check_seal(text: str, content: str) -> None:
     """
     data = json.loads(text)
     fingerprint = data.get("fingerprint")
-    if fingerprint is not None and fingerprint != _seal(data, content):
+    if fingerprint is not None and fingerprint != _compute_fingerprint(data, content):
         raise CheckpointError(
             "not what normswap wrote: its tensors or its record were changed or damaged since: copy or convert it again"
         )
 
 
-def _shown(text: str | None) -> str | None:
+def _replace_unprintable(text: str | None) -> str | None:
     # A file may be called anything; a record holds what can be printed.
     return text and "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
-def _seal(data: dict[str, Any], content: str) -> str:
+def _compute_fingerprint(data: dict[str, Any], content: str) -> str:
     # Over the JSON as it is stored, so that a version with more fields finds the same.
     text = json.dumps({**data, "fingerprint": content}, sort_keys=True)
     return sha256(text.encode()).hexdigest()
 
 
-def _printable(value: Any) -> Any:
+def _check_printable(value: Any) -> Any:
     """Refuse texts that could rule a terminal or that no terminal can show."""
     for part in value.items() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        _printable(list(part) if isinstance(part, tuple) else part)
+        _check_printable(list(part) if isinstance(part, tuple) else part)
     if isinstance(value, str) and any(unicodedata.category(letter) in ("Cc", "Cs") for letter in value):
         raise ValueError(f"a text with control characters: {value!a:.80}")
     return value
 
 
-def _payload(value: Any) -> Payload:
+def _parse_payload(value: Any) -> Payload:
     if value not in get_args(Payload):
         raise ValueError(f"payload: unexpected {value!r:.80}")
     return value  # type: ignore[no-any-return]
 
 
-def _of(*kinds: type) -> Callable[[Any], Any]:
+def _instance_of(*kinds: type) -> Callable[[Any], Any]:
     def check(value: Any) -> Any:
         if not isinstance(value, kinds):
             raise ValueError(f"expected {' or '.join(kind.__name__ for kind in kinds)}, got {value!r:.80}")
@@ -205,18 +205,18 @@ def _of(*kinds: type) -> Callable[[Any], Any]:
     return check
 
 
-def _fields_of(record: type) -> Callable[[Any], dict[str, Any]]:
+def _field_checker(record: type) -> Callable[[Any], dict[str, Any]]:
     """What checks the fields of a flat dataclass against their annotations; lists are left to others."""
     hints = get_type_hints(record)
 
     def check(value: Any) -> dict[str, Any]:
-        for name, item in _of(dict)(value).items():
+        for name, item in _instance_of(dict)(value).items():
             if get_origin(hints[name]) is tuple:
                 continue
             kinds = get_args(hints[name]) or (hints[name],)
             if isinstance(item, bool) and bool not in kinds:
                 raise ValueError(f"{name}: unexpected {item!r}")
-            _of(*kinds, *((int,) if float in kinds else ()))(item)
+            _instance_of(*kinds, *((int,) if float in kinds else ()))(item)
             if isinstance(item, int):
                 float(item)  # which a number of 400 digits overflows
         return dict(value)
@@ -224,39 +224,50 @@ def _fields_of(record: type) -> Callable[[Any], dict[str, Any]]:
     return check
 
 
-def _proof(value: Any) -> Verification | None:
+def _parse_verification(value: Any) -> Verification | None:
     if value is None:
         return None
-    data = _fields_of(Verification)(read_numbers(Verification, _of(dict)(value)))
-    data["notes"] = [_of(str)(note) for note in _of(list, tuple)(data.get("notes", ()))]
+    data = _field_checker(Verification)(parse_floats(Verification, _instance_of(dict)(value)))
+    data["notes"] = [_instance_of(str)(note) for note in _instance_of(list, tuple)(data.get("notes", ()))]
     for part, kind in (("checks", Check), ("sites", SiteError)):
-        data[part] = [_fields_of(kind)(read_numbers(kind, _of(dict)(item))) for item in _of(list, tuple)(data[part])]
+        data[part] = [
+            _field_checker(kind)(parse_floats(kind, _instance_of(dict)(item)))
+            for item in _instance_of(list, tuple)(data[part])
+        ]
     return Verification.from_dict(data)
 
 
-def _networks(value: Any) -> dict[str, Part]:
-    parts = {_of(str)(entry): _of(dict)(part) for entry, part in _of(dict)(value).items()}
-    if any(part.keys() - set(_PART_FIELDS) for part in parts.values()):
+def _parse_networks(value: Any) -> dict[str, NetworkRecord]:
+    parts = {_instance_of(str)(entry): _instance_of(dict)(part) for entry, part in _instance_of(dict)(value).items()}
+    if any(part.keys() - set(_NETWORK_FIELDS) for part in parts.values()):
         raise ValueError("networks: an unknown field")
-    return {entry: Part(**{name: _FIELDS[name](item) for name, item in part.items()}) for entry, part in parts.items()}
+    return {
+        entry: NetworkRecord(**{name: _FIELD_PARSERS[name](item) for name, item in part.items()})
+        for entry, part in parts.items()
+    }
 
 
-_PART_FIELDS = ("payload", "architecture", "plan", "verification", "originals", "stored_as")
-_FIELDS: dict[str, Callable[[Any], Any]] = {
-    "payload": _payload,
-    "architecture": _of(str, type(None)),
+_NETWORK_FIELDS = ("payload", "architecture", "plan", "verification", "originals", "stored_as")
+_FIELD_PARSERS: dict[str, Callable[[Any], Any]] = {
+    "payload": _parse_payload,
+    "architecture": _instance_of(str, type(None)),
     "plan": lambda value: None if value is None else SwapPlan.from_dict(value),
-    "verification": _proof,
-    "history": lambda value: tuple(Step(**_fields_of(Step)(step)) for step in _of(list)(value)),
-    "tied": lambda value: {_of(str)(key): _of(str)(kept) for key, kept in _of(dict)(value).items()},
-    "channels_last": lambda value: tuple(_of(str)(key) for key in _of(list)(value)),
-    "originals": lambda value: {
-        _of(str)(fqn): Original(**_fields_of(Original)(item)) for fqn, item in _of(dict)(value).items()
+    "verification": _parse_verification,
+    "history": lambda value: tuple(Step(**_field_checker(Step)(step)) for step in _instance_of(list)(value)),
+    "tied": lambda value: {
+        _instance_of(str)(key): _instance_of(str)(kept) for key, kept in _instance_of(dict)(value).items()
     },
-    "entry": _of(str, type(None)),
-    "stored_as": lambda value: {_of(str)(fqn): _of(str)(name) for fqn, name in _of(dict)(value).items()},
-    "fingerprint": _of(str, type(None)),
-    "normswap": _of(str),
-    "torch": _of(str),
-    "networks": _networks,
+    "channels_last": lambda value: tuple(_instance_of(str)(key) for key in _instance_of(list)(value)),
+    "originals": lambda value: {
+        _instance_of(str)(fqn): OriginalNorm(**_field_checker(OriginalNorm)(item))
+        for fqn, item in _instance_of(dict)(value).items()
+    },
+    "entry": _instance_of(str, type(None)),
+    "stored_as": lambda value: {
+        _instance_of(str)(fqn): _instance_of(str)(name) for fqn, name in _instance_of(dict)(value).items()
+    },
+    "fingerprint": _instance_of(str, type(None)),
+    "normswap": _instance_of(str),
+    "torch": _instance_of(str),
+    "networks": _parse_networks,
 }

@@ -16,39 +16,39 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from normswap.checkpoints.architecture.registry import beside, check_architecture
-from normswap.checkpoints.content.entries import check_has_values, is_state_dict, replaced
-from normswap.checkpoints.content.hf_trainer import write_beside
-from normswap.checkpoints.content.key_prefixes import StoredNames, names_under
-from normswap.checkpoints.content.state_dict import with_metadata
-from normswap.checkpoints.content.weight_loading import separate
+from normswap.checkpoints.architecture.registry import check_architecture, make_folder_relative
+from normswap.checkpoints.content.entries import check_has_values, is_state_dict, replace_entries
+from normswap.checkpoints.content.hf_trainer import write_sidecar_files
+from normswap.checkpoints.content.key_prefixes import StoredNames, names_with_prefix
+from normswap.checkpoints.content.state_dict import copy_metadata
+from normswap.checkpoints.content.weight_loading import untie_tensors
 from normswap.checkpoints.formats.formats import (
     FOLDERS,
     TENSORS_ONLY,
     Container,
     add_record,
-    check_ending,
+    check_suffix,
     decode,
+    detect_format,
     encode,
     read_metadata,
     read_record_text,
-    sniff,
 )
-from normswap.checkpoints.formats.pt2_archive import Program, digest_of_members, load_program, save_program
-from normswap.checkpoints.io.atomic_write import check_writable, written_whole, written_whole_folder
-from normswap.checkpoints.io.digest import fingerprint, holds_the_same, safetensors_holds
+from normswap.checkpoints.formats.pt2_archive import Program, digest_members, load_program, save_program
+from normswap.checkpoints.io.atomic_files import atomic_write, atomic_write_folder, check_writable
+from normswap.checkpoints.io.digest import contents_equal, fingerprint, safetensors_equals
 from normswap.checkpoints.loading import Checkpoint
-from normswap.checkpoints.record import Original, Record, Step
-from normswap.checkpoints.source_copy import Source
+from normswap.checkpoints.record import OriginalNorm, Record, Step
+from normswap.checkpoints.source_copy import SourceFiles
 from normswap.errors import CheckpointError, PlanError
 from normswap.layers.in_place import GATE_PARAMETERS
 from normswap.layers.switch_norm import FunctionalSwitchNorm
 from normswap.surgery.arguments import require_module, require_type
-from normswap.surgery.graphs.exported_program import check_same
+from normswap.surgery.graphs.exported_program import check_equivalent
 from normswap.surgery.importance import gated_modules
 from normswap.surgery.plan import SwapPlan, require_plan
 from normswap.surgery.wrappers import unwrap
-from normswap.text import first_line, join
+from normswap.text import first_line, join_fqn
 from normswap.verification.equivalence import Verification
 
 
@@ -98,7 +98,7 @@ def save(
     require_type(architecture, str | None, "architecture", "a name such as 'timm:resnet18' or 'path/file.py:function'")
     require_type(verification, Verification | None, "verification", "what verify returned")
     target = Path(path)
-    check_ending(target)
+    check_suffix(target)
     container: Container = "safetensors" if target.suffix == ".safetensors" else "torch zip"
     _check_plan(model, plan)
     if architecture is not None:
@@ -114,7 +114,7 @@ def save(
     write_content(model if payload == "module" else model.state_dict(), target, container, record)
 
 
-def updated_content(checkpoint: Checkpoint, names: StoredNames, model: nn.Module) -> Any:
+def update_content(checkpoint: Checkpoint, names: StoredNames, model: nn.Module) -> Any:
     """Return the content of a file with its weights as they are now in the model that was built from it.
 
     What did not change is the file's own tensor; copies of the weights and optimizer states stay as they were.
@@ -127,8 +127,8 @@ def updated_content(checkpoint: Checkpoint, names: StoredNames, model: nn.Module
         key = names.stored.get(name)
         if key is not None and not torch.equal(stored[key], tensor.cpu()):
             state[key] = tensor.detach().cpu()
-    with_metadata(state, stored, names, {})
-    return replaced(checkpoint.content, {checkpoint.contents.weights: state})
+    copy_metadata(state, stored, names, {})
+    return replace_entries(checkpoint.content, {checkpoint.contents.weights: state})
 
 
 def next_record(checkpoint: Checkpoint, architecture: str | None, step: Step, container: Container) -> Record:
@@ -136,7 +136,7 @@ def next_record(checkpoint: Checkpoint, architecture: str | None, step: Step, co
 
     Plan and history go on; a proof that it is the same function does not.
     """
-    architecture = beside(architecture, checkpoint.path) if container in FOLDERS else architecture
+    architecture = make_folder_relative(architecture, checkpoint.path) if container in FOLDERS else architecture
     old = checkpoint.record or Record(
         payload=checkpoint.payload,
         architecture=architecture,
@@ -155,11 +155,11 @@ def next_record(checkpoint: Checkpoint, architecture: str | None, step: Step, co
     )
 
 
-def originals(model: nn.Module | None, plan: SwapPlan | None) -> dict[str, Original]:
+def originals(model: nn.Module | None, plan: SwapPlan | None) -> dict[str, OriginalNorm]:
     """Return what each swapped site of a converted model was, by fqn; nothing where there is no model."""
     layers = {} if model is None else gated_modules(model)
     return {
-        swap.fqn: Original(
+        swap.fqn: OriginalNorm(
             swap.class_name,
             vars(layers[swap.fqn]).get("eps"),
             vars(layers[swap.fqn]).get("momentum"),
@@ -170,18 +170,18 @@ def originals(model: nn.Module | None, plan: SwapPlan | None) -> dict[str, Origi
     }
 
 
-def sha256_of(path: Path) -> str:
+def compute_sha256(path: Path) -> str:
     """Return the SHA-256 of a file as hexadecimal digits; of a folder, that of its files' names and digests."""
     if not path.is_dir():
         with open(path, "rb") as file:
             return file_digest(file, "sha256").hexdigest()
     inside = sorted(entry for entry in path.rglob("*") if entry.is_file())
-    lines = "".join(f"{entry.relative_to(path)} {sha256_of(entry)}\n" for entry in inside)
+    lines = "".join(f"{entry.relative_to(path)} {compute_sha256(entry)}\n" for entry in inside)
     return sha256(lines.encode()).hexdigest()
 
 
 def sha256_in_background(path: Path) -> "Future[str]":
-    """Return what becomes `sha256_of(path)`: the digest leaves Python to others, and other work need not wait for it.
+    """Return what becomes `compute_sha256(path)`: the digest leaves Python to others, and other work need not wait for it.
 
     Nothing waits for it at the end of the process either.
     """
@@ -189,7 +189,7 @@ def sha256_in_background(path: Path) -> "Future[str]":
 
     def run() -> None:
         try:
-            future.set_result(sha256_of(path))
+            future.set_result(compute_sha256(path))
         except BaseException as error:  # noqa: BLE001 - raised again where the result is asked for
             future.set_exception(error)
 
@@ -203,10 +203,10 @@ def write_content(
     container: Container,
     record: Record,
     *,
-    like: Path | None = None,
-    beside: Mapping[str, Any] | None = None,
-    replace_old: bool = True,
-    source: Source | None = None,
+    template: Path | None = None,
+    sidecar_files: Mapping[str, Any] | None = None,
+    overwrite: bool = True,
+    source: SourceFiles | None = None,
     notes: Mapping[str, str] | None = None,
 ) -> None:
     """Write a content and its record whole or not at all, read it back and compare every bit.
@@ -216,13 +216,13 @@ def write_content(
         like: the folder that a new folder takes after.
         beside: further files of a new folder, `Beside.files`.
         source: what the content was read from, which must not have changed when the new file appears.
-        notes: what else a safetensors file is to note, `notes_of` its source.
+        notes: what else a safetensors file is to note, `read_notes` its source.
 
     Raises:
         CheckpointError: it cannot be written, the container cannot hold it, or its source changed; an existing file is
             as it was.
     """
-    check_writable(path, replace=replace_old, as_folder=container in FOLDERS)
+    check_writable(path, replace=overwrite, as_folder=container in FOLDERS)
     if container in FOLDERS and not isinstance(content, Mapping):
         raise CheckpointError(f"{path}: a folder holds tensors by name, not a pickled module: use a name in .pt")
     try:
@@ -236,21 +236,21 @@ def write_content(
                 f"{path}: safetensors holds tensors only, not a pickled module, extra state or a training checkpoint: "
                 "use a name in .pt"
             )
-        content, tied, channels_last = separate(content)
+        content, tied, channels_last = untie_tensors(content)
         record = replace(record, tied=tied, channels_last=channels_last)
         notes = {**(notes or {}), **tied}  # as safetensors.torch.save_model notes them
     text = record.sealed(digest).to_json()
-    writer = written_whole_folder if container in FOLDERS else written_whole
-    with writer(path, last_check=_last_check(source)) as temporary:
+    writer = atomic_write_folder if container in FOLDERS else atomic_write
+    with writer(path, before_commit=_make_source_check(source)) as temporary:
         try:
-            encode(temporary, container, content, text, like=like, notes=notes)
-            write_beside(temporary, beside or {})
+            encode(temporary, container, content, text, template=template, notes=notes)
+            write_sidecar_files(temporary, sidecar_files or {})
         except Exception as error:
             # torch's writer hides the system's own words behind a position in the file.
             cause = error.__context__ if isinstance(error.__context__, OSError) else error
             hint = ": save it as a state dict" if record.payload == "module" else ""
             raise CheckpointError(f"{path}: cannot be written ({first_line(cause)}){hint}") from error
-        if not _is_written(temporary, container, content, text):
+        if not _reads_back_equal(temporary, container, content, text):
             raise CheckpointError(
                 f"{path}: what was read back differs from what was written: nothing was kept, look at the disk"
             )
@@ -261,12 +261,14 @@ def stored_as(names: StoredNames, plan: SwapPlan) -> dict[str, str]:
 
     A prefix before all names counts for nothing.
     """
-    stored = {swap.fqn: names.to_store(join(swap.fqn, GATE_PARAMETERS[0])).rpartition(".")[0] for swap in plan.swaps}
-    plain = names_under(stored.values(), names.prefix).stored
+    stored = {
+        swap.fqn: names.stored_key(join_fqn(swap.fqn, GATE_PARAMETERS[0])).rpartition(".")[0] for swap in plan.swaps
+    }
+    plain = names_with_prefix(stored.values(), names.prefix).stored
     return {fqn: name for fqn, name in stored.items() if plain.get(fqn) != name}
 
 
-def notes_of(checkpoint: Checkpoint) -> dict[str, str]:
+def read_notes(checkpoint: Checkpoint) -> dict[str, str]:
     """Return what a safetensors file notes beside its tensors, such as names of one tensor; nothing of other files."""
     return read_metadata(checkpoint.origin.copy) if checkpoint.container == "safetensors" else {}
 
@@ -278,8 +280,8 @@ def write_program(
     record: Record,
     *,
     inputs: Any,
-    replace_old: bool = True,
-    source: Source | None = None,
+    overwrite: bool = True,
+    source: SourceFiles | None = None,
 ) -> float:
     """Write a converted program and its record whole or not at all, and return how far what is read back differs from
     the original on `inputs`, as relative L2 of outputs and buffers.
@@ -291,52 +293,55 @@ def write_program(
         CheckpointError: it cannot be written, what was read back holds other tensors, or its source changed.
         SwapError: what was read back computes something else; an existing file is as it was.
     """
-    check_writable(path, replace=replace_old)
-    with written_whole(path, last_check=_last_check(source)) as temporary:
+    check_writable(path, replace=overwrite)
+    with atomic_write(path, before_commit=_make_source_check(source)) as temporary:
         try:
             save_program(temporary, program)
         except Exception as error:
             raise CheckpointError(f"{path}: cannot be written ({first_line(error)})") from error
-        sealed = record.sealed(digest_of_members(temporary)).to_json()
+        sealed = record.sealed(digest_members(temporary)).to_json()
         add_record(temporary, "exported program", sealed)
-        back = load_program(temporary)
-        kept = read_record_text(temporary, sniff(temporary)) == sealed and back.extra_files == program.extra_files
-        if not kept or not holds_the_same(program.program.state_dict, back.program.state_dict):
+        reloaded = load_program(temporary)
+        kept = (
+            read_record_text(temporary, detect_format(temporary)) == sealed
+            and reloaded.extra_files == program.extra_files
+        )
+        if not kept or not contents_equal(program.program.state_dict, reloaded.program.state_dict):
             raise CheckpointError(
                 f"{path}: what was read back differs from what was written: nothing was kept, look at the disk"
             )
-        return check_same(original, back.program, inputs)
+        return check_equivalent(original, reloaded.program, inputs)
 
 
-def _last_check(source: Source | None) -> Callable[[], None]:
+def _make_source_check(source: SourceFiles | None) -> Callable[[], None]:
     return source.check_unchanged if source is not None else lambda: None
 
 
-def _is_written(path: Path, container: Container, content: Any, record: str) -> bool:
+def _reads_back_equal(path: Path, container: Container, content: Any, record: str) -> bool:
     """Whether the file just written holds this content and this record, bit for bit."""
-    if sniff(path) != container or (read_record_text(path, container) or "").strip() != record:
+    if detect_format(path) != container or (read_record_text(path, container) or "").strip() != record:
         return False
     if container == "safetensors":
-        return safetensors_holds(path, content)
+        return safetensors_equals(path, content)
     try:
         # Plain tensors are read from where they lie in the file, and let go at once: no second copy in memory.
-        back, mapped = decode(path, container, trust=False, mapped=True), container == "torch zip"
+        reloaded, mmap = decode(path, container, trust=False, mmap=True), container == "torch zip"
     except CheckpointError:
-        back, mapped = decode(path, container, trust=True), False
-    return holds_the_same(content, back, forget=mapped)
+        reloaded, mmap = decode(path, container, trust=True), False
+    return contents_equal(content, reloaded, release_pages=mmap)
 
 
 def _check_plan(model: nn.Module, plan: SwapPlan | None) -> None:
     """Refuse to write a model that could not be built again from its plan."""
-    made = {
+    actual = {
         name: (layer.gate, layer.branches)
         for name, layer in gated_modules(model).items()
         if "replaced" in vars(layer) or isinstance(layer, FunctionalSwitchNorm)
     }
-    if plan is None and made:
-        raise PlanError(f"the model has {len(made)} converted sites and no plan: pass plan=conversion.plan")
+    if plan is None and actual:
+        raise PlanError(f"the model has {len(actual)} converted sites and no plan: pass plan=conversion.plan")
     planned = {swap.fqn: (swap.gate, swap.branches) for swap in plan.swaps} if plan else {}
-    differing = sorted(name for name in made.keys() | planned.keys() if made.get(name) != planned.get(name))
+    differing = sorted(name for name in actual.keys() | planned.keys() if actual.get(name) != planned.get(name))
     if differing:
         raise PlanError(
             f"the plan is not the one of this model, they differ at {len(differing)} sites "

@@ -18,16 +18,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 from normswap.checkpoints.content.hf_trainer import trainer_files
-from normswap.checkpoints.formats.hf_folder import INDEX, check_links, find_shards, texts_beside
-from normswap.checkpoints.io.atomic_write import check_readable, located
+from normswap.checkpoints.formats.hf_folder import INDEX, check_links, find_shards, list_text_files
+from normswap.checkpoints.io.atomic_files import check_readable, resolve_checkpoint_path
 from normswap.errors import CheckpointError
 
 _CHUNK = 1 << 18  # what two caches hold at once
 _DESCRIPTORS = Path("/proc/self/fd")
-_MOST_DESCRIPTORS = 256  # of the 1024 that a process usually may have
+_MAX_DESCRIPTORS = 256  # of the 1024 that a process usually may have
 
 
-class Stamp(NamedTuple):
+class FileStamp(NamedTuple):
     """What tells a file from another one, or from a later version of itself, without reading it."""
 
     device: int
@@ -36,20 +36,20 @@ class Stamp(NamedTuple):
     mtime_ns: int
 
 
-class PrivateFiles:
+class TempFiles:
     """Open files without a name, and folders; removed with this object, at the latest when Python ends."""
 
     def __init__(self) -> None:
         self.descriptors: list[int] = []
         self.folders: list[Path] = []
-        weakref.finalize(self, _remove, self.descriptors, self.folders)
+        weakref.finalize(self, _remove_all, self.descriptors, self.folders)
 
     def close(self) -> None:
         """Remove the files and folders; a mapping of a file without a name stays valid."""
-        _remove(self.descriptors, self.folders)
+        _remove_all(self.descriptors, self.folders)
 
 
-def _remove(descriptors: list[int], folders: list[Path]) -> None:
+def _remove_all(descriptors: list[int], folders: list[Path]) -> None:
     while descriptors:
         os.close(descriptors.pop())
     while folders:
@@ -60,7 +60,7 @@ def _remove(descriptors: list[int], folders: list[Path]) -> None:
 
 
 @dataclass(frozen=True, eq=False)
-class Source:
+class SourceFiles:
     """A file or folder that is read: `path` as the user names it, `copy` a private copy of its bytes.
 
     `stamps` has one stamp per file, by its name inside the folder; that of a single file is "". The copy lives as long
@@ -69,8 +69,8 @@ class Source:
 
     path: Path
     copy: Path
-    stamps: Mapping[str, Stamp]
-    files: PrivateFiles
+    stamps: Mapping[str, FileStamp]
+    files: TempFiles
 
     def check_unchanged(self) -> None:
         """Refuse to go on if the source is no longer what the copy was made of, down to the byte.
@@ -80,10 +80,10 @@ class Source:
         """
         for name, stamp in self.stamps.items():
             _check_same(self.path / name, self.copy / name, stamp)
-        if self.path.is_dir() and _files_read(self.path) != [*self.stamps]:
-            raise _changed(self.path, "files came or went")
+        if self.path.is_dir() and _list_files(self.path) != [*self.stamps]:
+            raise _changed_error(self.path, "files came or went")
 
-    def in_words(self, text: str) -> str:
+    def replace_copy_path(self, text: str) -> str:
         """Return a text about the copy as one about the source."""
         return text.replace(str(self.copy), str(self.path))
 
@@ -95,7 +95,7 @@ class Source:
         except BaseException as error:
             self.close()
             if isinstance(error, CheckpointError) and str(self.copy) in str(error):
-                raise type(error)(self.in_words(str(error))) from error
+                raise type(error)(self.replace_copy_path(str(error))) from error
             raise
 
     @property
@@ -108,7 +108,7 @@ class Source:
         self.files.close()
 
 
-def open_source(path: Path, *, folder: Path | None = None) -> Source:
+def open_source(path: Path, *, folder: Path | None = None) -> SourceFiles:
     """Copy the file at `path`, or what is read of the folder, and return the source.
 
     Args:
@@ -117,58 +117,58 @@ def open_source(path: Path, *, folder: Path | None = None) -> Source:
     Raises:
         CheckpointError: missing or empty, a link in it leads out of the folder, or it changed while it was copied.
     """
-    path = located(path)
+    path = resolve_checkpoint_path(path)
     check_readable(path)
-    files = PrivateFiles()
+    files = TempFiles()
     if path.is_dir():
         check_links(path)
-        copy, names = _new_folder(files, None), _files_read(path)
+        copy, names = _new_folder(files, None), _list_files(path)
     elif _opens_unnamed():
-        stamp = _copied(path, folder, files)
-        return Source(path, _DESCRIPTORS / str(files.descriptors[-1]), {"": stamp}, files)
+        stamp = _copy_file(path, folder, files)
+        return SourceFiles(path, _DESCRIPTORS / str(files.descriptors[-1]), {"": stamp}, files)
     else:
         copy, names = _new_folder(files, folder) / path.name, [""]
-    without_name = _opens_unnamed() and len(names) <= _MOST_DESCRIPTORS
-    place = _linked if without_name else _named
-    return Source(path, copy, {name: place(path / name, copy / name, folder, files) for name in names}, files)
+    without_name = _opens_unnamed() and len(names) <= _MAX_DESCRIPTORS
+    place = _copy_to_unnamed if without_name else _copy_to_named
+    return SourceFiles(path, copy, {name: place(path / name, copy / name, folder, files) for name in names}, files)
 
 
-def _files_read(folder: Path) -> list[str]:
+def _list_files(folder: Path) -> list[str]:
     """The names of the files in a folder that are read or copied, whatever is done with it."""
     if (folder / INDEX).is_file():
         return sorted(entry.name for entry in folder.iterdir() if entry.is_file())
     shards = find_shards(folder)
     weights = {*shards.files, *filter(None, [shards.index])} if shards else set()
-    return sorted({*weights, *texts_beside(folder), *trainer_files(folder)})
+    return sorted({*weights, *list_text_files(folder), *trainer_files(folder)})
 
 
-def _new_folder(files: PrivateFiles, parent: Path | None) -> Path:
+def _new_folder(files: TempFiles, parent: Path | None) -> Path:
     files.folders.append(Path(tempfile.mkdtemp(prefix="normswap-", dir=parent)))
     return files.folders[-1]
 
 
-def _linked(path: Path, copy: Path, folder: Path | None, files: PrivateFiles) -> Stamp:
+def _copy_to_unnamed(path: Path, copy: Path, folder: Path | None, files: TempFiles) -> FileStamp:
     """Copy into a file without a name, which a link at `copy` leads to."""
-    stamp = _copied(path, folder, files)
+    stamp = _copy_file(path, folder, files)
     copy.symlink_to(_DESCRIPTORS / str(files.descriptors[-1]))
     return stamp
 
 
-def _named(path: Path, copy: Path, _folder: Path | None, _files: PrivateFiles) -> Stamp:
+def _copy_to_named(path: Path, copy: Path, _folder: Path | None, _files: TempFiles) -> FileStamp:
     """Copy into a file with a name, on systems that cannot open one without."""
-    before = _stamp(path)
+    before = _read_stamp(path)
     shutil.copyfile(path, copy)
     _check_stamp(path, before)
     return before
 
 
-def _copied(path: Path, folder: Path | None, files: PrivateFiles) -> Stamp:
+def _copy_file(path: Path, folder: Path | None, files: TempFiles) -> FileStamp:
     """Copy into a new file without a name, whose descriptor is then the last one of `files`."""
     with open(path, "rb", buffering=0) as file:
         opened = os.fstat(file.fileno())
-        stamp = Stamp(opened.st_dev, opened.st_ino, opened.st_size, opened.st_mtime_ns)
+        stamp = FileStamp(opened.st_dev, opened.st_ino, opened.st_size, opened.st_mtime_ns)
         for place in (folder, None) if folder is not None and not _is_full(folder, stamp.size) else (None,):
-            files.descriptors.append(_unnamed(place))
+            files.descriptors.append(_open_unnamed(place))
             try:
                 _copy_bytes(file.fileno(), files.descriptors[-1])
                 break
@@ -192,7 +192,7 @@ def _opens_unnamed() -> bool:
     return _DESCRIPTORS.is_dir() and hasattr(os, "O_TMPFILE") and hasattr(os, "memfd_create")
 
 
-def _unnamed(folder: Path | None) -> int:
+def _open_unnamed(folder: Path | None) -> int:
     """Open a new file without a name, in memory if `folder` is None or takes none."""
     if folder is not None:
         with suppress(OSError):
@@ -217,37 +217,37 @@ def _copy_bytes(source: int, target: int) -> None:
         shutil.copyfileobj(reader, writer, _CHUNK)
 
 
-def _check_same(path: Path, copy: Path, stamp: Stamp) -> None:
+def _check_same(path: Path, copy: Path, stamp: FileStamp) -> None:
     """Refuse a file that is not the one of this stamp, or whose bytes are not those of the copy."""
     _check_stamp(path, stamp)
     one, other = bytearray(_CHUNK), bytearray(_CHUNK)
-    with open(path, "rb", buffering=0) as file, open(copy, "rb", buffering=0) as twin:
-        while length := twin.readinto(other):
+    with open(path, "rb", buffering=0) as file, open(copy, "rb", buffering=0) as copy_file:
+        while length := copy_file.readinto(other):
             if file.readinto(one) != length or one[:length] != other[:length]:
-                raise _changed(path, "it was written to")
+                raise _changed_error(path, "it was written to")
     _check_stamp(path, stamp)
 
 
-def _check_stamp(path: Path, stamp: Stamp) -> None:
+def _check_stamp(path: Path, stamp: FileStamp) -> None:
     """Refuse a file that is not the one of this stamp any more."""
     try:
-        now = _stamp(path)
+        current = _read_stamp(path)
     except FileNotFoundError:
-        raise _changed(path, "it was removed") from None
-    if now[:2] != stamp[:2]:
-        raise _changed(path, "another file took its place")
-    if now.size != stamp.size:
-        raise _changed(path, f"it had {stamp.size:,} bytes and has {now.size:,}")
-    if now != stamp:
-        raise _changed(path, "it was written to")
+        raise _changed_error(path, "it was removed") from None
+    if current[:2] != stamp[:2]:
+        raise _changed_error(path, "another file took its place")
+    if current.size != stamp.size:
+        raise _changed_error(path, f"it had {stamp.size:,} bytes and has {current.size:,}")
+    if current != stamp:
+        raise _changed_error(path, "it was written to")
 
 
-def _stamp(path: Path) -> Stamp:
+def _read_stamp(path: Path) -> FileStamp:
     found = os.stat(path)
-    return Stamp(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+    return FileStamp(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
 
 
-def _changed(path: Path, what: str) -> CheckpointError:
+def _changed_error(path: Path, what: str) -> CheckpointError:
     return CheckpointError(
         f"{path}: changed while it was read ({what}), expected a file that stays as it is: wait until the program that "
         "writes it is done, or copy the file first, and try again"

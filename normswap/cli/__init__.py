@@ -12,13 +12,13 @@ from normswap.cli.convert import convert_command
 from normswap.cli.finetune import finetune_command
 from normswap.cli.identify import identify_command
 from normswap.cli.inspect import inspect_command
-from normswap.cli.launched import Program
+from normswap.cli.launched import LauncherAwareGroup
 from normswap.cli.printable import make_output_printable
 from normswap.cli.recipes import recipes_command
 from normswap.cli.verify import verify_command
 
 
-@click.group(cls=Program, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=LauncherAwareGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, message="normswap %(version)s")
 def main() -> None:
     """Swap Batch Normalization for Switchable Normalization in trained networks, without changing their function."""

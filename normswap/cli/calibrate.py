@@ -9,12 +9,20 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from normswap.checkpoints.io.atomic_write import check_readable, check_writable
+from normswap.checkpoints.io.atomic_files import check_readable, check_writable
 from normswap.cli.failures import one_line_failures
-from normswap.cli.open_model import Opened, describe_content, describe_size, open_model, read_file, read_header, size_of
+from normswap.cli.open_model import (
+    OpenedModel,
+    describe_content,
+    describe_size,
+    get_size,
+    open_model,
+    read_file,
+    read_header,
+)
 from normswap.cli.options import arch_option, entry_option, json_option, print_json, trust_option
-from normswap.cli.outputs import container_of, is_folder_for, target_of
-from normswap.cli.progress import Bar, counted, nothing_written, stage
+from normswap.cli.outputs import is_folder_for, output_path, select_format
+from normswap.cli.progress import Bar, progress_bar, report_interruption, stage
 from normswap.errors import CheckpointError, ModelError
 
 if TYPE_CHECKING:
@@ -91,8 +99,8 @@ def calibrate_command(
     FILE is any checkpoint, converted or not. Everything else in it is carried as it is; only the proof of a conversion
     is left out, since the function in evaluation is another one now.
     """
-    target = target_of(file, output, "calibrated")
-    with nothing_written():
+    target = output_path(file, output, "calibrated")
+    with report_interruption():
         document, closing = _calibrate_file(
             file, target, source, arch, entry, as_json, named=output is not None, options=options
         )
@@ -118,30 +126,35 @@ def _calibrate_file(
     check_writable(target, replace=options.pop("force"), as_folder=is_folder_for(file, target))
     from rich.console import Console
 
-    from normswap.reports.tables import calibration_table, carried_notes, heading
+    from normswap.reports.tables import calibration_table, heading, notes_table
 
     checkpoint = read_file(read_header(file, output=target), trust=options["trust"], entry=entry, arch=arch)
     if checkpoint.program is not None:
         raise CheckpointError(
             f"{file}: an exported program is calibrated by its weights: leave --trust out, or give --arch"
         )
-    container = container_of(target, checkpoint, named=named)
+    container = select_format(target, checkpoint, named=named)
     opened = open_model(checkpoint, arch=arch, inputs=(), trust=options["trust"])
     data = _open_data(source, opened, options)
     console = Console(highlight=False, quiet=as_json)
     console.print(heading(file.name, describe_content(checkpoint, opened.architecture)))
-    result = _calibrated(opened, data, options)
+    result = _run_calibration(opened, data, options)
     console.print()
     console.print(calibration_table(result))
-    notes = _notes(opened)
+    notes = _make_notes(opened)
     if notes:
-        console.print(carried_notes(notes))
+        console.print(notes_table(notes))
     images = f"{result.batches} batches of {data.settings.batch_size}"
     _write(opened, target, container, f"{source}, {data.settings.split}, {images}")
     closing = f"\n{len(result.layers)} layers calibrated on {images} of {source}"
-    wrote = click.style(f"wrote {target} ({describe_size(target)})", bold=True)
-    facts = {"file": str(file), "output": str(target), "bytes": size_of(target)}
-    return {**facts, "architecture": opened.architecture, "carried": notes, **result.to_dict()}, f"{closing}\n{wrote}"
+    written_line = click.style(f"wrote {target} ({describe_size(target)})", bold=True)
+    facts = {"file": str(file), "output": str(target), "bytes": get_size(target)}
+    return {
+        **facts,
+        "architecture": opened.architecture,
+        "carried": notes,
+        **result.to_dict(),
+    }, f"{closing}\n{written_line}"
 
 
 class _Batches:
@@ -156,11 +169,11 @@ class _Batches:
 
     def __iter__(self) -> "Iterator[torch.Tensor]":
         self._passes += 1
-        total, told = self._total(), f"pass {self._passes}" if self._passes > 1 else ""
+        total, pass_label = self._total(), f"pass {self._passes}" if self._passes > 1 else ""
         for done, (images, _) in enumerate(islice(self._data, self._count)):
-            self._bar.show(done, total, told)
+            self._bar.show(done, total, pass_label)
             yield images.to(self._dtype)
-            self._bar.show(done + 1, total, told)
+            self._bar.show(done + 1, total, pass_label)
 
     def _total(self) -> int | None:
         try:
@@ -169,7 +182,7 @@ class _Batches:
             return self._count
 
 
-def _open_data(source: str, opened: Opened, options: dict[str, Any]) -> "Data":
+def _open_data(source: str, opened: OpenedModel, options: dict[str, Any]) -> "Data":
     from normswap.checkpoints.architecture.registry import default_input_shape
     from normswap.finetune.data.datasets import open_data
     from normswap.finetune.data.loaders import DataSettings
@@ -192,7 +205,7 @@ def _open_data(source: str, opened: Opened, options: dict[str, Any]) -> "Data":
         return open_data(settings, use="calibration", model=opened.model)
 
 
-def _calibrated(opened: Opened, data: "Data", options: dict[str, Any]) -> "Calibration":
+def _run_calibration(opened: OpenedModel, data: "Data", options: dict[str, Any]) -> "Calibration":
     import torch
 
     from normswap.running_stats.calibration import calibrate
@@ -204,7 +217,7 @@ def _calibrated(opened: Opened, data: "Data", options: dict[str, Any]) -> "Calib
         model.to(device)
     except (RuntimeError, AssertionError) as error:
         raise ModelError(f"--device {device}: the model cannot be moved there: {first_line(error)}") from error
-    with counted("calibrating") as bar:
+    with progress_bar("calibrating") as bar:
         result = calibrate(
             model,
             _Batches(data, options["batches"], dtype, bar),
@@ -216,29 +229,41 @@ def _calibrated(opened: Opened, data: "Data", options: dict[str, Any]) -> "Calib
     return result
 
 
-def _notes(opened: Opened) -> list[str]:
-    from normswap.checkpoints.content.entries import name_of
+def _make_notes(opened: OpenedModel) -> list[str]:
+    from normswap.checkpoints.content.entries import format_key_path
 
     others = opened.checkpoint.contents.others
-    notes = [f"{name_of(place)}: left as it is, calibrate it with --entry {name_of(place)}" for place in others]
+    notes = [
+        f"{format_key_path(key_path)}: left as it is, calibrate it with --entry {format_key_path(key_path)}"
+        for key_path in others
+    ]
     record = opened.checkpoint.record
     if record is not None and record.verification is not None:
         notes.append("proof of the conversion: left out, the function in evaluation has changed")
     return notes
 
 
-def _write(opened: Opened, target: Path, container: Any, detail: str) -> None:
+def _write(opened: OpenedModel, target: Path, container: Any, detail: str) -> None:
     from normswap.checkpoints.content.hf_trainer import trainer_files
     from normswap.checkpoints.formats.formats import FOLDERS
     from normswap.checkpoints.record import Step
-    from normswap.checkpoints.saving import next_record, notes_of, sha256_of, updated_content, write_content
+    from normswap.checkpoints.saving import compute_sha256, next_record, read_notes, update_content, write_content
 
     checkpoint, origin = opened.checkpoint, opened.checkpoint.origin
     with stage(f"writing {target.name}"):
-        step = Step.now("calibrated", source=origin.path.name, sha256=sha256_of(origin.copy), detail=detail)
+        step = Step.now("calibrated", source=origin.path.name, sha256=compute_sha256(origin.copy), detail=detail)
         record = next_record(checkpoint, opened.architecture, step, container)
-        content = updated_content(checkpoint, opened.built.names, opened.model)
-        like = origin.copy if origin.copy.is_dir() else None
-        beside = trainer_files(origin.copy) if container in FOLDERS else {}
-        notes = notes_of(checkpoint)
-        write_content(content, target, container, record, like=like, beside=beside, source=origin, notes=notes)
+        content = update_content(checkpoint, opened.built.names, opened.model)
+        template = origin.copy if origin.copy.is_dir() else None
+        sidecar_files = trainer_files(origin.copy) if container in FOLDERS else {}
+        notes = read_notes(checkpoint)
+        write_content(
+            content,
+            target,
+            container,
+            record,
+            template=template,
+            sidecar_files=sidecar_files,
+            source=origin,
+            notes=notes,
+        )

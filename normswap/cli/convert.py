@@ -8,10 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from normswap.checkpoints.io.atomic_write import write_text
-from normswap.checkpoints.io.memory import freed_at_once
+from normswap.checkpoints.io.atomic_files import write_text
+from normswap.checkpoints.io.memory import return_freed_memory
 from normswap.cli.failures import one_line_failures
-from normswap.cli.open_model import Opened, describe_content, describe_size, open_model, read_file, read_header, size_of
+from normswap.cli.open_model import (
+    OpenedModel,
+    describe_content,
+    describe_size,
+    get_size,
+    open_model,
+    read_file,
+    read_header,
+)
 from normswap.cli.options import (
     InputSpec,
     archs_option,
@@ -23,17 +31,17 @@ from normswap.cli.options import (
     tolerance_option,
     trust_option,
 )
-from normswap.cli.outputs import dropped_entries, merged_notes
+from normswap.cli.outputs import dropped_entries, merge_notes
 from normswap.cli.progress import stage
-from normswap.cli.wish import Wish, wishes_for
-from normswap.cli.writing import Result, Writing
+from normswap.cli.wish import ConvertOptions, options_per_entry
+from normswap.cli.writing import ConvertedWeights, OutputWriter
 from normswap.errors import ArchitectureError, CheckpointError, NothingToDo, PlanError
 
 if TYPE_CHECKING:
     from rich.console import Console
     from torch import nn
 
-    from normswap.checkpoints.converted_content import Carried
+    from normswap.checkpoints.converted_content import ConvertedContent
     from normswap.checkpoints.loading import Checkpoint
     from normswap.checkpoints.record import Record
     from normswap.surgery.conversion import Conversion
@@ -41,7 +49,7 @@ if TYPE_CHECKING:
     from normswap.verification.equivalence import Verification
 
 # Zoos whose models `normswap.load` builds from the name in a file alone.
-_BUILT_BY_NAME = ("timm:", "torchvision:")
+_KNOWN_ZOOS = ("timm:", "torchvision:")
 _GATES = ("simplex", "softmax")
 
 
@@ -82,7 +90,7 @@ _GATES = ("simplex", "softmax")
 @click.option("--force", is_flag=True, help="Replace existing output files.")
 @json_option
 @one_line_failures
-@freed_at_once()
+@return_freed_memory()
 def convert_command(
     file: Path,
     output: Path | None,
@@ -100,39 +108,41 @@ def convert_command(
     --arch none the tensors are converted by their names alone. Exit codes: 0 success; 1 nothing to convert or not the
     same function; 2 error.
     """
-    wishes = wishes_for(Wish(file, output, arch=None, entry=None, inputs=(), **options), entries, archs, inputs)
+    wishes = options_per_entry(
+        ConvertOptions(file, output, arch=None, entry=None, inputs=(), **options), entries, archs, inputs
+    )
     document: dict[str, Any] = {"file": str(file), "output": None, "written": False, "verification": None}
-    answer: NothingToDo | None = None
+    nothing_to_do: NothingToDo | None = None
     try:
         for wish in wishes:
             wish.check()
         from rich.console import Console
 
         _convert(wishes, Console(highlight=False, quiet=as_json), document)
-    except NothingToDo as no:
-        answer = no
+    except NothingToDo as error:
+        nothing_to_do = error
     except KeyboardInterrupt:
         written = f"{wishes[0].target} was written" if document["written"] else "nothing was written"
         raise KeyboardInterrupt(f"interrupted; {written}") from None
     if as_json:
         print_json(document)
-    if answer is not None:
-        raise answer
+    if nothing_to_do is not None:
+        raise nothing_to_do
 
 
-def _convert(wishes: Sequence[Wish], console: "Console", document: dict[str, Any]) -> None:
+def _convert(wishes: Sequence[ConvertOptions], console: "Console", document: dict[str, Any]) -> None:
     """The command itself; what is known so far is printed, and noted in `document`."""
-    from normswap.checkpoints.loading import at_entry
+    from normswap.checkpoints.loading import select_entry
     from normswap.checkpoints.saving import sha256_in_background
-    from normswap.reports.tables import carried_notes
+    from normswap.reports.tables import notes_table
 
     wish = wishes[0]
     header = read_header(wish.file, output=None if wish.dry_run else wish.target)
     for each in wishes:
         _refuse_converted(
-            each, header.record and header.record.about(each.entry or header.record.entry or ""), document
+            each, header.record and header.record.for_entry(each.entry or header.record.entry or ""), document
         )
-    stored = _stored_plan(wish.plan)
+    stored = _load_plan(wish.plan)
     checkpoint = read_file(header, trust=wish.trust, entry=wish.entry, arch=wish.arch)
     container = wish.container(checkpoint)
     digest = None if wish.dry_run else sha256_in_background(checkpoint.origin.copy)
@@ -141,35 +151,39 @@ def _convert(wishes: Sequence[Wish], console: "Console", document: dict[str, Any
         part = document if len(wishes) == 1 else document.setdefault("networks", {}).setdefault(wish.entry, {})
         _refuse_converted(wish, checkpoint.record, part)
         _check_values(checkpoint)
-        make = _by_names if wish.names_only else _by_architecture
-        result = make(wish, checkpoint, stored, console, part)
-        carried = _carried(wish, checkpoint, result)
-        writing = Writing(wish, checkpoint, result, container, digest)
-        notes = merged_notes(notes, (*carried.notes, *writing.notes), [w.entry for w in wishes])
+        convert_weights = _convert_by_names if wish.without_architecture else _convert_with_model
+        result = convert_weights(wish, checkpoint, stored, console, part)
+        converted = _convert_file_content(wish, checkpoint, result)
+        writing = OutputWriter(wish, checkpoint, result, container, digest)
+        notes = merge_notes(notes, (*converted.notes, *writing.notes), [w.entry for w in wishes])
         if wish is not wishes[-1]:
-            following = wishes[wishes.index(wish) + 1].entry or ""
-            checkpoint = at_entry(checkpoint, carried.content, writing.record(), following)
+            next_entry = wishes[wishes.index(wish) + 1].entry or ""
+            checkpoint = select_entry(checkpoint, converted.content, writing.record(), next_entry)
     if notes:
-        console.print(carried_notes(notes))
+        console.print(notes_table(notes))
     document["carried"] = notes
-    content = writing.final(carried.content)
+    content = writing.prepare_content(converted.content)
     if wish.dry_run:  # else the writer looks, once
         checkpoint.origin.check_unchanged()
     if not wish.dry_run:
         writing.write(content, console)
-        document |= {"output": str(wish.target), "written": True, "bytes": size_of(wish.target)}
+        document |= {"output": str(wish.target), "written": True, "bytes": get_size(wish.target)}
     if wish.save_plan is not None:
         write_text(wish.save_plan, result.plan.to_json())
-    _print_end(console, wish, checkpoint, result)
+    _print_summary(console, wish, checkpoint, result)
 
 
-def _by_architecture(
-    wish: Wish, checkpoint: "Checkpoint", stored: "SwapPlan | None", console: "Console", document: dict[str, Any]
-) -> Result:
+def _convert_with_model(
+    wish: ConvertOptions,
+    checkpoint: "Checkpoint",
+    stored: "SwapPlan | None",
+    console: "Console",
+    document: dict[str, Any],
+) -> ConvertedWeights:
     """Build the model, convert it, and hold it against the original."""
-    from normswap.checkpoints.converted_content import new_of
+    from normswap.checkpoints.converted_content import collect_added_state
     from normswap.checkpoints.saving import originals
-    from normswap.reports.tables import missing, parity
+    from normswap.reports.tables import not_measured_line, verification_table
     from normswap.surgery.conversion import convert
 
     try:
@@ -179,8 +193,8 @@ def _by_architecture(
             raise type(error)(f"{error}; or convert by tensor names: --arch none --no-verify") from error
         raise
     with stage("finding norm sites"):
-        plan = stored or _fresh_plan(wish, opened)
-    _tell_plan(
+        plan = stored or _make_plan(wish, opened)
+    _print_plan(
         console, document, describe_content(checkpoint, opened.architecture), checkpoint, plan, opened.architecture
     )
     if wish.verify and opened.inputs is None:
@@ -188,51 +202,63 @@ def _by_architecture(
     with stage("swapping"):
         # What is built here is only looked at: one set of parameters serves both.
         alone = checkpoint.payload == "state dict"
-        model = _twin(checkpoint, opened) if checkpoint.payload != "module" else opened.model
+        model = _copy_model(checkpoint, opened) if checkpoint.payload != "module" else opened.model
         conversion = convert(model, plan=plan, inplace=checkpoint.payload != "module")
-    new, sites = new_of(opened.model.state_dict(), conversion.model), originals(conversion.model, plan)
-    proof = _prove(wish, opened, conversion, in_place=alone)
-    document["verification"] = proof and proof.to_dict()
-    console.print(parity(proof) if proof else missing("Parity", "not measured: --no-verify"))
-    _refuse_difference(console, plan, proof)
+    new, sites = collect_added_state(opened.model.state_dict(), conversion.model), originals(conversion.model, plan)
+    verification = _verify_conversion(wish, opened, conversion, in_place=alone)
+    document["verification"] = verification and verification.to_dict()
+    console.print(
+        verification_table(verification) if verification else not_measured_line("Parity", "not measured: --no-verify")
+    )
+    _require_verified(console, plan, verification)
     module = None if alone else conversion.model
     notes = opened.built.fit.notes(opened.architecture or plan.model_class)
-    return Result(plan, opened.built.names, new, opened.architecture, module, sites, proof, opened.inputs, notes)
+    return ConvertedWeights(
+        plan, opened.built.names, new, opened.architecture, module, sites, verification, opened.inputs, notes
+    )
 
 
-def _twin(checkpoint: "Checkpoint", opened: Opened) -> "nn.Module":
+def _copy_model(checkpoint: "Checkpoint", opened: OpenedModel) -> "nn.Module":
     """The same model again, on the same parameters."""
-    from normswap.surgery.graphs.exported_program import module_of
-    from normswap.surgery.module_tree import lighter_copy
+    from normswap.surgery.graphs.exported_program import program_module
+    from normswap.surgery.module_tree import copy_sharing_parameters
 
     # A copy of a graph would turn its constants into buffers.
-    return module_of(checkpoint.program.program) if checkpoint.program is not None else lighter_copy(opened.model)
+    return (
+        program_module(checkpoint.program.program)
+        if checkpoint.program is not None
+        else copy_sharing_parameters(opened.model)
+    )
 
 
-def _by_names(
-    wish: Wish, checkpoint: "Checkpoint", stored: "SwapPlan | None", console: "Console", document: dict[str, Any]
-) -> Result:
+def _convert_by_names(
+    wish: ConvertOptions,
+    checkpoint: "Checkpoint",
+    stored: "SwapPlan | None",
+    console: "Console",
+    document: dict[str, Any],
+) -> ConvertedWeights:
     """Convert the tensors by their names, without any model."""
-    from normswap.checkpoints.content.key_prefixes import names_under
-    from normswap.checkpoints.content.state_dict import gates_of, plan_from_names
-    from normswap.checkpoints.converted_content import New
-    from normswap.reports.tables import missing
+    from normswap.checkpoints.content.key_prefixes import names_with_prefix
+    from normswap.checkpoints.content.state_dict import initial_gates, plan_from_names
+    from normswap.checkpoints.converted_content import AddedState
+    from normswap.reports.tables import not_measured_line
 
     weights = checkpoint.weights
     if not isinstance(weights, Mapping):
         raise CheckpointError(f"{wish.file}: a pickled module brings its own architecture: leave --arch none out")
-    names = names_under(weights, checkpoint.contents.prefix)
+    names = names_with_prefix(weights, checkpoint.contents.prefix)
     state = {name: weights[key] for name, key in names.stored.items()}
     plan = plan_from_names(state, include=wish.include, exclude=wish.exclude)
-    _tell_plan(console, document, describe_content(checkpoint, "by names alone"), checkpoint, plan, None)
+    _print_plan(console, document, describe_content(checkpoint, "by names alone"), checkpoint, plan, None)
     if wish.verify:
         raise _unverifiable("with --arch none there is no model to run", "--arch path/file.py:function or timm:NAME")
-    console.print(missing("Parity", "not measured: without an architecture there is no model to run"))
-    gates = gates_of(plan)
-    return Result(plan, names, New(gates, {}, tuple(gates)))
+    console.print(not_measured_line("Parity", "not measured: without an architecture there is no model to run"))
+    gates = initial_gates(plan)
+    return ConvertedWeights(plan, names, AddedState(gates, {}, tuple(gates)))
 
 
-def _tell_plan(
+def _print_plan(
     console: "Console",
     document: dict[str, Any],
     description: str,
@@ -248,29 +274,31 @@ def _tell_plan(
     console.print(plan_summary(plan))
     console.print()
     if not plan.swaps:
-        raise NothingToDo(_nothing(plan))
+        raise NothingToDo(_describe_nothing_to_swap(plan))
 
 
-def _carried(wish: Wish, checkpoint: "Checkpoint", result: Result) -> "Carried":
+def _convert_file_content(
+    wish: ConvertOptions, checkpoint: "Checkpoint", result: ConvertedWeights
+) -> "ConvertedContent":
     from normswap.checkpoints.content.entries import read_contents
-    from normswap.checkpoints.converted_content import Carried, converted_content
+    from normswap.checkpoints.converted_content import ConvertedContent, convert_content
 
     if not wish.weights_only:
-        return converted_content(checkpoint, result.names, result.new, module=result.module, plan=result.plan)
+        return convert_content(checkpoint, result.names, result.new, module=result.module, plan=result.plan)
     alone = replace(checkpoint, content=checkpoint.weights, contents=read_contents(checkpoint.weights))
-    content = converted_content(alone, result.names, result.new, module=result.module, plan=result.plan).content
+    content = convert_content(alone, result.names, result.new, module=result.module, plan=result.plan).content
     dropped = dropped_entries(checkpoint)
-    return Carried(content, tuple(f"{name}: left out (--weights-only)" for name in dropped))
+    return ConvertedContent(content, tuple(f"{name}: left out (--weights-only)" for name in dropped))
 
 
 def _check_values(checkpoint: "Checkpoint") -> None:
-    from normswap.checkpoints.content.state_dict import check_statistics
+    from normswap.checkpoints.content.state_dict import check_running_stats
 
     if isinstance(checkpoint.weights, Mapping):
-        check_statistics(checkpoint.weights, name=str(checkpoint.path))
+        check_running_stats(checkpoint.weights, name=str(checkpoint.path))
 
 
-def _refuse_converted(wish: Wish, record: "Record | None", document: dict[str, Any]) -> None:
+def _refuse_converted(wish: ConvertOptions, record: "Record | None", document: dict[str, Any]) -> None:
     if record is not None and record.plan is not None and record.plan.swaps:
         document |= {"architecture": record.architecture, "plan": record.plan.to_dict()}
         named = "" if wish.entry is not None or record.entry is None else ", or name another network with --entry"
@@ -280,7 +308,7 @@ def _refuse_converted(wish: Wish, record: "Record | None", document: dict[str, A
         )
 
 
-def _stored_plan(path: Path | None) -> "SwapPlan | None":
+def _load_plan(path: Path | None) -> "SwapPlan | None":
     from normswap.surgery.plan import SwapPlan
 
     if path is None:
@@ -291,7 +319,7 @@ def _stored_plan(path: Path | None) -> "SwapPlan | None":
         raise PlanError(f"{path}: {error}") from error
 
 
-def _fresh_plan(wish: Wish, opened: Opened) -> "SwapPlan":
+def _make_plan(wish: ConvertOptions, opened: OpenedModel) -> "SwapPlan":
     from normswap.layers.gating import check_gate
     from normswap.surgery.planning import plan_swaps
 
@@ -306,22 +334,24 @@ def _fresh_plan(wish: Wish, opened: Opened) -> "SwapPlan":
     )
 
 
-def _nothing(plan: "SwapPlan") -> str:
+def _describe_nothing_to_swap(plan: "SwapPlan") -> str:
     if not plan.skips:
         return f"no norm sites in this model ({plan.model_class}): nothing to convert"
     reasons = Counter(skip.reason for skip in plan.skips)
-    told = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common(3))
-    return f"none of the {len(plan.skips)} norm sites is to be swapped: {told}"
+    summary = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common(3))
+    return f"none of the {len(plan.skips)} norm sites is to be swapped: {summary}"
 
 
-def _prove(wish: Wish, opened: Opened, conversion: "Conversion", *, in_place: bool) -> "Verification | None":
+def _verify_conversion(
+    wish: ConvertOptions, opened: OpenedModel, conversion: "Conversion", *, in_place: bool
+) -> "Verification | None":
     from normswap.verification.equivalence import verify, verify_in_place
 
     if not wish.verify:
         return None
     with stage("comparing original and converted"):
-        prove = verify_in_place if in_place else verify
-        return prove(opened.model, conversion.model, [opened.inputs], tolerance=wish.tolerance)
+        run_verification = verify_in_place if in_place else verify
+        return run_verification(opened.model, conversion.model, [opened.inputs], tolerance=wish.tolerance)
 
 
 def _unverifiable(reason: str, remedy: str) -> ArchitectureError:
@@ -331,10 +361,10 @@ def _unverifiable(reason: str, remedy: str) -> ArchitectureError:
     )
 
 
-def _refuse_difference(console: "Console", plan: "SwapPlan", proof: "Verification | None") -> None:
+def _require_verified(console: "Console", plan: "SwapPlan", verification: "Verification | None") -> None:
     from normswap.reports.tables import worst_sites
 
-    if proof is None or proof.passed:
+    if verification is None or verification.passed:
         return
     if any(swap.gate == "softmax" for swap in plan.swaps):
         raise NothingToDo(
@@ -342,15 +372,15 @@ def _refuse_difference(console: "Console", plan: "SwapPlan", proof: "Verificatio
             "or --no-verify to write it all the same"
         )
     console.print()
-    console.print(worst_sites(proof))
-    failed = ", ".join(check.name for check in proof.checks if check.passed is False) or "see the notes"
+    console.print(worst_sites(verification))
+    failed = ", ".join(check.name for check in verification.checks if check.passed is False) or "see the notes"
     raise NothingToDo(
         f"nothing written: the converted model is not the same function ({failed}): --exclude the sites above, or "
         "--no-verify to write it all the same"
     )
 
 
-def _print_end(console: "Console", wish: Wish, source: "Checkpoint", result: Result) -> None:
+def _print_summary(console: "Console", wish: ConvertOptions, source: "Checkpoint", result: ConvertedWeights) -> None:
     console.print()
     if wish.save_plan is not None:
         console.print(f"plan stored in {wish.save_plan}", markup=False)
@@ -358,21 +388,21 @@ def _print_end(console: "Console", wish: Wish, source: "Checkpoint", result: Res
         console.print(f"dry run: without --dry-run this writes {wish.target}", markup=False)
         return
     console.print(f"wrote {wish.target} ({describe_size(wish.target)})", style="bold", markup=False)
-    arguments = ", ".join([f'"{wish.target}"', *_arguments_of_load(wish, source, result)])
+    arguments = ", ".join([f'"{wish.target}"', *_load_arguments(wish, source, result)])
     console.print(f"next: model = normswap.load({arguments}).model", markup=False, soft_wrap=True)
 
 
-def _arguments_of_load(wish: Wish, source: "Checkpoint", result: Result) -> list[str]:
+def _load_arguments(wish: ConvertOptions, source: "Checkpoint", result: ConvertedWeights) -> list[str]:
     """What `normswap.load` needs to be told of the file just written."""
     from normswap.checkpoints.formats.formats import needs_trust
 
     arguments = []
-    if wish.names_only:
+    if wish.without_architecture:
         arguments.append("architecture=your_model")
-    elif result.architecture is not None and not result.architecture.startswith(_BUILT_BY_NAME):
-        beside = wish.target.is_dir() and result.architecture == f"hf:{source.path}"
-        arguments += [] if beside else [f'architecture="{result.architecture}"']
-    several = (source.record is not None and source.record.networks) or wish.one_of_several
+    elif result.architecture is not None and not result.architecture.startswith(_KNOWN_ZOOS):
+        in_same_folder = wish.target.is_dir() and result.architecture == f"hf:{source.path}"
+        arguments += [] if in_same_folder else [f'architecture="{result.architecture}"']
+    several = (source.record is not None and source.record.networks) or wish.is_one_of_several_entries
     if several and wish.entry is not None:
         arguments.append(f'entry="{wish.entry}"')
     if source.payload != "state dict" or (wish.trust and needs_trust(wish.target)):

@@ -8,7 +8,7 @@ from typing import NoReturn, ParamSpec
 import click
 
 from normswap.cli.launched import print_error
-from normswap.cli.wording import as_options
+from normswap.cli.wording import translate_arguments
 from normswap.errors import NormswapError
 
 P = ParamSpec("P")
@@ -24,7 +24,7 @@ def one_line_failures(command: Callable[P, None]) -> Callable[P, None]:
         try:
             command(*args, **kwargs)
         except NormswapError as error:
-            _exit(as_options(str(error)), error.exit_code)
+            _exit(translate_arguments(str(error)), error.exit_code)
         except OSError as error:
             if error.filename is None:
                 raise

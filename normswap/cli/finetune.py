@@ -11,7 +11,7 @@ import click
 
 from normswap.cli.failures import one_line_failures
 from normswap.cli.options import json_option, print_json, trust_option
-from normswap.cli.progress import counted
+from normswap.cli.progress import progress_bar
 from normswap.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def finetune_command(
     """
     from normswap.finetune.recipe import read_recipe
 
-    wanted = read_recipe(recipe, overrides)
+    recipe_to_run = read_recipe(recipe, overrides)
     _check_installed()
     from rich.console import Console
 
@@ -52,10 +52,10 @@ def finetune_command(
     from normswap.reports.results import outcome_table
 
     console = Console(highlight=False, stderr=as_json, quiet=not is_first_process())
-    outcome = _run(wanted, resume=resume, overwrite=force, trust=trust)
+    outcome = _run(recipe_to_run, resume=resume, overwrite=force, trust=trust)
     if not is_first_process():
         return
-    picture = _picture(outcome)
+    picture = _plot_outcome(outcome)
     if as_json:
         paths = {"output": outcome.output, "model": outcome.model, "log": outcome.log, "picture": picture}
         print_json({**asdict(outcome), **{name: str(path) for name, path in paths.items()}})
@@ -63,7 +63,7 @@ def finetune_command(
         console.print(outcome_table(outcome, picture))
 
 
-def _run(wanted: "Recipe", **options: bool) -> "Outcome":
+def _run(recipe_to_run: "Recipe", **options: bool) -> "Outcome":
     """Run a recipe and show how far it has come.
 
     Raises:
@@ -72,23 +72,27 @@ def _run(wanted: "Recipe", **options: bool) -> "Outcome":
     from normswap.finetune.model_source import STATE
     from normswap.finetune.trainer import run_recipe
 
-    state = wanted.output / STATE
+    state = recipe_to_run.output / STATE
     before = state.stat().st_mtime_ns if state.is_file() else None
     try:
         with _progress() as (on_step, on_record):
-            return run_recipe(wanted, on_step=on_step, on_record=on_record, **options)
+            return run_recipe(recipe_to_run, on_step=on_step, on_record=on_record, **options)
     except KeyboardInterrupt:
         is_new = state.is_file() and state.stat().st_mtime_ns != before
-        kept = f"the last saved state is in {wanted.output}: go on with --resume" if is_new else "no state was saved"
+        kept = (
+            f"the last saved state is in {recipe_to_run.output}: go on with --resume"
+            if is_new
+            else "no state was saved"
+        )
         raise KeyboardInterrupt(f"interrupted; {kept}") from None
 
 
-def _picture(outcome: "Outcome") -> Path:
+def _plot_outcome(outcome: "Outcome") -> Path:
     from normswap.finetune.run_files import read_journal
-    from normswap.reports.results import draw_course
+    from normswap.reports.results import plot_run
 
     path = outcome.output / "course.png"
-    draw_course(read_journal(outcome.output), path)
+    plot_run(read_journal(outcome.output), path)
     return path
 
 
@@ -99,7 +103,7 @@ def _check_installed() -> None:
         raise RecipeError(f"fine-tuning needs {' and '.join(missing)}: pip install 'normswap[finetune]'")
 
 
-def _told(record: Mapping[str, Any]) -> list[str]:
+def _format_record(record: Mapping[str, Any]) -> list[str]:
     """Lines for the terminal: what people want to see while they wait."""
     lines = [f"note: {note}" for note in record.get("notes", ())]
     if "evaluation" in record:
@@ -114,7 +118,7 @@ def _progress() -> Iterator[tuple[Callable[[int, int], None], Callable[[Mapping[
     from normswap.reports.results import describe_losses
 
     figures = ""
-    with counted("training") as bar:
+    with progress_bar("training") as bar:
 
         def on_step(step: int, steps: int) -> None:
             bar.show(step, steps, figures)
@@ -122,7 +126,7 @@ def _progress() -> Iterator[tuple[Callable[[int, int], None], Callable[[Mapping[
         def on_record(record: Mapping[str, Any]) -> None:
             nonlocal figures
             figures = describe_losses(record) or figures
-            for line in _told(record):
-                bar.say(line)
+            for line in _format_record(record):
+                bar.print_line(line)
 
         yield on_step, on_record

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from normswap.checkpoints.io.atomic_write import check_readable
+from normswap.checkpoints.io.atomic_files import check_readable
 from normswap.cli.failures import one_line_failures
 from normswap.cli.open_model import describe_size, read_file
 from normswap.cli.options import entry_option, json_option, print_json, trust_option
@@ -30,22 +30,22 @@ def identify_command(file: Path, entry: str | None, trust: bool, as_json: bool) 
     """
     check_readable(file)
     checkpoint = read_file(file, trust=trust, entry=entry)
-    from normswap.checkpoints.loading import said_architecture
+    from normswap.checkpoints.loading import recorded_architecture
 
-    if checkpoint.record is not None and said_architecture(checkpoint, trust=trust) is not None:
+    if checkpoint.record is not None and recorded_architecture(checkpoint, trust=trust) is not None:
         checkpoint.origin.check_unchanged()
         _print_known(file, checkpoint.record.architecture or f"hf:{checkpoint.path}", as_json=as_json)
         return
     with stage("comparing with all architectures"):
-        from normswap.checkpoints.architecture.identification import decide, recognise, state_dict_of
+        from normswap.checkpoints.architecture.identification import get_state_dict, identify_state_dict, require_unique
 
-        found = recognise(state_dict_of(checkpoint.weights), checkpoint.content)
+        found = identify_state_dict(get_state_dict(checkpoint.weights), checkpoint.content)
     checkpoint.origin.check_unchanged()
     if as_json:
         print_json(_document(file, found))
     else:
         _print(file, found)
-    decide(found)
+    require_unique(found)
 
 
 def _print_known(file: Path, architecture: str, *, as_json: bool) -> None:

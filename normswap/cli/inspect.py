@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from normswap.checkpoints.io.atomic_write import check_readable
+from normswap.checkpoints.io.atomic_files import check_readable
 from normswap.cli.failures import one_line_failures
-from normswap.cli.open_model import Opened, describe_content, describe_size, open_model, read_file, read_header
+from normswap.cli.open_model import OpenedModel, describe_content, describe_size, open_model, read_file, read_header
 from normswap.cli.options import (
     InputSpec,
     arch_option,
@@ -21,14 +21,14 @@ from normswap.cli.options import (
     trust_option,
 )
 from normswap.cli.progress import stage
-from normswap.cli.survey import holds_several, show_survey
+from normswap.cli.survey import has_multiple_weights, print_survey
 from normswap.cli.wish import NO_ARCHITECTURE
 from normswap.errors import AmbiguityError, CheckpointError
 
 if TYPE_CHECKING:
-    from normswap.checkpoints.loading import Header
+    from normswap.checkpoints.loading import CheckpointHeader
     from normswap.checkpoints.record import Record
-    from normswap.surgery.importance import ImportanceWeights
+    from normswap.surgery.importance import SiteWeights
     from normswap.surgery.plan import SwapPlan
 
 
@@ -64,7 +64,7 @@ def inspect_command(file: Path, trust: bool, as_json: bool, entry: str | None, *
 
 def _show_sites(
     file: Path,
-    header: "Header",
+    header: "CheckpointHeader",
     *,
     arch: str | None,
     inputs: Sequence[InputSpec],
@@ -79,9 +79,9 @@ def _show_sites(
     from normswap.surgery.discovery.sites import find_norm_sites
     from normswap.surgery.planning import plan_swaps
 
-    opened = _opened(header, arch=arch, inputs=inputs, entry=entry, trust=trust)
+    opened = _open_model(header, arch=arch, inputs=inputs, entry=entry, trust=trust)
     if opened is None:
-        show_survey(header, entry=entry, trust=trust and not header.gives_weights(arch), as_json=as_json)
+        print_survey(header, entry=entry, trust=trust and not header.loads_weights_only(arch), as_json=as_json)
         return
     with stage("finding norm sites"):
         sites = find_norm_sites(opened.model, opened.inputs)
@@ -100,16 +100,16 @@ def _show_sites(
         console.print(part)
 
 
-def _opened(
-    header: "Header", *, arch: str | None, inputs: Sequence[InputSpec], entry: str | None, trust: bool
-) -> Opened | None:
+def _open_model(
+    header: "CheckpointHeader", *, arch: str | None, inputs: Sequence[InputSpec], entry: str | None, trust: bool
+) -> OpenedModel | None:
     """The model in a file, or None if nobody knows its architecture or which of several weights are meant."""
     if arch == NO_ARCHITECTURE:
         return None
     try:
         checkpoint = read_file(header, trust=trust, entry=entry, arch=arch)
     except CheckpointError:
-        if entry is None and arch is None and not header.origin.is_closed and holds_several(header, trust=trust):
+        if entry is None and arch is None and not header.origin.is_closed and has_multiple_weights(header, trust=trust):
             return None
         raise
     try:
@@ -118,11 +118,11 @@ def _opened(
         return None
 
 
-def _show_networks(file: Path, header: "Header", record: "Record", *, trust: bool, as_json: bool) -> None:
+def _show_networks(file: Path, header: "CheckpointHeader", record: "Record", *, trust: bool, as_json: bool) -> None:
     """All converted networks of a file, one after the other."""
     documents = {}
     for entry in sorted(record.entries):
-        seen = record.about(entry)
+        seen = record.for_entry(entry)
         if seen.plan is None:
             continue
         if as_json:
@@ -136,33 +136,42 @@ def _show_networks(file: Path, header: "Header", record: "Record", *, trust: boo
 
 
 def _show_converted(
-    file: Path, header: "Header", record: "Record", plan: "SwapPlan", *, trust: bool, as_json: bool
+    file: Path, header: "CheckpointHeader", record: "Record", plan: "SwapPlan", *, trust: bool, as_json: bool
 ) -> None:
     from rich.console import Console
 
-    from normswap.reports.tables import heading, history, importance_table, missing, parity, plan_summary
+    from normswap.reports.tables import (
+        heading,
+        history,
+        importance_table,
+        not_measured_line,
+        plan_summary,
+        verification_table,
+    )
 
     weights = _weights(header, record, trust=trust)
     if as_json:
         print_json(_converted_document(file, record, plan, weights))
         return
-    proof = record.verification
+    verification = record.verification
     facts = (f"converted {record.payload}", record.architecture, describe_size(file))
     console = Console(highlight=False)
     console.print(heading(file.name, ", ".join(fact for fact in facts if fact)))
     for part in (
         plan_summary(plan),
-        parity(proof) if proof else missing("Parity", "no proof travels with this file"),
+        verification_table(verification)
+        if verification
+        else not_measured_line("Parity", "no proof travels with this file"),
         history(record.history),
         importance_table(weights, plan)
         if weights is not None
-        else missing("Importance weights", "pickled: add --trust"),
+        else not_measured_line("Importance weights", "pickled: add --trust"),
     ):
         console.print()
         console.print(part)
 
 
-def _weights(header: "Header", record: "Record", *, trust: bool) -> "dict[str, ImportanceWeights] | None":
+def _weights(header: "CheckpointHeader", record: "Record", *, trust: bool) -> "dict[str, SiteWeights] | None":
     """The importance weights in the file, or None where only running its code would show them."""
     from normswap.checkpoints.loading import stored_importance_weights
 
@@ -174,7 +183,7 @@ def _weights(header: "Header", record: "Record", *, trust: bool) -> "dict[str, I
 
 
 def _converted_document(
-    file: Path, record: "Record", plan: "SwapPlan", weights: "dict[str, ImportanceWeights] | None"
+    file: Path, record: "Record", plan: "SwapPlan", weights: "dict[str, SiteWeights] | None"
 ) -> dict[str, Any]:
     return {
         "file": str(file),

@@ -12,15 +12,15 @@ from normswap.cli.progress import stage
 if TYPE_CHECKING:
     from torch import nn
 
-    from normswap.checkpoints.loading import Built, Checkpoint, Header
+    from normswap.checkpoints.loading import BuiltModel, Checkpoint, CheckpointHeader
 
 
 @dataclass(frozen=True)
-class Opened:
+class OpenedModel:
     """A file's content, the model built for it, and an example input or None."""
 
     checkpoint: "Checkpoint"
-    built: "Built"
+    built: "BuiltModel"
     inputs: Any
 
     @property
@@ -34,7 +34,7 @@ class Opened:
         return self.built.architecture
 
 
-def read_header(path: Path, *, output: Path | None = None) -> "Header":
+def read_header(path: Path, *, output: Path | None = None) -> "CheckpointHeader":
     """Read the record in a file, and nothing else of it, under the eyes of the user.
 
     Args:
@@ -51,7 +51,7 @@ def read_header(path: Path, *, output: Path | None = None) -> "Header":
 
 
 def read_file(
-    source: "Path | Header", *, trust: bool, entry: str | None = None, arch: str | None = None
+    source: "Path | CheckpointHeader", *, trust: bool, entry: str | None = None, arch: str | None = None
 ) -> "Checkpoint":
     """Read a file, whose header may be known, under the eyes of the user, its tensors as they are used.
 
@@ -65,11 +65,11 @@ def read_file(
     with stage(f"reading {header.path.name}"):
         from normswap.checkpoints.loading import read_checkpoint
 
-        trust = trust and not header.gives_weights(arch)
-        return read_checkpoint(header, trust=trust, entry=entry, mapped=True)
+        trust = trust and not header.loads_weights_only(arch)
+        return read_checkpoint(header, trust=trust, entry=entry, mmap=True)
 
 
-def open_model(checkpoint: "Checkpoint", *, arch: str | None, inputs: Sequence[InputSpec], trust: bool) -> Opened:
+def open_model(checkpoint: "Checkpoint", *, arch: str | None, inputs: Sequence[InputSpec], trust: bool) -> OpenedModel:
     """Build the model in a file and an example input for it. `arch` wins over what the file says.
 
     Raises:
@@ -79,23 +79,23 @@ def open_model(checkpoint: "Checkpoint", *, arch: str | None, inputs: Sequence[I
         from normswap.checkpoints.loading import build_model
 
         built = build_model(checkpoint, arch, trust=trust)
-    return Opened(checkpoint, built, _inputs(checkpoint, built, inputs))
+    return OpenedModel(checkpoint, built, _make_inputs(checkpoint, built, inputs))
 
 
-def _inputs(checkpoint: "Checkpoint", built: "Built", asked: Sequence[InputSpec]) -> Any:
+def _make_inputs(checkpoint: "Checkpoint", built: "BuiltModel", specs: Sequence[InputSpec]) -> Any:
     """What the user asked for, what an exported program carries, or what the architecture tells."""
-    if checkpoint.program is not None and not asked:
-        from normswap.surgery.graphs.exported_program import inputs_of
+    if checkpoint.program is not None and not specs:
+        from normswap.surgery.graphs.exported_program import program_inputs
 
-        return inputs_of(checkpoint.program.program)
-    return example_inputs(asked, built.model, built.architecture)
+        return program_inputs(checkpoint.program.program)
+    return example_inputs(specs, built.model, built.architecture)
 
 
 def describe_content(checkpoint: "Checkpoint", architecture: str | None) -> str:
     """Return what a content is: kind, container, architecture, size."""
     parts = [
         checkpoint.contents.kind,
-        _described_entry(checkpoint),
+        _describe_entry(checkpoint),
         checkpoint.container,
         architecture,
         describe_size(checkpoint.path),
@@ -103,22 +103,22 @@ def describe_content(checkpoint: "Checkpoint", architecture: str | None) -> str:
     return ", ".join(part for part in parts if part)
 
 
-def _described_entry(checkpoint: "Checkpoint") -> str | None:
+def _describe_entry(checkpoint: "Checkpoint") -> str | None:
     """Which weights are meant, if the file holds several."""
-    from normswap.checkpoints.content.entries import name_of
+    from normswap.checkpoints.content.entries import format_key_path
 
     contents = checkpoint.contents
     if not contents.others:
         return None
-    return f"entry {name_of(contents.weights)} (not {', '.join(map(name_of, contents.others))})"
+    return f"entry {format_key_path(contents.weights)} (not {', '.join(map(format_key_path, contents.others))})"
 
 
 def describe_size(path: Path) -> str:
     """Return the size of a file, or of all in a folder, in megabytes (10^6 bytes)."""
-    return f"{size_of(path) / 1e6:.1f} MB"
+    return f"{get_size(path) / 1e6:.1f} MB"
 
 
-def size_of(path: Path) -> int:
+def get_size(path: Path) -> int:
     """Return the bytes in a file, or in all files of a folder."""
     files = [entry for entry in path.rglob("*") if entry.is_file()] if path.is_dir() else [path]
     return sum(file.stat().st_size for file in files)

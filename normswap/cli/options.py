@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-_FLOATING = ("float16", "bfloat16", "float32", "float64", "complex64", "complex128")
+_FLOATING_DTYPES = ("float16", "bfloat16", "float32", "float64", "complex64", "complex128")
 # The random integers of each: token ids that every vocabulary has, or the values of an image.
-_INTEGER = {"uint8": 256, "int8": 10, "int16": 10, "int32": 10, "int64": 10, "bool": 2}
+_INTEGER_RANGES = {"uint8": 256, "int8": 10, "int16": 10, "int32": 10, "int64": 10, "bool": 2}
 _SEED = 0
 # As `normswap.surgery.norms.classes.KINDS`, which is not imported for a look at --help.
 _KINDS = ("bn", "in", "gn1")
@@ -42,7 +42,7 @@ def parse_input(text: str) -> InputSpec:
     sizes, _, dtype = text.partition(":")
     if not re.fullmatch(r"\d+(x\d+)*", sizes) or "0" in sizes.split("x"):
         raise click.BadParameter(f"expected sizes such as 2x3x224x224[:dtype], got {text!r}")
-    known = (*_FLOATING, *_INTEGER)
+    known = (*_FLOATING_DTYPES, *_INTEGER_RANGES)
     if (dtype or "float32") not in known:
         raise click.BadParameter(f"expected a dtype among {', '.join(known)}, got {dtype!r}")
     return InputSpec(tuple(map(int, sizes.split("x"))), dtype or None)
@@ -81,17 +81,17 @@ def example_inputs(specs: Sequence[InputSpec], model: "nn.Module", architecture:
         if shape is None:
             return None
         specs = (InputSpec(shape),)
-    tensors = tuple(_random(spec, _dtype_of(model), _SEED + index) for index, spec in enumerate(specs))
+    tensors = tuple(_make_random(spec, _dtype_of(model), _SEED + index) for index, spec in enumerate(specs))
     return tensors[0] if len(tensors) == 1 else tensors
 
 
-def _random(spec: InputSpec, default: "torch.dtype", seed: int) -> "torch.Tensor":
+def _make_random(spec: InputSpec, default: "torch.dtype", seed: int) -> "torch.Tensor":
     import torch
 
     generator = torch.Generator().manual_seed(seed)
     dtype = getattr(torch, spec.dtype) if spec.dtype else default
-    if spec.dtype in _INTEGER:
-        return torch.randint(0, _INTEGER[spec.dtype], spec.shape, generator=generator).to(dtype)
+    if spec.dtype in _INTEGER_RANGES:
+        return torch.randint(0, _INTEGER_RANGES[spec.dtype], spec.shape, generator=generator).to(dtype)
     draw = torch.complex64 if dtype.is_complex else torch.float32
     return torch.randn(spec.shape, generator=generator, dtype=draw).to(dtype)
 

@@ -35,13 +35,13 @@ class Bar:
         """Show how much is done, of how much (None if that is unknown), and a text behind it."""
         self._progress.update(self._task, completed=done, total=total, more=more)
 
-    def say(self, line: str) -> None:
+    def print_line(self, line: str) -> None:
         """Print a line that stays."""
         self._progress.console.print(line, markup=False, soft_wrap=True)
 
 
 @contextmanager
-def counted(name: str) -> Iterator[Bar]:
+def progress_bar(name: str) -> Iterator[Bar]:
     """Show `name` with a bar while the block runs."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -55,7 +55,7 @@ def counted(name: str) -> Iterator[Bar]:
 
 
 @contextmanager
-def nothing_written() -> Iterator[None]:
+def report_interruption() -> Iterator[None]:
     """Say of an interruption of the block that nothing was written."""
     try:
         yield

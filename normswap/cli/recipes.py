@@ -9,7 +9,7 @@ from normswap.cli.failures import one_line_failures
 from normswap.errors import RecipeError
 
 if TYPE_CHECKING:
-    from normswap.finetune.recipe import Shipped
+    from normswap.finetune.recipe import ShippedRecipe
 
 
 @click.group("recipes", short_help="List, show or copy the recipes for fine-tuning.")
@@ -33,7 +33,7 @@ def list_command() -> None:
 @one_line_failures
 def show_command(name: str) -> None:
     """Print the recipe NAME."""
-    click.echo(_shipped(name).text, nl=False)
+    click.echo(_find_recipe(name).text, nl=False)
 
 
 @recipes_command.command("cp")
@@ -43,20 +43,20 @@ def show_command(name: str) -> None:
 @one_line_failures
 def copy_command(name: str, target: Path | None, force: bool) -> None:
     """Copy the recipe NAME to TARGET, a file or a folder (default: the current one), to be edited and run."""
-    recipe = _shipped(name)
+    recipe = _find_recipe(name)
     place = target or Path()
     if place.is_dir():
         place = place / f"{name}.toml"
     if place.suffix != ".toml":
         raise RecipeError(f"{place}: expected a folder or a name in .toml")
-    from normswap.checkpoints.io.atomic_write import check_writable, write_text
+    from normswap.checkpoints.io.atomic_files import check_writable, write_text
 
     check_writable(place, replace=force)
     write_text(place, recipe.text)
     click.echo(f"wrote {place}; run it with: normswap finetune {place}")
 
 
-def _shipped(name: str) -> "Shipped":
+def _find_recipe(name: str) -> "ShippedRecipe":
     from normswap.finetune.recipe import find_shipped
 
     return find_shipped(name)

@@ -11,7 +11,7 @@ from normswap.errors import CheckpointError, NothingToDo
 if TYPE_CHECKING:
     from normswap.checkpoints.architecture.identification import Identification
     from normswap.checkpoints.content.state_dict import Survey
-    from normswap.checkpoints.loading import Header
+    from normswap.checkpoints.loading import CheckpointHeader
 
 _ADVICE = {
     "--arch path/file.py:function": "if a function of yours builds the model",
@@ -20,15 +20,15 @@ _ADVICE = {
 _BY_NAMES = "--arch none --no-verify"
 
 
-def holds_several(header: "Header", *, trust: bool) -> bool:
+def has_multiple_weights(header: "CheckpointHeader", *, trust: bool) -> bool:
     """Say whether a file holds several sets of weights, of which `--entry` chooses one."""
-    from normswap.checkpoints.content.entries import weights_in
+    from normswap.checkpoints.content.entries import find_weights
     from normswap.checkpoints.loading import read_content
 
-    return len(weights_in(read_content(header, trust=trust, mapped=True))) > 1
+    return len(find_weights(read_content(header, trust=trust, mmap=True))) > 1
 
 
-def show_survey(header: "Header", *, entry: str | None, trust: bool, as_json: bool) -> None:
+def print_survey(header: "CheckpointHeader", *, entry: str | None, trust: bool, as_json: bool) -> None:
     """Print what the names and shapes in a file tell: all its weights, or those at `entry`.
 
     Raises:
@@ -39,12 +39,12 @@ def show_survey(header: "Header", *, entry: str | None, trust: bool, as_json: bo
     from normswap.checkpoints.content.state_dict import survey
     from normswap.checkpoints.loading import read_content
 
-    content = read_content(header, trust=trust, mapped=True)
+    content = read_content(header, trust=trust, mmap=True)
     found = survey(content)
     if entry is not None:
         read_contents(content, entry=entry)
         found = type(found)(tuple(one for one in found.weights if one.entry == entry), found.optimizers)
-    identified = _identified(content, entry)
+    identified = _identify(content, entry)
     header.origin.check_unchanged()
     if as_json:
         print_json(_document(header, found, identified))
@@ -54,20 +54,20 @@ def show_survey(header: "Header", *, entry: str | None, trust: bool, as_json: bo
         raise NothingToDo(f"{header.path}: no norm tensors in this file, by their names: nothing to convert")
 
 
-def _identified(content: Any, entry: str | None) -> "Identification | None":
+def _identify(content: Any, entry: str | None) -> "Identification | None":
     """Which architectures fit the weights that are meant; None where several are and no name is likelier."""
-    from normswap.checkpoints.architecture.identification import recognise, state_dict_of
-    from normswap.checkpoints.content.entries import at, read_contents
+    from normswap.checkpoints.architecture.identification import get_state_dict, identify_state_dict
+    from normswap.checkpoints.content.entries import get_entry, read_contents
 
     try:
-        weights = at(content, read_contents(content, entry=entry).weights)
+        weights = get_entry(content, read_contents(content, entry=entry).weights)
     except CheckpointError:
         return None
     with stage("comparing with all architectures"):
-        return recognise(state_dict_of(weights), content)
+        return identify_state_dict(get_state_dict(weights), content)
 
 
-def _document(header: "Header", found: "Survey", identified: "Identification | None") -> dict[str, Any]:
+def _document(header: "CheckpointHeader", found: "Survey", identified: "Identification | None") -> dict[str, Any]:
     weights = [{**asdict(one), "batch_norms": len(one.batch_norms)} for one in found.weights]
     return {
         "file": str(header.path),
@@ -78,11 +78,11 @@ def _document(header: "Header", found: "Survey", identified: "Identification | N
         "optimizers": list(found.optimizers),
         "candidates": [group[0].architecture for group in identified.functions] if identified else [],
         "nearest": [match.architecture for match in identified.matches] if identified else [],
-        "next": list(_next(found, identified)),
+        "next": list(_suggest_options(found, identified)),
     }
 
 
-def _print(header: "Header", found: "Survey", identified: "Identification | None") -> None:
+def _print(header: "CheckpointHeader", found: "Survey", identified: "Identification | None") -> None:
     from rich.console import Console
 
     from normswap.reports.tables import bullets, heading, identification, weights_table
@@ -97,11 +97,11 @@ def _print(header: "Header", found: "Survey", identified: "Identification | None
             console.print()
         console.print(part)
     console.print()
-    for option, meaning in _next(found, identified).items():
+    for option, meaning in _suggest_options(found, identified).items():
         console.print(f"type: {option}  ({meaning})", markup=False, soft_wrap=True)
 
 
-def _next(found: "Survey", identified: "Identification | None") -> dict[str, str]:
+def _suggest_options(found: "Survey", identified: "Identification | None") -> dict[str, str]:
     """Options to type next, each with what it is for."""
     entries = {f"--entry {one.entry}": "to choose these weights" for one in found.weights if one.entry}
     fitting = {

@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from normswap.checkpoints.io.atomic_write import check_readable
-from normswap.checkpoints.io.memory import freed_at_once
+from normswap.checkpoints.io.atomic_files import check_readable
+from normswap.checkpoints.io.memory import return_freed_memory
 from normswap.cli.failures import one_line_failures
-from normswap.cli.open_model import Opened, describe_content, open_model, read_file
+from normswap.cli.open_model import OpenedModel, describe_content, open_model, read_file
 from normswap.cli.options import (
     InputSpec,
     arch_option,
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 @trust_option
 @json_option
 @one_line_failures
-@freed_at_once()
+@return_freed_memory()
 def verify_command(
     original: Path,
     converted: Path,
@@ -56,13 +56,13 @@ def verify_command(
         check_readable(path)
     from rich.console import Console
 
-    from normswap.checkpoints.loading import said_architecture
-    from normswap.reports.tables import heading, parity, worst_sites
+    from normswap.checkpoints.loading import recorded_architecture
+    from normswap.reports.tables import heading, verification_table, worst_sites
     from normswap.verification.equivalence import verify
 
     files = [read_file(path, trust=trust, entry=entry, arch=arch) for path in (original, converted)]
-    said = [said_architecture(file, trust=trust) for file in files] if arch is None else []
-    default = arch or next(filter(None, said), None)
+    recorded = [recorded_architecture(file, trust=trust) for file in files] if arch is None else []
+    default = arch or next(filter(None, recorded), None)
     first, second = (_open(file, default, inputs, trust=trust) for file in files)
     if first.inputs is None:
         raise ArchitectureError("nothing tells the size of an input: give one with --input 2x3x224x224")
@@ -81,7 +81,7 @@ def verify_command(
                 heading(opened.checkpoint.path.name, describe_content(opened.checkpoint, opened.architecture))
             )
         console.print()
-        console.print(parity(result))
+        console.print(verification_table(result))
         if not result.passed and result.sites:
             console.print()
             console.print(worst_sites(result))
@@ -89,7 +89,7 @@ def verify_command(
         raise NothingToDo(f"{converted} does not compute the same function as {original}")
 
 
-def _compare_programs(first: Opened, second: Opened, *, as_json: bool) -> None:
+def _compare_programs(first: OpenedModel, second: OpenedModel, *, as_json: bool) -> None:
     """Two exported programs, in their own precision: nothing else can be told of graphs."""
     from normswap.surgery.graphs.exported_program import difference
 
@@ -108,14 +108,14 @@ def _compare_programs(first: Opened, second: Opened, *, as_json: bool) -> None:
         raise NothingToDo(f"{converted.path} does not compute the same function as {original.path}")
 
 
-def _check_unchanged(*opened: Opened) -> None:
+def _check_unchanged(*opened: OpenedModel) -> None:
     for one in opened:
         one.checkpoint.origin.check_unchanged()
 
 
-def _open(file: "Checkpoint", arch: str | None, inputs: tuple[InputSpec, ...], *, trust: bool) -> Opened:
-    from normswap.checkpoints.loading import is_named_by_itself
+def _open(file: "Checkpoint", arch: str | None, inputs: tuple[InputSpec, ...], *, trust: bool) -> OpenedModel:
+    from normswap.checkpoints.loading import builds_without_trust
 
     # Each file's own word goes first, since --arch may be meant for the other one; code needs the user's.
-    itself = file.payload == "module" or is_named_by_itself(file)
+    itself = file.payload == "module" or builds_without_trust(file)
     return open_model(file, arch=None if itself else arch, inputs=inputs, trust=trust)

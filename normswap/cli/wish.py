@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from normswap.checkpoints.io.atomic_write import check_readable, check_writable
+from normswap.checkpoints.io.atomic_files import check_readable, check_writable
 from normswap.cli.options import InputSpec
-from normswap.cli.outputs import container_of, is_folder_for, target_of
+from normswap.cli.outputs import is_folder_for, output_path, select_format
 
 if TYPE_CHECKING:
     from normswap.checkpoints.formats.formats import Container
@@ -19,7 +19,7 @@ NO_ARCHITECTURE = "none"
 
 
 @dataclass(frozen=True)
-class Wish:
+class ConvertOptions:
     """The arguments of `normswap convert`."""
 
     file: Path
@@ -40,7 +40,7 @@ class Wish:
     dry_run: bool
     trust: bool
     force: bool
-    one_of_several: bool = False
+    is_one_of_several_entries: bool = False
 
     @property
     def target(self) -> Path:
@@ -48,10 +48,10 @@ class Wish:
 
         Of an exported program it is the program only where that may be loaded, else its weights.
         """
-        return target_of(self.file, self.output, "normswap", as_program=self.trust and self.arch is None)
+        return output_path(self.file, self.output, "normswap", as_program=self.trust and self.arch is None)
 
     @property
-    def names_only(self) -> bool:
+    def without_architecture(self) -> bool:
         """Whether nobody is to know the architecture."""
         return self.arch == NO_ARCHITECTURE
 
@@ -62,14 +62,14 @@ class Wish:
             click.UsageError: options exclude one another.
             CheckpointError: the input is missing, or an output cannot be written.
         """
-        decides = self.include or self.exclude or self.kinds or self.gate is not None or self.synchronize
-        if self.plan is not None and decides:
+        selects_sites = self.include or self.exclude or self.kinds or self.gate is not None or self.synchronize
+        if self.plan is not None and selects_sites:
             raise click.UsageError(
                 "--plan decides everything: leave --include, --exclude, --kinds, --gate and --synchronize out"
             )
         if not self.verify and self.tolerance is not None:
             raise click.UsageError("--tolerance has no meaning with --no-verify")
-        if self.names_only and (self.inputs or self.kinds or self.plan or self.gate or self.synchronize):
+        if self.without_architecture and (self.inputs or self.kinds or self.plan or self.gate or self.synchronize):
             raise click.UsageError(
                 "--arch none knows names only: leave --input, --kinds, --plan, --gate and --synchronize out"
             )
@@ -90,19 +90,19 @@ class Wish:
             CheckpointError: that kind cannot hold what the file holds.
         """
         named = self.output is not None
-        return container_of(self.target, source, named=named, weights_only=self.weights_only)
+        return select_format(self.target, source, named=named, weights_only=self.weights_only)
 
 
-def wishes_for(
-    wish: Wish, entries: Sequence[str], archs: Sequence[str], inputs: Sequence[InputSpec]
-) -> tuple[Wish, ...]:
+def options_per_entry(
+    options: ConvertOptions, entries: Sequence[str], archs: Sequence[str], inputs: Sequence[InputSpec]
+) -> tuple[ConvertOptions, ...]:
     """Return what is asked for each network of a file: one wish, or one for each of several entries.
 
     Raises:
         click.UsageError: architectures or inputs cannot be told apart, or an option is for one network only.
     """
     if len(entries) > 1:
-        _check_several(wish, entries)
+        _check_multiple_entries(options, entries)
     elif len(archs) > 1:
         raise click.UsageError(f"--arch: expected one, got {len(archs)}: name the networks with --entry")
     names: Sequence[str | None] = entries or [None]
@@ -113,40 +113,40 @@ def wishes_for(
         raise click.UsageError(f"--input {unknown[0]}=...: there is no --entry {unknown[0]}")
     return tuple(
         replace(
-            wish,
+            options,
             entry=name,
             arch=(archs[index] if len(archs) > 1 else archs[0]) if archs else None,
-            inputs=_inputs_of(name, index, names, inputs),
-            one_of_several=len(names) > 1,
+            inputs=_select_inputs(name, index, names, inputs),
+            is_one_of_several_entries=len(names) > 1,
         )
         for index, name in enumerate(names)
     )
 
 
-def _check_several(wish: Wish, entries: Sequence[str]) -> None:
-    double = next((name for name in entries if entries.count(name) > 1), None)
-    if double is not None:
-        raise click.UsageError(f"--entry {double} is given twice: give each network once")
+def _check_multiple_entries(options: ConvertOptions, entries: Sequence[str]) -> None:
+    duplicate = next((name for name in entries if entries.count(name) > 1), None)
+    if duplicate is not None:
+        raise click.UsageError(f"--entry {duplicate} is given twice: give each network once")
     for option, given in (
-        ("--plan", wish.plan),
-        ("--save-plan", wish.save_plan),
-        ("--weights-only", wish.weights_only),
+        ("--plan", options.plan),
+        ("--save-plan", options.save_plan),
+        ("--weights-only", options.weights_only),
     ):
         if given:
             raise click.UsageError(f"{option} is for one network: give one --entry")
 
 
-def _inputs_of(
+def _select_inputs(
     name: str | None, index: int, names: Sequence[str | None], inputs: Sequence[InputSpec]
 ) -> tuple[InputSpec, ...]:
     """The inputs of one network: those with its name; else the only one, or the one in its place."""
-    own = tuple(replace(spec, entry=None) for spec in inputs if spec.entry is not None and spec.entry == name)
-    plain = tuple(spec for spec in inputs if spec.entry is None)
-    if own or len(names) == 1 or len(plain) < 2:
-        return own or plain
-    if len(plain) != len(names) or len(plain) != len(inputs):
+    named_specs = tuple(replace(spec, entry=None) for spec in inputs if spec.entry is not None and spec.entry == name)
+    unnamed_specs = tuple(spec for spec in inputs if spec.entry is None)
+    if named_specs or len(names) == 1 or len(unnamed_specs) < 2:
+        return named_specs or unnamed_specs
+    if len(unnamed_specs) != len(names) or len(unnamed_specs) != len(inputs):
         raise click.UsageError(
-            f"--input: expected one, or one for each of {len(names)} --entry, got {len(plain)}: name the network, such "
+            f"--input: expected one, or one for each of {len(names)} --entry, got {len(unnamed_specs)}: name the network, such "
             f"as --input {name}=2x3x224x224"
         )
-    return (plain[index],)
+    return (unnamed_specs[index],)

@@ -16,33 +16,33 @@ class _Option(NamedTuple):
     value: Callable[[str], str] | None = None
 
 
-def _plain(value: str) -> str:
+def _strip_quotes(value: str) -> str:
     return value.strip("'\"")
 
 
-def _joined(value: str) -> str:
+def _join_words(value: str) -> str:
     return ",".join(word.strip(" '\"") for word in value.strip("()[]").split(",") if word.strip())
 
 
-def _sizes(value: str) -> str:
+def _join_sizes(value: str) -> str:
     return "x".join(re.findall(r"\d+", value))
 
 
 OPTIONS: Mapping[str, _Option] = {
-    "architecture": _Option("--arch", _plain),
-    "entry": _Option("--entry", _plain),
-    "example_inputs": _Option("--input", _sizes),
-    "exclude": _Option("--exclude", _joined),
-    "gate": _Option("--gate", _plain),
-    "image_size": _Option("--input-size", _sizes),
-    "include": _Option("--include", _joined),
+    "architecture": _Option("--arch", _strip_quotes),
+    "entry": _Option("--entry", _strip_quotes),
+    "example_inputs": _Option("--input", _join_sizes),
+    "exclude": _Option("--exclude", _join_words),
+    "gate": _Option("--gate", _strip_quotes),
+    "image_size": _Option("--input-size", _join_sizes),
+    "include": _Option("--include", _join_words),
     "include_frozen": _Option("--include-frozen"),
-    "kinds": _Option("--kinds", _joined),
+    "kinds": _Option("--kinds", _join_words),
     "layer_by_layer": _Option("--layer-by-layer"),
     "overwrite": _Option("--force"),
-    "overrides": _Option("--set", _joined),
+    "overrides": _Option("--set", _join_words),
     "resume": _Option("--resume"),
-    "tolerance": _Option("--tolerance", _plain),
+    "tolerance": _Option("--tolerance", _strip_quotes),
     "trust": _Option("--trust"),
 }
 # A name with its value, which may be left out; and the option itself in brackets, where a message names both.
@@ -50,12 +50,12 @@ _VALUE = r"""('[^']*'|"[^"]*"|torch\.randn\([^)]*\)|\([^)]*\)|\[[^\]]*\]|[\w.\-]
 _ARGUMENT = re.compile(rf"(?<![\w.\-])({'|'.join(OPTIONS)})(?:={_VALUE}|(?=: expected))")
 
 
-def as_options(message: str) -> str:
+def translate_arguments(message: str) -> str:
     """Return a message of the library with the arguments that it names as options of the command line."""
-    return _ARGUMENT.sub(_option, message)
+    return _ARGUMENT.sub(_to_option, message)
 
 
-def _option(match: re.Match[str]) -> str:
+def _to_option(match: re.Match[str]) -> str:
     option, value = OPTIONS[match[1]], match[2]
     shown = option.value(value) if option.value and value else ""
     return f"{option.name} {shown}".rstrip()

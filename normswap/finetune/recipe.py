@@ -62,7 +62,7 @@ def check_warmup(train: TrainTable, steps: int, origin: str = "") -> int:
     return warmup
 
 
-def rare_events(run: RunTable, steps: int) -> str | None:
+def describe_rare_events(run: RunTable, steps: int) -> str | None:
     """Return one sentence on what the recipe asks for more rarely than once in a run, or None if nothing is."""
     default = RunTable()
     effects = {
@@ -94,12 +94,12 @@ class Recipe:
     run: RunTable = field(default_factory=RunTable)
     written: frozenset[str] | None = field(default=None, compare=False)
 
-    def is_written(self, place: str) -> bool:
+    def is_set_by_user(self, dotted_key: str) -> bool:
         """Say whether the user wrote the key `place`, such as `model.architecture`."""
         if self.written is not None:
-            return place in self.written
-        table, _, key = place.partition(".")
-        return bool(_value(self, place) != getattr(TABLES[table](), key))
+            return dotted_key in self.written
+        table, _, key = dotted_key.partition(".")
+        return bool(_get_value(self, dotted_key) != getattr(TABLES[table](), key))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the tables as plain data."""
@@ -111,7 +111,7 @@ class Recipe:
         return Path(self.run.output or f"runs/{self.name}")
 
 
-class Shipped(NamedTuple):
+class ShippedRecipe(NamedTuple):
     """A recipe that came with normswap: its name, its first comment, its text."""
 
     name: str
@@ -122,7 +122,7 @@ class Shipped(NamedTuple):
 TABLES: Mapping[str, Any] = {f.name: f.default_factory for f in fields(Recipe) if f.name not in ("name", "written")}
 
 
-def shipped_recipes() -> dict[str, Shipped]:
+def shipped_recipes() -> dict[str, ShippedRecipe]:
     """Return the recipes that come with normswap by name: those in the package, in a checkout those beside it."""
     package = files("normswap")
     folder = package / "recipes"
@@ -133,11 +133,11 @@ def shipped_recipes() -> dict[str, Shipped]:
         if entry.name.endswith(".toml"):
             text = entry.read_text(encoding="utf-8")
             name = entry.name.removesuffix(".toml")
-            found[name] = Shipped(name, first_comment(text), text)
+            found[name] = ShippedRecipe(name, first_comment(text), text)
     return found
 
 
-def find_shipped(name: str) -> Shipped:
+def find_shipped(name: str) -> ShippedRecipe:
     """Return the recipe of that name in the package.
 
     Raises:
@@ -145,7 +145,9 @@ def find_shipped(name: str) -> Shipped:
     """
     shipped = shipped_recipes()
     if name not in shipped:
-        raise RecipeError(f"no recipe {name!r}{_nearest(name, shipped)}: see normswap recipes ls, or name a .toml file")
+        raise RecipeError(
+            f"no recipe {name!r}{_suggest_name(name, shipped)}: see normswap recipes ls, or name a .toml file"
+        )
     return shipped[name]
 
 
@@ -166,19 +168,19 @@ def read_recipe(source: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         RecipeError: no such recipe; not TOML; an unknown table or key; a value of the wrong kind, out of its range, or
             at odds with another one.
     """
-    name, text, is_shipped = _text_of(source)
+    name, text, is_shipped = _read_text(source)
     overrides = tuple(overrides)
     try:
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise RecipeError(f"{source}: not TOML: {error}") from None
-    written = set() if is_shipped else _places(data)
+    written = set() if is_shipped else _dotted_keys(data)
     for override in overrides:
-        _put(data, override)
+        _apply_override(data, override)
     written |= {override.partition("=")[0].strip() for override in overrides}
     _replace_alternatives(data, overrides)
     try:
-        return replace(parse_recipe(name, data), written=frozenset(written & _places(data)))
+        return replace(parse_recipe(name, data), written=frozenset(written & _dotted_keys(data)))
     except RecipeError as error:
         raise RecipeError(f"{source}: {error}") from None
 
@@ -191,11 +193,11 @@ def parse_recipe(name: str, data: Mapping[str, Any]) -> Recipe:
     """
     for table, keys in data.items():
         if table not in TABLES:
-            raise RecipeError(f"unknown table [{table}]{_nearest(table, TABLES)}")
+            raise RecipeError(f"unknown table [{table}]{_suggest_name(table, TABLES)}")
         if not isinstance(keys, Mapping):
             raise RecipeError(f"{table}: expected a table [{table}], got {keys!r}")
-    tables = {table: _table(table, build, data.get(table, {})) for table, build in TABLES.items()}
-    recipe = Recipe(name, **tables, written=frozenset(_places(data)))
+    tables = {table: _parse_table(table, build, data.get(table, {})) for table, build in TABLES.items()}
+    recipe = Recipe(name, **tables, written=frozenset(_dotted_keys(data)))
     for check in _CHECKS:
         check(recipe)
     return recipe
@@ -206,16 +208,16 @@ def differing_keys(recipe: Recipe, other: Mapping[str, Any]) -> list[str]:
 
     A key that the other does not have, since an older version wrote it, has its default there.
     """
-    mine, default = recipe.to_dict(), {name: asdict(build()) for name, build in TABLES.items()}
+    own_values, default = recipe.to_dict(), {name: asdict(build()) for name, build in TABLES.items()}
     return [
         f"{table}.{key}"
-        for table, keys in mine.items()
+        for table, keys in own_values.items()
         for key, value in keys.items()
         if jsonable(value) != jsonable(other.get(table, {}).get(key, default[table][key]))
     ]
 
 
-def _text_of(source: str | Path) -> tuple[str, str, bool]:
+def _read_text(source: str | Path) -> tuple[str, str, bool]:
     """The name of a recipe, its text, and whether it came with normswap."""
     path = Path(source)
     if path.suffix == ".toml":
@@ -228,22 +230,22 @@ def _text_of(source: str | Path) -> tuple[str, str, bool]:
     return str(source), find_shipped(str(source)).text, True
 
 
-def _places(data: Mapping[str, Any]) -> set[str]:
+def _dotted_keys(data: Mapping[str, Any]) -> set[str]:
     return {f"{table}.{key}" for table, keys in data.items() if isinstance(keys, Mapping) for key in keys}
 
 
-def _put(data: dict[str, Any], override: str) -> None:
+def _apply_override(data: dict[str, Any], override: str) -> None:
     """Put `table.key=value` over plain data; the value is TOML, or else a string."""
-    place, equals, text = override.partition("=")
-    table, dot, key = place.strip().partition(".")
+    dotted_key, equals, text = override.partition("=")
+    table, dot, key = dotted_key.strip().partition(".")
     if not equals or not dot or not key:
         raise RecipeError(f"overrides: expected table.key=value such as train.lr=0.01, got {override!r}")
     if table not in TABLES:
-        raise RecipeError(f"overrides={override!r}: unknown table [{table}]{_nearest(table, TABLES)}")
+        raise RecipeError(f"overrides={override!r}: unknown table [{table}]{_suggest_name(table, TABLES)}")
     keys = data.setdefault(table, {})
     if text.strip().lower() == "none":
         keys.pop(key, None)
-        _known(table, key, get_type_hints(TABLES[table]))
+        _check_key(table, key, get_type_hints(TABLES[table]))
         return
     try:
         keys[key] = tomllib.loads(f"value = {text}")["value"]
@@ -256,48 +258,52 @@ _ALTERNATIVES = (("train.steps", "train.epochs"), ("train.warmup_steps", "train.
 
 
 def _replace_alternatives(data: dict[str, Any], overrides: Iterable[str]) -> None:
-    put = {override.partition("=")[0].strip() for override in overrides}
+    overridden = {override.partition("=")[0].strip() for override in overrides}
     for pair in _ALTERNATIVES:
-        chosen = [place for place in pair if place in put and place in _places(data)]
+        chosen = [dotted_key for dotted_key in pair if dotted_key in overridden and dotted_key in _dotted_keys(data)]
         if len(chosen) == 1:
             (other,) = {*pair} - {*chosen}
             table, _, key = other.partition(".")
             data[table].pop(key, None)
 
 
-def _table(name: str, build: Callable[..., Any], data: Mapping[str, Any]) -> Any:
+def _parse_table(name: str, build: Callable[..., Any], data: Mapping[str, Any]) -> Any:
     hints = get_type_hints(build)
     values = {}
     for key, value in data.items():
-        _known(name, key, hints)
-        values[key] = _read(f"{name}.{key}", value, hints[key])
+        _check_key(name, key, hints)
+        values[key] = _read_value(f"{name}.{key}", value, hints[key])
     return build(**values)
 
 
-def _known(table: str, key: str, keys: Mapping[str, Any]) -> None:
+def _check_key(table: str, key: str, keys: Mapping[str, Any]) -> None:
     if key not in keys:
         elsewhere = [f"{other}.{key}" for other, build in TABLES.items() if key in get_type_hints(build)]
-        near = f"; did you mean {elsewhere[0]}?" if elsewhere else _nearest(key, keys)
+        near = f"; did you mean {elsewhere[0]}?" if elsewhere else _suggest_name(key, keys)
         raise RecipeError(f"unknown key {table}.{key}{near}")
 
 
-def _read(place: str, value: Any, kind: Any) -> Any:
+def _read_value(dotted_key: str, value: Any, kind: Any) -> Any:
     """The value as its annotation wants it: a number, a text, a flag, or a tuple of one of them."""
     kinds = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
-    for wanted in kinds:
-        if get_origin(wanted) is tuple and isinstance(value, list | tuple):
-            parts = get_args(wanted)
-            if parts[-1] is Ellipsis or len(parts) == len(value):
-                return tuple(_read(place, item, parts[0]) for item in value)
-        if wanted is float and isinstance(value, int | float) and not isinstance(value, bool):
+    for expected_type in kinds:
+        if get_origin(expected_type) is tuple and isinstance(value, list | tuple):
+            item_types = get_args(expected_type)
+            if item_types[-1] is Ellipsis or len(item_types) == len(value):
+                return tuple(_read_value(dotted_key, item, item_types[0]) for item in value)
+        if expected_type is float and isinstance(value, int | float) and not isinstance(value, bool):
             return float(value)
-        if isinstance(wanted, type) and type(value) is wanted:
+        if isinstance(expected_type, type) and type(value) is expected_type:
             return value
-    told = " or ".join(_TOLD.get(wanted, "a list of two numbers") for wanted in kinds if wanted is not type(None))
-    raise RecipeError(f"{place}: expected {told}, got {value!r}")
+    expected = " or ".join(
+        _TYPE_NAMES.get(expected_type, "a list of two numbers")
+        for expected_type in kinds
+        if expected_type is not type(None)
+    )
+    raise RecipeError(f"{dotted_key}: expected {expected}, got {value!r}")
 
 
-_TOLD = {
+_TYPE_NAMES = {
     int: "a whole number",
     float: "a number",
     str: "a text in quotes",
@@ -306,7 +312,7 @@ _TOLD = {
 }
 
 
-def _nearest(name: str, known: Iterable[str]) -> str:
+def _suggest_name(name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"; did you mean {near[0]}?" if near else f"; there are {', '.join(known)}"
 
@@ -351,25 +357,25 @@ _CHOICES: Mapping[str, tuple[str | bool | None, ...]] = {
 }
 
 
-def _value(recipe: Recipe, place: str) -> Any:
-    table, _, key = place.partition(".")
+def _get_value(recipe: Recipe, dotted_key: str) -> Any:
+    table, _, key = dotted_key.partition(".")
     return getattr(getattr(recipe, table), key)
 
 
 def _check_ranges(recipe: Recipe) -> None:
-    for place, (least, most) in _RANGES.items():
-        value = _value(recipe, place)
-        if value is not None and not (least <= value <= most and math.isfinite(value)):
-            told = f"at least {least:g}" if math.isinf(most) else f"{least:g} to {most:g}"
-            raise RecipeError(f"{place}: expected {told}, got {value!r}")
+    for dotted_key, (minimum, maximum) in _RANGES.items():
+        value = _get_value(recipe, dotted_key)
+        if value is not None and not (minimum <= value <= maximum and math.isfinite(value)):
+            expected = f"at least {minimum:g}" if math.isinf(maximum) else f"{minimum:g} to {maximum:g}"
+            raise RecipeError(f"{dotted_key}: expected {expected}, got {value!r}")
 
 
 def _check_choices(recipe: Recipe) -> None:
-    for place, known in _CHOICES.items():
-        value = _value(recipe, place)
+    for dotted_key, known in _CHOICES.items():
+        value = _get_value(recipe, dotted_key)
         if value not in known:
-            told = [str(choice).lower() for choice in known if choice is not None]
-            raise RecipeError(f"{place}: expected one of {', '.join(told)}, got {value!r}")
+            expected = [str(choice).lower() for choice in known if choice is not None]
+            raise RecipeError(f"{dotted_key}: expected one of {', '.join(expected)}, got {value!r}")
 
 
 def _check_source(recipe: Recipe) -> None:

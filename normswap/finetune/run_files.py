@@ -21,7 +21,7 @@ from normswap.checkpoints.loading import read_checkpoint
 from normswap.checkpoints.record import Record, Step
 from normswap.checkpoints.saving import originals, write_content
 from normswap.errors import CheckpointError, RecipeError, TrainingError
-from normswap.finetune.model_source import MODEL, STATE, Source
+from normswap.finetune.model_source import MODEL, STATE, StartingModel
 from normswap.finetune.recipe import Recipe, differing_keys
 from normswap.text import jsonable
 
@@ -52,7 +52,7 @@ class Journal:
             self._file = open(self._path, "wb", buffering=0)  # noqa: SIM115 - closed on exit
         except OSError as error:
             raise TrainingError(f"{self._path}: cannot be written ({error.strerror})") from error
-        self._board = _open_board(folder, after)
+        self._tensorboard = _open_tensorboard(folder, after)
         for record in kept:
             self._append(record)
 
@@ -63,8 +63,8 @@ class Journal:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._file.close()
-        if self._board is not None:
-            self._board.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one record, and see it through to the disk.
@@ -73,9 +73,9 @@ class Journal:
             TrainingError: the disk refuses.
         """
         self._append(record)
-        if self._board is not None:
-            for name, value in _scalars("", record):
-                self._board.add_scalar(name, value, record["step"])
+        if self._tensorboard is not None:
+            for name, value in _flatten_scalars("", record):
+                self._tensorboard.add_scalar(name, value, record["step"])
 
     def _append(self, record: Mapping[str, Any]) -> None:
         try:
@@ -101,7 +101,7 @@ def read_journal(folder: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _open_board(folder: Path, after: int) -> Any:
+def _open_tensorboard(folder: Path, after: int) -> Any:
     if find_spec("tensorboard") is None:
         return None
     # It would otherwise look for TensorFlow, which takes seconds and prints much.
@@ -111,15 +111,15 @@ def _open_board(folder: Path, after: int) -> Any:
     return SummaryWriter(str(folder / "tensorboard"), purge_step=after + 1 if after else None)
 
 
-def _scalars(place: str, value: Any) -> list[tuple[str, float]]:
+def _flatten_scalars(tag: str, value: Any) -> list[tuple[str, float]]:
     """Every number in a record with its place, `importance/layer1.0.bn1/mean/bn`."""
     if isinstance(value, Mapping):
-        inside = [_scalars(f"{place}/{key}" if place else str(key), item) for key, item in value.items()]
-        return [scalar for scalars in inside for scalar in scalars]
-    return [(place, float(value))] if isinstance(value, int | float) and place != "step" else []
+        nested = [_flatten_scalars(f"{tag}/{key}" if tag else str(key), item) for key, item in value.items()]
+        return [scalar for scalars in nested for scalar in scalars]
+    return [(tag, float(value))] if isinstance(value, int | float) and tag != "step" else []
 
 
-_REQUESTS = (signal.SIGINT, signal.SIGTERM)
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @dataclass
@@ -130,7 +130,7 @@ class StopRequest:
 
 
 @contextmanager
-def stop_requests() -> Iterator[StopRequest]:
+def handle_stop_signals() -> Iterator[StopRequest]:
     """Note SIGINT and SIGTERM while the block runs; the second one of a kind acts as it would have without the block.
 
     In a thread other than the main one, which may set no handlers, nothing is noted.
@@ -139,13 +139,13 @@ def stop_requests() -> Iterator[StopRequest]:
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    before = {number: signal.getsignal(number) for number in _REQUESTS}
+    before = {number: signal.getsignal(number) for number in _STOP_SIGNALS}
 
     def note(number: int, _frame: FrameType | None) -> None:
         request.number = number
         signal.signal(number, before[signal.Signals(number)])
 
-    for number in _REQUESTS:
+    for number in _STOP_SIGNALS:
         signal.signal(number, note)
     try:
         yield request
@@ -173,7 +173,7 @@ class RunState:
     scaler: Mapping[str, Any] | None
 
 
-def write_state(folder: Path, recipe: Recipe, source: Source, model: nn.Module, state: RunState) -> None:
+def write_state(folder: Path, recipe: Recipe, source: StartingModel, model: nn.Module, state: RunState) -> None:
     """Write the state of a run over the one before.
 
     Raises:
@@ -194,16 +194,16 @@ def write_state(folder: Path, recipe: Recipe, source: Source, model: nn.Module, 
     if state.scaler is not None:
         content["scaler"] = dict(state.scaler)
     entry = _WEIGHTS if state.average is None else _AVERAGE
-    write_content(content, folder / STATE, "torch zip", _record(source, model, recipe, entry=entry))
+    write_content(content, folder / STATE, "torch zip", _make_record(source, model, recipe, entry=entry))
 
 
-def write_model(folder: Path, recipe: Recipe, source: Source, model: nn.Module) -> Path:
+def write_model(folder: Path, recipe: Recipe, source: StartingModel, model: nn.Module) -> Path:
     """Write the trained weights alone, and return where they are.
 
     Raises:
         CheckpointError: they cannot be written.
     """
-    write_content(model.state_dict(), folder / MODEL, "torch zip", _record(source, model, recipe, entry=None))
+    write_content(model.state_dict(), folder / MODEL, "torch zip", _make_record(source, model, recipe, entry=None))
     return folder / MODEL
 
 
@@ -237,7 +237,7 @@ def read_state(folder: Path, recipe: Recipe) -> RunState:
     return found
 
 
-def _record(source: Source, model: nn.Module, recipe: Recipe, *, entry: str | None) -> Record:
+def _make_record(source: StartingModel, model: nn.Module, recipe: Recipe, *, entry: str | None) -> Record:
     """Plan and history go on; the proof of the conversion does not, since training has changed the function."""
     return Record(
         payload="state dict",

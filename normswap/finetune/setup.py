@@ -13,8 +13,8 @@ from normswap.checkpoints.record import Step
 from normswap.errors import ArchitectureError, DataError, NothingToDo, RecipeError
 from normswap.finetune.data.datasets import Data, open_data
 from normswap.finetune.data.loaders import DataSettings
-from normswap.finetune.model_source import Source, source_of_recipe, source_of_state
-from normswap.finetune.recipe import Recipe, rare_events, run_length
+from normswap.finetune.model_source import StartingModel, load_from_recipe, load_from_state
+from normswap.finetune.recipe import Recipe, describe_rare_events, run_length
 from normswap.finetune.recipe_fields import DataTable, TrainTable
 from normswap.model_state import training_flags
 from normswap.surgery.conversion import convert
@@ -77,7 +77,7 @@ def build_average(model: nn.Module, decay: float) -> Any:
     return package.ModelEmaV3(model, decay=decay, use_warmup=True, warmup_power=0.75)
 
 
-def with_head(source: Source, recipe: Recipe, classes: int, example: Tensor) -> Source:
+def with_head(source: StartingModel, recipe: Recipe, classes: int, example: Tensor) -> StartingModel:
     """Return the model with a classifier for so many classes, as `model.new_head` says, and a note on what was done.
 
     Args:
@@ -87,12 +87,12 @@ def with_head(source: Source, recipe: Recipe, classes: int, example: Tensor) -> 
         RecipeError: `model.architecture` names another number of classes; the model is no classifier.
         ArchitectureError: the model has no `reset_classifier`.
     """
-    wanted = recipe.model.new_head
-    if not wanted:
+    num_classes = recipe.model.new_head
+    if not num_classes:
         return source
     _check_keyword(recipe, classes)
-    old = _classes_of(source.model, example)
-    if old == classes and wanted != "always":
+    old = _count_classes(source.model, example)
+    if old == classes and num_classes != "always":
         note = f'model.new_head: the classifier of {old} classes fits the data and is kept; "always" replaces it'
         return replace(source, notes=(*source.notes, note))
     reset = getattr(source.model, "reset_classifier", None)
@@ -120,10 +120,10 @@ def with_head(source: Source, recipe: Recipe, classes: int, example: Tensor) -> 
 
 def _check_keyword(recipe: Recipe, classes: int) -> None:
     """Refuse a number of classes in the architecture that the data contradict; with a checkpoint it is that one's."""
-    wanted = recipe.model
-    if wanted.checkpoint is not None or wanted.architecture is None:
+    num_classes = recipe.model
+    if num_classes.checkpoint is not None or num_classes.architecture is None:
         return
-    named = parse_architecture(wanted.architecture).keywords.get("num_classes", classes)
+    named = parse_architecture(num_classes.architecture).keywords.get("num_classes", classes)
     if named != classes:
         raise RecipeError(
             f"model.architecture: num_classes={named} contradicts the {classes} classes of {recipe.data.source}: leave "
@@ -131,7 +131,7 @@ def _check_keyword(recipe: Recipe, classes: int) -> None:
         )
 
 
-def _classes_of(model: nn.Module, example: Tensor) -> int:
+def _count_classes(model: nn.Module, example: Tensor) -> int:
     """How many classes a model tells apart; 0 for one of timm's without a classifier."""
     return 0 if getattr(model, "num_classes", None) == 0 else count_outputs(model, example)
 
@@ -146,16 +146,18 @@ def count_outputs(model: nn.Module, example: Tensor) -> int:
     with training_flags(list(model.modules()), training=False):
         logits = model(example.to(next((p.dtype for p in model.parameters()), torch.float32)))
     if not isinstance(logits, Tensor) or logits.dim() != 2:
-        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise RecipeError(f"model: expected a classifier with logits (N, classes), got {got}: use a loop of your own")
+        num_outputs = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise RecipeError(
+            f"model: expected a classifier with logits (N, classes), got {num_outputs}: use a loop of your own"
+        )
     return logits.shape[1]
 
 
 @dataclass(frozen=True)
-class Prepared:
+class RunSetup:
     """A model ready to be trained, the data for it, and how long it trains."""
 
-    source: Source
+    source: StartingModel
     training: Data
     evaluation: Data
     classes: int
@@ -174,7 +176,7 @@ class Prepared:
 
 def prepare(
     recipe: Recipe, *, state: Path | None = None, trust: bool = False, shard: tuple[int, int] = (0, 1)
-) -> Prepared:
+) -> RunSetup:
     """Return model and data of a recipe.
 
     Args:
@@ -186,19 +188,19 @@ def prepare(
         NormswapError: what `load`, `convert` and `open_data` raise; the proof failed; the data do not fit the model, or
             the run is too short for the recipe.
     """
-    source = source_of_state(recipe, state, trust=trust) if state else source_of_recipe(recipe, trust=trust)
-    settings = _settings(recipe, source)
+    source = load_from_state(recipe, state, trust=trust) if state else load_from_recipe(recipe, trust=trust)
+    settings = _make_settings(recipe, source)
     training = open_data(settings(recipe.data.train_split), use="training", model=source.model, shard=shard)
     classes = training.classes
     if classes is None:
         raise DataError(f"{recipe.data.source}: does not tell its classes: use a folder per class")
     steps = run_length(recipe.train, len(training))
     if state is None:
-        source = with_head(source, recipe, classes, _example(training))
-        source = _converted(recipe, source, _example(training))
-        rare = rare_events(recipe.run, steps)
+        source = with_head(source, recipe, classes, _make_example_input(training))
+        source = _convert_model(recipe, source, _make_example_input(training))
+        rare = describe_rare_events(recipe.run, steps)
         source = replace(source, notes=(*source.notes, rare)) if rare else source
-    outputs = count_outputs(source.model, _example(training))
+    outputs = count_outputs(source.model, _make_example_input(training))
     if outputs < classes:
         raise DataError(
             f"{recipe.data.source}: has {classes} classes, the model {outputs}: set model.new_head = true, or build "
@@ -211,10 +213,10 @@ def prepare(
         classes=outputs,
         shard=shard,
     )
-    return Prepared(source, training, evaluation, outputs, steps)
+    return RunSetup(source, training, evaluation, outputs, steps)
 
 
-def _settings(recipe: Recipe, source: Source) -> Any:
+def _make_settings(recipe: Recipe, source: StartingModel) -> Any:
     """What makes settings for a split of the recipe's data."""
     data = recipe.data
     shape = default_input_shape(source.model, source.architecture)
@@ -250,13 +252,13 @@ def augmentation(data: DataTable) -> Mapping[str, Any]:
     }
 
 
-def _example(data: Data) -> Tensor:
+def _make_example_input(data: Data) -> Tensor:
     settings = data.settings
     generator = torch.Generator().manual_seed(0)
     return torch.randn(2, settings.channels or 3, *(settings.image_size or ()), generator=generator)
 
 
-def _converted(recipe: Recipe, source: Source, example: Tensor) -> Source:
+def _convert_model(recipe: Recipe, source: StartingModel, example: Tensor) -> StartingModel:
     """The model converted and proved, unless it is already, or is not to be."""
     wanted, converted = recipe.convert, gated_modules(source.model)
     if converted:
@@ -277,8 +279,8 @@ def _converted(recipe: Recipe, source: Source, example: Tensor) -> Source:
     )
     if not plan.swaps:
         raise NothingToDo("the model has no norm to convert: set convert.enabled = false to train it as it is")
-    proof = verify(source.model, model, [example])
-    if not proof.passed and wanted.gate != "softmax":
+    verification = verify(source.model, model, [example])
+    if not verification.passed and wanted.gate != "softmax":
         raise NothingToDo("the converted model does not compute the same function: see normswap verify")
     history = (*source.history, Step.now("converted"))
     return replace(source, model=model, plan=plan, history=history)

@@ -22,7 +22,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from normswap.errors import RecipeError, RunInterrupted, TrainingError
 from normswap.finetune.data.datasets import Data
-from normswap.finetune.data.loaders import mixed, seed_generators
+from normswap.finetune.data.loaders import derive_seed, seed_generators
 from normswap.finetune.model_source import MODEL, STATE
 from normswap.finetune.recipe import Recipe, check_warmup
 from normswap.finetune.recipe_fields import TrainTable
@@ -31,14 +31,14 @@ from normswap.finetune.run_files import (
     Journal,
     RunState,
     StopRequest,
+    handle_stop_signals,
     read_state,
-    stop_requests,
     write_model,
     write_state,
 )
-from normswap.finetune.setup import Prepared, batch_mixer, build_average, build_optimizer, prepare
+from normswap.finetune.setup import RunSetup, batch_mixer, build_average, build_optimizer, prepare
 from normswap.model_state import training_flags
-from normswap.surgery.importance import ImportanceWeights, batch_dependence, gate_parameters, importance_weights
+from normswap.surgery.importance import SiteWeights, batch_dependence, gate_parameters, importance_weights
 
 # MERGED DOC: Loss and accuracy of a classifier on data that is divided among processes.
 
@@ -74,7 +74,7 @@ def share_buffers(model: nn.Module) -> None:
 
 
 Record = Mapping[str, Any]
-Tell = Callable[[Record], None]
+WriteRecord = Callable[[Record], None]
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Outcome:
     seconds: float
     before: Evaluation
     after: Evaluation
-    importance: Mapping[str, ImportanceWeights]
+    importance: Mapping[str, SiteWeights]
     notes: tuple[str, ...] = ()
 
     @property
@@ -104,7 +104,7 @@ class _Run:
 
     recipe: Recipe
     accelerator: Accelerator
-    prepared: Prepared
+    prepared: RunSetup
     network: nn.Module
     optimizer: Any
     schedule: LambdaLR
@@ -153,20 +153,20 @@ def run_recipe(
         NormswapError: what reading, converting, opening data and saving raise.
     """
     output = recipe.output
-    state = _found_state(recipe, output, resume=resume, overwrite=overwrite)
-    accelerator = _accelerator(recipe)
-    run = _begin(recipe, accelerator, state, trust=trust)
+    state = _load_state(recipe, output, resume=resume, overwrite=overwrite)
+    accelerator = _make_accelerator(recipe)
+    run = _set_up_run(recipe, accelerator, state, trust=trust)
     if accelerator.is_main_process:
         output.mkdir(parents=True, exist_ok=True)
-    with stop_requests() as request, _journal(run) as journal:
+    with handle_stop_signals() as request, _open_journal(run) as journal:
 
-        def tell(record: Record) -> None:
+        def write_record(record: Record) -> None:
             if journal is not None:
                 journal.write(record)
                 if on_record is not None:
                     on_record(record)
 
-        return _carry_out(run, request, tell, on_step or (lambda *_: None))
+        return _execute(run, request, write_record, on_step or (lambda *_: None))
 
 
 def is_first_process() -> bool:
@@ -174,7 +174,7 @@ def is_first_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def _found_state(recipe: Recipe, output: Path, *, resume: bool, overwrite: bool) -> RunState | None:
+def _load_state(recipe: Recipe, output: Path, *, resume: bool, overwrite: bool) -> RunState | None:
     if resume:
         return read_state(output, recipe)
     if (output / STATE).exists() and not overwrite:
@@ -182,7 +182,7 @@ def _found_state(recipe: Recipe, output: Path, *, resume: bool, overwrite: bool)
     return None
 
 
-def _accelerator(recipe: Recipe) -> Accelerator:
+def _make_accelerator(recipe: Recipe) -> Accelerator:
     if not distributed.is_initialized():
         # Else the first run of a process decides the precision of all others.
         AcceleratorState._reset_state()
@@ -195,7 +195,7 @@ def _accelerator(recipe: Recipe) -> Accelerator:
     return accelerator
 
 
-def _begin(recipe: Recipe, accelerator: Accelerator, state: RunState | None, *, trust: bool) -> _Run:
+def _set_up_run(recipe: Recipe, accelerator: Accelerator, state: RunState | None, *, trust: bool) -> _Run:
     shard = accelerator.process_index, accelerator.num_processes
     prepared = prepare(recipe, state=recipe.output / STATE if state else None, trust=trust, shard=shard)
     model, train = prepared.model, recipe.train
@@ -204,7 +204,7 @@ def _begin(recipe: Recipe, accelerator: Accelerator, state: RunState | None, *, 
     model.to(accelerator.device)
     average = build_average(model, train.ema_decay)
     optimizer = build_optimizer(model, train)
-    schedule = LambdaLR(optimizer, _factor(train, prepared.steps))
+    schedule = LambdaLR(optimizer, _make_lr_lambda(train, prepared.steps))
     network, prepared_optimizer = accelerator.prepare(model, optimizer)
     run = _Run(recipe, accelerator, prepared, network, prepared_optimizer, schedule, average, prepared.steps)
     if state is not None:
@@ -212,19 +212,19 @@ def _begin(recipe: Recipe, accelerator: Accelerator, state: RunState | None, *, 
     return run
 
 
-def _factor(train: TrainTable, steps: int) -> Callable[[int], float]:
+def _make_lr_lambda(train: TrainTable, steps: int) -> Callable[[int], float]:
     """The learning rate of a step as a share of the highest."""
-    least = train.min_lr / train.lr if train.lr else 0.0
+    min_factor = train.min_lr / train.lr if train.lr else 0.0
     warmup = check_warmup(train, steps)
 
-    def factor(step: int) -> float:
+    def lr_lambda(step: int) -> float:
         if step < warmup:
             return (step + 1) / (warmup + 1)
-        done = min(1.0, (step - warmup) / (steps - warmup))
-        falls = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
-        return least + (1 - least) * falls[train.schedule]
+        progress = min(1.0, (step - warmup) / (steps - warmup))
+        decay = {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}
+        return min_factor + (1 - min_factor) * decay[train.schedule]
 
-    return factor
+    return lr_lambda
 
 
 def _restore(run: _Run, state: RunState) -> None:
@@ -239,18 +239,20 @@ def _restore(run: _Run, state: RunState) -> None:
     run.before = Evaluation(**state.before)
 
 
-def _journal(run: _Run) -> Any:
+def _open_journal(run: _Run) -> Any:
     return Journal(run.recipe.output, after=run.step) if run.accelerator.is_main_process else nullcontext()
 
 
-def _carry_out(run: _Run, request: StopRequest, tell: Tell, on_step: Callable[[int, int], None]) -> Outcome:
+def _execute(
+    run: _Run, request: StopRequest, write_record: WriteRecord, on_step: Callable[[int, int], None]
+) -> Outcome:
     if run.before is None:
         facts = {"recipe": run.recipe.to_dict(), "processes": run.accelerator.num_processes}
-        tell({"step": 0, **facts, "notes": run.prepared.notes})
-        run.before = _evaluated(run, tell)
-    _train(run, request, tell, on_step)
-    after = _evaluated(run, tell)
-    _save(run, tell)
+        write_record({"step": 0, **facts, "notes": run.prepared.notes})
+        run.before = _evaluate_and_log(run, write_record)
+    _train(run, request, write_record, on_step)
+    after = _evaluate_and_log(run, write_record)
+    _save(run, write_record)
     model = run.recipe.output / MODEL
     if run.accelerator.is_main_process:
         model = write_model(run.recipe.output, run.recipe, run.prepared.source, run.kept)
@@ -259,38 +261,38 @@ def _carry_out(run: _Run, request: StopRequest, tell: Tell, on_step: Callable[[i
     return Outcome(run.recipe.output, model, run.steps, run.seconds, run.before, after, importance, notes)
 
 
-def _train(run: _Run, request: StopRequest, tell: Tell, on_step: Callable[[int, int], None]) -> None:
+def _train(run: _Run, request: StopRequest, write_record: WriteRecord, on_step: Callable[[int, int], None]) -> None:
     """Take the steps that are left."""
-    every = run.recipe.run
-    batches = _batches(run.prepared.training, first=run.step * run.recipe.train.accumulation)
+    run_table = run.recipe.run
+    batches = _iter_batches(run.prepared.training, first=run.step * run.recipe.train.accumulation)
     mix = batch_mixer(run.recipe.data, classes=run.prepared.classes)
     gates = set(gate_parameters(run.model).values())
     network = [parameter for parameter in run.model.parameters() if parameter not in gates]
     run.network.train()
     while run.step < run.steps:
-        since = time.monotonic()
+        start_time = time.monotonic()
         _step(run, batches, mix, network)
         run.step += 1
-        run.seconds += time.monotonic() - since
+        run.seconds += time.monotonic() - start_time
         on_step(run.step, run.steps)
-        _notice(run, request, tell)
+        _log_if_due(run, request, write_record)
         if run.step < run.steps:
-            if every.evaluate_every and run.step % every.evaluate_every == 0:
-                _evaluated(run, tell)
-            if every.save_every and run.step % every.save_every == 0:
-                _save(run, tell)
+            if run_table.evaluate_every and run.step % run_table.evaluate_every == 0:
+                _evaluate_and_log(run, write_record)
+            if run_table.save_every and run.step % run_table.save_every == 0:
+                _save(run, write_record)
 
 
-def _notice(run: _Run, request: StopRequest, tell: Tell) -> None:
+def _log_if_due(run: _Run, request: StopRequest, write_record: WriteRecord) -> None:
     """Look at the losses where a line of the log is due, and stop where that was asked for.
 
     In many processes only where a line is due: a look in common makes each wait for all, and the host for the device.
     """
     is_due = run.step % run.recipe.run.log_every == 0 or run.step == run.steps
     if is_due:
-        tell(_looked(run))
-    if (is_due or run.accelerator.num_processes == 1) and run.step < run.steps and _asked_to_stop(run, request):
-        _save(run, tell)
+        write_record(_make_record(run))
+    if (is_due or run.accelerator.num_processes == 1) and run.step < run.steps and _is_stop_requested(run, request):
+        _save(run, write_record)
         raise RunInterrupted(
             f"stopped after step {run.step} of {run.steps}, all is saved in {run.recipe.output}: "
             "go on with resume=True",
@@ -298,7 +300,7 @@ def _notice(run: _Run, request: StopRequest, tell: Tell) -> None:
         )
 
 
-def _batches(data: Data, *, first: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _iter_batches(data: Data, *, first: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches from number `first` on, without end."""
     epoch, start = divmod(first, len(data))
     while True:
@@ -314,13 +316,13 @@ def _step(
 ) -> None:
     """One update of all parameters, from `accumulation` batches in each process."""
     train, accelerator = run.recipe.train, run.accelerator
-    for part in range(train.accumulation):
+    for micro_batch in range(train.accumulation):
         images, labels = (tensor.to(accelerator.device, non_blocking=True) for tensor in next(batches))
         if train.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
-        seed_generators(mixed(train.seed, accelerator.process_index, run.step * train.accumulation + part))
+        seed_generators(derive_seed(train.seed, accelerator.process_index, run.step * train.accumulation + micro_batch))
         images, targets = mix(images, labels)
-        is_last = part == train.accumulation - 1
+        is_last = micro_batch == train.accumulation - 1
         with nullcontext() if is_last else accelerator.no_sync(run.network):
             loss = F.cross_entropy(run.network(images), targets, label_smoothing=run.recipe.data.label_smoothing)
             run.losses.append(loss.detach())
@@ -337,15 +339,15 @@ def _step(
         run.average.update(run.model, step=run.step)
 
 
-def _asked_to_stop(run: _Run, request: StopRequest) -> bool:
+def _is_stop_requested(run: _Run, request: StopRequest) -> bool:
     """Whether any process was; all of them get the same answer."""
     if run.accelerator.num_processes == 1:
         return request.number is not None
-    asked = torch.tensor(float(request.number is not None), device=run.accelerator.device)
-    return bool(run.accelerator.reduce(asked, "sum") > 0)
+    requested = torch.tensor(float(request.number is not None), device=run.accelerator.device)
+    return bool(run.accelerator.reduce(requested, "sum") > 0)
 
 
-def _looked(run: _Run) -> Record:
+def _make_record(run: _Run) -> Record:
     """What is to be told of the steps since the last look.
 
     Raises:
@@ -371,19 +373,19 @@ def _looked(run: _Run) -> Record:
     }
 
 
-def _evaluated(run: _Run, tell: Tell) -> Evaluation:
+def _evaluate_and_log(run: _Run, write_record: WriteRecord) -> Evaluation:
     if run.accelerator.num_processes > 1:
         share_buffers(run.kept)
     found = evaluate(run.kept, run.prepared.evaluation, run.accelerator)
-    tell({"step": run.step, "evaluation": found._asdict()})
+    write_record({"step": run.step, "evaluation": found._asdict()})
     run.network.train()
     return found
 
 
-def _save(run: _Run, tell: Tell) -> None:
+def _save(run: _Run, write_record: WriteRecord) -> None:
     """Write the state; only one whose losses all are numbers."""
     if run.losses:
-        tell(_looked(run))
+        write_record(_make_record(run))
     run.accelerator.wait_for_everyone()
     if run.accelerator.is_main_process and run.before is not None:
         scaler = run.accelerator.scaler

@@ -19,7 +19,13 @@ from torch.autograd import forward_ad
 from normswap.errors import LayerError
 from normswap.layers.backends import cpu
 from normswap.layers.backends.custom_ops import switch_norm_operator
-from normswap.layers.backends.interface import Inputs, Renew, check_tensors, check_update, switch_norm_fused
+from normswap.layers.backends.interface import (
+    Inputs,
+    RunningStatsUpdate,
+    check_tensors,
+    check_update,
+    switch_norm_fused,
+)
 from normswap.layers.backends.reference import (
     Moments,
     accumulation_dtype,
@@ -27,7 +33,7 @@ from normswap.layers.backends.reference import (
     is_batch_norm,
     switch_norm_reference,
 )
-from normswap.layers.backends.selection import can_read, compiles_operator, fused_backend, is_jit_traced, runs_now
+from normswap.layers.backends.selection import can_read_values, fused_backend, is_eager, is_jit_tracing, needs_custom_op
 from normswap.layers.gating import (
     BRANCHES,
     BnStatistics,
@@ -40,7 +46,7 @@ from normswap.layers.gating import (
     importance_weights,
     read_weights,
 )
-from normswap.layers.sync import Settle, Settled, processes, switch_norm_joint
+from normswap.layers.sync import BnMoments, BnMomentsCallback, process_count, switch_norm_synchronized
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -51,7 +57,7 @@ if TYPE_CHECKING:
 # MERGED DOC: Running statistics: a batch recorded in them, and what the `bn` branch reads of them, once per batch.
 
 
-_numbers = itertools.count()
+_site_counter = itertools.count()
 
 
 class SiteName(NamedTuple):
@@ -63,10 +69,10 @@ class SiteName(NamedTuple):
 
 def new_site_name(name: str) -> SiteName:
     """Return a name that no other layer of this process has; copies of the layer share it."""
-    return SiteName(name, next(_numbers))
+    return SiteName(name, next(_site_counter))
 
 
-def without_instance(
+def redistribute_instance_weight(
     x: Tensor, mean_weight: Tensor, var_weight: Tensor, gate: Gate, branches: Sequence[Branch], site: SiteName | None
 ) -> tuple[Tensor, Tensor, tuple[Branch, ...]]:
     """Return simplex points (K - 1,) for the branches beside `in`, which are returned third.
@@ -80,47 +86,53 @@ def without_instance(
     Raises:
         LayerError: `in` is the only branch.
     """
-    left = tuple(branch for branch in branches if branch != "in")
-    if not left:
+    remaining_branches = tuple(branch for branch in branches if branch != "in")
+    if not remaining_branches:
         raise LayerError(
             f"one spatial position per channel (input of shape {tuple(x.shape)}) leaves the `in` branch no variance, "
             "and there is no other one: build the layer with branches=('ln', 'bn'), or plan with an input of the real "
             "size"
         )
-    heir: Branch = "ln" if "ln" in left else "bn"
+    recipient: Branch = "ln" if "ln" in remaining_branches else "bn"
     if site is not None:
-        _warn(x, (mean_weight, var_weight), gate, branches.index("in"), heir, site)
+        _warn(x, (mean_weight, var_weight), gate, branches.index("in"), recipient, site)
     weights = importance_weights(torch.stack((mean_weight, var_weight)), gate)
-    others = [weights[:, branches.index(branch)] for branch in left if branch != heir]
+    others = [weights[:, branches.index(branch)] for branch in remaining_branches if branch != recipient]
     # What the others leave: so a weight of exactly 0 or 1 stays one.
     rest = 1 - torch.stack(others).sum(0) if others else 1 + 0 * weights.sum(1)
-    taken = iter(others)
-    points = torch.stack([rest if branch == heir else next(taken) for branch in left], dim=1)
-    return points[0], points[1], left
+    remaining_weights = iter(others)
+    points = torch.stack(
+        [rest if branch == recipient else next(remaining_weights) for branch in remaining_branches], dim=1
+    )
+    return points[0], points[1], remaining_branches
 
 
-def _warn(x: Tensor, gates: tuple[Tensor, Tensor], gate: Gate, place: int, heir: Branch, site: SiteName) -> None:
+def _warn(
+    x: Tensor, gates: tuple[Tensor, Tensor], gate: Gate, instance_index: int, recipient: Branch, site: SiteName
+) -> None:
     if torch.compiler.is_compiling():
         if not torch.compiler.is_exporting():
-            _warn_once(*site, heir)
+            _warn_once(*site, recipient)
         return
-    if not runs_now(x) or site in _warned:
+    if not is_eager(x) or site in _warned:
         return
-    if not all(can_read(point) for point in gates) or any(read_weights(point, gate)[place] != 0 for point in gates):
-        _warn_once(*site, heir)
+    if not all(can_read_values(point) for point in gates) or any(
+        read_weights(point, gate)[instance_index] != 0 for point in gates
+    ):
+        _warn_once(*site, recipient)
 
 
 _warned: set[SiteName] = set()
 
 
-def _warn_once(name: str, number: int, heir: Branch) -> bool:
+def _warn_once(name: str, number: int, recipient: Branch) -> bool:
     """Warn of a site, once; a compiler calls this while it traces, with what is constant."""
     site = SiteName(name, number)
     if site not in _warned:
         _warned.add(site)
         warnings.warn(
             f"{name} is fed one spatial position per channel, where `in` has no variance: in such calls the weight of "
-            f"`in` goes to `{heir}`, and parameters stay as they are. To leave `in` out, convert with an example input "
+            f"`in` goes to `{recipient}`, and parameters stay as they are. To leave `in` out, convert with an example input "
             "of the real size",
             stacklevel=2,
         )
@@ -137,7 +149,7 @@ def update_running(
 ) -> None:
     """Record the moments (1, C) of a batch of `values` values per channel in place; the variance is stored unbiased."""
     unbiased = values / (values - 1)
-    if runs_now(batch.mean) and cpu.record(batch, running_mean, running_var, count, momentum=momentum, factor=unbiased):
+    if is_eager(batch.mean) and cpu.record(batch, running_mean, running_var, count, momentum=momentum, factor=unbiased):
         return
     mean, var = (moment.detach().squeeze(0) for moment in batch)
     for running, new in ((running_mean, mean), (running_var, var * unbiased)):
@@ -150,7 +162,7 @@ def update_running(
         count.add_(1)
 
 
-def renew_running(
+def update_and_read_running(
     running_mean: Tensor, running_var: Tensor, count: Tensor | None, momentum: float, values: int, batch: Moments
 ) -> Moments:
     """Record a batch as `update_running`, unless this is a recomputation; return the statistics, (1, C) each.
@@ -162,12 +174,12 @@ def renew_running(
     """
     arguments = running_mean, running_var, count, momentum, values
     if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
-        return Moments(*_renew(*arguments, *(moment.detach() for moment in batch)))
+        return Moments(*_update_and_read(*arguments, *(moment.detach() for moment in batch)))
     if not is_recomputation():
         update_running(*arguments, batch)
-    renewed = read_running(running_mean, running_var, batch.mean.dtype, copy=True)
-    usable = renewed.mean.isfinite() & (renewed.var >= 0)
-    return Moments(*(torch.where(usable, new, own.detach()) for new, own in zip(renewed, batch, strict=True)))
+    updated = read_running(running_mean, running_var, batch.mean.dtype, copy=True)
+    is_valid = updated.mean.isfinite() & (updated.var >= 0)
+    return Moments(*(torch.where(is_valid, new, own.detach()) for new, own in zip(updated, batch, strict=True)))
 
 
 def read_running(running_mean: Tensor, running_var: Tensor, dtype: torch.dtype, *, copy: bool) -> Moments:
@@ -187,7 +199,7 @@ def is_recomputation() -> bool:
 
 
 @torch.library.custom_op("normswap::renew_running", mutates_args=("running_mean", "running_var", "count"))
-def _renew(
+def _update_and_read(
     running_mean: Tensor,
     running_var: Tensor,
     count: Tensor | None,
@@ -196,10 +208,10 @@ def _renew(
     mean: Tensor,
     var: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    return tuple(renew_running(running_mean, running_var, count, momentum, values, Moments(mean, var)))  # type: ignore[return-value]
+    return tuple(update_and_read_running(running_mean, running_var, count, momentum, values, Moments(mean, var)))  # type: ignore[return-value]
 
 
-@_renew.register_fake
+@_update_and_read.register_fake
 def _(*arguments: Any) -> tuple[Tensor, Tensor]:
     *_, mean, var = arguments
     return torch.empty_like(mean), torch.empty_like(var)
@@ -267,40 +279,44 @@ def switch_norm(
     if branches != BRANCHES:
         check_branches(branches)
     check_tensors(x, (mean_weight, var_weight), len(branches), (running_mean, running_var, weight, bias))
-    takes_batch = training and "bn" in branches and bn_statistics != "running"
-    if takes_batch and running_mean is not None and running_var is not None:
+    uses_batch_moments = training and "bn" in branches and bn_statistics != "running"
+    if uses_batch_moments and running_mean is not None and running_var is not None:
         check_update(x, running_mean, running_var, num_batches_tracked)
-    joint = synchronize and takes_batch and not x.is_meta and processes(process_group) > 1
-    if x.numel() == 0 and not joint:
+    is_synchronized = synchronize and uses_batch_moments and not x.is_meta and process_count(process_group) > 1
+    if x.numel() == 0 and not is_synchronized:
         if training and num_batches_tracked is not None and not is_recomputation():
             num_batches_tracked.add_(1)
         return _empty_output(x, [mean_weight, var_weight, weight, bias])
     values = x.numel() // x.shape[1]
     if x.numel() and values == x.shape[0] and "in" in branches:
-        mean_weight, var_weight, branches = without_instance(x, mean_weight, var_weight, gate, branches, site)
+        mean_weight, var_weight, branches = redistribute_instance_weight(
+            x, mean_weight, var_weight, gate, branches, site
+        )
         gate = "simplex"
     mixing = Mixing(gate, tuple(branches), eps)
-    if joint:
+    if is_synchronized:
         inputs = Inputs(x, mean_weight, var_weight, weight, bias, None, mixing)
-        renews = bn_statistics == "renorm"
-        settle = partial(_settle, x, running_mean, running_var, num_batches_tracked, momentum, renews)
-        return _switch_norm_joint()(inputs, process_group, settle)
+        renorm = bn_statistics == "renorm"
+        bn_moments_callback = partial(
+            _synchronized_bn_moments, x, running_mean, running_var, num_batches_tracked, momentum, renorm
+        )
+        return _synchronized_implementation()(inputs, process_group, bn_moments_callback)
     constants = record = None
-    renew: Renew | None = None
+    running_stats_update: RunningStatsUpdate | None = None
     if "bn" in branches:
         constants = _running_moments(x, running_mean, running_var, training and bn_statistics != "running", values)
         if training and constants is None and running_mean is not None and running_var is not None:
             update = running_mean, running_var, num_batches_tracked, momentum, values
             if bn_statistics == "renorm":
-                renew = partial(renew_running, *update)
+                running_stats_update = partial(update_and_read_running, *update)
             elif not is_recomputation():
                 record = partial(update_running, *update)
-    inputs = Inputs(x, mean_weight, var_weight, weight, bias, constants, mixing, renew)
-    if runs_now(x) and (backend := fused_backend(x)) and (renew is None or backend.renews):
+    inputs = Inputs(x, mean_weight, var_weight, weight, bias, constants, mixing, running_stats_update)
+    if is_eager(x) and (backend := fused_backend(x)) and (running_stats_update is None or backend.renorm):
         if constants is not None and _is_fixed_batch_norm(mean_weight, var_weight, mixing):
             return batch_norm(x, weight, bias, constants, eps)
         return switch_norm_fused(backend, inputs, record)
-    if renew is None and compiles_operator(x):
+    if running_stats_update is None and needs_custom_op(x):
         return switch_norm_operator(inputs, record)
     means, variances = importance_weights(torch.stack((mean_weight, var_weight)), gate).unbind()
     return switch_norm_reference(
@@ -312,7 +328,7 @@ def switch_norm(
         constants,
         branches=branches,
         eps=eps,
-        record=record if renew is None else renew,
+        record=record if running_stats_update is None else running_stats_update,
     )
 
 
@@ -334,37 +350,39 @@ def _is_fixed_batch_norm(mean_weight: Tensor, var_weight: Tensor, mixing: Mixing
 
 
 def _running_moments(
-    x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, batch_wanted: bool, values: int
+    x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, use_batch_moments: bool, values: int
 ) -> Moments | None:
     """The constants for the `bn` branch, or None where it takes the moments of the batch."""
-    tracked = running_mean is not None and running_var is not None
-    if values == 1 and not tracked:
+    has_running_stats = running_mean is not None and running_var is not None
+    if values == 1 and not has_running_stats:
         raise LayerError(
             f"expected more than 1 value per channel for the moments of a batch, got an input of shape "
             f"{tuple(x.shape)} and no running statistics: give the layer track_running_stats=True or drop `bn`"
         )
-    if not tracked or (batch_wanted and values > 1):
+    if not has_running_stats or (use_batch_moments and values > 1):
         return None
     # Copies where a backward pass may follow: an update in between must not change what was used. A trace is the same
     # graph with gradients and without, which torch.jit.trace checks.
-    copy = torch.is_grad_enabled() or is_jit_traced()
+    copy = torch.is_grad_enabled() or is_jit_tracing()
     return read_running(running_mean, running_var, accumulation_dtype(x), copy=copy)  # type: ignore[arg-type]
 
 
-_outside_graphs: list[Callable[..., Tensor]] = []
+_graph_break_functions: list[Callable[..., Tensor]] = []
 
 
-def _switch_norm_joint() -> Callable[..., Tensor]:
+def _synchronized_implementation() -> Callable[..., Tensor]:
     """What normalises where the batch is synchronized; for compilers a function that they leave as it is."""
     if not torch.compiler.is_compiling() or torch.compiler.is_exporting():
-        return _normalise_joint
-    if not _outside_graphs:  # made at first use, since it imports the compiler
+        return _normalise_synchronized
+    if not _graph_break_functions:  # made at first use, since it imports the compiler
         disable: Any = torch.compiler.disable
-        _outside_graphs.append(disable(_normalise_joint, reason="statistics are synchronized"))
-    return _outside_graphs[0]
+        _graph_break_functions.append(disable(_normalise_synchronized, reason="statistics are synchronized"))
+    return _graph_break_functions[0]
 
 
-def _normalise_joint(inputs: Inputs, group: "ProcessGroup | None", settle: Settle) -> Tensor:
+def _normalise_synchronized(
+    inputs: Inputs, group: "ProcessGroup | None", bn_moments_callback: BnMomentsCallback
+) -> Tensor:
     """Normalise x, the part of a joint batch, if it has values to exchange."""
     x = inputs.x
     if (
@@ -379,32 +397,36 @@ def _normalise_joint(inputs: Inputs, group: "ProcessGroup | None", settle: Settl
             "torch.export, torch.func, torch.jit.trace, forward-mode derivatives or with fake tensors: call eval() "
             "first, or set synchronize=False"
         )
-    return switch_norm_joint(inputs, group, settle, fused=runs_now(x) and fused_backend(x) is not None)
+    return switch_norm_synchronized(
+        inputs, group, bn_moments_callback, fused=is_eager(x) and fused_backend(x) is not None
+    )
 
 
-def _settle(
+def _synchronized_bn_moments(
     x: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
     count: Tensor | None,
     momentum: float,
-    renews: bool,
+    renorm: bool,
     batch: Moments,
     values: int,
-) -> Settled:
+) -> BnMoments:
     """What the `bn` branch uses of a joint batch with so many values per channel, which is recorded."""
     if values == 0:
         if count is not None and not is_recomputation():
             count.add_(1)
-        return Settled(batch, pulls=False)
+        return BnMoments(batch, is_differentiable=False)
     constants = _running_moments(x, running_mean, running_var, True, values)
     if constants is not None:
         # Copies: an update before the backward pass must not change what was used.
-        return Settled(Moments(*(moment.clone() for moment in constants)), pulls=False)
+        return BnMoments(Moments(*(moment.clone() for moment in constants)), is_differentiable=False)
     if running_mean is None or running_var is None:
-        return Settled(batch, pulls=True)
-    if renews:
-        return Settled(renew_running(running_mean, running_var, count, momentum, values, batch), pulls=True)
+        return BnMoments(batch, is_differentiable=True)
+    if renorm:
+        return BnMoments(
+            update_and_read_running(running_mean, running_var, count, momentum, values, batch), is_differentiable=True
+        )
     if not is_recomputation():
         update_running(running_mean, running_var, count, momentum, values, batch)
-    return Settled(batch, pulls=True)
+    return BnMoments(batch, is_differentiable=True)

@@ -14,9 +14,15 @@ from torch import Tensor, nn
 from normswap.errors import LayerError
 from normswap.layers.backends import custom_ops
 from normswap.layers.backends.interface import is_captured
-from normswap.layers.backends.selection import can_read, compiles_operator, is_jit_traced, project_points, runs_now
+from normswap.layers.backends.selection import (
+    can_read_values,
+    is_eager,
+    is_jit_tracing,
+    needs_custom_op,
+    project_points,
+)
 from normswap.layers.functional import SiteName
-from normswap.layers.gating import BnStatistics, Branch, Gate, importance_weights, lies_on_simplex
+from normswap.layers.gating import BnStatistics, Branch, Gate, importance_weights, is_on_simplex
 from normswap.layers.in_place import GATE_PARAMETERS
 
 if TYPE_CHECKING:
@@ -27,7 +33,7 @@ if TYPE_CHECKING:
 _SIMPLEX_TOLERANCE = 1e-2
 
 
-def registered(module: nn.Module, name: str) -> Any:
+def get_registered(module: nn.Module, name: str) -> Any:
     """Return a parameter or buffer at a fifth of what an attribute of a module costs, which small layers feel."""
     found: Tensor | None = module._parameters.get(name)
     if found is None:
@@ -69,17 +75,17 @@ class GatedModule(nn.Module):
     def importance_weights(self) -> tuple[Tensor, Tensor]:
         """Return the importance weights of means and of variances, each (K,), detached."""
         # From the registry: FX hands out proxies for attributes while it traces, and these are values.
-        mean, var = (importance_weights(registered(self, name).detach(), self.gate) for name in GATE_PARAMETERS)
+        mean, var = (importance_weights(get_registered(self, name).detach(), self.gate) for name in GATE_PARAMETERS)
         return mean, var
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         # A group of processes cannot be copied: the copy shares it.
         if self.process_group is not None:
             memo[id(self.process_group)] = self.process_group
-        twin = self.__new__(type(self))
-        memo[id(self)] = twin
-        twin.__setstate__(copy.deepcopy(super().__getstate__(), memo))  # type: ignore[no-untyped-call]
-        return twin
+        module_copy = self.__new__(type(self))
+        memo[id(self)] = module_copy
+        module_copy.__setstate__(copy.deepcopy(super().__getstate__(), memo))  # type: ignore[no-untyped-call]
+        return module_copy
 
     def __getstate__(self) -> dict[str, Any]:
         # Nor can it be stored: what is loaded shares with all processes.
@@ -100,18 +106,18 @@ class GatedModule(nn.Module):
         change; it has to be readable at no cost, or met by a kernel that reads it on its device.
         """
         # A trace would record the write without its `no_grad`; what it computes projects the points itself.
-        if self.gate == "simplex" and not is_jit_traced():
-            points = [registered(self, name) for name in GATE_PARAMETERS]
+        if self.gate == "simplex" and not is_jit_tracing():
+            points = [get_registered(self, name) for name in GATE_PARAMETERS]
             self._project([point for point in points if point.requires_grad])
 
     def _project(self, points: list[Tensor]) -> None:
-        points = [point for point in points if not (can_read(point) and lies_on_simplex(point))]
+        points = [point for point in points if not (can_read_values(point) and is_on_simplex(point))]
         if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
             points = [point for point in points if not is_captured(point)]  # which the forward pass projects by itself
         if not points or project_points(points, self.branches):
             return
         with torch.no_grad():
-            if points[0].device.type == "cpu" and compiles_operator(points[0]):
+            if points[0].device.type == "cpu" and needs_custom_op(points[0]):
                 custom_ops.project_points(points)
                 return
             for point in points:
@@ -123,7 +129,7 @@ class GatedModule(nn.Module):
             # An optimizer has moved points off the simplex, where the next forward pass would put them back: what is
             # stored without `_metadata`, as in safetensors, could not be told from logits.
             points = [point for name in GATE_PARAMETERS if (point := self._parameters.get(name)) is not None]
-            self._project([point for point in points if runs_now(point)])
+            self._project([point for point in points if is_eager(point)])
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if hasattr(destination, "_metadata"):
             destination._metadata[prefix[:-1]]["gate"] = self.gate
@@ -155,7 +161,7 @@ class GatedModule(nn.Module):
     def _gate_problem(self, value: Tensor, stored_gate: str | None) -> str | None:
         if stored_gate not in (None, self.gate):
             return f"expected a {self.gate} gate, the state dict holds a {stored_gate} one"
-        if stored_gate is None and self.gate == "simplex" and not value.is_meta and not _lies_on_simplex(value):
+        if stored_gate is None and self.gate == "simplex" and not value.is_meta and not _is_near_simplex(value):
             return (
                 f"expected a point of the simplex (shares >= 0 of sum 1), got {value.tolist()}; "
                 "if these are logits, build the layer with gate='softmax'"
@@ -163,7 +169,7 @@ class GatedModule(nn.Module):
         return None
 
 
-def _lies_on_simplex(value: Tensor) -> bool:
+def _is_near_simplex(value: Tensor) -> bool:
     value = value.detach().float()
     return bool((value >= -_SIMPLEX_TOLERANCE).all()) and abs(float(value.sum()) - 1) <= _SIMPLEX_TOLERANCE
 

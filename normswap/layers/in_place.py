@@ -21,7 +21,7 @@ from normswap.layers.gating import BnStatistics, Branch, Gate, initial_point
 GATE_PARAMETERS = ("mean_weight", "var_weight")
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 # Where a layer whose statistics are frozen keeps what its `bn` branch used before, if not those of the batch.
-UNFROZEN = "unfrozen_statistics"
+STATISTICS_BEFORE_FREEZE = "unfrozen_statistics"
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def check_replaceable(
         )
 
 
-def adopt(
+def convert_module(
     module: nn.Module,
     target: type[nn.Module],
     *,
@@ -152,7 +152,7 @@ def adopt(
     statistics: dict[str, torch.Tensor] = {}
     if vertex != "bn" and "bn" in branches:
         settings |= {"momentum": None, "track_running_stats": True}
-        statistics = _fresh_statistics(module.__dict__.get("num_features", channels), like)
+        statistics = _initial_running_stats(module.__dict__.get("num_features", channels), like)
     settings |= {name: None for name in STATISTICS if name not in module._buffers | statistics}
     displaced = {name: module.__dict__[name] for name in (*settings, "replaced") if name in module.__dict__}
     created = tuple((name, name in module._buffers) for name in statistics)
@@ -164,7 +164,7 @@ def adopt(
     module._buffers.update(statistics)
 
 
-def _fresh_statistics(channels: int, like: torch.Tensor) -> dict[str, torch.Tensor]:
+def _initial_running_stats(channels: int, like: torch.Tensor) -> dict[str, torch.Tensor]:
     """Running statistics before the first batch, as a BatchNorm is born with."""
     mean = torch.zeros(channels, dtype=like.dtype, device=like.device)
     count = torch.tensor(0, dtype=torch.long, device=like.device)
@@ -192,7 +192,7 @@ def original_class(layer: nn.Module) -> type[nn.Module]:
     raise SwapError(f"cannot put back {replaced.class_name}: import its module first, then revert again")
 
 
-def release(layer: nn.Module) -> None:
+def revert_module(layer: nn.Module) -> None:
     """Undo `adopt`: the class and the `__dict__` are again what they were, with the tensors as they are now.
 
     Raises:
@@ -203,7 +203,7 @@ def release(layer: nn.Module) -> None:
     for name in replaced.added:
         if name not in replaced.displaced:  # those keep their place in the `__dict__`
             layer.__dict__.pop(name, None)
-    layer.__dict__.pop(UNFROZEN, None)
+    layer.__dict__.pop(STATISTICS_BEFORE_FREEZE, None)
     layer.__dict__.update(replaced.displaced)
     for name in GATE_PARAMETERS:
         layer._parameters.pop(name)
@@ -214,8 +214,8 @@ def release(layer: nn.Module) -> None:
     layer.__class__ = cls
 
 
-def shallow_twin(module: nn.Module) -> nn.Module:
+def shallow_copy(module: nn.Module) -> nn.Module:
     """Return a second module with the same tensors and children, whose registries can change on their own."""
-    twin: nn.Module = module.__new__(type(module))
-    twin.__dict__ = {k: v.copy() if isinstance(v, dict | set) else v for k, v in module.__dict__.items()}
-    return twin
+    module_copy: nn.Module = module.__new__(type(module))
+    module_copy.__dict__ = {k: v.copy() if isinstance(v, dict | set) else v for k, v in module.__dict__.items()}
+    return module_copy

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from normswap.errors import LayerError
 from normswap.layers.functional import new_site_name, switch_norm
-from normswap.layers.gated_module import GatedModule, registered
+from normswap.layers.gated_module import GatedModule, get_registered
 from normswap.layers.gating import (
     BRANCHES,
     BnStatistics,
@@ -24,7 +24,7 @@ from normswap.layers.gating import (
     check_gate,
     initial_point,
 )
-from normswap.layers.in_place import GATE_PARAMETERS, adopt, check_replaceable, shallow_twin
+from normswap.layers.in_place import GATE_PARAMETERS, check_replaceable, convert_module, shallow_copy
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -52,7 +52,7 @@ class SwitchNorm(GatedModule):
     """
 
     _ranks: tuple[int, ...] = ()
-    _children: frozenset[str] = frozenset()
+    _expected_children: frozenset[str] = frozenset()
 
     weight: Tensor | None
     bias: Tensor | None
@@ -91,17 +91,19 @@ class SwitchNorm(GatedModule):
         self.process_group = process_group
         self.site = new_site_name(f"a {type(self).__name__} of {num_features} channels")
 
-        def parameter(wanted: bool, size: int = num_features) -> nn.Parameter | None:
-            return nn.Parameter(torch.empty(size, device=device, dtype=dtype)) if wanted else None
+        def parameter(present: bool, size: int = num_features) -> nn.Parameter | None:
+            return nn.Parameter(torch.empty(size, device=device, dtype=dtype)) if present else None
 
         self.register_parameter("weight", parameter(affine))
         self.register_parameter("bias", parameter(affine and bias))
         self.register_parameter("mean_weight", parameter(True, len(self.branches)))
         self.register_parameter("var_weight", parameter(True, len(self.branches)))
-        tracked = track_running_stats and "bn" in self.branches
+        uses_running_stats = track_running_stats and "bn" in self.branches
         for name in ("running_mean", "running_var"):
-            self.register_buffer(name, torch.empty(num_features, device=device, dtype=dtype) if tracked else None)
-        counter = torch.tensor(0, dtype=torch.long, device=device) if tracked else None
+            self.register_buffer(
+                name, torch.empty(num_features, device=device, dtype=dtype) if uses_running_stats else None
+            )
+        counter = torch.tensor(0, dtype=torch.long, device=device) if uses_running_stats else None
         self.register_buffer("num_batches_tracked", counter)
         self.reset_parameters()
 
@@ -127,15 +129,15 @@ class SwitchNorm(GatedModule):
         Raises:
             LayerError: this class does not compute the function of `bn`, or `branches` lacks `bn`.
         """
-        check_replaceable(bn, cls, cls._children)
+        check_replaceable(bn, cls, cls._expected_children)
         frozen = "weight" in bn._buffers
         channels = bn.running_mean.shape[0] if isinstance(bn.running_mean, Tensor) else bn.num_features
         chosen = check_branches(branches or (BRANCHES if channels != 1 else ("in", "bn")))
         if "bn" not in chosen:
             raise LayerError(f"branches: expected `bn` among them to start from Batch Normalization, got {chosen}")
         affine = [t for t in (bn.weight, bn.bias) if isinstance(t, Tensor)]
-        layer = shallow_twin(bn)
-        adopt(
+        layer = shallow_copy(bn)
+        convert_module(
             layer,
             cls,
             gate=check_gate(gate),
@@ -158,8 +160,8 @@ class SwitchNorm(GatedModule):
         Raises:
             LayerError: the importance weights are neither exactly those of BN nor those of such a norm.
         """
-        unmistakable = self.running_mean is None and self.is_at(self.vertex)
-        if not (unmistakable or self.is_at("bn")):
+        cannot_be_folded = self.running_mean is None and self.is_at(self.vertex)
+        if not (cannot_be_folded or self.is_at("bn")):
             raise LayerError(
                 "a SwitchNorm layer whose importance weights are not those of BN cannot be folded as one: keep the "
                 "layer, or put the old norm back with normswap.revert(model, discard=True)"
@@ -199,7 +201,7 @@ class SwitchNorm(GatedModule):
 
     def forward(self, x: Tensor | None = None, *, input: Tensor | None = None) -> Tensor:  # noqa: A002 - torch's name
         """Normalise x (N, C, *spatial); see `switch_norm`. torch's norms call it `input`, and so may a keyword."""
-        return apply_layer(self, _only(self, x, input))
+        return apply_layer(self, _resolve_input(self, x, input))
 
     def extra_repr(self) -> str:
         """Return the options that differ between layers, for `print(model)`."""
@@ -224,21 +226,21 @@ class SwitchNorm(GatedModule):
         elif "gate" not in local_metadata and self.num_batches_tracked is not None:
             # Written before torch counted batches (BatchNorm version < 2), or in the published layout.
             count = self.num_batches_tracked
-            kept = torch.tensor(0, dtype=torch.long) if count.is_meta else count
-            state_dict.setdefault(prefix + "num_batches_tracked", kept)
+            stored_count = torch.tensor(0, dtype=torch.long) if count.is_meta else count
+            state_dict.setdefault(prefix + "num_batches_tracked", stored_count)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
 
 
-def _only(layer: nn.Module, x: Tensor | None, named: Tensor | None) -> Tensor:
+def _resolve_input(layer: nn.Module, x: Tensor | None, keyword_input: Tensor | None) -> Tensor:
     """Return the input, given as x or as `input`; raise what Python raises for any other number of them."""
-    if named is None:
+    if keyword_input is None:
         if x is None:
             raise TypeError(f"{type(layer).__name__}.forward() missing 1 required positional argument: 'input'")
         return x
     if x is None:
-        return named
+        return keyword_input
     raise TypeError(f"{type(layer).__name__}.forward() got multiple values for argument 'input'")
 
 
@@ -250,23 +252,25 @@ def apply_layer(layer: SwitchNorm, x: Tensor) -> Tensor:
     training = layer.training
     if training:
         layer.project_gates()
-    updates = training and layer.track_running_stats and layer.bn_statistics != "running" and "bn" in layer.branches
-    tracked = not training or layer.track_running_stats or layer.bn_statistics == "running"
+    updates_running_stats = (
+        training and layer.track_running_stats and layer.bn_statistics != "running" and "bn" in layer.branches
+    )
+    uses_running_stats = not training or layer.track_running_stats or layer.bn_statistics == "running"
     return switch_norm(
         x,
-        registered(layer, "mean_weight"),
-        registered(layer, "var_weight"),
-        registered(layer, "running_mean") if tracked else None,
-        registered(layer, "running_var") if tracked else None,
-        registered(layer, "weight"),
-        registered(layer, "bias"),
+        get_registered(layer, "mean_weight"),
+        get_registered(layer, "var_weight"),
+        get_registered(layer, "running_mean") if uses_running_stats else None,
+        get_registered(layer, "running_var") if uses_running_stats else None,
+        get_registered(layer, "weight"),
+        get_registered(layer, "bias"),
         training,
-        _share_of_batch(layer) if updates else 0.0,
+        _exponential_average_factor(layer) if updates_running_stats else 0.0,
         layer.normalising_eps,
         gate=layer.gate,
         branches=layer.branches,
         bn_statistics=layer.bn_statistics,
-        num_batches_tracked=registered(layer, "num_batches_tracked") if updates else None,
+        num_batches_tracked=get_registered(layer, "num_batches_tracked") if updates_running_stats else None,
         synchronize=layer.synchronize,
         process_group=layer.process_group,
         site=layer.site,
@@ -276,7 +280,7 @@ def apply_layer(layer: SwitchNorm, x: Tensor) -> Tensor:
 torch.fx.wrap("apply_layer")
 
 
-def _share_of_batch(layer: SwitchNorm) -> float:
+def _exponential_average_factor(layer: SwitchNorm) -> float:
     """The share of the next batch in the running statistics: the momentum, or that of a plain average."""
     if layer.momentum is not None:
         return layer.momentum
@@ -315,7 +319,7 @@ class SwitchNormAct(SwitchNorm):
         True
     """
 
-    _children = frozenset({"act", "drop"})
+    _expected_children = frozenset({"act", "drop"})
     # Attributes, so that what was pickled before there was a choice has it too.
     then: tuple[str, ...] = ("drop", "act")
 
@@ -328,7 +332,7 @@ class SwitchNormAct(SwitchNorm):
 
     def forward(self, x: Tensor | None = None, *, input: Tensor | None = None) -> Tensor:  # noqa: A002 - torch's name
         """Normalise x (N, C, *spatial), then run what `then` names; `input` is another name for x."""
-        y = apply_layer(self, _only(self, x, input))
+        y = apply_layer(self, _resolve_input(self, x, input))
         for name in self.then:
             y = getattr(self, name)(y)
         return y

@@ -16,14 +16,14 @@ from normswap.reports.tables import (
     heading,
     history,
     importance_table,
-    missing,
-    parity,
+    not_measured_line,
     plan_summary,
+    verification_table,
     worst_sites,
 )
 from normswap.running_stats.calibration import Calibration
 from normswap.surgery.conversion import Conversion
-from normswap.surgery.importance import ImportanceWeights
+from normswap.surgery.importance import SiteWeights
 from normswap.surgery.plan import SwapPlan
 from normswap.training.live_conversion import TrainingConversion
 from normswap.verification.equivalence import Verification
@@ -47,7 +47,7 @@ def training(result: TrainingConversion) -> RenderableType:
         "in no optimizer" if result.group is None else f"learning rate {float(result.group['lr']):g}, no weight decay"
     )
     parts = {"Gates": gates, "Schedulers": ", ".join(result.schedulers), "Averages": ", ".join(result.averages)}
-    lines = [Text.assemble((name, "bold"), f"  {said or 'none'}") for name, said in parts.items()]
+    lines = [Text.assemble((name, "bold"), f"  {description or 'none'}") for name, description in parts.items()]
     return Group(
         heading(type(result.model).__name__, "converted"), Text(""), plan_summary(result.plan), Text(""), *lines
     )
@@ -60,7 +60,11 @@ def plan(result: SwapPlan) -> RenderableType:
 
 def verification(result: Verification) -> RenderableType:
     """Return every check, and the sites that differ most if one failed."""
-    return parity(result) if result.passed else Group(parity(result), Text(""), worst_sites(result))
+    return (
+        verification_table(result)
+        if result.passed
+        else Group(verification_table(result), Text(""), worst_sites(result))
+    )
 
 
 def calibration(result: Calibration) -> RenderableType:
@@ -71,7 +75,7 @@ def calibration(result: Calibration) -> RenderableType:
 def loaded(result: Loaded) -> RenderableType:
     """Return the class of the model, its plan, its history, and the names of what else the file holds."""
     parts: list[RenderableType] = [heading(type(result.model).__name__, "loaded"), Text("")]
-    parts.append(missing("Plan", "not converted") if result.plan is None else plan_summary(result.plan))
+    parts.append(not_measured_line("Plan", "not converted") if result.plan is None else plan_summary(result.plan))
     if result.history:
         parts += [Text(""), history(result.history)]
     if result.rest:
@@ -79,7 +83,7 @@ def loaded(result: Loaded) -> RenderableType:
     return Group(*parts)
 
 
-def importance(result: Mapping[str, ImportanceWeights]) -> RenderableType:
+def importance(result: Mapping[str, SiteWeights]) -> RenderableType:
     """Return the importance weights of every site, one row each."""
     return importance_table(result)
 
@@ -96,8 +100,8 @@ def outcome_table(outcome: Outcome, picture: Path) -> RenderableType:
     before, after = outcome.before, outcome.after
     table.add_row("accuracy, %", f"{before.accuracy:.1f}", f"[bold]{after.accuracy:.1f}")
     table.add_row("loss", f"{before.loss:.3f}", f"{after.loss:.3f}")
-    pace = f"{outcome.steps} steps in {outcome.seconds:.0f} s, evaluated on {after.images} images"
-    parts: list[RenderableType] = [table, Text(f"  {pace}", "dim")]
+    summary = f"{outcome.steps} steps in {outcome.seconds:.0f} s, evaluated on {after.images} images"
+    parts: list[RenderableType] = [table, Text(f"  {summary}", "dim")]
     if outcome.importance:
         parts += [Text(""), average_importance(outcome.importance)]
     files = (f"wrote {outcome.model}", f"log {outcome.log}", f"picture {picture}")
@@ -110,11 +114,11 @@ def describe_losses(record: Mapping[str, Any]) -> str:
         return ""
     sites = record["importance"].values()
     shares = [site[kind] for site in sites for kind in _KINDS]
-    told = [f"{branch} {_mean(shares, branch):.2f}" for branch in BRANCHES] if shares else []
-    return " ".join([f"loss {record['loss']:.3f}", f"lr {record['lr']:.2g}", *told])
+    branch_texts = [f"{branch} {_mean_importance(shares, branch):.2f}" for branch in BRANCHES] if shares else []
+    return " ".join([f"loss {record['loss']:.3f}", f"lr {record['lr']:.2g}", *branch_texts])
 
 
-def average_importance(importance: Mapping[str, ImportanceWeights]) -> Table:
+def average_importance(importance: Mapping[str, SiteWeights]) -> Table:
     """Return the mean over all sites of each branch's share, and how many sites still are what they were."""
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
     table.add_column(Text(f"importance weights, mean of {len(importance)} sites", "bold"))
@@ -122,11 +126,11 @@ def average_importance(importance: Mapping[str, ImportanceWeights]) -> Table:
         table.add_column(branch, justify="right")
     for kind, title in _KINDS.items():
         shares = [getattr(weights, kind) for weights in importance.values()]
-        table.add_row(title, *(f"{_mean(shares, branch):.2f}" for branch in BRANCHES))
+        table.add_row(title, *(f"{_mean_importance(shares, branch):.2f}" for branch in BRANCHES))
     return table
 
 
-def draw_course(records: Sequence[Mapping[str, Any]], path: Path) -> None:
+def plot_run(records: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Draw loss, accuracy and mean importance weights over the steps of a run into a PNG file."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -145,7 +149,8 @@ def draw_course(records: Sequence[Mapping[str, Any]], path: Path) -> None:
     for panel, (kind, title) in zip(panels[2:], _KINDS.items(), strict=False):
         steps = [record["step"] for record in gated]
         shares = [
-            [_mean([site[kind] for site in r["importance"].values()], branch) for r in gated] for branch in BRANCHES
+            [_mean_importance([site[kind] for site in r["importance"].values()], branch) for r in gated]
+            for branch in BRANCHES
         ]
         panel.stackplot(steps, shares, labels=BRANCHES)
         panel.set(title=f"importance, {title}", xlabel="step", ylim=(0, 1))
@@ -154,6 +159,6 @@ def draw_course(records: Sequence[Mapping[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _mean(shares: Sequence[Mapping[str, float]], branch: str) -> float:
+def _mean_importance(shares: Sequence[Mapping[str, float]], branch: str) -> float:
     """The mean share of a branch; a site without it gives it none."""
     return sum(share.get(branch, 0.0) for share in shares) / len(shares)

@@ -11,13 +11,13 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from normswap.checkpoints.architecture.identification import Candidate, Identification, describe_misfits
+from normswap.checkpoints.architecture.identification import Candidate, Identification, describe_mismatches
 from normswap.checkpoints.content.state_dict import NormTensors, WeightsSurvey
 from normswap.checkpoints.record import Step
 from normswap.layers.gating import BRANCHES
 from normswap.running_stats.calibration import Calibration
 from normswap.surgery.discovery.sites import NormSite
-from normswap.surgery.importance import ImportanceWeights
+from normswap.surgery.importance import SiteWeights
 from normswap.surgery.plan import Swap, SwapPlan
 from normswap.verification.equivalence import Verification
 from normswap.verification.site_watch import SiteError
@@ -27,8 +27,8 @@ from normswap.verification.site_watch import SiteError
 # MERGED DOC: Tables of what a file shows without an architecture, for the terminal, as rich renderables.
 
 
-_MOST_EXAMPLES = 3
-_LEFT_OUT = {
+_MAX_EXAMPLES = 3
+_OMITTED_BRANCHES = {
     # The plan keeps no shapes: whether the site or the user left a branch out is not told apart.
     "in": "no `in`: one spatial position has no variance, or left out by choice",
     "ln": "no `ln`: one channel, too few at one position, or left out by choice",
@@ -41,39 +41,43 @@ _VERDICTS = {
 }
 
 
-def heading(text: str, aside: str = "") -> RenderableType:
+def heading(text: str, subtitle: str = "") -> RenderableType:
     """Return a title with a quieter remark beside it."""
     grid = Table.grid(padding=(0, 2))
-    grid.add_row(Text(text, "bold", overflow="fold"), Text(aside, "dim", overflow="fold"))
+    grid.add_row(Text(text, "bold", overflow="fold"), Text(subtitle, "dim", overflow="fold"))
     return grid
 
 
 def plan_summary(plan: SwapPlan) -> RenderableType:
     """Return the sites by kind, the decisions with their reasons, and the plan's notes."""
-    parts: list[RenderableType] = [_kinds(plan), Text(""), _decisions(plan)]
+    parts: list[RenderableType] = [_kinds_table(plan), Text(""), _decisions_table(plan)]
     if plan.notes:
         parts += [Text(""), bullets(plan.notes)]
     return Group(*parts)
 
 
-def carried_notes(notes: Sequence[str]) -> RenderableType:
+def notes_table(notes: Sequence[str]) -> RenderableType:
     """Return what became of the rest of a file."""
-    return Group(Text(""), Text("Carried", "bold"), bullets(notes))
+    return Group(Text(""), Text("ConvertedContent", "bold"), bullets(notes))
 
 
-def parity(verification: Verification) -> RenderableType:
+def verification_table(verification: Verification) -> RenderableType:
     """Return every check with its error, its limit and its verdict, and the float32 error for the record."""
     loosened = "; limit loosened on request" if verification.loosened else ""
     rule = "the whole model" if verification.judged_by == "whole model" else "every site alone"
     # The model's own response to a change of one unit in the last place is measured only where an error is large.
-    own = any(check.own_response is not None for check in verification.checks)
-    table = _table("Parity", "error", "limit", "verdict", *(["own response"] if own else []), right={1, 2, 4})
+    has_response = any(check.own_response is not None for check in verification.checks)
+    table = _table(
+        "Parity", "error", "limit", "verdict", *(["own response"] if has_response else []), right_aligned={1, 2, 4}
+    )
     for check in verification.checks:
-        limit = _number(check.limit) if check.passed is not None else ""
-        response = [_number(check.own_response)] if own else []
-        table.add_row(Text(check.name), _number(check.error), limit, _VERDICTS[check.passed], *response)
+        limit = _format_number(check.limit) if check.passed is not None else ""
+        response = [_format_number(check.own_response)] if has_response else []
+        table.add_row(Text(check.name), _format_number(check.error), limit, _VERDICTS[check.passed], *response)
     if verification.fp32_error is not None:
-        table.add_row(Text("outputs in float32", "dim"), _number(verification.fp32_error), "", Text("noted", "dim"))
+        table.add_row(
+            Text("outputs in float32", "dim"), _format_number(verification.fp32_error), "", Text("noted", "dim")
+        )
     lines: list[RenderableType] = [table]
     notes = dict.fromkeys((*(check.note for check in verification.checks if check.note), *verification.notes))
     lines += [Text(f"  {note}", "dim") for note in notes]
@@ -82,25 +86,32 @@ def parity(verification: Verification) -> RenderableType:
     return Group(*lines)
 
 
-def missing(title: str, reason: str) -> RenderableType:
+def not_measured_line(title: str, reason: str) -> RenderableType:
     """Return a line in place of a table, such as the parity of a conversion that was not measured."""
     return Text.assemble((title, "bold"), "  ", (reason, "yellow"))
 
 
-def read_back(error: float) -> RenderableType:
+def read_back_line(error: float) -> RenderableType:
     """Return how far an exported program that was read back differs from the original, in its own precision."""
-    return Text.assemble(("Read back", "bold"), f"  computes what the original does, relative L2 {_number(error)}")
+    return Text.assemble(
+        ("Read back", "bold"), f"  computes what the original does, relative L2 {_format_number(error)}"
+    )
 
 
 def worst_sites(verification: Verification, limit: int = 5) -> RenderableType:
     """Return the sites that differ most from what they replaced, fed the same input."""
     measured = any(site.gradients is not None for site in verification.sites)
     headings = ["evaluation", "training", *["gradients"] * measured, "statistics"]
-    table = _table("Sites that differ most", *headings, right={1, 2, 3, 4})
-    ranked = sorted(verification.sites, key=_worst_of, reverse=True)
+    table = _table("Sites that differ most", *headings, right_aligned={1, 2, 3, 4})
+    ranked = sorted(verification.sites, key=_max_error, reverse=True)
     for site in ranked[:limit]:
-        gradients = [_number(site.gradients)] if measured else []
-        errors = [_number(site.evaluation), _number(site.training), *gradients, _number(site.statistics)]
+        gradients = [_format_number(site.gradients)] if measured else []
+        errors = [
+            _format_number(site.evaluation),
+            _format_number(site.training),
+            *gradients,
+            _format_number(site.statistics),
+        ]
         table.add_row(Text(site.fqn, overflow="fold"), *errors)
     return table
 
@@ -108,23 +119,25 @@ def worst_sites(verification: Verification, limit: int = 5) -> RenderableType:
 def site_table(sites: Sequence[NormSite], plan: SwapPlan) -> RenderableType:
     """Return one row per site, in order of execution: what it is, what it was fed, what becomes of it."""
     swaps = {swap.fqn: swap for swap in plan.swaps}
-    table = _table("Site", "class", "C", "fed", "becomes", right={2})
+    table = _table("Site", "class", "C", "fed", "becomes", right_aligned={2})
     for site in sites:
         swap = swaps.get(site.fqn)
         becomes = Text("+".join(swap.branches)) if swap else Text("stays", "dim")
         shapes = ["x".join(map(str, shape)) for shape in site.shapes or ()]
-        fed = " ".join(shapes[:1]) + (f" +{len(shapes) - 1}" if len(shapes) > 1 else "")
+        input_shape = " ".join(shapes[:1]) + (f" +{len(shapes) - 1}" if len(shapes) > 1 else "")
         table.add_row(
             Text(site.fqn or "(the model)", overflow="fold"),
-            Text(_short(site.class_name) if swap else _named(site.class_name), "dim", overflow="ellipsis"),
+            Text(
+                _short_class(site.class_name) if swap else _display_class(site.class_name), "dim", overflow="ellipsis"
+            ),
             str(site.num_features or ""),
-            fed or ("" if site.shapes is None else "did not run"),
+            input_shape or ("" if site.shapes is None else "did not run"),
             becomes,
         )
     return table
 
 
-def importance_table(weights: Mapping[str, ImportanceWeights], plan: SwapPlan | None = None) -> RenderableType:
+def importance_table(weights: Mapping[str, SiteWeights], plan: SwapPlan | None = None) -> RenderableType:
     """Return the importance weights of every site, for means and for variances.
 
     Args:
@@ -138,13 +151,13 @@ def importance_table(weights: Mapping[str, ImportanceWeights], plan: SwapPlan | 
     for fqn, shares in weights.items():
         table.add_row(
             Text(fqn or "(the model)", overflow="fold"),
-            *(_share(side.get(branch)) for side in shares for branch in BRANCHES),
+            *(_format_weight(side.get(branch)) for side in shares for branch in BRANCHES),
         )
     if plan is None:
         return table
-    began = {swap.fqn: swap.vertex for swap in plan.swaps}
-    still = sum(all(side[began[fqn]] == 1 for side in shares) for fqn, shares in weights.items())
-    return Group(table, Text(f"  {still} of {len(weights)} sites are still exactly the norm they replaced", "dim"))
+    initial = {swap.fqn: swap.vertex for swap in plan.swaps}
+    unchanged = sum(all(side[initial[fqn]] == 1 for side in shares) for fqn, shares in weights.items())
+    return Group(table, Text(f"  {unchanged} of {len(weights)} sites are still exactly the norm they replaced", "dim"))
 
 
 def history(steps: Iterable[Step]) -> RenderableType:
@@ -160,7 +173,9 @@ def history(steps: Iterable[Step]) -> RenderableType:
 
 def calibration_table(calibration: Calibration, limit: int = 10) -> RenderableType:
     """Return the layers whose statistics moved most, the others as one number, and those that were left, by reason."""
-    table = _table("Statistics that moved most", "values", "mean by", "deviation x", "shift", right={1, 2, 3, 4})
+    table = _table(
+        "Statistics that moved most", "values", "mean by", "deviation x", "shift", right_aligned={1, 2, 3, 4}
+    )
     ranked = sorted(calibration.layers, key=lambda layer: layer.shift, reverse=True)
     for layer in ranked[:limit]:
         factor = 1 / layer.deviation_ratio if layer.deviation_ratio else math.inf
@@ -169,12 +184,14 @@ def calibration_table(calibration: Calibration, limit: int = 10) -> RenderableTy
     if ranked[limit:]:
         table.add_row(Text(f"{len(ranked) - limit} more, at most", "dim"), "", "", "", f"{ranked[limit].shift:.3g}")
     reasons: dict[str, list[str]] = {}
-    for left in calibration.skipped:
-        reasons.setdefault(left.reason, []).append(left.fqn)
+    for skipped_layer in calibration.skipped:
+        reasons.setdefault(skipped_layer.reason, []).append(skipped_layer.fqn)
     lines: list[RenderableType] = [table, Text("  in deviations: of means, and of normalized values at most", "dim")]
     if reasons:
-        told = [f"{len(names)} left, {reason}: {_examples(names)}" for reason, names in reasons.items()]
-        lines += [Text(""), bullets(told)]
+        lines_by_reason = [
+            f"{len(names)} left, {reason}: {_format_examples(names)}" for reason, names in reasons.items()
+        ]
+        lines += [Text(""), bullets(lines_by_reason)]
     return Group(*lines)
 
 
@@ -186,28 +203,30 @@ def bullets(notes: Iterable[str]) -> RenderableType:
     return table
 
 
-def _table(first: str, *others: str, right: set[int] | None = None) -> Table:
+def _table(first: str, *others: str, right_aligned: set[int] | None = None) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column(first, header_style="bold not dim", no_wrap=False)
     for index, name in enumerate(others, start=1):
-        table.add_column(name, justify="right" if index in (right or ()) else "left")
+        table.add_column(name, justify="right" if index in (right_aligned or ()) else "left")
     return table
 
 
-def _kinds(plan: SwapPlan) -> RenderableType:
+def _kinds_table(plan: SwapPlan) -> RenderableType:
     swapped, skipped = (Counter(item.class_name for item in side) for side in (plan.swaps, plan.skips))
-    table = _table("Sites by kind", "found", "swapped", "skipped", right={1, 2, 3})
+    table = _table("Sites by kind", "found", "swapped", "skipped", right_aligned={1, 2, 3})
     rows = [(name, swapped[name], skipped[name]) for name in sorted({**swapped, **skipped})]
     if len(rows) != 1:
         rows.append(("", len(plan.swaps), len(plan.skips)))
-    for name, ours, theirs in rows:
-        kind = Text.assemble(_short(name), (f"  {name.partition('.')[0]}", "dim")) if name else Text("all", "dim")
-        kind = Text(_named(name)) if theirs and name and _named(name) != _short(name) else kind
-        table.add_row(kind, str(ours + theirs), str(ours), str(theirs))
+    for name, num_swapped, num_skipped in rows:
+        kind = Text.assemble(_short_class(name), (f"  {name.partition('.')[0]}", "dim")) if name else Text("all", "dim")
+        kind = (
+            Text(_display_class(name)) if num_skipped and name and _display_class(name) != _short_class(name) else kind
+        )
+        table.add_row(kind, str(num_swapped + num_skipped), str(num_swapped), str(num_skipped))
     return table
 
 
-def _decisions(plan: SwapPlan) -> RenderableType:
+def _decisions_table(plan: SwapPlan) -> RenderableType:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
     table.add_column(justify="right")
     table.add_column()
@@ -216,10 +235,12 @@ def _decisions(plan: SwapPlan) -> RenderableType:
     for swap in plan.swaps:
         groups.setdefault(("swap", _describe(swap)), []).append(swap.fqn)
     for skip in plan.skips:
-        groups.setdefault(("skip", skip.reason), []).append(f"{skip.fqn or '(the model)'} ({_named(skip.class_name)})")
+        groups.setdefault(("skip", skip.reason), []).append(
+            f"{skip.fqn or '(the model)'} ({_display_class(skip.class_name)})"
+        )
     for (decision, reason), names in groups.items():
         everything = decision == "swap" and len(names) == len(plan.swaps) and not plan.skips
-        what = Text.assemble(reason, ("" if everything else f"\n{_examples(names)}", "dim"))
+        what = Text.assemble(reason, ("" if everything else f"\n{_format_examples(names)}", "dim"))
         table.add_row(str(len(names)), Text(decision, "green" if decision == "swap" else "yellow"), what)
     return table
 
@@ -227,7 +248,7 @@ def _decisions(plan: SwapPlan) -> RenderableType:
 def _describe(swap: Swap) -> str:
     statistics = f", {swap.bn_statistics} statistics" if "bn" in swap.branches else ""
     parts = [f"{'+'.join(swap.branches)}, {swap.gate} gate{statistics}"]
-    parts += [_LEFT_OUT[branch] for branch in BRANCHES if branch not in swap.branches]
+    parts += [_OMITTED_BRANCHES[branch] for branch in BRANCHES if branch not in swap.branches]
     if not swap.train_gates:
         parts.append("frozen, and so are its importance weights")
     if swap.owner is not None:
@@ -235,75 +256,75 @@ def _describe(swap: Swap) -> str:
     return "; ".join(parts)
 
 
-def _examples(names: list[str]) -> str:
-    shown = ", ".join(name or "(the model)" for name in names[:_MOST_EXAMPLES])
-    return shown + (f" +{len(names) - _MOST_EXAMPLES}" if len(names) > _MOST_EXAMPLES else "")
+def _format_examples(names: list[str]) -> str:
+    shown = ", ".join(name or "(the model)" for name in names[:_MAX_EXAMPLES])
+    return shown + (f" +{len(names) - _MAX_EXAMPLES}" if len(names) > _MAX_EXAMPLES else "")
 
 
-def _number(value: float | None) -> str:
+def _format_number(value: float | None) -> str:
     if value is None:
         return ""
     return "0" if value == 0 else f"{value:.1e}"
 
 
-def _worst_of(site: SiteError) -> float:
+def _max_error(site: SiteError) -> float:
     return max(error or 0.0 for error in (site.evaluation, site.training, site.gradients, site.statistics))
 
 
-def _share(value: float | None) -> RenderableType:
+def _format_weight(value: float | None) -> RenderableType:
     if value is None:
         return Text("-", "dim")
     return Text(f"{value:.2f}", "dim" if value == 0 else "")
 
 
-def _named(class_name: str) -> str:
+def _display_class(class_name: str) -> str:
     """The whole name of a class, which tells one BatchNorm2d from another; torch's own are known by the last part."""
-    return _short(class_name) if class_name.startswith("torch.nn.") else class_name
+    return _short_class(class_name) if class_name.startswith("torch.nn.") else class_name
 
 
-def _short(class_name: str) -> str:
+def _short_class(class_name: str) -> str:
     return class_name.rpartition(".")[2]
 
 
-_MOST_ALIASES = 4
+_MAX_ALIASES = 4
 
 
 def identification(found: Identification) -> RenderableType:
     """Return what fits, one row per function with what sets it apart, or the nearest ones with misfits."""
-    parts = _functions(found) if found.candidates else _matches(found)
+    parts = _functions_table(found) if found.candidates else _matches_table(found)
     return Group(*parts, Text(f"  known: the models of {found.origin}", "dim"))
 
 
-def _functions(found: Identification) -> list[RenderableType]:
+def _functions_table(found: Identification) -> list[RenderableType]:
     several = len(found.functions) > 1
     differences = found.differences()
     table = _borderless_table("Architecture", "differs in" if several else "", "also called")
     for group in found.functions:
         first, *others = group
-        told = [f"{kind}: {value}" for kind, value in differences[first.architecture].items()]
+        note_lines = [f"{kind}: {value}" for kind, value in differences[first.architecture].items()]
         table.add_row(
             Text(first.architecture, overflow="fold"),
-            Text("\n".join(told) if several else "", overflow="fold"),
+            Text("\n".join(note_lines) if several else "", overflow="fold"),
             Text(_aliases(others), "dim", overflow="fold"),
         )
-    notes = dict.fromkeys(describe_misfits(group[0]) for group in found.functions)
+    notes = dict.fromkeys(describe_mismatches(group[0]) for group in found.functions)
     return [table, *(Text(f"  {note}", "dim") for note in notes)]
 
 
-def _matches(found: Identification) -> list[RenderableType]:
+def _matches_table(found: Identification) -> list[RenderableType]:
     table = _borderless_table("Nearest architecture", "misfits", "tensors")
     for match in found.matches:
         table.add_row(
             Text(match.architecture, overflow="fold"),
-            str(match.misfits),
-            Text(describe_misfits(match), overflow="fold"),
+            str(match.num_mismatches),
+            Text(describe_mismatches(match), overflow="fold"),
         )
     return [table] if found.matches else []
 
 
 def _aliases(others: list[Candidate]) -> str:
-    more = f" +{len(others) - _MOST_ALIASES}" if len(others) > _MOST_ALIASES else ""
-    return ", ".join(other.architecture for other in others[:_MOST_ALIASES]) + more
+    more = f" +{len(others) - _MAX_ALIASES}" if len(others) > _MAX_ALIASES else ""
+    return ", ".join(other.architecture for other in others[:_MAX_ALIASES]) + more
 
 
 def _borderless_table(*columns: str) -> Table:
@@ -313,33 +334,33 @@ def _borderless_table(*columns: str) -> Table:
     return table
 
 
-_MOST_GROUPS = 24
-_MOST_NAMES = 3
+_MAX_GROUPS = 24
+_MAX_NAMES = 3
 
 
 def weights_table(weights: WeightsSurvey) -> RenderableType:
     """Return one set of weights: how many tensors and parameters, and its norms by the module around them."""
-    title = Text.assemble((weights.entry or "Weights", "bold"), "  ", (_described(weights), "dim"))
+    title = Text.assemble((weights.entry or "Weights", "bold"), "  ", (_describe_weights(weights), "dim"))
     if not weights.norms:
         return Group(title, Text("  no norm tensors", "yellow"))
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     for name in ("Norms in", "batch", "other", "channels", "names"):
         table.add_column(name, justify="right" if name in ("batch", "other", "channels") else "left")
     groups = [*weights.groups().items()]
-    for name, norms in groups[:_MOST_GROUPS]:
+    for name, norms in groups[:_MAX_GROUPS]:
         table.add_row(
             Text(name or "(outermost)", overflow="fold"),
             *(str(count or "") for count in _counts(norms)),
             _channels(norms),
             Text(_names(norms), "dim", overflow="fold"),
         )
-    rest = [norm for _, norms in groups[_MOST_GROUPS:] for norm in norms]
+    rest = [norm for _, norms in groups[_MAX_GROUPS:] for norm in norms]
     if rest:
-        table.add_row(Text(f"{len(groups) - _MOST_GROUPS} more", "dim"), *(str(n or "") for n in _counts(rest)), "", "")
-    return Group(title, table, Text(f"  {_total(weights)}", "dim"))
+        table.add_row(Text(f"{len(groups) - _MAX_GROUPS} more", "dim"), *(str(n or "") for n in _counts(rest)), "", "")
+    return Group(title, table, Text(f"  {_describe_total(weights)}", "dim"))
 
 
-def _described(weights: WeightsSurvey) -> str:
+def _describe_weights(weights: WeightsSurvey) -> str:
     parts = [f"{weights.tensors:,} tensors", f"{weights.parameters:,} parameters", f"{weights.bytes / 1e6:.1f} MB"]
     return ", ".join(parts + ([f"all names begin with {weights.prefix}"] if weights.prefix else []))
 
@@ -349,7 +370,7 @@ def _counts(norms: "list[NormTensors] | tuple[NormTensors, ...]") -> tuple[int, 
     return batch, len(norms) - batch
 
 
-def _total(weights: WeightsSurvey) -> str:
+def _describe_total(weights: WeightsSurvey) -> str:
     batch, other = _counts(weights.norms)
     converted = sum(norm.converted for norm in weights.norms)
     parts = [f"{batch} batch norms with running statistics"]
@@ -364,5 +385,5 @@ def _channels(norms: tuple[NormTensors, ...]) -> str:
 
 
 def _names(norms: tuple[NormTensors, ...]) -> str:
-    shown = ", ".join(norm.fqn for norm in norms[:_MOST_NAMES])
-    return shown + (f" +{len(norms) - _MOST_NAMES}" if len(norms) > _MOST_NAMES else "")
+    shown = ", ".join(norm.fqn for norm in norms[:_MAX_NAMES])
+    return shown + (f" +{len(norms) - _MAX_NAMES}" if len(norms) > _MAX_NAMES else "")

@@ -21,16 +21,25 @@ from torch.nn.parameter import is_lazy
 from normswap.errors import DataError, ModelError, NothingToDo
 from normswap.layers.gated_module import GatedModule
 from normswap.layers.switch_norm import FunctionalSwitchNorm
-from normswap.running_stats.accumulation import NO_STATISTICS, CalibrationPass, Gathered, Processes, Share, united
-from normswap.running_stats.control import is_hooked
-from normswap.surgery.arguments import mistaken_batches, require_module
+from normswap.running_stats.accumulation import (
+    NO_STATISTICS,
+    CalibrationPass,
+    LayerStatistics,
+    ProcessResult,
+    ResultExchange,
+    merge_processes,
+)
+from normswap.running_stats.control import is_frozen_by_hooks
+from normswap.surgery.arguments import describe_invalid_batches, require_module
 from normswap.surgery.module_tree import walk_modules
 from normswap.surgery.norms.classes import is_norm_layer
 from normswap.surgery.wrappers import unwrap
-from normswap.text import counted, printed_as
+from normswap.text import pluralize, printable_as
 
-_FROZEN = "frozen, its running statistics are constants: include_frozen=True (--include-frozen) calibrates it too"
-_DID_NOT_RUN = "did not run: left as it was"
+_FROZEN_REASON = (
+    "frozen, its running statistics are constants: include_frozen=True (--include-frozen) calibrates it too"
+)
+_NOT_RUN_REASON = "did not run: left as it was"
 
 
 @dataclass(frozen=True)
@@ -55,14 +64,14 @@ class CalibratedLayer:
 
 
 @dataclass(frozen=True)
-class PassedOver:
+class SkippedLayer:
     """A layer that was left as it was, and why."""
 
     fqn: str
     reason: str
 
 
-@printed_as("calibration")
+@printable_as("calibration")
 @dataclass(frozen=True, repr=False)
 class Calibration:
     """What `calibrate` did: the layers in the order they ran, those it left, and what it ran on.
@@ -71,12 +80,12 @@ class Calibration:
     """
 
     layers: tuple[CalibratedLayer, ...]
-    skipped: tuple[PassedOver, ...]
+    skipped: tuple[SkippedLayer, ...]
     batches: int
     passes: int
 
     def __repr__(self) -> str:
-        layers, skipped = counted(len(self.layers), "layer"), f"{len(self.skipped)} skipped"
+        layers, skipped = pluralize(len(self.layers), "layer"), f"{len(self.skipped)} skipped"
         return f"Calibration({layers}, {skipped}, {self.batches} batch{'es' * (self.batches != 1)})"
 
     @property
@@ -142,28 +151,28 @@ def calibrate(
             f"{type(batches).__name__}: make a list of it, or leave layer_by_layer out"
         )
     model = unwrap(require_module(model))
-    if problem := mistaken_batches(batches):
+    if problem := describe_invalid_batches(batches):
         raise DataError(f"batches: {problem}")
-    layers, skipped = _sorted_layers(model, include_frozen=include_frozen)
-    run = _Run(model, layers, device, Processes(process_group))
-    with run.all_or_nothing():
-        (run.layer_by_layer if layer_by_layer else run.at_once)(batches)
+    layers, skipped = _split_layers(model, include_frozen=include_frozen)
+    run = _CalibrationRun(model, layers, device, ResultExchange(process_group))
+    with run.rollback_on_error():
+        (run.layer_by_layer if layer_by_layer else run.single_pass)(batches)
     done = {layer.fqn for layer in run.done}
-    skipped |= run.passed_over
-    skipped |= {name: _DID_NOT_RUN for name in layers if name not in done and name not in skipped}
+    skipped |= run.skip_reasons
+    skipped |= {name: _NOT_RUN_REASON for name in layers if name not in done and name not in skipped}
     if not done:
-        told = "; ".join(f"{name or 'the model'}: {reason}" for name, reason in [*skipped.items()][:3])
-        raise NothingToDo(f"no layer with running statistics ran: nothing to calibrate{told and f' ({told})'}")
-    return Calibration(tuple(run.done), tuple(PassedOver(*item) for item in skipped.items()), run.batches, run.passes)
+        details = "; ".join(f"{name or 'the model'}: {reason}" for name, reason in [*skipped.items()][:3])
+        raise NothingToDo(f"no layer with running statistics ran: nothing to calibrate{details and f' ({details})'}")
+    return Calibration(tuple(run.done), tuple(SkippedLayer(*item) for item in skipped.items()), run.batches, run.passes)
 
 
-def _sorted_layers(model: nn.Module, *, include_frozen: bool) -> tuple[dict[str, nn.Module], dict[str, str]]:
+def _split_layers(model: nn.Module, *, include_frozen: bool) -> tuple[dict[str, nn.Module], dict[str, str]]:
     """The layers to calibrate by name, and the reasons why others are none of them."""
     layers: dict[str, nn.Module] = {}
     reasons: dict[str, str] = {}
-    for place in walk_modules(model):
-        name, module = place.names[0], place.module
-        reason = _reason_to_leave(module, include_frozen=include_frozen)
+    for entry in walk_modules(model):
+        name, module = entry.names[0], entry.module
+        reason = _skip_reason(module, include_frozen=include_frozen)
         if reason is not None:
             reasons[name] = reason
         elif isinstance(module, GatedModule | _BatchNorm):
@@ -171,32 +180,32 @@ def _sorted_layers(model: nn.Module, *, include_frozen: bool) -> tuple[dict[str,
     return layers, reasons
 
 
-def _reason_to_leave(module: nn.Module, *, include_frozen: bool) -> str | None:
+def _skip_reason(module: nn.Module, *, include_frozen: bool) -> str | None:
     """Why a norm is not calibrated; None where it is, and of what is no norm."""
     reason: str | None
     if isinstance(module, GatedModule):
-        reason, frozen = _reason_of_gated(module), module.bn_statistics == "running"
+        reason, frozen = _gated_skip_reason(module), module.bn_statistics == "running"
     elif isinstance(module, _BatchNorm):
-        reason, frozen = _reason_of_batch_norm(module), is_hooked(module)
+        reason, frozen = _batch_norm_skip_reason(module), is_frozen_by_hooks(module)
     else:
-        return _reason_of_other(module)
-    return reason or (_FROZEN if frozen and not include_frozen else None)
+        return _other_skip_reason(module)
+    return reason or (_FROZEN_REASON if frozen and not include_frozen else None)
 
 
-def _reason_of_gated(layer: Any) -> str | None:
+def _gated_skip_reason(layer: Any) -> str | None:
     if "bn" not in layer.branches:
         return "has no `bn` branch"
     # A functional site is given its statistics at each call.
     return None if isinstance(layer, FunctionalSwitchNorm) or layer.running_mean is not None else NO_STATISTICS
 
 
-def _reason_of_batch_norm(layer: Any) -> str | None:
+def _batch_norm_skip_reason(layer: Any) -> str | None:
     if layer.running_mean is None:
         return NO_STATISTICS
     return "has seen no input yet: run one batch through the model first" if is_lazy(layer.running_mean) else None
 
 
-def _reason_of_other(module: nn.Module) -> str | None:
+def _other_skip_reason(module: nn.Module) -> str | None:
     if not is_norm_layer(module) or not isinstance(module._buffers.get("running_mean"), Tensor):
         return None
     if isinstance(module, _InstanceNorm):
@@ -207,30 +216,32 @@ def _reason_of_other(module: nn.Module) -> str | None:
 # --- one run ----------------------------------------------------------------------------------------------------------
 
 
-class _Run:
+class _CalibrationRun:
     """The passes over the data, and what they led to."""
 
-    def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module], device: Any, processes: "Processes") -> None:
+    def __init__(
+        self, model: nn.Module, layers: Mapping[str, nn.Module], device: Any, exchange_group: "ResultExchange"
+    ) -> None:
         self.done: list[CalibratedLayer] = []
-        self.passed_over: dict[str, str] = {}
+        self.skip_reasons: dict[str, str] = {}
         self.batches = self.passes = 0
-        self._model, self._layers, self._device, self._processes = model, layers, device, processes
-        self._before: list[tuple[Tensor, Tensor]] = []
+        self._model, self._layers, self._device, self._exchange = model, layers, device, exchange_group
+        self._saved_values: list[tuple[Tensor, Tensor]] = []
 
     @contextmanager
-    def all_or_nothing(self) -> Iterator[None]:
+    def rollback_on_error(self) -> Iterator[None]:
         """Put back every statistic that was written if what is done inside fails."""
         try:
             yield
         except BaseException:
-            for tensor, value in reversed(self._before):
+            for tensor, value in reversed(self._saved_values):
                 tensor.copy_(value)
             raise
 
-    def at_once(self, batches: Iterable[Any]) -> None:
+    def single_pass(self, batches: Iterable[Any]) -> None:
         """Gather all layers in one pass, then write."""
-        order, gathered = self._pass(batches)
-        self._write({name: gathered[name] for name in order})
+        order, layer_statistics = self._pass(batches)
+        self._write({name: layer_statistics[name] for name in order})
 
     def layer_by_layer(self, batches: Iterable[Any]) -> None:
         """Gather and write one layer after another in the order in which they run."""
@@ -239,14 +250,14 @@ class _Run:
         self.passes = 0
         done: set[str] = set()
         while pending := [name for name in order if name not in done]:
-            met, gathered = self._pass(batches, only=pending[:1])
-            self._write({pending[0]: gathered[pending[0]]})
+            executed, layer_statistics = self._pass(batches, only=pending[:1])
+            self._write({pending[0]: layer_statistics[pending[0]]})
             done.add(pending[0])
-            order |= dict.fromkeys(met)
+            order |= dict.fromkeys(executed)
 
     def _pass(
         self, batches: Iterable[Any], *, only: Sequence[str] | None = None
-    ) -> tuple[list[str], dict[str, Gathered]]:
+    ) -> tuple[list[str], dict[str, LayerStatistics]]:
         """One pass in all processes: the names in the order they ran, and what was gathered by name."""
         calibration = CalibrationPass(self._model, self._layers, only=only)
         failure: Exception | None = None
@@ -254,39 +265,41 @@ class _Run:
             calibration.run(batches, device=self._device)
         except Exception as error:  # noqa: BLE001 - the other processes wait for a word of this one
             failure = error
-        shares = self._processes.exchange(Share.of(calibration, failure, self._model))
+        process_results = self._exchange.all_gather(ProcessResult.from_pass(calibration, failure, self._model))
         if failure is not None:
             raise failure
-        for rank, share in enumerate(shares):
-            if share.failure:
-                raise ModelError(f"process {rank} failed, and nothing was changed in any: {share.failure}")
-        self.batches, self.passes = sum(share.batches for share in shares), self.passes + 1
+        for rank, process_result in enumerate(process_results):
+            if process_result.failure:
+                raise ModelError(f"process {rank} failed, and nothing was changed in any: {process_result.failure}")
+        self.batches, self.passes = sum(process_result.batches for process_result in process_results), self.passes + 1
         if not self.batches:
             raise DataError("batches: expected at least one batch, got none")
-        self.passed_over |= {name: reason for share in shares for name, reason in share.passed_over.items()}
-        return united(shares, calibration, self._model)
+        self.skip_reasons |= {
+            name: reason for process_result in process_results for name, reason in process_result.skip_reasons.items()
+        }
+        return merge_processes(process_results, calibration, self._model)
 
-    def _write(self, gathered: Mapping[str, Gathered]) -> None:
+    def _write(self, layer_statistics: Mapping[str, LayerStatistics]) -> None:
         """Work out all statistics, then write them."""
         new: list[tuple[Tensor, Tensor]] = []
-        for name, layer in gathered.items():
+        for name, layer in layer_statistics.items():
             if not layer.moments.count:
-                self.passed_over[name] = "was fed empty batches only: left as it was"
+                self.skip_reasons[name] = "was fed empty batches only: left as it was"
                 continue
             statistics = _statistics(name, layer)
-            self.done.append(_described(name, layer, statistics))
+            self.done.append(_layer_report(name, layer, statistics))
             new += zip((layer.running_mean, layer.running_var), statistics, strict=True)
             if layer.num_batches_tracked is not None:
                 new.append((layer.num_batches_tracked, torch.tensor(layer.calls)))
         for tensor, value in new:
-            self._before.append((tensor, tensor.clone()))
+            self._saved_values.append((tensor, tensor.clone()))
             tensor.copy_(value)
 
 
-def _statistics(name: str, layer: Gathered) -> tuple[Tensor, Tensor]:
+def _statistics(name: str, layer: LayerStatistics) -> tuple[Tensor, Tensor]:
     """Mean and unbiased variance as the layer stores them."""
     moments = layer.moments
-    found = moments.mean, moments.spread / (moments.count - 1)
+    found = moments.mean, moments.squared_deviations / (moments.count - 1)
     stored = tuple(
         value.to(old.dtype) for value, old in zip(found, (layer.running_mean, layer.running_var), strict=True)
     )
@@ -298,7 +311,7 @@ def _statistics(name: str, layer: Gathered) -> tuple[Tensor, Tensor]:
     return stored[0], stored[1]
 
 
-def _described(name: str, layer: Gathered, statistics: tuple[Tensor, Tensor]) -> CalibratedLayer:
+def _layer_report(name: str, layer: LayerStatistics, statistics: tuple[Tensor, Tensor]) -> CalibratedLayer:
     """How far the statistics move; of old ones that are no numbers, infinitely far."""
     old_mean, old_var, new_mean, new_var = (
         tensor.to(layer.moments.mean) for tensor in (layer.running_mean, layer.running_var, *statistics)

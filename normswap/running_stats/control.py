@@ -18,13 +18,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from normswap.errors import DataError, ModelError
 from normswap.layers.gated_module import GatedModule
 from normswap.layers.gating import BnStatistics, check_bn_statistics
-from normswap.layers.in_place import STATISTICS, UNFROZEN
+from normswap.layers.in_place import STATISTICS, STATISTICS_BEFORE_FREEZE
 from normswap.layers.switch_norm import SwitchNorm
 from normswap.model_state import call_model, training_flags
-from normswap.running_stats.accumulation import inputs_of, on_device
-from normswap.surgery.arguments import mistaken_batches, require_module
-from normswap.surgery.module_tree import Place, own_flags, walk_modules
-from normswap.surgery.selection import first_matches
+from normswap.running_stats.accumulation import batch_inputs, move_to_device
+from normswap.surgery.arguments import describe_invalid_batches, require_module
+from normswap.surgery.module_tree import ModuleEntry, model_training_flags, walk_modules
+from normswap.surgery.selection import first_matching_patterns
 from normswap.surgery.wrappers import unwrap
 
 if TYPE_CHECKING:
@@ -43,16 +43,18 @@ def freeze_statistics(model: nn.Module) -> list[str]:
     Returns:
         The fqns of the layers that were not frozen before; one without running statistics cannot be.
     """
-    live = {place.names[0]: place.module for place in walk_modules(unwrap(model)) if _is_live(place.module)}
-    for layer in live.values():
+    unfrozen = {
+        entry.names[0]: entry.module for entry in walk_modules(unwrap(model)) if _uses_batch_statistics(entry.module)
+    }
+    for layer in unfrozen.values():
         if isinstance(layer, GatedModule):
             if layer.bn_statistics != "batch":  # which is where every other one comes back to
-                vars(layer)[UNFROZEN] = layer.bn_statistics
+                vars(layer)[STATISTICS_BEFORE_FREEZE] = layer.bn_statistics
             layer.bn_statistics = "running"
         else:
             layer.register_forward_pre_hook(_enter_evaluation)
             layer.register_forward_hook(_leave_evaluation, always_call=True)
-    return list(live)
+    return list(unfrozen)
 
 
 def unfreeze_statistics(model: nn.Module) -> list[str]:
@@ -67,10 +69,10 @@ def unfreeze_statistics(model: nn.Module) -> list[str]:
     Returns:
         The fqns of the layers that were frozen before.
     """
-    frozen = {place.names[0]: place.module for place in walk_modules(unwrap(model)) if _is_frozen(place.module)}
+    frozen = {entry.names[0]: entry.module for entry in walk_modules(unwrap(model)) if _is_frozen(entry.module)}
     for layer in frozen.values():
         if isinstance(layer, GatedModule):
-            layer.bn_statistics = vars(layer).pop(UNFROZEN, "batch")
+            layer.bn_statistics = vars(layer).pop(STATISTICS_BEFORE_FREEZE, "batch")
         for hooks in (layer._forward_pre_hooks, layer._forward_hooks):
             for key in [key for key, hook in hooks.items() if hook in (_enter_evaluation, _leave_evaluation)]:
                 del hooks[key]
@@ -92,13 +94,13 @@ def synchronize_statistics(model: nn.Module, process_group: "ProcessGroup | None
         The fqns of the layers that were not synchronized before, or with another group; one without a `bn` branch
         cannot be.
     """
-    places = walk_modules(unwrap(model))
-    layers = {place.names[0]: place.module for place in places if isinstance(place.module, GatedModule)}
-    told = {name: layer for name, layer in layers.items() if "bn" in layer.branches}
+    entries = walk_modules(unwrap(model))
+    layers = {entry.names[0]: entry.module for entry in entries if isinstance(entry.module, GatedModule)}
+    selected = {name: layer for name, layer in layers.items() if "bn" in layer.branches}
     changed = [
-        name for name, layer in told.items() if not layer.synchronize or layer.process_group is not process_group
+        name for name, layer in selected.items() if not layer.synchronize or layer.process_group is not process_group
     ]
-    for layer in told.values():
+    for layer in selected.values():
         layer.synchronize, layer.process_group = True, process_group
     return changed
 
@@ -127,35 +129,35 @@ def set_bn_statistics(
             and have seen no batch.
     """
     check_bn_statistics(mode)
-    places = [place for place in walk_modules(unwrap(model)) if _has_choice(place.module)]
-    if not places:
+    entries = [entry for entry in walk_modules(unwrap(model)) if _can_use_running_statistics(entry.module)]
+    if not entries:
         raise ModelError("expected SN layers with a `bn` branch and running statistics, found none: convert the model")
-    chosen = _chosen(places, include, exclude)
+    chosen = _select_layers(entries, include, exclude)
     changed = {name: layer for name, layer in chosen.items() if layer.bn_statistics != mode}
-    empty = [name for name, layer in changed.items() if mode == "running" and _saw_nothing(layer)]
+    empty = [name for name, layer in changed.items() if mode == "running" and _has_no_data(layer)]
     if empty:
         raise ModelError(
             f"the running statistics of {', '.join(empty)} have seen no batch: train or call update_statistics first, "
             "or exclude these"
         )
     for layer in changed.values():
-        vars(layer).pop(UNFROZEN, None)
+        vars(layer).pop(STATISTICS_BEFORE_FREEZE, None)
         layer.bn_statistics = mode
     return list(changed)
 
 
-def _chosen(places: Sequence[Place], include: Sequence[str], exclude: Sequence[str]) -> dict[str, Any]:
-    names = [place.names for place in places]
-    included = first_matches(include, names, "layers that have a choice")
-    excluded = first_matches(exclude, names, "layers that have a choice")
+def _select_layers(entries: Sequence[ModuleEntry], include: Sequence[str], exclude: Sequence[str]) -> dict[str, Any]:
+    names = [entry.names for entry in entries]
+    included = first_matching_patterns(include, names, "layers that have a choice")
+    excluded = first_matching_patterns(exclude, names, "layers that have a choice")
     return {
-        place.names[0]: place.module
-        for place in places
-        if (place.names[0] in included if include else not _was_frozen(place.module)) and place.names[0] not in excluded
+        entry.names[0]: entry.module
+        for entry in entries
+        if (entry.names[0] in included if include else not _was_frozen(entry.module)) and entry.names[0] not in excluded
     }
 
 
-def _has_choice(module: nn.Module) -> bool:
+def _can_use_running_statistics(module: nn.Module) -> bool:
     """Whether the layer has a `bn` branch that could use running statistics."""
     tracked = not isinstance(module, SwitchNorm) or module.running_mean is not None
     return isinstance(module, GatedModule) and "bn" in module.branches and tracked
@@ -166,7 +168,7 @@ def _was_frozen(module: nn.Module) -> bool:
     return "weight" in module._buffers
 
 
-def _saw_nothing(layer: Any) -> bool:
+def _has_no_data(layer: Any) -> bool:
     """Whether running statistics were begun where there had been none, and are still those of no data."""
     count = getattr(layer, "num_batches_tracked", None)
     return layer.vertex != "bn" and count is not None and int(count) == 0
@@ -189,16 +191,22 @@ def update_statistics(model: nn.Module, loader: Iterable[Any], *, device: torch.
     Raises:
         ModelError: `loader` is empty; DataError: it is one input, not an iterable of inputs.
     """
-    modules = [place.module for place in walk_modules(require_module(model))]
-    if problem := mistaken_batches(loader):
+    modules = [entry.module for entry in walk_modules(require_module(model))]
+    if problem := describe_invalid_batches(loader):
         raise DataError(f"loader: {problem}")
-    kept = _kept_in_evaluation(model)
-    live = [module for module in modules if isinstance(module, SwitchNorm | _BatchNorm) and _is_live(module)]
-    layers = [module for module in live if module not in kept]
-    with training_flags(modules, training=True), training_flags(kept, training=False), _averaging(layers):
+    in_evaluation = _kept_in_evaluation(model)
+    unfrozen = [
+        module for module in modules if isinstance(module, SwitchNorm | _BatchNorm) and _uses_batch_statistics(module)
+    ]
+    layers = [module for module in unfrozen if module not in in_evaluation]
+    with (
+        training_flags(modules, training=True),
+        training_flags(in_evaluation, training=False),
+        _cumulative_average(layers),
+    ):
         batches = 0
         for batch in loader:
-            call_model(model, on_device(inputs_of(batch), device))
+            call_model(model, move_to_device(batch_inputs(batch), device))
             batches += 1
         if not batches:
             raise ModelError("loader: expected at least one batch, got none")
@@ -206,23 +214,23 @@ def update_statistics(model: nn.Module, loader: Iterable[Any], *, device: torch.
 
 def _kept_in_evaluation(model: nn.Module) -> list[nn.Module]:
     """The modules that the model's own `train()` leaves in evaluation."""
-    flags = own_flags(model)
+    flags = model_training_flags(model)
     return [p.module for p in walk_modules(model) if flags is not None and not flags.training[p.names[0]]]
 
 
 @contextmanager
-def _averaging(layers: list[Any]) -> Iterator[None]:
+def _cumulative_average(layers: list[Any]) -> Iterator[None]:
     """Gather a plain average from nothing; put momenta back, and after a failure what was known before."""
     momenta = [layer.momentum for layer in layers]
     buffers = [getattr(layer, name) for layer in layers for name in STATISTICS]
-    known = [(buffer, buffer.clone()) for buffer in buffers if buffer is not None]
+    saved = [(buffer, buffer.clone()) for buffer in buffers if buffer is not None]
     try:
         for layer in layers:
             layer.reset_running_stats()
             layer.momentum = None
         yield
     except BaseException:
-        for buffer, value in known:
+        for buffer, value in saved:
             buffer.copy_(value)
         raise
     finally:
@@ -230,21 +238,21 @@ def _averaging(layers: list[Any]) -> Iterator[None]:
             layer.momentum = momentum
 
 
-def _is_live(module: nn.Module) -> bool:
+def _uses_batch_statistics(module: nn.Module) -> bool:
     """Whether the layer uses batch statistics in training, and could use running ones."""
     if isinstance(module, GatedModule):
-        return _has_choice(module) and module.bn_statistics != "running"
-    return isinstance(module, _BatchNorm) and module.running_mean is not None and not is_hooked(module)
+        return _can_use_running_statistics(module) and module.bn_statistics != "running"
+    return isinstance(module, _BatchNorm) and module.running_mean is not None and not is_frozen_by_hooks(module)
 
 
 def _is_frozen(module: nn.Module) -> bool:
     """Whether the layer uses running statistics in training, and not because it replaced one that always did."""
     if isinstance(module, GatedModule) and module.bn_statistics == "running":
         return not _was_frozen(module)
-    return is_hooked(module)
+    return is_frozen_by_hooks(module)
 
 
-def is_hooked(module: nn.Module) -> bool:
+def is_frozen_by_hooks(module: nn.Module) -> bool:
     """Say whether `freeze_statistics` has frozen a BN layer."""
     return _enter_evaluation in module._forward_pre_hooks.values()
 

@@ -23,8 +23,10 @@ def require_module(value: object, argument: str = "model") -> nn.Module:
     """
     if isinstance(value, nn.Module):
         return value
-    told = next((tell(value) for is_one, tell in _MISTAKEN_MODELS if is_one(value)), f"got {_kind(value)}")
-    raise ArgumentError(f"{argument}: expected a torch.nn.Module, {told}")
+    description = next(
+        (describe(value) for matches, describe in _MODEL_MISTAKES if matches(value)), f"got {_type_with_article(value)}"
+    )
+    raise ArgumentError(f"{argument}: expected a torch.nn.Module, {description}")
 
 
 def require_type(value: object, kinds: type | UnionType | tuple[type, ...], argument: str, expected: str) -> None:
@@ -37,7 +39,7 @@ def require_type(value: object, kinds: type | UnionType | tuple[type, ...], argu
         ArgumentError: it is of another type.
     """
     if not isinstance(value, kinds):
-        raise ArgumentError(f"{argument}: expected {expected}, got {_kind(value)}")
+        raise ArgumentError(f"{argument}: expected {expected}, got {_type_with_article(value)}")
 
 
 def describe_shapes(inputs: Any) -> str:
@@ -48,11 +50,11 @@ def describe_shapes(inputs: Any) -> str:
 
 def describe_inputs(inputs: Any) -> str:
     """Return the shapes in `inputs` on which a model failed, with what was most likely meant if they look mistaken."""
-    advice = next((tell(inputs) for is_one, tell in _MISTAKEN_INPUTS if is_one(inputs)), "")
+    advice = next((describe(inputs) for matches, describe in _INPUT_MISTAKES if matches(inputs)), "")
     return describe_shapes(inputs) + (f" ({advice})" if advice else "")
 
 
-def mistaken_batches(batches: object) -> str | None:
+def describe_invalid_batches(batches: object) -> str | None:
     """Return why `batches` cannot be an iterable of inputs and what to pass instead, None if it can."""
     kind = f"expected a list of inputs, got one {type(batches).__name__}"
     if isinstance(batches, Tensor | dict):
@@ -60,7 +62,7 @@ def mistaken_batches(batches: object) -> str | None:
     if _is_array(batches):
         return f"{kind} of numpy: pass [torch.from_numpy(x)]"
     if _is_shape(batches):
-        return f"expected a list of inputs, got the shape {_sizes(batches)}: pass [torch.randn{_sizes(batches)}]"
+        return f"expected a list of inputs, got the shape {_format_shape(batches)}: pass [torch.randn{_format_shape(batches)}]"
     if isinstance(batches, str | bytes | PurePath | nn.Module) or not hasattr(type(batches), "__iter__"):
         return f"{kind}: pass [x], or a DataLoader"
     return None
@@ -69,7 +71,7 @@ def mistaken_batches(batches: object) -> str | None:
 # --- what is taken for a model ----------------------------------------------------------------------------------------
 
 
-def _kind(value: object) -> str:
+def _type_with_article(value: object) -> str:
     name = type(value).__name__
     return "None" if value is None else f"{'an' if name[:1] in 'AEIOUaeiou' else 'a'} {name}"
 
@@ -82,14 +84,14 @@ def _is_checkpoint(value: object) -> bool:
     return isinstance(value, Mapping) and any(_is_state_dict(item) for item in value.values())
 
 
-def _tell_state_dict(value: Any) -> str:
+def _describe_state_dict(value: Any) -> str:
     return (
         f"got a state dict ({len(value)} tensors), which has no forward pass: build its model and call "
         "model.load_state_dict(...), or let normswap.load(path, architecture=...) do both from the file"
     )
 
 
-def _tell_checkpoint(value: Any) -> str:
+def _describe_checkpoint(value: Any) -> str:
     keys = ", ".join(map(repr, list(value)[:3]))
     return (
         f"got a checkpoint (a {type(value).__name__} with {keys}): build its model and load its weights, or "
@@ -97,48 +99,48 @@ def _tell_checkpoint(value: Any) -> str:
     )
 
 
-def _tell_path(value: Any) -> str:
+def _describe_path(value: Any) -> str:
     return f"got the path {str(value)!r}: pass normswap.load({str(value)!r}).model, or type: normswap convert {value}"
 
 
-def _tell_class(value: Any) -> str:
+def _describe_class(value: Any) -> str:
     return f"got the class {value.__name__}: pass an instance, such as {value.__name__}()"
 
 
-def _tell_result(value: Any) -> str:
+def _describe_result(value: Any) -> str:
     return f"got a {type(value).__name__}: pass its .model"
 
 
-def _tell_program(_value: Any) -> str:
+def _describe_program(_value: Any) -> str:
     return "got an exported program: pass program.module()"
 
 
-def _tell_tensor(_value: Any) -> str:
+def _describe_tensor(_value: Any) -> str:
     return "got a Tensor: the model comes first, its inputs after it"
 
 
-def _tell_sequence(value: Any) -> str:
+def _describe_sequence(value: Any) -> str:
     return f"got a {type(value).__name__} of {len(value)} modules: pass one at a time, or torch.nn.ModuleList(...)"
 
 
-def _tell_function(value: Any) -> str:
+def _describe_function(value: Any) -> str:
     return f"got the function {getattr(value, '__name__', repr(value))}: pass the module that it returns"
 
 
 # In this order, what something else is and what to pass instead of it.
-_MISTAKEN_MODELS: tuple[tuple[Callable[[Any], bool], Callable[[Any], str]], ...] = (
-    (_is_state_dict, _tell_state_dict),
-    (_is_checkpoint, _tell_checkpoint),
-    (lambda value: isinstance(value, str | PurePath), _tell_path),
-    (lambda value: isinstance(value, type) and issubclass(value, nn.Module), _tell_class),
-    (lambda value: isinstance(value, tuple) and isinstance(getattr(value, "model", None), nn.Module), _tell_result),
-    (lambda value: isinstance(value, torch.export.ExportedProgram), _tell_program),
-    (lambda value: isinstance(value, Tensor), _tell_tensor),
+_MODEL_MISTAKES: tuple[tuple[Callable[[Any], bool], Callable[[Any], str]], ...] = (
+    (_is_state_dict, _describe_state_dict),
+    (_is_checkpoint, _describe_checkpoint),
+    (lambda value: isinstance(value, str | PurePath), _describe_path),
+    (lambda value: isinstance(value, type) and issubclass(value, nn.Module), _describe_class),
+    (lambda value: isinstance(value, tuple) and isinstance(getattr(value, "model", None), nn.Module), _describe_result),
+    (lambda value: isinstance(value, torch.export.ExportedProgram), _describe_program),
+    (lambda value: isinstance(value, Tensor), _describe_tensor),
     (
         lambda value: isinstance(value, list | tuple) and any(isinstance(item, nn.Module) for item in value),
-        _tell_sequence,
+        _describe_sequence,
     ),
-    (callable, _tell_function),
+    (callable, _describe_function),
 )
 
 
@@ -154,7 +156,7 @@ def _is_shape(value: object) -> bool:
     return is_tuple and bool(value) and all(type(size) is int for size in value)  # type: ignore[attr-defined]
 
 
-def _sizes(value: Any) -> str:
+def _format_shape(value: Any) -> str:
     return f"({', '.join(map(str, value))}{',' * (len(value) == 1)})"
 
 
@@ -169,8 +171,11 @@ def _is_single_image(value: object) -> bool:
     return isinstance(value, Tensor) and value.dim() == 3 and value.shape[0] in (1, 3)
 
 
-_MISTAKEN_INPUTS: tuple[tuple[Callable[[Any], bool], Callable[[Any], str]], ...] = (
-    (_is_shape, lambda value: f"{_sizes(value)} is a shape: pass a tensor, such as torch.randn{_sizes(value)}"),
+_INPUT_MISTAKES: tuple[tuple[Callable[[Any], bool], Callable[[Any], str]], ...] = (
+    (
+        _is_shape,
+        lambda value: f"{_format_shape(value)} is a shape: pass a tensor, such as torch.randn{_format_shape(value)}",
+    ),
     (
         lambda value: any(map(_is_array, tree_leaves(value))),
         lambda _: "a numpy array: pass a tensor, such as torch.from_numpy(x).float()",

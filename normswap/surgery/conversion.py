@@ -9,32 +9,32 @@ from torch import Tensor, fx, nn
 from normswap.errors import PlanError, SwapError
 from normswap.layers.functional import new_site_name
 from normswap.layers.gating import BnStatistics, Branch, Gate
-from normswap.layers.in_place import adopt, release
+from normswap.layers.in_place import convert_module, revert_module
 from normswap.layers.switch_norm import FunctionalSwitchNorm, SwitchNorm
-from normswap.model_state import all_or_nothing
+from normswap.model_state import rollback_on_error
 from normswap.surgery.graphs.as_graph_module import to_graph_module
-from normswap.surgery.graphs.module_trace import trace_own_forward
+from normswap.surgery.graphs.module_trace import trace_module_forward
 from normswap.surgery.graphs.rewriting import (
     edit_graph,
-    edited_nodes,
-    free_names,
+    gate_call_nodes,
     is_rewritten,
     restore_forward,
     restore_graph,
     rewrite_forward,
+    unused_names,
 )
-from normswap.surgery.importance import moved_sites
+from normswap.surgery.importance import sites_with_changed_weights
 from normswap.surgery.module_tree import class_name, copy_model, modules_by_name, walk_modules
-from normswap.surgery.norms.classes import KNOWN_NORMS, Norms, NormSpec, read_norm
+from normswap.surgery.norms.classes import KNOWN_NORMS, NormSpec, NormTable, read_norm
 from normswap.surgery.norms.functions import batch_norm_nodes, call_name
 from normswap.surgery.plan import Swap, SwapPlan, require_plan
 from normswap.surgery.planning import plan_swaps
 from normswap.surgery.selection import Settings
 from normswap.surgery.wrappers import check_not_prepared, check_wrapping, rewrap, unwrap
-from normswap.text import counted, join, printed_as
+from normswap.text import join_fqn, pluralize, printable_as
 
 
-@printed_as("conversion")
+@printable_as("conversion")
 class Conversion(NamedTuple):
     """The converted model, the plan that was carried out, and the new layers by fqn. `print` shows the plan."""
 
@@ -43,7 +43,7 @@ class Conversion(NamedTuple):
     replaced: dict[str, nn.Module]
 
     def __repr__(self) -> str:
-        swaps, skips = counted(len(self.plan.swaps), "swap"), counted(len(self.plan.skips), "skip")
+        swaps, skips = pluralize(len(self.plan.swaps), "swap"), pluralize(len(self.plan.skips), "skip")
         return f"Conversion({type(self.model).__name__}, {swaps}, {skips})"
 
 
@@ -61,7 +61,7 @@ def convert(
     train_frozen_gates: bool = False,
     synchronize: bool = False,
     settings: Settings | None = None,
-    norms: Norms = KNOWN_NORMS,
+    norms: NormTable = KNOWN_NORMS,
     as_graph: bool = False,
     inplace: bool = False,
 ) -> Conversion:
@@ -140,7 +140,7 @@ def convert(
             "expected either a plan or deciding arguments (include, exclude, gate, branches, ...), got both"
         )
     target = inside if inplace else _copy(inside)
-    with all_or_nothing(place.module for place in walk_modules(target)):
+    with rollback_on_error(entry.module for entry in walk_modules(target)):
         replaced = apply_plan(target, plan, norms=norms)
         if as_graph:
             target = to_graph_module(target, example_inputs)
@@ -148,7 +148,7 @@ def convert(
     return Conversion(target, plan, replaced)
 
 
-def apply_plan(model: nn.Module, plan: SwapPlan, *, norms: Norms = KNOWN_NORMS) -> dict[str, nn.Module]:
+def apply_plan(model: nn.Module, plan: SwapPlan, *, norms: NormTable = KNOWN_NORMS) -> dict[str, nn.Module]:
     """Carry out `plan` on `model` itself, all or nothing, and return the new layers by fqn.
 
     Args:
@@ -173,11 +173,13 @@ def apply_plan(model: nn.Module, plan: SwapPlan, *, norms: Norms = KNOWN_NORMS) 
             owners.setdefault(swap.owner, []).append(swap)
     specs = _check_fit(plan, by_name, norms)
     replaced: dict[str, nn.Module] = {}
-    with all_or_nothing(by_name[swap.fqn if swap.owner is None else swap.owner] for swap in plan.swaps):
+    with rollback_on_error(by_name[swap.fqn if swap.owner is None else swap.owner] for swap in plan.swaps):
         for owner, swaps in owners.items():
             replaced |= _rewrite_owner(by_name[owner], owner, swaps)
         for swap in module_swaps:
-            replaced[swap.fqn] = _adopt(by_name[swap.fqn], specs[swap.fqn], swap, _tensor_near(swap.fqn, by_name))
+            replaced[swap.fqn] = _convert_module_site(
+                by_name[swap.fqn], specs[swap.fqn], swap, _nearby_tensor(swap.fqn, by_name)
+            )
     return replaced
 
 
@@ -193,19 +195,19 @@ def revert(model: nn.Module, *, discard: bool = False) -> nn.Module:
             class is not imported, or the model is in a wrapper that would not notice; it is as it was.
     """
     check_wrapping(model, inplace=True, rebuilt=False, verb="revert")
-    moved = moved_sites(model)
-    if moved and not discard:
+    changed = sites_with_changed_weights(model)
+    if changed and not discard:
         raise SwapError(
-            f"{len(moved)} sites have learned importance weights ({', '.join(moved[:3])}{', ...' * (len(moved) > 3)}): "
+            f"{len(changed)} sites have learned importance weights ({', '.join(changed[:3])}{', ...' * (len(changed) > 3)}): "
             "reverting would change the function; pass discard=True to do it all the same"
         )
-    modules = [place.module for place in walk_modules(unwrap(model))]
+    modules = [entry.module for entry in walk_modules(unwrap(model))]
     layers = [module for module in modules if isinstance(module, SwitchNorm)]
     owners = [module for module in modules if is_rewritten(module)]
-    graphs = [module for module in modules if isinstance(module, fx.GraphModule) and edited_nodes(module)]
-    with all_or_nothing((*layers, *owners, *graphs)):
+    graphs = [module for module in modules if isinstance(module, fx.GraphModule) and gate_call_nodes(module)]
+    with rollback_on_error((*layers, *owners, *graphs)):
         for layer in layers:
-            release(layer)
+            revert_module(layer)
         for owner in owners:
             restore_forward(owner)
         for graph in graphs:
@@ -220,55 +222,55 @@ def _copy(model: nn.Module) -> nn.Module:
         raise SwapError(f"the model cannot be copied ({error}): pass inplace=True to convert it as it is") from error
 
 
-def _check_fit(plan: SwapPlan, by_name: dict[str, nn.Module], norms: Norms) -> dict[str, NormSpec]:
+def _check_fit(plan: SwapPlan, by_name: dict[str, nn.Module], norms: NormTable) -> dict[str, NormSpec]:
     """Return what each module site is, or say in one error what does not fit."""
     specs: dict[str, NormSpec] = {}
-    misfits: list[str] = []
+    mismatches: list[str] = []
     planned: dict[tuple[int, str], str] = {}
     for swap in plan.swaps:
         module = by_name.get(swap.fqn if swap.owner is None else swap.owner)
         if module is None:
-            misfits.append(f"{swap.fqn or 'the model'}: not in this model")
+            mismatches.append(f"{swap.fqn or 'the model'}: not in this model")
             continue
         site = id(module), "" if swap.owner is None else swap.fqn
         if site in planned:
-            misfits.append(f"{swap.fqn}: planned already, as {planned[site]}")
+            mismatches.append(f"{swap.fqn}: planned already, as {planned[site]}")
             continue
         planned[site] = swap.fqn
         if swap.owner is not None:
             continue
         spec = read_norm(module, norms)
         if spec is None or class_name(module) != swap.class_name:
-            misfits.append(f"{swap.fqn}: expected {swap.class_name}, got {class_name(module)}")
+            mismatches.append(f"{swap.fqn}: expected {swap.class_name}, got {class_name(module)}")
         elif spec.kind != swap.kind:
-            misfits.append(f"{swap.fqn}: expected the kind {swap.kind}, got {spec.kind}")
+            mismatches.append(f"{swap.fqn}: expected the kind {swap.kind}, got {spec.kind}")
         elif spec.target is None:
-            misfits.append(f"{swap.fqn}: {spec.problem}")
+            mismatches.append(f"{swap.fqn}: {spec.problem}")
         elif spec.num_features != swap.num_features:
-            misfits.append(f"{swap.fqn}: expected {swap.num_features} channels, got {spec.num_features}")
+            mismatches.append(f"{swap.fqn}: expected {swap.num_features} channels, got {spec.num_features}")
         else:
             specs[swap.fqn] = spec
-    if misfits:
-        more = f" (+{len(misfits) - 3} more)" if len(misfits) > 3 else ""
-        raise PlanError(f"the plan was made for another model ({plan.model_class}): {'; '.join(misfits[:3])}{more}")
+    if mismatches:
+        more = f" (+{len(mismatches) - 3} more)" if len(mismatches) > 3 else ""
+        raise PlanError(f"the plan was made for another model ({plan.model_class}): {'; '.join(mismatches[:3])}{more}")
     return specs
 
 
-def _tensor_near(fqn: str, by_name: dict[str, nn.Module]) -> Tensor | None:
+def _nearby_tensor(fqn: str, by_name: dict[str, nn.Module]) -> Tensor | None:
     """A floating tensor of the nearest module around a site: what tells a norm without tensors its dtype and device."""
     while fqn:
         fqn = fqn.rpartition(".")[0]
-        around = by_name.get(fqn)
-        for tensor in chain(around.parameters(), around.buffers()) if around is not None else ():
+        ancestor = by_name.get(fqn)
+        for tensor in chain(ancestor.parameters(), ancestor.buffers()) if ancestor is not None else ():
             if tensor.is_floating_point():
                 return tensor
     return None
 
 
-def _adopt(layer: nn.Module, spec: NormSpec, swap: Swap, like: Tensor | None) -> nn.Module:
+def _convert_module_site(layer: nn.Module, spec: NormSpec, swap: Swap, like: Tensor | None) -> nn.Module:
     target = spec.target or nn.Module
     try:
-        adopt(
+        convert_module(
             layer,
             target,
             gate=swap.gate,
@@ -290,13 +292,15 @@ def _adopt(layer: nn.Module, spec: NormSpec, swap: Swap, like: Tensor | None) ->
 
 
 def _rewrite_owner(module: nn.Module, owner: str, swaps: list[Swap]) -> dict[str, nn.Module]:
-    own = trace_own_forward(module)
-    nodes = batch_norm_nodes(own.evaluation) if own.evaluation else []
-    wanted = {swap.fqn: swap for swap in swaps}
-    names = free_names(module, len(nodes))
-    planned = {name: wanted[join(owner, name)] for name in names if join(owner, name) in wanted}
+    traced = trace_module_forward(module)
+    nodes = batch_norm_nodes(traced.evaluation) if traced.evaluation else []
+    swap_by_fqn = {swap.fqn: swap for swap in swaps}
+    names = unused_names(module, len(nodes))
+    planned = {name: swap_by_fqn[join_fqn(owner, name)] for name in names if join_fqn(owner, name) in swap_by_fqn}
     if len(planned) != len(swaps):
-        raise SwapError(f"{owner or 'the model'}: expected {sorted(wanted)} among its batch_norm calls, found {names}")
+        raise SwapError(
+            f"{owner or 'the model'}: expected {sorted(swap_by_fqn)} among its batch_norm calls, found {names}"
+        )
     like = next((t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()), None)
     gates = {}
     for name, swap in planned.items():
@@ -313,5 +317,5 @@ def _rewrite_owner(module: nn.Module, owner: str, swaps: list[Swap]) -> dict[str
     if isinstance(module, fx.GraphModule):
         edit_graph(module, gates, site_names)
     else:
-        rewrite_forward(module, gates, site_names, own)
-    return {join(owner, name): layer for name, layer in gates.items()}
+        rewrite_forward(module, gates, site_names, traced)
+    return {join_fqn(owner, name): layer for name, layer in gates.items()}

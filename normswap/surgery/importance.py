@@ -13,36 +13,36 @@ from normswap.layers.in_place import GATE_PARAMETERS
 from normswap.layers.switch_norm import SwitchNorm
 from normswap.surgery.module_tree import walk_modules
 from normswap.surgery.wrappers import unwrap
-from normswap.text import counted, join, printed_as
+from normswap.text import join_fqn, pluralize, printable_as
 
 # MERGED DOC: What a model's dependence on its batches can be priced by: the share that its `bn` branches have.
 
 
-class ImportanceWeights(NamedTuple):
+class SiteWeights(NamedTuple):
     """The share of each branch in the means and in the variances of one site."""
 
     mean: dict[str, float]
     var: dict[str, float]
 
 
-@printed_as("importance")
-class SiteImportance(dict[str, ImportanceWeights]):
+@printable_as("importance")
+class SiteImportance(dict[str, SiteWeights]):
     """Importance weights by the fqn of each site: a dict that prints as a table."""
 
     def __repr__(self) -> str:
-        return f"SiteImportance({counted(len(self), 'site')})"
+        return f"SiteImportance({pluralize(len(self), 'site')})"
 
 
 def gated_modules(model: nn.Module) -> dict[str, GatedModule]:
     """Return every module with gates by its first name."""
-    places = walk_modules(unwrap(model))
-    return {place.names[0]: place.module for place in places if isinstance(place.module, GatedModule)}
+    entries = walk_modules(unwrap(model))
+    return {entry.names[0]: entry.module for entry in entries if isinstance(entry.module, GatedModule)}
 
 
 def gate_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters of all gates by name, also those of modules that no registry knows."""
     return {
-        join(name, gate): parameter
+        join_fqn(name, gate): parameter
         for name, layer in gated_modules(model).items()
         for gate in GATE_PARAMETERS
         if (parameter := layer._parameters.get(gate)) is not None
@@ -78,11 +78,11 @@ def importance_weights(model: nn.Module) -> SiteImportance:
     result = SiteImportance()
     for name, layer in gated_modules(model).items():
         mean, var = (dict(zip(layer.branches, w.tolist(), strict=True)) for w in layer.importance_weights())
-        result[name] = ImportanceWeights(mean, var)
+        result[name] = SiteWeights(mean, var)
     return result
 
 
-def moved_sites(model: nn.Module) -> list[str]:
+def sites_with_changed_weights(model: nn.Module) -> list[str]:
     """Return the sites whose importance weights have left their vertex, where the layer is the original norm."""
     return [name for name, layer in gated_modules(model).items() if not layer.is_at(layer.vertex)]
 
@@ -105,19 +105,19 @@ def batch_dependence(model: nn.Module) -> Tensor:
         A scalar in float32 or wider, from 0 to twice the number of sites; 0 without a gradient where no site counts, so
         that one training script serves models before and after conversion.
     """
-    sites = [site for site in gated_modules(model).values() if "bn" in site.branches and _reads_batches(site)]
-    totals = [_shares_of_bn(alike) for alike in _alike(sites)]
+    sites = [site for site in gated_modules(model).values() if "bn" in site.branches and _uses_batch_statistics(site)]
+    totals = [_sum_bn_importance(group) for group in _group_sites(sites)]
     if not totals:
         return torch.zeros((), device=next((p.device for p in unwrap(model).parameters()), None))
     return sum((total.to(totals[0].device) for total in totals[1:]), start=totals[0])
 
 
-def _reads_batches(site: GatedModule) -> bool:
-    untracked = isinstance(site, SwitchNorm) and site.running_mean is None
-    return site.bn_statistics != "running" or untracked
+def _uses_batch_statistics(site: GatedModule) -> bool:
+    has_no_running_stats = isinstance(site, SwitchNorm) and site.running_mean is None
+    return site.bn_statistics != "running" or has_no_running_stats
 
 
-def _alike(sites: Iterable[GatedModule]) -> list[list[GatedModule]]:
+def _group_sites(sites: Iterable[GatedModule]) -> list[list[GatedModule]]:
     """Group the sites whose gate parameters fit into one tensor and mean the same."""
     groups = defaultdict(list)
     for site in sites:
@@ -126,6 +126,6 @@ def _alike(sites: Iterable[GatedModule]) -> list[list[GatedModule]]:
     return list(groups.values())
 
 
-def _shares_of_bn(sites: list[GatedModule]) -> Tensor:
+def _sum_bn_importance(sites: list[GatedModule]) -> Tensor:
     points = torch.stack([getattr(site, name) for site in sites for name in GATE_PARAMETERS])
     return weights_of_points(points, sites[0].gate)[:, sites[0].branches.index("bn")].sum()

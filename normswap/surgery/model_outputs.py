@@ -30,8 +30,8 @@ from torch import Tensor, nn
 # MERGED DOC: How far two values are apart: relative L2 of tensors and numbers, equal or not for anything else.
 
 
-_MOST_ITEMS = 100_000  # of an iterator, which may have no end
-_MOST_DEPTH = 50
+_MAX_ITEMS = 100_000  # of an iterator, which may have no end
+_MAX_DEPTH = 50
 
 
 @dataclass
@@ -66,14 +66,14 @@ def read_leaves(value: Any, name: str = "output", model: frozenset[int] | None =
     return found
 
 
-def leaf_list(value: Any) -> list[Any]:
+def flatten_leaves(value: Any) -> list[Any]:
     """Return paths and leaves of `value` in turn; what cannot be compared is an object that equals nothing."""
     leaves = read_leaves(value)
     unknown: dict[str, Any] = {path: object() for path in leaves.opaque}
     return [part for item in (leaves.values | unknown).items() for part in item]
 
 
-def comparable_size(leaves: Leaves) -> int:
+def count_numbers(leaves: Leaves) -> int:
     """Return how many numbers the leaves hold."""
     return sum(_count(leaf) for leaf in leaves.values.values())
 
@@ -82,17 +82,17 @@ def _count(leaf: Any) -> int:
     return leaf.numel() if isinstance(leaf, Tensor) else int(isinstance(leaf, int | float | complex))
 
 
-def _read(value: Any, path: str, found: Leaves, inside: tuple[int, ...]) -> None:
-    if type(value) in _EQUAL_OR_NOT or isinstance(value, _EQUAL_OR_NOT_BASES):
+def _read(value: Any, path: str, found: Leaves, ancestors: tuple[int, ...]) -> None:
+    if type(value) in _EXACT_TYPES or isinstance(value, _EXACT_BASE_TYPES):
         found.values[path] = value
         return
-    own = isinstance(value, nn.Module) and (found.model is None or id(value) in found.model)
-    if own or isinstance(value, _NO_DATA):
+    is_model_module = isinstance(value, nn.Module) and (found.model is None or id(value) in found.model)
+    if is_model_module or isinstance(value, _NO_DATA):
         return
-    if id(value) in inside:  # which contains itself: read already
+    if id(value) in ancestors:  # which contains itself: read already
         return
-    if len(inside) >= _MOST_DEPTH:
-        found.opaque[path] = f"is nested deeper than {_MOST_DEPTH} levels"
+    if len(ancestors) >= _MAX_DEPTH:
+        found.opaque[path] = f"is nested deeper than {_MAX_DEPTH} levels"
         return
     try:
         parts = _parts(value, path)
@@ -100,15 +100,15 @@ def _read(value: Any, path: str, found: Leaves, inside: tuple[int, ...]) -> None
             found.values[path] = parts
             return
         for part, item in parts.items():
-            _read(item, part, found, (*inside, id(value)))
+            _read(item, part, found, (*ancestors, id(value)))
     except Exception as error:  # noqa: BLE001 - properties and iterators run the model's code
         reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
         found.opaque[path] = reason[0]
 
 
 # Compared by `==`, which is theirs and exact; floats and other numbers among them by their distance.
-_EQUAL_OR_NOT = {type(None), bool, int, float, complex, str, bytes, type(...), type(NotImplemented)}
-_EQUAL_OR_NOT_BASES = (
+_EXACT_TYPES = {type(None), bool, int, float, complex, str, bytes, type(...), type(NotImplemented)}
+_EXACT_BASE_TYPES = (
     Enum, date, time, timedelta, tzinfo, PurePath, UUID, range, slice, bytearray,
     torch.dtype, torch.device, torch.layout, torch.memory_format,
 )  # fmt: skip
@@ -120,23 +120,23 @@ _NO_DATA = (
 
 def _parts(value: Any, path: str) -> Any:
     """The parts of a value by path, or a leaf."""
-    for kind, parts in _KINDS:
+    for kind, parts in _READERS:
         if isinstance(value, kind):
             read = parts(value, path)
             return _with_attributes(read, value, path) if kind in _CONTAINERS else read
     if hasattr(value, "__array__") or hasattr(value, "__array_interface__"):  # an image, a data frame
-        return _array(_numpy().asarray(value), path)
+        return _array(_import_numpy().asarray(value), path)
     return _attributes(value, path)
 
 
 def _with_attributes(read: Any, value: Any, path: str) -> Any:
     """What a container of a class of its own holds beside its items."""
-    held = {name: item for name, item in getattr(value, "__dict__", {}).items() if name != "data"}
-    if not held:
+    attributes = {name: item for name, item in getattr(value, "__dict__", {}).items() if name != "data"}
+    if not attributes:
         return read
     parts = read if isinstance(read, dict) else {f"{path}[:]": read}
     known = {id(item) for item in parts.values()}
-    return parts | {f"{path}.{name}": item for name, item in held.items() if id(item) not in known}
+    return parts | {f"{path}.{name}": item for name, item in attributes.items() if id(item) not in known}
 
 
 def _tensor(value: Tensor, path: str) -> Any:
@@ -158,17 +158,17 @@ def _array(value: Any, path: str) -> Any:
         return {f"{path}[{name!r}]": value[name] for name in value.dtype.names}
     if value.dtype.kind in "biufc":
         try:
-            return torch.from_numpy(_numpy().array(value))
+            return torch.from_numpy(_import_numpy().array(value))
         except TypeError:  # a dtype that torch does not have, such as longdouble
-            wide = _numpy().complex128 if value.dtype.kind == "c" else _numpy().float64
-            return torch.from_numpy(_numpy().array(value, dtype=wide))
+            wide = _import_numpy().complex128 if value.dtype.kind == "c" else _import_numpy().float64
+            return torch.from_numpy(_import_numpy().array(value, dtype=wide))
     if value.dtype.kind in "Mm":
-        return torch.from_numpy(_numpy().array(value.astype("int64")))
+        return torch.from_numpy(_import_numpy().array(value.astype("int64")))
     items = value.tolist()
     return _sequence(items, path) if isinstance(items, list) else {f"{path}[()]": items}
 
 
-def _numpy() -> Any:
+def _import_numpy() -> Any:
     import numpy
 
     return numpy
@@ -211,21 +211,21 @@ def _as_one_tensor(items: list[Any]) -> Tensor | None:
 
 def _set(value: Set[Any], path: str) -> dict[str, Any]:
     """The items of a set in an order of their own: plain values by their text, others by what they hold."""
-    if all(type(item) in _EQUAL_OR_NOT for item in value):
+    if all(type(item) in _EXACT_TYPES for item in value):
         return {f"{path}{{{index}}}": item for index, item in enumerate(sorted(value, key=repr))}
-    read = sorted((read_leaves(item, "").values for item in value), key=_rank)
+    read = sorted((read_leaves(item, "").values for item in value), key=_sort_key)
     return {f"{path}{{{index}}}{end}": leaf for index, leaves in enumerate(read) for end, leaf in leaves.items()}
 
 
-def _rank(leaves: dict[str, Any]) -> tuple[str, float]:
+def _sort_key(leaves: dict[str, Any]) -> tuple[str, float]:
     size = sum(float(leaf.double().sum()) for leaf in leaves.values() if isinstance(leaf, Tensor))
     return ",".join(f"{path}:{getattr(leaf, 'shape', leaf)}" for path, leaf in leaves.items()), size
 
 
 def _iterator(value: Iterator[Any], path: str) -> Any:
-    items = list(itertools.islice(value, _MOST_ITEMS + 1))
-    if len(items) > _MOST_ITEMS:
-        raise ValueError(f"is an iterator of more than {_MOST_ITEMS:,} items")
+    items = list(itertools.islice(value, _MAX_ITEMS + 1))
+    if len(items) > _MAX_ITEMS:
+        raise ValueError(f"is an iterator of more than {_MAX_ITEMS:,} items")
     return _sequence(items, path)
 
 
@@ -242,8 +242,8 @@ def _partial(value: "functools.partial[Any]", path: str) -> dict[str, Any]:
 def _function(value: types.FunctionType, path: str) -> dict[str, Any]:
     """What a function keeps of the computation: the variables that it closes over, and its defaults."""
     cells = zip(value.__code__.co_freevars, value.__closure__ or (), strict=True)
-    kept = {f"{path}.{name}": cell.cell_contents for name, cell in cells}
-    return kept | {f"{path}.__defaults__": value.__defaults__, f"{path}.__kwdefaults__": value.__kwdefaults__}
+    captured = {f"{path}.{name}": cell.cell_contents for name, cell in cells}
+    return captured | {f"{path}.__defaults__": value.__defaults__, f"{path}.__kwdefaults__": value.__kwdefaults__}
 
 
 def _method(value: Any, path: str) -> dict[str, Any]:
@@ -253,11 +253,11 @@ def _method(value: Any, path: str) -> dict[str, Any]:
 def _module(value: nn.Module, path: str) -> dict[str, Any]:
     """What a module that the forward pass made holds."""
     plain = {name: item for name, item in vars(value).items() if not name.startswith("_")}
-    held = plain | value._parameters | value._buffers | value._modules
-    return {f"{path}.{name}": item for name, item in held.items()}
+    attributes = plain | value._parameters | value._buffers | value._modules
+    return {f"{path}.{name}": item for name, item in attributes.items()}
 
 
-def _referred(value: Any, path: str) -> dict[str, Any]:
+def _weak_reference(value: Any, path: str) -> dict[str, Any]:
     return {f"{path}()": value()}
 
 
@@ -275,7 +275,7 @@ def _exception(value: BaseException, path: str) -> dict[str, Any]:
 
 
 def _buffer(value: Any, path: str) -> Any:
-    return _array(_numpy().asarray(value), path)
+    return _array(_import_numpy().asarray(value), path)
 
 
 def _attributes(value: Any, path: str) -> dict[str, Any]:
@@ -288,8 +288,10 @@ def _attributes(value: Any, path: str) -> dict[str, Any]:
     ]
     if not hasattr(value, "__dict__") and not slots and type(value) is not object:
         raise ValueError(f"is a {type(value).__module__}.{type(value).__qualname__}, which shows no attributes")
-    held = {**vars(value)} if hasattr(value, "__dict__") else {}
-    return {f"{path}.{name}": item for name, item in (held | {name: getattr(value, name) for name in slots}).items()}
+    attributes = {**vars(value)} if hasattr(value, "__dict__") else {}
+    return {
+        f"{path}.{name}": item for name, item in (attributes | {name: getattr(value, name) for name in slots}).items()
+    }
 
 
 def _names(slots: Any) -> tuple[str, ...]:
@@ -308,10 +310,10 @@ class _Numpy(metaclass=_NumpyValue):
 
 
 # The first kind that fits.
-_KINDS: tuple[tuple[Any, Callable[[Any, str], Any]], ...] = (
+_READERS: tuple[tuple[Any, Callable[[Any, str], Any]], ...] = (
     (Tensor, _tensor),
     (nn.Module, _module),
-    (weakref.ReferenceType, _referred),
+    (weakref.ReferenceType, _weak_reference),
     (torch.futures.Future, _future),
     ((torch.UntypedStorage, torch.TypedStorage), _storage),
     (BaseException, _exception),
@@ -336,7 +338,7 @@ _KINDS: tuple[tuple[Any, Callable[[Any, str], Any]], ...] = (
 _CONTAINERS = (tuple, Mapping, (list, deque, UserList, ValuesView), Set, functools.partial)
 
 
-Names = tuple[str, ...]
+TensorNames = tuple[str, ...]
 
 # Elements that are compared at a time: what is in between stays small, whatever the tensors are.
 _CHUNK = 1 << 18
@@ -344,10 +346,10 @@ _CHUNK = 1 << 18
 # From here on a value that is exactly the same on both sides may be a constant that masks others, such as -1e9: counted
 # into the norm of the reference it would hide any difference of the values beside it.
 _MASK = 1e4
-_WIDE = {float: torch.float64, complex: torch.complex128}
+_WIDE_DTYPES = {float: torch.float64, complex: torch.complex128}
 
 
-def distance(reference: Any, value: Any) -> float:
+def relative_l2(reference: Any, value: Any) -> float:
     """Return the relative L2 of floating tensors or numbers; for anything else, or another shape or dtype, 0 or inf.
 
     Where the reference is inf or NaN the value must be the same, else the distance is inf.
@@ -356,13 +358,15 @@ def distance(reference: Any, value: Any) -> float:
         if type(reference) is not type(value):
             return float("inf")
         if isinstance(reference, float | complex):
-            return distance(*(torch.tensor(number, dtype=_WIDE[type(number)]) for number in (reference, value)))
+            return relative_l2(
+                *(torch.tensor(number, dtype=_WIDE_DTYPES[type(number)]) for number in (reference, value))
+            )
         return 0.0 if reference == value else float("inf")
     if reference.shape != value.shape or reference.dtype != value.dtype:
         return float("inf")
     if not (reference.is_floating_point() or reference.is_complex()):
         return 0.0 if torch.equal(reference, value) else float("inf")
-    return _ratio(*_norms(reference, value))
+    return _relative(*_norms(reference, value))
 
 
 def _norms(reference: Tensor, value: Tensor) -> tuple[float, float]:
@@ -377,16 +381,18 @@ def _norms_of_chunk(reference: Tensor, value: Tensor) -> tuple[float, float]:
     if isfinite(difference) and isfinite(size) and (size < _MASK or reference.abs().max().item() < _MASK):
         return difference, size
     finite = reference.isfinite()
-    odd, other = reference[~finite], value[~finite]
-    if not torch.equal(odd.isnan(), other.isnan()) or not torch.equal(odd.nan_to_num(), other.nan_to_num()):
+    reference_non_finite, value_non_finite = reference[~finite], value[~finite]
+    if not torch.equal(reference_non_finite.isnan(), value_non_finite.isnan()) or not torch.equal(
+        reference_non_finite.nan_to_num(), value_non_finite.nan_to_num()
+    ):
         return float("inf"), size
-    counted = finite & ~((reference == value) & (reference.abs() >= _MASK))
-    reference, value = reference[counted], value[counted]
+    included = finite & ~((reference == value) & (reference.abs() >= _MASK))
+    reference, value = reference[included], value[included]
     scale = max(reference.abs().max().item(), 1.0) if reference.numel() else 1.0  # or squares could overflow
     return ((value - reference) / scale).norm().item() * scale, (reference / scale).norm().item() * scale
 
 
-def _ratio(difference: float, size: float) -> float:
+def _relative(difference: float, size: float) -> float:
     if difference == 0.0:
         return 0.0
     return difference / size if size > 0 and isfinite(difference) and isfinite(size) else float("inf")
@@ -408,10 +414,10 @@ class VectorDistance:
 
     def result(self) -> float:
         """Return the distance of all pairs, 0 where there are none."""
-        return _ratio(self._difference, self._size)
+        return _relative(self._difference, self._size)
 
 
-def absolute(reference: Any, value: Any) -> float:
+def max_abs_difference(reference: Any, value: Any) -> float:
     """Return the largest absolute difference of two floating tensors where the reference is finite, else 0."""
     tensors = isinstance(reference, Tensor) and isinstance(value, Tensor)
     if not tensors or not reference.is_floating_point() or reference.shape != value.shape:
@@ -424,14 +430,16 @@ def absolute(reference: Any, value: Any) -> float:
     return difference.max().item() if difference.numel() else 0.0
 
 
-def worst(references: list[Any], values: list[Any]) -> float:
+def max_distance(references: list[Any], values: list[Any]) -> float:
     """Return the largest distance of paired values, inf if there are more of the one than of the other."""
     if len(references) != len(values):
         return float("inf")
-    return max((distance(a, b) for a, b in zip(references, values, strict=True)), default=0.0)
+    return max((relative_l2(a, b) for a, b in zip(references, values, strict=True)), default=0.0)
 
 
-def shared(references: dict[Names, Tensor], values: dict[Names, Tensor]) -> list[tuple[Names, Names]]:
+def match_names(
+    references: dict[TensorNames, Tensor], values: dict[TensorNames, Tensor]
+) -> list[tuple[TensorNames, TensorNames]]:
     """Return the keys of tensors that have a name in common: each side may know a tensor by other names as well."""
     by_name = {name: names for names in values for name in names}
     partners = ((names, next((by_name[name] for name in names if name in by_name), None)) for names in references)

@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from normswap.layers.in_place import qualified_name
 from normswap.model_state import preserved_state
-from normswap.text import join
+from normswap.text import join_fqn
 
 # MERGED DOC: Training and evaluation as a model's own `train()` and `eval()` set them, for a while.
 
@@ -30,7 +30,7 @@ _CONTAINER_DEPTH = 3
 
 
 @dataclass(frozen=True)
-class Place:
+class ModuleEntry:
     """A module, all its names (first the one met first), and whether its tensors are in the state dict."""
 
     module: nn.Module
@@ -38,7 +38,7 @@ class Place:
     registered: bool
 
 
-def walk_modules(model: nn.Module) -> tuple[Place, ...]:
+def walk_modules(model: nn.Module) -> tuple[ModuleEntry, ...]:
     """Return every distinct module of `model`, the root included (named ""), in registration order."""
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -48,16 +48,16 @@ def walk_modules(model: nn.Module) -> tuple[Place, ...]:
     for owner in pending:  # which grows meanwhile
         for suffix, module in _referenced_modules(owner):
             if module not in names:
-                for inner_name, inner in module.named_modules(prefix=join(names[owner][0], suffix)):
+                for inner_name, inner in module.named_modules(prefix=join_fqn(names[owner][0], suffix)):
                     if inner not in names:
                         names[inner] = [inner_name]
                         pending.append(inner)
-    return tuple(Place(module, tuple(found), module in registered) for module, found in names.items())
+    return tuple(ModuleEntry(module, tuple(found), module in registered) for module, found in names.items())
 
 
 def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
     """Return every name of every module of `model`."""
-    return {name: place.module for place in walk_modules(model) for name in place.names}
+    return {name: entry.module for entry in walk_modules(model) for name in entry.names}
 
 
 def copy_model(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
@@ -69,17 +69,17 @@ def copy_model(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Modul
         memo: as in `deep_copy`.
     """
     with torch.no_grad():
-        twin = deep_copy(model, {} if memo is None else memo)
-    for parameter, copied in zip(model.parameters(), twin.parameters(), strict=True):
+        module_copy = deep_copy(model, {} if memo is None else memo)
+    for parameter, copied in zip(model.parameters(), module_copy.parameters(), strict=True):
         if copied.requires_grad != parameter.requires_grad:
             copied.requires_grad_(parameter.requires_grad)
-    for module, copied_module in zip(model.modules(), twin.modules(), strict=True):
+    for module, copied_module in zip(model.modules(), module_copy.modules(), strict=True):
         if isinstance(module, fx.GraphModule):
             _complete_graph_copy(module, copied_module)
-    return twin
+    return module_copy
 
 
-def lighter_copy(model: nn.Module) -> nn.Module:
+def copy_sharing_parameters(model: nn.Module) -> nn.Module:
     """Return a copy of `model` with the same parameters and its own buffers: to be changed in form, not trained."""
     return copy_model(model, {id(parameter): parameter for parameter in model.parameters()})
 
@@ -95,20 +95,20 @@ def deep_copy(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     cls = type(module)
     if any(getattr(cls, name, None) is not getattr(nn.Module, name, None) for name in _COPY_PROTOCOL):
         return copy.deepcopy(module, memo)
-    twin = cls.__new__(cls)
-    memo[id(module)] = twin
+    module_copy = cls.__new__(cls)
+    memo[id(module)] = module_copy
     for name, value in module.__getstate__().items():  # type: ignore[no-untyped-call]  # no compiled code
         if type(value) in _IMMUTABLE or isinstance(value, _SHARED):
-            vars(twin)[name] = value
+            vars(module_copy)[name] = value
         elif type(value) in _DICTS and id(value) not in memo and (name in _OWN_REGISTRIES or not value):
             # Known to what refers to the dict itself and is copied before or after it: the handle of a hook does.
-            memo[id(value)] = vars(twin)[name] = copied = type(value)()
+            memo[id(value)] = vars(module_copy)[name] = copied = type(value)()
             copy_item = deep_copy if name == "_modules" else copy.deepcopy
             for key, item in value.items():
                 copied[key] = item if item is None else copy_item(item, memo)
         else:
-            vars(twin)[name] = copy.deepcopy(value, memo)
-    return twin
+            vars(module_copy)[name] = copy.deepcopy(value, memo)
+    return module_copy
 
 
 _COPY_PROTOCOL = ("__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__", "__setstate__", "__new__", "__slots__")
@@ -121,23 +121,23 @@ _SHARED = (torch.distributed.ProcessGroup,) if torch.distributed.is_available() 
 _HOOK_DICTS = ("_hooks", "_hooks_with_kwargs", "_hooks_always_called")
 
 
-def _complete_graph_copy(module: nn.Module, twin: nn.Module) -> None:
+def _complete_graph_copy(module: nn.Module, module_copy: nn.Module) -> None:
     """Give the copy of a GraphModule what torch's own copying leaves behind: name, hooks, attributes (torch 2.14)."""
-    type(twin).__name__, type(twin).__qualname__ = type(module).__name__, type(module).__qualname__
+    type(module_copy).__name__, type(module_copy).__qualname__ = type(module).__name__, type(module).__qualname__
     handles: dict[str, RemovableHandle] = {}
     for name, value in vars(module).items():
         if name.endswith(_HOOK_DICTS) and value:
-            vars(twin)[name] = value.copy()
-        elif name not in vars(twin):
-            vars(twin)[name] = value
+            vars(module_copy)[name] = value.copy()
+        elif name not in vars(module_copy):
+            vars(module_copy)[name] = value
             if isinstance(value, MethodType) and value.__self__ is module:
-                vars(twin)[name] = MethodType(value.__func__, twin)
+                vars(module_copy)[name] = MethodType(value.__func__, module_copy)
             elif isinstance(value, RemovableHandle):
                 handles[name] = value
     # A handle removes the hook of the copy: it refers to the dicts of hooks, which are all there only now.
-    dicts = {id(value): vars(twin)[name] for name, value in vars(module).items() if name.endswith(_HOOK_DICTS)}
+    dicts = {id(value): vars(module_copy)[name] for name, value in vars(module).items() if name.endswith(_HOOK_DICTS)}
     for name, handle in handles.items():
-        vars(twin)[name] = copy.deepcopy(handle, dict(dicts))
+        vars(module_copy)[name] = copy.deepcopy(handle, dict(dicts))
 
 
 def class_name(module: nn.Module) -> str:
@@ -172,27 +172,27 @@ def _modules_in(value: Any, name: str, depth: int) -> Iterator[tuple[str, nn.Mod
 Flags = Mapping[str, bool]
 
 
-class OwnFlags(NamedTuple):
+class ModelTrainingFlags(NamedTuple):
     """The training flag of every module by its first name, after `model.eval()` and after `model.train()`."""
 
     evaluation: Flags
     training: Flags
 
 
-def own_flags(model: nn.Module) -> OwnFlags | None:
+def model_training_flags(model: nn.Module) -> ModelTrainingFlags | None:
     """Return the flags that the model's own `train()` and `eval()` set, None if they are those of `nn.Module`."""
-    places = walk_modules(model)
-    if not any(_overrides(place.module) for place in places):
+    entries = walk_modules(model)
+    if not any(_overrides_mode(entry.module) for entry in entries):
         return None
     found: list[Flags] = []
     for training in (False, True):
-        with own_mode(model, training=training):
-            found.append({place.names[0]: place.module.training for place in places})
-    return OwnFlags(*found)
+        with model_mode(model, training=training):
+            found.append({entry.names[0]: entry.module.training for entry in entries})
+    return ModelTrainingFlags(*found)
 
 
 @contextmanager
-def own_mode(model: nn.Module, *, training: bool, flags: Flags | None = None) -> Iterator[None]:
+def model_mode(model: nn.Module, *, training: bool, flags: Flags | None = None) -> Iterator[None]:
     """Call the model's own `train()` or `eval()`, and put back what that changed at the end.
 
     A model whose own one raises has its flags set directly. Modules that are in no registry get the flag too.
@@ -200,26 +200,26 @@ def own_mode(model: nn.Module, *, training: bool, flags: Flags | None = None) ->
     Args:
         flags: what single modules are set to afterwards, by name.
     """
-    places = walk_modules(model)
-    before = [(place.module, place.module.training) for place in places]
+    entries = walk_modules(model)
+    before = [(entry.module, entry.module.training) for entry in entries]
     with ExitStack() as stack:
         stack.callback(_set_flags, before)
-        if any(_overrides(place.module) for place in places):
-            stack.enter_context(preserved_state([place.module for place in places]))
-            _set_flags((place.module, training) for place in places if not place.registered)
-            _switch(model, places, training=training)
+        if any(_overrides_mode(entry.module) for entry in entries):
+            stack.enter_context(preserved_state([entry.module for entry in entries]))
+            _set_flags((entry.module, training) for entry in entries if not entry.registered)
+            _set_mode(model, entries, training=training)
         else:
-            _set_flags((place.module, training) for place in places)
+            _set_flags((entry.module, training) for entry in entries)
         if flags:
-            _set_flags((p.module, flags[p.names[0]]) for p in places if p.names[0] in flags)
+            _set_flags((p.module, flags[p.names[0]]) for p in entries if p.names[0] in flags)
         yield
 
 
-def _switch(model: nn.Module, places: tuple[Place, ...], *, training: bool) -> None:
+def _set_mode(model: nn.Module, entries: tuple[ModuleEntry, ...], *, training: bool) -> None:
     try:
         model.train() if training else model.eval()
     except Exception:  # noqa: BLE001 - such as that of an exported program, which refuses; it runs the model's code
-        _set_flags((place.module, training) for place in places)
+        _set_flags((entry.module, training) for entry in entries)
 
 
 def _set_flags(flags: Iterable[tuple[nn.Module, bool]]) -> None:
@@ -227,7 +227,7 @@ def _set_flags(flags: Iterable[tuple[nn.Module, bool]]) -> None:
         module.training = flag
 
 
-def _overrides(module: nn.Module) -> bool:
+def _overrides_mode(module: nn.Module) -> bool:
     if isinstance(module, torch.jit.ScriptModule):  # wraps those of `nn.Module`
         return False
     cls, own = type(module), vars(module)

@@ -12,9 +12,9 @@ from typing import Any, Self
 from normswap.errors import PlanError
 from normswap.layers.gating import BN_STATISTICS, BnStatistics, Branch, Gate, check_branches, check_gate
 from normswap.surgery.arguments import require_type
-from normswap.surgery.norms.classes import vertex_of
-from normswap.surgery.selection import SiteSettings, settle
-from normswap.text import counted, printed_as
+from normswap.surgery.norms.classes import branch_of_kind
+from normswap.surgery.selection import SiteSettings, resolve_settings
+from normswap.text import pluralize, printable_as
 
 PLAN_VERSION = 1
 # The class of a norm that is known by the names of its tensors only.
@@ -43,10 +43,10 @@ class Swap:
     @property
     def vertex(self) -> Branch:
         """The branch that computes what the old norm does, where a simplex gate starts."""
-        return vertex_of(self.kind)
+        return branch_of_kind(self.kind)
 
     @property
-    def starts_statistics(self) -> bool:
+    def creates_running_stats(self) -> bool:
         """Whether its `bn` branch has to begin running statistics, since the old norm has none."""
         return self.vertex != "bn" and "bn" in self.branches
 
@@ -61,7 +61,7 @@ class Skip:
     reason: str
 
 
-@printed_as("plan")
+@printable_as("plan")
 @dataclass(frozen=True, repr=False)
 class SwapPlan:
     """All decisions for one model: `swaps` + `skips` = sites found.
@@ -76,7 +76,9 @@ class SwapPlan:
     notes: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
-        return f"SwapPlan({self.model_class}, {counted(len(self.swaps), 'swap')}, {counted(len(self.skips), 'skip')})"
+        return (
+            f"SwapPlan({self.model_class}, {pluralize(len(self.swaps), 'swap')}, {pluralize(len(self.skips), 'skip')})"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as plain lists, dicts, strings and numbers."""
@@ -97,20 +99,20 @@ class SwapPlan:
             PlanError: not a plan, of a newer version, or a field is missing, unknown or of the wrong kind; settings
                 are, match no swap, or leave it one branch.
         """
-        data = _checked(data, {"version": int, **_types(cls)}, "the plan", optional={"settings"})
+        data = _checked(data, {"version": int, **_field_types(cls)}, "the plan", optional={"settings"})
         if data.pop("version") > PLAN_VERSION:
             raise PlanError(f"the plan is of a newer version than {PLAN_VERSION}: update normswap")
-        swaps = tuple(_swap(item) for item in data.pop("swaps"))
-        skips = tuple(Skip(**_checked(item, _types(Skip), "a skip")) for item in data.pop("skips"))
+        swaps = tuple(_read_swap(item) for item in data.pop("swaps"))
+        skips = tuple(Skip(**_checked(item, _field_types(Skip), "a skip")) for item in data.pop("skips"))
         if not all(isinstance(note, str) for note in data["notes"]):
             raise PlanError(f"the plan: notes has an unexpected value {data['notes']!r:.80}")
         plan = cls(swaps, skips, data["model_class"], data["inputs"], tuple(data["notes"]))
         return plan._with_settings(data["settings"]) if "settings" in data else plan
 
     def _with_settings(self, settings: Any) -> Self:
-        told = settle(settings, [(swap.fqn,) for swap in self.swaps], "swaps of the plan")
-        swaps = tuple(_set(swap, told[swap.fqn]) for swap in self.swaps)
-        return replace(self, swaps=swaps, notes=tuple(dict.fromkeys((*self.notes, *notes_on(swaps)))))
+        site_settings = resolve_settings(settings, [(swap.fqn,) for swap in self.swaps], "swaps of the plan")
+        swaps = tuple(_apply_settings(swap, site_settings[swap.fqn]) for swap in self.swaps)
+        return replace(self, swaps=swaps, notes=tuple(dict.fromkeys((*self.notes, *swap_notes(swaps)))))
 
     @classmethod
     def from_json(cls, text: str) -> Self:
@@ -134,8 +136,8 @@ def require_plan(plan: object) -> None:
     Raises:
         ArgumentError: it is something else.
     """
-    how = "a SwapPlan (conversion.plan, plan_swaps(model), or SwapPlan.from_json(Path('plan.json').read_text()))"
-    require_type(plan, SwapPlan, "plan", how)
+    expected = "a SwapPlan (conversion.plan, plan_swaps(model), or SwapPlan.from_json(Path('plan.json').read_text()))"
+    require_type(plan, SwapPlan, "plan", expected)
 
 
 _FIELD_TYPES: dict[str, Any] = {
@@ -158,7 +160,7 @@ _FIELD_TYPES: dict[str, Any] = {
 }
 
 
-def _types(record: type) -> dict[str, Any]:
+def _field_types(record: type) -> dict[str, Any]:
     return {field.name: _FIELD_TYPES[field.name] for field in fields(record)}
 
 
@@ -175,33 +177,33 @@ def _checked(data: Any, types: dict[str, Any], what: str, optional: set[str] | N
     return dict(data)
 
 
-def _swap(data: Any) -> Swap:
-    data = _checked(data, _types(Swap), "a swap")
+def _read_swap(data: Any) -> Swap:
+    data = _checked(data, _field_types(Swap), "a swap")
     where = f"swap of {data['fqn']!r}"
     if data["bn_statistics"] not in BN_STATISTICS:
         raise PlanError(f"{where}: expected bn_statistics among {BN_STATISTICS}, got {data['bn_statistics']!r}")
     try:
-        branches = with_vertex(data["branches"], data["kind"])
-        return _consistent(Swap(**{**data, "gate": check_gate(data["gate"]), "branches": branches}))
+        branches = check_starting_branch(data["branches"], data["kind"])
+        return _check_consistent(Swap(**{**data, "gate": check_gate(data["gate"]), "branches": branches}))
     except (TypeError, ValueError) as error:  # of a value that is no string: unhashable, or no branch
         raise PlanError(f"{where}: {error}") from None
 
 
-def with_vertex(branches: Sequence[str], kind: str) -> tuple[Branch, ...]:
+def check_starting_branch(branches: Sequence[str], kind: str) -> tuple[Branch, ...]:
     """Return `branches` in canonical order if a site of `kind` can start among them.
 
     Raises:
         PlanError: the branch that computes the old norm is missing.
         LayerError: as `check_branches`.
     """
-    chosen, vertex = check_branches(branches), vertex_of(kind)
+    chosen, vertex = check_branches(branches), branch_of_kind(kind)
     if vertex not in chosen:
         raise PlanError(f"branches: expected `{vertex}` among them, the function starts there; got {chosen}")
     return chosen
 
 
-def _consistent(swap: Swap) -> Swap:
-    if swap.starts_statistics and swap.bn_statistics == "running":
+def _check_consistent(swap: Swap) -> Swap:
+    if swap.creates_running_stats and swap.bn_statistics == "running":
         raise PlanError(f"bn_statistics: expected 'batch' or 'renorm', {NEVER_FILLED}; got 'running'")
     return swap
 
@@ -210,31 +212,31 @@ def _consistent(swap: Swap) -> Swap:
 NEVER_FILLED = "since running statistics that start at 0 and 1 and are never updated are those of no data"
 
 
-def notes_on(swaps: Sequence[Swap]) -> list[str]:
+def swap_notes(swaps: Sequence[Swap]) -> list[str]:
     """Return what the user should know of these swaps."""
     notes = []
-    fresh = [swap.fqn for swap in swaps if swap.starts_statistics]
-    if fresh:
+    without_statistics = [swap.fqn for swap in swaps if swap.creates_running_stats]
+    if without_statistics:
         notes.append(
-            f"begin running statistics, which say nothing before the first batches of training: {', '.join(fresh)}"
+            f"begin running statistics, which say nothing before the first batches of training: {', '.join(without_statistics)}"
         )
-    thawed = [swap.fqn for swap in swaps if swap.kind == "frozen bn" and swap.bn_statistics != "running"]
-    if thawed:
+    unfrozen = [swap.fqn for swap in swaps if swap.kind == "frozen bn" and swap.bn_statistics != "running"]
+    if unfrozen:
         notes.append(
-            f"frozen, but set to use batch statistics, which is another function in training: {', '.join(thawed)}"
+            f"frozen, but set to use batch statistics, which is another function in training: {', '.join(unfrozen)}"
         )
     if any(swap.gate == "softmax" for swap in swaps):
         notes.append("softmax gates start at the uniform mix: the converted model is not the same function")
     return notes
 
 
-def _set(swap: Swap, told: SiteSettings) -> Swap:
+def _apply_settings(swap: Swap, site_settings: SiteSettings) -> Swap:
     try:
-        asked = with_vertex(told.get("branches", swap.branches), swap.kind)
-        kept = tuple(b for b in asked if b in swap.branches or (b == "bn" and swap.vertex != "bn"))
-        if len(kept) == 1 and "branches" in told:
-            raise PlanError(f"branches: {asked} leave only {kept[0]!r} of {swap.branches}: nothing to switch to")
-        changes: dict[str, Any] = {**told, "branches": kept}
-        return _consistent(replace(swap, **changes))
+        requested = check_starting_branch(site_settings.get("branches", swap.branches), swap.kind)
+        kept = tuple(b for b in requested if b in swap.branches or (b == "bn" and swap.vertex != "bn"))
+        if len(kept) == 1 and "branches" in site_settings:
+            raise PlanError(f"branches: {requested} leave only {kept[0]!r} of {swap.branches}: nothing to switch to")
+        changes: dict[str, Any] = {**site_settings, "branches": kept}
+        return _check_consistent(replace(swap, **changes))
     except PlanError as error:
         raise PlanError(f"settings of {swap.fqn!r}: {error}") from None

@@ -31,15 +31,17 @@ def matched(pattern: str, sites: Sequence[Names], what: str = "norm sites") -> l
     Raises:
         PlanError: the pattern is no regular expression, or matches nothing, with the nearest fqns.
     """
-    hits = [names[0] for names in sites if any(_matches(pattern, name) for name in names)]
-    if not hits:
+    matching = [names[0] for names in sites if any(_matches(pattern, name) for name in names)]
+    if not matching:
         fqns = [names[0] for names in sites]
-        near = difflib.get_close_matches(pattern, fqns, n=3, cutoff=0.4) or fqns[:3]
-        raise PlanError(f"the pattern {pattern!r} matches none of the {len(fqns)} {what}; nearest: {near}")
-    return hits
+        close_names = difflib.get_close_matches(pattern, fqns, n=3, cutoff=0.4) or fqns[:3]
+        raise PlanError(f"the pattern {pattern!r} matches none of the {len(fqns)} {what}; nearest: {close_names}")
+    return matching
 
 
-def first_matches(patterns: Iterable[str], sites: Sequence[Names], what: str = "norm sites") -> dict[str, str]:
+def first_matching_patterns(
+    patterns: Iterable[str], sites: Sequence[Names], what: str = "norm sites"
+) -> dict[str, str]:
     """Return by fqn the first of `patterns`, or of the one pattern given alone, that matches a site.
 
     Args:
@@ -80,7 +82,7 @@ class SiteSettings(TypedDict, total=False):
 Settings = Mapping[str, SiteSettings]
 
 
-def settle(settings: Any, sites: Sequence[Names], what: str = "norm sites") -> dict[str, SiteSettings]:
+def resolve_settings(settings: Any, sites: Sequence[Names], what: str = "norm sites") -> dict[str, SiteSettings]:
     """Return by fqn what `settings` say of each site, checked.
 
     Args:

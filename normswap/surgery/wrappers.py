@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from normswap.errors import SwapError
 from normswap.layers.gated_module import GatedModule
-from normswap.layers.in_place import shallow_twin
+from normswap.layers.in_place import shallow_copy
 from normswap.surgery.arguments import require_module
 from normswap.surgery.module_tree import class_name, walk_modules
 from normswap.text import first_line
@@ -26,8 +26,8 @@ Problem = str | None
 class _Refusal(NamedTuple):
     """What a class of wrapper has done to the model, and what to type instead."""
 
-    what: str
-    way_out: str
+    reason: str
+    suggestion: str
 
 
 # By class name, also of a base class: none of them can be asked without importing half of torch.
@@ -54,9 +54,9 @@ class _Wrapper:
     """
 
     inside: str
-    build_again: Callable[[Any, nn.Module], nn.Module]
-    goes_stale: Callable[[Any], Problem]
-    cannot_return: Callable[[Any], Problem] = lambda _: None
+    rebuild: Callable[[Any, nn.Module], nn.Module]
+    stale_reason: Callable[[Any], Problem]
+    rebuild_problem: Callable[[Any], Problem] = lambda _: None
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -81,19 +81,19 @@ def check_wrapping(model: nn.Module, *, inplace: bool, rebuilt: bool, verb: str 
     """
     where = "model"
     for where, wrapper, kind in _wrappers(model):
-        problem = (inplace and kind.goes_stale(wrapper)) or (rebuilt and _problem_of_rebuilding(wrapper, kind))
+        problem = (inplace and kind.stale_reason(wrapper)) or (rebuilt and _rebuild_problem(wrapper, kind))
         if problem:
-            raise _refused(where, type(wrapper).__name__, verb, f" {problem}")
+            raise _wrapping_error(where, type(wrapper).__name__, verb, f" {problem}")
         where = f"{where}.{kind.inside}"
     inside = unwrap(model)
     if isinstance(inside, torch.jit.ScriptModule):
         raise SwapError(
             f"the model is TorchScript, whose code is fixed: {verb} the Python model, then trace or export it"
         )
-    for place in walk_modules(inside):
-        for cls in type(place.module).__mro__:
+    for entry in walk_modules(inside):
+        for cls in type(entry.module).__mro__:
             if cls.__name__ in _REFUSALS:
-                raise _refused(f"{where}.{place.names[0]}".rstrip("."), cls.__name__, verb)
+                raise _wrapping_error(f"{where}.{entry.names[0]}".rstrip("."), cls.__name__, verb)
 
 
 # Base classes of what preparing a model for quantization puts into it, by name: in torch, and in torchao since.
@@ -108,14 +108,14 @@ def check_not_prepared(model: nn.Module) -> None:
     Raises:
         SwapError: the model holds observers or fake quantization, and no layer of normswap.
     """
-    places = walk_modules(unwrap(model))
-    if any(isinstance(place.module, GatedModule) for place in places):
+    entries = walk_modules(unwrap(model))
+    if any(isinstance(entry.module, GatedModule) for entry in entries):
         return
-    for place in places:
-        cls = type(place.module)
+    for entry in entries:
+        cls = type(entry.module)
         if any(b.__name__ in _OBSERVERS and b.__module__.startswith(("torch.", "torchao.")) for b in cls.__mro__):
             raise SwapError(
-                f"the model is prepared for quantization ({place.names[0] or 'the model'} is a {cls.__name__}): "
+                f"the model is prepared for quantization ({entry.names[0] or 'the model'} is a {cls.__name__}): "
                 "convert the model before it is prepared, then prepare the converted one"
             )
 
@@ -131,10 +131,10 @@ def rewrap(model: nn.Module, inside: nn.Module) -> nn.Module:
             inside = wrapper
             continue
         try:
-            inside = kind.build_again(wrapper, inside)
+            inside = kind.rebuild(wrapper, inside)
         except Exception as error:
-            because = f" and cannot be wrapped again ({first_line(error)})"
-            raise _refused(where, type(wrapper).__name__, "convert", because) from error
+            detail = f" and cannot be wrapped again ({first_line(error)})"
+            raise _wrapping_error(where, type(wrapper).__name__, "convert", detail) from error
     return inside
 
 
@@ -146,24 +146,24 @@ def _wrappers(model: nn.Module) -> Iterator[tuple[str, nn.Module, _Wrapper]]:
         where, model = f"{where}.{kind.inside}", model._modules[kind.inside]  # type: ignore[assignment]
 
 
-def _refused(where: str, name: str, verb: str, because: str = "") -> SwapError:
+def _wrapping_error(where: str, name: str, verb: str, detail: str = "") -> SwapError:
     refusal = _REFUSALS[name]
-    return SwapError(f"{where} {refusal.what}{because}: {refusal.way_out.format(verb=verb, where=where)}")
+    return SwapError(f"{where} {refusal.reason}{detail}: {refusal.suggestion.format(verb=verb, where=where)}")
 
 
-def _problem_of_rebuilding(wrapper: nn.Module, kind: _Wrapper) -> Problem:
+def _rebuild_problem(wrapper: nn.Module, kind: _Wrapper) -> Problem:
     if wrapper._parameters or wrapper._buffers or len(wrapper._modules) > 1:
         return "and holds tensors or modules beside it"
     if any(value for name, value in vars(wrapper).items() if name.endswith("_hooks") and isinstance(value, dict)):
         return "and has hooks on the wrapper"
-    return kind.cannot_return(wrapper)
+    return kind.rebuild_problem(wrapper)
 
 
-def _data_parallel_again(wrapper: nn.DataParallel[Any], inside: nn.Module) -> nn.Module:
+def _rebuild_data_parallel(wrapper: nn.DataParallel[Any], inside: nn.Module) -> nn.Module:
     # Not by its constructor, which looks for devices anew and so may choose others.
-    twin = shallow_twin(wrapper)
-    twin._modules["module"] = inside
-    return twin
+    module_copy = shallow_copy(wrapper)
+    module_copy._modules["module"] = inside
+    return module_copy
 
 
 # Arguments that DDP keeps under their own names; older releases of torch have fewer of them.
@@ -183,39 +183,39 @@ _DDP_SETTINGS = (
 _BYTES_PER_MB = 1024 * 1024
 
 
-def _ddp_again(wrapper: DistributedDataParallel, inside: nn.Module) -> nn.Module:
-    kept = vars(wrapper)
-    settings = {name: kept[name] for name in _DDP_SETTINGS if name in kept}
+def _rebuild_ddp(wrapper: DistributedDataParallel, inside: nn.Module) -> nn.Module:
+    attributes = vars(wrapper)
+    settings = {name: attributes[name] for name in _DDP_SETTINGS if name in attributes}
     if not wrapper.bucket_bytes_cap_default:
         settings["bucket_cap_mb"] = wrapper.bucket_bytes_cap / _BYTES_PER_MB
-    if caps := kept.get("bucket_bytes_cap_list"):
+    if caps := attributes.get("bucket_bytes_cap_list"):
         settings["bucket_cap_mb_list"] = [cap / _BYTES_PER_MB for cap in caps]
     from torch.distributed.utils import _verify_param_shape_across_processes  # not in every build of torch
 
     # Nothing is broadcast: each process keeps its own buffers, which a DDP told not to sync them may rely on. That the
     # processes planned alike is all that is left to check.
-    again = DistributedDataParallel(inside, init_sync=False, **settings)
-    reduced: list[Tensor] = [parameter for parameter in again._module_parameters if parameter.requires_grad]
-    _verify_param_shape_across_processes(again.process_group, reduced)
-    again.training = wrapper.training
-    return again
+    new_wrapper = DistributedDataParallel(inside, init_sync=False, **settings)
+    reduced: list[Tensor] = [parameter for parameter in new_wrapper._module_parameters if parameter.requires_grad]
+    _verify_param_shape_across_processes(new_wrapper.process_group, reduced)
+    new_wrapper.training = wrapper.training
+    return new_wrapper
 
 
-def _ddp_cannot_return(wrapper: DistributedDataParallel) -> Problem:
-    kept = vars(wrapper)
-    if kept.get("_delay_all_reduce_params"):
+def _ddp_rebuild_problem(wrapper: DistributedDataParallel) -> Problem:
+    attributes = vars(wrapper)
+    if attributes.get("_delay_all_reduce_params"):
         return "that delays the reduction of chosen parameters"
-    if kept.get("mixed_precision") is not None:
+    if attributes.get("mixed_precision") is not None:
         return "with mixed precision of its own"
-    if kept.get("device_mesh") is not None:
+    if attributes.get("device_mesh") is not None:
         return "on a device mesh"
     # The one place that tells of hooks of both kinds, in Python and built in.
-    if "buffer_hook" in kept or wrapper._get_ddp_logging_data().get("comm_hook"):  # type: ignore[no-untyped-call]
+    if "buffer_hook" in attributes or wrapper._get_ddp_logging_data().get("comm_hook"):  # type: ignore[no-untyped-call]
         return "with a communication hook"
     return None
 
 
-def _compiled_goes_stale(wrapper: Any) -> Problem:
+def _compiled_stale_reason(wrapper: Any) -> Problem:
     if type(vars(wrapper).get("forward")).__name__ == "AOTCompiledModel":
         return "ahead of time"
     hooks = getattr(wrapper.dynamo_ctx, "_hooks", None)
@@ -225,18 +225,18 @@ def _compiled_goes_stale(wrapper: Any) -> Problem:
 # By class, exactly: one derived from it may do more.
 _WRAPPERS = {
     "torch.nn.parallel.data_parallel.DataParallel": _Wrapper(
-        inside="module", build_again=_data_parallel_again, goes_stale=lambda _: None
+        inside="module", rebuild=_rebuild_data_parallel, stale_reason=lambda _: None
     ),
     "torch.nn.parallel.distributed.DistributedDataParallel": _Wrapper(
         inside="module",
-        build_again=_ddp_again,
-        goes_stale=lambda _: "whose reducer keeps the parameters it was built with",
-        cannot_return=_ddp_cannot_return,
+        rebuild=_rebuild_ddp,
+        stale_reason=lambda _: "whose reducer keeps the parameters it was built with",
+        rebuild_problem=_ddp_rebuild_problem,
     ),
     # Its guards see that the classes of modules have changed, and compile again when it is called.
     "torch._dynamo.eval_frame.OptimizedModule": _Wrapper(
         inside="_orig_mod",
-        build_again=lambda wrapper, inside: wrapper.dynamo_ctx(inside),
-        goes_stale=_compiled_goes_stale,
+        rebuild=lambda wrapper, inside: wrapper.dynamo_ctx(inside),
+        stale_reason=_compiled_stale_reason,
     ),
 }

@@ -17,13 +17,13 @@ from torch.utils.hooks import RemovableHandle
 from normswap.errors import OptimizerError, WatchError
 from normswap.layers.gating import BRANCHES, BnStatistics, check_bn_statistics
 from normswap.running_stats.control import set_bn_statistics
-from normswap.surgery.importance import ImportanceWeights, gated_modules, importance_weights, trainable_gates
+from normswap.surgery.importance import SiteWeights, gated_modules, importance_weights, trainable_gates
 
 # As the loggers of W&B, MLflow, accelerate and Lightning are called.
-Write = Callable[[dict[str, float], int], object]
+WriteFunction = Callable[[dict[str, float], int], object]
 
 # Where a wrapper keeps the optimizer whose step is the real one: accelerate and DeepSpeed, Lightning, timm's Lookahead.
-_INSIDE = ("optimizer", "_optimizer", "_base_optimizer")
+_WRAPPED_ATTRIBUTES = ("optimizer", "_optimizer", "_base_optimizer")
 
 
 class ScalarWriter(Protocol):
@@ -33,8 +33,8 @@ class ScalarWriter(Protocol):
         """Take one number."""
 
 
-class _Reaching(Protocol):
-    def reach(self, step: int) -> None: ...
+class _StepCallback(Protocol):
+    def on_step(self, step: int) -> None: ...
 
 
 class ImportanceLog:
@@ -48,22 +48,22 @@ class ImportanceLog:
     """
 
     def __init__(
-        self, model: nn.Module, write: Write | ScalarWriter, *, every: int, per_site: bool, done: int = 0
+        self, model: nn.Module, write: WriteFunction | ScalarWriter, *, every: int, per_site: bool, start_step: int = 0
     ) -> None:
         if every < 1:
             raise WatchError(f"every: expected a number of steps, at least 1, got {every}")
         if not gated_modules(model):
             raise WatchError("expected a model with SN layers, found none: convert it first, normswap.convert(model)")
-        self._model, self._write = model, _as_function(write)
+        self._model, self._write = model, _as_write_function(write)
         self._every, self._per_site = every, per_site
-        self._periods = done // every if done else -1
+        self._last_period = start_step // every if start_step else -1
 
-    def reach(self, step: int) -> None:
+    def on_step(self, step: int) -> None:
         """Tell the weights after this step if they are due."""
         periods = step // self._every
-        if periods > self._periods:
+        if periods > self._last_period:
             self._write(importance_scalars(self._model, per_site=self._per_site), step)
-        self._periods = periods
+        self._last_period = periods
 
 
 class StatisticsSwitch:
@@ -87,7 +87,7 @@ class StatisticsSwitch:
         self._model, self._modes = model, sorted(modes.items(), reverse=True)
         self._mode: BnStatistics | None = None
 
-    def reach(self, step: int) -> None:
+    def on_step(self, step: int) -> None:
         """Set the mode that holds from this step or epoch on, unless it was set before."""
         mode = next((mode for start, mode in self._modes if start <= step), None)
         if mode is not None and mode != self._mode:
@@ -98,13 +98,13 @@ class StatisticsSwitch:
 class ImportanceWatch:
     """What `watch_importance` returns: `step` counts; `remove()`, or the end of a `with` block, ends it."""
 
-    def __init__(self, parts: list[_Reaching], step: int) -> None:
+    def __init__(self, callbacks: list[_StepCallback], step: int) -> None:
         self.step = step
-        self._parts = parts
+        self._callbacks = callbacks
         self._handle: RemovableHandle | None = None
-        self._reach()
+        self._on_step()
 
-    def hang_on(self, optimizer: torch.optim.Optimizer) -> Self:
+    def attach(self, optimizer: torch.optim.Optimizer) -> Self:
         """Count the steps of an optimizer from here on."""
         self._handle = optimizer.register_step_post_hook(self._count)
         return self
@@ -124,18 +124,18 @@ class ImportanceWatch:
 
     def _count(self, _optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
         self.step += 1
-        self._reach()
+        self._on_step()
 
-    def _reach(self) -> None:
-        for part in self._parts:
-            part.reach(self.step)
+    def _on_step(self) -> None:
+        for callback in self._callbacks:
+            callback.on_step(self.step)
 
 
 def watch_importance(
     model: nn.Module,
     optimizer: Any,
     *,
-    write: Write | ScalarWriter | None = None,
+    write: WriteFunction | ScalarWriter | None = None,
     every: int = 100,
     per_site: bool = False,
     bn_statistics: Mapping[int, BnStatistics] | None = None,
@@ -167,16 +167,16 @@ def watch_importance(
         LayerError: a mode is unknown.
         ModelError: `set_bn_statistics` refuses.
     """
-    stepping = stepping_optimizer(optimizer)
-    _check_gates(model, stepping)
-    parts: list[_Reaching] = []
+    inner_optimizer = unwrap_optimizer(optimizer)
+    _check_gates(model, inner_optimizer)
+    callbacks: list[_StepCallback] = []
     if bn_statistics:
-        parts.append(StatisticsSwitch(model, bn_statistics))
+        callbacks.append(StatisticsSwitch(model, bn_statistics))
     if write is not None:
-        parts.append(ImportanceLog(model, write, every=every, per_site=per_site, done=step))
-    if not parts:
+        callbacks.append(ImportanceLog(model, write, every=every, per_site=per_site, start_step=step))
+    if not callbacks:
         raise WatchError("nothing to do: give write=, such as write=print, or bn_statistics={1000: 'running'}")
-    return ImportanceWatch(parts, step).hang_on(stepping)
+    return ImportanceWatch(callbacks, step).attach(inner_optimizer)
 
 
 def importance_scalars(model: nn.Module, *, per_site: bool = False) -> dict[str, float]:
@@ -184,7 +184,7 @@ def importance_scalars(model: nn.Module, *, per_site: bool = False) -> dict[str,
     sites = importance_weights(model)
     scalars = {
         f"importance/{statistic}/{branch}": fmean(getattr(site, statistic).get(branch, 0.0) for site in sites.values())
-        for statistic in ImportanceWeights._fields
+        for statistic in SiteWeights._fields
         for branch in BRANCHES
     }
     for fqn, site in sites.items() if per_site else ():
@@ -193,21 +193,23 @@ def importance_scalars(model: nn.Module, *, per_site: bool = False) -> dict[str,
     return scalars
 
 
-def stepping_optimizer(optimizer: Any) -> torch.optim.Optimizer:
+def unwrap_optimizer(optimizer: Any) -> torch.optim.Optimizer:
     """Return the optimizer inside its wrappers, whose step calls hooks; those of a wrapper are never called.
 
     Raises:
         OptimizerError: there is none.
     """
     found = optimizer
-    while (name := next((name for name in _INSIDE if name in getattr(found, "__dict__", {})), None)) is not None:
+    while (
+        name := next((name for name in _WRAPPED_ATTRIBUTES if name in getattr(found, "__dict__", {})), None)
+    ) is not None:
         found = vars(found)[name]
     if not isinstance(found, torch.optim.Optimizer):
         raise OptimizerError(f"expected an optimizer of torch, got {type(optimizer).__name__}: pass optimizer")
     return found
 
 
-def _as_function(write: Any) -> Write:
+def _as_write_function(write: Any) -> WriteFunction:
     if not hasattr(write, "add_scalar"):
         return write  # type: ignore[no-any-return]
 

@@ -72,27 +72,27 @@ class ImportanceCallback(Callback):
 
         # A Trainer that logs nothing says 0.
         every = self._every if self._every is not None else max(1, int(getattr(trainer, "log_every_n_steps", 1)))
-        done = trainer.global_step
+        start_step = trainer.global_step
         self._switch = StatisticsSwitch(pl_module, self._modes) if self._modes else None
-        self._log = ImportanceLog(pl_module, write, every=every, per_site=self._per_site, done=done)
-        self._reach(trainer)
+        self._log = ImportanceLog(pl_module, write, every=every, per_site=self._per_site, start_step=start_step)
+        self._on_step(trainer)
 
     def on_train_epoch_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Switch what is to be switched with this epoch."""
-        self._reach(trainer)
+        self._on_step(trainer)
 
     def on_train_batch_end(
         self, trainer: "Trainer", pl_module: "LightningModule", outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Do what is due after this step; batches that are accumulated make no step."""
-        self._reach(trainer)
+        self._on_step(trainer)
 
     def on_train_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Let go of the model."""
         self._log = self._switch = None
 
-    def _reach(self, trainer: "Trainer") -> None:
+    def _on_step(self, trainer: "Trainer") -> None:
         if self._switch is not None:
-            self._switch.reach(trainer.global_step if self._unit == "step" else trainer.current_epoch)
+            self._switch.on_step(trainer.global_step if self._unit == "step" else trainer.current_epoch)
         if self._log is not None:
-            self._log.reach(trainer.global_step)
+            self._log.on_step(trainer.global_step)

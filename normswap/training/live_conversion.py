@@ -13,40 +13,46 @@ from torch import Tensor, nn
 
 from normswap.checkpoints.content.optimizer_state import gate_options
 from normswap.errors import OptimizerError, PlanError
-from normswap.model_state import all_or_nothing
+from normswap.model_state import rollback_on_error
 from normswap.surgery.conversion import apply_plan, convert
 from normswap.surgery.importance import gate_parameters, trainable_gates
 from normswap.surgery.module_tree import walk_modules
-from normswap.surgery.norms.classes import KNOWN_NORMS, Norms
+from normswap.surgery.norms.classes import KNOWN_NORMS, NormTable
 from normswap.surgery.plan import SwapPlan
 from normswap.surgery.wrappers import unwrap
-from normswap.text import counted, printed_as
-from normswap.training.importance_watch import stepping_optimizer
-from normswap.training.param_groups import check_complete, check_owner
-from normswap.training.schedulers import check_lengths, check_schedulers, extensions, present_rate, schedulers_in
+from normswap.text import pluralize, printable_as
+from normswap.training.importance_watch import unwrap_optimizer
+from normswap.training.param_groups import check_complete, check_same_model
+from normswap.training.schedulers import (
+    check_group_count,
+    check_schedulers,
+    current_gate_lr,
+    iter_schedulers,
+    plan_scheduler_updates,
+)
 
 # MERGED DOC: Moving averages of a run in progress: the model copies in them, and averages that are lists of tensors.
 
 
 # The attribute under which an average keeps its copy of the model: torch and timm, then YOLO trainers, then others.
-_COPIES = ("module", "ema", "ema_model", "average_model")
+_COPY_ATTRIBUTES = ("module", "ema", "ema_model", "average_model")
 # Lists of tensors in the order of the parameters, and the list of weak references to these that torch_ema keeps.
-_LISTS = ("shadow_params", "collected_params", "temp_stored_params")
-_REFERENCES = "_params_refs"
+_LIST_ATTRIBUTES = ("shadow_params", "collected_params", "temp_stored_params")
+_REFERENCES_ATTRIBUTE = "_params_refs"
 
 
-def model_in(average: Any) -> nn.Module | None:
+def find_model_copy(average: Any) -> nn.Module | None:
     """Return the copy of the model that an average keeps, or None if it keeps a list of tensors.
 
     Raises:
         OptimizerError: it keeps neither.
     """
-    if isinstance(getattr(average, _LISTS[0], None), list):
+    if isinstance(getattr(average, _LIST_ATTRIBUTES[0], None), list):
         return None
-    for name in _COPIES:
-        inside = getattr(average, name, None)
-        if isinstance(inside, nn.Module):
-            return unwrap(inside)
+    for name in _COPY_ATTRIBUTES:
+        wrapped = getattr(average, name, None)
+        if isinstance(wrapped, nn.Module):
+            return unwrap(wrapped)
     if isinstance(average, nn.Module):
         return unwrap(average)
     raise OptimizerError(
@@ -55,7 +61,7 @@ def model_in(average: Any) -> nn.Module | None:
     )
 
 
-def freeze_like_the_rest(copy: nn.Module) -> None:
+def match_requires_grad(copy: nn.Module) -> None:
     """Let the gates of an average take no gradient if none of its other parameters does."""
     gates = gate_parameters(copy)
     known = set(gates.values())
@@ -64,7 +70,7 @@ def freeze_like_the_rest(copy: nn.Module) -> None:
             gate.requires_grad_(False)
 
 
-def lists_with_gates(average: Any, model: nn.Module, before: Sequence[nn.Parameter]) -> dict[str, list[Any]]:
+def extend_average_lists(average: Any, model: nn.Module, before: Sequence[nn.Parameter]) -> dict[str, list[Any]]:
     """Return the lists of an average, by attribute, with the gates of a converted model at their places.
 
     Args:
@@ -73,17 +79,21 @@ def lists_with_gates(average: Any, model: nn.Module, before: Sequence[nn.Paramet
     Raises:
         OptimizerError: the lists are in no known order of these parameters.
     """
-    lists = {name: held for name in _LISTS if isinstance(held := getattr(average, name, None), list)}
-    references = getattr(average, _REFERENCES, None)
-    every = [*model.parameters()]
-    for chosen in (every, [p for p in every if p.requires_grad]):
-        old = {id(p): place for place, p in enumerate(p for p in before if any(p is one for one in chosen))}
-        if all(_fits(held, [p for p in before if id(p) in old]) for held in lists.values()):
-            filled: dict[str, list[Any]] = {
-                name: [held[old[id(p)]] if id(p) in old else p.detach().clone() for p in chosen]
-                for name, held in lists.items()
+    lists = {
+        name: stored_list for name in _LIST_ATTRIBUTES if isinstance(stored_list := getattr(average, name, None), list)
+    }
+    references = getattr(average, _REFERENCES_ATTRIBUTE, None)
+    all_parameters = [*model.parameters()]
+    for chosen in (all_parameters, [p for p in all_parameters if p.requires_grad]):
+        old = {id(p): index for index, p in enumerate(p for p in before if any(p is one for one in chosen))}
+        if all(_matches_shapes(stored_list, [p for p in before if id(p) in old]) for stored_list in lists.values()):
+            extended: dict[str, list[Any]] = {
+                name: [stored_list[old[id(p)]] if id(p) in old else p.detach().clone() for p in chosen]
+                for name, stored_list in lists.items()
             }
-            return filled | ({_REFERENCES: [ref(p) for p in chosen]} if isinstance(references, list) else {})
+            return extended | (
+                {_REFERENCES_ATTRIBUTE: [ref(p) for p in chosen]} if isinstance(references, list) else {}
+            )
     raise OptimizerError(
         f"ema: the tensors in {type(average).__name__} are not those of the model's parameters in their order: build "
         "the average from the converted model"
@@ -92,33 +102,33 @@ def lists_with_gates(average: Any, model: nn.Module, before: Sequence[nn.Paramet
 
 def set_lists(average: Any, lists: Mapping[str, list[Any]]) -> None:
     """Give an average these lists."""
-    for name, held in lists.items():
-        setattr(average, name, held)
+    for name, stored_list in lists.items():
+        setattr(average, name, stored_list)
 
 
 @torch.no_grad()
 def copy_gates(source: nn.Module, target: nn.Module) -> None:
     """Give the gates of an average the values that those of the model have."""
-    theirs: Mapping[str, Tensor] = gate_parameters(target)
+    source_gates: Mapping[str, Tensor] = gate_parameters(target)
     for name, gate in gate_parameters(source).items():
-        if name in theirs:
-            theirs[name].copy_(gate)
+        if name in source_gates:
+            source_gates[name].copy_(gate)
 
 
-def _fits(held: Sequence[Any], parameters: Sequence[nn.Parameter]) -> bool:
-    tensors = [item for item in held if isinstance(item, Tensor)]
-    return len(tensors) == len(held) and [t.shape for t in tensors] == [p.shape for p in parameters]
+def _matches_shapes(stored_list: Sequence[Any], parameters: Sequence[nn.Parameter]) -> bool:
+    tensors = [item for item in stored_list if isinstance(item, Tensor)]
+    return len(tensors) == len(stored_list) and [t.shape for t in tensors] == [p.shape for p in parameters]
 
 
 # Optimizers that cannot take the gates, by class name, and why.
-_REFUSED = {
+_UNSUPPORTED_OPTIMIZERS = {
     "LBFGS": "has one group of parameters only",
     "Muon": "updates matrices only, and importance weights are vectors",
     "SparseAdam": "takes sparse gradients only",
 }
 
 
-@printed_as("training")
+@printable_as("training")
 class TrainingConversion(NamedTuple):
     """What `convert_training` did: the model, the plan and the new layers by fqn as in `Conversion`; the group of gates
     as the optimizer has it (None without an optimizer or trainable gates); the classes of the schedulers that got an
@@ -133,7 +143,7 @@ class TrainingConversion(NamedTuple):
     averages: tuple[str, ...]
 
     def __repr__(self) -> str:
-        swaps, skips = counted(len(self.plan.swaps), "swap"), counted(len(self.plan.skips), "skip")
+        swaps, skips = pluralize(len(self.plan.swaps), "swap"), pluralize(len(self.plan.skips), "skip")
         extended = ", ".join((*self.schedulers, *self.averages)) or "no scheduler, no average"
         return f"TrainingConversion({type(self.model).__name__}, {swaps}, {skips}, {extended})"
 
@@ -146,7 +156,7 @@ def convert_training(
     *,
     example_inputs: Any = None,
     importance_lr: float | None = None,
-    norms: Norms = KNOWN_NORMS,
+    norms: NormTable = KNOWN_NORMS,
     **choices: Any,
 ) -> TrainingConversion:
     """Convert a model in the middle of its training, in place, with all that trains it.
@@ -186,19 +196,19 @@ def convert_training(
     """
     if choices.keys() & {"as_graph", "inplace"}:
         raise PlanError("convert_training works in place on the model itself: leave as_graph and inplace out")
-    optimizers = [*dict.fromkeys(stepping_optimizer(each) for each in _listed(optimizer))]
-    schedulers = _listed(scheduler)
-    averages = _listed(ema)
+    optimizers = [*dict.fromkeys(unwrap_optimizer(each) for each in _as_list(optimizer))]
+    schedulers = _as_list(scheduler)
+    averages = _as_list(ema)
     if schedulers and not optimizers:
         raise OptimizerError("scheduler: expected the optimizer that it steps too, got none: pass optimizer=optimizer")
-    inside = unwrap(model)
-    copies = [model_in(average) for average in averages]
-    before = [*inside.parameters()]
-    with _restored_on_failure([inside, *filter(None, copies)], optimizers, schedulers, averages):
+    unwrapped = unwrap(model)
+    copies = [find_model_copy(average) for average in averages]
+    old_parameters = [*unwrapped.parameters()]
+    with _rollback_on_failure([unwrapped, *filter(None, copies)], optimizers, schedulers, averages):
         conversion = convert(model, example_inputs, norms=norms, inplace=True, **choices)
         for average, copy in zip(averages, copies, strict=True):
-            _convert_average(average, copy, inside, conversion.plan, norms, before)
-        group, extended = _extend(inside, optimizers, schedulers, importance_lr)
+            _convert_average(average, copy, unwrapped, conversion.plan, norms, old_parameters)
+        group, extended = _add_gates(unwrapped, optimizers, schedulers, importance_lr)
     names = tuple(type(average).__name__ for average in averages) if conversion.plan.swaps else ()
     return TrainingConversion(*conversion, group, extended, names)
 
@@ -208,13 +218,13 @@ def _convert_average(
     copy: nn.Module | None,
     model: nn.Module,
     plan: SwapPlan,
-    norms: Norms,
-    before: Sequence[nn.Parameter],
+    norms: NormTable,
+    old_parameters: Sequence[nn.Parameter],
 ) -> None:
     if not plan.swaps:
         return
     if copy is None:
-        set_lists(average, lists_with_gates(average, model, before))
+        set_lists(average, extend_average_lists(average, model, old_parameters))
         return
     if copy is model:
         raise OptimizerError("ema: expected a copy of the model, got the model itself: leave it out")
@@ -223,39 +233,39 @@ def _convert_average(
     except PlanError as error:
         raise PlanError(f"ema: {type(average).__name__} keeps another model: {error}") from error
     copy_gates(model, copy)
-    freeze_like_the_rest(copy)
+    match_requires_grad(copy)
 
 
-def _extend(
-    model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], outer: Sequence[Any], rate: float | None
+def _add_gates(
+    model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], stepped_schedulers: Sequence[Any], rate: float | None
 ) -> tuple[dict[str, Any] | None, tuple[str, ...]]:
     """Add the gates to the optimizer that they belong to, and to its schedulers, of which `outer` are stepped."""
-    every = [each for one in outer for each in schedulers_in(one)]
+    all_schedulers = [each for scheduler in stepped_schedulers for each in iter_schedulers(scheduler)]
     if not optimizers:
         return None, ()
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    check_owner(model, groups)
+    check_same_model(model, groups)
     check_complete(model, groups)
-    held = {parameter for group in groups for parameter in group["params"]}
-    gates = {name: gate for name, gate in trainable_gates(model).items() if gate not in held}
+    grouped = {parameter for group in groups for parameter in group["params"]}
+    gates = {name: gate for name, gate in trainable_gates(model).items() if gate not in grouped}
     if not gates:
         return None, ()
-    optimizer = _owner(optimizers, model, gates)
-    check_schedulers(every, optimizer)
+    optimizer = _find_owner(optimizers, model, gates)
+    check_schedulers(all_schedulers, optimizer)
     old = [*optimizer.param_groups]
     added = {**gate_options(old[-1], importance_lr=rate), "params": [*gates.values()]}
-    added["lr"] = present_rate(outer, old[-1], added)
+    added["lr"] = current_gate_lr(stepped_schedulers, old[-1], added)
     if "param_names" in old[-1]:
         added["params"] = [*gates.items()]
-    changes = extensions(every, old, added)
+    changes = plan_scheduler_updates(all_schedulers, old, added)
     optimizer.add_param_group(added)
     for change in changes:
         change.set()
-    check_lengths(every, len(optimizer.param_groups))
+    check_group_count(all_schedulers, len(optimizer.param_groups))
     return optimizer.param_groups[-1], tuple(type(change.scheduler).__name__ for change in changes if change.lists)
 
 
-def _owner(
+def _find_owner(
     optimizers: Sequence[torch.optim.Optimizer], model: nn.Module, gates: dict[str, nn.Parameter]
 ) -> torch.optim.Optimizer:
     """The optimizer that has the parameters of the norms whose gates are to be trained."""
@@ -263,19 +273,19 @@ def _owner(
     known = set(gates.values())
     named = dict(model.named_parameters(remove_duplicate=False))
     norms = {p for name, p in named.items() if name.rpartition(".")[0] in sites and p not in known}
-    shares = [len(norms.intersection(p for g in each.param_groups for p in g["params"])) for each in optimizers]
-    owning = [each for each, share in zip(optimizers, shares, strict=True) if share] or [*optimizers]
-    if len(owning) != 1:
-        kinds = ", ".join(type(each).__name__ for each in owning)
+    counts = [len(norms.intersection(p for g in each.param_groups for p in g["params"])) for each in optimizers]
+    owners = [each for each, count in zip(optimizers, counts, strict=True) if count] or [*optimizers]
+    if len(owners) != 1:
+        kinds = ", ".join(type(each).__name__ for each in owners)
         raise OptimizerError(
-            f"optimizer: {len(owning)} of them ({kinds}) could take the gates, since each has parameters of norms: "
+            f"optimizer: {len(owners)} of them ({kinds}) could take the gates, since each has parameters of norms: "
             "pass one, and add param_groups(model, like=optimizer)[-1] to it yourself"
         )
-    found = owning[0]
+    found = owners[0]
     name = type(found).__name__
-    if name in _REFUSED:
+    if name in _UNSUPPORTED_OPTIMIZERS:
         raise OptimizerError(
-            f"optimizer: {name} {_REFUSED[name]}: keep the gates in a second optimizer, such as "
+            f"optimizer: {name} {_UNSUPPORTED_OPTIMIZERS[name]}: keep the gates in a second optimizer, such as "
             'torch.optim.SGD(normswap.param_groups(model)[-1]["params"], lr=0.01), after '
             "normswap.convert(model, inplace=True)"
         )
@@ -283,19 +293,19 @@ def _owner(
 
 
 @contextmanager
-def _restored_on_failure(
+def _rollback_on_failure(
     models: Sequence[nn.Module],
     optimizers: Sequence[torch.optim.Optimizer],
     schedulers: Sequence[Any],
     averages: Sequence[Any],
 ) -> Iterator[None]:
     groups = [(optimizer, [*optimizer.param_groups]) for optimizer in optimizers]
-    every = [each for one in schedulers for each in schedulers_in(one)]
-    attributes = [(each, dict(vars(each))) for each in (*every, *averages) if hasattr(each, "__dict__")]
+    all_schedulers = [each for scheduler in schedulers for each in iter_schedulers(scheduler)]
+    attributes = [(each, dict(vars(each))) for each in (*all_schedulers, *averages) if hasattr(each, "__dict__")]
     attributes = [(each, values) for each, values in attributes if not isinstance(each, nn.Module)]
-    modules = {place.module: None for model in models for place in walk_modules(model)}
+    modules = {entry.module: None for model in models for entry in walk_modules(model)}
     try:
-        with all_or_nothing(modules):
+        with rollback_on_error(modules):
             yield
     except BaseException:
         for optimizer, old in groups:
@@ -306,5 +316,5 @@ def _restored_on_failure(
         raise
 
 
-def _listed(value: Any) -> list[Any]:
+def _as_list(value: Any) -> list[Any]:
     return [] if value is None else [*value] if isinstance(value, list | tuple) else [value]

@@ -12,51 +12,53 @@ from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
-from normswap.checkpoints.content.key_prefixes import StoredNames, names_for
-from normswap.checkpoints.content.optimizer_state import GATE_GROUP, SHAPED, check_rate, gate_options
+from normswap.checkpoints.content.key_prefixes import StoredNames, match_names
+from normswap.checkpoints.content.optimizer_state import GATE_GROUP, PARAM_SHAPED_KEYS, check_rate, gate_options
 from normswap.errors import OptimizerError
 from normswap.layers.gated_module import GatedModule
 from normswap.surgery.importance import gate_parameters, gated_modules, trainable_gates
 from normswap.surgery.module_tree import walk_modules
 from normswap.surgery.wrappers import unwrap
-from normswap.training.importance_watch import stepping_optimizer
+from normswap.training.importance_watch import unwrap_optimizer
 
 # MERGED DOC: Which parameter of a model is meant by a number in an optimizer's state dict.
 
 # MERGED DOC: Weight decay taken off the gates in an optimizer that another library has built by its own rules.
 
 
-Named = dict[str, nn.Parameter]
+NamedParameters = dict[str, nn.Parameter]
 AnyGroup = Mapping[str, Any]
 
-_OTHERWISE = "pass like=the optimizer that your code builds from the converted model"
+_LIKE_HINT = "pass like=the optimizer that your code builds from the converted model"
 
 
-class Part(NamedTuple):
+class ParamGroupSpec(NamedTuple):
     """The parameters of one group, and whether they get weight decay (None: either)."""
 
     parameters: list[nn.Parameter]
     decays: bool | None
 
 
-def ordinary_parameters(model: nn.Module) -> Named:
+def non_gate_parameters(model: nn.Module) -> NamedParameters:
     """Return the parameters that are no gates, by name, in the order of `named_parameters()`."""
     gates = set(gate_parameters(model).values())
     return {name: parameter for name, parameter in unwrap(model).named_parameters() if parameter not in gates}
 
 
-def timm_parts(model: nn.Module, members: Named) -> list[Part]:
+def timm_param_groups(model: nn.Module, members: NamedParameters) -> list[ParamGroupSpec]:
     """Return the parts of `timm.optim.param_groups_weight_decay`: without decay, then with; none is empty."""
-    listed: Iterable[str] = getattr(unwrap(model), "no_weight_decay", set)()
+    no_decay_patterns: Iterable[str] = getattr(unwrap(model), "no_weight_decay", set)()
 
     def decays(name: str, parameter: nn.Parameter) -> bool:
         excluded = parameter.ndim <= 1 or name.endswith(".bias")
-        return not excluded and not any(fnmatch.fnmatch(name, pattern) for pattern in listed)
+        return not excluded and not any(fnmatch.fnmatch(name, pattern) for pattern in no_decay_patterns)
 
     return _split(members, decays, order=(False, True))
 
 
-def parameters_of(model: nn.Module, groups: Sequence[AnyGroup], state: Mapping[Any, Any]) -> list[list[nn.Parameter]]:
+def resolve_parameters(
+    model: nn.Module, groups: Sequence[AnyGroup], state: Mapping[Any, Any]
+) -> list[list[nn.Parameter]]:
     """Return the parameters of each group, which gives them by number or by name.
 
     Args:
@@ -68,91 +70,93 @@ def parameters_of(model: nn.Module, groups: Sequence[AnyGroup], state: Mapping[A
         OptimizerError: a name is not the model's, or no known order, or more than one, explains the numbers.
     """
     if all("param_names" in group for group in groups):
-        return [_by_name(model, group["param_names"]) for group in groups]
+        return [_resolve_names(model, group["param_names"]) for group in groups]
     if all(isinstance(key, str) for group in groups for key in group["params"]):
-        return [_by_name(model, group["params"]) for group in groups]
+        return [_resolve_names(model, group["params"]) for group in groups]
     old = [group for group in groups if group.get(GATE_GROUP) is not True]
-    found = _by_layout(model, old, state)
+    found = _resolve_order(model, old, state)
     gates = list(trainable_gates(model).values())
     for group in groups[len(old) :]:
         if group.get(GATE_GROUP) is not True or len(group["params"]) != len(gates):
             raise OptimizerError(
                 f"like: its group of gates has {len(group['params'])} parameters, the model has {len(gates)} trainable "
-                f"gates: {_OTHERWISE}"
+                f"gates: {_LIKE_HINT}"
             )
         found.append(gates)
     return found
 
 
-def names_in(model: nn.Module, stored: Collection[str]) -> StoredNames:
+def match_parameter_names(model: nn.Module, stored: Collection[str]) -> StoredNames:
     """Return how names that an optimizer has stored, perhaps of a wrapped model, stand for those of `model`."""
-    return names_for(stored, dict(unwrap(model).named_parameters(remove_duplicate=False)))
+    return match_names(stored, dict(unwrap(model).named_parameters(remove_duplicate=False)))
 
 
-def _by_name(model: nn.Module, names: Sequence[str]) -> list[nn.Parameter]:
-    inside = dict(unwrap(model).named_parameters(remove_duplicate=False))
-    own = {stored: name for name, stored in names_in(model, names).stored.items()}
-    bare = [name if name in inside else own.get(name, name) for name in names]
-    unknown = [name for name in bare if name not in inside]
+def _resolve_names(model: nn.Module, names: Sequence[str]) -> list[nn.Parameter]:
+    own_parameters = dict(unwrap(model).named_parameters(remove_duplicate=False))
+    own = {stored: name for name, stored in match_parameter_names(model, names).stored.items()}
+    resolved = [name if name in own_parameters else own.get(name, name) for name in names]
+    unknown = [name for name in resolved if name not in own_parameters]
     if unknown:
         raise OptimizerError(
-            f"like: {len(unknown)} of its names are not the model's ({', '.join(unknown[:_MOST])}): {_OTHERWISE}"
+            f"like: {len(unknown)} of its names are not the model's ({', '.join(unknown[:_MAX_LISTED])}): {_LIKE_HINT}"
         )
-    return [inside[name] for name in bare]
+    return [own_parameters[name] for name in resolved]
 
 
-def _by_layout(model: nn.Module, groups: Sequence[AnyGroup], state: Mapping[Any, Any]) -> list[list[nn.Parameter]]:
-    every = ordinary_parameters(model)
-    training = {name: parameter for name, parameter in every.items() if parameter.requires_grad}
+def _resolve_order(model: nn.Module, groups: Sequence[AnyGroup], state: Mapping[Any, Any]) -> list[list[nn.Parameter]]:
+    all_parameters = non_gate_parameters(model)
+    trainable = {name: parameter for name, parameter in all_parameters.items() if parameter.requires_grad}
     fitting = {}
-    for members in (every, training):
-        for parts_of in _LAYOUTS.values():
-            parts = parts_of(model, members)
-            if _fits(groups, parts, state):
+    for members in (all_parameters, trainable):
+        for make_specs in _PARAM_ORDERS.values():
+            parts = make_specs(model, members)
+            if _matches_groups(groups, parts, state):
                 fitting[tuple(tuple(map(id, part.parameters)) for part in parts)] = parts
     if len(fitting) != 1:
-        what = "fit more than one known order" if fitting else f"fit no known order ({', '.join(_LAYOUTS)})"
+        what = "fit more than one known order" if fitting else f"fit no known order ({', '.join(_PARAM_ORDERS)})"
         sizes = " and ".join(str(len(group["params"])) for group in groups)
         raise OptimizerError(
-            f"like: it gives parameters by number, and its groups of {sizes} of the {len(every)} in the model {what}: "
-            f"{_OTHERWISE}"
+            f"like: it gives parameters by number, and its groups of {sizes} of the {len(all_parameters)} in the model {what}: "
+            f"{_LIKE_HINT}"
         )
     return [part.parameters for part in fitting.popitem()[1]]
 
 
-def _fits(groups: Sequence[AnyGroup], parts: Sequence[Part], state: Mapping[Any, Any]) -> bool:
+def _matches_groups(groups: Sequence[AnyGroup], parts: Sequence[ParamGroupSpec], state: Mapping[Any, Any]) -> bool:
     return len(groups) == len(parts) and all(
         len(group["params"]) == len(part.parameters)
         and part.decays in (None, bool(group.get("weight_decay", 0)))
-        and all(map(_has_its_shape, map(state.get, group["params"]), part.parameters))
+        and all(map(_matches_shape, map(state.get, group["params"]), part.parameters))
         for group, part in zip(groups, parts, strict=True)
     )
 
 
-def _has_its_shape(entries: Any, parameter: nn.Parameter) -> bool:
+def _matches_shape(entries: Any, parameter: nn.Parameter) -> bool:
     if not isinstance(entries, Mapping):
         return True
-    tensors = [value for name, value in entries.items() if name in SHAPED and isinstance(value, Tensor)]
+    tensors = [value for name, value in entries.items() if name in PARAM_SHAPED_KEYS and isinstance(value, Tensor)]
     return all(tensor.shape == parameter.shape for tensor in tensors if tensor.dim())
 
 
-def _split(members: Named, decays: Callable[[str, nn.Parameter], bool], *, order: tuple[bool, bool]) -> list[Part]:
-    parts = [Part([p for name, p in members.items() if decays(name, p) == which], which) for which in order]
+def _split(
+    members: NamedParameters, decays: Callable[[str, nn.Parameter], bool], *, order: tuple[bool, bool]
+) -> list[ParamGroupSpec]:
+    parts = [ParamGroupSpec([p for name, p in members.items() if decays(name, p) == which], which) for which in order]
     return [part for part in parts if part.parameters]
 
 
-def _norms_last(model: nn.Module, members: Named) -> list[Part]:
+def _norms_last(model: nn.Module, members: NamedParameters) -> list[ParamGroupSpec]:
     """As torchvision's references: all others, then the parameters of norms, each with a decay of its own."""
     classes = (GatedModule, nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
     norms = [module for module in unwrap(model).modules() if isinstance(module, classes)]
-    inside = {parameter for module in norms for parameter in module.parameters(recurse=False)}
-    parts = _split(members, lambda _, parameter: parameter not in inside, order=(True, False))
+    own_parameters = {parameter for module in norms for parameter in module.parameters(recurse=False)}
+    parts = _split(members, lambda _, parameter: parameter not in own_parameters, order=(True, False))
     return [part._replace(decays=None) for part in parts]
 
 
-_LAYOUTS: Mapping[str, Callable[[nn.Module, Named], list[Part]]] = {
-    "model.parameters()": lambda _, members: [Part(list(members.values()), None)],
-    "timm's factory": timm_parts,
+_PARAM_ORDERS: Mapping[str, Callable[[nn.Module, NamedParameters], list[ParamGroupSpec]]] = {
+    "model.parameters()": lambda _, members: [ParamGroupSpec(list(members.values()), None)],
+    "timm's factory": timm_param_groups,
     "decayed, then 1-D": lambda _, members: _split(members, lambda __, p: p.ndim > 1, order=(True, False)),
     "all others, then norms": _norms_last,
 }
@@ -160,7 +164,7 @@ _LAYOUTS: Mapping[str, Callable[[nn.Module, Named], list[Part]]] = {
 
 Group = dict[str, Any]
 
-_MOST = 3
+_MAX_LISTED = 3
 
 
 def param_groups(
@@ -213,23 +217,25 @@ def param_groups(
     if lr is not None or weight_decay:
         raise OptimizerError("like= keeps the lr and weight_decay of the old groups: leave lr and weight_decay out")
     groups = _old_groups(model, like)
-    check_owner(model, groups)
+    check_same_model(model, groups)
     kept, template = _without_gates(model, groups)
     check_complete(model, kept)
-    gates = _gates(model, groups)
+    gates = _collect_gates(model, groups)
     if not gates:
         return kept
     added = {**gate_options(template, importance_lr=importance_lr), "params": list(gates.values())}
     if "param_names" in template:
-        names = names_in(model, [name for group in groups for name in group["param_names"]])
-        added["param_names"] = [names.to_store(name) for name in gates]
+        names = match_parameter_names(model, [name for group in groups for name in group["param_names"]])
+        added["param_names"] = [names.stored_key(name) for name in gates]
     return [*kept, added]
 
 
 def _new_groups(model: nn.Module, lr: float | None, weight_decay: float, importance_lr: float | None) -> list[Group]:
-    members = {name: parameter for name, parameter in ordinary_parameters(model).items() if parameter.requires_grad}
+    members = {name: parameter for name, parameter in non_gate_parameters(model).items() if parameter.requires_grad}
     rate = {} if lr is None else {"lr": lr}
-    parts = timm_parts(model, members) if weight_decay else [Part(list(members.values()), decays=False)]
+    parts = (
+        timm_param_groups(model, members) if weight_decay else [ParamGroupSpec(list(members.values()), decays=False)]
+    )
     groups: list[Group] = [
         {"params": part.parameters, "weight_decay": weight_decay if part.decays else 0.0, **rate}
         for part in parts
@@ -251,9 +257,9 @@ def _old_groups(model: nn.Module, like: Any) -> list[Group]:
         raise OptimizerError(
             f"like: expected an optimizer, its param_groups or its state dict, got {kind}: pass optimizer"
         )
-    groups = [_copied(group) for group in found]
+    groups = [_copy_group(group) for group in found]
     if not all(isinstance(key, Tensor) for group in groups for key in group["params"]):
-        parameters = parameters_of(model, groups, state if isinstance(state, Mapping) else {})
+        parameters = resolve_parameters(model, groups, state if isinstance(state, Mapping) else {})
         groups = [{**group, "params": params} for group, params in zip(groups, parameters, strict=True)]
     return groups
 
@@ -262,7 +268,7 @@ def _is_group(value: object) -> bool:
     return isinstance(value, Mapping) and isinstance(value.get("params"), Iterable)
 
 
-def _copied(group: Mapping[str, Any]) -> Group:
+def _copy_group(group: Mapping[str, Any]) -> Group:
     params = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
     options = {name: copy.deepcopy(value) for name, value in group.items() if name != "params"}
     if params and all(isinstance(item, tuple) and len(item) == 2 for item in params):
@@ -270,11 +276,11 @@ def _copied(group: Mapping[str, Any]) -> Group:
     return {**options, "params": params}
 
 
-def check_owner(model: nn.Module, groups: Iterable[Group]) -> None:
-    own = {p for place in walk_modules(unwrap(model)) for p in place.module._parameters.values()}
+def check_same_model(model: nn.Module, groups: Iterable[Group]) -> None:
+    own = {p for entry in walk_modules(unwrap(model)) for p in entry.module._parameters.values()}
     foreign = [p for group in groups for p in group["params"] if p not in own]
     if foreign:
-        shapes = ", ".join("x".join(map(str, p.shape)) or "scalar" for p in foreign[:_MOST])
+        shapes = ", ".join("x".join(map(str, p.shape)) or "scalar" for p in foreign[:_MAX_LISTED])
         raise OptimizerError(
             f"like: {len(foreign)} of its parameters are not the model's ({shapes}): build the optimizer from the "
             "converted model, or convert with inplace=True, or pass its state_dict()"
@@ -286,32 +292,34 @@ def _without_gates(model: nn.Module, groups: list[Group]) -> tuple[list[Group], 
     gates = set(gate_parameters(model).values())
     kept, template = [], None
     for group in groups:
-        stays = [parameter not in gates for parameter in group["params"]]
-        if stays and not any(stays):
+        keep_mask = [parameter not in gates for parameter in group["params"]]
+        if keep_mask and not any(keep_mask):
             template = group
             continue
         lists = {name: group[name] for name in ("params", "param_names") if name in group}
-        kept.append(group | {name: [v for v, stay in zip(x, stays, strict=True) if stay] for name, x in lists.items()})
+        kept.append(
+            group | {name: [v for v, keep in zip(x, keep_mask, strict=True) if keep] for name, x in lists.items()}
+        )
     return kept, template or kept[-1]
 
 
 def check_complete(model: nn.Module, groups: Iterable[Group]) -> None:
-    held = {parameter for group in groups for parameter in group["params"]}
-    left = [name for name, p in ordinary_parameters(model).items() if p.requires_grad and p not in held]
-    if left:
-        more = f", +{len(left) - _MOST} more" if len(left) > _MOST else ""
+    grouped = {parameter for group in groups for parameter in group["params"]}
+    ungrouped = [name for name, p in non_gate_parameters(model).items() if p.requires_grad and p not in grouped]
+    if ungrouped:
+        more = f", +{len(ungrouped) - _MAX_LISTED} more" if len(ungrouped) > _MAX_LISTED else ""
         raise OptimizerError(
-            f"like: {len(left)} trainable parameters are in no group ({', '.join(left[:_MOST])}{more}): add them, "
+            f"like: {len(ungrouped)} trainable parameters are in no group ({', '.join(ungrouped[:_MAX_LISTED])}{more}): add them, "
             "or freeze them with requires_grad_(False)"
         )
 
 
-def _gates(model: nn.Module, groups: Iterable[Group]) -> Named:
+def _collect_gates(model: nn.Module, groups: Iterable[Group]) -> NamedParameters:
     """The gates that learn; of modules that no registry knows, those that the groups hold."""
     gates = trainable_gates(model)
-    held = {parameter for group in groups for parameter in group["params"]}
-    hidden = held - set(gates.values())
-    return gates | {n: p for n, p in gate_parameters(model).items() if p in hidden and p.requires_grad}
+    grouped = {parameter for group in groups for parameter in group["params"]}
+    unregistered = grouped - set(gates.values())
+    return gates | {n: p for n, p in gate_parameters(model).items() if p in unregistered and p.requires_grad}
 
 
 Optimizer = TypeVar("Optimizer")
@@ -342,20 +350,20 @@ def exempt_gates(
     """
     exempt = _affine_parameters(model) if affine else set()
     if _is_fastai(optimizer):
-        _mark(optimizer, exempt | {*trainable_gates(model).values()}, importance_lr)
+        _exempt_fastai(optimizer, exempt | {*trainable_gates(model).values()}, importance_lr)
         return optimizer
-    inner = stepping_optimizer(optimizer)
-    wanted = param_groups(model, like=inner, importance_lr=importance_lr)
+    inner = unwrap_optimizer(optimizer)
+    regrouped = param_groups(model, like=inner, importance_lr=importance_lr)
     added = [
-        _part(group, exempt) | {"weight_decay": 0.0}
+        _select_parameters(group, exempt) | {"weight_decay": 0.0}
         for group in inner.param_groups
         if group.get("weight_decay") and not exempt.isdisjoint(group["params"])
     ]
-    added += wanted[-1:] if wanted[-1].get(GATE_GROUP) is True else []
+    added += regrouped[-1:] if regrouped[-1].get(GATE_GROUP) is True else []
     moved = {parameter for group in added for parameter in group["params"]}
     for group in list(inner.param_groups):
         if not moved.isdisjoint(group["params"]):
-            group |= _part(group, {*group["params"]} - moved)
+            group |= _select_parameters(group, {*group["params"]} - moved)
             if not group["params"]:
                 inner.param_groups.remove(group)
     for group in added:
@@ -369,13 +377,13 @@ def _affine_parameters(model: nn.Module) -> set[nn.Parameter]:
     return {parameter for parameter in found if parameter is not None}
 
 
-def _part(group: Group, parameters: AbstractSet[nn.Parameter]) -> Group:
+def _select_parameters(group: Group, parameters: AbstractSet[nn.Parameter]) -> Group:
     """A group with its options and, of its parameters, those named."""
-    stays = [parameter in parameters for parameter in group["params"]]
+    keep_mask = [parameter in parameters for parameter in group["params"]]
     lists = {name: group[name] for name in ("params", "param_names") if name in group}
     options = {name: copy.deepcopy(value) for name, value in group.items() if name not in lists}
     return options | {
-        name: [value for value, stay in zip(values, stays, strict=True) if stay] for name, values in lists.items()
+        name: [value for value, keep in zip(values, keep_mask, strict=True) if keep] for name, values in lists.items()
     }
 
 
@@ -383,7 +391,7 @@ def _is_fastai(optimizer: object) -> bool:
     return all(hasattr(optimizer, name) for name in ("hypers", "param_lists", "state"))
 
 
-def _mark(optimizer: Any, parameters: AbstractSet[nn.Parameter], importance_lr: float | None) -> None:
+def _exempt_fastai(optimizer: Any, parameters: AbstractSet[nn.Parameter], importance_lr: float | None) -> None:
     """Set fastai's own mark, by which it leaves a parameter out of weight decay."""
     own = {parameter for group in optimizer.param_lists for parameter in group}
     if importance_lr is not None:

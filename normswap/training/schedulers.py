@@ -11,19 +11,19 @@ from typing import Any, NamedTuple
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 
-from normswap.checkpoints.content.optimizer_state import base_rate, lists_with_gates
+from normswap.checkpoints.content.optimizer_state import base_lr, extend_group_lists
 from normswap.errors import CheckpointError, OptimizerError
-from normswap.training.importance_watch import stepping_optimizer
+from normswap.training.importance_watch import unwrap_optimizer
 
 # Where a scheduler keeps others: torch's SequentialLR and ChainedScheduler, timm's PlateauLRScheduler, accelerate.
-_INSIDE = ("_schedulers", "lr_scheduler", "scheduler")
+_NESTED_ATTRIBUTES = ("_schedulers", "lr_scheduler", "scheduler")
 # What torch's schedulers call the number below which they do not anneal.
-_FLOOR = "eta_min"
+_MIN_LR_ATTRIBUTE = "eta_min"
 
 Group = Mapping[str, Any]
 
 
-class Extension(NamedTuple):
+class SchedulerUpdate(NamedTuple):
     """A scheduler and the lists, by attribute, that it is to keep instead of its own."""
 
     scheduler: Any
@@ -34,17 +34,17 @@ class Extension(NamedTuple):
         vars(self.scheduler).update(self.lists)
 
 
-def schedulers_in(scheduler: Any) -> Iterator[Any]:
+def iter_schedulers(scheduler: Any) -> Iterator[Any]:
     """Yield a scheduler and all that it steps, the outer one first; of several in a list or tuple those of each."""
     if isinstance(scheduler, list | tuple):
         for each in scheduler:
-            yield from schedulers_in(each)
+            yield from iter_schedulers(each)
         return
     yield scheduler
-    for name in _INSIDE:
+    for name in _NESTED_ATTRIBUTES:
         inner = getattr(scheduler, "__dict__", {}).get(name)
         if inner is not None:
-            yield from schedulers_in(inner)
+            yield from iter_schedulers(inner)
 
 
 def check_schedulers(schedulers: Sequence[Any], optimizer: torch.optim.Optimizer) -> None:
@@ -59,15 +59,15 @@ def check_schedulers(schedulers: Sequence[Any], optimizer: torch.optim.Optimizer
             raise OptimizerError(
                 f"scheduler: expected a scheduler of torch or timm, got {type(each).__name__}: pass scheduler=scheduler"
             )
-        inside = own if isinstance(own, list | tuple) else [own]
-        if not any(stepping_optimizer(each) is optimizer for each in inside):
+        optimizers = own if isinstance(own, list | tuple) else [own]
+        if not any(unwrap_optimizer(each) is optimizer for each in optimizers):
             raise OptimizerError(
                 f"scheduler: {type(each).__name__} steps another optimizer than the one that gets the gates: pass the "
                 "schedulers of that optimizer"
             )
 
 
-def extensions(schedulers: Sequence[Any], groups: Sequence[Group], gates: Group) -> list[Extension]:
+def plan_scheduler_updates(schedulers: Sequence[Any], groups: Sequence[Group], gates: Group) -> list[SchedulerUpdate]:
     """Return what the schedulers of an optimizer have to keep once the group of gates is its last one.
 
     The gates follow the schedule of the last group, at their own learning rate.
@@ -80,11 +80,11 @@ def extensions(schedulers: Sequence[Any], groups: Sequence[Group], gates: Group)
     Raises:
         OptimizerError: a scheduler has lists for another number of groups.
     """
-    old, new = base_rate(groups[-1]), base_rate(gates)
+    old, new = base_lr(groups[-1]), base_lr(gates)
     found = []
     for each in schedulers:
         try:
-            lists = lists_with_gates(vars(each), len(groups), old, new)
+            lists = extend_group_lists(vars(each), len(groups), old, new)
         except CheckpointError:
             raise OptimizerError(
                 f"scheduler: {type(each).__name__} was built for another number of parameter groups than the "
@@ -92,19 +92,19 @@ def extensions(schedulers: Sequence[Any], groups: Sequence[Group], gates: Group)
             ) from None
         if "_last_lr" in lists:
             lists["_last_lr"][-1] = copy.deepcopy(gates["lr"])
-        found.append(Extension(each, lists))
+        found.append(SchedulerUpdate(each, lists))
     return found
 
 
-def check_lengths(schedulers: Sequence[Any], groups: int) -> None:
-    """Refuse own classes of schedulers that keep a list per parameter group which `extensions` does not know.
+def check_group_count(schedulers: Sequence[Any], groups: int) -> None:
+    """Refuse own classes of schedulers that keep a list per parameter group which `plan_scheduler_updates` does not know.
 
     Raises:
         OptimizerError: one computes no rate for the last of so many groups, so that its next step would fail.
     """
     for each in schedulers:
-        kind = type(each)
-        if not isinstance(each, LRScheduler) or kind.__module__.partition(".")[0] == "torch":
+        cls = type(each)
+        if not isinstance(each, LRScheduler) or cls.__module__.partition(".")[0] == "torch":
             continue
         each._get_lr_called_within_step = True
         try:
@@ -116,12 +116,12 @@ def check_lengths(schedulers: Sequence[Any], groups: int) -> None:
             each._get_lr_called_within_step = False
         if not complete:
             raise OptimizerError(
-                f"scheduler: {kind.__module__}.{kind.__qualname__} computes no learning rate for the {groups} groups "
+                f"scheduler: {cls.__module__}.{cls.__qualname__} computes no learning rate for the {groups} groups "
                 "that the optimizer has with the gates: leave it out, and build it again after the conversion"
             )
 
 
-def present_rate(schedulers: Sequence[Any], last: Group, gates: Group) -> Any:
+def current_gate_lr(schedulers: Sequence[Any], last: Group, gates: Group) -> Any:
     """Return the present learning rate of the gates, which stand in their schedule where the last group stands.
 
     It is a fixed share of their base, unless a scheduler anneals to a floor other than zero.
@@ -129,16 +129,16 @@ def present_rate(schedulers: Sequence[Any], last: Group, gates: Group) -> Any:
     Args:
         schedulers: those that are stepped, without nested ones.
     """
-    floor = next(filter(None, (getattr(_active(each), _FLOOR, 0.0) for each in schedulers)), 0.0)
-    old, new = base_rate(last), base_rate(gates)
-    if not floor or old == floor:
+    min_lr = next(filter(None, (getattr(_active_scheduler(each), _MIN_LR_ATTRIBUTE, 0.0) for each in schedulers)), 0.0)
+    old, new = base_lr(last), base_lr(gates)
+    if not min_lr or old == min_lr:
         return gates["lr"]
-    return floor + (new - floor) * (last["lr"] - floor) / (old - floor)
+    return min_lr + (new - min_lr) * (last["lr"] - min_lr) / (old - min_lr)
 
 
-def _active(scheduler: Any) -> Any:
+def _active_scheduler(scheduler: Any) -> Any:
     """The scheduler that sets the rate now: of a sequence the one whose turn it is."""
     milestones = getattr(scheduler, "_milestones", None)
     if milestones is None:
         return scheduler
-    return _active(scheduler._schedulers[bisect_right(milestones, scheduler.last_epoch)])
+    return _active_scheduler(scheduler._schedulers[bisect_right(milestones, scheduler.last_epoch)])

@@ -20,22 +20,35 @@ from torch import Tensor, nn
 
 from normswap.errors import ModelError
 from normswap.layers.gated_module import GatedModule
-from normswap.surgery.arguments import describe_inputs, describe_shapes, mistaken_batches, require_module, require_type
+from normswap.surgery.arguments import (
+    describe_inputs,
+    describe_invalid_batches,
+    describe_shapes,
+    require_module,
+    require_type,
+)
 from normswap.surgery.graphs.rewriting import is_rewritten
 from normswap.surgery.importance import gated_modules
-from normswap.surgery.model_outputs import shared
-from normswap.surgery.module_tree import OwnFlags, class_name, copy_model, modules_by_name, own_flags, walk_modules
+from normswap.surgery.model_outputs import match_names
+from normswap.surgery.module_tree import (
+    ModelTrainingFlags,
+    class_name,
+    copy_model,
+    model_training_flags,
+    modules_by_name,
+    walk_modules,
+)
 from normswap.surgery.wrappers import unwrap
-from normswap.text import counted, first_line, printed_as
+from normswap.text import first_line, pluralize, printable_as
 from normswap.verification.model_comparison import Check, ModelComparison, all_distances
 from normswap.verification.model_pass import ModelPass, run_pass, shared_tensors
-from normswap.verification.precision import Precision, computes_below, precisions
+from normswap.verification.precision import Precision, precisions, uses_narrower_dtype
 from normswap.verification.site_watch import SiteError
 
 # MERGED DOC: What decides if whole models cannot be judged: every site alone, and that nothing else of the two models differs.
 
 
-_MOST_NAMED = 3
+_MAX_LISTED = 3
 _MEASURES = {
     "evaluation": "outputs in evaluation",
     "training": "outputs in training",
@@ -44,25 +57,31 @@ _MEASURES = {
 }
 
 
-def faults_of_sites(comparison: ModelComparison) -> tuple[list[str], list[str]]:
+def site_problems(comparison: ModelComparison) -> tuple[list[str], list[str]]:
     """Return what is wrong at sites if the whole models agree, and what else is worth knowing of them.
 
     What a site computes may not reach the outputs: it is kept in an attribute, multiplied by zero or reduced to a whole
     number, or other inputs reach it.
     """
     watch = comparison.site_watch
-    idle = [s.fqn for s in watch.errors() if s.evaluation is None and s.training is None]
-    fed = [name for name in idle if all(comparison.feed(watch, name, training=t) for t in comparison.modes)]
+    not_run = [s.fqn for s in watch.errors() if s.evaluation is None and s.training is None]
+    compared = [
+        name
+        for name in not_run
+        if all(comparison.compare_on_random_input(watch, name, training=t) for t in comparison.modes)
+    ]
     remarks = []
-    if same := [name for name in fed if name not in watch.wrong]:
-        remarks.append(f"{counted(len(same), 'site')} never ran and agree alone, on random input: {_named(same)}")
-    if others := [name for name in idle if name not in fed]:
-        remarks.append(f"{counted(len(others), 'site')} never ran and cannot be compared: {_named(others)}")
-    faults = [_differs(name, errors, comparison.site_limit) for name, errors in watch.wrong.items()]
-    return _first(faults), remarks
+    if matching := [name for name in compared if name not in watch.wrong]:
+        remarks.append(
+            f"{pluralize(len(matching), 'site')} never ran and agree alone, on random input: {_join_limited(matching)}"
+        )
+    if others := [name for name in not_run if name not in compared]:
+        remarks.append(f"{pluralize(len(others), 'site')} never ran and cannot be compared: {_join_limited(others)}")
+    failures = [_describe_difference(name, errors, comparison.site_limit) for name, errors in watch.wrong.items()]
+    return _limit_problems(failures), remarks
 
 
-def judge_sites(comparison: ModelComparison) -> tuple[tuple[SiteError, ...], list[str]]:
+def compare_sites(comparison: ModelComparison) -> tuple[tuple[SiteError, ...], list[str]]:
     """Compare every site alone, in all modes that run, and return the errors and what is wrong."""
     first, second = comparison.models
     watch, limit = comparison.new_watch(), comparison.site_limit
@@ -72,20 +91,20 @@ def judge_sites(comparison: ModelComparison) -> tuple[tuple[SiteError, ...], lis
                 comparison.run(0, batch, training=training)
     errors = watch.errors()
     problems = [_problem(site, limit) for site in errors]
-    problems += [f"{name} cannot be compared alone" for name in watch.without_pair]
-    problems += differences_elsewhere(first, second, watch.names)
+    problems += [f"{name} cannot be compared alone" for name in watch.unpaired]
+    problems += differences_outside_sites(first, second, watch.names)
     if not errors:
         problems.append("there is no converted site")
-    return errors, _first([problem for problem in problems if problem])
+    return errors, _limit_problems([problem for problem in problems if problem])
 
 
-def _first(problems: list[str]) -> list[str]:
-    more = [f"{len(problems) - _MOST_NAMED} more"] if len(problems) > _MOST_NAMED else []
-    return problems[:_MOST_NAMED] + more
+def _limit_problems(problems: list[str]) -> list[str]:
+    more = [f"{len(problems) - _MAX_LISTED} more"] if len(problems) > _MAX_LISTED else []
+    return problems[:_MAX_LISTED] + more
 
 
-def _named(names: list[str]) -> str:
-    return ", ".join(names[:_MOST_NAMED]) + (", ..." if len(names) > _MOST_NAMED else "")
+def _join_limited(names: list[str]) -> str:
+    return ", ".join(names[:_MAX_LISTED]) + (", ..." if len(names) > _MAX_LISTED else "")
 
 
 def _problem(site: SiteError, limit: float) -> str:
@@ -93,24 +112,26 @@ def _problem(site: SiteError, limit: float) -> str:
         return f"{site.fqn} never ran"
     measured = {measure: getattr(site, measure) for measure in _MEASURES}
     wrong = {measure: error for measure, error in measured.items() if error is not None and not error <= limit}
-    return _differs(site.fqn, wrong, limit) if wrong else ""
+    return _describe_difference(site.fqn, wrong, limit) if wrong else ""
 
 
-def _differs(name: str, wrong: Mapping[Any, float], limit: float) -> str:
+def _describe_difference(name: str, wrong: Mapping[Any, float], limit: float) -> str:
     found = ", ".join(f"{error:.1e} in {_MEASURES[measure]}" for measure, error in wrong.items())
     return f"{name} alone differs by {found} (limit {limit:.0e})"
 
 
-def differences_elsewhere(first: nn.Module, second: nn.Module, sites: tuple[str, ...]) -> list[str]:
+def differences_outside_sites(first: nn.Module, second: nn.Module, sites: tuple[str, ...]) -> list[str]:
     """Return what differs between two models outside their sites: modules, their classes, tensors, plain attributes and
     hooks, which sites have too.
     """
-    olds, news = modules_by_name(first), modules_by_name(second)
-    inside = {id(module) for name in sites for module in news[name].modules() if name in news}
-    added = [name for name, module in news.items() if name not in olds and id(module) not in inside]
+    original_modules, converted_modules = modules_by_name(first), modules_by_name(second)
+    inside = {id(module) for name in sites for module in converted_modules[name].modules() if name in converted_modules}
+    added = [
+        name for name, module in converted_modules.items() if name not in original_modules and id(module) not in inside
+    ]
     problems = [f"{name} is in the converted model only" for name in added]
-    for name, old in olds.items():
-        new = news.get(name)
+    for name, old in original_modules.items():
+        new = converted_modules.get(name)
         if new is not None and _hooks(old) != _hooks(new):
             problems.append(f"{name or 'the model'} has other hooks")
         if name in sites:
@@ -120,7 +141,7 @@ def differences_elsewhere(first: nn.Module, second: nn.Module, sites: tuple[str,
         elif class_name(new) != class_name(old) and not is_rewritten(new):
             problems.append(f"{name or 'the model'} is a {class_name(old)} in the original, a {class_name(new)} now")
         else:
-            different = [*_other_tensors(old, new), *([] if is_rewritten(new) else _other_attributes(old, new))]
+            different = [*_different_tensors(old, new), *([] if is_rewritten(new) else _different_attributes(old, new))]
             problems += [f"{name}.{key}".lstrip(".") + " has other values" for key in different]
     return problems
 
@@ -132,10 +153,15 @@ def _hooks(module: nn.Module) -> list[tuple[str, str]]:
     return [(registry, getattr(hook, "__qualname__", type(hook).__qualname__)) for registry, hook in found]
 
 
-def _other_attributes(old: nn.Module, new: nn.Module) -> list[str]:
-    ours, theirs = vars(old), vars(new)
-    plain = [name for name, value in ours.items() if name != "training" and _is_plain(value)]
-    return [n for n in plain if type(ours[n]) is not type(theirs.get(n)) or not _same_plain(ours[n], theirs[n])]
+def _different_attributes(old: nn.Module, new: nn.Module) -> list[str]:
+    original_values, converted_values = vars(old), vars(new)
+    plain = [name for name, value in original_values.items() if name != "training" and _is_plain(value)]
+    return [
+        n
+        for n in plain
+        if type(original_values[n]) is not type(converted_values.get(n))
+        or not _same_plain(original_values[n], converted_values[n])
+    ]
 
 
 def _is_plain(value: Any) -> bool:
@@ -149,16 +175,16 @@ def _same_plain(a: Any, b: Any) -> bool:
     return bool(a == b or a != a)
 
 
-def _other_tensors(old: nn.Module, new: nn.Module) -> list[str]:
+def _different_tensors(old: nn.Module, new: nn.Module) -> list[str]:
     pairs = [
-        (key, tensor, theirs.get(key))
-        for ours, theirs in ((old._parameters, new._parameters), (old._buffers, new._buffers))
-        for key, tensor in ours.items()
+        (key, tensor, converted_values.get(key))
+        for original_values, converted_values in ((old._parameters, new._parameters), (old._buffers, new._buffers))
+        for key, tensor in original_values.items()
     ]
-    return [key for key, a, b in pairs if not _same_values(a, b) or _trains(a) != _trains(b)]
+    return [key for key, a, b in pairs if not _same_values(a, b) or _requires_grad(a) != _requires_grad(b)]
 
 
-def _trains(tensor: Tensor | None) -> bool:
+def _requires_grad(tensor: Tensor | None) -> bool:
     return tensor is not None and tensor.requires_grad
 
 
@@ -170,12 +196,12 @@ def _same_values(a: Tensor | None, b: Tensor | None) -> bool:
     return bool(torch.equal(a, b)) or bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
-__all__ = ["LAW_TOLERANCE", "Check", "Verification", "read_numbers", "verify", "verify_in_place"]
+__all__ = ["DEFAULT_TOLERANCE", "Check", "Verification", "parse_floats", "verify", "verify_in_place"]
 
-LAW_TOLERANCE = 1e-9
+DEFAULT_TOLERANCE = 1e-9
 
 
-@printed_as("verification")
+@printable_as("verification")
 @dataclass(frozen=True, repr=False)
 class Verification:
     """What `verify` found: `passed` only if something was compared and nothing failed.
@@ -202,12 +228,12 @@ class Verification:
     @property
     def summary(self) -> str:
         """The result in one line: the same or not, in which modes, by which rule, in which precision."""
-        silent = [check.name for check in self.checks if check.passed is None]
+        not_judged = [check.name for check in self.checks if check.passed is None]
         rule = "the whole model" if self.judged_by == "whole model" else "every site alone"
         parts = [
             "same function" if self.passed else "not the same function",
             f"judged by {rule} in {self.precision}",
-            f"not judged by the whole model: {', '.join(silent)}" if silent else "",
+            f"not judged by the whole model: {', '.join(not_judged)}" if not_judged else "",
         ]
         return "; ".join(part for part in parts if part)
 
@@ -218,36 +244,38 @@ class Verification:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain lists, dicts, strings and numbers; infinity and NaN, which JSON lacks, as strings."""
-        return {name: _plain(value) for name, value in asdict(self).items()}
+        return {name: _to_plain(value) for name, value in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:
         """Return what `to_dict` came from, or an older version of it."""
-        checks = tuple(Check(**read_numbers(Check, check)) for check in data["checks"])
-        sites = tuple(SiteError(**read_numbers(SiteError, site)) for site in data["sites"])
+        checks = tuple(Check(**parse_floats(Check, check)) for check in data["checks"])
+        sites = tuple(SiteError(**parse_floats(SiteError, site)) for site in data["sites"])
         notes = tuple(data.get("notes", ()))
-        return cls(**{**read_numbers(cls, data), "checks": checks, "sites": sites, "notes": notes})
+        return cls(**{**parse_floats(cls, data), "checks": checks, "sites": sites, "notes": notes})
 
 
-_NO_JSON = {"Infinity": float("inf"), "-Infinity": float("-inf"), "NaN": float("nan")}
+_NON_JSON_FLOATS = {"Infinity": float("inf"), "-Infinity": float("-inf"), "NaN": float("nan")}
 
 
-def _plain(value: Any) -> Any:
+def _to_plain(value: Any) -> Any:
     if isinstance(value, dict):
-        return {name: _plain(item) for name, item in value.items()}
+        return {name: _to_plain(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [_to_plain(item) for item in value]
     if isinstance(value, float) and not isfinite(value):
-        return next(name for name, number in _NO_JSON.items() if repr(number) == repr(value))
+        return next(name for name, number in _NON_JSON_FLOATS.items() if repr(number) == repr(value))
     return value
 
 
-def read_numbers(record: type, data: dict[str, Any]) -> dict[str, Any]:
+def parse_floats(record: type, data: dict[str, Any]) -> dict[str, Any]:
     """Return plain data of a record with numbers in place of the strings that stand for them in JSON."""
     hints = get_type_hints(record)
     floats = {f.name for f in fields(record) if float in (hints[f.name], *get_args(hints[f.name]))}
     return {
-        name: _NO_JSON[value] if name in floats and isinstance(value, str) and value in _NO_JSON else value
+        name: _NON_JSON_FLOATS[value]
+        if name in floats and isinstance(value, str) and value in _NON_JSON_FLOATS
+        else value
         for name, value in data.items()
     }
 
@@ -283,8 +311,8 @@ def verify(
     require_type(tolerance, float | int | None, "tolerance", "a relative error such as 1e-9")
     original = unwrap(require_module(original, "original"))
     converted = unwrap(require_module(converted, "converted"))
-    before = [(place.module, place.module.training) for m in (original, converted) for place in walk_modules(m)]
-    flags = own_flags(original), own_flags(converted)
+    before = [(entry.module, entry.module.training) for m in (original, converted) for entry in walk_modules(m)]
+    flags = model_training_flags(original), model_training_flags(converted)
     first = copy_model(original)
     second = copy_model(converted, _same_parameters(original, converted, first))
     try:
@@ -301,17 +329,17 @@ def verify_in_place(
     batches: Iterable[Any],
     *,
     tolerance: float | None = None,
-    flags: tuple[OwnFlags | None, OwnFlags | None] | None = None,
+    flags: tuple[ModelTrainingFlags | None, ModelTrainingFlags | None] | None = None,
 ) -> Verification:
     """Compare as `verify` two models that nobody needs any more: they end in float64, and no copy is made of them.
 
     Args:
-        flags: what `own_flags` returns for the models that these are copies of; default is to ask these.
+        flags: what `model_training_flags` returns for the models that these are copies of; default is to ask these.
     """
     inputs = _as_batches(batches)
-    flags = flags or (own_flags(first), own_flags(second))
+    flags = flags or (model_training_flags(first), model_training_flags(second))
     single_precision_error = _single_precision_error(first, second, inputs)
-    _localize(first, second)
+    _disable_synchronization(first, second)
     attempts = precisions(first)
     widest: tuple[ModelComparison, Verification] | None = None
     notes: list[str] = []
@@ -325,11 +353,13 @@ def verify_in_place(
         comparison.compare()
         if False not in comparison.raised:
             result = _result(comparison, precision, notes, single_precision_error)
-            below = not result.passed and not last and computes_below(first, comparison.inputs[0], precision.dtype)
-            if not comparison.raised and not below:
+            is_narrower = (
+                not result.passed and not last and uses_narrower_dtype(first, comparison.inputs[0], precision.dtype)
+            )
+            if not comparison.raised and not is_narrower:
                 return result
             widest = widest or (comparison, result)
-            if below:
+            if is_narrower:
                 notes.append(f"the original computes a part in less than {precision.name} by its own code")
         for error, _ in comparison.raised.values():
             notes.append(f"the original does not run in {precision.name}: {first_line(error)}")
@@ -348,7 +378,7 @@ def _result(
     comparison: ModelComparison, precision: Precision, notes: list[str], fp32_error: float | None
 ) -> Verification:
     """What a comparison found; if some of it cannot be judged by whole models, every site is compared alone."""
-    if not comparison.returns_something:
+    if not comparison.has_comparable_output:
         raise ModelError(
             f"the original model returns no tensor and no number on an input of {_shapes(comparison)}: nothing can be "
             "compared; verify a model that returns its result"
@@ -357,12 +387,12 @@ def _result(
     passed = all(check.passed is not False for check in checks)
     notes = [*notes, *comparison.training.notes]
     if comparison.is_judged:
-        faults, remarks = faults_of_sites(comparison)
-        passed = passed and any(check.passed for check in checks) and not faults
-        notes += [*faults, *remarks]
+        failures, remarks = site_problems(comparison)
+        passed = passed and any(check.passed for check in checks) and not failures
+        notes += [*failures, *remarks]
     else:
         limit = comparison.site_limit
-        sites, problems = judge_sites(comparison)
+        sites, problems = compare_sites(comparison)
         passed = passed and not problems
         found = (
             f"not all can be judged so: {'; '.join(problems)}"
@@ -391,7 +421,7 @@ def _shapes(comparison: ModelComparison) -> str:
 
 
 def _as_batches(batches: Iterable[Any]) -> list[Any]:
-    if problem := mistaken_batches(batches):
+    if problem := describe_invalid_batches(batches):
         raise ModelError(f"batches: {problem}")
     inputs = list(batches)
     if not inputs:
@@ -401,18 +431,24 @@ def _as_batches(batches: Iterable[Any]) -> list[Any]:
 
 def _same_parameters(original: nn.Module, converted: nn.Module, first: nn.Module) -> dict[int, Any]:
     """By the id of a parameter of `converted`, that of `first` with the same values: large models have to fit twice."""
-    olds, news, firsts = (shared_tensors(model, "_parameters") for model in (original, converted, first))
-    pairs = [(olds[a], news[b], firsts[a]) for a, b in shared(olds, news) if a in firsts]
+    original_tensors, converted_tensors, copied_tensors = (
+        shared_tensors(model, "_parameters") for model in (original, converted, first)
+    )
+    pairs = [
+        (original_tensors[a], converted_tensors[b], copied_tensors[a])
+        for a, b in match_names(original_tensors, converted_tensors)
+        if a in copied_tensors
+    ]
     return {
-        id(new): twin
-        for old, new, twin in pairs
+        id(new): shared_parameter
+        for old, new, shared_parameter in pairs
         if old.requires_grad == new.requires_grad and old.dtype == new.dtype and torch.equal(old, new)
     }
 
 
-def _localize(first: nn.Module, second: nn.Module) -> None:
+def _disable_synchronization(first: nn.Module, second: nn.Module) -> None:
     """Let nothing in the second model wait for other processes unless something in the first does."""
-    modules = [place.module for place in walk_modules(first)]
+    modules = [entry.module for entry in walk_modules(first)]
     if any(isinstance(m, nn.SyncBatchNorm) or (isinstance(m, GatedModule) and m.synchronize) for m in modules):
         return
     for layer in gated_modules(second).values():

@@ -16,16 +16,24 @@ from torch import Tensor, nn
 from normswap.layers.gated_module import GatedModule
 from normswap.layers.switch_norm import SwitchNorm
 from normswap.surgery.importance import gated_modules
-from normswap.surgery.model_outputs import Leaves, Names, VectorDistance, absolute, comparable_size, distance, shared
-from normswap.surgery.module_tree import Flags, OwnFlags, modules_by_name, own_mode, walk_modules
+from normswap.surgery.model_outputs import (
+    Leaves,
+    TensorNames,
+    VectorDistance,
+    count_numbers,
+    match_names,
+    max_abs_difference,
+    relative_l2,
+)
+from normswap.surgery.module_tree import Flags, ModelTrainingFlags, model_mode, modules_by_name, walk_modules
 from normswap.text import first_line
 from normswap.verification.model_pass import (
+    FormulaBatchNorm,
+    GradientCallback,
     GradientDistance,
-    KeptGradients,
+    GradientStore,
     ModelPass,
-    PlainBatchNorm,
-    Receive,
-    nudged_passes,
+    perturbed_passes,
     run_pass,
     shared_tensors,
 )
@@ -39,7 +47,7 @@ _TRAINING = CHECKS[1:]
 
 _RESPONSE_FACTOR = 10
 # The largest response of the original itself at which a comparison of whole models still means anything.
-_MOST_RESPONSE = 1e-3
+_MAX_RESPONSE = 1e-3
 
 Errors = dict[str, dict[str, float]]  # by check and by leaf
 
@@ -62,7 +70,7 @@ class Check:
 
 
 @dataclass
-class _Tally:
+class _CheckAccumulator:
     """The worst case of one check over all batches, by error relative to its limit."""
 
     name: str
@@ -75,19 +83,19 @@ class _Tally:
 
     def update(self, errors: Mapping[str, float], responses: Mapping[str, float], base: float) -> None:
         """Judge what can be judged; an error that only the converted model makes infinite always can."""
-        wild = {
+        unjudgeable = {
             part: response
             for part, error in errors.items()
-            if not error <= base and not (response := responses.get(part, 0.0)) <= _MOST_RESPONSE
+            if not error <= base and not (response := responses.get(part, 0.0)) <= _MAX_RESPONSE
             if not (error == inf and isfinite(response))
         }
-        for part, response in wild.items():
+        for part, response in unjudgeable.items():
             self.not_judged(
                 f"{part or self.name}: not judged, one unit in the last place of the input alone changes it by "
                 f"{response:.1e} (relative L2) in the original"
             )
         for part in errors:  # each with a limit of its own: one that amplifies rounding hides no other one
-            if part in wild:
+            if part in unjudgeable:
                 continue
             error, own = errors[part], responses.get(part)
             limit = max(base, _RESPONSE_FACTOR * (own or 0.0))
@@ -117,27 +125,30 @@ class ModelComparison:
         *,
         limit: float,
         precision: Precision,
-        flags: tuple[OwnFlags | None, OwnFlags | None],
+        flags: tuple[ModelTrainingFlags | None, ModelTrainingFlags | None],
     ) -> None:
         self.models = first, second
         self.inputs, self.limit, self._eps = inputs, limit, precision.eps
         self.site_limit = max(limit, precision.limit)
-        self.tallies = {name: _Tally(name, limit) for name in CHECKS}
+        self.accumulators = {name: _CheckAccumulator(name, limit) for name in CHECKS}
         self.raised: dict[bool, tuple[Exception, Any]] = {}
         self.largest_difference = 0.0
-        self.returns_something = self._infinite = False
-        self._raising: set[str] = set()
-        self.training = _training_terms(first, second)
+        self.has_comparable_output = self._has_infinite_output = False
+        self._unchecked: set[str] = set()
+        self.training = _training_setup(first, second)
         self._flags = {
             training: (
-                {**_of_mode(flags[0], training), **(dict.fromkeys(self.training.frozen, False) if training else {})},
-                _of_mode(flags[1], training),
+                {
+                    **_flags_for_mode(flags[0], training),
+                    **(dict.fromkeys(self.training.frozen, False) if training else {}),
+                },
+                _flags_for_mode(flags[1], training),
             )
             for training in (False, True)
         }
-        self.modes = (False,) if self.training.silence else (False, True)
-        if self.training.silence:
-            self._note(_TRAINING, self.training.silence)
+        self.modes = (False,) if self.training.skip_reason else (False, True)
+        if self.training.skip_reason:
+            self._note(_TRAINING, self.training.skip_reason)
         self.site_watch = self.new_watch()
 
     def new_watch(self) -> SiteWatch:
@@ -156,8 +167,10 @@ class ModelComparison:
     def is_judged(self) -> bool:
         """Whether every check that was made can be judged by the whole models."""
         # A model of which nothing is finite in any pass is judged: nothing of it can pass.
-        partly_finite = self._infinite and any(tally.error is not None for tally in self.tallies.values())
-        return not partly_finite and not any(tally.unjudged for tally in self.tallies.values())
+        partly_finite = self._has_infinite_output and any(
+            accumulator.error is not None for accumulator in self.accumulators.values()
+        )
+        return not partly_finite and not any(accumulator.unjudged for accumulator in self.accumulators.values())
 
     def checks(self, raised: Mapping[bool, tuple[Exception, Any]] | None = None) -> tuple[Check, ...]:
         """Return every check.
@@ -165,52 +178,57 @@ class ModelComparison:
         Args:
             raised: what the original raised, by training or evaluation; default is what it raised here.
         """
-        told = self.raised if raised is None else raised
-        silent = f"the original raises in training: {first_line(told[True][0])}" if True in told else ""
-        return tuple(tally.check(silent if tally.name in self._raising else "") for tally in self.tallies.values())
+        raised_errors = self.raised if raised is None else raised
+        raised_note = (
+            f"the original raises in training: {first_line(raised_errors[True][0])}" if True in raised_errors else ""
+        )
+        return tuple(
+            accumulator.check(raised_note if accumulator.name in self._unchecked else "")
+            for accumulator in self.accumulators.values()
+        )
 
     def run(
         self,
         index: int,
         batch: Any,
-        receive: Receive | None = None,
+        on_gradient: GradientCallback | None = None,
         *,
         training: bool,
-        within: AbstractContextManager[Any] | None = None,
+        context: AbstractContextManager[Any] | None = None,
     ) -> ModelPass | Exception:
         """Run the first (0) or the second model (1) once."""
         flags = self._flags[training][index]
-        return run_pass(self.models[index], batch, receive, training=training, flags=flags, within=within)
+        return run_pass(self.models[index], batch, on_gradient, training=training, flags=flags, context=context)
 
     def watching(self, watch: SiteWatch, *, training: bool, gradients: bool = False) -> Any:
         """Return a context in which passes of the first model are compared site by site."""
         return watch.watching(training=training, flags=self._second_flags(training=training), gradients=gradients)
 
-    def feed(self, watch: SiteWatch, name: str, *, training: bool) -> bool:
+    def compare_on_random_input(self, watch: SiteWatch, name: str, *, training: bool) -> bool:
         """Compare a site that never ran on an input made for it, and return whether the original's takes one."""
-        with own_mode(self.models[0], training=training, flags=self._flags[training][0]):
-            return watch.feed(name, training=training, flags=self._second_flags(training=training))
+        with model_mode(self.models[0], training=training, flags=self._flags[training][0]):
+            return watch.compare_on_random_input(name, training=training, flags=self._second_flags(training=training))
 
     def _second_flags(self, *, training: bool) -> dict[int, bool]:
         second = self.models[1]
-        with own_mode(second, training=training, flags=self._flags[training][1]):
-            return {id(place.module): place.module.training for place in walk_modules(second)}
+        with model_mode(second, training=training, flags=self._flags[training][1]):
+            return {id(entry.module): entry.module.training for entry in walk_modules(second)}
 
     def _compare_pass(self, batch: Any, *, training: bool) -> None:
         names = _TRAINING if training else CHECKS[:1]
-        with KeptGradients() as kept:
+        with GradientStore() as kept:
             with self.watching(self.site_watch, training=training):
-                a = self.run(0, batch, kept.keep, training=training)
+                a = self.run(0, batch, kept.store, training=training)
             if isinstance(a, Exception):
                 self._note_raised(a, batch, names, training=training)
                 return
-            self.returns_something = self.returns_something or bool(a.leaves.opaque) or _holds_numbers(a.leaves)
-            if not _is_finite_somewhere(a.leaves):
-                self._infinite = True
+            self.has_comparable_output = self.has_comparable_output or bool(a.leaves.opaque) or _has_numbers(a.leaves)
+            if not _has_finite_value(a.leaves):
+                self._has_infinite_output = True
                 self._note(names, "no output of the original is finite")
                 return
             gradients = GradientDistance(kept)
-            b = self.run(1, batch, gradients.meet, training=training)
+            b = self.run(1, batch, gradients.compare_gradient, training=training)
             if a.backward_error is not None:
                 self._note_raised(a.backward_error, batch, (GRADIENTS,), training=True)
             errors = self._errors(a, b, gradients, training=training)
@@ -218,11 +236,11 @@ class ModelComparison:
             if isinstance(b, ModelPass) and any(
                 not error <= self.limit for parts in errors.values() for error in parts.values()
             ):
-                responses = self._own_responses(a, batch, kept, training=training)
+                responses = self._input_sensitivity(a, batch, kept, training=training)
             if training and isinstance(b, ModelPass):
-                self._settle_gradients(a, batch, kept, errors, responses)
+                self._recheck_gradients(a, batch, kept, errors, responses)
         for name, parts in errors.items():
-            self.tallies[name].update(parts, responses.get(name, {}), self.limit)
+            self.accumulators[name].update(parts, responses.get(name, {}), self.limit)
 
     def _errors(self, a: ModelPass, b: ModelPass | Exception, gradients: GradientDistance, *, training: bool) -> Errors:
         """Relative L2 by check and by leaf, with a note on what cannot be compared."""
@@ -234,11 +252,11 @@ class ModelComparison:
             return {name: {"": inf} for name in names}
         self._note_opaque(outputs, {**b.leaves.opaque, **a.leaves.opaque})
         errors: Errors = {outputs: self._leaf_errors(outputs, a.leaves, b.leaves)}
-        if not comparable_size(a.leaves) and not any(error > 0 for error in errors[outputs].values()):
-            self.tallies[outputs].not_judged("the original returns no number: nothing to compare")
+        if not count_numbers(a.leaves) and not any(error > 0 for error in errors[outputs].values()):
+            self.accumulators[outputs].not_judged("the original returns no number: nothing to compare")
             errors[outputs] = {}
-        elif not _holds_fractions(a.leaves):
-            self.tallies[outputs].not_judged("the original returns whole numbers only, which say little of a site")
+        elif not _has_floats(a.leaves):
+            self.accumulators[outputs].not_judged("the original returns whole numbers only, which say little of a site")
         if training:
             errors[GRADIENTS] = self._gradient_error(a, b, gradients)
             errors[STATISTICS] = _statistics_error(a.buffers, b.buffers)
@@ -253,8 +271,8 @@ class ModelComparison:
                 continue
             try:
                 pair = a.values.get(path, _MISSING), b.values.get(path, _MISSING)
-                errors[path] = distance(*pair)
-                self.largest_difference = max(self.largest_difference, absolute(*pair))
+                errors[path] = relative_l2(*pair)
+                self.largest_difference = max(self.largest_difference, max_abs_difference(*pair))
             except Exception as error:  # noqa: BLE001 - a tensor of a class of its own, with operations of its own
                 self._note_opaque(check, {path: first_line(error)})
         return errors
@@ -269,54 +287,56 @@ class ModelComparison:
         if error > 0 or a.has_graph:
             return {"": error}
         if any(parameter.requires_grad for parameter in shared_tensors(self.models[0], "_parameters").values()):
-            self.tallies[GRADIENTS].not_judged("no output of the original has a gradient: it returns detached values")
+            self.accumulators[GRADIENTS].not_judged(
+                "no output of the original has a gradient: it returns detached values"
+            )
         else:
             self._note((GRADIENTS,), "nothing requires a gradient")
         return {}
 
-    def _own_responses(self, a: ModelPass, batch: Any, kept: KeptGradients, *, training: bool) -> Errors:
+    def _input_sensitivity(self, a: ModelPass, batch: Any, kept: GradientStore, *, training: bool) -> Errors:
         """By check and leaf, how far the first model moves at most if its input changes by one unit in the last place.
 
         Changed upwards, downwards and at random: a single change says little of how much rounding a network amplifies.
         """
         responses: Errors = {}
 
-        def run(fed: Any, within: AbstractContextManager[Any] | None) -> Errors:
+        def run(model_inputs: Any, context: AbstractContextManager[Any] | None) -> Errors:
             gradients = GradientDistance(kept)
-            nudged = self.run(0, fed, gradients.meet, training=training, within=within)
-            if isinstance(nudged, Exception):
+            perturbed = self.run(0, model_inputs, gradients.compare_gradient, training=training, context=context)
+            if isinstance(perturbed, Exception):
                 return {}
-            found: Errors = {OUTPUTS[training]: all_distances(a.leaves, nudged.leaves)}
+            found: Errors = {OUTPUTS[training]: all_distances(a.leaves, perturbed.leaves)}
             if training:
                 found[GRADIENTS] = {"": gradients.result()}
-                found[STATISTICS] = _statistics_error(a.buffers, nudged.buffers)
+                found[STATISTICS] = _statistics_error(a.buffers, perturbed.buffers)
             return found
 
-        for found in nudged_passes(self.models[0], batch, run, eps=self._eps):
+        for found in perturbed_passes(self.models[0], batch, run, eps=self._eps):
             for name, parts in found.items():
-                known = responses.setdefault(name, {})
+                max_errors = responses.setdefault(name, {})
                 for part, error in parts.items():
-                    known[part] = max(error, known.get(part, 0.0))
+                    max_errors[part] = max(error, max_errors.get(part, 0.0))
         return responses
 
-    def _settle_gradients(
-        self, a: ModelPass, batch: Any, kept: KeptGradients, errors: Errors, responses: Errors
+    def _recheck_gradients(
+        self, a: ModelPass, batch: Any, kept: GradientStore, errors: Errors, responses: Errors
     ) -> None:
         """If gradients differ, compare with the original by the formula of batch norm: torch's kernel may be wrong.
 
         For a batch of one on CPU its gradient is wrong if the gradient of its output is a permuted view (torch 2.14).
         """
         error, response = errors[GRADIENTS].get("", 0.0), responses.get(GRADIENTS, {}).get("", 0.0)
-        if error <= max(self.limit, _RESPONSE_FACTOR * min(response, _MOST_RESPONSE)) or a.backward_error is not None:
+        if error <= max(self.limit, _RESPONSE_FACTOR * min(response, _MAX_RESPONSE)) or a.backward_error is not None:
             return
-        with KeptGradients() as plain:
-            by_formula = self.run(0, batch, plain.keep, training=True, within=PlainBatchNorm())
+        with GradientStore() as plain:
+            by_formula = self.run(0, batch, plain.store, training=True, context=FormulaBatchNorm())
             if isinstance(by_formula, Exception) or by_formula.backward_error is not None:
                 return
             if max(all_distances(a.leaves, by_formula.leaves).values(), default=inf) > self.limit:
                 return
             to_formula = GradientDistance(plain)
-            self.run(1, batch, to_formula.meet, training=True)
+            self.run(1, batch, to_formula.compare_gradient, training=True)
             found = to_formula.result()
         if found > self.limit:
             return
@@ -329,15 +349,15 @@ class ModelComparison:
 
     def _note_raised(self, error: Exception, batch: Any, names: tuple[str, ...], *, training: bool) -> None:
         self.raised.setdefault(training, (error, batch))
-        self._raising |= {*names}
+        self._unchecked |= {*names}
 
     def _note(self, names: tuple[str, ...], note: str) -> None:
         for name in names:
-            self.tallies[name].notes[note] = None
+            self.accumulators[name].notes[note] = None
 
     def _note_opaque(self, check: str, opaque: Mapping[str, str]) -> None:
         for path, reason in opaque.items():
-            self.tallies[check].failed = True
+            self.accumulators[check].failed = True
             self._note((check,), f"{path} cannot be compared: {reason}")
 
 
@@ -349,13 +369,13 @@ _MISSING = _Missing()
 
 
 @dataclass(frozen=True)
-class _TrainingTerms:
+class _TrainingSetup:
     """How the models are compared in training: names of the original's norms that are put into evaluation, or why the
     models are not compared in training.
     """
 
     frozen: tuple[str, ...] = ()
-    silence: str = ""
+    skip_reason: str = ""
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -366,12 +386,12 @@ class _TrainingTerms:
         return (f"{many}evaluation",) if self.frozen else ()
 
 
-def _training_terms(first: nn.Module, second: nn.Module) -> _TrainingTerms:
+def _training_setup(first: nn.Module, second: nn.Module) -> _TrainingSetup:
     """A site that uses running statistics in training computes what the original does with that norm in evaluation."""
-    olds = modules_by_name(first)
+    original_modules = modules_by_name(first)
     frozen, others = [], []
     for name, layer in gated_modules(second).items():
-        old = olds.get(name)
+        old = original_modules.get(name)
         same = isinstance(old, GatedModule) and old.bn_statistics == layer.bn_statistics
         if layer.bn_statistics == "batch" or same or (isinstance(layer, SwitchNorm) and "weight" in layer._buffers):
             continue
@@ -380,17 +400,17 @@ def _training_terms(first: nn.Module, second: nn.Module) -> _TrainingTerms:
         else:
             others.append(name)
     if others:
-        return _TrainingTerms(silence=f"{len(others)} sites use running statistics in training, by choice")
-    return _TrainingTerms(frozen=tuple(frozen))
+        return _TrainingSetup(skip_reason=f"{len(others)} sites use running statistics in training, by choice")
+    return _TrainingSetup(frozen=tuple(frozen))
 
 
-def _of_mode(flags: OwnFlags | None, training: bool) -> Flags:
+def _flags_for_mode(flags: ModelTrainingFlags | None, training: bool) -> Flags:
     if flags is None:
         return {}
     return flags.training if training else flags.evaluation
 
 
-def _is_finite_somewhere(leaves: Leaves) -> bool:
+def _has_finite_value(leaves: Leaves) -> bool:
     floating = [leaf for leaf in leaves.tensors if leaf.is_floating_point() and leaf.numel()]
     numbers = [leaf for leaf in leaves.values.values() if isinstance(leaf, float)]
     if not floating and not numbers:
@@ -398,28 +418,28 @@ def _is_finite_somewhere(leaves: Leaves) -> bool:
     return any(isfinite(number) for number in numbers) or any(bool(leaf.isfinite().any()) for leaf in floating)
 
 
-def _holds_fractions(leaves: Leaves) -> bool:
+def _has_floats(leaves: Leaves) -> bool:
     tensors = any(leaf.is_floating_point() or leaf.is_complex() for leaf in leaves.tensors)
     return tensors or any(isinstance(leaf, float | complex) for leaf in leaves.values.values())
 
 
-def _holds_numbers(leaves: Leaves) -> bool:
-    return bool(leaves.tensors) or comparable_size(leaves) > 0
+def _has_numbers(leaves: Leaves) -> bool:
+    return bool(leaves.tensors) or count_numbers(leaves) > 0
 
 
 def all_distances(a: Leaves, b: Leaves) -> dict[str, float]:
     """Return the distance of every leaf, infinite if it cannot be compared."""
 
-    def apart(path: str) -> float:
+    def leaf_distance(path: str) -> float:
         try:
-            return distance(a.values.get(path, _MISSING), b.values.get(path, _MISSING))
+            return relative_l2(a.values.get(path, _MISSING), b.values.get(path, _MISSING))
         except Exception:  # noqa: BLE001 - said where the two models are compared
             return inf
 
-    return {path: apart(path) for path in {**a.values, **b.values}}
+    return {path: leaf_distance(path) for path in {**a.values, **b.values}}
 
 
-def _statistics_error(references: dict[Names, Tensor], values: dict[Names, Tensor]) -> dict[str, float]:
+def _statistics_error(references: dict[TensorNames, Tensor], values: dict[TensorNames, Tensor]) -> dict[str, float]:
     """The floating buffers of each module as one vector, the others by equality; by module.
 
     One vector, since a running mean that is zero in truth, as behind a convolution of a normalised map, is rounding
@@ -427,10 +447,10 @@ def _statistics_error(references: dict[Names, Tensor], values: dict[Names, Tenso
     """
     vectors: dict[str, VectorDistance] = {}
     errors: dict[str, float] = {}
-    for names, partner in shared(references, values):
+    for names, partner in match_names(references, values):
         reference, value, owner = references[names], values[partner], names[0].rpartition(".")[0]
         if not reference.is_floating_point() or reference.dtype != value.dtype or reference.shape != value.shape:
-            errors[names[0]] = distance(reference, value)
+            errors[names[0]] = relative_l2(reference, value)
             continue
         vectors.setdefault(owner, VectorDistance()).add(reference, value)
     return errors | {f"{owner or 'the model'} (statistics)": vector.result() for owner, vector in vectors.items()}

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from normswap.model_state import call_model, preserved_state, seeded
-from normswap.surgery.module_tree import own_mode, walk_modules
+from normswap.surgery.module_tree import model_mode, walk_modules
 
 # What one site, and a whole model that does not amplify rounding, may differ by (relative L2).
 LIMITS = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-1}
@@ -59,7 +59,7 @@ class Precision:
         undo: list[Callable[[], None]] = []
         if self.casts:
             cast = _Cast(self._cast_tensor)
-            modules = {id(place.module): place.module for model in models for place in walk_modules(model)}
+            modules = {id(entry.module): entry.module for model in models for entry in walk_modules(model)}
             for module in modules.values():  # also those in no registry, which model.double() does not reach
                 undo += _cast_module(module, cast)
 
@@ -72,33 +72,35 @@ class Precision:
 
 def precisions(model: nn.Module) -> list[Precision]:
     """Return the precisions to try, the widest first, that of the model as it is last."""
-    own = own_dtype(model)
+    model_precision = model_dtype(model)
     wider = [
-        Precision(dtype) for dtype in (torch.float64, torch.float32) if torch.finfo(dtype).eps < torch.finfo(own).eps
+        Precision(dtype)
+        for dtype in (torch.float64, torch.float32)
+        if torch.finfo(dtype).eps < torch.finfo(model_precision).eps
     ]
-    return [*wider, Precision(own, casts=False)] if wider else [Precision(torch.float64)]
+    return [*wider, Precision(model_precision, casts=False)] if wider else [Precision(torch.float64)]
 
 
-def own_dtype(model: nn.Module) -> torch.dtype:
+def model_dtype(model: nn.Module) -> torch.dtype:
     """Return the narrowest floating dtype of the parameters and buffers of `model`, float32 if it has none."""
     tensors = [t for p in walk_modules(model) for t in (*p.module._parameters.values(), *p.module._buffers.values())]
     dtypes = {t.dtype.to_real() for t in tensors if t is not None and (t.is_floating_point() or t.is_complex())}
     return max(dtypes & LIMITS.keys(), key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)
 
 
-def computes_below(model: nn.Module, batch: Any, dtype: torch.dtype) -> bool:
+def uses_narrower_dtype(model: nn.Module, batch: Any, dtype: torch.dtype) -> bool:
     """Say whether a forward pass of `model` in evaluation computes something in a narrower precision than `dtype`."""
-    modules = [place.module for place in walk_modules(model)]
-    watcher = _NarrowWatcher(torch.finfo(dtype).eps)
-    with preserved_state(modules), own_mode(model, training=False), seeded(0), torch.no_grad(), watcher:
+    modules = [entry.module for entry in walk_modules(model)]
+    detector = _NarrowDtypeDetector(torch.finfo(dtype).eps)
+    with preserved_state(modules), model_mode(model, training=False), seeded(0), torch.no_grad(), detector:
         try:
             call_model(model, batch)
         except Exception:  # noqa: BLE001 - the model's own code: what was seen so far counts
-            return watcher.found
-    return watcher.found
+            return detector.found
+    return detector.found
 
 
-class _NarrowWatcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _NarrowDtypeDetector(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, eps: float) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._eps, self.found = eps, False
@@ -115,32 +117,32 @@ class _Cast:
 
     def __init__(self, cast: Callable[[Tensor], Tensor]) -> None:
         self._cast = cast
-        self._done: dict[int, tuple[Tensor, Tensor]] = {}
+        self._cache: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __call__(self, tensor: Tensor) -> Tensor:
-        if id(tensor) not in self._done:
-            wide = self._cast(tensor)
-            if wide.dtype == tensor.dtype:
+        if id(tensor) not in self._cache:
+            cast_tensor = self._cast(tensor)
+            if cast_tensor.dtype == tensor.dtype:
                 return tensor
-            self._done[id(tensor)] = tensor, wide
-        return self._done[id(tensor)][1]
+            self._cache[id(tensor)] = tensor, cast_tensor
+        return self._cache[id(tensor)][1]
 
-    def once(self, tensor: Tensor) -> Tensor:
+    def cast_uncached(self, tensor: Tensor) -> Tensor:
         """Return a tensor cast, which is not met again."""
         return self._cast(tensor)
 
-    def held(self, value: Any) -> Any:
+    def cast_value(self, value: Any) -> Any:
         """Return a tensor, or a plain container of some, cast; anything else, also a parameter, as it is."""
         if isinstance(value, Tensor):
-            owned = isinstance(value, nn.Parameter) or value.requires_grad
-            return value if owned or value.is_quantized or value.is_nested else self(value)
+            is_parameter_like = isinstance(value, nn.Parameter) or value.requires_grad
+            return value if is_parameter_like or value.is_quantized or value.is_nested else self(value)
         if type(value) not in _CONTAINERS or not value:
             return value
         items = list(value.values()) if isinstance(value, dict) else list(value)
-        wide = [self.held(item) for item in items]
-        if all(map(operator.is_, items, wide)):
+        cast_tensor = [self.cast_value(item) for item in items]
+        if all(map(operator.is_, items, cast_tensor)):
             return value
-        return dict(zip(value, wide, strict=True)) if isinstance(value, dict) else type(value)(wide)
+        return dict(zip(value, cast_tensor, strict=True)) if isinstance(value, dict) else type(value)(cast_tensor)
 
 
 def _cast_module(module: nn.Module, cast: _Cast) -> list[Callable[[], None]]:
@@ -148,19 +150,19 @@ def _cast_module(module: nn.Module, cast: _Cast) -> list[Callable[[], None]]:
     undo: list[Callable[[], None]] = []
     for parameter in module._parameters.values():
         if parameter is not None and not parameter.is_quantized:
-            dtype, wide = parameter.dtype, cast.once(parameter.data)
-            if wide.dtype != dtype:
+            dtype, cast_tensor = parameter.dtype, cast.cast_uncached(parameter.data)
+            if cast_tensor.dtype != dtype:
                 undo.append(_recast(parameter, dtype))
-                parameter.data, parameter.grad = wide, None
-    holders: list[Any] = [module._buffers]
+                parameter.data, parameter.grad = cast_tensor, None
+    registries: list[Any] = [module._buffers]
     if not isinstance(module, torch.jit.ScriptModule):
-        holders.append(vars(module))
-    for holder in holders:
-        for name, value in list(holder.items()):
-            wide = value if name in _REGISTRIES else cast.held(value)
-            if wide is not value:
-                undo.append(_reassign(holder, name, value))
-                holder[name] = wide
+        registries.append(vars(module))
+    for registry in registries:
+        for name, value in list(registry.items()):
+            cast_tensor = value if name in _REGISTRIES else cast.cast_value(value)
+            if cast_tensor is not value:
+                undo.append(_reassign(registry, name, value))
+                registry[name] = cast_tensor
     return undo
 
 
@@ -175,5 +177,5 @@ def _recast(parameter: Tensor, dtype: torch.dtype) -> Callable[[], None]:
     return undo
 
 
-def _reassign(holder: Any, name: str, value: Any) -> Callable[[], None]:
-    return lambda: holder.__setitem__(name, value)
+def _reassign(registry: Any, name: str, value: Any) -> Callable[[], None]:
+    return lambda: registry.__setitem__(name, value)

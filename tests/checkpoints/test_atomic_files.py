@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from normswap.checkpoints.io import atomic_files
-from normswap.checkpoints.io.atomic_files import check_writable, write_text, atomic_write, atomic_write_folder
+from normswap.checkpoints.io.atomic_files import atomic_write, atomic_write_folder, check_writable, write_text
 from normswap.errors import CheckpointError
 
 # Writes `WRITER model.pt`, says so, and waits for its end in the middle.

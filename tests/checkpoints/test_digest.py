@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from normswap.checkpoints.io.digest import fingerprint, contents_equal
-from normswap.checkpoints.saving import sha256_in_background, compute_sha256
+from normswap.checkpoints.io.digest import contents_equal, fingerprint
+from normswap.checkpoints.saving import compute_sha256, sha256_in_background
 from normswap.errors import CheckpointError
 
 

@@ -9,13 +9,13 @@ import torch
 from torch import nn
 
 from normswap.checkpoints.content.entries import (
-    get_entry,
-    read_architecture_hints,
-    is_state_dict,
+    drop_entry,
     format_key_path,
+    get_entry,
+    is_state_dict,
+    read_architecture_hints,
     read_contents,
     replace_entries,
-    drop_entry,
 )
 from normswap.errors import CheckpointError
 

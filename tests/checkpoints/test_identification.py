@@ -23,7 +23,13 @@ from benchmarks.architectures.functions import difference
 from benchmarks.architectures.records import built
 from benchmarks.architectures.records import shapes_of as shapes_of_model
 from normswap.checkpoints.architecture import index
-from normswap.checkpoints.architecture.identification import Identification, describe_ambiguity, require_unique, identify, describe_no_match
+from normswap.checkpoints.architecture.identification import (
+    Identification,
+    describe_ambiguity,
+    describe_no_match,
+    identify,
+    require_unique,
+)
 from normswap.checkpoints.architecture.index import Symbol, decode_index, encode_index, shipped_index
 from normswap.checkpoints.architecture.registry import build_architecture
 from normswap.cli import main

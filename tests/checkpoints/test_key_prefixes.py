@@ -2,7 +2,7 @@
 
 import pytest
 
-from normswap.checkpoints.content.key_prefixes import match_names, names_with_prefix, find_prefixes
+from normswap.checkpoints.content.key_prefixes import find_prefixes, match_names, names_with_prefix
 
 OWN = ["conv.weight", "bn.weight", "bn.running_mean", "layer1.0.bn.weight"]
 

@@ -14,7 +14,7 @@ import torch
 from click.testing import CliRunner
 
 import normswap
-from normswap.checkpoints.architecture.permissions import check_keywords, check_configuration, limit_allocation
+from normswap.checkpoints.architecture.permissions import check_configuration, check_keywords, limit_allocation
 from normswap.checkpoints.architecture.registry import build_architecture, check_untrusted_name, parse_architecture
 from normswap.cli import main
 from normswap.errors import ArchitectureError, CheckpointError

@@ -15,7 +15,7 @@ import torch
 
 import normswap
 from normswap.checkpoints.formats.formats import decode, detect_format
-from normswap.checkpoints.formats.plain_values import user_safe_globals, plain_globals, plain_global_names
+from normswap.checkpoints.formats.plain_values import plain_global_names, plain_globals, user_safe_globals
 from normswap.errors import CheckpointError
 
 # Every name that is allowed beyond torch's own list. A new one needs a line in HARMLESS or FORGED below.

@@ -26,7 +26,13 @@ from normswap.checkpoints.loading import read_checkpoint, read_header
 from normswap.checkpoints.record import Record
 from normswap.cli import main
 from normswap.errors import CheckpointError, ModelError, SwapError
-from normswap.surgery.graphs.exported_program import check_equivalent, difference, reexport, program_inputs, program_module
+from normswap.surgery.graphs.exported_program import (
+    check_equivalent,
+    difference,
+    program_inputs,
+    program_module,
+    reexport,
+)
 from normswap.surgery.plan import SwapPlan
 from tests.helpers import files
 

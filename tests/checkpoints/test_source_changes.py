@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import normswap.checkpoints.convert_content
 import pytest
 import safetensors.torch
 import torch
@@ -17,7 +18,6 @@ from torch import Tensor
 
 import normswap
 import normswap.checkpoints.architecture.identification
-import normswap.checkpoints.convert_content
 import normswap.checkpoints.loading
 import normswap.checkpoints.saving
 import normswap.surgery.planning

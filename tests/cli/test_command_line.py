@@ -109,7 +109,11 @@ def _raising(error: BaseException) -> Callable[..., None]:
 
 def test_an_interrupt_says_in_one_line_what_was_written(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stopped = _raising(KeyboardInterrupt())
-    for owner, name in ((convert_module.ConvertOptions, "check"), (convert_module, "read_file"), (convert_module, "_convert_file_content")):
+    for owner, name in (
+        (convert_module.ConvertOptions, "check"),
+        (convert_module, "read_file"),
+        (convert_module, "_convert_file_content"),
+    ):
         with monkeypatch.context() as patched:
             patched.setattr(owner, name, stopped)
             before = names(folder)
@@ -122,7 +126,9 @@ def test_an_interrupt_says_in_one_line_what_was_written(folder: Path, monkeypatc
 
 
 def test_the_system_names_the_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(convert_module.ConvertOptions, "check", _raising(PermissionError(13, "Permission denied", "bn.pt")))
+    monkeypatch.setattr(
+        convert_module.ConvertOptions, "check", _raising(PermissionError(13, "Permission denied", "bn.pt"))
+    )
     result = run("convert", "bn.pt")
     assert (result.exit_code, result.output) == (2, "error: bn.pt: Permission denied\n")
 

@@ -16,8 +16,8 @@ from normswap.errors import LayerError, SwapError
 from normswap.layers.gating import BRANCHES
 from normswap.layers.in_place import (
     Replaced,
-    convert_module,
     check_replaceable,
+    convert_module,
     original_class,
     qualified_name,
     revert_module,

@@ -15,7 +15,7 @@ from rich.console import Console
 from torch import nn
 
 import normswap
-from normswap.reports.tables import verification_table, plan_summary
+from normswap.reports.tables import plan_summary, verification_table
 from normswap.surgery.plan import Skip, SwapPlan
 from normswap.text import pluralize
 from tests.helpers import files

@@ -11,7 +11,14 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 import normswap
-from normswap.surgery.norms.functions import NORM_CALLS, call_name, is_folded, norm_arguments, norm_nodes, unsupported_use
+from normswap.surgery.norms.functions import (
+    NORM_CALLS,
+    call_name,
+    is_folded,
+    norm_arguments,
+    norm_nodes,
+    unsupported_use,
+)
 from tests.helpers import laws, zoo
 
 aten = torch.ops.aten

@@ -21,7 +21,7 @@ from normswap.errors import LayerError, PlanError, SwapError
 from normswap.layers.in_place import check_replaceable
 from normswap.layers.switch_norm import SwitchNorm, SwitchNorm2d
 from normswap.surgery.importance import sites_with_changed_weights
-from normswap.surgery.norms.classes import KINDS, NormSpec, read_norm, base_kind, branch_of_kind
+from normswap.surgery.norms.classes import KINDS, NormSpec, base_kind, branch_of_kind, read_norm
 from normswap.surgery.plan import SwapPlan
 from tests.helpers import laws, oracles, zoo
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from normswap import convert, plan_swaps, update_statistics, verify
-from normswap.surgery.module_tree import model_training_flags, model_mode
+from normswap.surgery.module_tree import model_mode, model_training_flags
 from tests.helpers import laws
 
 X = torch.randn(4, 3, 9, 9, generator=torch.Generator().manual_seed(0))

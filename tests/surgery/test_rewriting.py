@@ -13,7 +13,7 @@ import normswap
 from normswap.errors import SwapError
 from normswap.layers.switch_norm import FunctionalSwitchNorm
 from normswap.surgery.graphs.module_trace import trace_module_forward
-from normswap.surgery.graphs.rewriting import compile_rewritten_forward, unused_names, is_rewritten, rewrite_forward
+from normswap.surgery.graphs.rewriting import compile_rewritten_forward, is_rewritten, rewrite_forward, unused_names
 
 
 class Block(nn.Module):

@@ -12,7 +12,7 @@ import torchvision
 from torch import Tensor, nn
 
 from normswap.surgery.graphs import module_trace
-from normswap.surgery.graphs.module_trace import mentions_norm_function, names_in, name_uses
+from normswap.surgery.graphs.module_trace import mentions_norm_function, name_uses, names_in
 from normswap.surgery.norms.classes import is_norm_layer
 from tests.helpers import zoo
 

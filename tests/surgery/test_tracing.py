@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from timm.models import create_model
 from torch import Tensor, fx, nn
 
-from normswap.surgery.graphs.tracing import GraphFacts, read_graph, copy_for_tracing, trace_model, trace_copy
+from normswap.surgery.graphs.tracing import GraphFacts, copy_for_tracing, read_graph, trace_copy, trace_model
 from normswap.surgery.norms.classes import is_norm_layer
 from normswap.surgery.norms.functions import batch_norm_nodes, is_batch_norm_call, norm_arguments
 from normswap.text import first_line

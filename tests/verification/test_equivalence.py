@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from normswap import Verification, convert, use_backend, verify
 from normswap.errors import ModelError
 from normswap.layers.gating import BnStatistics
-from normswap.surgery.model_outputs import VectorDistance, max_abs_difference, relative_l2, match_names, max_distance
+from normswap.surgery.model_outputs import VectorDistance, match_names, max_abs_difference, max_distance, relative_l2
 from normswap.verification.equivalence import DEFAULT_TOLERANCE, Check
 from normswap.verification.site_watch import SiteError
 from tests.helpers import laws, zoo

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from normswap import Verification, convert, verify
 from normswap.errors import ModelError
-from normswap.verification.precision import Precision, uses_narrower_dtype, precisions
+from normswap.verification.precision import Precision, precisions, uses_narrower_dtype
 
 
 def seeded(make: Callable[[], nn.Module]) -> nn.Module:

@@ -25,7 +25,7 @@ Shape = tuple[int, ...]
 _MAGIC = b"normswap architectures 1\n"
 _FILE = "architectures.bin"
 # No argument of a network that fits a machine is larger: a shape that says so is no evidence for one.
-_LARGEST = 2**31
+_MAX_ARGUMENT = 2**31
 _FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": 2**24, "lc": 4, "lp": 0}]
 
 
@@ -42,13 +42,13 @@ class Symbol(NamedTuple):
         """Return the positive integer x that gives a dimension of `size`, or None."""
         rest = size * self.d - self.c
         if self.a == 0:
-            value, left = divmod(rest, self.b)
+            value, remainder = divmod(rest, self.b)
         else:
             square = self.b * self.b + 4 * self.a * rest
             root = math.isqrt(max(square, 0))
-            value, left = divmod(root - self.b, 2 * self.a)
-            left = left or square - root * root
-        return value if left == 0 and 0 < value < _LARGEST else None
+            value, remainder = divmod(root - self.b, 2 * self.a)
+            remainder = remainder or square - root * root
+        return value if remainder == 0 and 0 < value < _MAX_ARGUMENT else None
 
 
 Template = tuple[int | Symbol, ...]
@@ -58,7 +58,7 @@ Template = tuple[int | Symbol, ...]
 class IndexedArchitecture:
     """What the index knows of one architecture.
 
-    `defaults` are the arguments that its shapes show, with the value of each in the plain model. `has_headless` tells
+    `defaults` are the arguments that its shapes show, with the value of each in the plain model. `allows_no_head` tells
     whether num_classes=0 leaves its head out, `tracks` whether `num_batches_tracked` must be there (a detector without
     it was built with frozen norms). Equal `function`: the same function with equal arguments; equal
     `function_at_sizes` (None: unknown): also when built for another image size than the default. `facts` is what
@@ -67,7 +67,7 @@ class IndexedArchitecture:
 
     name: str
     defaults: Mapping[str, int]
-    has_headless: bool
+    allows_no_head: bool
     tracks: bool
     function: int
     function_at_sizes: int | None
@@ -90,12 +90,12 @@ class ArchitectureIndex:
     bounds: NDArray[np.int64]
 
     @functools.cached_property
-    def number_of_name(self) -> Mapping[str, int]:
+    def name_index(self) -> Mapping[str, int]:
         """The number of each tensor name."""
         return {name: number for number, name in enumerate(self.names)}
 
     @functools.cached_property
-    def number_of_shape(self) -> Mapping[Template, int]:
+    def shape_index(self) -> Mapping[Template, int]:
         """The number of each shape without symbols."""
         return {template: i for i, template in enumerate(self.templates) if not _is_symbolic(template)}
 
@@ -136,17 +136,17 @@ def shipped_index() -> ArchitectureIndex:
 
 def encode_index(index: ArchitectureIndex) -> bytes:
     """Return the index as the bytes of its file."""
-    told = sorted({text for known in index.architectures for text in known.facts.values()})
-    number = {text: i for i, text in enumerate(told)}
+    fact_texts = sorted({text for entry in index.architectures for text in entry.facts.values()})
+    number = {text: i for i, text in enumerate(fact_texts)}
     header = {
         "versions": dict(index.versions),
-        "facts": told,
+        "facts": fact_texts,
         "templates": [[list(d) if isinstance(d, Symbol) else d for d in template] for template in index.templates],
-        "architectures": [_to_row(known, number) for known in index.architectures],
+        "architectures": [_to_row(entry, number) for entry in index.architectures],
         "lengths": np.diff(index.bounds).tolist(),
     }
     parts = [json.dumps(header, separators=(",", ":")).encode(), "\n".join(index.names).encode()]
-    parts += [_planes(index.name_ids), _planes(index.template_ids), np.packbits(index.heads).tobytes()]
+    parts += [_encode_deltas(index.name_ids), _encode_deltas(index.template_ids), np.packbits(index.heads).tobytes()]
     sizes = np.array([len(part) for part in parts], dtype="<u4").tobytes()
     return _MAGIC + lzma.compress(sizes + b"".join(parts), format=lzma.FORMAT_XZ, filters=_FILTERS)
 
@@ -170,32 +170,32 @@ def decode_index(data: bytes) -> ArchitectureIndex:
         architectures=tuple(_from_row(row, header["facts"]) for row in header["architectures"]),
         names=tuple(bytes(parts[1]).decode().split("\n")),
         templates=tuple(tuple(Symbol(*d) if isinstance(d, list) else d for d in row) for row in header["templates"]),
-        name_ids=_from_planes(parts[2]),
-        template_ids=_from_planes(parts[3]),
+        name_ids=_decode_deltas(parts[2]),
+        template_ids=_decode_deltas(parts[3]),
         heads=np.unpackbits(np.frombuffer(parts[4], dtype=np.uint8), count=int(bounds[-1])).astype(bool),
         bounds=bounds,
     )
 
 
-def _to_row(known: IndexedArchitecture, number: Mapping[str, int]) -> list[Any]:
-    kinds = {kind: number[text] for kind, text in known.facts.items()}
-    flags = known.has_headless + 2 * known.tracks
-    return [known.name, dict(known.defaults), flags, known.function, known.function_at_sizes, kinds]
+def _to_row(entry: IndexedArchitecture, number: Mapping[str, int]) -> list[Any]:
+    fact_ids = {kind: number[text] for kind, text in entry.facts.items()}
+    flags = entry.allows_no_head + 2 * entry.tracks
+    return [entry.name, dict(entry.defaults), flags, entry.function, entry.function_at_sizes, fact_ids]
 
 
-def _from_row(row: Sequence[Any], told: Sequence[str]) -> IndexedArchitecture:
-    name, defaults, flags, function, at_sizes, kinds = row
-    facts = {kind: told[i] for kind, i in kinds.items()}
+def _from_row(row: Sequence[Any], fact_texts: Sequence[str]) -> IndexedArchitecture:
+    name, defaults, flags, function, at_sizes, fact_ids = row
+    facts = {kind: fact_texts[i] for kind, i in fact_ids.items()}
     return IndexedArchitecture(name, defaults, bool(flags & 1), bool(flags & 2), function, at_sizes, facts)
 
 
-def _planes(ids: NDArray[np.int32]) -> bytes:
+def _encode_deltas(ids: NDArray[np.int32]) -> bytes:
     """Differences between neighbours, most of them 0 or 1, byte by byte: what a compressor sees best."""
     steps = np.diff(ids, prepend=np.int32(0)).astype("<i4")
     return steps.view(np.uint8).reshape(-1, 4).T.tobytes()
 
 
-def _from_planes(data: memoryview) -> NDArray[np.int32]:
+def _decode_deltas(data: memoryview) -> NDArray[np.int32]:
     planes = np.frombuffer(data, dtype=np.uint8).reshape(4, -1)
     steps = np.ascontiguousarray(planes.T).view("<i4").reshape(-1)
     return np.cumsum(steps, dtype=np.int32)

@@ -23,11 +23,11 @@ from normswap.errors import ArchitectureError
 # MERGED DOC: A limit on what building a model may allocate, in proportion to the file that is to fill it.
 
 
-_LARGEST = 1_000_000  # a number, such as of classes
-_MOST_ITEMS, _DEEPEST = 256, 3  # of a tuple
-_WORD = re.compile(r"[A-Za-z0-9_+-]{0,40}")  # no name of a file, of a repository or of a module
+_MAX_NUMBER = 1_000_000  # a number, such as of classes
+_MAX_ITEMS, _MAX_DEPTH = 256, 3  # of a tuple
+_PLAIN_WORD = re.compile(r"[A-Za-z0-9_+-]{0,40}")  # no name of a file, of a repository or of a module
 # Keywords of the models of timm and torchvision that take numbers, booleans and tuples of these.
-_NUMBERS_LISTED = """
+_NUMERIC_KEYWORD_LIST = """
     abs_win_pos_embed aa_stem_only always_partition attention_dropout attn attn_drop_rate attn_groups
     attn_head_dim_reduction attn_mlp attn_mlp_ratio attn_only_layer_scale attn_pool_mlp_ratio attn_pool_num_heads
     attn_ratio aux_logits aux_loss avg_down base_dim base_dims base_width basic bg_iou_thresh bias bidirectional
@@ -78,23 +78,23 @@ _NUMBERS_LISTED = """
     width_list width_mult width_per_group widths window_ratio window_size window_sizes window_spec with_fc
     zero_init_last zero_init_residual
     """
-_NUMBERS = frozenset(_NUMBERS_LISTED.split())
+_NUMERIC_KEYWORDS = frozenset(_NUMERIC_KEYWORD_LIST.split())
 # And those that also take words, which these packages look up in tables of their own.
-_WORDS_LISTED = """
+_TEXT_KEYWORD_LIST = """
     aa_layer act_layer attn_act_layer attn_stage attn_type attn_types attn_upsample block_type conv_layer down_op
     downsample dw_act_layer embed_norm_layer encoder_pool fc_act_layer fc_norm feature_location global_pool head head_fn
     local_mbconv_norm mlp_act norm_layer norm_layer_cl output_fmt pad_type pconv_fw_type pool_type pos_embed
     post_layers qk_norm rel_pos_type rope_grid_indexing rope_type se_layer spatial_conv stem_type token_mixers types
     union version weight_init
     """
-_WORDS = frozenset(_WORDS_LISTED.split())
+_TEXT_KEYWORDS = frozenset(_TEXT_KEYWORD_LIST.split())
 # Of a config.json: what makes transformers run, fetch or open something, whatever the model.
-_NEVER = re.compile(
+_FORBIDDEN_KEY = re.compile(
     r"auto_map|trust_remote_code|custom_\w+|\w*checkpoint_(path|file|url)|pretrained\w*_(path|file|url)|cache_dir"
     r"|_?(attn|experts)_implementation\w*|quantization_config|adapter_\w+|use_kernels|kernel_config"
 )
 # Texts of a config.json that nothing obeys: names of classes, where it was saved from.
-_INERT = frozenset(
+_IGNORED_KEYS = frozenset(
     (
         "_name_or_path", "name_or_path", "_commit_hash", "id2label", "label2id", "label_names", "license", "url",
         "labels", "pretrained_cfg", "finetuning_task", "torchscript", "transformers_version", "task_specific_params",
@@ -113,16 +113,16 @@ def check_keywords(what: str, keywords: Mapping[str, Any]) -> None:
         ArchitectureError: a keyword is not on the list, or its value is no number, plain word or tuple of these.
     """
     for key, value in keywords.items():
-        if key not in _NUMBERS and key not in _WORDS:
+        if key not in _NUMERIC_KEYWORDS and key not in _TEXT_KEYWORDS:
             raise ArchitectureError(f"{what} has the keyword {key[:60]!r}, which a file may not set")
-        if not _is_plain(value, words=key in _WORDS):
-            expected = "numbers or a plain word" if key in _WORDS else "numbers"
+        if not _is_plain_value(value, words=key in _TEXT_KEYWORDS):
+            expected = "numbers or a plain word" if key in _TEXT_KEYWORDS else "numbers"
             raise ArchitectureError(
-                f"{what} has {key}={value!r:.60}, where a file may give {expected} up to {_LARGEST:,} only"
+                f"{what} has {key}={value!r:.60}, where a file may give {expected} up to {_MAX_NUMBER:,} only"
             )
 
 
-def checked_configuration(what: str, config: Any, *, models: Callable[[], Sequence[str]]) -> dict[str, Any]:
+def check_configuration(what: str, config: Any, *, models: Callable[[], Sequence[str]]) -> dict[str, Any]:
     """Return a `config.json` of transformers or timm, without the texts that are of no use to build a model.
 
     Args:
@@ -134,8 +134,8 @@ def checked_configuration(what: str, config: Any, *, models: Callable[[], Sequen
     """
     if not isinstance(config, dict):
         raise ArchitectureError(f"{what} is no configuration: expected a JSON object")
-    for key, value in _entries(config):
-        if _NEVER.fullmatch(key) and value not in (None, False, {}, []):
+    for key, value in _iter_entries(config):
+        if _FORBIDDEN_KEY.fullmatch(key) and value not in (None, False, {}, []):
             raise ArchitectureError(f"{what} has {key!r}, which may run code or fetch files")
         if key == "model_args":
             if not isinstance(value, dict | None):
@@ -146,51 +146,55 @@ def checked_configuration(what: str, config: Any, *, models: Callable[[], Sequen
         elif isinstance(value, str) and not _PLAIN_TEXT.fullmatch(value):
             raise ArchitectureError(f"{what} has {key}={value!r:.60}, a path or an address, which is not opened")
     labels = config.get("num_labels")
-    if labels is not None and not _is_plain(labels, words=False):
-        raise ArchitectureError(f"{what} has num_labels={labels!r:.60}, at most {_LARGEST:,} are expected")
+    if labels is not None and not _is_plain_value(labels, words=False):
+        raise ArchitectureError(f"{what} has num_labels={labels!r:.60}, at most {_MAX_NUMBER:,} are expected")
     kept = {key: value for key, value in config.items() if key not in ("_name_or_path", "name_or_path")}
     # The weights come from the file.
     return kept | ({"use_pretrained_backbone": False} if "use_pretrained_backbone" in kept else {})
 
 
 def _check_model(what: str, value: Any, models: Sequence[str]) -> None:
-    plain = value.partition(".")[0] if isinstance(value, str) and _PLAIN_TEXT.fullmatch(value) else ""
-    if plain not in models:
-        near = difflib.get_close_matches(plain, models, n=3) or ["none, see timm.list_models()"]
-        raise ArchitectureError(f"{what}, which is no model of timm; nearest: {', '.join(near)}")
+    model_name = value.partition(".")[0] if isinstance(value, str) and _PLAIN_TEXT.fullmatch(value) else ""
+    if model_name not in models:
+        matches = difflib.get_close_matches(model_name, models, n=3) or ["none, see timm.list_models()"]
+        raise ArchitectureError(f"{what}, which is no model of timm; nearest: {', '.join(matches)}")
 
 
-def _entries(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+def _iter_entries(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
     """All keys with their values, at any depth; of a list every text, with the list's key."""
     if isinstance(value, dict):
         for name, item in value.items():
-            if name not in _INERT:
+            if name not in _IGNORED_KEYS:
                 yield name, item
-                yield from () if name == "model_args" else _entries(item, name)
+                yield from () if name == "model_args" else _iter_entries(item, name)
     elif isinstance(value, list):
         for item in value:
-            yield from [(key, item)] if isinstance(item, str) else _entries(item, key)
+            yield from [(key, item)] if isinstance(item, str) else _iter_entries(item, key)
 
 
-def _is_plain(value: Any, *, words: bool, depth: int = 0) -> bool:
+def _is_plain_value(value: Any, *, words: bool, depth: int = 0) -> bool:
     if value is None or isinstance(value, bool):
         return True
     if isinstance(value, int | float):
-        return math.isfinite(value) and abs(value) <= _LARGEST if isinstance(value, float) else abs(value) <= _LARGEST
+        return (
+            math.isfinite(value) and abs(value) <= _MAX_NUMBER
+            if isinstance(value, float)
+            else abs(value) <= _MAX_NUMBER
+        )
     if isinstance(value, str):
-        return words and _WORD.fullmatch(value) is not None
-    if isinstance(value, tuple | list) and depth < _DEEPEST and len(value) <= _MOST_ITEMS:
-        return all(_is_plain(item, words=words, depth=depth + 1) for item in value)
+        return words and _PLAIN_WORD.fullmatch(value) is not None
+    if isinstance(value, tuple | list) and depth < _MAX_DEPTH and len(value) <= _MAX_ITEMS:
+        return all(_is_plain_value(item, words=words, depth=depth + 1) for item in value)
     return False
 
 
 # Types that are wider than in the file, buffers that no file has, and what initialising a layer needs for a moment.
-_BYTES_PER_BYTE, _LEAST_BYTES = 16, 2**30
-_CALLS_PER_TENSOR, _LEAST_CALLS = 16, 1_000
+_MEMORY_FACTOR, _MIN_BYTES = 16, 2**30
+_CALLS_PER_TENSOR, _MIN_CALLS = 16, 1_000
 
 
 @contextmanager
-def limited_build(path: Path, tensors: int) -> Iterator[None]:
+def limit_allocation(path: Path, tensors: int) -> Iterator[None]:
     """Refuse to allocate far more in this block than the file at `path`, with so many tensors, can fill.
 
     Raises:
@@ -198,22 +202,22 @@ def limited_build(path: Path, tensors: int) -> Iterator[None]:
     """
     files = [entry for entry in path.iterdir() if entry.is_file()] if path.is_dir() else [path]
     size = sum(file.stat().st_size for file in files)
-    with _Limit(size * _BYTES_PER_BYTE + _LEAST_BYTES, tensors * _CALLS_PER_TENSOR + _LEAST_CALLS):
+    with _AllocationLimit(size * _MEMORY_FACTOR + _MIN_BYTES, tensors * _CALLS_PER_TENSOR + _MIN_CALLS):
         yield
 
 
-class _Limit(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _AllocationLimit(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, size: int, calls: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._size = self._left = size
-        self._calls = calls
+        self._size = self._remaining_bytes = size
+        self._remaining_calls = calls
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         options = kwargs or {}
         if not func.is_view and not func._schema.is_mutable:
-            self._calls -= 1
-            self._left -= _bytes_of_result(func, args, options)
-            if self._left < 0 or self._calls < 0:
+            self._remaining_calls -= 1
+            self._remaining_bytes -= _estimate_result_bytes(func, args, options)
+            if self._remaining_bytes < 0 or self._remaining_calls < 0:
                 raise ArchitectureError(
                     f"building it needs more than {self._size / 1e6:,.0f} MB or thousands of tensors more than the "
                     "file has: the architecture is not the one of this file"
@@ -221,19 +225,19 @@ class _Limit(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **options)
 
 
-def _bytes_of_result(func: Any, args: Any, options: dict[str, Any]) -> int:
+def _estimate_result_bytes(func: Any, args: Any, options: dict[str, Any]) -> int:
     """The bytes that a call allocates, found without allocating them; none where only running it would tell."""
     if any(argument.name == "device" for argument in func._schema.arguments):
         options = {**options, "device": "meta"}
     try:
         with torch.no_grad():
-            result = func(*tree_map(_without_values, args), **tree_map(_without_values, options))
+            result = func(*tree_map(_to_meta, args), **tree_map(_to_meta, options))
     except Exception:  # noqa: BLE001 - not every operation works without values
         return 0
     return sum(leaf.nbytes for leaf in tree_leaves(result) if isinstance(leaf, Tensor))
 
 
-def _without_values(value: Any) -> Any:
+def _to_meta(value: Any) -> Any:
     if not isinstance(value, Tensor):
         return value
     return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")

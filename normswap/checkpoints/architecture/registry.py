@@ -1,7 +1,7 @@
 """Architectures by name -> nn.Module: `timm:NAME`, `torchvision:NAME`, `hf:FOLDER`, `path/file.py:function`.
 
 Each may be followed by `,key=value...`. The only room that imports model zoos. Unless published weights are asked
-for, nothing is downloaded and weights are random. A name that comes from a file goes through `check_named_by_file`
+for, nothing is downloaded and weights are random. A name that comes from a file goes through `check_untrusted_name`
 first, and the configuration of a folder is checked by the same rules: neither runs, fetches or opens anything.
 """
 
@@ -20,17 +20,17 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from normswap.checkpoints.architecture.permissions import check_keywords, checked_configuration
+from normswap.checkpoints.architecture.permissions import check_configuration, check_keywords
 from normswap.errors import ArchitectureError
 from normswap.text import first_line
 
-_BUILDER = re.compile(r"(build|make|create|get|model|net)", re.IGNORECASE)
-_MOST_KEYWORDS = 12
-_FILES_OF_WEIGHTS = {".pt", ".pth", ".bin", ".ckpt", ".safetensors"}
+_BUILDER_NAME = re.compile(r"(build|make|create|get|model|net)", re.IGNORECASE)
+_MAX_KEYWORDS = 12
+_WEIGHT_SUFFIXES = {".pt", ".pth", ".bin", ".ckpt", ".safetensors"}
 # Keywords that fetch or read weights: the weights come from the file alone.
 _WEIGHT_KEYWORDS = re.compile(r"pretrained|checkpoint|weights|cache_dir|progress")
-_MOST_CHARACTERS = 4_000
-_BESIDE = "."  # the folder that is opened
+_MAX_CHARACTERS = 4_000
+_SAME_FOLDER = "."  # the folder that is opened
 
 
 @dataclass(frozen=True)
@@ -51,13 +51,13 @@ def parse_architecture(text: str) -> ArchitectureName:
     Raises:
         ArchitectureError: no or an unknown scheme, no name, or a keyword that is none or concerns weights.
     """
-    if len(text) > _MOST_CHARACTERS:
+    if len(text) > _MAX_CHARACTERS:
         raise ArchitectureError(
-            f"architecture {text[:40]!r}...: expected at most {_MOST_CHARACTERS:,} characters, got {len(text):,}"
+            f"architecture {text[:40]!r}...: expected at most {_MAX_CHARACTERS:,} characters, got {len(text):,}"
         )
     # A comma separates only where a keyword follows, so that values can be tuples.
     whole, *pairs = re.split(r",(?=\s*\w+\s*=)", text)
-    keywords = dict(_keyword(text, pair) for pair in pairs)
+    keywords = dict(_parse_keyword(text, pair) for pair in pairs)
     if re.search(r"\.py:\w+$", whole):
         return ArchitectureName("file", whole, keywords)
     scheme, colon, model = whole.partition(":")
@@ -68,12 +68,12 @@ def parse_architecture(text: str) -> ArchitectureName:
     return ArchitectureName(scheme, model, keywords)
 
 
-def is_foreign_code(text: str) -> bool:
+def runs_python_file(text: str) -> bool:
     """Say whether building this architecture runs code of a file that is no installed package."""
     return parse_architecture(text).scheme == "file"
 
 
-def place_elsewhere(text: str) -> str | None:
+def describe_external_source(text: str) -> str | None:
     """Return that an architecture is in a file or folder that a record only names, and what to type to open it.
 
     Returns:
@@ -87,7 +87,7 @@ def place_elsewhere(text: str) -> str | None:
         )
     if name.scheme != "hf" or name.keywords.keys() & {"trust_remote_code"}:
         return None
-    if name.model == _BESIDE:
+    if name.model == _SAME_FOLDER:
         return "is built from the config.json of a folder: pass architecture='hf:FOLDER' with that folder"
     return (
         f"is built from the config.json in {name.model}, a folder that is not opened unasked: pass "
@@ -95,7 +95,7 @@ def place_elsewhere(text: str) -> str | None:
     )
 
 
-def check_named_by_file(text: str, *, folder: Path | None = None) -> None:
+def check_untrusted_name(text: str, *, folder: Path | None = None) -> None:
     """Refuse an architecture that a file may not name: only models of timm and torchvision, with listed keywords.
 
     Args:
@@ -105,26 +105,26 @@ def check_named_by_file(text: str, *, folder: Path | None = None) -> None:
         ArchitectureError: as `parse_architecture`; or it opens a file or a folder, or has another keyword.
     """
     name = parse_architecture(text)
-    if name.scheme not in _ZOOS and not (folder is not None and is_of_folder(text, folder)):
+    if name.scheme not in _ZOOS and not (folder is not None and refers_to_folder(text, folder)):
         raise ArchitectureError("it is in a file or folder elsewhere, which is not opened unasked")
     check_keywords("it", name.keywords)
 
 
-def is_of_folder(text: str, folder: Path) -> bool:
+def refers_to_folder(text: str, folder: Path) -> bool:
     """Say whether this architecture is the one that the configuration in `folder` describes."""
     name = parse_architecture(text)
-    return name.scheme == "hf" and (name.model == _BESIDE or Path(name.model).resolve() == folder.resolve())
+    return name.scheme == "hf" and (name.model == _SAME_FOLDER or Path(name.model).resolve() == folder.resolve())
 
 
-def at_folder(text: str, folder: Path | str) -> str:
+def with_folder(text: str, folder: Path | str) -> str:
     """Return an architecture `hf:FOLDER` with another folder and the same keywords."""
     name = parse_architecture(text)
-    return _written(f"{name.scheme}:{folder}", name.keywords)
+    return _format_name(f"{name.scheme}:{folder}", name.keywords)
 
 
-def beside(text: str | None, folder: Path) -> str | None:
+def make_folder_relative(text: str | None, folder: Path) -> str | None:
     """Return an architecture as the record in `folder` names it: the configuration beside it without a path."""
-    return at_folder(text, _BESIDE) if text is not None and is_of_folder(text, folder) else text
+    return with_folder(text, _SAME_FOLDER) if text is not None and refers_to_folder(text, folder) else text
 
 
 def check_architecture(text: str) -> ArchitectureName:
@@ -135,13 +135,13 @@ def check_architecture(text: str) -> ArchitectureName:
     """
     name = parse_architecture(text)
     if name.scheme in ("hf", "file"):
-        path = Path(name.model) / "config.json" if name.scheme == "hf" else _file_of(name)[0]
+        path = Path(name.model) / "config.json" if name.scheme == "hf" else _split_function(name)[0]
         if not path.is_file():
             raise ArchitectureError(f"architecture {text!r}: expected the file {path}, which is not there")
         return name
     names = _ZOOS[name.scheme].names()
     if name.model.partition(".")[0] not in names:
-        raise ArchitectureError(f"{name.scheme} has no model {name.model!r}; {_nearest_models(name, names)}")
+        raise ArchitectureError(f"{name.scheme} has no model {name.model!r}; {_suggest_models(name, names)}")
     return name
 
 
@@ -149,7 +149,7 @@ def with_keyword(text: str, key: str, value: Any) -> str:
     """Return the architecture `text` with one keyword set."""
     name = parse_architecture(text)
     start = name.model if name.scheme == "file" else f"{name.scheme}:{name.model}"
-    return _written(start, {**name.keywords, key: value})
+    return _format_name(start, {**name.keywords, key: value})
 
 
 def build_architecture(text: str, *, pretrained: bool = False, trust: bool = False) -> nn.Module:
@@ -177,13 +177,13 @@ def build_architecture(text: str, *, pretrained: bool = False, trust: bool = Fal
     except ArchitectureError:
         raise
     except Exception as error:
-        raise ArchitectureError(f"{text}: cannot be built: {first_line(error)}{_nearest_keyword(error)}") from error
+        raise ArchitectureError(f"{text}: cannot be built: {first_line(error)}{_suggest_keyword(error)}") from error
     if not isinstance(model, nn.Module):
         raise ArchitectureError(f"{text}: expected a function that returns a module, got {type(model).__name__}")
     return model
 
 
-def renaming_of(model: nn.Module) -> Callable[[str], str] | None:
+def get_key_renaming(model: nn.Module) -> Callable[[str], str] | None:
     """Return what makes the name of a tensor in `model` of its name in a file that the model's own library saved.
 
     transformers saves models under the names that their first version had, and renames when it loads. What it also
@@ -213,11 +213,11 @@ def default_input_shape(model: nn.Module, architecture: str | None) -> tuple[int
     if not size:
         return None
     keywords = parse_architecture(architecture).keywords if architecture else {}
-    size = (keywords.get("in_chans", size[0]), *_pair(keywords.get("img_size", size[1:])))
+    size = (keywords.get("in_chans", size[0]), *_to_pair(keywords.get("img_size", size[1:])))
     return (2, *(int(length) for length in size))
 
 
-def _written(start: str, keywords: Mapping[str, Any]) -> str:
+def _format_name(start: str, keywords: Mapping[str, Any]) -> str:
     return ",".join([start, *(f"{key}={value!r}" for key, value in keywords.items())])
 
 
@@ -227,11 +227,11 @@ def _unknown_scheme(text: str, whole: str) -> str:
     if text == "none":
         return "architecture 'none' builds no model, and one is needed here: pass timm:NAME, or path/file.py:function"
     if path.suffix == ".py":
-        found = _builders_in(path)
+        found = _find_builders(path)
         which = f"such as {path}:{found[0]}; in it are {', '.join(found)}" if found else f"such as {path}:build"
         missing = "" if path.is_file() else f" (and there is no file {path})"
         return f"architecture {text!r}: expected the function or class that builds the model too, {which}{missing}"
-    if path.suffix in _FILES_OF_WEIGHTS:
+    if path.suffix in _WEIGHT_SUFFIXES:
         return f"architecture {text!r}: a file of weights builds no model: pass timm:NAME, or path/file.py:function"
     zoo, _, model = whole.replace("torchvision.models.", "torchvision:").replace("/", ":").rpartition(":")
     zoo = next((known for known in _ZOOS if known in zoo), "timm")
@@ -241,18 +241,18 @@ def _unknown_scheme(text: str, whole: str) -> str:
     )
 
 
-def _builders_in(path: Path) -> list[str]:
+def _find_builders(path: Path) -> list[str]:
     """The functions and classes that a Python file defines, the likeliest builders first; it is not run."""
     try:
         tree = ast.parse(path.read_bytes())
     except (OSError, SyntaxError, ValueError):
         return []
     found = [node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
-    found.sort(key=lambda node: (not _BUILDER.match(node.name), isinstance(node, ast.ClassDef)))
+    found.sort(key=lambda node: (not _BUILDER_NAME.match(node.name), isinstance(node, ast.ClassDef)))
     return [node.name for node in found if not node.name.startswith("_")]
 
 
-def _nearest_models(name: ArchitectureName, names: list[str]) -> str:
+def _suggest_models(name: ArchitectureName, names: list[str]) -> str:
     """Another zoo that has the model, or models with names like it."""
     other = next((zoo for zoo in _ZOOS if zoo != name.scheme and name.model in _ZOOS[zoo].names()), None)
     if other is not None:
@@ -261,7 +261,7 @@ def _nearest_models(name: ArchitectureName, names: list[str]) -> str:
     return f"nearest: {', '.join(near or ['none, see its list_models()'])}"
 
 
-def _nearest_keyword(error: BaseException) -> str:
+def _suggest_keyword(error: BaseException) -> str:
     """The keyword that was meant, if a builder was given one that it does not take."""
     match = re.search(r"([\w.]+)\(\) got an unexpected keyword argument '(\w+)'", str(error))
     if match is None:
@@ -276,15 +276,15 @@ def _nearest_keyword(error: BaseException) -> str:
                 accepted |= {*inspect.signature(value).parameters} - {"self", "args", "kwargs"}
         trace = trace.tb_next
     near = difflib.get_close_matches(match[2], sorted(accepted), n=1)
-    known = f"; it takes {', '.join(sorted(accepted)[:_MOST_KEYWORDS])}" if accepted else ""
+    known = f"; it takes {', '.join(sorted(accepted)[:_MAX_KEYWORDS])}" if accepted else ""
     return f"; did you mean {near[0]}?" if near else known
 
 
-def _pair(size: Any) -> tuple[int, ...]:
+def _to_pair(size: Any) -> tuple[int, ...]:
     return tuple(size) if isinstance(size, tuple | list) else (size, size)
 
 
-def _keyword(text: str, pair: str) -> tuple[str, Any]:
+def _parse_keyword(text: str, pair: str) -> tuple[str, Any]:
     key, value = (part.strip() for part in pair.split("=", 1))
     if _WEIGHT_KEYWORDS.match(key):
         raise ArchitectureError(f"architecture {text!r}: leave {key!r} out, the weights come from the file")
@@ -300,7 +300,7 @@ def _build_from_zoo(name: ArchitectureName) -> nn.Module:
     return _ZOOS[name.scheme].build(name.model, **name.keywords)
 
 
-def _file_of(name: ArchitectureName) -> tuple[Path, str]:
+def _split_function(name: ArchitectureName) -> tuple[Path, str]:
     path, _, function = name.model.rpartition(":")
     return Path(path), function
 
@@ -312,7 +312,7 @@ def _build_hf(name: ArchitectureName, *, trust: bool) -> nn.Module:
     if not isinstance(config, dict):
         raise ArchitectureError(f"hf:{folder}: config.json is no configuration: expected a JSON object")
     if not trust:
-        config = _checked(folder, {**config, **name.keywords})
+        config = _check_config(folder, {**config, **name.keywords})
     if isinstance(config.get("architecture"), str) and "model_type" not in config:  # else a wrapper of transformers
         known = {key: config[key] for key in ("num_classes", "global_pool") if key in config}
         model_args = config.get("model_args") or {}
@@ -320,11 +320,11 @@ def _build_hf(name: ArchitectureName, *, trust: bool) -> nn.Module:
     return _build_transformers(folder, config, name.keywords, trust=trust)
 
 
-def _checked(folder: Path, config: Any) -> dict[str, Any]:
+def _check_config(folder: Path, config: Any) -> dict[str, Any]:
     """The configuration, if it names nothing but models that are installed."""
     what = f"hf:{folder}: config.json"
     try:
-        checked = checked_configuration(what, config, models=_timm_names)
+        checked = check_configuration(what, config, models=_timm_names)
         if "architecture" in checked:
             check_keywords(what, {key: checked[key] for key in ("num_classes", "global_pool") if key in checked})
     except ArchitectureError as error:
@@ -357,7 +357,7 @@ def _build_transformers(folder: Path, config: dict[str, Any], keywords: Mapping[
 
 
 def _build_from_file(name: ArchitectureName) -> object:
-    path, function = _file_of(name)
+    path, function = _split_function(name)
     spec = importlib.util.spec_from_file_location(f"normswap_architecture_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise ArchitectureError(f"{path}: expected a Python file")
@@ -368,7 +368,7 @@ def _build_from_file(name: ArchitectureName) -> object:
     build = getattr(module, function, None)
     if not callable(build):
         found = sorted(key for key, value in vars(module).items() if callable(value) and not key.startswith("_"))
-        near = difflib.get_close_matches(function, found, n=3) or _builders_in(path) or ["none"]
+        near = difflib.get_close_matches(function, found, n=3) or _find_builders(path) or ["none"]
         raise ArchitectureError(f"{path}: has no function {function!r}; nearest: {', '.join(near)}")
     return build(**name.keywords)
 

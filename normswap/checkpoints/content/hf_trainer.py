@@ -12,24 +12,24 @@ from typing import Any, NamedTuple
 
 import torch
 
-from normswap.checkpoints.content.optimizer_ownership import Network, extended_by_owner
-from normswap.checkpoints.content.optimizer_state import checked_groups, scheduler_with_gates
-from normswap.checkpoints.formats.formats import decode, sniff
-from normswap.checkpoints.io.digest import holds_the_same
+from normswap.checkpoints.content.optimizer_ownership import Network, add_owned_gates
+from normswap.checkpoints.content.optimizer_state import check_groups, scheduler_with_gates
+from normswap.checkpoints.formats.formats import decode, detect_format
+from normswap.checkpoints.io.digest import contents_equal
 from normswap.errors import CheckpointError
 
 _OPTIMIZER, _SCHEDULER = "optimizer.pt", "scheduler.pt"
 _COPIED = ("rng_state*.pth", "scaler.pt", "training_args.bin")
 
 
-class Beside(NamedTuple):
+class SidecarFiles(NamedTuple):
     """Further files of a folder by name, each a state to be saved or the path of a file to be copied; and notes."""
 
     files: Mapping[str, Any]
     notes: tuple[str, ...]
 
 
-def trainer_state(folder: Path, networks: Sequence[Network]) -> Beside:
+def trainer_state(folder: Path, networks: Sequence[Network]) -> SidecarFiles:
     """Return what belongs beside the converted weights of `folder`; nothing where no Trainer has written there.
 
     Args:
@@ -38,14 +38,14 @@ def trainer_state(folder: Path, networks: Sequence[Network]) -> Beside:
     files: dict[str, Any] = {path.name: path for pattern in _COPIED for path in sorted(folder.glob(pattern))}
     notes = []
     steps: tuple[tuple[str, Callable[[Any], tuple[Any, str]]], ...] = (
-        (_OPTIMIZER, lambda state: _with_gates(state, networks)),
-        (_SCHEDULER, lambda state: _scheduled(state, files.get(_OPTIMIZER))),
+        (_OPTIMIZER, lambda state: _add_optimizer_gates(state, networks)),
+        (_SCHEDULER, lambda state: _add_scheduler_gates(state, files.get(_OPTIMIZER))),
     )
     for name, extend in steps if any(network.gates for network in networks) else ():
         if (folder / name).is_file():
-            files[name], note = _extended(folder / name, extend)
+            files[name], note = _extend_file(folder / name, extend)
             notes.append(f"{name}: {note}")
-    return Beside(files, tuple(notes))
+    return SidecarFiles(files, tuple(notes))
 
 
 def trainer_files(folder: Path) -> dict[str, Path]:
@@ -54,7 +54,7 @@ def trainer_files(folder: Path) -> dict[str, Path]:
     return {path.name: path for pattern in patterns for path in sorted(folder.glob(pattern))}
 
 
-def write_beside(folder: Path, files: Mapping[str, Any]) -> None:
+def write_sidecar_files(folder: Path, files: Mapping[str, Any]) -> None:
     """Write the files of a `Beside` into a folder, read them back and compare.
 
     Raises:
@@ -67,27 +67,27 @@ def write_beside(folder: Path, files: Mapping[str, Any]) -> None:
             same = target.read_bytes() == value.read_bytes()
         else:
             torch.save(value, target)
-            same = holds_the_same(value, decode(target, sniff(target), trust=False, mapped=True))
+            same = contents_equal(value, decode(target, detect_format(target), trust=False, mmap=True))
         if not same:
             raise CheckpointError(f"{name} differs from what was written when it is read back: look at the disk")
 
 
-def _extended(path: Path, extend: Callable[[Any], tuple[Any, str]]) -> tuple[Any, str]:
+def _extend_file(path: Path, extend: Callable[[Any], tuple[Any, str]]) -> tuple[Any, str]:
     try:
-        return extend(decode(path, sniff(path), trust=False, mapped=True))
+        return extend(decode(path, detect_format(path), trust=False, mmap=True))
     except CheckpointError as error:
         return path, f"copied as it is ({error})"
 
 
-def _with_gates(state: Any, networks: Sequence[Network]) -> tuple[Any, str]:
-    checked_groups(state)
-    extended, note = extended_by_owner(state, networks)
+def _add_optimizer_gates(state: Any, networks: Sequence[Network]) -> tuple[Any, str]:
+    check_groups(state)
+    extended, note = add_owned_gates(state, networks)
     if extended is None:
         raise CheckpointError(note)
     return extended, note
 
 
-def _scheduled(state: Any, optimizer: Any) -> tuple[Any, str]:
+def _add_scheduler_gates(state: Any, optimizer: Any) -> tuple[Any, str]:
     if not isinstance(optimizer, Mapping):
         raise CheckpointError(f"there is no {_OPTIMIZER} with gates beside it")
     return scheduler_with_gates(state, optimizer_state=optimizer), "gates follow the last group's schedule"

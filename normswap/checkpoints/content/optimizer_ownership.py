@@ -10,23 +10,23 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain, combinations, permutations
 from typing import Any, NamedTuple
 
-from normswap.checkpoints.content.key_prefixes import names_for
+from normswap.checkpoints.content.key_prefixes import match_names
 from normswap.checkpoints.content.optimizer_state import (
     StateDict,
-    checked_groups,
+    check_groups,
     has_gates,
-    ordinary_groups,
+    non_gate_groups,
     parameter_shape,
+    with_additional_gates,
     with_gates,
-    with_more_gates,
 )
 
 Shape = tuple[int, ...]
 
 # Of so many networks every selection is tried; of more only each by itself.
-_MOST_NETWORKS = 6
-_PLAIN = ("weight", "bias")
-_BY_HAND = "put the gates in with normswap.checkpoints.content.optimizer_state.with_gates, or begin its state again"
+_MAX_NETWORKS = 6
+_AFFINE_NAMES = ("weight", "bias")
+_MANUAL_HINT = "put the gates in with normswap.checkpoints.content.optimizer_state.with_gates, or begin its state again"
 
 
 class Network(NamedTuple):
@@ -39,16 +39,16 @@ class Network(NamedTuple):
     name: str
     parameters: Mapping[str, Shape]
     gates: tuple[str, ...] = ()
-    earlier: int = 0
+    num_existing_gates: int = 0
     certain: bool = True
 
     def sizes(self) -> range:
         """Return how many parameters it may have."""
-        sure = len(self.parameters) if self.certain else sum(map(_is_plain, self.parameters))
-        return range(sure, len(self.parameters) + 1)
+        num_certain = len(self.parameters) if self.certain else sum(map(_is_affine_name, self.parameters))
+        return range(num_certain, len(self.parameters) + 1)
 
 
-class Owned(NamedTuple):
+class OwnedNetworks(NamedTuple):
     """The networks that an optimizer has, in its order, and the gates of theirs that it learns from now on."""
 
     networks: tuple[Network, ...]
@@ -60,13 +60,15 @@ class Owned(NamedTuple):
         return " and ".join(network.name for network in self.networks)
 
     @property
-    def place(self) -> int:
+    def gate_offset(self) -> int:
         """How many gates of earlier conversions stand before these."""
         first = next((i for i, network in enumerate(self.networks) if network.gates), 0)
-        return sum(network.earlier for network in self.networks[:first])
+        return sum(network.num_existing_gates for network in self.networks[:first])
 
 
-def owned_by(optimizer_state: StateDict, networks: Sequence[Network], *, alone: bool = True) -> Owned | str:
+def find_owner(
+    optimizer_state: StateDict, networks: Sequence[Network], *, is_only_optimizer: bool = True
+) -> OwnedNetworks | str:
     """Return what an optimizer has of the networks in its file, or the reason why that cannot be told.
 
     Args:
@@ -74,39 +76,43 @@ def owned_by(optimizer_state: StateDict, networks: Sequence[Network], *, alone: 
         networks: all in the file. Copies of one, converted alike, count as one.
         alone: whether it is the only optimizer in the file.
     """
-    groups = ordinary_groups(optimizer_state)
-    named = _by_names(groups, networks)
+    groups = non_gate_groups(optimizer_state)
+    named = _match_by_names(groups, networks)
     if named is not None:
         return named
     shapes = [parameter_shape(optimizer_state["state"].get(key)) for group in groups for key in group["params"]]
-    for candidates in (_whole(networks), _together(networks), _parts(networks) if all(shapes) else ()):
-        found = [each for each in candidates if _fits(shapes, each)]
+    for candidates in (
+        _iter_whole_networks(networks),
+        _iter_combinations(networks),
+        _iter_submodules(networks) if all(shapes) else (),
+    ):
+        found = [each for each in candidates if _matches_shapes(shapes, each)]
         if len(found) > 1:
-            found = [each for each in found if _in_order(shapes, each)] or found
+            found = [each for each in found if _matches_order(shapes, each)] or found
         if found:
-            return _only(found, len(shapes))
-    return _within(shapes, networks, alone=alone)
+            return _require_one(found, len(shapes))
+    return _find_partial_owner(shapes, networks, is_only_optimizer=is_only_optimizer)
 
 
-def extended_by_owner(
-    optimizer_state: StateDict, networks: Sequence[Network], *, alone: bool = True
+def add_owned_gates(
+    optimizer_state: StateDict, networks: Sequence[Network], *, is_only_optimizer: bool = True
 ) -> tuple[dict[str, Any] | None, str]:
     """Return an optimizer's state with the gates of the networks that it has, None if it is left; and a note.
 
     Raises:
         CheckpointError: the state dict is damaged.
     """
-    checked_groups(optimizer_state)
-    owned = owned_by(optimizer_state, networks, alone=alone)
-    if not isinstance(owned, Owned):
+    check_groups(optimizer_state)
+    owned = find_owner(optimizer_state, networks, is_only_optimizer=is_only_optimizer)
+    if not isinstance(owned, OwnedNetworks):
         return None, owned
     if not owned.gates:
         is_part = {network.name for network in owned.networks} & {network.name for network in networks if network.gates}
         relation = "has no parameter of a converted norm of" if is_part else "belongs to"
         return None, f"it {relation} {owned.names}"
     if has_gates(optimizer_state):
-        owned = in_its_order(optimizer_state, owned)
-        extended = with_more_gates(optimizer_state, gates=owned.gates, place=owned.place)
+        owned = reorder_networks(optimizer_state, owned)
+        extended = with_additional_gates(optimizer_state, gates=owned.gates, gate_offset=owned.gate_offset)
         return extended, f"{len(owned.gates)} gates joined those in its last group"
     return with_gates(optimizer_state, gates=owned.gates), f"{len(owned.gates)} gates appended as a last group"
 
@@ -117,130 +123,134 @@ class _Candidate(NamedTuple):
     sizes: range
     gates: tuple[str, ...]
 
-    def answer(self) -> Owned:
-        return Owned(self.networks, self.gates)
+    def to_owned_networks(self) -> OwnedNetworks:
+        return OwnedNetworks(self.networks, self.gates)
 
 
-def _of(*networks: Network) -> _Candidate:
+def _combine(*networks: Network) -> _Candidate:
     shapes = [shape for network in networks for shape in network.parameters.values()]
     sizes = range(sum(n.sizes().start for n in networks), len(shapes) + 1)
     return _Candidate(networks, shapes, sizes, tuple(gate for network in networks for gate in network.gates))
 
 
-def _whole(networks: Sequence[Network]) -> Iterator[_Candidate]:
-    return map(_of, networks)
+def _iter_whole_networks(networks: Sequence[Network]) -> Iterator[_Candidate]:
+    return map(_combine, networks)
 
 
-def _together(networks: Sequence[Network]) -> Iterator[_Candidate]:
-    if len(networks) > _MOST_NETWORKS:
+def _iter_combinations(networks: Sequence[Network]) -> Iterator[_Candidate]:
+    if len(networks) > _MAX_NETWORKS:
         return
     sizes = range(2, len(networks) + 1)
     for chosen in chain.from_iterable(combinations(networks, size) for size in sizes):
-        yield _of(*chosen)
+        yield _combine(*chosen)
 
 
-def _parts(networks: Sequence[Network]) -> Iterator[_Candidate]:
+def _iter_submodules(networks: Sequence[Network]) -> Iterator[_Candidate]:
     """Every module inside a network that has parameters, each set of parameters once."""
     for network in networks:
         seen: set[tuple[str, ...]] = set()
-        modules = {name[:end] for name in network.parameters for end in _ends(name)}
+        modules = {name[:end] for name in network.parameters for end in _dot_positions(name)}
         for module in sorted(modules):
             names = tuple(name for name in network.parameters if name.startswith(f"{module}."))
             if names in seen or len(names) == len(network.parameters):
                 continue
             seen.add(names)
-            yield _part(network, names)
+            yield _restrict_to(network, names)
 
 
-def _ends(name: str) -> Iterator[int]:
+def _dot_positions(name: str) -> Iterator[int]:
     return (index for index, letter in enumerate(name) if letter == ".")
 
 
-def _part(network: Network, names: Sequence[str]) -> _Candidate:
-    inside = {name: network.parameters[name] for name in names}
-    gates = tuple(gate for gate in network.gates if _learns_with(gate, inside, network.parameters))
-    part = network._replace(parameters=inside, gates=gates)
-    return _Candidate((part,), list(inside.values()), part.sizes(), gates)
+def _restrict_to(network: Network, names: Sequence[str]) -> _Candidate:
+    subset = {name: network.parameters[name] for name in names}
+    gates = tuple(gate for gate in network.gates if _belongs_to(gate, subset, network.parameters))
+    part = network._replace(parameters=subset, gates=gates)
+    return _Candidate((part,), list(subset.values()), part.sizes(), gates)
 
 
-def _learns_with(gate: str, names: Mapping[str, Shape], every: Mapping[str, Shape]) -> bool:
+def _belongs_to(gate: str, names: Mapping[str, Shape], all_parameters: Mapping[str, Shape]) -> bool:
     """Whether a gate goes with these parameters: they have those of its norm, or of the module that calls it."""
     site = gate.rpartition(".")[0]
-    beside = [name for name in (f"{site}.{last}" for last in _PLAIN) if name in every]
-    if beside:
-        return any(name in names for name in beside)
+    affine_names = [name for name in (f"{site}.{last}" for last in _AFFINE_NAMES) if name in all_parameters]
+    if affine_names:
+        return any(name in names for name in affine_names)
     owner = site.rpartition(".")[0]
     return any(name.startswith(f"{owner}.") if owner else True for name in names)
 
 
-def _fits(shapes: Sequence[Shape | None], candidate: _Candidate) -> bool:
+def _matches_shapes(shapes: Sequence[Shape | None], candidate: _Candidate) -> bool:
     known = Counter(shape for shape in shapes if shape is not None)
     return len(shapes) in candidate.sizes and known <= Counter(candidate.shapes)
 
 
-def _in_order(shapes: Sequence[Shape | None], candidate: _Candidate) -> bool:
+def _matches_order(shapes: Sequence[Shape | None], candidate: _Candidate) -> bool:
     return len(shapes) == len(candidate.shapes) and all(
         known in (None, shape) for known, shape in zip(shapes, candidate.shapes, strict=True)
     )
 
 
-def _only(found: Sequence[_Candidate], count: int) -> Owned | str:
+def _require_one(found: Sequence[_Candidate], count: int) -> OwnedNetworks | str:
     """The one that fits; of several, any if it makes no difference which."""
     first = found[0]
     if len(found) > 1 and len({len(each.gates) for each in found}) > 1:
-        names = ", ".join(dict.fromkeys(each.answer().names for each in found))
-        return f"its {count} parameters could be those of each of {names}: {_BY_HAND}"
-    return first.answer()
+        names = ", ".join(dict.fromkeys(each.to_owned_networks().names for each in found))
+        return f"its {count} parameters could be those of each of {names}: {_MANUAL_HINT}"
+    return first.to_owned_networks()
 
 
-def in_its_order(optimizer_state: StateDict, owned: Owned) -> Owned:
+def reorder_networks(optimizer_state: StateDict, owned: OwnedNetworks) -> OwnedNetworks:
     """Return the networks that an optimizer has in the order of its numbers, if their shapes tell it."""
-    groups = ordinary_groups(optimizer_state)
+    groups = non_gate_groups(optimizer_state)
     shapes = [parameter_shape(optimizer_state["state"].get(key)) for group in groups for key in group["params"]]
-    orders = permutations(owned.networks) if len(owned.networks) <= _MOST_NETWORKS else iter([owned.networks])
-    fitting = [order for order in orders if _in_order(shapes, _of(*order))]
-    return _of(*fitting[0]).answer() if fitting and len(owned.networks) > 1 else owned
+    orders = permutations(owned.networks) if len(owned.networks) <= _MAX_NETWORKS else iter([owned.networks])
+    fitting = [order for order in orders if _matches_order(shapes, _combine(*order))]
+    return _combine(*fitting[0]).to_owned_networks() if fitting and len(owned.networks) > 1 else owned
 
 
-def _within(shapes: Sequence[Shape | None], networks: Sequence[Network], *, alone: bool) -> Owned | str:
+def _find_partial_owner(
+    shapes: Sequence[Shape | None], networks: Sequence[Network], *, is_only_optimizer: bool
+) -> OwnedNetworks | str:
     """One network of which it has a part (the rest is frozen, or another optimizer's), or all and something else."""
     known = Counter(shape for shape in shapes if shape is not None)
     unknown = len(shapes) - known.total()
-    inside = [n for n in networks if len(shapes) < len(n.parameters) and known <= Counter(n.parameters.values())]
-    around = [n for n in networks if known and _missing(n, known) <= unknown and len(shapes) > len(n.parameters)]
-    found = inside or around
+    subset = [n for n in networks if len(shapes) < len(n.parameters) and known <= Counter(n.parameters.values())]
+    supersets = [
+        n for n in networks if known and _count_missing(n, known) <= unknown and len(shapes) > len(n.parameters)
+    ]
+    found = subset or supersets
     if not found or len({len(network.gates) for network in found}) > 1:
-        return f"its {len(shapes)} parameters are not those of one network in this file: {_BY_HAND}"
+        return f"its {len(shapes)} parameters are not those of one network in this file: {_MANUAL_HINT}"
     network = found[0]
-    if network in inside and network.gates and not alone and not _has_norms(network, known):
-        return f"it has not the parameters of all norms of {network.name}: {_BY_HAND}"
-    return Owned((network,), network.gates)
+    if network in subset and network.gates and not is_only_optimizer and not _has_norms(network, known):
+        return f"it has not the parameters of all norms of {network.name}: {_MANUAL_HINT}"
+    return OwnedNetworks((network,), network.gates)
 
 
-def _missing(network: Network, known: Counter[Shape]) -> int:
-    wanted = Counter(shape for name, shape in network.parameters.items() if network.certain or _is_plain(name))
+def _count_missing(network: Network, known: Counter[Shape]) -> int:
+    wanted = Counter(shape for name, shape in network.parameters.items() if network.certain or _is_affine_name(name))
     return (wanted - known).total()
 
 
 def _has_norms(network: Network, known: Counter[Shape]) -> bool:
     sites = dict.fromkeys(gate.rpartition(".")[0] for gate in network.gates)
-    norms = (network.parameters.get(f"{site}.{last}") for site in sites for last in _PLAIN)
+    norms = (network.parameters.get(f"{site}.{last}") for site in sites for last in _AFFINE_NAMES)
     return Counter(shape for shape in norms if shape is not None) <= known
 
 
-def _by_names(groups: Sequence[Mapping[str, Any]], networks: Sequence[Network]) -> Owned | None:
+def _match_by_names(groups: Sequence[Mapping[str, Any]], networks: Sequence[Network]) -> OwnedNetworks | None:
     names = [name for group in groups for name in group.get("param_names", group["params"])]
     if not names or not all(isinstance(name, str) for name in names):
         return None
     found = []
     for network in networks:
-        own = names_for(names, network.parameters).stored
+        own = match_names(names, network.parameters).stored
         if own.keys() <= network.parameters.keys() and len(own) == len(names):
-            found.append(_part(network, list(own)).answer())
+            found.append(_restrict_to(network, list(own)).to_owned_networks())
     exact = [each for each in found if set(names) <= each.networks[0].parameters.keys()]
     # Two networks may have the same names; then the shapes decide.
     return next((each[0] for each in (exact, found) if len(each) == 1), None)
 
 
-def _is_plain(name: str) -> bool:
-    return name.rpartition(".")[2] in _PLAIN
+def _is_affine_name(name: str) -> bool:
+    return name.rpartition(".")[2] in _AFFINE_NAMES

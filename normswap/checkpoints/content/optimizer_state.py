@@ -19,14 +19,14 @@ from normswap.errors import CheckpointError, OptimizerError
 # An option of the group of gates, by which it is known again. Optimizers carry options that they do not know.
 GATE_GROUP = "gates"
 # Options that are learning rates or bounds of them; schedulers add all but the first.
-_RATES = ("lr", "initial_lr", "max_lr", "min_lr", "swa_lr")
+_LR_KEYS = ("lr", "initial_lr", "max_lr", "min_lr", "swa_lr")
 # Entries of optimizer states that have the shape of their parameter (or are scalars).
-SHAPED = {
+PARAM_SHAPED_KEYS = {
     *("momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_avg_diff", "exp_avg_var", "exp_inf"),
     *("square_avg", "grad_avg", "acc_delta", "sum", "prev", "neg_pre_grad", "grad_sum_sq", "lookahead_slow_buff"),
 }
 # A count of steps that an optimizer keeps per group: the gates' begins anew, or their first steps would be too long.
-_COUNTS = ("step",)
+_STEP_KEYS = ("step",)
 
 StateDict = Mapping[str, Any]
 
@@ -46,7 +46,7 @@ def has_gates(optimizer_state: StateDict) -> bool:
     return any(group.get(GATE_GROUP) is True for group in optimizer_state["param_groups"])
 
 
-def checked_groups(optimizer_state: object) -> Sequence[Mapping[str, Any]]:
+def check_groups(optimizer_state: object) -> Sequence[Mapping[str, Any]]:
     """Return the parameter groups of an optimizer's state dict.
 
     Raises:
@@ -59,13 +59,13 @@ def checked_groups(optimizer_state: object) -> Sequence[Mapping[str, Any]]:
             f"expected an optimizer's state dict, 'state' and 'param_groups', got {got}: pass optimizer.state_dict()"
         )
     groups: Sequence[Mapping[str, Any]] = optimizer_state["param_groups"]
-    problem = _problem(groups, optimizer_state["state"])
+    problem = _find_problem(groups, optimizer_state["state"])
     if problem:
         raise CheckpointError(f"the optimizer's state dict {problem}: save it again with optimizer.state_dict()")
     return groups
 
 
-def ordinary_groups(optimizer_state: StateDict) -> list[StateDict]:
+def non_gate_groups(optimizer_state: StateDict) -> list[StateDict]:
     """Return the parameter groups but that of the gates."""
     return [group for group in optimizer_state["param_groups"] if group.get(GATE_GROUP) is not True]
 
@@ -74,7 +74,7 @@ def parameter_shape(entries: Any) -> tuple[int, ...] | None:
     """Return the shape of a parameter as its state in an optimizer tells it, or None if that does not."""
     if not isinstance(entries, Mapping):
         return None
-    tensors = [value for name, value in entries.items() if name in SHAPED and isinstance(value, Tensor)]
+    tensors = [value for name, value in entries.items() if name in PARAM_SHAPED_KEYS and isinstance(value, Tensor)]
     return next((tuple(tensor.shape) for tensor in tensors if tensor.dim()), None)
 
 
@@ -95,20 +95,20 @@ def with_gates(
         CheckpointError: not such a state dict, damaged, or with gates already.
         OptimizerError: `importance_lr` is no learning rate.
     """
-    groups = checked_groups(optimizer_state)
+    groups = check_groups(optimizer_state)
     if has_gates(optimizer_state):
         raise CheckpointError("the optimizer's state dict has a group of gates already: load it as it is")
     if not gates:
         return dict(optimizer_state)
-    taken = [key for group in groups for key in group["params"]]
+    used_keys = [key for group in groups for key in group["params"]]
     added = gate_options(groups[-1], importance_lr=importance_lr)
     if "param_names" in groups[-1]:
         added["param_names"] = list(gates)
-    added["params"] = _new_keys(taken, optimizer_state["state"], gates)
+    added["params"] = _new_keys(used_keys, optimizer_state["state"], gates)
     return {**optimizer_state, "param_groups": [*optimizer_state["param_groups"], added]}
 
 
-def with_more_gates(optimizer_state: StateDict, *, gates: Sequence[str], place: int) -> dict[str, Any]:
+def with_additional_gates(optimizer_state: StateDict, *, gates: Sequence[str], gate_offset: int) -> dict[str, Any]:
     """Return an optimizer's state dict with further gates in the group of gates that it has.
 
     Args:
@@ -117,11 +117,11 @@ def with_more_gates(optimizer_state: StateDict, *, gates: Sequence[str], place: 
     """
     groups = [dict(group) for group in optimizer_state["param_groups"]]
     group = next(group for group in groups if group.get(GATE_GROUP) is True)
-    taken = [key for each in groups for key in each["params"]]
-    keys = _new_keys(taken, optimizer_state["state"], gates)
+    used_keys = [key for each in groups for key in each["params"]]
+    keys = _new_keys(used_keys, optimizer_state["state"], gates)
     for name, added in (("params", keys), ("param_names", list(gates))):
         if name in group:
-            group[name] = [*group[name][:place], *added, *group[name][place:]]
+            group[name] = [*group[name][:gate_offset], *added, *group[name][gate_offset:]]
     return {**optimizer_state, "param_groups": groups}
 
 
@@ -137,22 +137,22 @@ def gate_options(template: Mapping[str, Any], *, importance_lr: float | None = N
         OptimizerError: `importance_lr` is negative or not finite.
     """
     check_rate("importance_lr", importance_lr)
-    left = ("params", "param_names", *_COUNTS)
-    options = {name: copy.deepcopy(value) for name, value in template.items() if name not in left}
+    excluded = ("params", "param_names", *_STEP_KEYS)
+    options = {name: copy.deepcopy(value) for name, value in template.items() if name not in excluded}
     options |= {"weight_decay": 0.0, GATE_GROUP: True}
     if importance_lr is not None:
-        base = base_rate(template)
-        present = {name: options[name] for name in _RATES if options.get(name) is not None} or {"lr": base}
-        options |= {name: rescaled(rate, old=base, new=importance_lr) for name, rate in present.items()}
+        base = base_lr(template)
+        present = {name: options[name] for name in _LR_KEYS if options.get(name) is not None} or {"lr": base}
+        options |= {name: rescale(rate, old=base, new=importance_lr) for name, rate in present.items()}
     return options
 
 
-def base_rate(group: Mapping[str, Any]) -> Any:
+def base_lr(group: Mapping[str, Any]) -> Any:
     """Return the learning rate of a group before any schedule, of OneCycleLR the highest; None if it has none."""
     return next((group[name] for name in ("max_lr", "initial_lr", "lr") if group.get(name) is not None), None)
 
 
-def rescaled(rate: Any, *, old: Any, new: Any) -> Any:
+def rescale(rate: Any, *, old: Any, new: Any) -> Any:
     """Return `rate`, a number or a tensor, as it would be with the base `new` in place of `old`."""
     return new * (rate / old) if old else new
 
@@ -167,15 +167,15 @@ def check_rate(name: str, value: float | None) -> None:
         raise OptimizerError(f"{name}: expected a finite number >= 0, got {value!r}")
 
 
-def _new_keys(taken: Sequence[Any], state: Mapping[Any, Any], gates: Sequence[str]) -> list[Any]:
+def _new_keys(used_keys: Sequence[Any], state: Mapping[Any, Any], gates: Sequence[str]) -> list[Any]:
     """What stands for further parameters: numbers that are free, or their names where others have names."""
-    if taken and isinstance(taken[0], str):  # some libraries name parameters where torch numbers them
+    if used_keys and isinstance(used_keys[0], str):  # some libraries name parameters where torch numbers them
         return list(gates)
-    first = max((key for key in (*taken, *state) if isinstance(key, int)), default=-1) + 1
+    first = max((key for key in (*used_keys, *state) if isinstance(key, int)), default=-1) + 1
     return list(range(first, first + len(gates)))
 
 
-def _problem(groups: Sequence[Mapping[str, Any]], state: Mapping[Any, Any]) -> str | None:
+def _find_problem(groups: Sequence[Mapping[str, Any]], state: Mapping[Any, Any]) -> str | None:
     """What is wrong with groups of parameters by number or name, in words that follow the subject."""
     keys = [key for group in groups for key in group["params"]]
     if not groups:
@@ -190,12 +190,12 @@ def _problem(groups: Sequence[Mapping[str, Any]], state: Mapping[Any, Any]) -> s
                 f"is damaged, group {index} has {len(group['params'])} parameters and {len(group['param_names'])} names"
             )
     # Whatever is no mapping under a number belongs to no parameter.
-    held = {key for key, value in state.items() if isinstance(key, int | str) and isinstance(value, Mapping)}
-    lost = sorted(map(str, held - set(keys)))
-    return f"is damaged, parameter {lost[0]} has a state and is in no group" if lost else None
+    stateful = {key for key, value in state.items() if isinstance(key, int | str) and isinstance(value, Mapping)}
+    orphaned = sorted(map(str, stateful - set(keys)))
+    return f"is damaged, parameter {orphaned[0]} has a state and is in no group" if orphaned else None
 
 
-Entry = Callable[[StateDict, Any, Callable[[Any], Any]], Any]
+EntryFunction = Callable[[StateDict, Any, Callable[[Any], Any]], Any]
 
 
 def is_scheduler_state(value: object) -> TypeGuard[StateDict]:
@@ -211,21 +211,21 @@ def is_scheduler_state(value: object) -> TypeGuard[StateDict]:
     return any(isinstance(value.get(name), list) for name in ("base_lrs", "base_values", "min_lrs"))
 
 
-def could_step(scheduler_state: StateDict, groups: Sequence[StateDict]) -> bool:
+def matches_groups(scheduler_state: StateDict, groups: Sequence[StateDict]) -> bool:
     """Say whether a scheduler's lists have as many entries as an optimizer has groups, and their initial rates."""
     inner = scheduler_state.get("_schedulers")
     if isinstance(inner, list):
-        return all(could_step(each, groups) for each in inner)
-    lists = [values for name in _ENTRIES if isinstance(values := scheduler_state.get(name), list)]
+        return all(matches_groups(each, groups) for each in inner)
+    lists = [values for name in _GROUP_LISTS if isinstance(values := scheduler_state.get(name), list)]
     if any(len(values) != len(groups) for values in lists):
         return False
     rates = scheduler_state.get("base_lrs", scheduler_state.get("base_values"))
     initial = [group.get(f"initial_{scheduler_state.get('param_group_field', 'lr')}") for group in groups]
     pairs = zip(rates if isinstance(rates, list) else [], initial, strict=False)
-    return all(first is None or _is_same(first, rate) for rate, first in pairs)
+    return all(first is None or _is_same_rate(first, rate) for rate, first in pairs)
 
 
-def _is_same(first: Any, rate: Any) -> bool:
+def _is_same_rate(first: Any, rate: Any) -> bool:
     try:
         return float(first) == float(rate)
     except (TypeError, ValueError, RuntimeError):  # whatever a file may hold: nothing is known of it
@@ -252,10 +252,10 @@ def scheduler_with_gates(scheduler_state: StateDict, *, optimizer_state: StateDi
             "expected an optimizer's state dict with a last group of gates: pass it through with_gates"
         )
     *old, gates = optimizer_state["param_groups"]
-    return _extended(scheduler_state, len(old), base_rate(old[-1]), base_rate(gates))
+    return _extend_state(scheduler_state, len(old), base_lr(old[-1]), base_lr(gates))
 
 
-def lists_with_gates(state: StateDict, groups: int, old: Any, new: Any) -> dict[str, list[Any]]:
+def extend_group_lists(state: StateDict, groups: int, old: Any, new: Any) -> dict[str, list[Any]]:
     """Return those lists per group in a scheduler's state, each with an entry for the gates at its end.
 
     Args:
@@ -268,15 +268,15 @@ def lists_with_gates(state: StateDict, groups: int, old: Any, new: Any) -> dict[
         CheckpointError: a list has another length.
     """
 
-    def own(rate: Any) -> Any:
+    def scale_rate(rate: Any) -> Any:
         # One that schedules something else than the learning rate treats the gates as the group before them.
-        of_rate = "lr" in (state.get("param_group_field"), state.get("param_name")) or not (
+        is_lr = "lr" in (state.get("param_group_field"), state.get("param_name")) or not (
             state.keys() & {"param_group_field", "param_name"}
         )
-        return rescaled(rate, old=old, new=new) if of_rate and new is not None else copy.deepcopy(rate)
+        return rescale(rate, old=old, new=new) if is_lr and new is not None else copy.deepcopy(rate)
 
     extended = {}
-    for name, entry in _ENTRIES.items():
+    for name, entry in _GROUP_LISTS.items():
         values = state.get(name)
         if not isinstance(values, list):
             continue
@@ -285,34 +285,35 @@ def lists_with_gates(state: StateDict, groups: int, old: Any, new: Any) -> dict[
                 f"the scheduler's state dict has {len(values)} entries in {name!r}, the optimizer has {groups} groups: "
                 "take both from one file"
             )
-        extended[name] = [*values, entry(state, values[-1], own)]
+        extended[name] = [*values, entry(state, values[-1], scale_rate)]
     return extended
 
 
-def _extended(state: StateDict, groups: int, old: Any, new: Any) -> dict[str, Any]:
+def _extend_state(state: StateDict, groups: int, old: Any, new: Any) -> dict[str, Any]:
     extended = dict(state)
     if isinstance(state.get("_schedulers"), list):
-        extended["_schedulers"] = [_extended(inner, groups, old, new) for inner in state["_schedulers"]]
-    return extended | lists_with_gates(state, groups, old, new)
+        extended["_schedulers"] = [_extend_state(inner, groups, old, new) for inner in state["_schedulers"]]
+    return extended | extend_group_lists(state, groups, old, new)
 
 
-def _same(_state: StateDict, last: Any, _own: Callable[[Any], Any]) -> Any:
+def _copy_entry(_state: StateDict, last: Any, _scale_rate: Callable[[Any], Any]) -> Any:
     """A function is shared, as a scheduler shares the one that it was given for all groups; its state is copied."""
     return last if callable(last) else copy.deepcopy(last)
 
 
-def _warmup_step(state: StateDict, last: Any, own: Callable[[Any], Any]) -> Any:
+def _warmup_step(state: StateDict, last: Any, scale_rate: Callable[[Any], Any]) -> Any:
     """timm's step per epoch from the rate at which warming up begins, which is the same for all groups."""
     length, begin = state.get("warmup_t"), state.get("warmup_lr_init")
-    return (own(begin + last * length) - begin) / length if length and begin is not None else last
+    return (scale_rate(begin + last * length) - begin) / length if length and begin is not None else last
 
 
 # By the name of a list: what its entry for the gates is, given the state, the entry of the last old group, and what
 # turns a rate of that group into the gates'.
-_ENTRIES: Mapping[str, Entry] = {
+_GROUP_LISTS: Mapping[str, EntryFunction] = {
     **dict.fromkeys(
-        ("base_lrs", "_last_lr", "min_lrs", "max_lrs", "base_values", "_last_value"), lambda _, last, own: own(last)
+        ("base_lrs", "_last_lr", "min_lrs", "max_lrs", "base_values", "_last_value"),
+        lambda _, last, scale_rate: scale_rate(last),
     ),
-    **dict.fromkeys(("lr_lambdas", "base_momentums", "max_momentums"), _same),
+    **dict.fromkeys(("lr_lambdas", "base_momentums", "max_momentums"), _copy_entry),
     "warmup_steps": _warmup_step,
 }

@@ -12,14 +12,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from normswap.checkpoints.content.entries import name_of, optimizers_in, weights_in
-from normswap.checkpoints.content.key_prefixes import StoredNames, prefixes_of
+from normswap.checkpoints.content.entries import find_optimizers, find_weights, format_key_path
+from normswap.checkpoints.content.key_prefixes import StoredNames, find_prefixes
 from normswap.errors import CheckpointError
 from normswap.layers.gating import BRANCHES, initial_point
 from normswap.layers.in_place import GATE_PARAMETERS
 from normswap.surgery.plan import ANY_CLASS, Skip, Swap, SwapPlan
-from normswap.surgery.selection import first_matches
-from normswap.text import join
+from normswap.surgery.selection import first_matching_patterns
+from normswap.text import join_fqn
 
 # MERGED DOC: Whether the batch norms in a state dict hold numbers that normalize: finite statistics, no negative variance.
 
@@ -27,7 +27,7 @@ from normswap.text import join
 
 
 _MEAN, _VAR, _AFFINE = "running_mean", "running_var", ("weight", "bias")
-_MOST = 3
+_MAX_LISTED = 3
 
 
 class NormGroup(NamedTuple):
@@ -38,7 +38,7 @@ class NormGroup(NamedTuple):
     affine: dict[str, Tensor]
 
 
-def check_statistics(state: Mapping[str, Tensor], *, name: str) -> None:
+def check_running_stats(state: Mapping[str, Tensor], *, name: str) -> None:
     """Refuse a state dict whose batch norms cannot compute anything.
 
     A batch norm is a `running_mean` and a `running_var` under one prefix, with `weight` and `bias` of one dimension or
@@ -53,29 +53,34 @@ def check_statistics(state: Mapping[str, Tensor], *, name: str) -> None:
         CheckpointError: shapes that differ within one norm, NaN or Inf in running statistics, a negative running
             variance; with the keys, how many they are, and what to do.
     """
-    groups = list(norm_groups(state))
-    shapes = [told for group in groups for told in _differing(group)]
+    groups = list(find_norm_groups(state))
+    shapes = [faults for group in groups for faults in _find_shape_mismatch(group)]
     if shapes:
         raise CheckpointError(
-            f"{name}: {_listed(shapes)} of another shape than the running_mean beside them: the file is damaged or its "
+            f"{name}: {_format_faults(shapes)} of another shape than the running_mean beside them: the file is damaged or its "
             "keys are mixed up, save the state dict again"
         )
-    bad = [told for group in groups for key, tensor in group.statistics.items() if (told := _fault(key, tensor))]
+    bad = [
+        faults
+        for group in groups
+        for key, tensor in group.statistics.items()
+        if (faults := _describe_fault(key, tensor))
+    ]
     if bad:
         raise CheckpointError(
-            f"{name}: {_listed(bad)} no statistics: take an earlier checkpoint, or average them anew in the original "
+            f"{name}: {_format_faults(bad)} no statistics: take an earlier checkpoint, or average them anew in the original "
             "model (normswap.update_statistics) and save it again"
         )
 
 
-def norm_groups(state: Mapping[str, Tensor]) -> Iterator[NormGroup]:
+def find_norm_groups(state: Mapping[str, Tensor]) -> Iterator[NormGroup]:
     """Yield the batch norms in a state dict, as `check_statistics` knows them, in the order of the state dict."""
     for key, mean in state.items():
         fqn, _, last = key.rpartition(".")
-        var_key = join(fqn, _VAR)
+        var_key = join_fqn(fqn, _VAR)
         if last != _MEAN or var_key not in state or not (_has_values(mean) and _has_values(state[var_key])):
             continue
-        affine = {full: state[full] for part in _AFFINE if (full := join(fqn, part)) in state}
+        affine = {full: state[full] for part in _AFFINE if (full := join_fqn(fqn, part)) in state}
         if all(tensor.dim() == 1 for tensor in affine.values()):
             yield NormGroup(fqn, {key: mean, var_key: state[var_key]}, affine)
 
@@ -84,12 +89,12 @@ def _has_values(tensor: Tensor) -> bool:
     return not tensor.is_meta and not tensor.is_quantized and tensor.layout is torch.strided
 
 
-def _differing(group: NormGroup) -> list[str]:
+def _find_shape_mismatch(group: NormGroup) -> list[str]:
     (_, mean), *others = (group.statistics | group.affine).items()
-    return [f"{key} ({_size(tensor)})" for key, tensor in others if tensor.shape != mean.shape]
+    return [f"{key} ({_format_shape(tensor)})" for key, tensor in others if tensor.shape != mean.shape]
 
 
-def _fault(key: str, tensor: Tensor) -> str:
+def _describe_fault(key: str, tensor: Tensor) -> str:
     """What is wrong with running statistics, or nothing."""
     values = tensor if tensor.dtype.is_floating_point and tensor.element_size() > 1 else tensor.float()
     bad = ~torch.isfinite(values)
@@ -101,45 +106,45 @@ def _fault(key: str, tensor: Tensor) -> str:
     return f"{key} ({int(bad.sum())} of {tensor.numel()} values, such as {worst:g})"
 
 
-def _listed(told: list[str]) -> str:
-    more = f", +{len(told) - _MOST} more" if len(told) > _MOST else ""
-    return f"{', '.join(told[:_MOST])}{more} {'is' if len(told) == 1 else 'are'}"
+def _format_faults(faults: list[str]) -> str:
+    more = f", +{len(faults) - _MAX_LISTED} more" if len(faults) > _MAX_LISTED else ""
+    return f"{', '.join(faults[:_MAX_LISTED])}{more} {'is' if len(faults) == 1 else 'are'}"
 
 
-def _size(tensor: Tensor) -> str:
+def _format_shape(tensor: Tensor) -> str:
     return "x".join(map(str, tensor.shape)) or "a single number"
 
 
-_GROUP = ("running_mean", "running_var")
+_RUNNING_STATS = ("running_mean", "running_var")
 
 
-def with_tensors(state: Mapping[str, Tensor], names: StoredNames, new: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def insert_tensors(state: Mapping[str, Tensor], names: StoredNames, new: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return `state` with the tensors of `new`, by the model's own names, each after the last one of its module.
 
     Floating ones take the dtype of the tensors beside them. Names that the state has already stay as they are.
     """
     last = {key.rpartition(".")[0]: key for key in state}
-    after: dict[str, dict[str, Tensor]] = {}
-    loose: dict[str, Tensor] = {}
+    insertions: dict[str, dict[str, Tensor]] = {}
+    unplaced: dict[str, Tensor] = {}
     for name, tensor in new.items():
-        key = names.to_store(name)
-        beside = last.get(key.rpartition(".")[0])
+        key = names.stored_key(name)
+        sibling = last.get(key.rpartition(".")[0])
         if key in state:
             continue
-        if beside is None:
-            loose[key] = tensor
+        if sibling is None:
+            unplaced[key] = tensor
         else:
-            like = state[beside] if state[beside].is_floating_point() else _floating_beside(state, key)
-            after.setdefault(beside, {})[key] = tensor if like is None else _of_type(tensor, like)
+            like = state[sibling] if state[sibling].is_floating_point() else _find_floating_sibling(state, key)
+            insertions.setdefault(sibling, {})[key] = tensor if like is None else _match_dtype(tensor, like)
     result: dict[str, Tensor] = OrderedDict() if isinstance(state, OrderedDict) else {}
     for key, tensor in state.items():
         result[key] = tensor
-        result.update(after.get(key, {}))
-    result.update(loose)
+        result.update(insertions.get(key, {}))
+    result.update(unplaced)
     return result
 
 
-def with_metadata(
+def copy_metadata(
     state: dict[str, Tensor], source: Mapping[str, Tensor], names: StoredNames, converted: Mapping[str, Any]
 ) -> dict[str, Tensor]:
     """Give `state` torch's `_metadata` of `source`, where that has it, and the one of new layers from `converted`.
@@ -152,7 +157,7 @@ def with_metadata(
         metadata = OrderedDict(own)
         for fqn, note in converted.items():
             if "gate" in note:
-                metadata[names.to_store(join(fqn, GATE_PARAMETERS[0])).rpartition(".")[0]] = dict(note)
+                metadata[names.stored_key(join_fqn(fqn, GATE_PARAMETERS[0])).rpartition(".")[0]] = dict(note)
         state._metadata = metadata  # type: ignore[attr-defined]
     return state
 
@@ -173,7 +178,7 @@ def plan_from_names(
     """
     swaps = _swaps_from_names(state)
     sites = [(swap.fqn,) for swap in swaps]
-    included, excluded = first_matches(include, sites), first_matches(exclude, sites)
+    included, excluded = first_matching_patterns(include, sites), first_matching_patterns(exclude, sites)
     kept = [swap for swap in swaps if swap.fqn not in excluded and (not include or swap.fqn in included)]
     skips = [
         Skip(swap.fqn, ANY_CLASS, swap.kind, "excluded by a pattern, or matched by none of include")
@@ -186,31 +191,31 @@ def plan_from_names(
 
 def _swaps_from_names(state: Mapping[str, Tensor]) -> list[Swap]:
     swaps = []
-    for fqn, statistics, _ in norm_groups(state):
+    for fqn, statistics, _ in find_norm_groups(state):
         mean, var = statistics.values()
-        if mean.dim() != 1 or var.shape != mean.shape or join(fqn, GATE_PARAMETERS[0]) in state:
+        if mean.dim() != 1 or var.shape != mean.shape or join_fqn(fqn, GATE_PARAMETERS[0]) in state:
             continue
         branches = BRANCHES if mean.numel() > 1 else tuple(branch for branch in BRANCHES if branch != "ln")
         swaps.append(Swap(fqn, ANY_CLASS, mean.numel(), "simplex", branches, "batch", train_gates=True))
     return swaps
 
 
-def gates_of(plan: SwapPlan) -> dict[str, Tensor]:
+def initial_gates(plan: SwapPlan) -> dict[str, Tensor]:
     """Return the importance weights with which the sites of a plan start, by name: float32, shape (branches,)."""
     return {
-        join(swap.fqn, name): initial_point(swap.gate, swap.branches, vertex=swap.vertex)
+        join_fqn(swap.fqn, name): initial_point(swap.gate, swap.branches, vertex=swap.vertex)
         for swap in plan.swaps
         for name in GATE_PARAMETERS
     }
 
 
-def _floating_beside(state: Mapping[str, Tensor], key: str) -> Tensor | None:
+def _find_floating_sibling(state: Mapping[str, Tensor], key: str) -> Tensor | None:
     owner = key.rpartition(".")[0]
-    beside = (state.get(join(owner, name)) for name in (*_GROUP, "weight", "bias"))
-    return next((tensor for tensor in beside if tensor is not None and tensor.is_floating_point()), None)
+    sibling = (state.get(join_fqn(owner, name)) for name in (*_RUNNING_STATS, "weight", "bias"))
+    return next((tensor for tensor in sibling if tensor is not None and tensor.is_floating_point()), None)
 
 
-def _of_type(tensor: Tensor, like: Tensor) -> Tensor:
+def _match_dtype(tensor: Tensor, like: Tensor) -> Tensor:
     wanted = tensor.is_floating_point() and like.is_floating_point() and tensor.dtype != like.dtype
     return tensor.to(like.dtype) if wanted else tensor
 
@@ -270,34 +275,34 @@ class Survey:
 
 def survey(content: Any) -> Survey:
     """Return what the names and shapes in a file's content tell."""
-    weights = tuple(_surveyed(name_of(place), value) for place, value in weights_in(content).items())
-    return Survey(weights, tuple(map(name_of, optimizers_in(content))))
+    weights = tuple(_survey_weights(format_key_path(place), value) for place, value in find_weights(content).items())
+    return Survey(weights, tuple(map(format_key_path, find_optimizers(content))))
 
 
-def _surveyed(entry: str, value: Any) -> WeightsSurvey:
+def _survey_weights(entry: str, value: Any) -> WeightsSurvey:
     state: Mapping[str, Any] = value.state_dict() if isinstance(value, nn.Module) else value
     tensors = {key: tensor for key, tensor in state.items() if isinstance(tensor, Tensor)}
     trained = (t for key, t in tensors.items() if t.is_floating_point() and not key.endswith(_STATISTICS))
     return WeightsSurvey(
         entry=entry,
-        prefix=max((prefix for prefix in prefixes_of(tensors) if _all_begin(tensors, prefix)), key=len),
+        prefix=max((prefix for prefix in find_prefixes(tensors) if _all_have_prefix(tensors, prefix)), key=len),
         tensors=len(tensors),
         parameters=sum(tensor.numel() for tensor in trained),
         bytes=sum(tensor.nbytes for tensor in tensors.values()),
-        norms=_norms(tensors),
+        norms=_find_norms(tensors),
     )
 
 
-def _all_begin(keys: Mapping[str, Any], prefix: str) -> bool:
+def _all_have_prefix(keys: Mapping[str, Any], prefix: str) -> bool:
     return all(key.startswith(prefix) for key in keys)
 
 
-def _norms(tensors: Mapping[str, Tensor]) -> tuple[NormTensors, ...]:
+def _find_norms(tensors: Mapping[str, Tensor]) -> tuple[NormTensors, ...]:
     modules: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         owner, _, name = key.rpartition(".")
         modules.setdefault(owner, {})[name] = tensor
-    batch = {group.fqn for group in norm_groups(tensors)}
+    batch = {group.fqn for group in find_norm_groups(tensors)}
     found = []
     for fqn, own in modules.items():
         own_names = {*own} - {*GATE_PARAMETERS}
@@ -305,5 +310,5 @@ def _norms(tensors: Mapping[str, Tensor]) -> tuple[NormTensors, ...]:
         affine = own_names in _AFFINE_NAMES and len(vectors) == 1 and len(next(iter(vectors))) == 1
         if fqn in batch or affine:
             channels = (own[_STATISTICS[0]] if fqn in batch else own["weight"]).numel()
-            found.append(NormTensors(fqn, channels, fqn in batch, join(fqn, GATE_PARAMETERS[0]) in tensors))
+            found.append(NormTensors(fqn, channels, fqn in batch, join_fqn(fqn, GATE_PARAMETERS[0]) in tensors))
     return tuple(found)

@@ -18,7 +18,13 @@ from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import IO, Any, NamedTuple, NoReturn, cast
 
-from normswap.checkpoints.formats.pickle_opcodes import UNCLEAR, Rebuilt, Said, Storage, read_opcodes
+from normswap.checkpoints.formats.pickle_opcodes import (
+    UNRESOLVED,
+    PickleSummary,
+    StorageClaim,
+    TensorClaim,
+    summarize_pickle,
+)
 from normswap.errors import CheckpointError
 from normswap.text import first_line
 
@@ -26,18 +32,18 @@ from normswap.text import first_line
 
 
 # A file has one member per tensor and a few more; of the largest networks, with their optimizer, some 100,000.
-_MOST_MEMBERS = 250_000
+_MAX_MEMBERS = 250_000
 # What small members (code, JSON) may gain by compression, in all; torch writes tensors as they are.
-_MOST_INFLATED = 64_000_000
+_MAX_INFLATED_BYTES = 64_000_000
 _ENCRYPTED = 0x1 | 0x40 | 0x2000  # classic, strong, masked names
 _UTF8, _SIZES_FOLLOW = 0x800, 0x8
 _LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 _END_RECORD = struct.Struct("<4s4H2IH")
-_MOST_COMMENT = 0xFFFF
+_MAX_COMMENT = 0xFFFF
 _UNKNOWN_16, _UNKNOWN_32 = 0xFFFF, 0xFFFFFFFF
 # Beside the first folder of these there is no other: what torch's archives are known by.
-_OF_TORCH = ("data.pkl", "version", "archive_format")
-_MOST_ELEMENTS = 2**63 - 1
+_TORCH_MEMBERS = ("data.pkl", "version", "archive_format")
+_MAX_ELEMENTS = 2**63 - 1
 
 
 class LocalHeader(NamedTuple):
@@ -66,9 +72,9 @@ def check_archive(path: Path, part: IO[bytes] | None = None) -> set[str]:
             are described in two ways.
     """
     with nullcontext(part) if part is not None else open(path, "rb", buffering=0) as file:
-        count = _member_count(path, file)
-        if count > _MOST_MEMBERS:
-            _refuse(path, f"{count:,} members, at most {_MOST_MEMBERS:,} are one for every tensor")
+        count = _read_member_count(path, file)
+        if count > _MAX_MEMBERS:
+            _refuse(path, f"{count:,} members, at most {_MAX_MEMBERS:,} are one for every tensor")
         try:
             archive = zipfile.ZipFile(file)
         except Exception as error:
@@ -78,7 +84,7 @@ def check_archive(path: Path, part: IO[bytes] | None = None) -> set[str]:
             _refuse(path, f"{len(members)} members where its end speaks of {count}")
         _check_names(path, [member.orig_filename for member in members])
         _check_sizes(path, members, file.seek(0, 2))
-        _check_places(path, file, members, archive.start_dir)
+        _check_offsets(path, file, members, archive.start_dir)
     return {member.filename.partition("/")[2] for member in members}
 
 
@@ -90,9 +96,9 @@ def check_safetensors(path: Path) -> None:
     """
     with open(path, "rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(length), object_pairs_hook=lambda pairs: _unambiguous(path, pairs))
+        header = json.loads(file.read(length), object_pairs_hook=lambda pairs: _reject_duplicate_keys(path, pairs))
     for name, entry in header.items():
-        if name != "__metadata__" and _elements(entry["shape"]) > _MOST_ELEMENTS:
+        if name != "__metadata__" and _count_elements(entry["shape"]) > _MAX_ELEMENTS:
             raise CheckpointError(f"{path}: the shape of {name!r} overflows 64 bits: damaged or hostile, get it again")
 
 
@@ -100,49 +106,49 @@ def _refuse(path: Path, what: str) -> NoReturn:
     raise CheckpointError(f"{path}: {what}: torch.save writes no such archive, get the file again from its source")
 
 
-def _unambiguous(path: Path, pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+def _reject_duplicate_keys(path: Path, pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        twice = _first_double([key for key, _ in pairs])
-        raise CheckpointError(f"{path}: its header has {twice!r} twice: damaged or hostile, get the file again")
+        duplicate = _find_duplicate([key for key, _ in pairs])
+        raise CheckpointError(f"{path}: its header has {duplicate!r} twice: damaged or hostile, get the file again")
     return found
 
 
-def _elements(shape: Sequence[int]) -> int:
+def _count_elements(shape: Sequence[int]) -> int:
     """The elements of a shape, dimensions of zero left out: readers multiply from either side."""
     count = 1
     for length in shape:
         count *= max(length, 1)
-        if count > _MOST_ELEMENTS:
+        if count > _MAX_ELEMENTS:
             break
     return count
 
 
-def _first_double(names: Sequence[str]) -> str | None:
+def _find_duplicate(names: Sequence[str]) -> str | None:
     return next((name for name, count in Counter(names).items() if count > 1), None)
 
 
-def _member_count(path: Path, file: IO[bytes]) -> int:
+def _read_member_count(path: Path, file: IO[bytes]) -> int:
     """How many members the end of the archive speaks of: the directory itself may be too large to look at."""
     size = file.seek(0, 2)
-    start = max(0, size - _END_RECORD.size - _MOST_COMMENT)
+    start = max(0, size - _END_RECORD.size - _MAX_COMMENT)
     file.seek(start)
     tail = file.read()
-    at = tail.rfind(b"PK\x05\x06")
-    if at < 0 or len(tail) - at < _END_RECORD.size:
+    position = tail.rfind(b"PK\x05\x06")
+    if position < 0 or len(tail) - position < _END_RECORD.size:
         raise CheckpointError(f"{path}: begins like a torch file and ends too early: truncated, copy it again")
-    count: int = _END_RECORD.unpack_from(tail, at)[4]
-    locator = at - 20
+    count: int = _END_RECORD.unpack_from(tail, position)[4]
+    locator = position - 20
     if locator < 0 or tail[locator : locator + 4] != b"PK\x06\x07":
         return count
     file.seek(min(size, struct.unpack_from("<Q", tail, locator + 8)[0]))
     record = file.read(56)
     if record[:4] != b"PK\x06\x06" or len(record) < 56:
         _refuse(path, "its 64-bit end record is not where it should be")
-    large: int = struct.unpack_from("<Q", record, 32)[0]
-    if count not in (large, _UNKNOWN_16):
-        _refuse(path, f"its two end records speak of {count} and of {large} members")
-    return large
+    count_64bit: int = struct.unpack_from("<Q", record, 32)[0]
+    if count not in (count_64bit, _UNKNOWN_16):
+        _refuse(path, f"its two end records speak of {count} and of {count_64bit} members")
+    return count_64bit
 
 
 def _check_names(path: Path, names: Sequence[str]) -> None:
@@ -150,12 +156,12 @@ def _check_names(path: Path, names: Sequence[str]) -> None:
         parts = name.split("/")
         if not name or name.startswith("/") or ":" in parts[0] or "\\" in name or "\0" in name or ".." in parts:
             _refuse(path, f"the member {name[:80]!r}, whose name leads elsewhere")
-    twice = _first_double(names)
-    if twice is not None:
-        _refuse(path, f"two members of the name {twice[:80]!r}")
+    duplicate = _find_duplicate(names)
+    if duplicate is not None:
+        _refuse(path, f"two members of the name {duplicate[:80]!r}")
     root = names[0].partition("/")[0] if names else ""
     other = next((name for name in names if name.partition("/")[0] != root), None)
-    if other is not None and not {f"{root}/{name}" for name in _OF_TORCH}.isdisjoint(names):
+    if other is not None and not {f"{root}/{name}" for name in _TORCH_MEMBERS}.isdisjoint(names):
         _refuse(path, f"the member {other[:80]!r} beside the folder {root[:80]!r}")
 
 
@@ -167,27 +173,27 @@ def _check_sizes(path: Path, members: Sequence[zipfile.ZipInfo], size: int) -> N
             _refuse(path, f"the member {member.filename[:80]!r} is packed by the method {member.compress_type}")
         if member.compress_type == zipfile.ZIP_STORED and member.file_size != member.compress_size:
             _refuse(path, f"the member {member.filename[:80]!r} has two sizes and is not compressed")
-    inflated = sum(member.file_size for member in members if member.compress_type == zipfile.ZIP_DEFLATED)
-    if inflated > max(_MOST_INFLATED, size):
-        _refuse(path, f"unpacks to {inflated / 1e6:,.0f} MB and has {size / 1e6:,.1f} MB, a zip bomb")
+    inflated_bytes = sum(member.file_size for member in members if member.compress_type == zipfile.ZIP_DEFLATED)
+    if inflated_bytes > max(_MAX_INFLATED_BYTES, size):
+        _refuse(path, f"unpacks to {inflated_bytes / 1e6:,.0f} MB and has {size / 1e6:,.1f} MB, a zip bomb")
 
 
-def _check_places(path: Path, file: IO[bytes], members: Sequence[zipfile.ZipInfo], directory: int) -> None:
+def _check_offsets(path: Path, file: IO[bytes], members: Sequence[zipfile.ZipInfo], directory: int) -> None:
     """Every member lies in the file, before the directory, alone, and is what the directory says of it."""
-    free = 0
+    next_offset = 0
     for member in sorted(members, key=lambda member: member.header_offset):
         name = member.filename[:80]
-        if member.header_offset < free:
+        if member.header_offset < next_offset:
             _refuse(path, f"the member {name!r} overlaps the one before it")
         local = read_local_header(file, member) if member.header_offset < directory else None
         if local is None or local.end > directory:
             _refuse(path, f"the member {name!r} does not lie within the file")
         if local.name != member.orig_filename or local.method != member.compress_type:
             _refuse(path, f"the member {name!r} calls itself {local.name[:80]!r} or packs itself otherwise")
-        told = (member.compress_size, member.file_size)
-        if not local.flags & _SIZES_FOLLOW and local.sizes != told and _UNKNOWN_32 not in local.sizes:
-            _refuse(path, f"the member {name!r} has the sizes {told} and {local.sizes}")
-        free = local.end
+        declared_sizes = (member.compress_size, member.file_size)
+        if not local.flags & _SIZES_FOLLOW and local.sizes != declared_sizes and _UNKNOWN_32 not in local.sizes:
+            _refuse(path, f"the member {name!r} has the sizes {declared_sizes} and {local.sizes}")
+        next_offset = local.end
 
 
 def read_local_header(file: IO[bytes], member: zipfile.ZipInfo) -> LocalHeader | None:
@@ -196,27 +202,29 @@ def read_local_header(file: IO[bytes], member: zipfile.ZipInfo) -> LocalHeader |
     raw = file.read(_LOCAL_HEADER.size)
     if len(raw) < _LOCAL_HEADER.size:
         return None
-    magic, _, flags, method, _, _, _, packed, whole, name_length, extra_length = _LOCAL_HEADER.unpack(raw)
+    magic, _, flags, method, _, _, _, compressed_size, uncompressed_size, name_length, extra_length = (
+        _LOCAL_HEADER.unpack(raw)
+    )
     if magic != b"PK\x03\x04":
         return None
     name = file.read(name_length).decode("utf-8" if flags & _UTF8 else "cp437", errors="replace")
     begin = member.header_offset + _LOCAL_HEADER.size + name_length + extra_length
-    return LocalHeader(name, flags, method, (packed, whole), begin, begin + member.compress_size)
+    return LocalHeader(name, flags, method, (compressed_size, uncompressed_size), begin, begin + member.compress_size)
 
 
-_LEGACY_HEADERS = 3  # magic number, protocol version, byte order: pickles of their own before object and keys
+_NUM_LEGACY_HEADERS = 3  # magic number, protocol version, byte order: pickles of their own before object and keys
 # A view may repeat what is stored (`expand`), but no network is that much larger than its file.
-_LEAST_CLAIM = 64_000_000
-_MOST_UNFOLDED = 1_000_000
+_MIN_CHECKED_BYTES = 64_000_000
+_MAX_TUPLE_ENTRIES = 1_000_000
 
 # What a pickle of tensors may call of torch; all else that torch itself allows to be named may only be named.
-_OF_STATE_DICTS = re.compile(
+_STATE_DICT_CALLS = re.compile(
     r"torch\._utils\._rebuild_(tensor(_v[23])?|qtensor|sparse_tensor|parameter(_with_state)?|meta_tensor_no_storage"
     r"|device_tensor_from_cpu_tensor)|torch\._tensor\._rebuild_from_type_v2|torch\.nn\.parameter\.Parameter"
     r"|torch\.(Size|device|serialization\._get_layout)"
 )
 
-_BYTES = {
+_ITEM_SIZES = {
     **dict.fromkeys(("Byte", "Char", "Bool", "QInt8", "QUInt8", "QUInt4x2", "QUInt2x4", "Untyped"), 1),
     **dict.fromkeys(("Short", "Half", "BFloat16"), 2),
     **dict.fromkeys(("Int", "Float", "QInt32"), 4),
@@ -225,7 +233,7 @@ _BYTES = {
 }
 
 
-def check_zip_claims(path: Path, file: IO[bytes] | None = None) -> Said:
+def check_zip_pickle(path: Path, file: IO[bytes] | None = None) -> PickleSummary:
     """Hold the pickle of a zip archive that has been checked against its records.
 
     Args:
@@ -241,47 +249,47 @@ def check_zip_claims(path: Path, file: IO[bytes] | None = None) -> Said:
     with zipfile.ZipFile(file or path) as archive:
         root = archive.namelist()[0].partition("/")[0]
         sizes = {member.filename.removeprefix(f"{root}/"): member.file_size for member in archive.infolist()}
-        said = read_opcodes(io.BytesIO(archive.read(f"{root}/data.pkl")))
-    _check(path, said)
-    for storage in said.storages:
-        there = sizes.get(f"data/{storage.key}")
-        claimed = _bytes_of(storage)
-        if there is not None and claimed is not None and claimed != there:
+        summary = summarize_pickle(io.BytesIO(archive.read(f"{root}/data.pkl")))
+    _check_summary(path, summary)
+    for storage in summary.storages:
+        actual = sizes.get(f"data/{storage.key}")
+        claimed = _claimed_bytes(storage)
+        if actual is not None and claimed is not None and claimed != actual:
             raise CheckpointError(
-                f"{path}: the storage {storage.key[:40]!r} claims {claimed:,} bytes and has {there:,}: damaged or "
+                f"{path}: the storage {storage.key[:40]!r} claims {claimed:,} bytes and has {actual:,}: damaged or "
                 "hostile, get the file again"
             )
-    return said
+    return summary
 
 
-def check_legacy_claims(path: Path) -> Said:
+def check_legacy_pickle(path: Path) -> PickleSummary:
     """Hold the pickle of a file from before torch 1.6 against the size of the file.
 
     Returns:
         What the pickle says.
 
     Raises:
-        CheckpointError: as `check_zip_claims`; the storages together claim more than the file has.
+        CheckpointError: as `check_zip_pickle`; the storages together claim more than the file has.
     """
     # Mapped, since a text that claims four gigabytes would be given them before it is read.
     with open(path, "rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as mapped:
-        *_, said, keys = [read_opcodes(cast(IO[bytes], mapped)) for _ in range(_LEGACY_HEADERS + 2)]
-    _check(path, said)
-    if not (said.whole and keys.whole):
+        *_, summary, keys = [summarize_pickle(cast(IO[bytes], mapped)) for _ in range(_NUM_LEGACY_HEADERS + 2)]
+    _check_summary(path, summary)
+    if not (summary.is_complete and keys.is_complete):
         raise CheckpointError(
             f"{path}: truncated or damaged, or pickled in an unusual way (its pickle does not come to an end): save it "
             "again"
         )
-    claimed = sum({storage.key: max(_bytes_of(storage) or 0, 0) for storage in said.storages}.values())
+    claimed = sum({storage.key: max(_claimed_bytes(storage) or 0, 0) for storage in summary.storages}.values())
     if claimed > path.stat().st_size:
         raise CheckpointError(
             f"{path}: its tensors claim {claimed:,} bytes, the file has {path.stat().st_size:,}: truncated or damaged, "
             "copy it again"
         )
-    return said
+    return summary
 
 
-def check_calls(path: Path, said: Said, allowed: Container[str]) -> None:
+def check_calls(path: Path, summary: PickleSummary, allowed: Container[str]) -> None:
     """Refuse a pickle that calls functions of torch which no state dict needs, or in a way that hides what they get.
 
     torch's own list of what a pickle may name has constructors that leave memory as it is (`torch.FloatTensor`), and
@@ -293,12 +301,14 @@ def check_calls(path: Path, said: Said, allowed: Container[str]) -> None:
     Raises:
         CheckpointError: there is one.
     """
-    if UNCLEAR in said.called:
+    if UNRESOLVED in summary.called_names:
         raise CheckpointError(
             f"{path}: pickled in an unusual way: the storage, shape or strides of a tensor, or some bytes, are not "
             "written out: save it again"
         )
-    others = (name for name in said.called if name.startswith("torch.") and not _OF_STATE_DICTS.fullmatch(name))
+    others = (
+        name for name in summary.called_names if name.startswith("torch.") and not _STATE_DICT_CALLS.fullmatch(name)
+    )
     found = next((name for name in sorted(others) if name not in allowed), None)
     if found is not None:
         raise CheckpointError(
@@ -307,58 +317,60 @@ def check_calls(path: Path, said: Said, allowed: Container[str]) -> None:
         )
 
 
-def check_size(path: Path, shape: Sequence[int], size: int) -> None:
+def check_tensor_size(path: Path, shape: Sequence[int], size: int) -> None:
     """Refuse a tensor of `size` bytes that is larger than any network in such a file.
 
     Raises:
         CheckpointError: it is.
     """
-    there = path.stat().st_size
-    if size > max(_LEAST_CLAIM, there):
+    actual = path.stat().st_size
+    if size > max(_MIN_CHECKED_BYTES, actual):
         raise CheckpointError(
-            f"{path}: a tensor claims the shape {_told(shape)}, the file has {there:,} bytes: damaged or hostile, get "
+            f"{path}: a tensor claims the shape {_format_shape(shape)}, the file has {actual:,} bytes: damaged or hostile, get "
             "the file again"
         )
 
 
-def check_unfolds(path: Path, said: Said) -> None:
+def check_tuple_size(path: Path, summary: PickleSummary) -> None:
     """Refuse a pickle with a tuple that would take years to be hashed.
 
     Raises:
         CheckpointError: there is one.
     """
-    if said.largest_tuple > _MOST_UNFOLDED:
+    if summary.max_tuple_entries > _MAX_TUPLE_ENTRIES:
         raise CheckpointError(
-            f"{path}: a tuple that unfolds to {said.largest_tuple:,} entries: hostile, do not open it"
+            f"{path}: a tuple that unfolds to {summary.max_tuple_entries:,} entries: hostile, do not open it"
         )
 
 
-def _check(path: Path, said: Said) -> None:
-    check_unfolds(path, said)
-    negative = next((storage for storage in said.storages if storage.elements < 0), None)
+def _check_summary(path: Path, summary: PickleSummary) -> None:
+    check_tuple_size(path, summary)
+    negative = next((storage for storage in summary.storages if storage.elements < 0), None)
     if negative is not None:
         raise CheckpointError(
             f"{path}: the storage {negative.key[:40]!r} claims {negative.elements:,} elements: damaged"
         )
-    beyond = next((tensor for tensor in said.tensors if _reach(tensor) > tensor.storage.elements), None)
-    if beyond is not None:
+    out_of_bounds = next(
+        (tensor for tensor in summary.tensors if _required_elements(tensor) > tensor.storage.elements), None
+    )
+    if out_of_bounds is not None:
         raise CheckpointError(
-            f"{path}: a tensor of the shape {_told(beyond.shape)} reaches beyond its storage of "
-            f"{beyond.storage.elements:,} elements: damaged or hostile, get the file again"
+            f"{path}: a tensor of the shape {_format_shape(out_of_bounds.shape)} reaches beyond its storage of "
+            f"{out_of_bounds.storage.elements:,} elements: damaged or hostile, get the file again"
         )
-    largest = max(said.tensors, key=_size_of, default=None)
+    largest = max(summary.tensors, key=_tensor_bytes, default=None)
     if largest is not None:
-        check_size(path, largest.shape, _size_of(largest))
+        check_tensor_size(path, largest.shape, _tensor_bytes(largest))
 
 
-def _bytes_of(storage: Storage) -> int | None:
+def _claimed_bytes(storage: StorageClaim) -> int | None:
     """The bytes that a storage claims, or None for a class that is not known here."""
     kind = re.fullmatch(r"torch\.(?:storage\.)?(\w+)Storage", storage.kind)
-    each = _BYTES.get(kind.group(1)) if kind else None
+    each = _ITEM_SIZES.get(kind.group(1)) if kind else None
     return None if each is None else each * storage.elements
 
 
-def _reach(tensor: Rebuilt) -> int:
+def _required_elements(tensor: TensorClaim) -> int:
     """How many elements of its storage a tensor needs, from the first on."""
     if 0 in tensor.shape:
         return 0
@@ -366,9 +378,9 @@ def _reach(tensor: Rebuilt) -> int:
     return tensor.offset + steps + 1
 
 
-def _told(shape: Sequence[int]) -> str:
+def _format_shape(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape))[:80] or "a single number"
 
 
-def _size_of(tensor: Rebuilt) -> int:
-    return math.prod(tensor.shape) * (_bytes_of(tensor.storage._replace(elements=1)) or 1)
+def _tensor_bytes(tensor: TensorClaim) -> int:
+    return math.prod(tensor.shape) * (_claimed_bytes(tensor.storage._replace(elements=1)) or 1)

@@ -27,19 +27,24 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.futures import Future
 
-from normswap.checkpoints.formats.archive_checks import check_archive, check_calls, check_unfolds, check_zip_claims
+from normswap.checkpoints.formats.archive_checks import check_archive, check_calls, check_tuple_size, check_zip_pickle
 from normswap.checkpoints.formats.hf_folder import INDEX
-from normswap.checkpoints.formats.pickle_opcodes import read_opcodes
-from normswap.checkpoints.formats.plain_values import names_allowed_by_user, path_globals, plain_globals, told_by_torch
+from normswap.checkpoints.formats.pickle_opcodes import summarize_pickle
+from normswap.checkpoints.formats.plain_values import (
+    path_globals,
+    plain_globals,
+    torch_error_message,
+    user_safe_globals,
+)
 from normswap.errors import CheckpointError
 
 # MERGED DOC: Whether the chunks that the index of a distributed checkpoint lists cover every tensor once, in bytes of their own.
 
 
-_MOST_CHUNKS = 16_384  # of one tensor, which has at most one of every process
+_MAX_CHUNKS = 16_384  # of one tensor, which has at most one of every process
 
 
-class _Bytes(NamedTuple):
+class _ByteRange(NamedTuple):
     """Which bytes of which file an entry of the index lies in."""
 
     file: str
@@ -55,41 +60,41 @@ def check_chunks(folder: Path, index: Metadata) -> None:
         CheckpointError: a tensor has a hole, two chunks of it overlap or one lies outside it; a chunk has no place in a
             file, or one that reaches beyond the file or into the place of another.
     """
-    places = []
+    byte_ranges = []
     for name, entry in index.state_dict_metadata.items():
         if isinstance(entry, TensorStorageMetadata):
             _check_tensor(folder, name, entry)
             keys = [MetadataIndex(name, chunk.offsets) for chunk in entry.chunks]
         else:
             keys = [MetadataIndex(name)]
-        places += [_place(folder, name, (index.storage_data or {}).get(key)) for key in keys]
-    _check_places(folder, places)
+        byte_ranges += [_locate_chunk(folder, name, (index.storage_data or {}).get(key)) for key in keys]
+    _check_byte_ranges(folder, byte_ranges)
 
 
 def _check_tensor(folder: Path, name: str, entry: TensorStorageMetadata) -> None:
-    size, dtype = _lengths(entry.size), entry.properties.dtype
+    size, dtype = _parse_sizes(entry.size), entry.properties.dtype
     if size is None or not isinstance(dtype, torch.dtype):
         _refuse(folder, name, "has no size of whole numbers, or no type")
-    if len(entry.chunks) > _MOST_CHUNKS:
-        _refuse(folder, name, f"has {len(entry.chunks):,} chunks, at most {_MOST_CHUNKS:,} are read")
+    if len(entry.chunks) > _MAX_CHUNKS:
+        _refuse(folder, name, f"has {len(entry.chunks):,} chunks, at most {_MAX_CHUNKS:,} are read")
     chunks = []
     for chunk in entry.chunks:
-        begin, lengths = _lengths(chunk.offsets), _lengths(chunk.sizes)
+        begin, lengths = _parse_sizes(chunk.offsets), _parse_sizes(chunk.sizes)
         if begin is None or lengths is None or not len(begin) == len(lengths) == len(size):
             _refuse(folder, name, f"has a chunk that is not one of a tensor of {len(size)} dimensions")
-        if any(first + length > whole for first, length, whole in zip(begin, lengths, size, strict=True)):
+        if any(first + length > total for first, length, total in zip(begin, lengths, size, strict=True)):
             _refuse(folder, name, f"has a chunk of the shape {lengths} at {begin}, outside its own shape {size}")
         if math.prod(lengths):
             chunks.append((begin, lengths))
     covered = sum(math.prod(lengths) for _, lengths in chunks)
-    twice = _overlapping(chunks)
-    if twice is not None:
-        _refuse(folder, name, f"has chunks that overlap, at {twice[0]} and at {twice[1]}")
+    overlap = _find_overlap(chunks)
+    if overlap is not None:
+        _refuse(folder, name, f"has chunks that overlap, at {overlap[0]} and at {overlap[1]}")
     if covered != math.prod(size):
         _refuse(folder, name, f"has {math.prod(size):,} numbers, of which its chunks cover {covered:,}")
 
 
-def _overlapping(chunks: Sequence[tuple[Any, Any]]) -> tuple[Any, Any] | None:
+def _find_overlap(chunks: Sequence[tuple[Any, Any]]) -> tuple[Any, Any] | None:
     """The places of two chunks that share a number, or None."""
     if len(chunks) < 2 or not chunks[0][0]:
         return (chunks[0][0], chunks[1][0]) if len(chunks) > 1 else None
@@ -103,35 +108,35 @@ def _overlapping(chunks: Sequence[tuple[Any, Any]]) -> tuple[Any, Any] | None:
     return None
 
 
-def _place(folder: Path, name: str, info: Any) -> _Bytes:
+def _locate_chunk(folder: Path, name: str, info: Any) -> _ByteRange:
     if info is None:
         _refuse(folder, name, "has a chunk that lies in no file")
-    numbers = _lengths((info.offset, info.length))
+    numbers = _parse_sizes((info.offset, info.length))
     path = folder / info.relative_path
     if numbers is None or not path.is_file() or sum(numbers) > path.stat().st_size:
         _refuse(folder, name, f"lies beyond the bytes of the file {info.relative_path!r:.80}, or the file is missing")
-    return _Bytes(info.relative_path, numbers[0], sum(numbers), name)
+    return _ByteRange(info.relative_path, numbers[0], sum(numbers), name)
 
 
-def _check_places(folder: Path, places: Sequence[_Bytes]) -> None:
-    ordered = sorted(places)
+def _check_byte_ranges(folder: Path, byte_ranges: Sequence[_ByteRange]) -> None:
+    ordered = sorted(byte_ranges)
     for before, after in pairwise(ordered):
         if before.file == after.file and after.begin < before.end:
             _refuse(folder, after.name, f"lies in bytes of {after.file} that {before.name!r:.80} lies in too")
 
 
-def _lengths(values: Any) -> tuple[int, ...] | None:
+def _parse_sizes(values: Any) -> tuple[int, ...] | None:
     """Whole numbers that are not negative and of 64 bits, or None."""
     found = tuple(values) if isinstance(values, tuple | list) else None
-    good = found is not None and all(type(value) is int and 0 <= value < 2**62 for value in found)
-    return found if good else None
+    is_valid = found is not None and all(type(value) is int and 0 <= value < 2**62 for value in found)
+    return found if is_valid else None
 
 
 def _refuse(folder: Path, name: str, what: str) -> NoReturn:
     raise CheckpointError(f"{folder}: the entry {name!r:.80} of its index {what}: damaged or incomplete, copy it again")
 
 
-_VALUE = object()
+_NON_TENSOR = object()
 
 
 def read_distributed(folder: Path) -> dict[str, Any]:
@@ -144,9 +149,9 @@ def read_distributed(folder: Path) -> dict[str, Any]:
     index = reader.read_metadata()
     _check_sizes(folder, index)
     check_chunks(folder, index)
-    flat = {name: _place_for(entry) for name, entry in index.state_dict_metadata.items()}
+    flat = {name: _allocate_target(entry) for name, entry in index.state_dict_metadata.items()}
     try:
-        with _one_process():
+        with _suppress_single_process_warnings():
             load(flat, storage_reader=reader, planner=_Planner(), no_dist=True)
     except CheckpointException as error:  # a BaseException, with one failure per process
         cause, _ = next(iter(error.failures.values()))
@@ -154,18 +159,18 @@ def read_distributed(folder: Path) -> dict[str, Any]:
             raise cause from None
         raise CheckpointError(
             f"{folder}: truncated or damaged, or holds pickled objects beside tensors and plain data "
-            f"({told_by_torch(cause)}): copy it again, or save tensors and plain data alone"
+            f"({torch_error_message(cause)}): copy it again, or save tensors and plain data alone"
         ) from cause
     content: dict[str, Any] = {}
     for name, value in flat.items():
         path = (index.planner_data or {}).get(name, (name,))
-        _put(content, path if isinstance(path, tuple) else (path,), value)
-    return cast("dict[str, Any]", _as_saved(content))
+        _insert(content, path if isinstance(path, tuple) else (path,), value)
+    return cast("dict[str, Any]", _restore_structure(content))
 
 
 def write_distributed(folder: Path, content: Mapping[str, Any]) -> None:
     """Write `content` as a checkpoint into the existing, empty `folder`."""
-    with _one_process():
+    with _suppress_single_process_warnings():
         save(dict(content), storage_writer=FileSystemWriter(folder), no_dist=True)
 
 
@@ -175,9 +180,9 @@ class _Reader(FileSystemReader):
     def read_metadata(self, *args: Any, **kwargs: Any) -> metadata.Metadata:
         path = Path(self.path) / INDEX
         data = path.read_bytes()
-        said = read_opcodes(io.BytesIO(data))
-        check_unfolds(path, said)
-        if not said.whole or said.highest_place > len(data):  # the unpickler would allocate what it claims
+        summary = summarize_pickle(io.BytesIO(data))
+        check_tuple_size(path, summary)
+        if not summary.is_complete or summary.max_memo_index > len(data):  # the unpickler would allocate what it claims
             raise CheckpointError(f"{path}: truncated or damaged: copy it again")
         found = _IndexUnpickler(io.BytesIO(data)).load()
         if not isinstance(found, metadata.Metadata) or not isinstance(found.state_dict_metadata, dict):
@@ -199,11 +204,11 @@ class _Reader(FileSystemReader):
                 file.seek(info.offset)
                 stored = io.BytesIO(file.read(info.length))
             unpacked = self.transforms.transform_load_stream(item, info.transform_descriptors or (), stored)
-            value = _loaded(path, io.BytesIO(unpacked.read(-1)))
+            value = _load_entry(path, io.BytesIO(unpacked.read(-1)))
             if item.type == LoadItemType.BYTE_IO:
                 cast(_Planner, planner).put(item, value)
             else:
-                _fill(path, item, value, planner)
+                _copy_chunk(path, item, value, planner)
         done: Future[None] = Future()
         done.set_result(None)
         return done
@@ -233,10 +238,10 @@ class _IndexUnpickler(pickle.Unpickler):
         raise CheckpointError(f"the index of the distributed checkpoint names {module}.{name}, which is never run")
 
 
-def _loaded(path: Path, part: io.BytesIO) -> Any:
+def _load_entry(path: Path, part: io.BytesIO) -> Any:
     """What one entry holds: plain data or a tensor."""
     check_archive(path, part)
-    said = check_zip_claims(path, part)
+    summary = check_zip_pickle(path, part)
     part.seek(0)
     with plain_globals() as restored, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns of what it then refuses
@@ -247,11 +252,11 @@ def _loaded(path: Path, part: io.BytesIO) -> Any:
                 "never run: save tensors and plain data alone"
             )
         part.seek(0)
-        check_calls(path, said, names_allowed_by_user())
+        check_calls(path, summary, user_safe_globals())
         return restored(torch.load(part, map_location="cpu", weights_only=True))
 
 
-def _fill(path: Path, item: ReadItem, stored: Any, planner: LoadPlanner) -> None:
+def _copy_chunk(path: Path, item: ReadItem, stored: Any, planner: LoadPlanner) -> None:
     """Copy a chunk to its place, if it is what the index says: copying would convert types and repeat numbers."""
     target = planner.resolve_tensor(item).detach()
     if not isinstance(stored, torch.Tensor) or (stored.shape, stored.dtype) != (target.shape, target.dtype):
@@ -264,13 +269,13 @@ def _fill(path: Path, item: ReadItem, stored: Any, planner: LoadPlanner) -> None
     planner.commit_tensor(item, target)
 
 
-def _records(module: Any, names: tuple[str, ...]) -> dict[str, Any]:
+def _collect_classes(module: Any, names: tuple[str, ...]) -> dict[str, Any]:
     found = {name: getattr(module, name, None) for name in names}
     return {f"{module.__name__}.{name}": value for name, value in found.items() if value is not None}
 
 
 _INDEX_CLASSES: Mapping[str, Any] = {
-    **_records(
+    **_collect_classes(
         metadata,
         (
             "BytesStorageMetadata",
@@ -283,10 +288,10 @@ _INDEX_CLASSES: Mapping[str, Any] = {
             "_MEM_FORMAT_ENCODING",
         ),
     ),
-    **_records(filesystem, ("_StorageInfo", "_StoragePrefix")),
-    **_records(torch.serialization, ("_get_layout",)),
-    **_records(torch, ("Size",)),
-    **_records(collections, ("OrderedDict",)),
+    **_collect_classes(filesystem, ("_StorageInfo", "_StoragePrefix")),
+    **_collect_classes(torch.serialization, ("_get_layout",)),
+    **_collect_classes(torch, ("Size",)),
+    **_collect_classes(collections, ("OrderedDict",)),
     **path_globals(),
 }
 
@@ -295,36 +300,36 @@ def _check_sizes(folder: Path, index: metadata.Metadata) -> None:
     """Refuse an index whose tensors are larger than the files: torch would allocate whatever it claims."""
     tensors = [e for e in index.state_dict_metadata.values() if isinstance(e, metadata.TensorStorageMetadata)]
     claimed = sum(math.prod(entry.size) * entry.properties.dtype.itemsize for entry in tensors)
-    there = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
-    if claimed > there:
+    actual = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
+    if claimed > actual:
         raise CheckpointError(
-            f"{folder}: its index claims tensors of {claimed:,} bytes, the files have {there:,}: truncated or damaged, "
+            f"{folder}: its index claims tensors of {claimed:,} bytes, the files have {actual:,}: truncated or damaged, "
             "copy it again"
         )
 
 
-def _place_for(entry: Any) -> Any:
+def _allocate_target(entry: Any) -> Any:
     if isinstance(entry, metadata.TensorStorageMetadata):
         return torch.empty(entry.size, dtype=entry.properties.dtype)
-    return _VALUE
+    return _NON_TENSOR
 
 
-def _put(content: dict[Any, Any], path: tuple[Any, ...], value: Any) -> None:
-    *above, last = path
-    for key in above:
+def _insert(content: dict[Any, Any], path: tuple[Any, ...], value: Any) -> None:
+    *parents, last = path
+    for key in parents:
         content = content.setdefault(key, {})
     if last in content:
         raise CheckpointError(f"the index of the distributed checkpoint puts two entries at {path!r:.80}: damaged")
     content[last] = value
 
 
-def _as_saved(value: Any) -> Any:
+def _restore_structure(value: Any) -> Any:
     """Mappings whose keys are 0, 1, 2, ... were lists, and the state of an optimizer is by number: the format has
     names only.
     """
     if not isinstance(value, dict):
         return value
-    inner = {key: _as_saved(item) for key, item in value.items()}
+    inner = {key: _restore_structure(item) for key, item in value.items()}
     if inner and [*inner] == [*range(len(inner))]:
         return list(inner.values())
     if isinstance(inner.get("state"), dict) and "param_groups" in inner:
@@ -334,7 +339,7 @@ def _as_saved(value: Any) -> Any:
 
 
 @contextmanager
-def _one_process() -> Iterator[None]:
+def _suppress_single_process_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         warnings.filterwarnings("ignore", message="TypedStorage is deprecated")

@@ -49,7 +49,7 @@ def find_shards(folder: Path) -> Shards | None:
     for names, kind in ((_SAFETENSORS, "safetensors"), (_TORCH, "torch")):
         for name in names:
             if (folder / name).is_file():
-                return _indexed(folder, name, kind) if name.endswith(".json") else _single(folder, name, kind)  # type: ignore[arg-type]
+                return _find_indexed(folder, name, kind) if name.endswith(".json") else _find_single(folder, name, kind)  # type: ignore[arg-type]
     return None
 
 
@@ -71,16 +71,16 @@ def check_links(folder: Path) -> None:
                 raise CheckpointError(f"{entry}: a link out of the folder, to {target}: copy that file there, by cp -L")
 
 
-def shard_of(key: str, shards: Shards) -> str:
+def assign_shard(key: str, shards: Shards) -> str:
     """Return the file that `key` belongs into: its own, else the one that holds its module or the nearest around it."""
     owner = key
     while owner:
         if owner in shards.weight_map:
             return shards.weight_map[owner]
         owner = owner.rpartition(".")[0]
-        held = next((name for known, name in shards.weight_map.items() if known.startswith(f"{owner}.")), None)
-        if held is not None:
-            return held
+        known_keys = next((name for known, name in shards.weight_map.items() if known.startswith(f"{owner}.")), None)
+        if known_keys is not None:
+            return known_keys
     return shards.files[0]
 
 
@@ -92,29 +92,29 @@ def write_index(folder: Path, shards: Shards, weight_map: Mapping[str, str], ten
         "total_size": sum(tensor.nbytes for tensor in tensors.values()),
         "total_parameters": sum(tensor.numel() for tensor in tensors.values()),
     }
-    noted = {**shards.metadata, **{key: value for key, value in sizes.items() if key in shards.metadata}}
-    index = {"metadata": noted, "weight_map": dict(weight_map)}
+    recorded = {**shards.metadata, **{key: value for key, value in sizes.items() if key in shards.metadata}}
+    index = {"metadata": recorded, "weight_map": dict(weight_map)}
     (folder / shards.index).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def texts_beside(folder: Path) -> list[str]:
+def list_text_files(folder: Path) -> list[str]:
     """Return the names of configurations and texts in a folder, the record and the index of shards among them."""
     return sorted(entry.name for entry in folder.iterdir() if entry.is_file() and entry.suffix in _COPIED)
 
 
-def copy_rest(source: Path, folder: Path, shards: Shards | None) -> None:
+def copy_other_files(source: Path, folder: Path, shards: Shards | None) -> None:
     """Copy configurations and texts that lie beside the weights of `source`."""
     own = {RECORD, *(shards.files if shards else ()), shards.index if shards else None}
-    for name in texts_beside(source):
+    for name in list_text_files(source):
         if name not in own:
             shutil.copyfile(source / name, folder / name)
 
 
-def _single(folder: Path, name: str, kind: ShardKind) -> Shards:
+def _find_single(folder: Path, name: str, kind: ShardKind) -> Shards:
     return Shards(folder, kind, None, (name,), {}, {})
 
 
-def _indexed(folder: Path, name: str, kind: ShardKind) -> Shards:
+def _find_indexed(folder: Path, name: str, kind: ShardKind) -> Shards:
     path = folder / name
     try:
         index = json.loads(path.read_text(encoding="utf-8"))

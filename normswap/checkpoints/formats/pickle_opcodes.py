@@ -10,20 +10,20 @@ from collections.abc import Callable, Sequence
 from typing import IO, Any, NamedTuple
 
 
-class Name(NamedTuple):
+class GlobalName(NamedTuple):
     """A global that a pickle names: `module.attribute`."""
 
     text: str
 
 
-class Tuple(NamedTuple):
+class TupleValue(NamedTuple):
     """A tuple, and how many entries it has once all tuples in it are counted wherever they are used again."""
 
     items: Sequence[Any]
-    unfolded: int
+    num_entries: int
 
 
-class Storage(NamedTuple):
+class StorageClaim(NamedTuple):
     """The claim that so many elements of a storage class lie under `key`."""
 
     kind: str
@@ -31,22 +31,22 @@ class Storage(NamedTuple):
     elements: int
 
 
-class Rebuilt(NamedTuple):
+class TensorClaim(NamedTuple):
     """The claim that a tensor is a view of a storage: from which element on, of which shape, in which steps."""
 
-    storage: Storage
+    storage: StorageClaim
     offset: int
     shape: tuple[int, ...]
     stride: tuple[int, ...]
 
 
-class Made(NamedTuple):
+class CallResult(NamedTuple):
     """Whatever a call of the global `by` returns."""
 
     by: str
 
 
-class Said(NamedTuple):
+class PickleSummary(NamedTuple):
     """What a pickle says: names of code, which of them it calls, storages, tensors, entries of its largest tuple, the
     highest number under which it keeps something, and whether it has an end.
 
@@ -55,46 +55,46 @@ class Said(NamedTuple):
     """
 
     names: frozenset[str]
-    called: frozenset[str]
-    storages: tuple[Storage, ...]
-    tensors: tuple[Rebuilt, ...]
-    largest_tuple: int
-    highest_place: int
-    whole: bool
+    called_names: frozenset[str]
+    storages: tuple[StorageClaim, ...]
+    tensors: tuple[TensorClaim, ...]
+    max_tuple_entries: int
+    max_memo_index: int
+    is_complete: bool
 
 
 class _Mark:
     pass
 
 
-UNCLEAR = ""
-_OF_STORAGE = re.compile(r"torch\._utils\._rebuild_q?tensor")
-_WITH_ATTRIBUTES = "torch._tensor._rebuild_from_type_v2"
+UNRESOLVED = ""
+_REBUILD_TENSOR = re.compile(r"torch\._utils\._rebuild_q?tensor")
+_REBUILD_WITH_ATTRIBUTES = "torch._tensor._rebuild_from_type_v2"
 _MARK = _Mark()
-_OTHER = None  # a value of no interest here
+_PLACEHOLDER = None  # a value of no interest here
 _GETS, _PUTS = {"GET", "BINGET", "LONG_BINGET"}, {"PUT", "BINPUT", "LONG_BINPUT"}
 _TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
-def read_opcodes(file: IO[bytes]) -> Said:
+def summarize_pickle(file: IO[bytes]) -> PickleSummary:
     """Return what one pickle says; `file` then stands behind it, or where it is damaged."""
     reader = _Reader()
-    whole = False
+    is_complete = False
     try:
         for opcode, argument, _ in pickletools.genops(file):
-            whole = opcode.name == "STOP"
-            reader.follow(opcode, argument)
+            is_complete = opcode.name == "STOP"
+            reader.execute(opcode, argument)
     except Exception:  # noqa: BLE001 - what damaged bytes raise is anybody's guess
         pass
-    highest_place = max(reader.memo, default=0)
-    return Said(
+    max_memo_index = max(reader.memo, default=0)
+    return PickleSummary(
         frozenset(reader.names),
-        frozenset(reader.called),
+        frozenset(reader.called_names),
         tuple(reader.storages),
         tuple(reader.tensors),
-        reader.largest_tuple,
-        highest_place,
-        whole,
+        reader.max_tuple_entries,
+        max_memo_index,
+        is_complete,
     )
 
 
@@ -103,31 +103,31 @@ class _Reader:
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
         self.names: set[str] = set()
-        self.called: set[str] = set()
-        self.storages: list[Storage] = []
-        self.tensors: list[Rebuilt] = []
-        self.largest_tuple = 0
+        self.called_names: set[str] = set()
+        self.storages: list[StorageClaim] = []
+        self.tensors: list[TensorClaim] = []
+        self.max_tuple_entries = 0
 
-    def follow(self, opcode: pickletools.OpcodeInfo, argument: Any) -> None:
+    def execute(self, opcode: pickletools.OpcodeInfo, argument: Any) -> None:
         """Do to the stack what `opcode` does."""
         stack = self.stack
         if opcode.name in _PUTS:
             self.memo[int(argument)] = stack[-1]
         elif opcode.name in _GETS:
-            stack.append(self.memo.get(int(argument), _OTHER))
+            stack.append(self.memo.get(int(argument), _PLACEHOLDER))
         elif opcode.name == "MEMOIZE":
             self.memo[len(self.memo)] = stack[-1]
         elif opcode.name == "DUP":
             stack.append(stack[-1])
         else:
-            rule = _RULES[opcode.name]
-            taken = self._take(rule.under, down_to_mark=rule.down_to_mark)
-            if rule.left == 1:
-                stack.append(rule.make(self, taken, argument))
+            rule = _STACK_EFFECTS[opcode.name]
+            popped = self._pop(rule.num_popped, down_to_mark=rule.down_to_mark)
+            if rule.num_pushed == 1:
+                stack.append(rule.make(self, popped, argument))
             else:
-                stack.extend([_OTHER] * rule.left)
+                stack.extend([_PLACEHOLDER] * rule.num_pushed)
 
-    def _take(self, count: int, *, down_to_mark: bool) -> list[Any]:
+    def _pop(self, count: int, *, down_to_mark: bool) -> list[Any]:
         """Pop so many values and, above them, all down to the topmost mark; the mark itself goes too."""
         stack = self.stack
         above: list[Any] = []
@@ -136,72 +136,72 @@ class _Reader:
                 above.append(value)
         if count > len(stack):
             raise ValueError("the stack is empty")
-        taken = stack[len(stack) - count :]
+        popped = stack[len(stack) - count :]
         del stack[len(stack) - count :]
-        return taken + above[::-1]
+        return popped + above[::-1]
 
-    def named(self, text: str) -> Name:
+    def record_global(self, text: str) -> GlobalName:
         self.names.add(text)
-        return Name(text)
+        return GlobalName(text)
 
-    def tuple_of(self, items: list[Any]) -> Tuple:
-        made = Tuple(items, 1 + sum(item.unfolded if isinstance(item, Tuple) else 1 for item in items))
-        self.largest_tuple = max(self.largest_tuple, made.unfolded)
-        return made
+    def make_tuple(self, items: list[Any]) -> TupleValue:
+        value = TupleValue(items, 1 + sum(item.num_entries if isinstance(item, TupleValue) else 1 for item in items))
+        self.max_tuple_entries = max(self.max_tuple_entries, value.num_entries)
+        return value
 
-    def storage_of(self, saved: Any) -> Any:
+    def record_storage(self, saved: Any) -> Any:
         # ("storage", class, key, device, elements) and, in legacy files, which part of another one it is
         match saved:
-            case Tuple(items=["storage", Name(text=kind), str(key), _, int(elements), *_]):
-                self.storages.append(Storage(kind, key, elements))
+            case TupleValue(items=["storage", GlobalName(text=kind), str(key), _, int(elements), *_]):
+                self.storages.append(StorageClaim(kind, key, elements))
                 return self.storages[-1]
-        self.called.add(UNCLEAR)
-        return _OTHER
+        self.called_names.add(UNRESOLVED)
+        return _PLACEHOLDER
 
-    def built(self, function: Any, arguments: Any) -> Any:
-        name = function.text if isinstance(function, Name) else UNCLEAR
-        self.called.add(name)
-        items = arguments.items if isinstance(arguments, Tuple) else ()
-        if name == _WITH_ATTRIBUTES and len(items) > 2:  # (function, class, its arguments, attributes)
-            return self.built(items[0], items[2])
+    def record_call(self, function: Any, arguments: Any) -> Any:
+        name = function.text if isinstance(function, GlobalName) else UNRESOLVED
+        self.called_names.add(name)
+        items = arguments.items if isinstance(arguments, TupleValue) else ()
+        if name == _REBUILD_WITH_ATTRIBUTES and len(items) > 2:  # (function, class, its arguments, attributes)
+            return self.record_call(items[0], items[2])
         # torch._utils._rebuild_tensor_v2(storage, offset, shape, stride, ...) and its kin
-        if _OF_STORAGE.match(name):
-            self.seen_as(items)
+        if _REBUILD_TENSOR.match(name):
+            self.record_tensor(items)
         # bytearray("text", "latin-1") is what is pickled; bytearray(10**12) is a bomb.
-        if name.endswith(".bytearray") and items and not isinstance(items[0], str | Made):
-            self.called.add(UNCLEAR)
-        return Made(name)
+        if name.endswith(".bytearray") and items and not isinstance(items[0], str | CallResult):
+            self.called_names.add(UNRESOLVED)
+        return CallResult(name)
 
-    def given(self, inst: Any, state: Any) -> Any:
+    def record_state(self, inst: Any, state: Any) -> Any:
         # What a tensor is given is another view of a storage.
-        if isinstance(inst, Made) and inst.by.startswith("torch."):
-            self.seen_as(state.items if isinstance(state, Tuple) else ())
+        if isinstance(inst, CallResult) and inst.by.startswith("torch."):
+            self.record_tensor(state.items if isinstance(state, TupleValue) else ())
         return inst
 
-    def seen_as(self, items: Sequence[Any]) -> None:
+    def record_tensor(self, items: Sequence[Any]) -> None:
         match items:
-            case [Storage() as storage, int(offset), Tuple(items=shape), Tuple(items=stride), *_] if all(
+            case [StorageClaim() as storage, int(offset), TupleValue(items=shape), TupleValue(items=stride), *_] if all(
                 isinstance(number, int) for number in (*shape, *stride)
             ):
-                self.tensors.append(Rebuilt(storage, offset, tuple(shape), tuple(stride)))
+                self.tensors.append(TensorClaim(storage, offset, tuple(shape), tuple(stride)))
             case _:
-                self.called.add(UNCLEAR)
+                self.called_names.add(UNRESOLVED)
 
 
-class _Rule(NamedTuple):
+class _StackEffect(NamedTuple):
     """How many values an opcode takes, whether all above a mark too, how many it leaves, and what the only one is."""
 
-    under: int
+    num_popped: int
     down_to_mark: bool
-    left: int
+    num_pushed: int
     make: "_Maker"
 
 
 _Maker = Callable[[_Reader, list[Any], Any], Any]
 
 
-def _nothing(_reader: _Reader, _taken: list[Any], _argument: Any) -> Any:
-    return _OTHER
+def _make_placeholder(_reader: _Reader, _taken: list[Any], _argument: Any) -> Any:
+    return _PLACEHOLDER
 
 
 def _argument(_reader: _Reader, _taken: list[Any], argument: Any) -> Any:
@@ -209,16 +209,16 @@ def _argument(_reader: _Reader, _taken: list[Any], argument: Any) -> Any:
 
 
 _MAKERS: dict[str, _Maker] = {
-    "MARK": lambda reader, taken, argument: _MARK,
-    "GLOBAL": lambda reader, taken, argument: reader.named(argument.replace(" ", ".", 1)),
-    "INST": lambda reader, taken, argument: reader.named(argument.replace(" ", ".", 1)),
-    "STACK_GLOBAL": lambda reader, taken, argument: reader.named(f"{taken[0]}.{taken[1]}"),
-    "TUPLE": lambda reader, taken, argument: reader.tuple_of(taken),
-    "BINPERSID": lambda reader, taken, argument: reader.storage_of(taken[0]),
-    "REDUCE": lambda reader, taken, argument: reader.built(taken[0], taken[1]),
-    "NEWOBJ": lambda reader, taken, argument: reader.built(taken[0], taken[1]),
-    "BUILD": lambda reader, taken, argument: reader.given(taken[0], taken[1]),
-    **{name: (lambda reader, taken, argument: reader.tuple_of(taken)) for name in _TUPLES},
+    "MARK": lambda reader, popped, argument: _MARK,
+    "GLOBAL": lambda reader, popped, argument: reader.record_global(argument.replace(" ", ".", 1)),
+    "INST": lambda reader, popped, argument: reader.record_global(argument.replace(" ", ".", 1)),
+    "STACK_GLOBAL": lambda reader, popped, argument: reader.record_global(f"{popped[0]}.{popped[1]}"),
+    "TUPLE": lambda reader, popped, argument: reader.make_tuple(popped),
+    "BINPERSID": lambda reader, popped, argument: reader.record_storage(popped[0]),
+    "REDUCE": lambda reader, popped, argument: reader.record_call(popped[0], popped[1]),
+    "NEWOBJ": lambda reader, popped, argument: reader.record_call(popped[0], popped[1]),
+    "BUILD": lambda reader, popped, argument: reader.record_state(popped[0], popped[1]),
+    **{name: (lambda reader, popped, argument: reader.make_tuple(popped)) for name in _TUPLES},
     **{
         opcode.name: _argument
         for opcode in pickletools.opcodes
@@ -228,11 +228,11 @@ _MAKERS: dict[str, _Maker] = {
 }
 
 
-def _rule(opcode: pickletools.OpcodeInfo) -> _Rule:
+def _stack_effect(opcode: pickletools.OpcodeInfo) -> _StackEffect:
     before = opcode.stack_before
     marked = pickletools.markobject in before
     count = before.index(pickletools.markobject) if marked else len(before)
-    return _Rule(count, marked, len(opcode.stack_after), _MAKERS.get(opcode.name, _nothing))
+    return _StackEffect(count, marked, len(opcode.stack_after), _MAKERS.get(opcode.name, _make_placeholder))
 
 
-_RULES = {opcode.name: _rule(opcode) for opcode in pickletools.opcodes}
+_STACK_EFFECTS = {opcode.name: _stack_effect(opcode) for opcode in pickletools.opcodes}

@@ -21,7 +21,7 @@ import numpy
 import torch
 from numpy.typing import NDArray
 
-from normswap.checkpoints.formats.pickle_opcodes import read_opcodes
+from normswap.checkpoints.formats.pickle_opcodes import summarize_pickle
 from normswap.errors import CheckpointError
 from normswap.text import first_line
 
@@ -38,10 +38,10 @@ _NATIVE = "<" if sys.byteorder == "little" else ">"
 _BYTE_ORDERS = ("<", ">", "|", "=")
 _ARRAY_STATE, _DTYPE_STATE = 1, 3  # versions of the states that numpy 1 and 2 write
 _PLAIN_DTYPE_STATE = (None, None, None, -1, -1, 0)  # of no parts and no flags
-_MOST_DIMENSIONS = 32
+_MAX_DIMENSIONS = 32
 _DATE_BYTES, _DATETIME_BYTES = 4, 10
 _FOLD = 0x80  # of the month in the bytes of a datetime
-_MOST_OF_A_RANGE = 1_000_000
+_MAX_RANGE_LENGTH = 1_000_000
 
 
 class Dtype:
@@ -62,7 +62,7 @@ class Dtype:
             _refuse(f"a numpy type of the byte order {state[1]!r:.40}")
         self._order = state[1]
 
-    def numbers(self, data: bytes) -> "NDArray[Any]":
+    def to_array(self, data: bytes) -> "NDArray[Any]":
         """Return the numbers in `data`, one after the other, as an array of its own."""
         if self._name == "b1" and data.translate(None, b"\0\1"):
             _refuse("a numpy array of truth values that are neither")
@@ -99,10 +99,10 @@ class Array:
 
     def __setstate__(self, state: Any) -> None:
         match state:
-            case (int(version), tuple(shape), Dtype() as dtype, bool() | int() as by_columns, bytes(data)) if (
+            case (int(version), tuple(shape), Dtype() as dtype, bool() | int() as fortran_order, bytes(data)) if (
                 version == _ARRAY_STATE
             ):
-                self.value = _array(shape, dtype, data, by_columns=bool(by_columns))
+                self.value = _build_array(shape, dtype, data, fortran_order=bool(fortran_order))
             case _:
                 _refuse("a numpy array that is not described as one of plain numbers")
 
@@ -111,14 +111,14 @@ class PlainArrays:
     """The constructor of numpy arrays for one file, and the arrays it made."""
 
     def __init__(self) -> None:
-        self._made: list[Array] = []
+        self._arrays: list[Array] = []
 
     def reconstruct(self, kind: Any, shape: Any, code: Any) -> Array:
         """Stand for `numpy.core.multiarray._reconstruct`: an empty array, which a state will describe."""
         if kind is not ArrayMark:
             _refuse("a numpy array of another class than numpy.ndarray")
-        self._made.append(Array())
-        return self._made[-1]
+        self._arrays.append(Array())
+        return self._arrays[-1]
 
     def restored(self, content: Any) -> Any:
         """Return `content` with all arrays in their places: containers are changed as they are.
@@ -128,7 +128,7 @@ class PlainArrays:
         """
         restorer = _Restorer()
         result = restorer.restored(content)
-        if any(array.value is None or id(array) not in restorer.placed for array in self._made):
+        if any(array.value is None or id(array) not in restorer.placed for array in self._arrays):
             _refuse("a numpy array without values, or in a place where none is expected")
         return result
 
@@ -137,7 +137,7 @@ def scalar(dtype: Any, data: Any = b"") -> Any:
     """Stand for `numpy.core.multiarray.scalar`: a number of numpy."""
     if not isinstance(dtype, Dtype) or type(data) is not bytes or len(data) != dtype.itemsize:
         _refuse("a numpy number whose bytes do not fit its type")
-    return dtype.numbers(data)[0]
+    return dtype.to_array(data)[0]
 
 
 def date(*fields: Any) -> datetime.date:
@@ -145,7 +145,7 @@ def date(*fields: Any) -> datetime.date:
     if len(fields) == 1 and type(fields[0]) is bytes and len(fields[0]) == _DATE_BYTES:
         high, low, *rest = fields[0]
         fields = (high << 8 | low, *rest)
-    return datetime.date(*_integers(fields))
+    return datetime.date(*_check_integers(fields))
 
 
 def date_and_time(*fields: Any) -> datetime.datetime:
@@ -171,9 +171,9 @@ def date_and_time(*fields: Any) -> datetime.datetime:
 
 def bounded_range(*bounds: Any) -> range:
     """Stand for `range`: one that is no bomb for whoever makes a list of it."""
-    found = range(*_integers(bounds))
-    if found and abs(found[-1] - found[0]) // abs(found.step) >= _MOST_OF_A_RANGE:
-        _refuse(f"a range of more than {_MOST_OF_A_RANGE:,} numbers")
+    found = range(*_check_integers(bounds))
+    if found and abs(found[-1] - found[0]) // abs(found.step) >= _MAX_RANGE_LENGTH:
+        _refuse(f"a range of more than {_MAX_RANGE_LENGTH:,} numbers")
     return found
 
 
@@ -184,18 +184,18 @@ def empty_bytes(*arguments: Any) -> bytes:
     return b""
 
 
-def _array(shape: tuple[Any, ...], dtype: Dtype, data: bytes, *, by_columns: bool) -> "NDArray[Any]":
-    if len(shape) > _MOST_DIMENSIONS or any(type(length) is not int or length < 0 for length in shape):
+def _build_array(shape: tuple[Any, ...], dtype: Dtype, data: bytes, *, fortran_order: bool) -> "NDArray[Any]":
+    if len(shape) > _MAX_DIMENSIONS or any(type(length) is not int or length < 0 for length in shape):
         _refuse(f"a numpy array of the shape {shape!r:.60}")
     expected = dtype.itemsize
     for length in shape:
         expected *= length
     if expected != len(data):
         _refuse(f"a numpy array of the shape {shape!r:.60} whose {len(data):,} bytes do not fit it")
-    return dtype.numbers(data).reshape(shape, order="F" if by_columns else "C")
+    return dtype.to_array(data).reshape(shape, order="F" if fortran_order else "C")
 
 
-def _integers(values: tuple[Any, ...]) -> tuple[int, ...]:
+def _check_integers(values: tuple[Any, ...]) -> tuple[int, ...]:
     if any(type(value) is not int for value in values):
         _refuse(f"{values!r:.60} where whole numbers are expected")
     return values
@@ -206,7 +206,7 @@ def _refuse(what: str) -> NoReturn:
 
 
 # What a file means that stores one of these themselves, such as the default of an option.
-_STANDS_FOR: dict[Any, Any] = {
+_REPLACED_BY: dict[Any, Any] = {
     ArrayMark: numpy.ndarray,
     Dtype: numpy.dtype,
     date: datetime.date,
@@ -229,8 +229,8 @@ class _Restorer:
             self.placed.add(id(value))
         if isinstance(value, Array | Dtype):
             return value.value
-        if isinstance(value, type | FunctionType) and value in _STANDS_FOR:
-            return _STANDS_FOR[value]
+        if isinstance(value, type | FunctionType) and value in _REPLACED_BY:
+            return _REPLACED_BY[value]
         if id(value) in self._done:
             return self._done[id(value)][1]
         if type(value) is tuple:
@@ -239,14 +239,14 @@ class _Restorer:
             self._done[id(value)] = (value, value if same else tuple(items))
             return self._done[id(value)][1]
         self._done[id(value)] = (value, value)
-        for holder, key, item in _entries(value):
+        for holder, key, item in _iter_entries(value):
             changed = self.restored(item)
             if changed is not item:
                 holder[key] = changed
         return value
 
 
-def _entries(value: Any) -> Iterator[tuple[Any, Any, Any]]:
+def _iter_entries(value: Any) -> Iterator[tuple[Any, Any, Any]]:
     """What a list, a mapping or the attributes of a plain object hold: holder, key and item."""
     if isinstance(value, list):
         yield from ((value, index, item) for index, item in enumerate(value))
@@ -261,7 +261,7 @@ def _entries(value: Any) -> Iterator[tuple[Any, Any, Any]]:
 _NUMPY_CORES = ("numpy.core.multiarray", "numpy._core.multiarray")
 _PATH_MODULES = ("pathlib", "pathlib._local")
 # By the name in a file: what checks its arguments itself, or does nothing with them.
-_VALUES: dict[str, Any] = {
+_SAFE_TYPES: dict[str, Any] = {
     "argparse.Namespace": argparse.Namespace,
     "types.SimpleNamespace": SimpleNamespace,
     "collections.defaultdict": collections.defaultdict,
@@ -270,7 +270,7 @@ _VALUES: dict[str, Any] = {
     **{f"builtins.{kind.__name__}": kind for kind in (frozenset, slice, list, dict, int, float, str, bool, tuple)},
 }
 # And what stands for a constructor that trusts its arguments.
-_CHECKED: dict[str, Any] = {
+_CHECKED_CONSTRUCTORS: dict[str, Any] = {
     "datetime.datetime": date_and_time,
     "datetime.date": date,
     "builtins.range": bounded_range,
@@ -280,7 +280,7 @@ _CHECKED: dict[str, Any] = {
     **{f"{core}.scalar": scalar for core in _NUMPY_CORES},
 }
 
-_NOT_KEPT = re.compile(r"(builtins|traceback|numpy|torch\.nested|torch\.distributed|torch\._dynamo)\b")
+_UNSAFE_MODULES = re.compile(r"(builtins|traceback|numpy|torch\.nested|torch\.distributed|torch\._dynamo)\b")
 
 
 @contextmanager
@@ -290,40 +290,40 @@ def plain_globals() -> Iterator[Callable[[Any], Any]]:
     Yields:
         What puts numpy arrays into a content that was loaded in the block; call it on each.
     """
-    arrays = PlainArrays()
-    allowed = _allowed(arrays)
+    array_registry = PlainArrays()
+    allowed = _allowed_globals(array_registry)
     own = torch.serialization.get_safe_globals()
-    kept = [entry for entry in own if _name_of(entry) in names_allowed_by_user()]
+    kept = [entry for entry in own if _qualified_name(entry) in user_safe_globals()]
     torch.serialization.clear_safe_globals()
     torch.serialization.add_safe_globals([*kept, *((value, name) for name, value in allowed.items())])
     try:
-        yield arrays.restored
+        yield array_registry.restored
     finally:
         torch.serialization.clear_safe_globals()
         torch.serialization.add_safe_globals(own)
 
 
-def names_allowed_by_user() -> set[str]:
+def user_safe_globals() -> set[str]:
     """Return the names that `torch.serialization.add_safe_globals` was given, without those that are not harmless.
 
     Packages add names too: torch its exceptions, nested and distributed tensors, others the constructors of numpy.
     """
-    names = {_name_of(entry) for entry in torch.serialization.get_safe_globals()}
-    return {name for name in names if not _NOT_KEPT.match(name)} - plain_names()
+    names = {_qualified_name(entry) for entry in torch.serialization.get_safe_globals()}
+    return {name for name in names if not _UNSAFE_MODULES.match(name)} - plain_global_names()
 
 
-def plain_names() -> set[str]:
+def plain_global_names() -> set[str]:
     """Return the full names that `plain_globals` allows."""
-    return {*_allowed(PlainArrays())}
+    return {*_allowed_globals(PlainArrays())}
 
 
-def _allowed(arrays: PlainArrays) -> dict[str, Any]:
-    reconstruct = {f"{core}._reconstruct": arrays.reconstruct for core in _NUMPY_CORES}
+def _allowed_globals(array_registry: PlainArrays) -> dict[str, Any]:
+    reconstruct = {f"{core}._reconstruct": array_registry.reconstruct for core in _NUMPY_CORES}
     # An array is given its state only if its class is listed; no file can name it, since names in files have a dot.
-    return {**_VALUES, **_CHECKED, **reconstruct, **path_globals(), "Array": Array}
+    return {**_SAFE_TYPES, **_CHECKED_CONSTRUCTORS, **reconstruct, **path_globals(), "Array": Array}
 
 
-def _name_of(entry: Any) -> str:
+def _qualified_name(entry: Any) -> str:
     return str(entry[1]) if isinstance(entry, tuple) else f"{entry.__module__}.{entry.__qualname__}"
 
 
@@ -345,7 +345,7 @@ def _path_classes() -> dict[str, type]:
 
 # Whose globals are listed last, since every pickled network names hundreds of them.
 _EXPECTED_MODULES = {"torch", "timm", "torchvision", "normswap", "collections"}
-_HARMLESS = (
+_ALLOWED_GLOBALS = (
     r"torch\._utils\._rebuild_|torch\.(storage\.)?\w*Storage$|collections\.OrderedDict$|torch\.Size$|"
     r"__builtin__\.set$|torch\.\w*\d+$|_codecs\.encode$"
 )
@@ -355,17 +355,17 @@ def blocked_globals(pickles: Iterable[IO[bytes]]) -> list[str]:
     """Return the globals that these pickles name and that are not known to be harmless, the unexpected ones first."""
     found: set[str] = set()
     for pickle in pickles:
-        found |= read_opcodes(pickle).names
-    harmless = plain_names()
-    blocked = (name for name in found if not re.match(_HARMLESS, name) and _modern(name) not in harmless)
+        found |= summarize_pickle(pickle).names
+    harmless = plain_global_names()
+    blocked = (name for name in found if not re.match(_ALLOWED_GLOBALS, name) and _modernize_name(name) not in harmless)
     return sorted(blocked, key=lambda name: (name.partition(".")[0] in _EXPECTED_MODULES, name))
 
 
-def told_by_torch(error: BaseException) -> str:
+def torch_error_message(error: BaseException) -> str:
     """Return the heart of torch's long advice, in one line."""
     return first_line(Exception(str(error).partition("WeightsUnpickler error:")[2] or first_line(error)))
 
 
-def _modern(name: str) -> str:
+def _modernize_name(name: str) -> str:
     """Pickles of protocol 2 use the module names of Python 2."""
     return name.replace("__builtin__.", "builtins.")

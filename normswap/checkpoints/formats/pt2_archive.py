@@ -18,17 +18,17 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from normswap.checkpoints.formats.archive_checks import check_size
+from normswap.checkpoints.formats.archive_checks import check_tensor_size
 from normswap.checkpoints.formats.hf_folder import RECORD
 from normswap.errors import CheckpointError
-from normswap.surgery.graphs.exported_program import silence
+from normswap.surgery.graphs.exported_program import suppress_output
 from normswap.text import first_line
 
-_MODELS, _CONFIG, _COMPILED = "models/", "data/weights/{}_weights_config.json", "data/aotinductor/"
+_MODELS_FOLDER, _CONFIG_FILE, _COMPILED_FOLDER = "models/", "data/weights/{}_weights_config.json", "data/aotinductor/"
 _WEIGHTS = "data/weights/"
 # Where the record lies: among what torch.export.load hands out as `extra_files`.
 RECORD_ENTRY = f"extra/{RECORD}"
-_OLDER = ("data/weights/{}.pt", "serialized_state_dict.pt")
+_LEGACY_WEIGHT_FILES = ("data/weights/{}.pt", "serialized_state_dict.pt")
 
 # Of torch._export.serde.schema, whose numbers are the format's: ScalarType and Layout.
 _DTYPES = {
@@ -54,7 +54,7 @@ _DTYPES = {
     34: torch.uint32,
     35: torch.uint64,
 }
-_STRIDED = 7
+_STRIDED_LAYOUT = 7
 
 
 class Program(NamedTuple):
@@ -88,14 +88,14 @@ def read_weights(path: Path) -> "OrderedDict[str, Any]":
     with zipfile.ZipFile(path) as archive:
         root = archive.namelist()[0].partition("/")[0]
         sizes = {member.filename.removeprefix(f"{root}/"): member.file_size for member in archive.infolist()}
-        views = {name: _views(path, archive, root, name, sizes) for name in _model_names(path, sizes)}
+        views = {name: _read_views(path, archive, root, name, sizes) for name in _model_names(path, sizes)}
         storages: dict[str, Tensor] = {}
         for view in (view for found in views.values() for view in found.values()):
             if view.record not in storages:
                 data = bytearray(archive.read(f"{root}/{view.record}"))
                 storages[view.record] = torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0)
     states = OrderedDict(
-        (model, OrderedDict((name, _tensor(view, storages[view.record])) for name, view in found.items()))
+        (model, OrderedDict((name, _make_tensor(view, storages[view.record])) for name, view in found.items()))
         for model, found in views.items()
     )
     return states if len(states) > 1 else next(iter(states.values()))
@@ -111,14 +111,14 @@ def load_program(path: Path) -> Program:
     with zipfile.ZipFile(path) as archive:
         root = archive.namelist()[0].partition("/")[0]
         names = [name.removeprefix(f"{root}/") for name in archive.namelist()]
-    models = [name for name in names if name.startswith(_MODELS)]
+    models = [name for name in names if name.startswith(_MODELS_FOLDER)]
     if len(models) > 1:
         raise CheckpointError(
             f"{path}: {len(models)} programs in one archive: save each by torch.export.save, or convert the weights of "
             "one with architecture='timm:NAME' and entry='NAME'"
         )
     try:
-        with silence(), open(path, "rb") as file:
+        with suppress_output(), open(path, "rb") as file:
             program = torch.export.load(file, extra_files=extra)
     except Exception as error:  # what a damaged or hostile file raises is anybody's guess
         raise CheckpointError(
@@ -129,11 +129,11 @@ def load_program(path: Path) -> Program:
 
 def save_program(path: Path, program: Program) -> None:
     """Write a program with its extra files to `path`."""
-    with silence(), open(path, "wb") as file:
+    with suppress_output(), open(path, "wb") as file:
         torch.export.save(program.program, file, extra_files=dict(program.extra_files))
 
 
-def digest_of_members(path: Path) -> str:
+def digest_members(path: Path) -> str:
     """Return the SHA-256, as hexadecimal digits, of everything in an archive but the record: the graph, too."""
     digest = sha256()
     with zipfile.ZipFile(path) as archive:
@@ -148,11 +148,11 @@ def digest_of_members(path: Path) -> str:
 
 def _model_names(path: Path, sizes: Mapping[str, int]) -> list[str]:
     """The names of the programs in an archive whose weights lie there as raw bytes."""
-    names = [n.removeprefix(_MODELS).removesuffix(".json") for n in sizes if n.startswith(_MODELS)]
-    if any(older.format(name) in sizes for older in _OLDER for name in names or [""]):
+    names = [n.removeprefix(_MODELS_FOLDER).removesuffix(".json") for n in sizes if n.startswith(_MODELS_FOLDER)]
+    if any(older.format(name) in sizes for older in _LEGACY_WEIGHT_FILES for name in names or [""]):
         _refuse(path, "an exported program of an older torch, which pickled its weights", "convert the program")
     if not names:
-        what = "compiled code of AOTInductor" if any(n.startswith(_COMPILED) for n in sizes) else "an archive"
+        what = "compiled code of AOTInductor" if any(n.startswith(_COMPILED_FOLDER) for n in sizes) else "an archive"
         raise CheckpointError(
             f"{path}: {what} without an exported program, and so without norms: convert the Python model's "
             "state_dict(), then export or compile it again"
@@ -167,38 +167,40 @@ def _refuse(path: Path, what: str, do: str) -> NoReturn:
     )
 
 
-def _views(path: Path, archive: zipfile.ZipFile, root: str, model: str, sizes: Mapping[str, int]) -> dict[str, _View]:
+def _read_views(
+    path: Path, archive: zipfile.ZipFile, root: str, model: str, sizes: Mapping[str, int]
+) -> dict[str, _View]:
     """What the JSON of a program says of its weights, each held against the bytes that are there."""
-    config = json.loads(archive.read(f"{root}/{_CONFIG.format(model)}"))["config"]
+    config = json.loads(archive.read(f"{root}/{_CONFIG_FILE.format(model)}"))["config"]
     pickled = [name for name, entry in config.items() if entry["use_pickle"]]
     if pickled:
         _refuse(path, f"{len(pickled)} weights are pickled objects ({pickled[0][:80]!r})", "load the program")
-    views = {name: _view(path, name, entry) for name, entry in config.items()}
+    views = {name: _parse_view(path, name, entry) for name, entry in config.items()}
     for name, view in views.items():
-        _check(path, name, view, sizes.get(view.record))
+        _check_bounds(path, name, view, sizes.get(view.record))
     return views
 
 
-def _view(path: Path, name: str, entry: Mapping[str, Any]) -> _View:
+def _parse_view(path: Path, name: str, entry: Mapping[str, Any]) -> _View:
     meta = entry["tensor_meta"]
     dtype = _DTYPES.get(meta["dtype"])
-    if dtype is None or meta["layout"] != _STRIDED:
+    if dtype is None or meta["layout"] != _STRIDED_LAYOUT:
         raise CheckpointError(
             f"{path}: the weight {name[:80]!r} has the type {meta['dtype']} and the layout {meta['layout']} of "
             "torch.export, which are not known here: convert the Python model's state_dict()"
         )
-    shape, stride = (tuple(_number(size) for size in meta[key]) for key in ("sizes", "strides"))
-    return _View(_WEIGHTS + entry["path_name"], dtype, shape, stride, _number(meta["storage_offset"]))
+    shape, stride = (tuple(_parse_int(size) for size in meta[key]) for key in ("sizes", "strides"))
+    return _View(_WEIGHTS + entry["path_name"], dtype, shape, stride, _parse_int(meta["storage_offset"]))
 
 
-def _number(said: Mapping[str, Any]) -> int:
-    number = said["as_int"]
+def _parse_int(value_text: Mapping[str, Any]) -> int:
+    number = value_text["as_int"]
     if not isinstance(number, int) or isinstance(number, bool) or number < 0:
-        raise ValueError(f"expected a number, got {said!r:.80}")
+        raise ValueError(f"expected a number, got {value_text!r:.80}")
     return number
 
 
-def _check(path: Path, name: str, view: _View, size: int | None) -> None:
+def _check_bounds(path: Path, name: str, view: _View, size: int | None) -> None:
     """Refuse a tensor that reaches beyond its record, or is larger than any network in such a file."""
     if size is None or len(view.shape) != len(view.stride):
         raise ValueError(f"{name[:80]!r} has no record, or a shape and strides that do not fit")
@@ -209,9 +211,9 @@ def _check(path: Path, name: str, view: _View, size: int | None) -> None:
             f"{path}: the weight {name[:80]!r} claims {needed:,} bytes, its record has {size:,}: damaged or hostile, "
             "get the file again"
         )
-    check_size(path, view.shape, math.prod(view.shape) * view.dtype.itemsize)
+    check_tensor_size(path, view.shape, math.prod(view.shape) * view.dtype.itemsize)
 
 
-def _tensor(view: _View, storage: Tensor) -> Tensor:
+def _make_tensor(view: _View, storage: Tensor) -> Tensor:
     tensor = torch.empty(0, dtype=view.dtype)
     return tensor.set_(storage.untyped_storage(), view.offset, view.shape, view.stride)

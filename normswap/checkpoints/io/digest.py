@@ -13,17 +13,17 @@ import numpy
 import torch
 from torch import Tensor, nn
 
-from normswap.checkpoints.io.memory import let_go
+from normswap.checkpoints.io.memory import release_mapped_pages
 from normswap.errors import CheckpointError
 
 _CHUNK = 1 << 24
-_COMPARED = 1 << 18  # what two caches hold at once: larger pieces are compared at half the speed
+_COMPARE_CHUNK = 1 << 18  # what two caches hold at once: larger pieces are compared at half the speed
 # More than any training checkpoint holds.
-_MOST_LEAVES = 1_000_000
-_DEEPEST = 50
+_MAX_LEAVES = 1_000_000
+_MAX_DEPTH = 50
 
 
-def fingerprint(content: Any, *, forget: bool = False) -> str:
+def fingerprint(content: Any, *, release_pages: bool = False) -> str:
     """Return the SHA-256, as hexadecimal digits, of every name, tensor and plain value in `content`.
 
     Tensors count with dtype, shape and bytes; of a module its state dict counts. Values of other kinds count with
@@ -36,15 +36,15 @@ def fingerprint(content: Any, *, forget: bool = False) -> str:
         CheckpointError: the content has no end, or as good as none.
     """
     digest = hashlib.sha256()
-    for path, value in _forgotten(_leaves(content)) if forget else _leaves(content):
-        digest.update(f"{path}\0{_plain(value)}\0".encode())
+    for path, value in _release_after_use(_iter_leaves(content)) if release_pages else _iter_leaves(content):
+        digest.update(f"{path}\0{_describe_value(value)}\0".encode())
         if isinstance(value, Tensor):
             for chunk in _chunks(value, _CHUNK):
                 digest.update(chunk)
     return digest.hexdigest()
 
 
-def holds_the_same(content: Any, other: Any, *, forget: bool = False) -> bool:
+def contents_equal(content: Any, other: Any, *, release_pages: bool = False) -> bool:
     """Say whether two contents have the same fingerprint, at the speed of memory and without taking it.
 
     Args:
@@ -53,14 +53,18 @@ def holds_the_same(content: Any, other: Any, *, forget: bool = False) -> bool:
     Raises:
         CheckpointError: as `fingerprint`.
     """
-    leaves = _forgotten(_leaves(other)) if forget else _leaves(other)
+    leaves = _release_after_use(_iter_leaves(other)) if release_pages else _iter_leaves(other)
     return all(
-        path == place and _plain(value) == _plain(twin) and _has_same_bytes(value, twin)
-        for (path, value), (place, twin) in zip_longest(_leaves(content), leaves, fillvalue=("\0", None))
+        path == other_path
+        and _describe_value(value) == _describe_value(other_value)
+        and _bytes_equal(value, other_value)
+        for (path, value), (other_path, other_value) in zip_longest(
+            _iter_leaves(content), leaves, fillvalue=("\0", None)
+        )
     )
 
 
-def safetensors_holds(path: Path, tensors: Mapping[str, Tensor]) -> bool:
+def safetensors_equals(path: Path, tensors: Mapping[str, Tensor]) -> bool:
     """Say whether a safetensors file holds the bytes of these tensors and no others, streaming over the file."""
     with open(path, "rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
@@ -70,20 +74,20 @@ def safetensors_holds(path: Path, tensors: Mapping[str, Tensor]) -> bool:
             return False
         for name, entry in header.items():
             file.seek(8 + length + entry["data_offsets"][0])
-            for chunk in _chunks(tensors[name], _COMPARED):
+            for chunk in _chunks(tensors[name], _COMPARE_CHUNK):
                 if not numpy.array_equal(numpy.frombuffer(file.read(len(chunk)), numpy.uint8), chunk):
                     return False
     return True
 
 
-def _has_same_bytes(value: Any, twin: Any) -> bool:
+def _bytes_equal(value: Any, other_value: Any) -> bool:
     if not isinstance(value, Tensor):
         return True
-    pairs = zip(_chunks(value, _COMPARED), _chunks(twin, _COMPARED), strict=True)
+    pairs = zip(_chunks(value, _COMPARE_CHUNK), _chunks(other_value, _COMPARE_CHUNK), strict=True)
     return all(numpy.array_equal(one, other) for one, other in pairs)
 
 
-def _forgotten(leaves: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+def _release_after_use(leaves: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
     """The leaves, whose memory is given back in between, once they have been looked at."""
     read: list[Tensor] = []
     size = 0
@@ -93,33 +97,33 @@ def _forgotten(leaves: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
             read.append(value)
             size += value.nbytes
         if size > _CHUNK:
-            let_go(read)
+            release_mapped_pages(read)
             read, size = [], 0
 
 
-def _leaves(content: Any) -> Iterator[tuple[str, Any]]:
+def _iter_leaves(content: Any) -> Iterator[tuple[str, Any]]:
     """All values in a content by their place; one that holds itself, or the same ones over and over, has no end."""
-    open_ones = [iter([("", content)])]
+    stack = [iter([("", content)])]
     count = 0
-    while open_ones:
-        path, value = next(open_ones[-1], (None, None))
+    while stack:
+        path, value = next(stack[-1], (None, None))
         if path is None:
-            open_ones.pop()
+            stack.pop()
             continue
-        inside = _inside(value, path)
-        if inside is not None:
-            open_ones.append(inside)
+        children = _iter_children(value, path)
+        if children is not None:
+            stack.append(children)
         else:
             count += 1
             yield path, value
-        if len(open_ones) > _DEEPEST or count > _MOST_LEAVES:
+        if len(stack) > _MAX_DEPTH or count > _MAX_LEAVES:
             raise CheckpointError(
-                f"is nested more than {_DEEPEST} deep or holds more than {_MOST_LEAVES:,} values: save weights and "
+                f"is nested more than {_MAX_DEPTH} deep or holds more than {_MAX_LEAVES:,} values: save weights and "
                 "optimizer alone"
             )
 
 
-def _inside(value: Any, path: str) -> Iterator[tuple[str, Any]] | None:
+def _iter_children(value: Any, path: str) -> Iterator[tuple[str, Any]] | None:
     """What a value holds, by place, or None where it is a leaf."""
     if isinstance(value, nn.Module):
         value = value.state_dict()
@@ -133,7 +137,7 @@ def _inside(value: Any, path: str) -> Iterator[tuple[str, Any]] | None:
     return None
 
 
-def _plain(value: Any) -> str:
+def _describe_value(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"tensor {value.dtype} {tuple(value.shape)}"
     if isinstance(value, numpy.ndarray | numpy.generic):

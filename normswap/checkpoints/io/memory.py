@@ -15,10 +15,10 @@ from typing import Any
 # MERGED DOC: Memory of large tensors given back to the system when they are freed, not kept for the next ones.
 
 
-_MAPS = Path("/proc/self/maps")
+_PROC_MAPS = Path("/proc/self/maps")
 
 
-def let_go(values: Iterable[Any]) -> None:
+def release_mapped_pages(values: Iterable[Any]) -> None:
     """Give back the whole pages of those tensors that are mapped from a file; what else there is stays as it is.
 
     What was written into such a tensor since it was mapped would be lost: it must be as it came.
@@ -40,35 +40,35 @@ def let_go(values: Iterable[Any]) -> None:
 
 def _file_ranges() -> list[tuple[int, int]]:
     """Where in memory files are mapped, in ascending order."""
-    lines = (line.split() for line in _MAPS.read_text().splitlines())
+    lines = (line.split() for line in _PROC_MAPS.read_text().splitlines())
     # address, permissions, offset, device, inode: zero where there is no file.
     ranges = (fields[0].split("-") for fields in lines if fields[4] != "0")
     return [(int(start, 16), int(end, 16)) for start, end in ranges]
 
 
 def _is_inside(start: int, end: int, ranges: list[tuple[int, int]]) -> bool:
-    place = bisect_right(ranges, (start, sys.maxsize)) - 1
-    return place >= 0 and start < ranges[place][1] and end <= ranges[place][1]
+    index = bisect_right(ranges, (start, sys.maxsize)) - 1
+    return index >= 0 and start < ranges[index][1] and end <= ranges[index][1]
 
 
 # M_MMAP_THRESHOLD of malloc.h, and the largest size that glibc would come to by itself.
-_THRESHOLD = -3
-_LARGEST = 32 << 20
-_AT_ONCE = 128 << 10
+_M_MMAP_THRESHOLD = -3
+_MAX_THRESHOLD = 32 << 20
+_RETURN_THRESHOLD = 128 << 10
 
 
 @contextmanager
-def freed_at_once() -> Iterator[None]:
+def return_freed_memory() -> Iterator[None]:
     """Give back every block from 128 kB up as soon as it is freed; elsewhere than on glibc do nothing.
 
     A program that goes on afterwards keeps freed blocks up to 32 MB again, as it would have come to do.
     """
-    set_option = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform.startswith("linux") else None
-    if set_option is None:
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform.startswith("linux") else None
+    if mallopt is None:
         yield
         return
-    set_option(_THRESHOLD, _AT_ONCE)
+    mallopt(_M_MMAP_THRESHOLD, _RETURN_THRESHOLD)
     try:
         yield
     finally:
-        set_option(_THRESHOLD, _LARGEST)
+        mallopt(_M_MMAP_THRESHOLD, _MAX_THRESHOLD)

@@ -14,8 +14,8 @@ from torch.utils.data import IterableDataset
 
 from normswap.errors import DataError
 from normswap.finetune.data.digits import CLASSES, DigitImages, prepare_digits
-from normswap.finetune.data.loaders import USES, DataSettings, Epochs, Loader, Stream, Use
-from normswap.finetune.model_source import bounded_fetching
+from normswap.finetune.data.loaders import USAGE_SPECS, DataSettings, EpochLoader, Loader, StreamLoader, Use
+from normswap.finetune.model_source import limit_hub_wait
 from normswap.text import first_line
 
 _SPLITS = {
@@ -23,13 +23,13 @@ _SPLITS = {
     "validation": ("validation", "val", "valid", "eval", "evaluation"),
     "test": ("test", "testing"),
 }
-_FOLDER = "folder:"
+_FOLDER_PREFIX = "folder:"
 # Scikit-learn's digits, and which domain of `normswap.finetune.data.digits` each is.
 _DIGITS = {"digits": "source", "digits:shifted": "target"}
-_STREAMED = ("wds/", "tfds/", "hfids/")
-_NAMED = ("torch/", "hfds/", *_STREAMED)
+_STREAMED_PREFIXES = ("wds/", "tfds/", "hfids/")
+_TIMM_PREFIXES = ("torch/", "hfds/", *_STREAMED_PREFIXES)
 # What is fetched if it is not there, also unasked.
-_HUB = ("hfds/", "hfids/")
+_HUB_PREFIXES = ("hfds/", "hfids/")
 
 
 @dataclass(frozen=True)
@@ -98,17 +98,17 @@ def open_data(
         DataError: an unknown source or split; a folder that is missing or without images; a single class to train on,
             more classes than the model has; no image size; fewer images than a batch.
     """
-    manner = USES[use]
-    settings = completed(settings, model)
-    dataset, class_names = _opened(settings)
+    usage = USAGE_SPECS[use]
+    settings = complete_settings(settings, model)
+    dataset, class_names = _open_source(settings)
     found = None if class_names is None else len(class_names)
-    if manner.labelled:
+    if usage.labelled:
         _check_classes(settings, class_names, classes, training=use == "training")
-    dataset.transform = _transform(settings, augmented=manner.augmented)
-    checked = classes if manner.labelled else None
+    dataset.transform = _make_transform(settings, augmented=usage.augmented)
+    checked = classes if usage.labelled else None
     if isinstance(dataset, IterableDataset):
-        return Data(settings, Stream(dataset, settings, manner), None, found, class_names, checked)
-    loader = Epochs(dataset, settings, manner, shard)
+        return Data(settings, StreamLoader(dataset, settings, usage), None, found, class_names, checked)
+    loader = EpochLoader(dataset, settings, usage, shard)
     if not len(loader):
         raise DataError(
             f"{settings.source}: {len(dataset)} images ({shard[1]} processes) are fewer than one batch of "
@@ -117,7 +117,7 @@ def open_data(
     return Data(settings, loader, len(dataset), found, class_names, checked)
 
 
-def completed(settings: DataSettings, model: nn.Module | None) -> DataSettings:
+def complete_settings(settings: DataSettings, model: nn.Module | None) -> DataSettings:
     """Return the settings with what is None filled in: from the model's `pretrained_cfg`, or else timm's defaults.
 
     Raises:
@@ -127,19 +127,19 @@ def completed(settings: DataSettings, model: nn.Module | None) -> DataSettings:
     config = config if isinstance(config, Mapping) else {}
     if settings.image_size is None and not config.get("input_size"):
         raise DataError("nothing tells the size of images: give image_size=(224, 224)")
-    told: dict[str, Any] = _timm().resolve_data_config({"img_size": None}, pretrained_cfg=dict(config))
-    channels = settings.channels or told["input_size"][0]
+    resolved: dict[str, Any] = _timm().resolve_data_config({"img_size": None}, pretrained_cfg=dict(config))
+    channels = settings.channels or resolved["input_size"][0]
     if channels not in (1, 3):
         raise DataError(f"expected images of 1 or 3 channels, the model takes {channels}: bring batches of your own")
-    whole = settings.source in _DIGITS  # their strokes reach the border
+    full_crop = settings.source in _DIGITS  # their strokes reach the border
     return replace(
         settings,
-        image_size=settings.image_size or tuple(told["input_size"][1:]),
+        image_size=settings.image_size or tuple(resolved["input_size"][1:]),
         channels=channels,
-        mean=_per_channel(settings.mean or told["mean"], channels),
-        std=_per_channel(settings.std or told["std"], channels),
-        interpolation=settings.interpolation or told["interpolation"],
-        crop_pct=settings.crop_pct or (1.0 if whole else told["crop_pct"]),
+        mean=_per_channel(settings.mean or resolved["mean"], channels),
+        std=_per_channel(settings.std or resolved["std"], channels),
+        interpolation=settings.interpolation or resolved["interpolation"],
+        crop_pct=settings.crop_pct or (1.0 if full_crop else resolved["crop_pct"]),
     )
 
 
@@ -151,45 +151,47 @@ def _per_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:
 # --- data sets --------------------------------------------------------------------------------------------------------
 
 
-def _opened(settings: DataSettings) -> tuple[Any, tuple[str, ...] | None]:
+def _open_source(settings: DataSettings) -> tuple[Any, tuple[str, ...] | None]:
     """The data set, whose `transform` is to be set, and the names of its classes where it knows them."""
     if settings.source in _DIGITS:
-        return _digits(settings)
-    if settings.source.startswith(_FOLDER):
-        return _folder(settings)
-    if settings.source.lower().startswith(_NAMED):
-        return _named(settings)
+        return _open_digits(settings)
+    if settings.source.startswith(_FOLDER_PREFIX):
+        return _open_folder(settings)
+    if settings.source.lower().startswith(_TIMM_PREFIXES):
+        return _open_named(settings)
     raise DataError(
         f"data {settings.source!r}: expected folder:PATH, digits, digits:shifted, or a name such as "
-        f"{', '.join(f'{start}NAME' for start in _NAMED)}"
+        f"{', '.join(f'{start}NAME' for start in _TIMM_PREFIXES)}"
     )
 
 
-def _folder(settings: DataSettings) -> tuple[Any, tuple[str, ...]]:
-    folder = _split_folder(Path(settings.source.removeprefix(_FOLDER)), settings.split)
-    wanted = None if settings.class_names is None else {name: i for i, name in enumerate(settings.class_names)}
+def _open_folder(settings: DataSettings) -> tuple[Any, tuple[str, ...]]:
+    folder = _split_folder(Path(settings.source.removeprefix(_FOLDER_PREFIX)), settings.split)
+    class_to_idx = None if settings.class_names is None else {name: i for i, name in enumerate(settings.class_names)}
     try:
-        dataset: Any = _timm().create_dataset("", root=str(folder), search_split=False, input_img_mode=_mode(settings))
+        dataset: Any = _timm().create_dataset(
+            "", root=str(folder), search_split=False, input_img_mode=_image_mode(settings)
+        )
     except RuntimeError as error:
         raise DataError(f"{folder}: no images in it: expected a folder per class with images in it") from error
     names = tuple(dataset.reader.class_to_idx)
-    if wanted is None:
+    if class_to_idx is None:
         return dataset, names
-    strangers = [name for name in names if name not in wanted]
-    if strangers:
+    unknown_classes = [name for name in names if name not in class_to_idx]
+    if unknown_classes:
         raise DataError(
-            f"{folder}: {len(strangers)} folders are none of the {len(wanted)} classes: {', '.join(strangers[:3])}"
+            f"{folder}: {len(unknown_classes)} folders are none of the {len(class_to_idx)} classes: {', '.join(unknown_classes[:3])}"
         )
     return _timm().create_dataset(
-        "", root=str(folder), search_split=False, input_img_mode=_mode(settings), class_map=wanted
-    ), tuple(wanted)
+        "", root=str(folder), search_split=False, input_img_mode=_image_mode(settings), class_map=class_to_idx
+    ), tuple(class_to_idx)
 
 
 def _split_folder(folder: Path, split: str) -> Path:
     """The folder of a split, or the folder itself where it is not divided."""
     if not folder.is_dir():
         raise DataError(f"{folder}: expected a folder with a folder of images per class, there is none")
-    for name in (split, *_synonyms(split)):
+    for name in (split, *_split_synonyms(split)):
         if (folder / name).is_dir():
             return folder / name
     others = [name for names in _SPLITS.values() for name in names if (folder / name).is_dir()]
@@ -198,25 +200,25 @@ def _split_folder(folder: Path, split: str) -> Path:
     return folder
 
 
-def _synonyms(split: str) -> tuple[str, ...]:
+def _split_synonyms(split: str) -> tuple[str, ...]:
     return next((names for names in _SPLITS.values() if split in names), ())
 
 
-def _named(settings: DataSettings) -> tuple[Any, tuple[str, ...] | None]:
-    if not settings.download and not settings.source.lower().startswith(_HUB):
-        return _from_timm(settings)
-    with bounded_fetching() as network:
+def _open_named(settings: DataSettings) -> tuple[Any, tuple[str, ...] | None]:
+    if not settings.download and not settings.source.lower().startswith(_HUB_PREFIXES):
+        return _open_timm(settings)
+    with limit_hub_wait() as network:
         try:
-            return _from_timm(settings)
+            return _open_timm(settings)
         except DataError as error:
             if network.is_reachable or not isinstance(error.__cause__, OSError | RuntimeError):
                 raise
             raise DataError(
-                f"{error}; {network.obstacle}, or name the folder of the data with data.root (--data-root)"
+                f"{error}; {network.reason}, or name the folder of the data with data.root (--data-root)"
             ) from error
 
 
-def _from_timm(settings: DataSettings) -> tuple[Any, tuple[str, ...] | None]:
+def _open_timm(settings: DataSettings) -> tuple[Any, tuple[str, ...] | None]:
     try:
         dataset: Any = _timm().create_dataset(
             settings.source,
@@ -225,7 +227,7 @@ def _from_timm(settings: DataSettings) -> tuple[Any, tuple[str, ...] | None]:
             download=settings.download,
             batch_size=settings.batch_size,
             seed=settings.seed,
-            input_img_mode=None if settings.source.startswith("torch/") else _mode(settings),
+            input_img_mode=None if settings.source.startswith("torch/") else _image_mode(settings),
         )
     except (RuntimeError, ImportError, OSError, ValueError, AssertionError, TypeError) as error:
         raise DataError(f"data {settings.source!r}: cannot be opened: {first_line(error)}") from error
@@ -233,11 +235,11 @@ def _from_timm(settings: DataSettings) -> tuple[Any, tuple[str, ...] | None]:
     return dataset, tuple(map(str, names)) if names else None
 
 
-def _mode(settings: DataSettings) -> str:
+def _image_mode(settings: DataSettings) -> str:
     return "L" if settings.channels == 1 else "RGB"
 
 
-def _digits(settings: DataSettings) -> tuple[Any, tuple[str, ...]]:
+def _open_digits(settings: DataSettings) -> tuple[Any, tuple[str, ...]]:
     try:
         digits = prepare_digits(seed=settings.seed, size=max(settings.image_size or ()))
     except ImportError:
@@ -248,7 +250,7 @@ def _digits(settings: DataSettings) -> tuple[Any, tuple[str, ...]]:
         raise DataError(
             f"data {settings.source!r}: has no split {settings.split!r}: choose one of {', '.join(_SPLITS)}"
         )
-    return DigitImages(getattr(domain, split), _mode(settings)), tuple(map(str, range(CLASSES)))
+    return DigitImages(getattr(domain, split), _image_mode(settings)), tuple(map(str, range(CLASSES)))
 
 
 def _check_classes(
@@ -268,7 +270,7 @@ def _check_classes(
         )
 
 
-def _transform(settings: DataSettings, *, augmented: bool) -> Any:
+def _make_transform(settings: DataSettings, *, augmented: bool) -> Any:
     try:
         return _timm().create_transform(
             (settings.channels, *(settings.image_size or ())),

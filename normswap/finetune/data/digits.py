@@ -65,7 +65,7 @@ class Shift:
     """
 
     stroke: tuple[float, float] = (0.7, 1.0)
-    ground: tuple[float, float] = (0.0, 0.3)
+    background: tuple[float, float] = (0.0, 0.3)
     texture: float = 0.1
     texture_cells: int = 6
     contrast: tuple[float, float] = (0.15, 1.0)
@@ -124,10 +124,10 @@ def render_target(ink: Tensor, *, seed: int, shift: Shift = SHIFT, size: int = I
         return low + (high - low) * torch.rand(count, channels, 1, 1, generator=generator)
 
     ink = _enlarge(ink, size, mode="bilinear")
-    stroke, ground = uniform(*shift.stroke, 3), uniform(*shift.ground, 3)
+    stroke, background = uniform(*shift.stroke, 3), uniform(*shift.background, 3)
     coarse = torch.randn(count, 3, shift.texture_cells, shift.texture_cells, generator=generator)
     texture = shift.texture * _enlarge(coarse, size, mode="bicubic")
-    image = stroke * ink + (ground + texture) * (1 - ink)
+    image = stroke * ink + (background + texture) * (1 - ink)
     image = image + shift.noise * torch.randn(image.shape, generator=generator)
     contrast = uniform(math.log(shift.contrast[0]), math.log(shift.contrast[1]), 1).exp()
     image = 0.5 + contrast * (image - 0.5) + uniform(-shift.brightness, shift.brightness, 1)

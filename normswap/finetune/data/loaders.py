@@ -23,7 +23,7 @@ from normswap.model_state import seeded
 # MERGED DOC: What is said of a data set before it is opened: where it lies, what its images become, what they are for.
 
 
-def mixed(*numbers: int) -> int:
+def derive_seed(*numbers: int) -> int:
     """Return a seed of 32 bits that follows from all numbers and their order."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
@@ -42,20 +42,20 @@ Use = Literal["training", "calibration", "evaluation"]
 
 
 @dataclass(frozen=True)
-class Manner:
+class UsageSpec:
     """What a use asks of the data: images in random order, augmented, in whole batches only, with labels."""
 
     shuffled: bool
     augmented: bool
-    whole_batches: bool
+    drop_last: bool
     labelled: bool
 
 
-USES: Mapping[str, Manner] = {
-    "training": Manner(shuffled=True, augmented=True, whole_batches=True, labelled=True),
+USAGE_SPECS: Mapping[str, UsageSpec] = {
+    "training": UsageSpec(shuffled=True, augmented=True, drop_last=True, labelled=True),
     # Folders come class by class, and a batch of one class has statistics of its own.
-    "calibration": Manner(shuffled=True, augmented=False, whole_batches=False, labelled=False),
-    "evaluation": Manner(shuffled=False, augmented=False, whole_batches=False, labelled=True),
+    "calibration": UsageSpec(shuffled=True, augmented=False, drop_last=False, labelled=False),
+    "evaluation": UsageSpec(shuffled=False, augmented=False, drop_last=False, labelled=True),
 }
 
 
@@ -102,53 +102,53 @@ class Loader(Protocol):
     def __len__(self) -> int: ...
 
 
-class _Order(Sampler[tuple[int, int]]):
+class _EpochSampler(Sampler[tuple[int, int]]):
     """The images of one process in the order of an epoch, each with the epoch, from which its augmentation follows."""
 
-    def __init__(self, total: int, settings: DataSettings, manner: Manner, shard: tuple[int, int]) -> None:
+    def __init__(self, total: int, settings: DataSettings, usage: UsageSpec, shard: tuple[int, int]) -> None:
         self.epoch = self.first = 0
-        self._total, self._seed, self._shuffled, self._shard = total, settings.seed, manner.shuffled, shard
+        self._total, self._seed, self._shuffled, self._shard = total, settings.seed, usage.shuffled, shard
         # All processes take the same number of steps in training; nothing is left out elsewhere.
-        self._share = total // shard[1] if manner.whole_batches else len(range(shard[0], total, shard[1]))
+        self._num_samples = total // shard[1] if usage.drop_last else len(range(shard[0], total, shard[1]))
 
     def __len__(self) -> int:
-        return self._share - self.first
+        return self._num_samples - self.first
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         epoch, order = self.epoch, list(range(self._total))
         if self._shuffled:
-            generator = torch.Generator().manual_seed(mixed(self._seed, epoch))
+            generator = torch.Generator().manual_seed(derive_seed(self._seed, epoch))
             order = torch.randperm(self._total, generator=generator).tolist()
         rank, world = self._shard
-        return iter([(epoch, index) for index in order[rank::world][self.first : self._share]])
+        return iter([(epoch, index) for index in order[rank::world][self.first : self._num_samples]])
 
 
-class _Augmented(Dataset[Any]):
+class _AugmentedDataset(Dataset[Any]):
     """A data set by (epoch, index), each image augmented under a random state that follows from these and the seed."""
 
-    def __init__(self, dataset: Any, settings: DataSettings, manner: Manner) -> None:
-        self._dataset, self._seed, self._random = dataset, settings.seed, manner.augmented
+    def __init__(self, dataset: Any, settings: DataSettings, usage: UsageSpec) -> None:
+        self._dataset, self._seed, self._augment = dataset, settings.seed, usage.augmented
 
-    def __getitem__(self, place: tuple[int, int]) -> Any:
-        epoch, index = place
-        if not self._random:
+    def __getitem__(self, item: tuple[int, int]) -> Any:
+        epoch, index = item
+        if not self._augment:
             return self._dataset[index]
-        with seeded(mixed(self._seed, epoch, index), cpu_only=True):
+        with seeded(derive_seed(self._seed, epoch, index), cpu_only=True):
             return self._dataset[index]
 
 
-class Epochs:
+class EpochLoader:
     """Batches of a data set that knows its images by number."""
 
-    def __init__(self, dataset: Any, settings: DataSettings, manner: Manner, shard: tuple[int, int]) -> None:
+    def __init__(self, dataset: Any, settings: DataSettings, usage: UsageSpec, shard: tuple[int, int]) -> None:
         self._source = settings.source
-        self._order = _Order(len(dataset), settings, manner, shard)
+        self._order = _EpochSampler(len(dataset), settings, usage, shard)
         self._loader: DataLoader[Any] = DataLoader(
-            _Augmented(dataset, settings, manner),
+            _AugmentedDataset(dataset, settings, usage),
             batch_size=settings.batch_size,
             sampler=self._order,
             num_workers=settings.workers,
-            drop_last=manner.whole_batches,
+            drop_last=usage.drop_last,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=settings.workers > 0,
             generator=torch.Generator(),  # of its own: else each epoch would draw from the caller's
@@ -160,22 +160,22 @@ class Epochs:
     def epoch(self, number: int, *, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         self._order.epoch, self._order.first = number, first * (self._loader.batch_size or 1)
         try:
-            yield from _told(self._source, self._loader)
+            yield from _report_read_errors(self._source, self._loader)
         finally:
             self._order.first = 0
 
 
-class Stream:
+class StreamLoader:
     """Batches of a data set of timm's that can only be streamed."""
 
-    def __init__(self, dataset: Any, settings: DataSettings, manner: Manner) -> None:
+    def __init__(self, dataset: Any, settings: DataSettings, usage: UsageSpec) -> None:
         self._source, self._dataset = settings.source, dataset
         dataset.set_loader_cfg(num_workers=settings.workers)
         self._loader: DataLoader[Any] = DataLoader(
             dataset,
             batch_size=settings.batch_size,
             num_workers=settings.workers,
-            drop_last=manner.whole_batches,
+            drop_last=usage.drop_last,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),
         )
@@ -185,10 +185,10 @@ class Stream:
 
     def epoch(self, number: int, *, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         self._dataset.set_epoch(number)
-        yield from islice(_told(self._source, self._loader), first, None)
+        yield from islice(_report_read_errors(self._source, self._loader), first, None)
 
 
-def _told(source: str, loader: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:
+def _report_read_errors(source: str, loader: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:
     """The batches, and what timm says where it finds no image that can be read."""
     try:
         yield from loader

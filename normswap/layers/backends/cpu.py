@@ -19,18 +19,18 @@ from torch import Tensor
 from normswap.errors import LayerError
 from normswap.layers.backends import moment_algebra
 from normswap.layers.backends.aten_passes import (
-    combine,
     gradient_sums,
+    input_gradient,
     instance_moments,
     is_channels_last,
-    laid_out,
-    laid_out_like,
+    match_layout,
     scale_and_shift,
+    to_supported_layout,
 )
 from normswap.layers.backends.interface import Backend, Gradients, Inputs, Normalised
-from normswap.layers.backends.moment_algebra import pool_samples, site_of
+from normswap.layers.backends.moment_algebra import pool_samples, read_site
 from normswap.layers.backends.reference import Moments, accumulation_dtype
-from normswap.layers.gating import BRANCHES, Branch, Mixing, Shares, gate_gradient
+from normswap.layers.gating import BRANCHES, Branch, ImportanceWeights, Mixing, gate_gradient
 
 # MERGED DOC: Switchable Normalization out of ATen kernels: two passes over the activation forward, two backward.
 
@@ -48,13 +48,13 @@ if getattr(_C, "INTERFACE", None) != _INTERFACE:
 AVAILABLE = _C is not None
 
 # The numbers that the extension reads and writes, by its own names for them.
-_KINDS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+_DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 # Up to so many values over the number of threads, one thread here beats them all in torch's kernels.
-_SMALL = 1 << 21
+_MAX_SINGLE_THREAD_NUMEL = 1 << 21
 
 
-def _threads_of_torch() -> bool:
+def _use_torch_threads() -> bool:
     """Hand the extension the entry points of torch's own OpenMP runtime; say whether there are any."""
     library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     openmp = AVAILABLE and torch.backends.openmp.is_available()  # type: ignore[no-untyped-call]
@@ -69,21 +69,25 @@ def _threads_of_torch() -> bool:
     return True
 
 
-_SHARES_THREADS = _threads_of_torch()
+_USES_TORCH_THREADS = _use_torch_threads()
 
 
-def serves(inputs: Inputs) -> bool:
+def can_run(inputs: Inputs) -> bool:
     """Say whether `normalise` and `differentiate` can take these inputs, and are the fastest to do so."""
     x, mean_point, var_point, weight, bias, *_ = inputs
-    if inputs.renew is not None or not AVAILABLE:
+    if inputs.running_stats_update is not None or not AVAILABLE:
         return False
     if not all(_is_readable(t) for t in (x, mean_point, var_point, weight, bias) if t is not None):
         return False
-    return _SHARES_THREADS or (threads := torch.get_num_threads()) == 1 or x.numel() * threads <= _SMALL
+    return (
+        _USES_TORCH_THREADS
+        or (threads := torch.get_num_threads()) == 1
+        or x.numel() * threads <= _MAX_SINGLE_THREAD_NUMEL
+    )
 
 
 def _is_readable(tensor: Tensor) -> bool:
-    return tensor.is_cpu and tensor.dtype in _KINDS
+    return tensor.is_cpu and tensor.dtype in _DTYPE_CODES
 
 
 def normalise(inputs: Inputs) -> Normalised:
@@ -97,23 +101,23 @@ def normalise(inputs: Inputs) -> Normalised:
         row = (1, table[1])
         batch = Moments(x.new_empty(row, dtype=dtype), x.new_empty(row, dtype=dtype))
     # Copies, where there are any, have to outlive the call.
-    arguments, _copies = _site(inputs, saved)
+    arguments, _copies = _layer_arguments(inputs, saved)
     _C.normalise(*arguments, *_buffer(x), *_buffer(y), *_buffers(batch))
     return Normalised(y, batch, saved)
 
 
-def differentiate(dy: Tensor, inputs: Inputs, saved: Moments, wanted: tuple[bool, ...]) -> Gradients:
+def differentiate(dy: Tensor, inputs: Inputs, saved: Moments, needs_input_grad: tuple[bool, ...]) -> Gradients:
     """Return the gradients; see `fused.Backward`. dy is laid out as x is."""
     x, mean_point, var_point, *_ = inputs
     table = saved.mean
     gradients = Gradients(
-        torch.empty_like(x) if wanted[0] else None,
-        torch.empty_like(mean_point) if wanted[1] else None,
-        torch.empty_like(var_point) if wanted[2] else None,
-        table.new_empty(table.shape[1]) if wanted[3] else None,
-        table.new_empty(table.shape[1]) if wanted[4] else None,
+        torch.empty_like(x) if needs_input_grad[0] else None,
+        torch.empty_like(mean_point) if needs_input_grad[1] else None,
+        torch.empty_like(var_point) if needs_input_grad[2] else None,
+        table.new_empty(table.shape[1]) if needs_input_grad[3] else None,
+        table.new_empty(table.shape[1]) if needs_input_grad[4] else None,
     )
-    arguments, _copies = _site(inputs, saved)
+    arguments, _copies = _layer_arguments(inputs, saved)
     _C.differentiate(*arguments, *_buffer(dy), *_buffer(x), *(number for each in gradients for number in _buffer(each)))
     return gradients
 
@@ -139,45 +143,45 @@ def record(
     changed = (running_mean, running_var) if count is None else (running_mean, running_var, count)
     if not AVAILABLE or not all(t.is_cpu and t.is_contiguous() for t in (*batch, *changed)):
         return False
-    if not all(t.dtype in _KINDS for t in (*batch, running_mean, running_var)):
+    if not all(t.dtype in _DTYPE_CODES for t in (*batch, running_mean, running_var)):
         return False
     if count is not None and count.dtype != torch.int64:
         return False
-    counted = (0, 0) if count is None else (count.data_ptr(), count.numel())
+    counter_arguments = (0, 0) if count is None else (count.data_ptr(), count.numel())
     running = *_buffer(running_mean), *_buffer(running_var)
-    _C.record(batch.mean.numel(), momentum, factor, *_buffers(batch), *running, *counted)
+    _C.record(batch.mean.numel(), momentum, factor, *_buffers(batch), *running, *counter_arguments)
     if not running_mean.is_inference():
         torch.autograd.graph.increment_version(changed)
     return True
 
 
-def _site(inputs: Inputs, moments: Moments) -> tuple[tuple[Any, ...], list[Tensor]]:
+def _layer_arguments(inputs: Inputs, moments: Moments) -> tuple[tuple[Any, ...], list[Tensor]]:
     """What both functions of the extension are given first, and the copies that were made for it."""
     x, mean_point, var_point, weight, bias, constants, mixing, _ = inputs
     samples, channels = x.shape[:2]
     copies: list[Tensor] = []
     arguments = (
-        _KINDS[x.dtype],
+        _DTYPE_CODES[x.dtype],
         samples,
         channels,
         x.numel() // (samples * channels),
         _is_channels_last(x),
-        torch.get_num_threads() if _SHARES_THREADS else 1,
+        torch.get_num_threads() if _USES_TORCH_THREADS else 1,
         *_buffers(moments),
         *_buffers(constants),
-        *_buffer(_dense(weight, copies)),
-        *_buffer(_dense(bias, copies)),
-        *_buffer(_dense(mean_point, copies)),
-        *_buffer(_dense(var_point, copies)),
+        *_buffer(_as_contiguous(weight, copies)),
+        *_buffer(_as_contiguous(bias, copies)),
+        *_buffer(_as_contiguous(mean_point, copies)),
+        *_buffer(_as_contiguous(var_point, copies)),
         mixing.gate == "softmax",
-        _order(mixing.branches),
+        _encode_branch_order(mixing.branches),
         mixing.eps,
     )
     return arguments, copies
 
 
 @cache
-def _order(branches: tuple[Branch, ...]) -> int:
+def _encode_branch_order(branches: tuple[Branch, ...]) -> int:
     """Where each branch of `BRANCHES` stands among those in use, from 1 on and in two bits; 0 for one that is not."""
     return sum((branches.index(branch) + 1) << 2 * at for at, branch in enumerate(BRANCHES) if branch in branches)
 
@@ -190,7 +194,7 @@ def _is_channels_last(x: Tensor) -> bool:
     return True
 
 
-def _dense(tensor: Tensor | None, copies: list[Tensor]) -> Tensor | None:
+def _as_contiguous(tensor: Tensor | None, copies: list[Tensor]) -> Tensor | None:
     """A parameter with its entries one after the other."""
     if tensor is None or tensor.is_contiguous():
         return tensor
@@ -200,54 +204,56 @@ def _dense(tensor: Tensor | None, copies: list[Tensor]) -> Tensor | None:
 
 def _buffer(tensor: Tensor | None) -> tuple[int, int, int]:
     """The address, the kind and the length of a tensor, as the extension takes them."""
-    return _ABSENT if tensor is None else (tensor.data_ptr(), _KINDS[tensor.dtype], tensor.numel())
+    return _NULL_BUFFER if tensor is None else (tensor.data_ptr(), _DTYPE_CODES[tensor.dtype], tensor.numel())
 
 
-_ABSENT = (0, 0, -1)
+_NULL_BUFFER = (0, 0, -1)
 
 
 def _buffers(moments: Moments | None) -> tuple[int, ...]:
-    return _ABSENT * 2 if moments is None else (*_buffer(moments.mean), *_buffer(moments.var))
+    return _NULL_BUFFER * 2 if moments is None else (*_buffer(moments.mean), *_buffer(moments.var))
 
 
 def forward(inputs: Inputs) -> Normalised:
     """Normalise; see `fused.Forward`."""
-    inputs = inputs._replace(x=laid_out(inputs.x))
-    if serves(inputs):
+    inputs = inputs._replace(x=to_supported_layout(inputs.x))
+    if can_run(inputs):
         return normalise(inputs)
     moments, buffer = instance_moments(inputs.x)
     constants = None
-    if inputs.renew is not None:
-        constants = inputs.renew(pool_samples(moments))
+    if inputs.running_stats_update is not None:
+        constants = inputs.running_stats_update(pool_samples(moments))
         inputs = inputs._replace(constants=constants)
-    scale, shift, batch = moment_algebra.scale_and_shift(site_of(inputs, moments))
+    scale, shift, batch = moment_algebra.scale_and_shift(read_site(inputs, moments))
     y = scale_and_shift(inputs.x, scale, shift, buffer=buffer)
     return Normalised(y, batch, moments, constants)
 
 
-def backward(dy: Tensor, inputs: Inputs, saved: Moments, wanted: tuple[bool, ...]) -> Gradients:
+def backward(dy: Tensor, inputs: Inputs, saved: Moments, needs_input_grad: tuple[bool, ...]) -> Gradients:
     """Return the gradients; see `fused.Backward`."""
-    inputs = inputs._replace(x=laid_out(inputs.x))
-    dy = laid_out_like(dy, inputs.x)
+    inputs = inputs._replace(x=to_supported_layout(inputs.x))
+    dy = match_layout(dy, inputs.x)
     saved = Moments(*(moment.contiguous() for moment in saved))  # hooks on saved tensors may have laid them out anew
-    if serves(inputs):
-        return differentiate(dy, inputs, saved, wanted)
-    x, mixing, site = inputs.x, inputs.mixing, site_of(inputs, saved)
-    plain, scaled = gradient_sums(dy, x, *moment_algebra.mean_and_rstd(site))
-    scale, slope, shift, means, variances, *affine = moment_algebra.pull(
-        site, plain, scaled, x.numel() // plain.numel()
+    if can_run(inputs):
+        return differentiate(dy, inputs, saved, needs_input_grad)
+    x, mixing, site = inputs.x, inputs.mixing, read_site(inputs, saved)
+    dy_sum, dy_xhat_sum = gradient_sums(dy, x, *moment_algebra.mean_and_rstd(site))
+    scale, slope, shift, means, variances, *affine = moment_algebra.backward_terms(
+        site, dy_sum, dy_xhat_sum, x.numel() // dy_sum.numel()
     )
     return Gradients(
-        combine(dy, x, scale, slope, shift, saved.mean) if wanted[0] else None,
-        _gate(site.means, means, mixing, inputs.mean_point) if wanted[1] else None,
-        _gate(site.variances, variances, mixing, inputs.var_point) if wanted[2] else None,
-        affine[0] if wanted[3] else None,
-        affine[1] if wanted[4] else None,
+        input_gradient(dy, x, scale, slope, shift, saved.mean) if needs_input_grad[0] else None,
+        _gate_gradient(site.means, means, mixing, inputs.mean_point) if needs_input_grad[1] else None,
+        _gate_gradient(site.variances, variances, mixing, inputs.var_point) if needs_input_grad[2] else None,
+        affine[0] if needs_input_grad[3] else None,
+        affine[1] if needs_input_grad[4] else None,
     )
 
 
-def _gate(shares: Shares, gradient: Shares, mixing: Mixing, point: Tensor) -> Tensor:
-    return torch.tensor(gate_gradient(shares, gradient, mixing), dtype=point.dtype, device=point.device)
+def _gate_gradient(
+    branch_weights: ImportanceWeights, gradient: ImportanceWeights, mixing: Mixing, point: Tensor
+) -> Tensor:
+    return torch.tensor(gate_gradient(branch_weights, gradient, mixing), dtype=point.dtype, device=point.device)
 
 
-NATIVE = Backend("native", forward, backward, renews=True)
+NATIVE = Backend("native", forward, backward, renorm=True)

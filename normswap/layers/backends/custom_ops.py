@@ -12,21 +12,21 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from normswap.layers.backends.aten_passes import laid_out
+from normswap.layers.backends.aten_passes import to_supported_layout
 from normswap.layers.backends.cpu import NATIVE
 from normswap.layers.backends.interface import (
     Backend,
     Gradients,
     Inputs,
-    asks_gradient,
+    cast_gradients,
     check_gradient,
     check_tensors,
     differentiable_gradients,
-    in_dtype_of,
+    needs_backward,
 )
 from normswap.layers.backends.reference import Moments, accumulation_dtype, batch_norm, is_batch_norm
 from normswap.layers.backends.selection import fused_backend
-from normswap.layers.gating import Branch, Gate, Mixing, put_on_simplex
+from normswap.layers.gating import Branch, Gate, Mixing, project_
 
 # Both layouts are served, and the operators say in which one a result comes: a compiler may choose.
 _TAGS = (torch.Tag.flexible_layout,)
@@ -36,7 +36,7 @@ def switch_norm_operator(inputs: Inputs, record: Callable[[Moments], None] | Non
     """Normalise as one node of a graph; arguments as in `fused.switch_norm_fused`."""
     mixing, constants = inputs.mixing, inputs.constants
     options = mixing.gate, " ".join(mixing.branches), mixing.eps
-    if constants is not None and not asks_gradient(inputs):
+    if constants is not None and not needs_backward(inputs):
         return cast(Tensor, _evaluate(*inputs.tensors, *constants, *options))
     y, batch_mean, batch_var, *_ = _forward(*inputs.tensors, *(constants or (None, None)), *options)
     if record is not None:
@@ -48,7 +48,7 @@ def switch_norm_operator(inputs: Inputs, record: Callable[[Moments], None] | Non
 def project_points(points: list[Tensor]) -> None:
     """Put simplex points (K,) back on the simplex; one that lies there is left alone."""
     for point in points:
-        put_on_simplex(point)
+        project_(point)
 
 
 @torch.library.custom_op("normswap::switch_norm_constant", mutates_args=(), tags=_TAGS)
@@ -67,12 +67,12 @@ def _evaluate(
     inputs = _inputs(x, mean_point, var_point, weight, bias, bn_mean, bn_var, gate, branches, eps)
     if is_batch_norm((mean_point, var_point), inputs.mixing):
         return batch_norm(x, weight, bias, Moments(bn_mean, bn_var), eps)
-    return _backend(x).forward(inputs).y
+    return _backend_for(x).forward(inputs).y
 
 
 @_evaluate.register_fake
 def _(x: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(laid_out(x))
+    return torch.empty_like(to_supported_layout(x))
 
 
 @torch.library.custom_op("normswap::switch_norm", mutates_args=(), tags=_TAGS)
@@ -89,7 +89,7 @@ def _forward(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     inputs = _inputs(x, mean_point, var_point, weight, bias, bn_mean, bn_var, gate, branches, eps)
-    y, batch, saved, _ = _backend(x).forward(inputs)
+    y, batch, saved, _ = _backend_for(x).forward(inputs)
     empty = x.new_empty((1, 0), dtype=accumulation_dtype(x))
     # An operator returns nothing that shares memory with what it was given, as the mean of one position may.
     return y, *(batch or (empty, empty.clone())), saved.mean.clone(), saved.var
@@ -98,9 +98,9 @@ def _forward(
 @_forward.register_fake
 def _(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     *_, bn_mean, _, _, branches, _ = rest
-    taken = x.shape[1] if "bn" in branches.split() and bn_mean is None else 0
-    batch, table = (x.new_empty(shape, dtype=accumulation_dtype(x)) for shape in ((1, taken), x.shape[:2]))
-    return torch.empty_like(laid_out(x)), batch, torch.empty_like(batch), table, torch.empty_like(table)
+    bn_channels = x.shape[1] if "bn" in branches.split() and bn_mean is None else 0
+    batch, table = (x.new_empty(shape, dtype=accumulation_dtype(x)) for shape in ((1, bn_channels), x.shape[:2]))
+    return torch.empty_like(to_supported_layout(x)), batch, torch.empty_like(batch), table, torch.empty_like(table)
 
 
 @torch.library.custom_op("normswap::switch_norm_backward", mutates_args=(), tags=_TAGS)
@@ -120,7 +120,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     inputs = _inputs(x, mean_point, var_point, weight, None, bn_mean, bn_var, gate, branches, eps)
     check_gradient(dy, x, mean, var)
-    found = _backend(x).backward(dy, inputs, Moments(mean, var), (True,) * len(Gradients._fields))
+    found = _backend_for(x).backward(dy, inputs, Moments(mean, var), (True,) * len(Gradients._fields))
     assert None not in found
     return cast(tuple[Tensor, Tensor, Tensor, Tensor, Tensor], tuple(found))
 
@@ -130,7 +130,7 @@ def _(dy: Tensor, x: Tensor, mean_point: Tensor, var_point: Tensor, *rest: Any) 
     *_, mean, _, _, _, _ = rest
     sums = mean.new_empty(mean.shape[1])
     gates = torch.empty_like(mean_point), torch.empty_like(var_point)
-    return torch.empty_like(laid_out(x)), *gates, sums, torch.empty_like(sums)
+    return torch.empty_like(to_supported_layout(x)), *gates, sums, torch.empty_like(sums)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -146,15 +146,15 @@ def _differentiate(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...
     if torch.is_grad_enabled():
         return *differentiable_gradients(dy, inputs, ctx.needs_input_grad[:5]), *_NO_GRADIENTS
     found = _backward(dy, x, mean_point, var_point, weight, bn_mean, bn_var, mean, var, *ctx.options)
-    there = (None if owner is None else gradient for gradient, owner in zip(found, inputs.tensors, strict=True))
-    return *in_dtype_of(there, inputs), *_NO_GRADIENTS
+    present = (None if owner is None else gradient for gradient, owner in zip(found, inputs.tensors, strict=True))
+    return *cast_gradients(present, inputs), *_NO_GRADIENTS
 
 
 _NO_GRADIENTS = (None, None, None, None, None)  # of constants and options
 _forward.register_autograd(_differentiate, setup_context=_save)
 
 
-def _backend(x: Tensor) -> Backend:
+def _backend_for(x: Tensor) -> Backend:
     """The backend for x now: a backward pass may come when none is forced any more, and any can do it."""
     return fused_backend(x) or NATIVE
 
@@ -172,8 +172,8 @@ def _inputs(
     eps: float,
 ) -> Inputs:
     """What the arguments of an operator say to a backend."""
-    rows = (None if moment is None else moment.reshape(-1) for moment in (bn_mean, bn_var))
-    check_tensors(x, (mean_point, var_point), len(branches.split()), (*rows, weight, bias))  # type: ignore[arg-type]
+    flat_moments = (None if moment is None else moment.reshape(-1) for moment in (bn_mean, bn_var))
+    check_tensors(x, (mean_point, var_point), len(branches.split()), (*flat_moments, weight, bias))  # type: ignore[arg-type]
     constants = None if bn_mean is None or bn_var is None else Moments(bn_mean, bn_var)
     mixing = Mixing(cast(Gate, gate), cast(tuple[Branch, ...], tuple(branches.split())), eps)
     return Inputs(x, mean_point, var_point, weight, bias, constants, mixing)

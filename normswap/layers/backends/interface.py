@@ -37,7 +37,9 @@ def check_tensors(x: Tensor, gates: tuple[Tensor, Tensor], branches: int, per_ch
         if gate.shape != (branches,):
             raise LayerError(f"expected gate parameters of shape {(branches,)}, got {tuple(gate.shape)}")
         if (gate.dtype != dtype and not gate.is_floating_point()) or gate.device != device:
-            raise LayerError(_misfit("mean_weight" if gate is gates[0] else "var_weight", gate, gate.shape, x))
+            raise LayerError(
+                _describe_mismatch("mean_weight" if gate is gates[0] else "var_weight", gate, gate.shape, x)
+            )
     if (per_channel[0] is None) != (per_channel[1] is None):
         raise LayerError("running_mean and running_var must either both be None or neither be None")
     shape = x.shape[1:2]
@@ -47,21 +49,21 @@ def check_tensors(x: Tensor, gates: tuple[Tensor, Tensor], branches: int, per_ch
             or tensor.device != device
             or (tensor.dtype != dtype and not tensor.is_floating_point())
         ):
-            raise LayerError(_first_misfit(x, per_channel))
+            raise LayerError(_describe_first_mismatch(x, per_channel))
 
 
-def _first_misfit(x: Tensor, per_channel: PerChannel) -> str:
+def _describe_first_mismatch(x: Tensor, per_channel: PerChannel) -> str:
     """Say what is wrong with the first tensor that does not fit, or with x if all others agree on a length."""
     given = [(name, tensor) for name, tensor in zip(_PER_CHANNEL, per_channel, strict=True) if tensor is not None]
     shape = x.shape[1:2]
-    found = [message for name, tensor in given if (message := _misfit(name, tensor, shape, x))]
+    found = [message for name, tensor in given if (message := _describe_mismatch(name, tensor, shape, x))]
     if all(tensor.dim() == 1 and tensor.shape == given[0][1].shape != shape for _, tensor in given):
         channels = given[0][1].shape[0]
         return f"expected {channels} channels in dimension 1, got an input of shape {tuple(x.shape)}: {found[0]}"
     return found[0]
 
 
-def _misfit(name: str, tensor: Tensor, shape: tuple[int, ...], x: Tensor) -> str:
+def _describe_mismatch(name: str, tensor: Tensor, shape: tuple[int, ...], x: Tensor) -> str:
     """Say what is wrong with a tensor; nothing if it fits."""
     if tensor.numel() != math.prod(shape):
         return f"{name} should contain {math.prod(shape)} elements not {tensor.numel()}"
@@ -80,8 +82,12 @@ def check_gradient(dy: Tensor, x: Tensor, mean: Tensor, var: Tensor) -> None:
     Raises:
         LayerError: one has another shape, dtype or device.
     """
-    kept = torch.float64 if x.dtype == torch.float64 else torch.float32
-    expected = {"dy": (dy, x.shape, x.dtype), "mean": (mean, x.shape[:2], kept), "var": (var, x.shape[:2], kept)}
+    saved_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    expected = {
+        "dy": (dy, x.shape, x.dtype),
+        "mean": (mean, x.shape[:2], saved_dtype),
+        "var": (var, x.shape[:2], saved_dtype),
+    }
     for name, (tensor, shape, dtype) in expected.items():
         if tensor.shape != shape or tensor.dtype != dtype or tensor.device != x.device:
             raise LayerError(
@@ -119,7 +125,7 @@ def _share_memory(first: Tensor, second: Tensor) -> bool:
     """Say whether two tensors (C,) have an element in common; of two different strides, whether their ranges do."""
     if first is second:
         return True
-    if type(first) not in _PLAIN or type(second) not in _PLAIN or first.is_meta:
+    if type(first) not in _PLAIN_TENSOR_TYPES or type(second) not in _PLAIN_TENSOR_TYPES or first.is_meta:
         return False
     begin, other, count = first.data_ptr(), second.data_ptr(), first.shape[0]
     step, other_step = max(first.stride(0), 1) * first.itemsize, max(second.stride(0), 1) * second.itemsize
@@ -128,7 +134,7 @@ def _share_memory(first: Tensor, second: Tensor) -> bool:
     return step != other_step or (other - begin) % step < first.itemsize or (begin - other) % step < second.itemsize
 
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+_PLAIN_TENSOR_TYPES = (Tensor, torch.nn.Parameter)
 
 
 def _check_transforms(x: Tensor, running: tuple[Tensor, Tensor]) -> None:
@@ -171,14 +177,14 @@ def _wrapped_levels(tensor: Tensor) -> set[int]:
 
 
 # Records the moments (1, C) of a batch and returns those whose values the `bn` branch takes instead.
-Renew = Callable[[Moments], Moments]
+RunningStatsUpdate = Callable[[Moments], Moments]
 
 
 class Inputs(NamedTuple):
     """What a layer computes y from: x (N, C, *spatial), gate parameters (K,), weight and bias (C,) or None, moments
     (1, C) that the `bn` branch takes instead of those of the batch, and how the branches are mixed.
 
-    With `renew` the branch takes the values that it makes of the moments of the batch, which are the constants of the
+    With `running_stats_update` the branch takes the values that it makes of the moments of the batch, which are the constants of the
     backward pass, while gradients go to the moments of the batch.
     """
 
@@ -189,7 +195,7 @@ class Inputs(NamedTuple):
     bias: Tensor | None
     constants: Moments | None
     mixing: Mixing
-    renew: Renew | None = None
+    running_stats_update: RunningStatsUpdate | None = None
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -199,13 +205,13 @@ class Inputs(NamedTuple):
 
 class Normalised(NamedTuple):
     """y of the shape, dtype and layout of x; moments (1, C) of the batch where the `bn` branch took them; those of x
-    over its positions (N, C), which are all that backward needs beside the inputs; what `renew` gave.
+    over its positions (N, C), which are all that backward needs beside the inputs; what `running_stats_update` gave.
     """
 
     y: Tensor
     batch: Moments | None
     saved: Moments
-    renewed: Moments | None = None
+    updated_stats: Moments | None = None
 
 
 class Gradients(NamedTuple):
@@ -230,7 +236,7 @@ class Backend(NamedTuple):
     name: str
     forward: Forward
     backward: Backward
-    renews: bool = False
+    renorm: bool = False
 
 
 def switch_norm_fused(backend: Backend, inputs: Inputs, record: Callable[[Moments], None] | None = None) -> Tensor:
@@ -239,17 +245,17 @@ def switch_norm_fused(backend: Backend, inputs: Inputs, record: Callable[[Moment
     Args:
         record: is given the moments (1, C) of the batch.
     """
-    if asks_gradient(inputs):
+    if needs_backward(inputs):
         return cast(Tensor, _Fused.apply(*inputs, backend, record))
-    return _normalised(backend, inputs, record).y
+    return _run_forward(backend, inputs, record).y
 
 
-def asks_gradient(inputs: Inputs) -> bool:
+def needs_backward(inputs: Inputs) -> bool:
     """Say whether a backward pass may follow."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs.tensors)
 
 
-def _normalised(backend: Backend, inputs: Inputs, record: Callable[[Moments], None] | None) -> Normalised:
+def _run_forward(backend: Backend, inputs: Inputs, record: Callable[[Moments], None] | None) -> Normalised:
     normalised = backend.forward(inputs)
     if record is not None and normalised.batch is not None:
         record(normalised.batch)
@@ -261,27 +267,27 @@ class _Fused(torch.autograd.Function):
     def forward(ctx: Any, *args: Any) -> Tensor:
         *values, backend, record = args
         inputs = Inputs(*values)
-        normalised = _normalised(backend, inputs, record)
-        ctx.save_for_backward(*inputs.tensors, *normalised.saved, *(normalised.renewed or inputs.constants or ()))
-        ctx.mixing, ctx.backend, ctx.renew = inputs.mixing, backend, inputs.renew
+        normalised = _run_forward(backend, inputs, record)
+        ctx.save_for_backward(*inputs.tensors, *normalised.saved, *(normalised.updated_stats or inputs.constants or ()))
+        ctx.mixing, ctx.backend, ctx.running_stats_update = inputs.mixing, backend, inputs.running_stats_update
         return normalised.y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, mean_point, var_point, weight, bias, mean, var, *rest = ctx.saved_tensors
         constants = Moments(*rest) if rest else None
-        inputs = Inputs(x, mean_point, var_point, weight, bias, constants, ctx.mixing, ctx.renew)
-        wanted = ctx.needs_input_grad[:5]
+        inputs = Inputs(x, mean_point, var_point, weight, bias, constants, ctx.mixing, ctx.running_stats_update)
+        needs_input_grad = ctx.needs_input_grad[:5]
         if torch.is_grad_enabled():
-            return *differentiable_gradients(dy, inputs, wanted), *_NO_GRADIENTS
-        found = ctx.backend.backward(dy, inputs, Moments(mean, var), wanted)
-        return *in_dtype_of(found, inputs), *_NO_GRADIENTS
+            return *differentiable_gradients(dy, inputs, needs_input_grad), *_NO_GRADIENTS
+        found = ctx.backend.backward(dy, inputs, Moments(mean, var), needs_input_grad)
+        return *cast_gradients(found, inputs), *_NO_GRADIENTS
 
 
 _NO_GRADIENTS = (None,) * 5
 
 
-def in_dtype_of(gradients: Iterable[Tensor | None], inputs: Inputs) -> tuple[Tensor | None, ...]:
+def cast_gradients(gradients: Iterable[Tensor | None], inputs: Inputs) -> tuple[Tensor | None, ...]:
     """Return gradients in the dtype of the inputs that they belong to; None for an input that is not there."""
     return tuple(
         gradient if gradient is None or owner is None or gradient.dtype == owner.dtype else gradient.to(owner.dtype)
@@ -289,7 +295,9 @@ def in_dtype_of(gradients: Iterable[Tensor | None], inputs: Inputs) -> tuple[Ten
     )
 
 
-def differentiable_gradients(dy: Tensor, inputs: Inputs, wanted: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+def differentiable_gradients(
+    dy: Tensor, inputs: Inputs, needs_input_grad: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
     """Return the gradients `wanted`, in the order of `Gradients`, with a graph of their own."""
     with torch.enable_grad():
         # Views: the graph built here ends at them, and not where the caller's graph goes on.
@@ -304,11 +312,13 @@ def differentiable_gradients(dy: Tensor, inputs: Inputs, wanted: tuple[bool, ...
             variances,
             leaves.weight,
             leaves.bias,
-            inputs.constants if inputs.renew is None else None,
+            inputs.constants if inputs.running_stats_update is None else None,
             branches=mixing.branches,
             eps=mixing.eps,
-            record=None if inputs.renew is None else lambda _: inputs.constants,
+            record=None if inputs.running_stats_update is None else lambda _: inputs.constants,
         )
-        asked = [leaf for leaf, want in zip(leaves.tensors, wanted, strict=True) if want and leaf is not None]
-        found = iter(torch.autograd.grad(y, asked, dy, create_graph=True, allow_unused=True))
-        return tuple(next(found) if want else None for want in wanted)
+        grad_inputs = [
+            leaf for leaf, want in zip(leaves.tensors, needs_input_grad, strict=True) if want and leaf is not None
+        ]
+        found = iter(torch.autograd.grad(y, grad_inputs, dy, create_graph=True, allow_unused=True))
+        return tuple(next(found) if want else None for want in needs_input_grad)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from normswap.layers.backends.interface import Inputs
 from normswap.layers.backends.reference import Moments, accumulation_dtype
-from normswap.layers.gating import Branch, Mixing, Shares, read_shares
+from normswap.layers.gating import Branch, ImportanceWeights, Mixing, read_branch_weights
 
 # A numpy array, or a tensor where the device is not the CPU.
 Array = Any
@@ -45,18 +45,18 @@ class Site(NamedTuple):
     constants: Moments | None
     weight: Tensor | None
     bias: Tensor | None
-    means: Shares
-    variances: Shares
+    means: ImportanceWeights
+    variances: ImportanceWeights
     mixing: Mixing
-    renewed: bool = False
+    uses_updated_stats: bool = False
 
     @property
-    def takes_batch(self) -> bool:
+    def uses_batch_moments(self) -> bool:
         """Whether the `bn` branch takes the moments of the batch."""
         return self.constants is None and "bn" in self.mixing.branches
 
 
-def site_of(inputs: Inputs, moments: Moments) -> Site:
+def read_site(inputs: Inputs, moments: Moments) -> Site:
     """Return what the algebra reads of a call, whose x has these moments over its positions, (N, C)."""
     dtype = accumulation_dtype(inputs.x)
     weight, bias = (
@@ -64,18 +64,23 @@ def site_of(inputs: Inputs, moments: Moments) -> Site:
         None if parameter is None else parameter.detach().to(dtype, copy=True).contiguous()
         for parameter in (inputs.weight, inputs.bias)
     )
-    shares = read_shares(inputs.mean_point, inputs.mixing), read_shares(inputs.var_point, inputs.mixing)
-    return Site(moments, inputs.constants, weight, bias, *shares, inputs.mixing, inputs.renew is not None)
+    branch_weights = (
+        read_branch_weights(inputs.mean_point, inputs.mixing),
+        read_branch_weights(inputs.var_point, inputs.mixing),
+    )
+    return Site(
+        moments, inputs.constants, weight, bias, *branch_weights, inputs.mixing, inputs.running_stats_update is not None
+    )
 
 
-class Pulled(NamedTuple):
+class InputGradientTerms(NamedTuple):
     """What backward finds: scale, slope and shift of dx (N, C), and gradients of shares, weight (C,) and bias (C,)."""
 
     scale: Tensor
     slope: Tensor
     shift: Tensor
-    means: Shares
-    variances: Shares
+    means: ImportanceWeights
+    variances: ImportanceWeights
     weight: Tensor
     bias: Tensor
 
@@ -83,57 +88,59 @@ class Pulled(NamedTuple):
 def scale_and_shift(site: Site) -> tuple[Tensor, Tensor, Moments | None]:
     """Return y = scale x + shift per (n, c), each (N, C), and the moments (1, C) that `bn` took from the batch."""
     like, shape = site.moments.mean, site.moments.mean.shape
-    with _as_torch():
+    with _ignore_float_errors():
         # The moments of the batch are recorded whatever share they have.
-        tables = _mixed(site, ("bn",) if site.takes_batch else ())
+        tables = _mix_moments(site, ("bn",) if site.uses_batch_moments else ())
         scale = _rsqrt(tables.mixed.var + site.mixing.eps)
         if site.weight is not None:
             scale = scale * _as_array(site.weight)
         shift = -scale * tables.mixed.mean
         if site.bias is not None:
             shift = shift + _as_array(site.bias)
-        batch = Moments(*(_as_tensor(a, like) for a in tables.bn)) if site.takes_batch and tables.bn else None
-        return _filled(scale, shape, like), _filled(shift, shape, like), batch
+        batch = Moments(*(_as_tensor(a, like) for a in tables.bn)) if site.uses_batch_moments and tables.bn else None
+        return _broadcast_tensor(scale, shape, like), _broadcast_tensor(shift, shape, like), batch
 
 
 def pool_samples(moments: Moments) -> Moments:
     """Return the moments (1, C) of a batch from those of its samples (N, C)."""
-    with _as_torch():
-        return Moments(*(_as_tensor(a, moments.mean) for a in _pool(_Pair(*map(_as_array, moments)), 0)))
+    with _ignore_float_errors():
+        return Moments(*(_as_tensor(a, moments.mean) for a in _pool(_ArrayMoments(*map(_as_array, moments)), 0)))
 
 
 def mean_and_rstd(site: Site) -> tuple[Tensor, Tensor]:
     """Return the mixed mean and 1 / sqrt(mixed variance + eps), each (N, C)."""
     like, shape = site.moments.mean, site.moments.mean.shape
-    with _as_torch():
-        mixed = _mixed(site, ()).mixed
-        return _filled(mixed.mean, shape, like), _filled(_rsqrt(mixed.var + site.mixing.eps), shape, like)
+    with _ignore_float_errors():
+        mixed = _mix_moments(site, ()).mixed
+        return _broadcast_tensor(mixed.mean, shape, like), _broadcast_tensor(
+            _rsqrt(mixed.var + site.mixing.eps), shape, like
+        )
 
 
-def pull(site: Site, plain: Tensor, scaled: Tensor, positions: int) -> Pulled:
+def backward_terms(site: Site, dy_sum: Tensor, dy_xhat_sum: Tensor, positions: int) -> InputGradientTerms:
     """Return what follows from the sums over positions of dy and of dy xhat, each (N, C)."""
     like, shape = site.moments.mean, site.moments.mean.shape
     branches = site.mixing.branches
-    with _as_torch():
-        tables = _mixed(site, branches)
+    with _ignore_float_errors():
+        tables = _mix_moments(site, branches)
         rstd = _rsqrt(tables.mixed.var + site.mixing.eps)
         scale = rstd if site.weight is None else rstd * _as_array(site.weight)
-        sums = _as_array(plain), _as_array(scaled)
-        p = _spread(scale * sums[0] * (-1 / positions), branches)
-        q = _spread(scale * rstd * sums[1] * (-1 / positions), branches)
+        sums = _as_array(dy_sum), _as_array(dy_xhat_sum)
+        p = _branch_averages(scale * sums[0] * (-1 / positions), branches)
+        q = _branch_averages(scale * rstd * sums[1] * (-1 / positions), branches)
         slope, shift = _slope_and_shift(p, q, tables, site)
-        return Pulled(
-            _filled(scale, shape, like),
-            _filled(slope, shape, like),
-            _filled(shift, shape, like),
-            _mean_share_gradient(p, tables, positions),
-            _var_share_gradient(q, tables, positions),
+        return InputGradientTerms(
+            _broadcast_tensor(scale, shape, like),
+            _broadcast_tensor(slope, shape, like),
+            _broadcast_tensor(shift, shape, like),
+            _mean_weights_gradient(p, tables, positions),
+            _var_weights_gradient(q, tables, positions),
             weight=_as_tensor(sums[1].sum(0), like),
             bias=_as_tensor(sums[0].sum(0), like),
         )
 
 
-def _as_torch() -> np.errstate:
+def _ignore_float_errors() -> np.errstate:
     """Infinities and NaN pass without a word, as they do in torch."""
     return np.errstate(all="ignore")
 
@@ -150,7 +157,7 @@ def _as_tensor(array: Array, like: Tensor) -> Tensor:
     return torch.from_numpy(array.astype(np.float64 if like.dtype == torch.float64 else np.float32, copy=False))
 
 
-def _filled(array: Array, shape: torch.Size, like: Tensor) -> Tensor:
+def _broadcast_tensor(array: Array, shape: torch.Size, like: Tensor) -> Tensor:
     """Return a table broadcast to (N, C) as a tensor with memory of its own where it was smaller."""
     if array.shape == shape:
         return _as_tensor(array, like)
@@ -162,23 +169,23 @@ def _rsqrt(array: Array) -> Array:
     return array.rsqrt() if isinstance(array, Tensor) else 1 / np.sqrt(array)
 
 
-class _Pair(NamedTuple):
+class _ArrayMoments(NamedTuple):
     """Two tables that belong together: mean and biased variance."""
 
     mean: Array
     var: Array
 
 
-class _Tables(NamedTuple):
+class _BranchMoments(NamedTuple):
     """Moments of the branches that are needed, (N, C), (N, 1) and (1, C), and the mixed ones: broadcast to (N, C)."""
 
-    in_: _Pair
-    ln: _Pair | None
-    bn: _Pair | None
-    mixed: _Pair
+    in_: _ArrayMoments
+    ln: _ArrayMoments | None
+    bn: _ArrayMoments | None
+    mixed: _ArrayMoments
 
 
-class _Pulls(NamedTuple):
+class _BranchTerms(NamedTuple):
     """p or q of the branches in use: (N, C), (N, 1) and (1, C)."""
 
     in_: Array
@@ -186,97 +193,99 @@ class _Pulls(NamedTuple):
     bn: Array | None
 
 
-def _mixed(site: Site, needed: Sequence[Branch]) -> _Tables:
+def _mix_moments(site: Site, needed: Sequence[Branch]) -> _BranchMoments:
     """Pool the moments of the branches that have a share or are `needed`, and mix them."""
     means, variances = site.means, site.variances
-    in_ = _Pair(*map(_as_array, site.moments))
+    in_ = _ArrayMoments(*map(_as_array, site.moments))
     ln = _pool(in_, 1) if means.ln or variances.ln or "ln" in needed else None
-    bn = None if site.constants is None else _Pair(*map(_as_array, site.constants))
+    bn = None if site.constants is None else _ArrayMoments(*map(_as_array, site.constants))
     if bn is None and (means.bn or variances.bn or "bn" in needed):
         bn = _pool(in_, 0)
     mean = _mix(means, in_.mean, ln and ln.mean, bn and bn.mean)
     var = _mix(variances, in_.var, ln and ln.var, bn and bn.var)
-    return _Tables(in_, ln, bn, _Pair(mean, var))
+    return _BranchMoments(in_, ln, bn, _ArrayMoments(mean, var))
 
 
-def _pool(in_: _Pair, axis: int) -> _Pair:
+def _pool(in_: _ArrayMoments, axis: int) -> _ArrayMoments:
     """Mean of variances + variance of means, summed around the first entry: a common mean costs no digits."""
     means, variances = in_
     count = means.shape[axis]
     if count == 1:
         return in_
     first = means[:1] if axis == 0 else means[:, :1]
-    away = means - first
-    centre = away.sum(axis, keepdims=True)
+    deviation = means - first
+    centre = deviation.sum(axis, keepdims=True)
     centre *= 1 / count
-    away -= centre
-    away *= away
-    away += variances
-    var = away.sum(axis, keepdims=True)
+    deviation -= centre
+    deviation *= deviation
+    deviation += variances
+    var = deviation.sum(axis, keepdims=True)
     var *= 1 / count
-    return _Pair(first + centre, var)
+    return _ArrayMoments(first + centre, var)
 
 
-def _spread(pull: Array, branches: Sequence[Branch]) -> _Pulls:
+def _branch_averages(terms: Array, branches: Sequence[Branch]) -> _BranchTerms:
     """Return p or q (N, C), and its means over what the other branches pool."""
-    samples, channels = pull.shape
-    return _Pulls(
-        pull,
-        pull.sum(1, keepdims=True) * (1 / channels) if "ln" in branches else None,
-        pull.sum(0, keepdims=True) * (1 / samples) if "bn" in branches else None,
+    samples, channels = terms.shape
+    return _BranchTerms(
+        terms,
+        terms.sum(1, keepdims=True) * (1 / channels) if "ln" in branches else None,
+        terms.sum(0, keepdims=True) * (1 / samples) if "bn" in branches else None,
     )
 
 
-def _slope_and_shift(p: _Pulls, q: _Pulls, tables: _Tables, site: Site) -> tuple[Array, Array]:
+def _slope_and_shift(p: _BranchTerms, q: _BranchTerms, tables: _BranchMoments, site: Site) -> tuple[Array, Array]:
     """Return the coefficients of dx around mu_in, which broadcast to (N, C)."""
     bn = tables.bn
-    if site.renewed:
+    if site.uses_updated_stats:
         bn = _pool(tables.in_, 0)
     elif site.constants is not None:  # x does not move them
         p, q = p._replace(bn=None), q._replace(bn=None)
     variances = site.variances
     slope, shift = _mix(variances, *q), _mix(site.means, *p)
-    for share, pulled, branch in ((variances.ln, q.ln, tables.ln), (variances.bn, q.bn, bn)):
-        if share != 0 and pulled is not None and branch is not None:
-            term = (tables.in_.mean - branch.mean) * (share * pulled)
+    for branch_weight, gradient_term, branch in ((variances.ln, q.ln, tables.ln), (variances.bn, q.bn, bn)):
+        if branch_weight != 0 and gradient_term is not None and branch is not None:
+            term = (tables.in_.mean - branch.mean) * (branch_weight * gradient_term)
             shift = term if shift is None else shift + term
-    nothing = 0.0 * p.in_[:1, :1]
-    return nothing if slope is None else slope, nothing if shift is None else shift
+    zero = 0.0 * p.in_[:1, :1]
+    return zero if slope is None else slope, zero if shift is None else shift
 
 
-def _mean_share_gradient(p: _Pulls, tables: _Tables, positions: int) -> Shares:
+def _mean_weights_gradient(p: _BranchTerms, tables: _BranchMoments, positions: int) -> ImportanceWeights:
     """Return the gradient of the shares in the mean, up to a common shift: around that of `in`."""
     ln, bn = (
         0.0 if branch is None else -positions * _dot(p.in_, tables.in_.mean - branch.mean)
         for branch in (tables.ln, tables.bn)
     )
-    return Shares(0.0, ln, bn)
+    return ImportanceWeights(0.0, ln, bn)
 
 
-def _var_share_gradient(q: _Pulls, tables: _Tables, positions: int) -> Shares:
+def _var_weights_gradient(q: _BranchTerms, tables: _BranchMoments, positions: int) -> ImportanceWeights:
     """Return the gradient of the shares in the variance."""
     size = q.in_.shape[0] * q.in_.shape[1] * positions / 2
     branches = ((q.in_, tables.in_), (q.ln, tables.ln), (q.bn, tables.bn))
-    return Shares(
+    return ImportanceWeights(
         *(
-            0.0 if pulled is None or pair is None else size / len(pulled.reshape(-1)) * _dot(pulled, pair.var)
-            for pulled, pair in branches
+            0.0
+            if gradient_term is None or pair is None
+            else size / len(gradient_term.reshape(-1)) * _dot(gradient_term, pair.var)
+            for gradient_term, pair in branches
         )
     )
 
 
-def _dot(pulled: Array, statistic: Array) -> float:
+def _dot(gradient_term: Array, statistic: Array) -> float:
     """Sum products. An infinite variance lets nothing through: where nothing pulls, a statistic has no say."""
-    a, b = pulled.reshape(-1), statistic.reshape(-1)
+    a, b = gradient_term.reshape(-1), statistic.reshape(-1)
     total = float(a @ b)
     return total if math.isfinite(total) else float(a[a != 0] @ b[a != 0])
 
 
-def _mix(shares: Shares, in_: Array | None, ln: Array | None, bn: Array | None) -> Array | None:
+def _mix(branch_weights: ImportanceWeights, in_: Array | None, ln: Array | None, bn: Array | None) -> Array | None:
     """Sum shares times tables; what has no share is not touched, so that zero times infinity is zero."""
     total = None
-    for share, table in ((shares.in_, in_), (shares.ln, ln), (shares.bn, bn)):
-        if share != 0 and table is not None:
-            term = table if share == 1 else table * share
+    for branch_weight, table in ((branch_weights.in_, in_), (branch_weights.ln, ln), (branch_weights.bn, bn)):
+        if branch_weight != 0 and table is not None:
+            term = table if branch_weight == 1 else table * branch_weight
             total = term if total is None else total + term
     return total

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from normswap.layers.backends import reference
-from normswap.layers.backends.aten_passes import per_position
+from normswap.layers.backends.aten_passes import broadcast_over_positions
 from normswap.layers.backends.reference import Moments, accumulation_dtype
 
 
@@ -19,13 +19,15 @@ def instance_moments(x: Tensor) -> tuple[Moments, Tensor | None]:
 
 def scale_and_shift(x: Tensor, scale: Tensor, shift: Tensor, *, buffer: Tensor | None = None) -> Tensor:
     """Return scale x + shift, of the dtype and layout of x, in the memory of `buffer` where one is given."""
-    y = torch.addcmul(per_position(shift, x), x.to(scale.dtype), per_position(scale, x)).to(x.dtype)
+    y = torch.addcmul(broadcast_over_positions(shift, x), x.to(scale.dtype), broadcast_over_positions(scale, x)).to(
+        x.dtype
+    )
     return y if buffer is None else buffer.copy_(y)
 
 
 def gradient_sums(dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
     """Return the sums over positions of dy and of dy (x - mean) rstd, each (N, C)."""
     wide, dtype = dy.to(accumulation_dtype(x)), accumulation_dtype(x)
-    scaled = (x.to(dtype) - per_position(mean, x)).mul_(wide)
-    plain, scaled = (tensor.reshape(*mean.shape, -1).sum(2) for tensor in (wide, scaled))
-    return plain, scaled * rstd
+    dy_xhat_sum = (x.to(dtype) - broadcast_over_positions(mean, x)).mul_(wide)
+    dy_sum, dy_xhat_sum = (tensor.reshape(*mean.shape, -1).sum(2) for tensor in (wide, dy_xhat_sum))
+    return dy_sum, dy_xhat_sum * rstd

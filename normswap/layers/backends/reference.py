@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from normswap.layers.gating import Branch, Mixing, read_shares
+from normswap.layers.gating import Branch, Mixing, read_branch_weights
 
 # MERGED DOC: A site that is exactly BN: told where that costs nothing, and computed at BN's price.
 
@@ -48,10 +48,10 @@ def pool_moments(moments: Moments, dim: int) -> Moments:
 
 
 # Values that are widened to float64 at one time: on CPU what stays in its caches, elsewhere what fills a device.
-_PART_ON_CPU, _PART = 1 << 18, 1 << 24
+_CHUNK_ON_CPU, _CHUNK = 1 << 18, 1 << 24
 
 
-class GatheredMoments:
+class MomentAccumulator:
     """Mean and biased variance per channel of all values seen so far, in float64.
 
     Part by part: two passes over each, then the merge of Chan, Golub and LeVeque (1983). Six digits more than one pass
@@ -65,33 +65,39 @@ class GatheredMoments:
     def __init__(self, channels: int) -> None:
         self.count = 0
         self.mean = torch.zeros(channels, dtype=torch.float64)
-        self.spread = torch.zeros_like(self.mean)
+        self.squared_deviations = torch.zeros_like(self.mean)
 
     @property
     def var(self) -> Tensor:
         """The biased variance (C,); NaN where nothing was seen."""
-        return self.spread / self.count if self.count else torch.full_like(self.spread, float("nan"))
+        return (
+            self.squared_deviations / self.count
+            if self.count
+            else torch.full_like(self.squared_deviations, float("nan"))
+        )
 
     def add(self, x: Tensor) -> None:
         """Take in the values of x (N, C, *spatial)."""
         x = x.detach().cpu() if x.device.type == "mps" else x.detach()  # which has no float64
         dims = [0, *range(2, x.dim())]
-        size = _PART_ON_CPU if x.device.type == "cpu" else _PART
-        for part in torch.split(x, max(1, size // x[0].numel())) if x.numel() else ():
-            wide = part.to(torch.float64)
+        size = _CHUNK_ON_CPU if x.device.type == "cpu" else _CHUNK
+        for chunk in torch.split(x, max(1, size // x[0].numel())) if x.numel() else ():
+            wide = chunk.to(torch.float64)
             mean = wide.mean(dims, keepdim=True)
-            spread = (wide - mean).square_().sum(dims)
-            self.merge(part.numel() // part.shape[1], mean.flatten(), spread)
+            squared_deviations = (wide - mean).square_().sum(dims)
+            self.merge(chunk.numel() // chunk.shape[1], mean.flatten(), squared_deviations)
 
-    def merge(self, count: int, mean: Tensor, spread: Tensor) -> None:
+    def merge(self, count: int, mean: Tensor, squared_deviations: Tensor) -> None:
         """Take in what is known of `count` more values per channel: their mean (C,) and spread (C,)."""
         if not count:
             return
         total = self.count + count
-        own, own_spread = self.mean.to(mean.device), self.spread.to(mean.device)
+        own, own_squared_deviations = self.mean.to(mean.device), self.squared_deviations.to(mean.device)
         shift = mean - own
         self.mean = own + shift * (count / total)
-        self.spread = own_spread + spread + shift.square() * (self.count * count / total)
+        self.squared_deviations = (
+            own_squared_deviations + squared_deviations + shift.square() * (self.count * count / total)
+        )
         self.count = total
 
 
@@ -99,7 +105,7 @@ def is_batch_norm(gates: tuple[Tensor, Tensor], mixing: Mixing) -> bool:
     """Say whether both gate parameters (K,) lie exactly at the `bn` vertex; False where reading them has a price."""
     if gates[0].device.type != "cpu":
         return False
-    return all(read_shares(gate, mixing) == (0.0, 0.0, 1.0) for gate in gates)
+    return all(read_branch_weights(gate, mixing) == (0.0, 0.0, 1.0) for gate in gates)
 
 
 def batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, constants: Moments, eps: float) -> Tensor:
@@ -133,9 +139,9 @@ def switch_norm_reference(
     """
     table = instance_moments(x)
     bn = pool_moments(table, 0) if constants is None else constants
-    taken = None if record is None else record(bn)
-    if taken is not None:
-        bn = Moments(*(with_gradient_of(moment, value) for value, moment in zip(taken, bn, strict=True)))
+    replacement = None if record is None else record(bn)
+    if replacement is not None:
+        bn = Moments(*(replace_value(moment, value) for value, moment in zip(replacement, bn, strict=True)))
     moments = {"in": table, "ln": pool_moments(table, 1), "bn": bn}
     mixed_mean = _mix(mean_weights, [moments[branch].mean for branch in branches])
     mixed_var = _mix(var_weights, [moments[branch].var for branch in branches])
@@ -153,7 +159,7 @@ def switch_norm_reference(
     return y.to(x.dtype)
 
 
-def with_gradient_of(moment: Tensor, value: Tensor) -> Tensor:
+def replace_value(moment: Tensor, value: Tensor) -> Tensor:
     """Return `value` with the gradient of `moment`; none is passed on where that is not finite."""
     # The difference is exactly zero; that of two infinities would be NaN.
     return value + torch.where(moment.isfinite(), moment - moment.detach(), 0.0)
@@ -175,6 +181,6 @@ def _mix(weights: Tensor, statistics: list[Tensor]) -> _Mixed:
     """Sum weights (K,) times statistics; a weight of exactly zero silences inf and NaN instead of spreading them."""
     weights = weights.to(statistics[0].dtype)
     pairs = list(zip(weights.unbind(), statistics, strict=True))
-    values = [torch.where(share != 0, share.detach() * table, 0.0) for share, table in pairs]
-    finite = [share * torch.where(table.isfinite(), table, 0.0) for share, table in pairs]
+    values = [torch.where(branch_weight != 0, branch_weight.detach() * table, 0.0) for branch_weight, table in pairs]
+    finite = [branch_weight * torch.where(table.isfinite(), table, 0.0) for branch_weight, table in pairs]
     return _Mixed(sum(values[1:], start=values[0]), sum(finite[1:], start=finite[0]))

@@ -21,11 +21,11 @@ from normswap.layers.backends.cpu import NATIVE
 from normswap.layers.backends.interface import Backend
 from normswap.layers.gating import Branch
 
-_VARIABLE = "NORMSWAP_BACKEND"
+_ENVIRONMENT_VARIABLE = "NORMSWAP_BACKEND"
 
 
 @cache
-def _triton() -> Backend:
+def _load_triton() -> Backend:
     if not _has_triton():
         raise LayerError("the backend 'triton' needs Triton, which cannot be imported here: pip install triton")
     from normswap.layers.backends.triton_launch import TRITON
@@ -45,12 +45,12 @@ def _can_compile_for(device: torch.device) -> bool:
 
 
 # By name: how to get it. What needs a compiler of its own is imported at its first use.
-_FUSED: Mapping[str, Callable[[], Backend]] = {"native": lambda: NATIVE, "triton": _triton}
-BACKENDS = ("reference", *_FUSED)
-_BY_DEVICE = {"cpu": "native", "cuda": "triton"}
+_FUSED_BACKENDS: Mapping[str, Callable[[], Backend]] = {"native": lambda: NATIVE, "triton": _load_triton}
+BACKENDS = ("reference", *_FUSED_BACKENDS)
+_DEFAULT_BACKENDS = {"cpu": "native", "cuda": "triton"}
 
 _forced: str | None = None
-_from_environment = os.environ.get(_VARIABLE)
+_from_environment = os.environ.get(_ENVIRONMENT_VARIABLE)
 
 
 @contextmanager
@@ -66,34 +66,34 @@ def use_backend(name: str) -> Iterator[None]:
             a tensor is not on a CUDA device.
     """
     global _forced
-    before, _forced = _forced, _checked(name, "use_backend")
+    before, _forced = _forced, _check_backend_name(name, "use_backend")
     try:
         yield
     finally:
         _forced = before
 
 
-def _checked(name: str, asked_by: str) -> str:
+def _check_backend_name(name: str, source: str) -> str:
     if name not in BACKENDS:
-        raise LayerError(f"{asked_by}: expected one of {BACKENDS}, got {name!r}")
+        raise LayerError(f"{source}: expected one of {BACKENDS}, got {name!r}")
     return name
 
 
 def fused_backend(x: Tensor) -> Backend | None:
-    """Return the fused backend for x, which `runs_now`; None where the plain formula normalises.
+    """Return the fused backend for x, which `is_eager`; None where the plain formula normalises.
 
     Raises:
         LayerError: the environment variable NORMSWAP_BACKEND names no backend, or the backend asked for cannot run
             here.
     """
     forced = _forced_name()
-    name = forced or _BY_DEVICE.get(x.device.type, "reference")
+    name = forced or _DEFAULT_BACKENDS.get(x.device.type, "reference")
     if name == "triton":
-        return _triton_for(x, forced is not None)
-    return None if name == "reference" else _FUSED[name]()
+        return _triton_backend_for(x, forced is not None)
+    return None if name == "reference" else _FUSED_BACKENDS[name]()
 
 
-def compiles_operator(x: Tensor) -> bool:
+def needs_custom_op(x: Tensor) -> bool:
     """Say whether a graph is being compiled, neither exported nor transformed, that calls a fused backend for x."""
     if not torch.compiler.is_compiling() or torch.compiler.is_exporting() or _is_transformed(x):
         return False
@@ -102,15 +102,15 @@ def compiles_operator(x: Tensor) -> bool:
 
 def _forced_name() -> str | None:
     if _forced is None and _from_environment:
-        return _checked(_from_environment, _VARIABLE)
+        return _check_backend_name(_from_environment, _ENVIRONMENT_VARIABLE)
     return _forced
 
 
-def _triton_for(x: Tensor, asked_for: bool) -> Backend | None:
-    if x.dtype == torch.float64 or not (asked_for or (_has_triton() and _can_compile_for(x.device))):
+def _triton_backend_for(x: Tensor, is_requested: bool) -> Backend | None:
+    if x.dtype == torch.float64 or not (is_requested or (_has_triton() and _can_compile_for(x.device))):
         return None
-    backend = _triton()
-    if x.device.type != "cuda" and not interpreted():
+    backend = _load_triton()
+    if x.device.type != "cuda" and not is_interpreted():
         raise LayerError(
             f"the backend 'triton' runs on CUDA devices, got a tensor on {x.device}: move model and input to one, ask "
             "for 'native', or set TRITON_INTERPRET=1 before Triton is imported"
@@ -118,7 +118,7 @@ def _triton_for(x: Tensor, asked_for: bool) -> Backend | None:
     return backend
 
 
-def interpreted() -> bool:
+def is_interpreted() -> bool:
     """Say whether Triton interprets its kernels here, so that they run on CPU tensors."""
     from normswap.layers.backends.triton_kernels import INTERPRETED
 
@@ -127,7 +127,7 @@ def interpreted() -> bool:
 
 def project_points(points: Sequence[Tensor], branches: Sequence[Branch]) -> bool:
     """Put simplex points (K,) of a layer back on the simplex by a kernel, where the backend has one; say whether."""
-    if not runs_now(points[0]):
+    if not is_eager(points[0]):
         return False
     backend = fused_backend(points[0])
     if backend is None or backend.name != "triton":
@@ -138,7 +138,7 @@ def project_points(points: Sequence[Tensor], branches: Sequence[Branch]) -> bool
     return True
 
 
-def runs_now(x: Tensor) -> bool:
+def is_eager(x: Tensor) -> bool:
     """Say whether operators on x run at once on real values: x is not traced, transformed, fake or watched."""
     return not (
         torch.compiler.is_compiling()
@@ -149,19 +149,23 @@ def runs_now(x: Tensor) -> bool:
     )
 
 
-def is_jit_traced() -> bool:
+def is_jit_tracing() -> bool:
     """Say whether torch.jit.trace records; a compiler, which would break its graph at the question, never does."""
     return not torch.compiler.is_compiling() and torch._C._is_tracing()
 
 
 def _is_transformed(x: Tensor) -> bool:
     """Whether operators on x do more than their names say, which an operator of ours has no rule for."""
-    return type(x) not in _PLAIN or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return (
+        type(x) not in _PLAIN_TENSOR_TYPES
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    )
 
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+_PLAIN_TENSOR_TYPES = (Tensor, torch.nn.Parameter)
 
 
-def can_read(parameter: Tensor) -> bool:
+def can_read_values(parameter: Tensor) -> bool:
     """Say whether the values of a parameter can be read at no cost, and would not be burnt into a trace."""
-    return parameter.is_cpu and runs_now(parameter)
+    return parameter.is_cpu and is_eager(parameter)

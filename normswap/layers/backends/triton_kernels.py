@@ -28,17 +28,17 @@ import triton.language as tl
 
 
 @triton.jit
-def _gathered(mean, squares, size, lanes, LANES: tl.constexpr):
+def _merge_lanes(mean, squares, size, lanes, LANES: tl.constexpr):
     """Mean and biased variance (R,) of what the lanes (R, LANES) have seen of `size` values, one after the other."""
     counts = ((size - lanes + LANES - 1) // LANES).to(tl.float32)[None, :]
     total = tl.sum(mean * counts, axis=1) / size
-    away = mean - total[:, None]
+    deviation = mean - total[:, None]
     # A lane that has seen nothing adds nothing, though its square may be infinite.
-    return total, tl.sum(squares + tl.where(counts > 0, away * away * counts, 0.0), axis=1) / size
+    return total, tl.sum(squares + tl.where(counts > 0, deviation * deviation * counts, 0.0), axis=1) / size
 
 
 @triton.jit
-def _merged(mean, var, offsets, mask, table, span, positions, SPLITS: tl.constexpr):
+def _merge_parts(mean, var, offsets, mask, table, span, positions, SPLITS: tl.constexpr):
     """Moments (R, S) of the table's entries at `offsets`, merged from their parts around the first (Chan et al.)."""
     first = tl.load(mean + offsets, mask=mask, other=0.0)
     if SPLITS == 1:
@@ -46,13 +46,13 @@ def _merged(mean, var, offsets, mask, table, span, positions, SPLITS: tl.constex
     part = tl.arange(0, SPLITS)[None, None, :]
     size = tl.minimum(tl.maximum(positions - part * span, 0), span)
     seen = mask[:, :, None] & (size > 0)
-    places = offsets[:, :, None] + part * tl.cast(table, tl.int64)
+    entry_indices = offsets[:, :, None] + part * tl.cast(table, tl.int64)
     size = size.to(tl.float32) / positions
-    away = tl.where(seen, tl.load(mean + places, mask=seen, other=0.0) - first[:, :, None], 0.0)
-    centre = tl.sum(away * size, axis=2)
-    away = tl.where(seen, away - centre[:, :, None], 0.0)
-    within = tl.load(var + places, mask=seen, other=0.0)
-    return first + centre, tl.sum((within + away * away) * size, axis=2)
+    deviation = tl.where(seen, tl.load(mean + entry_indices, mask=seen, other=0.0) - first[:, :, None], 0.0)
+    centre = tl.sum(deviation * size, axis=2)
+    deviation = tl.where(seen, deviation - centre[:, :, None], 0.0)
+    within = tl.load(var + entry_indices, mask=seen, other=0.0)
+    return first + centre, tl.sum((within + deviation * deviation) * size, axis=2)
 
 
 @triton.jit
@@ -62,8 +62,8 @@ def _total(sums, offsets, mask, table, splits, SPLITS: tl.constexpr):
         return tl.load(sums + offsets, mask=mask, other=0.0)
     part = tl.arange(0, SPLITS)[None, None, :]
     seen = mask[:, :, None] & (part < splits)
-    places = offsets[:, :, None] + part * (2 * tl.cast(table, tl.int64))
-    return tl.sum(tl.load(sums + places, mask=seen, other=0.0), axis=2)
+    entry_indices = offsets[:, :, None] + part * (2 * tl.cast(table, tl.int64))
+    return tl.sum(tl.load(sums + entry_indices, mask=seen, other=0.0), axis=2)
 
 
 # --- gates ---------------------------------------------------------------------------------------------------------
@@ -72,18 +72,18 @@ def _total(sums, offsets, mask, table, splits, SPLITS: tl.constexpr):
 @triton.jit
 def _point(point, IN: tl.constexpr, LN: tl.constexpr, BN: tl.constexpr):
     """The entries of a gate parameter for `in`, `ln` and `bn`, minus infinity for a branch that is not in use."""
-    nothing = tl.full((), float("-inf"), tl.float32)
-    a = tl.load(point).to(tl.float32) if IN else nothing
-    b = tl.load(point + IN).to(tl.float32) if LN else nothing
-    c = tl.load(point + (IN + LN)).to(tl.float32) if BN else nothing
+    negative_infinity = tl.full((), float("-inf"), tl.float32)
+    a = tl.load(point).to(tl.float32) if IN else negative_infinity
+    b = tl.load(point + IN).to(tl.float32) if LN else negative_infinity
+    c = tl.load(point + (IN + LN)).to(tl.float32) if BN else negative_infinity
     return a, b, c
 
 
 @triton.jit
-def _shares(point, SIMPLEX: tl.constexpr, IN: tl.constexpr, LN: tl.constexpr, BN: tl.constexpr):
+def _branch_weights(point, SIMPLEX: tl.constexpr, IN: tl.constexpr, LN: tl.constexpr, BN: tl.constexpr):
     """Importance weights of `in`, `ln` and `bn`, 0 for a branch that is not in use."""
     a, b, c = _point(point, IN, LN, BN)
-    whole, top = a + b + c, tl.maximum(tl.maximum(a, b), c)
+    entry_sum, top = a + b + c, tl.maximum(tl.maximum(a, b), c)
     # A common shift changes nothing; with the largest entry at 0, no size of it can swallow a 1 or overflow.
     a, b, c = a - top, b - top, c - top
     if SIMPLEX:
@@ -91,7 +91,7 @@ def _shares(point, SIMPLEX: tl.constexpr, IN: tl.constexpr, LN: tl.constexpr, BN
         # The threshold of the right support is the largest one.
         threshold = tl.maximum(tl.maximum((second - 1.0) / 2.0, tl.div_rn(a + b + c - 1.0, 3.0)), -1.0)
         # A point that is not finite has no projection.
-        threshold = tl.where((whole != whole) | (top == float("inf")), float("nan"), threshold)
+        threshold = tl.where((entry_sum != entry_sum) | (top == float("inf")), float("nan"), threshold)
         unknown = tl.where(threshold != threshold, threshold, 0.0)
         return (
             tl.maximum(a - threshold, 0.0) + unknown,
@@ -99,8 +99,8 @@ def _shares(point, SIMPLEX: tl.constexpr, IN: tl.constexpr, LN: tl.constexpr, BN
             tl.maximum(c - threshold, 0.0) + unknown,
         )
     a, b, c = tl.exp(a), tl.exp(b), tl.exp(c)
-    whole = a + b + c
-    return tl.div_rn(a, whole), tl.div_rn(b, whole), tl.div_rn(c, whole)
+    entry_sum = a + b + c
+    return tl.div_rn(a, entry_sum), tl.div_rn(b, entry_sum), tl.div_rn(c, entry_sum)
 
 
 @triton.jit
@@ -111,7 +111,7 @@ def _write_gate_gradient(
 
     Statistics that a weight of zero silences have no say on that weight either.
     """
-    in_, ln, bn = _shares(point, SIMPLEX, IN, LN, BN)
+    in_, ln, bn = _branch_weights(point, SIMPLEX, IN, LN, BN)
     a = tl.where((in_ != 0) | (tl.abs(a) < float("inf")), a, 0.0) if IN else 0.0
     b = tl.where((ln != 0) | (tl.abs(b) < float("inf")), b, 0.0) if LN else 0.0
     c = tl.where((bn != 0) | (tl.abs(c) < float("inf")), c, 0.0) if BN else 0.0
@@ -134,15 +134,15 @@ def _project(point, EPS: tl.constexpr, IN: tl.constexpr, LN: tl.constexpr, BN: t
     a = a if IN else 0.0
     b = b if LN else 0.0
     c = c if BN else 0.0
-    whole, lowest = a + b + c, tl.minimum(tl.minimum(a, b), c)
-    away = (lowest < 0) | (tl.abs(whole - 1.0) > EPS) | (whole != whole)
-    a, b, c = _shares(point, True, IN, LN, BN)
+    entry_sum, lowest = a + b + c, tl.minimum(tl.minimum(a, b), c)
+    deviation = (lowest < 0) | (tl.abs(entry_sum - 1.0) > EPS) | (entry_sum != entry_sum)
+    a, b, c = _branch_weights(point, True, IN, LN, BN)
     if IN:
-        tl.store(point, a, mask=away)
+        tl.store(point, a, mask=deviation)
     if LN:
-        tl.store(point + IN, b, mask=away)
+        tl.store(point + IN, b, mask=deviation)
     if BN:
-        tl.store(point + (IN + LN), c, mask=away)
+        tl.store(point + (IN + LN), c, mask=deviation)
 
 
 @triton.jit
@@ -169,9 +169,9 @@ def _branches(
     LN: tl.constexpr, BN: tl.constexpr, CONSTANT: tl.constexpr,
 ):  # fmt: skip
     """Mean and variance of `in`, `ln` and `bn` for samples n and channels c, which broadcast against each other."""
-    place = n.to(tl.int64) * channels + c
-    mean = tl.load(in_mean + place, mask=mask, other=0.0)
-    var = tl.load(in_var + place, mask=mask, other=0.0)
+    entry_index = n.to(tl.int64) * channels + c
+    mean = tl.load(in_mean + entry_index, mask=mask, other=0.0)
+    var = tl.load(in_var + entry_index, mask=mask, other=0.0)
     ln_mean, ln_var, bn_mean, bn_var = 0.0, 0.0, 0.0, 0.0
     if LN:
         ln_mean = tl.load(workspace + n, mask=n < samples, other=0.0)
@@ -227,26 +227,26 @@ def moments_kernel(
     n, c, part, begin, end, base, offsets = _tile(
         tl.program_id(0), channels, positions, span, splits, LAST, BLOCK_C, BLOCK_P
     )
-    lanes, known = tl.arange(0, BLOCK_P), c < channels
+    lanes, channel_mask = tl.arange(0, BLOCK_P), c < channels
     # Around the first value: a mean that is large beside the deviation costs no digits.
     rows = tl.arange(0, BLOCK_C) * (1 if LAST else positions)
-    shift = tl.load(x + base + rows, mask=known, other=0.0)
+    shift = tl.load(x + base + rows, mask=channel_mask, other=0.0)
     shift = shift.to(tl.float32)
     lane_mean = tl.full((BLOCK_C, BLOCK_P), 0.0, tl.float32)
     squares = tl.full((BLOCK_C, BLOCK_P), 0.0, tl.float32)
     count = 0.0
     for start in range(begin, end, BLOCK_P):
-        mask = known[:, None] & (start + lanes < end)[None, :]
+        mask = channel_mask[:, None] & (start + lanes < end)[None, :]
         values = tl.load(x + base + offsets, mask=mask, other=0.0).to(tl.float32)
         count += 1.0
         delta = tl.where(mask, values - shift[:, None] - lane_mean, 0.0)
         squares += delta * (delta * ((count - 1.0) / count))
         lane_mean += delta * (1.0 / count)
         base += BLOCK_P * (channels if LAST else 1)
-    centre, within = _gathered(lane_mean, squares, end - begin, lanes, BLOCK_P)
-    place = part * tl.cast(table, tl.int64) + n.to(tl.int64) * channels + c
-    tl.store(mean + place, shift + centre, mask=known)
-    tl.store(var + place, within, mask=known)
+    centre, within = _merge_lanes(lane_mean, squares, end - begin, lanes, BLOCK_P)
+    entry_index = part * tl.cast(table, tl.int64) + n.to(tl.int64) * channels + c
+    tl.store(mean + entry_index, shift + centre, mask=channel_mask)
+    tl.store(var + entry_index, within, mask=channel_mask)
 
 
 @triton.jit
@@ -259,17 +259,17 @@ def _pool(
     Mean of variances + variance of means, of equal shares. STORE: the entries, merged, go to `in_mean` and `in_var`.
     """
     rows, lanes = block * ROWS + tl.arange(0, ROWS), tl.arange(0, LANES)
-    known = rows < size
+    channel_mask = rows < size
     ahead = rows.to(tl.int64) * stride
-    shift = tl.load(mean + ahead, mask=known, other=0.0)
+    shift = tl.load(mean + ahead, mask=channel_mask, other=0.0)
     lane_mean = tl.full((ROWS, LANES), 0.0, tl.float32)
     squares = tl.full((ROWS, LANES), 0.0, tl.float32)
     seen = 0.0
     for start in range(0, count, LANES):
         along = start + lanes
-        mask = known[:, None] & (along < count)[None, :]
+        mask = channel_mask[:, None] & (along < count)[None, :]
         offsets = ahead[:, None] + along.to(tl.int64)[None, :] * step
-        entry, within = _merged(mean, var, offsets, mask, table, span, positions, SPLITS)
+        entry, within = _merge_parts(mean, var, offsets, mask, table, span, positions, SPLITS)
         if STORE:
             tl.store(in_mean + offsets, entry, mask=mask)
             tl.store(in_var + offsets, within, mask=mask)
@@ -277,9 +277,9 @@ def _pool(
         delta = tl.where(mask, entry - shift[:, None] - lane_mean, 0.0)
         squares += within + delta * (delta * ((seen - 1.0) / seen))
         lane_mean += delta * (1.0 / seen)
-    centre, pooled = _gathered(lane_mean, squares, count, lanes, LANES)
-    tl.store(out_mean + rows, shift + centre, mask=known)
-    tl.store(out_var + rows, pooled, mask=known)
+    centre, pooled = _merge_lanes(lane_mean, squares, count, lanes, LANES)
+    tl.store(out_mean + rows, shift + centre, mask=channel_mask)
+    tl.store(out_var + rows, pooled, mask=channel_mask)
 
 
 @triton.jit
@@ -327,24 +327,24 @@ def affine_kernel(
     n, c, _, begin, end, base, offsets = _tile(
         tl.program_id(0), channels, positions, span, splits, LAST, BLOCK_C, BLOCK_P
     )
-    known, lanes = c < channels, tl.arange(0, BLOCK_P)
+    channel_mask, lanes = c < channels, tl.arange(0, BLOCK_P)
     mean, var, ln_mean, ln_var, bn_mean, bn_var = _branches(
-        n, c, known, in_mean, in_var, workspace, constant_mean, constant_var, samples, channels, LN, BN, CONSTANT
+        n, c, channel_mask, in_mean, in_var, workspace, constant_mean, constant_var, samples, channels, LN, BN, CONSTANT
     )
     centre = _centre(mean)
-    in_, ln, bn = _shares(mean_point, SIMPLEX, IN, LN, BN)
-    away = _mix(in_, ln, bn, mean - centre, ln_mean - centre, bn_mean - centre)
-    in_, ln, bn = _shares(var_point, SIMPLEX, IN, LN, BN)
+    in_, ln, bn = _branch_weights(mean_point, SIMPLEX, IN, LN, BN)
+    deviation = _mix(in_, ln, bn, mean - centre, ln_mean - centre, bn_mean - centre)
+    in_, ln, bn = _branch_weights(var_point, SIMPLEX, IN, LN, BN)
     scale = tl.div_rn(1.0, tl.sqrt_rn(_mix(in_, ln, bn, var, ln_var, bn_var) + eps))
     if weight is not None:
-        scale *= tl.load(weight + c, mask=known, other=0.0).to(tl.float32)
+        scale *= tl.load(weight + c, mask=channel_mask, other=0.0).to(tl.float32)
     shift = tl.full((BLOCK_C,), 0.0, tl.float32)
     if bias is not None:
-        shift += tl.load(bias + c, mask=known, other=0.0).to(tl.float32)
+        shift += tl.load(bias + c, mask=channel_mask, other=0.0).to(tl.float32)
     for start in range(begin, end, BLOCK_P):
-        mask = known[:, None] & (start + lanes < end)[None, :]
+        mask = channel_mask[:, None] & (start + lanes < end)[None, :]
         values = tl.load(x + base + offsets, mask=mask, other=0.0).to(tl.float32)
-        values = ((values - centre[:, None]) - away[:, None]) * scale[:, None] + shift[:, None]
+        values = ((values - centre[:, None]) - deviation[:, None]) * scale[:, None] + shift[:, None]
         tl.store(y + base + offsets, values.to(y.dtype.element_ty), mask=mask)
         base += BLOCK_P * (channels if LAST else 1)
 
@@ -370,26 +370,26 @@ def sums_kernel(
         n, c, part, begin, end, base, offsets = _tile(
             pid - pools, channels, positions, span, splits, LAST, BLOCK_C, BLOCK_P
         )
-        known, lanes = c < channels, tl.arange(0, BLOCK_P)
-        place = n.to(tl.int64) * channels + c
-        centre = _centre(tl.load(in_mean + place, mask=known, other=0.0))
-        plain = tl.full((BLOCK_C, BLOCK_P), 0.0, tl.float32)
-        scaled = tl.full((BLOCK_C, BLOCK_P), 0.0, tl.float32)
+        channel_mask, lanes = c < channels, tl.arange(0, BLOCK_P)
+        entry_index = n.to(tl.int64) * channels + c
+        centre = _centre(tl.load(in_mean + entry_index, mask=channel_mask, other=0.0))
+        dy_sum = tl.full((BLOCK_C, BLOCK_P), 0.0, tl.float32)
+        dy_xhat_sum = tl.full((BLOCK_C, BLOCK_P), 0.0, tl.float32)
         for start in range(begin, end, BLOCK_P):
-            mask = known[:, None] & (start + lanes < end)[None, :]
+            mask = channel_mask[:, None] & (start + lanes < end)[None, :]
             gradient = tl.load(dy + base + offsets, mask=mask, other=0.0).to(tl.float32)
             values = tl.load(x + base + offsets, mask=mask, other=0.0).to(tl.float32)
-            plain += gradient
-            scaled += gradient * (values - centre[:, None])
+            dy_sum += gradient
+            dy_xhat_sum += gradient * (values - centre[:, None])
             base += BLOCK_P * (channels if LAST else 1)
         wide = tl.cast(table, tl.int64)
-        sums = workspace + 4 * (samples + channels) + 2 * wide + part * (2 * wide) + place
-        tl.store(sums, tl.sum(plain, axis=1), mask=known)
-        tl.store(sums + wide, tl.sum(scaled, axis=1), mask=known)
+        sums = workspace + 4 * (samples + channels) + 2 * wide + part * (2 * wide) + entry_index
+        tl.store(sums, tl.sum(dy_sum, axis=1), mask=channel_mask)
+        tl.store(sums + wide, tl.sum(dy_xhat_sum, axis=1), mask=channel_mask)
 
 
 @triton.jit
-def _pulls(
+def _branch_terms(
     n, c, mask, in_mean, in_var, workspace, constant_mean, constant_var, mean_point, var_point, weight,
     samples, channels, table, splits, positions, eps,
     SIMPLEX: tl.constexpr, IN: tl.constexpr, LN: tl.constexpr, BN: tl.constexpr, CONSTANT: tl.constexpr,
@@ -400,31 +400,31 @@ def _pulls(
         n, c, mask, in_mean, in_var, workspace, constant_mean, constant_var, samples, channels, LN, BN, CONSTANT
     )
     centre = _centre(mean)
-    in_, ln, bn = _shares(mean_point, SIMPLEX, IN, LN, BN)
-    away = _mix(in_, ln, bn, mean - centre, ln_mean - centre, bn_mean - centre)
-    in_, ln, bn = _shares(var_point, SIMPLEX, IN, LN, BN)
+    in_, ln, bn = _branch_weights(mean_point, SIMPLEX, IN, LN, BN)
+    deviation = _mix(in_, ln, bn, mean - centre, ln_mean - centre, bn_mean - centre)
+    in_, ln, bn = _branch_weights(var_point, SIMPLEX, IN, LN, BN)
     rstd = tl.div_rn(1.0, tl.sqrt_rn(_mix(in_, ln, bn, var, ln_var, bn_var) + eps))
     wide = tl.cast(table, tl.int64)
     sums = workspace + 4 * (samples + channels) + 2 * wide
-    place = n.to(tl.int64) * channels + c
-    plain = _total(sums, place, mask, table, splits, SPLITS)
-    scaled = (_total(sums + wide, place, mask, table, splits, SPLITS) - away * plain) * rstd
+    entry_index = n.to(tl.int64) * channels + c
+    dy_sum = _total(sums, entry_index, mask, table, splits, SPLITS)
+    dy_xhat_sum = (_total(sums + wide, entry_index, mask, table, splits, SPLITS) - deviation * dy_sum) * rstd
     pull = rstd * (-1.0 / positions)
     if weight is not None:
         pull *= tl.load(weight + c, mask=c < channels, other=0.0).to(tl.float32)
-    p, q = tl.where(mask, pull * plain, 0.0), tl.where(mask, pull * rstd * scaled, 0.0)
-    return p, q, plain, scaled, centre, var, ln_mean, ln_var, bn_mean, bn_var
+    p, q = tl.where(mask, pull * dy_sum, 0.0), tl.where(mask, pull * rstd * dy_xhat_sum, 0.0)
+    return p, q, dy_sum, dy_xhat_sum, centre, var, ln_mean, ln_var, bn_mean, bn_var
 
 
 @triton.jit
-def _product(pulled, statistic):
+def _product(pooled_terms, statistic):
     """What a statistic contributes to the gradient of its share: nothing where nothing pulls, be it infinite."""
-    return tl.where(pulled == 0, 0.0, pulled * statistic)
+    return tl.where(pooled_terms == 0, 0.0, pooled_terms * statistic)
 
 
 @triton.jit
-def _pull_along_channels(
-    pid, pulled, pulls, parts,
+def _terms_along_channels(
+    pid, pooled_terms, terms, parts,
     in_mean, in_var, workspace, constant_mean, constant_var, mean_point, var_point, weight,
     samples, channels, table, splits, positions, eps,
     SIMPLEX: tl.constexpr, IN: tl.constexpr, LN: tl.constexpr, BN: tl.constexpr, CONSTANT: tl.constexpr,
@@ -441,28 +441,28 @@ def _pull_along_channels(
     for start in range(0, channels, LANES):
         c = (start + lanes)[None, :]
         mask = (n < samples) & (c < channels)
-        p, q, _, _, centre, var, ln_mean, ln_var, _, _ = _pulls(
+        p, q, _, _, centre, var, ln_mean, ln_var, _, _ = _branch_terms(
             n, c, mask, in_mean, in_var, workspace, constant_mean, constant_var, mean_point, var_point, weight,
             samples, channels, table, splits, positions, eps, SIMPLEX, IN, LN, BN, CONSTANT, SPLITS,
         )  # fmt: skip
-        place = n.to(tl.int64) * channels + c
-        tl.store(pulls + place, p, mask=mask)
-        tl.store(pulls + tl.cast(table, tl.int64) + place, q, mask=mask)
+        entry_index = n.to(tl.int64) * channels + c
+        tl.store(terms + entry_index, p, mask=mask)
+        tl.store(terms + tl.cast(table, tl.int64) + entry_index, q, mask=mask)
         p_sum += p
         q_sum += q
         by_mean_ln += _product(p, centre - ln_mean)
         by_var_in += _product(q, var)
         by_var_ln += _product(q, ln_var)
-    tl.store(pulled + rows, tl.sum(p_sum, axis=1) / channels, mask=rows < samples)
-    tl.store(pulled + samples + rows, tl.sum(q_sum, axis=1) / channels, mask=rows < samples)
+    tl.store(pooled_terms + rows, tl.sum(p_sum, axis=1) / channels, mask=rows < samples)
+    tl.store(pooled_terms + samples + rows, tl.sum(q_sum, axis=1) / channels, mask=rows < samples)
     tl.store(parts + 3 * pid, tl.sum(by_mean_ln))
     tl.store(parts + 3 * pid + 1, tl.sum(by_var_in))
     tl.store(parts + 3 * pid + 2, tl.sum(by_var_ln))
 
 
 @triton.jit
-def _pull_along_samples(
-    pid, pulled, parts, weight_gradient, bias_gradient,
+def _terms_along_samples(
+    pid, pooled_terms, parts, weight_gradient, bias_gradient,
     in_mean, in_var, workspace, constant_mean, constant_var, mean_point, var_point, weight,
     samples, channels, table, splits, positions, eps,
     SIMPLEX: tl.constexpr, IN: tl.constexpr, LN: tl.constexpr, BN: tl.constexpr, CONSTANT: tl.constexpr,
@@ -480,29 +480,31 @@ def _pull_along_samples(
     for start in range(0, samples, LANES):
         n = (start + lanes)[None, :]
         mask = (n < samples) & (c < channels)
-        p, q, plain, scaled, centre, _, _, _, bn_mean, bn_var = _pulls(
+        p, q, dy_sum, dy_xhat_sum, centre, _, _, _, bn_mean, bn_var = _branch_terms(
             n, c, mask, in_mean, in_var, workspace, constant_mean, constant_var, mean_point, var_point, weight,
             samples, channels, table, splits, positions, eps, SIMPLEX, IN, LN, BN, CONSTANT, SPLITS,
         )  # fmt: skip
         p_sum += p
         q_sum += q
-        plain_sum += plain
-        scaled_sum += tl.where(mask, scaled, 0.0)
+        plain_sum += dy_sum
+        scaled_sum += tl.where(mask, dy_xhat_sum, 0.0)
         by_mean_bn += _product(p, centre - bn_mean)
         by_var_bn += _product(q, bn_var)
-    known = rows < channels
-    tl.store(pulled + rows, tl.sum(p_sum, axis=1) / samples, mask=known)
-    tl.store(pulled + channels + rows, tl.sum(q_sum, axis=1) / samples, mask=known)
+    channel_mask = rows < channels
+    tl.store(pooled_terms + rows, tl.sum(p_sum, axis=1) / samples, mask=channel_mask)
+    tl.store(pooled_terms + channels + rows, tl.sum(q_sum, axis=1) / samples, mask=channel_mask)
     if weight_gradient is not None:
-        tl.store(weight_gradient + rows, tl.sum(scaled_sum, axis=1).to(weight_gradient.dtype.element_ty), mask=known)
+        tl.store(
+            weight_gradient + rows, tl.sum(scaled_sum, axis=1).to(weight_gradient.dtype.element_ty), mask=channel_mask
+        )
     if bias_gradient is not None:
-        tl.store(bias_gradient + rows, tl.sum(plain_sum, axis=1), mask=known)
+        tl.store(bias_gradient + rows, tl.sum(plain_sum, axis=1), mask=channel_mask)
     tl.store(parts + 2 * pid, tl.sum(by_mean_bn))
     tl.store(parts + 2 * pid + 1, tl.sum(by_var_bn))
 
 
 @triton.jit(do_not_specialize=["samples", "table", "by_sample"])
-def pulls_kernel(
+def terms_kernel(
     in_mean, in_var, workspace, constant_mean, constant_var, mean_point, var_point, weight,
     weight_gradient, bias_gradient, samples, channels, positions, splits, table, by_sample, eps,
     SIMPLEX: tl.constexpr, IN: tl.constexpr, LN: tl.constexpr, BN: tl.constexpr, CONSTANT: tl.constexpr,
@@ -514,19 +516,19 @@ def pulls_kernel(
     """
     pid = tl.program_id(0)
     wide = tl.cast(table, tl.int64)
-    pulled = workspace + 2 * (samples + channels)
-    pulls = pulled + 2 * (samples + channels)
-    parts = pulls + 2 * wide + 2 * wide * splits
+    pooled_terms = workspace + 2 * (samples + channels)
+    terms = pooled_terms + 2 * (samples + channels)
+    parts = terms + 2 * wide + 2 * wide * splits
     if pid < by_sample:
-        _pull_along_channels(
-            pid, pulled, pulls, parts,
+        _terms_along_channels(
+            pid, pooled_terms, terms, parts,
             in_mean, in_var, workspace, constant_mean, constant_var, mean_point, var_point, weight,
             samples, channels, table, splits, positions, eps,
             SIMPLEX, IN, LN, BN, CONSTANT, SPLITS, LN_ROWS, LN_LANES,
         )  # fmt: skip
     else:
-        _pull_along_samples(
-            pid - by_sample, pulled + 2 * samples, parts + 3 * by_sample, weight_gradient, bias_gradient,
+        _terms_along_samples(
+            pid - by_sample, pooled_terms + 2 * samples, parts + 3 * by_sample, weight_gradient, bias_gradient,
             in_mean, in_var, workspace, constant_mean, constant_var, mean_point, var_point, weight,
             samples, channels, table, splits, positions, eps,
             SIMPLEX, IN, LN, BN, CONSTANT, SPLITS, BN_ROWS, BN_LANES,
@@ -554,57 +556,69 @@ def gradient_kernel(
     positions = units * UNIT
     pid = tl.program_id(0)
     wide = tl.cast(table, tl.int64)
-    pulled = workspace + 2 * (samples + channels)
-    pulls = pulled + 2 * (samples + channels)
+    pooled_terms = workspace + 2 * (samples + channels)
+    terms = pooled_terms + 2 * (samples + channels)
     if GATES and pid == 0:
-        parts = pulls + 2 * wide + 2 * wide * splits
-        others = parts + 3 * by_sample
+        parts = terms + 2 * wide + 2 * wide * splits
+        channel_parts = parts + 3 * by_sample
         if mean_gradient is not None:
             ln = _sum_of(parts, by_sample, 3, 256) * -positions
-            bn = _sum_of(others, by_channel, 2, 256) * -positions
+            bn = _sum_of(channel_parts, by_channel, 2, 256) * -positions
             _write_gate_gradient(mean_gradient, mean_point, ln * 0.0, ln, bn, SIMPLEX, IN, LN, BN)
         if var_gradient is not None:
             half = positions * 0.5
             in_ = _sum_of(parts + 1, by_sample, 3, 256) * half
             ln = _sum_of(parts + 2, by_sample, 3, 256) * half
-            bn = _sum_of(others + 1, by_channel, 2, 256) * half
+            bn = _sum_of(channel_parts + 1, by_channel, 2, 256) * half
             _write_gate_gradient(var_gradient, var_point, in_, ln, bn, SIMPLEX, IN, LN, BN)
     else:
         n, c, _, begin, end, base, offsets = _tile(
             pid - GATES, channels, positions, span, splits, LAST, BLOCK_C, BLOCK_P
         )
-        known, lanes = c < channels, tl.arange(0, BLOCK_P)
+        channel_mask, lanes = c < channels, tl.arange(0, BLOCK_P)
         mean, var, ln_mean, ln_var, bn_mean, bn_var = _branches(
-            n, c, known, in_mean, in_var, workspace, constant_mean, constant_var, samples, channels, LN, BN, CONSTANT
+            n,
+            c,
+            channel_mask,
+            in_mean,
+            in_var,
+            workspace,
+            constant_mean,
+            constant_var,
+            samples,
+            channels,
+            LN,
+            BN,
+            CONSTANT,
         )
         centre = _centre(mean)
-        mean_in, mean_ln, mean_bn = _shares(mean_point, SIMPLEX, IN, LN, BN)
-        var_in, var_ln, var_bn = _shares(var_point, SIMPLEX, IN, LN, BN)
+        mean_in, mean_ln, mean_bn = _branch_weights(mean_point, SIMPLEX, IN, LN, BN)
+        var_in, var_ln, var_bn = _branch_weights(var_point, SIMPLEX, IN, LN, BN)
         scale = tl.div_rn(1.0, tl.sqrt_rn(_mix(var_in, var_ln, var_bn, var, ln_var, bn_var) + eps))
         if weight is not None:
-            scale *= tl.load(weight + c, mask=known, other=0.0).to(tl.float32)
-        place = n.to(tl.int64) * channels + c
-        p = tl.load(pulls + place, mask=known, other=0.0)
-        q = tl.load(pulls + wide + place, mask=known, other=0.0)
+            scale *= tl.load(weight + c, mask=channel_mask, other=0.0).to(tl.float32)
+        entry_index = n.to(tl.int64) * channels + c
+        p = tl.load(terms + entry_index, mask=channel_mask, other=0.0)
+        q = tl.load(terms + wide + entry_index, mask=channel_mask, other=0.0)
         p_ln, q_ln, p_bn, q_bn = 0.0, 0.0, 0.0, 0.0
         if LN:
-            p_ln, q_ln = tl.load(pulled + n), tl.load(pulled + samples + n)
+            p_ln, q_ln = tl.load(pooled_terms + n), tl.load(pooled_terms + samples + n)
         if CONSTANT:
             mean_bn, var_bn = mean_bn * 0.0, var_bn * 0.0  # x does not move them
         elif BN:
-            out = pulled + 2 * samples + c
-            p_bn = tl.load(out, mask=known, other=0.0)
-            q_bn = tl.load(out + channels, mask=known, other=0.0)
+            out = pooled_terms + 2 * samples + c
+            p_bn = tl.load(out, mask=channel_mask, other=0.0)
+            q_bn = tl.load(out + channels, mask=channel_mask, other=0.0)
         slope = _mix(var_in, var_ln, var_bn, q, q_ln, q_bn)
         shift = _mix(mean_in, mean_ln, mean_bn, p, p_ln, p_bn)
         shift += _mix(var_in, var_ln, var_bn, 0.0, q_ln * (centre - ln_mean), q_bn * (centre - bn_mean))
-        moved = (mean_in + mean_ln + mean_bn + var_in + var_ln + var_bn) != 0
+        depends_on_x = (mean_in + mean_ln + mean_bn + var_in + var_ln + var_bn) != 0
         # Where x moves no statistic that has a share, it is not read.
-        reach = tl.where(moved, end, begin)
+        read_end = tl.where(depends_on_x, end, begin)
         for start in range(begin, end, BLOCK_P):
-            mask = known[:, None] & (start + lanes < end)[None, :]
+            mask = channel_mask[:, None] & (start + lanes < end)[None, :]
             gradient = tl.load(dy + base + offsets, mask=mask, other=0.0).to(tl.float32)
-            read = known[:, None] & (start + lanes < reach)[None, :]
+            read = channel_mask[:, None] & (start + lanes < read_end)[None, :]
             values = tl.load(x + base + offsets, mask=read, other=0.0).to(tl.float32)
             gradient = scale[:, None] * gradient + slope[:, None] * (values - centre[:, None]) + shift[:, None]
             tl.store(dx + base + offsets, gradient.to(dx.dtype.element_ty), mask=mask)

@@ -20,18 +20,25 @@ from normswap.errors import ModelError
 from normswap.layers.switch_norm import FunctionalSwitchNorm
 from normswap.surgery.arguments import require_type
 from normswap.surgery.discovery.whole_model import (
+    ModelFacts,
     Observation,
     Shape,
-    WholeModel,
+    modules_naming_norms,
     observe_forward,
-    read_whole_model,
-    suspects,
+    read_model_facts,
 )
-from normswap.surgery.graphs.module_trace import OwnForward, OwnForwards, mentioned_kinds
-from normswap.surgery.graphs.rewriting import compile_forward, free_names, is_rewritten
-from normswap.surgery.graphs.tracing import GraphFacts, agree, outcome
-from normswap.surgery.module_tree import OwnFlags, Place, class_name, modules_by_name, own_flags, walk_modules
-from normswap.surgery.norms.classes import KNOWN_NORMS, Norms, NormSpec, read_norm, refused_shape
+from normswap.surgery.graphs.module_trace import ModuleTrace, ModuleTraceCache, mentioned_norm_kinds
+from normswap.surgery.graphs.rewriting import compile_rewritten_forward, is_rewritten, unused_names
+from normswap.surgery.graphs.tracing import GraphFacts, outputs_match, run_isolated
+from normswap.surgery.module_tree import (
+    ModelTrainingFlags,
+    ModuleEntry,
+    class_name,
+    model_training_flags,
+    modules_by_name,
+    walk_modules,
+)
+from normswap.surgery.norms.classes import KNOWN_NORMS, NormSpec, NormTable, read_norm, shape_problem
 from normswap.surgery.norms.functions import (
     call_name,
     is_batch_norm_call,
@@ -39,11 +46,11 @@ from normswap.surgery.norms.functions import (
     norm_arguments,
     norm_call,
     norm_nodes,
-    other_use,
     reads_activation,
+    unsupported_use,
 )
 from normswap.surgery.wrappers import check_not_prepared, unwrap
-from normswap.text import join
+from normswap.text import join_fqn
 
 # MERGED DOC: `NormSite`: what is known of one place where a model normalizes.
 
@@ -100,17 +107,21 @@ def _positions(shape: Shape) -> int:
     return int(torch.Size(shape[2:]).numel())
 
 
-def order_of(place: Place, facts: GraphFacts | None, seen: Observation | None) -> tuple[int | None, str]:
+def execution_order(
+    entry: ModuleEntry, facts: GraphFacts | None, observation: Observation | None
+) -> tuple[int | None, str]:
     """When the site runs and what told so; the forward pass knows better than the graph."""
-    if seen is not None and place.names[0] in seen.order:
-        return seen.order[place.names[0]], "forward pass"
-    traced = [facts.order.index(name) for name in place.names if name in facts.order] if facts and not seen else []
-    return (traced[0], "symbolic trace") if traced else (None, "module tree")
+    if observation is not None and entry.names[0] in observation.order:
+        return observation.order[entry.names[0]], "forward pass"
+    traced_order = (
+        [facts.order.index(name) for name in entry.names if name in facts.order] if facts and not observation else []
+    )
+    return (traced_order[0], "symbolic trace") if traced_order else (None, "module tree")
 
 
 _FUNCTIONS = {"bn": "torch.nn.functional.batch_norm", "in": "torch.nn.functional.instance_norm"}
-_STEMS = {"bn": "batch_norm", "in": "instance_norm"}
-_BY_ITSELF = (
+_CHILD_NAMES = {"bn": "batch_norm", "in": "instance_norm"}
+_NO_BATCH_STATISTICS = (
     "has no batch statistics to lose at small batches: stays as it is, since of other kinds only modules are swapped "
     "(use nn.InstanceNorm and kinds=('bn', 'in') to have it swapped)"
 )
@@ -118,130 +129,143 @@ _TRACKED = (
     "instance_norm with running statistics uses each sample's own in training and the running ones in evaluation, and "
     "no mix of SN does both: stays as it is"
 )
-_FOLDED = f"a call on samples folded into the channels normalizes each by itself, and {_BY_ITSELF}"
+_FOLDED = f"a call on samples folded into the channels normalizes each by itself, and {_NO_BATCH_STATISTICS}"
 
 
-def calls_a_norm(module: nn.Module, forwards: OwnForwards, *, ran: bool) -> bool:
+def calls_norm_function(module: nn.Module, traces: ModuleTraceCache, *, was_run: bool) -> bool:
     """Ask the own forward of a suspected module; where it cannot be traced, its code, so that a call in it is not lost.
 
     Of one that `ran` a call would have been seen, unless it makes it in training only: the code tells whether to ask.
     """
     if type(module).__module__.startswith("torch.nn."):
         return False
-    if ran and not mentioned_kinds(module):
+    if was_run and not mentioned_norm_kinds(module):
         return False
-    own = forwards.of(module)
-    return any(norm_nodes(own.evaluation, kind) for kind in _STEMS) if own.evaluation else bool(mentioned_kinds(module))
+    own = traces.get(module)
+    return (
+        any(norm_nodes(own.evaluation, kind) for kind in _CHILD_NAMES)
+        if own.evaluation
+        else bool(mentioned_norm_kinds(module))
+    )
 
 
 def functional_sites(
-    place: Place, facts: GraphFacts | None, seen: Observation | None, forwards: OwnForwards
+    entry: ModuleEntry, facts: GraphFacts | None, observation: Observation | None, traces: ModuleTraceCache
 ) -> list[NormSite]:
     """One site per call in the owner's own forward, or one of each kind with a problem if that is unreadable."""
-    own = forwards.of(place.module)
+    own = traces.get(entry.module)
     if own.evaluation:
-        kinds = {kind for kind in _STEMS if norm_nodes(own.evaluation, kind)}
+        kinds = {kind for kind in _CHILD_NAMES if norm_nodes(own.evaluation, kind)}
         # What else was seen is a kernel, computed into a new tensor, or a call that the graph does not show.
         kernels = any(map(is_batch_norm_call, own.evaluation.nodes))
-        kinds |= set() if kernels else _seen_kinds(place, seen)
+        kinds |= set() if kernels else _observed_kinds(entry, observation)
     else:
-        kinds = _seen_kinds(place, seen) or mentioned_kinds(place.module)
-    return [site for kind in _STEMS if kind in kinds for site in _sites_of_kind(kind, place, own, facts, seen)]
+        kinds = _observed_kinds(entry, observation) or mentioned_norm_kinds(entry.module)
+    return [
+        site
+        for kind in _CHILD_NAMES
+        if kind in kinds
+        for site in _functional_sites_of_kind(kind, entry, own, facts, observation)
+    ]
 
 
-def _seen_kinds(place: Place, seen: Observation | None) -> set[str]:
-    return {kind for kind in _STEMS if seen and place.names[0] in _seen_calls(kind, seen)}
+def _observed_kinds(entry: ModuleEntry, observation: Observation | None) -> set[str]:
+    return {kind for kind in _CHILD_NAMES if observation and entry.names[0] in _observed_calls(kind, observation)}
 
 
-def _seen_calls(kind: str, seen: Observation) -> dict[str, list[Shape]]:
-    return seen.functional if kind == "bn" else seen.instance
+def _observed_calls(kind: str, observation: Observation) -> dict[str, list[Shape]]:
+    return observation.functional if kind == "bn" else observation.instance
 
 
-def _sites_of_kind(
-    kind: str, place: Place, own: OwnForward, facts: GraphFacts | None, seen: Observation | None
+def _functional_sites_of_kind(
+    kind: str, entry: ModuleEntry, own: ModuleTrace, facts: GraphFacts | None, observation: Observation | None
 ) -> list[NormSite]:
-    owner, module = place.names[0], place.module
+    owner, module = entry.names[0], entry.module
     nodes = norm_nodes(own.evaluation, kind) if own.evaluation else []
-    fed = _fed(kind, owner, own, seen) if seen else []
-    order, seen_by = order_of(place, facts, seen)
-    general = _problem_of_owner(place, own, len(nodes), fed, seen) if kind == "bn" else None
+    observed_shapes = _observed_shapes(kind, owner, own, observation) if observation else []
+    order, seen_by = execution_order(entry, facts, observation)
+    owner_problem = _problem_of_owner(entry, own, len(nodes), observed_shapes, observation) if kind == "bn" else None
     sites = []
-    for index, name in enumerate(free_names(module, max(1, len(nodes)), _STEMS[kind])):
+    for index, name in enumerate(unused_names(module, max(1, len(nodes)), _CHILD_NAMES[kind])):
         node = nodes[index] if nodes else None
-        shapes = fed[index :: len(nodes)] if nodes else fed
-        told_kind, own_problem = _kind_and_problem(kind, node, owner, shapes, seen)
+        shapes = observed_shapes[index :: len(nodes)] if nodes else observed_shapes
+        actual_kind, call_problem = _kind_and_problem(kind, node, owner, shapes, observation)
         sites.append(
             NormSite(
-                fqn=join(owner, name),
-                aliases=tuple(join(alias, name) for alias in place.names[1:]),
-                kind=told_kind,
+                fqn=join_fqn(owner, name),
+                aliases=tuple(join_fqn(alias, name) for alias in entry.names[1:]),
+                kind=actual_kind,
                 class_name=_FUNCTIONS[kind] if node is None else call_name(node.target),
                 num_features=_channels(module, node, shapes),
                 frozen=kind == "bn" and _is_frozen(own, index),
                 trainable=_affine_trainable(module, node),
-                registered=place.registered,
+                registered=entry.registered,
                 owner=owner,
-                shapes=tuple(dict.fromkeys(shapes)) if seen else None,
-                calls=len(shapes) if seen else None,
+                shapes=tuple(dict.fromkeys(shapes)) if observation else None,
+                calls=len(shapes) if observation else None,
                 order=order,
                 seen_by=seen_by,
-                problem=own_problem or general,
+                problem=call_problem or owner_problem,
             )
         )
     return sites
 
 
-def _fed(kind: str, owner: str, own: OwnForward, seen: Observation) -> list[Shape]:
+def _observed_shapes(kind: str, owner: str, own: ModuleTrace, observation: Observation) -> list[Shape]:
     """The shapes that were seen, without those of kernels that were computed into new tensors."""
-    shapes = _seen_calls(kind, seen).get(owner, [])
+    shapes = _observed_calls(kind, observation).get(owner, [])
     graph = own.evaluation.nodes if own.evaluation else ()
     calls = [node for node in graph if (call := norm_call(node)) and call.kind == kind]
-    if len(shapes) != max(1, seen.runs.get(owner, 0)) * len(calls):
+    if len(shapes) != max(1, observation.runs.get(owner, 0)) * len(calls):
         return shapes
     on_activations = [reads_activation(norm_arguments(node)["input"]) for node in calls]
     return list(compress(shapes, cycle(on_activations)))
 
 
 def _problem_of_owner(
-    place: Place, own: OwnForward, calls: int, fed: list[Shape], seen: Observation | None
+    entry: ModuleEntry, own: ModuleTrace, calls: int, observed_shapes: list[Shape], observation: Observation | None
 ) -> str | None:
     """Why no batch_norm call in the owner's forward can be rewritten."""
-    owner, module = place.names[0], place.module
+    owner, module = entry.names[0], entry.module
     if own.reason:
         return (
             f"the forward of {type(module).__name__} cannot be rewritten ({own.reason}): move its F.batch_norm call "
             "into a module of its own, or use nn.BatchNorm"
         )
-    if seen and len(fed) not in (0, max(1, seen.runs.get(owner, 0)) * calls):
+    if observation and len(observed_shapes) not in (0, max(1, observation.runs.get(owner, 0)) * calls):
         return "not every F.batch_norm call runs in every pass: move the call into a module of its own"
-    if seen and owner in seen.owner_inputs and not isinstance(module, fx.GraphModule):
-        return _differs_from_eager(module, own, *seen.owner_inputs[owner])
+    if observation and owner in observation.owner_inputs and not isinstance(module, fx.GraphModule):
+        return _differs_from_eager(module, own, *observation.owner_inputs[owner])
     return None
 
 
 def _kind_and_problem(
-    kind: str, node: fx.Node | None, owner: str, shapes: list[Shape], seen: Observation | None
+    kind: str, node: fx.Node | None, owner: str, shapes: list[Shape], observation: Observation | None
 ) -> tuple[str, str | None]:
     """What a call is, and why it stays whatever its owner's forward is like."""
     if kind == "in":
-        tracked = norm_arguments(node).get("running_mean") is not None if node else seen and owner in seen.tracked
-        return "in", _TRACKED if tracked else _BY_ITSELF
-    if (node and is_folded(node)) or _was_fed_folded(owner, shapes, seen):
+        tracked = (
+            norm_arguments(node).get("running_mean") is not None
+            if node
+            else observation and owner in observation.tracked
+        )
+        return "in", _TRACKED if tracked else _NO_BATCH_STATISTICS
+    if (node and is_folded(node)) or _input_is_folded(owner, shapes, observation):
         return "in", _FOLDED
-    use = other_use(node) if node else None
+    use = unsupported_use(node) if node else None
     return "bn", use and f"{use}: export the program again, and convert it without run_decompositions()"
 
 
-def _was_fed_folded(owner: str, shapes: list[Shape], seen: Observation | None) -> bool:
+def _input_is_folded(owner: str, shapes: list[Shape], observation: Observation | None) -> bool:
     """Say whether every batch that a call was fed was one sample, with all samples' channels of a tensor given."""
-    given = tree_leaves(seen.owner_inputs.get(owner)) if seen else []
+    given = tree_leaves(observation.owner_inputs.get(owner)) if observation else []
     samples = {tuple(leaf.shape[:2]) for leaf in given if isinstance(leaf, Tensor) and leaf.dim() > 2}
     return bool(shapes) and all(
         shape[0] == 1 and any(n > 1 and n * channels == shape[1] for n, channels in samples) for shape in shapes
     )
 
 
-def _is_frozen(own: OwnForward, index: int) -> bool:
+def _is_frozen(own: ModuleTrace, index: int) -> bool:
     """Say whether a call uses the running statistics in both modes, as in a program exported in evaluation."""
     if own.training is None or own.evaluation is None:
         return False
@@ -250,30 +274,30 @@ def _is_frozen(own: OwnForward, index: int) -> bool:
 
 
 def _differs_from_eager(
-    module: nn.Module, own: OwnForward, args: tuple[Any, ...], kwargs: dict[str, Any]
+    module: nn.Module, own: ModuleTrace, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> str | None:
     """A trace can succeed and be wrong: hold it against the module itself, in both modes, on what it was fed."""
 
     def run(forward: Callable[..., Any]) -> Any:
         return forward(module, *copy.deepcopy(args), **copy.deepcopy(kwargs))
 
-    forwards = type(module).forward, compile_forward(module, own=own)
+    traces = type(module).forward, compile_rewritten_forward(module, own=own)
     for training in (True, False):
-        real, traced = (outcome(module, partial(run, forward), training=training) for forward in forwards)
-        if not agree(real, traced):
+        real, traced = (run_isolated(module, partial(run, forward), training=training) for forward in traces)
+        if not outputs_match(real, traced):
             return "its traced forward differs from the real one: move its F.batch_norm call into a module of its own"
     return None
 
 
-def tensors_used(owners: list[tuple[str, nn.Module]], forwards: OwnForwards) -> dict[int, str]:
+def tensors_of_functional_sites(owners: list[tuple[str, nn.Module]], traces: ModuleTraceCache) -> dict[int, str]:
     """By identity, the tensors that functional sites read, those swapped before included, each with its owner."""
-    used: dict[int, str] = {}
+    owner_by_tensor: dict[int, str] = {}
     for owner, module in owners:
-        graph = forwards.of(module).evaluation
+        graph = traces.get(module).evaluation
         for arguments in map(_site_arguments(module), graph.nodes) if graph else ():
-            tensors = [_attribute(module, arguments.get(name)) for name in _OWN_TENSORS]
-            used |= {id(tensor): owner for tensor in tensors if tensor is not None}
-    return used
+            tensors = [_resolve_get_attr(module, arguments.get(name)) for name in _OWN_TENSORS]
+            owner_by_tensor |= {id(tensor): owner for tensor in tensors if tensor is not None}
+    return owner_by_tensor
 
 
 def _site_arguments(module: nn.Module) -> Callable[[fx.Node], dict[str, Any]]:
@@ -294,7 +318,7 @@ def _channels(module: nn.Module, node: fx.Node | None, shapes: list[Shape]) -> i
     if shapes:
         return shapes[0][1]
     for name in ("running_mean", "weight"):
-        tensor = _attribute(module, norm_arguments(node).get(name)) if node is not None else None
+        tensor = _resolve_get_attr(module, norm_arguments(node).get(name)) if node is not None else None
         if tensor is not None:
             return tensor.shape[0]
     return 0
@@ -302,12 +326,12 @@ def _channels(module: nn.Module, node: fx.Node | None, shapes: list[Shape]) -> i
 
 def _affine_trainable(module: nn.Module, node: fx.Node | None) -> bool:
     arguments = norm_arguments(node) if node is not None else {}
-    tensors = [_attribute(module, arguments.get(name)) for name in ("weight", "bias")]
+    tensors = [_resolve_get_attr(module, arguments.get(name)) for name in ("weight", "bias")]
     own = [tensor for tensor in tensors if isinstance(tensor, nn.Parameter)]
     return not own or any(tensor.requires_grad for tensor in own)
 
 
-def _attribute(module: nn.Module, node: Any) -> Tensor | None:
+def _resolve_get_attr(module: nn.Module, node: Any) -> Tensor | None:
     if getattr(node, "op", None) != "get_attr":
         return None
     owner, _, name = str(node.target).rpartition(".")
@@ -316,7 +340,7 @@ def _attribute(module: nn.Module, node: Any) -> Tensor | None:
 
 
 def find_norm_sites(
-    model: nn.Module, example_inputs: Any = None, *, norms: Norms = KNOWN_NORMS
+    model: nn.Module, example_inputs: Any = None, *, norms: NormTable = KNOWN_NORMS
 ) -> tuple[NormSite, ...]:
     """Find every place where `model` normalizes, in order of execution where that is known.
 
@@ -343,87 +367,97 @@ def find_norm_sites(
     check_not_prepared(model)
     model = unwrap(model)
     require_type(norms, Mapping, "norms", "a table such as KNOWN_NORMS | {TheirNorm: read_batch_norm}")
-    places = walk_modules(model)
-    by_name = {name: place for place in places for name in place.names}
-    seen = None
+    entries = walk_modules(model)
+    by_name = {name: entry for entry in entries for name in entry.names}
+    observation = None
     if example_inputs is not None:
-        _refuse_lazy(places)
-        seen = observe_forward(model, example_inputs, places, norms=norms)
-    suspected = suspects(places, norms)
-    whole = read_whole_model(model, example_inputs, places, seen, norms, asked=bool(suspected))
-    forwards = OwnForwards()
-    facts, owners = whole.facts, _owners(whole, suspected, by_name, seen, forwards)
-    functional = {owner: functional_sites(by_name[owner], facts, seen, forwards) for owner in owners}
-    spoken_for = {by_name[owner].module for owner, sites in functional.items() if sites}
-    flags = own_flags(model)
+        _check_no_lazy_modules(entries)
+        observation = observe_forward(model, example_inputs, entries, norms=norms)
+    naming_norms = modules_naming_norms(entries, norms)
+    model_facts = read_model_facts(
+        model, example_inputs, entries, observation, norms, names_norm_functions=bool(naming_norms)
+    )
+    traces = ModuleTraceCache()
+    facts, owners = model_facts.facts, _owners(model_facts, naming_norms, by_name, observation, traces)
+    functional = {owner: functional_sites(by_name[owner], facts, observation, traces) for owner in owners}
+    functional_owners = {by_name[owner].module for owner, sites in functional.items() if sites}
+    flags = model_training_flags(model)
     modules = [
-        _module_site(place, spec, facts, seen, flags)
-        for place in places
-        if place.module not in spoken_for and (spec := read_norm(place.module, norms)) is not None
+        _module_site(entry, spec, facts, observation, flags)
+        for entry in entries
+        if entry.module not in functional_owners and (spec := read_norm(entry.module, norms)) is not None
     ]
     calls = [site for sites in functional.values() for site in sites]
-    rewritten = {place.names[0] for place in places if is_rewritten(place.module)}
-    reading = {site.owner for site in calls if site.owner is not None and not site.problem} | rewritten
-    used = tensors_used([(owner, by_name[owner].module) for owner in sorted(reading)], forwards)
-    modules = [_unless_only_a_holder(site, by_name[site.fqn].module, used, facts, seen) for site in modules]
+    rewritten = {entry.names[0] for entry in entries if is_rewritten(entry.module)}
+    owners_to_read = {site.owner for site in calls if site.owner is not None and not site.problem} | rewritten
+    owner_by_tensor = tensors_of_functional_sites(
+        [(owner, by_name[owner].module) for owner in sorted(owners_to_read)], traces
+    )
+    modules = [
+        _mark_unused_norm(site, by_name[site.fqn].module, owner_by_tensor, facts, observation) for site in modules
+    ]
     # Sites that were seen to run come first, in their order; the others keep the order of the module tree.
-    everything = modules + calls
-    return tuple(sorted(everything, key=lambda site: (site.order is None, site.order or 0)))
+    all_sites = modules + calls
+    return tuple(sorted(all_sites, key=lambda site: (site.order is None, site.order or 0)))
 
 
-def _refuse_lazy(places: tuple[Place, ...]) -> None:
+def _check_no_lazy_modules(entries: tuple[ModuleEntry, ...]) -> None:
     """A lazy module settles its sizes in its first forward pass, which must not be this one."""
-    for place in places:
-        tensors = (*place.module._parameters.values(), *place.module._buffers.values())
+    for entry in entries:
+        tensors = (*entry.module._parameters.values(), *entry.module._buffers.values())
         if any(tensor is not None and is_lazy(tensor) for tensor in tensors):
-            name = place.names[0] or "the model"
-            raise ModelError(f"{name} ({type(place.module).__name__}) has no sizes yet: run one forward pass first")
+            name = entry.names[0] or "the model"
+            raise ModelError(f"{name} ({type(entry.module).__name__}) has no sizes yet: run one forward pass first")
 
 
 def _owners(
-    whole: WholeModel,
-    suspected: tuple[Place, ...],
-    by_name: dict[str, Place],
-    seen: Observation | None,
-    forwards: OwnForwards,
+    model_facts: ModelFacts,
+    naming_norms: tuple[ModuleEntry, ...],
+    by_name: dict[str, ModuleEntry],
+    observation: Observation | None,
+    traces: ModuleTraceCache,
 ) -> tuple[str, ...]:
     """The first names of the modules that call a function that normalizes, in either mode."""
-    owners = [by_name[owner].names[0] for owner in whole.owners]
-    owners += [*seen.functional, *seen.instance] if seen else []
+    owners = [by_name[owner].names[0] for owner in model_facts.owners]
+    owners += [*observation.functional, *observation.instance] if observation else []
     # Whatever a trace did not pass through is asked itself.
-    unread = [place for place in suspected if whole.entered.isdisjoint(place.names)]
-    ran = seen.runs if seen else {}
-    owners += [p.names[0] for p in unread if calls_a_norm(p.module, forwards, ran=p.names[0] in ran)]
+    not_traced = [entry for entry in naming_norms if model_facts.entered.isdisjoint(entry.names)]
+    was_run = observation.runs if observation else {}
+    owners += [p.names[0] for p in not_traced if calls_norm_function(p.module, traces, was_run=p.names[0] in was_run)]
     return tuple(dict.fromkeys(owners))
 
 
 def _module_site(
-    place: Place, spec: NormSpec, facts: GraphFacts | None, seen: Observation | None, flags: OwnFlags | None
+    entry: ModuleEntry,
+    spec: NormSpec,
+    facts: GraphFacts | None,
+    observation: Observation | None,
+    flags: ModelTrainingFlags | None,
 ) -> NormSite:
-    name = place.names[0]
-    own = list(place.module.parameters(recurse=False))
-    shapes = seen.shapes.get(name, []) if seen else None
-    order, seen_by = order_of(place, facts, seen)
-    told = next((facts.producers[alias] for alias in place.names if facts and alias in facts.producers), None)
+    name = entry.names[0]
+    parameters = list(entry.module.parameters(recurse=False))
+    shapes = observation.shapes.get(name, []) if observation else None
+    order, seen_by = execution_order(entry, facts, observation)
+    producer_name = next((facts.producers[alias] for alias in entry.names if facts and alias in facts.producers), None)
     return NormSite(
         fqn=name,
-        aliases=place.names[1:],
+        aliases=entry.names[1:],
         kind=spec.kind,
-        class_name=class_name(place.module),
+        class_name=class_name(entry.module),
         num_features=spec.num_features,
         eps=spec.eps,
         momentum=spec.momentum,
         frozen=spec.frozen,
-        kept_in_evaluation=flags is not None and not flags.training[name] and _has_statistics(place.module),
-        trainable=not spec.frozen and (not own or any(parameter.requires_grad for parameter in own)),
-        registered=place.registered,
+        kept_in_evaluation=flags is not None and not flags.training[name] and _has_statistics(entry.module),
+        trainable=not spec.frozen and (not parameters or any(parameter.requires_grad for parameter in parameters)),
+        registered=entry.registered,
         synchronize=spec.synchronize,
         shapes=None if shapes is None else tuple(dict.fromkeys(shapes)),
         calls=None if shapes is None else len(shapes),
         order=order,
-        producer=seen.producers.get(name, told) if seen else told,
+        producer=observation.producers.get(name, producer_name) if observation else producer_name,
         seen_by=seen_by,
-        problem=spec.problem or refused_shape(spec, shapes or ()) or _kept_in_training(name, spec, flags),
+        problem=spec.problem or shape_problem(spec, shapes or ()) or _kept_in_training(name, spec, flags),
     )
 
 
@@ -431,20 +465,24 @@ def _has_statistics(module: nn.Module) -> bool:
     return getattr(module, "running_mean", None) is not None
 
 
-def _kept_in_training(name: str, spec: NormSpec, flags: OwnFlags | None) -> str | None:
+def _kept_in_training(name: str, spec: NormSpec, flags: ModelTrainingFlags | None) -> str | None:
     """Own code that keeps norms in training does so by their class, which a conversion changes."""
     if flags is None or spec.kind != "bn" or spec.frozen or not flags.evaluation[name]:
         return None
     return "stays in training in the model's own eval(), which uses batch statistics there: not converted"
 
 
-def _unless_only_a_holder(
-    site: NormSite, module: nn.Module, used: dict[int, str], facts: GraphFacts | None, seen: Observation | None
+def _mark_unused_norm(
+    site: NormSite,
+    module: nn.Module,
+    owner_by_tensor: dict[int, str],
+    facts: GraphFacts | None,
+    observation: Observation | None,
 ) -> NormSite:
     """A norm that never runs, but whose tensors a functional site reads: gates of its own would be dead."""
     tensors = (*module._parameters.values(), *module._buffers.values())
-    owner = next((used[id(tensor)] for tensor in tensors if id(tensor) in used), None)
-    if owner is None or site.problem or site.order is not None or (facts is None and seen is None):
+    owner = next((owner_by_tensor[id(tensor)] for tensor in tensors if id(tensor) in owner_by_tensor), None)
+    if owner is None or site.problem or site.order is not None or (facts is None and observation is None):
         return site
     return replace(
         site,

@@ -16,11 +16,11 @@ from torch import Tensor, fx, nn
 
 from normswap.errors import SwapError
 from normswap.layers.gated_module import GatedModule
-from normswap.model_state import call_model, preserved_before_writes
-from normswap.surgery.graphs.module_trace import deciding_options, trace_own_forward
-from normswap.surgery.graphs.tracing import agree, outcome, sharing_twin, trace_with
+from normswap.model_state import call_model, preserved_on_write
+from normswap.surgery.graphs.module_trace import control_flow_options, trace_module_forward
+from normswap.surgery.graphs.tracing import copy_for_tracing, outputs_match, run_isolated, trace_copy
 from normswap.surgery.module_tree import modules_by_name
-from normswap.text import first_line, join
+from normswap.text import first_line, join_fqn
 
 _FLAG = "_training_flag"
 
@@ -46,48 +46,48 @@ def to_graph_module(model: nn.Module, example_inputs: Any = None) -> fx.GraphMod
         return model
     if isinstance(model, GatedModule):
         raise SwapError(f"{type(model).__name__} is a single norm layer, not a model to be made one graph")
-    options = deciding_options(model)
+    options = control_flow_options(model)
     reason = ""
-    for leaves in (_kept_whole, _kept_whole_or_forked, _forked_or_without_sites):
+    for leaves in (_is_leaf, _is_leaf_or_mode_dependent, _is_leaf_mode_dependent_or_without_sites):
         try:
             graph_module = _graph_module(model, leaves, options)
         except Exception as error:  # noqa: BLE001 - the copy and the model's state are the user's code
             reason = reason or first_line(error)
             continue
-        if example_inputs is None or _does_the_same(model, graph_module, example_inputs):
+        if example_inputs is None or _is_equivalent(model, graph_module, example_inputs):
             return graph_module
         reason = reason or "its traced forward differs from the real one"
     raise SwapError(f"{type(model).__name__} cannot be made one graph ({reason}): convert without as_graph")
 
 
-def _does_the_same(model: nn.Module, graph_module: fx.GraphModule, inputs: Any) -> bool:
+def _is_equivalent(model: nn.Module, graph_module: fx.GraphModule, inputs: Any) -> bool:
     for training in (True, False):
         runs = [(module, partial(call_model, module, copy.deepcopy(inputs))) for module in (model, graph_module)]
         with redirect_stderr(StringIO()):  # where a GraphModule prints its code when it raises
-            outcomes = [outcome(module, run, training=training) for module, run in runs]
-        if not agree(*outcomes):
+            outputs = [run_isolated(module, run, training=training) for module, run in runs]
+        if not outputs_match(*outputs):
             return False
     return True
 
 
-def _kept_whole(module: nn.Module) -> bool:
+def _is_leaf(module: nn.Module) -> bool:
     """Gates read their mode when they run; a hook is called by its module, not by the graph."""
     return isinstance(module, GatedModule) or bool(module._forward_hooks or module._forward_pre_hooks)
 
 
-def _kept_whole_or_forked(module: nn.Module) -> bool:
-    return _kept_whole(module) or _is_forked(module)
+def _is_leaf_or_mode_dependent(module: nn.Module) -> bool:
+    return _is_leaf(module) or _is_mode_dependent(module)
 
 
-def _forked_or_without_sites(module: nn.Module) -> bool:
-    return _kept_whole_or_forked(module) or not any(isinstance(inner, GatedModule) for inner in module.modules())
+def _is_leaf_mode_dependent_or_without_sites(module: nn.Module) -> bool:
+    return _is_leaf_or_mode_dependent(module) or not any(isinstance(inner, GatedModule) for inner in module.modules())
 
 
-def _is_forked(module: nn.Module) -> bool:
+def _is_mode_dependent(module: nn.Module) -> bool:
     """Say whether the module's own forward cannot be one graph for both modes."""
     if type(module).__module__.startswith("torch.nn."):
         return False
-    own = trace_own_forward(module)
+    own = trace_module_forward(module)
     if own.training is None or own.evaluation is None:
         return True
     return _operations(own.training) != _operations(own.evaluation)
@@ -111,7 +111,7 @@ def _merge(training: fx.Graph, evaluation: fx.Graph) -> fx.Graph:
         return flags[target]
 
     for train_node, eval_node in zip(list(training.nodes), list(evaluation.nodes), strict=True):
-        read = partial(read_flag, join(_caller(eval_node), _FLAG))
+        read = partial(read_flag, join_fqn(_caller(eval_node), _FLAG))
         eval_node.args = _with_flags(train_node.args, eval_node.args, read)
         eval_node.kwargs = _with_flags(train_node.kwargs, eval_node.kwargs, read)
     return evaluation
@@ -143,11 +143,11 @@ def _with_flags(training: Any, evaluation: Any, read_flag: Any) -> Any:
 
 def _graph_module(model: nn.Module, leaves: Any, options: dict[str, Any]) -> fx.GraphModule:
     """Build on the model's own objects; constants that tracing made exist on the twins only."""
-    twins, graphs = [], []
+    copies, graphs = [], []
     for training in (True, False):
-        twins.append(sharing_twin(model))
-        with preserved_before_writes(model.modules(), "everything"):
-            trace = trace_with(lambda: twins[-1], leaves, training=training, concrete=options)
+        copies.append(copy_for_tracing(model))
+        with preserved_on_write(model.modules(), "everything"):
+            trace = trace_copy(lambda: copies[-1], leaves, training=training, concrete=options)
         if trace.graph is None or trace.omission:
             raise SwapError(trace.reason or trace.omission)
         graphs.append(trace.graph)
@@ -160,7 +160,7 @@ def _graph_module(model: nn.Module, leaves: Any, options: dict[str, Any]) -> fx.
         if node.op == "call_module":
             root[target] = TrainingFlag() if name == _FLAG else own[target]
         elif node.op == "get_attr":
-            root[target] = getattr(own[owner], name) if hasattr(own.get(owner), name) else _constant(twins, name)
+            root[target] = getattr(own[owner], name) if hasattr(own.get(owner), name) else _constant(copies, name)
     module = fx.GraphModule(root, graph, type(model).__name__)
     # Hooks of the model itself: the registries, so that a handle still removes its hook.
     module.__dict__.update({name: value for name, value in vars(model).items() if name.endswith(("_hooks", "_hook"))})
@@ -170,8 +170,8 @@ def _graph_module(model: nn.Module, leaves: Any, options: dict[str, Any]) -> fx.
     return module
 
 
-def _constant(twins: list[nn.Module], name: str) -> Any:
-    training, evaluation = (getattr(twin, name) for twin in twins)
+def _constant(copies: list[nn.Module], name: str) -> Any:
+    training, evaluation = (getattr(model_copy, name) for model_copy in copies)
     if not (isinstance(training, Tensor) and torch.equal(training, evaluation)):
         raise SwapError("training and evaluation use different constants")
     return evaluation

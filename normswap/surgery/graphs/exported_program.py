@@ -19,10 +19,10 @@ from torch.export.graph_signature import InputKind
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from normswap.errors import ModelError, SwapError
-from normswap.model_state import as_call, preserved_state, seeded, training_flags
+from normswap.model_state import call_arguments, preserved_state, seeded, training_flags
 from normswap.surgery.arguments import describe_inputs
-from normswap.surgery.graphs.tracing import GraphFacts, sharing_twin, without_hooks
-from normswap.surgery.model_outputs import distance
+from normswap.surgery.graphs.tracing import GraphFacts, copy_for_tracing, remove_hooks
+from normswap.surgery.model_outputs import relative_l2
 from normswap.surgery.norms.functions import norm_arguments, norm_call, reads_activation
 from normswap.text import first_line
 
@@ -31,12 +31,12 @@ from normswap.text import first_line
 
 def export_facts(model: nn.Module, example_inputs: Any, is_norm_fqn: Callable[[str], bool]) -> GraphFacts | str:
     """Export `model` in evaluation on `example_inputs` and read its graph, or return the reason why it cannot be."""
-    args, kwargs = as_call(example_inputs)
-    with preserved_state(model.modules()), seeded(0), silence():
+    args, kwargs = call_arguments(example_inputs)
+    with preserved_state(model.modules()), seeded(0), suppress_output():
         try:
-            twin = without_hooks(sharing_twin(model))
-            with training_flags(twin.modules(), training=False):
-                program = torch.export.export(twin, args, kwargs, strict=False)
+            module_copy = remove_hooks(copy_for_tracing(model))
+            with training_flags(module_copy.modules(), training=False):
+                program = torch.export.export(module_copy, args, kwargs, strict=False)
             return read_program(program, is_norm_fqn)
         except Exception as error:  # noqa: BLE001 - it runs the user's code, and fails in many ways of its own
             return f"{type(error).__name__}: {first_line(error)}"
@@ -44,55 +44,62 @@ def export_facts(model: nn.Module, example_inputs: Any, is_norm_fqn: Callable[[s
 
 def read_program(program: torch.export.ExportedProgram, is_norm_fqn: Callable[[str], bool]) -> GraphFacts:
     """Read calls, producers and owners of functional calls off an exported program."""
-    fed = frozenset(spec.arg.name for spec in program.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT)
+    user_inputs = frozenset(
+        spec.arg.name for spec in program.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT
+    )
     calls: list[str] = []
     producers: dict[str, str] = {}
     owners: dict[bool, list[str]] = {True: [], False: []}
-    running = None  # the call of a norm layer that the nodes belong to
+    current_layer = None  # the call of a norm layer that the nodes belong to
     for node in (node for node in program.graph.nodes if node.op == "call_function"):
-        stack = _stack(node)
+        stack = _module_stack(node)
         layer = next((key for key, fqn in stack.items() if is_norm_fqn(fqn)), None)
         if layer is not None:
-            calls += [stack[layer]] * (layer != running)
-            _note_producer(node, layer, fed, producers)
+            calls += [stack[layer]] * (layer != current_layer)
+            _record_producer(node, layer, user_inputs, producers)
         elif norm_call(node):
-            owner, on_activation = list(stack.values())[-1], reads_activation(norm_arguments(node)["input"], fed)
+            owner, on_activation = (
+                list(stack.values())[-1],
+                reads_activation(norm_arguments(node)["input"], user_inputs),
+            )
             owners[on_activation].append(owner)
             calls += [owner] * on_activation
-        running = layer
+        current_layer = layer
     return GraphFacts(tuple(calls), producers, tuple(dict.fromkeys(owners[True])), frozenset(owners[False]))
 
 
-def _stack(node: fx.Node) -> dict[str, str]:
+def _module_stack(node: fx.Node) -> dict[str, str]:
     """The modules whose code made a node, the root first: by call, which tells two of one module apart, their names."""
     stack = node.meta.get("nn_module_stack") or {"": ("", None)}
-    return {key: _without_count(name) for key, (name, _) in stack.items()}
+    return {key: _strip_call_index(name) for key, (name, _) in stack.items()}
 
 
-def _without_count(name: str) -> str:
+def _strip_call_index(name: str) -> str:
     """The name of a module in a stack; from its second call on torch adds the number of the call."""
     return re.sub(r"@\d+$", "", name)
 
 
-def _note_producer(node: fx.Node, layer: str, fed: frozenset[str], producers: dict[str, str]) -> None:
+def _record_producer(node: fx.Node, layer: str, user_inputs: frozenset[str], producers: dict[str, str]) -> None:
     """Note which module or function made the activation that comes into a norm layer, once that is read."""
-    outside = [read for read in node.all_input_nodes if layer not in _stack(read) or read.op == "placeholder"]
-    source = next((read for read in outside if reads_activation(read, fed)), None)
+    outer_inputs = [
+        read for read in node.all_input_nodes if layer not in _module_stack(read) or read.op == "placeholder"
+    ]
+    source = next((read for read in outer_inputs if reads_activation(read, user_inputs)), None)
     if source is not None:
-        producers.setdefault(_stack(node)[layer], _maker(source))
+        producers.setdefault(_module_stack(node)[layer], _producer_name(source))
 
 
-def _maker(source: fx.Node) -> str:
+def _producer_name(source: fx.Node) -> str:
     """A layer of torch is named, as in a symbolic trace, where it is a leaf; of other code the function."""
     name, cls = list((source.meta.get("nn_module_stack") or {"": ("", "")}).values())[-1]
     if source.op != "placeholder" and str(cls).startswith("torch.nn.modules."):
-        return _without_count(name)
+        return _strip_call_index(name)
     schema = getattr(source.target, "_schema", None)
     return schema.name.partition("::")[2] if schema is not None else str(source.target)
 
 
 @contextmanager
-def silence() -> Iterator[None]:
+def suppress_output() -> Iterator[None]:
     """Keep in what torch logs, warns of and prints while it exports, saves or loads."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
@@ -105,24 +112,24 @@ def silence() -> Iterator[None]:
 
 _LIMIT = 1e-4
 _RESPONSE_FACTOR = 10
-_MOST = 2**31  # beyond, a bound is none: torch notes the largest number that it has
+_MAX_BOUND = 2**31  # beyond, a bound is none: torch notes the largest number that it has
 
 
-def module_of(program: ExportedProgram) -> nn.Module:
+def program_module(program: ExportedProgram) -> nn.Module:
     """Return a module that computes what the program does, on the program's own parameters and buffers.
 
     Raises:
         SwapError: torch makes none of it.
     """
     try:
-        with silence():
+        with suppress_output():
             module: nn.Module = program.module()
     except Exception as error:
         raise SwapError(f"torch makes no module of the program ({first_line(error)}): export it again") from error
     return module
 
 
-def inputs_of(program: ExportedProgram) -> Any:
+def program_inputs(program: ExportedProgram) -> Any:
     """Return the inputs that a program carries as `convert` takes them: a tuple or a dict.
 
     None where it carries none, or some by position and some by name: a program insists on how it was called.
@@ -133,7 +140,7 @@ def inputs_of(program: ExportedProgram) -> Any:
     return tuple(args) or kwargs or None
 
 
-def export_again(program: ExportedProgram, converted: nn.Module, inputs: Any = None) -> ExportedProgram:
+def reexport(program: ExportedProgram, converted: nn.Module, inputs: Any = None) -> ExportedProgram:
     """Export what became of a program's module: for the same inputs, with the same dimensions free.
 
     Args:
@@ -147,24 +154,26 @@ def export_again(program: ExportedProgram, converted: nn.Module, inputs: Any = N
             "the program carries no example inputs to export it again with: give them, such as "
             "example_inputs=torch.randn(2, 3, 224, 224)"
         )
-    args, kwargs = _call(program, inputs)
+    args, kwargs = _call_arguments(program, inputs)
     try:
         shapes: Any = ShapesCollection()  # type: ignore[no-untyped-call]
-        for leaf, dims in zip(tree_leaves((args, kwargs)), _free_dimensions(program), strict=True):
+        for leaf, dims in zip(tree_leaves((args, kwargs)), _dynamic_dimensions(program), strict=True):
             if dims and isinstance(leaf, Tensor):
                 shapes[leaf] = dims
-        with silence(), torch.enable_grad():
-            again = torch.export.export(
+        with suppress_output(), torch.enable_grad():
+            reexported = torch.export.export(
                 converted, args, kwargs, dynamic_shapes=shapes if len(shapes) else None, strict=False
             )
     except Exception as error:
-        raise SwapError(f"the converted program cannot be exported again ({first_line(error)}): {_INSTEAD}") from error
-    if _signature(again) != _signature(program):
-        raise SwapError(f"the converted program would take other inputs than the original: {_INSTEAD}")
-    return again
+        raise SwapError(
+            f"the converted program cannot be exported again ({first_line(error)}): {_ALTERNATIVES}"
+        ) from error
+    if _signature(reexported) != _signature(program):
+        raise SwapError(f"the converted program would take other inputs than the original: {_ALTERNATIVES}")
+    return reexported
 
 
-_INSTEAD = (
+_ALTERNATIVES = (
     "convert the Python model and export that, or normswap.convert(program.module()) and use it as it is; the weights "
     "alone are read by normswap.load(path, architecture='timm:NAME')"
 )
@@ -184,7 +193,7 @@ class Difference(NamedTuple):
         return self.error <= self.limit
 
 
-def difference(original: ExportedProgram, again: ExportedProgram, inputs: Any = None) -> Difference:
+def difference(original: ExportedProgram, reexported: ExportedProgram, inputs: Any = None) -> Difference:
     """Return how far two programs differ on inputs: a graph has its precision in it, so that none is run in float64.
 
     The limit is 1e-4, or ten times what the original differs by when its input changes by one unit in the last place.
@@ -195,35 +204,35 @@ def difference(original: ExportedProgram, again: ExportedProgram, inputs: Any = 
     Raises:
         ModelError: one of them fails on the inputs.
     """
-    call = _call(original, inputs)
-    first, second = module_of(original), module_of(again)
+    call = _call_arguments(original, inputs)
+    first, second = program_module(original), program_module(reexported)
     names = [name for name, _ in first.named_buffers()]
     reference, found = (_run(module, names, call) for module in (first, second))
-    error = _worst(reference, found)
+    error = _max_distance(reference, found)
     if error <= _LIMIT:
         return Difference(error, _LIMIT)
-    nudged = _run(first, names, tree_map_only(Tensor, _nudged, call))
-    return Difference(error, max(_LIMIT, _RESPONSE_FACTOR * _worst(reference, nudged)))
+    perturbed = _run(first, names, tree_map_only(Tensor, _perturb, call))
+    return Difference(error, max(_LIMIT, _RESPONSE_FACTOR * _max_distance(reference, perturbed)))
 
 
-def check_same(original: ExportedProgram, again: ExportedProgram, inputs: Any = None) -> float:
+def check_equivalent(original: ExportedProgram, reexported: ExportedProgram, inputs: Any = None) -> float:
     """Return the error of `difference`.
 
     Raises:
         SwapError: it is beyond the limit.
     """
-    found = difference(original, again, inputs)
+    found = difference(original, reexported, inputs)
     if not found.passed:
         raise SwapError(
             f"the program exported again computes something else (relative L2 {found.error:.1e}, at most "
-            f"{found.limit:.1e}): {_INSTEAD}"
+            f"{found.limit:.1e}): {_ALTERNATIVES}"
         )
     return found.error
 
 
-def _call(program: ExportedProgram, inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _call_arguments(program: ExportedProgram, inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments that a program carries, or else those that it is given."""
-    args, kwargs = program.example_inputs or as_call(inputs)
+    args, kwargs = program.example_inputs or call_arguments(inputs)
     return tuple(args), dict(kwargs)
 
 
@@ -238,17 +247,17 @@ def _run(module: nn.Module, buffers: list[str], call: tuple[tuple[Any, ...], dic
         return [*outputs, *(found[name].clone() if name in found else None for name in buffers)]
 
 
-def _worst(reference: list[Any], found: list[Any]) -> float:
+def _max_distance(reference: list[Any], found: list[Any]) -> float:
     if len(reference) != len(found):
         return float("inf")
-    return max(map(distance, reference, found), default=0.0)
+    return max(map(relative_l2, reference, found), default=0.0)
 
 
-def _nudged(tensor: Tensor) -> Tensor:
+def _perturb(tensor: Tensor) -> Tensor:
     return tensor * (1 + torch.finfo(tensor.dtype).eps) if tensor.is_floating_point() else tensor
 
 
-def _free_dimensions(program: ExportedProgram) -> list[Mapping[int, Any]]:
+def _dynamic_dimensions(program: ExportedProgram) -> list[Mapping[int, Any]]:
     """For each input, flat, which of its dimensions are free, and within which bounds."""
     return [
         {index: _bounds(program, size) for index, size in enumerate(shape) if isinstance(size, torch.SymInt)}
@@ -258,12 +267,12 @@ def _free_dimensions(program: ExportedProgram) -> list[Mapping[int, Any]]:
 
 def _bounds(program: ExportedProgram, size: torch.SymInt) -> Any:
     allowed = program.range_constraints.get(size.node.expr)
-    lower, upper = (_finite(bound) for bound in (allowed.lower, allowed.upper)) if allowed else (None, None)
+    lower, upper = (_finite_bound(bound) for bound in (allowed.lower, allowed.upper)) if allowed else (None, None)
     return Dim.DYNAMIC(min=lower, max=upper)
 
 
-def _finite(bound: Any) -> int | None:
-    return int(bound) if bound.is_Integer and abs(int(bound)) < _MOST else None
+def _finite_bound(bound: Any) -> int | None:
+    return int(bound) if bound.is_Integer and abs(int(bound)) < _MAX_BOUND else None
 
 
 def _signature(program: ExportedProgram) -> list[tuple[int | None, ...]]:
@@ -272,9 +281,9 @@ def _signature(program: ExportedProgram) -> list[tuple[int | None, ...]]:
 
 
 def _input_shapes(program: ExportedProgram) -> list[tuple[Any, ...]]:
-    fed = [spec.arg.name for spec in program.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT]
+    input_names = [spec.arg.name for spec in program.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT]
     values = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
-    return [_shape(values.get(name)) for name in fed]
+    return [_shape(values.get(name)) for name in input_names]
 
 
 def _shape(value: Any) -> tuple[Any, ...]:

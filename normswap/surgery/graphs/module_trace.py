@@ -18,8 +18,8 @@ from weakref import WeakSet
 import torch
 from torch import fx, nn
 
-from normswap.model_state import preserved_before_writes
-from normswap.surgery.graphs.tracing import Trace, sharing_twin, trace_with
+from normswap.model_state import preserved_on_write
+from normswap.surgery.graphs.tracing import Trace, copy_for_tracing, trace_copy
 from normswap.surgery.norms.functions import NORM_CALLS, batch_norm_nodes
 
 # MERGED DOC: The own forward of one module as a pair of graphs, fit to run in its place - or the reason why none is.
@@ -31,7 +31,7 @@ def names_in(code: CodeType) -> set[str]:
     return {*code.co_names}.union(*inner)
 
 
-def uses_of_names(code: CodeType) -> Iterator[tuple[str, bool]]:
+def name_uses(code: CodeType) -> Iterator[tuple[str, bool]]:
     """Yield each use of a name in a piece of code, and whether as an attribute of the first argument, `self.name`."""
     first = code.co_varnames[0] if code.co_argcount else None
     before: Any = None
@@ -43,34 +43,34 @@ def uses_of_names(code: CodeType) -> Iterator[tuple[str, bool]]:
         before = loaded[-1] if isinstance(loaded, tuple) and loaded else loaded
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
-            yield from uses_of_names(constant)
+            yield from name_uses(constant)
 
 
-def could_normalize(module: nn.Module) -> bool:
+def mentions_norm_function(module: nn.Module) -> bool:
     """Say whether code of `module`, its children's apart, names a function that normalizes."""
     if isinstance(module, fx.GraphModule):  # the graph tells, and its code is made of it
         return True
-    return any(_leads_to_one(thing, module) for thing in (type(module), *_held_by(module)))
+    return any(_reaches_norm_function(obj, module) for obj in (type(module), *_instance_objects(module)))
 
 
-def _held_by(module: nn.Module) -> Iterator[Any]:
+def _instance_objects(module: nn.Module) -> Iterator[Any]:
     """What the instance holds besides modules, tensors and plain values, also in its own containers."""
     for name, value in vars(module).items():
         if isinstance(value, dict | list | tuple | set):
             items = value.values() if isinstance(value, dict) else value
-            yield from (item for item in items if name not in _REGISTRIES and not isinstance(item, _PLAIN))
-        elif not isinstance(value, _PLAIN):
+            yield from (item for item in items if name not in _REGISTRIES and not isinstance(item, _PLAIN_TYPES))
+        elif not isinstance(value, _PLAIN_TYPES):
             yield value
 
 
 _REGISTRIES = frozenset(vars(nn.Module()))
-_PLAIN = (type(None), bool, int, float, str, dict, list, tuple, set, torch.Tensor, nn.Module)
-_FOREIGN = ("torch", "builtins", "numpy", "typing", "collections", "functools")
+_PLAIN_TYPES = (type(None), bool, int, float, str, dict, list, tuple, set, torch.Tensor, nn.Module)
+_EXTERNAL_PACKAGES = ("torch", "builtins", "numpy", "typing", "collections", "functools")
 _MEMBERS = (FunctionType, staticmethod, classmethod, property)
 
 
 @cache
-def _wanted() -> frozenset[str]:
+def _norm_function_names() -> frozenset[str]:
     return frozenset(_name_of(function) for function in NORM_CALLS)
 
 
@@ -81,74 +81,76 @@ def _name_of(function: Any) -> str:
 
 
 # Functions and classes from which none is reached: large libraries are followed once, not once a module.
-_CLEARED: WeakSet[Any] = WeakSet()
+_WITHOUT_NORM_CALLS: WeakSet[Any] = WeakSet()
 
 
-def _leads_to_one(start: Any, module: nn.Module) -> bool:
+def _reaches_norm_function(start: Any, module: nn.Module) -> bool:
     """Follow everything that `start` leads to until a function that normalizes is named."""
     pending, seen, has_namesake = [start], {}, False
     while pending:
-        thing = pending.pop()
-        key = thing if isinstance(thing, FunctionType | type) else type(thing)
-        if id(thing) in seen or (not isinstance(thing, partial | MethodType) and key in _CLEARED):
+        obj = pending.pop()
+        key = obj if isinstance(obj, FunctionType | type) else type(obj)
+        if id(obj) in seen or (not isinstance(obj, partial | MethodType) and key in _WITHOUT_NORM_CALLS):
             continue
-        seen[id(thing)] = key
-        if getattr(thing, "__name__", None) in _wanted():
+        seen[id(obj)] = key
+        if getattr(obj, "__name__", None) in _norm_function_names():
             return True
-        for function in _functions_of(thing):
+        for function in _functions_of(obj):
             names = names_in(function.__code__)
-            if names & _wanted():
-                if not _are_children(names & _wanted(), function, module):
+            if names & _norm_function_names():
+                if not _are_submodules(names & _norm_function_names(), function, module):
                     return True
                 has_namesake = True
-            pending.extend(_named_by(function, names))
+            pending.extend(_objects_named_in(function, names))
     if not has_namesake:
-        _CLEARED.update(key for key in seen.values() if key not in (partial, MethodType))
+        _WITHOUT_NORM_CALLS.update(key for key in seen.values() if key not in (partial, MethodType))
     return False
 
 
-def _are_children(names: set[str], function: FunctionType, module: nn.Module) -> bool:
+def _are_submodules(names: set[str], function: FunctionType, module: nn.Module) -> bool:
     """Whether the code means children of `module` that are called like functions that normalize."""
-    uses = [(name, own) for name, own in uses_of_names(function.__code__) if name in names]
-    return all(own and isinstance(getattr(module, name, None), nn.Module) for name, own in uses)
+    uses = [(name, is_self_attribute) for name, is_self_attribute in name_uses(function.__code__) if name in names]
+    return all(
+        is_self_attribute and isinstance(getattr(module, name, None), nn.Module) for name, is_self_attribute in uses
+    )
 
 
-def _functions_of(thing: Any) -> Iterator[FunctionType]:
+def _functions_of(obj: Any) -> Iterator[FunctionType]:
     """The functions that a function, method, partial, class or object brings along, as far as they are Python's."""
-    if isinstance(thing, partial):
-        yield from _functions_of(thing.func)
-    elif isinstance(thing, MethodType):
-        yield from _functions_of(thing.__func__)
-    elif isinstance(thing, FunctionType):
-        if not _is_foreign(thing):
-            yield thing
-            yield from _functions_of(getattr(thing, "__wrapped__", None))
-    elif isinstance(thing, _MEMBERS):
+    if isinstance(obj, partial):
+        yield from _functions_of(obj.func)
+    elif isinstance(obj, MethodType):
+        yield from _functions_of(obj.__func__)
+    elif isinstance(obj, FunctionType):
+        if not _is_external(obj):
+            yield obj
+            yield from _functions_of(getattr(obj, "__wrapped__", None))
+    elif isinstance(obj, _MEMBERS):
         for name in ("__func__", "fget"):
-            yield from _functions_of(getattr(thing, name, None))
-    elif thing is not None:
-        for cls in (thing if isinstance(thing, type) else type(thing)).__mro__:
-            for name, member in vars(cls).items() if not _is_foreign(cls) else ():
+            yield from _functions_of(getattr(obj, name, None))
+    elif obj is not None:
+        for cls in (obj if isinstance(obj, type) else type(obj)).__mro__:
+            for name, member in vars(cls).items() if not _is_external(cls) else ():
                 if isinstance(member, _MEMBERS) and name != "__init__":  # what that makes, the instance holds
                     yield from _functions_of(member)
 
 
-def _named_by(function: FunctionType, names: set[str]) -> Iterator[Any]:
+def _objects_named_in(function: FunctionType, names: set[str]) -> Iterator[Any]:
     """The functions and classes that the code of a function names: globals, what it encloses, members of modules."""
-    enclosed = [cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell)]
-    known = [function.__globals__[name] for name in names if name in function.__globals__]
-    for thing in (*known, *enclosed, *(function.__defaults__ or ())):
-        if isinstance(thing, ModuleType):
-            members = (vars(thing).get(name) for name in names)
+    closure_values = [cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell)]
+    used_globals = [function.__globals__[name] for name in names if name in function.__globals__]
+    for obj in (*used_globals, *closure_values, *(function.__defaults__ or ())):
+        if isinstance(obj, ModuleType):
+            members = (vars(obj).get(name) for name in names)
             yield from filter(_is_followed, members)
-        elif _is_followed(thing):
-            yield thing
+        elif _is_followed(obj):
+            yield obj
 
 
-def _is_followed(thing: Any) -> bool:
-    if isinstance(thing, type):
-        return not issubclass(thing, nn.Module)
-    return isinstance(thing, FunctionType | MethodType | partial)
+def _is_followed(obj: Any) -> bool:
+    if isinstance(obj, type):
+        return not issubclass(obj, nn.Module)
+    return isinstance(obj, FunctionType | MethodType | partial)
 
 
 def _is_filled(cell: Any) -> bool:
@@ -158,12 +160,12 @@ def _is_filled(cell: Any) -> bool:
         return False
 
 
-def _is_foreign(thing: Any) -> bool:
-    return (getattr(thing, "__module__", None) or "builtins").partition(".")[0] in _FOREIGN
+def _is_external(obj: Any) -> bool:
+    return (getattr(obj, "__module__", None) or "builtins").partition(".")[0] in _EXTERNAL_PACKAGES
 
 
 @dataclass(frozen=True)
-class OwnForward:
+class ModuleTrace:
     """The forward of one module with its children as leaves, in both modes, or the reason why there is none.
 
     `options` are the optional arguments that decide what it does, with the defaults that the graphs are made for.
@@ -175,73 +177,79 @@ class OwnForward:
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
-def trace_own_forward(module: nn.Module) -> OwnForward:
+def trace_module_forward(module: nn.Module) -> ModuleTrace:
     """Trace `module.forward` alone, once in training and once in evaluation. The module is left as it is."""
     if isinstance(module, fx.GraphModule):  # its graph is its code, in both modes
-        return OwnForward(module.graph, module.graph)
-    reason = _fixed_code(module)
+        return ModuleTrace(module.graph, module.graph)
+    reason = _rewrite_problem(module)
     graphs: list[fx.Graph] = []
     options: dict[str, Any] = {}
     for training in () if reason else (True, False):
-        trace, deciding = _trace_by_default(module, training=training)
-        options |= deciding
+        trace, trace_options = _trace_with_defaults(module, training=training)
+        options |= trace_options
         reason = trace.reason or trace.omission
         if trace.graph is None or reason:
             break
-        reason = _constant(module, trace.graph)
+        reason = _constant_problem(module, trace.graph)
         if reason:
             break
         graphs.append(trace.graph)
     if reason:
-        return OwnForward(None, None, reason)
+        return ModuleTrace(None, None, reason)
     calls = [len(batch_norm_nodes(graph)) for graph in graphs]
     if calls[0] != calls[1]:
-        return OwnForward(None, None, f"it calls batch_norm {calls[0]}x in training and {calls[1]}x in evaluation")
-    return OwnForward(graphs[0], graphs[1], None, options)
+        return ModuleTrace(None, None, f"it calls batch_norm {calls[0]}x in training and {calls[1]}x in evaluation")
+    return ModuleTrace(graphs[0], graphs[1], None, options)
 
 
-class OwnForwards:
+class ModuleTraceCache:
     """The own forwards of modules that stay as they are meanwhile: each is traced once, for all who ask."""
 
     def __init__(self) -> None:
-        self._known: dict[int, tuple[nn.Module, OwnForward]] = {}  # by identity, which holding the module keeps
+        self._cache: dict[int, tuple[nn.Module, ModuleTrace]] = {}  # by identity, which holding the module keeps
 
-    def of(self, module: nn.Module) -> OwnForward:
-        if id(module) not in self._known:
-            self._known[id(module)] = module, trace_own_forward(module)
-        return self._known[id(module)][1]
+    def get(self, module: nn.Module) -> ModuleTrace:
+        if id(module) not in self._cache:
+            self._cache[id(module)] = module, trace_module_forward(module)
+        return self._cache[id(module)][1]
 
 
-def mentioned_kinds(module: nn.Module) -> set[str]:
+def mentioned_norm_kinds(module: nn.Module) -> set[str]:
     """Return the kinds of the functions that normalize which the code of `module.forward`, here or in a base, names.
 
     A child that is called like one of them, `self.batch_norm`, is not meant.
     """
     found = [vars(cls).get("forward") for cls in type(module).__mro__]
     forwards = [inspect.unwrap(forward) for forward in found if isinstance(forward, FunctionType)]
-    uses = (use for forward in forwards if isinstance(forward, FunctionType) for use in uses_of_names(forward.__code__))
-    named = {name for name, own in uses if not (own and isinstance(getattr(module, name, None), nn.Module))}
-    return {call.kind for function, call in NORM_CALLS.items() if function.__name__ in named}
+    uses = (use for forward in forwards if isinstance(forward, FunctionType) for use in name_uses(forward.__code__))
+    used_names = {
+        name
+        for name, is_self_attribute in uses
+        if not (is_self_attribute and isinstance(getattr(module, name, None), nn.Module))
+    }
+    return {call.kind for function, call in NORM_CALLS.items() if function.__name__ in used_names}
 
 
-def _trace_by_default(module: nn.Module, *, training: bool) -> tuple[Trace, dict[str, Any]]:
+def _trace_with_defaults(module: nn.Module, *, training: bool) -> tuple[Trace, dict[str, Any]]:
     """The trace for the defaults of whatever options decide what the forward does, and these options."""
-    free = _trace(module, training=training)
+    symbolic_trace = _trace(module, training=training)
     defaults = _plain_defaults(module)
     if not defaults:
-        return free, {}
-    settled = _trace(module, training=training, concrete=defaults)
-    if settled.graph is None or (free.graph is not None and _operations(free.graph) == _operations(settled.graph)):
-        return free, {}
-    return settled, defaults
+        return symbolic_trace, {}
+    concrete_trace = _trace(module, training=training, concrete=defaults)
+    if concrete_trace.graph is None or (
+        symbolic_trace.graph is not None and _operations(symbolic_trace.graph) == _operations(concrete_trace.graph)
+    ):
+        return symbolic_trace, {}
+    return concrete_trace, defaults
 
 
 def _trace(module: nn.Module, *, training: bool, concrete: dict[str, Any] | None = None) -> Trace:
-    with preserved_before_writes(module.modules(), "everything"):
-        return trace_with(lambda: sharing_twin(module), lambda _: True, training=training, concrete=concrete)
+    with preserved_on_write(module.modules(), "everything"):
+        return trace_copy(lambda: copy_for_tracing(module), lambda _: True, training=training, concrete=concrete)
 
 
-def _fixed_code(module: nn.Module) -> str | None:
+def _rewrite_problem(module: nn.Module) -> str | None:
     """Why the forward of the class is not what runs, or is no code to be rewritten."""
     if isinstance(module, torch.jit.ScriptModule):
         return "it is TorchScript, whose code is fixed: convert the Python model, then trace or export it"
@@ -250,15 +258,15 @@ def _fixed_code(module: nn.Module) -> str | None:
     return None
 
 
-def _constant(module: nn.Module, graph: fx.Graph) -> str | None:
+def _constant_problem(module: nn.Module, graph: fx.Graph) -> str | None:
     """A tensor that the forward makes out of nothing exists on the traced twin only."""
     targets = [str(node.target) for node in graph.nodes if node.op == "get_attr"]
-    if all(_has(module, target) for target in targets):
+    if all(_has_attribute(module, target) for target in targets):
         return None
     return "it makes a tensor of constants at every call: register it as a buffer"
 
 
-def _has(module: nn.Module, path: str) -> bool:
+def _has_attribute(module: nn.Module, path: str) -> bool:
     found: Any = module
     for name in path.split("."):
         if not hasattr(found, name):
@@ -267,9 +275,9 @@ def _has(module: nn.Module, path: str) -> bool:
     return True
 
 
-def deciding_options(module: nn.Module) -> dict[str, Any]:
+def control_flow_options(module: nn.Module) -> dict[str, Any]:
     """Return the optional arguments of the forward with their defaults if they decide what it does, else none."""
-    return _trace_by_default(module, training=False)[1]
+    return _trace_with_defaults(module, training=False)[1]
 
 
 def _plain_defaults(module: nn.Module) -> dict[str, Any]:
@@ -282,8 +290,8 @@ _PLAIN_DEFAULTS = (type(None), bool, int, float, str)
 
 def _operations(graph: fx.Graph) -> list[Any]:
     """What a graph runs, without the assertions that concrete arguments bring."""
-    asserting = {node for node in graph.nodes if getattr(node.target, "__name__", "") == "_assert"}
+    assertion_nodes = {node for node in graph.nodes if getattr(node.target, "__name__", "") == "_assert"}
     for node in graph.nodes:
-        if node.users and asserting.issuperset(node.users):
-            asserting.add(node)
-    return [node.target for node in graph.nodes if node.op != "placeholder" and node not in asserting]
+        if node.users and assertion_nodes.issuperset(node.users):
+            assertion_nodes.add(node)
+    return [node.target for node in graph.nodes if node.op != "placeholder" and node not in assertion_nodes]

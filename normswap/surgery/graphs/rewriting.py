@@ -19,9 +19,9 @@ from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 
 from normswap.errors import LayerError, SwapError
-from normswap.layers.in_place import shallow_twin
+from normswap.layers.in_place import shallow_copy
 from normswap.layers.switch_norm import FunctionalSwitchNorm
-from normswap.surgery.graphs.module_trace import OwnForward, trace_own_forward
+from normswap.surgery.graphs.module_trace import ModuleTrace, trace_module_forward
 from normswap.surgery.graphs.tracing import compile_graph
 from normswap.surgery.norms.functions import (
     NORM_CALLS,
@@ -38,7 +38,7 @@ from normswap.surgery.norms.functions import (
 # MERGED DOC: Functional sites of a `torch.fx.GraphModule`: its graph is its code, so the nodes themselves are swapped, and back.
 
 
-_CALLS_OF_MODULES = {nn.Module._call_impl.__code__, nn.Module._wrapped_call_impl.__code__}
+_MODULE_CALL_CODE = {nn.Module._call_impl.__code__, nn.Module._wrapped_call_impl.__code__}
 
 
 class _Redirection(TorchFunctionMode):
@@ -52,19 +52,19 @@ class _Redirection(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         call = NORM_CALLS.get(func)
-        if call is None or call.kind != "bn" or _in_another_module():
+        if call is None or call.kind != "bn" or _is_inside_submodule():
             return func(*args, **kwargs)
         self.count += 1
         gate = self.gates[self.count - 1] if self.count <= len(self.gates) else None
         if gate is None:
             return func(*args, **kwargs)
-        arguments = dict(zip(call.parameters, args, strict=False)) | kwargs | dict(call.settled)
+        arguments = dict(zip(call.parameters, args, strict=False)) | kwargs | dict(call.fixed_arguments)
         arguments.pop("cudnn_enabled", None)
         y = gate(arguments.pop("input"), **arguments)
         return y if call.results is None else all_results(call, y, arguments)
 
 
-def run_as_written(forward: Callable[..., Any], gates: list[nn.Module | None], *args: Any, **kwargs: Any) -> Any:
+def run_original_forward(forward: Callable[..., Any], gates: list[nn.Module | None], *args: Any, **kwargs: Any) -> Any:
     """Run `forward` with its batch_norm calls led to `gates`, one per call in order, None for a call that stays.
 
     Raises:
@@ -80,11 +80,11 @@ def run_as_written(forward: Callable[..., Any], gates: list[nn.Module | None], *
     return result
 
 
-def _in_another_module() -> bool:
+def _is_inside_submodule() -> bool:
     """Say whether a module that the forward called is running, by the frames between the two."""
     frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_code is not run_as_written.__code__:
-        if frame.f_code in _CALLS_OF_MODULES:
+    while frame.f_back is not None and frame.f_code is not run_original_forward.__code__:
+        if frame.f_code in _MODULE_CALL_CODE:
             return True
         frame = frame.f_back
     return False
@@ -96,7 +96,7 @@ _SITE_NAMES = "_switch_norm_names"
 SiteNames = tuple[str | None, ...]
 
 
-def free_names(module: nn.Module, count: int, stem: str = "batch_norm") -> list[str]:
+def unused_names(module: nn.Module, count: int, stem: str = "batch_norm") -> list[str]:
     """Return `count` attribute names that `module` does not have, for the gates of its sites in order."""
     names: list[str] = []
     number = 0
@@ -108,8 +108,8 @@ def free_names(module: nn.Module, count: int, stem: str = "batch_norm") -> list[
     return names
 
 
-def compile_forward(
-    module: nn.Module, site_names: SiteNames | None = None, *, own: OwnForward | None = None
+def compile_rewritten_forward(
+    module: nn.Module, site_names: SiteNames | None = None, *, own: ModuleTrace | None = None
 ) -> Callable[..., Any]:
     """Return a forward function for `module` made from the graphs of its class's; the module is left as it is.
 
@@ -122,23 +122,23 @@ def compile_forward(
     Raises:
         SwapError: the forward cannot be traced, or not so that the graph may run in its place.
     """
-    original = _as_it_was(module) if is_rewritten(module) else module
+    original = _original_copy(module) if is_rewritten(module) else module
     if site_names is None:
         site_names = module.__dict__.get(_SITE_NAMES, ())
     if own is None or original is not module:
-        own = trace_own_forward(original)
+        own = trace_module_forward(original)
     if own.training is None or own.evaluation is None:
         raise SwapError(f"the forward of {type(module).__name__} cannot be rewritten: {own.reason}")
     order = {mode: _names_by_call(graph, site_names) for mode, graph in ((True, own.training), (False, own.evaluation))}
     name = f"forward of {type(module).__qualname__}"
     training, evaluation = (compile_graph(swap_calls(g, site_names), name) for g in (own.training, own.evaluation))
-    written = type(original).forward
+    original_forward = type(original).forward
 
-    @functools.wraps(written)
-    def by_graph(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    @functools.wraps(original_forward)
+    def run_graph(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return (training if self.training else evaluation)(self, *args, **kwargs)
 
-    return _by_arguments(by_graph, written, own, order) if own.options else by_graph
+    return _dispatch_on_options(run_graph, original_forward, own, order) if own.options else run_graph
 
 
 def _names_by_call(graph: fx.Graph, site_names: SiteNames) -> SiteNames:
@@ -147,33 +147,33 @@ def _names_by_call(graph: fx.Graph, site_names: SiteNames) -> SiteNames:
     return tuple(names.get(node) for node in graph.nodes if is_batch_norm_call(node))
 
 
-def _by_arguments(
-    by_graph: Callable[..., Any], written: Callable[..., Any], own: OwnForward, order: dict[bool, SiteNames]
+def _dispatch_on_options(
+    run_graph: Callable[..., Any], original_forward: Callable[..., Any], own: ModuleTrace, order: dict[bool, SiteNames]
 ) -> Callable[..., Any]:
     """Return a forward that runs the graphs where the options are at their defaults, and else what is written."""
-    signature = inspect.signature(written)
+    signature = inspect.signature(original_forward)
 
-    @functools.wraps(written)
+    @functools.wraps(original_forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(self, *args, **kwargs)
-        given = [name for name in own.options if name in bound.arguments]
-        if all(_is(bound.arguments[name], own.options[name]) for name in given):
-            for name in given:  # the graphs have them under other names
+        passed = [name for name in own.options if name in bound.arguments]
+        if all(_is_default(bound.arguments[name], own.options[name]) for name in passed):
+            for name in passed:  # the graphs have them under other names
                 del bound.arguments[name]
-            return by_graph(*bound.args, **bound.kwargs)
+            return run_graph(*bound.args, **bound.kwargs)
         gates = [None if name is None else self.get_submodule(name) for name in order[self.training]]
-        return run_as_written(written, gates, self, *args, **kwargs)
+        return run_original_forward(original_forward, gates, self, *args, **kwargs)
 
     return forward
 
 
-def _is(value: Any, default: Any) -> bool:
+def _is_default(value: Any, default: Any) -> bool:
     """Say whether an argument is at its default; what has another type, such as a tensor, is not even compared."""
     return type(value) is type(default) and bool(value == default)
 
 
 def rewrite_forward(
-    module: nn.Module, gates: dict[str, FunctionalSwitchNorm], site_names: SiteNames, own: OwnForward
+    module: nn.Module, gates: dict[str, FunctionalSwitchNorm], site_names: SiteNames, own: ModuleTrace
 ) -> None:
     """Put SN in place of batch_norm calls in `module`'s own forward.
 
@@ -192,7 +192,7 @@ def rewrite_forward(
         earlier = module.__dict__[_SITE_NAMES]
         site_names = tuple(next(remaining, None) if name is None else name for name in earlier)
         original = original.original_class  # type: ignore[attr-defined]
-    forward = compile_forward(module, site_names, own=own)
+    forward = compile_rewritten_forward(module, site_names, own=own)
     for name, child in gates.items():
         module.add_module(name, child)
     module.__dict__[_SITE_NAMES] = site_names
@@ -222,14 +222,14 @@ class _RewrittenForward(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self.__class__ = _rewritten_class(self.original_class, compile_forward(self))  # type: ignore[assignment]
+        self.__class__ = _rewritten_class(self.original_class, compile_rewritten_forward(self))  # type: ignore[assignment]
 
 
-def _as_it_was(module: nn.Module) -> nn.Module:
+def _original_copy(module: nn.Module) -> nn.Module:
     """Return a twin on the same tensors and children, of the original class and without the gates."""
-    twin = shallow_twin(module)
-    restore_forward(twin)
-    return twin
+    module_copy = shallow_copy(module)
+    restore_forward(module_copy)
+    return module_copy
 
 
 def _blank(original: type[nn.Module]) -> nn.Module:
@@ -292,14 +292,14 @@ def restore_graph(module: fx.GraphModule) -> None:
     calls = {call_name(call): call for call in NORM_CALLS}
     gates = _functional_gates(module)
     graph = copy.deepcopy(module.graph)
-    for node in _calls_of(graph, gates):
+    for node in _gate_calls(graph, gates):
         call = calls[gates[str(node.target)].replaced_call]
         args, kwargs = _arguments_of(node, NORM_CALLS[call].parameters)
         with graph.inserting_before(node):
             restored = graph.call_function(call, args, kwargs)
-        packed = next((user for user in node.users if user.target is as_results), None)
-        replace_node(graph, packed or node, restored)
-        if packed is not None:
+        wrapped_result = next((user for user in node.users if user.target is as_results), None)
+        replace_node(graph, wrapped_result or node, restored)
+        if wrapped_result is not None:
             restored.meta.pop("is_wrapped", None)
             graph.erase_node(node)
     for name in gates:
@@ -310,15 +310,15 @@ def restore_graph(module: fx.GraphModule) -> None:
 def _arguments_of(node: fx.Node, parameters: tuple[str, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of the call that a gate stands for: by position up to the first that is not given."""
     cudnn = node.meta.get("cudnn_enabled", torch.backends.cudnn.enabled)
-    given = {"input": node.args[0], "cudnn_enabled": cudnn, **node.kwargs}
-    gap = next((index for index, name in enumerate(parameters) if name not in given), len(parameters))
-    later = {name: given[name] for name in parameters[gap:] if name in given}
-    return tuple(given[name] for name in parameters[:gap]), later
+    values = {"input": node.args[0], "cudnn_enabled": cudnn, **node.kwargs}
+    first_missing = next((index for index, name in enumerate(parameters) if name not in values), len(parameters))
+    keyword_arguments = {name: values[name] for name in parameters[first_missing:] if name in values}
+    return tuple(values[name] for name in parameters[:first_missing]), keyword_arguments
 
 
-def edited_nodes(module: fx.GraphModule) -> list[fx.Node]:
+def gate_call_nodes(module: fx.GraphModule) -> list[fx.Node]:
     """Return the nodes that call the gates of a functional site."""
-    return _calls_of(module.graph, _functional_gates(module))
+    return _gate_calls(module.graph, _functional_gates(module))
 
 
 def _functional_gates(module: fx.GraphModule) -> dict[str, FunctionalSwitchNorm]:
@@ -326,5 +326,5 @@ def _functional_gates(module: fx.GraphModule) -> dict[str, FunctionalSwitchNorm]
     return {n: m for n, m in module.named_modules() if n in called and isinstance(m, FunctionalSwitchNorm)}
 
 
-def _calls_of(graph: fx.Graph, gates: dict[str, FunctionalSwitchNorm]) -> list[fx.Node]:
+def _gate_calls(graph: fx.Graph, gates: dict[str, FunctionalSwitchNorm]) -> list[fx.Node]:
     return [node for node in graph.nodes if node.op == "call_module" and str(node.target) in gates]

@@ -19,20 +19,20 @@ from torch import Tensor, fx, nn
 from normswap.layers.gated_module import GatedModule
 from normswap.model_state import (
     ModuleState,
-    changed_names,
+    changed_attributes,
     module_state,
-    preserved_before_writes,
+    preserved_on_write,
     preserved_state,
     random_state,
     seeded,
     training_flags,
 )
-from normswap.surgery.model_outputs import leaf_list
+from normswap.surgery.model_outputs import flatten_leaves
 from normswap.surgery.module_tree import deep_copy, walk_modules
 from normswap.surgery.norms.candidates import looks_like_norm
-from normswap.surgery.norms.classes import KNOWN_NORMS, Norms, is_norm_layer
+from normswap.surgery.norms.classes import KNOWN_NORMS, NormTable, is_norm_layer
 from normswap.surgery.norms.functions import norm_arguments, norm_call, reads_activation
-from normswap.text import first_line, join
+from normswap.text import first_line, join_fqn
 
 # MERGED DOC: Runs that leave nothing behind, to hold a traced forward against the real one before it is believed.
 
@@ -87,7 +87,7 @@ class _Tracer(fx.Tracer):
     ) -> None:
         super().__init__(autowrap_functions=wrapped)
         self._is_leaf = is_leaf
-        self._depth = _autocast_depth()
+        self._initial_autocast_depth = _autocast_depth()
         self.entered = {""}
         self.switches_context = False
 
@@ -98,32 +98,32 @@ class _Tracer(fx.Tracer):
         return leaf
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        if not torch.is_grad_enabled() or _autocast_depth() != self._depth:
+        if not torch.is_grad_enabled() or _autocast_depth() != self._initial_autocast_depth:
             self.switches_context = True
         return super().create_node(*args, **kwargs)
 
 
-def sharing_twin(module: nn.Module) -> nn.Module:
+def copy_for_tracing(module: nn.Module) -> nn.Module:
     """Return a deep copy of `module` that shares its parameters; buffers are copied, for tracing may update them."""
     return deep_copy(module, {id(parameter): parameter for parameter in module.parameters()})
 
 
-def trace_model(model: nn.Module, *, training: bool, norms: Norms = KNOWN_NORMS) -> Trace:
+def trace_model(model: nn.Module, *, training: bool, norms: NormTable = KNOWN_NORMS) -> Trace:
     """Trace the whole of `model` with norm layers as leaves, or say why it cannot be traced."""
     reason = None
     for is_leaf, wrapped in _leaf_rules(norms):
-        with preserved_before_writes(
+        with preserved_on_write(
             model.modules(), "everything"
         ):  # code run for real reaches the parameters that the twin shares
-            trace = trace_with(lambda: without_hooks(sharing_twin(model)), is_leaf, wrapped, training=training)
+            trace = trace_copy(lambda: remove_hooks(copy_for_tracing(model)), is_leaf, wrapped, training=training)
         if trace.graph is not None:
             return trace
         reason = reason or trace.reason
     return Trace(None, reason)
 
 
-def trace_with(
-    make_twin: Callable[[], nn.Module],
+def trace_copy(
+    make_copy: Callable[[], nn.Module],
     is_leaf: Callable[[nn.Module], bool],
     wrapped: tuple[Callable[..., Any], ...] = (),
     *,
@@ -139,15 +139,15 @@ def trace_with(
     tracer = _Tracer(is_leaf, wrapped)
     with seeded(0), torch.enable_grad():
         try:
-            twin = make_twin()
-            with training_flags(twin.modules(), training=training):
-                states = {name: module_state(module) for name, module in twin.named_modules()}
-                drawn = random_state()
-                graph = _with_plain_assertions(tracer.trace(twin, concrete))
-                omission = "it draws random numbers in Python" if random_state() != drawn else None
-                written = _written_attributes(twin, states, graph)
-                made = vars(twin).keys() - states[""].attributes.keys()
-                constants = {name: vars(twin)[name] for name in made & _attributes_read(graph)}
+            module_copy = make_copy()
+            with training_flags(module_copy.modules(), training=training):
+                states = {name: module_state(module) for name, module in module_copy.named_modules()}
+                random_state_before = random_state()
+                graph = _with_plain_assertions(tracer.trace(module_copy, concrete))
+                omission = "it draws random numbers in Python" if random_state() != random_state_before else None
+                written = _written_attributes(module_copy, states, graph)
+                new_attributes = vars(module_copy).keys() - states[""].attributes.keys()
+                constants = {name: vars(module_copy)[name] for name in new_attributes & _attributes_read(graph)}
         except Exception as error:  # noqa: BLE001 - tracing runs the user's code on proxies: anything may come
             return Trace(None, f"{type(error).__name__}: {first_line(error)}")
     if tracer.switches_context:
@@ -170,14 +170,14 @@ def _with_plain_assertions(graph: fx.Graph) -> fx.Graph:
     return graph
 
 
-def _written_attributes(twin: nn.Module, states: dict[str, ModuleState], graph: fx.Graph) -> list[str]:
+def _written_attributes(module_copy: nn.Module, states: dict[str, ModuleState], graph: fx.Graph) -> list[str]:
     """What tracing changed in the state of the modules, other than the constants that the tracer stores there."""
     stored = _attributes_read(graph)
     written = [
-        join(owner, name)
-        for owner, module in twin.named_modules()
+        join_fqn(owner, name)
+        for owner, module in module_copy.named_modules()
         if not isinstance(module, torch.jit.ScriptModule)  # they cache their methods
-        for name in changed_names(states.get(owner, ModuleState({}, {})), module_state(module))
+        for name in changed_attributes(states.get(owner, ModuleState({}, {})), module_state(module))
     ]
     return [name for name in written if name not in stored]
 
@@ -186,12 +186,12 @@ def _attributes_read(graph: fx.Graph) -> set[str]:
     return {str(node.target) for node in graph.nodes if node.op == "get_attr"}
 
 
-def without_hooks(twin: nn.Module) -> nn.Module:
+def remove_hooks(module_copy: nn.Module) -> nn.Module:
     """Hooks of a deep copy may still reach the user's own objects, which must not be handed proxies."""
-    for module in twin.modules():
+    for module in module_copy.modules():
         module._forward_hooks.clear()
         module._forward_pre_hooks.clear()
-    return twin
+    return module_copy
 
 
 def _autocast_depth() -> int:
@@ -210,9 +210,9 @@ def read_graph(graph: fx.Graph, is_norm_fqn: Callable[[str], bool]) -> GraphFact
         if node.op == "call_module" and is_norm_fqn(str(node.target)):
             fqn = str(node.target)
             calls.append(fqn)
-            given = next((value for value in (*node.args, *node.kwargs.values()) if isinstance(value, fx.Node)), None)
-            if given is not None:
-                producers.setdefault(fqn, _describe(given))
+            source = next((value for value in (*node.args, *node.kwargs.values()) if isinstance(value, fx.Node)), None)
+            if source is not None:
+                producers.setdefault(fqn, _node_name(source))
         elif norm_call(node):
             stack = node.meta.get("nn_module_stack") or {"": ("", None)}
             owner = next(reversed(stack.values()))[0]
@@ -236,13 +236,13 @@ def compile_graph(graph: fx.Graph, name: str) -> Callable[..., Any]:
 _counter = itertools.count()
 
 
-def _leaf_rules(norms: Norms) -> list[tuple[Callable[[nn.Module], bool], tuple[Callable[..., Any], ...]]]:
+def _leaf_rules(norms: NormTable) -> list[tuple[Callable[[nn.Module], bool], tuple[Callable[..., Any], ...]]]:
     """From the rule that sees most to the one that traces most: the later ones hide code without norms."""
 
     def norm(module: nn.Module) -> bool:
         return is_norm_layer(module, norms)
 
-    def norm_free(module: nn.Module) -> bool:
+    def is_without_norms(module: nn.Module) -> bool:
         return norm(module) or not any(is_norm_layer(m, norms) or looks_like_norm(m) for m in module.modules())
 
     rules: list[tuple[Callable[[nn.Module], bool], tuple[Callable[..., Any], ...]]] = []
@@ -250,41 +250,41 @@ def _leaf_rules(norms: Norms) -> list[tuple[Callable[[nn.Module], bool], tuple[C
     if registry is not None:
         opaque = tuple(registry.get_notrace_modules())
         functions = tuple(registry.get_notrace_functions())
-        rules.append((lambda m: norm(m) or (isinstance(m, opaque) and norm_free(m)), functions))
+        rules.append((lambda m: norm(m) or (isinstance(m, opaque) and is_without_norms(m)), functions))
     else:
         rules.append((norm, ()))
-    rules.append((norm_free, ()))
+    rules.append((is_without_norms, ()))
     return rules
 
 
-def _describe(node: fx.Node) -> str:
+def _node_name(node: fx.Node) -> str:
     if node.op == "call_function":
         return getattr(node.target, "__name__", str(node.target))
     return str(node.target)
 
 
-def outcome(module: nn.Module, run: Callable[[], Any], *, training: bool) -> list[Any]:
+def run_isolated(module: nn.Module, run: Callable[[], Any], *, training: bool) -> list[Any]:
     """Return paths and leaves of what `run`, which calls `module`, returns, or the class of the error it raises."""
-    modules = [place.module for place in walk_modules(module)]
+    modules = [entry.module for entry in walk_modules(module)]
     with preserved_state(modules), training_flags(modules, training=training), seeded(0), torch.no_grad():
         for gated in modules:
             if isinstance(gated, GatedModule):  # other processes may not be on trial
                 gated.synchronize = False
         try:
-            return leaf_list(run())
+            return flatten_leaves(run())
         except Exception as error:  # noqa: BLE001 - the user's code: where both sides fail alike, they agree
             return [type(error).__name__]
 
 
-def agree(first: list[Any], second: list[Any]) -> bool:
+def outputs_match(first: list[Any], second: list[Any]) -> bool:
     """Say whether two outcomes are the same, up to rounding."""
-    return len(first) == len(second) and all(map(_same, first, second))
+    return len(first) == len(second) and all(map(_values_match, first, second))
 
 
-def _same(a: Any, b: Any) -> bool:
+def _values_match(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
-        alike = a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
-        return alike and (a.is_meta or torch.allclose(a, b, equal_nan=True))
+        same_metadata = a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
+        return same_metadata and (a.is_meta or torch.allclose(a, b, equal_nan=True))
     if isinstance(a, float | complex) and type(a) is type(b):
         return bool(torch.isclose(torch.tensor(a), torch.tensor(b), equal_nan=True))
     return type(a) is type(b) and bool(a == b)

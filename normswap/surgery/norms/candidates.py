@@ -20,12 +20,14 @@ TORCH_KINDS: dict[type, str] = {
     nn.RMSNorm: "rms",
 }
 
-_MOMENT = r"(mean|var|variance|cov|covar|covariance|std|wm|whitening|sqrt|sq)"
+_STATISTIC_PATTERN = r"(mean|var|variance|cov|covar|covariance|std|wm|whitening|sqrt|sq)"
 # Statistics that a class keeps of its batches, by the names that libraries give them: `ra_mean`, `moving_variance`.
-_RUNNING = re.compile(rf"(^|_)(running|moving|ra|ema|avg|population|pop|global)_(\w+_)?{_MOMENT}(_|\d|$)")
-_PLAIN = re.compile(rf"^{_MOMENT}$")
-_OTHERWISE = r"(?!Free|al(?![a-z]))"  # norm-free, normal
-_NAMED_NORM = re.compile(rf"[Nn]orm{_OTHERWISE}|(?<![A-Z])BN(?!N)|[a-z]BN(?!N)|ABN")
+_RUNNING_STATISTIC_NAME = re.compile(
+    rf"(^|_)(running|moving|ra|ema|avg|population|pop|global)_(\w+_)?{_STATISTIC_PATTERN}(_|\d|$)"
+)
+_STATISTIC_NAME = re.compile(rf"^{_STATISTIC_PATTERN}$")
+_EXCEPTIONS = r"(?!Free|al(?![a-z]))"  # norm-free, normal
+_NAMED_NORM = re.compile(rf"[Nn]orm{_EXCEPTIONS}|(?<![A-Z])BN(?!N)|[a-z]BN(?!N)|ABN")
 _NAMED_BATCH_NORM = re.compile(r"[Bb]atch_?(Re)?[Nn]orm|BN(?!N)")
 
 
@@ -37,35 +39,43 @@ def looks_like_norm(module: nn.Module) -> bool:
         return True
     if any(looks_like_norm(child) for child in module.children()):
         return bool({"running_mean", "running_var"} & {*module._buffers.keys()})
-    named = re.search(rf"Norm{_OTHERWISE}", type(module).__name__) is not None
+    has_norm_name = re.search(rf"Norm{_EXCEPTIONS}", type(module).__name__) is not None
     tensors = _tensors(module).values()
     vectors = all(not is_lazy(t) and max(t.shape, default=1) == t.numel() for t in tensors)
     return bool(
-        own_statistics(module)
-        or (named and (module._parameters or module._buffers))
+        running_statistics_names(module)
+        or (has_norm_name and (module._parameters or module._buffers))
         or (vectors and tensors and _NAMED_NORM.search(type(module).__name__))
     )
 
 
-def own_statistics(module: nn.Module) -> tuple[str, ...]:
+def running_statistics_names(module: nn.Module) -> tuple[str, ...]:
     """Return the names of the tensors that are running statistics of batches, as far as names tell.
 
     A plain `mean` or `std` is one only in a class that is called a norm: others are constants of a preprocessing.
     """
-    named = _NAMED_NORM.search(type(module).__name__) is not None
-    fixed = [name for name, t in _tensors(module).items() if not t.requires_grad and not is_lazy(t) and _is_number(t)]
-    return tuple(name for name in fixed if _RUNNING.search(name) or (named and _PLAIN.match(name)))
+    has_norm_name = _NAMED_NORM.search(type(module).__name__) is not None
+    fixed = [
+        name
+        for name, t in _tensors(module).items()
+        if not t.requires_grad and not is_lazy(t) and _is_floating_or_complex(t)
+    ]
+    return tuple(
+        name
+        for name in fixed
+        if _RUNNING_STATISTIC_NAME.search(name) or (has_norm_name and _STATISTIC_NAME.match(name))
+    )
 
 
-def is_called_batch_norm(cls: type) -> bool:
+def has_batch_norm_name(cls: type) -> bool:
     """Say whether the name of a class says that it normalizes by batches."""
     return _NAMED_BATCH_NORM.search(cls.__name__) is not None
 
 
-def _is_number(tensor: Tensor) -> bool:
+def _is_floating_or_complex(tensor: Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    everything = (*module._parameters.items(), *module._buffers.items())
-    return {name: tensor for name, tensor in everything if tensor is not None}
+    named_tensors = (*module._parameters.items(), *module._buffers.items())
+    return {name: tensor for name, tensor in named_tensors if tensor is not None}

@@ -18,7 +18,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from normswap.errors import LayerError
 from normswap.layers.gated_module import GatedModule
 from normswap.layers.gating import Branch
-from normswap.layers.in_place import check_replaceable, qualified_name, shallow_twin
+from normswap.layers.in_place import check_replaceable, qualified_name, shallow_copy
 from normswap.layers.switch_norm import (
     SwitchNorm,
     SwitchNorm1d,
@@ -28,7 +28,12 @@ from normswap.layers.switch_norm import (
     SwitchNormAct2d,
 )
 from normswap.model_state import seeded
-from normswap.surgery.norms.candidates import TORCH_KINDS, is_called_batch_norm, looks_like_norm, own_statistics
+from normswap.surgery.norms.candidates import (
+    TORCH_KINDS,
+    has_batch_norm_name,
+    looks_like_norm,
+    running_statistics_names,
+)
 
 # MERGED DOC: Frozen Batch Normalization under any class name, recognised by what it holds and by what it computes.
 
@@ -37,7 +42,7 @@ _FROZEN_STATE = ("weight", "bias", "running_mean", "running_var")
 
 # What people write; a measured eps this close to one of them is it.
 _USUAL_EPS = (0.0, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8, 1e-12)
-_CLOSE = 1e-6
+_RELATIVE_TOLERANCE = 1e-6
 
 
 def has_frozen_structure(module: nn.Module) -> bool:
@@ -57,10 +62,10 @@ def frozen_eps(module: nn.Module) -> float | None:
 
 def _without_hooks(module: nn.Module) -> nn.Module:
     """Hooks of a copy may still write to the user's own objects."""
-    twin = shallow_twin(module)
-    twin._forward_hooks.clear()
-    twin._forward_pre_hooks.clear()
-    return twin
+    module_copy = shallow_copy(module)
+    module_copy._forward_hooks.clear()
+    module_copy._forward_pre_hooks.clear()
+    return module_copy
 
 
 @torch.no_grad()
@@ -78,15 +83,22 @@ def _measured_eps(module: nn.Module) -> float | None:
             y = probe(x)
             scale = (probe(x + 1) - y)[0, :, 0, 0]
         eps = ((probe.weight / scale) ** 2 - probe.running_var).median().item()
-        said = getattr(module, "eps", None)
-        known = (said, *_USUAL_EPS) if isinstance(said, float) else _USUAL_EPS
-        eps = next((usual for usual in known if abs(eps - usual) <= _CLOSE * max(usual, 1e-9)), eps)
+        declared_eps = getattr(module, "eps", None)
+        candidates = (declared_eps, *_USUAL_EPS) if isinstance(declared_eps, float) else _USUAL_EPS
+        eps = next(
+            (
+                candidate
+                for candidate in candidates
+                if abs(eps - candidate) <= _RELATIVE_TOLERANCE * max(candidate, 1e-9)
+            ),
+            eps,
+        )
         w, b, mean, var = (getattr(probe, name).reshape(1, -1, 1, 1) for name in _FROZEN_STATE)
         expected = (x - mean) * (var + eps).rsqrt() * w + b
     except Exception:  # noqa: BLE001 - the probe runs foreign code: whatever it raises, this is no frozen BN
         return None
-    same = isinstance(y, Tensor) and y.shape == x.shape and torch.allclose(y, expected, rtol=1e-9, atol=1e-9)
-    return eps if same and eps >= 0 else None
+    is_batch_norm = isinstance(y, Tensor) and y.shape == x.shape and torch.allclose(y, expected, rtol=1e-9, atol=1e-9)
+    return eps if is_batch_norm and eps >= 0 else None
 
 
 # The kinds of norms that can be asked for, each with the branch that computes it and what it is called.
@@ -99,14 +111,14 @@ KINDS: Mapping[str, tuple[Branch, str]] = MappingProxyType(
 )
 
 
-def requested_kind(kind: str) -> str:
+def base_kind(kind: str) -> str:
     """Return the word of `KINDS` that asks for sites of `kind`: all that is nothing else, frozen BN too, is `bn`."""
     return kind if kind in KINDS else "bn"
 
 
-def vertex_of(kind: str) -> Branch:
+def branch_of_kind(kind: str) -> Branch:
     """Return the branch that computes, with weight 1, what a norm of `kind` does."""
-    return KINDS[requested_kind(kind)][0]
+    return KINDS[base_kind(kind)][0]
 
 
 @dataclass(frozen=True)
@@ -130,8 +142,8 @@ class NormSpec:
     then: tuple[str, ...] = ()
 
 
-Reader = Callable[[nn.Module], NormSpec]
-Norms = Mapping[str | type, Reader]
+NormReader = Callable[[nn.Module], NormSpec]
+NormTable = Mapping[str | type, NormReader]
 
 
 def read_batch_norm(module: nn.Module, target: type[SwitchNorm] = SwitchNorm) -> NormSpec:
@@ -178,12 +190,12 @@ def read_group_norm(module: nn.Module, target: type[SwitchNorm] = SwitchNorm) ->
         target: the SwitchNorm class that it becomes; the default takes inputs of any rank.
     """
     if module.num_groups != 1:
-        return NormSpec("gn", problem=_STAYS)
+        return NormSpec("gn", problem=_NO_BATCH_STATISTICS)
     return NormSpec("gn1", module.num_channels, module.eps, None, target)  # type: ignore[arg-type]
 
 
 def read_norm_act(
-    module: nn.Module, read: Reader = read_batch_norm, *, then: Sequence[str] = ("drop", "act")
+    module: nn.Module, read: NormReader = read_batch_norm, *, then: Sequence[str] = ("drop", "act")
 ) -> NormSpec:
     """Read a norm of any rank whose forward runs modules of its own after the norm, such as an activation.
 
@@ -235,16 +247,16 @@ def _with_activation(module: nn.Module, spec: NormSpec) -> NormSpec:
     return replace(spec, target=None, problem="expected `act` and `drop` inside it: exclude it, or rebuild the model")
 
 
-_STAYS = "has no batch statistics to lose at small batches: stays as it is"
+_NO_BATCH_STATISTICS = "has no batch statistics to lose at small batches: stays as it is"
 
 
-class KnownNorms(Mapping[str | type, Reader]):
+class KnownNorms(Mapping[str | type, NormReader]):
     """A read-only table of norm classes, with a short `repr`: it is the default of arguments."""
 
-    def __init__(self, readers: Mapping[str | type, Reader]) -> None:
+    def __init__(self, readers: Mapping[str | type, NormReader]) -> None:
         self._readers = dict(readers)
 
-    def __getitem__(self, key: str | type) -> Reader:
+    def __getitem__(self, key: str | type) -> NormReader:
         return self._readers[key]
 
     def __iter__(self) -> Iterator[str | type]:
@@ -253,10 +265,10 @@ class KnownNorms(Mapping[str | type, Reader]):
     def __len__(self) -> int:
         return len(self._readers)
 
-    def __or__(self, other: Norms) -> dict[str | type, Reader]:
+    def __or__(self, other: NormTable) -> dict[str | type, NormReader]:
         return {**self._readers, **other}
 
-    def __ror__(self, other: Norms) -> dict[str | type, Reader]:
+    def __ror__(self, other: NormTable) -> dict[str | type, NormReader]:
         return {**other, **self._readers}
 
     def __repr__(self) -> str:
@@ -288,7 +300,7 @@ KNOWN_NORMS = KnownNorms(
 )
 
 
-def read_norm(module: nn.Module, norms: Norms = KNOWN_NORMS) -> NormSpec | None:
+def read_norm(module: nn.Module, norms: NormTable = KNOWN_NORMS) -> NormSpec | None:
     """Return what norm `module` is, or None where it is none.
 
     A spec without `problem` has a target; all others explain in `problem` why the module stays as it is.
@@ -298,26 +310,26 @@ def read_norm(module: nn.Module, norms: Norms = KNOWN_NORMS) -> NormSpec | None:
         return NormSpec("sn", problem="is Switchable Normalization already: nothing to do")
     reader = norms.get(cls) or norms.get(qualified_name(cls))
     if reader is None:
-        return _unknown(module) if looks_like_norm(module) else None
+        return _unknown_norm_spec(module) if looks_like_norm(module) else None
     spec = NormSpec("bn")
     try:
         spec = reader(module)
         if spec.target is None:
             return spec
-        problem = _unfit(module)
+        problem = _instance_problem(module)
         if problem is not None:
             return replace(spec, target=None, problem=problem)
-        children = frozenset({*spec.then} & {*module._modules}) if spec.then else spec.target._children
-        check_replaceable(module, spec.target, children, vertex=vertex_of(spec.kind), eps=spec.eps)
+        children = frozenset({*spec.then} & {*module._modules}) if spec.then else spec.target._expected_children
+        check_replaceable(module, spec.target, children, vertex=branch_of_kind(spec.kind), eps=spec.eps)
     except (LayerError, AttributeError) as error:
-        known = reader in (KNOWN_NORMS.get(cls), KNOWN_NORMS.get(qualified_name(cls)))
+        is_builtin = reader in (KNOWN_NORMS.get(cls), KNOWN_NORMS.get(qualified_name(cls)))
         reader_failed = "is left as it is, since the reader registered for its class in norms= failed"
-        expected = f"is not a plain {cls.__name__}" if known else reader_failed
+        expected = f"is not a plain {cls.__name__}" if is_builtin else reader_failed
         return replace(spec, target=None, problem=f"{expected}: {error}")
     return spec
 
 
-def refused_shape(spec: NormSpec, shapes: Sequence[tuple[int, ...]]) -> str | None:
+def shape_problem(spec: NormSpec, shapes: Sequence[tuple[int, ...]]) -> str | None:
     """Return why a norm that was fed these shapes cannot become its target, or None."""
     ranks = spec.target._ranks if spec.target is not None else ()
     # Two dimensions are (N, C) for a SwitchNorm1d, and (C, L) without a batch for an InstanceNorm1d.
@@ -327,15 +339,15 @@ def refused_shape(spec: NormSpec, shapes: Sequence[tuple[int, ...]]) -> str | No
     shape = "x".join(map(str, wrong))
     if ranks and len(wrong) > ranks[0]:
         any_rank = "SwitchNormAct" if issubclass(spec.target, SwitchNormAct) else "SwitchNorm"  # type: ignore[arg-type]
-        taken = " or ".join(f"{rank}-D" for rank in ranks)
+        accepted = " or ".join(f"{rank}-D" for rank in ranks)
         return (
-            f"was fed {shape}, and the target of its reader in norms= takes {taken} input: register it with "
+            f"was fed {shape}, and the target of its reader in norms= takes {accepted} input: register it with "
             f"target={any_rank}, which takes any rank"
         )
     return f"was fed {shape}, and Switchable Normalization takes (N, C, *spatial): add the dimension of the batch"
 
 
-def _unfit(module: nn.Module) -> str | None:
+def _instance_problem(module: nn.Module) -> str | None:
     """What was done to an instance that its class does not tell."""
     if "forward" in vars(module):
         return "its forward is overridden on the instance: remove that first"
@@ -348,7 +360,7 @@ def _unfit(module: nn.Module) -> str | None:
     return None
 
 
-def is_norm_layer(module: nn.Module, norms: Norms = KNOWN_NORMS) -> bool:
+def is_norm_layer(module: nn.Module, norms: NormTable = KNOWN_NORMS) -> bool:
     """Say whether `module` is a norm by class: known, derived from a torch norm, or a SwitchNorm.
 
     What such a module calls in its own forward pass is its own affair and no functional site.
@@ -365,7 +377,7 @@ def is_norm_layer(module: nn.Module, norms: Norms = KNOWN_NORMS) -> bool:
 _STATE = ("weight", "bias", "running_mean", "running_var")
 
 
-def _unknown(module: nn.Module) -> NormSpec:
+def _unknown_norm_spec(module: nn.Module) -> NormSpec:
     kind = next((kind for base, kind in TORCH_KINDS.items() if isinstance(module, base)), "other")
     if isinstance(module, torch.jit.ScriptModule):
         return NormSpec("other", problem="is TorchScript, whose code is fixed: convert the Python model, then trace it")
@@ -377,24 +389,29 @@ def _unknown(module: nn.Module) -> NormSpec:
         problem = "is parametrized: call torch.nn.utils.parametrize.remove_parametrizations on it first"
         return NormSpec(kind, problem=problem)
     eps = frozen_eps(module)
-    if eps is not None and _unfit(module) is None:
+    if eps is not None and _instance_problem(module) is None:
         return read_frozen_batch_norm(module, eps=eps)
-    statistics = own_statistics(module)
-    foreign = [key for key in statistics if key not in ("running_mean", "running_var")]
-    if kind in ("bn", "other") and foreign:
-        return NormSpec(kind, problem=_keeps_own_statistics(module, foreign))
-    if kind == "bn" or {"running_mean", "running_var"} <= {*statistics} or is_called_batch_norm(type(module)):
-        return NormSpec(kind, problem=_not_in_the_table(module, "BatchNorm", "read_batch_norm"))
+    statistics = running_statistics_names(module)
+    custom_names = [key for key in statistics if key not in ("running_mean", "running_var")]
+    if kind in ("bn", "other") and custom_names:
+        return NormSpec(kind, problem=_custom_statistics_problem(module, custom_names))
+    if kind == "bn" or {"running_mean", "running_var"} <= {*statistics} or has_batch_norm_name(type(module)):
+        return NormSpec(kind, problem=_unknown_class_problem(module, "BatchNorm", "read_batch_norm"))
     if kind == "other" and statistics:
-        return NormSpec(kind, problem=_keeps_own_statistics(module, statistics))
+        return NormSpec(kind, problem=_custom_statistics_problem(module, statistics))
     if kind == "in":
-        return NormSpec(kind, problem=f"{_STAYS}; {_not_in_the_table(module, 'InstanceNorm', 'read_instance_norm')}")
+        return NormSpec(
+            kind,
+            problem=f"{_NO_BATCH_STATISTICS}; {_unknown_class_problem(module, 'InstanceNorm', 'read_instance_norm')}",
+        )
     if kind == "gn" and module.num_groups == 1:
-        return NormSpec(kind, problem=f"{_STAYS}; {_not_in_the_table(module, 'GroupNorm', 'read_group_norm')}")
-    return NormSpec(kind, problem=_STAYS)
+        return NormSpec(
+            kind, problem=f"{_NO_BATCH_STATISTICS}; {_unknown_class_problem(module, 'GroupNorm', 'read_group_norm')}"
+        )
+    return NormSpec(kind, problem=_NO_BATCH_STATISTICS)
 
 
-def _not_in_the_table(module: nn.Module, what: str, reader: str) -> str:
+def _unknown_class_problem(module: nn.Module, what: str, reader: str) -> str:
     name, then = qualified_name(type(module)), tuple(module._modules)
     if then:
         what += f" followed by {', '.join(then)}"
@@ -405,7 +422,7 @@ def _not_in_the_table(module: nn.Module, what: str, reader: str) -> str:
     )
 
 
-def _keeps_own_statistics(module: nn.Module, statistics: Sequence[str]) -> str:
+def _custom_statistics_problem(module: nn.Module, statistics: Sequence[str]) -> str:
     name = qualified_name(type(module))
     return (
         f"{name} keeps batch statistics under names of its own ({', '.join(statistics)}), which are not read: stays as "

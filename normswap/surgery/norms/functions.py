@@ -35,7 +35,7 @@ class NormCall:
 
     kind: str
     parameters: tuple[str, ...]
-    settled: Mapping[str, Any] = field(default_factory=dict)
+    fixed_arguments: Mapping[str, Any] = field(default_factory=dict)
     results: int | None = None
     updated: Mapping[int, str] = field(default_factory=dict)
 
@@ -98,7 +98,7 @@ def norm_arguments(node: fx.Node) -> dict[str, Any]:
     named = dict(zip(call.parameters, node.args, strict=False))
     named |= {name: value for name, value in node.kwargs.items() if name in call.parameters}
     named.pop("cudnn_enabled", None)
-    return named | dict(call.settled)
+    return named | dict(call.fixed_arguments)
 
 
 def norm_nodes(graph: fx.Graph, kind: str) -> list[fx.Node]:
@@ -122,7 +122,7 @@ def normalized(node: fx.Node) -> list[fx.Node]:
     return [user for user in node.users if user.target is operator.getitem and user.args[1] == 0]
 
 
-def other_use(node: fx.Node) -> str | None:
+def unsupported_use(node: fx.Node) -> str | None:
     """Say what is made of a call's results that a swap could not serve, None where the normalized tensor is all.
 
     A functional form returns the running statistics after their update, to be written back or given to the next call.
@@ -132,26 +132,26 @@ def other_use(node: fx.Node) -> str | None:
     if call.results is None:
         return None
     indices = [user.args[1] if user.target is operator.getitem else None for user in node.users]
-    odd = [index for index in indices if index != 0 and index not in call.updated]
-    if odd:
+    unsupported = [index for index in indices if index != 0 and index not in call.updated]
+    if unsupported:
         return "more than its first result is used"
-    kept = [name for index, name in call.updated.items() if not _written_back(node, index, name)]
-    return f"what it makes of {' and '.join(kept)} is not just written back" if kept else None
+    not_written_back = [name for index, name in call.updated.items() if not _is_written_back(node, index, name)]
+    return f"what it makes of {' and '.join(not_written_back)} is not just written back" if not_written_back else None
 
 
-def _written_back(node: fx.Node, index: int, name: str) -> bool:
+def _is_written_back(node: fx.Node, index: int, name: str) -> bool:
     """Say whether a running statistic, and its update at `index` of a call's results, are for nothing but updating."""
     statistic = norm_arguments(node)[name]
     updates = [user for user in node.users if user.args[1] == index]
     users = [user for update in updates for user in update.users]
-    return bool(users) and all(_updates(_stored(statistic), user) for user in (*users, *statistic.users))
+    return bool(users) and all(_is_update(_original_buffer(statistic), user) for user in (*users, *statistic.users))
 
 
-def _updates(stored: fx.Node, user: fx.Node) -> bool:
+def _is_update(stored: fx.Node, user: fx.Node) -> bool:
     return norm_call(user) is not None or (user.target is _aten.copy_.default and user.args[0] is stored)
 
 
-def _stored(statistic: fx.Node) -> fx.Node:
+def _original_buffer(statistic: fx.Node) -> fx.Node:
     """The place of a running statistic that came through other calls of a functional form."""
     while statistic.target is operator.getitem:
         call, index = statistic.args

@@ -28,10 +28,10 @@ from normswap.errors import CheckpointError
 
 
 # Windows has the first only.
-_ENDINGS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
+_TERMINATION_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
-class _Ended(BaseException):
+class _Terminated(BaseException):
     """A signal that ends the process has come; not for anybody to catch on the way."""
 
     def __init__(self, number: int) -> None:
@@ -40,78 +40,78 @@ class _Ended(BaseException):
 
 
 @contextmanager
-def unwound_first() -> Iterator[None]:
+def unwind_on_signal() -> Iterator[None]:
     """Let SIGTERM and SIGHUP unwind the block before they end the process; handlers of the program itself stay."""
-    ours: list[signal.Signals] = []
+    default_signals: list[signal.Signals] = []
     if threading.current_thread() is threading.main_thread():  # the only one that may set handlers
-        ours = [number for number in _ENDINGS if signal.getsignal(number) == signal.SIG_DFL]
-    if not ours:
+        default_signals = [number for number in _TERMINATION_SIGNALS if signal.getsignal(number) == signal.SIG_DFL]
+    if not default_signals:
         yield
         return
-    for number in ours:
-        signal.signal(number, _raise_ended)
+    for number in default_signals:
+        signal.signal(number, _raise_terminated)
     try:
         yield
-    except _Ended as ended:
+    except _Terminated as ended:
         signal.signal(ended.number, signal.SIG_DFL)
         signal.raise_signal(ended.number)
     finally:
-        for number in ours:
+        for number in default_signals:
             signal.signal(number, signal.SIG_DFL)
 
 
-def _raise_ended(number: int, _frame: FrameType | None) -> NoReturn:
-    raise _Ended(number)
+def _raise_terminated(number: int, _frame: FrameType | None) -> NoReturn:
+    raise _Terminated(number)
 
 
-def temporary_name(final: Path) -> Path:
+def temporary_name(target: Path) -> Path:
     """Return a new name beside `final`, hidden, that tells what it is a temporary of."""
-    return final.with_name(f".{final.name}.{uuid.uuid4().hex[:8]}.partial")
+    return target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.partial")
 
 
 @contextmanager
-def held_file(final: Path, *, mode: int) -> Iterator[Path]:
+def locked_temp_file(target: Path, *, mode: int) -> Iterator[Path]:
     """Give an empty temporary file beside `final`, held until the block is left, and removed then if it is still there.
 
     Args:
         mode: its permissions; the umask takes some away, and its owner may always read and write it.
     """
     while True:
-        temporary = temporary_name(final)
+        temporary = temporary_name(target)
         descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, mode | stat.S_IRUSR | stat.S_IWUSR)
         if sys.platform == "win32":  # which renames no file that is open
             os.close(descriptor)
             descriptor = -1
-        if _is_held(descriptor, temporary):
+        if _acquire_lock(descriptor, temporary):
             break
     try:
         yield temporary
     finally:
         temporary.unlink(missing_ok=True)
-        _release(descriptor)
+        _release_lock(descriptor)
 
 
 @contextmanager
-def held_folder(final: Path) -> Iterator[Path]:
+def locked_temp_folder(target: Path) -> Iterator[Path]:
     """Give an empty temporary folder beside `final`, held and removed as `held_file` does."""
     while True:
-        temporary = temporary_name(final)
+        temporary = temporary_name(target)
         temporary.mkdir()
         descriptor = -1 if sys.platform == "win32" else os.open(temporary, os.O_RDONLY | os.O_DIRECTORY)
-        if _is_held(descriptor, temporary):
+        if _acquire_lock(descriptor, temporary):
             break
     try:
         yield temporary
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        _release(descriptor)
+        _release_lock(descriptor)
 
 
-def remove_stale(final: Path) -> None:
+def remove_stale_temp_files(target: Path) -> None:
     """Remove the temporaries of `final` that no living process holds; what cannot be removed stays without a word."""
-    pattern = re.compile(re.escape(f".{final.name}.") + r"[0-9a-f]{8}\.partial")
+    pattern = re.compile(re.escape(f".{target.name}.") + r"[0-9a-f]{8}\.partial")
     with suppress(OSError):
-        for entry in list(final.parent.iterdir()):
+        for entry in list(target.parent.iterdir()):
             if pattern.fullmatch(entry.name):
                 with suppress(OSError):
                     _remove_if_stale(entry)
@@ -121,9 +121,9 @@ def _remove_if_stale(temporary: Path) -> None:
     if sys.platform == "win32":
         return
     is_folder = stat.S_ISDIR(os.lstat(temporary).st_mode)
-    descriptor = _opened(temporary, os.O_RDONLY | os.O_DIRECTORY if is_folder else os.O_RDWR)
+    descriptor = _open_no_follow(temporary, os.O_RDONLY | os.O_DIRECTORY if is_folder else os.O_RDWR)
     try:
-        if _lock(descriptor, wait=False) and _is_at(descriptor, temporary):
+        if _lock(descriptor, wait=False) and _is_same_file(descriptor, temporary):
             if is_folder:
                 shutil.rmtree(temporary)
             else:
@@ -132,7 +132,7 @@ def _remove_if_stale(temporary: Path) -> None:
         os.close(descriptor)
 
 
-def _opened(temporary: Path, access: int) -> int:
+def _open_no_follow(temporary: Path, access: int) -> int:
     # Anybody may have put a link or a pipe there: neither is followed or waited for.
     flags = os.O_NOFOLLOW | os.O_NONBLOCK
     try:
@@ -141,18 +141,18 @@ def _opened(temporary: Path, access: int) -> int:
         return os.open(temporary, os.O_RDONLY | flags)
 
 
-def _is_held(descriptor: int, temporary: Path) -> bool:
+def _acquire_lock(descriptor: int, temporary: Path) -> bool:
     """Hold a new temporary; False if another run took it for stale in the instant before."""
     if descriptor < 0:
         return True
     _lock(descriptor, wait=True)
-    if _is_at(descriptor, temporary):
+    if _is_same_file(descriptor, temporary):
         return True
     os.close(descriptor)
     return False
 
 
-def _release(descriptor: int) -> None:
+def _release_lock(descriptor: int) -> None:
     if descriptor >= 0:
         os.close(descriptor)
 
@@ -172,7 +172,7 @@ def _lock(descriptor: int, *, wait: bool) -> bool:
     return True
 
 
-def _is_at(descriptor: int, path: Path) -> bool:
+def _is_same_file(descriptor: int, path: Path) -> bool:
     try:
         return os.path.samestat(os.fstat(descriptor), os.lstat(path))
     except FileNotFoundError:
@@ -187,7 +187,7 @@ _HINTS = {
 }
 
 
-def located(path: Path) -> Path:
+def resolve_checkpoint_path(path: Path) -> Path:
     """Return the checkpoint that `path` means: the folder, if it is the index of the shards in it."""
     return path.parent if path.name.endswith(".index.json") else path
 
@@ -199,7 +199,7 @@ def check_readable(path: Path) -> None:
         CheckpointError: missing (with the nearest names beside it), or empty.
     """
     if not path.exists():
-        raise CheckpointError(f"{path}: no such file{_instead_of(path)}")
+        raise CheckpointError(f"{path}: no such file{_suggest_path(path)}")
     _check_name(path)
     if path.is_file() and path.stat().st_size == 0:
         raise CheckpointError(f"{path}: the file is empty: copy or download it again")
@@ -221,20 +221,20 @@ def check_writable(path: Path, *, replace: bool, as_folder: bool = False) -> Non
         raise CheckpointError(f"{path}: expected an existing folder, got {path.parent}: create it first")
     if as_folder:
         _refuse_existing(path)
-    final = _final(path)
+    target = _resolve_target(path)
     if path.exists() and not replace:
         raise CheckpointError(f"{path}: exists already: choose another name, or replace it with overwrite=True")
-    probe = temporary_name(final)
+    probe = temporary_name(target)
     try:
         # Asking for permissions is not enough: root has them all, also on a file system that is read-only.
         os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
         probe.unlink(missing_ok=True)
     except OSError as error:
-        folder = final.parent if path.is_symlink() else path.parent
+        folder = target.parent if path.is_symlink() else path.parent
         raise CheckpointError(f"{path}: cannot write in {folder} ({error.strerror}): {_hint(error)}") from None
 
 
-def _no_check() -> None:
+def _skip_check() -> None:
     """Nothing to be looked at before a file appears."""
 
 
@@ -250,7 +250,7 @@ def _check_name(path: Path) -> None:
 
 
 @contextmanager
-def written_whole(path: Path, *, last_check: Callable[[], None] = _no_check) -> Iterator[Path]:
+def atomic_write(path: Path, *, before_commit: Callable[[], None] = _skip_check) -> Iterator[Path]:
     """Give a temporary file in the folder of `path`, empty, and rename it to `path` once the block is through.
 
     Write into that file, do not put another one in its place: the lock that keeps other runs away is on it. A link is
@@ -263,42 +263,42 @@ def written_whole(path: Path, *, last_check: Callable[[], None] = _no_check) -> 
     Raises:
         CheckpointError: `path` is no place for a file, or the disk refuses; an existing file is as it was.
     """
-    final = _final(path)
-    mode = stat.S_IMODE(final.stat().st_mode) if final.exists() else None
-    with unwound_first(), _refusals_told(path, final):
-        remove_stale(final)
-        with held_file(final, mode=0o666 if mode is None else mode) as temporary:
+    target = _resolve_target(path)
+    mode = stat.S_IMODE(target.stat().st_mode) if target.exists() else None
+    with unwind_on_signal(), _report_os_errors(path, target):
+        remove_stale_temp_files(target)
+        with locked_temp_file(target, mode=0o666 if mode is None else mode) as temporary:
             yield temporary
             if mode is not None:
                 temporary.chmod(mode)
-            _sync(temporary)
-            last_check()
-            os.replace(temporary, final)
-            _sync(final.parent)
+            _fsync(temporary)
+            before_commit()
+            os.replace(temporary, target)
+            _fsync(target.parent)
 
 
 @contextmanager
-def written_whole_folder(path: Path, *, last_check: Callable[[], None] = _no_check) -> Iterator[Path]:
+def atomic_write_folder(path: Path, *, before_commit: Callable[[], None] = _skip_check) -> Iterator[Path]:
     """Give a temporary folder beside `path`, empty, and rename it to `path` once the block is through.
 
-    As `written_whole`, but nothing is replaced: no system swaps two folders that hold files in one step.
+    As `atomic_write`, but nothing is replaced: no system swaps two folders that hold files in one step.
 
     Raises:
         CheckpointError: `path` exists, before or after the block, or the disk refuses.
     """
     _refuse_existing(path)
-    final = path.resolve()
-    with unwound_first(), _refusals_told(path, final):
-        remove_stale(final)
-        with held_folder(final) as temporary:
+    target = path.resolve()
+    with unwind_on_signal(), _report_os_errors(path, target):
+        remove_stale_temp_files(target)
+        with locked_temp_folder(target) as temporary:
             yield temporary
             for folder, _, names in os.walk(temporary, topdown=False):
                 for name in (*names, "."):
-                    _sync(Path(folder, name))
-            last_check()
+                    _fsync(Path(folder, name))
+            before_commit()
             _refuse_existing(path)
-            os.rename(temporary, final)
-            _sync(final.parent)
+            os.rename(temporary, target)
+            _fsync(target.parent)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -307,11 +307,11 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         CheckpointError: the file cannot be written; an existing one is as it was.
     """
-    with written_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
-def _final(path: Path) -> Path:
+def _resolve_target(path: Path) -> Path:
     """Where a file at `path` really goes, links followed."""
     if path.is_symlink() and not path.exists():
         raise CheckpointError(f"{path}: a link that leads nowhere ({os.readlink(path)}): remove it or mend it")
@@ -326,12 +326,12 @@ def _refuse_existing(path: Path) -> None:
 
 
 @contextmanager
-def _refusals_told(path: Path, final: Path) -> Iterator[None]:
+def _report_os_errors(path: Path, target: Path) -> Iterator[None]:
     """Turn what the system says of the file being written into one line; what it says of others passes."""
     try:
         yield
     except OSError as error:
-        if error.filename is not None and final.name not in str(error.filename):
+        if error.filename is not None and target.name not in str(error.filename):
             raise
         raise CheckpointError(f"{path}: cannot be written ({error.strerror or error}): {_hint(error)}") from error
 
@@ -340,7 +340,7 @@ def _hint(error: OSError) -> str:
     return _HINTS.get(error.errno or 0, "choose another folder")
 
 
-def _sync(path: Path) -> None:
+def _fsync(path: Path) -> None:
     """Wait until the disk has the file, or the names in the folder; not every system does the latter."""
     is_folder = path.is_dir()
     if is_folder and sys.platform == "win32":
@@ -353,19 +353,19 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _instead_of(path: Path) -> str:
+def _suggest_path(path: Path) -> str:
     """What was most likely meant by a path that leads nowhere."""
     if re.match(r"\w{2,}:/", str(path)):  # a Path makes one slash of two
         return ": an address is not opened, download the file first"
     if path.parts[:1] and path.parts[0].startswith("~"):
         return f": ~ is expanded by the shell alone, and not in quotes: pass {path.expanduser()}"
-    return _nearest(path)
+    return _suggest_names(path)
 
 
-def _nearest(path: Path) -> str:
+def _suggest_names(path: Path) -> str:
     try:
         names = [entry.name for entry in path.parent.iterdir()]
     except OSError:
         return f", nor is there a folder {path.parent}"
-    near = difflib.get_close_matches(path.name, names, n=3)
-    return f"; nearest: {', '.join(near)}" if near else f" in {path.parent.resolve()}"
+    matches = difflib.get_close_matches(path.name, names, n=3)
+    return f"; nearest: {', '.join(matches)}" if matches else f" in {path.parent.resolve()}"

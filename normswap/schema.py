@@ -1,0 +1,204 @@
+"""Plain data, as JSON and TOML know it, read into typed records: dataclasses, typed dicts, literals, ranges.
+
+The annotations of a record are its schema. A value of another type, an unknown name or a missing one is an error that
+says where it is, what was expected and what came.
+"""
+
+import difflib
+import math
+import types
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints, is_typeddict
+
+T = TypeVar("T")
+
+
+class SchemaError(ValueError):
+    """A value that does not fit its annotation; the message names the place, the expectation and the value."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """The finite numbers from `minimum` to `maximum`, both included: `Annotated[float, Range(0, 1)]`."""
+
+    minimum: float = -math.inf
+    maximum: float = math.inf
+
+    def __str__(self) -> str:
+        if math.isinf(self.maximum):
+            return "a finite number" if math.isinf(self.minimum) else f"at least {self.minimum:g}"
+        return f"{self.minimum:g} to {self.maximum:g}"
+
+
+def read_value(kind: Any, value: Any, name: str) -> Any:
+    """Return `value` as the annotation `kind` describes it.
+
+    Args:
+        kind: `bool`, `int`, `float`, `str`, `None`, `Any`, a `Literal`, a union, `tuple[X, ...]`, `tuple[X, Y]`,
+            `Mapping[str, X]`, a dataclass, a `TypedDict`, or one of these in `Annotated[..., Range(...)]`.
+        value: what a parser of JSON or TOML returned. An int is accepted for a float, a list for a tuple; a bool is no
+            number.
+        name: the place of the value, such as `train.lr`; errors start with it.
+
+    Raises:
+        SchemaError: the value does not fit.
+
+    Examples:
+        >>> read_value(tuple[int, ...], [1, 2], "sizes")
+        (1, 2)
+        >>> read_value(Literal["simplex", "softmax"], "simplx", "gate")
+        Traceback (most recent call last):
+        ...
+        normswap.schema.SchemaError: gate: expected 'simplex' or 'softmax', got 'simplx'; did you mean 'simplex'?
+    """
+    origin = get_origin(kind)
+    if origin is Annotated:
+        base, *constraints = get_args(kind)
+        return _check_ranges(read_value(base, value, name), constraints, name)
+    if kind is Any:
+        return value
+    if origin in (Union, types.UnionType):
+        return _read_union(get_args(kind), value, name)
+    if is_dataclass(kind) or is_typeddict(kind):
+        return read_record(cast(type, kind), value, name)
+    if origin is tuple and isinstance(value, list | tuple):
+        return _read_tuple(kind, value, name)
+    if origin is not None and isinstance(origin, type) and issubclass(origin, Mapping) and isinstance(value, Mapping):
+        key_kind, value_kind = get_args(kind)
+        return {
+            read_value(key_kind, key, f"key of {name}"): read_value(value_kind, item, f"{name}.{key}")
+            for key, item in value.items()
+        }
+    if origin is Literal and _is_choice(value, get_args(kind)):
+        return value
+    if kind in (None, type(None)) and value is None:
+        return None
+    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return _to_float(value, name)
+    if isinstance(kind, type) and type(value) is kind:
+        return value
+    near = suggest(value, get_args(kind)) if origin is Literal and isinstance(value, str) else ""
+    raise SchemaError(f"{name}: expected {describe(kind)}, got {value!r:.80}{near}")
+
+
+def read_record(kind: type[T], data: Any, name: str) -> T:
+    """Return the dataclass or typed dict `kind` in a mapping; fields that have a default may be missing.
+
+    Raises:
+        SchemaError: no mapping, an unknown or a missing name, or a value that does not fit.
+    """
+    if not isinstance(data, Mapping):
+        raise SchemaError(f"{name}: expected {describe(kind)}, got {data!r:.80}")
+    hints = get_type_hints(kind, include_extras=True)
+    names = {f.name for f in fields(kind) if f.init} if is_dataclass(kind) else {*hints}
+    for key in data:
+        if key not in names:
+            raise SchemaError(f"{name}: unknown name {key!r}{suggest(key, sorted(names)) or _list_names(names)}")
+    missing = sorted(_required(kind) - data.keys())
+    if missing:
+        raise SchemaError(f"{name}: {', '.join(missing)} missing; expected {', '.join(sorted(names))}")
+    # A whole document has no name of its own: its fields are called by their own names.
+    values = {key: read_value(hints[key], value, f"{name}.{key}" if name else str(key)) for key, value in data.items()}
+    return kind(**values)
+
+
+def describe(kind: Any) -> str:
+    """Return in words what an annotation accepts: `a number`, `true or false`, `a list of strings`."""
+    origin = get_origin(kind)
+    if origin is Annotated:
+        base, *constraints = get_args(kind)
+        return " ".join([describe(base), *(f"({constraint})" for constraint in constraints)])
+    if origin in (Union, types.UnionType):
+        return " or ".join(describe(part) for part in get_args(kind) if part is not type(None))
+    if origin is Literal:
+        return " or ".join(_spell(choice) for choice in get_args(kind) if choice is not None)
+    if origin is tuple:
+        items = get_args(kind)
+        if items[-1] is Ellipsis:
+            return _PLURALS.get(items[0], "a list")
+        return f"a list of {len(items)} values"
+    return _WORDS.get(kind, "a table of named values")
+
+
+def suggest(name: object, known: Iterable[object]) -> str:
+    """Return `; did you mean 'x'?` with the nearest known name, or nothing if none is near."""
+    near = difflib.get_close_matches(str(name), [str(each) for each in known], n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+_WORDS: Mapping[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    str: "a string",
+    bool: "true or false",
+    type(None): "nothing",
+    None: "nothing",
+}
+_PLURALS: Mapping[Any, str] = {
+    int: "a list of whole numbers",
+    float: "a list of numbers",
+    str: "a list of strings",
+}
+
+
+def _read_union(kinds: tuple[Any, ...], value: Any, name: str) -> Any:
+    """The value by the first annotation that fits; if none does, the error of the only one that could."""
+    errors = []
+    for kind in kinds:
+        if kind is type(None) and value is not None:
+            continue
+        try:
+            return read_value(kind, value, name)
+        except SchemaError as error:
+            errors.append(error)
+    if len(errors) == 1:
+        raise errors[0]
+    raise SchemaError(f"{name}: expected {describe(Union[kinds])}, got {value!r:.80}")  # noqa: UP007
+
+
+def _read_tuple(kind: Any, value: list[Any] | tuple[Any, ...], name: str) -> tuple[Any, ...]:
+    items = get_args(kind)
+    if items[-1] is Ellipsis:
+        return tuple(read_value(items[0], item, f"{name}[{index}]") for index, item in enumerate(value))
+    if len(items) != len(value):
+        raise SchemaError(f"{name}: expected {describe(kind)}, got {value!r:.80}")
+    return tuple(
+        read_value(each, item, f"{name}[{i}]") for i, (each, item) in enumerate(zip(items, value, strict=True))
+    )
+
+
+def _check_ranges(value: Any, constraints: list[Any], name: str) -> Any:
+    for constraint in constraints:
+        numbers = value if isinstance(value, tuple) else (value,)
+        if isinstance(constraint, Range) and not all(
+            number is None or (math.isfinite(number) and constraint.minimum <= number <= constraint.maximum)
+            for number in numbers
+        ):
+            raise SchemaError(f"{name}: expected {constraint}, got {value!r:.80}")
+    return value
+
+
+def _to_float(value: float, name: str) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        raise SchemaError(f"{name}: expected a number, got a whole number that is too large") from None
+
+
+def _is_choice(value: Any, choices: tuple[Any, ...]) -> bool:
+    return any(type(value) is type(choice) and value == choice for choice in choices)
+
+
+def _spell(choice: object) -> str:
+    return str(choice).lower() if isinstance(choice, bool) else repr(choice)
+
+
+def _list_names(names: Iterable[str]) -> str:
+    return f"; expected one of {', '.join(sorted(names))}"
+
+
+def _required(kind: Any) -> set[str]:
+    if is_typeddict(kind):
+        return set(kind.__required_keys__)
+    return {f.name for f in fields(kind) if f.init and f.default is MISSING and f.default_factory is MISSING}
