@@ -7,7 +7,8 @@ from collections.abc import Generator
 
 import pytest
 import torch
-from systems import POSIX_ONLY
+
+from tests.helpers.systems import POSIX_ONLY
 
 torch.set_num_threads(1)  # also while tests are collected: each core has a worker of its own
 

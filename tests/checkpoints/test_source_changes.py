@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import normswap.checkpoints.convert_content
 import pytest
 import safetensors.torch
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 
 import normswap
 import normswap.checkpoints.architecture.identification
+import normswap.checkpoints.converted_content
 import normswap.checkpoints.loading
 import normswap.checkpoints.saving
 import normswap.surgery.planning
@@ -240,12 +240,12 @@ def test_files_that_join_a_folder_are_noticed(tmp_path: Path, change_at: Any) ->
 
 READERS: dict[str, tuple[Any, str, list[str]]] = {
     "convert --dry-run": (
-        normswap.checkpoints.convert_content,
+        normswap.checkpoints.converted_content,
         "convert_content",
         ["convert", "--dry-run", "--no-verify"],
     ),
     "convert --save-plan": (
-        normswap.checkpoints.convert_content,
+        normswap.checkpoints.converted_content,
         "convert_content",
         ["convert", "--no-verify", "--save-plan", "plan.json"],
     ),

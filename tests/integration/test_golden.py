@@ -16,11 +16,11 @@ import pytest
 import safetensors.torch
 import torch
 from click.testing import CliRunner
-from golden_files import GOLDEN, load_networks, old_names_allowed, unpack
 from torch import Tensor, fx, nn
 
 import normswap
 from normswap.cli import main
+from tests.helpers.golden_files import GOLDEN, load_networks, old_names_allowed, unpack
 
 networks = load_networks()
 

@@ -23,7 +23,7 @@ def release_mapped_pages(values: Iterable[Any]) -> None:
 
     What was written into such a tensor since it was mapped would be lost: it must be as it came.
     """
-    if not (sys.platform.startswith("linux") and _MAPS.exists()):
+    if not (sys.platform.startswith("linux") and _PROC_MAPS.exists()):
         return
     import torch
     from torch import Tensor

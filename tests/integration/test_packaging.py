@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 COMPILER = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
 EXTENSION = "normswap.layers._compiled"
 LOOK = f"""

@@ -7,12 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
-import systems
 import timm
 import torch
 from torch.distributed import checkpoint
 
 from normswap.checkpoints.formats.plain_values import path_globals
+from tests.helpers import systems
 
 # After the libraries, which choose their own modules by the system.
 HIDE = """
@@ -87,8 +87,8 @@ def test_paths_of_another_system_in_a_file_stay_text(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.slow
 def test_every_test_is_collected_without_what_only_some_systems_have_and_every_skip_names_one() -> None:
-    command = [sys.executable, "-c", HIDE + COLLECT, str(Path(__file__).parent)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    command = [sys.executable, "-c", HIDE + COLLECT, str(Path(__file__).parents[1])]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     tests = {line.rpartition("::")[2].partition("[")[0] for line in done.stdout.splitlines()}
     assert {*systems.POSIX_ONLY} - tests == set()
