@@ -20,7 +20,7 @@ import tempfile
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import chdir
+from contextlib import chdir, contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -37,6 +37,7 @@ from normswap.checkpoints.checkpoint import read_record
 from normswap.documents import jsonable
 from normswap.layers.gates import GatedModule
 from torch import Tensor, fx, nn
+from torch._export.serde.serialize import GraphModuleSerializer
 from torch.optim.swa_utils import AveragedModel
 
 import normswap
@@ -280,6 +281,22 @@ def command(*arguments: str) -> str:
     return done.stdout
 
 
+@contextmanager
+def no_stack_traces() -> Iterator[None]:
+    """Leave out of exported programs where in which file each node came from: those are paths of one machine."""
+    serializer: Any = GraphModuleSerializer
+    whole = serializer.serialize_metadata
+
+    def without(self: Any, node: fx.Node) -> Any:
+        return {key: value for key, value in whole(self, node).items() if key != "stack_trace"}
+
+    serializer.serialize_metadata = without
+    try:
+        yield
+    finally:
+        serializer.serialize_metadata = whole
+
+
 def trained_checkpoint() -> dict[str, Any]:
     model = scrambled(networks.classifier())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -296,7 +313,7 @@ def make_files(folder: Path) -> None:
     folder.mkdir()
     shutil.copy(HERE / "networks.py", folder)
     torch.manual_seed(0)
-    with chdir(folder):
+    with chdir(folder), no_stack_traces():
         content = trained_checkpoint()
         torch.save(content, "last.pt")
         torch.distributed.checkpoint.save({"state_dict": content["state_dict"]}, checkpoint_id="dcp", no_dist=True)

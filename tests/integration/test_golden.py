@@ -40,6 +40,16 @@ LOADED: dict[str, dict[str, Any]] = {
 COMMANDS: dict[str, dict[str, Any]] = json.loads((GOLDEN / "json_keys.json").read_text())
 
 
+# Graphs and programs that torch 2.14 wrote: an older torch need not read them.
+WITH_GRAPHS = {"graph", "traced", "edited_graph", "program.normswap.pt2"}
+IS_OLDER = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 14)
+
+
+def skip_on_an_older_torch(name: str) -> None:
+    if IS_OLDER and name in WITH_GRAPHS:
+        pytest.skip("written by torch 2.14")
+
+
 @pytest.fixture(scope="module")
 def golden(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An unpacked copy, which no test changes."""
@@ -56,6 +66,7 @@ def files(golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 
 def read(golden: Path, name: str, way: str) -> Any:
     """A pickled model by `torch.load`, or by plain pickle."""
+    skip_on_an_older_torch(name)
     path = golden / "models" / f"{name}.{way}"
     with old_names_allowed():
         return torch.load(path, weights_only=False) if way == "pt" else pickle.loads(path.read_bytes())
@@ -278,6 +289,7 @@ def test_a_plan_is_carried_out_as_it_was(golden: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", LOADED)
 def test_a_file_is_loaded_and_computes_what_it_computed(files: Path, name: str) -> None:
+    skip_on_an_older_torch(name)
     with old_names_allowed():
         loaded = normswap.load(name, **LOADED[name])
     expected = expected_of(files / "expected.safetensors", name)
@@ -318,7 +330,8 @@ def test_the_tensors_of_a_file_stand_alone(files: Path) -> None:
     model = normswap.convert(networks.classifier(), images()).model
     model.load_state_dict(torch.load("saved.pt", weights_only=True))
     assert_close(model.eval()(images()), expected_of(files / "expected.safetensors", "saved.pt")["evaluation"], 1e-5)
-    module = torch.load("saved_module.pt", weights_only=False)
+    with old_names_allowed():
+        module = torch.load("saved_module.pt", weights_only=False)
     assert isinstance(module, networks.Classifier)
 
 
@@ -329,6 +342,7 @@ def test_the_tensors_of_a_file_stand_alone(files: Path) -> None:
 def run(golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of the recipe, with the folder of its run, as the working directory."""
     shutil.copytree(golden / "run", tmp_path, dirs_exist_ok=True)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")  # as the run did, whose numbers are compared
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -345,7 +359,7 @@ def test_a_recipe_with_batch_price_is_read(run: Path) -> None:
         changed = normswap.read_recipe("recipe.toml", ["train.batch_price=0.5"])
     assert penalty(recipe) == 0.05
     assert penalty(changed) == 0.5
-    assert recipe.is_set_by_user("train.batch_price")
+    assert recipe.is_written("train.batch_price")
     assert (recipe.train.steps, recipe.train.ema_decay, str(recipe.output)) == (6, 0.9, "run")
 
 
