@@ -152,6 +152,7 @@ MODULES: Mapping[str, str] = {
 
 # Names that are called otherwise in their new module.
 NAMES: Mapping[str, str] = {
+    "normswap.calibration.PassedOver": "normswap.running_stats.calibration.SkippedLayer",
     "normswap.checkpoints.record.Original": "normswap.checkpoints.record.OriginalNorm",
     "normswap.surgery.gated.ImportanceWeights": "normswap.surgery.importance.SiteWeights",
     "normswap.surgery.tracing.first_line": "normswap.text.first_line",
@@ -169,13 +170,15 @@ def old_names(module: str) -> Callable[[str], Any]:
     """Return `__getattr__` for a module or package at an old path: each name is fetched from its new home.
 
     Args:
-        module: the old path, a key of `MODULES`.
+        module: the old path, a key of `MODULES`; or a module that stayed, some of whose names are in `NAMES`.
     """
 
     def fetch(name: str) -> Any:
-        if name.startswith("__"):
+        old, home = f"{module}.{name}", MODULES.get(module)
+        target = NAMES.get(old, home and f"{home}.{name}")
+        if name.startswith("__") or target is None:
             raise AttributeError(f"module {module!r} has no attribute {name!r}")
-        home, _, new_name = NAMES.get(f"{module}.{name}", f"{MODULES[module]}.{name}").rpartition(".")
+        home, _, new_name = target.rpartition(".")
         try:
             value = getattr(importlib.import_module(home), new_name)
         except AttributeError:

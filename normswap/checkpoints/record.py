@@ -16,6 +16,7 @@ from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 import torch
 
 from normswap.errors import CheckpointError, PlanError
+from normswap.renamed import old_names
 from normswap.surgery.plan import SwapPlan
 from normswap.verification.equivalence import Check, Verification, parse_floats
 from normswap.verification.site_watch import SiteError
@@ -271,3 +272,5 @@ _FIELD_PARSERS: dict[str, Callable[[Any], Any]] = {
     "torch": _instance_of(str),
     "networks": _parse_networks,
 }
+
+__getattr__ = old_names("normswap.checkpoints.record")
