@@ -177,13 +177,15 @@ def test_every_arm_that_is_named_exists() -> None:
 
 
 def test_a_source_network_that_did_not_learn_is_refused() -> None:
-    with pytest.raises(RuntimeError, match=r"reached \d+\.\d % on validation images, expected at least 90.0 %"):
+    with pytest.raises(RuntimeError, match=r"reached \d+\.\d % on the validation images, expected at least 90.0 %"):
         train_source(prepare_digits(seed=0), seed=0, training=SourceTraining(epochs=1, rate=1e-6))
 
 
 def test_the_demo_refuses_unequal_accuracies(network: nn.Module) -> None:
     digits = prepare_digits(seed=0)
-    with pytest.raises(RuntimeError, match=r"accuracies right after the swap differ \(original, converted\): \["):
+    with pytest.raises(
+        RuntimeError, match=r"expected equal accuracies after conversion, got \(name, original, converted\): \["
+    ):
         demo.check_same(network, ARMS["group_norm"].prepare(network, torch.empty(0)), digits)
     assert "relative output error in float32 0.0e+00" in demo.check_same(network, network, digits)
 

@@ -102,4 +102,4 @@ def test_the_page_holds_what_the_records_say(tmp_path: Path) -> None:
     assert "| 16 | to shifted digits | - | - | - |" in text
     assert "| 4 | batch | 50.5 (50.0, 51.0), BN 0.25 | 51.5 (51.0, 52.0), BN 0.25 |" in text
     assert "| 1 | renorm | 50.5 (50.0, 51.0), BN 0.25 |  | 53.5 (53.0, 54.0), BN 0.25 |  |" in text
-    assert "Each run takes 4 steps. The network's rate is\n0.03, the one" in text
+    assert "Each run has 4 steps. The learning rate of the network is\n0.03, the rate" in text

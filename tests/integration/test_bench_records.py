@@ -8,10 +8,13 @@ from benchmarks.records import append_line, read_document, read_lines, write_doc
 def test_a_document_reads_as_written_with_one_line_per_flat_object(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     assert read_document(path) is None
-    content = {"runs": [{"text": 'a {brace} and\na "line"', "x": 1}, {"text": "}", "x": 2.5}], "empty": {}}
+    content = {"runs": [{"text": 'one\n"line"', "x": 1}, {"text": "two", "x": 2.5}], "empty": {}}
     write_document(path, content)
     assert read_document(path) == content
     assert len(path.read_text().splitlines()) == 7
+    braces = {"runs": [{"text": "{ }\n}", "x": 1}, {"text": "{", "x": [{}]}]}
+    write_document(path, braces)
+    assert read_document(path) == braces
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.json"]
 
 
