@@ -223,6 +223,7 @@ def test_channels_last_comes_back(tmp_path: Path, name: str) -> None:
     assert strides[0] == strides[1]
 
 
+@pytest.mark.slow
 @TENSOR_FILES
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_the_types_of_the_file_come_back(tmp_path: Path, name: str, dtype: torch.dtype, x: Tensor) -> None:

@@ -149,6 +149,7 @@ def test_a_dry_run_writes_nothing(folder: Path) -> None:
     assert "same" in result.stdout
 
 
+@pytest.mark.slow
 def test_a_plan_is_stored_and_carried_out(folder: Path) -> None:
     result = ok("convert", "bn.pt", *ARCH, *INPUT, "--dry-run", "--save-plan", "plan.json", "--exclude", "layer4.*")
     assert "plan stored in plan.json" in result.stdout
@@ -176,6 +177,7 @@ NO: dict[str, tuple[list[str], str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("arguments", "message"), NO.values(), ids=NO)
 def test_a_no_as_json_is_one_document_too(folder: Path, arguments: list[str], message: str) -> None:
     found = document("convert", *arguments, status=1)

@@ -11,6 +11,7 @@ from tests.helpers import files
 from tests.helpers.command_line import ARCH, INPUT, document, ok, run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
     [["bn.pt", "sn.pt"], ["sn.pt", "bn.pt"], ["bn.pt", "bn.safetensors", *ARCH], ["module.pth", "sn.pt", "--trust"]],
@@ -27,6 +28,7 @@ def another(folder: Path) -> str:
     return "another.pt"
 
 
+@pytest.mark.slow
 def test_verify_says_that_they_are_not(folder: Path) -> None:
     arguments = ["verify", another(folder), "sn.pt", *INPUT]
     result = run(*arguments)

@@ -270,6 +270,7 @@ def test_any_failure_is_undone(monkeypatch: pytest.MonkeyPatch, error: type[Base
     unchanged(record, model)
 
 
+@pytest.mark.slow
 def test_sites_of_one_owner_can_be_converted_one_after_the_other() -> None:
     original = zoo.BY_NAME["two calls"].model()
     model = copy.deepcopy(original)

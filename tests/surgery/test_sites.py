@@ -214,6 +214,7 @@ def test_finding_changes_nothing(trap: zoo.Trap, blind: bool) -> None:
 NETWORKS = {"resnet18": 20, "levit_128s": 52, "repvgg_a0": 61, "vit_tiny_patch16_224": 25, "convnext_atto": 17}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "sites"), NETWORKS.items())
 def test_sites_of_whole_networks_on_the_meta_device(name: str, sites: int) -> None:
     model = create_model(name).to("meta")

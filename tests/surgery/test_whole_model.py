@@ -167,6 +167,7 @@ def test_no_graph_is_made_where_the_pass_has_shown_everything(monkeypatch: pytes
     assert traced == [False, True]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("graphs_are_asked")
 @pytest.mark.parametrize("name", ["resnet18", "densenet121", "levit_128s", "repvgg_a0", "vit_tiny_patch16_224"])
 def test_whole_networks_are_traced_and_believed(name: str) -> None:

@@ -98,6 +98,7 @@ class Functional(Net):
         return self.wrap(nn.functional.batch_norm(self.conv(x), *statistics, self.training))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["a dataclass", "numpy", "sparse", "a number"])
 def test_a_functional_site_may_return_anything(name: str) -> None:
     model = Functional(RETURNS[name])
