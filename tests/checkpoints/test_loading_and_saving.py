@@ -84,7 +84,7 @@ def test_a_fresh_process_computes_the_same_bits(tmp_path: Path, x: Tensor) -> No
 
 
 @TENSOR_FILES
-def test_plan_architecture_proof_and_history_travel(tmp_path: Path, x: Tensor, name: str) -> None:
+def test_plan_architecture_verification_and_history_travel(tmp_path: Path, x: Tensor, name: str) -> None:
     original = files.small_model()
     conversion = normswap.convert(original, x)
     proof = normswap.verify(original, conversion.model, [x])
@@ -521,7 +521,7 @@ BAD_RECORDS = {
 
 
 @pytest.mark.parametrize(("text", "message"), BAD_RECORDS.values(), ids=BAD_RECORDS)
-def test_a_bad_record_is_told(tmp_path: Path, text: str, message: str) -> None:
+def test_a_bad_record_is_reported(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "model.pt"
     containers.encode(path, "torch zip", files.TiedNet().state_dict(), text)
     with pytest.raises(CheckpointError, match=re.escape(f"{path}: {message}")):

@@ -220,7 +220,7 @@ def test_a_program_is_converted_into_one_that_computes_the_same(
 
 
 @pytest.mark.slow
-def test_a_converted_program_tells_what_it_is(converted: tuple[Path, Path]) -> None:
+def test_a_converted_program_reports_what_it_is(converted: tuple[Path, Path]) -> None:
     target = converted[1]
     loaded = normswap.load(target, trust=True)
     assert [swap.fqn for swap in loaded.plan.swaps] == ["batch_norm", "batch_norm_1"]

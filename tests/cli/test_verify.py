@@ -46,7 +46,7 @@ def test_verify_loosened(folder: Path) -> None:
     assert "limit loosened on request" in result.stdout
 
 
-def test_what_is_not_judged_is_said(folder: Path) -> None:
+def test_what_is_not_judged_is_reported(folder: Path) -> None:
     class_plan = normswap.plan_swaps(files.small_model(), torch.randn(files.SHAPE), bn_statistics="renorm")
     (folder / "plan.json").write_text(class_plan.to_json())
     text = ok("convert", "bn.pt", *ARCH, *INPUT, "--plan", "plan.json").stdout

@@ -41,7 +41,7 @@ def test_every_cell_is_run_once_and_seeds_come_one_after_the_other() -> None:
 
 
 @pytest.mark.parametrize("statistics", ["batch", "renorm"])
-def test_a_price_moves_the_gates_away_from_bn(statistics: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_penalty_moves_the_gates_away_from_bn(statistics: str, monkeypatch: pytest.MonkeyPatch) -> None:
     digits = study.prepare_transfer(seed=0)
     monkeypatch.setattr(study, "trained_network", lambda *_: (build_network(seed=0), digits))
     monkeypatch.setattr(study, "STEPS", 3)
@@ -50,7 +50,7 @@ def test_a_price_moves_the_gates_away_from_bn(statistics: str, monkeypatch: pyte
     assert (priced.steps, priced.is_finite, priced.cell.statistics) == (3, True, statistics)
 
 
-def test_the_price_is_no_part_of_the_losses_that_are_returned() -> None:
+def test_the_penalty_is_no_part_of_the_losses_that_are_returned() -> None:
     images = study.prepare_transfer(seed=0).target.train
     losses = []
     for price in (0.0, 0.5):

@@ -245,7 +245,7 @@ def test_a_model_is_compiled_again_as_it_was(options: dict[str, Any]) -> None:
     assert graphs
 
 
-def test_what_was_told_not_to_compile_is_told_again() -> None:
+def test_what_was_not_to_compile_is_marked_so_again() -> None:
     model = torch._dynamo.disable(net())
     again = convert(model).model
     assert type(again.dynamo_ctx) is type(model.dynamo_ctx)
