@@ -163,7 +163,7 @@ def test_seeded_repeats_itself_and_leaves_the_callers_random_numbers_alone() -> 
 
 
 @pytest.mark.parametrize("index", [0, 1, 2], ids=["torch", "python", "numpy"])
-def test_random_state_tells_who_has_drawn(index: int) -> None:
+def test_random_state_reports_who_has_drawn(index: int) -> None:
     before = random_state()
     assert before == random_state()
     (lambda: torch.rand(1), random.random, numpy.random.rand)[index]()

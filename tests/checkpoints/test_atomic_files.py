@@ -266,7 +266,7 @@ def test_a_name_that_is_too_long_is_refused_early(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder in which even root cannot write")
 @KINDS
-def test_a_read_only_folder_is_told(kind: str) -> None:
+def test_a_read_only_folder_is_reported(kind: str) -> None:
     with pytest.raises(CheckpointError, match=r"/proc/new: cannot be written \(.*\): choose another folder"):
         write(Path("/proc"), kind, "new")
 
@@ -286,7 +286,7 @@ except CheckpointError as error:
 
 
 @pytest.mark.multiprocess
-def test_a_disk_that_takes_no_more_is_told(tmp_path: Path) -> None:
+def test_a_disk_that_takes_no_more_is_reported(tmp_path: Path) -> None:
     (tmp_path / "model.pt").write_text("old")
     done = subprocess.run([sys.executable, "-c", _TOO_LARGE], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout == "model.pt: cannot be written (File too large): raise the limit of file sizes (ulimit -f)\n"

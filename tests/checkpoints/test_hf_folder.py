@@ -215,7 +215,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 
 @pytest.mark.parametrize(("damage", "message"), BROKEN.values(), ids=BROKEN)
-def test_a_broken_folder_is_told(shards: Path, damage: Callable[[Path], Any], message: str) -> None:
+def test_a_broken_folder_is_reported(shards: Path, damage: Callable[[Path], Any], message: str) -> None:
     damage(shards)
     with pytest.raises(CheckpointError) as told:
         load(shards)

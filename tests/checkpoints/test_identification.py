@@ -232,7 +232,7 @@ def test_names_count_as_one_exactly_where_the_networks_compute_the_same(first: s
     assert (difference(first, second, sizes=((40, 40), (33, 47))) == "") is same
 
 
-def test_what_differs_in_function_is_told_with_what_to_type() -> None:
+def test_what_differs_in_function_is_reported_with_what_to_type() -> None:
     shapes = shapes_of("timm:tf_efficientnet_b0,num_classes=10")
     with pytest.raises(
         ArchitectureError, match="different functions, and do not say which: pass architecture='timm:"
@@ -247,7 +247,7 @@ def test_what_differs_in_function_is_told_with_what_to_type() -> None:
     assert "\n" not in text
 
 
-def test_every_two_functions_of_the_sample_differ_in_something_that_is_told() -> None:
+def test_every_two_functions_of_the_sample_differ_in_something_that_is_reported() -> None:
     for name in ("resnet50", "efficientnet_b0", "mobilenetv4_conv_medium", "swinv2_tiny_window8_256"):
         told = [*identify(shapes_of(f"timm:{name}")).differences().values()]
         assert len(told) > 1
@@ -362,7 +362,7 @@ def test_the_index_knows_every_model_of_its_versions() -> None:
 
 
 @pytest.mark.parametrize("data", [b"", b"normswap architectures 1\n", b"normswap architectures 1\nxyz", b"other"])
-def test_a_damaged_index_is_told(data: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_damaged_index_is_reported(data: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "architectures.bin").write_bytes(data)
     monkeypatch.setattr(index, "files", lambda _package: tmp_path)
     with pytest.raises(ArchitectureError, match=r"index of architectures cannot be read .*: install normswap again"):
@@ -408,7 +408,7 @@ def test_one_function_is_named_with_what_to_type(folder: Path) -> None:
     assert document["functions"][0][0]["keywords"] == {"num_classes": 7}
 
 
-def test_several_functions_are_told_apart_and_exit_with_1(folder: Path) -> None:
+def test_several_functions_are_distinguished_and_exit_with_1(folder: Path) -> None:
     write("timm:resnet18")
     result = run("model.pt")
     assert result.exit_code == 1
@@ -433,7 +433,7 @@ def test_a_stranger_exits_with_1(folder: Path) -> None:
     assert "1 unexpected: norm_pre.bias" in result.stdout
 
 
-def test_a_file_that_says_it_itself_is_believed(folder: Path) -> None:
+def test_a_file_that_names_it_itself_is_accepted(folder: Path) -> None:
     model = build_architecture("timm:test_resnet")
     normswap.save(model, "model.pt", architecture="timm:test_resnet")
     assert run("model.pt").stdout == "model.pt says that it belongs to timm:test_resnet; it needs no --arch\n"

@@ -26,13 +26,13 @@ def test_a_model_whose_own_names_look_like_wrappers_keeps_them() -> None:
     assert match_names([f"module.{name}" for name in own], own).prefix == "module."
 
 
-def test_what_lies_beside_the_prefix_is_foreign() -> None:
+def test_what_follows_the_prefix_is_foreign() -> None:
     keys = ["n_averaged", *(f"module.{name}" for name in OWN)]
     names = match_names(keys, OWN)
     assert (names.prefix, names.foreign) == ("module.", ("n_averaged",))
 
 
-def test_what_does_not_fit_stays_to_be_told() -> None:
+def test_what_does_not_fit_stays_to_be_reported() -> None:
     names = match_names(["conv.weight", "stranger"], OWN)
     assert list(names.stored) == ["conv.weight", "stranger"]
 
@@ -50,5 +50,5 @@ def test_a_module_without_tensors_of_its_own_is_placed_by_its_surroundings() -> 
     assert names.stored_key("elsewhere.mean_weight") == "module.elsewhere.mean_weight"
 
 
-def test_prefixes_are_told_shortest_first() -> None:
+def test_prefixes_are_reported_shortest_first() -> None:
     assert find_prefixes(["module.model.a", "module.b", "c"]) == ["", "module.", "module.model."]

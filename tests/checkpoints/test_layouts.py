@@ -96,7 +96,7 @@ def _loads(layout: Layout, trained: Trained, target: Path) -> None:
         assert set(layout.rest) <= loaded.rest.keys()
 
 
-def test_a_folder_of_transformers_tells_its_model(tmp_path: Path) -> None:
+def test_a_folder_of_transformers_reports_its_model(tmp_path: Path) -> None:
     config = transformers.ResNetConfig(
         num_labels=5, embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic"
     )

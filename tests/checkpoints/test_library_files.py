@@ -287,6 +287,7 @@ def test_a_folder_of_transformers_converts_without_any_option(make: Callable[[],
         assert torch.allclose(expected, found, atol=1e-4, rtol=1e-4, equal_nan=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [_segformer, _rt_detr, _timm_wrapper], ids=["SegFormer", "RT-DETR", "TimmWrapper"])
 def test_the_library_finds_all_its_tensors_in_a_converted_folder(make: Callable[[], nn.Module], tmp_path: Path) -> None:
     """Under the names that it saves: nothing is missing, and only the gates are unknown to it."""

@@ -86,7 +86,7 @@ def test_a_fresh_process_computes_the_same_bits(tmp_path: Path, x: Tensor) -> No
 
 
 @TENSOR_FILES
-def test_plan_architecture_proof_and_history_travel(tmp_path: Path, x: Tensor, name: str) -> None:
+def test_plan_architecture_verification_and_history_travel(tmp_path: Path, x: Tensor, name: str) -> None:
     original = files.small_model()
     conversion = normswap.convert(original, x)
     proof = normswap.verify(original, conversion.model, [x])
@@ -225,6 +225,7 @@ def test_channels_last_comes_back(tmp_path: Path, name: str) -> None:
     assert strides[0] == strides[1]
 
 
+@pytest.mark.slow
 @TENSOR_FILES
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_the_types_of_the_file_come_back(tmp_path: Path, name: str, dtype: torch.dtype, x: Tensor) -> None:
@@ -522,7 +523,7 @@ BAD_RECORDS = {
 
 
 @pytest.mark.parametrize(("text", "message"), BAD_RECORDS.values(), ids=BAD_RECORDS)
-def test_a_bad_record_is_told(tmp_path: Path, text: str, message: str) -> None:
+def test_a_bad_record_is_reported(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "model.pt"
     formats.encode(path, "torch zip", files.TiedNet().state_dict(), text)
     with pytest.raises(CheckpointError, match=re.escape(f"{path}: {message}")):

@@ -29,7 +29,7 @@ def test_pages_of_a_file_go_and_come_again(tmp_path: Path) -> None:
     assert all(torch.equal(mapped[key], saved[key]) for key in saved)
 
 
-def test_what_lies_in_no_file_stays() -> None:
+def test_what_is_in_no_file_stays() -> None:
     own, sparse = torch.ones(2**20), torch.eye(2).to_sparse()
     release_mapped_pages([own, own[5:], sparse, torch.empty(0), torch.ones(2, device="meta"), "no tensor"])
     assert own.sum() == 2**20

@@ -369,7 +369,7 @@ def test_a_link_out_of_a_folder_is_not_followed(marker: Path, state: dict[str, A
 
 
 @pytest.mark.parametrize("target", ["nowhere", "README.md"], ids=["nowhere", "itself"])
-def test_a_link_that_is_no_file_is_told_or_left_alone(marker: Path, state: dict[str, Any], target: str) -> None:
+def test_a_link_that_is_no_file_is_reported_or_left_alone(marker: Path, state: dict[str, Any], target: str) -> None:
     _folder(Path("m"), state, NAME)
     Path("m/README.md").symlink_to(target)
     assert normswap.load("m").model is not None

@@ -98,7 +98,7 @@ LEFT: dict[str, tuple[Any, list[Network], bool, str]] = {
 
 
 @pytest.mark.parametrize(("state", "networks", "alone", "reason"), LEFT.values(), ids=LEFT)
-def test_what_cannot_be_told_is_left_with_a_reason(
+def test_what_cannot_be_determined_is_left_with_a_reason(
     state: Any, networks: list[Network], alone: bool, reason: str
 ) -> None:
     found = find_owner(state, networks, is_only_optimizer=alone)

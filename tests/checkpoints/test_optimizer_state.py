@@ -138,6 +138,7 @@ OPTIMIZERS = {f"torch {name}": (build, False) for name, build in TORCH.items()} 
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("build", "by_model"), OPTIMIZERS.values(), ids=OPTIMIZERS)
 def test_training_resumed_after_conversion_continues_with_the_old_momentum(build: Any, by_model: bool) -> None:
     start = trained(build, by_model=by_model)

@@ -225,7 +225,8 @@ def test_a_program_is_converted_into_one_that_computes_the_same(
         modules[1](x(40))
 
 
-def test_a_converted_program_tells_what_it_is(converted: tuple[Path, Path]) -> None:
+@pytest.mark.slow
+def test_a_converted_program_reports_what_it_is(converted: tuple[Path, Path]) -> None:
     target = converted[1]
     loaded = normswap.load(target, trust=True)
     assert [swap.fqn for swap in loaded.plan.swaps] == ["batch_norm", "batch_norm_1"]
@@ -249,6 +250,7 @@ def test_a_graph_that_was_changed_is_refused(converted: tuple[Path, Path], tmp_p
         normswap.load(target, trust=True)
 
 
+@pytest.mark.slow
 def test_two_programs_are_compared_in_their_own_precision(converted: tuple[Path, Path], tmp_path: Path) -> None:
     path, target = converted
     found = json.loads(ok("verify", path, target, "--trust", "--json"))

@@ -76,7 +76,7 @@ def test_a_converted_file_gets_the_statistics_of_the_data(folder: Path) -> None:
     assert "15 layers calibrated on 3 batches of 20 of digits\nwrote sn.calibrated.pt (" in result.output
 
 
-def test_history_goes_on_and_the_proof_does_not(folder: Path) -> None:
+def test_history_goes_on_and_the_verification_does_not(folder: Path) -> None:
     result = ok("sn.pt", *DIGITS, "--layer-by-layer")
     assert "proof of the conversion: left out" in " ".join(result.output.split())
     old, new = read_record(Path("sn.pt")), read_record(Path("sn.calibrated.pt"))
@@ -93,7 +93,7 @@ def test_history_goes_on_and_the_proof_does_not(folder: Path) -> None:
     assert "digits, train, 3 batches of 20" in " ".join(shown.split())
 
 
-def test_a_file_of_bn_keeps_its_names_and_is_told_by_inspect(folder: Path) -> None:
+def test_a_file_of_bn_keeps_its_names_and_is_reported_by_inspect(folder: Path) -> None:
     image_folder(folder / "images" / "train", size=40, each=4)
     ok("bn.pt", *ARCH, "--data", "folder:images", "--input-size", "3x32x40", "--batch-size", "3", "-o", "new.pt")
     old, new = (torch.load(name, weights_only=True) for name in ("bn.pt", "new.pt"))
@@ -148,7 +148,7 @@ def test_files_of_other_kinds(folder: Path) -> None:
     assert half["fc.weight"].dtype == torch.float16
 
 
-def test_a_folder_is_calibrated_with_all_that_lies_in_it(folder: Path) -> None:
+def test_a_folder_is_calibrated_with_all_its_images(folder: Path) -> None:
     (folder / "hub").mkdir()
     config = {"architecture": "test_resnet", "num_classes": 7, "model_args": {}}
     (folder / "hub" / "config.json").write_text(json.dumps(config))

@@ -56,7 +56,7 @@ def test_bad_input_costs_no_import_of_torch(tmp_path: Path) -> None:
     assert python(code).split() == ["2", "False"]
 
 
-def test_the_version_is_told() -> None:
+def test_the_version_is_reported() -> None:
     assert ok("--version").stdout == f"normswap {normswap.__version__}\n"
 
 
@@ -150,7 +150,7 @@ def test_progress_is_shown_on_a_terminal_only(folder: Path, monkeypatch: pytest.
     assert json.loads(shown.stdout)["written"]
 
 
-def test_what_an_error_tells_cannot_rule_the_terminal(folder: Path) -> None:
+def test_what_an_error_reports_cannot_rule_the_terminal(folder: Path) -> None:
     result = run("inspect", "a\x1b[31m\udcff.pt")
     assert result.stderr.startswith(r"error: a\x1b[31m\udcff.pt: no such file")
 

@@ -44,7 +44,7 @@ def test_convert_writes_the_same_function(folder: Path, arguments: list[str], ou
     assert f'next: model = normswap.load("{output}"{trust}).model' in result.stdout
 
 
-def test_convert_tells_sites_decisions_and_parity(folder: Path) -> None:
+def test_convert_reports_sites_decisions_and_verification(folder: Path) -> None:
     result = ok("convert", "bn.pt", *ARCH, *INPUT, "--exclude", "layer1.*")
     excluded = sum(skip.fqn.startswith("layer1") for skip in read_record(folder / "bn.normswap.pt").plan.skips)
     text = result.stdout
@@ -64,7 +64,7 @@ def test_what_is_printed_fits_80_columns(folder: Path) -> None:
         assert max(map(len, ok(*arguments).stdout.splitlines())) <= 80
 
 
-def test_the_record_tells_where_the_file_came_from(folder: Path) -> None:
+def test_the_record_reports_where_the_file_came_from(folder: Path) -> None:
     ok("convert", "bn.pt", *ARCH, *INPUT)
     record = read_record(folder / "bn.normswap.pt")
     step = record.history[-1]
@@ -81,7 +81,7 @@ def test_history_and_architecture_of_the_input_are_kept(folder: Path) -> None:
     assert record.architecture == files.ARCH
 
 
-def test_without_input_timm_tells_the_size(folder: Path) -> None:
+def test_without_input_timm_reports_the_size(folder: Path) -> None:
     assert "relative L2 in float64 on 2x3x160x160" in ok("convert", "bn.pt", *ARCH).stdout
 
 
@@ -122,7 +122,7 @@ def test_no_verify_measures_nothing(folder: Path) -> None:
     assert {swap.gate for swap in record.plan.swaps} == {"softmax"}
 
 
-def test_a_loosened_tolerance_is_told(folder: Path) -> None:
+def test_a_loosened_tolerance_is_reported(folder: Path) -> None:
     result = ok("convert", "bn.pt", *ARCH, *INPUT, "--tolerance", "1e9", "--gate", "softmax")
     assert "limit loosened on request" in result.stdout
     assert read_record(folder / "bn.normswap.pt").verification.loosened
@@ -149,6 +149,7 @@ def test_a_dry_run_writes_nothing(folder: Path) -> None:
     assert "same" in result.stdout
 
 
+@pytest.mark.slow
 def test_a_plan_is_stored_and_carried_out(folder: Path) -> None:
     result = ok("convert", "bn.pt", *ARCH, *INPUT, "--dry-run", "--save-plan", "plan.json", "--exclude", "layer4.*")
     assert "plan stored in plan.json" in result.stdout
@@ -176,6 +177,7 @@ NO: dict[str, tuple[list[str], str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("arguments", "message"), NO.values(), ids=NO)
 def test_a_no_as_json_is_one_document_too(folder: Path, arguments: list[str], message: str) -> None:
     found = document("convert", *arguments, status=1)

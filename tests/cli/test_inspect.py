@@ -48,7 +48,7 @@ def test_inspect_shows_sites_that_did_not_run_or_run_twice(folder: Path) -> None
     assert re.search(r"^unused +BatchNorm2d +4 +did not run", result.stdout, re.M)
 
 
-def test_a_functional_site_is_told(folder: Path) -> None:
+def test_a_functional_site_is_reported(folder: Path) -> None:
     torch.save(files.FunctionalNet(), "functional.pt")
     text = ok("convert", "functional.pt", "--trust", "--input", "2x3x8x8").stdout
     assert "a call of F.batch_norm: the forward of its module is rewritten" in " ".join(text.split())

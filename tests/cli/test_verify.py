@@ -11,6 +11,7 @@ from tests.helpers import files
 from tests.helpers.command_line import ARCH, INPUT, document, ok, run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
     [["bn.pt", "sn.pt"], ["sn.pt", "bn.pt"], ["bn.pt", "bn.safetensors", *ARCH], ["module.pth", "sn.pt", "--trust"]],
@@ -27,6 +28,7 @@ def another(folder: Path) -> str:
     return "another.pt"
 
 
+@pytest.mark.slow
 def test_verify_says_that_they_are_not(folder: Path) -> None:
     arguments = ["verify", another(folder), "sn.pt", *INPUT]
     result = run(*arguments)
@@ -44,7 +46,7 @@ def test_verify_loosened(folder: Path) -> None:
     assert "limit loosened on request" in result.stdout
 
 
-def test_what_is_not_judged_is_said(folder: Path) -> None:
+def test_what_is_not_judged_is_reported(folder: Path) -> None:
     class_plan = normswap.plan_swaps(files.small_model(), torch.randn(files.SHAPE), bn_statistics="renorm")
     (folder / "plan.json").write_text(class_plan.to_json())
     text = ok("convert", "bn.pt", *ARCH, *INPUT, "--plan", "plan.json").stdout

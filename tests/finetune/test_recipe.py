@@ -117,7 +117,7 @@ def test_the_page_on_recipes_has_every_key_and_its_default() -> None:
             assert found[key.name] == ("-" if default is None else f"`{json.dumps(default)}`"), f"{table}.{key.name}"
 
 
-def test_two_runs_are_told_apart_by_their_keys() -> None:
+def test_two_runs_are_distinguished_by_their_keys() -> None:
     one, other = parse_recipe("mine", SMALLEST), parse_recipe("mine", with_value("train.seed", 3))
     assert differing_keys(one, one.to_dict()) == []
     assert differing_keys(one, other.to_dict()) == ["train.seed"]

@@ -98,7 +98,7 @@ def test_a_run_ends_with_a_model_that_load_understands(finished: tuple[Path, Any
     assert any(not layer.is_at("bn") for layer in gated_modules(trained).values())
 
 
-def test_the_log_tells_losses_evaluations_and_importance_weights(finished: tuple[Path, Any, list[Any]]) -> None:
+def test_the_log_reports_losses_evaluations_and_importance_weights(finished: tuple[Path, Any, list[Any]]) -> None:
     folder, outcome, told = finished
     records = read_journal(folder)
     assert [record["step"] for record in records] == [0, 0, 2, 2, 4, 4]
@@ -114,7 +114,7 @@ def test_the_log_tells_losses_evaluations_and_importance_weights(finished: tuple
     assert list((folder / "tensorboard").iterdir())
 
 
-def test_the_loss_is_that_of_the_images_and_the_price_pulls_at_the_gates(tmp_path: Path) -> None:
+def test_the_loss_is_that_of_the_images_and_the_penalty_pulls_at_the_gates(tmp_path: Path) -> None:
     run = recipe(tmp_path, train={"steps": 1, "lr": 0.0, "importance_lr": 0.1, "batch_price": 50.0, "clip": 0.0})
     prepared = prepare(run)
     images, labels = next(iter(prepared.training))
@@ -287,7 +287,7 @@ def test_a_full_disk_loses_nothing(tmp_path: Path, file_size_limit: Any) -> None
     assert run_recipe(recipe(tmp_path, run={"save_every": 2}), resume=True).steps == 4
 
 
-def test_a_log_that_cannot_be_written_is_told(tmp_path: Path, file_size_limit: Any, monkeypatch: Any) -> None:
+def test_a_log_that_cannot_be_written_is_reported(tmp_path: Path, file_size_limit: Any, monkeypatch: Any) -> None:
     monkeypatch.setattr(run_files, "_open_tensorboard", lambda *_: None)
     (tmp_path / "log.jsonl").mkdir()
     with pytest.raises(TrainingError, match=r"log\.jsonl: cannot be written \(Is a directory\)"):
@@ -343,7 +343,7 @@ def test_a_line_cut_off_by_a_kill_is_left_out(tmp_path: Path) -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_what_cannot_be_trained_is_told_before_anything_is_written(
+def test_what_cannot_be_trained_is_reported_before_anything_is_written(
     tmp_path: Path, keys: dict[str, Any], kind: type[NormswapError], text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -352,7 +352,7 @@ def test_what_cannot_be_trained_is_told_before_anything_is_written(
     assert not list((tmp_path / "run").glob("*"))
 
 
-def test_data_that_does_not_tell_its_classes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_that_does_not_name_its_classes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     untold = partial(replace, classes=None)
     monkeypatch.setattr(setup, "open_data", lambda *args, **keys: untold(open_data(*args, **keys)))
     with pytest.raises(DataError, match="digits:shifted: does not tell its classes: use a folder per class"):
@@ -432,7 +432,7 @@ def test_the_imagenet_recipe_runs_in_a_short_form(folder: Path, tmp_path: Path) 
     assert json.loads(out)["steps"] == 12
 
 
-def test_the_command_tells_what_is_wrong_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_reports_what_is_wrong_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     status, out, err = invoke("digits_source", "--set", "train.lr=-1")
     assert (status, out, err) == (2, "", "error: digits_source: train.lr: expected at least 0, got -1.0\n")
     with monkeypatch.context() as patch:

@@ -87,7 +87,7 @@ class Switch(nn.Module):
 
 @pytest.mark.parametrize("inputs", [None, zoo.IMAGE()], ids=["blind", "seen"])
 @pytest.mark.parametrize("make", [Switch, zoo.OptionalParameters])
-def test_optional_arguments_that_decide_are_settled_at_their_defaults(make: type[nn.Module], inputs: Any) -> None:
+def test_optional_arguments_that_decide_are_resolved_at_their_defaults(make: type[nn.Module], inputs: Any) -> None:
     model = make()
     graph = convert(model, inputs, as_graph=True).model
     laws.same_function(model, graph, zoo.IMAGE(), ("evaluation", "training"))

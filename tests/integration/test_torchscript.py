@@ -41,6 +41,7 @@ def converted(make: Callable[[], nn.Module], *, moved: bool, **options: Any) -> 
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["native", "reference"])
 @pytest.mark.parametrize("moved", [False, True])
 @pytest.mark.parametrize("make", [modules, functional])

@@ -122,7 +122,7 @@ def test_an_argument_is_shown_as_the_option_that_means_it(message: str, shown: s
     assert translate_arguments(message) == shown
 
 
-def test_one_failure_is_told_as_an_argument_in_python_and_as_an_option_on_the_command_line(folder: Path) -> None:
+def test_one_failure_is_reported_as_an_argument_in_python_and_as_an_option_on_the_command_line(folder: Path) -> None:
     torch.save(Net(), "module.pt")
     with pytest.raises(CheckpointError, match="pass trust=True if you trust") as told:
         normswap.load("module.pt")
@@ -254,7 +254,7 @@ INPUTS = {
 
 
 @pytest.mark.parametrize(("inputs", "message"), INPUTS.values(), ids=INPUTS)
-def test_inputs_that_a_model_cannot_take_are_told_with_what_to_pass(inputs: Any, message: str) -> None:
+def test_inputs_that_a_model_cannot_take_are_reported_with_what_to_pass(inputs: Any, message: str) -> None:
     with pytest.raises(ModelError, match=f"the model fails on an input of .*{message}"):
         normswap.plan_swaps(Net(), inputs)
     with pytest.raises(ModelError, match=f"the original model fails on an input of .*{message}"):
@@ -300,13 +300,13 @@ NAMES = {
 
 
 @pytest.mark.parametrize(("name", "message"), NAMES.values(), ids=NAMES)
-def test_a_mistaken_architecture_is_told_with_the_nearest(folder: Path, name: str, message: str) -> None:
+def test_a_mistaken_architecture_is_reported_with_the_nearest(folder: Path, name: str, message: str) -> None:
     with pytest.raises(ArchitectureError, match=re.escape(message)):
         normswap.load("own.pt", architecture=name)
     assert not name.startswith("own.py:") or "own.py" not in sys.modules
 
 
-def test_a_wrong_architecture_is_told_with_the_one_that_fits(folder: Path) -> None:
+def test_a_wrong_architecture_is_reported_with_the_one_that_fits(folder: Path) -> None:
     with pytest.raises(
         ArchitectureError, match=r"do not fit timm:test_vit.*the tensors fit architecture='timm:test_resnet,"
     ):
@@ -320,7 +320,7 @@ def test_a_wrong_architecture_is_told_with_the_one_that_fits(folder: Path) -> No
     assert "the tensors fit" not in str(told.value)
 
 
-def test_an_own_model_is_told_of_own_code_and_of_names(folder: Path) -> None:
+def test_an_own_model_is_informed_of_own_code_and_of_names(folder: Path) -> None:
     with pytest.raises(ArchitectureError, match=r"architecture='path/file\.py:function' if the model is your own"):
         normswap.load("own.pt")
     told = {command: run(command, "own.pt").stderr for command in ("convert", "identify", "calibrate")}
@@ -382,7 +382,7 @@ CONTENTS = {
 
 
 @pytest.mark.parametrize(("make", "message"), CONTENTS.values(), ids=CONTENTS)
-def test_what_holds_no_state_dict_is_told_with_how_to_save_one(
+def test_what_holds_no_state_dict_is_reported_with_how_to_save_one(
     folder: Path, make: Callable[[], Any], message: str
 ) -> None:
     torch.save(make(), "odd.pt")
@@ -427,7 +427,7 @@ def test_any_encoding_of_the_terminal_serves(folder: Path, encoding: str, monkey
     assert ("…" if encoding in ("utf-8", "cp1252") else "...") in shown
 
 
-def test_a_name_that_torch_cannot_be_given_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_that_torch_cannot_be_given_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save(Net().state_dict(), "a.pt")
     try:
@@ -464,7 +464,7 @@ def test_a_file_of_another_kind_is_named(tmp_path: Path, head: bytes, message: s
         ("~/nowhere.pt", f"pass {Path('~/nowhere.pt').expanduser()}"),
     ],
 )
-def test_a_path_that_is_none_is_told_with_what_to_pass(path: str, message: str) -> None:
+def test_a_path_that_is_none_is_reported_with_what_to_pass(path: str, message: str) -> None:
     with pytest.raises(CheckpointError, match=re.escape(message)):
         normswap.load(path)
     assert message in run("convert", path).stderr

@@ -108,7 +108,7 @@ def test_statistics_renewed_in_between_are_what_a_recomputation_reads() -> None:
     torch.testing.assert_close(x.grad, fixed.grad, rtol=1e-12, atol=1e-12)
 
 
-def test_the_proof_of_a_checkpointed_model_is_that_of_the_model_without() -> None:
+def test_the_verification_of_a_checkpointed_model_is_that_of_the_model_without() -> None:
     class Checkpointed(nn.Sequential):
         def forward(self, x: Tensor) -> Tensor:
             return checkpoint(super().forward, x, use_reentrant=False)  # type: ignore[no-any-return]

@@ -302,6 +302,7 @@ def test_the_extension_finds_the_threads_of_torch() -> None:
         assert cpu._USES_TORCH_THREADS
 
 
+@pytest.mark.slow
 @NEEDS_C
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
@@ -320,6 +321,7 @@ def test_the_number_of_threads_changes_no_bit(shape: tuple[int, ...], dtype: tor
             assert all(other[name].equal(value) for name, value in found[0].items())
 
 
+@pytest.mark.slow
 @NEEDS_C
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("training", [True, False])

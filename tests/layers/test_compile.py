@@ -197,7 +197,7 @@ def test_evaluation_on_running_statistics_is_an_operator_of_its_own(vertex: bool
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
-def test_points_are_put_on_the_simplex_by_an_operator(dtype: torch.dtype) -> None:
+def test_points_are_projected_onto_the_simplex_by_an_operator(dtype: torch.dtype) -> None:
     away, there = torch.tensor([0.5, 0.4, 0.3]).to(dtype), torch.tensor([0.0, 0.0, 1.0]).to(dtype)
     torch.library.opcheck(torch.ops.normswap.project_points.default, ([away.clone(), there],))
     torch.ops.normswap.project_points([away, there])

@@ -270,7 +270,7 @@ def test_a_dict_without_metadata_must_hold_points_of_the_simplex(
     [lambda: gate_layer("simplex"), lambda: FunctionalSwitchNorm(gate="simplex", branches=BRANCHES)],
     ids=["layer", "functional site"],
 )
-def test_what_is_stored_after_a_step_lies_on_the_simplex(make: Callable[[], nn.Module], frozen: bool) -> None:
+def test_what_is_stored_after_a_step_is_on_the_simplex(make: Callable[[], nn.Module], frozen: bool) -> None:
     """As a step of an optimizer leaves it; the weights stay what they were, and the tensors the parameters' own."""
     layer: Any = make()
     with torch.no_grad():

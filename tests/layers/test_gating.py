@@ -61,7 +61,7 @@ def test_projection_is_the_nearest_point_of_the_simplex(point: list[float]) -> N
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @POINT_CASES
-def test_projection_lies_on_the_simplex(point: list[float], dtype: torch.dtype) -> None:
+def test_projection_is_on_the_simplex(point: list[float], dtype: torch.dtype) -> None:
     projected = project_to_simplex(torch.tensor(point, dtype=dtype))
     assert projected.dtype == dtype
     assert bool((projected >= 0).all())

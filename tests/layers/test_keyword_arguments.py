@@ -68,6 +68,7 @@ def test_a_norm_that_is_called_by_keyword_is_converted_and_verified(norm: Callab
     assert all(site.evaluation is not None and site.training is not None for site in found.sites)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["BatchNorm2d", "BatchNormAct2d", "functional"])
 def test_a_layer_that_is_called_by_keyword_compiles_exports_and_is_traced(case: str) -> None:
     _, conversion = convert(*NORMS[case])

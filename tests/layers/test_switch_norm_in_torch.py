@@ -215,6 +215,7 @@ def test_compiles_without_graph_breaks(make: Callable[[], SwitchNorm], training:
         torch.testing.assert_close(parameter.grad, twin.grad)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("momentum", [None, 0.1])
 def test_compiles_with_its_updates_of_gates_and_statistics(momentum: float | None) -> None:
     torch.compiler.reset()

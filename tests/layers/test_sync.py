@@ -142,7 +142,7 @@ def test_a_group_decides_who_shares_and_stays_with_copies(results: Results) -> N
 
 
 @pytest.mark.multiprocess
-def test_who_would_wait_for_ever_is_told(results: Results) -> None:
+def test_who_would_wait_for_ever_is_reported(results: Results) -> None:
     for found in results:
         assert re.search(
             "^synchronized statistics: some process wants the gradient of its input, while that of rank 1 in the group "
@@ -215,7 +215,7 @@ def test_a_graph_is_tried_alone() -> None:
 
 
 @pytest.mark.usefixtures("several")
-def test_a_proof_waits_for_no_process_that_the_original_does_not_wait_for() -> None:
+def test_a_verification_waits_for_no_process_that_the_original_does_not_wait_for() -> None:
     model, x = joint_processes.network(), torch.randn(4, 3, 6, 6).double()
     converted, plan, _ = convert(model, x, synchronize=True)
     assert verify(model, converted, [x]).passed
@@ -237,7 +237,7 @@ def test_alone_a_synchronized_layer_is_any_layer() -> None:
     assert copy.deepcopy(layer).synchronize
 
 
-def test_layers_are_told_in_place_and_say_which() -> None:
+def test_layers_are_reported_in_place_and_say_which() -> None:
     model = nn.Sequential(SwitchNorm2d(3), SwitchNorm2d(3, branches=("in", "ln")), nn.BatchNorm2d(3))
     assert synchronize_statistics(model) == ["0"]
     assert synchronize_statistics(model) == []

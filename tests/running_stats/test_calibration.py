@@ -210,7 +210,7 @@ def test_the_buffers_of_a_functional_site_are_calibrated(training: bool) -> None
     assert not before.block.running_var.equal(model.block.running_var)
 
 
-def test_a_functional_call_that_is_no_site_yet_is_told() -> None:
+def test_a_functional_call_that_is_no_site_yet_is_reported() -> None:
     model = TwoBlocks().double()
     before = model.block.running_mean.clone()
     (left,) = calibrate(model, BATCHES).skipped
@@ -239,7 +239,7 @@ class Wobbling(zoo.OwnTensors):
 
 
 @torch.no_grad()
-def test_rows_of_a_table_of_statistics_are_told_apart() -> None:
+def test_rows_of_a_table_of_statistics_are_distinguished() -> None:
     model: Any = convert(Steps().double(), BATCHES[0]).model
     result = calibrate(model, BATCHES)
     second = [F.batch_norm(x, None, None, training=True).exp() for x in BATCHES]

@@ -69,6 +69,7 @@ def test_the_graph_is_the_same_function_in_both_modes(build, shape) -> None:  # 
         torch.testing.assert_close(run(graph, x, training=training), run(model, x, training=training))
 
 
+@pytest.mark.slow
 @EACH
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
 def test_copies_of_the_graph_obey_their_mode(build, shape, copied) -> None:  # type: ignore[no-untyped-def]
@@ -80,6 +81,7 @@ def test_copies_of_the_graph_obey_their_mode(build, shape, copied) -> None:  # t
     assert not torch.equal(run(twin, x, training=True), run(twin, x, training=False))
 
 
+@pytest.mark.slow
 def test_keys_and_parameters_are_those_of_the_converted_model() -> None:
     model, x = drop_path_net(), torch.randn(2, 3, 64, 64)
     tree = normswap.convert(model, x).model

@@ -108,7 +108,7 @@ def test_gates_that_do_not_learn_count_without_a_gradient() -> None:
     assert (float(fixed), fixed.requires_grad) == (float(learning.detach()), False)
 
 
-def test_a_model_before_conversion_has_no_price() -> None:
+def test_a_model_before_conversion_has_no_penalty() -> None:
     loss = nn.BatchNorm2d(3)(X).square().mean()
     assert (loss + batch_dependence(nn.BatchNorm2d(3))).equal(loss)
     assert batch_dependence(nn.Linear(2, 2, device="meta")).device.type == "meta"
@@ -121,7 +121,7 @@ def group() -> Iterator[None]:
     distributed.destroy_process_group()
 
 
-def test_wrapped_models_have_the_price_of_what_is_inside(group: None) -> None:
+def test_wrapped_models_have_the_penalty_of_what_is_inside(group: None) -> None:
     model = layers("points")
     total, gradients = expected(model)
     for wrapper in (DistributedDataParallel(model), torch.compile(model, backend="eager")):
@@ -133,7 +133,7 @@ def test_wrapped_models_have_the_price_of_what_is_inside(group: None) -> None:
             assert oracles.relative_error(model.get_parameter(name).grad, gradient) <= 1e-5, name
 
 
-def test_with_one_sample_only_the_price_tells_bn_from_in() -> None:
+def test_with_one_sample_only_the_penalty_distinguishes_bn_from_in() -> None:
     """A batch of one has the same moments in `in` and `bn`: their gates get the same gradient, until BN has a price."""
     model = layers("points")
     gate = model[0].mean_weight

@@ -189,7 +189,7 @@ def test_a_plan_is_refused_where_the_owner_cannot_be_rewritten() -> None:
     assert type(model) is zoo.UntraceableCall
 
 
-def test_sites_are_synchronized_where_they_were_or_as_told() -> None:
+def test_sites_are_synchronized_where_they_were_or_as_requested() -> None:
     model = nn.Sequential(nn.BatchNorm2d(8), nn.SyncBatchNorm(8), nn.BatchNorm2d(8))
     assert [swap.synchronize for swap in plan_swaps(model).swaps] == [False, True, False]
     told = {"1": {"synchronize": False}, "2": {"synchronize": True}}
@@ -204,7 +204,7 @@ def test_sites_are_synchronized_where_they_were_or_as_told() -> None:
     assert [s.synchronize for s in plan_swaps(without, kinds=("bn", "in"), synchronize=True).swaps] == [False, True]
 
 
-def test_a_functional_site_is_synchronized_as_told() -> None:
+def test_a_functional_site_is_synchronized_as_requested() -> None:
     plan = plan_swaps(zoo.FunctionalBlock(), synchronize=True)
     assert plan.swaps
     replaced = convert(zoo.FunctionalBlock(), plan=plan).replaced
@@ -270,6 +270,7 @@ def test_any_failure_is_undone(monkeypatch: pytest.MonkeyPatch, error: type[Base
     unchanged(record, model)
 
 
+@pytest.mark.slow
 def test_sites_of_one_owner_can_be_converted_one_after_the_other() -> None:
     original = zoo.BY_NAME["two calls"].model()
     model = copy.deepcopy(original)

@@ -29,7 +29,7 @@ def test_shapes_order_and_calls_of_norm_layers() -> None:
     assert seen.functional == {}
 
 
-def test_functional_calls_are_told_by_their_owner() -> None:
+def test_functional_calls_are_identified_by_their_owner() -> None:
     inputs = torch.randn(2, 6), torch.tensor([0, 1])
     seen = observe(zoo.Generator(), inputs)
     assert seen.functional == {"norms.0": [(2, 8, 4, 4)], "norms.1": [(2, 8, 8, 8)]}
@@ -70,7 +70,7 @@ def test_kernels_are_known_by_their_storage() -> None:
     assert observe(nn.Sequential(StdConv2d(3, 4, 3)), zoo.IMAGE()).functional == {}
 
 
-def test_on_meta_tensors_a_kernel_is_told_from_an_activation() -> None:
+def test_on_meta_tensors_a_kernel_is_distinguished_from_an_activation() -> None:
     model = nn.Sequential(StdConv2d(3, 8, 3), zoo.HiddenHelper()).to("meta")
     seen = observe(model, torch.empty(2, 3, 9, 9, device="meta"))
     assert seen.functional == {"1": [(2, 8, 9, 9)]}

@@ -72,7 +72,7 @@ class Raising(AttributeEps):
     ],
     ids=["constant", "attribute", "zero", "activated", "no mean", "batch in training", "raising"],
 )
-def test_eps_is_measured_and_the_map_is_proved(build: Callable[[int], nn.Module], eps: float | None) -> None:
+def test_eps_is_measured_and_the_map_is_verified(build: Callable[[int], nn.Module], eps: float | None) -> None:
     assert has_frozen_structure(build(8))
     assert frozen_eps(build(8)) == eps
 

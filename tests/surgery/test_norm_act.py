@@ -141,7 +141,7 @@ def test_a_target_of_another_rank_names_the_one_of_any_rank() -> None:
     assert "target=SwitchNorm, which takes any rank" in reason(plain, partial(read_batch_norm, target=SwitchNorm2d), 3)
 
 
-def test_a_name_that_the_norm_does_not_have_is_said() -> None:
+def test_a_name_that_the_norm_does_not_have_is_reported() -> None:
     norm = norm_act(2, act=nn.ReLU())
     expected = r"for its class in norms= failed: read_norm_act: expected modules or functions named \('drop', 'act'\), "
     assert re.search(expected + "found no 'drop'", reason(norm, read_norm_act, 2))

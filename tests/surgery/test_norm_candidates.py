@@ -63,7 +63,7 @@ def test_statistics_under_own_names_are_found_and_not_denied(names: str) -> None
 
 
 @pytest.mark.parametrize("name", CALLED_BATCH_NORM)
-def test_a_class_that_is_called_batch_norm_is_not_said_to_have_no_batch_statistics(name: str) -> None:
+def test_a_class_that_is_called_batch_norm_is_not_reported_to_have_no_batch_statistics(name: str) -> None:
     spec = read_norm(norm_class(name))
     assert spec is not None
     assert spec.problem is not None

@@ -233,7 +233,7 @@ def test_a_frozen_class_can_be_added() -> None:
     assert spec == NormSpec("frozen bn", 4, 1e-5, None, SwitchNormAct2d, frozen=True)
 
 
-def test_what_a_caller_says_is_held_against_the_module() -> None:
+def test_what_a_caller_says_is_compared_with_the_module() -> None:
     spec = read_norm(zoo.ActivatedNorm(4), KNOWN_NORMS | {zoo.ActivatedNorm: read_batch_norm})
     assert spec is not None
     assert spec.target is None

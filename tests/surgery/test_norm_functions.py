@@ -110,7 +110,7 @@ def test_arguments_that_were_not_given_are_not_given_when_it_goes_back() -> None
     ]
 
 
-def test_arguments_are_named_and_those_that_the_name_tells_are_added() -> None:
+def test_arguments_are_named_and_those_that_the_name_implies_are_added() -> None:
     for function in BATCH_NORMS:
         arguments = norm_arguments(norm_nodes(program(function).graph, "bn")[0])
         assert arguments.keys() == {

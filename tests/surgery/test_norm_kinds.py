@@ -173,7 +173,7 @@ def test_a_site_that_left_its_vertex_has_moved(options: dict[str, Any], site: st
     assert [type(m) for m in model.modules()] == [type(m) for m in stylised().modules()]
 
 
-def test_eps_is_told_where_nothing_can_be_folded_wrongly() -> None:
+def test_eps_is_reported_where_nothing_can_be_folded_wrongly() -> None:
     plain, begun = converted().model, converted(**BEGUN).model
     assert plain.group.eps == 1e-3
     move(plain.group, "in")
@@ -194,7 +194,7 @@ def test_copies_and_pickles_are_the_same_and_revert(options: dict[str, Any]) -> 
 
 
 @pytest.mark.parametrize("options", [ALL, BEGUN], ids=["plain", "begun"])
-def test_the_proof_holds_in_both_modes(options: dict[str, Any]) -> None:
+def test_the_verification_holds_in_both_modes(options: dict[str, Any]) -> None:
     model, _, replaced = converted(**options)
     proof = verify(stylised(), model, [zoo.IMAGE()])
     assert [check.passed for check in proof.checks] == [True] * 4

@@ -79,6 +79,7 @@ def test_a_site_that_was_left_stays_torchs_own() -> None:
     assert called == [1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("calls", "made"), [(0, 1), (1, 2), (3, 4)])
 def test_another_number_of_calls_is_refused_in_words(calls: int, made: int) -> None:
     _, converted = pair()

@@ -233,7 +233,7 @@ def test_patterns_match_any_name_and_give_the_first() -> None:
         matched("a", sites, "things")
 
 
-def test_settled_values_are_checked_and_canonical() -> None:
+def test_resolved_values_are_checked_and_canonical() -> None:
     told = resolve_settings({"*": {"branches": ["bn", "in"]}, "a": {"train_gates": True}}, [("a",), ("b",)])
     assert told == {"a": {"branches": ("in", "bn"), "train_gates": True}, "b": {"branches": ("in", "bn")}}
     assert resolve_settings({}, [("a",)]) == {"a": {}}

@@ -21,7 +21,7 @@ def site(model: nn.Module, inputs: Any = None) -> NormSite:
     return found[0]
 
 
-def test_a_module_site_tells_all_that_is_known() -> None:
+def test_a_module_site_reports_all_that_is_known() -> None:
     model = nn.Sequential(zoo.conv(), zoo.bn(eps=1e-3, momentum=0.01))
     assert site(model, zoo.IMAGE()) == NormSite(
         fqn="1",
@@ -39,7 +39,7 @@ def test_a_module_site_tells_all_that_is_known() -> None:
     )
 
 
-def test_a_functional_site_tells_its_owner() -> None:
+def test_a_functional_site_reports_its_owner() -> None:
     model = nn.Sequential(zoo.FunctionalBlock(), nn.ReLU())
     assert site(model, zoo.IMAGE()) == NormSite(
         fqn="0.batch_norm",
@@ -55,7 +55,7 @@ def test_a_functional_site_tells_its_owner() -> None:
     )
 
 
-def test_without_an_input_the_graph_tells_order_and_nothing_tells_shapes() -> None:
+def test_without_an_input_the_graph_reports_order_and_nothing_gives_shapes() -> None:
     found = find_norm_sites(zoo.Generator())
     assert [(s.fqn, s.order, s.seen_by, s.shapes, s.calls) for s in found] == [
         ("norms.0.batch_norm", 0, "symbolic trace", None, None),
@@ -171,7 +171,7 @@ def test_what_a_caller_knows_is_no_problem() -> None:
     assert find_norm_sites(nn.Sequential(zoo.TheirNorm(3)), norms=norms)[0].problem is None
 
 
-def test_a_class_told_to_be_a_norm_is_no_owner_of_its_call() -> None:
+def test_a_class_registered_as_a_norm_is_no_owner_of_its_call() -> None:
     norms = KNOWN_NORMS | {zoo.OwnNorm: read_batch_norm}
     for inputs in (None, zoo.FEATURES()):
         found = find_norm_sites(nn.Sequential(zoo.OwnNorm()), inputs, norms=norms)
@@ -183,7 +183,7 @@ def test_a_class_told_to_be_a_norm_is_no_owner_of_its_call() -> None:
 
 
 @pytest.mark.parametrize("lazy", [nn.LazyBatchNorm2d(), nn.LazyConv2d(4, 1)], ids=["norm", "conv"])
-def test_sizes_must_be_settled_before_a_pass_is_watched(lazy: nn.Module) -> None:
+def test_sizes_must_be_resolved_before_a_pass_is_watched(lazy: nn.Module) -> None:
     model = nn.Sequential(lazy, zoo.bn(4))
     name = type(lazy).__name__
     with pytest.raises(ModelError, match=re.escape(f"0 ({name}) has no sizes yet: run one forward pass first")):
@@ -214,6 +214,7 @@ def test_finding_changes_nothing(trap: zoo.Trap, blind: bool) -> None:
 NETWORKS = {"resnet18": 20, "levit_128s": 52, "repvgg_a0": 61, "vit_tiny_patch16_224": 25, "convnext_atto": 17}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "sites"), NETWORKS.items())
 def test_sites_of_whole_networks_on_the_meta_device(name: str, sites: int) -> None:
     model = create_model(name).to("meta")

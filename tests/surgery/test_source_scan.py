@@ -204,7 +204,7 @@ def test_a_child_called_like_the_function_is_not_suspected() -> None:
     assert not mentions_norm_function(Namesake())
 
 
-def test_uses_of_a_name_are_told_from_attributes_of_self() -> None:
+def test_uses_of_a_name_are_distinguished_from_attributes_of_self() -> None:
     uses = dict(name_uses(Namesake.forward.__code__))
     assert uses["batch_norm"] is True
     assert dict(name_uses(ByMethod.helper.__code__))["instance_norm"] is False

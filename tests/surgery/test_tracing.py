@@ -104,7 +104,7 @@ def test_a_coarser_trace_hides_code_without_norms_only() -> None:
     assert [node.target for node in trace.graph.nodes if node.op == "call_module"] == ["conv", "bn", "hidden", "tail"]
 
 
-def test_entered_modules_are_told() -> None:
+def test_entered_modules_are_reported() -> None:
     assert trace_model(zoo.SharedBlock(zoo.FunctionalBlock(8, 8)), training=False).entered == {"", "left", "right"}
     assert trace_model(zoo.Idle(), training=False).entered == {""}
     assert trace_model(zoo.Idle(), training=True).entered == {"", "auxiliary"}
@@ -131,7 +131,7 @@ OMISSIONS = {
 
 
 @pytest.mark.parametrize(("make", "omission"), OMISSIONS.values(), ids=OMISSIONS)
-def test_what_a_graph_omits_is_told(make: type[nn.Module], omission: str) -> None:
+def test_what_a_graph_omits_is_reported(make: type[nn.Module], omission: str) -> None:
     trace = trace_model(make(), training=True)
     assert trace.graph is not None
     assert trace.omission == omission

@@ -102,7 +102,7 @@ def graphs_are_asked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("graphs_are_asked")
 @pytest.mark.parametrize(("make", "inputs", "path", "reason"), PATHS.values(), ids=PATHS)
-def test_the_first_path_that_can_be_believed_serves(
+def test_the_first_path_that_can_be_accepted_serves(
     make: Callable[[], nn.Module], inputs: Callable[[], Any], path: str, reason: str
 ) -> None:
     torch.manual_seed(0)
@@ -117,7 +117,7 @@ def test_without_an_input_a_trace_is_taken_at_its_word() -> None:
     assert tracing_path(SizeDependent()) == ModelFacts("module tree", (("symbolic trace", CONTROL_FLOW),))
 
 
-def test_an_export_tells_what_a_trace_would() -> None:
+def test_an_export_reports_what_a_trace_would() -> None:
     whole = tracing_path(SizeDependent(), zoo.IMAGE())
     assert whole.facts == GraphFacts(
         calls=("bn", "block", "last"), producers={"bn": "conv", "last": "add"}, functional_owners=("block",)
@@ -127,7 +127,7 @@ def test_an_export_tells_what_a_trace_would() -> None:
 
 
 @pytest.mark.usefixtures("graphs_are_asked")
-def test_what_a_wrong_trace_tells_is_not_used() -> None:
+def test_what_a_wrong_trace_reports_is_not_used() -> None:
     ghost = {site.fqn: site for site in find_norm_sites(GhostNorm(), zoo.IMAGE())}["ghost"]
     assert (ghost.producer, ghost.order, ghost.calls) == (None, None, 0)
     assert {site.fqn: site.producer for site in find_norm_sites(LostSkip(), zoo.FEATURES())} == {
@@ -167,9 +167,10 @@ def test_no_graph_is_made_where_the_pass_has_shown_everything(monkeypatch: pytes
     assert traced == [False, True]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("graphs_are_asked")
 @pytest.mark.parametrize("name", ["resnet18", "densenet121", "levit_128s", "repvgg_a0", "vit_tiny_patch16_224"])
-def test_whole_networks_are_traced_and_believed(name: str) -> None:
+def test_whole_networks_are_traced_and_accepted(name: str) -> None:
     model = timm.create_model(name)
     size = model.pretrained_cfg["input_size"]
     assert tracing_path(model, torch.randn(1, *size)).path == "symbolic trace"

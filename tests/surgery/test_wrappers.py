@@ -130,6 +130,7 @@ def moved(model: nn.Module) -> nn.Module:
 # --- around a copy ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_process")
 @pytest.mark.parametrize("wrap", WRAPPINGS.values(), ids=WRAPPINGS)
 def test_a_wrapped_model_is_converted_inside_its_wrappers(wrap: Callable[[nn.Module], Any]) -> None:
@@ -150,6 +151,7 @@ def test_a_wrapped_model_is_converted_inside_its_wrappers(wrap: Callable[[nn.Mod
     same(step(result.model, X, training=False), step(eager, X, training=False))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_process")
 @pytest.mark.parametrize("wrap", WRAPPINGS.values(), ids=WRAPPINGS)
 def test_everything_speaks_of_the_model_inside(wrap: Callable[[nn.Module], Any], tmp_path: Path) -> None:
@@ -226,6 +228,7 @@ def test_ddp_keeps_its_group_and_what_it_broadcasts() -> None:
     assert (again.process_group, again.broadcast_buffers) == (group, False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"dynamic": True}, {"fullgraph": True}, {"options": {"trace.enabled": True}}, {}])
 def test_a_model_is_compiled_again_as_it_was(options: dict[str, Any]) -> None:
     graphs: list[fx.GraphModule] = []
@@ -242,7 +245,7 @@ def test_a_model_is_compiled_again_as_it_was(options: dict[str, Any]) -> None:
     assert graphs
 
 
-def test_what_was_told_not_to_compile_is_told_again() -> None:
+def test_what_was_not_to_compile_is_marked_so_again() -> None:
     model = torch._dynamo.disable(net())
     again = convert(model).model
     assert type(again.dynamo_ctx) is type(model.dynamo_ctx)
@@ -252,6 +255,7 @@ def test_what_was_told_not_to_compile_is_told_again() -> None:
 # --- in place ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrap", STAYING.values(), ids=STAYING)
 def test_in_place_the_wrapper_stays_and_sees_the_change(wrap: Callable[[nn.Module], Any]) -> None:
     model, original = wrap(net()), net()

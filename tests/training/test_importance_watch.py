@@ -80,7 +80,7 @@ OF_SITES = {
 
 
 @pytest.mark.parametrize(("per_site", "expected"), [(False, AVERAGES), (True, AVERAGES | OF_SITES)])
-def test_averages_and_single_sites_are_told_by_name(per_site: bool, expected: dict[str, float]) -> None:
+def test_averages_and_single_sites_are_reported_by_name(per_site: bool, expected: dict[str, float]) -> None:
     model, (lines, write) = network(), told()
     set_points(model)
     watch_importance(model, built(model), write=write, per_site=per_site)

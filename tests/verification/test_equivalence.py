@@ -61,7 +61,7 @@ def failed(proof: Verification) -> set[str]:
     return {name for name, passed in outcomes(proof).items() if passed is False}
 
 
-def test_a_correct_conversion_passes_with_everything_told() -> None:
+def test_a_correct_conversion_passes_with_everything_reported() -> None:
     original, inputs = two_blocks(), [zoo.IMAGE(), zoo.image(5, 3, 7, 7)()]
     proof = verify(original, convert(original, inputs[0]).model, inputs)
     assert proof.passed
@@ -77,7 +77,7 @@ def test_a_correct_conversion_passes_with_everything_told() -> None:
     assert {(check.limit, check.own_response, check.note) for check in proof.checks} == {(DEFAULT_TOLERANCE, None, "")}
 
 
-def test_a_proof_survives_json() -> None:
+def test_a_verification_survives_json() -> None:
     proof = proof_after(lambda model: None)
     assert Verification.from_dict(json.loads(json.dumps(proof.to_dict()))) == proof
     assert isinstance(proof.checks[0], Check)
@@ -280,7 +280,7 @@ def test_both_models_are_left_as_they_were() -> None:
     assert torch.equal(x, zoo.IMAGE())
 
 
-def test_a_forward_that_keeps_things_keeps_nothing_of_the_proof() -> None:
+def test_a_forward_that_keeps_things_keeps_nothing_of_the_verification() -> None:
     for name in ("attribute written in forward", "list filled in forward"):
         model = zoo.BY_NAME[name].model()
         before = laws.Record.of(model)

@@ -127,6 +127,7 @@ def test_a_model_is_verified_in_the_widest_precision_that_runs(name: str) -> Non
     assert all("the original does not run in float" in note for note in found.notes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in MODELS if not name.startswith("bfloat16")])
 def test_a_fault_is_found_in_every_precision(name: str) -> None:
     assert not verified(name, lambda layer: setattr(layer, "eps", 0.5)).passed

@@ -98,6 +98,7 @@ class Functional(Net):
         return self.wrap(nn.functional.batch_norm(self.conv(x), *statistics, self.training))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["a dataclass", "numpy", "sparse", "a number"])
 def test_a_functional_site_may_return_anything(name: str) -> None:
     model = Functional(RETURNS[name])
@@ -498,7 +499,7 @@ class Tokens(nn.Module):
         return self.head(torch.cat([tokens, tokens.new_zeros(tokens.shape[0], 1, 8)], 1))
 
 
-def test_a_wrong_kernel_of_torch_is_told_from_a_wrong_conversion() -> None:
+def test_a_wrong_kernel_of_torch_is_distinguished_from_a_wrong_conversion() -> None:
     model, one = Tokens(), X[:1, :, :4, :4]
     found = verified(model, one)
     assert found.passed

@@ -151,7 +151,7 @@ def test_a_bad_file_is_refused_by_load(folder: Path, make: Callable[[Path], Any]
         normswap.load("bad.pt", architecture=files.ARCH)
 
 
-def test_the_nearest_name_is_told(folder: Path) -> None:
+def test_the_nearest_name_is_reported(folder: Path) -> None:
     assert_refused(folder, ["inspect", "legcy.pt"], 2, "legcy.pt: no such file; nearest: legacy.pt")
     assert_refused(folder, ["inspect", "nowhere/a.pt"], 2, "nowhere/a.pt: no such file, nor is there a folder nowhere")
 

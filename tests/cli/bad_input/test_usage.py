@@ -50,7 +50,7 @@ def test_a_wrong_architecture_is_refused(folder: Path, arch: str, message: str) 
         normswap.load("bn.pt", architecture=arch)
 
 
-def test_an_architecture_is_needed_where_the_tensors_tell_none(folder: Path) -> None:
+def test_an_architecture_is_needed_where_the_tensors_determine_none(folder: Path) -> None:
     torch.save(files.TiedNet().state_dict(), folder / "bad.pt")
     for command in ("convert", "identify"):
         assert_refused(folder, [command, "bad.pt"], 1, "the tensors resemble no model of timm ")
@@ -123,7 +123,7 @@ MISFITS: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], tuple[str, 
 
 
 @pytest.mark.parametrize(("change", "messages"), MISFITS.values(), ids=MISFITS)
-def test_a_state_dict_that_does_not_fit_is_told(
+def test_a_state_dict_that_does_not_fit_is_reported(
     folder: Path, change: Callable[[dict[str, Any]], dict[str, Any]], messages: tuple[str, ...]
 ) -> None:
     torch.save(change(dict(torch.load("bn.pt"))), "bad.pt")
@@ -131,13 +131,13 @@ def test_a_state_dict_that_does_not_fit_is_told(
         assert_refused(folder, ["convert", "bad.pt", "--arch", files.ARCH], 2, message)
 
 
-def test_importance_weights_without_a_plan_are_told(folder: Path) -> None:
+def test_importance_weights_without_a_plan_are_reported(folder: Path) -> None:
     torch.save(torch.load("sn.pt"), "bad.pt")
     message = "the file holds importance weights without a plan: write converted models with normswap.save(plan=...)"
     assert_refused(folder, ["convert", "bad.pt", "--arch", files.ARCH], 2, message)
 
 
-def test_a_gate_of_another_kind_is_told_in_the_words_of_the_layer(folder: Path) -> None:
+def test_a_gate_of_another_kind_is_reported_in_the_words_of_the_layer(folder: Path) -> None:
     twin = normswap.convert(files.small_model(), gate="softmax").model
     with pytest.raises(
         ArchitectureError, match=r"do not fit ResNet: .*expected a softmax gate, the state dict holds a"
@@ -188,7 +188,7 @@ def test_a_really_unwritable_folder_is_refused(folder: Path) -> None:
 
 
 @pytest.mark.skipif(getattr(os, "getuid", int)() == 0, reason="root reads and writes everything")
-def test_permissions_are_told(folder: Path) -> None:
+def test_permissions_are_reported(folder: Path) -> None:
     (folder / "bn.pt").chmod(0)
     assert_refused(folder, CONVERT, 2, "bn.pt: Permission denied")
 
@@ -204,17 +204,17 @@ def test_outputs_of_one_name_are_refused(folder: Path) -> None:
 
 
 # Plans, patterns, inputs, options.
-def test_a_pattern_that_matches_nothing_is_told(folder: Path) -> None:
+def test_a_pattern_that_matches_nothing_is_reported(folder: Path) -> None:
     message = f"the pattern 'layer9.*' matches none of the {files.SITES} norm sites; nearest: ['layer"
     assert_refused(folder, [*CONVERT, "--include", "layer9.*"], 2, message)
     assert_refused(folder, [*CONVERT, "--exclude", "layer9.*"], 2, message)
 
 
-def test_a_bad_regular_expression_is_told(folder: Path) -> None:
+def test_a_bad_regular_expression_is_reported(folder: Path) -> None:
     assert_refused(folder, [*CONVERT, "--include", "re:("], 2, "expected a regular expression after `re:`")
 
 
-def test_a_plan_for_another_model_is_told(folder: Path) -> None:
+def test_a_plan_for_another_model_is_reported(folder: Path) -> None:
     plan = normswap.plan_swaps(build_architecture("timm:test_efficientnet"))
     (folder / "other.json").write_text(plan.to_json())
     assert_refused(folder, [*CONVERT, "--plan", "other.json"], 2, "the plan was made for another model (")
@@ -238,7 +238,7 @@ PLANS = {
 
 
 @pytest.mark.parametrize(("data", "message"), PLANS.values(), ids=PLANS)
-def test_a_bad_plan_is_told(folder: Path, data: bytes | None, message: str) -> None:
+def test_a_bad_plan_is_reported(folder: Path, data: bytes | None, message: str) -> None:
     if "newer" in message:
         data = json.dumps(json.loads((folder / "plan.json").read_text()) | {"version": 2}).encode()
     if data is not None:
@@ -265,11 +265,11 @@ USAGE = {
 
 
 @pytest.mark.parametrize(("arguments", "message"), USAGE.values(), ids=USAGE)
-def test_wrong_usage_is_told(folder: Path, arguments: list[str], message: str) -> None:
+def test_wrong_usage_is_reported(folder: Path, arguments: list[str], message: str) -> None:
     assert_refused(folder, ["convert", "bn.pt", "--arch", files.ARCH, *arguments], 2, message)
 
 
-def test_an_input_that_the_model_cannot_take_is_told(folder: Path) -> None:
+def test_an_input_that_the_model_cannot_take_is_reported(folder: Path) -> None:
     message = "the model fails on an input of 2x5x64x64, in conv1"
     assert_refused(folder, [*CONVERT[:-1], "2x5x64x64"], 2, message)
     arguments = ["verify", "bn.pt", "bn.safetensors", "--arch", files.ARCH, "--input", "2x5x64x64"]
@@ -314,12 +314,12 @@ def test_a_file_that_is_converted_already(folder: Path) -> None:
     assert_refused(folder, ["convert", "module-sn.pt", "--trust"], 1, "is Switchable Normalization already: nothing")
 
 
-def test_a_proof_that_fails(folder: Path) -> None:
+def test_a_verification_that_fails(folder: Path) -> None:
     message = "nothing written: softmax gates start at the uniform mix, which is another function: use --gate simplex"
     assert_refused(folder, [*CONVERT, "--gate", "softmax", "--save-plan", "new.json"], 1, message)
 
 
-def test_a_proof_that_fails_without_a_known_reason(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_verification_that_fails_without_a_known_reason(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measure = equivalence.verify_in_place
 
     def fail(*arguments: Any, **options: Any) -> equivalence.Verification:
