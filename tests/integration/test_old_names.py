@@ -138,7 +138,7 @@ def test_hang_on_counts_the_steps_of_an_optimizer() -> None:
 def test_reach_does_what_is_due() -> None:
     model, told = converted(), []
     with old_names_allowed():
-        from normswap.training.importance_watch import ImportanceLog, StatisticsSwitch
+        from normswap.finetune.watching import ImportanceLog, StatisticsSwitch
 
         log = ImportanceLog(model, lambda _, step: told.append(step), every=2, per_site=False)
         switch = StatisticsSwitch(model, {1: "running"})
@@ -152,7 +152,7 @@ def test_reach_does_what_is_due() -> None:
 
 def test_the_table_of_a_recipe_takes_and_gives_batch_price() -> None:
     with old_names_allowed():
-        from normswap.finetune.recipe_fields import TrainTable
+        from normswap.finetune.recipe_tables import TrainTable
 
         table = TrainTable(steps=1, batch_price=0.5)
         assert table.batch_price == 0.5
@@ -160,9 +160,11 @@ def test_the_table_of_a_recipe_takes_and_gives_batch_price() -> None:
 
 def test_functions_that_docs_imported_from_their_modules_work() -> None:
     with old_names_allowed():
-        from normswap.checkpoints.content.optimizer_state import scheduler_with_gates, with_gates
-        from normswap.finetune.data.datasets import open_data
-        from normswap.surgery.importance import trainable_gates
+        from normswap.checkpoints.optimizer_state import with_gates
+        from normswap.checkpoints.scheduler_state import scheduler_with_gates
+        from normswap.surgery.gated import trainable_gates
+
+        from normswap.finetune.data import open_data
 
     model = converted()
     gates = list(trainable_gates(model))
