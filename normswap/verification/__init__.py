@@ -2,4 +2,4 @@
 
 from normswap.renamed import old_names
 
-__getattr__ = old_names("normswap.verification.equivalence")  # it was a module once
+__getattr__ = old_names("normswap.verification")  # it was a module once

@@ -2,4 +2,4 @@
 
 from normswap.renamed import old_names
 
-__getattr__ = old_names("normswap.checkpoints.architecture.registry")  # it was a module once
+__getattr__ = old_names("normswap.checkpoints.architecture")  # it was a module once

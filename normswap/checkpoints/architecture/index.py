@@ -126,7 +126,7 @@ def shipped_index() -> ArchitectureIndex:
         ArchitectureError: it is missing or damaged.
     """
     try:
-        return decode_index(files("normswap.checkpoints.architecture.registry").joinpath(_FILE).read_bytes())
+        return decode_index(files("normswap.checkpoints.architecture").joinpath(_FILE).read_bytes())
     except (OSError, lzma.LZMAError, ValueError, EOFError) as error:
         raise ArchitectureError(
             f"the index of architectures cannot be read ({error}): install normswap again, or name the architecture "

@@ -2,4 +2,4 @@
 
 from normswap.renamed import old_names
 
-__getattr__ = old_names("normswap.finetune.data.datasets")  # it was a module once
+__getattr__ = old_names("normswap.finetune.data")  # it was a module once
