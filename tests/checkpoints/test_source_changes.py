@@ -22,6 +22,7 @@ import normswap.checkpoints.loading
 import normswap.checkpoints.saving
 import normswap.surgery.planning
 import normswap.verification.equivalence
+from benchmarks.paths import ROOT
 from normswap.checkpoints.formats.formats import encode
 from normswap.cli import main
 from normswap.errors import CheckpointError
@@ -412,9 +413,8 @@ def test_a_copy_between_file_systems_is_read_and_written(tmp_path: Path, monkeyp
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_change_at_any_moment_gives_no_output_or_the_tensors_of_one_version() -> None:
     """In a process of its own, which forks the conversions: this one may have threads."""
-    root = Path(__file__).resolve().parents[2]
     command = [sys.executable, "-m", "benchmarks.robustness.source_changes", "--runs", str(RUNS)]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout + done.stderr
     outcome = json.loads(done.stdout)
     assert outcome["broken"] == []
