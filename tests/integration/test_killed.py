@@ -13,6 +13,7 @@ import pytest
 from benchmarks.paths import ROOT
 
 KILLS = 20
+pytestmark = pytest.mark.slow
 
 
 @pytest.mark.multiprocess
