@@ -55,7 +55,7 @@ def _run_all(scratch: Path, options: argparse.Namespace) -> int:
     planted, whole = scratch / "planted", scratch / "whole"
     for tree in (planted, whole):
         _copy(tree)
-    header = planted / "normswap" / "layers" / "_checks.h"
+    header = planted / "normswap" / "layers" / "csrc" / "checks.h"
     text = header.read_text()
     if CHECK not in text:
         sys.exit(f"error: {header.name}: expected the text {CHECK!r}, which this program removes to plant a fault")
@@ -108,7 +108,7 @@ def _build(tree: Path) -> None:
     out = layers / f"_compiled{sysconfig.get_config_var('EXT_SUFFIX')}"
     include = f"-I{sysconfig.get_paths()['include']}"
     subprocess.run(
-        [_compiler(), *BUILD, *FLAGS, include, str(layers / "_compiled.c"), "-lm", "-o", str(out)], check=True
+        [_compiler(), *BUILD, *FLAGS, include, str(layers / "csrc" / "module.c"), "-lm", "-o", str(out)], check=True
     )
 
 
