@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -390,6 +391,45 @@ def test_systems_without_files_without_names_copy_too(
         folders = [*origin.files.folders]
         origin.close()
         assert not any(folder.exists() for folder in folders)
+
+
+@pytest.mark.parametrize("kind", ["full", "no such folder"])
+def test_without_room_or_files_without_names_the_copy_goes_to_the_folder_of_the_system(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from normswap.checkpoints import sources
+
+    path, _ = _zip(tmp_path)
+    monkeypatch.delattr(sources.os, "memfd_create", raising=False)
+    if kind == "full":
+        monkeypatch.setattr(sources.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 0))
+    origin = sources.open_source(path, folder=tmp_path if kind == "full" else tmp_path / "missing")
+    assert tmp_path not in origin.copy.parents
+    assert origin.copy.read_bytes() == path.read_bytes()
+    folders = [*origin.files.folders]
+    origin.close()
+    assert [folder.exists() for folder in folders] == [False]
+
+
+def test_a_copy_that_is_still_mapped_is_removed_when_python_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from normswap.checkpoints import sources
+
+    later: list[Callable[[], None]] = []
+    remove, path = shutil.rmtree, _zip(tmp_path)[0]
+    monkeypatch.delattr(sources.os, "memfd_create", raising=False)
+    monkeypatch.setattr(sources.shutil, "rmtree", lambda *_, **__: None)  # as Windows does with a mapped file
+    monkeypatch.setattr(
+        sources.atexit, "register", lambda _, *given, **how: later.append(lambda: remove(*given, **how))
+    )
+    origin = sources.open_source(path, folder=tmp_path)
+    (folder,) = origin.files.folders
+    origin.close()
+    assert folder.exists()
+    (at_the_end,) = later
+    at_the_end()
+    assert not folder.exists()
 
 
 def test_a_copy_between_file_systems_is_read_and_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -127,7 +127,8 @@ def open_source(path: Path, *, folder: Path | None = None) -> Source:
         stamp = _copied(path, folder, files)
         return Source(path, _DESCRIPTORS / str(files.descriptors[-1]), {"": stamp}, files)
     else:
-        copy, names = _new_folder(files, folder) / path.name, [""]
+        has_room = folder is not None and not _is_full(folder, path.stat().st_size)
+        copy, names = _new_folder(files, folder if has_room else None) / path.name, [""]
     without_name = _opens_unnamed() and len(names) <= _MOST_DESCRIPTORS
     place = _linked if without_name else _named
     return Source(path, copy, {name: place(path / name, copy / name, folder, files) for name in names}, files)
