@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -393,22 +392,26 @@ def test_systems_without_files_without_names_copy_too(
         assert not any(folder.exists() for folder in folders)
 
 
-@pytest.mark.parametrize("kind", ["full", "no such folder"])
-def test_without_room_or_files_without_names_the_copy_goes_to_the_folder_of_the_system(
-    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("full", "is_beside"), [("nothing", False), ("temporary files", True), ("both", False)])
+def test_a_copy_with_a_name_is_put_beside_the_output_only_if_there_is_room_nowhere_else(
+    full: str, is_beside: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from normswap.checkpoints import sources
 
+    def disk_usage(folder: Path) -> Any:
+        is_full = full == "both" or (full == "temporary files" and folder != tmp_path)
+        return shutil._ntuple_diskusage(1 << 40, 0, 0 if is_full else 1 << 40)  # type: ignore[attr-defined]
+
     path, _ = _zip(tmp_path)
     monkeypatch.delattr(sources.os, "memfd_create", raising=False)
-    if kind == "full":
-        monkeypatch.setattr(sources.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 0))
-    origin = sources.open_source(path, folder=tmp_path if kind == "full" else tmp_path / "missing")
-    assert tmp_path not in origin.copy.parents
+    monkeypatch.setattr(sources.shutil, "disk_usage", disk_usage)
+    origin = sources.open_source(path, folder=tmp_path)
+    assert (origin.copy.parent.parent == tmp_path) == is_beside
     assert origin.copy.read_bytes() == path.read_bytes()
     folders = [*origin.files.folders]
     origin.close()
     assert [folder.exists() for folder in folders] == [False]
+    assert sources.open_source(path, folder=tmp_path / "missing").copy.read_bytes() == path.read_bytes()
 
 
 def test_a_copy_that_is_still_mapped_is_removed_when_python_ends(
