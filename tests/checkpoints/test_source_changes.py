@@ -402,37 +402,37 @@ def test_systems_without_files_without_names_copy_too(
 def test_a_copy_with_a_name_is_put_beside_the_output_only_if_there_is_room_nowhere_else(
     full: str, is_beside: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from normswap.checkpoints import sources
+    from normswap.checkpoints import source_copy
 
     def disk_usage(folder: Path) -> Any:
         is_full = full == "both" or (full == "temporary files" and folder != tmp_path)
         return shutil._ntuple_diskusage(1 << 40, 0, 0 if is_full else 1 << 40)  # type: ignore[attr-defined]
 
     path, _ = _zip(tmp_path)
-    monkeypatch.delattr(sources.os, "memfd_create", raising=False)
-    monkeypatch.setattr(sources.shutil, "disk_usage", disk_usage)
-    origin = sources.open_source(path, folder=tmp_path)
+    monkeypatch.delattr(source_copy.os, "memfd_create", raising=False)
+    monkeypatch.setattr(source_copy.shutil, "disk_usage", disk_usage)
+    origin = source_copy.open_source(path, folder=tmp_path)
     assert (origin.copy.parent.parent == tmp_path) == is_beside
     assert origin.copy.read_bytes() == path.read_bytes()
     folders = [*origin.files.folders]
     origin.close()
     assert [folder.exists() for folder in folders] == [False]
-    assert sources.open_source(path, folder=tmp_path / "missing").copy.read_bytes() == path.read_bytes()
+    assert source_copy.open_source(path, folder=tmp_path / "missing").copy.read_bytes() == path.read_bytes()
 
 
 def test_a_copy_that_is_still_mapped_is_removed_when_python_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from normswap.checkpoints import sources
+    from normswap.checkpoints import source_copy
 
     later: list[Callable[[], None]] = []
     remove, path = shutil.rmtree, _zip(tmp_path)[0]
-    monkeypatch.delattr(sources.os, "memfd_create", raising=False)
-    monkeypatch.setattr(sources.shutil, "rmtree", lambda *_, **__: None)  # as Windows does with a mapped file
+    monkeypatch.delattr(source_copy.os, "memfd_create", raising=False)
+    monkeypatch.setattr(source_copy.shutil, "rmtree", lambda *_, **__: None)  # as Windows does with a mapped file
     monkeypatch.setattr(
-        sources.atexit, "register", lambda _, *given, **how: later.append(lambda: remove(*given, **how))
+        source_copy.atexit, "register", lambda _, *given, **how: later.append(lambda: remove(*given, **how))
     )
-    origin = sources.open_source(path, folder=tmp_path)
+    origin = source_copy.open_source(path, folder=tmp_path)
     (folder,) = origin.files.folders
     origin.close()
     assert folder.exists()
