@@ -236,26 +236,42 @@ def test_the_operator_that_renews_statistics_writes_no_further_than_they_reach()
     memory = torch.full((128,), 7.0)
     row = torch.ones(1, 64)
     with pytest.raises(ValueError, match="running_var should contain 64 elements not 1"):
-        torch.ops.normswap.renew_running(torch.zeros(64), memory[:1], None, 0.1, 18, row, row)
+        torch.ops.normswap.update_running_stats(torch.zeros(64), memory[:1], None, 0.1, 18, row, row)
     assert (memory == 7).all()
 
 
-# C itself
+# --- the C extension
 
 
-def site(table: Tensor, x: Tensor, **changed: Any) -> list[Any]:
-    """What both passes of the extension are given first, for x (N, C, H, W) with no `running_mean` of its own."""
-    point = torch.tensor([0.2, 0.3, 0.5])
-    given: dict[str, Any] = {"mean": table, "var": table.clone(), "fixed_mean": None, "fixed_var": None}
-    given |= {"weight": torch.ones(x.shape[1]), "bias": None, "mean_point": point, "var_point": point}
-    options = {"kind": 0, "order": cpu._encode_branch_order(("in", "ln", "bn"))} | changed
-    _kept.append(given | options)
-    buffers = [number for name in given for number in cpu._buffer(options.get(name, given[name]))]
-    positions = x[0, 0].numel()
-    return [options["kind"], *x.shape[:2], positions, False, 1, *buffers, False, options["order"], 1e-5]
+def layer_arguments(x: Tensor, moments: Tensor, **changed: Any) -> dict[str, Any]:
+    """Arguments of both passes for x (N, C, H, W) with moments (N, C), without constants.
+
+    Tensors become buffers, and stay alive until the end of the test.
+    """
+    gate = torch.tensor([0.2, 0.3, 0.5])
+    given: dict[str, Any] = {"dtype": 0, "samples": x.shape[0], "channels": x.shape[1], "positions": x[0, 0].numel()}
+    given |= {"channels_last": False, "threads": 1, "softmax": False, "eps": 1e-5}
+    given |= {"branch_order": cpu._encode_branch_order(("in", "ln", "bn")), "x": x}
+    given |= {"mean": moments, "var": moments.clone(), "constant_mean": None, "constant_var": None}
+    given |= {"weight": torch.ones(x.shape[1]), "bias": None, "mean_weight": gate, "var_weight": gate}
+    return as_buffers(given | changed)
 
 
-_kept: list[Any] = []  # tensors whose addresses were taken
+def as_buffers(given: dict[str, Any]) -> dict[str, Any]:
+    _kept.append(given)
+    return {name: cpu._buffer(value) if isinstance(value, Tensor) else value for name, value in given.items()}
+
+
+def run_forward(first: dict[str, Any], **changed: Any) -> None:
+    cpu._C.forward(**first, **as_buffers({"y": None, "batch_mean": None, "batch_var": None} | changed))
+
+
+def run_backward(first: dict[str, Any], **changed: Any) -> None:
+    gradients = ("dx", "mean_weight_gradient", "var_weight_gradient", "weight_gradient", "bias_gradient")
+    cpu._C.backward(**first, **as_buffers(dict.fromkeys(("dy", *gradients)) | changed))
+
+
+_kept: list[Any] = []
 
 
 @pytest.fixture(autouse=True)
@@ -264,20 +280,26 @@ def _keep_for_one_test_only() -> Any:
     _kept.clear()
 
 
+ORDER = "branch_order: expected a different index below K for each of the K branches"
 BUFFERS: dict[str, tuple[dict[str, Any], str]] = {
     "mean": ({"mean": torch.ones(2, 3)}, "mean should contain 8 elements not 6"),
     "var": ({"var": torch.ones(2, 5)}, "var should contain 8 elements not 10"),
-    "kind of a table": ({"var": torch.ones(2, 4).double()}, "var: expected another kind of number than 1"),
-    "constants": ({"fixed_mean": torch.ones(3), "fixed_var": torch.ones(4)}, "running_mean should contain 4 elements"),
-    "one constant": ({"fixed_mean": torch.ones(4)}, "expected running_mean and running_var together"),
+    "no mean": ({"mean": None}, "mean: expected a buffer of 8 elements, got None"),
+    "dtype of a table": ({"var": torch.ones(2, 4).double()}, "var: unexpected dtype code 1"),
+    "int64": ({"weight": torch.ones(4, dtype=torch.int64)}, "weight: unexpected dtype code 4"),
+    "constants": ({"constant_mean": torch.ones(3), "constant_var": torch.ones(4)}, "constant_mean should contain 4"),
+    "one constant": ({"constant_mean": torch.ones(4)}, "expected constant_mean and constant_var together"),
     "weight": ({"weight": torch.ones(3)}, "weight should contain 4 elements not 3"),
     "bias": ({"bias": torch.ones(0)}, "bias should contain 4 elements not 0"),
-    "gate": ({"mean_point": torch.ones(2)}, "mean_weight should contain 3 elements not 2"),
-    "another gate": ({"var_point": torch.ones(4)}, "var_weight should contain 3 elements not 4"),
-    "places": ({"order": 0b111101}, "expected every branch in use at a place of its own"),
-    "no places": ({"order": 0}, "expected every branch in use at a place of its own"),
-    "far places": ({"order": 0b000011}, "expected every branch in use at a place of its own"),
-    "kind": ({"kind": 4}, "expected a kind of number and a shape without zeros"),
+    "negative": ({"bias": (0, 0, -1)}, "bias: expected a number of elements of at least 0, got -1"),
+    "gate": ({"mean_weight": torch.ones(2)}, "mean_weight should contain 3 elements not 2"),
+    "another gate": ({"var_weight": torch.ones(4)}, "var_weight should contain 3 elements not 4"),
+    "order": ({"branch_order": 0b111101}, ORDER),
+    "no branches": ({"branch_order": 0}, ORDER),
+    "gap in the order": ({"branch_order": 0b000011}, ORDER),
+    "dtype": ({"dtype": 4}, "expected a floating dtype and a shape without zeros"),
+    "no samples": ({"samples": 0}, "expected a floating dtype and a shape without zeros"),
+    "overflow": ({"positions": 1 << 62}, "expected a floating dtype and a shape without zeros"),
 }
 
 
@@ -286,11 +308,11 @@ BUFFERS: dict[str, tuple[dict[str, Any], str]] = {
 def test_the_extension_checks_every_buffer(changed: dict[str, Any], message: str) -> None:
     x, table = torch.randn(2, 4, 3, 3), torch.ones(2, 4)
     y, dx = torch.full_like(x, 7), torch.full_like(x, 7)
-    first, absent = site(table, x, **changed), cpu._NULL_BUFFER
+    first = layer_arguments(x, table, **changed)
     with pytest.raises(ValueError, match=message):
-        cpu._C.normalise(*first, *cpu._buffer(x), *cpu._buffer(y), *absent, *absent)
+        run_forward(first, y=y)
     with pytest.raises(ValueError, match=message):
-        cpu._C.differentiate(*first, *cpu._buffer(x) * 2, *cpu._buffer(dx), *absent * 4)
+        run_backward(first, dy=x, dx=dx)
     assert (y == 7).all()
     assert (dx == 7).all()
     assert (table == 1).all()
@@ -299,27 +321,46 @@ def test_the_extension_checks_every_buffer(changed: dict[str, Any], message: str
 @NEEDS_C
 def test_the_extension_checks_what_it_writes() -> None:
     x, table = torch.randn(2, 4, 3, 3), torch.ones(2, 4)
-    first, absent, good = site(table, x), cpu._NULL_BUFFER, cpu._buffer(x)
-    y, short, row = torch.empty_like(x), torch.empty(71), torch.empty(3)
-    for rest, message in (
-        ((x, short), "y should contain 72 elements not 71"),
-        ((short, y), "x should contain 72 elements not 71"),
-        ((x, x), "y and x share memory"),
-        ((x, x.double()), "y: expected another kind of number than 1"),
+    first = layer_arguments(x, table)
+    y, short = torch.empty_like(x), torch.empty(71)
+    for changed, message in (
+        ({"y": short}, "y should contain 72 elements not 71"),
+        ({"y": x}, "y and x share memory"),
+        ({"y": x.double()}, "y: unexpected dtype code 1"),
+        ({"y": None}, "y: expected a buffer of 72 elements, got None"),
+        ({"y": y, "batch_mean": torch.empty(3)}, "batch_mean should contain 4 elements not 3"),
     ):
         with pytest.raises(ValueError, match=message):
-            cpu._C.normalise(*first, *(n for t in rest for n in cpu._buffer(t)), *absent, *absent)
-    with pytest.raises(ValueError, match="bn_mean should contain 4 elements not 3"):
-        cpu._C.normalise(*first, *good, *cpu._buffer(y), *cpu._buffer(row), *absent)
-    for at, name in enumerate(
-        ("gradient of x", "gradient of mean_weight", "gradient of var_weight", "gradient of weight")
-    ):
-        gradients = [absent] * 5
-        gradients[at] = cpu._buffer(torch.empty(5))
+            run_forward(first, **changed)
+    with pytest.raises(ValueError, match="x should contain 72 elements not 71"):
+        run_forward(first | as_buffers({"x": short}), y=y)
+    for name in ("dx", "mean_weight_gradient", "var_weight_gradient", "weight_gradient", "bias_gradient"):
         with pytest.raises(ValueError, match=f"{name} should contain"):
-            cpu._C.differentiate(*first, *good, *good, *itertools.chain(*gradients))
-    with pytest.raises(ValueError, match="gradient of x and dy share memory"):
-        cpu._C.differentiate(*first, *good, *good, *good, *absent * 4)
+            run_backward(first, dy=x, **{name: torch.empty(5)})
+    with pytest.raises(ValueError, match="dy should contain 72 elements not 71"):
+        run_backward(first, dy=short)
+    with pytest.raises(ValueError, match="dx and x share memory"):
+        run_backward(first, dy=y, dx=x)
+
+
+@NEEDS_C
+def test_the_extension_takes_arguments_by_name() -> None:
+    x, table = torch.randn(2, 4, 3, 3), torch.ones(2, 4)
+    first = layer_arguments(x, table)
+    y, again = torch.empty_like(x), torch.empty_like(x)
+    run_forward(first, y=y)
+    run_forward(dict(reversed(first.items())), y=again)
+    assert again.equal(y)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'epsilon'"):
+        run_forward({"epsilon" if name == "eps" else name: value for name, value in first.items()}, y=y)
+    with pytest.raises(TypeError, match="expected 21 keyword arguments, got 20 and 0 positional ones"):
+        run_forward({name: value for name, value in first.items() if name != "eps"}, y=y)
+    with pytest.raises(TypeError, match=r"x: expected a tuple \(address, dtype, number of elements\) or None"):
+        run_forward(first | {"x": x.data_ptr()}, y=y)
+    with pytest.raises(TypeError):
+        run_forward(first | {"eps": "small"}, y=y)
+    with pytest.raises(TypeError):
+        run_forward(first | {"samples": 2.0}, y=y)
 
 
 @NEEDS_C
@@ -336,21 +377,25 @@ def test_the_extension_records_no_further_than_statistics_reach() -> None:
     row, mean, var, memory = torch.ones(4), torch.zeros(4), torch.ones(4), torch.full((8,), 7.0)
     count = torch.tensor([0, 0])
 
-    def record(*tensors: Tensor, counts: int = 1) -> None:
-        buffers = (number for tensor in tensors for number in cpu._buffer(tensor))
-        cpu._C.record(4, 0.1, 1.0, *buffers, count.data_ptr(), counts)
+    def update(*tensors: Tensor, counts: Tensor = count[:1]) -> None:
+        buffers = dict(zip(("mean", "var", "running_mean", "running_var"), tensors, strict=True))
+        cpu._C.update_running(
+            channels=4, momentum=0.1, var_factor=1.0, **as_buffers({**buffers, "num_batches_tracked": counts})
+        )
 
     for tensors, message in (
         ((row, row, mean, memory[:1]), "running_var should contain 4 elements not 1"),
         ((row, row, memory[:3], var), "running_mean should contain 4 elements not 3"),
-        ((row[:2], row, mean, var), "mean of the batch should contain 4 elements not 2"),
+        ((row[:2], row, mean, var), "mean should contain 4 elements not 2"),
         ((row, row, memory[:4], memory[3:7]), "running_mean and running_var share memory"),
         ((row, row, row, var), "share memory"),
     ):
         with pytest.raises(ValueError, match=message):
-            record(*tensors)
-    with pytest.raises(ValueError, match="num_batches_tracked should contain 1 element not 0"):
-        record(row, row, mean, var, counts=0)
+            update(*tensors)
+    with pytest.raises(ValueError, match="num_batches_tracked should contain 1 element not 2"):
+        update(row, row, mean, var, counts=count)
+    with pytest.raises(ValueError, match="num_batches_tracked: unexpected dtype code 0"):
+        update(row, row, mean, var, counts=row[:1])
     assert (memory == 7).all()
     assert mean.equal(torch.zeros(4))
     assert count.equal(torch.tensor([0, 0]))
@@ -361,7 +406,7 @@ def test_the_compiled_passes_take_no_other_layout() -> None:
     x = torch.randn(2, 3, 4, 5).transpose(1, 3)
     inputs = Inputs(x, torch.ones(3), torch.ones(3), None, None, None, Mixing("softmax", BRANCHES, 1e-5))
     with pytest.raises(LayerError, match="expected a contiguous or channels_last input, got strides"):
-        cpu.normalise(inputs)
+        cpu.extension_forward(inputs)
     backend = fused_backend(x)
     assert backend is not None
     backend.forward(inputs)  # lays it out first

@@ -14,9 +14,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 import normswap
 from normswap.errors import LayerError
 
-REFUSED = (
-    "whose importance weights are not those of BN cannot be folded as one: keep the layer, or put the old norm back"
-)
+REFUSED = "can be folded as a BatchNorm only while its importance weights are those of BN: keep the layer"
 
 # The blocks that fold in these models' own way without asking what class the norm is.
 SILENT_FOLDERS = ["repvit_m0_9", "levit_128s", "efficientvit_m0"]

@@ -12,12 +12,13 @@ import normswap
 from normswap.errors import LayerError
 
 UNMAPPED = (
-    "torch.func.vmap maps the input, but not the running statistics that training updates in place: call "
+    "torch.func.vmap maps the input but not the running statistics that training updates in place: call "
     r'normswap.set_bn_statistics\(model, "running"\) or model.eval\(\) first'
 )
 NOT_GIVEN = (
-    "a derivative of torch.func was not given the running statistics that training updates in place: pass the buffers "
-    r'as an argument of the function, or call normswap.set_bn_statistics\(model, "running"\) or model.eval\(\) first'
+    "training updates running statistics in place, and they are no argument of the function that torch.func "
+    r'differentiates: pass the buffers as an argument, or call normswap.set_bn_statistics\(model, "running"\) '
+    r"or model.eval\(\) first"
 )
 
 

@@ -218,8 +218,8 @@ def test_a_gate_of_the_other_kind_is_refused(make: Callable[[str], nn.Module], s
     nn.init.uniform_(source[0].mean_weight)  # type: ignore[arg-type]
     with pytest.raises(
         RuntimeError,
-        match=rf"(?s)0\.mean_weight: expected a {expected} gate, the state dict holds a {stored} one"
-        rf".*0\.var_weight: expected a {expected} gate, the state dict holds a {stored} one",
+        match=rf"(?s)0\.mean_weight: expected a {expected} gate, got a {stored} gate in the state dict"
+        rf".*0\.var_weight: expected a {expected} gate, got a {stored} gate in the state dict",
     ):
         target.load_state_dict(source.state_dict())
     for name, value in target.state_dict().items():
@@ -228,7 +228,7 @@ def test_a_gate_of_the_other_kind_is_refused(make: Callable[[str], nn.Module], s
 
 def test_a_gate_of_the_other_kind_is_refused_on_the_meta_device_too() -> None:
     source, target = gate_layer("softmax", device="meta"), gate_layer("simplex", device="meta")
-    with pytest.raises(RuntimeError, match="expected a simplex gate, the state dict holds a softmax one"):
+    with pytest.raises(RuntimeError, match="expected a simplex gate, got a softmax gate in the state dict"):
         target.load_state_dict(source.state_dict())
     target.load_state_dict(without_metadata(gate_layer("simplex", device="meta").state_dict()), assign=True)
 
@@ -257,7 +257,7 @@ def test_a_dict_without_metadata_must_hold_points_of_the_simplex(
         assert target.mean_weight.tolist() == torch.tensor(values).tolist()
         return
     message = (
-        f"mean_weight: expected a point of the simplex (shares >= 0 of sum 1), got {torch.tensor(values).tolist()}; "
+        f"mean_weight: expected importance weights (non-negative, with sum 1), got {torch.tensor(values).tolist()}; "
         "if these are logits, build the layer with gate='softmax'"
     )
     with pytest.raises(RuntimeError, match=re.escape(message)):
@@ -417,10 +417,10 @@ def test_a_stripped_prefix_keeps_the_kind_of_gate() -> None:
     wrapped.add_module("module", nn.Sequential(gate_layer("softmax")))
     state = wrapped.state_dict()
     nn.modules.utils.consume_prefix_in_state_dict_if_present(state, "module.")
-    with pytest.raises(RuntimeError, match="expected a simplex gate, the state dict holds a softmax one"):
+    with pytest.raises(RuntimeError, match="expected a simplex gate, got a softmax gate in the state dict"):
         nn.Sequential(gate_layer("simplex")).load_state_dict(state)
 
 
 def test_the_kind_of_gate_is_refused_without_strict_too() -> None:
-    with pytest.raises(RuntimeError, match="expected a simplex gate, the state dict holds a softmax one"):
+    with pytest.raises(RuntimeError, match="expected a simplex gate, got a softmax gate in the state dict"):
         gate_layer("simplex").load_state_dict(gate_layer("softmax").state_dict(), strict=False)

@@ -174,5 +174,5 @@ def test_unknown_names_are_refused() -> None:
 
 
 def test_a_vertex_outside_the_branches_is_refused() -> None:
-    with pytest.raises(LayerError, match=r"expected 'bn' among them to start from it, got \('in', 'ln'\)"):
+    with pytest.raises(LayerError, match=r"expected 'bn' among them, where the gate starts, got \('in', 'ln'\)"):
         initial_point("simplex", ("in", "ln"), vertex="bn")

@@ -243,7 +243,9 @@ def test_gates_have_the_dtype_and_device_of_the_norm(dtype: torch.dtype, device:
 def test_a_simplex_start_without_bn_is_refused_before_anything_is_written() -> None:
     bn = nn.BatchNorm2d(4)
     before = snapshot(bn)
-    with pytest.raises(LayerError, match=r"branches: expected 'bn' among them to start from it, got \('in', 'ln'\)"):
+    with pytest.raises(
+        LayerError, match=r"branches: expected 'bn' among them, where the gate starts, got \('in', 'ln'\)"
+    ):
         adopt_as(bn, SwitchNorm2d, branches=("in", "ln"))
     assert type(bn) is nn.BatchNorm2d
     assert_identical(snapshot(bn), before)
@@ -257,10 +259,10 @@ def test_a_simplex_start_without_bn_is_refused_before_anything_is_written() -> N
         (lambda: nn.Linear(4, 4), "expected a BatchNorm module, got Linear"),
         (lambda: nn.LayerNorm(4), "expected a BatchNorm module, got LayerNorm"),
         (lambda: nn.InstanceNorm2d(4), "expected a BatchNorm module, got InstanceNorm2d"),
-        (lambda: SwitchNorm2d(4), "expected a BatchNorm module, got SwitchNorm2d, which is a SwitchNorm layer already"),
+        (lambda: SwitchNorm2d(4), "expected a BatchNorm module, got SwitchNorm2d, which already is a SwitchNorm layer"),
         (
             lambda: nn.LazyBatchNorm1d(),
-            "expected tensors of known size, got LazyBatchNorm1d that has seen no input: run one batch through it",
+            "expected a module with initialised tensors, got an uninitialised LazyBatchNorm1d: run one batch",
         ),
         (
             lambda: BatchNormAct2d(4),
@@ -300,7 +302,7 @@ def test_the_original_class_is_found_by_name(cls: type[nn.Module]) -> None:
 def test_a_layer_that_replaced_nothing_cannot_be_released(act: Callable[[nn.Module], Any]) -> None:
     layer = SwitchNorm2d(4)
     with pytest.raises(
-        SwapError, match=r"expected a layer made by normswap\.convert, got a SwitchNorm2d that replaced nothing"
+        SwapError, match=r"expected a layer made by normswap\.convert, got a SwitchNorm2d that replaced no norm"
     ):
         act(layer)
     assert type(layer) is SwitchNorm2d
@@ -309,7 +311,7 @@ def test_a_layer_that_replaced_nothing_cannot_be_released(act: Callable[[nn.Modu
 def test_a_layer_is_released_once() -> None:
     layer = adopt_as(nn.BatchNorm2d(4), SwitchNorm2d)
     revert_module(layer)
-    with pytest.raises(SwapError, match="got a BatchNorm2d that replaced nothing"):
+    with pytest.raises(SwapError, match="got a BatchNorm2d that replaced no norm"):
         revert_module(layer)
 
 
@@ -319,7 +321,8 @@ def test_a_class_that_is_not_imported_is_named(name: str) -> None:
     layer.__dict__["replaced"] = Replaced(name, layer.__dict__["replaced"].added)
     before, imported = snapshot(layer), {*sys.modules}
     with pytest.raises(
-        SwapError, match=f"cannot put back {re.escape(name)}: import its module first, then revert again"
+        SwapError,
+        match=f"cannot put back {re.escape(name)}, whose module is not imported: import it, then revert again",
     ):
         revert_module(layer)
     assert type(layer) is SwitchNorm2d

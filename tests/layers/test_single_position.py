@@ -102,8 +102,8 @@ def test_the_weight_of_in_goes_to_another_branch(
 def test_in_as_the_only_branch_is_refused_at_one_position(backend: str) -> None:
     x = torch.randn(3, 4, 1, 1)
     expected = (
-        "one spatial position per channel (input of shape (3, 4, 1, 1)) leaves the `in` branch no variance, and there "
-        "is no other one: build the layer with branches=('ln', 'bn'), or plan with an input of the real size"
+        "the `in` branch has no variance with one spatial position (input of shape (3, 4, 1, 1)), and there is no "
+        "other branch: build the layer with branches=('ln', 'bn'), or plan with an input of the real size"
     )
     with normswap.use_backend(backend), pytest.raises(LayerError, match=re.escape(expected)):
         switch_norm(x, torch.ones(1), torch.ones(1), branches=("in",))
@@ -138,9 +138,9 @@ def trained(model: nn.Module) -> nn.Module:
 
 def warning_of(name: str) -> str:
     return (
-        f"{name} is fed one spatial position per channel, where `in` has no variance: in such calls the weight of `in` "
-        "goes to `ln`, and parameters stay as they are. To leave `in` out, convert with an example input "
-        "of the real size"
+        f"{name} got an input with one spatial position per channel, where `in` has no variance: in such calls its "
+        "weight is added to that of `ln`; the parameters do not change. To leave `in` out, convert with an example "
+        "input of the real size"
     )
 
 

@@ -277,13 +277,13 @@ REFUSED_ORIGINALS: dict[str, tuple[type[SwitchNorm], Callable[[], nn.Module], di
         SwitchNorm2d,
         lambda: SwitchNorm2d(4),
         {},
-        "expected a BatchNorm module, got SwitchNorm2d, which is a SwitchNorm layer already",
+        "expected a BatchNorm module, got SwitchNorm2d, which already is a SwitchNorm layer",
     ),
     "a lazy one": (
         SwitchNorm2d,
         nn.LazyBatchNorm2d,
         {},
-        "expected tensors of known size, got LazyBatchNorm2d that has seen no input: run one batch through it first",
+        "expected a module with initialised tensors, got an uninitialised LazyBatchNorm2d: run one batch",
     ),
     "a fused activation": (
         SwitchNorm2d,
@@ -301,7 +301,7 @@ REFUSED_ORIGINALS: dict[str, tuple[type[SwitchNorm], Callable[[], nn.Module], di
         SwitchNorm2d,
         lambda: nn.BatchNorm2d(4),
         {"branches": ("in", "ln")},
-        "branches: expected `bn` among them to start from Batch Normalization, got ('in', 'ln')",
+        "branches: expected `bn` among them to start at batch normalization, got ('in', 'ln')",
     ),
     "gate": (SwitchNorm2d, lambda: nn.BatchNorm2d(4), {"gate": "hard"}, "gate: expected one of"),
     "bn_statistics": (

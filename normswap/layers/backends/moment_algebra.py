@@ -65,8 +65,8 @@ def read_site(inputs: Inputs, moments: Moments) -> Site:
         for parameter in (inputs.weight, inputs.bias)
     )
     branch_weights = (
-        read_branch_weights(inputs.mean_point, inputs.mixing),
-        read_branch_weights(inputs.var_point, inputs.mixing),
+        read_branch_weights(inputs.mean_gate, inputs.mixing),
+        read_branch_weights(inputs.var_gate, inputs.mixing),
     )
     return Site(
         moments, inputs.constants, weight, bias, *branch_weights, inputs.mixing, inputs.running_stats_update is not None

@@ -14,8 +14,8 @@ Tables, all in float32, with N C entries unless said otherwise; variances are bi
                       BN (C, C), p and q of every (n, c), the sums of dy and of dy (x - centre) of every part, and the
                       gradients of importance weights of every program that pools
 
-with p = dmu / M and q = 2 dvar / M as in `normswap.layers.backends.moment_algebra`. Where M, N, C and dtypes are named, they are
-`positions`, `samples`, `channels` and those of the pointers.
+with p = dmu / M and q = 2 dvar / M as in `normswap.layers.backends.moment_algebra`. Where M, N, C and dtypes are named,
+they are `positions`, `samples`, `channels` and those of the pointers.
 
 No number goes through the host: importance weights are computed from the gate parameters wherever they are needed. A
 share of exactly zero silences what it would multiply.
@@ -317,7 +317,7 @@ def pool_kernel(
 
 @triton.jit(do_not_specialize=["samples"])
 def affine_kernel(
-    x, y, in_mean, in_var, workspace, constant_mean, constant_var, mean_point, var_point, weight, bias,
+    x, y, in_mean, in_var, workspace, constant_mean, constant_var, mean_gate, var_gate, weight, bias,
     samples, channels, units, span, splits, eps,
     SIMPLEX: tl.constexpr, IN: tl.constexpr, LN: tl.constexpr, BN: tl.constexpr, CONSTANT: tl.constexpr,
     UNIT: tl.constexpr, LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
@@ -332,9 +332,9 @@ def affine_kernel(
         n, c, channel_mask, in_mean, in_var, workspace, constant_mean, constant_var, samples, channels, LN, BN, CONSTANT
     )
     centre = _centre(mean)
-    in_, ln, bn = _branch_weights(mean_point, SIMPLEX, IN, LN, BN)
+    in_, ln, bn = _branch_weights(mean_gate, SIMPLEX, IN, LN, BN)
     deviation = _mix(in_, ln, bn, mean - centre, ln_mean - centre, bn_mean - centre)
-    in_, ln, bn = _branch_weights(var_point, SIMPLEX, IN, LN, BN)
+    in_, ln, bn = _branch_weights(var_gate, SIMPLEX, IN, LN, BN)
     scale = tl.div_rn(1.0, tl.sqrt_rn(_mix(in_, ln, bn, var, ln_var, bn_var) + eps))
     if weight is not None:
         scale *= tl.load(weight + c, mask=channel_mask, other=0.0).to(tl.float32)
@@ -390,7 +390,7 @@ def sums_kernel(
 
 @triton.jit
 def _branch_terms(
-    n, c, mask, in_mean, in_var, workspace, constant_mean, constant_var, mean_point, var_point, weight,
+    n, c, mask, in_mean, in_var, workspace, constant_mean, constant_var, mean_gate, var_gate, weight,
     samples, channels, table, splits, positions, eps,
     SIMPLEX: tl.constexpr, IN: tl.constexpr, LN: tl.constexpr, BN: tl.constexpr, CONSTANT: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -400,9 +400,9 @@ def _branch_terms(
         n, c, mask, in_mean, in_var, workspace, constant_mean, constant_var, samples, channels, LN, BN, CONSTANT
     )
     centre = _centre(mean)
-    in_, ln, bn = _branch_weights(mean_point, SIMPLEX, IN, LN, BN)
+    in_, ln, bn = _branch_weights(mean_gate, SIMPLEX, IN, LN, BN)
     deviation = _mix(in_, ln, bn, mean - centre, ln_mean - centre, bn_mean - centre)
-    in_, ln, bn = _branch_weights(var_point, SIMPLEX, IN, LN, BN)
+    in_, ln, bn = _branch_weights(var_gate, SIMPLEX, IN, LN, BN)
     rstd = tl.div_rn(1.0, tl.sqrt_rn(_mix(in_, ln, bn, var, ln_var, bn_var) + eps))
     wide = tl.cast(table, tl.int64)
     sums = workspace + 4 * (samples + channels) + 2 * wide
@@ -425,7 +425,7 @@ def _product(pooled_terms, statistic):
 @triton.jit
 def _terms_along_channels(
     pid, pooled_terms, terms, parts,
-    in_mean, in_var, workspace, constant_mean, constant_var, mean_point, var_point, weight,
+    in_mean, in_var, workspace, constant_mean, constant_var, mean_gate, var_gate, weight,
     samples, channels, table, splits, positions, eps,
     SIMPLEX: tl.constexpr, IN: tl.constexpr, LN: tl.constexpr, BN: tl.constexpr, CONSTANT: tl.constexpr,
     SPLITS: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
@@ -442,7 +442,7 @@ def _terms_along_channels(
         c = (start + lanes)[None, :]
         mask = (n < samples) & (c < channels)
         p, q, _, _, centre, var, ln_mean, ln_var, _, _ = _branch_terms(
-            n, c, mask, in_mean, in_var, workspace, constant_mean, constant_var, mean_point, var_point, weight,
+            n, c, mask, in_mean, in_var, workspace, constant_mean, constant_var, mean_gate, var_gate, weight,
             samples, channels, table, splits, positions, eps, SIMPLEX, IN, LN, BN, CONSTANT, SPLITS,
         )  # fmt: skip
         entry_index = n.to(tl.int64) * channels + c
@@ -463,7 +463,7 @@ def _terms_along_channels(
 @triton.jit
 def _terms_along_samples(
     pid, pooled_terms, parts, weight_gradient, bias_gradient,
-    in_mean, in_var, workspace, constant_mean, constant_var, mean_point, var_point, weight,
+    in_mean, in_var, workspace, constant_mean, constant_var, mean_gate, var_gate, weight,
     samples, channels, table, splits, positions, eps,
     SIMPLEX: tl.constexpr, IN: tl.constexpr, LN: tl.constexpr, BN: tl.constexpr, CONSTANT: tl.constexpr,
     SPLITS: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
@@ -481,7 +481,7 @@ def _terms_along_samples(
         n = (start + lanes)[None, :]
         mask = (n < samples) & (c < channels)
         p, q, dy_sum, dy_xhat_sum, centre, _, _, _, bn_mean, bn_var = _branch_terms(
-            n, c, mask, in_mean, in_var, workspace, constant_mean, constant_var, mean_point, var_point, weight,
+            n, c, mask, in_mean, in_var, workspace, constant_mean, constant_var, mean_gate, var_gate, weight,
             samples, channels, table, splits, positions, eps, SIMPLEX, IN, LN, BN, CONSTANT, SPLITS,
         )  # fmt: skip
         p_sum += p
@@ -505,7 +505,7 @@ def _terms_along_samples(
 
 @triton.jit(do_not_specialize=["samples", "table", "by_sample"])
 def terms_kernel(
-    in_mean, in_var, workspace, constant_mean, constant_var, mean_point, var_point, weight,
+    in_mean, in_var, workspace, constant_mean, constant_var, mean_gate, var_gate, weight,
     weight_gradient, bias_gradient, samples, channels, positions, splits, table, by_sample, eps,
     SIMPLEX: tl.constexpr, IN: tl.constexpr, LN: tl.constexpr, BN: tl.constexpr, CONSTANT: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -522,14 +522,14 @@ def terms_kernel(
     if pid < by_sample:
         _terms_along_channels(
             pid, pooled_terms, terms, parts,
-            in_mean, in_var, workspace, constant_mean, constant_var, mean_point, var_point, weight,
+            in_mean, in_var, workspace, constant_mean, constant_var, mean_gate, var_gate, weight,
             samples, channels, table, splits, positions, eps,
             SIMPLEX, IN, LN, BN, CONSTANT, SPLITS, LN_ROWS, LN_LANES,
         )  # fmt: skip
     else:
         _terms_along_samples(
             pid - by_sample, pooled_terms + 2 * samples, parts + 3 * by_sample, weight_gradient, bias_gradient,
-            in_mean, in_var, workspace, constant_mean, constant_var, mean_point, var_point, weight,
+            in_mean, in_var, workspace, constant_mean, constant_var, mean_gate, var_gate, weight,
             samples, channels, table, splits, positions, eps,
             SIMPLEX, IN, LN, BN, CONSTANT, SPLITS, BN_ROWS, BN_LANES,
         )  # fmt: skip
@@ -547,7 +547,7 @@ def _sum_of(parts, count, step, LANES: tl.constexpr):
 
 @triton.jit(do_not_specialize=["samples", "table", "by_sample", "by_channel"])
 def gradient_kernel(
-    dy, x, dx, in_mean, in_var, workspace, constant_mean, constant_var, mean_point, var_point, weight,
+    dy, x, dx, in_mean, in_var, workspace, constant_mean, constant_var, mean_gate, var_gate, weight,
     mean_gradient, var_gradient, samples, channels, units, span, splits, table, by_sample, by_channel, eps,
     SIMPLEX: tl.constexpr, IN: tl.constexpr, LN: tl.constexpr, BN: tl.constexpr, CONSTANT: tl.constexpr,
     GATES: tl.constexpr, UNIT: tl.constexpr, LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
@@ -564,13 +564,13 @@ def gradient_kernel(
         if mean_gradient is not None:
             ln = _sum_of(parts, by_sample, 3, 256) * -positions
             bn = _sum_of(channel_parts, by_channel, 2, 256) * -positions
-            _write_gate_gradient(mean_gradient, mean_point, ln * 0.0, ln, bn, SIMPLEX, IN, LN, BN)
+            _write_gate_gradient(mean_gradient, mean_gate, ln * 0.0, ln, bn, SIMPLEX, IN, LN, BN)
         if var_gradient is not None:
             half = positions * 0.5
             in_ = _sum_of(parts + 1, by_sample, 3, 256) * half
             ln = _sum_of(parts + 2, by_sample, 3, 256) * half
             bn = _sum_of(channel_parts + 1, by_channel, 2, 256) * half
-            _write_gate_gradient(var_gradient, var_point, in_, ln, bn, SIMPLEX, IN, LN, BN)
+            _write_gate_gradient(var_gradient, var_gate, in_, ln, bn, SIMPLEX, IN, LN, BN)
     else:
         n, c, _, begin, end, base, offsets = _tile(
             pid - GATES, channels, positions, span, splits, LAST, BLOCK_C, BLOCK_P
@@ -592,8 +592,8 @@ def gradient_kernel(
             CONSTANT,
         )
         centre = _centre(mean)
-        mean_in, mean_ln, mean_bn = _branch_weights(mean_point, SIMPLEX, IN, LN, BN)
-        var_in, var_ln, var_bn = _branch_weights(var_point, SIMPLEX, IN, LN, BN)
+        mean_in, mean_ln, mean_bn = _branch_weights(mean_gate, SIMPLEX, IN, LN, BN)
+        var_in, var_ln, var_bn = _branch_weights(var_gate, SIMPLEX, IN, LN, BN)
         scale = tl.div_rn(1.0, tl.sqrt_rn(_mix(var_in, var_ln, var_bn, var, ln_var, bn_var) + eps))
         if weight is not None:
             scale *= tl.load(weight + c, mask=channel_mask, other=0.0).to(tl.float32)

@@ -132,7 +132,7 @@ def _branch_flags(branches: Sequence[Branch]) -> dict[str, bool]:
 
 def forward(inputs: Inputs) -> Normalised:
     """Normalise; see `fused.Forward`."""
-    x, mean_point, var_point, weight, bias, constants, mixing, _ = inputs
+    x, mean_gate, var_gate, weight, bias, constants, mixing, _ = inputs
     x = to_supported_layout(x)
     samples, channels = x.shape[:2]
     table = samples * channels
@@ -172,7 +172,7 @@ def forward(inputs: Inputs) -> Normalised:
             mean,
             var,
             workspace,
-            *_as_contiguous(*(constants or (None, None)), mean_point, var_point, weight, bias),
+            *_as_contiguous(*(constants or (None, None)), mean_gate, var_gate, weight, bias),
             samples,
             channels,
             units,
@@ -191,7 +191,7 @@ def forward(inputs: Inputs) -> Normalised:
 
 def backward(dy: Tensor, inputs: Inputs, saved: Moments, needs_input_grad: tuple[bool, ...]) -> Gradients:
     """Return the gradients; see `fused.Backward`."""
-    x, mean_point, var_point, weight, _, constants, mixing, _ = inputs
+    x, mean_gate, var_gate, weight, _, constants, mixing, _ = inputs
     x = to_supported_layout(x)
     dy = match_layout(dy, x)
     samples, channels = x.shape[:2]
@@ -204,7 +204,7 @@ def backward(dy: Tensor, inputs: Inputs, saved: Moments, needs_input_grad: tuple
     dx = torch.empty_like(x) if needs_input_grad[0] else None
     mean_gradient, var_gradient, weight_gradient = (
         tensor.new_empty(tensor.shape) if want and tensor is not None else None
-        for tensor, want in zip((mean_point, var_point, weight), needs_input_grad[1:4], strict=True)
+        for tensor, want in zip((mean_gate, var_gate, weight), needs_input_grad[1:4], strict=True)
     )
     bias_gradient = saved.mean.new_empty(channels) if needs_input_grad[4] else None
     workspace = saved.mean.new_empty(
@@ -215,7 +215,7 @@ def backward(dy: Tensor, inputs: Inputs, saved: Moments, needs_input_grad: tuple
     )
     units = tiling.positions // tiling.tile["UNIT"]
     # Constants, gate parameters and weight.
-    parameters = _as_contiguous(*(constants or (None, None)), mean_point, var_point, weight)
+    parameters = _as_contiguous(*(constants or (None, None)), mean_gate, var_gate, weight)
     with _device_context(x):
         sums_kernel[(pool_programs + tiling.row_programs,)](
             dy,
