@@ -148,12 +148,11 @@ def extension_forward(inputs: Inputs) -> Normalised:
         batch = Moments(x.new_empty(row, dtype=dtype), x.new_empty(row, dtype=dtype))
     inputs = _with_contiguous_parameters(inputs)  # keeps copies alive during the call
     batch_mean, batch_var = batch or (None, None)
-    _C.forward(
-        **_layer_arguments(inputs, saved),
-        y=_buffer(y),
-        batch_mean=_buffer(batch_mean),
-        batch_var=_buffer(batch_var),
-    )
+    arguments = _layer_arguments(inputs, saved)
+    arguments["y"] = _buffer(y)
+    arguments["batch_mean"] = _buffer(batch_mean)
+    arguments["batch_var"] = _buffer(batch_var)
+    _C.forward(arguments)
     return Normalised(y, batch, saved)
 
 
@@ -168,15 +167,14 @@ def extension_backward(dy: Tensor, inputs: Inputs, saved: Moments, needs_input_g
         table.new_empty(table.shape[1]) if needs_input_grad[4] else None,
     )
     inputs = _with_contiguous_parameters(inputs)  # keeps copies alive during the call
-    _C.backward(
-        **_layer_arguments(inputs, saved),
-        dy=_buffer(dy),
-        dx=_buffer(gradients.x),
-        mean_weight_gradient=_buffer(gradients.mean_gate),
-        var_weight_gradient=_buffer(gradients.var_gate),
-        weight_gradient=_buffer(gradients.weight),
-        bias_gradient=_buffer(gradients.bias),
-    )
+    arguments = _layer_arguments(inputs, saved)
+    arguments["dy"] = _buffer(dy)
+    arguments["dx"] = _buffer(gradients.x)
+    arguments["mean_weight_gradient"] = _buffer(gradients.mean_gate)
+    arguments["var_weight_gradient"] = _buffer(gradients.var_gate)
+    arguments["weight_gradient"] = _buffer(gradients.weight)
+    arguments["bias_gradient"] = _buffer(gradients.bias)
+    _C.backward(arguments)
     return gradients
 
 
@@ -206,23 +204,24 @@ def update_running(
         return False
     if count is not None and count.dtype != torch.int64:
         return False
-    _C.update_running(
-        channels=batch.mean.numel(),
-        momentum=momentum,
-        var_factor=var_factor,
-        mean=_buffer(batch.mean),
-        var=_buffer(batch.var),
-        running_mean=_buffer(running_mean),
-        running_var=_buffer(running_var),
-        num_batches_tracked=_buffer(count),
-    )
+    arguments = {
+        "channels": batch.mean.numel(),
+        "momentum": momentum,
+        "var_factor": var_factor,
+        "mean": _buffer(batch.mean),
+        "var": _buffer(batch.var),
+        "running_mean": _buffer(running_mean),
+        "running_var": _buffer(running_var),
+        "num_batches_tracked": _buffer(count),
+    }
+    _C.update_running(arguments)
     if not running_mean.is_inference():
         torch.autograd.graph.increment_version(changed)
     return True
 
 
 def _layer_arguments(inputs: Inputs, moments: Moments) -> dict[str, Any]:
-    """Return the arguments of both passes, by the names of `LayerArguments` in csrc/module.c and in that order."""
+    """Return the arguments of both passes, with the names of `LayerArguments` in csrc/module.c."""
     x, mixing = inputs.x, inputs.mixing
     samples, channels = x.shape[:2]
     constant_mean, constant_var = inputs.constants or (None, None)

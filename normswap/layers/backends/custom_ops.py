@@ -170,8 +170,8 @@ def _inputs(
     eps: float,
 ) -> Inputs:
     """Check the arguments of an operator and return them as the backends take them."""
-    flat_moments = (None if moment is None else moment.reshape(-1) for moment in (bn_mean, bn_var))
-    check_tensors(x, (mean_gate, var_gate), len(branches.split()), (*flat_moments, weight, bias))  # type: ignore[arg-type]
+    mean, var = (None if moment is None else moment.reshape(-1) for moment in (bn_mean, bn_var))
+    check_tensors(x, (mean_gate, var_gate), len(branches.split()), (mean, var, weight, bias))
     constants = None if bn_mean is None or bn_var is None else Moments(bn_mean, bn_var)
     mixing = Mixing(cast(Gate, gate), cast(tuple[Branch, ...], tuple(branches.split())), eps)
     return Inputs(x, mean_gate, var_gate, weight, bias, constants, mixing)

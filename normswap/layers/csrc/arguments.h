@@ -1,7 +1,7 @@
 /* Arguments by name, and checks of every buffer before anything reads or writes its memory.
  *
- * Each function has a struct of arguments and a table that maps names to its fields. A caller passes every argument as
- * a keyword. A buffer is a tuple (address, dtype, number of elements), or None; the caller guarantees that its elements
+ * Each function has a struct of arguments and a table that maps names to its fields. A caller passes a dict with all
+ * names. A buffer is a tuple (address, dtype, number of elements), or None; the caller guarantees that its elements
  * are adjacent in memory.
  */
 enum { OPTIONAL = 1, WRITTEN = 2 };
@@ -28,7 +28,7 @@ typedef struct {
     PyObject *names[MAX_ARGUMENTS]; /* interned, in the order of `arguments` */
 } Signature;
 
-/* Intern the names, so that they compare as pointers with the keywords of a call. */
+/* Create the names. Interned names have a stored hash and compare as pointers with those of the caller. */
 static int intern_names(Signature *signature) {
     for (Py_ssize_t i = 0; i < signature->count; i++) {
         signature->names[i] = PyUnicode_InternFromString(signature->arguments[i].name);
@@ -36,16 +36,6 @@ static int intern_names(Signature *signature) {
             return -1;
     }
     return 0;
-}
-
-/* The index of a keyword; -1 if the function has no argument of this name. */
-static Py_ssize_t find_argument(const Signature *signature, PyObject *name, Py_ssize_t expected) {
-    if (name == signature->names[expected])
-        return expected;
-    for (Py_ssize_t i = 0; i < signature->count; i++)
-        if (PyUnicode_Compare(name, signature->names[i]) == 0)
-            return i;
-    return -1;
 }
 
 static void read_buffer(const char *name, PyObject *value, Buffer *buffer) {
@@ -78,23 +68,18 @@ static void read_argument(const Argument *argument, PyObject *value, void *out) 
     }
 }
 
-/* Fill the struct `out` with the keyword arguments `values`, whose names are `keywords`. */
-static int read_arguments(const Signature *signature, PyObject *const *values, Py_ssize_t positional,
-                          PyObject *keywords, void *out) {
-    const Py_ssize_t count = keywords == NULL ? 0 : PyTuple_GET_SIZE(keywords);
-    if (positional != 0 || count != signature->count) {
-        PyErr_Format(PyExc_TypeError, "expected %zd keyword arguments, got %zd and %zd positional ones",
-                     signature->count, count, positional);
+/* Fill the struct `out` from the dict `values`, which has exactly the names of the signature. */
+static int read_arguments(const Signature *signature, PyObject *values, void *out) {
+    if (!PyDict_Check(values) || PyDict_GET_SIZE(values) != signature->count) {
+        PyErr_Format(PyExc_TypeError, "expected a dict of %zd arguments", signature->count);
         return -1;
     }
-    for (Py_ssize_t i = 0; i < count; i++) {
-        PyObject *name = PyTuple_GET_ITEM(keywords, i);
-        const Py_ssize_t at = find_argument(signature, name, i);
-        if (at < 0) {
-            PyErr_Format(PyExc_TypeError, "unexpected keyword argument %R", name);
-            return -1;
-        }
-        read_argument(&signature->arguments[at], values[i], out);
+    for (Py_ssize_t i = 0; i < signature->count; i++) {
+        PyObject *value = PyDict_GetItemWithError(values, signature->names[i]);
+        if (value == NULL && !PyErr_Occurred())
+            PyErr_Format(PyExc_TypeError, "missing argument %R", signature->names[i]);
+        if (value != NULL)
+            read_argument(&signature->arguments[i], value, out);
         if (PyErr_Occurred())
             return -1;
     }

@@ -250,11 +250,11 @@ static double *prepare_job(Job *j, int with_terms) {
 }
 
 /* Run the forward pass; see LayerArguments. Writes y, mean, var and, unless None, batch_mean and batch_var. */
-static PyObject *forward_pass(PyObject *self, PyObject *const *args, Py_ssize_t count, PyObject *keywords) {
+static PyObject *forward_pass(PyObject *self, PyObject *arguments) {
     LayerArguments a = {0};
     Job job;
     CheckedBuffers checked;
-    if (read_arguments(&forward_signature, args, count, keywords, &a) < 0 ||
+    if (read_arguments(&forward_signature, arguments, &a) < 0 ||
         read_job(&a, &job, &checked, WRITTEN) < 0 || check_forward(&a, &checked) < 0)
         return NULL;
     double *block;
@@ -274,11 +274,11 @@ static PyObject *forward_pass(PyObject *self, PyObject *const *args, Py_ssize_t 
 }
 
 /* Run the backward pass; see LayerArguments. Writes every gradient that is not None. */
-static PyObject *backward_pass(PyObject *self, PyObject *const *args, Py_ssize_t count, PyObject *keywords) {
+static PyObject *backward_pass(PyObject *self, PyObject *arguments) {
     LayerArguments a = {0};
     Job job;
     CheckedBuffers checked;
-    if (read_arguments(&backward_signature, args, count, keywords, &a) < 0 || read_job(&a, &job, &checked, 0) < 0 ||
+    if (read_arguments(&backward_signature, arguments, &a) < 0 || read_job(&a, &job, &checked, 0) < 0 ||
         check_backward(&a, &job.gates, &checked) < 0)
         return NULL;
     double *block;
@@ -333,9 +333,9 @@ static int check_update(const UpdateArguments *a) {
 
 /* Update running statistics; see UpdateArguments. The new value is (1 - momentum) old + momentum new, as BN computes
  * it: an infinite value stays infinite, while old + momentum (new - old) would give NaN. */
-static PyObject *update_running(PyObject *self, PyObject *const *args, Py_ssize_t count, PyObject *keywords) {
+static PyObject *update_running(PyObject *self, PyObject *arguments) {
     UpdateArguments a = {0};
-    if (read_arguments(&update_signature, args, count, keywords, &a) < 0 || check_update(&a) < 0)
+    if (read_arguments(&update_signature, arguments, &a) < 0 || check_update(&a) < 0)
         return NULL;
     const double momentum = a.momentum, rest = 1 - momentum;
     const Table running_mean = a.running_mean.table, running_var = a.running_var.table;
@@ -365,13 +365,13 @@ static PyObject *use_threads(PyObject *self, PyObject *const *args, Py_ssize_t c
     Py_RETURN_NONE;
 }
 
-#define METHOD(name, function, flags) {name, (PyCFunction)(void (*)(void))function, METH_FASTCALL | flags, NULL}
+#define METHOD(name, function, flags) {name, (PyCFunction)(void (*)(void))function, flags, NULL}
 
 static PyMethodDef methods[] = {
-    METHOD("forward", forward_pass, METH_KEYWORDS),
-    METHOD("backward", backward_pass, METH_KEYWORDS),
-    METHOD("update_running", update_running, METH_KEYWORDS),
-    METHOD("use_threads", use_threads, 0),
+    METHOD("forward", forward_pass, METH_O),
+    METHOD("backward", backward_pass, METH_O),
+    METHOD("update_running", update_running, METH_O),
+    METHOD("use_threads", use_threads, METH_FASTCALL),
     {NULL, NULL, 0, NULL},
 };
 
