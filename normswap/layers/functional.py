@@ -51,7 +51,7 @@ from normswap.layers.gating import (
     importance_weights,
     read_weights,
 )
-from normswap.layers.sync import BnMoments, BnMomentsCallback, process_count, switch_norm_synchronized
+from normswap.layers.sync import BnMoments, BnMomentsFunction, process_count, switch_norm_synchronized
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -281,7 +281,7 @@ def _synchronized_implementation() -> Callable[..., Tensor]:
     return _graph_break_functions[0]
 
 
-def _normalise_synchronized(inputs: Inputs, group: "ProcessGroup | None", bn_moments: BnMomentsCallback) -> Tensor:
+def _normalise_synchronized(inputs: Inputs, group: "ProcessGroup | None", bn_moments: BnMomentsFunction) -> Tensor:
     """Normalise x, the local part of a batch, if its values are real."""
     x = inputs.x
     if (
@@ -300,12 +300,7 @@ def _normalise_synchronized(inputs: Inputs, group: "ProcessGroup | None", bn_mom
 
 
 def _synchronized_bn_moments(
-    x: Tensor,
-    running: RunningStats | None,
-    count: Tensor | None,
-    renorm: bool,
-    batch: Moments,
-    values: int,
+    x: Tensor, running: RunningStats | None, count: Tensor | None, renorm: bool, batch: Moments, values: int
 ) -> BnMoments:
     """Return the moments of the `bn` branch in a synchronized batch, and update the running statistics.
 

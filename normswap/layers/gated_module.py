@@ -1,4 +1,4 @@
-"""The base class of modules with gates: reading, projecting, saving and loading them.
+"""The base class of modules with gates, and the module that replaces a call of `F.batch_norm`.
 
 Points of a simplex gate and logits of a softmax gate have the same names and shapes. So a state dict stores the kind of
 gate in its `_metadata`, and loading refuses the other kind. Checkpoints of the paper's authors have weights (1, C, 1,
@@ -6,9 +6,11 @@ gate in its `_metadata`, and loading refuses the other kind. Checkpoints of the 
 """
 
 import copy
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 
 from normswap.errors import LayerError
@@ -21,8 +23,18 @@ from normswap.layers.backends.selection import (
     needs_custom_op,
     project_points,
 )
-from normswap.layers.functional import SiteName
-from normswap.layers.gating import BnStatistics, Branch, Gate, importance_weights, is_on_simplex
+from normswap.layers.functional import SiteName, switch_norm
+from normswap.layers.gating import (
+    BnStatistics,
+    Branch,
+    Gate,
+    check_bn_statistics,
+    check_branches,
+    check_gate,
+    importance_weights,
+    initial_point,
+    is_on_simplex,
+)
 from normswap.layers.in_place import GATE_PARAMETERS
 
 if TYPE_CHECKING:
@@ -184,3 +196,66 @@ def _flatten_published(state_dict: dict[str, Any], prefix: str) -> bool:
             state_dict[prefix + name] = value.flatten()
             published = True
     return published
+
+
+# --- functional sites
+
+
+class FunctionalSwitchNorm(GatedModule):
+    """The gates of a call of `F.batch_norm`; called with its arguments in its place.
+
+    Running statistics and affine parameters remain attributes of their module, under their own names.
+    """
+
+    # The function whose call this module replaced; set by the conversion.
+    replaced_call = "torch.nn.functional.batch_norm"
+
+    def __init__(self, *, gate: Gate, branches: Sequence[Branch], bn_statistics: BnStatistics = "batch") -> None:
+        super().__init__()
+        self.gate = check_gate(gate)
+        self.branches = check_branches(branches)
+        self.bn_statistics = check_bn_statistics(bn_statistics)
+        for name in GATE_PARAMETERS:
+            self.register_parameter(name, nn.Parameter(torch.empty(len(self.branches))))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Reset the gates to their initial values: all weight on `bn`, or with a softmax gate equal weights."""
+        with torch.no_grad():
+            for name in GATE_PARAMETERS:
+                getattr(self, name).copy_(initial_point(self.gate, self.branches, vertex="bn"))
+
+    def forward(
+        self,
+        x: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        training: bool = False,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        """Normalise x (N, C, *spatial); the arguments are those of `F.batch_norm`."""
+        statistics = {"running_mean": running_mean, "running_var": running_var}
+        return apply_site(self, x, training, weight=weight, bias=bias, momentum=momentum, eps=eps, **statistics)
+
+    def extra_repr(self) -> str:
+        """Return the options of the site, for `print(model)`."""
+        return (
+            f"gate={self.gate!r}, branches={self.branches}, bn_statistics={self.bn_statistics!r}"
+            f"{', synchronize=True' * self.synchronize}"
+        )
+
+
+def apply_site(site: FunctionalSwitchNorm, x: Tensor, training: bool, **options: Any) -> Tensor:
+    """Run a functional site. A leaf for FX tracers, as `apply_layer`."""
+    if training and site.training:  # a call without running statistics passes training=True in evaluation too
+        site.project_gates()
+    options |= {"gate": site.gate, "branches": site.branches, "bn_statistics": site.bn_statistics}
+    options |= {"synchronize": site.synchronize and site.training, "process_group": site.process_group}
+    options["site"] = site.site
+    return switch_norm(x, site.mean_weight, site.var_weight, training=training, **options)
+
+
+torch.fx.wrap("apply_site")

@@ -1,4 +1,4 @@
-"""The modules: `SwitchNorm1d/2d/3d`, `SwitchNormAct`, and the modules that conversion puts in place of other norms.
+"""The layers `SwitchNorm1d/2d/3d` and `SwitchNormAct`, which also replace other norms.
 
 Names, shapes and the meaning of momentum are those of torch, so the keys of a BatchNorm state dict are a subset of
 those of a SwitchNorm. No class derives from torch's `_BatchNorm`: torch's converters would replace it and drop the
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from normswap.errors import LayerError
 from normswap.layers.functional import new_site_name, switch_norm
+from normswap.layers.gated_module import FunctionalSwitchNorm as FunctionalSwitchNorm
 from normswap.layers.gated_module import GatedModule, get_registered
 from normswap.layers.gating import (
     BRANCHES,
@@ -40,31 +41,7 @@ if TYPE_CHECKING:
 class SwitchNorm(GatedModule):
     """Switchable Normalization over (N, C, *spatial) of any rank from 2; subclasses fix the rank.
 
-    Args:
-        num_features: number of channels C.
-        eps: added to the variance.
-        momentum: weight of a new batch in the running statistics; None: average of all batches.
-        affine: the layer has weight and bias (C,).
-        track_running_stats: the layer has running statistics (C,).
-        bias: with `affine`, the layer has a bias.
-        gate: `"softmax"`, as in the paper, or `"simplex"`; see `switch_norm`.
-        branches: the mixed statistics, of `"in"`, `"ln"` and `"bn"`. Leave out `in` if there is one spatial position,
-            `ln` if C = 1.
-        bn_statistics: statistics of the `bn` branch in training: `"batch"`, `"running"` or `"renorm"`; see
-            `switch_norm`.
-        synchronize: in training, the `bn` branch uses the batch of all processes; see `switch_norm`.
-        process_group: these processes, default all; a group implies `synchronize`. Copies of the layer share it,
-            pickles leave it out.
-        device, dtype: of the tensors.
-
-    Attributes:
-        mean_weight, var_weight: gate parameters (K,), K the number of branches.
-        weight, bias: (C,), or None.
-        running_mean, running_var: (C,), or None.
-        num_batches_tracked: number of batches, or None.
-
-    Raises:
-        LayerError: unknown gate, branch or `bn_statistics`.
+    Arguments and attributes are those of `SwitchNorm2d`.
     """
 
     _ranks: tuple[int, ...] = ()
@@ -367,6 +344,7 @@ class SwitchNorm2d(SwitchNorm):
 
     Raises:
         LayerError: unknown gate, branch or `bn_statistics`.
+
     Examples:
         >>> layer = SwitchNorm2d(6)
         >>> layer(torch.randn(4, 6, 8, 8)).shape
@@ -435,63 +413,3 @@ class SwitchNormAct(SwitchNorm):
 
 class SwitchNormAct2d(SwitchNormAct, SwitchNorm2d):
     """`SwitchNormAct` over (N, C, H, W); replaces timm's BatchNormAct2d."""
-
-
-class FunctionalSwitchNorm(GatedModule):
-    """The gates of a call of `F.batch_norm`; called with its arguments in its place.
-
-    Running statistics and affine parameters remain attributes of their module, under their own names.
-    """
-
-    # The function whose call this module replaced; set by the conversion.
-    replaced_call = "torch.nn.functional.batch_norm"
-
-    def __init__(self, *, gate: Gate, branches: Sequence[Branch], bn_statistics: BnStatistics = "batch") -> None:
-        super().__init__()
-        self.gate = check_gate(gate)
-        self.branches = check_branches(branches)
-        self.bn_statistics = check_bn_statistics(bn_statistics)
-        for name in GATE_PARAMETERS:
-            self.register_parameter(name, nn.Parameter(torch.empty(len(self.branches))))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Reset the gates to their initial values: all weight on `bn`, or with a softmax gate equal weights."""
-        with torch.no_grad():
-            for name in GATE_PARAMETERS:
-                getattr(self, name).copy_(initial_point(self.gate, self.branches, vertex="bn"))
-
-    def forward(
-        self,
-        x: Tensor,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        weight: Tensor | None = None,
-        bias: Tensor | None = None,
-        training: bool = False,
-        momentum: float = 0.1,
-        eps: float = 1e-5,
-    ) -> Tensor:
-        """Normalise x (N, C, *spatial); the arguments are those of `F.batch_norm`."""
-        statistics = {"running_mean": running_mean, "running_var": running_var}
-        return apply_site(self, x, training, weight=weight, bias=bias, momentum=momentum, eps=eps, **statistics)
-
-    def extra_repr(self) -> str:
-        """Return the options of the site, for `print(model)`."""
-        return (
-            f"gate={self.gate!r}, branches={self.branches}, bn_statistics={self.bn_statistics!r}"
-            f"{', synchronize=True' * self.synchronize}"
-        )
-
-
-def apply_site(site: FunctionalSwitchNorm, x: Tensor, training: bool, **options: Any) -> Tensor:
-    """Run a functional site. A leaf for FX tracers, as `apply_layer`."""
-    if training and site.training:  # a call without running statistics passes training=True in evaluation too
-        site.project_gates()
-    options |= {"gate": site.gate, "branches": site.branches, "bn_statistics": site.bn_statistics}
-    options |= {"synchronize": site.synchronize and site.training, "process_group": site.process_group}
-    options["site"] = site.site
-    return switch_norm(x, site.mean_weight, site.var_weight, training=training, **options)
-
-
-torch.fx.wrap("apply_site")

@@ -177,11 +177,11 @@ class BnMoments(NamedTuple):
 
 # Takes the moments (1, C) of the joint batch and its number of values per channel, updates the running statistics, and
 # returns the moments of the `bn` branch. Called before tensors are saved for the backward pass.
-BnMomentsCallback = Callable[[Moments, int], BnMoments]
+BnMomentsFunction = Callable[[Moments, int], BnMoments]
 
 
 def switch_norm_synchronized(
-    inputs: Inputs, group: "ProcessGroup | None", bn_moments_callback: BnMomentsCallback, *, fused: bool
+    inputs: Inputs, group: "ProcessGroup | None", bn_moments: BnMomentsFunction, *, fused: bool
 ) -> Tensor:
     """Normalise the local part x of a batch; every process of `group` calls this.
 
@@ -194,10 +194,10 @@ def switch_norm_synchronized(
     """
     builds_graph = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs.tensors)
     if not fused:
-        return _plain_formula(inputs, group, bn_moments_callback, builds_graph=builds_graph)
+        return _plain_formula(inputs, group, bn_moments, builds_graph=builds_graph)
     if builds_graph:
-        return cast(Tensor, _SynchronizedFunction.apply(*inputs, group, bn_moments_callback))
-    return _normalise(inputs, group, bn_moments_callback, builds_graph=False, needs_input_grad=False).y
+        return cast(Tensor, _SynchronizedFunction.apply(*inputs, group, bn_moments))
+    return _normalise(inputs, group, bn_moments, builds_graph=False, needs_input_grad=False).y
 
 
 class _SavedMoments(NamedTuple):
@@ -219,19 +219,19 @@ class _Normalised(NamedTuple):
 
     Attributes:
         y: normalised x.
-        saved_moments: for the backward pass.
+        saved: moments for the backward pass.
         values: values per channel of the joint batch; 0 if its moments give x no gradient.
     """
 
     y: Tensor
-    saved_moments: _SavedMoments
+    saved: _SavedMoments
     values: int
 
 
 def _normalise(
     inputs: Inputs,
     group: "ProcessGroup | None",
-    bn_moments_callback: BnMomentsCallback,
+    bn_moments: BnMomentsFunction,
     *,
     builds_graph: bool,
     needs_input_grad: bool,
@@ -243,14 +243,14 @@ def _normalise(
         LocalBatch(_pool_in_float64(table), _values_per_channel(x), builds_graph, needs_input_grad), group
     )
     batch = _in_dtype(joint.moments, accumulation_dtype(x))
-    used, is_differentiable = bn_moments_callback(batch, joint.values)
-    saved_moments = _SavedMoments(table, used, batch.mean)
+    used, is_differentiable = bn_moments(batch, joint.values)
+    saved = _SavedMoments(table, used, batch.mean)
     if x.numel():
-        scale, shift, _ = moment_algebra.scale_and_shift(_site(inputs, saved_moments))
+        scale, shift, _ = moment_algebra.scale_and_shift(_site(inputs, saved))
         y = passes.scale_and_shift(x, scale, shift, buffer=buffer)
     else:
         y = x.clone()
-    return _Normalised(y, saved_moments, joint.values if is_differentiable and joint.needs_input_grad else 0)
+    return _Normalised(y, saved, joint.values if is_differentiable and joint.needs_input_grad else 0)
 
 
 class _SynchronizedFunction(torch.autograd.Function):
@@ -259,16 +259,12 @@ class _SynchronizedFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
         """Run the forward pass; `args` are those of `Inputs`, the group and the callback."""
-        *values, group, bn_moments_callback = args
+        *values, group, bn_moments = args
         inputs = Inputs(*values)
-        done = _normalise(
-            inputs, group, bn_moments_callback, builds_graph=True, needs_input_grad=ctx.needs_input_grad[0]
-        )
+        done = _normalise(inputs, group, bn_moments, builds_graph=True, needs_input_grad=ctx.needs_input_grad[0])
         # An empty part saves as many tensors as the others. Activation checkpointing runs a segment again until it has
         # this number of tensors, and every process must reach the same exchanges.
-        ctx.save_for_backward(
-            *inputs.tensors, *done.saved_moments.table, *done.saved_moments.used, done.saved_moments.mean
-        )
+        ctx.save_for_backward(*inputs.tensors, *done.saved.table, *done.saved.used, done.saved.mean)
         ctx.rest = inputs[len(inputs.tensors) :]
         ctx.values, ctx.group = done.values, group
         return done.y
@@ -276,25 +272,23 @@ class _SynchronizedFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of `Inputs`."""
-        saved = ctx.saved_tensors
-        inputs = Inputs(*saved[:5], *ctx.rest)
+        tensors = ctx.saved_tensors
+        inputs = Inputs(*tensors[:5], *ctx.rest)
         # Hooks on saved tensors may change the layout.
-        mean, var, *used, joint_mean = (tensor.contiguous() for tensor in saved[5:])
-        saved_moments = _SavedMoments(Moments(mean, var), Moments(*used), joint_mean)
+        mean, var, *used, joint_mean = (tensor.contiguous() for tensor in tensors[5:])
+        saved = _SavedMoments(Moments(mean, var), Moments(*used), joint_mean)
         needs_input_grad = ctx.needs_input_grad[:5]
         rest = (None,) * (len(ctx.rest) + 2)
         if torch.is_grad_enabled():
-            return *_differentiable_gradients(
-                dy, inputs, saved_moments.used, ctx.values, ctx.group, needs_input_grad
-            ), *rest
-        found = _gradients(dy, inputs, saved_moments, ctx.values, ctx.group, needs_input_grad)
+            return *_differentiable_gradients(dy, inputs, saved.used, ctx.values, ctx.group, needs_input_grad), *rest
+        found = _gradients(dy, inputs, saved, ctx.values, ctx.group, needs_input_grad)
         return *cast_gradients(found, inputs), *rest
 
 
 def _gradients(
     dy: Tensor,
     inputs: Inputs,
-    saved_moments: _SavedMoments,
+    saved: _SavedMoments,
     values: int,
     group: "ProcessGroup | None",
     needs_input_grad: tuple[bool, ...],
@@ -305,17 +299,15 @@ def _gradients(
             all_reduce_sum(x.new_zeros((2, x.shape[1]), dtype=torch.float64), group)
         return Gradients(*(None if t is None else torch.zeros_like(t) for t in inputs.tensors))
     dy = match_layout(dy, x)
-    site = _site(inputs, saved_moments)
+    site = _site(inputs, saved)
     mean, rstd = moment_algebra.mean_and_rstd(site)
     dy_sum, dy_xhat_sum = passes_for(x).gradient_sums(dy, x, mean, rstd)
     terms = moment_algebra.backward_terms(site, dy_sum, dy_xhat_sum, x.numel() // dy_sum.numel())
     if values:
-        terms = _add_synchronized_terms(terms, dy_sum, dy_xhat_sum * rstd, site, saved_moments.mean, values, group)
-    dx = (
-        input_gradient(dy, x, terms.scale, terms.slope, terms.shift, saved_moments.table.mean)
-        if needs_input_grad[0]
-        else None
-    )
+        terms = _add_synchronized_terms(
+            terms, dy_sum, dy_xhat_sum * rstd, site, joint_mean=saved.mean, values=values, group=group
+        )
+    dx = input_gradient(dy, x, terms.scale, terms.slope, terms.shift, saved.table.mean) if needs_input_grad[0] else None
     gates = (
         point.new_tensor(gate_gradient(branch_weights, gradient, inputs.mixing))
         for point, branch_weights, gradient in (
@@ -332,6 +324,7 @@ def _add_synchronized_terms(
     dy_sum: Tensor,
     dy_xhat_sum: Tensor,
     site: Site,
+    *,
     joint_mean: Tensor,
     values: int,
     group: "ProcessGroup | None",
@@ -354,7 +347,7 @@ def _add_synchronized_terms(
 
 
 def _plain_formula(
-    inputs: Inputs, group: "ProcessGroup | None", bn_moments_callback: BnMomentsCallback, *, builds_graph: bool
+    inputs: Inputs, group: "ProcessGroup | None", bn_moments: BnMomentsFunction, *, builds_graph: bool
 ) -> Tensor:
     """Normalise by the plain formula, with `bn` moments that are differentiable through all processes."""
     x, mixing = inputs.x, inputs.mixing
@@ -369,7 +362,7 @@ def _plain_formula(
         group,
     )
     batch = _in_dtype(joint.moments, accumulation_dtype(x))
-    used, is_differentiable = bn_moments_callback(Moments(*(moment.detach() for moment in batch)), joint.values)
+    used, is_differentiable = bn_moments(Moments(*(moment.detach() for moment in batch)), joint.values)
     if is_differentiable:  # the value of `used`, the gradient of `batch`
         used = Moments(*(replace_value(b, u) for u, b in zip(used, batch, strict=True)))
     if not x.numel():
@@ -405,8 +398,8 @@ def _differentiable_gradients(
         return tuple(gradient if want else None for gradient, want in zip(gradients, needs_input_grad, strict=True))
 
 
-def _site(inputs: Inputs, saved_moments: _SavedMoments) -> Site:
-    return read_site(inputs._replace(constants=saved_moments.used), saved_moments.table)
+def _site(inputs: Inputs, saved: _SavedMoments) -> Site:
+    return read_site(inputs._replace(constants=saved.used), saved.table)
 
 
 def _values_per_channel(x: Tensor) -> int:

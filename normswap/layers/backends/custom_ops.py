@@ -62,7 +62,7 @@ def _evaluate(
     branches: str,
     eps: float,
 ) -> Tensor:
-    inputs = _inputs(x, mean_gate, var_gate, weight, bias, bn_mean, bn_var, gate, branches, eps)
+    inputs = _inputs((x, mean_gate, var_gate, weight, bias), (bn_mean, bn_var), (gate, branches, eps))
     if is_batch_norm((mean_gate, var_gate), inputs.mixing):
         return batch_norm(x, weight, bias, Moments(bn_mean, bn_var), eps)
     return _backend_for(x).forward(inputs).y
@@ -86,7 +86,7 @@ def _forward(
     branches: str,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    inputs = _inputs(x, mean_gate, var_gate, weight, bias, bn_mean, bn_var, gate, branches, eps)
+    inputs = _inputs((x, mean_gate, var_gate, weight, bias), (bn_mean, bn_var), (gate, branches, eps))
     y, batch, saved, _ = _backend_for(x).forward(inputs)
     empty = x.new_empty((1, 0), dtype=accumulation_dtype(x))
     # An operator must not return memory of its arguments; with one position the mean can be x itself.
@@ -116,7 +116,7 @@ def _backward(
     branches: str,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    inputs = _inputs(x, mean_gate, var_gate, weight, None, bn_mean, bn_var, gate, branches, eps)
+    inputs = _inputs((x, mean_gate, var_gate, weight, None), (bn_mean, bn_var), (gate, branches, eps))
     check_gradient(dy, x, mean, var)
     found = _backend_for(x).backward(dy, inputs, Moments(mean, var), (True,) * len(Gradients._fields))
     assert None not in found
@@ -140,7 +140,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 def _differentiate(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     x, mean_gate, var_gate, weight, bias, bn_mean, bn_var, mean, var = ctx.saved_tensors
-    inputs = _inputs(x, mean_gate, var_gate, weight, bias, bn_mean, bn_var, *ctx.options)
+    inputs = _inputs((x, mean_gate, var_gate, weight, bias), (bn_mean, bn_var), ctx.options)
     if torch.is_grad_enabled():
         return *differentiable_gradients(dy, inputs, ctx.needs_input_grad[:5]), *_NO_GRADIENTS
     found = _backward(dy, x, mean_gate, var_gate, weight, bn_mean, bn_var, mean, var, *ctx.options)
@@ -158,23 +158,24 @@ def _backend_for(x: Tensor) -> Backend:
 
 
 def _inputs(
-    x: Tensor,
-    mean_gate: Tensor,
-    var_gate: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    bn_mean: Tensor | None,
-    bn_var: Tensor | None,
-    gate: str,
-    branches: str,
-    eps: float,
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None],
+    bn_moments: tuple[Tensor | None, Tensor | None],
+    options: tuple[str, str, float],
 ) -> Inputs:
-    """Check the arguments of an operator and return them as the backends take them."""
-    mean, var = (None if moment is None else moment.reshape(-1) for moment in (bn_mean, bn_var))
-    check_tensors(x, (mean_gate, var_gate), len(branches.split()), (mean, var, weight, bias))
-    constants = None if bn_mean is None or bn_var is None else Moments(bn_mean, bn_var)
-    mixing = Mixing(cast(Gate, gate), cast(tuple[Branch, ...], tuple(branches.split())), eps)
-    return Inputs(x, mean_gate, var_gate, weight, bias, constants, mixing)
+    """Check the arguments of an operator and return them as the backends take them.
+
+    Args:
+        tensors: those of `Inputs.tensors`.
+        bn_moments: constant moments (1, C) of the `bn` branch, or None.
+        options: gate, branches separated by spaces, and eps.
+    """
+    x, mean_gate, var_gate, weight, bias = tensors
+    gate, branches, eps = options
+    mean, var = bn_moments
+    flat_mean, flat_var = (None if moment is None else moment.reshape(-1) for moment in bn_moments)
+    check_tensors(x, (mean_gate, var_gate), len(branches.split()), (flat_mean, flat_var, weight, bias))
+    constants = None if mean is None or var is None else Moments(mean, var)
+    return Inputs(*tensors, constants, Mixing(cast(Gate, gate), cast(tuple[Branch, ...], tuple(branches.split())), eps))
 
 
 # --- gates

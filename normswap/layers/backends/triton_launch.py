@@ -64,6 +64,7 @@ def _compute_tiling(
     samples: int,
     channels: int,
     positions: int,
+    *,
     channels_last: bool,
     tile: int,
     table_tile: int,
@@ -110,7 +111,14 @@ def _tiling_of(x: Tensor) -> Tiling:
     samples, channels = x.shape[:2]
     positions = x.numel() // (samples * channels)
     return _compute_tiling(
-        samples, channels, positions, is_channels_last(x), _TILE, _TABLE_TILE, _PROGRAMS, _MAX_SPLITS
+        samples,
+        channels,
+        positions,
+        channels_last=is_channels_last(x),
+        tile=_TILE,
+        table_tile=_TABLE_TILE,
+        programs=_PROGRAMS,
+        max_splits=_MAX_SPLITS,
     )
 
 
