@@ -267,7 +267,7 @@ def test_a_simplex_start_without_bn_is_refused_before_anything_is_written() -> N
         (
             lambda: BatchNormAct2d(4),
             "SwitchNorm2d runs the child modules [], but BatchNormAct2d has ['act', 'drop']: pass norms=KNOWN_NORMS | "
-            "{\"timm.layers.norm_act.BatchNormAct2d\": partial(read_norm_act, then=('drop', 'act'))}, its modules in",
+            "{\"timm.layers.norm_act.BatchNormAct2d\": partial(read_norm_act, then=('drop', 'act'))}, with the",
         ),
     ],
     ids=["linear", "layer norm", "instance norm", "switch norm", "lazy", "fused activation"],
