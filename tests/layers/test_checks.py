@@ -1,4 +1,4 @@
-"""Tensors that do not fit are refused by every backend, before memory is read or written beyond what they have."""
+"""Every backend refuses tensors of a wrong size, dtype or device before it accesses memory."""
 
 import importlib
 import itertools
@@ -73,14 +73,14 @@ def test_a_tensor_that_does_not_fit_is_named_and_nothing_is_written(
 
 @pytest.mark.parametrize("name", ["running_mean", "running_var"])
 def test_one_running_statistic_without_the_other_is_refused_as_by_batch_norm(name: str) -> None:
-    """It was ignored without a word: training updated neither, evaluation took the moments of the batch."""
+    """Regression: one of them was ignored silently, and evaluation used the moments of the batch."""
     for training in (True, False):
         with pytest.raises(LayerError, match="must either both be None or neither be None"):
             switch_norm(torch.randn(SHAPE), **{**arguments(), name: None}, training=training, gate="simplex")
 
 
 def test_no_memory_behind_a_short_tensor_is_written() -> None:
-    """64 channels and one variance: 63 numbers behind it were overwritten."""
+    """Regression: with 64 channels and one variance, 63 numbers after it were overwritten."""
     for dtype, name in itertools.product(
         (torch.float32, torch.float64, torch.bfloat16), ("running_mean", "running_var")
     ):
@@ -104,7 +104,7 @@ def test_a_gate_that_does_not_fit_is_refused(name: str) -> None:
             switch_norm(torch.randn(SHAPE), **{**arguments(), name: bad}, gate="simplex")
 
 
-def test_an_input_of_other_channels_is_refused_in_the_words_of_batch_norm_too() -> None:
+def test_an_input_with_other_channels_is_refused_as_by_batch_norm() -> None:
     x = torch.randn(2, 32, 3, 3)
     given = arguments()
     with pytest.raises(RuntimeError, match="running_mean should contain 32 elements not 64"):
@@ -132,7 +132,7 @@ def test_a_compiled_layer_refuses_what_an_eager_one_refuses() -> None:
         function(torch.randn(SHAPE))
 
 
-def test_a_synchronized_layer_checks_before_it_meets_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_synchronized_layer_checks_before_it_exchanges(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("normswap.layers.functional.process_count", lambda group: 2)
     monkeypatch.setattr(sync, "_gather", lambda *_: pytest.fail("an exchange took place"))
     with pytest.raises(LayerError, match="running_var should contain 64 elements not 1"):
@@ -141,7 +141,7 @@ def test_a_synchronized_layer_checks_before_it_meets_the_others(monkeypatch: pyt
         )
 
 
-# Updates in place
+# --- updates in place
 
 
 @pytest.mark.parametrize("backend", backends())
@@ -195,13 +195,13 @@ def test_a_count_of_batches_has_one_element(size: tuple[int, ...]) -> None:
         switch_norm(torch.randn(SHAPE), **given, training=True, gate="simplex")
 
 
-# Registered operators, called by hand
+# --- direct calls of operators
 
 OPTIONS = ("simplex", "in ln bn", 1e-5)
 
 
 @pytest.mark.parametrize("name", ["weight", "bias", "bn_mean", "bn_var"])
-def test_operators_check_what_they_are_given(name: str) -> None:
+def test_operators_check_their_arguments(name: str) -> None:
     point, x = torch.tensor([0.2, 0.3, 0.5]), torch.randn(SHAPE)
     given = {"weight": torch.ones(64), "bias": torch.ones(64)}
     given |= {"bn_mean": torch.zeros(1, 64), "bn_var": torch.ones(1, 64)}
@@ -213,7 +213,7 @@ def test_operators_check_what_they_are_given(name: str) -> None:
             operator(x, point[:2], point, None, None, torch.zeros(1, 64), torch.ones(1, 64), *OPTIONS)
 
 
-def test_the_operator_of_the_backward_pass_checks_what_it_is_given() -> None:
+def test_the_operator_of_the_backward_pass_checks_its_arguments() -> None:
     point, x, table = torch.tensor([0.2, 0.3, 0.5]), torch.randn(SHAPE), torch.ones(2, 64)
 
     def backward(dy: Tensor, mean: Tensor, var: Tensor) -> Any:
@@ -232,7 +232,7 @@ def test_the_operator_of_the_backward_pass_checks_what_it_is_given() -> None:
 
 
 @NEEDS_C
-def test_the_operator_that_renews_statistics_writes_no_further_than_they_reach() -> None:
+def test_the_operator_of_the_update_writes_within_bounds() -> None:
     memory = torch.full((128,), 7.0)
     row = torch.ones(1, 64)
     with pytest.raises(ValueError, match="running_var should contain 64 elements not 1"):
@@ -364,8 +364,8 @@ def test_the_extension_takes_arguments_by_name() -> None:
 
 
 @NEEDS_C
-def test_a_tensor_whose_memory_was_given_back_is_refused() -> None:
-    """As sharding does between uses: a parameter keeps its shape, and has no memory."""
+def test_a_tensor_with_freed_memory_is_refused() -> None:
+    """Sharding frees the memory of parameters between uses and keeps their shape."""
     x, freed = torch.randn(2, 4, 3, 3), torch.ones(4)
     freed.untyped_storage().resize_(0)
     with pytest.raises(ValueError, match="bias has no memory for its 4 elements"):
@@ -373,7 +373,7 @@ def test_a_tensor_whose_memory_was_given_back_is_refused() -> None:
 
 
 @NEEDS_C
-def test_the_extension_records_no_further_than_statistics_reach() -> None:
+def test_the_update_of_the_extension_writes_within_bounds() -> None:
     row, mean, var, memory = torch.ones(4), torch.zeros(4), torch.ones(4), torch.full((8,), 7.0)
     count = torch.tensor([0, 0])
 
@@ -412,7 +412,7 @@ def test_the_compiled_passes_take_no_other_layout() -> None:
 
 
 @NEEDS_C
-def test_an_extension_of_another_interface_is_left_aside(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_extension_of_another_interface_is_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu._C, "INTERFACE", 1)
     try:
         assert not importlib.reload(cpu).AVAILABLE
