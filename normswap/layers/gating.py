@@ -103,7 +103,7 @@ def initial_point(gate: Gate, branches: Sequence[Branch], *, vertex: Branch | No
     """Return the initial gate parameter (K,).
 
     Args:
-        gate: for `"softmax"` all logits are 1, as in the paper's code, whatever `vertex` is.
+        gate: for `"softmax"` all logits are 1, as in the paper's code, and `vertex` is ignored.
         branches: the mixed branches.
         vertex: the branch with all weight; None: equal weights.
 

@@ -172,7 +172,7 @@ class SwitchNorm(GatedModule):
 
     @eps.setter
     def eps(self, value: float) -> None:
-        """Set eps, whatever the importance weights are."""
+        """Set eps; possible with any importance weights."""
         self.normalising_eps = value
 
     @property

@@ -215,13 +215,7 @@ class _SavedMoments(NamedTuple):
 
 
 class _Normalised(NamedTuple):
-    """Results of the forward pass.
-
-    Attributes:
-        y: normalised x.
-        saved: moments for the backward pass.
-        values: values per channel of the joint batch; 0 if its moments give x no gradient.
-    """
+    """Results of the forward pass; `values` per channel of the joint batch, 0 if its moments give x no gradient."""
 
     y: Tensor
     saved: _SavedMoments
@@ -315,7 +309,7 @@ def _gradients(
             (inputs.var_gate, site.variances, terms.variances),
         )
     )
-    affine = (g if want else None for g, want in zip((terms.weight, terms.bias), needs_input_grad[3:], strict=True))
+    affine = (g if needed else None for g, needed in zip((terms.weight, terms.bias), needs_input_grad[3:], strict=True))
     return Gradients(dx, *gates, *affine)
 
 
@@ -395,7 +389,7 @@ def _differentiable_gradients(
         grad_inputs = [leaf for leaf, ask in zip(leaves.tensors, needed_here, strict=True) if ask and leaf is not None]
         found = iter(torch.autograd.grad(y, grad_inputs, dy, create_graph=True, allow_unused=True))
         gradients = [next(found) if ask else None for ask in needed_here]
-        return tuple(gradient if want else None for gradient, want in zip(gradients, needs_input_grad, strict=True))
+        return tuple(gradient if needed else None for gradient, needed in zip(gradients, needs_input_grad, strict=True))
 
 
 def _site(inputs: Inputs, saved: _SavedMoments) -> Site:

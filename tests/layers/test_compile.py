@@ -1,6 +1,6 @@
 """`torch.compile` of converted networks: one graph, few nodes, compiled once, and the numbers of eager mode.
 
-Graphs run node by node here, without a C++ compiler; `benchmarks/robustness/compiling.py` uses the default backend.
+Graphs run node by node here, without a C++ compiler; `benchmarks/speed/compile_cost.py` uses the default backend.
 """
 
 import copy

@@ -355,7 +355,7 @@ def differentiable_gradients(
             on_batch_moments=None if inputs.running_stats_update is None else lambda _: inputs.constants,
         )
         grad_inputs = [
-            leaf for leaf, want in zip(leaves.tensors, needs_input_grad, strict=True) if want and leaf is not None
+            leaf for leaf, needed in zip(leaves.tensors, needs_input_grad, strict=True) if needed and leaf is not None
         ]
         found = iter(torch.autograd.grad(y, grad_inputs, dy, create_graph=True, allow_unused=True))
-        return tuple(next(found) if want else None for want in needs_input_grad)
+        return tuple(next(found) if needed else None for needed in needs_input_grad)

@@ -409,10 +409,10 @@ def _branch_terms(
     entry_index = n.to(tl.int64) * channels + c
     dy_sum = _total(sums, entry_index, mask, table, splits, SPLITS)
     dy_xhat_sum = (_total(sums + wide, entry_index, mask, table, splits, SPLITS) - deviation * dy_sum) * rstd
-    pull = rstd * (-1.0 / positions)
+    factor = rstd * (-1.0 / positions)
     if weight is not None:
-        pull *= tl.load(weight + c, mask=c < channels, other=0.0).to(tl.float32)
-    p, q = tl.where(mask, pull * dy_sum, 0.0), tl.where(mask, pull * rstd * dy_xhat_sum, 0.0)
+        factor *= tl.load(weight + c, mask=c < channels, other=0.0).to(tl.float32)
+    p, q = tl.where(mask, factor * dy_sum, 0.0), tl.where(mask, factor * rstd * dy_xhat_sum, 0.0)
     return p, q, dy_sum, dy_xhat_sum, centre, var, ln_mean, ln_var, bn_mean, bn_var
 
 
