@@ -399,12 +399,12 @@ def test_launches_are_few(
     branches: tuple[str, ...], constant: bool, forward: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     launches: list[str] = []
-    for name in ("moments", "pool", "affine", "sums", "pulls", "gradient"):
+    for name in ("moments", "pool", "affine", "sums", "terms", "gradient"):
         kernel = getattr(triton_launch, f"{name}_kernel")
         monkeypatch.setattr(triton_launch, f"{name}_kernel", _Counted(name, kernel, launches))
     leaves = problem((2, 3, 4), "softmax", branches)
     normalised(leaves, torch.randn(2, 3, 4), running_statistics(3) if constant else None, branches=branches)
-    assert launches == [*forward, "sums", "pulls", "gradient"]
+    assert launches == [*forward, "sums", "terms", "gradient"]
 
 
 class _Counted:
@@ -573,5 +573,5 @@ triton_launch.project_points([point, point], mixing.branches)
 def test_the_compiler_takes_every_kernel(tmp_path: Any) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, check=False, env=environment)
-    names = ("moments", "pool", "affine", "sums", "pulls", "gradient", "project")
+    names = ("moments", "pool", "affine", "sums", "terms", "gradient", "project")
     assert done.stdout.split() == [f"{name}_kernel" for name in names], done.stderr[-2000:]
