@@ -90,8 +90,8 @@ def switch_norm(
         mean_weight: gate parameter (K,) of the means, one entry per branch.
         var_weight: gate parameter (K,) of the variances, one entry per branch.
         running_mean: running mean (C,), updated in place in training if `bn` is in `branches`, unless
-            `bn_statistics="running"`. Without running statistics the `bn` branch always uses the moments of the batch. A
-            forward pass that a backward pass runs again (activation checkpointing) updates nothing.
+            `bn_statistics="running"`. Without running statistics the `bn` branch always uses the moments of the batch.
+            A forward pass that a backward pass runs again (activation checkpointing) updates nothing.
         running_var: running variance (C,), unbiased, updated with `running_mean`.
         weight: scale (C,) of the result.
         bias: shift (C,) of the result.
