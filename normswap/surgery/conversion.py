@@ -207,9 +207,9 @@ def revert(model: nn.Module, *, discard: bool = False) -> nn.Module:
         `model`.
 
     Raises:
-        SwapError: importance weights differ from the old norm (unless `discard=True`), a layer was not made by `convert`, the class
-            of an old norm is not imported, or a wrapper around the model does not support changes inside; the model is
-            unchanged.
+        SwapError: importance weights differ from the old norm (unless `discard=True`), a layer was not made by
+            `convert`, the class of an old norm is not imported, or a wrapper around the model does not support changes
+            inside; the model is unchanged.
 
     Examples:
         >>> import torch, normswap
@@ -222,8 +222,8 @@ def revert(model: nn.Module, *, discard: bool = False) -> nn.Module:
     changed = sites_with_changed_weights(model)
     if changed and not discard:
         raise SwapError(
-            f"the importance weights of {pluralize(len(changed), 'site')} differ from the old norm ({list_names(changed)}): "
-            "reverting changes the function: pass discard=True to revert anyway"
+            f"the importance weights of {pluralize(len(changed), 'site')} differ from the old norm "
+            f"({list_names(changed)}): reverting changes the function: pass discard=True to revert anyway"
         )
     modules = [entry.module for entry in walk_modules(unwrap(model))]
     layers = [module for module in modules if isinstance(module, SwitchNorm)]

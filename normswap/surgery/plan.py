@@ -14,8 +14,13 @@ from normswap.errors import PlanError
 from normswap.layers.gating import BnStatistics, Branch, Gate
 from normswap.schema import SchemaError, read_record
 from normswap.surgery.arguments import require_type
-from normswap.surgery.norms.classes import branch_of_kind
-from normswap.surgery.selection import Settings, SiteSettings, check_starting_branch, resolve_settings
+from normswap.surgery.selection import (
+    Settings,
+    SiteSettings,
+    branch_of_kind,
+    check_starting_branch,
+    resolve_settings,
+)
 from normswap.text import pluralize, printable_as
 
 T = TypeVar("T")

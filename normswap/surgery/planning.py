@@ -16,14 +16,17 @@ from normswap.layers.gating import BRANCHES, BnStatistics, Branch, Gate
 from normswap.surgery.arguments import describe_shapes
 from normswap.surgery.discovery.sites import NormSite, find_norm_sites
 from normswap.surgery.module_tree import class_name, modules_by_name
-from normswap.surgery.norms.classes import KINDS, KNOWN_NORMS, NormTable, base_kind, branch_of_kind
+from normswap.surgery.norms.classes import KNOWN_NORMS, NormTable
 from normswap.surgery.plan import ANY_CLASS, NEVER_FILLED, Skip, Swap, SwapPlan, list_names, swap_notes
 from normswap.surgery.selection import (
+    KINDS,
     Names,
     Settings,
     SiteFilter,
     SiteSettings,
     SwapOptions,
+    base_kind,
+    branch_of_kind,
     check_starting_branch,
     choose_options,
     describe_filter,

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from types import MappingProxyType
 from typing import Any, Self, TypedDict
 
 from torch import nn
@@ -17,11 +18,30 @@ from normswap.errors import LayerError, PlanError
 from normswap.layers.gating import BRANCHES, BnStatistics, Branch, Gate, check_branches
 from normswap.schema import SchemaError, read_record, read_value, suggest
 from normswap.surgery.arguments import require_type
-from normswap.surgery.norms.classes import KINDS, branch_of_kind
 
 # All names of one site, the fqn first.
 Names = tuple[str, ...]
 SiteFilter = str | Callable[[nn.Module, str], bool]
+
+
+# The kinds of norms that `kinds=` accepts, each with the branch that computes it and its name.
+KINDS: Mapping[str, tuple[Branch, str]] = MappingProxyType(
+    {
+        "bn": ("bn", "Batch Normalization"),
+        "in": ("in", "Instance Normalization"),
+        "gn1": ("ln", "GroupNorm of one group"),
+    }
+)
+
+
+def base_kind(kind: str) -> str:
+    """Return the key of `KINDS` for sites of `kind`; frozen BN and every other kind is `bn`."""
+    return kind if kind in KINDS else "bn"
+
+
+def branch_of_kind(kind: str) -> Branch:
+    """Return the branch that computes, with weight 1, the function of a norm of `kind`."""
+    return KINDS[base_kind(kind)][0]
 
 
 class SiteSettings(TypedDict, total=False):

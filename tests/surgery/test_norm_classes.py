@@ -14,8 +14,7 @@ from torchvision.ops.misc import Conv2dNormActivation, FrozenBatchNorm2d
 
 from normswap import KNOWN_NORMS, SwitchNorm2d, read_batch_norm
 from normswap.layers.switch_norm import FunctionalSwitchNorm, SwitchNorm, SwitchNorm1d, SwitchNorm3d, SwitchNormAct2d
-from normswap.surgery.norms.candidates import looks_like_norm
-from normswap.surgery.norms.classes import NormSpec, is_norm_layer, read_frozen_batch_norm, read_norm
+from normswap.surgery.norms.classes import NormSpec, is_norm_layer, looks_like_norm, read_frozen_batch_norm, read_norm
 from tests.helpers import zoo
 
 # (module, what is read)
@@ -112,7 +111,7 @@ def without_eps() -> nn.Module:
     return module
 
 
-STAYS = "has no batch statistics to lose at small batches: stays as it is"
+STAYS = "has no batch statistics, so small batches do not harm it: left as it is"
 # (module, kind, the reason to stay)
 STAYING: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
     "subclass": (

@@ -194,7 +194,7 @@ def test_instance_norms_are_named_and_explained(function: Any) -> None:
     site = normswap.find_norm_sites(program(function), zoo.IMAGE())[0]
     assert (site.fqn, site.kind, site.class_name) == ("instance_norm", "in", call_name(function))
     assert site.problem is not None
-    assert "each sample's own in training and the running ones in evaluation" in site.problem
+    assert "those of each sample in training and the running ones in evaluation" in site.problem
 
 
 @pytest.mark.parametrize(

@@ -29,8 +29,7 @@ from normswap.model_state import (
 )
 from normswap.surgery.model_outputs import flatten_leaves
 from normswap.surgery.module_tree import deep_copy, walk_modules
-from normswap.surgery.norms.candidates import looks_like_norm
-from normswap.surgery.norms.classes import KNOWN_NORMS, NormTable, is_norm_layer
+from normswap.surgery.norms.classes import KNOWN_NORMS, NormTable, is_norm_layer, looks_like_norm
 from normswap.surgery.norms.functions import norm_arguments, norm_call, reads_activation
 from normswap.text import first_line, join_fqn
 

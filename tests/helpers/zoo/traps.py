@@ -89,8 +89,8 @@ def _trap(name: str, make: Callable[[], nn.Module], inputs: Callable[[], Any], *
     return Trap(name, make, inputs, swaps, **more)
 
 
-NOT_TRACED = r"cannot be rewritten.*module of its own"
-STAYS = "has no batch statistics to lose at small batches: stays as it is"
+NOT_TRACED = r"cannot be rewritten.*into a small module"
+STAYS = "has no batch statistics, so small batches do not harm it: left as it is"
 OTHER_KINDS = {"kinds": ("bn", "in", "gn1")}
 BEGUN = {**OTHER_KINDS, "settings": {"*": {"branches": ("in", "ln", "bn")}}}
 TRAPS: tuple[Trap, ...] = (
@@ -155,7 +155,7 @@ TRAPS: tuple[Trap, ...] = (
         NormAsContainer,
         IMAGE,
         "batch_norm",
-        skips={"bn": "does not run, but holds the tensors of a batch_norm call in the model: that is the site"},
+        skips={"bn": "does not run; the batch_norm call in the model uses its tensors and is the site"},
     ),
     _trap(
         "BN whose forward is called past its hooks",
@@ -287,8 +287,8 @@ TRAPS: tuple[Trap, ...] = (
         IMAGE,
         "instance",
         skips={
-            "bn": r"is Batch Normalization: stays as it is, unless asked for with kinds=\('bn', 'in'\)",
-            "group": "--kinds in,gn1",
+            "bn": r"is Batch Normalization: kinds= leaves it out; pass kinds=\('bn', 'in'\) to swap it",
+            "group": r"is GroupNorm of one group: has no batch statistics, .*; pass kinds=\('in', 'gn1'\) to swap it",
         },
         options={"kinds": ("in",)},
     ),
@@ -321,7 +321,7 @@ TRAPS: tuple[Trap, ...] = (
         "InstanceNorm without a batch",
         WithoutBatch,
         IMAGE,
-        skips={"norm": r"^was fed 8x9x9, .* takes \(N, C, \*spatial\): add the dimension of the batch$"},
+        skips={"norm": r"^has an input of 8x9x9, .* takes \(N, C, \*spatial\): add the batch dimension$"},
         blind=(("norm",), {}),
         options=OTHER_KINDS,
     ),
