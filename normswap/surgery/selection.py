@@ -16,7 +16,7 @@ from torch import nn
 
 from normswap.errors import LayerError, PlanError
 from normswap.layers.gating import BRANCHES, BnStatistics, Branch, Gate, check_branches
-from normswap.schema import SchemaError, read_record, read_value, suggest
+from normswap.schema import SchemaError, read_record, read_value
 from normswap.surgery.arguments import require_type
 
 # All names of one site, the fqn first.
@@ -193,11 +193,9 @@ def _read_filters(name: str, filters: Any) -> tuple[SiteFilter, ...]:
 
 
 def _read_kinds(kinds: Any) -> tuple[str, ...]:
-    if isinstance(kinds, str) or not isinstance(kinds, Iterable) or not (found := tuple(kinds)):
-        raise PlanError(f"kinds: expected some of {tuple(KINDS)}, such as kinds=('bn', 'in'), got {kinds!r:.80}")
-    unknown = next((kind for kind in found if kind not in tuple(KINDS)), None)
-    if unknown is not None:
-        raise PlanError(f"kinds: expected some of {tuple(KINDS)}, got {unknown!r}{suggest(unknown, KINDS)}")
+    found = () if isinstance(kinds, str) or not isinstance(kinds, Iterable) else tuple(kinds)
+    if not found or not all(isinstance(kind, str) and kind in KINDS for kind in found):
+        raise PlanError(f"kinds: expected some of {tuple(KINDS)}, got {kinds!r:.80}: pass a list such as ['bn', 'in']")
     return found
 
 

@@ -120,7 +120,7 @@ STAYING: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
         rf"^{__name__}.Sub is not in the table .* pass norms=KNOWN_NORMS \| \{{\"{__name__}.Sub\": read_batch_norm\}}$",
     ),
     "own norm": (Running, "other", f"^{__name__}.Running is not in the table"),
-    "running variance only": (OnlyVariance, "other", rf"^{__name__}.OnlyVariance keeps batch .*own \(running_var\)"),
+    "running variance only": (OnlyVariance, "other", rf"^{__name__}.OnlyVariance has batch .*own \(running_var\)"),
     "named like a norm": (CosineNorm, "other", f"^{STAYS}$"),
     "EvoNorm": (lambda: EvoNorm2dS0(8), "other", f"^{STAYS}$"),
     "lazy": (
@@ -146,7 +146,7 @@ STAYING: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
     "InstanceNorm with statistics": (
         lambda: nn.InstanceNorm2d(4, track_running_stats=True),
         "in",
-        r"^uses running statistics in evaluation \(track_running_stats=True\), which no InstanceNorm branch has: stays",
+        r"^uses running statistics in evaluation \(track_running_stats=True\), which no InstanceNorm branch has: left as",
     ),
     "SwitchNorm": (lambda: SwitchNorm2d(4), "sn", "^is Switchable Normalization already: nothing to do$"),
     "functional SwitchNorm": (

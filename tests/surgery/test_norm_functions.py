@@ -142,7 +142,7 @@ def old_read_later(graph: fx.Graph, node: fx.Node, arguments: dict[str, Any]) ->
 
 
 FUNCTIONAL = aten._native_batch_norm_legit_functional.default
-BOTH = "what it makes of running_mean and running_var is not just written back"
+BOTH = "has uses of its updated running_mean and running_var beside writing them back"
 UNSERVED = {
     "a saved mean": (aten.native_batch_norm.default, saved_mean, "more than its first result is used"),
     "not written back": (FUNCTIONAL, not_written_back, BOTH),
@@ -150,7 +150,7 @@ UNSERVED = {
     "the old statistic read": (
         FUNCTIONAL,
         old_read_later,
-        "what it makes of running_mean is not just written back",
+        "has uses of its updated running_mean beside writing them back",
     ),
 }
 

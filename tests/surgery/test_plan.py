@@ -185,7 +185,9 @@ def test_unknown_options_are_refused(net: Net, options: dict, error: type, messa
 
 
 def test_an_input_that_the_model_cannot_take_shows_its_own_error(net: Net) -> None:
-    with pytest.raises(ModelError, match=r"input of 2x5x9x9, in stem\.0 \(Conv2d, with an input of 2x5x9x9\): .*channels"):
+    with pytest.raises(
+        ModelError, match=r"input of 2x5x9x9, in stem\.0 \(Conv2d, with an input of 2x5x9x9\): .*channels"
+    ):
         plan_swaps(net, torch.zeros(2, 5, 9, 9))
 
 

@@ -76,8 +76,8 @@ def test_options_come_from_plain_data() -> None:
         ({"gate": "hard"}, "gate: expected 'simplex' or 'softmax', got 'hard'"),
         ({"gat": "softmax"}, r"unknown name 'gat'; did you mean 'gate'\?"),
         ({"include": [3]}, r"include\[0\]: expected a string, got 3"),
-        ({"kinds": []}, r"kinds: expected some of \('bn', 'in', 'gn1'\), such as"),
-        ({"kinds": ["bm"]}, r"kinds: expected some of .*, got 'bm'; did you mean 'bn'\?"),
+        ({"kinds": []}, r"kinds: expected some of \('bn', 'in', 'gn1'\), got \(\): pass a list such as"),
+        ({"kinds": ["bm"]}, r"kinds: expected some of .*, got \('bm',\)"),
         (
             {"kinds": ["bn", "in"], "branches": ["ln", "bn"]},
             "branches: expected `in` among them, .* of kind 'in' starts",
@@ -94,7 +94,7 @@ def test_data_that_is_no_options_is_refused(data: Any, message: str) -> None:
 @pytest.mark.parametrize("function", [convert, plan_swaps])
 def test_options_with_keywords_are_refused(function: Any) -> None:
     with pytest.raises(
-        PlanError, match=r"got options= together with kinds=, gate=: .* replace\(options, kinds=\.\.\.\)"
+        PlanError, match=r"got options= together with kinds=, gate=: .* dataclasses.replace\(options, kinds=\.\.\.\)"
     ):
         function(Net(), options=SwapOptions(), gate="simplex", kinds=("bn",))
     with pytest.raises(ArgumentError, match=r"options: expected a SwapOptions, such as .*, got a dict"):

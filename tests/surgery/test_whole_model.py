@@ -81,7 +81,12 @@ PATHS = {
     "keywords": (zoo.KeywordInput, lambda: {"left": zoo.IMAGE(), "right": zoo.IMAGE()}, "symbolic trace", "^$"),
     "a size": (SizeDependent, zoo.IMAGE, "torch.export", f"^symbolic trace: {CONTROL_FLOW}$"),
     "a learner": (networks.Learner, networks.TASKS, "torch.export", "^symbolic trace: "),
-    "a ghost": (GhostNorm, zoo.IMAGE, "torch.export", "^symbolic trace: .* in ghost where .* did in real$"),
+    "a ghost": (
+        GhostNorm,
+        zoo.IMAGE,
+        "torch.export",
+        "^symbolic trace: .* in ghost, the forward pass at that point in real$",
+    ),
     "a lost norm": (
         LostNorm,
         zoo.IMAGE,

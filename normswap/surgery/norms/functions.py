@@ -163,7 +163,11 @@ def unsupported_use(node: fx.Node) -> str | None:
     if unsupported:
         return "more than its first result is used"
     not_written_back = [name for index, name in call.updated.items() if not _is_written_back(node, index, name)]
-    return f"its updated {' and '.join(not_written_back)} has other uses than an update" if not_written_back else None
+    return (
+        f"has uses of its updated {' and '.join(not_written_back)} beside writing them back"
+        if not_written_back
+        else None
+    )
 
 
 def _is_written_back(node: fx.Node, index: int, name: str) -> bool:
