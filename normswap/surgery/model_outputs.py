@@ -76,11 +76,8 @@ def flatten_leaves(value: Any) -> list[Any]:
 
 def count_numbers(leaves: Leaves) -> int:
     """Return the number of numbers in the leaves."""
-    return sum(_count(leaf) for leaf in leaves.values.values())
-
-
-def _count(leaf: Any) -> int:
-    return leaf.numel() if isinstance(leaf, Tensor) else int(isinstance(leaf, int | float | complex))
+    values = leaves.values.values()
+    return sum(v.numel() if isinstance(v, Tensor) else int(isinstance(v, int | float | complex)) for v in values)
 
 
 def _read(value: Any, path: str, found: Leaves, ancestors: tuple[int, ...]) -> None:
@@ -183,10 +180,6 @@ def _mapping(value: Mapping[Any, Any], path: str) -> dict[str, Any]:
     return {f"{path}[{key!r}]": item for key, item in value.items()} | {f"len({path})": f"{len(value)} items"}
 
 
-def _named_tuple(value: Any, path: str) -> dict[str, Any]:
-    return {f"{path}.{name}": getattr(value, name) for name in value._fields}
-
-
 def _sequence(value: Iterable[Any], path: str) -> Any:
     items = list(value)
     numbers = _as_one_tensor(items)
@@ -196,7 +189,9 @@ def _sequence(value: Iterable[Any], path: str) -> Any:
 
 
 def _tuple(value: tuple[Any, ...], path: str) -> Any:
-    return _named_tuple(value, path) if hasattr(value, "_fields") else _sequence(value, path)
+    if hasattr(value, "_fields"):
+        return {f"{path}.{name}": getattr(value, name) for name in value._fields}
+    return _sequence(value, path)
 
 
 def _as_one_tensor(items: list[Any]) -> Tensor | None:
@@ -247,23 +242,11 @@ def _function(value: types.FunctionType, path: str) -> dict[str, Any]:
     return captured | {f"{path}.__defaults__": value.__defaults__, f"{path}.__kwdefaults__": value.__kwdefaults__}
 
 
-def _method(value: Any, path: str) -> dict[str, Any]:
-    return {f"{path}.__self__": value.__self__}
-
-
 def _module(value: nn.Module, path: str) -> dict[str, Any]:
     """The parts of a module that the forward pass created."""
     plain = {name: item for name, item in vars(value).items() if not name.startswith("_")}
     attributes = plain | value._parameters | value._buffers | value._modules
     return {f"{path}.{name}": item for name, item in attributes.items()}
-
-
-def _weak_reference(value: Any, path: str) -> dict[str, Any]:
-    return {f"{path}()": value()}
-
-
-def _future(value: Any, path: str) -> dict[str, Any]:
-    return {f"{path}.value()": value.value()}
 
 
 def _storage(value: Any, path: str) -> Tensor:
@@ -273,10 +256,6 @@ def _storage(value: Any, path: str) -> Tensor:
 
 def _exception(value: BaseException, path: str) -> dict[str, Any]:
     return {f"{path}.args": value.args} | {f"{path}.{name}": item for name, item in vars(value).items()}
-
-
-def _buffer(value: Any, path: str) -> Any:
-    return _array(_import_numpy().asarray(value), path)
 
 
 def _attributes(value: Any, path: str) -> dict[str, Any]:
@@ -314,11 +293,11 @@ class _Numpy(metaclass=_NumpyValue):
 _READERS: tuple[tuple[Any, Callable[[Any, str], Any]], ...] = (
     (Tensor, _tensor),
     (nn.Module, _module),
-    (weakref.ReferenceType, _weak_reference),
-    (torch.futures.Future, _future),
+    (weakref.ReferenceType, lambda value, path: {f"{path}()": value()}),
+    (torch.futures.Future, lambda value, path: {f"{path}.value()": value.value()}),
     ((torch.UntypedStorage, torch.TypedStorage), _storage),
     (BaseException, _exception),
-    (array, _buffer),
+    (array, lambda value, path: _array(_import_numpy().asarray(value), path)),
     (_Numpy, _array),
     (int, _plain(int)),
     ((float, Decimal, Fraction), _plain(float)),
@@ -332,7 +311,7 @@ _READERS: tuple[tuple[Any, Callable[[Any, str], Any]], ...] = (
     (io.IOBase, _file),
     (Iterator, _iterator),
     (functools.partial, _partial),
-    ((types.MethodType, types.BuiltinFunctionType), _method),
+    ((types.MethodType, types.BuiltinFunctionType), lambda value, path: {f"{path}.__self__": value.__self__}),
     (types.FunctionType, _function),
 )
 # Containers whose subclasses may add attributes.

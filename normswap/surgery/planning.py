@@ -224,7 +224,7 @@ def _single_branch_reason(site: NormSite, left: Branch, allowed: tuple[Branch, .
         f"{channels} channel{'s' * (channels != 1)}{' at one spatial position' * single} "
         f"leave{'s' * (channels == 1)} only the branch {left}: nothing to switch to"
     )
-    return reason + "; if real inputs are larger, plan with example_inputs of their size" * single
+    return reason + "; if real inputs are larger, pass example_inputs= of their size" * single
 
 
 def _new_statistics_problem(site: NormSite, swap: Swap) -> str | None:
@@ -256,8 +256,8 @@ def _input_notes(inputs: Any, swapped: Sequence[NormSite]) -> list[str]:
     notes = []
     if inputs is None:
         notes.append(
-            "Planned without example_inputs: spatial sizes are unknown. At a 1x1 map a layer gives the weight of "
-            "instance norm to layer norm and warns; pass example_inputs of the real size."
+            "Planned without example inputs, so spatial sizes are unknown. At a 1x1 map, a layer moves the weight of "
+            "instance norm to layer norm and warns; pass example_inputs= of the real size."
         )
     unregistered = [site.fqn for site in swapped if not site.registered]
     if unregistered:

@@ -36,7 +36,7 @@ def test_inspect_shows_what_stays(folder: Path) -> None:
     result = ok("inspect", "mixed.pt", "--trust")
     assert re.search(r"^2 +GroupNorm +stays", result.stdout, re.M)
     assert re.search(r"^all +2 +1 +1", result.stdout, re.M)
-    assert "note Planned without example_inputs" in result.stdout
+    assert "note Planned without example inputs" in result.stdout
 
 
 def test_inspect_shows_sites_that_did_not_run_or_run_twice(folder: Path) -> None:

@@ -71,7 +71,7 @@ def test_every_skip_has_a_reason_of_its_own(plan: SwapPlan) -> None:
 def test_without_an_input_sizes_are_unknown_and_the_plan_says_so(net: Net) -> None:
     plan = plan_swaps(net)
     assert {swap.fqn: swap.branches for swap in plan.swaps}["pooled"] == ("in", "ln", "bn")
-    assert plan.notes[0].startswith("Planned without example_inputs: spatial sizes are unknown.")
+    assert plan.notes[0].startswith("Planned without example inputs, so spatial sizes are unknown.")
     assert plan.inputs is None
 
 

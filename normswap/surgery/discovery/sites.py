@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import compress, cycle
+from math import prod
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
@@ -108,11 +108,7 @@ class NormSite:
     @property
     def positions(self) -> int | None:
         """The smallest number of spatial positions per sample in `shapes`, None if no input was observed."""
-        return min((_positions(shape) for shape in self.shapes), default=None) if self.shapes else None
-
-
-def _positions(shape: Shape) -> int:
-    return int(torch.Size(shape[2:]).numel())
+        return min((prod(shape[2:]) for shape in self.shapes), default=None) if self.shapes else None
 
 
 # --- functional sites -------------------------------------------------------------------------------------------------
@@ -140,12 +136,8 @@ def calls_norm_function(module: nn.Module, traces: ModuleTraceCache, *, was_run:
         return False
     if was_run and not mentioned_norm_kinds(module):
         return False
-    own = traces.get(module)
-    return (
-        any(norm_nodes(own.evaluation, kind) for kind in _CHILD_NAMES)
-        if own.evaluation
-        else bool(mentioned_norm_kinds(module))
-    )
+    graph = traces.get(module).evaluation
+    return any(norm_nodes(graph, kind) for kind in _CHILD_NAMES) if graph else bool(mentioned_norm_kinds(module))
 
 
 def functional_sites(
@@ -239,11 +231,8 @@ def _kind_and_problem(
 ) -> tuple[str, str | None]:
     """The kind of a call, and why it is not swapped whatever the forward of its owner is."""
     if kind == "in":
-        tracked = (
-            norm_arguments(node).get("running_mean") is not None
-            if node
-            else observation and owner in observation.tracked
-        )
+        observed = observation is not None and owner in observation.tracked
+        tracked = norm_arguments(node).get("running_mean") is not None if node else observed
         return "in", _TRACKED if tracked else _NO_BATCH_STATISTICS
     if (node and is_folded(node)) or _input_is_folded(owner, shapes, observation):
         return "in", _FOLDED

@@ -98,7 +98,9 @@ class _ForwardRecorder(TorchFunctionMode):
         self._producers: MutableMapping[Tensor, str] = WeakIdKeyDictionary()
 
     def make_pre_hook(self, entry: ModuleEntry) -> Callable[..., None]:
-        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Return the hook that records the start of a module and the input of a norm layer."""
+
+        def _hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self.stack.append(_Call(entry, args, kwargs))
             name = entry.names[0]
             self.observation.runs[name] = self.observation.runs.get(name, 0) + 1
@@ -109,17 +111,19 @@ class _ForwardRecorder(TorchFunctionMode):
                 if x in self._producers:
                     self.observation.producers.setdefault(name, self._producers[x])
 
-        return hook
+        return _hook
 
     def make_post_hook(self, entry: ModuleEntry) -> Callable[..., None]:
-        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+        """Return the hook that records the end of a module and its output."""
+
+        def _hook(_module: nn.Module, _args: Any, output: Any) -> None:
             # A child whose error the model caught is still on top.
             while any(call.entry is entry for call in self.stack):
                 self.stack.pop()
             if isinstance(output, Tensor):
                 self._producers[output] = entry.names[0]
 
-        return hook
+        return _hook
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         call = NORM_CALLS.get(func)

@@ -108,7 +108,7 @@ def _merge(training: fx.Graph, evaluation: fx.Graph) -> fx.Graph:
         raise SwapError("training and evaluation run different operations")
     flags: dict[str, fx.Node] = {}
 
-    def read_flag(target: str) -> fx.Node:
+    def _read_flag(target: str) -> fx.Node:
         if target not in flags:
             first = next(node for node in evaluation.nodes if node.op != "placeholder")
             with evaluation.inserting_before(first):
@@ -116,7 +116,7 @@ def _merge(training: fx.Graph, evaluation: fx.Graph) -> fx.Graph:
         return flags[target]
 
     for train_node, eval_node in zip(list(training.nodes), list(evaluation.nodes), strict=True):
-        read = partial(read_flag, join_fqn(_caller(eval_node), _FLAG))
+        read = partial(_read_flag, join_fqn(_caller(eval_node), _FLAG))
         eval_node.args = _with_flags(train_node.args, eval_node.args, read)
         eval_node.kwargs = _with_flags(train_node.kwargs, eval_node.kwargs, read)
     return evaluation

@@ -215,6 +215,7 @@ class ModuleTraceCache:
         ] = {}  # by id, which stays valid while the module is referenced
 
     def get(self, module: nn.Module) -> ModuleTrace:
+        """Return the trace of `module`."""
         if id(module) not in self._cache:
             self._cache[id(module)] = module, trace_module_forward(module)
         return self._cache[id(module)][1]

@@ -152,7 +152,7 @@ def _dispatch_on_options(
     signature = inspect.signature(original_forward)
 
     @functools.wraps(original_forward)
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(self, *args, **kwargs)
         passed = [name for name in own.options if name in bound.arguments]
         if all(_is_default(bound.arguments[name], own.options[name]) for name in passed):
@@ -162,7 +162,7 @@ def _dispatch_on_options(
         gates = [None if name is None else self.get_submodule(name) for name in order[self.training]]
         return run_original_forward(original_forward, gates, self, *args, **kwargs)
 
-    return forward
+    return _forward
 
 
 def _is_default(value: Any, default: Any) -> bool:

@@ -95,12 +95,14 @@ class _Tracer(fx.Tracer):
         self.switches_context = False
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Apply the rule for leaves, and record a module that is traced through."""
         leaf = self._is_leaf(m) or super().is_leaf_module(m, module_qualified_name)
         if not leaf:
             self.entered.add(module_qualified_name)
         return leaf
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        """Record if gradients or autocast are switched at this point."""
         if not torch.is_grad_enabled() or _autocast_depth() != self._initial_autocast_depth:
             self.switches_context = True
         return super().create_node(*args, **kwargs)

@@ -185,7 +185,13 @@ def _read_act_2d(module: nn.Module, *, read: Callable[..., NormSpec] = read_batc
 
 
 class KnownNorms(Mapping[str | type, NormReader]):
-    """A read-only table of norm classes, or their names, with the reader of each; `|` adds entries to a copy."""
+    """A read-only table of norm classes, or their names, with the reader of each; `|` adds entries to a copy.
+
+    Examples:
+        >>> import torch, normswap
+        >>> normswap.KNOWN_NORMS[torch.nn.GroupNorm] is normswap.read_group_norm
+        True
+    """
 
     def __init__(self, readers: Mapping[str | type, NormReader]) -> None:
         self._readers = dict(readers)
@@ -287,13 +293,7 @@ def is_norm_layer(module: nn.Module, norms: NormTable = KNOWN_NORMS) -> bool:
 # --- unknown classes --------------------------------------------------------------------------------------------------
 
 # Norms that torch defines, most derived first, with their kind.
-TORCH_KINDS: dict[type, str] = {
-    _BatchNorm: "bn",
-    _InstanceNorm: "in",
-    nn.GroupNorm: "gn",
-    nn.LayerNorm: "ln",
-    nn.RMSNorm: "rms",
-}
+TORCH_KINDS = {_BatchNorm: "bn", _InstanceNorm: "in", nn.GroupNorm: "gn", nn.LayerNorm: "ln", nn.RMSNorm: "rms"}
 
 _STATISTIC_PATTERN = r"(mean|var|variance|cov|covar|covariance|std|wm|whitening|sqrt|sq)"
 # Batch statistics by the names that libraries give them: `ra_mean`, `moving_variance`.
