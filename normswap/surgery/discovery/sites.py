@@ -38,7 +38,7 @@ from normswap.surgery.module_tree import (
     model_training_flags,
     walk_modules,
 )
-from normswap.surgery.norms.classes import KNOWN_NORMS, NormSpec, NormTable, read_norm
+from normswap.surgery.norms.classes import KNOWN_NORMS, NO_BATCH_STATISTICS, NormSpec, NormTable, read_norm
 from normswap.surgery.norms.functions import (
     call_name,
     call_tensors,
@@ -115,15 +115,12 @@ class NormSite:
 
 _FUNCTIONS = {"bn": "torch.nn.functional.batch_norm", "in": "torch.nn.functional.instance_norm"}
 _CHILD_NAMES = {"bn": "batch_norm", "in": "instance_norm"}
-_NO_BATCH_STATISTICS = (
-    "has no batch statistics, so small batches do not harm it: left as it is; to swap it, use the module "
-    "nn.InstanceNorm2d in place of the call, and kinds=('bn', 'in')"
-)
+_CALL_PROBLEM = f"{NO_BATCH_STATISTICS}; to swap it, use nn.InstanceNorm2d instead of the call, and kinds=('bn', 'in')"
 _TRACKED = (
     "instance_norm with running statistics uses those of each sample in training and the running ones in evaluation, "
     "which no mix of branches computes: left as it is"
 )
-_FOLDED = f"the samples are folded into the channels, so each is normalized by itself: {_NO_BATCH_STATISTICS}"
+_FOLDED = f"the samples are folded into the channels, so each is normalized by itself: {_CALL_PROBLEM}"
 
 
 def calls_norm_function(module: nn.Module, traces: ModuleTraceCache, *, was_run: bool) -> bool:
@@ -233,7 +230,7 @@ def _kind_and_problem(
     if kind == "in":
         observed = observation is not None and owner in observation.tracked
         tracked = norm_arguments(node).get("running_mean") is not None if node else observed
-        return "in", _TRACKED if tracked else _NO_BATCH_STATISTICS
+        return "in", _TRACKED if tracked else _CALL_PROBLEM
     if (node and is_folded(node)) or _input_is_folded(owner, shapes, observation):
         return "in", _FOLDED
     use = unsupported_use(node) if node else None

@@ -117,7 +117,9 @@ TRAPS: tuple[Trap, ...] = (
     _trap("own norm, functional", lambda: Chain(OwnNorm()), IMAGE, "1.batch_norm"),
     _trap("own norm, by hand", lambda: Chain(HandMadeNorm()), IMAGE, skips={"1": "not in the table of known norms"}),
     _trap("own norm, untraceable", lambda: Chain(SelfCounting()), IMAGE, skips={"1.batch_norm": NOT_TRACED}),
-    _trap("constant made in forward", Constant, IMAGE, skips={"batch_norm": r"creates a tensor from constants.*buffer"}),
+    _trap(
+        "constant made in forward", Constant, IMAGE, skips={"batch_norm": r"creates a tensor from constants.*buffer"}
+    ),
     _trap("number drawn in forward", Drawing, IMAGE, skips={"batch_norm": "draws random numbers"}),
     _trap("attribute written in forward", Remembering, IMAGE, skips={"batch_norm": r"writes.*features"}),
     _trap("list filled in forward", Collecting, IMAGE, skips={"batch_norm": r"writes.*seen"}),
@@ -276,8 +278,8 @@ TRAPS: tuple[Trap, ...] = (
         IMAGE,
         "bn",
         skips={
-            "instance": rf"is Instance Normalization, .*{STAYS}, unless asked .*kinds=\('bn', 'in'\) \(--kinds bn,in\)",
-            "group": rf"is GroupNorm of one group, .*{STAYS}, unless asked .*kinds=\('bn', 'gn1'\)",
+            "instance": rf"is Instance Normalization, which {STAYS}; pass kinds=\('bn', 'in'\) to swap it",
+            "group": rf"is GroupNorm of one group, which {STAYS}; pass kinds=\('bn', 'gn1'\) to swap it",
         },
     ),
     _trap("three kinds", Stylised, IMAGE, "bn", "instance", "group", options=OTHER_KINDS),
@@ -287,8 +289,8 @@ TRAPS: tuple[Trap, ...] = (
         IMAGE,
         "instance",
         skips={
-            "bn": r"is Batch Normalization: kinds= leaves it out; pass kinds=\('bn', 'in'\) to swap it",
-            "group": r"is GroupNorm of one group: has no batch statistics, .*; pass kinds=\('in', 'gn1'\) to swap it",
+            "bn": r"is Batch Normalization, which is left out by kinds=; pass kinds=\('bn', 'in'\) to swap it",
+            "group": r"is GroupNorm of one group, which has no batch statistics, .*; pass kinds=\('in', 'gn1'\) to swap it",
         },
         options={"kinds": ("in",)},
     ),
