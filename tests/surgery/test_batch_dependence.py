@@ -134,7 +134,7 @@ def test_wrapped_models_have_the_penalty_of_what_is_inside(group: None) -> None:
 
 
 def test_with_one_sample_only_the_penalty_distinguishes_bn_from_in() -> None:
-    """A batch of one has the same moments in `in` and `bn`: their gates get the same gradient, unless BN has a penalty."""
+    """With one sample `in` and `bn` have the same moments, so their gates get one gradient, unless BN has a penalty."""
     model = layers("points")
     gate = model[0].mean_weight
     y = model(torch.randn(1, 4, 5, 5))
