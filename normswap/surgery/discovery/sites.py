@@ -36,13 +36,7 @@ from normswap.surgery.graphs.module_trace import (
 )
 from normswap.surgery.graphs.rewriting import compile_rewritten_forward, is_rewritten, unused_names
 from normswap.surgery.graphs.tracing import GraphFacts, outputs_match, run_isolated
-from normswap.surgery.module_tree import (
-    ModelTrainingFlags,
-    ModuleEntry,
-    class_name,
-    model_training_flags,
-    walk_modules,
-)
+from normswap.surgery.module_tree import ModelTrainingFlags, ModuleEntry, class_name, model_training_flags, walk_modules
 from normswap.surgery.norms.classes import KNOWN_NORMS, NO_BATCH_STATISTICS, NormSpec, NormTable, read_norm
 from normswap.surgery.norms.functions import (
     call_name,
