@@ -117,9 +117,7 @@ TRAPS: tuple[Trap, ...] = (
     _trap("own norm, functional", lambda: Chain(OwnNorm()), IMAGE, "1.batch_norm"),
     _trap("own norm, by hand", lambda: Chain(HandMadeNorm()), IMAGE, skips={"1": "not in the table of known norms"}),
     _trap("own norm, untraceable", lambda: Chain(SelfCounting()), IMAGE, skips={"1.batch_norm": NOT_TRACED}),
-    _trap(
-        "constant made in forward", Constant, IMAGE, skips={"batch_norm": r"creates a tensor from.*buffer"}
-    ),
+    _trap("constant made in forward", Constant, IMAGE, skips={"batch_norm": r"creates a tensor from.*buffer"}),
     _trap("number drawn in forward", Drawing, IMAGE, skips={"batch_norm": "draws random numbers"}),
     _trap("attribute written in forward", Remembering, IMAGE, skips={"batch_norm": r"writes.*features"}),
     _trap("list filled in forward", Collecting, IMAGE, skips={"batch_norm": r"writes.*seen"}),
