@@ -178,14 +178,14 @@ def test_a_site_that_left_its_vertex_has_moved(options: dict[str, Any], site: st
 
 
 def test_eps_is_reported_where_nothing_can_be_folded_wrongly() -> None:
-    plain, with_new = converted().model, converted(**WITH_NEW).model
+    plain, begun = converted().model, converted(**WITH_NEW).model
     assert plain.group.eps == 1e-3
     move(plain.group, "in")
-    for layer in (plain.group, with_new.group, with_new.instance):
+    for layer in (plain.group, begun.group, begun.instance):
         with pytest.raises(LayerError, match="importance weights are not those of BN cannot be folded"):
             _ = layer.eps
-    move(with_new.group, "bn")
-    assert with_new.group.eps == 1e-3
+    move(begun.group, "bn")
+    assert begun.group.eps == 1e-3
 
 
 @pytest.mark.parametrize("options", [ALL, WITH_NEW], ids=["plain", "with_new"])
