@@ -138,21 +138,21 @@ def test_the_model_and_the_random_numbers_are_left_alone(name: str) -> None:
 
 
 def test_it_runs_in_evaluation_and_without_gradients() -> None:
-    told: list[tuple[bool, bool]] = []
+    flags: list[tuple[bool, bool]] = []
     model = nn.Sequential(nn.Dropout(), zoo.bn(3))
-    model[1].register_forward_hook(lambda module, *_: told.append((module.training, torch.is_grad_enabled())))
+    model[1].register_forward_hook(lambda module, *_: flags.append((module.training, torch.is_grad_enabled())))
     observe(model, zoo.IMAGE())
-    assert told == [(False, False)]
+    assert flags == [(False, False)]
 
 
 FAILURES = {
     "a child": (
         lambda: zoo.Chain(zoo.bn(5)),
-        r"^the model fails on an input of 3x3x9x9, in 1 \(BatchNorm2d, fed 3x8x9x9\): ",
+        r"^the model fails on an input of 3x3x9x9, in 1 \(BatchNorm2d, with an input of 3x8x9x9\): ",
     ),
     "the root": (
         Trying.Failing,
-        r"^the model fails on an input of 3x3x9x9, in the model \(Failing, fed 3x3x9x9\): on purpose$",
+        r"^the model fails on an input of 3x3x9x9, in the model \(Failing, with an input of 3x3x9x9\): on purpose$",
     ),
     "arguments": (
         zoo.KeywordInput,
