@@ -292,6 +292,8 @@ def _make_settings(recipe: Recipe, source: StartingModel) -> Callable[..., DataS
     data = recipe.data
     shape = default_input_shape(source.model, source.architecture)
     size = (data.image_size, data.image_size) if data.image_size else shape[2:] if shape else None
+    if size is None:
+        raise RecipeError("data.image_size: the model does not record its image size: set it, such as 224")
 
     def build(split: str, class_names: tuple[str, ...] | None = None) -> DataSettings:
         return DataSettings(

@@ -153,7 +153,7 @@ def complete_settings(settings: DataSettings, model: nn.Module | None) -> DataSe
     config = getattr(model, "pretrained_cfg", None)
     config = config if isinstance(config, Mapping) else {}
     if settings.image_size is None and not config.get("input_size"):
-        raise DataError("image size unknown: pass image_size=(224, 224), or a model that has a pretrained_cfg")
+        raise DataError("image size unknown: pass image_size=(224, 224)")
     resolved: dict[str, Any] = _timm().resolve_data_config({"img_size": None}, pretrained_cfg=dict(config))
     channels = settings.channels or resolved["input_size"][0]
     if channels not in (1, 3):
