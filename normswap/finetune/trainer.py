@@ -90,11 +90,11 @@ class Outcome:
         notes: notes for the user on the model and the length of the run.
 
     Examples:
-        >>> import normswap, tempfile
-        >>> overrides = ["train.steps=2", f"run.output={tempfile.mkdtemp()}/run"]
+        >>> import normswap
+        >>> overrides = ["train.steps=2", "train.warmup_steps=0", "run.output=short_run"]
         >>> outcome = normswap.run_recipe(normswap.read_recipe("digits_source", overrides))
-        >>> outcome.after.images, outcome.model.name, outcome.log.name
-        (200, 'model.pt', 'log.jsonl')
+        >>> outcome.after.images, str(outcome.model), str(outcome.log)
+        (200, 'short_run/model.pt', 'short_run/log.jsonl')
     """
 
     __module__ = "normswap"
@@ -173,11 +173,11 @@ def run_recipe(
         NormswapError: any error of reading, converting, opening data and saving.
 
     Examples:
-        >>> import normswap, tempfile
-        >>> overrides = ["train.steps=2", f"run.output={tempfile.mkdtemp()}/run"]
-        >>> outcome = normswap.run_recipe(normswap.read_recipe("digits_source", overrides))
-        >>> outcome.steps, outcome.after.images
-        (2, 200)
+        >>> import normswap
+        >>> recipe = normswap.read_recipe("digits_source", ["train.steps=2", "train.warmup_steps=0"])
+        >>> outcome = normswap.run_recipe(recipe)
+        >>> outcome.steps, str(outcome.output)
+        (2, 'runs/digits_source')
         >>> model = normswap.load(outcome.model).model
     """
     output = recipe.output

@@ -114,5 +114,5 @@ def test_the_lightning_that_a_program_has_imported_is_followed(monkeypatch: pyte
     for name in ("lightning.pytorch", "pytorch_lightning"):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(room, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match="found neither: pip install lightning"):
+    with pytest.raises(ImportError, match="neither lightning nor pytorch_lightning is installed: pip install"):
         find()
