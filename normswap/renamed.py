@@ -235,6 +235,7 @@ def renamed_fields(**renamed: str) -> Callable[[type[T]], type[T]]:
     """
 
     def decorate(cls: type[T]) -> type[T]:
+        """Return the class, changed in place."""
         init = cls.__init__
         changed: Any = cls
 

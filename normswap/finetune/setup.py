@@ -72,6 +72,7 @@ def make_lr_lambda(train: TrainTable, steps: int) -> Callable[[int], float]:
     warmup = check_warmup(train, steps)
 
     def lr_lambda(step: int) -> float:
+        """The factor of a step."""
         if step < warmup:
             return (step + 1) / (warmup + 1)
         progress = min(1.0, (step - warmup) / (steps - warmup))
@@ -296,6 +297,7 @@ def _make_settings(recipe: Recipe, source: StartingModel) -> Callable[..., DataS
         raise RecipeError("data.image_size: the model does not record its image size: set it, such as 224")
 
     def build(split: str, class_names: tuple[str, ...] | None = None) -> DataSettings:
+        """The settings of a split; the classes of the training split are passed for evaluation."""
         return DataSettings(
             source=data.source,
             split=split,

@@ -190,9 +190,8 @@ def run_recipe(
 
         def write_record(record: Record) -> None:
             if journal is not None:
-                journal.write(record)
-                if on_record is not None:
-                    on_record(record)
+                for write in filter(None, (journal.write, on_record)):
+                    write(record)
 
         return _execute(run, request, write_record, on_step or (lambda *_: None))
 

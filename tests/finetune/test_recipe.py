@@ -227,7 +227,7 @@ def test_recipes_can_be_listed_shown_and_copied(tmp_path: Path) -> None:
     assert copy.read_text() == shipped_recipes()["digits_source"].text
     assert "exists already" in run("cp", "digits_source", str(tmp_path))[1]
     assert run("cp", "digits_source", str(tmp_path), "--force")[0] == 0
-    status, said = run("cp", "digits_source", str(tmp_path / "a.txt"))
-    assert (status, "expected a folder or a name in .toml" in said) == (2, True)
-    status, said = run("show", "digits")
-    assert (status, "no recipe 'digits'; did you mean digits_source?" in said) == (2, True)
+    status, output = run("cp", "digits_source", str(tmp_path / "a.txt"))
+    assert (status, "expected a folder or a name in .toml" in output) == (2, True)
+    status, output = run("show", "digits")
+    assert (status, "no recipe 'digits'; did you mean digits_source?" in output) == (2, True)

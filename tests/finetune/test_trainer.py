@@ -1,4 +1,4 @@
-"""The engine: what a run writes, that an interrupted one ends as one that was not, and what it refuses."""
+"""`run_recipe`: the files of a run, resumed runs, and errors."""
 
 import copy
 import json
@@ -76,11 +76,11 @@ def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, list[Any]]:
-    """A run that came to its end: its folder, its outcome, what it told."""
+    """A finished run: its folder, its outcome, its records."""
     folder = tmp_path_factory.mktemp("finished")
-    told: list[Any] = []
-    outcome = run_recipe(recipe(folder, train={"ema_decay": 0.9}, run={"evaluate_every": 2}), on_record=told.append)
-    return folder / "run", outcome, told
+    written: list[Any] = []
+    outcome = run_recipe(recipe(folder, train={"ema_decay": 0.9}, run={"evaluate_every": 2}), on_record=written.append)
+    return folder / "run", outcome, written
 
 
 # --- what a run writes ------------------------------------------------------------------------------------------------
@@ -101,10 +101,10 @@ def test_a_run_ends_with_a_model_that_load_understands(finished: tuple[Path, Any
 
 
 def test_the_log_reports_losses_evaluations_and_importance_weights(finished: tuple[Path, Any, list[Any]]) -> None:
-    folder, outcome, told = finished
+    folder, outcome, written = finished
     records = read_journal(folder)
     assert [record["step"] for record in records] == [0, 0, 2, 2, 4, 4]
-    assert json.loads(json.dumps(told)) == records
+    assert json.loads(json.dumps(written)) == records
     assert records[0]["recipe"]["train"]["steps"] == 4
     assert records[1]["evaluation"] == outcome.before._asdict()
     assert records[-1]["evaluation"] == outcome.after._asdict()
@@ -122,9 +122,9 @@ def test_the_loss_is_that_of_the_images_and_the_penalty_pulls_at_the_gates(tmp_p
     images, labels = next(iter(prepared.training))
     prepared.model.train()
     expected = torch.nn.functional.cross_entropy(prepared.model(images), labels)
-    told: list[Any] = []
-    outcome = run_recipe(run, on_record=told.append)
-    (loss,) = [record["loss"] for record in told if "loss" in record]
+    written: list[Any] = []
+    outcome = run_recipe(run, on_record=written.append)
+    (loss,) = [record["loss"] for record in written if "loss" in record]
     assert loss == pytest.approx(float(expected.detach()), rel=1e-5)
     shares = [share for site in outcome.importance.values() for share in (site.mean["bn"], site.var["bn"])]
     assert max(shares) < 0.01  # whatever the images ask for, at this penalty
@@ -312,12 +312,23 @@ def test_a_log_that_cannot_be_written_is_reported(tmp_path: Path, file_size_limi
     assert read_journal(tmp_path)[0] == {"step": 1, "loss": None}
 
 
-def test_a_line_cut_off_by_a_kill_is_left_out(tmp_path: Path) -> None:
+def test_a_line_cut_off_by_a_kill_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "log.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"st')
-    assert [record["step"] for record in read_journal(tmp_path)] == [1, 2]
+    with caplog.at_level("INFO", logger="normswap"):
+        assert [record["step"] for record in read_journal(tmp_path)] == [1, 2]
+    assert "log.jsonl: dropped line 3, which is incomplete" in caplog.text
     with Journal(tmp_path, after=1) as log:
         log.write({"step": 3})
     assert [record["step"] for record in read_journal(tmp_path)] == [1, 3]
+
+
+def test_tensorboard_leaves_the_environment_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TF_CPP_MIN_LOG_LEVEL", raising=False)
+    before = dict(os.environ)
+    with Journal(tmp_path) as log:
+        log.write({"step": 1, "loss": 0.5})
+    assert os.environ == before
+    assert list((tmp_path / "tensorboard").iterdir())
 
 
 @pytest.mark.parametrize(
@@ -380,7 +391,7 @@ def test_a_conversion_that_fails_verification_is_not_trained(tmp_path: Path, mon
         NothingToDo, match="the outputs of the converted model differ from the original's: see normswap verify"
     ):
         run_recipe(recipe(tmp_path))
-    # Nor whatever it takes for the batch in training, which verification leaves out by itself.
+    # Nor is one with other statistics in training, which verification does not compare by itself.
     with pytest.raises(NothingToDo, match="the outputs of the converted model differ"):
         run_recipe(recipe(tmp_path, train={"steps": 1}, convert={"bn_statistics": "renorm"}))
 

@@ -45,7 +45,7 @@ def train(model: nn.Module, optimizer: Any, steps: int, accumulated: int = 1) ->
         yield step
 
 
-def told() -> tuple[list[tuple[int, dict[str, float]]], Callable[[dict[str, float], int], None]]:
+def recorder() -> tuple[list[tuple[int, dict[str, float]]], Callable[[dict[str, float], int], None]]:
     lines: list[tuple[int, dict[str, float]]] = []
     return lines, lambda values, step: lines.append((step, values))
 
@@ -81,7 +81,7 @@ OF_SITES = {
 
 @pytest.mark.parametrize(("per_site", "expected"), [(False, AVERAGES), (True, AVERAGES | OF_SITES)])
 def test_averages_and_single_sites_are_reported_by_name(per_site: bool, expected: dict[str, float]) -> None:
-    model, (lines, write) = network(), told()
+    model, (lines, write) = network(), recorder()
     set_points(model)
     watch_importance(model, built(model), write=write, per_site=per_site)
     assert lines == [(0, expected)]
@@ -105,7 +105,7 @@ def test_a_summary_writer_gets_every_number() -> None:
 
 @pytest.mark.parametrize(("before", "expected"), [(0, [0, 2, 4]), (3, [4, 6]), (4, [6, 8])])
 def test_steps_are_counted_and_not_batches(before: int, expected: list[int]) -> None:
-    model, (lines, write) = network(), told()
+    model, (lines, write) = network(), recorder()
     optimizer = built(model)
     with watch_importance(model, optimizer, write=write, every=2, step=before) as watch:
         for _ in train(model, optimizer, 4, accumulated=2):

@@ -195,10 +195,10 @@ def test_an_average_kept_as_a_list_gets_the_gates_at_their_places() -> None:
     average = ListAverage(model.parameters())
     optimizer = optim.SGD(model.parameters(), lr=0.1)
     train(model, optimizer, None, range(2), average)
-    held = list(average.shadow_params)
+    shadows = list(average.shadow_params)
     normswap.convert_training(model, optimizer, ema=average)
     assert [s.shape for s in average.shadow_params] == [p.shape for p in model.parameters()]
-    assert all(any(one is shadow for shadow in average.shadow_params) for one in held)
+    assert all(any(one is shadow for shadow in average.shadow_params) for one in shadows)
     train(model, optimizer, None, range(2), average)
 
 

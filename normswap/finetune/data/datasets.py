@@ -382,6 +382,7 @@ def _can_connect(host: str, port: int) -> bool:
     results: list[bool] = []
 
     def connect() -> None:
+        """Append the result, in the thread."""
         try:
             socket.create_connection((host, port), _CONNECT_TIMEOUT).close()
             results.append(True)

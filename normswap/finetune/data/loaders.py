@@ -165,6 +165,7 @@ class EpochLoader:
         return len(self._loader)
 
     def epoch(self, number: int, *, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the batches of an epoch from batch number `first` on."""
         self._order.epoch, self._order.first = number, first * (self._loader.batch_size or 1)
         try:
             yield from _report_read_errors(self._source, self._loader)
@@ -191,6 +192,7 @@ class StreamLoader:
         return len(self._loader)
 
     def epoch(self, number: int, *, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the batches of an epoch from batch number `first` on; the stream is read from its start."""
         self._dataset.set_epoch(number)
         yield from islice(_report_read_errors(self._source, self._loader), first, None)
 
