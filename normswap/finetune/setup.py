@@ -6,7 +6,7 @@ recipe asks for that. Optimizers, moving average, mixup and cutmix are timm's.
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,15 @@ from torch import Tensor, nn
 
 from normswap.checkpoints.architecture.registry import default_input_shape, parse_architecture, with_keyword
 from normswap.checkpoints.record import Step
-from normswap.errors import ArchitectureError, DataError, NothingToDo, RecipeError
+from normswap.errors import ArchitectureError, DataError, NothingToDo, PlanError, RecipeError
 from normswap.finetune.data.datasets import Data, open_data
 from normswap.finetune.data.loaders import DataSettings
 from normswap.finetune.model_source import StartingModel, load_from_recipe, load_from_state
-from normswap.finetune.recipe import DataTable, Recipe, RunTable, TrainTable, check_warmup
+from normswap.finetune.recipe import ConvertTable, DataTable, Recipe, RunTable, TrainTable, check_warmup
 from normswap.model_state import training_flags
 from normswap.surgery.conversion import convert
 from normswap.surgery.importance import gated_modules
+from normswap.surgery.selection import SwapOptions
 from normswap.training.param_groups import param_groups
 from normswap.verification.equivalence import verify
 
@@ -260,6 +261,7 @@ def prepare(
         NormswapError: any error of `load`, `convert` and `open_data`; the conversion fails verification; the data do
             not fit the model; the run is too short for the recipe.
     """
+    swap_options(recipe.convert)  # refuses wrong values before files are read
     source = load_from_state(recipe, state, trust=trust) if state else load_from_recipe(recipe, trust=trust)
     settings = _make_settings(recipe, source)
     training = open_data(settings(recipe.data.train_split), use="training", model=source.model, shard=shard)
@@ -333,6 +335,19 @@ def _make_example_input(data: Data) -> Tensor:
     return torch.randn(2, settings.channels or 3, *(settings.image_size or ()), generator=generator)
 
 
+def swap_options(table: ConvertTable) -> SwapOptions:
+    """Return the options that the keys of [convert] stand for.
+
+    Raises:
+        RecipeError: a value is unknown.
+    """
+    values = {f.name: getattr(table, f.name) for f in fields(table) if f.name != "enabled"}
+    try:
+        return SwapOptions(**{name: value for name, value in values.items() if value is not None})
+    except PlanError as error:
+        raise RecipeError(f"convert.{error}") from None
+
+
 def _convert_model(recipe: Recipe, source: StartingModel, example: Tensor) -> StartingModel:
     """The model, converted and verified unless it has gates already or the recipe disables conversion."""
     wanted, converted = recipe.convert, gated_modules(source.model)
@@ -341,17 +356,7 @@ def _convert_model(recipe: Recipe, source: StartingModel, example: Tensor) -> St
         return replace(source, notes=(*source.notes, note))
     if not wanted.enabled:
         return source
-    options = {} if wanted.gate is None else {"gate": wanted.gate}
-    model, plan, _ = convert(
-        source.model,
-        example,
-        include=wanted.include,
-        exclude=wanted.exclude,
-        kinds=wanted.kinds,
-        bn_statistics=wanted.bn_statistics,
-        synchronize=wanted.synchronize,
-        **options,  # type: ignore[arg-type]
-    )
+    model, plan, _ = convert(source.model, example, options=swap_options(wanted))
     if not plan.swaps:
         raise NothingToDo("the model has no norm to convert: set convert.enabled = false to train it unchanged")
     verification = verify(source.model, model, [example])

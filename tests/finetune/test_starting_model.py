@@ -17,7 +17,7 @@ from normswap.errors import ArchitectureError, CheckpointError, NormswapError, R
 from normswap.finetune.data import datasets
 from normswap.finetune.recipe import Recipe, parse_recipe, read_recipe
 from normswap.finetune.run_files import differing_keys, read_journal
-from normswap.finetune.setup import build_average, make_lr_lambda, prepare, run_length
+from normswap.finetune.setup import build_average, make_lr_lambda, prepare, run_length, swap_options
 from normswap.finetune.trainer import run_recipe
 from tests.finetune.test_datasets import image_folder
 
@@ -252,6 +252,17 @@ def test_classes_in_the_architecture_that_contradict_the_data_are_refused() -> N
     assert prepare(recipe(model={**model, "new_head": False})).classes == 12
     with pytest.raises(RecipeError, match=r"model\.new_head: expected true or false or 'always', got 'maybe'"):
         recipe(model={"architecture": TEN, "new_head": "maybe"})
+
+
+def test_a_wrong_choice_of_sites_is_refused_by_its_key_before_files_are_read() -> None:
+    wrong = recipe(model={"checkpoint": "absent.pt"}, convert={"kinds": ["bm"]})
+    with pytest.raises(RecipeError, match=r"convert\.kinds: expected some of .*, got \('bm',\)"):
+        prepare(wrong)
+
+
+def test_keys_of_convert_become_swap_options() -> None:
+    table = recipe(model={"architecture": TEN}, convert={"include": ["layer1.*"], "bn_statistics": "running"}).convert
+    assert swap_options(table) == normswap.SwapOptions(include=("layer1.*",), bn_statistics="running")
 
 
 def test_a_model_without_an_image_size_needs_the_key() -> None:
