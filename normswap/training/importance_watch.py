@@ -6,7 +6,7 @@ parameters and add nothing to state dicts.
 """
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -117,8 +117,10 @@ class StatisticsSwitch:
 class ImportanceWatch:
     """The handle that `normswap.watch_importance` returns; `remove()`, or the end of a `with` block, stops it.
 
-    Attributes:
+    Args:
+        callbacks: objects with a method `on_step(step)`, which is called at once and after every step.
         step: the number of steps that the optimizer has taken.
+        parts: the old name of `callbacks`.
 
     Examples:
         >>> import torch, normswap
@@ -133,7 +135,12 @@ class ImportanceWatch:
 
     __module__ = "normswap"
 
-    def __init__(self, callbacks: list[_StepCallback], step: int) -> None:
+    def __init__(
+        self, callbacks: Sequence[_StepCallback] = (), step: int = 0, *, parts: Sequence[_StepCallback] | None = None
+    ) -> None:
+        if parts is not None:
+            warn_renamed("ImportanceWatch(parts=)", "callbacks")
+            callbacks = parts
         self.step = step
         self._callbacks = callbacks
         self._handle: RemovableHandle | None = None

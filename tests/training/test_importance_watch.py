@@ -11,7 +11,7 @@ from pytorch_lightning.core.optimizer import LightningOptimizer
 from timm.optim import Lookahead
 from torch import Tensor, nn
 
-from normswap import NormswapError, SwitchNorm2d, convert, param_groups, watch_importance
+from normswap import ImportanceWatch, NormswapError, SwitchNorm2d, convert, param_groups, watch_importance
 from normswap.errors import LayerError, OptimizerError, WatchError
 from tests.helpers import zoo
 
@@ -251,6 +251,15 @@ def test_a_refusal_changes_nothing() -> None:
         watch_importance(model, optimizer, write=print, every=0, bn_statistics={0: "running"})
     assert model.first.bn_statistics == "batch"
     assert not optimizer._optimizer_step_post_hooks
+
+
+def test_a_handle_takes_its_callbacks_by_their_old_name() -> None:
+    lines: list[int] = []
+    callback = SimpleNamespace(on_step=lines.append)
+    with pytest.warns(DeprecationWarning, match=r"ImportanceWatch\(parts=\) of normswap was renamed to callbacks"):
+        ImportanceWatch(parts=[callback], step=3)
+    assert ImportanceWatch([callback], 4).step == 4
+    assert lines == [3, 4]
 
 
 def test_a_switch_is_logged(caplog: pytest.LogCaptureFixture) -> None:
