@@ -197,20 +197,15 @@ def old_names(module: str) -> Callable[[str], Any]:
     return fetch
 
 
-def warn_renamed(old: str, new: str, *, stacklevel: int = 2) -> None:
-    """Warn that a member, field or key was renamed.
-
-    Args:
-        stacklevel: 1 blames the caller of this function, 2 the caller of that function, and so on.
-    """
-    warnings.warn(
-        f"{old} of normswap was renamed to {new}: use the new name", DeprecationWarning, stacklevel=stacklevel + 1
-    )
+def warn_renamed(old: str, new: str) -> None:
+    """Warn that a member, field or key was renamed; the warning names the line outside normswap that uses it."""
+    frame, level = sys._getframe(), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "normswap":
+        frame, level = frame.f_back, level + 1
+    warnings.warn(f"{old} of normswap was renamed to {new}: use the new name", DeprecationWarning, stacklevel=level)
 
 
-def current_names(
-    renamed: Mapping[str, str], values: Mapping[str, T], owner: str, *, stacklevel: int = 2
-) -> dict[str, T]:
+def current_names(renamed: Mapping[str, str], values: Mapping[str, T], owner: str) -> dict[str, T]:
     """Return `values` with renamed keys under their new names, and warn about each.
 
     Args:
@@ -225,7 +220,7 @@ def current_names(
         new = renamed[old]
         if new in values:
             raise TypeError(f"{owner}.{old} was renamed to {owner}.{new}, and both are set: remove {owner}.{old}")
-        warn_renamed(f"{owner}.{old}", f"{owner}.{new}", stacklevel=stacklevel + 1)
+        warn_renamed(f"{owner}.{old}", f"{owner}.{new}")
         result[new] = result.pop(old)
     return result
 

@@ -267,10 +267,7 @@ def parse_recipe(name: str, data: Mapping[str, Any]) -> Recipe:
 def rename_keys(data: Mapping[str, Any]) -> dict[str, Any]:
     """Return tables with renamed keys under their new names; raises RecipeError if a key is set under both."""
     try:
-        return {
-            table: current_names(_RENAMED_KEYS.get(table, {}), keys, table, stacklevel=3)
-            for table, keys in data.items()
-        }
+        return {table: current_names(_RENAMED_KEYS.get(table, {}), keys, table) for table, keys in data.items()}
     except TypeError as error:
         raise RecipeError(str(error)) from None
 

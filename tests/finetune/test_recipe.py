@@ -4,6 +4,7 @@ import copy
 import json
 import pickle
 import re
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import get_args, get_type_hints
@@ -155,6 +156,18 @@ def test_a_renamed_key_is_read_with_a_warning(tmp_path: Path) -> None:
         assert recipe.is_set_by_user("train.batch_price")
     with pytest.warns(DeprecationWarning, match=r"Recipe\.is_written of normswap was renamed to is_set_by_user"):
         assert recipe.is_written("train.batch_penalty")
+
+
+def test_the_warning_names_the_line_that_uses_the_old_name() -> None:
+    uses: list[Callable[[], object]] = [
+        lambda: parse_recipe("mine", OLD_PRICE),
+        lambda: TrainTable(steps=1).batch_price,  # type: ignore[attr-defined]
+        lambda: read_recipe("digits_source", ["train.batch_price=0.2"]),
+    ]
+    for use in uses:
+        with pytest.warns(DeprecationWarning, match=r"batch_price of normswap was renamed") as caught:
+            use()
+        assert [Path(warning.filename).name for warning in caught] == ["test_recipe.py"]
 
 
 def test_a_renamed_key_beside_its_new_name_is_refused() -> None:
