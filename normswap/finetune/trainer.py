@@ -189,9 +189,8 @@ def run_recipe(
     with handle_stop_signals() as request, _open_journal(run) as journal:
 
         def write_record(record: Record) -> None:
-            if journal is not None:
-                for write in filter(None, (journal.write, on_record)):
-                    write(record)
+            for write in filter(None, (journal.write, on_record)) if journal is not None else ():
+                write(record)
 
         return _execute(run, request, write_record, on_step or (lambda *_: None))
 
