@@ -51,12 +51,20 @@ class TrainingError(NormswapError):
     """A training run cannot go on; says what was kept and where."""
 
 
-class RunInterrupted(TrainingError):  # noqa: N818 - asked for
-    """A run was asked to stop, and has saved its state."""
+class RunInterrupted(TrainingError):  # noqa: N818 - a request, not an error
+    """A signal stopped a run, which has saved its state.
 
-    def __init__(self, message: str, number: int | None) -> None:
-        super().__init__(message)
-        self.exit_code = 128 + (number or 0)  # what shells use for a signal
+    Args:
+        message: the step, the folder, and how to continue.
+        number: the number of the signal; None if it reached another process only.
+    """
+
+    def __init__(self, message: str, number: int | None = None) -> None:
+        super().__init__(message, number)  # both, since pickle calls the class with the arguments of the exception
+        self.exit_code = 128 + (number or 0)  # as shells report a signal
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class CheckpointError(NormswapError):
