@@ -51,12 +51,12 @@ def main() -> int:
 
 def shown_values() -> dict[str, Any]:
     """Return the values in the picture: test accuracies in percent, computed from the records."""
-    runs = read_document(RESULTS / "small-batch.json")["runs"]
+    records: Any = read_document(RESULTS / "small-batch.json")
     section = read_json(RESULTS / "evidence.json").sections[0]
     by_batch = {
         arm: {
-            str(batch): [run["after"] for run in runs if (run["arm"], run["batch"]) == (arm, batch)]
-            for batch in sorted({run["batch"] for run in runs})
+            str(batch): [run["after"] for run in records["runs"] if (run["arm"], run["batch"]) == (arm, batch)]
+            for batch in sorted({run["batch"] for run in records["runs"]})
         }
         for arm in ("recipe", "bn")
     }
@@ -133,7 +133,7 @@ def _draw_arms(axes: Axes, values: dict[str, dict[str, float]]) -> None:
     titles = [SHORT.get(arm, ARMS[arm].title) for arm in values]
     axes.set_yticks(range(len(titles)), titles)
     for label in axes.get_yticklabels():
-        label.set_weight("bold" if label.get_text() == ARMS["converted"].title else "normal")
+        label.set_fontweight("bold" if label.get_text() == ARMS["converted"].title else "normal")
     axes.set(xlim=(0, 116), ylim=(-0.6, len(titles) - 0.4), xlabel=LEGEND)
     axes.set_xticks([0, 25, 50, 75, 100])
     _style(axes, "By method, batch size 2 (%)")
