@@ -76,7 +76,8 @@ def _mean(values: Any) -> float:
 
 def _draw_digits(axes: Axes) -> None:
     """Show digits of both domains, cut from docs/measured/digits.png."""
-    sample = Image.open(PAGES / "digits.png").convert("RGB")
+    with Image.open(PAGES / "digits.png") as image:
+        sample = image.convert("RGB")
     columns = 4
     strip = sample.crop((0, 0, columns * TILE + BORDER, sample.height))
     rows = [strip.crop((BORDER, BORDER + row * TILE, strip.width - BORDER, (row + 1) * TILE)) for row in (0, 1)]
@@ -150,7 +151,8 @@ def _style(axes: Axes, title: str) -> None:
 
 def read_values(path: Path = PICTURE) -> dict[str, Any]:
     """Return the values that the picture contains."""
-    values: dict[str, Any] = json.loads(Image.open(path).info["Description"])
+    with Image.open(path) as image:
+        values: dict[str, Any] = json.loads(image.info["Description"])
     return values
 
 
