@@ -76,8 +76,8 @@ def _mean(values: Any) -> float:
 
 def _draw_digits(axes: Axes) -> None:
     """Show digits of both domains, cut from docs/measured/digits.png."""
-    with Image.open(PAGES / "digits.png") as image:
-        sample = image.convert("RGB")
+    with Image.open(PAGES / "digits.png") as file:
+        sample = file.convert("RGB")
     columns = 4
     strip = sample.crop((0, 0, columns * TILE + BORDER, sample.height))
     rows = [strip.crop((BORDER, BORDER + row * TILE, strip.width - BORDER, (row + 1) * TILE)) for row in (0, 1)]
