@@ -33,8 +33,8 @@ BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.M | re.S)
 WIDTH = 100
 # Phrases that the pages must not contain: words that the project used before it used those of the field.
 OLD_WORDS = (
-    "anew|law 1|parity|proof|proves?|proved|told|tells|is fed|are fed|in place of what|lies|hold against|held against"
-    "|the ground|and their like|carry (?:it|a plan) out|fed one|priced|batch[ _]price"
+    "anew|law 1|parity|proof|proves?|proved|told|tells|said|held|lies|is fed|are fed|the ground|alike|as ever|at hand"
+    "|way out|kin|likelier|hangs? on|in place of|takes? the place|priced?|batch[ _]price|begun|whatever"
 )
 
 
