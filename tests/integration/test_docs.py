@@ -21,7 +21,6 @@ import torch
 from click.testing import CliRunner
 
 import normswap
-from benchmarks.finetuning import picture
 from normswap.cli import main
 from tests.cli.test_snapshots import normalised
 
@@ -228,6 +227,8 @@ def test_the_readme_is_short_and_starts_with_code_and_a_picture() -> None:
 
 
 def test_the_picture_shows_the_records() -> None:
+    from benchmarks.finetuning import picture  # matplotlib takes a while
+
     assert picture.read_values() == picture.shown_values()
 
 
