@@ -242,6 +242,11 @@ def test_the_numbers_of_the_readme_are_those_of_the_measured_pages() -> None:
     assert len(shown) == 5
     for name, *cells in shown:
         assert cells == [cell.strip("*").split(" ")[0] for cell in rows[name]]
+    small = (DOCS / "measured" / "small-batch.md").read_text(encoding="utf-8")
+    (single,) = [row for row in table_rows(small) if row[0] == "1"]
+    recipe, _, bn = (cell.split()[0] for cell in single[1:])
+    assert f"At batch size 1 the recipe reaches {recipe} %, BN in training mode {bn} %" in readme
+    assert f"BN falls to {bn} % at batch size 1, SN stays at {recipe} %" in readme
     coverage = (DOCS / "measured" / "coverage.md").read_text(encoding="utf-8")
     (total,) = [row for row in table_rows(coverage) if row[0] == "all"]
     (within,) = re.findall(r"(\d+) of the (\d+) models fit in 24 GB", readme)
@@ -249,6 +254,28 @@ def test_the_numbers_of_the_readme_are_those_of_the_measured_pages() -> None:
     assert re.findall(r"all (\d+) match", readme) == [total[8]]
     assert re.findall(r"\((\d+) of\s+them by the clause", readme) == re.findall(r"needed for (\d+) models", coverage)
     assert re.findall(r"(\d+) in float32;", readme) == re.findall(r"## Verified in float32 \((\d+)\)", coverage)
+
+
+def test_the_speeds_of_the_readme_are_those_of_the_measured_page() -> None:
+    readme = README.read_text(encoding="utf-8")
+    page = (DOCS / "measured" / "speed.md").read_text(encoding="utf-8")
+    ours = [row for row in table_rows(page) if len(row) == 9 and row[3] in ("native", "native, mix")]
+    assert len(ours) == 16
+    all_layers = [row for row in table_rows(page) if len(row) == 11 and row[3] in ("train", "eval")]
+    shown = {row[0]: row[1:] for row in table_rows(readme)}
+    for name, column, mode in (("a layer, training step", 4, "train"), ("a layer, evaluation", 6, "eval")):
+        for cell, layer in zip(shown[name], ("native", "native, mix"), strict=False):
+            ratios = sorted(float(row[column].split()[0]) for row in ours if row[3] == layer)
+            assert cell == f"{ratios[0]:.2f}-{ratios[-1]:.2f}"
+        eager = sorted(float(row[-1]) for row in all_layers if row[3] == mode)
+        digits = 1 if mode == "train" else 0
+        assert shown[name][2] == f"{eager[0]:.{digits}f}-{eager[-1]:.{digits}f}"
+    worst = max(float(row[5].split()[0]) for row in ours)
+    assert f"{worst:.2f} for the worst shape" in readme
+    (network,) = [cells for name, cells in shown.items() if name.startswith("`resnet50`")]
+    rows = [row for row in table_rows(page) if row[:4] == ["resnet50", "fp32", "2", "contiguous"]]
+    (peak,) = [row[3] for row in table_rows(page) if row[0] == "peak of a training step"]
+    assert network[0].split(" / ") == [*(row[-1].split()[0] for row in rows), f"{float(peak.split()[0]):.2f}"]
 
 
 def table_rows(text: str) -> list[list[str]]:
