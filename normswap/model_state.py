@@ -1,13 +1,11 @@
-"""Context managers that change a model's state for a while and always put it back, also on failure.
+"""Context managers that change the state of a model for a while and always restore it, also after an error.
 
-What they touch: training flags, buffers, attributes, hooks, the random state. Nothing else is changed, nothing is
-decided.
+They cover training flags, attributes, buffers, hooks and the random state.
 """
 
-import operator
 import random
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
@@ -15,35 +13,47 @@ import torch
 from torch import fx, nn
 from torch.utils.hooks import RemovableHandle
 
-from normswap.state_snapshot import OnWrite, Snapshot
+from normswap.state_snapshot import CONTAINERS, ContainerState, OnWrite, Snapshot, container_items, same_items
 
-_CONTAINERS = (list, dict, set)
+# --- training flags ---------------------------------------------------------------------------------------------------
 
 
 @contextmanager
-def training_flags(modules: Iterable[nn.Module], *, training: bool) -> Iterator[None]:
-    """Set every module's own training flag, without calling `train()`, which models override."""
-    flags = [(module, module.training) for module in modules]
+def training_flags(modules: Iterable[nn.Module], *, training: bool | Mapping[int, bool]) -> Iterator[None]:
+    """Set the training flag of every module, and restore all flags at the end.
+
+    The flags are set directly: a model may override `train()`.
+
+    Args:
+        training: one flag for all modules, or flags by the `id` of a module; a module without a flag there keeps its
+            own.
+    """
+    before = [(module, module.training) for module in modules]
     try:
-        for module, _ in flags:
-            module.training = training
+        for module, flag in before:
+            module.training = training.get(id(module), flag) if isinstance(training, Mapping) else training
         yield
     finally:
-        for module, flag in flags:
-            module.training = flag
+        for module, flag in before:
+            if module.training != flag:
+                module.training = flag
+
+
+# --- attributes and tensors -------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def preserved_state(modules: Iterable[nn.Module], *, follow_objects: bool = True) -> Iterator[None]:
-    """Put back at the end whatever a forward pass changed in `modules`, and in what they refer to.
+    """Restore at the end everything that a forward pass changed in `modules` and in the objects they refer to.
 
-    Every object stays the same object. Costs the memory of the tensors while it lasts.
+    Every object stays the same object. The copies need as much memory as the tensors.
 
     Args:
-        reach: also follow plain objects, hooks, closures and other modules; without it only containers.
+        follow_objects: also restore plain objects, hooks, closures and other modules; without it only containers and
+            tensors.
 
     Raises:
-        ModelError: something that was changed cannot be put back; all else is.
+        ModelError: an object that changed cannot be restored; all others are.
     """
     snapshot = Snapshot(modules, follow_objects=follow_objects)
     try:
@@ -54,10 +64,10 @@ def preserved_state(modules: Iterable[nn.Module], *, follow_objects: bool = True
 
 @contextmanager
 def preserved_on_write(modules: Iterable[nn.Module], on_write: OnWrite) -> Iterator[None]:
-    """Put back at the end what a pass or a trace changed, as `preserved_state`, for less memory.
+    """Restore everything at the end as `preserved_state` does, with less memory.
 
     Args:
-        on_write: what costs memory only if a function of torch writes to it: large weights, or everything.
+        on_write: the tensors that are copied only if a torch function writes to them: large weights, or everything.
     """
     snapshot = Snapshot(modules, on_write=on_write)
     try:
@@ -69,78 +79,65 @@ def preserved_on_write(modules: Iterable[nn.Module], on_write: OnWrite) -> Itera
 
 @contextmanager
 def rollback_on_error(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """If what is done inside fails, put back the class, the attributes and the registries of every module."""
-    states = [(module, type(module), module_state(module)) for module in modules]
+    """After an error inside the context, restore the class, the attributes and the registries of every module."""
+    states = [(module, type(module), _container_states(module)) for module in modules]
     try:
         yield
     except BaseException:
-        for module, cls, state in states:
+        for module, cls, containers in states:
             module.__class__ = cls
-            _restore(module, state)
+            for state in containers:
+                state.restore()
             if isinstance(module, fx.GraphModule):
                 module.recompile()
         raise
 
 
+def _container_states(module: nn.Module) -> list[ContainerState]:
+    attributes = vars(module)
+    return [ContainerState(attributes), *(ContainerState(v) for v in attributes.values() if isinstance(v, CONTAINERS))]
+
+
 class ModuleState(NamedTuple):
-    """The attributes of a module by name, and what those that are lists, dicts or sets hold."""
+    """The attributes of a module by name, and the items of those that are containers."""
 
     attributes: dict[str, Any]
     contents: dict[str, list[Any]]
 
 
 def module_state(module: nn.Module) -> ModuleState:
-    """Return the attributes of `module` as they are now, and what its containers hold."""
+    """Return the attributes of `module` and the items of its containers, for `changed_attributes`."""
     attributes = vars(module).copy()
-    containers = {name: value for name, value in attributes.items() if isinstance(value, _CONTAINERS) and value}
-    return ModuleState(attributes, {name: _items(value) for name, value in containers.items()})
+    containers = {name: value for name, value in attributes.items() if isinstance(value, CONTAINERS) and value}
+    return ModuleState(attributes, {name: container_items(value) for name, value in containers.items()})
 
 
 def changed_attributes(before: ModuleState, after: ModuleState) -> list[str]:
-    """Return the attributes that are not the same objects, holding the same objects, in two states of a module."""
+    """Return the names of the attributes that are another object in `after`, or a container of other objects."""
     names = dict.fromkeys([*before.attributes, *after.attributes])
-    return [name for name in names if not _same(before, after, name)]
+    return [name for name in names if not _is_unchanged(before, after, name)]
 
 
-def _items(container: Any) -> list[Any]:
-    """What a container holds, flat: keys and values of a dict in turn."""
-    return [part for item in container.items() for part in item] if isinstance(container, dict) else list(container)
-
-
-def _same(a: ModuleState, b: ModuleState, name: str) -> bool:
-    if name not in a.attributes or name not in b.attributes or a.attributes[name] is not b.attributes[name]:
+def _is_unchanged(before: ModuleState, after: ModuleState, name: str) -> bool:
+    if name not in before.attributes or name not in after.attributes:
         return False
-    first, second = a.contents.get(name, []), b.contents.get(name, [])
-    return len(first) == len(second) and all(map(operator.is_, first, second))
+    value = before.attributes[name]
+    same_contents = same_items(value, before.contents.get(name, []), after.contents.get(name, []))
+    return value is after.attributes[name] and same_contents
 
 
-def _restore(module: nn.Module, state: ModuleState) -> None:
-    now = module_state(module)
-    for name in changed_attributes(state, now):
-        if name not in state.attributes:
-            del vars(module)[name]
-            continue
-        value, contents = state.attributes[name], state.contents.get(name, [])
-        vars(module)[name] = value
-        if isinstance(value, dict):
-            value.clear()
-            value.update(zip(contents[::2], contents[1::2], strict=True))
-        elif isinstance(value, set):
-            value.clear()
-            value.update(contents)
-        elif isinstance(value, list):
-            value[:] = contents
+# --- random state -----------------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def seeded(seed: int, *, cpu_only: bool = False) -> Iterator[None]:
-    """Run with a fixed random state - torch's on every device in use, Python's, NumPy's - and restore the caller's.
+    """Seed torch (on every device in use), Python and NumPy, and restore the random state at the end.
 
     Args:
-        cpu_only: leave the other devices alone, which a forked process may not even ask for theirs.
+        cpu_only: leave other devices alone. A forked process needs this: it must not initialize them.
     """
     with preserved_random_state(cpu_only=cpu_only):
-        # torch.manual_seed keeps, for each kind of device that is not there, the stack of whoever called it.
+        # torch.manual_seed stores a stack trace of its caller for every kind of device that is absent.
         everywhere = not cpu_only and torch.accelerator.is_available()
         (torch.manual_seed if everywhere else torch.default_generator.manual_seed)(seed)
         random.seed(seed)
@@ -151,7 +148,11 @@ def seeded(seed: int, *, cpu_only: bool = False) -> Iterator[None]:
 
 @contextmanager
 def preserved_random_state(*, cpu_only: bool = False) -> Iterator[None]:
-    """Restore the random state at the end, of torch, Python and NumPy; arguments as in `seeded`."""
+    """Restore the random state of torch, Python and NumPy at the end.
+
+    Args:
+        cpu_only: as in `seeded`.
+    """
     numpy = sys.modules.get("numpy")
     python_state, numpy_state = random.getstate(), numpy and numpy.random.get_state()
     with torch.random.fork_rng(devices=() if cpu_only else range(torch.cuda.device_count())):
@@ -164,7 +165,7 @@ def preserved_random_state(*, cpu_only: bool = False) -> Iterator[None]:
 
 
 def random_state() -> list[Any]:
-    """Return the state of torch's CPU generator, Python's and NumPy's, to be compared with `==`."""
+    """Return the state of the generators of torch (CPU), Python and NumPy; compare two states with `==`."""
     numpy = sys.modules.get("numpy")
     numpy_state = (
         [part.tolist() if hasattr(part, "tolist") else part for part in numpy.random.get_state()] if numpy else []
@@ -172,9 +173,12 @@ def random_state() -> list[Any]:
     return [torch.get_rng_state().tolist(), random.getstate(), numpy_state]
 
 
+# --- hooks and calls --------------------------------------------------------------------------------------------------
+
+
 @contextmanager
 def registered_hooks(register: Iterable[Callable[[], RemovableHandle]]) -> Iterator[None]:
-    """Register hooks, one per callable, and remove them all at the end."""
+    """Call functions that each register one hook, and remove all these hooks at the end."""
     with ExitStack() as stack:
         for call in register:
             stack.callback(call().remove)
@@ -182,13 +186,13 @@ def registered_hooks(register: Iterable[Callable[[], RemovableHandle]]) -> Itera
 
 
 def call_model(model: Callable[..., Any], inputs: Any) -> Any:
-    """Call `model` with a tensor, a tuple of positional or a dict of keyword arguments."""
+    """Call `model` with a tensor, a tuple of positional arguments or a dict of keyword arguments."""
     args, kwargs = call_arguments(inputs)
     return model(*args, **kwargs)
 
 
 def call_arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the positional and the keyword arguments that a tensor, a tuple or a dict stands for."""
+    """Return inputs (a tensor, a tuple or a dict) as positional arguments and keyword arguments."""
     if isinstance(inputs, dict):
         return (), inputs
     return (inputs if isinstance(inputs, tuple) else (inputs,)), {}

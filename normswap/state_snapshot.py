@@ -1,11 +1,12 @@
-"""The state of modules and of everything they refer to, kept while foreign code runs and put back bit for bit.
+"""Save the state of modules, and of everything they refer to, before other code runs; restore it bit for bit.
 
-A forward pass may write anywhere: into buffers and parameters (also through `.data`, `set_` and `resize_`), caches and
-counters in attributes, lists, dicts and plain objects, generators of random numbers. Every object stays the same
-object. What a hook collects in variables of its own is not part of the model. Memory is copied by storage, so that
-views and tied tensors stay views and tied; what a pass has not changed is compared and never written.
+A forward pass may write anywhere: to buffers and parameters (also through `.data`, `set_` and `resize_`), to caches and
+counters in attributes, lists, dicts and plain objects, and to random number generators. Restoring keeps every object
+the same object. Memory is copied by storage, so views and tied tensors stay views and tied; memory that did not change
+is compared, not written. Variables that only a hook uses are not part of the model.
 """
 
+import operator
 import random
 import sys
 from collections import OrderedDict, deque
@@ -24,33 +25,78 @@ from torch.utils._pytree import tree_leaves
 
 from normswap.errors import ModelError
 
-# A tensor made of other tensors; torch's own name for the question narrows the type to what no Tensor can be.
+# True for a tensor made of other tensors. The annotation is needed: mypy takes torch's function for a type guard that
+# no Tensor passes.
 _is_wrapper: Callable[[Tensor], bool] = is_traceable_wrapper_subclass
 
-# How many plain objects may stand one in another: a counter in a cache in a queue, but not all of a trainer.
+# The maximum nesting of plain objects: a counter in a cache in a queue is saved, a whole trainer is not.
 _OBJECT_DEPTH = 3
 _ATOMS = (bool, int, float, complex, str, bytes, type(None), type, torch.dtype, torch.device, torch.Size)
-_CONTAINERS = (dict, list, set, OrderedDict, deque)
 _OPAQUE = (ModuleType, BuiltinFunctionType)
-# Of these packages, plain objects of a few parts only: the others hold caches and the state of an interpreter.
+# Plain objects of these packages are saved only if they are from these parts; other parts are caches of the library.
 _FOLLOWED_SUBPACKAGES = {"torch": ("torch.nn.", "torch.optim.", "torch.distributions."), "normswap": ()}
 _FOLLOWED_STDLIB = ("types", "collections")
 
 
 OnWrite = Literal["nothing", "weights", "everything"]
-# Gates and running statistics are smaller, or hardly larger.
+# Most gates and running statistics are smaller than this.
 _LARGE_BYTES = 1 << 15
 
 
+# --- containers -------------------------------------------------------------------------------------------------------
+
+CONTAINERS = (dict, list, set, deque)
+_EXACT_CONTAINERS = {*CONTAINERS, OrderedDict}
+
+
+class ContainerState:
+    """The items of a dict, list, set or deque; `restore` puts the same objects back into the same container."""
+
+    def __init__(self, container: Any) -> None:
+        self._container = container
+        self.items = container_items(container)
+
+    def restore(self) -> None:
+        """Put the items back if they changed."""
+        container, items = self._container, self.items
+        if same_items(container, container_items(container), items):
+            return
+        container.clear()
+        if isinstance(container, dict):
+            for key, item in zip(items[::2], items[1::2], strict=True):  # `update` of a Counter would add
+                container[key] = item
+        elif isinstance(container, set):
+            container.update(items)
+        else:
+            container.extend(items)
+
+
+def container_items(container: Any) -> list[Any]:
+    """Return the items of a container in a flat list; those of a dict are its keys and values in turn."""
+    return [part for item in container.items() for part in item] if isinstance(container, dict) else list(container)
+
+
+def same_items(container: Any, first: list[Any], second: list[Any]) -> bool:
+    """Return whether two lists hold the same objects, in the same order unless they are the items of a set."""
+    if len(first) != len(second):
+        return False
+    if isinstance(container, set):
+        return {*map(id, first)} == {*map(id, second)}
+    return all(map(operator.is_, first, second))
+
+
+# --- snapshots --------------------------------------------------------------------------------------------------------
+
+
 class _ObjectState(NamedTuple):
-    """How to put one object back, if there is anything to put back, and what it refers to."""
+    """A function that restores one object, if anything of it can change, and the objects that it refers to."""
 
     restore: Callable[[], None] | None
     children: Iterable[Any]
 
 
 class _StorageState:
-    """The bytes of a storage, copied at once or before the first write."""
+    """The bytes of a storage, copied now or before the first write."""
 
     def __init__(self, storage: torch.UntypedStorage) -> None:
         self._storage = storage
@@ -69,27 +115,28 @@ class _StorageState:
 
 
 class Snapshot:
-    """The state of `modules` and of what they refer to.
+    """The state of `modules` and of everything they refer to.
 
     Args:
         modules: the modules that run.
-        reach: also follow plain objects, hooks, closures and the modules found there; without it only containers.
-        on_write: whose memory is copied only before a function of torch writes to it, within `copying_before_writes`:
-            of nothing, of large parameters that train, or of everything.
+        follow_objects: also save plain objects, hooks, closures and the modules found there; default is to save
+            containers and tensors only.
+        on_write: the tensors whose memory is copied only before a torch function writes to it (inside
+            `copying_before_writes`): none, large trainable parameters, or all.
     """
 
     def __init__(
         self, modules: Iterable[nn.Module], *, follow_objects: bool = True, on_write: OnWrite = "nothing"
     ) -> None:
         self._restore_functions: list[Callable[[], None]] = []
-        self._empty_containers: list[Any] = []  # containers, as most registries of a module are
+        self._empty_containers: list[Any] = []  # most registries of a module are empty
         self._storages: dict[int, _StorageState] = {}
-        self._visited: dict[int, Any] = {}  # objects by identity, which holding them keeps
+        self._visited: dict[int, Any] = {}  # by id; the reference keeps the id valid
         self._on_write = on_write
         pending = [(module, 0) for module in modules]
         self._visited |= {id(module): module for module, _ in pending}
         with torch.no_grad():
-            for obj, depth in pending:  # which grows meanwhile
+            for obj, depth in pending:  # the loop appends to `pending`
                 object_state, inner_depth = self._take_snapshot(obj, depth)
                 if object_state.restore is not None:
                     self._restore_functions.append(object_state.restore)
@@ -100,10 +147,10 @@ class Snapshot:
                 ]
 
     def restore(self) -> None:
-        """Put everything back.
+        """Restore everything.
 
         Raises:
-            ModelError: something that was changed cannot be put back; all else is.
+            ModelError: an object that changed cannot be restored; all others are.
         """
         failure: Exception | None = None
         for container in self._empty_containers:
@@ -113,35 +160,35 @@ class Snapshot:
             for restore in (*self._restore_functions, *(storage.restore for storage in self._storages.values())):
                 try:
                     restore()
-                except Exception as error:  # noqa: BLE001 - foreign objects: the others are still put back
+                except Exception as error:  # noqa: BLE001 - code of another library; the other objects are restored
                     failure = failure or error
         if failure is not None:
             raise ModelError(
-                f"the forward pass changed the model's state, and it cannot be put back ({failure}): pass "
+                f"the forward pass changed the model's state, which cannot be restored ({failure}): pass "
                 "copy.deepcopy(model) instead of the model"
             ) from failure
 
     def copying_before_writes(self) -> TorchFunctionMode:
-        """Return a context in which memory is copied before the first function of torch that writes to it."""
+        """Return a context that copies memory before the first torch function that writes to it."""
         return _CopyBeforeWrite(self._storages)
 
     def _is_new(self, obj: Any, depth: int, follow_objects: bool) -> bool:
         if type(obj) in _ATOMS or id(obj) in self._visited:
             return False
-        if type(obj) in _CONTAINERS and not obj:
+        if type(obj) in _EXACT_CONTAINERS and not obj:
             self._visited[id(obj)] = obj
             self._empty_containers.append(obj)
             return False
         handler = _handler_for(type(obj))  # type: ignore[arg-type]  # a class with a metaclass of its own is hashable too
         if handler is _snapshot_function and obj.__module__ and obj.__module__.startswith("normswap."):
-            return False  # hooks of a measurement, which collect its results
+            return False  # our own hooks collect results, which must stay
         if handler is None or (not follow_objects and handler in _FOLLOWED_OBJECT_HANDLERS) or depth > _OBJECT_DEPTH:
             return False
         self._visited[id(obj)] = obj
         return True
 
     def _copies_on_write(self, tensor: Tensor) -> bool:
-        """Whether memory is copied only before a write; kernels of C, which nobody sees write, leave weights alone."""
+        """Return whether memory is copied only before a write: C kernels write unseen, but not to weights."""
         if self._on_write == "weights":
             return isinstance(tensor, nn.Parameter) and tensor.requires_grad and tensor.nbytes >= _LARGE_BYTES
         return self._on_write == "everything"
@@ -157,7 +204,7 @@ class Snapshot:
 
 
 class _CopyBeforeWrite(TorchFunctionMode):
-    # Not a TorchDispatchMode, which would see more and imports the compiler at its first operator (torch 2.14).
+    # A TorchDispatchMode would see more, but imports the compiler at its first operator (torch 2.14).
     def __init__(self, storages: dict[int, _StorageState]) -> None:
         super().__init__()
         self._storages = storages
@@ -171,13 +218,13 @@ class _CopyBeforeWrite(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-# What hands memory out to code that torch does not see, and what writes by an option.
+# Functions that give memory to code outside torch, and options that make a function write.
 _MEMORY_ACCESSORS = {"numpy", "__array__", "__dlpack__", "data_ptr", "untyped_storage", "storage"}
 _WRITING_OPTIONS = ("out", "inplace", "max_norm")
 
 
 def _may_write(func: Any, kwargs: Mapping[str, Any]) -> bool:
-    """Say whether a function of torch may write to a tensor that it is given."""
+    """Return whether a torch function may write to one of its arguments."""
     options = (kwargs.get(option) for option in _WRITING_OPTIONS)
     if any(option is not None and option is not False for option in options):
         return True
@@ -192,7 +239,7 @@ def _may_write(func: Any, kwargs: Mapping[str, Any]) -> bool:
 
 @lru_cache(maxsize=4096)
 def _is_in_place_name(name: str) -> bool:
-    """Say whether a function of torch of this name writes to a tensor that it is given."""
+    """Return whether a torch function of this name writes to its first argument."""
     inplace = name.endswith("_") and not name.endswith("__")
     return inplace or name == "__setitem__" or name.startswith("__i")
 
@@ -201,54 +248,21 @@ _TENSOR_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 _NO_HOOKS: dict[str, dict[int, Any]] = {name: {} for name in _TENSOR_HOOKS}
 
 
-# --- one kind of object each ------------------------------------------------------------------------------------------
+# --- one function for each kind of object -----------------------------------------------------------------------------
 
 
-def _snapshot_dict(value: dict[Any, Any]) -> _ObjectState:
-    before = list(value.items())
-
-    def restore() -> None:
-        if len(value) != len(before) or any(
-            key is not old_key or item is not old
-            for (key, item), (old_key, old) in zip(value.items(), before, strict=True)
-        ):
-            value.clear()
-            for key, item in before:  # a Counter would count what `update` is given
-                value[key] = item
-
-    return _ObjectState(restore, [part for item in before for part in item])
-
-
-def _snapshot_sequence(value: Any) -> _ObjectState:
-    """Of a list or a deque."""
-    before = list(value)
-
-    def restore() -> None:
-        if len(value) != len(before) or any(a is not b for a, b in zip(value, before, strict=True)):
-            value.clear()
-            value.extend(before)
-
-    return _ObjectState(restore, before)
-
-
-def _snapshot_set(value: set[Any]) -> _ObjectState:
-    before = list(value)
-
-    def restore() -> None:
-        if len(value) != len(before) or {*map(id, value)} != {*map(id, before)}:
-            value.clear()
-            value.update(before)
-
-    return _ObjectState(restore, before)
+def _snapshot_container(container: Any) -> _ObjectState:
+    state = ContainerState(container)
+    return _ObjectState(state.restore, state.items)
 
 
 def _snapshot_immutable(value: Any) -> _ObjectState:
-    """A tuple or frozenset stays; what it holds may change."""
+    """Save nothing of a tuple or frozenset itself; its items may change."""
     return _ObjectState(None, list(value))
 
 
 def _snapshot_tensor(tensor: Tensor) -> _ObjectState:
-    """Which memory it is a view of, its flag, gradient, hooks and attributes; the memory itself is kept by storage."""
+    """Save view, `requires_grad`, gradient, hooks and attributes; `_StorageState` saves the memory."""
     if is_lazy(tensor):
         return _ObjectState(None, ())
     if _is_wrapper(tensor):
@@ -258,7 +272,7 @@ def _snapshot_tensor(tensor: Tensor) -> _ObjectState:
         return _snapshot_non_strided_tensor(tensor)
     alias, view_metadata, leaf, needs_grad = tensor.data, _view_metadata(tensor), tensor.is_leaf, tensor.requires_grad
     grad = tensor.grad if leaf else None
-    # Only a tensor that requires a gradient may have hooks.
+    # A tensor can have hooks only if it requires a gradient.
     hooks = {name: dict(getattr(tensor, name, None) or {}) for name in _TENSOR_HOOKS} if needs_grad else _NO_HOOKS
 
     def restore() -> None:
@@ -280,10 +294,10 @@ def _snapshot_tensor(tensor: Tensor) -> _ObjectState:
 
 
 def _snapshot_non_strided_tensor(tensor: Tensor) -> _ObjectState:
-    """Of a tensor without strided memory of its own, such as a sparse one."""
+    """Save a tensor without strided memory, such as a sparse one."""
     try:
         copy = tensor.detach().clone()
-    except Exception:  # noqa: BLE001 - a kind that cannot be copied can hardly be written either
+    except Exception:  # noqa: BLE001 - code that cannot copy this kind of tensor will hardly write to it
         return _ObjectState(None, ())
 
     def restore() -> None:
@@ -304,7 +318,7 @@ def _snapshot_array(array: Any) -> _ObjectState:
 
 
 def _snapshot_function(function: Any) -> _ObjectState:
-    """What a closure collects is its author's; modules and tensors that it uses are the model's."""
+    """Follow modules and tensors in the closure; other variables are not part of the model."""
     captured = [cell.cell_contents for cell in function.__closure__ or () if _has_contents(cell)]
     return _ObjectState(None, [value for value in captured if isinstance(value, nn.Module | Tensor)])
 
@@ -314,19 +328,19 @@ def _snapshot_method(method: Any) -> _ObjectState:
 
 
 def _snapshot_partial(function: Any) -> _ObjectState:
-    """Its function, and the modules and tensors that it passes."""
+    """Follow the function, and the modules and tensors among its arguments."""
     passed = (*function.args, *function.keywords.values())
     return _ObjectState(None, (function.func, *(value for value in passed if isinstance(value, nn.Module | Tensor))))
 
 
 def _snapshot_module(module: nn.Module) -> _ObjectState:
-    """Its attributes and, of TorchScript, the tensors that are no attributes."""
+    """Follow the attributes and, for TorchScript, the tensors that are not attributes."""
     scripted = isinstance(module, torch.jit.ScriptModule)
     return _ObjectState(None, (vars(module), *((*module.parameters(), *module.buffers()) if scripted else ())))
 
 
 def _snapshot_object(value: Any) -> _ObjectState:
-    """Attributes in a `__dict__`, which is a dict like any other, and in slots."""
+    """Save the slots, and follow `__dict__`."""
     slots = {name: getattr(value, name) for name in _slots_of(type(value)) if hasattr(value, name)}
 
     def restore() -> None:
@@ -338,7 +352,7 @@ def _snapshot_object(value: Any) -> _ObjectState:
 
 
 def _snapshot_generator(read: str, write: str, value: Any) -> _ObjectState:
-    """Of a generator of random numbers: its state is read and written by the methods of these names."""
+    """Save a random number generator through the methods named `read` and `write`."""
     return _ObjectState(partial(getattr(value, write), getattr(value, read)()), ())
 
 
@@ -349,9 +363,7 @@ def _snapshot_numpy_generator(value: Any) -> _ObjectState:
 _SNAPSHOT_HANDLERS: tuple[tuple[type | tuple[type, ...], Callable[[Any], _ObjectState]], ...] = (
     (Tensor, _snapshot_tensor),
     (nn.Module, _snapshot_module),
-    (dict, _snapshot_dict),
-    ((list, deque), _snapshot_sequence),
-    (set, _snapshot_set),
+    (CONTAINERS, _snapshot_container),
     ((tuple, frozenset), _snapshot_immutable),
     (FunctionType, _snapshot_function),
     (MethodType, _snapshot_method),
@@ -359,7 +371,7 @@ _SNAPSHOT_HANDLERS: tuple[tuple[type | tuple[type, ...], Callable[[Any], _Object
     (torch.Generator, partial(_snapshot_generator, "get_state", "set_state")),
     (random.Random, partial(_snapshot_generator, "getstate", "setstate")),
 )
-# What is followed only with `reach`.
+# Used only with `follow_objects`.
 _FOLLOWED_OBJECT_HANDLERS = (
     _snapshot_module,
     _snapshot_function,
@@ -371,7 +383,7 @@ _FOLLOWED_OBJECT_HANDLERS = (
 
 @lru_cache(maxsize=4096)
 def _handler_for(cls: Hashable) -> Callable[[Any], _ObjectState] | None:
-    """What keeps objects of a class, None where they are left alone."""
+    """Return the function that saves objects of a class, None if they are not saved."""
     assert isinstance(cls, type)
     numpy = sys.modules.get("numpy")
     numpy_handlers: tuple[tuple[type | tuple[type, ...], Callable[[Any], _ObjectState]], ...] = (
@@ -392,7 +404,7 @@ def _handler_for(cls: Hashable) -> Callable[[Any], _ObjectState] | None:
 
 
 def _is_followed(cls: type) -> bool:
-    """Say whether the attributes of plain objects of a class may be part of a model's state."""
+    """Return whether the attributes of plain objects of a class can be part of a model's state."""
     package = cls.__module__.partition(".")[0]
     if package in _FOLLOWED_SUBPACKAGES:
         return cls.__module__.startswith(_FOLLOWED_SUBPACKAGES[package])
@@ -415,7 +427,7 @@ def _has_contents(cell: CellType) -> bool:
 
 
 def _storage_of(tensor: Tensor) -> torch.UntypedStorage | None:
-    """The memory of a plain strided tensor, None of any other."""
+    """Return the memory of a plain strided tensor, None for any other."""
     if is_lazy(tensor) or _is_wrapper(tensor) or tensor.layout is not torch.strided:
         return None
     try:
@@ -425,15 +437,15 @@ def _storage_of(tensor: Tensor) -> torch.UntypedStorage | None:
 
 
 def _bytes_of(storage: torch.UntypedStorage) -> Tensor:
-    """All of a storage as whole numbers: of 8 bytes where its size allows, which are compared fastest."""
+    """Return a storage as integers, of 8 bytes if its size allows it: these are compared fastest."""
     dtype = next(d for d in (torch.int64, torch.int32, torch.uint8) if storage.nbytes() % d.itemsize == 0)
     return torch.empty(0, dtype=dtype, device=storage.device).set_(storage)
 
 
 def _view_metadata(tensor: Tensor) -> tuple[Any, ...]:
-    """What makes a tensor the view of its storage that it is."""
-    where = tensor.untyped_storage()._cdata, tensor.storage_offset()
-    return *where, tensor.shape, tensor.stride(), tensor.dtype
+    """Return everything that defines a tensor as a view of its storage."""
+    start = tensor.untyped_storage()._cdata, tensor.storage_offset()
+    return *start, tensor.shape, tensor.stride(), tensor.dtype
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:

@@ -192,15 +192,22 @@ def model_training_flags(model: nn.Module) -> ModelTrainingFlags | None:
 
 
 @contextmanager
-def model_mode(model: nn.Module, *, training: bool, flags: Flags | None = None) -> Iterator[None]:
+def model_mode(
+    model: nn.Module,
+    *,
+    training: bool,
+    flags: Flags | None = None,
+    entries: tuple[ModuleEntry, ...] | None = None,
+) -> Iterator[None]:
     """Call the model's own `train()` or `eval()`, and put back what that changed at the end.
 
     A model whose own one raises has its flags set directly. Modules that are in no registry get the flag too.
 
     Args:
         flags: what single modules are set to afterwards, by name.
+        entries: `walk_modules(model)`, if the caller has it.
     """
-    entries = walk_modules(model)
+    entries = walk_modules(model) if entries is None else entries
     before = [(entry.module, entry.module.training) for entry in entries]
     with ExitStack() as stack:
         stack.callback(_set_flags, before)
