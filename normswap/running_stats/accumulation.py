@@ -156,6 +156,7 @@ class CalibrationPass:
 
     def _site_hook(self, name: str) -> Callable[..., Any]:
         def hook(site: nn.Module, args: Any, kwargs: Any) -> Any:
+            """Measure the input; return the arguments without running statistics, so that the batch is used."""
             call = _ARGUMENTS.bind(site, *args, **kwargs)
             call.apply_defaults()
             mean, var = call.arguments["running_mean"], call.arguments["running_var"]
@@ -307,6 +308,7 @@ class ProcessResult:
         names = {id(tensor): name for name, tensor in _tensors_by_name(model).items()}
 
         def sums(layer: LayerStatistics) -> LayerSums:
+            """Return the measurements of a layer as CPU tensors, which other processes can read."""
             mean_name, var_name = (names.get(id(tensor)) for tensor in (layer.running_mean, layer.running_var))
             tensors = (mean_name, var_name) if mean_name is not None and var_name is not None else None
             moments = layer.moments
