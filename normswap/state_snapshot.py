@@ -135,6 +135,7 @@ def snapshot_tensor(tensor: Tensor) -> ObjectState:
     hooks = {name: dict(getattr(tensor, name, None) or {}) for name in _TENSOR_HOOKS} if needs_grad else _NO_HOOKS
 
     def restore() -> None:
+        """Restore everything but the memory."""
         if leaf and not tensor.is_leaf:
             tensor.detach_()
         if _view_metadata(tensor) != view_metadata:
@@ -203,6 +204,7 @@ def snapshot_object(value: Any) -> ObjectState:
     slots = {name: getattr(value, name) for name in _slots_of(type(value)) if hasattr(value, name)}
 
     def restore() -> None:
+        """Restore the slots that changed."""
         for name, content in slots.items():
             if getattr(value, name, None) is not content:
                 object.__setattr__(value, name, content)
@@ -291,7 +293,7 @@ def storage_of(tensor: Tensor) -> torch.UntypedStorage | None:
         return None
     try:
         return tensor.untyped_storage()
-    except (RuntimeError, NotImplementedError):
+    except RuntimeError:
         return None
 
 
