@@ -37,25 +37,36 @@ from normswap.state_snapshot import (
 # --- training flags ---------------------------------------------------------------------------------------------------
 
 
+def set_training_flags(flags: Iterable[tuple[nn.Module, bool]]) -> None:
+    """Set the training flag of each module directly: a model may override `train()`."""
+    for module, training in flags:
+        if module.training != training:
+            module.training = training
+
+
+@contextmanager
+def preserved_training_flags(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Restore the training flag of each module at the end."""
+    flags = [(module, module.training) for module in modules]
+    try:
+        yield
+    finally:
+        set_training_flags(flags)
+
+
 @contextmanager
 def training_flags(modules: Iterable[nn.Module], *, training: bool | Mapping[int, bool]) -> Iterator[None]:
-    """Set the training flag of every module, and restore all flags at the end.
-
-    The flags are set directly: a model may override `train()`.
+    """Set the training flag of every module, and restore the flags at the end.
 
     Args:
         training: one flag for all modules, or flags by the `id` of a module; a module without a flag there keeps its
             own.
     """
-    before = [(module, module.training) for module in modules]
-    try:
-        for module, flag in before:
-            module.training = training.get(id(module), flag) if isinstance(training, Mapping) else training
+    modules = list(modules)
+    flags = {id(module): training for module in modules} if isinstance(training, bool) else training
+    with preserved_training_flags(modules):
+        set_training_flags((module, flags.get(id(module), module.training)) for module in modules)
         yield
-    finally:
-        for module, flag in before:
-            if module.training != flag:
-                module.training = flag
 
 
 # --- snapshots --------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ _FLOATING_DTYPES = ("float16", "bfloat16", "float32", "float64", "complex64", "c
 # The random integers of each: token ids that every vocabulary has, or the values of an image.
 _INTEGER_RANGES = {"uint8": 256, "int8": 10, "int16": 10, "int32": 10, "int64": 10, "bool": 2}
 _SEED = 0
-# As `normswap.surgery.norms.classes.KINDS`, which is not imported for a look at --help.
+# As `normswap.surgery.selection.KINDS`, which is not imported for a look at --help.
 _KINDS = ("bn", "in", "gn1")
 
 

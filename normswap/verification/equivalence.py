@@ -20,7 +20,7 @@ from torch import nn
 
 from normswap.errors import ModelError
 from normswap.layers.gated_module import GatedModule
-from normswap.model_state import training_flags
+from normswap.model_state import preserved_training_flags
 from normswap.surgery.arguments import (
     describe_inputs,
     describe_invalid_batches,
@@ -197,7 +197,7 @@ def verify(
     flags = model_training_flags(original), model_training_flags(converted)
     first = copy_model(original)
     second = copy_model(converted, _same_parameters(original, converted, first))
-    with training_flags(modules, training={}):  # a model's own `train()` may reach the original through its copy
+    with preserved_training_flags(modules):  # a model's own `train()` may reach the original through its copy
         return verify_in_place(first, second, batches, tolerance=tolerance, flags=flags)
 
 
