@@ -4,6 +4,7 @@ A trainer may overwrite its last.pt at any moment. Whoever maps such a file read
 process ends by SIGBUS if the file shrank. So the bytes are copied once, into files without a name (nothing stays
 behind, whatever ends the process), and everything is checked, read and digested from there. The copy is on a disk and
 costs no memory; file systems that share blocks (btrfs, xfs) copy nothing. Without room on the disk it is in memory.
+Systems other than Linux have no files without a name: there the copy is a temporary file until the process ends.
 """
 
 import atexit
@@ -127,7 +128,7 @@ def open_source(path: Path, *, folder: Path | None = None) -> SourceFiles:
         stamp = _copy_file(path, folder, files)
         return SourceFiles(path, _DESCRIPTORS / str(files.descriptors[-1]), {"": stamp}, files)
     else:
-        copy, names = _new_folder(files, folder) / path.name, [""]
+        copy, names = _new_folder(files, _folder_for_named(folder, path.stat().st_size)) / path.name, [""]
     without_name = _opens_unnamed() and len(names) <= _MAX_DESCRIPTORS
     place = _copy_to_unnamed if without_name else _copy_to_named
     return SourceFiles(path, copy, {name: place(path / name, copy / name, folder, files) for name in names}, files)
@@ -178,6 +179,13 @@ def _copy_file(path: Path, folder: Path | None, files: TempFiles) -> FileStamp:
                     raise
     _check_stamp(path, stamp)
     return stamp
+
+
+def _folder_for_named(folder: Path | None, size: int) -> Path | None:
+    """Where a copy with a name goes: None for the system's folder of temporary files, unless only `folder` has room."""
+    if folder is None or not _is_full(Path(tempfile.gettempdir()), size) or _is_full(folder, size):
+        return None
+    return folder
 
 
 def _is_full(folder: Path, size: int) -> bool:

@@ -372,7 +372,8 @@ def test_a_damaged_index_is_reported(data: bytes, tmp_path: Path, monkeypatch: p
 @pytest.mark.multiprocess
 def test_identifying_imports_no_zoo_and_builds_nothing() -> None:
     code = (
-        "import sys; from normswap.checkpoints.architecture.identification import identify; identify({'fc.bias': (10,)}); "
+        "import sys; from normswap.checkpoints.architecture.identification import identify; "
+        "identify({'fc.bias': (10,)}); "
         "print(sorted({'timm', 'torchvision'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -1,8 +1,8 @@
 """The shipped index of architectures: which tensors each has, which dimensions its arguments set, what it computes.
 
 One file, read whole: names and shapes once each, and per architecture a run of pairs of their numbers, so that a state
-dict is held against all of them with a few array operations and no zoo is imported. `benchmarks/architecture_index.py`
-writes it.
+dict is held against all of them with a few array operations and no zoo is imported. `python -m
+benchmarks.architectures.build_index` writes it.
 """
 
 import functools
