@@ -16,6 +16,7 @@ from normswap.errors import DataError
 from normswap.finetune.data.digits import CLASSES, DigitImages, prepare_digits
 from normswap.finetune.data.loaders import USAGE_SPECS, DataSettings, EpochLoader, Loader, StreamLoader, Use
 from normswap.finetune.model_source import limit_hub_wait
+from normswap.surgery.arguments import require_module
 from normswap.text import first_line
 
 _SPLITS = {
@@ -99,7 +100,7 @@ def open_data(
             more classes than the model has; no image size; fewer images than a batch.
     """
     usage = USAGE_SPECS[use]
-    settings = complete_settings(settings, model)
+    settings = complete_settings(settings, model if model is None else require_module(model))
     dataset, class_names = _open_source(settings)
     found = None if class_names is None else len(class_names)
     if usage.labelled:
