@@ -35,6 +35,8 @@ lint: $(READY)
 	@echo "== lint and format (ruff)"
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+	@echo "== import rules (import-linter)"
+	@$(BIN)/lint-imports --no-logo --no-cache
 
 types: $(READY)
 	@echo "== types (mypy)"

@@ -1,6 +1,6 @@
 """Swap Batch Normalization for Switchable Normalization in trained PyTorch models, without changing their function.
 
-Names are loaded when first used: importing normswap costs nothing and imports neither torch nor timm.
+Names are imported when they are first used: `import normswap` imports neither torch nor timm.
 """
 
 import importlib
@@ -8,11 +8,31 @@ from typing import TYPE_CHECKING, Any
 
 from normswap import renamed
 
+# The public names twice: here for type checkers and editors, below for Python. A test compares the two.
 if TYPE_CHECKING:
+    from normswap.checkpoints.content.optimizer_state import scheduler_with_gates as scheduler_with_gates
+    from normswap.checkpoints.content.optimizer_state import with_gates as with_gates
     from normswap.checkpoints.loading import Loaded as Loaded
     from normswap.checkpoints.loading import load as load
     from normswap.checkpoints.saving import save as save
+    from normswap.errors import AmbiguityError as AmbiguityError
+    from normswap.errors import ArchitectureError as ArchitectureError
+    from normswap.errors import ArgumentError as ArgumentError
+    from normswap.errors import CheckpointError as CheckpointError
+    from normswap.errors import DataError as DataError
+    from normswap.errors import LayerError as LayerError
+    from normswap.errors import ModelError as ModelError
     from normswap.errors import NormswapError as NormswapError
+    from normswap.errors import NothingToDo as NothingToDo
+    from normswap.errors import OptimizerError as OptimizerError
+    from normswap.errors import PlanError as PlanError
+    from normswap.errors import RecipeError as RecipeError
+    from normswap.errors import RunInterrupted as RunInterrupted
+    from normswap.errors import SwapError as SwapError
+    from normswap.errors import TrainingError as TrainingError
+    from normswap.errors import UnknownNormsError as UnknownNormsError
+    from normswap.errors import WatchError as WatchError
+    from normswap.finetune.data.datasets import open_data as open_data
     from normswap.finetune.recipe import Recipe as Recipe
     from normswap.finetune.recipe import read_recipe as read_recipe
     from normswap.finetune.trainer import Outcome as Outcome
@@ -38,6 +58,7 @@ if TYPE_CHECKING:
     from normswap.surgery.discovery.sites import find_norm_sites as find_norm_sites
     from normswap.surgery.importance import batch_dependence as batch_dependence
     from normswap.surgery.importance import importance_weights as importance_weights
+    from normswap.surgery.importance import trainable_gates as trainable_gates
     from normswap.surgery.norms.classes import KNOWN_NORMS as KNOWN_NORMS
     from normswap.surgery.norms.classes import read_batch_norm as read_batch_norm
     from normswap.surgery.norms.classes import read_group_norm as read_group_norm
@@ -48,6 +69,7 @@ if TYPE_CHECKING:
     from normswap.surgery.selection import SwapOptions as SwapOptions
     from normswap.training.importance_watch import ImportanceWatch as ImportanceWatch
     from normswap.training.importance_watch import watch_importance as watch_importance
+    from normswap.training.lightning_callback import ImportanceCallback as ImportanceCallback
     from normswap.training.live_conversion import TrainingConversion as TrainingConversion
     from normswap.training.live_conversion import convert_training as convert_training
     from normswap.training.param_groups import exempt_gates as exempt_gates
@@ -55,66 +77,76 @@ if TYPE_CHECKING:
     from normswap.verification.equivalence import Verification as Verification
     from normswap.verification.equivalence import verify as verify
 
-_HOMES = {
-    "Calibration": "normswap.running_stats.calibration",
-    "calibrate": "normswap.running_stats.calibration",
-    "Loaded": "normswap.checkpoints.loading",
-    "load": "normswap.checkpoints.loading",
-    "save": "normswap.checkpoints.saving",
-    "NormswapError": "normswap.errors",
-    "batch_dependence": "normswap.surgery.importance",
-    "TrainingConversion": "normswap.training.live_conversion",
-    "convert_training": "normswap.training.live_conversion",
-    "param_groups": "normswap.training.param_groups",
-    "Outcome": "normswap.finetune.trainer",
-    "run_recipe": "normswap.finetune.trainer",
-    "Recipe": "normswap.finetune.recipe",
-    "read_recipe": "normswap.finetune.recipe",
-    "ImportanceWatch": "normswap.training.importance_watch",
-    "watch_importance": "normswap.training.importance_watch",
-    "exempt_gates": "normswap.training.param_groups",
-    "use_backend": "normswap.layers.backends.selection",
-    "switch_norm": "normswap.layers.functional",
-    "SwitchNorm1d": "normswap.layers.switch_norm",
-    "SwitchNorm2d": "normswap.layers.switch_norm",
-    "SwitchNorm3d": "normswap.layers.switch_norm",
-    "SwitchNormAct": "normswap.layers.switch_norm",
-    "freeze_statistics": "normswap.running_stats.control",
-    "synchronize_statistics": "normswap.running_stats.control",
-    "set_bn_statistics": "normswap.running_stats.control",
-    "unfreeze_statistics": "normswap.running_stats.control",
-    "update_statistics": "normswap.running_stats.control",
-    "Conversion": "normswap.surgery.conversion",
-    "apply_plan": "normswap.surgery.conversion",
-    "convert": "normswap.surgery.conversion",
-    "revert": "normswap.surgery.conversion",
-    "importance_weights": "normswap.surgery.importance",
-    "KNOWN_NORMS": "normswap.surgery.norms.classes",
-    "read_batch_norm": "normswap.surgery.norms.classes",
-    "read_group_norm": "normswap.surgery.norms.classes",
-    "read_instance_norm": "normswap.surgery.norms.classes",
-    "read_norm_act": "normswap.surgery.norms.classes",
-    "SwapPlan": "normswap.surgery.plan",
-    "NormSite": "normswap.surgery.discovery.sites",
-    "plan_swaps": "normswap.surgery.planning",
-    "SwapOptions": "normswap.surgery.selection",
-    "find_norm_sites": "normswap.surgery.discovery.sites",
-    "Verification": "normswap.verification.equivalence",
-    "verify": "normswap.verification.equivalence",
+_NAMES_BY_MODULE = {
+    "checkpoints.content.optimizer_state": ("scheduler_with_gates", "with_gates"),
+    "checkpoints.loading": ("Loaded", "load"),
+    "checkpoints.saving": ("save",),
+    "errors": (
+        "AmbiguityError",
+        "ArchitectureError",
+        "ArgumentError",
+        "CheckpointError",
+        "DataError",
+        "LayerError",
+        "ModelError",
+        "NormswapError",
+        "NothingToDo",
+        "OptimizerError",
+        "PlanError",
+        "RecipeError",
+        "RunInterrupted",
+        "SwapError",
+        "TrainingError",
+        "UnknownNormsError",
+        "WatchError",
+    ),
+    "finetune.data.datasets": ("open_data",),
+    "finetune.recipe": ("Recipe", "read_recipe"),
+    "finetune.trainer": ("Outcome", "run_recipe"),
+    "layers.backends.selection": ("use_backend",),
+    "layers.functional": ("switch_norm",),
+    "layers.switch_norm": ("SwitchNorm1d", "SwitchNorm2d", "SwitchNorm3d", "SwitchNormAct"),
+    "running_stats.calibration": ("Calibration", "calibrate"),
+    "running_stats.control": (
+        "freeze_statistics",
+        "set_bn_statistics",
+        "synchronize_statistics",
+        "unfreeze_statistics",
+        "update_statistics",
+    ),
+    "surgery.conversion": ("Conversion", "apply_plan", "convert", "revert"),
+    "surgery.discovery.sites": ("NormSite", "find_norm_sites"),
+    "surgery.importance": ("batch_dependence", "importance_weights", "trainable_gates"),
+    "surgery.norms.classes": (
+        "KNOWN_NORMS",
+        "read_batch_norm",
+        "read_group_norm",
+        "read_instance_norm",
+        "read_norm_act",
+    ),
+    "surgery.plan": ("SwapPlan",),
+    "surgery.planning": ("plan_swaps",),
+    "surgery.selection": ("SwapOptions",),
+    "training.importance_watch": ("ImportanceWatch", "watch_importance"),
+    "training.lightning_callback": ("ImportanceCallback",),
+    "training.live_conversion": ("TrainingConversion", "convert_training"),
+    "training.param_groups": ("exempt_gates", "param_groups"),
+    "verification.equivalence": ("Verification", "verify"),
 }
+_MODULES = {name: f"normswap.{module}" for module, names in _NAMES_BY_MODULE.items() for name in names}
 
 __version__ = "0.1.0"
-__all__ = sorted(_HOMES)
+__all__ = sorted(_MODULES)
 
 renamed.install()
 
 
 def __getattr__(name: str) -> Any:
-    home = _HOMES.get(name)
-    if home is None:
+    module = _MODULES.get(name)
+    if module is None:
         raise AttributeError(f"module 'normswap' has no attribute {name!r}")
-    return getattr(importlib.import_module(home), name)
+    return getattr(importlib.import_module(module), name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOMES})
+    return sorted({*globals(), *_MODULES})

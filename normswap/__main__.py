@@ -1,4 +1,4 @@
-"""`python -m normswap` is the command `normswap`."""
+"""Run the command `normswap` with `python -m normswap`."""
 
 from normswap.cli import main
 

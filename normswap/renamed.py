@@ -1,7 +1,7 @@
-"""Module paths and names of earlier versions: they still work, and give a `DeprecationWarning`.
+"""Old module paths and names: they still work, and give a `DeprecationWarning`.
 
-Pickles hold the paths of classes, and programs import them, so a path lives on after its module has moved. A name that
-no page of the documentation showed and that no pickle holds is internal and has no entry in `NAMES`.
+Pickles contain the paths of classes, and programs import them, so a path must work after its module has moved. `NAMES`
+lists renamed names only if the documentation showed them or pickles contain them; all other names are internal.
 """
 
 import functools
@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-# Where the content of each old module is now.
+# The current module for each old one.
 MODULES: Mapping[str, str] = {
     "normswap.calibration": "normswap.running_stats.calibration",
     "normswap.calibration_pass": "normswap.running_stats.accumulation",
@@ -153,7 +153,7 @@ MODULES: Mapping[str, str] = {
     "normswap.verification": "normswap.verification.equivalence",
 }
 
-# Names that are called otherwise in their new module.
+# The current name for each name that changed.
 NAMES: Mapping[str, str] = {
     "normswap.calibration.PassedOver": "normswap.running_stats.calibration.SkippedLayer",
     "normswap.checkpoints.record.Original": "normswap.checkpoints.record.OriginalNorm",
@@ -167,19 +167,20 @@ NAMES: Mapping[str, str] = {
 
 
 def install() -> None:
-    """Let imports find the old module paths; called when normswap is imported."""
+    """Make the old module paths importable; called when normswap is imported."""
     if not any(isinstance(finder, _OldModules) for finder in sys.meta_path):
         sys.meta_path.append(_OldModules())
 
 
 def old_names(module: str) -> Callable[[str], Any]:
-    """Return `__getattr__` for a module or package at an old path: each name is fetched from its new home.
+    """Return a `__getattr__` for a module at an old path, which returns each name from its current module.
 
     Args:
-        module: the old path, a key of `MODULES`; or a module that stayed, some of whose names are in `NAMES`.
+        module: the old path, a key of `MODULES`; or a module that did not move, with names in `NAMES`.
     """
 
     def fetch(name: str) -> Any:
+        """Return the object of an old name, and warn."""
         old, home = f"{module}.{name}", MODULES.get(module)
         target = NAMES.get(old, home and f"{home}.{name}")
         if name.startswith("__") or target is None:
@@ -262,11 +263,12 @@ def _renamed_property(owner: str, old: str, new: str) -> property:
 
 
 class _OldModules(MetaPathFinder, Loader):
-    """Makes a module for an old path when it is imported."""
+    """Create a module for an old path when it is imported."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
+        """Return the spec of a module at an old path, None for any other path."""
         return ModuleSpec(fullname, self) if fullname in MODULES else None
 
     def exec_module(self, module: ModuleType) -> None:

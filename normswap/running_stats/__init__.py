@@ -1,1 +1,1 @@
-"""Running statistics: calibrate them on data, freeze, unfreeze, share and re-estimate them."""
+"""Calibrate, freeze, unfreeze, synchronize and update running statistics."""

@@ -1,8 +1,8 @@
-"""A pass in which layers are fed batch statistics and watched: the moments of all that each is fed.
+"""Measure the inputs of layers over batches, and merge the measurements of several processes.
 
-The model is in evaluation, so that nothing is random and nothing is learned, and the layers that are gathered have no
-running statistics meanwhile: torch's layers and SN then take those of the batch, update nothing and ask no other
-process. Everything is put back; what comes out are moments.
+During a `CalibrationPass` the model is in evaluation mode, so that nothing is random and nothing is trained, and the
+measured layers have no running statistics: torch's layers and SN layers then normalize by the batch, update nothing and
+do not synchronize. Afterwards the model is restored.
 """
 
 import inspect
@@ -30,19 +30,25 @@ from normswap.surgery.norms.classes import is_norm_layer
 from normswap.surgery.norms.functions import NORM_CALLS
 from normswap.text import first_line, join_fqn
 
-# MERGED DOC: What several processes gathered in a calibration pass, pooled; a failure in one is known to all.
-
-
 NO_STATISTICS = "keeps no running statistics"
-_EPS = 1e-5  # torch's, where a layer has none as an attribute
+_EPS = 1e-5  # torch's default, for a layer without such an attribute
 _ARGUMENTS = inspect.signature(FunctionalSwitchNorm.forward)
+
+
+# --- one pass ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(eq=False)
 class LayerStatistics:
-    """The running statistics (C,) of a layer, and the moments of what it was fed in a number of calls.
+    """The running statistics of a layer, and the moments of its inputs over several calls.
 
-    A functional site has no count of batches: its owner keeps that, if anybody does.
+    Attributes:
+        running_mean: of shape (C,).
+        running_var: of shape (C,).
+        num_batches_tracked: the counter of batches; None for a functional site, whose owner may have one.
+        eps: the epsilon of the layer.
+        moments: the moments of all inputs so far.
+        calls: the number of calls so far.
     """
 
     running_mean: Tensor
@@ -57,39 +63,51 @@ class LayerStatistics:
 
 
 class CalibrationPass:
-    """Passes over batches, and what was gathered in them by the name of each layer.
-
-    `order` holds the names as they first ran; `skip_reasons` says of functional calls why nothing is gathered of them.
+    """Passes of a model over batches, in which the inputs of layers are measured.
 
     Args:
         model: without wrappers.
-        layers: BN and SN layers and the gates of functional sites, by name.
-        only: gather these layers alone; all others normalize as in evaluation. Default: all.
+        layers: BN layers, SN layers and the gates of functional sites, by name.
+        only: the names of the layers to measure; all others normalize as in evaluation. Default: all.
+
+    Attributes:
+        layer_statistics: the measurements by name.
+        order: the names in the order of their first call.
+        skip_reasons: why functional calls were not measured, by name.
+        batches: the number of batches so far.
     """
 
     def __init__(
         self, model: nn.Module, layers: Mapping[str, nn.Module], *, only: Collection[str] | None = None
     ) -> None:
         self.layer_statistics = {
-            name: _nothing_yet(layer) for name, layer in layers.items() if not isinstance(layer, FunctionalSwitchNorm)
+            name: _no_measurements(layer)
+            for name, layer in layers.items()
+            if not isinstance(layer, FunctionalSwitchNorm)
         }
         self.order: dict[str, None] = {}
         self.skip_reasons: dict[str, str] = {}
         self.batches = 0
         self._model, self._layers, self._only = model, layers, only
-        self._modules = [entry.module for entry in walk_modules(model)]
+        entries = walk_modules(model)
+        self._modules = [entry.module for entry in entries]
         self._owners = {
             tensor.untyped_storage()._cdata: (entry.names[0], entry.module)
-            for entry in reversed(walk_modules(model))
+            for entry in reversed(entries)
             for tensor in (*entry.module._buffers.values(), *entry.module._parameters.values())
             if tensor is not None and not is_lazy(tensor)
         }
 
     def run(self, batches: Any, *, device: torch.device | str | None = None) -> None:
-        """Run the model on batches, each with its input first.
+        """Run the model on batches.
+
+        Args:
+            batches: each an input of the model, or a list or tuple whose first item is the input.
+            device: where to move the inputs; default is not to move them.
 
         Raises:
-            ModelError: the model fails on a batch; DataError: a layer is fed what is not finite, or other channels.
+            ModelError: the model raises on a batch.
+            DataError: the input of a layer has values that are not finite, or a wrong number of channels.
         """
         with self._instrumented():
             for batch in batches:
@@ -109,7 +127,7 @@ class CalibrationPass:
     @contextmanager
     def _instrumented(self) -> Iterator[None]:
         modules = self._modules
-        # Hooks would be compiled into parts that are; and where nothing is, the compiler is not even imported.
+        # A compiled model would compile the hooks too. If nothing is compiled, the compiler is not imported.
         eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
         with (
             torch.no_grad(),
@@ -138,6 +156,7 @@ class CalibrationPass:
 
     def _site_hook(self, name: str) -> Callable[..., Any]:
         def hook(site: nn.Module, args: Any, kwargs: Any) -> Any:
+            """Measure the input; return the arguments without running statistics, so that the batch is used."""
             call = _ARGUMENTS.bind(site, *args, **kwargs)
             call.apply_defaults()
             mean, var = call.arguments["running_mean"], call.arguments["running_var"]
@@ -145,7 +164,7 @@ class CalibrationPass:
                 self.skip_reasons[name] = NO_STATISTICS
                 return None
             if mean.untyped_storage()._cdata not in self._owners:
-                self.skip_reasons[name] = "its running statistics are computed anew at each call"
+                self.skip_reasons[name] = "its running statistics are computed again in each call"
                 return None
             key = self._statistics_key(name, mean)
             self.layer_statistics.setdefault(key, LayerStatistics(mean, var, None, call.arguments["eps"]))
@@ -157,7 +176,7 @@ class CalibrationPass:
         return hook
 
     def _statistics_key(self, name: str, mean: Tensor) -> str:
-        """The name of a site, numbered where it is called with several running statistics."""
+        """Return the name of a functional site, with a number if it is called with several running statistics."""
         key, number = name, 0
         while key in self.layer_statistics and not _same_memory(self.layer_statistics[key].running_mean, mean):
             number += 1
@@ -165,7 +184,7 @@ class CalibrationPass:
         return key
 
     def _accumulate(self, name: str, x: Tensor) -> bool:
-        """Gather what a layer is fed; say whether it is to take the statistics of the batch."""
+        """Add the input of a layer; return whether the layer must normalize by the batch."""
         layer_statistics = self.layer_statistics[name]
         self.order.setdefault(name)
         if not self._is_selected(name):
@@ -173,30 +192,32 @@ class CalibrationPass:
         channels, shape = len(layer_statistics.running_mean), "x".join(map(str, x.shape))
         context = f"batch {self.batches} (counted from 0): layer {name!r}"
         if x.dim() < 2 or x.shape[1] != channels:
-            raise DataError(f"{context} expects {channels} channels, and is fed {shape}: batches must fit the model")
+            raise DataError(
+                f"{context} expects an input of {channels} channels, got {shape}: pass batches that fit the model"
+            )
         if x.numel() == channels:
             raise DataError(
-                f"{context} is fed a single value per channel ({shape}), which has no variance: use larger batches, and "
-                "leave a smaller last one out (drop_last=True)"
+                f"{context} got a single value per channel ({shape}), which has no variance: use larger batches, and "
+                "drop a smaller last one (drop_last=True)"
             )
         layer_statistics.moments.add(x)
         layer_statistics.calls += 1
         if not bool(layer_statistics.moments.squared_deviations.isfinite().all()):
-            raise DataError(f"{context} is fed NaN or infinite values ({shape}): look at the images of this batch")
+            raise DataError(f"{context} got NaN or infinite values ({shape}): check the images of this batch")
         return True
 
     def _is_selected(self, name: str) -> bool:
         return self._only is None or name in self._only
 
     def record_unconverted_call(self, running_mean: Tensor) -> None:
-        """Note a call of batch_norm with running statistics that are those of no layer."""
+        """Record a call of `F.batch_norm` whose running statistics belong to no layer."""
         name, owner = self._owners.get(running_mean.untyped_storage()._cdata, ("", self._model))
         if not is_norm_layer(owner):
             self.skip_reasons[name] = "calls F.batch_norm itself: convert the model first, then calibrate it"
 
 
 class _UnconvertedCalls(TorchFunctionMode):
-    """Tells the pass of functions called with running statistics."""
+    """Report every call of a function with running statistics to a `CalibrationPass`."""
 
     def __init__(self, calibration: CalibrationPass) -> None:
         super().__init__()
@@ -211,34 +232,37 @@ class _UnconvertedCalls(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _nothing_yet(layer: Any) -> LayerStatistics:
+def _no_measurements(layer: Any) -> LayerStatistics:
     mean, var, count = (getattr(layer, statistic) for statistic in STATISTICS)
     return LayerStatistics(mean, var, count, vars(layer).get("eps", _EPS))
 
 
 def batch_inputs(batch: Any) -> Any:
-    """Return what a model is called with: the first item of a batch that is a list or a tuple, else the batch."""
+    """Return the input of the model: the first item of a batch that is a list or tuple, otherwise the batch."""
     return batch[0] if isinstance(batch, list | tuple) else batch
 
 
 def move_to_device(inputs: Any, device: torch.device | str | None) -> Any:
-    """Return inputs with what can be moved on a device; as they are where none is named."""
+    """Return inputs on a device, or unchanged if `device` is None."""
     return inputs if device is None else tree_map(lambda leaf: leaf.to(device) if hasattr(leaf, "to") else leaf, inputs)
 
 
 def _same_memory(first: Tensor, second: Tensor) -> bool:
-    """Say whether two tensors are the same numbers in memory, such as the same row of a table."""
+    """Return whether two tensors are the same memory, such as the same row of a table."""
     return first is second or (first.data_ptr() == second.data_ptr() and first.shape == second.shape)
 
 
+# --- several processes ------------------------------------------------------------------------------------------------
+
+
 class ResultExchange:
-    """The processes that pool what they gathered; this one alone where there are no others."""
+    """The exchange of results between the processes of a group; without `torch.distributed`, this process alone."""
 
     def __init__(self, group: Any) -> None:
         self._group = group
 
     def all_gather(self, process_result: "ProcessResult") -> list["ProcessResult"]:
-        """Return what every process brings, by rank."""
+        """Return the results of all processes by rank."""
         if not (distributed.is_available() and distributed.is_initialized()):
             return [process_result]
         process_results: list[Any] = [None] * distributed.get_world_size(self._group)
@@ -248,8 +272,16 @@ class ResultExchange:
 
 @dataclass(frozen=True)
 class LayerSums:
-    """What one process gathered of a layer, and the names of the two tensors that hold its statistics: of a functional
-    site only a call tells them, and only if they are whole tensors of the model.
+    """The measurements of a layer in one process.
+
+    Attributes:
+        count: the number of values per channel.
+        mean: of shape (C,).
+        squared_deviations: the sum of squared deviations from the mean, of shape (C,).
+        calls: the number of calls.
+        eps: the epsilon of the layer.
+        tensors: the names of the tensors with the running mean and variance; None if they are views. For a functional
+            site only a call shows which tensors these are.
     """
 
     count: int
@@ -262,7 +294,7 @@ class LayerSums:
 
 @dataclass(frozen=True)
 class ProcessResult:
-    """What one process brings: all that it gathered, or why it failed."""
+    """The results of a pass in one process: all measurements, or the error."""
 
     order: tuple[str, ...]
     sums: Mapping[str, LayerSums]
@@ -272,15 +304,16 @@ class ProcessResult:
 
     @classmethod
     def from_pass(cls, calibration: CalibrationPass, failure: Exception | None, model: nn.Module) -> "ProcessResult":
-        """Return what a pass came to."""
+        """Return the results of a pass that ended, with `failure` if it raised."""
         names = {id(tensor): name for name, tensor in _tensors_by_name(model).items()}
 
         def sums(layer: LayerStatistics) -> LayerSums:
-            merged = tuple(names.get(id(tensor)) for tensor in (layer.running_mean, layer.running_var))
-            known = (merged[0], merged[1]) if merged[0] is not None and merged[1] is not None else None
+            """Return the measurements of a layer as CPU tensors, which other processes can read."""
+            mean_name, var_name = (names.get(id(tensor)) for tensor in (layer.running_mean, layer.running_var))
+            tensors = (mean_name, var_name) if mean_name is not None and var_name is not None else None
             moments = layer.moments
             return LayerSums(
-                moments.count, moments.mean.cpu(), moments.squared_deviations.cpu(), layer.calls, layer.eps, known
+                moments.count, moments.mean.cpu(), moments.squared_deviations.cpu(), layer.calls, layer.eps, tensors
             )
 
         return cls(
@@ -295,7 +328,7 @@ class ProcessResult:
 def merge_processes(
     process_results: list[ProcessResult], calibration: CalibrationPass, model: nn.Module
 ) -> tuple[list[str], dict[str, LayerStatistics]]:
-    """The layers in the order they ran, and what all processes gathered of each."""
+    """Return the names of the layers in the order of their first call, and the merged measurements of each."""
     order = list(dict.fromkeys(name for process_result in process_results for name in process_result.order))
     merged_layers: dict[str, LayerStatistics] = {}
     for name in order:
@@ -314,19 +347,19 @@ def merge_processes(
 def _statistics_from_other_process(
     name: str, process_results: list[ProcessResult], tensors: Mapping[str, Tensor]
 ) -> LayerStatistics:
-    """A functional site that ran in other processes only."""
+    """Return the statistics of a functional site that ran only in other processes."""
     sums = next(process_result.sums[name] for process_result in process_results if name in process_result.sums)
     if sums.tensors is None:
         raise ModelError(
-            f"layer {name!r}: only a call tells where its running statistics lie, and this process made none: give "
-            "every process a batch"
+            f"layer {name!r} did not run in this process, and only a call shows which tensors are its running "
+            "statistics: give every process a batch"
         )
     mean, var = (tensors[tensor] for tensor in sums.tensors)
     return LayerStatistics(mean, var, None, sums.eps)
 
 
 def _tensors_by_name(model: nn.Module) -> dict[str, Tensor]:
-    """Every buffer and parameter by its name."""
+    """Return every buffer and parameter by name."""
     return {
         join_fqn(name, key): tensor
         for name, module in modules_by_name(model).items()

@@ -1,8 +1,8 @@
-"""calibrate: running statistics computed anew over a data set, the "batch average" of the paper done right.
+"""Calibrate a model: compute its running statistics over a data set, the "batch average" of the paper.
 
-Every value counts once: a batch weighs by its number of values, moments are pooled over all batches, calls and
-processes as mean of variances + variance of means, and the variance of that whole population is stored unbiased, as
-torch stores it. Nothing but statistics is changed, and these all or none.
+Every value has the same weight: moments are pooled over all batches, calls and processes as mean of variances plus
+variance of means, and the variance is stored unbiased, as torch stores it. `calibrate` changes only running statistics;
+after an error it restores all of them.
 """
 
 import math
@@ -36,23 +36,22 @@ from normswap.surgery.norms.classes import is_norm_layer
 from normswap.surgery.wrappers import unwrap
 from normswap.text import pluralize, printable_as
 
-_FROZEN_REASON = (
-    "frozen, its running statistics are constants: include_frozen=True (--include-frozen) calibrates it too"
-)
-_NOT_RUN_REASON = "did not run: left as it was"
+_FROZEN_REASON = "frozen, its running statistics are constants: use include_frozen=True to calibrate it too"
+_NOT_RUN_REASON = "did not run"
 
 
 @dataclass(frozen=True)
 class CalibratedLayer:
-    """What became of the statistics of one layer.
+    """The change of the running statistics of one layer. A deviation is sqrt(var + eps).
 
     Attributes:
-        values: per channel, over all batches and processes.
-        calls: how often the layer ran.
-        mean_shift: how far the mean moved, in new deviations sqrt(var + eps), in the channel where that is most.
-        deviation_ratio: old deviation over new one, in the channel where that is farthest from 1.
-        shift: by how much at most, over channels, the normalized value of an input within one old deviation of the old
-            mean changes in evaluation.
+        fqn: the name of the layer.
+        values: the number of values per channel, over all batches and processes.
+        calls: the number of calls of the layer.
+        mean_shift: the largest change of the mean over channels, in new deviations.
+        deviation_ratio: the old deviation divided by the new one, in the channel where it is farthest from 1.
+        shift: the largest change, over channels, of the normalized value in evaluation of an input within one old
+            deviation of the old mean.
     """
 
     fqn: str
@@ -65,7 +64,7 @@ class CalibratedLayer:
 
 @dataclass(frozen=True)
 class SkippedLayer:
-    """A layer that was left as it was, and why."""
+    """A layer that was not calibrated, and the reason."""
 
     fqn: str
     reason: str
@@ -74,10 +73,23 @@ class SkippedLayer:
 @printable_as("calibration")
 @dataclass(frozen=True, repr=False)
 class Calibration:
-    """What `calibrate` did: the layers in the order they ran, those it left, and what it ran on.
+    """The result of `calibrate`. `print(calibration)` shows it as a table.
 
-    `batches` is their number over all processes in one pass, `passes` how often they were gone through.
+    Attributes:
+        layers: the calibrated layers in the order of their first call.
+        skipped: the layers that were not calibrated, with reasons.
+        batches: the number of batches of one pass, over all processes.
+        passes: the number of passes over the batches.
+
+    Examples:
+        >>> import torch, normswap
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))
+        >>> calibration = normswap.calibrate(model, [torch.randn(16, 3, 8, 8) for _ in range(4)])
+        >>> [(layer.fqn, layer.values) for layer in calibration.layers]  # 4 batches, 16 images, 6x6 positions
+        [('1', 2304)]
     """
+
+    __module__ = "normswap"
 
     layers: tuple[CalibratedLayer, ...]
     skipped: tuple[SkippedLayer, ...]
@@ -90,11 +102,11 @@ class Calibration:
 
     @property
     def largest_shift(self) -> float:
-        """The largest `shift` of all layers."""
+        """The largest `shift` over all layers."""
         return max(layer.shift for layer in self.layers)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the record as plain data."""
+        """Return plain dicts, lists, strings and numbers."""
         return {**asdict(self), "largest_shift": self.largest_shift}
 
 
@@ -108,36 +120,36 @@ def calibrate(
     device: torch.device | str | None = None,
     process_group: Any = None,
 ) -> Calibration:
-    """Compute the running statistics of SN and BN layers anew, over all of `batches`, in place.
+    """Compute the running statistics of SN and BN layers over a data set, in place.
 
-    The model runs in evaluation, where its statistics are to be used: dropout and the like are off. By default in one
-    pass, in which each of these layers normalizes by the statistics of the batch (as in training, and as the paper has
-    it), so that the next one is fed what it would be fed with good statistics, whatever the old ones are. It wants
-    batches of many images in random order. With `layer_by_layer` each layer is fed what it will be fed in evaluation,
-    its predecessors being calibrated already, which is exact at any batch size and costs a pass for every layer.
+    The model runs in evaluation mode, so dropout is off. By default there is one pass, in which all these layers
+    normalize by the batch, as in training; their old running statistics have no effect. This is the batch average that
+    the paper uses for inference. Use large batches in random order. With `layer_by_layer`, each layer is calibrated in
+    a pass of its own, with the calibrated statistics of the layers before it. This is exact at any batch size and needs
+    one pass for every layer.
 
-    IN and LN statistics are those of the sample as ever. Where `torch.distributed` is initialised, every process has to
-    call this, with batches of its own or none; statistics are pooled. `num_batches_tracked` becomes the number of
-    calls.
+    The `in` and `ln` branches always use the statistics of the sample. If `torch.distributed` is initialized, every
+    process must call this function, with its own batches or with an empty list; the statistics are pooled.
+    `num_batches_tracked` becomes the number of calls.
 
     Args:
-        model: SN, BN or both, also wrapped.
-        batches: each what the model is called with (a tensor, a tuple of positional or a dict of keyword arguments), or
-            a list or tuple with that first. To be gone through more than once with `layer_by_layer`.
-        layer_by_layer: one layer after another, each in a pass of its own; exact at any batch size.
-        include_frozen: also layers that use their running statistics in training.
-        device: where to move inputs; default is to leave them.
-        process_group: the processes that pool; default all.
+        model: a model with SN layers, BN layers or both; it may be wrapped.
+        batches: an iterable of inputs (a tensor, a tuple of positional arguments or a dict of keyword arguments), or of
+            lists or tuples whose first item is such an input. `layer_by_layer` iterates over it several times.
+        layer_by_layer: calibrate one layer after another, each in a pass of its own.
+        include_frozen: also calibrate layers that use their running statistics in training.
+        device: the device to move the inputs to; default is not to move them.
+        process_group: the processes that pool their statistics; default is all.
 
     Returns:
-        A `Calibration`: `.layers` with how far each moved, `.skipped` with reasons. `print(result)` shows a table.
+        A `Calibration`: `.layers` with the change of each layer, `.skipped` with reasons.
 
     Raises:
         NothingToDo: no layer with running statistics ran.
-        DataError: no batches; a layer is fed NaN or infinite values, another number of channels, or a single value
-            per channel.
-        ModelError: the model fails on a batch; in another process something failed.
-        ArgumentError: `model` is no module.
+        DataError: there are no batches; or the input of a layer has NaN or infinite values, a wrong number of channels,
+            or a single value per channel.
+        ModelError: the model raises on a batch, or another process failed.
+        ArgumentError: `model` is not a module.
 
     Examples:
         >>> import torch, normswap
@@ -147,8 +159,8 @@ def calibrate(
     """
     if layer_by_layer and iter(batches) is iter(batches):
         raise DataError(
-            "batches: expected what can be gone through once for each layer, such as a list or a DataLoader, got "
-            f"{type(batches).__name__}: make a list of it, or leave layer_by_layer out"
+            "batches: layer_by_layer needs an iterable for several passes, such as a list or a DataLoader; got "
+            f"{type(batches).__name__}: pass list(batches), or drop layer_by_layer"
         )
     model = unwrap(require_module(model))
     if problem := describe_invalid_batches(batches):
@@ -162,12 +174,12 @@ def calibrate(
     skipped |= {name: _NOT_RUN_REASON for name in layers if name not in done and name not in skipped}
     if not done:
         details = "; ".join(f"{name or 'the model'}: {reason}" for name, reason in [*skipped.items()][:3])
-        raise NothingToDo(f"no layer with running statistics ran: nothing to calibrate{details and f' ({details})'}")
+        raise NothingToDo(f"nothing to calibrate: no layer with running statistics ran{details and f' ({details})'}")
     return Calibration(tuple(run.done), tuple(SkippedLayer(*item) for item in skipped.items()), run.batches, run.passes)
 
 
 def _split_layers(model: nn.Module, *, include_frozen: bool) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """The layers to calibrate by name, and the reasons why others are none of them."""
+    """Return the layers to calibrate, and the reasons to skip other norms, by name."""
     layers: dict[str, nn.Module] = {}
     reasons: dict[str, str] = {}
     for entry in walk_modules(model):
@@ -181,7 +193,7 @@ def _split_layers(model: nn.Module, *, include_frozen: bool) -> tuple[dict[str, 
 
 
 def _skip_reason(module: nn.Module, *, include_frozen: bool) -> str | None:
-    """Why a norm is not calibrated; None where it is, and of what is no norm."""
+    """Return why a norm is skipped; None for a layer to calibrate and for a module that is not a norm."""
     reason: str | None
     if isinstance(module, GatedModule):
         reason, frozen = _gated_skip_reason(module), module.bn_statistics == "running"
@@ -195,7 +207,7 @@ def _skip_reason(module: nn.Module, *, include_frozen: bool) -> str | None:
 def _gated_skip_reason(layer: Any) -> str | None:
     if "bn" not in layer.branches:
         return "has no `bn` branch"
-    # A functional site is given its statistics at each call.
+    # A functional site receives its statistics with each call.
     return None if isinstance(layer, FunctionalSwitchNorm) or layer.running_mean is not None else NO_STATISTICS
 
 
@@ -209,28 +221,28 @@ def _other_skip_reason(module: nn.Module) -> str | None:
     if not is_norm_layer(module) or not isinstance(module._buffers.get("running_mean"), Tensor):
         return None
     if isinstance(module, _InstanceNorm):
-        return "an InstanceNorm, which gathers its running statistics sample by sample"
-    return "a frozen BatchNorm: convert the model first, then calibrate it with include_frozen=True (--include-frozen)"
+        return "an InstanceNorm, whose running statistics are averages over samples"
+    return "a frozen BatchNorm: convert the model first, then calibrate it with include_frozen=True"
 
 
 # --- one run ----------------------------------------------------------------------------------------------------------
 
 
 class _CalibrationRun:
-    """The passes over the data, and what they led to."""
+    """The passes over the data, and their results."""
 
     def __init__(
-        self, model: nn.Module, layers: Mapping[str, nn.Module], device: Any, exchange_group: "ResultExchange"
+        self, model: nn.Module, layers: Mapping[str, nn.Module], device: Any, exchange: ResultExchange
     ) -> None:
         self.done: list[CalibratedLayer] = []
         self.skip_reasons: dict[str, str] = {}
         self.batches = self.passes = 0
-        self._model, self._layers, self._device, self._exchange = model, layers, device, exchange_group
+        self._model, self._layers, self._device, self._exchange = model, layers, device, exchange
         self._saved_values: list[tuple[Tensor, Tensor]] = []
 
     @contextmanager
     def rollback_on_error(self) -> Iterator[None]:
-        """Put back every statistic that was written if what is done inside fails."""
+        """After an error inside the context, restore every statistic that was written."""
         try:
             yield
         except BaseException:
@@ -239,13 +251,13 @@ class _CalibrationRun:
             raise
 
     def single_pass(self, batches: Iterable[Any]) -> None:
-        """Gather all layers in one pass, then write."""
+        """Measure all layers in one pass, then write their statistics."""
         order, layer_statistics = self._pass(batches)
         self._write({name: layer_statistics[name] for name in order})
 
     def layer_by_layer(self, batches: Iterable[Any]) -> None:
-        """Gather and write one layer after another in the order in which they run."""
-        # One batch tells the order; what runs on later ones only is met in the passes.
+        """Measure one layer in each pass and write its statistics, in the order in which the layers run."""
+        # The first batch gives the order; the passes add layers that run only on later batches.
         order = dict.fromkeys(self._pass(islice(batches, 1), only=())[0])
         self.passes = 0
         done: set[str] = set()
@@ -258,19 +270,19 @@ class _CalibrationRun:
     def _pass(
         self, batches: Iterable[Any], *, only: Sequence[str] | None = None
     ) -> tuple[list[str], dict[str, LayerStatistics]]:
-        """One pass in all processes: the names in the order they ran, and what was gathered by name."""
+        """Run one pass in all processes; return the names in the order of their first call, and the measurements."""
         calibration = CalibrationPass(self._model, self._layers, only=only)
         failure: Exception | None = None
         try:
             calibration.run(batches, device=self._device)
-        except Exception as error:  # noqa: BLE001 - the other processes wait for a word of this one
+        except Exception as error:  # noqa: BLE001 - the other processes wait for the result of this one
             failure = error
         process_results = self._exchange.all_gather(ProcessResult.from_pass(calibration, failure, self._model))
         if failure is not None:
             raise failure
         for rank, process_result in enumerate(process_results):
             if process_result.failure:
-                raise ModelError(f"process {rank} failed, and nothing was changed in any: {process_result.failure}")
+                raise ModelError(f"process {rank} failed, no process changed its model: {process_result.failure}")
         self.batches, self.passes = sum(process_result.batches for process_result in process_results), self.passes + 1
         if not self.batches:
             raise DataError("batches: expected at least one batch, got none")
@@ -280,11 +292,11 @@ class _CalibrationRun:
         return merge_processes(process_results, calibration, self._model)
 
     def _write(self, layer_statistics: Mapping[str, LayerStatistics]) -> None:
-        """Work out all statistics, then write them."""
+        """Compute all statistics, then write them."""
         new: list[tuple[Tensor, Tensor]] = []
         for name, layer in layer_statistics.items():
             if not layer.moments.count:
-                self.skip_reasons[name] = "was fed empty batches only: left as it was"
+                self.skip_reasons[name] = "got empty batches only"
                 continue
             statistics = _statistics(name, layer)
             self.done.append(_layer_report(name, layer, statistics))
@@ -297,7 +309,7 @@ class _CalibrationRun:
 
 
 def _statistics(name: str, layer: LayerStatistics) -> tuple[Tensor, Tensor]:
-    """Mean and unbiased variance as the layer stores them."""
+    """Return the mean and the unbiased variance in the dtype of the layer."""
     moments = layer.moments
     found = moments.mean, moments.squared_deviations / (moments.count - 1)
     stored = tuple(
@@ -305,14 +317,14 @@ def _statistics(name: str, layer: LayerStatistics) -> tuple[Tensor, Tensor]:
     )
     if not all(bool(value.isfinite().all()) for value in stored):
         raise DataError(
-            f"layer {name!r}: its statistics reach {max(float(value.abs().max()) for value in found):.1e}, which "
-            f"{layer.running_var.dtype} does not hold: calibrate the model in float32"
+            f"layer {name!r}: its statistics reach {max(float(value.abs().max()) for value in found):.1e}, beyond the "
+            f"range of {layer.running_var.dtype}: calibrate the model in float32"
         )
     return stored[0], stored[1]
 
 
 def _layer_report(name: str, layer: LayerStatistics, statistics: tuple[Tensor, Tensor]) -> CalibratedLayer:
-    """How far the statistics move; of old ones that are no numbers, infinitely far."""
+    """Return the change of the statistics, infinite if the old ones are NaN."""
     old_mean, old_var, new_mean, new_var = (
         tensor.to(layer.moments.mean) for tensor in (layer.running_mean, layer.running_var, *statistics)
     )

@@ -1,10 +1,9 @@
-"""Running statistics of a whole model: what libraries do to BatchNorm by its class, for SN and BN layers alike, and
-what the `bn` branches of SN layers make of them in training.
+"""Freeze, unfreeze, synchronize and update the running statistics of all SN and BN layers of a model.
 
-`torch.optim.swa_utils.update_bn` and the freezing of timm ask for BatchNorm's classes and pass an SN layer by without
-a word. A functional site is frozen with the rest; its statistics are its owner's, and `update_statistics` leaves
-them to the momentum of the owner's call, as `update_bn` does. Several processes share the statistics of their batches
-where they are told to.
+Functions such as `torch.optim.swa_utils.update_bn` and timm's freezing select layers by the BatchNorm classes, so they
+skip SN layers silently; the functions here handle both. A functional site can be frozen like a layer. The module that
+calls it owns its running statistics, and `update_statistics` leaves them to the momentum of that call, as `update_bn`
+does.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -32,23 +31,36 @@ if TYPE_CHECKING:
 
 
 def freeze_statistics(model: nn.Module) -> list[str]:
-    """Let SN and BN layers use their running statistics in training too, and leave these alone.
+    """Freeze SN and BN layers: they normalize by their running statistics in training too, and do not update them.
 
-    In place and for good: `model.train()` does not undo it. IN and LN statistics are those of the sample as ever, and
-    parameters train on. Pass a part of a model to freeze that part.
+    The model is changed in place, and `model.train()` does not undo it. The `in` and `ln` branches still use the
+    statistics of the sample, and parameters are still trained. To freeze a part of a model, pass that part.
 
     Args:
-        model: converted or not, wrapped or not; it is changed.
+        model: a model, converted or not, wrapped or not.
 
     Returns:
-        The fqns of the layers that were not frozen before; one without running statistics cannot be.
+        The names of the layers that were not frozen before. A layer without running statistics cannot be frozen.
+
+    Raises:
+        ArgumentError: `model` is not a module.
+
+    Examples:
+        >>> import torch, normswap
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))
+        >>> normswap.freeze_statistics(model)
+        ['1']
+        >>> before = model[1].running_mean.clone()
+        >>> _ = model.train()(torch.randn(2, 3, 8, 8))
+        >>> torch.equal(model[1].running_mean, before)
+        True
     """
     unfrozen = {
         entry.names[0]: entry.module for entry in walk_modules(unwrap(model)) if _uses_batch_statistics(entry.module)
     }
     for layer in unfrozen.values():
         if isinstance(layer, GatedModule):
-            if layer.bn_statistics != "batch":  # which is where every other one comes back to
+            if layer.bn_statistics != "batch":  # `unfreeze_statistics` sets every other layer to "batch"
                 vars(layer)[STATISTICS_BEFORE_FREEZE] = layer.bn_statistics
             layer.bn_statistics = "running"
         else:
@@ -58,16 +70,25 @@ def freeze_statistics(model: nn.Module) -> list[str]:
 
 
 def unfreeze_statistics(model: nn.Module) -> list[str]:
-    """Let SN and BN layers use the statistics of the batch in training again, and gather running ones.
+    """Unfreeze SN and BN layers: they normalize by the batch in training again, and update their running statistics.
 
-    SN layers that were set to `"renorm"` before are again. Also SN layers that were planned with
-    `bn_statistics="running"`; not those that replaced a frozen BatchNorm.
+    The model is changed in place. An SN layer that had `bn_statistics="renorm"` before gets it back. SN layers that
+    were converted with `bn_statistics="running"` are unfrozen too; those that replaced a frozen BatchNorm are not.
 
     Args:
-        model: converted or not, wrapped or not; it is changed.
+        model: a model, converted or not, wrapped or not.
 
     Returns:
-        The fqns of the layers that were frozen before.
+        The names of the layers that were frozen before.
+
+    Raises:
+        ArgumentError: `model` is not a module.
+
+    Examples:
+        >>> import torch, normswap
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))
+        >>> normswap.freeze_statistics(model), normswap.unfreeze_statistics(model)
+        (['1'], ['1'])
     """
     frozen = {entry.names[0]: entry.module for entry in walk_modules(unwrap(model)) if _is_frozen(entry.module)}
     for layer in frozen.values():
@@ -81,18 +102,30 @@ def unfreeze_statistics(model: nn.Module) -> list[str]:
 
 
 def synchronize_statistics(model: nn.Module, process_group: "ProcessGroup | None" = None) -> list[str]:
-    """Let SN layers take as the batch of their `bn` branch, in training, that of all processes.
+    """Synchronize SN layers: in training, their `bn` branch normalizes by the joint batch of all processes.
 
-    In place, also inside DDP. It is for SN layers what `torch.nn.SyncBatchNorm.convert_sync_batchnorm` is for the BN
-    layers that a model still has. `layer.synchronize = False` undoes it.
+    The model is changed in place, also inside DDP. For BN layers, `torch.nn.SyncBatchNorm.convert_sync_batchnorm` does
+    the same. `layer.synchronize = False` undoes it for a layer.
 
     Args:
-        model: converted, wrapped or not; it is changed.
-        process_group: the processes that share their batch; default all there are.
+        model: a converted model, wrapped or not.
+        process_group: the processes with the joint batch; default is all.
 
     Returns:
-        The fqns of the layers that were not synchronized before, or with another group; one without a `bn` branch
-        cannot be.
+        The names of the layers that were not synchronized before, or with another group. A layer without a `bn` branch
+        cannot be synchronized.
+
+    Raises:
+        ArgumentError: `model` is not a module.
+
+    Examples:
+        >>> import torch, normswap
+        >>> bn_model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))
+        >>> model = normswap.convert(bn_model, torch.randn(2, 3, 8, 8)).model
+        >>> normswap.synchronize_statistics(model)
+        ['1']
+        >>> model[1].synchronize
+        True
     """
     entries = walk_modules(unwrap(model))
     layers = {entry.names[0]: entry.module for entry in entries if isinstance(entry.module, GatedModule)}
@@ -108,37 +141,50 @@ def synchronize_statistics(model: nn.Module, process_group: "ProcessGroup | None
 def set_bn_statistics(
     model: nn.Module, mode: BnStatistics, *, include: Sequence[str] = (), exclude: Sequence[str] = ()
 ) -> list[str]:
-    """Set what the `bn` branches of SN layers use in training, after a conversion.
+    """Set the statistics that the `bn` branches of SN layers use in training.
 
-    In place; like any setting of a layer in no state dict, so set it again after loading. A layer without a `bn` branch
-    or without running statistics has no choice and is left alone.
+    The model is changed in place. State dicts do not contain the setting, so set it again after loading. Layers without
+    a `bn` branch or without running statistics are skipped.
 
     Args:
-        model: converted, wrapped or not; it is changed.
+        model: a converted model, wrapped or not.
         mode: `"batch"`, `"running"` or `"renorm"`, as `bn_statistics` of `normswap.switch_norm`.
-        include, exclude: globs on names, or regular expressions after `re:`. Without `include` all sites are meant, but
-            those that replaced a frozen BatchNorm keep their running statistics; a pattern sets these too.
+        include: the layers to set: glob patterns on names, or regular expressions after `re:`. By default all, except
+            those that replaced a frozen BatchNorm; these are set only if a pattern matches them.
+        exclude: the layers to skip, by patterns as in `include`.
 
     Returns:
-        The fqns of the layers that were changed.
+        The names of the layers that changed.
 
     Raises:
         LayerError: `mode` is unknown.
-        PlanError: a pattern matches nothing.
-        ModelError: no layer has a `bn` branch; or `"running"` is asked of statistics that were begun by a conversion
-            and have seen no batch.
+        PlanError: a pattern matches no layer.
+        ModelError: no layer has a `bn` branch with running statistics; or `mode` is `"running"` and the running
+            statistics of a layer have not seen a batch yet.
+        ArgumentError: `model` is not a module.
+
+    Examples:
+        >>> import torch, normswap
+        >>> bn_model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))
+        >>> model = normswap.convert(bn_model, torch.randn(2, 3, 8, 8)).model
+        >>> normswap.set_bn_statistics(model, "renorm")
+        ['1']
+        >>> model[1].bn_statistics
+        'renorm'
     """
     check_bn_statistics(mode)
     entries = [entry for entry in walk_modules(unwrap(model)) if _can_use_running_statistics(entry.module)]
     if not entries:
-        raise ModelError("expected SN layers with a `bn` branch and running statistics, found none: convert the model")
+        raise ModelError(
+            "the model has no SN layer with a `bn` branch and running statistics: convert it with normswap.convert"
+        )
     chosen = _select_layers(entries, include, exclude)
     changed = {name: layer for name, layer in chosen.items() if layer.bn_statistics != mode}
     empty = [name for name, layer in changed.items() if mode == "running" and _has_no_data(layer)]
     if empty:
         raise ModelError(
-            f"the running statistics of {', '.join(empty)} have seen no batch: train or call update_statistics first, "
-            "or exclude these"
+            f"the running statistics of {', '.join(empty)} have not seen a batch yet: train the model or call "
+            "normswap.update_statistics first, or exclude these layers"
         )
     for layer in changed.values():
         vars(layer).pop(STATISTICS_BEFORE_FREEZE, None)
@@ -148,8 +194,9 @@ def set_bn_statistics(
 
 def _select_layers(entries: Sequence[ModuleEntry], include: Sequence[str], exclude: Sequence[str]) -> dict[str, Any]:
     names = [entry.names for entry in entries]
-    included = first_matching_patterns(include, names, "layers that have a choice")
-    excluded = first_matching_patterns(exclude, names, "layers that have a choice")
+    what = "layers with a `bn` branch and running statistics"
+    included = first_matching_patterns(include, names, what)
+    excluded = first_matching_patterns(exclude, names, what)
     return {
         entry.names[0]: entry.module
         for entry in entries
@@ -158,38 +205,48 @@ def _select_layers(entries: Sequence[ModuleEntry], include: Sequence[str], exclu
 
 
 def _can_use_running_statistics(module: nn.Module) -> bool:
-    """Whether the layer has a `bn` branch that could use running statistics."""
+    """Return whether the layer has a `bn` branch that can use running statistics."""
     tracked = not isinstance(module, SwitchNorm) or module.running_mean is not None
     return isinstance(module, GatedModule) and "bn" in module.branches and tracked
 
 
 def _was_frozen(module: nn.Module) -> bool:
-    """Whether the layer replaced a norm that used its running statistics in training too."""
+    """Return whether the layer replaced a norm that used its running statistics in training too."""
     return "weight" in module._buffers
 
 
 def _has_no_data(layer: Any) -> bool:
-    """Whether running statistics were begun where there had been none, and are still those of no data."""
+    """Return whether a conversion added the running statistics of the layer, and no batch updated them yet."""
     count = getattr(layer, "num_batches_tracked", None)
     return layer.vertex != "bn" and count is not None and int(count) == 0
 
 
 @torch.no_grad()
 def update_statistics(model: nn.Module, loader: Iterable[Any], *, device: torch.device | str | None = None) -> None:
-    """Set the running statistics of SN and BN layers to their average over `loader`, as `update_bn` does for BN.
+    """Set the running statistics of SN and BN layers to their average over batches, as `update_bn` does for BN.
 
-    One pass in training; frozen statistics stay. Of synchronized layers it is the average over all processes, each of
-    which has to call this, with as many batches as the others. Momenta and training flags are put back, and the
-    statistics too if the pass fails. Dropout is active, and a batch counts as any other, however small: `calibrate`
-    gives the statistics of the data itself.
+    The model runs one pass in training mode, so dropout is active; every batch has the same weight, whatever its size.
+    For the statistics of the data itself, use `calibrate`. Frozen statistics do not change. Synchronized layers average
+    over all processes; each process must call this function with the same number of batches. Momenta and training
+    flags are restored; after an error, the statistics are restored too.
 
     Args:
-        model: converted or not, wrapped or not; its running statistics are changed.
-        loader: batches, each what the model is called with, or a list or tuple with that first.
-        device: where to move the inputs; default is to leave them.
+        model: a model, converted or not, wrapped or not; its running statistics are changed in place.
+        loader: an iterable of inputs (a tensor, a tuple of positional arguments or a dict of keyword arguments), or of
+            lists or tuples whose first item is such an input.
+        device: the device to move the inputs to; default is not to move them.
 
     Raises:
-        ModelError: `loader` is empty; DataError: it is one input, not an iterable of inputs.
+        ModelError: `loader` is empty.
+        DataError: `loader` is one input, not an iterable of inputs.
+        ArgumentError: `model` is not a module.
+
+    Examples:
+        >>> import torch, normswap
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))
+        >>> normswap.update_statistics(model, [torch.randn(16, 3, 8, 8) for _ in range(4)])
+        >>> int(model[1].num_batches_tracked)
+        4
     """
     modules = [entry.module for entry in walk_modules(require_module(model))]
     if problem := describe_invalid_batches(loader):
@@ -213,14 +270,14 @@ def update_statistics(model: nn.Module, loader: Iterable[Any], *, device: torch.
 
 
 def _kept_in_evaluation(model: nn.Module) -> list[nn.Module]:
-    """The modules that the model's own `train()` leaves in evaluation."""
+    """Return the modules that the model's own `train()` leaves in evaluation mode."""
     flags = model_training_flags(model)
     return [p.module for p in walk_modules(model) if flags is not None and not flags.training[p.names[0]]]
 
 
 @contextmanager
 def _cumulative_average(layers: list[Any]) -> Iterator[None]:
-    """Gather a plain average from nothing; put momenta back, and after a failure what was known before."""
+    """Let layers compute a plain average from zero; restore momenta, and after an error the statistics too."""
     momenta = [layer.momentum for layer in layers]
     buffers = [getattr(layer, name) for layer in layers for name in STATISTICS]
     saved = [(buffer, buffer.clone()) for buffer in buffers if buffer is not None]
@@ -239,26 +296,26 @@ def _cumulative_average(layers: list[Any]) -> Iterator[None]:
 
 
 def _uses_batch_statistics(module: nn.Module) -> bool:
-    """Whether the layer uses batch statistics in training, and could use running ones."""
+    """Return whether the layer normalizes by the batch in training, and has running statistics to use instead."""
     if isinstance(module, GatedModule):
         return _can_use_running_statistics(module) and module.bn_statistics != "running"
     return isinstance(module, _BatchNorm) and module.running_mean is not None and not is_frozen_by_hooks(module)
 
 
 def _is_frozen(module: nn.Module) -> bool:
-    """Whether the layer uses running statistics in training, and not because it replaced one that always did."""
+    """Return whether the layer uses running statistics in training; False if it replaced a frozen norm."""
     if isinstance(module, GatedModule) and module.bn_statistics == "running":
         return not _was_frozen(module)
     return is_frozen_by_hooks(module)
 
 
 def is_frozen_by_hooks(module: nn.Module) -> bool:
-    """Say whether `freeze_statistics` has frozen a BN layer."""
+    """Return whether `freeze_statistics` has frozen a BN layer."""
     return _enter_evaluation in module._forward_pre_hooks.values()
 
 
 def _enter_evaluation(module: nn.Module, _args: Any) -> None:
-    # Not by its flag for good, which the next `model.train()` would set again.
+    # For this call only: the next `model.train()` would set the flag again.
     vars(module)["unfrozen_training"] = module.training
     module.training = False
 

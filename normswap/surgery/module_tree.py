@@ -195,15 +195,22 @@ def model_training_flags(model: nn.Module) -> ModelTrainingFlags | None:
 
 
 @contextmanager
-def model_mode(model: nn.Module, *, training: bool, flags: Flags | None = None) -> Iterator[None]:
+def model_mode(
+    model: nn.Module,
+    *,
+    training: bool,
+    flags: Flags | None = None,
+    entries: tuple[ModuleEntry, ...] | None = None,
+) -> Iterator[None]:
     """Call the model's own `train()` or `eval()`, and restore at the end what that changed.
 
     If the method raises, all flags are set directly. Modules that are in no registry get the flag too.
 
     Args:
         flags: the flags of single modules by first name, which are set afterwards.
+        entries: `walk_modules(model)`, if the caller has it.
     """
-    entries = walk_modules(model)
+    entries = walk_modules(model) if entries is None else entries
     with ExitStack() as stack:
         stack.enter_context(preserved_training_flags(entry.module for entry in entries))
         if any(_overrides_mode(entry.module) for entry in entries):

@@ -1,5 +1,5 @@
-"""Verify that a converted model computes the same function as the original one."""
+"""Verify that a converted model computes the same function as the original."""
 
 from normswap.renamed import old_names
 
-__getattr__ = old_names("normswap.verification")  # it was a module once
+__getattr__ = old_names("normswap.verification")  # 0.1.0 had a module of this name

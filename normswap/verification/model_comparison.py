@@ -1,43 +1,44 @@
-"""Original against converted on data in one precision: every check, leaf by leaf, against its limit.
+"""Compare two models on data in one precision: every check, leaf by leaf, against its limit.
 
-The limit of a check is the precision's, or ten times the original's own response to a change of its input by one unit
-in the last place. If that response is not finite or exceeds 1e-3, the whole model cannot be judged by that check, and
-`site_verdict` decides. Measures and judges; nothing is repaired.
+The limit of a check is that of the precision, or ten times the original's own response to a change of its input by one
+unit in the last place, if that is larger. If the response is not finite or exceeds 1e-3, the check cannot judge the
+whole model, and `equivalence` compares the sites one by one.
 """
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import inf, isfinite
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from normswap.layers.gated_module import GatedModule
 from normswap.layers.switch_norm import SwitchNorm
 from normswap.surgery.importance import gated_modules
-from normswap.surgery.model_outputs import (
-    Leaves,
-    TensorNames,
-    VectorDistance,
-    count_numbers,
-    match_names,
-    max_abs_difference,
-    relative_l2,
-)
+from normswap.surgery.model_outputs import Leaves, count_numbers, max_abs_difference, relative_l2
 from normswap.surgery.module_tree import Flags, ModelTrainingFlags, model_mode, modules_by_name, walk_modules
-from normswap.text import first_line
+from normswap.text import first_line, pluralize
 from normswap.verification.model_pass import (
+    MISSING,
     FormulaBatchNorm,
     GradientCallback,
     GradientDistance,
     GradientStore,
     ModelPass,
-    perturbed_passes,
+    leaf_distances,
     run_pass,
     shared_tensors,
+    statistics_distances,
 )
-from normswap.verification.precision import Precision
+from normswap.verification.precision import (
+    MAX_RESPONSE,
+    RESPONSE_FACTOR,
+    Check,
+    CheckAccumulator,
+    Precision,
+    perturbed_passes,
+)
 from normswap.verification.site_watch import SiteWatch
 
 OUTPUTS = {False: "outputs in evaluation", True: "outputs in training"}
@@ -45,77 +46,20 @@ GRADIENTS, STATISTICS = "gradients", "running statistics"
 CHECKS = (OUTPUTS[False], OUTPUTS[True], GRADIENTS, STATISTICS)
 _TRAINING = CHECKS[1:]
 
-_RESPONSE_FACTOR = 10
-# The largest response of the original itself at which a comparison of whole models still means anything.
-_MAX_RESPONSE = 1e-3
-
 Errors = dict[str, dict[str, float]]  # by check and by leaf
 
 
-@dataclass(frozen=True)
-class Check:
-    """One comparison of two models.
-
-    `error` is the worst relative L2 over all batches, `limit` what it was compared with, `own_response` that of the
-    original to a one-ulp change of its input if it was needed. `passed` is None if nothing can be judged; `note` says
-    why.
-    """
-
-    name: str
-    error: float | None
-    limit: float
-    own_response: float | None = None
-    passed: bool | None = None
-    note: str = ""
-
-
-@dataclass
-class _CheckAccumulator:
-    """The worst case of one check over all batches, by error relative to its limit."""
-
-    name: str
-    limit: float
-    error: float | None = None
-    own_response: float | None = None
-    failed: bool = False
-    unjudged: bool = False
-    notes: dict[str, None] = field(default_factory=dict)
-
-    def update(self, errors: Mapping[str, float], responses: Mapping[str, float], base: float) -> None:
-        """Judge what can be judged; an error that only the converted model makes infinite always can."""
-        unjudgeable = {
-            part: response
-            for part, error in errors.items()
-            if not error <= base and not (response := responses.get(part, 0.0)) <= _MAX_RESPONSE
-            if not (error == inf and isfinite(response))
-        }
-        for part, response in unjudgeable.items():
-            self.not_judged(
-                f"{part or self.name}: not judged, one unit in the last place of the input alone changes it by "
-                f"{response:.1e} (relative L2) in the original"
-            )
-        for part in errors:  # each with a limit of its own: one that amplifies rounding hides no other one
-            if part in unjudgeable:
-                continue
-            error, own = errors[part], responses.get(part)
-            limit = max(base, _RESPONSE_FACTOR * (own or 0.0))
-            self.failed = self.failed or not error <= limit
-            if self.error is None or error / limit > self.error / self.limit:
-                self.error, self.limit, self.own_response = error, limit, own
-
-    def not_judged(self, note: str) -> None:
-        self.unjudged = True
-        self.notes[note] = None
-
-    def check(self, note: str) -> Check:
-        """Return the check, with one more note."""
-        passed = False if self.failed else None if self.unjudged or self.error is None else True
-        notes = "; ".join(dict.fromkeys(text for text in (*self.notes, note) if text))
-        return Check(self.name, self.error, self.limit, self.own_response, passed, notes)
-
-
 class ModelComparison:
-    """Two models in the same precision, compared on inputs in evaluation and in training."""
+    """A comparison of two models in one precision, in evaluation and in training.
+
+    Args:
+        first: the original model.
+        second: the converted model.
+        inputs: the batches, in the same precision.
+        limit: the largest relative L2 error that passes.
+        precision: the precision of the models.
+        flags: for each model, the training flags that its own `train()` and `eval()` set, or None.
+    """
 
     def __init__(
         self,
@@ -130,7 +74,7 @@ class ModelComparison:
         self.models = first, second
         self.inputs, self.limit, self._eps = inputs, limit, precision.eps
         self.site_limit = max(limit, precision.limit)
-        self.accumulators = {name: _CheckAccumulator(name, limit) for name in CHECKS}
+        self.accumulators = {name: CheckAccumulator(name, limit) for name in CHECKS}
         self.raised: dict[bool, tuple[Exception, Any]] = {}
         self.largest_difference = 0.0
         self.has_comparable_output = self._has_infinite_output = False
@@ -152,11 +96,11 @@ class ModelComparison:
         self.site_watch = self.new_watch()
 
     def new_watch(self) -> SiteWatch:
-        """Return what compares the two models site by site."""
+        """Return a comparison of the two models site by site."""
         return SiteWatch(*self.models, limit=self.site_limit, eps=self._eps)
 
     def compare(self) -> None:
-        """Compare in all modes on all inputs."""
+        """Compare the models in all modes on all inputs."""
         for batch in self.inputs:
             for training in self.modes:
                 self._compare_pass(batch, training=training)
@@ -165,22 +109,22 @@ class ModelComparison:
 
     @property
     def is_judged(self) -> bool:
-        """Whether every check that was made can be judged by the whole models."""
-        # A model of which nothing is finite in any pass is judged: nothing of it can pass.
+        """Whether all checks can judge the whole models."""
+        # A model whose outputs are never finite is judged: none of its checks passes.
         partly_finite = self._has_infinite_output and any(
             accumulator.error is not None for accumulator in self.accumulators.values()
         )
         return not partly_finite and not any(accumulator.unjudged for accumulator in self.accumulators.values())
 
     def checks(self, raised: Mapping[bool, tuple[Exception, Any]] | None = None) -> tuple[Check, ...]:
-        """Return every check.
+        """Return the results of all checks.
 
         Args:
-            raised: what the original raised, by training or evaluation; default is what it raised here.
+            raised: the errors of the original, by mode (True for training); default is those of this comparison.
         """
-        raised_errors = self.raised if raised is None else raised
+        errors = self.raised if raised is None else raised
         raised_note = (
-            f"the original raises in training: {first_line(raised_errors[True][0])}" if True in raised_errors else ""
+            f"skipped: the original model raises in training: {first_line(errors[True][0])}" if True in errors else ""
         )
         return tuple(
             accumulator.check(raised_note if accumulator.name in self._unchecked else "")
@@ -201,11 +145,11 @@ class ModelComparison:
         return run_pass(self.models[index], batch, on_gradient, training=training, flags=flags, context=context)
 
     def watching(self, watch: SiteWatch, *, training: bool, gradients: bool = False) -> Any:
-        """Return a context in which passes of the first model are compared site by site."""
+        """Return a context in which passes of the first model are compared with the second one site by site."""
         return watch.watching(training=training, flags=self._second_flags(training=training), gradients=gradients)
 
     def compare_on_random_input(self, watch: SiteWatch, name: str, *, training: bool) -> bool:
-        """Compare a site that never ran on an input made for it, and return whether the original's takes one."""
+        """Compare a site that did not run on random input; return whether the original site takes such an input."""
         with model_mode(self.models[0], training=training, flags=self._flags[training][0]):
             return watch.compare_on_random_input(name, training=training, flags=self._second_flags(training=training))
 
@@ -216,18 +160,18 @@ class ModelComparison:
 
     def _compare_pass(self, batch: Any, *, training: bool) -> None:
         names = _TRAINING if training else CHECKS[:1]
-        with GradientStore() as kept:
+        with GradientStore() as stored:
             with self.watching(self.site_watch, training=training):
-                a = self.run(0, batch, kept.store, training=training)
+                a = self.run(0, batch, stored.store, training=training)
             if isinstance(a, Exception):
                 self._note_raised(a, batch, names, training=training)
                 return
             self.has_comparable_output = self.has_comparable_output or bool(a.leaves.opaque) or _has_numbers(a.leaves)
             if not _has_finite_value(a.leaves):
                 self._has_infinite_output = True
-                self._note(names, "no output of the original is finite")
+                self._note(names, "no output of the original model is finite")
                 return
-            gradients = GradientDistance(kept)
+            gradients = GradientDistance(stored)
             b = self.run(1, batch, gradients.compare_gradient, training=training)
             if a.backward_error is not None:
                 self._note_raised(a.backward_error, batch, (GRADIENTS,), training=True)
@@ -236,14 +180,14 @@ class ModelComparison:
             if isinstance(b, ModelPass) and any(
                 not error <= self.limit for parts in errors.values() for error in parts.values()
             ):
-                responses = self._input_sensitivity(a, batch, kept, training=training)
+                responses = self._input_sensitivity(a, batch, stored, training=training)
             if training and isinstance(b, ModelPass):
-                self._recheck_gradients(a, batch, kept, errors, responses)
+                self._recheck_gradients(a, batch, errors, responses)
         for name, parts in errors.items():
             self.accumulators[name].update(parts, responses.get(name, {}), self.limit)
 
     def _errors(self, a: ModelPass, b: ModelPass | Exception, gradients: GradientDistance, *, training: bool) -> Errors:
-        """Relative L2 by check and by leaf, with a note on what cannot be compared."""
+        """Return the relative L2 errors by check and by leaf, and note the leaves that cannot be compared."""
         outputs = OUTPUTS[training]
         if isinstance(b, Exception):
             names = _TRAINING if training else (outputs,)
@@ -253,15 +197,17 @@ class ModelComparison:
         self._note_opaque(outputs, {**b.leaves.opaque, **a.leaves.opaque})
         errors: Errors = {outputs: self._leaf_errors(outputs, a.leaves, b.leaves)}
         if not count_numbers(a.leaves) and not any(error > 0 for error in errors[outputs].values()):
-            self.accumulators[outputs].not_judged("the original returns no number: nothing to compare")
+            self.accumulators[outputs].not_judged("the original model returns no numbers: there is nothing to compare")
             errors[outputs] = {}
         elif not _has_floats(a.leaves):
-            self.accumulators[outputs].not_judged("the original returns whole numbers only, which say little of a site")
+            self.accumulators[outputs].not_judged(
+                "the original model returns integers only, which do not show small differences"
+            )
         if training:
             errors[GRADIENTS] = self._gradient_error(a, b, gradients)
-            errors[STATISTICS] = _statistics_error(a.buffers, b.buffers)
+            errors[STATISTICS] = statistics_distances(a.buffers, b.buffers)
             if not errors[STATISTICS]:
-                self._note((STATISTICS,), "there are no running statistics")
+                self._note((STATISTICS,), "the model has no running statistics")
         return errors
 
     def _leaf_errors(self, check: str, a: Leaves, b: Leaves) -> dict[str, float]:
@@ -270,10 +216,10 @@ class ModelComparison:
             if path in a.opaque or path in b.opaque:
                 continue
             try:
-                pair = a.values.get(path, _MISSING), b.values.get(path, _MISSING)
+                pair = a.values.get(path, MISSING), b.values.get(path, MISSING)
                 errors[path] = relative_l2(*pair)
                 self.largest_difference = max(self.largest_difference, max_abs_difference(*pair))
-            except Exception as error:  # noqa: BLE001 - a tensor of a class of its own, with operations of its own
+            except Exception as error:  # noqa: BLE001 - a tensor subclass may not support the operations
                 self._note_opaque(check, {path: first_line(error)})
         return errors
 
@@ -286,30 +232,31 @@ class ModelComparison:
         error = gradients.result()
         if error > 0 or a.has_graph:
             return {"": error}
-        if any(parameter.requires_grad for parameter in shared_tensors(self.models[0], "_parameters").values()):
+        parameters = shared_tensors(walk_modules(self.models[0]), "_parameters").values()
+        if any(parameter.requires_grad for parameter in parameters):
             self.accumulators[GRADIENTS].not_judged(
-                "no output of the original has a gradient: it returns detached values"
+                "no output of the original model requires a gradient: it returns detached tensors"
             )
         else:
-            self._note((GRADIENTS,), "nothing requires a gradient")
+            self._note((GRADIENTS,), "no parameter requires a gradient")
         return {}
 
-    def _input_sensitivity(self, a: ModelPass, batch: Any, kept: GradientStore, *, training: bool) -> Errors:
-        """By check and leaf, how far the first model moves at most if its input changes by one unit in the last place.
+    def _input_sensitivity(self, a: ModelPass, batch: Any, stored: GradientStore, *, training: bool) -> Errors:
+        """Return the largest response of the first model to a one-ulp change of its input, by check and by leaf.
 
-        Changed upwards, downwards and at random: a single change says little of how much rounding a network amplifies.
+        The input is changed up, down and at random: one change alone may miss how much a network amplifies rounding.
         """
         responses: Errors = {}
 
         def run(model_inputs: Any, context: AbstractContextManager[Any] | None) -> Errors:
-            gradients = GradientDistance(kept)
+            gradients = GradientDistance(stored)
             perturbed = self.run(0, model_inputs, gradients.compare_gradient, training=training, context=context)
             if isinstance(perturbed, Exception):
                 return {}
-            found: Errors = {OUTPUTS[training]: all_distances(a.leaves, perturbed.leaves)}
+            found: Errors = {OUTPUTS[training]: leaf_distances(a.leaves, perturbed.leaves)}
             if training:
                 found[GRADIENTS] = {"": gradients.result()}
-                found[STATISTICS] = _statistics_error(a.buffers, perturbed.buffers)
+                found[STATISTICS] = statistics_distances(a.buffers, perturbed.buffers)
             return found
 
         for found in perturbed_passes(self.models[0], batch, run, eps=self._eps):
@@ -319,21 +266,20 @@ class ModelComparison:
                     max_errors[part] = max(error, max_errors.get(part, 0.0))
         return responses
 
-    def _recheck_gradients(
-        self, a: ModelPass, batch: Any, kept: GradientStore, errors: Errors, responses: Errors
-    ) -> None:
-        """If gradients differ, compare with the original by the formula of batch norm: torch's kernel may be wrong.
+    def _recheck_gradients(self, a: ModelPass, batch: Any, errors: Errors, responses: Errors) -> None:
+        """If gradients differ, compare again with the original computed by the formula of batch norm.
 
-        For a batch of one on CPU its gradient is wrong if the gradient of its output is a permuted view (torch 2.14).
+        Torch's kernel returns a wrong gradient for a batch of one on CPU if the gradient of its output is a permuted
+        view (torch 2.14).
         """
         error, response = errors[GRADIENTS].get("", 0.0), responses.get(GRADIENTS, {}).get("", 0.0)
-        if error <= max(self.limit, _RESPONSE_FACTOR * min(response, _MAX_RESPONSE)) or a.backward_error is not None:
+        if error <= max(self.limit, RESPONSE_FACTOR * min(response, MAX_RESPONSE)) or a.backward_error is not None:
             return
         with GradientStore() as plain:
             by_formula = self.run(0, batch, plain.store, training=True, context=FormulaBatchNorm())
             if isinstance(by_formula, Exception) or by_formula.backward_error is not None:
                 return
-            if max(all_distances(a.leaves, by_formula.leaves).values(), default=inf) > self.limit:
+            if max(leaf_distances(a.leaves, by_formula.leaves).values(), default=inf) > self.limit:
                 return
             to_formula = GradientDistance(plain)
             self.run(1, batch, to_formula.compare_gradient, training=True)
@@ -342,7 +288,7 @@ class ModelComparison:
             return
         self._note(
             (GRADIENTS,),
-            f"torch's own batch norm returns wrong gradients on this input (relative L2 {error:.1e} from its formula); "
+            f"torch's batch norm returns wrong gradients for this input (relative L2 {error:.1e} from the formula); "
             "the converted model agrees with the formula",
         )
         errors[GRADIENTS], responses[GRADIENTS] = {"": found}, {}
@@ -361,17 +307,13 @@ class ModelComparison:
             self._note((check,), f"{path} cannot be compared: {reason}")
 
 
-class _Missing:
-    """Stands for a leaf that one side lacks."""
-
-
-_MISSING = _Missing()
-
-
 @dataclass(frozen=True)
 class _TrainingSetup:
-    """How the models are compared in training: names of the original's norms that are put into evaluation, or why the
-    models are not compared in training.
+    """How the models are compared in training.
+
+    Attributes:
+        frozen: the names of the original's norms that run in evaluation mode.
+        skip_reason: why the models are not compared in training; empty if they are.
     """
 
     frozen: tuple[str, ...] = ()
@@ -379,15 +321,21 @@ class _TrainingSetup:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What to say of the norms in evaluation."""
-        many = (
-            f"{len(self.frozen)} sites use running statistics in training: compared with the original's norms there in "
+        """A note on the norms in evaluation mode, if there are any."""
+        if not self.frozen:
+            return ()
+        return (
+            f"{pluralize(len(self.frozen), 'site')} with running statistics in training: compared with the original's "
+            "norms in evaluation mode",
         )
-        return (f"{many}evaluation",) if self.frozen else ()
 
 
 def _training_setup(first: nn.Module, second: nn.Module) -> _TrainingSetup:
-    """A site that uses running statistics in training computes what the original does with that norm in evaluation."""
+    """Return how to compare the models in training, given the `bn_statistics` of the converted one.
+
+    A site with running statistics in training equals the original norm in evaluation mode. Other differences in
+    `bn_statistics` have no equal in the original.
+    """
     original_modules = modules_by_name(first)
     frozen, others = [], []
     for name, layer in gated_modules(second).items():
@@ -400,7 +348,10 @@ def _training_setup(first: nn.Module, second: nn.Module) -> _TrainingSetup:
         else:
             others.append(name)
     if others:
-        return _TrainingSetup(skip_reason=f"{len(others)} sites use running statistics in training, by choice")
+        sites = pluralize(len(others), "site")
+        return _TrainingSetup(
+            skip_reason=f"skipped: {sites} with running statistics in training, unlike the original model"
+        )
     return _TrainingSetup(frozen=tuple(frozen))
 
 
@@ -425,32 +376,3 @@ def _has_floats(leaves: Leaves) -> bool:
 
 def _has_numbers(leaves: Leaves) -> bool:
     return bool(leaves.tensors) or count_numbers(leaves) > 0
-
-
-def all_distances(a: Leaves, b: Leaves) -> dict[str, float]:
-    """Return the distance of every leaf, infinite if it cannot be compared."""
-
-    def leaf_distance(path: str) -> float:
-        try:
-            return relative_l2(a.values.get(path, _MISSING), b.values.get(path, _MISSING))
-        except Exception:  # noqa: BLE001 - said where the two models are compared
-            return inf
-
-    return {path: leaf_distance(path) for path in {**a.values, **b.values}}
-
-
-def _statistics_error(references: dict[TensorNames, Tensor], values: dict[TensorNames, Tensor]) -> dict[str, float]:
-    """The floating buffers of each module as one vector, the others by equality; by module.
-
-    One vector, since a running mean that is zero in truth, as behind a convolution of a normalised map, is rounding
-    noise and has no relative error of its own.
-    """
-    vectors: dict[str, VectorDistance] = {}
-    errors: dict[str, float] = {}
-    for names, partner in match_names(references, values):
-        reference, value, owner = references[names], values[partner], names[0].rpartition(".")[0]
-        if not reference.is_floating_point() or reference.dtype != value.dtype or reference.shape != value.shape:
-            errors[names[0]] = relative_l2(reference, value)
-            continue
-        vectors.setdefault(owner, VectorDistance()).add(reference, value)
-    return errors | {f"{owner or 'the model'} (statistics)": vector.result() for owner, vector in vectors.items()}

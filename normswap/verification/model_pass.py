@@ -1,57 +1,60 @@
-"""The gradients of a pass, each handed on as soon as backward has it: kept, or held against kept ones, then let go.
+"""Run a model once under fixed conditions: outputs, running statistics, gradients, and distances between two runs.
 
-In float64 the gradients of a model take twice what its file takes, and a proof compares those of two models. So the
-first ones go to a temporary file (in `TMPDIR`) where they are many, and the second ones are let go one by one.
+Gradients are streamed: backward passes each one on as soon as it is computed. The gradients of the first model are
+stored, in a temporary file (in `TMPDIR`) beyond the first 16 MB; those of the second are compared and freed one by one.
+In float64 the gradients of a model need twice the size of its file, and a verification compares two models.
 """
 
 import mmap
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from math import inf
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_any, tree_map_only
 from torch.utils.hooks import RemovableHandle
 
+from normswap.layers.gated_module import GatedModule
 from normswap.model_state import call_model, preserved_on_write, registered_hooks, seeded
-from normswap.surgery.importance import gated_modules
-from normswap.surgery.model_outputs import Leaves, TensorNames, VectorDistance, read_leaves
-from normswap.surgery.module_tree import Flags, model_mode, walk_modules
+from normswap.surgery.model_outputs import Leaves, TensorNames, VectorDistance, match_names, read_leaves, relative_l2
+from normswap.surgery.module_tree import Flags, ModuleEntry, model_mode, walk_modules
 from normswap.surgery.norms.functions import NORM_CALLS
 from normswap.text import join_fqn
 
-# MERGED DOC: One pass of a model under fixed conditions, and what it left: outputs, running statistics, gradients handed on.
-
-
 GradientCallback = Callable[[TensorNames, Tensor], None]
 
-# Bytes of gradients that stay in memory; what comes after them goes to disk.
+# Gradients beyond this size go to a temporary file.
 MAX_BYTES_IN_MEMORY = 1 << 24
+
+_SEED = 0
+
+
+# --- gradients --------------------------------------------------------------------------------------------------------
 
 
 def stream_gradients(
     outputs: list[Any], parameters: dict[TensorNames, Tensor], on_gradient: GradientCallback, *, seed: int
 ) -> None:
-    """Give `on_gradient` the gradients of a fixed random projection of every output; nothing where nothing requires any.
+    """Call `on_gradient` with the gradients of a fixed random projection of all outputs.
 
-    By `backward()`, which reentrant checkpoints need: they run a backward pass of their own inside it, and a parameter
-    in several of them is handed on once for each, to be summed. `.grad` of all leaves is as before afterwards.
+    This runs `backward()`, because reentrant checkpoints need it: they run a backward pass of their own inside it, and
+    a parameter in several of them comes several times, with parts to be summed. `.grad` of all leaves is restored.
 
     Args:
-        outputs: leaves of a model's output; what is no tensor with a graph is left aside.
-        parameters: those that are asked for, by all their names.
+        outputs: leaves of a model's output; leaves without a graph are ignored.
+        parameters: the parameters by all their names; those that require no gradient are ignored.
     """
     trainable = {names: parameter for names, parameter in parameters.items() if parameter.requires_grad}
     heads = [leaf for leaf in outputs if isinstance(leaf, Tensor) and leaf.requires_grad]
     if not trainable or not heads:
         return
-    generator = torch.Generator().manual_seed(seed)  # whatever either model has drawn from the global one
+    # A generator of its own: the two models may have drawn different numbers from the global one.
+    generator = torch.Generator().manual_seed(seed)
     cotangents = [torch.randn(h.shape, dtype=h.dtype, generator=generator).to(h.device) for h in heads]
     hooks = [_stream_hook(names, parameter, on_gradient) for names, parameter in trainable.items()]
     with _cleared_grad([*trainable.values(), *_graph_leaves(heads)]), registered_hooks(hooks):
@@ -69,7 +72,7 @@ def _stream_hook(names: TensorNames, parameter: Tensor, on_gradient: GradientCal
 
 @contextmanager
 def _cleared_grad(leaves: list[Tensor]) -> Iterator[None]:
-    """Take `.grad` away from tensors, and give it back at the end."""
+    """Set `.grad` of tensors to None, and restore it at the end."""
     before = [(leaf, leaf.grad) for leaf in leaves]
     try:
         for leaf, _ in before:
@@ -81,7 +84,7 @@ def _cleared_grad(leaves: list[Tensor]) -> Iterator[None]:
 
 
 def _graph_leaves(heads: list[Tensor]) -> list[Tensor]:
-    """The tensors that a backward pass from `heads` gives a gradient, whoever they belong to."""
+    """Return all tensors that get a gradient in a backward pass from `heads`."""
     pending = [node for head in heads if (node := head.grad_fn) is not None]
     seen = set(pending)
     leaves = [head for head in heads if head.grad_fn is None]
@@ -96,13 +99,13 @@ def _graph_leaves(heads: list[Tensor]) -> list[Tensor]:
 
 
 def _zeros_like(tensor: Tensor) -> Tensor:
-    return tensor.new_zeros(()).expand_as(tensor)  # of one element
+    return tensor.new_zeros(()).expand_as(tensor)  # a single element in memory
 
 
 class GradientStore:
-    """The gradients of one pass by the names of their parameters, beyond the first `MAX_BYTES_IN_MEMORY` bytes in a file.
+    """The gradients of one pass by the names of their parameters, beyond `MAX_BYTES_IN_MEMORY` in a temporary file.
 
-    What is not on the CPU stays where it is, and so does what the disk does not take.
+    Gradients on other devices than the CPU stay in memory, as do those that the disk has no space for.
     """
 
     def __init__(self) -> None:
@@ -128,12 +131,12 @@ class GradientStore:
         if names in self._in_memory:
             return self._in_memory[names]
         offset, like = self._file_offsets[names]
-        # Mapped, so that it is memory only as long as it is looked at.
+        # Mapped, so that it needs memory only while it is used.
         data = mmap.mmap(self._file.fileno(), like.nbytes, access=mmap.ACCESS_COPY, offset=offset)
         return torch.frombuffer(data, dtype=like.dtype).view(like.shape)
 
     def store(self, names: TensorNames, gradient: Tensor) -> None:
-        """Take a gradient in, or add it to what came before for the same parameter."""
+        """Store a gradient, or add it to the stored one of the same parameter."""
         if names in self._in_memory or names in self._file_offsets:
             self._accumulated.add(names)
             gradient = self[names] + gradient
@@ -149,11 +152,11 @@ class GradientStore:
             self._in_memory[names] = gradient
 
     def partner(self, names: TensorNames) -> TensorNames | None:
-        """Return the names of a kept gradient that has one of `names`."""
+        """Return the names of the stored gradient whose parameter has one of `names`."""
         return next((self._names[name] for name in names if name in self._names), None)
 
     def is_partial(self, names: TensorNames) -> bool:
-        """Say whether the gradient came as several parts, by which other passes of the model give it too."""
+        """Return whether the gradient came in several parts; it then does so in other passes of the model too."""
         return names in self._accumulated
 
     def _write_to_file(self, names: TensorNames, gradient: Tensor) -> bool:
@@ -170,23 +173,23 @@ class GradientStore:
 
 
 def _write_all(file: Any, tensor: Tensor) -> None:
-    """Write all bytes of a tensor: one call of the system takes 2 GB at most."""
+    """Write all bytes of a tensor; one system call writes at most 2 GB."""
     data = tensor.contiguous().view(-1).view(torch.uint8).numpy().data
     while data:
         data = data[file.write(data) :]
 
 
 class GradientDistance:
-    """The gradients of one pass held against kept ones, as one vector; one that is missing counts as zeros."""
+    """The distance of the gradients of a pass from stored ones, as one vector; a missing gradient counts as zeros."""
 
-    def __init__(self, kept: GradientStore) -> None:
-        self._reference = kept
+    def __init__(self, reference: GradientStore) -> None:
+        self._reference = reference
         self._compared: set[TensorNames] = set()
         self._parts: dict[TensorNames, Tensor] = {}
         self._vector = VectorDistance()
 
     def compare_gradient(self, names: TensorNames, gradient: Tensor) -> None:
-        """Hold a gradient against the kept one of the same parameter."""
+        """Compare a gradient with the stored one of the same parameter."""
         partner = self._reference.partner(names)
         if partner is not None and self._reference.is_partial(partner):
             self._parts[partner] = self._parts[partner] + gradient if partner in self._parts else gradient
@@ -198,7 +201,7 @@ class GradientDistance:
         self._vector.add(self._reference[partner], gradient)
 
     def result(self) -> float:
-        """Return the relative L2 over all parameters, once the pass is over."""
+        """Return the relative L2 over all parameters; call it after the pass."""
         for names, gradient in self._parts.items():
             self._compared.add(names)
             self._vector.add(self._reference[names], gradient)
@@ -210,15 +213,18 @@ class GradientDistance:
         return self._vector.result()
 
 
-_SEED = 0
+# --- one pass ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class ModelPass:
-    """What one pass left: the leaves of the output, in training also buffers by all their names.
+    """The results of one pass.
 
-    `has_graph` tells that an output depends on tensors that require a gradient, `backward_error` what the backward pass
-    raised.
+    Attributes:
+        leaves: the leaves of the output, detached.
+        buffers: in training, the buffers after the forward pass, by all their names.
+        has_graph: whether an output depends on tensors that require a gradient.
+        backward_error: the error that the backward pass raised.
     """
 
     leaves: Leaves
@@ -236,44 +242,52 @@ def run_pass(
     flags: Flags | None = None,
     context: AbstractContextManager[Any] | None = None,
 ) -> ModelPass | Exception:
-    """Run `model` once with a fixed seed, in training with a backward pass, and return what it left or its own error.
+    """Run `model` once with a fixed seed, in training with a backward pass; return the results or the model's error.
 
     Args:
-        receive: what the gradients of the shared parameters are handed to.
-        flags: training flags of single modules, over those that the model's own `train()` or `eval()` sets.
-        within: a context for both passes.
+        on_gradient: called with the gradients of the shared parameters.
+        flags: training flags of single modules by name; they override those that the model's own `train()` or `eval()`
+            sets.
+        context: a context for both passes.
     """
-    modules = [entry.module for entry in walk_modules(model)]
+    entries = walk_modules(model)
+    modules = [entry.module for entry in entries]
     backward_error = None
     with (
         preserved_on_write(modules, "weights"),
-        model_mode(model, training=training, flags=flags),
+        model_mode(model, training=training, flags=flags, entries=entries),
         seeded(_SEED),
         context or nullcontext(),
     ):
         try:
             with torch.set_grad_enabled(training):
                 leaves = read_leaves(call_model(model, batch), model=frozenset(map(id, modules)))
-            # Before the backward pass, in which activation checkpointing has BN record its batch a second time.
-            found = shared_tensors(model, "_buffers") if training else {}
+            # Before the backward pass: activation checkpointing makes BN record its batch a second time there.
+            found = shared_tensors(entries, "_buffers") if training else {}
             buffers = {names: buffer.detach().clone() for names, buffer in found.items()}
-        except Exception as error:  # noqa: BLE001 - whatever the model's code raises is the answer
+        except Exception as error:  # noqa: BLE001 - the model's own code may raise anything; the caller reports it
             return error
         if training and on_gradient:
             try:
-                stream_gradients(leaves.tensors, shared_tensors(model, "_parameters"), on_gradient, seed=_SEED)
+                stream_gradients(leaves.tensors, shared_tensors(entries, "_parameters"), on_gradient, seed=_SEED)
             except Exception as error:  # noqa: BLE001 - as above
                 backward_error = error
     has_graph = any(leaf.requires_grad for leaf in leaves.tensors)
     return ModelPass(leaves.detached(), buffers, has_graph, backward_error)
 
 
-def shared_tensors(model: nn.Module, registry: str) -> dict[TensorNames, Tensor]:
-    """Return the parameters or buffers that an original and its conversion share, by all their names: all but gates."""
-    gates = {id(p) for layer in gated_modules(model).values() for p in (layer.mean_weight, layer.var_weight)}
+def shared_tensors(entries: Sequence[ModuleEntry], registry: str) -> dict[TensorNames, Tensor]:
+    """Return the tensors that an original model and its conversion share, by all their names: all but the gates.
+
+    Args:
+        entries: the modules of a model, as `walk_modules` returns them.
+        registry: `"_parameters"` or `"_buffers"`.
+    """
+    layers = [entry.module for entry in entries if isinstance(entry.module, GatedModule)]
+    gates = {id(p) for layer in layers for p in (layer.mean_weight, layer.var_weight)}
     names: dict[int, list[str]] = {}
     tensors: dict[int, Tensor] = {}
-    for entry in walk_modules(model):
+    for entry in entries:
         for name, tensor in getattr(entry.module, registry).items():
             if tensor is not None and id(tensor) not in gates:
                 tensors[id(tensor)] = tensor
@@ -281,73 +295,77 @@ def shared_tensors(model: nn.Module, registry: str) -> dict[TensorNames, Tensor]
     return {tuple(names[key]): tensor for key, tensor in tensors.items()}
 
 
-# --- the input changed by one unit in the last place ------------------------------------------------------------------
+# --- distances between two passes -------------------------------------------------------------------------------------
 
 
-def perturbed_passes(
-    model: nn.Module, batch: Any, run: Callable[[Any, AbstractContextManager[Any] | None], Any], *, eps: float
-) -> Iterator[Any]:
-    """Yield what `run` gives if the input is changed by one unit in the last place: upwards, downwards, at random.
+class _Missing:
+    """A placeholder for a leaf that only the other model returns."""
 
-    If the input holds no floating tensor of that precision, as with token ids or images of bytes, the first such output
-    of any module is changed instead.
 
-    Args:
-        eps: relative size of that unit in the precision of the comparison.
+MISSING = _Missing()
+
+
+def leaf_distances(a: Leaves, b: Leaves) -> dict[str, float]:
+    """Return the relative L2 of every leaf by path, infinite if the leaf cannot be compared."""
+
+    def distance(path: str) -> float:
+        try:
+            return relative_l2(a.values.get(path, MISSING), b.values.get(path, MISSING))
+        except Exception:  # noqa: BLE001 - the comparison of the two models notes the reason
+            return inf
+
+    return {path: distance(path) for path in {**a.values, **b.values}}
+
+
+def statistics_distances(references: dict[TensorNames, Tensor], values: dict[TensorNames, Tensor]) -> dict[str, float]:
+    """Return the relative L2 of the floating buffers of each module as one vector; other buffers must be equal.
+
+    One vector per module, because a running mean whose exact value is zero (after a convolution of a normalized map)
+    contains only rounding errors and has no meaningful relative error.
     """
-    has_fine_inputs = tree_any(lambda leaf: _resolves_eps(leaf, eps), batch)
-    for direction in ("up", "down", "random"):
-        perturbed = partial(perturb, direction=direction, eps=eps)
-        if has_fine_inputs:
-            yield run(tree_map_only(Tensor, perturbed, batch), None)
+    vectors: dict[str, VectorDistance] = {}
+    errors: dict[str, float] = {}
+    for names, partner in match_names(references, values):
+        reference, value, owner = references[names], values[partner], names[0].rpartition(".")[0]
+        if not reference.is_floating_point() or reference.dtype != value.dtype or reference.shape != value.shape:
+            errors[names[0]] = relative_l2(reference, value)
+            continue
+        vectors.setdefault(owner, VectorDistance()).add(reference, value)
+    return errors | {f"{owner or 'the model'} (statistics)": vector.result() for owner, vector in vectors.items()}
+
+
+def output_distance(reference: Leaves, value: Leaves) -> float:
+    """Return the distance of all floating values as one vector: a value that should be zero has no relative error."""
+    vector, errors = VectorDistance(), [0.0]
+    if reference.values.keys() != value.values.keys() or reference.opaque:
+        return float("inf")
+    for path, expected in reference.values.items():
+        found = value.values[path]
+        if isinstance(expected, float) and isinstance(found, float):
+            vector.add(*(torch.tensor([number], dtype=torch.float64) for number in (expected, found)))
+        elif isinstance(expected, Tensor) and isinstance(found, Tensor) and expected.is_floating_point():
+            vector.add(expected, found)
         else:
-            yield run(batch, _first_output_perturbed(model, perturbed, eps))
+            errors.append(relative_l2(expected, found))
+    return max(*errors, vector.result())
 
 
-@contextmanager
-def _first_output_perturbed(model: nn.Module, perturb: Callable[[Tensor], Tensor], eps: float) -> Iterator[None]:
-    done = False
-
-    def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
-        nonlocal done
-        if done or not tree_any(lambda leaf: _resolves_eps(leaf, eps), output):
-            return None
-        done = True
-        return tree_map_only(Tensor, perturb, output)
-
-    modules = [entry.module for entry in walk_modules(model)]
-    with registered_hooks(
-        _registration(module, hook) for module in modules if not isinstance(module, torch.jit.ScriptModule)
-    ):
-        yield
-
-
-def _registration(module: nn.Module, hook: Callable[..., Any]) -> Callable[[], Any]:
-    return lambda: module.register_forward_hook(hook)
-
-
-def _resolves_eps(leaf: Any, eps: float) -> bool:
-    """Whether a leaf is a floating tensor that can be changed by as little as `eps`."""
-    is_floating = isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
-    return is_floating and torch.finfo(leaf.dtype).eps <= eps
-
-
-def perturb(tensor: Tensor, direction: str, eps: float) -> Tensor:
-    """Return a tensor changed by one unit in the last place, one that is too coarse for that as it is."""
-    if not _resolves_eps(tensor, eps):
-        return tensor
-    if direction != "random":
-        return tensor * (1 + eps if direction == "up" else 1 - eps)
-    random_bits = torch.randint(0, 2, tensor.shape, generator=torch.Generator().manual_seed(_SEED)).to(tensor.device)
-    signs = (2 * random_bits - 1).to(tensor.dtype)  # or float32, in which 1 + eps of float64 is 1
-    return tensor * (1 + signs * eps)
+def gradient_distance(expected: dict[TensorNames, Tensor], found: dict[TensorNames, Tensor]) -> float:
+    """Return the distance of gradients as one vector; a missing gradient counts as zeros."""
+    partners = dict(match_names(expected, found))
+    vector = VectorDistance()
+    for names, gradient in expected.items():
+        vector.add(gradient, found.pop(partners[names]) if names in partners else torch.zeros_like(gradient))
+    for gradient in found.values():
+        vector.add(torch.zeros_like(gradient), gradient)
+    return vector.result()
 
 
 # --- batch normalization by its formula -------------------------------------------------------------------------------
 
 
 class FormulaBatchNorm(TorchFunctionMode):
-    """Computes `batch_norm` on activations by its formula in plain operations, in place of torch's own kernels."""
+    """Compute `batch_norm` of activations by its formula in plain operations, instead of by torch's kernels."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         call = NORM_CALLS.get(func)
@@ -359,7 +377,7 @@ class FormulaBatchNorm(TorchFunctionMode):
 
 
 def _batch_norm(
-    input: Tensor,  # noqa: A002 - the name that torch gives it
+    input: Tensor,  # noqa: A002 - torch's name
     running_mean: Tensor | None,
     running_var: Tensor | None,
     weight: Tensor | None = None,
@@ -368,7 +386,7 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    """What `F.batch_norm` returns; running statistics stay as they are."""
+    """Return what `F.batch_norm` returns, without an update of running statistics."""
     shape = (1, -1, *(1,) * (input.dim() - 2))
     if training or running_mean is None or running_var is None:
         dims = [0, *range(2, input.dim())]

@@ -1,12 +1,15 @@
-"""Original against converted site by site: each new site is fed what the original's was fed, as it runs.
+"""Compare two models site by site, and everything outside their sites.
 
-Nothing is stored but the worst error of each site. The models are left as they are.
+While the original model runs, hooks give each converted site the input of the site that it replaced. Only the largest
+error of each site is kept, and both models are left as they were. Outside the sites, modules, their classes, tensors,
+plain attributes and hooks must be equal.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
+from types import BuiltinFunctionType, FunctionType
 from typing import Any, Literal, get_args
 
 import torch
@@ -14,27 +17,28 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from normswap.layers.switch_norm import SwitchNorm
-from normswap.model_state import preserved_state, registered_hooks, seeded
+from normswap.model_state import preserved_state, registered_hooks, seeded, training_flags
 from normswap.surgery.graphs.rewriting import is_rewritten
 from normswap.surgery.importance import gated_modules
 from normswap.surgery.model_outputs import Leaves, TensorNames, VectorDistance, match_names, read_leaves, relative_l2
-from normswap.surgery.module_tree import modules_by_name, walk_modules
-from normswap.verification.model_pass import perturb, shared_tensors, stream_gradients
+from normswap.surgery.module_tree import class_name, modules_by_name, walk_modules
+from normswap.verification.model_pass import gradient_distance, output_distance, shared_tensors, stream_gradients
+from normswap.verification.precision import MAX_RESPONSE, RESPONSE_FACTOR, perturb
 
 Measure = Literal["evaluation", "training", "gradients", "statistics"]
-
-# A site that differs by more than its precision's limit is wrong unless the original's own norm is as far from itself
-# if its input changes by one unit in the last place; beyond the largest response nothing can be said of that input.
-_RESPONSE_FACTOR = 10
-_MAX_RESPONSE = 1e-3
 
 
 @dataclass(frozen=True)
 class SiteError:
-    """Relative L2 between a site and what replaced it, fed the same recorded input; None where it was not measured.
+    """The relative L2 errors of a converted site on the inputs that the original site received; None if not measured.
 
-    `gradients` are those of its input and of its parameters as one vector, measured only if the whole model cannot be
-    judged or its gradients say nothing of the site; `statistics` are its buffers after a call.
+    Attributes:
+        fqn: the name of the site.
+        evaluation: of the outputs in evaluation.
+        training: of the outputs in training.
+        gradients: of the gradients of its input and parameters as one vector; measured only if the whole model cannot
+            be judged, or if its gradients do not depend on the site.
+        statistics: of its buffers after a call.
     """
 
     fqn: str
@@ -46,10 +50,14 @@ class SiteError:
 
 @dataclass(frozen=True)
 class _Call:
-    """What a site is fed, as it was before the site ran, and the random state then.
+    """The input of a site, copied before the site ran.
 
-    `first` is the first call in a pass, which finds the running statistics of the model; `ends` tells that the backward
-    pass of the model takes no gradient of the input, so that nothing else shows whether it is right.
+    Attributes:
+        args: positional and keyword arguments.
+        random_state: the state of torch's CPU generator before the call.
+        first: whether it is the first call in a pass, which starts from the running statistics of the model.
+        input_needs_no_grad: whether the model's backward pass computes no gradient of the input, and so does not
+            check it.
     """
 
     args: Any
@@ -58,44 +66,84 @@ class _Call:
     input_needs_no_grad: bool
 
 
+@dataclass(frozen=True)
+class _Conditions:
+    """How sites are compared in one pass: the mode, the flags of converted modules by id, and whether gradients too."""
+
+    mode: Measure
+    flags: Mapping[int, bool]
+    gradients: bool
+
+
+@dataclass(frozen=True)
+class _SitePair:
+    """A site of the original model and the converted site of the same name."""
+
+    name: str
+    original: nn.Module
+    converted: nn.Module
+
+    # Cached: sites are called hundreds of times.
+    @cached_property
+    def original_modules(self) -> list[nn.Module]:
+        return [entry.module for entry in walk_modules(self.original)]
+
+    @cached_property
+    def converted_modules(self) -> list[nn.Module]:
+        return [entry.module for entry in walk_modules(self.converted)]
+
+    @property
+    def is_module_site(self) -> bool:
+        """Whether the converted site is a layer, not a module with a rewritten forward."""
+        return isinstance(self.converted, SwitchNorm)
+
+
 class SiteWatch:
-    """The pairs of sites that two models have in common, and their errors so far."""
+    """The errors of all sites that two models have in common.
+
+    Attributes:
+        names: the names of these sites.
+        wrong: the errors above the limit, by site and measure.
+        unpaired: the names of layers of the converted model that belong to none of these sites.
+    """
 
     def __init__(self, original: nn.Module, converted: nn.Module, *, limit: float, eps: float) -> None:
         self._limit, self._eps = limit, eps
-        self._original_modules, converted_modules = modules_by_name(original), modules_by_name(converted)
+        original_modules, converted_modules = modules_by_name(original), modules_by_name(converted)
         self._pairs = {
-            name: (self._original_modules[name], converted_modules[name])
+            name: _SitePair(name, original_modules[name], converted_modules[name])
             for name in (entry.names[0] for entry in walk_modules(converted))
-            if name in self._original_modules
+            if name in original_modules
             and (isinstance(converted_modules[name], SwitchNorm) or is_rewritten(converted_modules[name]))
         }
-        self._modules: dict[nn.Module, list[nn.Module]] = {}
         self.names = tuple(self._pairs)
         self._max_errors: dict[Measure, dict[str, float]] = {measure: {} for measure in get_args(Measure)}
         self.wrong: dict[str, dict[Measure, float]] = {}
-        covered = {id(module) for _, new in self._pairs.values() for module in new.modules()}
+        covered = {id(module) for pair in self._pairs.values() for module in pair.converted.modules()}
         self.unpaired = [name for name, gates in gated_modules(converted).items() if id(gates) not in covered]
 
     def watching(self, *, training: bool, flags: Mapping[int, bool], gradients: bool = False) -> Any:
-        """Return a context in which the original's passes are compared site by site.
+        """Return a context in which every call of a site of the original model is compared.
 
         Args:
-            flags: by the id of a module of the converted model, its training flag in this mode.
-            gradients: compare gradients as well.
+            training: whether the original model runs in training.
+            flags: the training flags of the converted model's modules in this mode, by their `id`.
+            gradients: also compare the gradients of each site.
         """
-        return registered_hooks(self._registrations("training" if training else "evaluation", flags, gradients))
+        conditions = _Conditions("training" if training else "evaluation", flags, gradients)
+        return registered_hooks(self._registrations(conditions))
 
     def compare_on_random_input(self, name: str, *, training: bool, flags: Mapping[int, bool]) -> bool:
-        """Compare a site on random input of any number of dimensions that the original's takes.
+        """Compare a site on random input; find the number of dimensions that the original site takes.
 
         Args:
-            training, flags: as in `watching`; the original is in that mode already.
+            training, flags: as in `watching`. The original model is in that mode already.
 
         Returns:
-            Whether it takes one; what differs then is in `wrong`.
+            Whether the original site takes such an input. `wrong` then has the errors above the limit.
         """
-        old, new = self._pairs[name]
+        pair, conditions = self._pairs[name], _Conditions("training" if training else "evaluation", flags, False)
+        new = pair.converted
         tensor = next((t for t in (*new.parameters(), *new.buffers()) if t.is_floating_point()), None)
         if not isinstance(new, SwitchNorm) or tensor is None:
             return False
@@ -104,80 +152,69 @@ class SiteWatch:
                 x = torch.randn(4, new.num_features, *sizes).to(tensor)
             call = _Call(((x,), {}), torch.get_rng_state(), first=True, input_needs_no_grad=training)
             try:
-                with _preserved(self._modules_of(old)), torch.no_grad():
-                    output = old.forward(x)
-                    found = self._measure_errors(
-                        "training" if training else "evaluation", flags, False, old, new, call, output
-                    )
-            except Exception:  # noqa: BLE001 - that shape is none of its own
+                with _preserved(pair.original_modules), torch.no_grad():
+                    errors = self._measure_errors(conditions, pair, call, pair.original.forward(x))
+            except Exception:  # noqa: BLE001 - the site takes another number of dimensions
                 continue
-            self._judge(name, found, old, call)
+            self._judge(pair, errors, call)
             return True
         return False
 
     def errors(self) -> tuple[SiteError, ...]:
-        """Return the worst error of each site over all calls and batches."""
-        return tuple(SiteError(n, *(found.get(n) for found in self._max_errors.values())) for n in self._pairs)
+        """Return the largest errors of each site over all calls and batches."""
+        return tuple(SiteError(n, *(errors.get(n) for errors in self._max_errors.values())) for n in self._pairs)
 
-    def _registrations(self, mode: Measure, flags: Mapping[int, bool], gradients: bool) -> Iterator[Callable[[], Any]]:
-        for name, (old, new) in self._pairs.items():
+    def _registrations(self, conditions: _Conditions) -> Iterator[Callable[[], Any]]:
+        for pair in self._pairs.values():
             calls: list[_Call] = []
-            yield _record_call_hook(old, calls, set())
-            yield _compare_call_hook(old, partial(self._compare, name, mode, flags, gradients, old, new), calls)
+            yield _record_call_hook(pair.original, calls, set())
+            yield _compare_call_hook(pair.original, partial(self._compare, conditions, pair), calls)
 
-    def _compare(
-        self, name: str, mode: Measure, flags: Mapping[int, bool], gradients: bool,
-        old: nn.Module, new: nn.Module, call: _Call, output: Any,
-    ) -> None:  # fmt: skip
-        found = self._measure_errors(mode, flags, gradients, old, new, call, output)
-        for measure, error in found.items():
-            self._max_errors[measure][name] = max(self._max_errors[measure].get(name, 0.0), error)
-        if isinstance(new, SwitchNorm):
-            self._judge(name, found, old, call)
+    def _compare(self, conditions: _Conditions, pair: _SitePair, call: _Call, output: Any) -> None:
+        errors = self._measure_errors(conditions, pair, call, output)
+        for measure, error in errors.items():
+            self._max_errors[measure][pair.name] = max(self._max_errors[measure].get(pair.name, 0.0), error)
+        if pair.is_module_site:
+            self._judge(pair, errors, call)
 
     def _measure_errors(
-        self, mode: Measure, flags: Mapping[int, bool], gradients: bool,
-        old: nn.Module, new: nn.Module, call: _Call, output: Any,
-    ) -> dict[Measure, float]:  # fmt: skip
-        found: dict[Measure, float] = {}
-        with _preserved(self._modules_of(new)), _set_training_flags(self._modules_of(new), flags):
-            found[mode] = _output_distance(new, call, output)
+        self, conditions: _Conditions, pair: _SitePair, call: _Call, output: Any
+    ) -> dict[Measure, float]:
+        errors: dict[Measure, float] = {}
+        converted_modules = pair.converted_modules
+        with _preserved(converted_modules), training_flags(converted_modules, training=conditions.flags):
+            errors[conditions.mode] = _site_output_distance(pair.converted, call, output)
             if call.first:
-                found["statistics"] = _statistics_distance(old, new)
-        if gradients or (call.input_needs_no_grad and isinstance(new, SwitchNorm)):
-            modules = [module for site in (old, new) for module in self._modules_of(site)]
-            with _preserved(modules), _set_training_flags(self._modules_of(new), flags):
-                found["gradients"] = _gradient_distance(old, new, call)
-        return found
+                errors["statistics"] = _statistics_distance(pair)
+        if conditions.gradients or (call.input_needs_no_grad and pair.is_module_site):
+            modules = [*pair.original_modules, *converted_modules]
+            with _preserved(modules), training_flags(converted_modules, training=conditions.flags):
+                errors["gradients"] = _site_gradient_distance(pair, call)
+        return errors
 
-    def _judge(self, name: str, found: Mapping[Measure, float], old: nn.Module, call: _Call) -> None:
-        for measure, error in found.items():
-            if not error <= self._limit and self._is_wrong(measure, error, old, call):
-                wrong = self.wrong.setdefault(name, {})
+    def _judge(self, pair: _SitePair, errors: Mapping[Measure, float], call: _Call) -> None:
+        for measure, error in errors.items():
+            if not error <= self._limit and self._is_wrong(measure, error, pair, call):
+                wrong = self.wrong.setdefault(pair.name, {})
                 wrong[measure] = max(wrong.get(measure, 0.0), error)
 
-    def _modules_of(self, site: nn.Module) -> list[nn.Module]:
-        """The modules of a site, which is looked through once: sites are called hundreds of times."""
-        if site not in self._modules:
-            self._modules[site] = [entry.module for entry in walk_modules(site)]
-        return self._modules[site]
-
-    def _is_wrong(self, measure: Measure, error: float, old: nn.Module, call: _Call) -> bool:
-        """Whether an error beyond the limit is more than what rounding of the input does to the original's norm."""
+    def _is_wrong(self, measure: Measure, error: float, pair: _SitePair, call: _Call) -> bool:
+        """Return whether an error above the limit is larger than the effect of rounding on the original norm."""
         if measure == "statistics":
             return True
         perturbed = replace(call, args=tree_map_only(Tensor, lambda t: perturb(t, "random", self._eps), call.args))
-        with _preserved(self._modules_of(old)), torch.no_grad():
+        old = pair.original
+        with _preserved(pair.original_modules), torch.no_grad():
             if measure == "gradients":
-                own_response = _vector_distance(_gradients(old, call), _gradients(old, perturbed))
+                own_response = gradient_distance(_gradients(old, call), _gradients(old, perturbed))
             else:
-                own_response = _leaf_distance(_forward(old, call), _forward(old, perturbed))
-        return own_response <= _MAX_RESPONSE and not error <= _RESPONSE_FACTOR * own_response
+                own_response = output_distance(_forward(old, call), _forward(old, perturbed))
+        return own_response <= MAX_RESPONSE and not error <= RESPONSE_FACTOR * own_response
 
 
 def _preserved(modules: list[nn.Module]) -> AbstractContextManager[None]:
-    # Without what hooks refer to: `forward` calls none, and a hook of each site may refer to the whole model. A forward
-    # of a single object may refer to anything, such as the object that this is a copy of.
+    # Hooks are not followed: `forward` calls none, and a hook of each site may refer to the whole model. A `forward` of
+    # a single object may refer to anything, for example to the object that this one is a copy of.
     return preserved_state(modules, follow_objects=any("forward" in vars(module) for module in modules))
 
 
@@ -202,27 +239,18 @@ def _compare_call_hook(old: nn.Module, compare: Callable[[_Call, Any], None], ca
     def hook(_module: nn.Module, _args: Any, output: Any) -> None:
         compare(calls.pop(), output)
 
-    # Before all other hooks, which may change the output of the module but not that of its forward.
+    # Before all other hooks, which may change the output.
     return lambda: old.register_forward_hook(hook, prepend=True)
 
 
-@contextmanager
-def _set_training_flags(modules: Sequence[nn.Module], flags: Mapping[int, bool]) -> Iterator[None]:
-    before = [module.training for module in modules]
-    try:
-        for module in modules:
-            module.training = flags.get(id(module), module.training)
-        yield
-    finally:
-        for module, flag in zip(modules, before, strict=True):
-            module.training = flag
+# --- distances of one call --------------------------------------------------------------------------------------------
 
 
-def _output_distance(new: nn.Module, call: _Call, output: Any) -> float:
+def _site_output_distance(new: nn.Module, call: _Call, output: Any) -> float:
     with torch.no_grad():
         try:
-            return _leaf_distance(read_leaves(output), _forward(new, call))
-        except Exception:  # noqa: BLE001 - the end-to-end pass reports it in words
+            return output_distance(read_leaves(output), _forward(new, call))
+        except Exception:  # noqa: BLE001 - the pass of the whole model reports the error
             return float("inf")
 
 
@@ -233,9 +261,9 @@ def _forward(module: nn.Module, call: _Call) -> Leaves:
         return read_leaves(module.forward(*args, **kwargs))
 
 
-def _statistics_distance(old: nn.Module, new: nn.Module) -> float:
-    """The buffers of a site after a call: floating ones as one vector, the others by equality."""
-    expected, found = (shared_tensors(module, "_buffers") for module in (old, new))
+def _statistics_distance(pair: _SitePair) -> float:
+    """Return the distance of a site's buffers after a call: floating ones as one vector, others must be equal."""
+    expected, found = (shared_tensors(walk_modules(m), "_buffers") for m in (pair.original, pair.converted))
     vector, errors = VectorDistance(), [0.0]
     for names, partner in match_names(expected, found):
         reference, value = expected[names], found[partner]
@@ -246,42 +274,16 @@ def _statistics_distance(old: nn.Module, new: nn.Module) -> float:
     return max(*errors, vector.result())
 
 
-def _leaf_distance(reference: Leaves, value: Leaves) -> float:
-    """All floating values as one vector: a number that is zero in truth has no relative error of its own."""
-    vector, errors = VectorDistance(), [0.0]
-    if reference.values.keys() != value.values.keys() or reference.opaque:
-        return float("inf")
-    for path, expected in reference.values.items():
-        found = value.values[path]
-        if isinstance(expected, float) and isinstance(found, float):
-            vector.add(*(torch.tensor([number], dtype=torch.float64) for number in (expected, found)))
-        elif isinstance(expected, Tensor) and isinstance(found, Tensor) and expected.is_floating_point():
-            vector.add(expected, found)
-        else:
-            errors.append(relative_l2(expected, found))
-    return max(*errors, vector.result())
-
-
-def _gradient_distance(old: nn.Module, new: nn.Module, call: _Call) -> float:
-    """The gradients of the input and of the parameters of a site and of what replaced it, as one vector."""
+def _site_gradient_distance(pair: _SitePair, call: _Call) -> float:
+    """Return the distance of the gradients of a site's input and parameters, as one vector."""
     try:
-        return _vector_distance(*(_gradients(module, call) for module in (old, new)))
+        return gradient_distance(*(_gradients(module, call) for module in (pair.original, pair.converted)))
     except Exception:  # noqa: BLE001 - as above
         return float("inf")
 
 
-def _vector_distance(expected: dict[TensorNames, Tensor], found: dict[TensorNames, Tensor]) -> float:
-    partners = dict(match_names(expected, found))
-    vector = VectorDistance()
-    for names, gradient in expected.items():
-        vector.add(gradient, found.pop(partners[names]) if names in partners else torch.zeros_like(gradient))
-    for gradient in found.values():
-        vector.add(torch.zeros_like(gradient), gradient)
-    return vector.result()
-
-
 def _gradients(module: nn.Module, call: _Call) -> dict[TensorNames, Tensor]:
-    """The gradients of a fixed random projection of what a module returns for a call, by the names of its leaves."""
+    """Return the gradients of a fixed random projection of the module's output for a call, by the names of leaves."""
     leaves: dict[TensorNames, Tensor] = {}
 
     def as_leaf(tensor: Tensor) -> Tensor:
@@ -289,22 +291,107 @@ def _gradients(module: nn.Module, call: _Call) -> dict[TensorNames, Tensor]:
             return tensor
         leaf = tensor.detach().clone().requires_grad_(True)
         leaves[(f"input {len(leaves)}",)] = leaf
-        return leaf.clone()  # which may be changed in place
+        return leaf.clone()  # the module may change it in place
 
-    found: dict[TensorNames, Tensor] = {}
+    gradients: dict[TensorNames, Tensor] = {}
 
     def on_gradient(names: TensorNames, gradient: Tensor) -> None:
-        found[names] = found[names] + gradient if names in found else gradient
+        gradients[names] = gradients[names] + gradient if names in gradients else gradient
 
-    # Hooks of the pass that this interrupts, such as those of a checkpoint, have no part in it.
+    # The hooks of the pass that this interrupts, such as those of a checkpoint, must not see these tensors.
     own_hooks = torch.autograd.graph.saved_tensors_hooks(_identity, _identity)
     with torch.inference_mode(False), torch.enable_grad(), seeded(0), own_hooks:
         torch.set_rng_state(call.random_state)
         args, kwargs = tree_map_only(Tensor, as_leaf, call.args)
         outputs = read_leaves(module.forward(*args, **kwargs)).tensors
-        stream_gradients(outputs, {**leaves, **shared_tensors(module, "_parameters")}, on_gradient, seed=0)
-    return found
+        parameters = shared_tensors(walk_modules(module), "_parameters")
+        stream_gradients(outputs, {**leaves, **parameters}, on_gradient, seed=0)
+    return gradients
 
 
 def _identity(tensor: Tensor) -> Tensor:
     return tensor
+
+
+# --- outside the sites ------------------------------------------------------------------------------------------------
+
+
+def differences_outside_sites(first: nn.Module, second: nn.Module, sites: tuple[str, ...]) -> list[str]:
+    """Return the differences between two models outside their sites, and different hooks also at sites.
+
+    Args:
+        first: the original model.
+        second: the converted model.
+        sites: the names of the sites.
+    """
+    original_modules, converted_modules = modules_by_name(first), modules_by_name(second)
+    inside = {id(module) for name in sites for module in converted_modules[name].modules() if name in converted_modules}
+    added = [
+        name for name, module in converted_modules.items() if name not in original_modules and id(module) not in inside
+    ]
+    problems = [f"{name} exists only in the converted model" for name in added]
+    for name, old in original_modules.items():
+        new = converted_modules.get(name)
+        if new is not None and _hooks(old) != _hooks(new):
+            problems.append(f"{name or 'the model'} has different hooks")
+        if name in sites:
+            continue
+        if new is None:
+            problems.append(f"{name} exists only in the original model")
+        elif class_name(new) != class_name(old) and not is_rewritten(new):
+            classes = f"a {class_name(old)} in the original model and a {class_name(new)} in the converted one"
+            problems.append(f"{name or 'the model'} is {classes}")
+        else:
+            different = [*_different_tensors(old, new), *([] if is_rewritten(new) else _different_attributes(old, new))]
+            problems += [f"{name}.{key}".lstrip(".") + " has different values" for key in different]
+    return problems
+
+
+def _hooks(module: nn.Module) -> list[tuple[str, str]]:
+    """Return the hooks of a module by qualified name: a copy of a model has copies of bound methods."""
+    registries = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+    hooks = [(registry, hook) for registry in registries for hook in (getattr(module, registry, None) or {}).values()]
+    return [(registry, getattr(hook, "__qualname__", type(hook).__qualname__)) for registry, hook in hooks]
+
+
+def _different_attributes(old: nn.Module, new: nn.Module) -> list[str]:
+    original_values, converted_values = vars(old), vars(new)
+    plain = [name for name, value in original_values.items() if name != "training" and _is_plain(value)]
+    return [
+        n
+        for n in plain
+        if type(original_values[n]) is not type(converted_values.get(n))
+        or not _same_plain(original_values[n], converted_values[n])
+    ]
+
+
+def _is_plain(value: Any) -> bool:
+    """Return whether a value can change what code computes: a number, text, dtype or function, or a tuple of these."""
+    if type(value) is tuple:
+        return all(map(_is_plain, value))
+    return isinstance(value, bool | int | float | str | FunctionType | BuiltinFunctionType | torch.dtype)
+
+
+def _same_plain(a: Any, b: Any) -> bool:
+    return bool(a == b or a != a)
+
+
+def _different_tensors(old: nn.Module, new: nn.Module) -> list[str]:
+    pairs = [
+        (key, tensor, converted_values.get(key))
+        for original_values, converted_values in ((old._parameters, new._parameters), (old._buffers, new._buffers))
+        for key, tensor in original_values.items()
+    ]
+    return [key for key, a, b in pairs if not _same_values(a, b) or _requires_grad(a) != _requires_grad(b)]
+
+
+def _requires_grad(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.requires_grad
+
+
+def _same_values(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is None or b is None or a is b:
+        return a is b
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return bool(torch.equal(a, b)) or bool(((a == b) | (a.isnan() & b.isnan())).all())

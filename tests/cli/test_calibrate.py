@@ -194,7 +194,7 @@ def test_grey_models_get_grey_images(folder: Path) -> None:
             "a size in pixels such as 224, 224x320 or 1x28x28",
         ),
         (["plain.pt", "--trust", "--data", "digits"], 2, "image size unknown: pass --input-size 224x224"),
-        (["bare.pt", "--trust", *DIGITS], 1, "no layer with running statistics ran: nothing to calibrate"),
+        (["bare.pt", "--trust", *DIGITS], 1, "nothing to calibrate: no layer with running statistics ran"),
         (["missing.pt", *DIGITS], 2, "missing.pt"),
         (["sn.pt", *DIGITS, "--device", "nowhere"], 2, "--device nowhere: the model cannot be moved there: "),
     ],

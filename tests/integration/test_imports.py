@@ -1,268 +1,145 @@
-"""The house rules on imports: a room imports only from rooms above it, and heavy packages live in one room each."""
+"""The import rules: the contracts in pyproject.toml find violations, and importing normswap costs no more than it must.
+
+`make lint` checks the contracts (`lint-imports`). docs/architecture.md lists the modules.
+"""
 
 import ast
+import re
+import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
 import normswap
 
-PACKAGE = Path(__file__).resolve().parents[2] / "normswap"
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = ROOT / "normswap"
+CONTRACTS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+LAYERS, *FENCES = (contract for contract in CONTRACTS if contract["type"] != "acyclic_siblings")
 
-# From the ground floor up; inside a floor a room may import from those listed before it. See docs/architecture.md.
-ROOMS = [
-    "errors",
-    "display",
-    "documents",
-    "state_snapshot",
-    "output_leaves",
-    "modes",
-    "layers.importance",
-    "layers.checks",
-    "layers.mixing",
-    "layers.moments",
-    "layers.vertex",
-    "layers.reference",
-    "layers.fused",
-    "layers.tables",
-    "layers.passes",
-    "layers.compiled",
-    "layers.native",
-    "layers.triton_kernels",
-    "layers.triton_backend",
-    "layers.dispatch",
-    "layers.single_position",
-    "layers.operators",
-    "layers.running",
-    "layers.synchronization",
-    "layers.plain_passes",
-    "layers.joint_batch",
-    "layers.functional",
-    "layers.adoption",
-    "layers.gates",
-    "layers.modules",
-    "surgery.arguments",
-    "surgery.tree",
-    "surgery.model_mode",
-    "surgery.frozen",
-    "surgery.norm_candidates",
-    "surgery.norms",
-    "surgery.calls",
-    "surgery.code_reading",
-    "surgery.tracing",
-    "surgery.wrapping",
-    "surgery.exporting",
-    "surgery.observation",
-    "surgery.own_forward",
-    "surgery.trial",
-    "surgery.tracing_paths",
-    "surgery.as_written",
-    "surgery.graph_rewrite",
-    "surgery.graph_edit",
-    "surgery.norm_site",
-    "surgery.functional_sites",
-    "surgery.sites",
-    "surgery.patterns",
-    "surgery.settings",
-    "surgery.plan",
-    "surgery.planning",
-    "surgery.gated",
-    "surgery.whole_graph",
-    "surgery.conversion",
-    "calibration_pass",
-    "statistics",
-    "calibration_pooling",
-    "calibration",
-    "comparison",
-    "surgery.programs",
-    "gradients",
-    "precision",
-    "model_pass",
-    "site_watch",
-    "model_comparison",
-    "site_verdict",
-    "verification",
-    "checkpoints.endings",
-    "checkpoints.temporaries",
-    "checkpoints.atomic",
-    "checkpoints.freeing",
-    "checkpoints.opcodes",
-    "checkpoints.archives",
-    "checkpoints.claims",
-    "checkpoints.record",
-    "checkpoints.plain_values",
-    "checkpoints.plain_globals",
-    "checkpoints.pickle_reading",
-    "checkpoints.shards",
-    "checkpoints.programs",
-    "checkpoints.chunks",
-    "checkpoints.distributed",
-    "checkpoints.containers",
-    "checkpoints.named_architectures",
-    "checkpoints.architecture",
-    "checkpoints.build_limits",
-    "checkpoints.architecture_index",
-    "checkpoints.identification",
-    "checkpoints.layout",
-    "checkpoints.pages",
-    "checkpoints.fit",
-    "checkpoints.prefixes",
-    "checkpoints.optimizer_state",
-    "checkpoints.scheduler_state",
-    "checkpoints.ownership",
-    "checkpoints.contents",
-    "checkpoints.recognition",
-    "checkpoints.fingerprint",
-    "checkpoints.trainer_state",
-    "checkpoints.sources",
-    "checkpoints.norm_values",
-    "checkpoints.survey",
-    "checkpoints.state_surgery",
-    "checkpoints.checkpoint",
-    "checkpoints.leftovers",
-    "checkpoints.carrying",
-    "checkpoints.saving",
-    "finetune.randomness",
-    "finetune.digits",
-    "finetune.image_source",
-    "finetune.loaders",
-    "finetune.network",
-    "finetune.data",
-    "finetune.layouts",
-    "finetune.batch_price",
-    "finetune.param_groups",
-    "finetune.recipe_tables",
-    "finetune.run_length",
-    "finetune.watching",
-    "finetune.live_schedulers",
-    "finetune.live_averages",
-    "finetune.live_training",
-    "finetune.weight_decay",
-    "finetune.lightning",
-    "finetune.recipe",
-    "finetune.augmentation",
-    "finetune.optimizer",
-    "finetune.source",
-    "finetune.heads",
-    "finetune.preparation",
-    "finetune.run_state",
-    "finetune.evaluation",
-    "finetune.journal",
-    "finetune.interruption",
-    "finetune.engine",
-    "reports.tables",
-    "reports.results",
-    "reports.identification",
-    "reports.survey",
-    "reports.finetuning",
-    "cli.launched",
-    "cli.wording",
-    "cli.printable",
-    "cli.failures",
-    "cli.progress",
-    "cli.options",
-    "cli.opening",
-    "cli.outputs",
-    "cli.wish",
-    "cli.calibrate",
-    "cli.writing",
-    "cli.convert",
-    "cli.finetune",
-    "cli.recipes",
-    "cli.identify",
-    "cli.survey",
-    "cli.inspect",
-    "cli.verify",
-    "cli",
-]
-# Where a package may be imported.
-HOMES = {
-    "timm": ("checkpoints.architecture", "finetune.data", "finetune.augmentation", "finetune.optimizer"),
-    "sklearn": ("finetune.digits",),
-    "transformers": ("checkpoints.architecture",),
-    "torchvision": ("checkpoints.architecture",),
-    "safetensors": ("checkpoints.",),
-    "accelerate": ("finetune.engine", "finetune.evaluation"),
-    "lightning": ("finetune.lightning",),
-    "pytorch_lightning": ("finetune.lightning",),
-    "matplotlib": ("reports.finetuning",),
-    "triton": ("layers.triton_kernels",),
-    "click": ("cli",),
-    "rich": ("cli", "reports."),
+LINT = "from importlinter.cli import lint_imports; raise SystemExit(lint_imports(no_cache=True, is_debug_mode=False))"
+
+# A line to add to a module, and what the report says of it.
+VIOLATIONS = {
+    "layers/gating.py": (
+        "from normswap.surgery.plan import SwapPlan",
+        "normswap.layers.gating -> normswap.surgery.plan",
+    ),
+    "text.py": ("def f():\n    import normswap.reports.results", "normswap.text -> normswap.reports.results"),
+    "running_stats/control.py": (
+        "from normswap.verification import equivalence",
+        "normswap.running_stats.control -> normswap.verification.equivalence",
+    ),
+    "surgery/module_tree.py": (
+        "from normswap.surgery import conversion",  # which imports module_tree
+        "No cycles are allowed in normswap.surgery.",
+    ),
+    "surgery/plan.py": ("def f():\n    import timm", "normswap.surgery.plan -> timm"),
+    "checkpoints/loading.py": ("import transformers", "normswap.checkpoints.loading -> transformers"),
+    "training/schedulers.py": ("from torchvision import models", "normswap.training.schedulers -> torchvision"),
+    "finetune/data/loaders.py": (
+        "from sklearn.datasets import load_digits",
+        "normswap.finetune.data.loaders -> sklearn",
+    ),
+    "checkpoints/saving.py": ("from PIL import Image", "normswap.checkpoints.saving -> PIL"),
+    "finetune/recipe.py": ("import safetensors.torch", "normswap.finetune.recipe -> safetensors"),
+    "training/param_groups.py": ("import accelerate", "normswap.training.param_groups -> accelerate"),
+    "training/importance_watch.py": (
+        "from lightning.pytorch import Callback",
+        "normswap.training.importance_watch -> lightning",
+    ),
+    "finetune/trainer.py": ("from matplotlib import pyplot", "normswap.finetune.trainer -> matplotlib"),
+    "layers/backends/triton_launch.py": ("import triton", "normswap.layers.backends.triton_launch -> triton"),
+    "reports/tables.py": ("import click", "normswap.reports.tables -> click"),
+    "verification/equivalence.py": ("from rich.table import Table", "normswap.verification.equivalence -> rich"),
 }
-FILES = [p for p in sorted(PACKAGE.rglob("*.py")) if p.parent != PACKAGE or p.stem not in ("__init__", "__main__")]
 
 
-def room_of(path: Path) -> str:
-    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """What `lint-imports` reports on a copy of the package with all violations."""
+    folder = tmp_path_factory.mktemp("violations")
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    shutil.copytree(PACKAGE, folder / "normswap", ignore=shutil.ignore_patterns("__pycache__", "csrc", "*.so", "*.bin"))
+    for path, (line, _) in VIOLATIONS.items():
+        with (folder / "normswap" / path).open("a") as file:
+            file.write(f"\n\n{line}\n")
+    done = subprocess.run([sys.executable, "-c", LINT], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    return done.stdout
 
 
-def imported(source: str) -> set[str]:
-    """Every module that `source` imports anywhere, by full name; `from a import b` counts as a.b where that is one."""
-    names = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            inner = {f"{node.module}.{alias.name}" for alias in node.names}
-            names |= {name for name in inner if name.removeprefix("normswap.") in ROOMS} or {node.module}
-    return names
+@pytest.mark.parametrize("path", VIOLATIONS)
+def test_a_planted_violation_is_found(report: str, path: str) -> None:
+    assert VIOLATIONS[path][1] in report
 
 
-def violations(room: str, source: str) -> list[str]:
-    found = []
-    for name in sorted(imported(source)):
-        top, _, rest = name.partition(".")
-        if top == "normswap" and rest and rest in ROOMS and ROOMS.index(rest) >= ROOMS.index(room):
-            found.append(f"{room} imports {rest}, which is not above it")
-        if top in HOMES and not room.startswith(HOMES[top]):
-            found.append(f"{room} imports {top}, which belongs in {' or '.join(HOMES[top])}")
+def test_every_contract_finds_a_violation(report: str) -> None:
+    broken = re.findall(r"^(.*) BROKEN", report, re.M)
+    assert broken == [contract["name"] for contract in CONTRACTS]
+
+
+def test_make_checks_the_contracts() -> None:
+    recipe = re.search(r"^lint:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.M)
+    assert recipe is not None
+    assert "/lint-imports" in recipe[1]
+
+
+def test_the_layers_list_every_package_and_module() -> None:
+    listed = {name.strip() for layer in LAYERS["layers"] for name in layer.split("|")}
+    names = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    assert listed == names - {"__init__", *LAYERS["exhaustive_ignores"]}
+
+
+def test_every_other_package_has_a_place() -> None:
+    """The library may import torch and numpy anywhere, and each other package in a few places only."""
+    fenced = {name for contract in FENCES for name in contract["forbidden_modules"]}
+    assert all(contract["source_modules"] == ["normswap"] for contract in FENCES)
+    imported = {name.partition(".")[0] for path in PACKAGE.rglob("*.py") for name in imported_modules(path.read_text())}
+    assert imported - sys.stdlib_module_names - {"normswap", "torch", "numpy"} <= fenced
+
+
+def imported_modules(source: str) -> set[str]:
+    """Return the full names of all modules that `source` imports anywhere."""
+    nodes = [*ast.walk(ast.parse(source))]
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    return names | {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
+
+
+def listed_modules(page: str) -> list[str]:
+    """Return the modules in the tables of the architecture page, as paths from the package."""
+    found, folder = [], ""
+    for line in page.splitlines():
+        if heading := re.match(r"### `normswap/(.*)`", line):
+            folder = heading[1]
+        elif line.startswith("#"):
+            folder = ""
+        if row := re.match(r"\| `(\w+\.py)` \|", line):
+            found.append(folder + row[1])
     return found
 
 
-def test_every_file_is_a_listed_room() -> None:
-    folders = {"layers", "surgery", "checkpoints", "finetune", "reports"}  # their __init__ is a docstring
-    assert {room_of(path) for path in FILES} - folders == set(ROOMS)
+def test_the_architecture_page_lists_every_module_once() -> None:
+    listed = listed_modules((ROOT / "docs" / "architecture.md").read_text())
+    modules = [path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py") if path.name != "__init__.py"]
+    assert sorted(listed) == sorted(modules)
 
 
-@pytest.mark.parametrize("path", FILES, ids=room_of)
-def test_a_room_imports_only_from_rooms_above_it(path: Path) -> None:
-    if room_of(path) in ROOMS:
-        assert violations(room_of(path), path.read_text()) == []
+def test_a_missing_module_is_noticed() -> None:
+    page = "### `normswap/`\n| `text.py` | x |\n### `normswap/layers/`\n| `gating.py` | x |\n## Words\n| `a` | x |"
+    assert listed_modules(page) == ["text.py", "layers/gating.py"]
 
 
-@pytest.mark.parametrize(
-    ("room", "source"),
-    [
-        ("layers.moments", "from normswap.surgery.plan import SwapPlan"),
-        ("layers.moments", "from normswap.surgery import plan"),
-        ("surgery.plan", "def f():\n    import timm"),
-        ("finetune.image_source", "from sklearn.datasets import load_digits"),
-        ("layers.triton_backend", "import triton"),
-        ("finetune.watching", "from lightning.pytorch import Callback"),
-        ("verification", "from rich.table import Table"),
-        ("reports.tables", "import click"),
-        ("surgery.sites", "import normswap.surgery.conversion"),
-    ],
-)
-def test_a_planted_violation_is_found(room: str, source: str) -> None:
-    assert len(violations(room, source)) == 1
-
-
-def test_every_room_is_in_the_architecture_page() -> None:
-    page = (PACKAGE.parent / "docs" / "architecture.md").read_text()
-    for room in ROOMS:
-        folder, _, name = room.rpartition(".")
-        shown = f"{folder}/{name}.py" if folder in ("layers", "surgery", "finetune") else f"{folder or name}"
-        assert shown in page, f"docs/architecture.md does not show {room}"
+# --- what an import costs ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.multiprocess
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "steps",  # one process for several, from little to more: what comes later adds to what is absent still
+    "steps",  # one process for several steps; each step may import more than the one before
     [
         {
             "import normswap": {"torch", "timm", "torchvision", "click", "rich"},
@@ -283,8 +160,26 @@ def test_importing_costs_no_more_than_it_must(steps: dict[str, set[str]]) -> Non
     assert done.stdout.splitlines() == ["[]"] * len(steps)
 
 
-def test_every_public_name_can_be_had() -> None:
+# --- public names -----------------------------------------------------------------------------------------------------
+
+
+def test_every_public_name_can_be_imported() -> None:
     for name in normswap.__all__:
         assert getattr(normswap, name) is not None
     with pytest.raises(AttributeError, match="module 'normswap' has no attribute 'nothing_of_the_kind'"):
         _ = normswap.nothing_of_the_kind
+
+
+def test_type_checkers_see_the_public_names_in_the_same_modules() -> None:
+    tree = ast.parse((PACKAGE / "__init__.py").read_text())
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    imports = [node for node in block.body if isinstance(node, ast.ImportFrom)]
+    assert len(imports) == len(block.body)
+    seen = {alias.asname: node.module for node in imports for alias in node.names}
+    assert seen == normswap._MODULES
+    assert all(alias.name == alias.asname for node in imports for alias in node.names)
+
+
+def test_every_error_is_public() -> None:
+    errors = {name for name, value in vars(normswap.errors).items() if isinstance(value, type)}
+    assert errors <= {*normswap.__all__}

@@ -1,4 +1,4 @@
-"""Calibration: the statistics of a whole data set, held against float64 oracles; nothing else changes."""
+"""Calibration: the statistics of a whole data set, compared with float64 oracles; nothing else changes."""
 
 import copy
 import os
@@ -159,7 +159,7 @@ def test_a_shared_layer_counts_all_its_calls_and_dropout_is_off(layer_by_layer: 
     ]
     assert_statistics(model.bn, moments([*BATCHES, *between]))
     assert [(layer.fqn, layer.calls, layer.values) for layer in result.layers] == [("bn", 6, 2 * 9 * 81)]
-    assert [(left.fqn, left.reason) for left in result.skipped] == [("idle", "did not run: left as it was")]
+    assert [(left.fqn, left.reason) for left in result.skipped] == [("idle", "did not run")]
     assert model.idle.running_mean.equal(before.idle.running_mean)
 
 
@@ -252,7 +252,7 @@ def test_rows_of_a_table_of_statistics_are_distinguished() -> None:
 def test_statistics_computed_at_each_call_are_left() -> None:
     model: Any = convert(nn.Sequential(nn.BatchNorm2d(3), Wobbling(3)).double(), BATCHES[0]).model
     (left,) = calibrate(model, BATCHES).skipped
-    assert (left.fqn, left.reason) == ("1.batch_norm", "its running statistics are computed anew at each call")
+    assert (left.fqn, left.reason) == ("1.batch_norm", "its running statistics are computed again in each call")
 
 
 # --- what is left alone -----------------------------------------------------------------------------------------------
@@ -277,13 +277,12 @@ def test_reasons_are_given_for_what_is_left() -> None:
     result = calibrate(model, BATCHES)
     assert [layer.fqn for layer in result.layers] == ["bn"]
     reasons = {left.fqn: left.reason for left in result.skipped}
-    frozen = "frozen, its running statistics are constants: include_frozen=True (--include-frozen) calibrates it too"
+    frozen = "frozen, its running statistics are constants: use include_frozen=True to calibrate it too"
     assert reasons == {
-        "ice": "a frozen BatchNorm: convert the model first, then calibrate it with include_frozen=True "
-        "(--include-frozen)",
+        "ice": "a frozen BatchNorm: convert the model first, then calibrate it with include_frozen=True",
         "cold": frozen,
         "untracked": "keeps no running statistics",
-        "each": "an InstanceNorm, which gathers its running statistics sample by sample",
+        "each": "an InstanceNorm, whose running statistics are averages over samples",
         "lazy": "has seen no input yet: run one batch through the model first",
     }
     assert model.cold.running_mean.equal(torch.zeros(3).double())
@@ -364,7 +363,7 @@ def test_empty_batches_count_for_nothing() -> None:
     calibrate(plain, BATCHES)
     assert calibrate(model, [*BATCHES, BATCHES[0][:0]]).batches == 4
     assert_statistics(model[3], (plain[3].running_mean, plain[3].running_var))
-    with pytest.raises(NothingToDo, match=r"\(1: was fed empty batches only: left as it was; 3: "):
+    with pytest.raises(NothingToDo, match=r"\(1: got empty batches only; 3: "):
         calibrate(model, [BATCHES[0][:0]])
 
 
@@ -394,9 +393,9 @@ FAILURES: dict[str, tuple[Callable[[], Any], dict[str, Any], type[Exception], st
         lambda: spoiled(float("nan")),
         {},
         DataError,
-        r"^batch 1 \(counted from 0\): layer '1' is fed NaN or infinite values \(2x8x9x9\)",
+        r"^batch 1 \(counted from 0\): layer '1' got NaN or infinite values \(2x8x9x9\)",
     ),
-    "infinity": (lambda: spoiled(float("inf")), {"layer_by_layer": True}, DataError, "batch 1 .* layer '1' is fed NaN"),
+    "infinity": (lambda: spoiled(float("inf")), {"layer_by_layer": True}, DataError, "batch 1 .* layer '1' got NaN"),
     "channels": (
         lambda: [BATCHES[0], BATCHES[1][:, :2]],
         {},
@@ -407,7 +406,7 @@ FAILURES: dict[str, tuple[Callable[[], Any], dict[str, Any], type[Exception], st
         lambda: unready(BATCHES),
         {"layer_by_layer": True},
         DataError,
-        "gone through once for each layer, such as a list or a DataLoader, got generator",
+        "layer_by_layer needs an iterable for several passes, such as a list or a DataLoader; got generator",
     ),
 }
 
@@ -444,26 +443,26 @@ def test_a_failure_in_a_late_pass_puts_back_what_earlier_ones_wrote() -> None:
 
 
 def test_other_channels_than_those_of_a_layer_are_refused() -> None:
-    with pytest.raises(DataError, match=r"layer '0' expects 3 channels, and is fed 2x2x9x9: batches must fit"):
+    with pytest.raises(DataError, match=r"layer '0' expects an input of 3 channels, got 2x2x9x9: pass batches"):
         calibrate(nn.Sequential(nn.BatchNorm2d(3)).double(), [BATCHES[1][:, :2]])
 
 
 @pytest.mark.parametrize("layer_by_layer", [False, True])
 def test_one_value_per_channel_is_refused(layer_by_layer: bool) -> None:
     batches = [torch.ones(2, 3), torch.ones(1, 3)]
-    with pytest.raises(DataError, match=r"batch 1 .* layer '0' is fed a single value per channel \(1x3\), .*drop_last"):
+    with pytest.raises(DataError, match=r"batch 1 .* layer '0' got a single value per channel \(1x3\), .*drop_last"):
         calibrate(nn.Sequential(nn.BatchNorm1d(3)), batches, layer_by_layer=layer_by_layer)
 
 
 def test_statistics_that_do_not_fit_their_type_are_refused() -> None:
     model = nn.Sequential(nn.BatchNorm2d(3)).half()
-    with pytest.raises(DataError, match=r"layer '0': its statistics reach .*e\+05, which torch.float16 does not hold"):
+    with pytest.raises(DataError, match=r"layer '0': its statistics reach .*e\+05, beyond the range of torch.float16"):
         calibrate(model, [500 * torch.randn(4, 3, 5, 5).half()])
 
 
 @pytest.mark.parametrize("model", [nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3, track_running_stats=False)])
 def test_a_model_without_statistics_has_nothing_to_calibrate(model: nn.Module) -> None:
-    with pytest.raises(NothingToDo, match="no layer with running statistics ran: nothing to calibrate"):
+    with pytest.raises(NothingToDo, match="nothing to calibrate: no layer with running statistics ran"):
         calibrate(model.double(), BATCHES)
 
 
@@ -471,11 +470,11 @@ def test_a_process_without_batches_cannot_know_a_row_of_a_table(monkeypatch: pyt
     """Where other processes ran a functional site whose statistics are no whole buffer."""
     shares: list[Any] = []
     model: Any = convert(Steps().double(), BATCHES[0]).model
-    exchange = "normswap.running_stats.accumulation.ResultExchange.exchange"
+    exchange = "normswap.running_stats.accumulation.ResultExchange.all_gather"
     monkeypatch.setattr(exchange, lambda _, share: shares.append(share) or [share])
     calibrate(copy.deepcopy(model), BATCHES)
     monkeypatch.setattr(exchange, lambda _, share: [share, shares[0]])
-    with pytest.raises(ModelError, match="layer 'batch_norm': only a call tells where its running statistics lie"):
+    with pytest.raises(ModelError, match="layer 'batch_norm' did not run in this process, and only a call shows"):
         calibrate(model, [])
 
 
@@ -498,7 +497,7 @@ def test_two_processes_pool_what_they_gathered(tmp_path: Path) -> None:
             for name, value in alone.items():
                 assert laws.distance(value, results[case][name]) <= LIMIT, (case, name)
         assert first["told"][case] == second["told"][case]
-    assert first["refused"] == "process 1 failed, and nothing was changed in any: batch 0 (counted from 0): layer " + (
-        "'0' is fed NaN or infinite values (2x3x5x5): look at the images of this batch"
+    assert first["refused"] == "process 1 failed, no process changed its model: batch 0 (counted from 0): layer " + (
+        "'0' got NaN or infinite values (2x3x5x5): check the images of this batch"
     )
-    assert second["refused"].startswith("batch 0 (counted from 0): layer '0' is fed NaN")
+    assert second["refused"].startswith("batch 0 (counted from 0): layer '0' got NaN")

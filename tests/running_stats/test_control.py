@@ -251,8 +251,18 @@ def test_what_cannot_be_set_is_refused_before_anything_is() -> None:
         (model, {"mode": "moving"}, LayerError, "bn_statistics: expected one of"),
         (model, {"mode": "renorm", "include": ["bm"]}, PlanError, "the pattern 'bm' matches none of the 3 layers"),
         (model, {"mode": "renorm", "exclude": ["un*"]}, PlanError, "the pattern 'un\\*' matches none"),
-        (original(), {"mode": "renorm"}, ModelError, "expected SN layers with a `bn` branch and running statistics"),
-        (begun, {"mode": "running"}, ModelError, "the running statistics of 1 have seen no batch: train or call"),
+        (
+            original(),
+            {"mode": "renorm"},
+            ModelError,
+            "the model has no SN layer with a `bn` branch and running statistics",
+        ),
+        (
+            begun,
+            {"mode": "running"},
+            ModelError,
+            "the running statistics of 1 have not seen a batch yet: train the model or call",
+        ),
     ]
     for network, options, error, message in cases:
         before = modes(network)

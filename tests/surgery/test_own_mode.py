@@ -263,7 +263,7 @@ def test_running_statistics_by_choice_are_compared_with_frozen_norms() -> None:
     converted = convert(model, X, bn_statistics="running").model
     found = verify(model, converted, [X])
     assert [check.passed for check in found.checks] == [True] * 4
-    note = "2 sites use running statistics in training: compared with the original's norms there in evaluation"
+    note = "2 sites with running statistics in training: compared with the original's norms in evaluation mode"
     assert found.notes == (note,)
     converted.head[0].register_forward_hook(lambda module, _args, y: 2 * y if module.training else y)
     assert not verify(model, converted, [X]).passed

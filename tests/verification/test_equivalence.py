@@ -1,4 +1,4 @@
-"""The proof passes what is right, fails what is wrong in the right check, and touches nothing."""
+"""`verify` passes correct conversions, fails wrong ones in the right check, and changes no model."""
 
 import json
 import random
@@ -45,7 +45,7 @@ def two_blocks() -> nn.Module:
     return zoo.randomise(TwoBlocks())
 
 
-def proof_after(fault: Callable[[nn.Module], Any]) -> Verification:
+def verification_after(fault: Callable[[nn.Module], Any]) -> Verification:
     original, x = two_blocks(), zoo.IMAGE()
     converted = convert(original, x).model
     with torch.no_grad():
@@ -53,35 +53,43 @@ def proof_after(fault: Callable[[nn.Module], Any]) -> Verification:
     return verify(original, converted, [x])
 
 
-def outcomes(proof: Verification) -> dict[str, bool | None]:
-    return {check.name: check.passed for check in proof.checks}
+def outcomes(verification: Verification) -> dict[str, bool | None]:
+    return {check.name: check.passed for check in verification.checks}
 
 
-def failed(proof: Verification) -> set[str]:
-    return {name for name, passed in outcomes(proof).items() if passed is False}
+def failed(verification: Verification) -> set[str]:
+    return {name for name, passed in outcomes(verification).items() if passed is False}
 
 
 def test_a_correct_conversion_passes_with_everything_reported() -> None:
     original, inputs = two_blocks(), [zoo.IMAGE(), zoo.image(5, 3, 7, 7)()]
-    proof = verify(original, convert(original, inputs[0]).model, inputs)
-    assert proof.passed
-    assert list(outcomes(proof).items()) == [(name, True) for name in (EVALUATION, TRAINING, GRADIENTS, STATISTICS)]
-    assert (proof.tolerance, proof.loosened, proof.inputs) == (DEFAULT_TOLERANCE, False, "3x3x9x9; 5x3x7x7")
-    assert 0 < proof.max_rel_error < 1e-13
-    assert 0 < proof.max_abs_error < 1e-12
-    assert proof.fp32_error is not None
+    verification = verify(original, convert(original, inputs[0]).model, inputs)
+    assert verification.passed
+    assert list(outcomes(verification).items()) == [
+        (name, True) for name in (EVALUATION, TRAINING, GRADIENTS, STATISTICS)
+    ]
+    assert (verification.tolerance, verification.loosened, verification.inputs) == (
+        DEFAULT_TOLERANCE,
+        False,
+        "3x3x9x9; 5x3x7x7",
+    )
+    assert 0 < verification.max_rel_error < 1e-13
+    assert 0 < verification.max_abs_error < 1e-12
+    assert verification.fp32_error is not None
     # In evaluation a site at its vertex is batch normalization bit for bit.
-    assert proof.fp32_error == 0
-    assert [site.fqn for site in proof.sites] == ["bn1", "block"]
-    assert all(site.evaluation == 0 and 0 < site.training < 1e-14 for site in proof.sites)  # type: ignore[operator]
-    assert {(check.limit, check.own_response, check.note) for check in proof.checks} == {(DEFAULT_TOLERANCE, None, "")}
+    assert verification.fp32_error == 0
+    assert [site.fqn for site in verification.sites] == ["bn1", "block"]
+    assert all(site.evaluation == 0 and 0 < site.training < 1e-14 for site in verification.sites)  # type: ignore[operator]
+    assert {(check.limit, check.own_response, check.note) for check in verification.checks} == {
+        (DEFAULT_TOLERANCE, None, "")
+    }
 
 
 def test_a_verification_survives_json() -> None:
-    proof = proof_after(lambda model: None)
-    assert Verification.from_dict(json.loads(json.dumps(proof.to_dict()))) == proof
-    assert isinstance(proof.checks[0], Check)
-    assert isinstance(proof.sites[0], SiteError)
+    verification = verification_after(lambda model: None)
+    assert Verification.from_dict(json.loads(json.dumps(verification.to_dict()))) == verification
+    assert isinstance(verification.checks[0], Check)
+    assert isinstance(verification.sites[0], SiteError)
 
 
 # (what goes wrong, the checks that must fail; all others must pass)
@@ -119,35 +127,35 @@ FAULTS: dict[str, tuple[Callable[[Any], Any], set[str]]] = {
 
 @pytest.mark.parametrize(("fault", "fails"), FAULTS.values(), ids=FAULTS)
 def test_a_planted_fault_fails_the_right_check(fault: Callable[[Any], Any], fails: set[str]) -> None:
-    proof = proof_after(fault)
-    assert not proof.passed
-    assert failed(proof) == fails
-    for check in proof.checks:
+    verification = verification_after(fault)
+    assert not verification.passed
+    assert failed(verification) == fails
+    for check in verification.checks:
         assert (check.error is not None and check.error > check.limit) == (check.name in fails)
 
 
 def test_the_site_with_the_fault_is_named() -> None:
-    proof = proof_after(lambda m: m.block.batch_norm.mean_weight.copy_(torch.tensor([0.5, 0.0, 0.5])))
-    errors = {site.fqn: max(site.evaluation or 0, site.training or 0) for site in proof.sites}
+    verification = verification_after(lambda m: m.block.batch_norm.mean_weight.copy_(torch.tensor([0.5, 0.0, 0.5])))
+    errors = {site.fqn: max(site.evaluation or 0, site.training or 0) for site in verification.sites}
     assert errors["block"] > 1e-3
     assert errors["bn1"] < 1e-14
 
 
 def test_a_site_that_raises_is_infinitely_far() -> None:
-    proof = proof_after(lambda m: setattr(m.bn1, "branches", ("in", "bn")))
-    assert failed(proof) == {EVALUATION, TRAINING, GRADIENTS, STATISTICS}
-    assert {check.note for check in proof.checks} == {
+    verification = verification_after(lambda m: setattr(m.bn1, "branches", ("in", "bn")))
+    assert failed(verification) == {EVALUATION, TRAINING, GRADIENTS, STATISTICS}
+    assert {check.note for check in verification.checks} == {
         "the converted model raises: expected gate parameters of shape (2,), got (3,)"
     }
-    assert proof.sites[0] == SiteError("bn1", float("inf"), float("inf"), statistics=float("inf"))
-    assert proof.max_abs_error == proof.max_rel_error == float("inf")
+    assert verification.sites[0] == SiteError("bn1", float("inf"), float("inf"), statistics=float("inf"))
+    assert verification.max_abs_error == verification.max_rel_error == float("inf")
 
 
-def test_a_site_that_never_ran_has_no_error() -> None:
+def test_a_site_that_did_not_run_has_no_error() -> None:
     model = zoo.BY_NAME["never called"].model()
-    proof = verify(model, convert(model).model, [zoo.IMAGE()])
-    assert proof.passed
-    assert proof.sites[1] == SiteError("unused", None, None)
+    verification = verify(model, convert(model).model, [zoo.IMAGE()])
+    assert verification.passed
+    assert verification.sites[1] == SiteError("unused", None, None)
 
 
 def test_a_wider_tolerance_is_reported_as_such() -> None:
@@ -155,23 +163,25 @@ def test_a_wider_tolerance_is_reported_as_such() -> None:
     converted = convert(original, x).model
     with torch.no_grad():
         converted.head.weight.mul_(1 + 1e-6)
-    proof = verify(original, converted, [x], tolerance=1e-4)
-    assert proof.passed
-    assert proof.loosened
-    assert {check.limit for check in proof.checks} == {1e-4}
+    verification = verify(original, converted, [x], tolerance=1e-4)
+    assert verification.passed
+    assert verification.loosened
+    assert {check.limit for check in verification.checks} == {1e-4}
     assert not verify(original, converted, [x], tolerance=1e-12).loosened
 
 
-def test_where_the_original_raises_in_training_the_law_is_silent() -> None:
+def test_checks_in_training_are_skipped_if_the_original_raises() -> None:
     original = zoo.BY_NAME["one position"].model()
     converted = convert(original, zoo.IMAGE()).model
     one = zoo.image(1, 3, 9, 9)()
-    proof = verify(original, converted, [one])
-    assert proof.passed
-    assert outcomes(proof) == {EVALUATION: True, TRAINING: None, GRADIENTS: None, STATISTICS: None}
-    notes = {check.note for check in proof.checks if check.name != EVALUATION}
+    verification = verify(original, converted, [one])
+    assert verification.passed
+    assert outcomes(verification) == {EVALUATION: True, TRAINING: None, GRADIENTS: None, STATISTICS: None}
+    notes = {check.note for check in verification.checks if check.name != EVALUATION}
     assert len(notes) == 1
-    assert re.match("the original raises in training: Expected more than 1 value per channel", notes.pop())
+    assert re.match(
+        "skipped: the original model raises in training: Expected more than 1 value per channel", notes.pop()
+    )
     # One batch that it can train on is enough to have an answer, in any order.
     for batches in ([one, zoo.IMAGE()], [zoo.IMAGE(), one]):
         both = verify(original, converted, batches)
@@ -180,31 +190,32 @@ def test_where_the_original_raises_in_training_the_law_is_silent() -> None:
 
 
 @pytest.mark.parametrize(("statistics", "sites"), [("running", 1), ("renorm", 2)])
-def test_running_statistics_by_choice_silence_training(statistics: BnStatistics, sites: int) -> None:
+def test_other_running_statistics_skip_the_checks_in_training(statistics: BnStatistics, sites: int) -> None:
     original, x = two_blocks(), zoo.IMAGE()  # of which one site is functional
-    proof = verify(original, convert(original, x, bn_statistics=statistics).model, [x])
-    assert proof.passed
-    assert outcomes(proof) == {EVALUATION: True, TRAINING: None, GRADIENTS: None, STATISTICS: None}
-    note = f"{sites} sites use running statistics in training, by choice"
-    assert {check.note for check in proof.checks[1:]} == {note}
-    assert proof.sites[0].training is None
-    assert "not judged by the whole model: outputs in training, gradients, running statistics" in proof.summary
+    verification = verify(original, convert(original, x, bn_statistics=statistics).model, [x])
+    assert verification.passed
+    assert outcomes(verification) == {EVALUATION: True, TRAINING: None, GRADIENTS: None, STATISTICS: None}
+    count = f"{sites} site{'s' * (sites > 1)}"
+    note = f"skipped: {count} with running statistics in training, unlike the original model"
+    assert {check.note for check in verification.checks[1:]} == {note}
+    assert verification.sites[0].training is None
+    assert "not judged by the whole model: outputs in training, gradients, running statistics" in verification.summary
 
 
-def test_sites_that_were_frozen_before_do_not_silence_training() -> None:
+def test_sites_that_were_frozen_before_skip_no_check() -> None:
     model = zoo.BY_NAME["torchvision FrozenBatchNorm2d"].model()
-    proof = verify(model, convert(model, zoo.IMAGE()).model, [zoo.IMAGE()])
-    assert outcomes(proof) == dict.fromkeys(outcomes(proof), True)
+    verification = verify(model, convert(model, zoo.IMAGE()).model, [zoo.IMAGE()])
+    assert outcomes(verification) == dict.fromkeys(outcomes(verification), True)
 
 
-def test_an_original_without_a_finite_output_proves_nothing() -> None:
+def test_an_original_without_a_finite_output_does_not_pass() -> None:
     original, x = two_blocks(), zoo.IMAGE()
     with torch.no_grad():
         original.head.bias.fill_(float("nan"))
-    proof = verify(original, convert(original, x).model, [x])
-    assert not proof.passed
-    assert outcomes(proof) == {EVALUATION: None, TRAINING: None, GRADIENTS: None, STATISTICS: None}
-    assert {check.note for check in proof.checks} == {"no output of the original is finite"}
+    verification = verify(original, convert(original, x).model, [x])
+    assert not verification.passed
+    assert outcomes(verification) == {EVALUATION: None, TRAINING: None, GRADIENTS: None, STATISTICS: None}
+    assert {check.note for check in verification.checks} == {"no output of the original model is finite"}
 
 
 class Chaotic(nn.Module):
@@ -225,14 +236,14 @@ def test_a_chaotic_model_is_judged_by_its_own_response() -> None:
     torch.manual_seed(0)
     original, x = zoo.randomise(Chaotic()), zoo.IMAGE()
     with use_backend("reference"):  # rounds otherwise than batch normalization
-        proof = verify(original, convert(original, x).model, [x])
-    outputs = proof.checks[0]
-    assert proof.passed
+        verification = verify(original, convert(original, x).model, [x])
+    outputs = verification.checks[0]
+    assert verification.passed
     assert outputs.error is not None
     assert outputs.own_response is not None
     assert outputs.error > DEFAULT_TOLERANCE
     assert outputs.limit == 10 * outputs.own_response
-    # A fault is still told from chaos.
+    # A fault is still distinguished from amplified rounding.
     faulty = convert(original, x).model
     faulty.bn.eps = 0.1
     assert not verify(original, faulty, [x]).passed
@@ -244,18 +255,18 @@ def test_a_chaotic_model_is_judged_by_its_own_response() -> None:
 def test_any_inputs_outputs_and_dtypes_are_compared(name: str) -> None:
     trap = zoo.BY_NAME[name]
     model = trap.model()
-    proof = verify(model, convert(model, trap.inputs()).model, [trap.inputs()])
-    assert proof.passed
-    assert outcomes(proof) == dict.fromkeys(outcomes(proof), True)
-    assert (proof.fp32_error is None) == (name in ("bfloat16", "float16"))
+    verification = verify(model, convert(model, trap.inputs()).model, [trap.inputs()])
+    assert verification.passed
+    assert outcomes(verification) == dict.fromkeys(outcomes(verification), True)
+    assert (verification.fp32_error is None) == (name in ("bfloat16", "float16"))
 
 
 def test_numbers_and_strings_among_the_outputs_must_be_equal() -> None:
     original = zoo.BY_NAME["dict input"].model()
     converted, inputs = convert(original).model, zoo.BY_NAME["dict input"].inputs()
     converted.register_forward_hook(lambda _module, _args, output: {**output, "count": 3})
-    proof = verify(original, converted, [inputs])
-    assert {EVALUATION, TRAINING} <= failed(proof)
+    verification = verify(original, converted, [inputs])
+    assert {EVALUATION, TRAINING} <= failed(verification)
 
 
 def test_both_models_are_left_as_they_were() -> None:

@@ -1,4 +1,4 @@
-"""Gradients that are handed on one by one: the same as all at once, wherever they are kept."""
+"""Streamed gradients are the same as all gradients at once, wherever they are stored."""
 
 import tempfile
 from typing import Any
@@ -30,7 +30,7 @@ def model() -> Twice:
     return Twice()
 
 
-def _handed_on(model: nn.Module, on_gradient: model_pass.GradientCallback) -> None:
+def _streamed(model: nn.Module, on_gradient: model_pass.GradientCallback) -> None:
     parameters: dict[Any, Tensor] = {(name,): parameter for name, parameter in model.named_parameters()}
     x = torch.linspace(-1, 1, 8, dtype=torch.float64).view(2, 4)
     stream_gradients([model(x), "no tensor"], parameters, on_gradient, seed=0)
@@ -45,7 +45,7 @@ def _at_once(model: Twice) -> dict[str, Tensor]:
 
 def test_each_gradient_comes_once_and_whole(model: Twice) -> None:
     found: list[tuple[model_pass.TensorNames, Tensor]] = []
-    _handed_on(model, lambda names, gradient: found.append((names, gradient)))
+    _streamed(model, lambda names, gradient: found.append((names, gradient)))
     expected = _at_once(model)
     assert sorted(names for names, _ in found) == [(name,) for name in sorted(expected)]
     assert all(torch.equal(gradient, expected[names[0]]) for names, gradient in found)
@@ -63,13 +63,13 @@ def test_kept_gradients_are_what_came(model: Twice, monkeypatch: pytest.MonkeyPa
     if place == "no disk":
         monkeypatch.setattr(tempfile, "TemporaryFile", _no_disk)
     with GradientStore() as kept:
-        _handed_on(model, kept.store)
+        _streamed(model, kept.store)
         assert {names: kept[names].tolist() for names in kept} == {
             (name,): gradient.tolist() for name, gradient in _at_once(model).items()
         }
         assert bool(kept._file_offsets) == (place == "file")
         same = GradientDistance(kept)
-        _handed_on(model, same.compare_gradient)
+        _streamed(model, same.compare_gradient)
         assert same.result() == 0.0
 
 

@@ -18,7 +18,7 @@ from normswap.checkpoints.record import Record
 from normswap.errors import ModelError
 from normswap.surgery.model_outputs import relative_l2
 from normswap.verification.model_comparison import Check
-from normswap.verification.model_pass import perturb
+from normswap.verification.precision import perturb
 from normswap.verification.site_watch import SiteError
 
 X = torch.randn(4, 3, 9, 9, generator=torch.Generator().manual_seed(0))
@@ -116,7 +116,9 @@ def test_a_leaf_that_cannot_be_compared_is_named_and_does_not_pass() -> None:
 
 
 def test_a_model_that_returns_nothing_is_an_error() -> None:
-    with pytest.raises(ModelError, match="returns no tensor and no number on an input of 4x3x9x9: nothing can be comp"):
+    with pytest.raises(
+        ModelError, match="returns no tensor and no number on an input of 4x3x9x9, so nothing can be comp"
+    ):
         verified(Net(lambda y: None))
 
 
@@ -132,41 +134,48 @@ def test_a_model_that_amplifies_rounding_is_judged_by_its_sites() -> None:
     assert found.passed
     assert found.judged_by == "sites"
     assert check(found, "outputs in training").passed is None
-    assert "not judged, one unit in the last place of the input alone" in check(found, "outputs in training").note
-    assert found.notes == (
-        "the whole model is not judged: every site alone, on the inputs it received: all 1 are within 1e-09",
+    assert (
+        "not judged, because a change of the input by one unit in the last place"
+        in check(found, "outputs in training").note
     )
-    assert "judged by every site alone in float64" in found.summary
+    assert found.notes == (
+        "the whole model is not judged; each site was compared alone on the inputs that it received: 1 site agreed "
+        "within 1e-09",
+    )
+    assert "judged by each site alone in float64" in found.summary
     site = found.sites[0]
     assert max(site.evaluation or 0, site.training or 0, site.gradients or 0) < 1e-12
     assert site.gradients is not None
 
 
 SITE_FAULTS: dict[str, tuple[Callable[[Any], Any], str]] = {
-    "eps": (lambda m: setattr(m.bn, "eps", 1e-2), "bn alone differs by"),
-    "gates": (lambda m: m.bn.mean_weight.copy_(torch.tensor([0.1, 0.0, 0.9])), "bn alone differs by"),
-    "a weight elsewhere": (lambda m: m.conv.weight.mul_(1.5), "conv.weight has other values"),
+    "eps": (lambda m: setattr(m.bn, "eps", 1e-2), "bn, compared alone, differs by"),
+    "gates": (lambda m: m.bn.mean_weight.copy_(torch.tensor([0.1, 0.0, 0.9])), "bn, compared alone, differs by"),
+    "a weight elsewhere": (lambda m: m.conv.weight.mul_(1.5), "conv.weight has different values"),
     "a module elsewhere": (lambda m: setattr(m, "conv", nn.Sequential(m.conv)), "conv is a torch.nn.modules.conv"),
     "momentum": (lambda m: setattr(m.bn, "momentum", 0.5), "in running statistics"),
-    "a number elsewhere": (lambda m: setattr(m.conv, "stride", (2, 2)), "conv.stride has other values"),
-    "a text elsewhere": (lambda m: setattr(m.conv, "padding_mode", "reflect"), "conv.padding_mode has other values"),
-    "a function elsewhere": (lambda m: setattr(m, "wrap", torch.cos), "wrap has other values"),
-    "a hook on a site": (lambda m: m.bn.register_forward_hook(lambda *args: None), "bn has other hooks"),
-    "a hook elsewhere": (lambda m: m.conv.register_full_backward_hook(lambda *args: None), "conv has other hooks"),
-    "a frozen weight": (lambda m: m.conv.weight.requires_grad_(False), "conv.weight has other values"),
-    "another module": (lambda m: m.add_module("extra", nn.ReLU()), "extra is in the converted model only"),
+    "a number elsewhere": (lambda m: setattr(m.conv, "stride", (2, 2)), "conv.stride has different values"),
+    "a text elsewhere": (
+        lambda m: setattr(m.conv, "padding_mode", "reflect"),
+        "conv.padding_mode has different values",
+    ),
+    "a function elsewhere": (lambda m: setattr(m, "wrap", torch.cos), "wrap has different values"),
+    "a hook on a site": (lambda m: m.bn.register_forward_hook(lambda *args: None), "bn has different hooks"),
+    "a hook elsewhere": (lambda m: m.conv.register_full_backward_hook(lambda *args: None), "conv has different hooks"),
+    "a frozen weight": (lambda m: m.conv.weight.requires_grad_(False), "conv.weight has different values"),
+    "another module": (lambda m: m.add_module("extra", nn.ReLU()), "extra exists only in the converted model"),
 }
 
 
-@pytest.mark.parametrize(("fault", "said"), SITE_FAULTS.values(), ids=SITE_FAULTS)
-def test_a_fault_in_a_model_that_amplifies_rounding_is_found(fault: Callable[[Any], Any], said: str) -> None:
+@pytest.mark.parametrize(("fault", "note"), SITE_FAULTS.values(), ids=SITE_FAULTS)
+def test_a_fault_in_a_model_that_amplifies_rounding_is_found(fault: Callable[[Any], Any], note: str) -> None:
     model = Wild()
     converted = convert(model, X).model
     with torch.no_grad():
         fault(converted)
     found = verify(model, converted, [X])
     assert not found.passed
-    assert said in " ".join(found.notes)
+    assert note in " ".join(found.notes)
 
 
 class Hidden(Net):
@@ -191,13 +200,13 @@ def test_a_site_that_does_not_reach_the_outputs_is_compared_alone(use: str) -> N
     converted.aux.eps = 1e-2
     found = verify(model, converted, [X])
     assert not found.passed
-    assert "aux alone differs by" in " ".join(found.notes)
+    assert "aux, compared alone, differs by" in " ".join(found.notes)
 
 
 def test_the_report_names_sites_that_never_ran() -> None:
     model = Hidden("never called")
     found = verify(model, convert(model).model, [X])
-    assert found.notes == ("1 site never ran and agree alone, on random input: aux",)
+    assert found.notes == ("1 site did not run, but agreed alone on random input: aux",)
 
 
 def test_a_frozen_model_that_returns_whole_numbers_is_judged_by_its_sites() -> None:
@@ -205,7 +214,7 @@ def test_a_frozen_model_that_returns_whole_numbers_is_judged_by_its_sites() -> N
     converted = convert(model, X).model
     found = verify(model, converted, [X])
     assert (found.passed, found.judged_by) == (True, "sites")
-    assert "whole numbers only" in check(found, "outputs in evaluation").note
+    assert "integers only" in check(found, "outputs in evaluation").note
     with torch.no_grad():
         converted.conv.weight.mul_(1.001)
     assert not verify(model, converted, [X]).passed
@@ -338,7 +347,7 @@ def test_a_site_that_never_ran_does_not_pass_if_the_model_cannot_be_judged() -> 
     model.unused = nn.BatchNorm2d(4)
     found = verify(model, convert(model).model, [X])
     assert not found.passed
-    assert "unused never ran" in found.notes[-1]
+    assert "unused did not run" in found.notes[-1]
     ordinary = Net(lambda y: y)
     ordinary.unused = nn.BatchNorm2d(4)
     assert verify(ordinary, convert(ordinary).model, [X]).passed
@@ -348,14 +357,17 @@ def test_outputs_without_a_gradient_leave_gradients_to_the_sites() -> None:
     found = verified(Net(lambda y: y.detach()))
     assert found.passed
     assert found.judged_by == "sites"
-    assert check(found, "gradients").note.startswith("no output of the original has a gradient")
+    assert check(found, "gradients").note.startswith("no output of the original model requires a gradient")
 
 
 def test_empty_outputs_are_judged_by_the_sites() -> None:
     found = verified(Net(lambda y: y[:0]))
     assert found.passed
     assert found.judged_by == "sites"
-    assert "the original returns no number: nothing to compare" in check(found, "outputs in evaluation").note
+    assert (
+        "the original model returns no numbers: there is nothing to compare"
+        in check(found, "outputs in evaluation").note
+    )
 
 
 # --- what is stored ---------------------------------------------------------------------------------------------------
@@ -470,7 +482,7 @@ class Refusing(torch.autograd.Function):
 def test_what_the_original_raises_in_its_backward_pass_is_quoted() -> None:
     found = verified(Net(Refusing.apply))
     assert [c.passed for c in found.checks] == [True, True, None, True]
-    assert check(found, "gradients").note == "the original raises in training: there is no way back"
+    assert check(found, "gradients").note == "skipped: the original model raises in training: there is no way back"
     wrong = convert(Net(Refusing.apply), X).model
     wrong.bn.momentum = 0.9
     assert not verify(Net(Refusing.apply), wrong, [X]).passed
@@ -503,7 +515,7 @@ def test_a_wrong_kernel_of_torch_is_distinguished_from_a_wrong_conversion() -> N
     model, one = Tokens(), X[:1, :, :4, :4]
     found = verified(model, one)
     assert found.passed
-    assert "torch's own batch norm returns wrong gradients on this input" in check(found, "gradients").note
+    assert "torch's batch norm returns wrong gradients for this input" in check(found, "gradients").note
     assert check(verified(model, X[:2, :, :4, :4]), "gradients").note == ""
     wrong = convert(model, one).model
     wrong.proj[1].register_forward_hook(lambda _m, _a, y: y + (y - y.detach()))
