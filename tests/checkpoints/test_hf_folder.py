@@ -282,7 +282,7 @@ HOSTILE: dict[str, tuple[Callable[[Any], None], bytes, str]] = {
         b"",
         r"its index claims tensors of 4,398,0\d\d,\d{3},\d{3} bytes, the files have",
     ),
-    "a tuple bomb": (_bomb, b"", "a tuple that unfolds to .* entries: hostile"),
+    "a tuple bomb": (_bomb, b"", "a nested tuple expands to .* entries: the file is malicious"),
     "a place far out": (lambda index: None, b"K\x01r\xff\xff\xff\x7f0", "truncated or damaged"),
     "a claim of bytes": (lambda index: None, b"\x8e\xff\xff\xff\xff\xff\0\0\0", "truncated or damaged"),
 }

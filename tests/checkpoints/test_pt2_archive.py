@@ -246,7 +246,7 @@ def test_a_graph_that_was_changed_is_refused(converted: tuple[Path, Path], tmp_p
     edited(target, lambda members: None)
     assert read_header(target).record is not None
     edited(target, lambda m: m.update({"models/model.json": m["models/model.json"].replace(b"relu", b"tanh")}))
-    with pytest.raises(CheckpointError, match="not what normswap wrote"):
+    with pytest.raises(CheckpointError, match="changed after normswap wrote the file"):
         normswap.load(target, trust=True)
 
 
@@ -354,7 +354,7 @@ BAD: dict[str, tuple[Callable[[dict[str, bytes]], object], str]] = {
     "beyond by its steps": (meta(strides=[{"as_int": 2}]), "'norm.weight' claims 60 bytes, its record has 32"),
     "a repeated number": (
         meta(sizes=[{"as_int": 2**40}], strides=[{"as_int": 0}]),
-        "a tensor claims the shape 1099511627776, the file has",
+        "a tensor declares the shape 1099511627776, the file has",
     ),
     "a negative size": (meta(sizes=[{"as_int": -8}]), "truncated or damaged (expected a number, got {'as_int': -8})"),
     "a symbol": (meta(sizes=[{"as_expr": "s0"}]), "truncated or damaged ("),

@@ -81,7 +81,7 @@ FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "truncated zip": (
         _truncated("bn.pt", 0.6),
-        "begins like a torch file and ends too early: truncated, copy it again",
+        "starts like a torch file and has no end record: truncated, copy it again",
     ),
     "truncated legacy": (_truncated("legacy.pt", 0.6), "its tensors claim 1,501,908 bytes, the file has "),
     "truncated legacy header": (_truncated("legacy.pt", 0.0001), "truncated or damaged, or pickled in an unusual"),
