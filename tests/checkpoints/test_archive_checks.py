@@ -258,7 +258,7 @@ def test_what_safetensors_writes_passes(tmp_path: Path) -> None:
     check_safetensors(tmp_path / "a.safetensors")
 
 
-# What a pickle claims.
+# What a pickle declares.
 
 
 def tensor_pickle(

@@ -126,10 +126,10 @@ def test_a_record_never_runs_fetches_or_opens_anything(
     marker: Path, state: dict[str, Any], architecture: str, message: str
 ) -> None:
     _zip(Path("m.pt"), state, architecture)
-    with pytest.raises(ArchitectureError) as told:
+    with pytest.raises(ArchitectureError) as caught:
         normswap.load("m.pt")
-    assert message in str(told.value)
-    assert "\n" not in str(told.value)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
     assert not marker.exists()
 
 
@@ -303,9 +303,9 @@ def test_a_configuration_never_runs_fetches_or_opens_anything(
     _folder(Path("m"), state, "hf:.")
     Path("m/config.json").write_text(json.dumps(config))
     Path("m/conf.py").write_text(Path("d/conf.py").read_text())
-    with pytest.raises(ArchitectureError) as told:
+    with pytest.raises(ArchitectureError) as caught:
         normswap.load("m")
-    assert message in str(told.value)
+    assert message in str(caught.value)
     assert not marker.exists()
 
 
@@ -364,7 +364,7 @@ def test_a_link_out_of_a_folder_is_not_followed(marker: Path, state: dict[str, A
     Path("secret").write_bytes(Path("m/model.safetensors").read_bytes())
     Path(folder, name).unlink(missing_ok=True)
     Path(folder, name).symlink_to("../secret")
-    with pytest.raises(CheckpointError, match=r"a link out of the folder, to .*secret: copy that file there"):
+    with pytest.raises(CheckpointError, match=r"a link to .*secret, outside the folder: replace the link"):
         normswap.load(folder)
 
 

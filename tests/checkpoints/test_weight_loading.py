@@ -90,10 +90,10 @@ REFUSED: dict[str, tuple[State, str]] = {
 
 @pytest.mark.parametrize(("given", "message"), REFUSED.values(), ids=REFUSED)
 def test_what_a_norm_could_depend_on_must_be_there_and_nothing_more(given: State, message: str) -> None:
-    with pytest.raises(ArchitectureError) as told:
+    with pytest.raises(ArchitectureError) as caught:
         load_weights(Net(), given, "Net")
-    assert str(told.value).startswith("the tensors do not fit Net: ")
-    assert message in str(told.value)
+    assert str(caught.value).startswith("the tensors do not fit Net: ")
+    assert message in str(caught.value)
 
 
 @pytest.fixture
