@@ -108,14 +108,14 @@ def test_what_a_trainer_keeps_is_carried(tmp_path: Path) -> None:
 
 
 OTHERS: dict[str, tuple[Callable[[nn.Module], list[nn.Parameter]], str]] = {
-    "another network": (lambda _: [*nn.Linear(3, 5).parameters()], "are not those of one network in this file"),
+    "another network": (lambda _: [*nn.Linear(3, 5).parameters()], "fit no network in this file"),
     "one of as many parameters": (
         lambda model: [nn.Parameter(torch.ones(2, 2)) for _ in model.parameters()],
-        "are not those of one network in this file",
+        "fit no network in this file",
     ),
     "the head alone": (
         lambda model: [p for name, p in model.named_parameters() if name.startswith("fc.")],
-        "it has no parameter of a converted norm of the model",
+        "it has no parameter of a converted norm in the model",
     ),
 }
 

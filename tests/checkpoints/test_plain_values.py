@@ -230,7 +230,7 @@ FORGED: dict[str, tuple[Callable[[], Any], str]] = {
     "a moment that is none": (lambda: Call("datetime.datetime", 2024, 1, 1), "not pickled as ten bytes"),
     "a zone that is none": (
         lambda: Call("datetime.datetime", b"\x07\xe8\x01\x01" + bytes(6), 3),
-        "no datetime.timezone",
+        "not a datetime.timezone",
     ),
     "a date of texts": (lambda: Call("datetime.date", "a", "b", "c"), "expected whole numbers"),
     "bytes without end": (lambda: Call("builtins.bytes", 10**12), "a call of bytes with arguments"),
@@ -277,7 +277,7 @@ CALLS: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "an argument that is no tuple": (
         lambda: Call("torch._utils._rebuild_tensor_v2", Call("builtins.tuple", [1]), 0, (4,), (1,), False, None),
-        "are not written out",
+        "it computes the storage",
     ),
     "bytes without end": (lambda: Call("builtins.bytearray", 10**12), "would run builtins.bytearray"),
     "a view beyond its storage": (
@@ -312,7 +312,7 @@ CALLS: dict[str, tuple[Callable[[], Any], str]] = {
             STORAGE._typed_storage(), 0, (4,), (1,),
             state=Call("builtins.tuple", [STORAGE._typed_storage(), 0, (4096,), (1,)]),
         ),
-        "are not written out",
+        "it computes the storage",
     ),
 }  # fmt: skip
 

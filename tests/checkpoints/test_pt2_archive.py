@@ -337,7 +337,7 @@ def meta(**fields: Any) -> Callable[[dict[str, bytes]], None]:
 BAD: dict[str, tuple[Callable[[dict[str, bytes]], object], str]] = {
     "pickled weights": (
         config_of(lambda entry: entry.update(use_pickle=True)),
-        "1 weights are pickled objects ('norm.weight'); reading them may run code: pass trust=True",
+        "1 weights are pickled objects ('norm.weight'); loading them may run code: pass trust=True",
     ),
     "an older torch": (lambda m: m.update({"data/weights/model.pt": b""}), "of an older torch, with pickled"),
     "torch 2.4": (
@@ -349,7 +349,10 @@ BAD: dict[str, tuple[Callable[[dict[str, bytes]], object], str]] = {
         "expected an exported program, got compiled code of AOTInductor without one",
     ),
     "no program": (lambda m: m.pop("models/model.json"), "got an archive without one"),
-    "an unknown type": (meta(dtype=99), "'norm.weight' has the dtype 99 and the layout 7 of torch.export, which are"),
+    "an unknown type": (
+        meta(dtype=99),
+        "'norm.weight' has the dtype 99 and the layout 7 of torch.export, which normswap",
+    ),
     "sparse": (meta(layout=2), "has the dtype 7 and the layout 2"),
     "beyond its record": (
         meta(sizes=[{"as_int": 9}]),
@@ -363,7 +366,7 @@ BAD: dict[str, tuple[Callable[[dict[str, bytes]], object], str]] = {
     ),
     "a negative size": (meta(sizes=[{"as_int": -8}]), "truncated or damaged (expected a number, got {'as_int': -8})"),
     "a symbol": (meta(sizes=[{"as_expr": "s0"}]), "truncated or damaged ("),
-    "no strides": (meta(strides=[]), "'norm.weight' has no record, or a shape and strides that do not fit"),
+    "no strides": (meta(strides=[]), "'norm.weight' has no record, or a shape and strides of different lengths"),
     "no record": (config_of(lambda entry: entry.update(path_name="weight_77")), "'norm.weight' has no record, or"),
     "no config": (lambda m: m.pop("data/weights/model_weights_config.json"), "truncated or damaged ("),
     "no JSON": (lambda m: m.update({"data/weights/model_weights_config.json": b"{"}), "truncated or damaged ("),
@@ -383,7 +386,7 @@ def test_an_archive_that_contradicts_itself_is_refused(
 
 def test_a_damaged_program_is_one_line_where_it_is_trusted(path: Path) -> None:
     edited(path, lambda members: members.update({"models/model.json": b"{}"}))
-    with pytest.raises(CheckpointError, match="truncated or damaged, or of another version of torch"):
+    with pytest.raises(CheckpointError, match="truncated or damaged, or from another version of torch"):
         normswap.load(path, trust=True)
 
 

@@ -130,9 +130,9 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
         "has overlapping chunks, at (0, 0) and at (1, 0)",
     ),
     "a chunk outside": (lambda step: _chunk(step, offsets=torch.Size([1, 0])), "outside its own shape (4, 6)"),
-    "a chunk of other dimensions": (lambda step: _chunk(step, sizes=torch.Size([24])), "a tensor of 2 dimensions"),
-    "a negative chunk": (lambda step: _chunk(step, offsets=(-1, 0)), "a tensor of 2 dimensions"),
-    "a chunk of no numbers": (lambda step: _chunk(step, sizes=("4", "6")), "a tensor of 2 dimensions"),
+    "a chunk of other dimensions": (lambda step: _chunk(step, sizes=torch.Size([24])), "another number of dimensions than 2"),
+    "a negative chunk": (lambda step: _chunk(step, offsets=(-1, 0)), "another number of dimensions than 2"),
+    "a chunk of no numbers": (lambda step: _chunk(step, sizes=("4", "6")), "another number of dimensions than 2"),
     "a size of no numbers": (
         lambda step: _edit(step, lambda index: setattr(index.state_dict_metadata["b"], "size", (3.0,))),
         "has no valid size, or no dtype",
@@ -150,7 +150,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
         "'epoch' of its index has a chunk without a file",
     ),
     "a place beyond the file": (lambda s: _info(s, lambda i: setattr(i, "offset", 10**6)), "has bytes beyond the end"),
-    "a negative place": (lambda s: _info(s, lambda i: setattr(i, "offset", -1)), "has bytes beyond the end of the file"),
+    "a negative place": (lambda s: _info(s, lambda i: setattr(i, "offset", -1)), "has bytes beyond the end"),
     "a missing file": (lambda s: _info(s, lambda i: setattr(i, "relative_path", "x")), "or the file is missing"),
     "the place of another": (lambda step: _edit(step, _same_bytes), "shares bytes of __0_0.distcp with "),
     "another type": (
@@ -163,7 +163,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "one number for all": (
         lambda step: (_cut(step, {(0, 0): torch.zeros(1, 1)}), _chunk(step, sizes=torch.Size(SIZE))),
-        "holds (1, 1) torch.float32 for 'w'",
+        "'w' is (1, 1) torch.float32",
     ),
     "a value for a tensor": (
         lambda step: _edit(

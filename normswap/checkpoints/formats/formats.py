@@ -88,8 +88,8 @@ def detect_format(path: Path) -> Container:
             if _LEGACY_MAGIC in head[:_LEGACY_MAGIC_RANGE]:
                 return "legacy pickle"
             raise CheckpointError(
-                f"{path}: expected a file of torch.save, got a plain pickle, which is never loaded: load it yourself if "
-                "you trust it, and torch.save the model's state_dict()"
+                f"{path}: expected a file of torch.save, got a plain pickle, which is never loaded: load it yourself "
+                "if you trust it, and torch.save the model's state_dict()"
             )
     if head[8:9] == b"{" and struct.unpack("<Q", head[:8])[0] <= _MAX_SAFETENSORS_HEADER:
         with _report_damage(path), safetensors.safe_open(path, framework="pt"):

@@ -90,10 +90,10 @@ FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "damaged pickle": (_flipped, "truncated or damaged, or pickled in an unusual way ("),
     "newer pickle protocol": (_protocol_4, "pickled in an unusual way (Unsupported operand"),
     "a zip of something else": (_zip_of(readme="hi"), "expected a file of torch.save, got a zip archive without"),
-    "TorchScript": (_torchscript, "expected weights, got TorchScript, whose code cannot be changed: convert the Python model's state_dict()"),
+    "TorchScript": (_torchscript, "got TorchScript, whose code cannot be changed: convert"),
     "several models": (
         lambda path: torch.save({"left": files.TiedNet().state_dict(), "right": files.TiedNet().state_dict()}, path),
-        "bad.pt: holds several models ('left', 'right'): say which, such as ",
+        "bad.pt: has several models ('left', 'right'): select one, such as ",
     ),
     "weights on meta": (
         lambda path: torch.save(files.TiedNet().to("meta").state_dict(), path),
@@ -101,21 +101,21 @@ FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "quantised weights": (
         _quantised,
-        "bad.pt: the tensor 'a' is quantised, its norms are folded away: convert the model as it was before",
+        "bad.pt: the tensor 'a' is quantised and its norms are fused into other layers: convert the",
     ),
     "numbers among tensors": (
         lambda path: torch.save({"a": torch.ones(1), "step": 3}, path),
-        "expected a state dict or a module, got a mapping with the entry 'step' of type int and no state dict in it",
+        "expected a state dict or a module, got a mapping with the entry 'step' of type int and without a state dict",
     ),
     "numbers as names": (
         lambda path: torch.save({3: torch.ones(1)}, path),
-        "expected a state dict or a module, got a mapping with the key 3 (int), where names of tensors are texts",
+        "expected a state dict or a module, got a mapping with the key 3 (int), whose tensors have no names",
     ),
     "a tensor": (
         lambda path: torch.save(torch.ones(1), path),
         "expected a state dict or a module, got Tensor",
     ),
-    "no tensors": (lambda path: torch.save({}, path), "expected a state dict or a module, got an empty one"),
+    "no tensors": (lambda path: torch.save({}, path), "expected a state dict or a module, got an empty mapping"),
 }
 
 
