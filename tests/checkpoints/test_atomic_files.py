@@ -229,10 +229,13 @@ def _loop(path: Path) -> None:
 
 
 TARGETS: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "a folder": (Path.mkdir, "model.pt: expected a file name, got a folder or a device: add a name"),
-    "a pipe": (lambda path: os.mkfifo(path), "model.pt: expected a file name, got a folder or a device: add a name"),
+    "a folder": (Path.mkdir, "model.pt: expected a file name, got a folder or a device: add a file name"),
+    "a pipe": (
+        lambda path: os.mkfifo(path),
+        "model.pt: expected a file name, got a folder or a device: add a file name",
+    ),
     "a device": (lambda path: path.symlink_to("/dev/null"), "model.pt: expected a file name, got a folder or a device"),
-    "a link that leads nowhere": (_dangling, "model.pt: a link that leads nowhere (nowhere/model.pt): remove it or"),
+    "a link that leads nowhere": (_dangling, "model.pt: a broken link (to nowhere/model.pt): remove it, or"),
     "a link to itself": (_loop, "model.pt): remove it or mend it"),
 }
 
@@ -250,7 +253,7 @@ def test_what_is_no_place_for_a_file_is_refused(
 
 
 def test_an_existing_folder_is_not_replaced(tmp_path: Path) -> None:
-    message = "model: exists already, and a folder is never replaced: choose another name"
+    message = "model: exists already and a folder replaces nothing: choose another name"
     (tmp_path / "model").mkdir()
     with pytest.raises(CheckpointError, match=message):
         write(tmp_path, "atomic_write_folder", "model")

@@ -75,7 +75,7 @@ def test_what_is_read_from_a_file_may_be_forgotten(tmp_path: Path) -> None:
 def test_what_has_no_end_is_refused() -> None:
     endless: list[Any] = []
     endless.append(endless)
-    with pytest.raises(CheckpointError, match="is nested more than 50 deep"):
+    with pytest.raises(CheckpointError, match="is nested more than 50 levels deep"):
         contents_equal(endless, endless)
 
 

@@ -63,7 +63,7 @@ def test_a_converted_folder_has_an_index_of_all_its_tensors(shards: Path) -> Non
     assert (out / "optimizer.pt").read_bytes() == b"not ours"
     assert "optimizer.pt: copied unchanged (" in " ".join(result.output.split())
     again = CliRunner().invoke(main, ["convert", str(shards), "--input", "2x3x64x64", "--force"])
-    assert "exists already, and a folder is never replaced: choose another name" in again.stderr
+    assert "exists already and a folder replaces nothing: choose another name" in again.stderr
 
 
 def test_what_a_trainer_keeps_is_carried(tmp_path: Path) -> None:
@@ -324,10 +324,10 @@ CONFIGS = {
         {"architectures": ["os"], "model_type": "resnet"},
         "expected a model class of transformers in",
     ),
-    "of an unknown type": ({"architectures": ["ResNetModel"], "model_type": "nothing"}, "cannot be built: "),
+    "of an unknown type": ({"architectures": ["ResNetModel"], "model_type": "nothing"}, "its builder failed: "),
     "of an unknown timm model": (
         {"architecture": "resnet19"},
-        "='resnet19', which is no model of timm; nearest: resnet1",
+        "='resnet19', expected a model of timm; nearest: resnet1",
     ),
 }
 

@@ -234,9 +234,7 @@ def test_names_count_as_one_exactly_where_the_networks_compute_the_same(first: s
 
 def test_what_differs_in_function_is_reported_with_what_to_type() -> None:
     shapes = shapes_of("timm:tf_efficientnet_b0,num_classes=10")
-    with pytest.raises(
-        ArchitectureError, match="different functions, and do not say which: pass architecture='timm:"
-    ) as caught:
+    with pytest.raises(ArchitectureError, match="different functions: pass architecture='timm:") as caught:
         decide_on(shapes)
     text = str(caught.value)
     assert "architecture='timm:efficientnet_b0,num_classes=10' (norm BatchNorm eps 1e-05; convolution Conv2d;" in text
@@ -372,7 +370,8 @@ def test_a_damaged_index_is_reported(data: bytes, tmp_path: Path, monkeypatch: p
 @pytest.mark.multiprocess
 def test_identifying_imports_no_zoo_and_builds_nothing() -> None:
     code = (
-        "import sys; from normswap.checkpoints.architecture.identification import identify; identify({'fc.bias': (10,)}); "
+        "import sys; from normswap.checkpoints.architecture.identification import identify; "
+        "identify({'fc.bias': (10,)}); "
         "print(sorted({'timm', 'torchvision'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -424,7 +423,7 @@ def test_a_stranger_exits_with_1(folder: Path) -> None:
     torch.save(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)).state_dict(), "model.pt")
     result = run("model.pt")
     assert result.exit_code == 1
-    assert "name the architecture with --arch timm:NAME, or with --arch path/file.py:function" in result.stderr
+    assert "pass --arch timm:NAME, or --arch path/file.py:function for your own model" in result.stderr
     shapes = shapes_of(SMALL)
     torch.save({**{n: torch.zeros(s) for n, s in shapes.items()}, "norm_pre.bias": torch.zeros(3)}, "model.pt")
     result = run("model.pt")

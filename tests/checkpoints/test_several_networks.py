@@ -273,7 +273,7 @@ def test_copies_that_differ_are_a_question(
     message = " ".join(result.stderr.split())
     assert result.exit_code == 2
     assert all(f"'{prefix}'" in message for prefix in prefixes)
-    assert "say which, such as --entry" in message
+    assert "select one, such as --entry" in message
     assert not Path("two.normswap.pt").exists()
     name = first.rstrip(".")
     ok("convert", "two.pt", *G, *INPUT, "--entry", name)
@@ -454,9 +454,9 @@ def test_two_architectures_in_one_state_dict_are_a_question(tmp_path: Path) -> N
     result = run("convert", str(tmp_path / "two.pt"))
     message = " ".join(result.stderr.split())
     assert result.exit_code == 2
-    assert "holds several models, under 'net.'" in message
+    assert "has several models, under 'net.'" in message
     assert "'model.'" in message
-    assert "say which, such as --entry" in message
+    assert "select one, such as --entry" in message
     assert [path.name for path in tmp_path.iterdir()] == ["two.pt"]
 
 
