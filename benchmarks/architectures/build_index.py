@@ -27,7 +27,7 @@ from normswap.checkpoints.architecture.index import ArchitectureIndex, IndexedAr
 
 RECORDS = ROOT / "build" / "architectures.jsonl"
 COMPARED = ROOT / "build" / "architectures-compared.json"
-INDEX = ROOT / "normswap" / "checkpoints" / "architectures.bin"
+INDEX = ROOT / "normswap" / "checkpoints" / "architecture" / "architectures.bin"
 _IMAGE_SIZES = ("img_size", "image_size")
 # Larger pairs do not fit on a small machine (runs are in float64 with gradients) and count as different.
 _MOST_TO_BUILD, _MOST_TO_RUN = 500_000_000, 130_000_000

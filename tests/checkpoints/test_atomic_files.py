@@ -236,7 +236,7 @@ TARGETS: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "a device": (lambda path: path.symlink_to("/dev/null"), "model.pt: expected a file name, got a folder or a device"),
     "a link that leads nowhere": (_dangling, "model.pt: a broken link (to nowhere/model.pt): remove it, or"),
-    "a link to itself": (_loop, "model.pt): remove it or mend it"),
+    "a link to itself": (_loop, "model.pt): remove it, or create its target"),
 }
 
 
@@ -277,11 +277,11 @@ def test_a_read_only_folder_is_reported(kind: str) -> None:
 _TOO_LARGE = """
 import resource, sys
 from pathlib import Path
-from normswap.checkpoints.io.atomic_files import written_whole
+from normswap.checkpoints.io.atomic_files import atomic_write
 from normswap.errors import CheckpointError
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 try:
-    with written_whole(Path("model.pt")) as temporary:
+    with atomic_write(Path("model.pt")) as temporary:
         temporary.write_bytes(bytes(2000))
 except CheckpointError as error:
     print(error)

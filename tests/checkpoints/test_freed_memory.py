@@ -15,7 +15,7 @@ _HOLES = """
 import re
 from pathlib import Path
 import torch
-from normswap.checkpoints.io.memory import freed_at_once
+from normswap.checkpoints.io.memory import return_freed_memory
 
 def own():
     return int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
@@ -27,7 +27,7 @@ def holes():
     blocks.clear()
     return own() - before - last.nbytes / 2**20
 
-with freed_at_once():
+with return_freed_memory():
     asked = holes()
 print(asked, holes())
 """

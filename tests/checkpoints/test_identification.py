@@ -330,7 +330,7 @@ def test_an_argument_is_solved_for_or_nothing_is(symbol: Symbol, size: int, valu
 
 def test_the_index_is_small_and_comes_back_from_its_bytes() -> None:
     index = shipped_index()
-    assert len(files("normswap.checkpoints").joinpath("architectures.bin").read_bytes()) < 1_500_000
+    assert len(files("normswap.checkpoints.architecture").joinpath("architectures.bin").read_bytes()) < 1_500_000
     few, end = 40, int(index.bounds[40])
     part = replace(
         index,

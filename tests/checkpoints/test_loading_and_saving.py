@@ -430,7 +430,7 @@ SAVE_REFUSALS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], type[Nor
         lambda: files.TiedNet().to("meta"),
         {},
         CheckpointError,
-        "the tensor 'stem.weight' is on the meta device and has no values: load it first",
+        "the tensor 'stem.weight' is on the meta device and has no values: load the weights into the model first",
     ),
 }
 

@@ -77,12 +77,12 @@ def _record(architecture: str) -> str:
 
 CONTAINERS = {"m.pt": _zip, "m.safetensors": _safetensors, "m": _folder}
 HOSTILE = {
-    "remote code": ("hf:d,trust_remote_code=True", "in a file or folder elsewhere"),
-    "another folder": ("hf:d", "pass architecture='hf:d' if it is yours, with its new path if it has moved, or trust"),
+    "remote code": ("hf:d,trust_remote_code=True", "in another file or folder"),
+    "another folder": ("hf:d", "pass architecture='hf:d' if you trust this folder, with its new path if it has moved, or trust"),
     "an absolute folder": ("hf:/etc", "the config.json of another folder: pass architecture='hf:/etc'"),
     "a parent folder": ("hf:..", "the config.json of another folder"),
     "a repository": ("hf:user/model", "the config.json of another folder"),
-    "no folder": ("hf:.", "from the config.json of a folder: pass architecture='hf:FOLDER' with that folder, or trust"),
+    "no folder": ("hf:.", "in the config.json of a folder: pass architecture='hf:FOLDER' with that folder, or trust"),
     "a Python file": ("net.py:build", "in a Python file, which would be run"),
     "another Python file": ("hf:net.py:build", "in a Python file, which would be run"),
     "a function of a module": ("os:system", "expected one of timm:NAME"),
@@ -113,8 +113,8 @@ HOSTILE = {
     "a deep expression": (f"{NAME},layers={'(' * 1000}", "expected numbers up to"),
     "a long chain": (f"{NAME},layers={'-' * 3000}1", "expected numbers up to"),
     "a long text": (f"{NAME},layers={'1' * 9000}", "expected at most 4,000 characters"),
-    "more than the file": ("timm:resnet10t,num_classes=1000000", "the architecture is not the one of this file"),
-    "a tall network": (f"{NAME},layers=(9000,1,1,1)", "the architecture is not the one of this file"),
+    "more than the file": ("timm:resnet10t,num_classes=1000000", "it is not the architecture of this file"),
+    "a tall network": (f"{NAME},layers=(9000,1,1,1)", "it is not the architecture of this file"),
     "weights of torchvision": ("torchvision:resnet18,weights='DEFAULT'", "the weights come from the checkpoint"),
     "weights of a backbone": (
         "torchvision:resnet18,weights_backbone='DEFAULT'",
@@ -269,10 +269,10 @@ CONFIGURATIONS: dict[str, tuple[dict[str, Any], str]] = {
         {"model_type": "resnet", "_attn_implementation": "user/kernel"},
         "has '_attn_implementation', which may run code",
     ),
-    "labels without end": ({"model_type": "resnet", "num_labels": 10**10}, "has num_labels=10000000000, at most"),
+    "labels without end": ({"model_type": "resnet", "num_labels": 10**10}, "has num_labels=10000000000, expected at most"),
     "a huge layer": (
         {"model_type": "resnet", "architectures": ["ResNetModel"], "hidden_sizes": [10**6, 8, 8, 8], "depths": [1] * 4},
-        "the architecture is not the one of this file",
+        "it is not the architecture of this file",
     ),
     "another class": ({"model_type": "resnet", "architectures": ["Trainer"]}, "expected a model class of transformers"),
     "another file in a wrapper": (

@@ -463,7 +463,7 @@ def test_two_architectures_in_one_state_dict_are_a_question(tmp_path: Path) -> N
 DAMAGED: dict[str, tuple[Any, str]] = {
     "numbers that are none": (
         {"state": {}, "param_groups": [{"params": [[0], {}]}]},
-        "is damaged, it gives parameters",
+        "is damaged, it mixes parameters",
     ),
     "no group": ({"state": {}, "param_groups": []}, "has no parameter group"),
     "a state without a parameter": ({"state": {9: {}}, "param_groups": [{"params": [0]}]}, "parameter 9 has a state"),

@@ -130,7 +130,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
         "has overlapping chunks, at (0, 0) and at (1, 0)",
     ),
     "a chunk outside": (lambda step: _chunk(step, offsets=torch.Size([1, 0])), "outside its own shape (4, 6)"),
-    "a chunk of other dimensions": (lambda step: _chunk(step, sizes=torch.Size([24])), "another number of dimensions than 2"),
+    "a chunk of other dimensions": (
+        lambda step: _chunk(step, sizes=torch.Size([24])),
+        "another number of dimensions than 2",
+    ),
     "a negative chunk": (lambda step: _chunk(step, offsets=(-1, 0)), "another number of dimensions than 2"),
     "a chunk of no numbers": (lambda step: _chunk(step, sizes=("4", "6")), "another number of dimensions than 2"),
     "a size of no numbers": (

@@ -193,7 +193,7 @@ def check_refused(result: Result, words: str, path: Path) -> None:
     error = " ".join(result.stderr.split())
     assert f"{path}: changed while normswap read it (" in error
     assert words in error
-    assert "wait until the program that writes it is done" in error
+    assert "wait until the program that writes it has finished" in error
 
 
 @pytest.mark.parametrize("container", CONTAINERS)

@@ -74,7 +74,7 @@ REFUSED: dict[str, tuple[State, str]] = {
     "a norm beyond": (
         state() | {f"aux.1.running_{name}": torch.ones(3) for name in ("mean", "var")},
         "2 unexpected: aux.1.running_mean, aux.1.running_var; the file has norms that the model lacks (aux.1): pass "
-        "the architecture that has them",
+        "the architecture with these norms",
     ),
     "mostly other heads": (
         state() | {f"head{number}.weight": torch.ones(3) for number in range(11)},

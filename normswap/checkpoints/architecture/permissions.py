@@ -248,7 +248,7 @@ class _AllocationLimit(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if self._remaining_bytes < 0 or self._remaining_calls < 0:
                 raise ArchitectureError(
                     f"building it needs more than {self._size / 1e6:,.0f} MB, or thousands of tensors more than the "
-                    "file has: pass the architecture of this file"
+                    "file has, so it is not the architecture of this file"
                 )
         return func(*args, **options)
 
