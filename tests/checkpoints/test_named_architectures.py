@@ -78,7 +78,10 @@ def _record(architecture: str) -> str:
 CONTAINERS = {"m.pt": _zip, "m.safetensors": _safetensors, "m": _folder}
 HOSTILE = {
     "remote code": ("hf:d,trust_remote_code=True", "in another file or folder"),
-    "another folder": ("hf:d", "pass architecture='hf:d' if you trust this folder, with its new path if it has moved, or trust"),
+    "another folder": (
+        "hf:d",
+        "pass architecture='hf:d' if you trust this folder, with its new path if it has moved, or trust",
+    ),
     "an absolute folder": ("hf:/etc", "the config.json of another folder: pass architecture='hf:/etc'"),
     "a parent folder": ("hf:..", "the config.json of another folder"),
     "a repository": ("hf:user/model", "the config.json of another folder"),
@@ -269,7 +272,10 @@ CONFIGURATIONS: dict[str, tuple[dict[str, Any], str]] = {
         {"model_type": "resnet", "_attn_implementation": "user/kernel"},
         "has '_attn_implementation', which may run code",
     ),
-    "labels without end": ({"model_type": "resnet", "num_labels": 10**10}, "has num_labels=10000000000, expected at most"),
+    "labels without end": (
+        {"model_type": "resnet", "num_labels": 10**10},
+        "has num_labels=10000000000, expected at most",
+    ),
     "a huge layer": (
         {"model_type": "resnet", "architectures": ["ResNetModel"], "hidden_sizes": [10**6, 8, 8, 8], "depths": [1] * 4},
         "it is not the architecture of this file",

@@ -40,8 +40,14 @@ def _everywhere(changed: State) -> None:
 
 BAD = {
     "NaN in a mean": (put("bn1.running_mean", NAN), "bn1.running_mean (1 of 32 values, such as nan), expected finite"),
-    "Inf in a variance": (put("bn1.running_var", INF), "bn1.running_var (1 of 32 values, such as inf), expected finite"),
-    "a negative variance": (put("bn1.running_var", -0.5), "bn1.running_var (1 of 32 values, such as -0.5), expected finite"),
+    "Inf in a variance": (
+        put("bn1.running_var", INF),
+        "bn1.running_var (1 of 32 values, such as inf), expected finite",
+    ),
+    "a negative variance": (
+        put("bn1.running_var", -0.5),
+        "bn1.running_var (1 of 32 values, such as -0.5), expected finite",
+    ),
     "in half precision": (
         put("bn1.running_var", torch.full((32,), INF).half()),
         "(32 of 32 values, such as inf), expected finite",
@@ -52,8 +58,14 @@ BAD = {
         "bn1.running_var (32), bn1.weight (32), bn1.bias (32), expected the shape of the running_mean of the same norm",
     ),
     "a flat weight": (put("bn1.weight", torch.ones(31)), "bn1.weight (31), expected the shape"),
-    "a variance of two dimensions": (put("bn1.running_var", torch.ones(32, 1)), "bn1.running_var (32x1), expected the shape"),
-    "a single number": (put("bn1.running_var", torch.tensor(1.0)), "bn1.running_var (a single number) is of another"),
+    "a variance of two dimensions": (
+        put("bn1.running_var", torch.ones(32, 1)),
+        "bn1.running_var (32x1), expected the shape",
+    ),
+    "a single number": (
+        put("bn1.running_var", torch.tensor(1.0)),
+        "bn1.running_var (a single number), expected the shape",
+    ),
 }
 
 
