@@ -321,7 +321,7 @@ def test_a_wrong_architecture_is_reported_with_the_one_that_fits(folder: Path) -
 
 
 def test_an_own_model_is_informed_of_own_code_and_of_names(folder: Path) -> None:
-    with pytest.raises(ArchitectureError, match=r"architecture='path/file\.py:function' if the model is your own"):
+    with pytest.raises(ArchitectureError, match=r"architecture='path/file\.py:function' for your own model"):
         normswap.load("own.pt")
     told = {command: run(command, "own.pt").stderr for command in ("convert", "identify", "calibrate")}
     del told["calibrate"]  # wants --data first
@@ -376,7 +376,7 @@ def test_only_pickled_objects_need_trust(folder: Path) -> None:
 CONTENTS = {
     "numpy arrays": (lambda: {"fc.weight": x().numpy()}, "a mapping of arrays, such as 'fc.weight' (ndarray), not of"),
     "a list": (lambda: [x(), x()], "a list of 2 unnamed items (Tensor)"),
-    "whole numbers as names": (lambda: {0: x(), 1: x()}, "a mapping with the key 0 (int), where names of tensors are"),
+    "whole numbers as names": (lambda: {0: x(), 1: x()}, "a mapping with the key 0 (int), whose tensors have no names"),
     "nothing": (dict, "an empty mapping"),
 }  # fmt: skip
 
@@ -434,9 +434,7 @@ def test_a_name_that_torch_cannot_be_given_is_reported(tmp_path: Path, monkeypat
         Path("a.pt").rename("b\udcff.pt")
     except (OSError, UnicodeEncodeError):
         pytest.skip("the file system takes UTF-8 only")
-    with pytest.raises(
-        NormswapError, match=r"the name has bytes outside the encoding of file names"
-    ):
+    with pytest.raises(NormswapError, match=r"the name has bytes outside the encoding of file names"):
         normswap.load("b\udcff.pt", architecture=Net)
 
 

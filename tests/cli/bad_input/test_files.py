@@ -83,7 +83,7 @@ FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
         _truncated("bn.pt", 0.6),
         "starts like a torch file and has no end record: truncated, copy it again",
     ),
-    "truncated legacy": (_truncated("legacy.pt", 0.6), "its tensors claim 1,501,908 bytes, the file has "),
+    "truncated legacy": (_truncated("legacy.pt", 0.6), "its tensors declare 1,501,908 bytes, the file has "),
     "truncated legacy header": (_truncated("legacy.pt", 0.0001), "truncated or damaged, or pickled in an unusual"),
     "truncated safetensors": (_truncated("bn.safetensors", 0.6), "truncated or damaged ("),
     "truncated safetensors header": (_truncated("bn.safetensors", 0.001), "truncated or damaged ("),
@@ -97,7 +97,7 @@ FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "weights on meta": (
         lambda path: torch.save(files.TiedNet().to("meta").state_dict(), path),
-        "bad.pt: the tensor 'stem.weight' is on the meta device and has no values: load it first",
+        "bad.pt: the tensor 'stem.weight' is on the meta device and has no values: load the weights into the model first",
     ),
     "quantised weights": (
         _quantised,
