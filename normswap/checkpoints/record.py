@@ -1,4 +1,4 @@
-"""The record that travels beside the tensors: architecture, plan, verification result, history.
+"""The record that a file carries next to the tensors: architecture, plan, verification result, history.
 
 A record is plain JSON: it has no tensor and no code, so reading one runs nothing. It comes from a file, so
 `Record.from_json` checks every field against its annotation, as `normswap.schema` does for recipes and plans.

@@ -7,6 +7,7 @@ systems with shared blocks (btrfs, xfs) it costs nothing. If the disk is full, t
 """
 
 import atexit
+import logging
 import os
 import shutil
 import tempfile
@@ -21,6 +22,8 @@ from normswap.checkpoints.content.hf_trainer import trainer_files
 from normswap.checkpoints.formats.hf_folder import INDEX, check_links, find_shards, list_text_files
 from normswap.checkpoints.io.atomic_files import check_readable, resolve_checkpoint_path
 from normswap.errors import CheckpointError
+
+_logger = logging.getLogger(__name__)
 
 _CHUNK = 1 << 18  # two such chunks fit into the cache
 _DESCRIPTORS = Path("/proc/self/fd")
@@ -172,15 +175,19 @@ def _copy_file(path: Path, folder: Path | None, files: TempFiles) -> FileStamp:
     with open(path, "rb", buffering=0) as file:
         opened = os.fstat(file.fileno())
         stamp = FileStamp(opened.st_dev, opened.st_ino, opened.st_size, opened.st_mtime_ns)
-        for place in (folder, None) if folder is not None and not _is_full(folder, stamp.size) else (None,):
-            files.descriptors.append(_open_unnamed(place))
+        if folder is not None and _is_full(folder, stamp.size):
+            _logger.info("%s: copied into memory, since %s is full", path, folder)
+            folder = None
+        for target in (folder, None) if folder is not None else (None,):
+            files.descriptors.append(_open_unnamed(target))
             try:
                 _copy_bytes(file.fileno(), files.descriptors[-1])
                 break
-            except OSError:  # the disk is full, or file sizes are limited
+            except OSError as error:  # the disk is full, or file sizes are limited
                 os.close(files.descriptors.pop())
-                if place is None:
+                if target is None:
                     raise
+                _logger.info("%s: copied into memory instead of %s (%s)", path, target, error.strerror)
     _check_stamp(path, stamp)
     return stamp
 

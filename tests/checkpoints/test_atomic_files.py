@@ -17,12 +17,12 @@ from normswap.checkpoints.io import atomic_files
 from normswap.checkpoints.io.atomic_files import atomic_write, atomic_write_folder, check_writable, write_text
 from normswap.errors import CheckpointError
 
-# Writes `WRITER model.pt`, says so, and waits for its end in the middle.
+# Writes `WRITER model.pt` up to the middle, prints that, and waits to be ended.
 _WRITER = """
 import signal, sys, time
 from pathlib import Path
 from normswap.checkpoints.io import atomic_files
-# Whoever runs the tests in the background may have told their children to ignore these.
+# A shell that runs the tests in the background may let its children ignore these signals.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 if hasattr(signal, "SIGHUP"):
     signal.signal(signal.SIGHUP, signal.SIG_DFL)

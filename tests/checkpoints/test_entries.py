@@ -1,4 +1,4 @@
-"""What a content is made of, told by its structure."""
+"""The entries of a checkpoint's content, recognised by their structure."""
 
 import argparse
 from collections import OrderedDict

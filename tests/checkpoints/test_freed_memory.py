@@ -40,7 +40,7 @@ def test_freed_blocks_leave_no_holes() -> None:
     done = subprocess.run([sys.executable, "-c", _HOLES], capture_output=True, text=True, check=True)
     asked, after = map(float, done.stdout.split())
     assert asked < 4
-    assert after > 32  # else the first says nothing
+    assert after > 32  # otherwise the first comparison shows nothing
 
 
 def test_where_there_is_no_such_option_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:

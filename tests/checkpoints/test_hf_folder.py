@@ -156,7 +156,7 @@ def _edit_index(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], Non
 
 
 def _read(path: Path) -> dict[str, torch.Tensor]:
-    # Copies: what safetensors gives lies in the file, which is about to be overwritten.
+    # Copies, since safetensors maps tensors from the file, which is overwritten below.
     return {key: value.clone() for key, value in safetensors.torch.load_file(path).items()}
 
 

@@ -1,4 +1,4 @@
-"""What a file says of its architecture never runs, fetches or opens anything, and builds nothing that is too large."""
+"""An architecture named by a file never runs, downloads or opens anything, and builds nothing that is too large."""
 
 import json
 import socket
@@ -337,10 +337,10 @@ def test_only_the_configuration_that_was_checked_is_used(marker: Path, state: di
     """transformers itself would read `config.4.0.0.json` here."""
     pytest.importorskip("transformers")
     _folder(Path("m"), state, "hf:.")
-    hostile = {"model_type": "x", "auto_map": {"AutoConfig": "conf.C"}, "architectures": ["ResNetModel"]}
+    malicious = {"model_type": "x", "auto_map": {"AutoConfig": "conf.C"}, "architectures": ["ResNetModel"]}
     good = {"model_type": "resnet", "architectures": ["ResNetModel"], "embedding_size": 8, "hidden_sizes": [8, 8, 8, 8]}
     Path("m/config.json").write_text(json.dumps({**good, "configuration_files": ["config.4.0.0.json"]}))
-    Path("m/config.4.0.0.json").write_text(json.dumps(hostile))
+    Path("m/config.4.0.0.json").write_text(json.dumps(malicious))
     Path("m/conf.py").write_text(Path("d/conf.py").read_text())
     with pytest.raises(ArchitectureError, match="hf:m"):  # the weights are timm's
         normswap.load("m")

@@ -30,7 +30,7 @@ TORCH: dict[str, Callable[..., optim.Optimizer]] = {
     "AdamW": lambda params: optim.AdamW(params, lr=0.01, weight_decay=0.05),
     "RMSprop": lambda params: optim.RMSprop(params, lr=0.01, momentum=0.9, centered=True),
 }
-# Lamb clips by the norm of all gradients, those of the gates among them, unless told otherwise.
+# By default Lamb clips by the norm of all gradients, including those of the gates.
 NO_CLIPPING = {"max_grad_norm": None}
 TIMM = {
     **{name: {} for name in ("sgd", "momentum", "sgdw", "sgdp", "csgdw", "lars", "nlarc", "novograd", "rmsproptf")},
@@ -145,8 +145,8 @@ def test_training_resumed_after_conversion_continues_with_the_old_momentum(build
     after = resumed(start, build, importance_lr=0.0)
     check_momentum(start, after)
     forgetful = copy.deepcopy(after.model)
-    anew = build(normswap.param_groups(forgetful, like=start.state, importance_lr=0.0))
-    for model, optimizer in ((start.model, start.optimizer), (after.model, after.optimizer), (forgetful, anew)):
+    rebuilt = build(normswap.param_groups(forgetful, like=start.state, importance_lr=0.0))
+    for model, optimizer in ((start.model, start.optimizer), (after.model, after.optimizer), (forgetful, rebuilt)):
         train(model, optimizer, 4, seed=2)
     assert distance(start.model, after.model) < 1e-9
     assert distance(start.model, forgetful) > 1e-3  # what is lost without the old state

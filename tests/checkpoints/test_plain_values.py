@@ -1,4 +1,4 @@
-"""What a pickle may name beside torch's own: values are rebuilt from checked fields, and forged ones are refused."""
+"""Plain data in pickles: values are rebuilt from checked fields, and forged ones are refused."""
 
 import argparse
 import collections
@@ -61,7 +61,7 @@ class _Named:
 
 
 def _saved(path: Path, extra: Any, *, legacy: bool = False) -> Path:
-    """A checkpoint with `extra` beside its weights, in which the names of `Call` are written as they are."""
+    """A checkpoint with weights and `extra`, in which `Call` pickles a call of any name."""
     torch.save(
         {"state_dict": {"bn.weight": torch.ones(3), "bn.bias": torch.zeros(3)}, "extra": extra},
         path,

@@ -72,7 +72,7 @@ def x(batch: int = 3) -> Tensor:
 
 @cache
 def archive(mode: str) -> bytes:
-    """A program of `Net` whose batch is free between 2 and 32, and a text beside it."""
+    """A program of `Net` with a dynamic batch size from 2 to 32, and an extra file."""
     dynamic = {"x": {0: Dim("batch", min=2, max=32)}}
     program = torch.export.export(net(training=mode == "training"), (x(),), dynamic_shapes=dynamic)
     buffer = io.BytesIO()

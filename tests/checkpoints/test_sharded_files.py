@@ -41,7 +41,7 @@ def _edit(step: Path, change: Callable[[Any], Any]) -> None:
 
 
 def _cut(step: Path, pieces: dict[tuple[int, ...], torch.Tensor], name: str = "w") -> None:
-    """Store `name` in pieces of its own, each at the place that its key says."""
+    """Store `name` in separate chunks, each at the offsets that its key gives."""
     whole = pickle.loads((step / ".metadata").read_bytes())
     info = next(iter(whole.storage_data.values()))
     data, places = b"", {}

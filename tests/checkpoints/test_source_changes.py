@@ -228,7 +228,7 @@ def test_a_source_that_changes_under_the_reader_is_refused(
     check_refused(run("convert", source, "--arch", "none", "--no-verify", "-o", tmp_path / "out.pt"), "", part)
     assert not (tmp_path / "out.pt").exists()
     _shrink(part)
-    with pytest.raises(CheckpointError):  # damaged, and said so
+    with pytest.raises(CheckpointError):  # refused as damaged
         normswap.load(source, architecture=files.ARCH)
 
 

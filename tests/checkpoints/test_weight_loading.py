@@ -1,4 +1,4 @@
-"""Tensors poured into a model: heads may differ, norms and all else may not."""
+"""Loading tensors into a model: heads may differ, norms and all other tensors may not."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -96,9 +96,19 @@ def test_what_a_norm_could_depend_on_must_be_there_and_nothing_more(given: State
     assert message in str(caught.value)
 
 
+def test_tolerated_differences_are_logged(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="normswap"):
+        load_weights(Net(), state(), "net")
+        assert caplog.messages == []
+        load_weights(Net(), without("classifier"), "net")
+    (message,) = caplog.messages
+    assert message.startswith("loaded the tensors into net with tolerated differences: LoadReport(")
+    assert "classifier.0.weight" in message
+
+
 @pytest.fixture
 def build(tmp_path: Path) -> Callable[[State], tuple[Path, str]]:
-    """Converts a state dict of the small network; where the result is, and what was said."""
+    """A function that converts a state dict of the small network and returns the output's path and the printed text."""
 
     def convert(given: State) -> tuple[Path, str]:
         torch.save(given, tmp_path / "model.pt")

@@ -326,7 +326,7 @@ def test_an_own_model_is_informed_of_own_code_and_of_names(folder: Path) -> None
     told = {command: run(command, "own.pt").stderr for command in ("convert", "identify", "calibrate")}
     del told["calibrate"]  # wants --data first
     for message in told.values():
-        assert "--arch path/file.py:function if the model is your own" in message
+        assert "--arch path/file.py:function for your own model" in message
     assert told["convert"].endswith("or convert by tensor names: --arch none --no-verify\n")
     assert "--arch path/file.py:function" in run("inspect", "own.pt").stdout
     beyond = files.small_model().state_dict() | {"more.running_mean": torch.ones(2), "more.running_var": torch.ones(2)}

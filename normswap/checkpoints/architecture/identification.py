@@ -7,6 +7,7 @@ costs one --arch flag, a wrong merge gives a wrong model. `identify_state_dict` 
 uses the architecture names in a training checkpoint to choose among candidates.
 """
 
+import logging
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -30,6 +31,8 @@ from normswap.checkpoints.content.key_prefixes import find_leading_parts, find_p
 from normswap.checkpoints.content.weight_loading import is_batch_counter, is_ignorable, top_level_modules
 from normswap.errors import AmbiguityError, CheckpointError
 from normswap.layers.in_place import GATE_PARAMETERS
+
+_logger = logging.getLogger(__name__)
 
 _NUM_NEAREST = 5
 _MAX_NAMES = 3
@@ -388,5 +391,6 @@ def _filter_by_hints(found: Identification, hints: tuple[str, ...]) -> Identific
         hinted_name = hint.rpartition("/")[2].partition(".")[0]
         named = tuple(c for c in found.candidates if c.architecture.partition(":")[2].partition(",")[0] == hinted_name)
         if named:
+            _logger.info("the file names %r: chose %d of %d candidates", hint, len(named), len(found.candidates))
             return replace(found, candidates=named)
     return found

@@ -7,6 +7,7 @@ cannot represent: tied tensors and memory formats.
 """
 
 import difflib
+import logging
 import re
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from torch.nn.parameter import is_lazy
 
 from normswap.errors import ArchitectureError, UnknownNormsError
 from normswap.text import first_line
+
+_logger = logging.getLogger(__name__)
 
 # Tensors that a file may have in addition to those of a network: further heads, and leftovers of tools and older code.
 _HEAD = re.compile(
@@ -159,6 +162,8 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], name: str) -> Lo
     for module in model.modules():
         if isinstance(module, LazyModuleMixin):
             _initialize_lazy(module)
+    if report not in (None, LoadReport()):
+        _logger.info("loaded the tensors into %s with tolerated differences: %s", name, report)
     return report or LoadReport()
 
 

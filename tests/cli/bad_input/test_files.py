@@ -97,7 +97,7 @@ FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "weights on meta": (
         lambda path: torch.save(files.TiedNet().to("meta").state_dict(), path),
-        "bad.pt: the tensor 'stem.weight' is on the meta device and has no values: load the weights into the model first",
+        "bad.pt: the tensor 'stem.weight' is on the meta device and has no values: load the weights",
     ),
     "quantised weights": (
         _quantised,
