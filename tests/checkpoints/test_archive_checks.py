@@ -1,4 +1,4 @@
-"""Archives that no reader should touch, each kind refused with its reason; what real libraries write passes."""
+"""Checks of archives, headers and pickles: malformed ones are refused with a reason, those of real libraries pass."""
 
 import io
 import re

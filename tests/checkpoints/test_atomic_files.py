@@ -1,4 +1,4 @@
-"""Whole files and folders or none: what a killed, ended or refused run leaves, and what the next one removes."""
+"""Atomic writes: what a killed, terminated or failed write leaves, and what the next one removes."""
 
 import os
 import signal
@@ -76,9 +76,9 @@ def test_a_killed_run_leaves_a_temporary_that_the_next_one_removes(tmp_path: Pat
 @KINDS
 def test_the_temporary_of_a_living_run_stays(tmp_path: Path, kind: str) -> None:
     with writing(tmp_path, kind):
-        held = names(tmp_path)
+        before = names(tmp_path)
         write(tmp_path, kind)
-        assert names(tmp_path) == sorted([*held, "model.pt"])
+        assert names(tmp_path) == sorted([*before, "model.pt"])
 
 
 @pytest.mark.multiprocess

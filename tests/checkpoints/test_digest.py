@@ -1,4 +1,4 @@
-"""Two contents have the same fingerprint exactly where they are compared as the same, bit for bit."""
+"""Two contents have the same fingerprint if and only if a bitwise comparison finds them equal."""
 
 from pathlib import Path
 from typing import Any

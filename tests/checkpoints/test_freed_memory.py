@@ -1,4 +1,4 @@
-"""Memory of freed tensors goes back to the system while it is asked for."""
+"""`return_freed_memory` returns freed tensors to the system inside its block."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Folders of weights: what their indexes may name, what is copied, and code that never runs."""
+"""Folders of weights: which files an index may list, which files are copied, and that no code runs."""
 
 import json
 import pickle

@@ -1,4 +1,4 @@
-"""Files and folders as safetensors and transformers save them: other names than a model's, one name of tied tensors."""
+"""Files and folders saved by safetensors and transformers: renamed tensors, tied tensors under one name."""
 
 import json
 from collections.abc import Callable, Iterator

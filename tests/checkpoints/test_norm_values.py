@@ -1,4 +1,4 @@
-"""Batch norms whose values cannot normalize are refused by name; whatever is no batch norm is left alone."""
+"""Batch norms with invalid running statistics are refused by name; other tensors are not checked."""
 
 import re
 import time

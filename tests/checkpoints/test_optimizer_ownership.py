@@ -1,4 +1,4 @@
-"""Which network an optimizer's state belongs to: by count and shapes, never by position or name."""
+"""The network of an optimizer state, found by the number and shapes of parameters, not by position or name."""
 
 from itertools import pairwise
 from typing import Any

@@ -1,4 +1,4 @@
-"""Training goes on after a conversion: old momentum, old schedule, and gates that start as they would anywhere."""
+"""Training resumes after a conversion: the old momentum, the old schedule, and gates with a new state."""
 
 import copy
 import io

@@ -1,4 +1,4 @@
-"""Archives of torch.export: their weights without running anything, the program itself where it is trusted."""
+"""Archives of torch.export: weights are read without running code, programs are loaded only with trust."""
 
 import contextlib
 import io

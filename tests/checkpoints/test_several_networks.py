@@ -1,4 +1,4 @@
-"""Files with several networks, copies, optimizers and schedulers: each is converted or left for what it is."""
+"""Files with several networks, copies, optimizers and schedulers: each is converted or copied unchanged."""
 
 import argparse
 import copy
@@ -308,7 +308,7 @@ def test_a_further_state_dict_of_other_shapes_is_no_copy(nets: dict[str, nn.Modu
     assert read("two.normswap.pt")["ema"].keys() == nets["g"].state_dict().keys()
 
 
-# States that nobody knows.
+# States in an unknown form.
 
 UNKNOWN: dict[str, tuple[Callable[[list[Tensor], list[str]], dict[str, Any]], str]] = {
     "fastai": (
@@ -376,7 +376,7 @@ UNKNOWN: dict[str, tuple[Callable[[list[Tensor], list[str]], dict[str, Any]], st
 
 
 @pytest.mark.parametrize(("make", "note"), UNKNOWN.values(), ids=UNKNOWN)
-def test_a_state_that_nobody_knows_is_named(
+def test_a_state_in_an_unknown_form_is_named(
     nets: dict[str, nn.Module], make: Callable[[list[Tensor], list[str]], dict[str, Any]], note: str
 ) -> None:
     named = {name: p.detach() for name, p in nets["g"].named_parameters()}

@@ -1,4 +1,4 @@
-"""Sources that change while they are read: refused in one line, without output, torn numbers or a signal."""
+"""Sources that change while they are read: refused with one line, without output, mixed values or a signal."""
 
 import json
 import os
