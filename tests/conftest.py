@@ -2,13 +2,12 @@
 
 import gc
 import os
-import sys
 from collections.abc import Generator
 
 import pytest
 import torch
 
-from tests.helpers.systems import POSIX_ONLY
+from tests.helpers.systems import missing_here
 
 torch.set_num_threads(1)  # also while tests are collected: each core has a worker of its own
 
@@ -29,12 +28,11 @@ def pytest_collection() -> Generator[None, object, object]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what Windows cannot run, with the reason."""
-    if sys.platform == "win32":
-        for item in items:
-            needed = POSIX_ONLY.get(getattr(item, "originalname", item.name))
-            if needed is not None:
-                item.add_marker(pytest.mark.skip(reason=f"needs {needed}"))
+    """Skip what this system cannot run, with the reason."""
+    for item in items:
+        needed = missing_here(getattr(item, "originalname", item.name))
+        if needed is not None:
+            item.add_marker(pytest.mark.skip(reason=f"needs {needed}"))
 
 
 @pytest.fixture(autouse=True)

@@ -160,7 +160,8 @@ def _verdict(first: str, other: str) -> str:
 def _start_seconds() -> float:
     """Return the seconds of the first identification in a fresh process, after the import of torch."""
     code = (
-        "import torch, time; t = time.perf_counter(); from normswap.checkpoints.architecture.identification import identify; "
+        "import torch, time; t = time.perf_counter(); "
+        "from normswap.checkpoints.architecture.identification import identify; "
         "identify({'fc.weight': (10, 512)}); print(time.perf_counter() - t)"
     )
     runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in range(5)]

@@ -4,6 +4,7 @@ All figures are measured in this run, with one seed; the files are in demo-outpu
 over several seeds, with a learning rate selected for each arm.
 """
 
+import argparse
 import subprocess
 import sys
 import time
@@ -31,6 +32,7 @@ BRANCHES = ("in", "ln", "bn")
 
 def main() -> int:
     """Run the demo; return the exit status."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     torch.set_num_threads(1)  # images this small gain nothing from a second thread
     start = time.monotonic()
     console = Console(width=None if sys.stdout.isatty() else 118, highlight=False)

@@ -1,7 +1,7 @@
 """The constants of the demo and of the fine-tuning evidence: network, training, learning rates.
 
-Both programs use the same constants, and the evidence copies them into its page. `normswap.finetune.data.digits` draws the
-data.
+Both programs use the same constants, and the evidence copies them into its page. The data are drawn by
+`normswap.finetune.data.digits`.
 """
 
 from dataclasses import dataclass

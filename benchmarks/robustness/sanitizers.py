@@ -20,7 +20,10 @@ from benchmarks.paths import ROOT
 FLAGS = ("-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 # Flags of the normal build that change what the compiler may assume.
 BUILD = ("-shared", "-fPIC", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math")
-TESTS = ("test_functional.py", "test_backends.py", "test_checks.py", "test_infinite.py", "test_modules.py")
+TESTS = tuple(
+    f"tests/layers/test_{name}.py"
+    for name in ("functional", "backends", "checks", "non_finite_values", "switch_norm", "switch_norm_in_torch")
+)
 # Compilers start other processes, Triton does not use the extension, and without the usual optimization the extension
 # rounds differently (`errors_are`).
 EXCLUDED = " and ".join(
@@ -52,7 +55,7 @@ def _run_all(scratch: Path, options: argparse.Namespace) -> int:
     planted, whole = scratch / "planted", scratch / "whole"
     for tree in (planted, whole):
         _copy(tree)
-    header = planted / "normswap" / "layers" / "_checks.h"
+    header = planted / "normswap" / "layers" / "csrc" / "checks.h"
     text = header.read_text()
     if CHECK not in text:
         sys.exit(f"error: {header.name}: expected the text {CHECK!r}, which this program removes to plant a fault")
@@ -91,7 +94,7 @@ cpu._C.record(64, 0.1, 1.0, *buffers, 0, 0)
 
 
 def _test_files(tree: Path) -> list[Path]:
-    return [next((tree / "tests").rglob(name)) for name in TESTS]
+    return [tree / name for name in TESTS]
 
 
 def _copy(tree: Path) -> None:
@@ -105,7 +108,7 @@ def _build(tree: Path) -> None:
     out = layers / f"_compiled{sysconfig.get_config_var('EXT_SUFFIX')}"
     include = f"-I{sysconfig.get_paths()['include']}"
     subprocess.run(
-        [_compiler(), *BUILD, *FLAGS, include, str(layers / "_compiled.c"), "-lm", "-o", str(out)], check=True
+        [_compiler(), *BUILD, *FLAGS, include, str(layers / "csrc" / "module.c"), "-lm", "-o", str(out)], check=True
     )
 
 

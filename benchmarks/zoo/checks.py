@@ -4,7 +4,6 @@
 package. Errors of the original model, when it is built or run, are recorded separately from failures of normswap.
 """
 
-import sys
 import time
 import traceback
 import warnings
@@ -20,7 +19,6 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 import normswap
-from benchmarks.paths import ROOT
 from benchmarks.zoo.catalog import Entry, entries
 from benchmarks.zoo.norm_values import batch_norms, randomise
 from benchmarks.zoo.records import (
@@ -38,10 +36,9 @@ from normswap.model_state import call_model, preserved_state, seeded, training_f
 from normswap.surgery.arguments import describe_shapes
 from normswap.surgery.discovery.whole_model import tracing_path
 from normswap.surgery.plan import SwapPlan
+from tests.helpers import laws
 
 # The checks are shared with the tests, which import their helpers by name.
-sys.path[:0] = [str(ROOT / "tests" / "helpers"), str(ROOT / "tests")]
-import laws  # noqa: E402 - found by the line above
 
 FLOAT64_PARAMETERS = 100_000_000
 CPU_PARAMETERS = 400_000_000

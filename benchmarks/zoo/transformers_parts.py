@@ -116,8 +116,8 @@ def images(*sizes: int, channels: int = 3) -> Inputs:
     """Return `pixel_values` of 128 px, then of the default size, or of the sizes given."""
 
     def inputs(model: nn.Module) -> Sequence[Any]:
-        wanted = sizes or (SIZE, _default_size(model.config))
-        return [{"pixel_values": noise(BATCH, channels, size, size)} for size in dict.fromkeys(wanted)]
+        chosen = sizes or (SIZE, _default_size(model.config))
+        return [{"pixel_values": noise(BATCH, channels, size, size)} for size in dict.fromkeys(chosen)]
 
     return inputs
 

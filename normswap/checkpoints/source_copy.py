@@ -4,6 +4,7 @@ A trainer may overwrite its last.pt at any moment. A process that maps this file
 with SIGBUS if the file shrank. So the bytes are copied once, into unnamed files (which disappear with the process, even
 if it is killed), and are checked, read and digested from there. The copy is on a disk and needs no memory; on file
 systems with shared blocks (btrfs, xfs) it costs nothing. If the disk is full, the copy is in memory.
+Systems other than Linux have no unnamed files: there the copy is a temporary file until the process ends.
 """
 
 import atexit
@@ -134,7 +135,7 @@ def open_source(path: Path, *, folder: Path | None = None) -> SourceFiles:
         stamp = _copy_file(path, folder, files)
         return SourceFiles(path, _DESCRIPTORS / str(files.descriptors[-1]), {"": stamp}, files)
     else:
-        copy, names = _new_folder(files, folder) / path.name, [""]
+        copy, names = _new_folder(files, _folder_for_named(folder, path.stat().st_size)) / path.name, [""]
     without_name = _opens_unnamed() and len(names) <= _MAX_DESCRIPTORS
     copy_file = _copy_to_unnamed if without_name else _copy_to_named
     stamps = {name: copy_file(path / name, copy / name, folder, files) for name in names}
@@ -190,6 +191,13 @@ def _copy_file(path: Path, folder: Path | None, files: TempFiles) -> FileStamp:
                 _logger.info("%s: copied into memory instead of %s (%s)", path, target, error.strerror)
     _check_stamp(path, stamp)
     return stamp
+
+
+def _folder_for_named(folder: Path | None, size: int) -> Path | None:
+    """The folder for a named copy: `folder` if only it has enough space, else None for the temporary files of the system."""
+    if folder is None or not _is_full(Path(tempfile.gettempdir()), size) or _is_full(folder, size):
+        return None
+    return folder
 
 
 def _is_full(folder: Path, size: int) -> bool:

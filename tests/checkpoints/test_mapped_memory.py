@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from normswap.checkpoints.io import memory
 from normswap.checkpoints.io.memory import release_mapped_pages
 
 MAPS = Path("/proc/self/status")
@@ -27,6 +28,14 @@ def test_pages_of_a_file_go_and_come_again(tmp_path: Path) -> None:
     release_mapped_pages(mapped.values())
     assert before - _resident_file_pages() > 0.9 * saved["a"].nbytes
     assert all(torch.equal(mapped[key], saved[key]) for key in saved)
+
+
+def test_without_a_list_of_mapped_files_nothing_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.save({"a": torch.arange(2**12)}, tmp_path / "file.pt")
+    mapped = torch.load(tmp_path / "file.pt", mmap=True)
+    monkeypatch.setattr(memory, "_PROC_MAPS", tmp_path / "nowhere")
+    release_mapped_pages(mapped.values())
+    assert mapped["a"].equal(torch.arange(2**12))
 
 
 def test_what_is_in_no_file_stays() -> None:

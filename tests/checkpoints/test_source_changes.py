@@ -22,6 +22,7 @@ import normswap.checkpoints.loading
 import normswap.checkpoints.saving
 import normswap.surgery.planning
 import normswap.verification.equivalence
+from benchmarks.paths import ROOT
 from normswap.checkpoints.formats.formats import encode
 from normswap.cli import main
 from normswap.errors import CheckpointError
@@ -397,6 +398,49 @@ def test_systems_without_files_without_names_copy_too(
         assert not any(folder.exists() for folder in folders)
 
 
+@pytest.mark.parametrize(("full", "is_beside"), [("nothing", False), ("temporary files", True), ("both", False)])
+def test_a_copy_with_a_name_is_put_beside_the_output_only_if_there_is_room_nowhere_else(
+    full: str, is_beside: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from normswap.checkpoints import source_copy
+
+    def disk_usage(folder: Path) -> Any:
+        is_full = full == "both" or (full == "temporary files" and folder != tmp_path)
+        return shutil._ntuple_diskusage(1 << 40, 0, 0 if is_full else 1 << 40)  # type: ignore[attr-defined]
+
+    path, _ = _zip(tmp_path)
+    monkeypatch.delattr(source_copy.os, "memfd_create", raising=False)
+    monkeypatch.setattr(source_copy.shutil, "disk_usage", disk_usage)
+    origin = source_copy.open_source(path, folder=tmp_path)
+    assert (origin.copy.parent.parent == tmp_path) == is_beside
+    assert origin.copy.read_bytes() == path.read_bytes()
+    folders = [*origin.files.folders]
+    origin.close()
+    assert [folder.exists() for folder in folders] == [False]
+    assert source_copy.open_source(path, folder=tmp_path / "missing").copy.read_bytes() == path.read_bytes()
+
+
+def test_a_copy_that_is_still_mapped_is_removed_when_python_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from normswap.checkpoints import source_copy
+
+    later: list[Callable[[], None]] = []
+    remove, path = shutil.rmtree, _zip(tmp_path)[0]
+    monkeypatch.delattr(source_copy.os, "memfd_create", raising=False)
+    monkeypatch.setattr(source_copy.shutil, "rmtree", lambda *_, **__: None)  # as Windows does with a mapped file
+    monkeypatch.setattr(
+        source_copy.atexit, "register", lambda _, *given, **how: later.append(lambda: remove(*given, **how))
+    )
+    origin = source_copy.open_source(path, folder=tmp_path)
+    (folder,) = origin.files.folders
+    origin.close()
+    assert folder.exists()
+    (at_the_end,) = later
+    at_the_end()
+    assert not folder.exists()
+
+
 def test_a_copy_between_file_systems_is_read_and_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from normswap.checkpoints import source_copy
 
@@ -412,9 +456,8 @@ def test_a_copy_between_file_systems_is_read_and_written(tmp_path: Path, monkeyp
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_change_at_any_moment_gives_no_output_or_the_tensors_of_one_version() -> None:
     """In a process of its own, which forks the conversions: this one may have threads."""
-    root = Path(__file__).resolve().parents[2]
     command = [sys.executable, "-m", "benchmarks.robustness.source_changes", "--runs", str(RUNS)]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout + done.stderr
     outcome = json.loads(done.stdout)
     assert outcome["broken"] == []

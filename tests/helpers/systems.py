@@ -1,7 +1,9 @@
-"""Tests that need what only POSIX systems have, by name, each with what it needs; on Windows they are skipped.
+"""Tests that need what not every system has, by name, each with what it needs; elsewhere they are skipped.
 
-Tests of what Linux alone has, such as /proc, skip themselves. Tests of processes that fork skip themselves as well.
+`POSIX_ONLY` is skipped on Windows, `LINUX_ONLY` on macOS as well. Some tests of /proc and os.fork skip themselves.
 """
+
+import sys
 
 LOCKS = "locks that end with their process (flock)"
 FORK = "os.fork"
@@ -11,6 +13,12 @@ MODES = "POSIX permissions"
 PIPES = "named pipes and devices as paths"
 SIGNALS = "signals that end another process"
 GROUPS = "processes that meet over gloo and a launcher as on Linux"
+UNNAMED = "files without a name (O_TMPFILE, memfd_create)"
+
+LINUX_ONLY = {
+    "test_a_copy_between_file_systems_is_read_and_written": "os.copy_file_range",
+    "test_without_room_on_the_disk_the_copy_goes_to_memory": UNNAMED,
+}
 
 POSIX_ONLY = {
     "test_a_change_at_any_moment_gives_no_output_or_the_tensors_of_one_version": FORK,
@@ -40,3 +48,10 @@ POSIX_ONLY = {
     "test_what_only_looks_like_a_temporary_is_neither_followed_nor_waited_for": PIPES,
     "test_without_locks_a_temporary_is_left": LOCKS,
 }
+
+
+def missing_here(name: str, platform: str = sys.platform) -> str | None:
+    """Return what a test needs and the system lacks."""
+    if platform == "linux":
+        return None
+    return LINUX_ONLY.get(name) or (POSIX_ONLY.get(name) if platform == "win32" else None)

@@ -29,7 +29,7 @@ def steps(page: Path) -> list[str]:
 
 
 def run(command: str) -> None:
-    """As it is typed, but for the start of a process, which tests/test_cli.py holds."""
+    """As it is typed, but for the start of a process, which tests/cli/test_command_line.py covers."""
     done = CliRunner().invoke(main, shlex.split(command)[1:])
     assert done.exit_code == 0, f"{command}: exit {done.exit_code}\n{done.output}"
 

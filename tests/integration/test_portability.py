@@ -91,4 +91,14 @@ def test_every_test_is_collected_without_what_only_some_systems_have_and_every_s
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     tests = {line.rpartition("::")[2].partition("[")[0] for line in done.stdout.splitlines()}
-    assert {*systems.POSIX_ONLY} - tests == set()
+    assert {*systems.POSIX_ONLY, *systems.LINUX_ONLY} - tests == set()
+
+
+@pytest.mark.parametrize(("platform", "skipped"), [("linux", []), ("darwin", ["copy"]), ("win32", ["copy", "fork"])])
+def test_a_system_skips_what_it_lacks(platform: str, skipped: list[str]) -> None:
+    names = {
+        "copy": "test_a_copy_between_file_systems_is_read_and_written",
+        "fork": "test_a_kill_at_any_moment_leaves_nothing_the_old_or_the_whole_new_file",
+        "any": "test_paths_of_another_system_in_a_file_stay_text",
+    }
+    assert [short for short, name in names.items() if systems.missing_here(name, platform)] == skipped

@@ -1,6 +1,7 @@
 """`torch.compile` of converted networks: one graph, few nodes, compiled once, and the numbers of eager mode.
 
-Graphs run node by node here, which takes no C++ compiler; `benchmarks/compiling.py` does it with the default backend.
+Graphs run node by node here, which takes no C++ compiler; `benchmarks/speed/compile_cost.py` does it with
+the default backend.
 """
 
 import copy

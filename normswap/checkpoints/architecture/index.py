@@ -1,8 +1,8 @@
 """The shipped index of architectures: the tensors of each, the dimensions that arguments set, which ones are equal.
 
 The file has every tensor name and every shape once, and for each architecture a range of pairs of their numbers. So a
-few array operations compare a state dict with all architectures, and no zoo is imported. The program of the benchmarks
-that builds the index writes the file.
+few array operations compare a state dict with all architectures, and no zoo is imported. `python -m
+benchmarks.architectures.build_index` writes the file.
 """
 
 import functools
