@@ -194,7 +194,7 @@ def _copy_file(path: Path, folder: Path | None, files: TempFiles) -> FileStamp:
 
 
 def _folder_for_named(folder: Path | None, size: int) -> Path | None:
-    """The folder for a named copy: `folder` if only it has enough space, else None for the temporary files of the system."""
+    """The folder for a named copy: `folder` if only it has enough space, else None for the default of the system."""
     if folder is None or not _is_full(Path(tempfile.gettempdir()), size) or _is_full(folder, size):
         return None
     return folder

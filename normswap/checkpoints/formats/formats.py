@@ -5,12 +5,15 @@ function that a pickle names is imported or called unless the caller passes `tru
 and text are refused with a message that names another way.
 """
 
+import codecs
+import json
+import re
 import struct
 import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +33,7 @@ from normswap.checkpoints.formats.hf_folder import (
     RECORD,
     Shards,
     assign_shard,
+    check_shard,
     copy_other_files,
     find_shards,
     write_index,
@@ -41,7 +45,6 @@ from normswap.checkpoints.formats.plain_values import (
     user_safe_globals,
 )
 from normswap.checkpoints.formats.pt2_archive import RECORD_ENTRY, is_program, load_program, read_weights
-from normswap.checkpoints.formats.unsupported import UNSUPPORTED_SUFFIXES, describe_bytes
 from normswap.checkpoints.io.atomic_files import check_readable
 from normswap.errors import CheckpointError, NormswapError
 from normswap.text import first_line
@@ -96,7 +99,7 @@ def detect_format(path: Path) -> Container:
             pass
         check_safetensors(path)
         return "safetensors"
-    raise CheckpointError(f"{path}: expected a file of torch.save or safetensors, got {describe_bytes(head)}")
+    raise CheckpointError(f"{path}: expected a file of torch.save or safetensors, got {_describe_bytes(head)}")
 
 
 def read_record_text(path: Path, container: Container) -> str | None:
@@ -170,7 +173,7 @@ def check_suffix(path: Path) -> None:
     Raises:
         CheckpointError: the name is such as `model.onnx`.
     """
-    if path.suffix.lower() in UNSUPPORTED_SUFFIXES:
+    if _UNSUPPORTED_SUFFIX.fullmatch(path.suffix.lower()):
         raise CheckpointError(
             f"{path}: expected a name that ends in .pt, .pth, .bin, .ckpt, .safetensors or .pt2, got {path.suffix}, a "
             "format that normswap does not write: choose another name"
@@ -265,30 +268,10 @@ def _decode_shards(shards: Shards, *, trust: bool, mmap: bool) -> "OrderedDict[s
         part = decode(path, detect_format(path), trust=trust, mmap=mmap)
         if not isinstance(part, dict):
             raise CheckpointError(f"{path}: expected a state dict, got {type(part).__name__}")
-        _check_shard(path, part, merged_tensors, shards)
+        check_shard(path, part, merged_tensors, shards)
         merged_tensors.update(part)
     order = {key: place for place, key in enumerate(shards.weight_map)}
     return OrderedDict(sorted(merged_tensors.items(), key=lambda item: order.get(item[0], len(order))))
-
-
-def _check_shard(path: Path, part: Mapping[str, Any], merged_tensors: Mapping[str, Any], shards: Shards) -> None:
-    """Refuse a shard whose tensors differ from those that the index lists."""
-    duplicate = next((key for key in part if key in merged_tensors), None)
-    if duplicate is not None:
-        raise CheckpointError(f"{path}: {duplicate!r} is in another shard too: remove the stale shards")
-    if shards.index is None:
-        return
-    missing = [key for key, file in shards.weight_map.items() if file == path.name and key not in part]
-    if missing:
-        raise CheckpointError(
-            f"{path}: {shards.index} lists {len(missing)} tensors that are missing here ({missing[0]}): copy it again"
-        )
-    unexpected = [key for key in part if shards.weight_map.get(key) != path.name]
-    if unexpected:
-        raise CheckpointError(
-            f"{path}: {len(unexpected)} tensors that {shards.index} does not list here ({unexpected[0]}): copy both "
-            "files again"
-        )
 
 
 def _encode_shards(folder: Path, tensors: Any, template: Shards) -> None:
@@ -382,6 +365,44 @@ def _blocked_globals(path: Path, *, legacy: bool) -> list[str]:
         stack.enter_context(_report_damage(path))
         archive = stack.enter_context(zipfile.ZipFile(file))
         return blocked_globals([stack.enter_context(archive.open(f"{_archive_root(archive)}/data.pkl"))])
+
+
+# --- other formats
+
+_UNSUPPORTED_SUFFIX = re.compile(r"\.(onnx|h5|hdf5|keras|tflite|pb|gguf|npz|npy|json|mlmodel|engine)")
+# The first bytes of other formats.
+_OTHER_MAGIC_BYTES = {
+    b"\x89PNG": "an image (PNG)",
+    b"\xff\xd8\xff": "an image (JPEG)",
+    b"GIF8": "an image (GIF)",
+    b"\x89HDF": "an HDF5 file, as Keras writes: load it with its own library and torch.save the weights",
+    b"\x93NUMPY": "a numpy array: torch.save a state dict of tensors",
+    b"\x1f\x8b": "a gzip archive: unpack it first",
+    b"7z\xbc\xaf": "a 7z archive: unpack it first",
+    b"GGUF": "a GGUF file, which holds quantised tensors: convert the model before its quantization",
+    b"\x7fELF": "a program",
+    b"%PDF": "a PDF document",
+}
+_ONNX = re.compile(rb"\x08.[\x12:]", re.DOTALL)  # the version of the format, then the producer
+
+
+def _describe_bytes(head: bytes) -> str:
+    """What a file probably is by its first bytes, and what to do with it, for error messages."""
+    other = next((name for start, name in _OTHER_MAGIC_BYTES.items() if head.startswith(start)), None)
+    if other is not None:
+        return other
+    if _ONNX.match(head):
+        return "probably ONNX: convert the Python model, then export it again"
+    if head.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer: fetch the real file with git lfs pull"
+    if head.lstrip().lower().startswith((b"<!doctype html", b"<html")):
+        return "a web page: the download failed, try it again"
+    # An incremental decoder, since the first bytes may end inside a character.
+    with suppress(UnicodeDecodeError):
+        text = codecs.getincrementaldecoder("utf-8")().decode(head)
+        if "".join(text.split()).isprintable():
+            return f"text ({json.dumps(text[:20])}...)"
+    return f"an unknown format ({head[:8].hex(' ')} ...)"
 
 
 def _format_names(names: list[str], most: int = 4) -> str:

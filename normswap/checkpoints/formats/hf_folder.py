@@ -93,6 +93,36 @@ def assign_shard(key: str, shards: Shards) -> str:
     return shards.files[0]
 
 
+def check_shard(path: Path, part: Mapping[str, Any], merged_tensors: Mapping[str, Any], shards: Shards) -> None:
+    """Refuse a shard whose tensors differ from those that the index lists.
+
+    Args:
+        path: the shard.
+        part: its tensors.
+        merged_tensors: the tensors of the shards before it.
+        shards: the weight files of the folder.
+
+    Raises:
+        CheckpointError: a tensor is missing, unexpected or in two shards.
+    """
+    duplicate = next((key for key in part if key in merged_tensors), None)
+    if duplicate is not None:
+        raise CheckpointError(f"{path}: {duplicate!r} is in another shard too: remove the stale shards")
+    if shards.index is None:
+        return
+    missing = [key for key, file in shards.weight_map.items() if file == path.name and key not in part]
+    if missing:
+        raise CheckpointError(
+            f"{path}: {shards.index} lists {len(missing)} tensors that are missing here ({missing[0]}): copy it again"
+        )
+    unexpected = [key for key in part if shards.weight_map.get(key) != path.name]
+    if unexpected:
+        raise CheckpointError(
+            f"{path}: {len(unexpected)} tensors that {shards.index} does not list here ({unexpected[0]}): copy both "
+            "files again"
+        )
+
+
 def write_index(folder: Path, shards: Shards, weight_map: Mapping[str, str], tensors: Mapping[str, Tensor]) -> None:
     """Write the index of the shards in `folder`, with the total sizes of these tensors."""
     if shards.index is None:
