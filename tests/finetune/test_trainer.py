@@ -354,7 +354,7 @@ def test_tensorboard_leaves_the_environment_as_it_was(tmp_path: Path, monkeypatc
         (
             {"model": {"architecture": "torchvision:resnet18", "pretrained": True}},
             ArchitectureError,
-            "published weights are fetched for timm:NAME only",
+            "only timm:NAME has published weights to download",
         ),
         (
             {"model": {"architecture": "torchvision:resnet18", "new_head": True}},
