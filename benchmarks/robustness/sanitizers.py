@@ -29,7 +29,7 @@ TESTS = tuple(
 EXCLUDED = " and ".join(
     f"not {word}" for word in ("compil", "export", "triton", "graph", "trace", "interface", "errors_are")
 )
-CHECK = "buffer.count != wanted"
+CHECK = "buffer->count != expected"
 REPORT = "ERROR: AddressSanitizer: heap-buffer-overflow"
 
 
@@ -55,11 +55,11 @@ def _run_all(scratch: Path, options: argparse.Namespace) -> int:
     planted, whole = scratch / "planted", scratch / "whole"
     for tree in (planted, whole):
         _copy(tree)
-    header = planted / "normswap" / "layers" / "csrc" / "checks.h"
+    header = planted / "normswap" / "layers" / "csrc" / "arguments.h"
     text = header.read_text()
     if CHECK not in text:
         sys.exit(f"error: {header.name}: expected the text {CHECK!r}, which this program removes to plant a fault")
-    header.write_text(text.replace(CHECK, f"buffer.count < 0 && {CHECK}"))
+    header.write_text(text.replace(CHECK, f"buffer->count < 0 && {CHECK}"))
     for tree in (planted, whole):
         _build(tree)
     found = _python(planted, "-c", _PLANTED_CALL, capture=True)
@@ -88,8 +88,10 @@ import torch
 from normswap.layers.backends import cpu
 assert cpu.AVAILABLE
 row, mean, short = torch.ones(64), torch.zeros(64), torch.ones(1)
-buffers = [number for tensor in (row, row, mean, short) for number in cpu._buffer(tensor)]
-cpu._C.record(64, 0.1, 1.0, *buffers, 0, 0)
+names = ("mean", "var", "running_mean", "running_var")
+buffers = {name: cpu._buffer(tensor) for name, tensor in zip(names, (row, row, mean, short))}
+options = {"channels": 64, "momentum": 0.1, "var_factor": 1.0, "num_batches_tracked": None}
+cpu._C.update_running(options | buffers)
 """
 
 

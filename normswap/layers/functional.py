@@ -1,8 +1,7 @@
-"""Functional Switchable Normalization: `switch_norm`, in the manner of `torch.nn.functional.batch_norm`.
+"""Functional Switchable Normalization: `switch_norm`, with the conventions of `torch.nn.functional.batch_norm`.
 
-Checks the tensors, turns gate parameters into importance weights, settles which moments the `bn` branch uses, calls
-the backend and records the moments of the batch. Empty batches, single values and single positions are met here,
-and so is what a synchronized batch needs.
+It checks the tensors, chooses the moments of the `bn` branch, calls a backend and updates the running statistics. Empty
+batches, inputs with one spatial position, and batches that several processes share are special cases here.
 """
 
 import itertools
@@ -17,10 +16,16 @@ from torch._subclasses import FakeTensor
 from torch.autograd import forward_ad
 
 from normswap.errors import LayerError
-from normswap.layers.backends import cpu
-from normswap.layers.backends.custom_ops import switch_norm_operator
+from normswap.layers.backends.custom_ops import (
+    is_recomputation,
+    read_running,
+    switch_norm_operator,
+    update_and_read_running,
+    update_running,
+)
 from normswap.layers.backends.interface import (
     Inputs,
+    RunningStats,
     RunningStatsUpdate,
     check_tensors,
     check_update,
@@ -46,42 +51,310 @@ from normswap.layers.gating import (
     importance_weights,
     read_weights,
 )
-from normswap.layers.sync import BnMoments, BnMomentsCallback, process_count, switch_norm_synchronized
+from normswap.layers.sync import BnMoments, BnMomentsFunction, process_count, switch_norm_synchronized
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-# MERGED DOC: Calls with one spatial position per channel, where `in` has no variance: another branch takes its weight.
-
-# MERGED DOC: Running statistics: a batch recorded in them, and what the `bn` branch reads of them, once per batch.
+# --- the function
 
 
-_site_counter = itertools.count()
+def switch_norm(
+    x: Tensor,
+    mean_weight: Tensor,
+    var_weight: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    gate: Gate = "softmax",
+    branches: Sequence[Branch] = BRANCHES,
+    bn_statistics: BnStatistics = "batch",
+    num_batches_tracked: Tensor | None = None,
+    synchronize: bool = False,
+    process_group: "ProcessGroup | None" = None,
+    site: "SiteName | None" = None,
+) -> Tensor:
+    """Normalise by a weighted mix of instance, layer and batch statistics.
+
+    This is equation 3 of Luo et al., "Differentiable Learning-to-Normalize via Switchable Normalization", ICLR 2019.
+    The arguments that `torch.nn.functional.batch_norm` has too mean the same.
+
+    Args:
+        x: input (N, C, *spatial) of any floating dtype. Moments are accumulated in float32 or wider.
+        mean_weight: gate parameter (K,) of the means, one entry per branch.
+        var_weight: gate parameter (K,) of the variances, one entry per branch.
+        running_mean: running mean (C,), updated in place in training if `bn` is in `branches`, unless
+            `bn_statistics="running"`. Without running statistics the `bn` branch always uses the moments of the batch.
+            A forward pass that a backward pass runs again (activation checkpointing) updates nothing.
+        running_var: running variance (C,), unbiased, updated with `running_mean`.
+        weight: scale (C,) of the result.
+        bias: shift (C,) of the result.
+        training: the `bn` branch uses the moments of the batch and updates the running statistics.
+        momentum: weight of the new moments in the running statistics.
+        eps: added to the variance.
+        gate: `"softmax"`: the importance weights are the softmax of the gate parameters (eq. 5 of the paper).
+            `"simplex"`: they are the projection of the gate parameters to the probability simplex.
+        branches: the mixed statistics, `"in"`, `"ln"` and `"bn"` or some of them, in the order of the entries of the
+            gate parameters.
+        bn_statistics: statistics of the `bn` branch in training. `"batch"`: the moments of the batch. `"running"`: the
+            running statistics, as constants. `"renorm"`: the values of the updated running statistics, with the
+            gradients of `"batch"`.
+        num_batches_tracked: number of batches, one element; increased by 1 with each update of the running statistics
+            and each empty batch.
+        synchronize: in training, the `bn` branch uses the batch of all processes, forward and backward. Every process
+            must then call this function, also with an empty x. `in` and `ln` statistics and the gradients of parameters
+            are those of the local x.
+        process_group: processes that share the batch; default all.
+        site: the name that a warning uses for the layer; None: no warnings.
+
+    Returns:
+        The normalised x, with its shape, dtype and memory format. With one spatial position, `in` has no variance: its
+        weight is added to that of `ln`, or of `bn` without `ln`. With one value per channel in training, where
+        `F.batch_norm` raises, the `bn` branch uses the running statistics and does not update them.
+
+    Raises:
+        LayerError: an option is unknown; x is not floating or has no channels; a tensor has a wrong length, dtype or
+            device; running statistics that training updates share memory, or a transform of `torch.func` forbids the
+            update; `in` is the only branch and there is one spatial position; the `bn` branch has one value per channel
+            and no running statistics; several processes synchronize and x is transformed, traced or fake, or only some
+            of them run with gradients.
+
+    Examples:
+        >>> x, gate = torch.randn(8, 3, 16, 16), torch.ones(3)
+        >>> y = switch_norm(x, gate, gate, training=True)
+        >>> y.shape
+        torch.Size([8, 3, 16, 16])
+
+        With all weight on `bn` the function is batch normalization:
+
+        >>> bn = torch.tensor([0.0, 0.0, 1.0])
+        >>> y = switch_norm(x, bn, bn, training=True, gate="simplex")
+        >>> torch.allclose(y, torch.nn.functional.batch_norm(x, None, None, training=True), atol=1e-5)
+        True
+    """
+    check_gate(gate)
+    check_bn_statistics(bn_statistics)
+    if branches != BRANCHES:
+        check_branches(branches)
+    check_tensors(x, (mean_weight, var_weight), len(branches), (running_mean, running_var, weight, bias))
+    running = None
+    if running_mean is not None and running_var is not None:
+        running = RunningStats(running_mean, running_var, num_batches_tracked, momentum)
+    uses_batch_moments = training and "bn" in branches and bn_statistics != "running"
+    if uses_batch_moments and running is not None:
+        check_update(x, running)
+    is_synchronized = synchronize and uses_batch_moments and not x.is_meta and process_count(process_group) > 1
+    if x.numel() == 0 and not is_synchronized:
+        if training:
+            _count_empty_batch(num_batches_tracked)
+        return _empty_output(x, [mean_weight, var_weight, weight, bias])
+    values = x.numel() // x.shape[1]
+    if x.numel() and values == x.shape[0] and "in" in branches:
+        mean_weight, var_weight, branches = redistribute_instance_weight(
+            x, mean_weight, var_weight, gate, branches, site
+        )
+        gate = "simplex"
+    mixing = Mixing(gate, tuple(branches), eps)
+    if is_synchronized:
+        inputs = Inputs(x, mean_weight, var_weight, weight, bias, None, mixing)
+        bn_moments = partial(_synchronized_bn_moments, x, running, num_batches_tracked, bn_statistics == "renorm")
+        return _synchronized_implementation()(inputs, process_group, bn_moments)
+    source = _NO_BN_SOURCE
+    if "bn" in branches:
+        source = _choose_bn_source(x, running, values, bn_statistics, training)
+    inputs = Inputs(x, mean_weight, var_weight, weight, bias, source.constants, mixing, source.running_stats_update)
+    return _normalise(inputs, source.on_batch_moments)
+
+
+switch_norm.__module__ = "normswap"  # pickles and graphs refer to it by the public path
+
+
+def _normalise(inputs: Inputs, on_batch_moments: Callable[[Moments], None] | None) -> Tensor:
+    """Normalise by the fused backend, by its operator in compiled graphs, or by the plain formula."""
+    x, mixing, update = inputs.x, inputs.mixing, inputs.running_stats_update
+    if is_eager(x) and (backend := fused_backend(x)) and (update is None or backend.supports_running_stats_update):
+        if inputs.constants is not None and _is_fixed_batch_norm(inputs):
+            return batch_norm(x, inputs.weight, inputs.bias, inputs.constants, mixing.eps)
+        return switch_norm_fused(backend, inputs, on_batch_moments)
+    if update is None and needs_custom_op(x):
+        return switch_norm_operator(inputs, on_batch_moments)
+    means, variances = importance_weights(torch.stack((inputs.mean_gate, inputs.var_gate)), mixing.gate).unbind()
+    return switch_norm_reference(
+        x,
+        means,
+        variances,
+        inputs.weight,
+        inputs.bias,
+        inputs.constants,
+        branches=mixing.branches,
+        eps=mixing.eps,
+        on_batch_moments=on_batch_moments if update is None else update,
+    )
+
+
+def _is_fixed_batch_norm(inputs: Inputs) -> bool:
+    """Return whether the layer is exactly BN and no gate needs a gradient; False if reading the gates is not free."""
+    gates = (inputs.mean_gate, inputs.var_gate)
+    if torch.is_grad_enabled() and any(gate.requires_grad for gate in gates):
+        return False
+    return is_batch_norm(gates, inputs.mixing)
+
+
+def _empty_output(x: Tensor, parameters: list[Tensor | None]) -> Tensor:
+    """Return an empty y that depends on every parameter: each gets a gradient of zeros, as from `F.batch_norm`."""
+    y = x.clone()
+    for parameter in parameters:
+        if parameter is not None:
+            y = y + 0 * parameter.sum().to(x.dtype)
+    return y
+
+
+def _count_empty_batch(count: Tensor | None) -> None:
+    if count is not None and not is_recomputation():
+        count.add_(1)
+
+
+# --- the moments of the `bn` branch
+
+
+class _BnSource(NamedTuple):
+    """The statistics of the `bn` branch; see `Inputs` for the first two.
+
+    `on_batch_moments` gets the moments (1, C) of the batch, to update the running statistics.
+    """
+
+    constants: Moments | None = None
+    running_stats_update: RunningStatsUpdate | None = None
+    on_batch_moments: Callable[[Moments], None] | None = None
+
+
+_NO_BN_SOURCE = _BnSource()
+
+
+def _choose_bn_source(
+    x: Tensor, running: RunningStats | None, values: int, bn_statistics: BnStatistics, training: bool
+) -> _BnSource:
+    constants = _constant_moments(x, running, training and bn_statistics != "running", values)
+    if constants is not None or running is None or not training:
+        return _BnSource(constants)
+    if bn_statistics == "renorm":
+        return _BnSource(None, partial(update_and_read_running, running, values))
+    if is_recomputation():
+        return _NO_BN_SOURCE
+    return _BnSource(None, None, partial(update_running, running, values))
+
+
+def _constant_moments(x: Tensor, running: RunningStats | None, use_batch_moments: bool, values: int) -> Moments | None:
+    """Return the running statistics if the `bn` branch uses them as constants, None if it uses those of the batch."""
+    if values == 1 and running is None:
+        raise LayerError(
+            f"the `bn` branch needs more than one value per channel, got an input of shape {tuple(x.shape)} and no "
+            "running statistics: build the layer with track_running_stats=True, or without `bn` in branches"
+        )
+    if running is None or (use_batch_moments and values > 1):
+        return None
+    # Copy if a backward pass can follow: it must see the values of now. torch.jit.trace compares a trace with gradients
+    # and one without, so both have the copy.
+    copy = torch.is_grad_enabled() or is_jit_tracing()
+    return read_running(running.mean, running.var, accumulation_dtype(x), copy=copy)
+
+
+# --- batches that several processes share
+
+
+_graph_break_functions: list[Callable[..., Tensor]] = []
+
+
+def _synchronized_implementation() -> Callable[..., Tensor]:
+    """Return the function that normalises a synchronized batch; while compiling, one that breaks the graph."""
+    if not torch.compiler.is_compiling() or torch.compiler.is_exporting():
+        return _normalise_synchronized
+    if not _graph_break_functions:  # created at first use, because `disable` imports the compiler
+        disable: Any = torch.compiler.disable
+        _graph_break_functions.append(disable(_normalise_synchronized, reason="statistics are synchronized"))
+    return _graph_break_functions[0]
+
+
+def _normalise_synchronized(inputs: Inputs, group: "ProcessGroup | None", bn_moments: BnMomentsFunction) -> Tensor:
+    """Normalise x, the local part of a batch, if its values are real."""
+    x = inputs.x
+    if (
+        isinstance(x, FakeTensor)
+        or torch.compiler.is_exporting()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._is_tracing()
+        or forward_ad._current_level >= 0
+    ):
+        raise LayerError(
+            "synchronized statistics in training need real values in every process; torch.export, torch.func, "
+            "torch.jit.trace, forward-mode derivatives and fake tensors have none: call eval() first, or set "
+            "synchronize=False"
+        )
+    return switch_norm_synchronized(inputs, group, bn_moments, fused=is_eager(x) and fused_backend(x) is not None)
+
+
+def _synchronized_bn_moments(
+    x: Tensor, running: RunningStats | None, count: Tensor | None, renorm: bool, batch: Moments, values: int
+) -> BnMoments:
+    """Return the moments of the `bn` branch in a synchronized batch, and update the running statistics.
+
+    Args:
+        count: number of batches; also updated without running statistics, by an empty batch.
+        renorm: return the updated running statistics.
+        batch: moments (1, C) of the batch of all processes, with `values` values per channel.
+    """
+    if values == 0:
+        _count_empty_batch(count)
+        return BnMoments(batch, is_differentiable=False)
+    constants = _constant_moments(x, running, True, values)
+    if constants is not None:
+        # Copy: the backward pass must see the values of now.
+        return BnMoments(Moments(*(moment.clone() for moment in constants)), is_differentiable=False)
+    if running is None:
+        return BnMoments(batch, is_differentiable=True)
+    if renorm:
+        return BnMoments(update_and_read_running(running, values, batch), is_differentiable=True)
+    if not is_recomputation():
+        update_running(running, values, batch)
+    return BnMoments(batch, is_differentiable=True)
+
+
+# --- inputs with one spatial position
 
 
 class SiteName(NamedTuple):
-    """What a warning calls a layer, and a number that tells layers of the same name apart."""
+    """The name of a layer in warnings, and a number that distinguishes layers of the same name."""
 
     name: str
     number: int
 
 
+_site_counter = itertools.count()
+
+
 def new_site_name(name: str) -> SiteName:
-    """Return a name that no other layer of this process has; copies of the layer share it."""
+    """Return a name that no other layer of this process has. Copies of a layer share its name."""
     return SiteName(name, next(_site_counter))
 
 
 def redistribute_instance_weight(
     x: Tensor, mean_weight: Tensor, var_weight: Tensor, gate: Gate, branches: Sequence[Branch], site: SiteName | None
 ) -> tuple[Tensor, Tensor, tuple[Branch, ...]]:
-    """Return simplex points (K - 1,) for the branches beside `in`, which are returned third.
-
-    The weight of `in` goes to `ln` if that is among them, else to `bn`.
+    """Add the weight of `in` to that of `ln`, or to that of `bn` if `ln` is not mixed.
 
     Args:
-        x: fed to a layer with the gate parameters (K,) `mean_weight` and `var_weight`.
-        site: warned of once if `in` has weight, or if reading the weights would wait for a device or break a graph.
+        x: input with one spatial position, where `in` has no variance.
+        mean_weight, var_weight: gate parameters (K,).
+        site: warns once if `in` has a weight, or if reading the weights would wait for a device or break a graph.
+
+    Returns:
+        Simplex points (K - 1,) of means and variances for the branches except `in`, and these branches.
 
     Raises:
         LayerError: `in` is the only branch.
@@ -89,16 +362,15 @@ def redistribute_instance_weight(
     remaining_branches = tuple(branch for branch in branches if branch != "in")
     if not remaining_branches:
         raise LayerError(
-            f"one spatial position per channel (input of shape {tuple(x.shape)}) leaves the `in` branch no variance, "
-            "and there is no other one: build the layer with branches=('ln', 'bn'), or plan with an input of the real "
-            "size"
+            f"the `in` branch has no variance with one spatial position (input of shape {tuple(x.shape)}), and there "
+            "is no other branch: build the layer with branches=('ln', 'bn'), or plan with an input of the real size"
         )
     recipient: Branch = "ln" if "ln" in remaining_branches else "bn"
     if site is not None:
         _warn(x, (mean_weight, var_weight), gate, branches.index("in"), recipient, site)
     weights = importance_weights(torch.stack((mean_weight, var_weight)), gate)
     others = [weights[:, branches.index(branch)] for branch in remaining_branches if branch != recipient]
-    # What the others leave: so a weight of exactly 0 or 1 stays one.
+    # The recipient gets 1 minus the others: a weight of exactly 0 or 1 stays exact.
     rest = 1 - torch.stack(others).sum(0) if others else 1 + 0 * weights.sum(1)
     remaining_weights = iter(others)
     points = torch.stack(
@@ -126,307 +398,19 @@ _warned: set[SiteName] = set()
 
 
 def _warn_once(name: str, number: int, recipient: Branch) -> bool:
-    """Warn of a site, once; a compiler calls this while it traces, with what is constant."""
+    """Warn once for each site; a compiler calls this while it traces, with constants."""
     site = SiteName(name, number)
     if site not in _warned:
         _warned.add(site)
         warnings.warn(
-            f"{name} is fed one spatial position per channel, where `in` has no variance: in such calls the weight of "
-            f"`in` goes to `{recipient}`, and parameters stay as they are. To leave `in` out, convert with an example input "
-            "of the real size",
+            f"{name} got an input with one spatial position per channel, where `in` has no variance: in such calls its "
+            f"weight is added to that of `{recipient}`; the parameters do not change. To leave `in` out, convert with "
+            "an example input of the real size",
             stacklevel=2,
         )
     return True
 
 
-# The mark that `torch.compiler.assume_constant_result` sets, which would import the compiler for everyone.
+# The mark that `torch.compiler.assume_constant_result` sets; that function would import the compiler.
 _marked: Any = _warn_once
 _marked._dynamo_marked_constant = True
-
-
-def update_running(
-    running_mean: Tensor, running_var: Tensor, count: Tensor | None, momentum: float, values: int, batch: Moments
-) -> None:
-    """Record the moments (1, C) of a batch of `values` values per channel in place; the variance is stored unbiased."""
-    unbiased = values / (values - 1)
-    if is_eager(batch.mean) and cpu.record(batch, running_mean, running_var, count, momentum=momentum, factor=unbiased):
-        return
-    mean, var = (moment.detach().squeeze(0) for moment in batch)
-    for running, new in ((running_mean, mean), (running_var, var * unbiased)):
-        # As BN moves them, and not by their difference: of two infinite ones there is none.
-        if running.dtype == new.dtype:
-            running.mul_(1 - momentum).add_(new, alpha=momentum)
-        else:  # in half precision: rounded once
-            running.copy_((running.to(new.dtype) * (1 - momentum)).add_(new, alpha=momentum))
-    if count is not None:
-        count.add_(1)
-
-
-def update_and_read_running(
-    running_mean: Tensor, running_var: Tensor, count: Tensor | None, momentum: float, values: int, batch: Moments
-) -> Moments:
-    """Record a batch as `update_running`, unless this is a recomputation; return the statistics, (1, C) each.
-
-    A channel whose running statistics normalise nothing (NaN, an infinite mean, a negative variance) keeps those of the
-    batch, as BN does in training: an output that is not finite would spread to every gate.
-
-    In a graph that is compiled this is one opaque node, which asks anew at each run whether it is a recomputation.
-    """
-    arguments = running_mean, running_var, count, momentum, values
-    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
-        return Moments(*_update_and_read(*arguments, *(moment.detach() for moment in batch)))
-    if not is_recomputation():
-        update_running(*arguments, batch)
-    updated = read_running(running_mean, running_var, batch.mean.dtype, copy=True)
-    is_valid = updated.mean.isfinite() & (updated.var >= 0)
-    return Moments(*(torch.where(is_valid, new, own.detach()) for new, own in zip(updated, batch, strict=True)))
-
-
-def read_running(running_mean: Tensor, running_var: Tensor, dtype: torch.dtype, *, copy: bool) -> Moments:
-    """Return the running statistics as moments (1, C)."""
-    mean, var = (
-        s.unsqueeze(0)
-        if not copy and s.dtype == dtype and s.is_contiguous()
-        else s.detach().to(dtype, copy=copy).contiguous().unsqueeze(0)
-        for s in (running_mean, running_var)
-    )
-    return Moments(mean, var)
-
-
-def is_recomputation() -> bool:
-    """Say whether a backward pass runs this forward pass; while a graph is compiled it cannot be told."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-
-
-@torch.library.custom_op("normswap::renew_running", mutates_args=("running_mean", "running_var", "count"))
-def _update_and_read(
-    running_mean: Tensor,
-    running_var: Tensor,
-    count: Tensor | None,
-    momentum: float,
-    values: int,
-    mean: Tensor,
-    var: Tensor,
-) -> tuple[Tensor, Tensor]:
-    return tuple(update_and_read_running(running_mean, running_var, count, momentum, values, Moments(mean, var)))  # type: ignore[return-value]
-
-
-@_update_and_read.register_fake
-def _(*arguments: Any) -> tuple[Tensor, Tensor]:
-    *_, mean, var = arguments
-    return torch.empty_like(mean), torch.empty_like(var)
-
-
-def switch_norm(
-    x: Tensor,
-    mean_weight: Tensor,
-    var_weight: Tensor,
-    running_mean: Tensor | None = None,
-    running_var: Tensor | None = None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-    *,
-    gate: Gate = "softmax",
-    branches: Sequence[Branch] = BRANCHES,
-    bn_statistics: BnStatistics = "batch",
-    num_batches_tracked: Tensor | None = None,
-    synchronize: bool = False,
-    process_group: "ProcessGroup | None" = None,
-    site: SiteName | None = None,
-) -> Tensor:
-    """Apply Switchable Normalization (Luo et al., ICLR 2019, eq. 3), in the manner of `F.batch_norm`.
-
-    Args:
-        x: (N, C, *spatial), of any floating dtype; moments are accumulated in float32 or wider.
-        mean_weight, var_weight: gate parameters (K,), one entry per branch.
-        running_mean, running_var: (C,), updated in place in training unless `bn_statistics="running"`; the
-            variance is stored unbiased. None: the `bn` branch always takes the moments of the batch. A forward pass
-            that a backward pass runs is a recomputation (activation checkpointing) and updates nothing.
-        weight, bias: (C,) or None.
-        training: take (and record) the moments of the batch in the `bn` branch.
-        momentum: share of the new moments in the running ones.
-        eps: added to the variance.
-        gate: `"softmax"` (logits) or `"simplex"` (points; see `normswap.layers.gating`).
-        branches: which statistics are mixed, in the order of the gate parameters' entries.
-        bn_statistics: `"batch"`; or `"running"` to use running statistics as constants in training too; or `"renorm"`
-            to use the values of the running statistics just updated, with the gradients of `"batch"`.
-        num_batches_tracked: a count, one higher after each update of the running statistics and each empty batch.
-        synchronize: in training, take as the batch of the `bn` branch that of all processes, forward and backward,
-            also where the part of one is empty. Every one has to call this then. Statistics of `in` and `ln` are local,
-            and gradients of parameters those of the local part.
-        process_group: the processes that share their batch; default all there are.
-        site: what layers say of themselves for warnings. Without it nothing warns.
-
-    Returns:
-        A tensor of the shape, dtype and memory format of x. With one spatial position `in` has no variance: for that
-        call its weight goes to `ln`, or to `bn` if there is no `ln`, and gates get the gradients of that mixture.
-        With one value per channel in training, where `F.batch_norm` raises, the `bn` branch uses the running
-        statistics and updates nothing.
-
-    Raises:
-        LayerError: an unknown option; x is not floating or has no channels; a tensor has another length than the
-            channels of x or the branches, is not floating, or is on another device; running statistics that training
-            updates share memory, or a transform of `torch.func` forbids the update; `in` is the only branch and there
-            is one spatial position; the `bn` branch has neither running statistics nor more than one value per channel;
-            `synchronize` meets several processes and a transformed, traced or fake x, or processes of which only some
-            record a backward pass.
-    """
-    check_gate(gate)
-    check_bn_statistics(bn_statistics)
-    if branches != BRANCHES:
-        check_branches(branches)
-    check_tensors(x, (mean_weight, var_weight), len(branches), (running_mean, running_var, weight, bias))
-    uses_batch_moments = training and "bn" in branches and bn_statistics != "running"
-    if uses_batch_moments and running_mean is not None and running_var is not None:
-        check_update(x, running_mean, running_var, num_batches_tracked)
-    is_synchronized = synchronize and uses_batch_moments and not x.is_meta and process_count(process_group) > 1
-    if x.numel() == 0 and not is_synchronized:
-        if training and num_batches_tracked is not None and not is_recomputation():
-            num_batches_tracked.add_(1)
-        return _empty_output(x, [mean_weight, var_weight, weight, bias])
-    values = x.numel() // x.shape[1]
-    if x.numel() and values == x.shape[0] and "in" in branches:
-        mean_weight, var_weight, branches = redistribute_instance_weight(
-            x, mean_weight, var_weight, gate, branches, site
-        )
-        gate = "simplex"
-    mixing = Mixing(gate, tuple(branches), eps)
-    if is_synchronized:
-        inputs = Inputs(x, mean_weight, var_weight, weight, bias, None, mixing)
-        renorm = bn_statistics == "renorm"
-        bn_moments_callback = partial(
-            _synchronized_bn_moments, x, running_mean, running_var, num_batches_tracked, momentum, renorm
-        )
-        return _synchronized_implementation()(inputs, process_group, bn_moments_callback)
-    constants = record = None
-    running_stats_update: RunningStatsUpdate | None = None
-    if "bn" in branches:
-        constants = _running_moments(x, running_mean, running_var, training and bn_statistics != "running", values)
-        if training and constants is None and running_mean is not None and running_var is not None:
-            update = running_mean, running_var, num_batches_tracked, momentum, values
-            if bn_statistics == "renorm":
-                running_stats_update = partial(update_and_read_running, *update)
-            elif not is_recomputation():
-                record = partial(update_running, *update)
-    inputs = Inputs(x, mean_weight, var_weight, weight, bias, constants, mixing, running_stats_update)
-    if is_eager(x) and (backend := fused_backend(x)) and (running_stats_update is None or backend.renorm):
-        if constants is not None and _is_fixed_batch_norm(mean_weight, var_weight, mixing):
-            return batch_norm(x, weight, bias, constants, eps)
-        return switch_norm_fused(backend, inputs, record)
-    if running_stats_update is None and needs_custom_op(x):
-        return switch_norm_operator(inputs, record)
-    means, variances = importance_weights(torch.stack((mean_weight, var_weight)), gate).unbind()
-    return switch_norm_reference(
-        x,
-        means,
-        variances,
-        weight,
-        bias,
-        constants,
-        branches=branches,
-        eps=eps,
-        record=record if running_stats_update is None else running_stats_update,
-    )
-
-
-def _empty_output(x: Tensor, parameters: list[Tensor | None]) -> Tensor:
-    """An empty y that still reaches every parameter, so that each has a zero gradient as in `F.batch_norm`."""
-    y = x.clone()
-    for parameter in parameters:
-        if parameter is not None:
-            y = y + 0 * parameter.sum().to(x.dtype)
-    return y
-
-
-def _is_fixed_batch_norm(mean_weight: Tensor, var_weight: Tensor, mixing: Mixing) -> bool:
-    """Whether the site is exactly BN and no gradient asks what another mix would do; only where that costs nothing."""
-    gates = (mean_weight, var_weight)
-    if torch.is_grad_enabled() and any(gate.requires_grad for gate in gates):
-        return False
-    return is_batch_norm(gates, mixing)
-
-
-def _running_moments(
-    x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, use_batch_moments: bool, values: int
-) -> Moments | None:
-    """The constants for the `bn` branch, or None where it takes the moments of the batch."""
-    has_running_stats = running_mean is not None and running_var is not None
-    if values == 1 and not has_running_stats:
-        raise LayerError(
-            f"expected more than 1 value per channel for the moments of a batch, got an input of shape "
-            f"{tuple(x.shape)} and no running statistics: give the layer track_running_stats=True or drop `bn`"
-        )
-    if not has_running_stats or (use_batch_moments and values > 1):
-        return None
-    # Copies where a backward pass may follow: an update in between must not change what was used. A trace is the same
-    # graph with gradients and without, which torch.jit.trace checks.
-    copy = torch.is_grad_enabled() or is_jit_tracing()
-    return read_running(running_mean, running_var, accumulation_dtype(x), copy=copy)  # type: ignore[arg-type]
-
-
-_graph_break_functions: list[Callable[..., Tensor]] = []
-
-
-def _synchronized_implementation() -> Callable[..., Tensor]:
-    """What normalises where the batch is synchronized; for compilers a function that they leave as it is."""
-    if not torch.compiler.is_compiling() or torch.compiler.is_exporting():
-        return _normalise_synchronized
-    if not _graph_break_functions:  # made at first use, since it imports the compiler
-        disable: Any = torch.compiler.disable
-        _graph_break_functions.append(disable(_normalise_synchronized, reason="statistics are synchronized"))
-    return _graph_break_functions[0]
-
-
-def _normalise_synchronized(
-    inputs: Inputs, group: "ProcessGroup | None", bn_moments_callback: BnMomentsCallback
-) -> Tensor:
-    """Normalise x, the part of a joint batch, if it has values to exchange."""
-    x = inputs.x
-    if (
-        isinstance(x, FakeTensor)
-        or torch.compiler.is_exporting()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._is_tracing()
-        or forward_ad._current_level >= 0
-    ):
-        raise LayerError(
-            "synchronized statistics: in training they need real values in every process, and there are none under "
-            "torch.export, torch.func, torch.jit.trace, forward-mode derivatives or with fake tensors: call eval() "
-            "first, or set synchronize=False"
-        )
-    return switch_norm_synchronized(
-        inputs, group, bn_moments_callback, fused=is_eager(x) and fused_backend(x) is not None
-    )
-
-
-def _synchronized_bn_moments(
-    x: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    count: Tensor | None,
-    momentum: float,
-    renorm: bool,
-    batch: Moments,
-    values: int,
-) -> BnMoments:
-    """What the `bn` branch uses of a joint batch with so many values per channel, which is recorded."""
-    if values == 0:
-        if count is not None and not is_recomputation():
-            count.add_(1)
-        return BnMoments(batch, is_differentiable=False)
-    constants = _running_moments(x, running_mean, running_var, True, values)
-    if constants is not None:
-        # Copies: an update before the backward pass must not change what was used.
-        return BnMoments(Moments(*(moment.clone() for moment in constants)), is_differentiable=False)
-    if running_mean is None or running_var is None:
-        return BnMoments(batch, is_differentiable=True)
-    if renorm:
-        return BnMoments(
-            update_and_read_running(running_mean, running_var, count, momentum, values, batch), is_differentiable=True
-        )
-    if not is_recomputation():
-        update_running(running_mean, running_var, count, momentum, values, batch)
-    return BnMoments(batch, is_differentiable=True)

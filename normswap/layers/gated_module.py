@@ -1,14 +1,16 @@
-"""What every module with gates shares: reading them, projecting them, and never mistaking their kind.
+"""The base class of modules with gates, and the module that replaces a call of `F.batch_norm`.
 
-Points and logits share names and shapes, so a state dict carries the kind of gate in its `_metadata`, and a
-mismatch is refused on loading. Published checkpoints (weights of shape (1, C, 1, 1)) hold logits; a simplex
-module stores their softmax, which is the same function.
+Points of a simplex gate and logits of a softmax gate have the same names and shapes. So a state dict stores the kind of
+gate in its `_metadata`, and loading refuses the other kind. Checkpoints of the paper's authors have weights (1, C, 1,
+1) and logits; a simplex layer loads the softmax of these logits, which is the same function.
 """
 
 import copy
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 
 from normswap.errors import LayerError
@@ -21,32 +23,44 @@ from normswap.layers.backends.selection import (
     needs_custom_op,
     project_points,
 )
-from normswap.layers.functional import SiteName
-from normswap.layers.gating import BnStatistics, Branch, Gate, importance_weights, is_on_simplex
+from normswap.layers.functional import SiteName, switch_norm
+from normswap.layers.gating import (
+    BnStatistics,
+    Branch,
+    Gate,
+    check_bn_statistics,
+    check_branches,
+    check_gate,
+    importance_weights,
+    initial_point,
+    is_on_simplex,
+)
 from normswap.layers.in_place import GATE_PARAMETERS
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-# How far from the simplex a stored point may lie and still be taken for one: float16 rounding of three shares.
+# Largest accepted distance of a stored point from the simplex: rounding of three float16 numbers.
 _SIMPLEX_TOLERANCE = 1e-2
 
 
 def get_registered(module: nn.Module, name: str) -> Any:
-    """Return a parameter or buffer at a fifth of what an attribute of a module costs, which small layers feel."""
+    """Return a parameter or buffer, in a fifth of the time of the attribute, which matters for small layers."""
     found: Tensor | None = module._parameters.get(name)
     if found is None:
         found = module._buffers.get(name)
-    return getattr(module, name) if found is None else found  # elsewhere where it is parametrized or a replica's
+    return getattr(module, name) if found is None else found  # a parametrized tensor, or a replica's
 
 
 class GatedModule(nn.Module):
-    """A module with `mean_weight` and `var_weight` of shape (number of branches,), and what they mean.
+    """A module with the gate parameters `mean_weight` and `var_weight`, (K,) for K branches.
 
-    `site` is its name for warnings. `vertex` is the branch at which it is the norm it replaced.
-    With `synchronize` its `bn` branch takes, in training, the batch of all processes of `process_group` (None: all of
-    them).
+    Attributes:
+        gate, branches, bn_statistics: options, as in `switch_norm`.
+        site: name for warnings.
+        vertex: the branch that computes the norm that this module replaced.
+        synchronize: in training, the `bn` branch uses the batch of all processes of `process_group` (None: all).
     """
 
     _version = 1
@@ -62,24 +76,24 @@ class GatedModule(nn.Module):
     var_weight: nn.Parameter
 
     def __prepare_scriptable__(self) -> Self:
-        """Refuse `torch.jit.script`, which calls this before it compiles.
+        """Raise for `torch.jit.script`, which calls this before it compiles.
 
         Raises:
             LayerError: always.
         """
         raise LayerError(
-            f"torch.jit.script cannot compile {type(self).__name__}, which chooses its kernels in Python: use "
+            f"torch.jit.script cannot compile {type(self).__name__}, which selects its kernels in Python: use "
             "torch.jit.trace(model.eval(), example_input), torch.export.export or torch.onnx.export(..., dynamo=True)"
         )
 
     def importance_weights(self) -> tuple[Tensor, Tensor]:
-        """Return the importance weights of means and of variances, each (K,), detached."""
-        # From the registry: FX hands out proxies for attributes while it traces, and these are values.
+        """Return the importance weights of the means and of the variances, each (K,), detached."""
+        # From the registry: while FX traces, attributes are proxies without values.
         mean, var = (importance_weights(get_registered(self, name).detach(), self.gate) for name in GATE_PARAMETERS)
         return mean, var
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        # A group of processes cannot be copied: the copy shares it.
+        # A process group cannot be copied; the copy shares it.
         if self.process_group is not None:
             memo[id(self.process_group)] = self.process_group
         module_copy = self.__new__(type(self))
@@ -88,24 +102,23 @@ class GatedModule(nn.Module):
         return module_copy
 
     def __getstate__(self) -> dict[str, Any]:
-        # Nor can it be stored: what is loaded shares with all processes.
+        # A process group cannot be pickled; a loaded layer uses all processes.
         state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
         return {**state, "process_group": None} if state.get("process_group") is not None else state
 
     def is_at(self, branch: Branch) -> bool:
-        """Say whether the weights are exactly one-hot at `branch`, where the module computes just that norm."""
+        """Return whether all weight is exactly on `branch`, so that the module computes that norm."""
         if branch not in self.branches:
             return False
         index = self.branches.index(branch)
         return all(bool(weights[index] == 1) for weights in self.importance_weights())
 
     def project_gates(self) -> None:
-        """Put trained simplex points back on the simplex: the second half of projected gradient descent.
+        """Project trained simplex points in place: the second step of projected gradient descent.
 
-        A point that lies there is left alone, so that a second forward pass before a backward pass does not count as a
-        change; it has to be readable at no cost, or met by a kernel that reads it on its device.
+        A point on the simplex is not written, so that autograd allows a second forward pass before the backward pass.
         """
-        # A trace would record the write without its `no_grad`; what it computes projects the points itself.
+        # A trace would record the write without `no_grad`. The traced forward pass projects the points itself.
         if self.gate == "simplex" and not is_jit_tracing():
             points = [get_registered(self, name) for name in GATE_PARAMETERS]
             self._project([point for point in points if point.requires_grad])
@@ -113,7 +126,7 @@ class GatedModule(nn.Module):
     def _project(self, points: list[Tensor]) -> None:
         points = [point for point in points if not (can_read_values(point) and is_on_simplex(point))]
         if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-            points = [point for point in points if not is_captured(point)]  # which the forward pass projects by itself
+            points = [point for point in points if not is_captured(point)]  # the forward pass projects these itself
         if not points or project_points(points, self.branches):
             return
         with torch.no_grad():
@@ -121,13 +134,13 @@ class GatedModule(nn.Module):
                 custom_ops.project_points(points)
                 return
             for point in points:
-                # Read as the forward pass reads it: a half-precision point is projected in float32.
+                # Same precision as the forward pass: a half-precision point is projected in float32.
                 point.copy_(importance_weights(point, self.gate))
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         if self.gate == "simplex":
-            # An optimizer has moved points off the simplex, where the next forward pass would put them back: what is
-            # stored without `_metadata`, as in safetensors, could not be told from logits.
+            # An optimizer moves points off the simplex until the next forward pass. Formats without `_metadata`, such
+            # as safetensors, could not distinguish them from logits.
             points = [point for name in GATE_PARAMETERS if (point := self._parameters.get(name)) is not None]
             self._project([point for point in points if is_eager(point)])
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -148,23 +161,23 @@ class GatedModule(nn.Module):
         for name in GATE_PARAMETERS:
             value = state_dict.get(prefix + name)
             if not isinstance(value, Tensor):
-                continue  # missing, or not a tensor: torch says so in its own words
+                continue  # torch reports missing values and values that are no tensors
             if published and self.gate == "simplex":
                 state_dict[prefix + name] = importance_weights(value.detach(), "softmax").to(value.dtype)
             elif not published and (problem := self._gate_problem(value, local_metadata.get("gate"))):
                 error_msgs.append(f"{prefix}{name}: {problem}")
-                state_dict[prefix + name] = getattr(self, name)  # torch loads the rest and then raises
+                state_dict[prefix + name] = getattr(self, name)  # torch loads the other tensors, then raises
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
 
     def _gate_problem(self, value: Tensor, stored_gate: str | None) -> str | None:
         if stored_gate not in (None, self.gate):
-            return f"expected a {self.gate} gate, the state dict holds a {stored_gate} one"
+            return f"expected a {self.gate} gate, got a {stored_gate} gate in the state dict"
         if stored_gate is None and self.gate == "simplex" and not value.is_meta and not _is_near_simplex(value):
             return (
-                f"expected a point of the simplex (shares >= 0 of sum 1), got {value.tolist()}; "
-                "if these are logits, build the layer with gate='softmax'"
+                f"expected importance weights (non-negative, with sum 1), got {value.tolist()}; if these are logits, "
+                "build the layer with gate='softmax'"
             )
         return None
 
@@ -175,7 +188,7 @@ def _is_near_simplex(value: Tensor) -> bool:
 
 
 def _flatten_published(state_dict: dict[str, Any], prefix: str) -> bool:
-    """Flatten (1, C, 1, 1) tensors of the published layout to (C,) in place; say whether that layout was met."""
+    """Flatten tensors (1, C, 1, 1) of the paper's code to (C,) in place; return whether there were any."""
     published = False
     for name in ("weight", "bias", "running_mean", "running_var"):
         value = state_dict.get(prefix + name)
@@ -183,3 +196,66 @@ def _flatten_published(state_dict: dict[str, Any], prefix: str) -> bool:
             state_dict[prefix + name] = value.flatten()
             published = True
     return published
+
+
+# --- functional sites
+
+
+class FunctionalSwitchNorm(GatedModule):
+    """The gates of a call of `F.batch_norm`; called with its arguments in its place.
+
+    Running statistics and affine parameters remain attributes of their module, under their own names.
+    """
+
+    # The function whose call this module replaced; set by the conversion.
+    replaced_call = "torch.nn.functional.batch_norm"
+
+    def __init__(self, *, gate: Gate, branches: Sequence[Branch], bn_statistics: BnStatistics = "batch") -> None:
+        super().__init__()
+        self.gate = check_gate(gate)
+        self.branches = check_branches(branches)
+        self.bn_statistics = check_bn_statistics(bn_statistics)
+        for name in GATE_PARAMETERS:
+            self.register_parameter(name, nn.Parameter(torch.empty(len(self.branches))))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Reset the gates to their initial values: all weight on `bn`, or with a softmax gate equal weights."""
+        with torch.no_grad():
+            for name in GATE_PARAMETERS:
+                getattr(self, name).copy_(initial_point(self.gate, self.branches, vertex="bn"))
+
+    def forward(
+        self,
+        x: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        training: bool = False,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        """Normalise x (N, C, *spatial); the arguments are those of `F.batch_norm`."""
+        statistics = {"running_mean": running_mean, "running_var": running_var}
+        return apply_site(self, x, training, weight=weight, bias=bias, momentum=momentum, eps=eps, **statistics)
+
+    def extra_repr(self) -> str:
+        """Return the options of the site, for `print(model)`."""
+        return (
+            f"gate={self.gate!r}, branches={self.branches}, bn_statistics={self.bn_statistics!r}"
+            f"{', synchronize=True' * self.synchronize}"
+        )
+
+
+def apply_site(site: FunctionalSwitchNorm, x: Tensor, training: bool, **options: Any) -> Tensor:
+    """Run a functional site. A leaf for FX tracers, as `apply_layer`."""
+    if training and site.training:  # a call without running statistics passes training=True in evaluation too
+        site.project_gates()
+    options |= {"gate": site.gate, "branches": site.branches, "bn_statistics": site.bn_statistics}
+    options |= {"synchronize": site.synchronize and site.training, "process_group": site.process_group}
+    options["site"] = site.site
+    return switch_norm(x, site.mean_weight, site.var_weight, training=training, **options)
+
+
+torch.fx.wrap("apply_site")

@@ -1,13 +1,13 @@
-"""Gates: how importance weights follow from their parameters.
+"""Gates: importance weights from gate parameters.
 
-Tensors in, tensors out. A layer has one parameter for the means and one for the variances, each of shape (K,)
-for K branches. This room knows no module and refuses unknown gates and branches.
+A layer has one gate parameter (K,) for the means and one for the variances, for K branches.
 
-- `softmax`: the published gate, w = softmax(z) (Luo et al., ICLR 2019, eq. 5).
-- `simplex`: z is itself a point of the probability simplex and w its Euclidean projection. At a vertex the
-  weights are exactly one-hot, so a layer that starts at `bn` *is* Batch Normalization, and its gate is alive
-  all the same: the backward pass is linear, the incoming gradient with its mean removed (projected gradient
-  descent), never the zero-or-one Jacobian of the projection.
+- `softmax`: w = softmax(z), eq. 5 of Luo et al., ICLR 2019.
+- `simplex`: z is a point of the probability simplex, and w is its Euclidean projection. A one-hot point gives exactly
+  one-hot weights, so a layer that starts at `bn` *is* batch normalization. The gradient is that of projected gradient
+  descent, the incoming gradient minus its mean; the Jacobian of the projection, with zeros, would stop the training.
+
+This module has a tensor version, which autograd and compilers need, and a version on Python numbers for fused backends.
 """
 
 import math
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from normswap.errors import LayerError
 
-# MERGED DOC: How a site mixes its statistics, on Python numbers: importance weights and their gradients for fused backends.
+# --- options
 
 
 Branch = Literal["in", "ln", "bn"]
@@ -45,7 +45,7 @@ def check_branches(branches: Sequence[str]) -> tuple[Branch, ...]:
 
 
 def check_bn_statistics(bn_statistics: str) -> BnStatistics:
-    """Return `bn_statistics` if it names what the `bn` branch may use in training.
+    """Return `bn_statistics` if it is one of `BN_STATISTICS`.
 
     Raises:
         LayerError: otherwise.
@@ -56,7 +56,7 @@ def check_bn_statistics(bn_statistics: str) -> BnStatistics:
 
 
 def check_gate(gate: str) -> Gate:
-    """Return `gate` if it names a gate.
+    """Return `gate` if it is one of `GATES`.
 
     Raises:
         LayerError: otherwise.
@@ -66,15 +66,19 @@ def check_gate(gate: str) -> Gate:
     return gate
 
 
-def project_to_simplex(point: Tensor) -> Tensor:
-    """Return the Euclidean projection of `point` (..., K) on the probability simplex.
+# --- tensors
 
-    Exact at vertices: projecting a one-hot vector returns it bit for bit.
+
+def project_to_simplex(point: Tensor) -> Tensor:
+    """Return the Euclidean projection of `point` (..., K) to the probability simplex, exact for a one-hot point.
+
+    Wang and Carreira-Perpinan, "Projection onto the probability simplex", arXiv:1309.1541.
     """
-    # A common shift changes no projection; with the largest entry at 0, no size of it can swallow the 1 below.
+    # Adding a constant to all entries does not change the projection. With the largest entry at 0, the 1 below is not
+    # lost to rounding.
     point = point - point.amax(dim=-1, keepdim=True)
-    # The threshold is the largest (sum - 1) / count over the sets of the k largest entries. Each set is told by its
-    # smallest entry: compilers take comparisons better than they take a sort.
+    # The threshold is the maximum of (sum - 1) / k over the sets of the k largest entries. A set is found by comparing
+    # with its smallest entry: compilers handle comparisons better than a sort.
     entries, smallest = point.unsqueeze(-2), point.unsqueeze(-1)
     members = entries >= smallest
     excess = torch.where(members, entries, 0.0).sum(dim=-1) - 1
@@ -83,38 +87,44 @@ def project_to_simplex(point: Tensor) -> Tensor:
 
 
 def importance_weights(parameter: Tensor, gate: Gate) -> Tensor:
-    """Return the importance weights (..., K), non-negative and of sum 1, in float32 or wider.
+    """Return importance weights (..., K), non-negative with sum 1, in float32 or wider.
 
-    For `simplex` the value is the projection and the gradient to `parameter` is g - mean(g).
+    For `simplex` the value is the projection, and the gradient of `parameter` is g - mean(g).
     """
     point = parameter.to(torch.promote_types(parameter.dtype, torch.float32))
     if gate == "softmax":
         return point.softmax(dim=-1)
     centred = point - point.mean(dim=-1, keepdim=True)
-    # The difference is exactly zero: it adds the gradient and leaves the value as projected.
+    # The difference is exactly 0: it adds the gradient and does not change the value.
     return project_to_simplex(point.detach()) + (centred - centred.detach())
 
 
 def initial_point(gate: Gate, branches: Sequence[Branch], *, vertex: Branch | None = None) -> Tensor:
     """Return the initial gate parameter (K,).
 
-    Softmax logits are 1 as published. A simplex point is the given vertex, or the uniform mix without one.
+    Args:
+        gate: for `"softmax"` all logits are 1, as in the paper's code, and `vertex` is ignored.
+        branches: the mixed branches.
+        vertex: the branch with all weight; None: equal weights.
 
     Raises:
-        LayerError: the vertex of a simplex point is not among `branches`.
+        LayerError: `vertex` is not among `branches`.
     """
     if gate == "softmax":
         return torch.ones(len(branches))
     if vertex is None:
         return torch.full((len(branches),), 1 / len(branches))
     if vertex not in branches:
-        raise LayerError(f"branches: expected {vertex!r} among them to start from it, got {tuple(branches)}")
+        raise LayerError(f"branches: expected {vertex!r} among them, where the gate starts, got {tuple(branches)}")
     return torch.tensor([float(branch == vertex) for branch in branches])
+
+
+# --- Python numbers
 
 
 @dataclass(frozen=True, slots=True)
 class Mixing:
-    """What of a site's options decides how statistics are mixed."""
+    """The options of a layer that decide how statistics are mixed."""
 
     gate: Gate
     branches: tuple[Branch, ...]
@@ -122,7 +132,7 @@ class Mixing:
 
 
 class ImportanceWeights(NamedTuple):
-    """Importance weights of the branches `in`, `ln`, `bn`, or their gradients; 0 for a branch that is not in use."""
+    """Importance weights of the branches `in`, `ln`, `bn`, or their gradients; 0 for a branch that is not mixed."""
 
     in_: float = 0.0
     ln: float = 0.0
@@ -130,13 +140,13 @@ class ImportanceWeights(NamedTuple):
 
 
 def project(point: Sequence[float]) -> list[float]:
-    """Return the Euclidean projection of a point on the probability simplex; a vertex is returned bit for bit."""
+    """Return the projection of a point, as `project_to_simplex`."""
     entry_sum = sum(point)
     if entry_sum == 1 and min(point) >= 0:
         return [*point]
     if not math.isfinite(entry_sum):
         return [math.nan] * len(point)
-    # A common shift changes no projection; with the largest entry at 0, no size of it can swallow the 1 below.
+    # Shift as in `project_to_simplex`.
     largest = max(point)
     total = threshold = 0.0
     for rank, value in enumerate(sorted(point, reverse=True), 1):
@@ -147,7 +157,7 @@ def project(point: Sequence[float]) -> list[float]:
 
 
 def is_on_simplex(point: Tensor) -> bool:
-    """Say whether a gate parameter (K,) is a point of the simplex, to the rounding of its dtype."""
+    """Return whether a gate parameter (K,) is on the simplex, up to rounding of its dtype."""
     values: list[float] = point.tolist()
     return min(values) >= 0 and abs(sum(values) - 1) <= _dtype_eps(point.dtype)
 
@@ -158,13 +168,13 @@ def _dtype_eps(dtype: torch.dtype) -> float:
 
 
 def project_(point: Tensor) -> None:
-    """Replace a gate parameter (K,) by its projection, unless it lies on the simplex; only for one that can be read."""
+    """Project a gate parameter (K,) in place; one on the simplex is not written."""
     if not is_on_simplex(point):
         point.copy_(torch.tensor(project(point.tolist()), dtype=point.dtype))
 
 
 def read_weights(parameter: Tensor, gate: Gate) -> list[float]:
-    """Return the importance weights (K,) of a gate parameter, by reading it."""
+    """Return the importance weights of a gate parameter (K,)."""
     values: list[float] = parameter.tolist()
     if gate == "softmax":
         largest = max(values)
@@ -184,13 +194,13 @@ def read_branch_weights(parameter: Tensor, mixing: Mixing) -> ImportanceWeights:
 
 
 def gate_gradient(branch_weights: ImportanceWeights, gradient: ImportanceWeights, mixing: Mixing) -> list[float]:
-    """Return the gradient of a gate parameter (K,) from that of the importance weights, up to a common shift of them.
+    """Return the gradient of a gate parameter (K,) from the gradient g of the importance weights w.
 
-    Softmax: w (g - sum w g); simplex: g - mean(g), as in `importance.importance_weights`.
+    Softmax: w (g - sum w g); simplex: g - mean(g). Adding a constant to g does not change the result.
     """
     indices = [BRANCHES.index(branch) for branch in mixing.branches]
     weights = [branch_weights[i] for i in indices]
-    # A weight of zero silences statistics that are not finite, and with them what they say of that weight.
+    # A weight of 0 ignores statistics that are not finite, so they do not reach its gradient either.
     upstream = [0.0 if branch_weights[i] == 0 and not math.isfinite(gradient[i]) else gradient[i] for i in indices]
     if mixing.gate == "softmax":
         centre = sum(branch_weight * value for branch_weight, value in zip(weights, upstream, strict=True))

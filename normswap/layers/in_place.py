@@ -1,8 +1,8 @@
-"""Turning a norm module into a Switchable Normalization layer in place, and back.
+"""Conversion of a norm module to a Switchable Normalization layer in place, and back.
 
-The module object stays: its class changes and a few entries join its `__dict__`, so every alias, Python list,
-closure, hook, flag, buffer and `Parameter` object that pointed at it still does. This room decides nothing: which
-module, which class and which branches come from the caller.
+The module object stays: its class changes and its `__dict__` gets a few entries, so that aliases, lists, closures,
+    hooks,
+flags, buffers and `Parameter` objects stay valid. The caller chooses the module, the class and the branches.
 """
 
 import sys
@@ -20,15 +20,19 @@ from normswap.layers.gating import BnStatistics, Branch, Gate, initial_point
 
 GATE_PARAMETERS = ("mean_weight", "var_weight")
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
-# Where a layer whose statistics are frozen keeps what its `bn` branch used before, if not those of the batch.
+# Attribute of a layer with frozen statistics: its previous `bn_statistics`, unless that was "batch".
 STATISTICS_BEFORE_FREEZE = "unfrozen_statistics"
 
 
 @dataclass(frozen=True)
 class Replaced:
-    """What a layer was before: its class by name, the attributes that adoption set, and what these names held.
+    """The norm that a layer was before its conversion.
 
-    `created` names the buffers that adoption made, each with whether the registry held the name (and None) before.
+    Attributes:
+        class_name: its class, as `module.QualName`.
+        added: names of the attributes that the conversion set.
+        displaced: previous values of these attributes.
+        created: names of the buffers that the conversion created, each with whether it was registered as None before.
     """
 
     class_name: str
@@ -37,12 +41,17 @@ class Replaced:
     created: tuple[tuple[str, bool], ...] = ()
 
 
+def has_frozen_affine(module: nn.Module) -> bool:
+    """Return whether the weight of a norm is a buffer, as in torchvision's FrozenBatchNorm2d, and cannot be trained."""
+    return "weight" in module._buffers
+
+
 def qualified_name(cls: type) -> str:
     """Return `module.QualName` of a class."""
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-# By the branch that computes a norm: what to call the norm, and the tensors that it must have a name for.
+# For each branch: the norm that it computes, as named in messages, and the tensors that this norm has (or has as None).
 _EXPECTED: Mapping[Branch, tuple[str, frozenset[str]]] = {
     "in": ("an InstanceNorm", frozenset({"weight", "bias"})),
     "ln": ("a GroupNorm", frozenset({"weight", "bias"})),
@@ -58,20 +67,23 @@ def check_replaceable(
     vertex: Branch = "bn",
     eps: float | None = None,
 ) -> None:
-    """Refuse a module whose function `target`, which runs just these `children`, would not compute.
+    """Check that `target`, which runs the child modules `children`, can compute the function of a norm.
 
     Args:
-        vertex, eps: as in `adopt`.
+        module: the norm.
+        target: the class of the layer that replaces it.
+        children: names of the child modules that `target` runs.
+        vertex, eps: as in `convert_module`.
 
     Raises:
-        LayerError: `module` is not the norm that `vertex` computes (for `bn` a BatchNorm or a frozen form of it), is
-            a lazy one that has not run, or has other child modules than `target` runs.
+        LayerError: `module` is not the norm that `vertex` computes (for `bn` a BatchNorm or a frozen BatchNorm), is a
+            lazy module that has not run, or has other child modules.
     """
     kind = type(module).__name__
     tensors = module._parameters | module._buffers
     expected, names = _EXPECTED[vertex]
     if not {*GATE_PARAMETERS}.isdisjoint(tensors):
-        raise LayerError(f"expected {expected} module, got {kind}, which is a SwitchNorm layer already")
+        raise LayerError(f"expected {expected} module, got {kind}, which already is a SwitchNorm layer")
     if (
         (eps is None and not hasattr(module, "eps"))
         or not names <= {*tensors}
@@ -80,7 +92,7 @@ def check_replaceable(
         raise LayerError(f"expected {expected} module, got {kind}")
     if any(isinstance(tensor, torch.Tensor) and is_lazy(tensor) for tensor in tensors.values()):
         raise LayerError(
-            f"expected tensors of known size, got {kind} that has seen no input: run one batch through it first"
+            f"expected a module with initialised tensors, got an uninitialised {kind}: run one batch through it first"
         )
     if children != {*module._modules}:
         then = tuple(module._modules)
@@ -88,7 +100,7 @@ def check_replaceable(
         use = f"pass {entry}" if then else "use a SwitchNorm class without them"
         raise LayerError(
             f"{target.__name__} runs the child modules {sorted(children)}, but {kind} has {sorted(then)}: "
-            f"{use}{', its modules in the order in which its forward runs them after the norm' * bool(then)}"
+            f"{use}{', with the modules in the order in which its forward runs them after the norm' * bool(then)}"
         )
 
 
@@ -107,23 +119,23 @@ def convert_module(
     like: torch.Tensor | None = None,
     fqn: str = "",
 ) -> None:
-    """Make `module`, a norm, an instance of `target` that computes the same function.
+    """Turn `module`, a norm, into an instance of `target`; with a simplex gate it computes the same function.
 
-    The gate parameters are created beside the module's own tensors, at `vertex` for `simplex`. A norm that is not BN
-    and gets a `bn` branch gets running statistics too: mean 0, variance 1, to be averaged over the batches to come.
+    A norm other than BatchNorm that gets a `bn` branch gets running statistics: mean 0, variance 1, then the average of
+    all batches.
 
     Args:
-        module: BatchNorm, or a frozen form of it that keeps (C,) tensors under torch's names as buffers; for another
-            `vertex` an InstanceNorm without running statistics or a GroupNorm of one group.
-        target: the SwitchNorm class to become.
-        train_gates: whether the new gate parameters require a gradient.
-        vertex: the branch that computes what `module` computes.
-        synchronize: whether the layer takes the batch of all processes; the group of `module`, if it has one, stays.
-        eps: of a class that has none as an attribute, since it is a constant in its forward.
-        then: the names of the modules that the forward of `module` runs after the norm, in order; () is what `target`
-            has by itself.
-        like: gives dtype and device where the module has no tensor of its own.
-        fqn: its name in the model, for warnings.
+        module: a BatchNorm, or a frozen BatchNorm, whose tensors (C,) are buffers with torch's names; for another
+            `vertex` an InstanceNorm without running statistics or a GroupNorm with one group.
+        target: the SwitchNorm class.
+        gate, branches, bn_statistics: options of the layer.
+        train_gates: the gate parameters require a gradient.
+        vertex: the branch that computes the norm; a simplex gate starts there.
+        synchronize: the layer uses the batch of all processes, or of the process group of `module` if it has one.
+        eps: for a class without the attribute eps, because its forward has a constant.
+        then: names of the modules that the forward of `module` runs after the norm, in order; (): those of `target`.
+        like: gives dtype and device if `module` has no tensors.
+        fqn: name of `module` in the model, for warnings.
     """
     own = (getattr(module, name, None) for name in ("weight", "running_mean", "bias"))
     tensors = [tensor for tensor in own if isinstance(tensor, torch.Tensor)]
@@ -141,14 +153,13 @@ def convert_module(
         "synchronize": synchronize,
         "site": new_site_name(fqn or f"a {target.__name__} of {channels} channels"),
     }
-    defaults = {"num_features": channels, "eps": eps, "momentum": 0.0, "affine": True}
-    defaults |= {"track_running_stats": "bn" in branches}
+    defaults = {"num_features": channels, "momentum": 0.0, "affine": True, "track_running_stats": "bn" in branches}
     if then:
         settings["then"] = then
     if not synchronize or "process_group" not in module.__dict__:
         settings["process_group"] = None
     settings |= {name: value for name, value in defaults.items() if value is not None and name not in module.__dict__}
-    settings["normalising_eps"] = module.__dict__.get("eps", eps)
+    settings["normalising_eps"] = getattr(module, "eps", eps)  # the property `eps` of the layer reads it
     statistics: dict[str, torch.Tensor] = {}
     if vertex != "bn" and "bn" in branches:
         settings |= {"momentum": None, "track_running_stats": True}
@@ -165,22 +176,22 @@ def convert_module(
 
 
 def _initial_running_stats(channels: int, like: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Running statistics before the first batch, as a BatchNorm is born with."""
+    """Return the running statistics of a new BatchNorm."""
     mean = torch.zeros(channels, dtype=like.dtype, device=like.device)
     count = torch.tensor(0, dtype=torch.long, device=like.device)
     return dict(zip(STATISTICS, (mean, torch.ones_like(mean), count), strict=True))
 
 
 def original_class(layer: nn.Module) -> type[nn.Module]:
-    """Return the class that `layer` had before it was adopted, from the modules that are imported already.
+    """Return the class that `layer` had before its conversion. This imports no module.
 
     Raises:
-        SwapError: the layer was built as it is, or its old class is not imported.
+        SwapError: the layer was not converted, or the module of its old class is not imported.
     """
     replaced = layer.__dict__.get("replaced")
     if not isinstance(replaced, Replaced):
         raise SwapError(
-            f"expected a layer made by normswap.convert, got a {type(layer).__name__} that replaced nothing"
+            f"expected a layer made by normswap.convert, got a {type(layer).__name__} that replaced no norm"
         )
     path = replaced.class_name.split(".")
     for cut in range(len(path) - 1, 0, -1):
@@ -189,22 +200,27 @@ def original_class(layer: nn.Module) -> type[nn.Module]:
             found = getattr(found, name, None)
         if isinstance(found, type) and issubclass(found, nn.Module):
             return found
-    raise SwapError(f"cannot put back {replaced.class_name}: import its module first, then revert again")
+    raise SwapError(
+        f"cannot put back {replaced.class_name}, whose module is not imported: import it, then revert again"
+    )
 
 
 def revert_module(layer: nn.Module) -> None:
-    """Undo `adopt`: the class and the `__dict__` are again what they were, with the tensors as they are now.
+    """Undo `convert_module`: restore the class and the attributes, keep the current tensors and eps.
 
     Raises:
         SwapError: as `original_class`.
     """
     cls = original_class(layer)
+    eps = layer.normalising_eps
     replaced: Replaced = layer.__dict__.pop("replaced")
     for name in replaced.added:
-        if name not in replaced.displaced:  # those keep their place in the `__dict__`
+        if name not in replaced.displaced:  # `update` below keeps the order of the others
             layer.__dict__.pop(name, None)
     layer.__dict__.pop(STATISTICS_BEFORE_FREEZE, None)
     layer.__dict__.update(replaced.displaced)
+    if "eps" in layer.__dict__:
+        layer.__dict__["eps"] = eps  # the layer's eps can be another one by now
     for name in GATE_PARAMETERS:
         layer._parameters.pop(name)
     for name, registered in replaced.created:
@@ -215,7 +231,7 @@ def revert_module(layer: nn.Module) -> None:
 
 
 def shallow_copy(module: nn.Module) -> nn.Module:
-    """Return a second module with the same tensors and children, whose registries can change on their own."""
+    """Return a second module with the same tensors and children, and registries of its own."""
     module_copy: nn.Module = module.__new__(type(module))
     module_copy.__dict__ = {k: v.copy() if isinstance(v, dict | set) else v for k, v in module.__dict__.items()}
     return module_copy

@@ -1,7 +1,8 @@
-"""The modules: `SwitchNorm1d/2d/3d`, and the forms that surgery puts in place of other norms.
+"""The layers `SwitchNorm1d/2d/3d` and `SwitchNormAct`, which also replace other norms.
 
-Names, shapes and the sense of momentum are torch's, so a BatchNorm state dict is a subset of a SwitchNorm one.
-None of these classes is a `_BatchNorm`: torch's converters would otherwise swallow it and drop the gates.
+Names, shapes and the meaning of momentum are those of torch, so the keys of a BatchNorm state dict are a subset of
+those of a SwitchNorm. No class derives from torch's `_BatchNorm`: torch's converters would replace it and drop the
+gates.
 """
 
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from normswap.errors import LayerError
 from normswap.layers.functional import new_site_name, switch_norm
+from normswap.layers.gated_module import FunctionalSwitchNorm as FunctionalSwitchNorm
 from normswap.layers.gated_module import GatedModule, get_registered
 from normswap.layers.gating import (
     BRANCHES,
@@ -24,31 +26,22 @@ from normswap.layers.gating import (
     check_gate,
     initial_point,
 )
-from normswap.layers.in_place import GATE_PARAMETERS, check_replaceable, convert_module, shallow_copy
+from normswap.layers.in_place import (
+    GATE_PARAMETERS,
+    check_replaceable,
+    convert_module,
+    has_frozen_affine,
+    shallow_copy,
+)
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
 class SwitchNorm(GatedModule):
-    """Switchable Normalization over (N, C, *spatial) of any rank from 2 up; the children pin the rank.
+    """Switchable Normalization over (N, C, *spatial) of any rank from 2; subclasses fix the rank.
 
-    Args:
-        num_features: C.
-        eps, momentum, affine, track_running_stats, bias, device, dtype: as in `torch.nn.BatchNorm2d`.
-        gate: `"softmax"`, the published one, or `"simplex"`.
-        branches: which of `in`, `ln`, `bn` are mixed. Leave out `in` where there is one spatial position,
-            `ln` where C = 1.
-        bn_statistics: what the `bn` branch uses in training: the `"batch"`'s, the `"running"` ones as constants, or
-            with `"renorm"` the values of the running ones just updated and the gradients of the batch's.
-        synchronize: the `bn` branch takes as its batch in training that of all processes; see `switch_norm`.
-        process_group: the processes that share it, default all there are; given, it means `synchronize`. Copies share
-            it, pickles leave it out.
-
-    Shapes: weight, bias, running_mean, running_var (C,); mean_weight, var_weight (number of branches,).
-
-    Raises:
-        LayerError: unknown gate, branch or `bn_statistics`.
+    Arguments and attributes are those of `SwitchNorm2d`.
     """
 
     _ranks: tuple[int, ...] = ()
@@ -116,25 +109,34 @@ class SwitchNorm(GatedModule):
         branches: Sequence[Branch] | None = None,
         bn_statistics: BnStatistics | None = None,
     ) -> Self:
-        """Return a layer that shares the tensors of `bn` and, with `gate="simplex"`, computes the same function.
+        """Return a layer that shares the tensors of a BatchNorm and, with `gate="simplex"`, computes the same function.
 
-        The gates are trainable unless every affine parameter of `bn` is frozen.
+        The gates are trainable unless no affine parameter of `bn` requires a gradient.
 
         Args:
-            bn: a BatchNorm of any rank, or a frozen form of it with (C,) tensors under torch's names as buffers.
-            gate: `"softmax"` starts at the uniform mix, which is *not* the same function.
-            branches: default all, without `ln` where C = 1; must hold `bn`.
-            bn_statistics: default `"batch"`, and `"running"` for a frozen form.
+            bn: a BatchNorm of any rank, or a frozen BatchNorm, whose tensors (C,) are buffers with torch's names.
+            gate: `"softmax"` starts with equal weights, which is *not* the same function.
+            branches: default all, without `ln` if C = 1; must contain `bn`.
+            bn_statistics: default `"batch"`, or `"running"` for a frozen BatchNorm.
+
+        Returns:
+            A new layer; `bn` does not change.
 
         Raises:
             LayerError: this class does not compute the function of `bn`, or `branches` lacks `bn`.
+
+        Examples:
+            >>> bn, x = torch.nn.BatchNorm2d(3), torch.randn(8, 3, 16, 16)
+            >>> layer = SwitchNorm2d.from_batch_norm(bn)
+            >>> torch.allclose(layer(x), bn(x), atol=1e-5)
+            True
         """
         check_replaceable(bn, cls, cls._expected_children)
-        frozen = "weight" in bn._buffers
+        frozen = has_frozen_affine(bn)
         channels = bn.running_mean.shape[0] if isinstance(bn.running_mean, Tensor) else bn.num_features
         chosen = check_branches(branches or (BRANCHES if channels != 1 else ("in", "bn")))
         if "bn" not in chosen:
-            raise LayerError(f"branches: expected `bn` among them to start from Batch Normalization, got {chosen}")
+            raise LayerError(f"branches: expected `bn` among them to start at batch normalization, got {chosen}")
         affine = [t for t in (bn.weight, bn.bias) if isinstance(t, Tensor)]
         layer = shallow_copy(bn)
         convert_module(
@@ -150,45 +152,50 @@ class SwitchNorm(GatedModule):
 
     @property
     def eps(self) -> float:
-        """The eps of the normalisation, for as long as this layer can be folded as a BN or has nothing to fold.
+        """The number added to the variance.
 
-        Whatever folds a norm into a convolution (`fuse_conv_bn_eval`, the `fuse()` and `reparameterize()` of
-        re-parameterisable blocks) reads eps and the running statistics from outside and knows nothing of gates. At
-        the `bn` vertex that is right in evaluation; anywhere else it would be wrong without a word. What replaced an
-        InstanceNorm or a GroupNorm, is it still and has no running statistics cannot be mistaken.
+        Code that folds a norm into a convolution (`fuse_conv_bn_eval`, the `fuse()` and `reparameterize()` methods of
+        some models) reads eps and the running statistics and knows no gates. The result is right while all weight is on
+        `bn`, and else silently wrong. Layers that replaced an InstanceNorm or a GroupNorm and have no running
+        statistics cannot be folded; they answer while they compute that norm.
 
         Raises:
-            LayerError: the importance weights are neither exactly those of BN nor those of such a norm.
+            LayerError: the importance weights are neither those of BN nor those of such a norm.
         """
         cannot_be_folded = self.running_mean is None and self.is_at(self.vertex)
         if not (cannot_be_folded or self.is_at("bn")):
             raise LayerError(
-                "a SwitchNorm layer whose importance weights are not those of BN cannot be folded as one: keep the "
-                "layer, or put the old norm back with normswap.revert(model, discard=True)"
+                "a SwitchNorm layer can be folded as a BatchNorm only while its importance weights are those of BN: "
+                "keep the layer, or put the old norm back with normswap.revert(model, discard=True)"
             )
-        return float(self.__dict__["eps"])
+        return self.normalising_eps
 
     @eps.setter
     def eps(self, value: float) -> None:
-        self.__dict__["eps"] = value
-        # Under a name that is no property too: the compiler of torch 2.8 reads `__dict__` through properties.
+        """Set eps; possible with any importance weights."""
         self.normalising_eps = value
 
+    @property
+    def frozen(self) -> bool:
+        """Whether weight and bias are buffers, as in torchvision's FrozenBatchNorm2d, and cannot be trained."""
+        return has_frozen_affine(self)
+
     def __dir__(self) -> list[str]:
-        """Leave out `eps`, which may raise: torch.jit.trace reads every attribute that a module lists (torch 2.14)."""
+        """List all attributes except `eps`, which can raise: torch.jit.trace reads every attribute (torch 2.14)."""
         names: list[str] = super().__dir__()  # type: ignore[no-untyped-call]
         return [name for name in names if name != "eps"]
 
     def reset_running_stats(self) -> None:
-        """Set running mean 0, running variance 1 and the count of batches 0, where they are kept."""
+        """Reset the running mean to 0, the running variance to 1 and the number of batches to 0."""
         for name, value in (("running_mean", 0), ("running_var", 1), ("num_batches_tracked", 0)):
             if getattr(self, name) is not None:
                 getattr(self, name).fill_(value)
 
     def reset_parameters(self) -> None:
-        """Set weight 1, bias 0, the gates where the layer starts, and reset the running statistics.
+        """Reset weight to 1, bias to 0, the gates to their initial values, and the running statistics.
 
-        A layer that replaced a norm starts as that, any other at the uniform mix.
+        Initially a layer computes the norm that it replaced; with a softmax gate, or if it replaced none, all
+        importance weights are equal.
         """
         self.reset_running_stats()
         start = self.vertex if "replaced" in self.__dict__ else None
@@ -200,13 +207,13 @@ class SwitchNorm(GatedModule):
                     getattr(self, name).fill_(value)
 
     def forward(self, x: Tensor | None = None, *, input: Tensor | None = None) -> Tensor:  # noqa: A002 - torch's name
-        """Normalise x (N, C, *spatial); see `switch_norm`. torch's norms call it `input`, and so may a keyword."""
+        """Normalise x (N, C, *spatial); see `switch_norm`. `input` is torch's name of this argument."""
         return apply_layer(self, _resolve_input(self, x, input))
 
     def extra_repr(self) -> str:
-        """Return the options that differ between layers, for `print(model)`."""
+        """Return the options of the layer, for `print(model)`."""
         return (
-            f"{self.num_features}, eps={self.__dict__['eps']}, momentum={self.momentum}, affine={self.affine}, "
+            f"{self.num_features}, eps={self.normalising_eps}, momentum={self.momentum}, affine={self.affine}, "
             f"track_running_stats={self.track_running_stats}, gate={self.gate!r}, branches={self.branches}, "
             f"bn_statistics={self.bn_statistics!r}{', synchronize=True' * self.synchronize}"
         )
@@ -221,10 +228,10 @@ class SwitchNorm(GatedModule):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        if "weight" in self._buffers:  # a frozen site keeps no count and, as torchvision's does, drops a stored one
+        if self.frozen:  # has no number of batches and ignores a stored one, as torchvision's FrozenBatchNorm2d
             state_dict.pop(prefix + "num_batches_tracked", None)
         elif "gate" not in local_metadata and self.num_batches_tracked is not None:
-            # Written before torch counted batches (BatchNorm version < 2), or in the published layout.
+            # Saved before torch counted batches (BatchNorm version < 2), or by the paper's code.
             count = self.num_batches_tracked
             stored_count = torch.tensor(0, dtype=torch.long) if count.is_meta else count
             state_dict.setdefault(prefix + "num_batches_tracked", stored_count)
@@ -234,7 +241,7 @@ class SwitchNorm(GatedModule):
 
 
 def _resolve_input(layer: nn.Module, x: Tensor | None, keyword_input: Tensor | None) -> Tensor:
-    """Return the input, given as x or as `input`; raise what Python raises for any other number of them."""
+    """Return the input, passed as x or as `input`; raise TypeError unless exactly one of them is given."""
     if keyword_input is None:
         if x is None:
             raise TypeError(f"{type(layer).__name__}.forward() missing 1 required positional argument: 'input'")
@@ -245,7 +252,7 @@ def _resolve_input(layer: nn.Module, x: Tensor | None, keyword_input: Tensor | N
 
 
 def apply_layer(layer: SwitchNorm, x: Tensor) -> Tensor:
-    """Run a layer's forward pass. A leaf for every FX tracer, so that no trace freezes `layer.training`."""
+    """Run the forward pass of a layer. A leaf for FX tracers, so that a graph reads `layer.training` at each run."""
     ranks = layer._ranks
     if ranks and x.dim() not in ranks:
         raise LayerError(f"expected a {' or '.join(f'{r}-D' for r in ranks)} input, got shape {tuple(x.shape)}")
@@ -281,37 +288,102 @@ torch.fx.wrap("apply_layer")
 
 
 def _exponential_average_factor(layer: SwitchNorm) -> float:
-    """The share of the next batch in the running statistics: the momentum, or that of a plain average."""
+    """Return the weight of the next batch in the running statistics: the momentum, or that of an average of all."""
     if layer.momentum is not None:
         return layer.momentum
     return 1.0 / (float(layer.num_batches_tracked) + 1.0) if layer.num_batches_tracked is not None else 0.0
 
 
 class SwitchNorm1d(SwitchNorm):
-    """Switchable Normalization over (N, C) or (N, C, L). For (N, C) give `branches=("ln", "bn")`."""
+    """Switchable Normalization over (N, C) or (N, C, L).
 
+    For (N, C) use `branches=("ln", "bn")`, since one position has no variance.
+
+    Args:
+        num_features: number of channels C; the other arguments are those of `SwitchNorm2d`.
+
+    Examples:
+        >>> SwitchNorm1d(6)(torch.randn(4, 6, 10)).shape
+        torch.Size([4, 6, 10])
+        >>> SwitchNorm1d(6, branches=("ln", "bn"))(torch.randn(4, 6)).shape
+        torch.Size([4, 6])
+    """
+
+    __module__ = "normswap"
     _ranks = (2, 3)
 
 
 class SwitchNorm2d(SwitchNorm):
-    """Switchable Normalization over (N, C, H, W)."""
+    """Switchable Normalization over (N, C, H, W).
 
+    The layer computes the mean and the variance as weighted sums of instance, layer and batch statistics and learns the
+    weights (Luo et al., "Differentiable Learning-to-Normalize via Switchable Normalization", ICLR 2019, eq. 3 to 5).
+
+    Args:
+        num_features: number of channels C.
+        eps: added to the variance.
+        momentum: weight of a new batch in the running statistics; None: average of all batches.
+        affine: the layer has weight and bias (C,).
+        track_running_stats: the layer has running statistics (C,).
+        bias: with `affine`, the layer has a bias.
+        gate: `"softmax"`, as in the paper, or `"simplex"`; see `switch_norm`.
+        branches: the mixed statistics, of `"in"`, `"ln"` and `"bn"`. Leave out `in` if there is one spatial position,
+            `ln` if C = 1.
+        bn_statistics: statistics of the `bn` branch in training: `"batch"`, `"running"` or `"renorm"`; see
+            `switch_norm`.
+        synchronize: in training, the `bn` branch uses the batch of all processes; see `switch_norm`.
+        process_group: these processes, default all; a group implies `synchronize`. Copies of the layer share it,
+            pickles leave it out.
+        device, dtype: of the tensors.
+
+    Attributes:
+        mean_weight, var_weight: gate parameters (K,), K the number of branches.
+        weight, bias: (C,), or None.
+        running_mean, running_var: (C,), or None.
+        num_batches_tracked: number of batches, or None.
+
+    Raises:
+        LayerError: unknown gate, branch or `bn_statistics`.
+
+    Examples:
+        >>> layer = SwitchNorm2d(6)
+        >>> layer(torch.randn(4, 6, 8, 8)).shape
+        torch.Size([4, 6, 8, 8])
+        >>> mean, var = layer.importance_weights()  # of in, ln and bn
+        >>> mean
+        tensor([0.3333, 0.3333, 0.3333])
+    """
+
+    __module__ = "normswap"
     _ranks = (4,)
 
 
 class SwitchNorm3d(SwitchNorm):
-    """Switchable Normalization over (N, C, D, H, W)."""
+    """Switchable Normalization over (N, C, D, H, W).
 
+    Args:
+        num_features: number of channels C; the other arguments are those of `SwitchNorm2d`.
+
+    Examples:
+        >>> SwitchNorm3d(6)(torch.randn(2, 6, 4, 8, 8)).shape
+        torch.Size([2, 6, 4, 8, 8])
+    """
+
+    __module__ = "normswap"
     _ranks = (5,)
 
 
 class SwitchNormAct(SwitchNorm):
-    """Switchable Normalization over (N, C, *spatial) of any rank from 2 up, then the modules named in `then`, in order.
+    """Switchable Normalization over (N, C, *spatial) of any rank from 2, followed by other modules.
+
+    A layer that replaced a norm with an activation keeps the modules of that norm. `then` has the names of the modules,
+    in the order in which they run.
 
     Args:
-        act, drop: modules, identity by default; the rest as in `SwitchNorm`.
-
-    A layer that replaced another norm has that norm's own modules, and their names in `then`.
+        num_features: number of channels C.
+        act: activation; default identity.
+        drop: runs before the activation; default identity.
+        args, options: the other arguments of `SwitchNorm2d`.
 
     Examples:
         >>> layer = SwitchNormAct(8, act=torch.nn.ReLU())
@@ -319,8 +391,9 @@ class SwitchNormAct(SwitchNorm):
         True
     """
 
+    __module__ = "normswap"
     _expected_children = frozenset({"act", "drop"})
-    # Attributes, so that what was pickled before there was a choice has it too.
+    # On the class, because pickles of early versions lack it.
     then: tuple[str, ...] = ("drop", "act")
 
     def __init__(
@@ -331,7 +404,7 @@ class SwitchNormAct(SwitchNorm):
         self.act = nn.Identity() if act is None else act
 
     def forward(self, x: Tensor | None = None, *, input: Tensor | None = None) -> Tensor:  # noqa: A002 - torch's name
-        """Normalise x (N, C, *spatial), then run what `then` names; `input` is another name for x."""
+        """Normalise x (N, C, *spatial), then run the modules in `then`. `input` is torch's name of this argument."""
         y = apply_layer(self, _resolve_input(self, x, input))
         for name in self.then:
             y = getattr(self, name)(y)
@@ -339,64 +412,4 @@ class SwitchNormAct(SwitchNorm):
 
 
 class SwitchNormAct2d(SwitchNormAct, SwitchNorm2d):
-    """`SwitchNormAct` over (N, C, H, W): what replaces timm's BatchNormAct2d."""
-
-
-class FunctionalSwitchNorm(GatedModule):
-    """The gates of a functional site; called with the arguments of `F.batch_norm` in its place.
-
-    Running statistics and affine parameters stay where the owner keeps them, under their own names.
-    """
-
-    # Which of the functions that normalize it was put in place of; surgery tells.
-    replaced_call = "torch.nn.functional.batch_norm"
-
-    def __init__(self, *, gate: Gate, branches: Sequence[Branch], bn_statistics: BnStatistics = "batch") -> None:
-        super().__init__()
-        self.gate = check_gate(gate)
-        self.branches = check_branches(branches)
-        self.bn_statistics = check_bn_statistics(bn_statistics)
-        for name in GATE_PARAMETERS:
-            self.register_parameter(name, nn.Parameter(torch.empty(len(self.branches))))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Put the gates back where a functional site starts: at the `bn` vertex, or at the uniform softmax."""
-        with torch.no_grad():
-            for name in GATE_PARAMETERS:
-                getattr(self, name).copy_(initial_point(self.gate, self.branches, vertex="bn"))
-
-    def forward(
-        self,
-        x: Tensor,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        weight: Tensor | None = None,
-        bias: Tensor | None = None,
-        training: bool = False,
-        momentum: float = 0.1,
-        eps: float = 1e-5,
-    ) -> Tensor:
-        """Normalise x (N, C, *spatial); arguments as in `F.batch_norm`."""
-        statistics = {"running_mean": running_mean, "running_var": running_var}
-        return apply_site(self, x, training, weight=weight, bias=bias, momentum=momentum, eps=eps, **statistics)
-
-    def extra_repr(self) -> str:
-        """Return the options that differ between sites."""
-        return (
-            f"gate={self.gate!r}, branches={self.branches}, bn_statistics={self.bn_statistics!r}"
-            f"{', synchronize=True' * self.synchronize}"
-        )
-
-
-def apply_site(site: FunctionalSwitchNorm, x: Tensor, training: bool, **options: Any) -> Tensor:
-    """Run a functional site. A leaf for every FX tracer, as `apply_layer`."""
-    if training and site.training:  # without running statistics, `training=True` comes in evaluation too
-        site.project_gates()
-    options |= {"gate": site.gate, "branches": site.branches, "bn_statistics": site.bn_statistics}
-    options |= {"synchronize": site.synchronize and site.training, "process_group": site.process_group}
-    options["site"] = site.site
-    return switch_norm(x, site.mean_weight, site.var_weight, training=training, **options)
-
-
-torch.fx.wrap("apply_site")
+    """`SwitchNormAct` over (N, C, H, W); replaces timm's BatchNormAct2d."""

@@ -28,6 +28,7 @@ from normswap import convert, param_groups, synchronize_statistics, use_backend
 from normswap.errors import LayerError
 from normswap.layers import sync
 from normswap.layers.backends import moment_algebra
+from normswap.layers.backends.aten_passes import PLAIN_PASSES
 from normswap.layers.switch_norm import SwitchNorm
 
 ALL = ("in", "ln", "bn")
@@ -135,11 +136,11 @@ def normalise(case: Case, rank: int) -> dict[str, Tensor | None]:
 def by_backend(name: str) -> Iterator[None]:
     """Normalise on CPU as on some device."""
     with use_backend("reference" if name == "reference" else "native"):
-        before = sync._PASSES_BY_DEVICE, moment_algebra._as_array
+        before = sync.passes_for, moment_algebra._as_array
         if name == "plain":
-            sync._PASSES_BY_DEVICE, moment_algebra._as_array = {}, lambda tensor: tensor
+            sync.passes_for, moment_algebra._as_array = lambda x: PLAIN_PASSES, lambda tensor: tensor
         yield
-        sync._PASSES_BY_DEVICE, moment_algebra._as_array = before
+        sync.passes_for, moment_algebra._as_array = before
 
 
 # --- what else can be done with a synchronized layer ------------------------------------------------------------------

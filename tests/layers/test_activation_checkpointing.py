@@ -1,4 +1,4 @@
-"""Activation checkpointing: a pass that backward runs again records nothing and reads what the first pass read."""
+"""Activation checkpointing: a recomputation updates no running statistics and reads the values of the first pass."""
 
 import copy
 from collections.abc import Callable
@@ -46,7 +46,7 @@ def assert_alike(first: nn.Module, second: nn.Module, x: Tensor, twin: Tensor, *
 @pytest.mark.parametrize("backend", ["native", "reference"])
 @pytest.mark.parametrize("momentum", [0.1, None])
 @every_mode
-def test_a_layer_does_what_it_does_without(mode: str, momentum: float | None, backend: str, run: Run) -> None:
+def test_a_layer_computes_the_same_as_without(mode: str, momentum: float | None, backend: str, run: Run) -> None:
     layer, x = layer_in(mode, momentum), batch()
     without, twin = copy.deepcopy(layer), x.detach().clone().requires_grad_()
     with normswap.use_backend(backend):
@@ -59,7 +59,7 @@ def test_a_layer_does_what_it_does_without(mode: str, momentum: float | None, ba
 
 @every_checkpoint
 @every_mode
-def test_a_functional_site_does_what_it_does_without(mode: str, run: Run) -> None:
+def test_a_functional_site_computes_the_same_as_without(mode: str, run: Run) -> None:
     torch.manual_seed(5)
     block = normswap.convert(zoo.randomise(zoo.FunctionalBlock()), bn_statistics=mode).model.double().train()  # type: ignore[arg-type]
     without, x = copy.deepcopy(block), torch.randn(2, 3, 6, 6).double().requires_grad_()
@@ -71,7 +71,7 @@ def test_a_functional_site_does_what_it_does_without(mode: str, run: Run) -> Non
 
 @pytest.mark.slow
 @pytest.mark.parametrize("where", ["checkpoint in the graph", "graph in the checkpoint"])
-def test_a_compiled_layer_renews_its_statistics_once(where: str) -> None:
+def test_a_compiled_layer_updates_its_statistics_once(where: str) -> None:
     layer, x = layer_in("renorm"), batch()
     without, twin = copy.deepcopy(layer), x.detach().clone().requires_grad_()
     torch.compiler.reset()
@@ -92,8 +92,8 @@ def test_an_empty_batch_is_counted_once(run: Run) -> None:
     assert layer.num_batches_tracked == 1
 
 
-def test_statistics_renewed_in_between_are_what_a_recomputation_reads() -> None:
-    """The limit: of two passes before a backward pass, the first is computed again with the values of the second."""
+def test_a_recomputation_reads_statistics_updated_in_between() -> None:
+    """A known limit: after two forward passes, the recomputation of the first uses the statistics of the second."""
     layer, x = layer_in("renorm"), batch()
     y = checkpoint(layer, x, use_reentrant=False)
     layer(batch())
@@ -108,7 +108,7 @@ def test_statistics_renewed_in_between_are_what_a_recomputation_reads() -> None:
     torch.testing.assert_close(x.grad, fixed.grad, rtol=1e-12, atol=1e-12)
 
 
-def test_the_verification_of_a_checkpointed_model_is_that_of_the_model_without() -> None:
+def test_verification_of_a_model_with_checkpointing_equals_that_without() -> None:
     class Checkpointed(nn.Sequential):
         def forward(self, x: Tensor) -> Tensor:
             return checkpoint(super().forward, x, use_reentrant=False)  # type: ignore[no-any-return]

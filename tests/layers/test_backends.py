@@ -1,4 +1,4 @@
-"""Fused backends: the same numbers as the plain formula, no less exact than torch's norms, in every layout and mode."""
+"""Fused backends: results of the plain formula, as exact as torch's norms, in every layout and mode."""
 
 import itertools
 import re
@@ -21,7 +21,7 @@ from normswap.layers.backends.interface import Backend
 from normswap.layers.functional import switch_norm
 from normswap.layers.gating import BRANCHES, GATES, Branch, Gate, importance_weights, project, read_weights
 
-# The algebra and, on small maps, the passes are done by C where the extension was built, else by numpy and torch.
+# Passes run by the C extension if it was built, else by NumPy and torch.
 COMPILED = pytest.mark.parametrize(
     "by_c",
     [
@@ -38,7 +38,7 @@ def channels_last(x: Tensor) -> Tensor:
 
 
 def transposed(x: Tensor) -> Tensor:
-    """The same values, neither contiguous nor channels_last."""
+    """Return the same values, neither contiguous nor channels_last."""
     return x.transpose(0, -1).contiguous().transpose(0, -1)
 
 
@@ -69,7 +69,7 @@ def gate_points(gate: Gate, count: int, *, at_vertex: bool) -> tuple[Tensor, Ten
 
 
 def run(backend: str, dy: Tensor, leaves: dict[str, Tensor], **options: Any) -> dict[str, Tensor]:
-    """y and all gradients by one backend, on copies of the leaves in their own layout."""
+    """Return y and all gradients of one backend, on copies of the leaves in the same layouts."""
     copies = {name: leaf.detach().clone().requires_grad_() for name, leaf in leaves.items()}
     statistics = {name: options[name].clone() for name in ("running_mean", "running_var")}
     with normswap.use_backend(backend):
@@ -119,7 +119,7 @@ def test_the_layout_is_that_of_batch_norm(shape: tuple[int, ...], lay_out: Calla
             assert gradient.stride() == expected.stride()
 
 
-# What torch itself makes of the same data sets the measure: the largest error of its three norms.
+# The limit is relative to torch: the largest error of its three norms on the same data.
 TORCH_NORMS: list[Callable[[Tensor, Tensor, Tensor], Tensor]] = [
     lambda x, weight, bias: F.batch_norm(x, None, None, weight, bias, training=True),
     lambda x, weight, bias: F.instance_norm(x, None, None, weight, bias),
@@ -133,7 +133,7 @@ ACCURACY = {
 
 
 def errors(function: Callable[..., Tensor], tensors: list[Tensor], dy: Tensor) -> list[float]:
-    """Relative L2 errors of the value and of the first three gradients against the same function in float64."""
+    """Return relative L2 errors of the value and of three gradients, compared with the function in float64."""
 
     def values(dtype: torch.dtype | None) -> list[Tensor]:
         leaves = [t.detach().to(dtype or t.dtype, copy=True).requires_grad_() for t in tensors]
@@ -208,7 +208,7 @@ def test_an_activation_in_place_comes_after_it() -> None:
 def test_a_fixed_batch_norm_is_batch_norm_bit_for_bit(
     layout: str, bn_statistics: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At the vertex, with nobody asking what another mix would do, no moments are taken."""
+    """If all weight is on `bn` and no gate needs a gradient, the layer computes no moments."""
     shape, lay_out = LAYOUTS[layout]
     bn = (nn.BatchNorm2d if len(shape) == 4 else nn.BatchNorm3d)(shape[1]).eval()
     bn.running_mean, bn.running_var = torch.randn(shape[1]), torch.rand(shape[1]) + 0.5
@@ -236,7 +236,7 @@ def test_frozen_gates_off_the_vertex_keep_their_mix() -> None:
     assert not torch.allclose(expected, F.batch_norm(x, layer.running_mean, layer.running_var))
 
 
-def test_only_wanted_gradients_are_made() -> None:
+def test_only_needed_gradients_are_computed() -> None:
     layer = normswap.SwitchNorm2d(4).double()
     for name, parameter in layer.named_parameters():
         parameter.requires_grad_(name in ("var_weight", "bias"))
@@ -252,11 +252,11 @@ def test_only_wanted_gradients_are_made() -> None:
         torch.testing.assert_close(found, expected)
 
 
-# The extension
+# --- the extension
 
 
-def test_the_extension_is_there_where_it_can_be_built() -> None:
-    """Its build is optional, so a mistake in it would show as nothing but slowness."""
+def test_the_extension_exists_if_it_can_be_built() -> None:
+    """The build is optional, so without this test a mistake in it would only cost speed."""
     header = Path(sysconfig.get_paths()["include"]) / "Python.h"
     command = (sysconfig.get_config_var("CC") or "cc").split()[0]
     if header.exists() and shutil.which(command):
@@ -267,7 +267,7 @@ def test_the_extension_is_there_where_it_can_be_built() -> None:
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("shape", [(1, 2, 40, 3), (3, 17, 5, 9), (2, 33, 1, 19)])
 def test_a_first_value_far_out_costs_no_digits(layout: str, shape: tuple[int, ...]) -> None:
-    """Squares are summed around the first value of a row; where that is no measure they are summed again."""
+    """Squares are summed around the first value of a row, and again around the mean if it is far away."""
     x = torch.randn(shape)
     x[:, :, 0, 0] += 1e5
     x[0, 0, :, :] = 7.25  # and one row without any variance
@@ -279,7 +279,7 @@ def test_a_first_value_far_out_costs_no_digits(layout: str, shape: tuple[int, ..
 
 
 @pytest.mark.skipif(not cpu.AVAILABLE, reason="built without a compiler")
-def test_what_is_not_finite_is_what_it_is_in_torch() -> None:
+def test_values_that_are_not_finite_equal_those_of_torch() -> None:
     for value in (float("nan"), float("inf")):
         x = torch.randn(2, 3, 4, 4)
         x[0, 1, 2, 2] = value
@@ -290,14 +290,14 @@ def test_what_is_not_finite_is_what_it_is_in_torch() -> None:
         torch.testing.assert_close(found, expected, equal_nan=True)
 
 
-# Sizes at which several threads take part; in the last two one sample is cut into segments where channels_last.
+# Sizes with several threads; in the last two a channels_last sample is divided into segments.
 SHARED_SHAPES = [(3, 40, 17, 33), (1, 8, 130, 131), (2, 3, 6, 70, 90)]
 NEEDS_C = pytest.mark.skipif(not cpu.AVAILABLE, reason="built without a compiler")
 
 
 @NEEDS_C
 def test_the_extension_finds_the_threads_of_torch() -> None:
-    """Where it did not, that would show as nothing but slowness."""
+    """Without this test a failure would only cost speed."""
     if sys.platform == "linux" and torch.backends.openmp.is_available():
         assert cpu._USES_TORCH_THREADS
 
@@ -340,12 +340,12 @@ def test_large_activations_agree_with_the_plain_formula(shape: tuple[int, ...], 
 
 
 @NEEDS_C
-def test_large_activations_are_left_to_torch_where_its_threads_are_out_of_reach(
+def test_large_activations_use_torch_if_its_threads_cannot_be_used(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     seen: list[torch.Size] = []
-    served = cpu.normalise
-    monkeypatch.setattr(cpu, "normalise", lambda inputs: [seen.append(inputs.x.shape), served(inputs)][1])
+    served = cpu.extension_forward
+    monkeypatch.setattr(cpu, "extension_forward", lambda inputs: [seen.append(inputs.x.shape), served(inputs)][1])
     layer, small, large = normswap.SwitchNorm2d(4), torch.randn(2, 4, 8, 8), torch.randn(2, 4, 512, 512)
     for threads, shares in ((2, True), (1, False), (2, False)):
         torch.set_num_threads(threads)
@@ -359,7 +359,7 @@ def test_large_activations_are_left_to_torch_where_its_threads_are_out_of_reach(
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_every_half_precision_number_is_read_and_rounded_as_torch_does(dtype: torch.dtype, layout: str) -> None:
-    """At mean 0, variance 1 and eps 0 a layer is a product and a sum in float32."""
+    """With mean 0, variance 1 and eps 0 a layer computes one product and one sum in float32."""
     every = torch.arange(-(2**15), 2**15).short().view(dtype).view(1, 4, 128, 128)
     x, zeros, ones = LAYOUTS[layout][1](every), torch.zeros(4), torch.ones(4)
     point = torch.ones(1, requires_grad=True)  # else the kernel of batch normalization does it
@@ -390,7 +390,7 @@ def test_gates_off_the_simplex_are_read_as_the_plain_formula_reads_them(dtype: t
 
 @NEEDS_C
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_running_statistics_move_as_in_batch_norm_and_say_that_they_changed(dtype: torch.dtype) -> None:
+def test_running_statistics_update_as_in_batch_norm_and_change_their_version(dtype: torch.dtype) -> None:
     layer, bn = normswap.SwitchNorm2d(3).to(dtype), nn.BatchNorm2d(3)
     for _ in range(3):
         x, versions = torch.randn(4, 3, 5, 5).to(dtype) + 1, [buffer._version for buffer in layer.buffers()]
@@ -403,21 +403,17 @@ def test_running_statistics_move_as_in_batch_norm_and_say_that_they_changed(dtyp
 
 @NEEDS_C
 def test_the_extension_refuses_calls_that_make_no_sense() -> None:
-    site = (0, 1, 0, 4, False, 1, *cpu._NULL_BUFFER * 8, False, 1, 1e-5)
-    for function, count in ((cpu._C.normalise, 45), (cpu._C.differentiate, 54)):
-        with pytest.raises(TypeError, match=f"expected {count} arguments, got 1"):
+    for function, count in ((cpu._C.forward, 21), (cpu._C.backward, 24), (cpu._C.update_running, 8)):
+        with pytest.raises(TypeError, match=f"expected a dict of {count} arguments"):
             function(0)
-        with pytest.raises(ValueError, match="expected a kind of number and a shape without zeros"):
-            function(*site, *[0] * (count - len(site)))
-    for function, count in ((cpu._C.record, 17), (cpu._C.use_threads, 3)):
-        with pytest.raises(TypeError, match=f"expected {count} arguments, got 1"):
-            function(0)
+    with pytest.raises(TypeError, match="expected 3 arguments, got 1"):
+        cpu._C.use_threads(0)
 
 
-# Which backend
+# --- the choice of the backend
 
 
-def test_the_cpu_is_served_by_aten_kernels() -> None:
+def test_the_default_on_cpu_is_native() -> None:
     backend = selection.fused_backend(torch.ones(1))
     assert backend is not None
     assert backend.name == "native"
@@ -443,8 +439,8 @@ def renewed_leaves() -> list[Tensor]:
     return [torch.randn(shape).double().requires_grad_() for shape in shapes]
 
 
-def test_second_derivatives_where_statistics_are_renewed() -> None:
-    """Their values are constants, also for what is differentiated again."""
+def test_second_derivatives_with_renorm() -> None:
+    """Their values are constants, also in second derivatives."""
     leaves, found = renewed_leaves(), {}
     for backend in ("native", "reference"):
         with normswap.use_backend(backend):
@@ -453,7 +449,7 @@ def test_second_derivatives_where_statistics_are_renewed() -> None:
     torch.testing.assert_close(found["native"], found["reference"], rtol=1e-9, atol=1e-9)
 
 
-def test_a_backend_that_cannot_renew_statistics_is_passed_by(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_renorm_does_not_use_a_backend_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
     leaves = renewed_leaves()
     expected = renewed(*leaves)
     monkeypatch.setattr(selection, "_FUSED_BACKENDS", {"native": lambda: Backend("none", None, None)})  # type: ignore[arg-type]
@@ -472,7 +468,7 @@ def test_unknown_backends_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated:FutureWarning")  # exporters of old still use it
-def test_what_does_not_run_now_gets_the_plain_formula() -> None:
+def test_tensors_that_are_not_eager_get_the_plain_formula() -> None:
     seen = []
 
     def note(x: Tensor) -> Tensor:
@@ -493,7 +489,7 @@ def test_what_does_not_run_now_gets_the_plain_formula() -> None:
     assert seen[-1]
 
 
-# torch writes its own forward-mode formulas in it.
+# torch compiles its forward-mode formulas with its deprecated scripting compiler.
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")
 def test_forward_mode_derivatives() -> None:
     layer, x = normswap.SwitchNorm2d(3).double(), torch.randn(2, 3, 4, 4).double()
@@ -508,14 +504,14 @@ def test_forward_mode_derivatives() -> None:
     torch.testing.assert_close(slope, difference, rtol=1e-6, atol=1e-7)
 
 
-# Operators of compiled graphs
+# --- operators of compiled graphs
 
 
-# The check itself reads the gradients of tensors that are no leaves.
+# opcheck itself reads gradients of tensors that are no leaves.
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.parametrize(("branches", "constant"), [("in ln bn", False), ("ln bn", True)])
-def test_the_operator_is_what_torch_expects_of_one(branches: str, constant: bool) -> None:
+def test_the_operator_passes_opcheck(branches: str, constant: bool) -> None:
     count = len(branches.split())
     tensors = [torch.randn(3, 4, 2, 3), torch.rand(count), torch.rand(count), torch.rand(4), torch.rand(4)]
     inputs = [tensor.double().requires_grad_() for tensor in tensors]
@@ -523,10 +519,10 @@ def test_the_operator_is_what_torch_expects_of_one(branches: str, constant: bool
     torch.library.opcheck(torch.ops.normswap.switch_norm.default, (*inputs, *constants, "softmax", branches, 1e-5))
 
 
-def test_renewing_is_an_operator_that_mutates_what_it_says() -> None:
+def test_the_operator_of_the_update_passes_opcheck() -> None:
     statistics = torch.zeros(4).double(), torch.ones(4).double(), torch.tensor(0)
     batch = torch.randn(1, 4).double(), torch.rand(1, 4).double()
-    operator = torch.ops.normswap.renew_running.default
+    operator = torch.ops.normswap.update_running_stats.default
     torch.library.opcheck(operator, (*statistics, 0.1, 12, *batch))
     torch.library.opcheck(operator, (*statistics[:2], None, 0.1, 12, *batch))
 
@@ -558,7 +554,7 @@ def test_a_forced_backend_is_one_node_of_a_compiled_graph(training: bool) -> Non
     assert [t for t in targets if "normswap" in t] == ["normswap.switch_norm.default"]
 
 
-# Gates on numbers
+# --- gates on Python numbers
 
 
 @pytest.mark.parametrize("gate", GATES)

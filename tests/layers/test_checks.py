@@ -1,4 +1,4 @@
-"""Tensors that do not fit are refused by every backend, before memory is read or written beyond what they have."""
+"""Every backend refuses tensors of a wrong size, dtype or device before it accesses memory."""
 
 import importlib
 import itertools
@@ -73,14 +73,14 @@ def test_a_tensor_that_does_not_fit_is_named_and_nothing_is_written(
 
 @pytest.mark.parametrize("name", ["running_mean", "running_var"])
 def test_one_running_statistic_without_the_other_is_refused_as_by_batch_norm(name: str) -> None:
-    """It was ignored without a word: training updated neither, evaluation took the moments of the batch."""
+    """Regression: one of them was ignored silently, and evaluation used the moments of the batch."""
     for training in (True, False):
         with pytest.raises(LayerError, match="must either both be None or neither be None"):
             switch_norm(torch.randn(SHAPE), **{**arguments(), name: None}, training=training, gate="simplex")
 
 
 def test_no_memory_behind_a_short_tensor_is_written() -> None:
-    """64 channels and one variance: 63 numbers behind it were overwritten."""
+    """Regression: with 64 channels and one variance, 63 numbers after it were overwritten."""
     for dtype, name in itertools.product(
         (torch.float32, torch.float64, torch.bfloat16), ("running_mean", "running_var")
     ):
@@ -104,7 +104,7 @@ def test_a_gate_that_does_not_fit_is_refused(name: str) -> None:
             switch_norm(torch.randn(SHAPE), **{**arguments(), name: bad}, gate="simplex")
 
 
-def test_an_input_of_other_channels_is_refused_in_the_words_of_batch_norm_too() -> None:
+def test_an_input_with_other_channels_is_refused_as_by_batch_norm() -> None:
     x = torch.randn(2, 32, 3, 3)
     given = arguments()
     with pytest.raises(RuntimeError, match="running_mean should contain 32 elements not 64"):
@@ -132,7 +132,7 @@ def test_a_compiled_layer_refuses_what_an_eager_one_refuses() -> None:
         function(torch.randn(SHAPE))
 
 
-def test_a_synchronized_layer_checks_before_it_meets_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_synchronized_layer_checks_before_it_exchanges(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("normswap.layers.functional.process_count", lambda group: 2)
     monkeypatch.setattr(sync, "_gather", lambda *_: pytest.fail("an exchange took place"))
     with pytest.raises(LayerError, match="running_var should contain 64 elements not 1"):
@@ -141,7 +141,7 @@ def test_a_synchronized_layer_checks_before_it_meets_the_others(monkeypatch: pyt
         )
 
 
-# Updates in place
+# --- updates in place
 
 
 @pytest.mark.parametrize("backend", backends())
@@ -195,13 +195,13 @@ def test_a_count_of_batches_has_one_element(size: tuple[int, ...]) -> None:
         switch_norm(torch.randn(SHAPE), **given, training=True, gate="simplex")
 
 
-# Registered operators, called by hand
+# --- direct calls of operators
 
 OPTIONS = ("simplex", "in ln bn", 1e-5)
 
 
 @pytest.mark.parametrize("name", ["weight", "bias", "bn_mean", "bn_var"])
-def test_operators_check_what_they_are_given(name: str) -> None:
+def test_operators_check_their_arguments(name: str) -> None:
     point, x = torch.tensor([0.2, 0.3, 0.5]), torch.randn(SHAPE)
     given = {"weight": torch.ones(64), "bias": torch.ones(64)}
     given |= {"bn_mean": torch.zeros(1, 64), "bn_var": torch.ones(1, 64)}
@@ -213,7 +213,7 @@ def test_operators_check_what_they_are_given(name: str) -> None:
             operator(x, point[:2], point, None, None, torch.zeros(1, 64), torch.ones(1, 64), *OPTIONS)
 
 
-def test_the_operator_of_the_backward_pass_checks_what_it_is_given() -> None:
+def test_the_operator_of_the_backward_pass_checks_its_arguments() -> None:
     point, x, table = torch.tensor([0.2, 0.3, 0.5]), torch.randn(SHAPE), torch.ones(2, 64)
 
     def backward(dy: Tensor, mean: Tensor, var: Tensor) -> Any:
@@ -232,30 +232,46 @@ def test_the_operator_of_the_backward_pass_checks_what_it_is_given() -> None:
 
 
 @NEEDS_C
-def test_the_operator_that_renews_statistics_writes_no_further_than_they_reach() -> None:
+def test_the_operator_of_the_update_writes_within_bounds() -> None:
     memory = torch.full((128,), 7.0)
     row = torch.ones(1, 64)
     with pytest.raises(ValueError, match="running_var should contain 64 elements not 1"):
-        torch.ops.normswap.renew_running(torch.zeros(64), memory[:1], None, 0.1, 18, row, row)
+        torch.ops.normswap.update_running_stats(torch.zeros(64), memory[:1], None, 0.1, 18, row, row)
     assert (memory == 7).all()
 
 
-# C itself
+# --- the C extension
 
 
-def site(table: Tensor, x: Tensor, **changed: Any) -> list[Any]:
-    """What both passes of the extension are given first, for x (N, C, H, W) with no `running_mean` of its own."""
-    point = torch.tensor([0.2, 0.3, 0.5])
-    given: dict[str, Any] = {"mean": table, "var": table.clone(), "fixed_mean": None, "fixed_var": None}
-    given |= {"weight": torch.ones(x.shape[1]), "bias": None, "mean_point": point, "var_point": point}
-    options = {"kind": 0, "order": cpu._encode_branch_order(("in", "ln", "bn"))} | changed
-    _kept.append(given | options)
-    buffers = [number for name in given for number in cpu._buffer(options.get(name, given[name]))]
-    positions = x[0, 0].numel()
-    return [options["kind"], *x.shape[:2], positions, False, 1, *buffers, False, options["order"], 1e-5]
+def layer_arguments(x: Tensor, moments: Tensor, **changed: Any) -> dict[str, Any]:
+    """Arguments of both passes for x (N, C, H, W) with moments (N, C), without constants.
+
+    Tensors become buffers, and stay alive until the end of the test.
+    """
+    gate = torch.tensor([0.2, 0.3, 0.5])
+    given: dict[str, Any] = {"dtype": 0, "samples": x.shape[0], "channels": x.shape[1], "positions": x[0, 0].numel()}
+    given |= {"channels_last": False, "threads": 1, "softmax": False, "eps": 1e-5}
+    given |= {"branch_order": cpu._encode_branch_order(("in", "ln", "bn")), "x": x}
+    given |= {"mean": moments, "var": moments.clone(), "constant_mean": None, "constant_var": None}
+    given |= {"weight": torch.ones(x.shape[1]), "bias": None, "mean_weight": gate, "var_weight": gate}
+    return as_buffers(given | changed)
 
 
-_kept: list[Any] = []  # tensors whose addresses were taken
+def as_buffers(given: dict[str, Any]) -> dict[str, Any]:
+    _kept.append(given)
+    return {name: cpu._buffer(value) if isinstance(value, Tensor) else value for name, value in given.items()}
+
+
+def run_forward(first: dict[str, Any], **changed: Any) -> None:
+    cpu._C.forward(first | as_buffers({"y": None, "batch_mean": None, "batch_var": None} | changed))
+
+
+def run_backward(first: dict[str, Any], **changed: Any) -> None:
+    gradients = ("dx", "mean_weight_gradient", "var_weight_gradient", "weight_gradient", "bias_gradient")
+    cpu._C.backward(first | as_buffers(dict.fromkeys(("dy", *gradients)) | changed))
+
+
+_kept: list[Any] = []
 
 
 @pytest.fixture(autouse=True)
@@ -264,20 +280,26 @@ def _keep_for_one_test_only() -> Any:
     _kept.clear()
 
 
+ORDER = "branch_order: expected a different index below K for each of the K branches"
 BUFFERS: dict[str, tuple[dict[str, Any], str]] = {
     "mean": ({"mean": torch.ones(2, 3)}, "mean should contain 8 elements not 6"),
     "var": ({"var": torch.ones(2, 5)}, "var should contain 8 elements not 10"),
-    "kind of a table": ({"var": torch.ones(2, 4).double()}, "var: expected another kind of number than 1"),
-    "constants": ({"fixed_mean": torch.ones(3), "fixed_var": torch.ones(4)}, "running_mean should contain 4 elements"),
-    "one constant": ({"fixed_mean": torch.ones(4)}, "expected running_mean and running_var together"),
+    "no mean": ({"mean": None}, "mean: expected a buffer of 8 elements, got None"),
+    "dtype of a table": ({"var": torch.ones(2, 4).double()}, "var: unexpected dtype code 1"),
+    "int64": ({"weight": torch.ones(4, dtype=torch.int64)}, "weight: unexpected dtype code 4"),
+    "constants": ({"constant_mean": torch.ones(3), "constant_var": torch.ones(4)}, "constant_mean should contain 4"),
+    "one constant": ({"constant_mean": torch.ones(4)}, "expected constant_mean and constant_var together"),
     "weight": ({"weight": torch.ones(3)}, "weight should contain 4 elements not 3"),
     "bias": ({"bias": torch.ones(0)}, "bias should contain 4 elements not 0"),
-    "gate": ({"mean_point": torch.ones(2)}, "mean_weight should contain 3 elements not 2"),
-    "another gate": ({"var_point": torch.ones(4)}, "var_weight should contain 3 elements not 4"),
-    "places": ({"order": 0b111101}, "expected every branch in use at a place of its own"),
-    "no places": ({"order": 0}, "expected every branch in use at a place of its own"),
-    "far places": ({"order": 0b000011}, "expected every branch in use at a place of its own"),
-    "kind": ({"kind": 4}, "expected a kind of number and a shape without zeros"),
+    "negative": ({"bias": (0, 0, -1)}, "bias: expected a number of elements of at least 0, got -1"),
+    "gate": ({"mean_weight": torch.ones(2)}, "mean_weight should contain 3 elements not 2"),
+    "another gate": ({"var_weight": torch.ones(4)}, "var_weight should contain 3 elements not 4"),
+    "order": ({"branch_order": 0b111101}, ORDER),
+    "no branches": ({"branch_order": 0}, ORDER),
+    "gap in the order": ({"branch_order": 0b000011}, ORDER),
+    "dtype": ({"dtype": 4}, "expected a floating dtype and a shape without zeros"),
+    "no samples": ({"samples": 0}, "expected a floating dtype and a shape without zeros"),
+    "overflow": ({"positions": 1 << 62}, "expected a floating dtype and a shape without zeros"),
 }
 
 
@@ -286,11 +308,11 @@ BUFFERS: dict[str, tuple[dict[str, Any], str]] = {
 def test_the_extension_checks_every_buffer(changed: dict[str, Any], message: str) -> None:
     x, table = torch.randn(2, 4, 3, 3), torch.ones(2, 4)
     y, dx = torch.full_like(x, 7), torch.full_like(x, 7)
-    first, absent = site(table, x, **changed), cpu._NULL_BUFFER
+    first = layer_arguments(x, table, **changed)
     with pytest.raises(ValueError, match=message):
-        cpu._C.normalise(*first, *cpu._buffer(x), *cpu._buffer(y), *absent, *absent)
+        run_forward(first, y=y)
     with pytest.raises(ValueError, match=message):
-        cpu._C.differentiate(*first, *cpu._buffer(x) * 2, *cpu._buffer(dx), *absent * 4)
+        run_backward(first, dy=x, dx=dx)
     assert (y == 7).all()
     assert (dx == 7).all()
     assert (table == 1).all()
@@ -299,32 +321,51 @@ def test_the_extension_checks_every_buffer(changed: dict[str, Any], message: str
 @NEEDS_C
 def test_the_extension_checks_what_it_writes() -> None:
     x, table = torch.randn(2, 4, 3, 3), torch.ones(2, 4)
-    first, absent, good = site(table, x), cpu._NULL_BUFFER, cpu._buffer(x)
-    y, short, row = torch.empty_like(x), torch.empty(71), torch.empty(3)
-    for rest, message in (
-        ((x, short), "y should contain 72 elements not 71"),
-        ((short, y), "x should contain 72 elements not 71"),
-        ((x, x), "y and x share memory"),
-        ((x, x.double()), "y: expected another kind of number than 1"),
+    first = layer_arguments(x, table)
+    y, short = torch.empty_like(x), torch.empty(71)
+    for changed, message in (
+        ({"y": short}, "y should contain 72 elements not 71"),
+        ({"y": x}, "y and x share memory"),
+        ({"y": x.double()}, "y: unexpected dtype code 1"),
+        ({"y": None}, "y: expected a buffer of 72 elements, got None"),
+        ({"y": y, "batch_mean": torch.empty(3)}, "batch_mean should contain 4 elements not 3"),
     ):
         with pytest.raises(ValueError, match=message):
-            cpu._C.normalise(*first, *(n for t in rest for n in cpu._buffer(t)), *absent, *absent)
-    with pytest.raises(ValueError, match="bn_mean should contain 4 elements not 3"):
-        cpu._C.normalise(*first, *good, *cpu._buffer(y), *cpu._buffer(row), *absent)
-    for at, name in enumerate(
-        ("gradient of x", "gradient of mean_weight", "gradient of var_weight", "gradient of weight")
-    ):
-        gradients = [absent] * 5
-        gradients[at] = cpu._buffer(torch.empty(5))
+            run_forward(first, **changed)
+    with pytest.raises(ValueError, match="x should contain 72 elements not 71"):
+        run_forward(first | as_buffers({"x": short}), y=y)
+    for name in ("dx", "mean_weight_gradient", "var_weight_gradient", "weight_gradient", "bias_gradient"):
         with pytest.raises(ValueError, match=f"{name} should contain"):
-            cpu._C.differentiate(*first, *good, *good, *itertools.chain(*gradients))
-    with pytest.raises(ValueError, match="gradient of x and dy share memory"):
-        cpu._C.differentiate(*first, *good, *good, *good, *absent * 4)
+            run_backward(first, dy=x, **{name: torch.empty(5)})
+    with pytest.raises(ValueError, match="dy should contain 72 elements not 71"):
+        run_backward(first, dy=short)
+    with pytest.raises(ValueError, match="dx and x share memory"):
+        run_backward(first, dy=y, dx=x)
 
 
 @NEEDS_C
-def test_a_tensor_whose_memory_was_given_back_is_refused() -> None:
-    """As sharding does between uses: a parameter keeps its shape, and has no memory."""
+def test_the_extension_takes_arguments_by_name() -> None:
+    x, table = torch.randn(2, 4, 3, 3), torch.ones(2, 4)
+    first = layer_arguments(x, table)
+    y, again = torch.empty_like(x), torch.empty_like(x)
+    run_forward(first, y=y)
+    run_forward(dict(reversed(first.items())), y=again)
+    assert again.equal(y)
+    with pytest.raises(TypeError, match="missing argument 'eps'"):
+        run_forward({"epsilon" if name == "eps" else name: value for name, value in first.items()}, y=y)
+    with pytest.raises(TypeError, match="expected a dict of 21 arguments"):
+        run_forward({name: value for name, value in first.items() if name != "eps"}, y=y)
+    with pytest.raises(TypeError, match=r"x: expected a tuple \(address, dtype, number of elements\) or None"):
+        run_forward(first | {"x": x.data_ptr()}, y=y)
+    with pytest.raises(TypeError):
+        run_forward(first | {"eps": "small"}, y=y)
+    with pytest.raises(TypeError):
+        run_forward(first | {"samples": 2.0}, y=y)
+
+
+@NEEDS_C
+def test_a_tensor_with_freed_memory_is_refused() -> None:
+    """Sharding frees the memory of parameters between uses and keeps their shape."""
     x, freed = torch.randn(2, 4, 3, 3), torch.ones(4)
     freed.untyped_storage().resize_(0)
     with pytest.raises(ValueError, match="bias has no memory for its 4 elements"):
@@ -332,25 +373,28 @@ def test_a_tensor_whose_memory_was_given_back_is_refused() -> None:
 
 
 @NEEDS_C
-def test_the_extension_records_no_further_than_statistics_reach() -> None:
+def test_the_update_of_the_extension_writes_within_bounds() -> None:
     row, mean, var, memory = torch.ones(4), torch.zeros(4), torch.ones(4), torch.full((8,), 7.0)
     count = torch.tensor([0, 0])
 
-    def record(*tensors: Tensor, counts: int = 1) -> None:
-        buffers = (number for tensor in tensors for number in cpu._buffer(tensor))
-        cpu._C.record(4, 0.1, 1.0, *buffers, count.data_ptr(), counts)
+    def update(*tensors: Tensor, counts: Tensor = count[:1]) -> None:
+        buffers = dict(zip(("mean", "var", "running_mean", "running_var"), tensors, strict=True))
+        options = {"channels": 4, "momentum": 0.1, "var_factor": 1.0}
+        cpu._C.update_running(options | as_buffers(buffers | {"num_batches_tracked": counts}))
 
     for tensors, message in (
         ((row, row, mean, memory[:1]), "running_var should contain 4 elements not 1"),
         ((row, row, memory[:3], var), "running_mean should contain 4 elements not 3"),
-        ((row[:2], row, mean, var), "mean of the batch should contain 4 elements not 2"),
+        ((row[:2], row, mean, var), "mean should contain 4 elements not 2"),
         ((row, row, memory[:4], memory[3:7]), "running_mean and running_var share memory"),
         ((row, row, row, var), "share memory"),
     ):
         with pytest.raises(ValueError, match=message):
-            record(*tensors)
-    with pytest.raises(ValueError, match="num_batches_tracked should contain 1 element not 0"):
-        record(row, row, mean, var, counts=0)
+            update(*tensors)
+    with pytest.raises(ValueError, match="num_batches_tracked should contain 1 element not 2"):
+        update(row, row, mean, var, counts=count)
+    with pytest.raises(ValueError, match="num_batches_tracked: unexpected dtype code 0"):
+        update(row, row, mean, var, counts=row[:1])
     assert (memory == 7).all()
     assert mean.equal(torch.zeros(4))
     assert count.equal(torch.tensor([0, 0]))
@@ -361,14 +405,14 @@ def test_the_compiled_passes_take_no_other_layout() -> None:
     x = torch.randn(2, 3, 4, 5).transpose(1, 3)
     inputs = Inputs(x, torch.ones(3), torch.ones(3), None, None, None, Mixing("softmax", BRANCHES, 1e-5))
     with pytest.raises(LayerError, match="expected a contiguous or channels_last input, got strides"):
-        cpu.normalise(inputs)
+        cpu.extension_forward(inputs)
     backend = fused_backend(x)
     assert backend is not None
     backend.forward(inputs)  # lays it out first
 
 
 @NEEDS_C
-def test_an_extension_of_another_interface_is_left_aside(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_extension_of_another_interface_is_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu._C, "INTERFACE", 1)
     try:
         assert not importlib.reload(cpu).AVAILABLE

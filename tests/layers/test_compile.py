@@ -1,7 +1,6 @@
 """`torch.compile` of converted networks: one graph, few nodes, compiled once, and the numbers of eager mode.
 
-Graphs run node by node here, which takes no C++ compiler; `benchmarks/speed/compile_cost.py` does it with
-the default backend.
+Graphs run node by node here, without a C++ compiler; `benchmarks/speed/compile_cost.py` uses the default backend.
 """
 
 import copy
@@ -24,7 +23,7 @@ pytestmark = pytest.mark.slow
 
 
 class Graphs:
-    """A backend that runs what it is given node by node, and keeps count."""
+    """A compiler backend that runs graphs node by node and counts them."""
 
     def __init__(self, backend: str = "aot_eager") -> None:
         self.backend = backend
@@ -89,7 +88,7 @@ def assert_same_gradients(ours: nn.Module, eager: nn.Module) -> None:
 
 @pytest.mark.parametrize("make", NETWORKS.values(), ids=NETWORKS)
 def test_training_compiles_once_and_equals_eager(make: Callable[[], nn.Module]) -> None:
-    """Five steps, in which gates leave their vertex, and evaluation in between."""
+    """Run five steps, in which the gates move, with evaluation in between."""
     ours = converted(make)
     eager = copy.deepcopy(ours)
     compiled_model, graphs = compiled(ours)
@@ -115,7 +114,7 @@ def test_training_compiles_once_and_equals_eager(make: Callable[[], nn.Module]) 
 
 
 def test_a_layer_adds_few_nodes() -> None:
-    """What tracing, lowering and a C++ compiler cost grows with the nodes; the plain formula has 150 a layer."""
+    """The time to compile grows with the number of nodes; the plain formula has 150 per layer."""
     original = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
     nodes = []
     for model in (original, normswap.convert(original, torch.randn(X)).model):
@@ -161,8 +160,8 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("constant", [True, False])
 @pytest.mark.parametrize("of", LAYOUTS.values(), ids=LAYOUTS)
-def test_operators_say_in_which_layout_they_answer(of: Callable[[Tensor], Tensor], constant: bool) -> None:
-    """A compiler plans memory by what an operator says of its results."""
+def test_fake_operators_return_the_layout_of_the_result(of: Callable[[Tensor], Tensor], constant: bool) -> None:
+    """A compiler plans memory by the results of fake operators."""
     operators = torch.ops.normswap
     x = of(torch.randn(3, 4, 5, 6).double())
     points = [torch.tensor([0.2, 0.5, 0.3]).double() for _ in range(2)]
@@ -228,7 +227,7 @@ def test_other_sizes_and_a_plain_average_compile_once_more_at_most(
 
 
 def test_two_forward_passes_before_a_backward_pass() -> None:
-    """As siamese networks and discriminators do: projecting anew must not count as a change of what was used."""
+    """Siamese networks and discriminators do this: projecting again must not count as a change of a saved tensor."""
     ours = layer()
     eager = copy.deepcopy(ours)
     for module in (compiled(ours)[0], eager):

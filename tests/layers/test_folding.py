@@ -1,6 +1,6 @@
-"""Folding a norm into its convolution after a conversion: right while the layer is BN, refused once it is not.
+"""Folding a norm into its convolution after a conversion: correct while the layer computes BN, an error afterwards.
 
-Zoo models fold their own BN on request; fed an unknown layer with BN's attributes, they do so wrongly without a word.
+Some models fold their BN on request. With an unknown layer that has the attributes of BN the result is silently wrong.
 """
 
 import copy
@@ -14,11 +14,9 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 import normswap
 from normswap.errors import LayerError
 
-REFUSED = (
-    "whose importance weights are not those of BN cannot be folded as one: keep the layer, or put the old norm back"
-)
+REFUSED = "can be folded as a BatchNorm only while its importance weights are those of BN: keep the layer"
 
-# The blocks that fold in these models' own way without asking what class the norm is.
+# Models whose blocks fold a norm without checking its class.
 SILENT_FOLDERS = ["repvit_m0_9", "levit_128s", "efficientvit_m0"]
 
 
@@ -42,7 +40,7 @@ def move(model: nn.Module) -> None:
 
 
 def fold(model: nn.Module) -> nn.Module:
-    """What timm.utils.reparameterize_model does, from the leaves up."""
+    """Do what timm.utils.reparameterize_model does, from the leaves up."""
     for name, child in model.named_children():
         if hasattr(child, "fuse"):
             setattr(model, name, child.fuse())

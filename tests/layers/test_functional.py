@@ -21,7 +21,7 @@ SHAPES = {
     "(N, C, H, W)": (3, 4, 2, 3),
     "(N, C, D, H, W)": (2, 3, 2, 2, 2),
 }
-# With one position another branch takes the weight of `in`: test_single_position.py.
+# For one position see test_single_position.py.
 SHAPES_AND_BRANCHES = [
     pytest.param(shape, branches, id=f"{name}-{'+'.join(branches)}")
     for name, shape in SHAPES.items()
@@ -49,14 +49,14 @@ VERTEX = torch.tensor([0.0, 0.0, 1.0])
 
 
 def gate_points(gate: str, branches: tuple[str, ...]) -> tuple[Tensor, Tensor]:
-    """An interior gate parameter for means and one for variances; simplex points of fewer branches are rescaled."""
+    """Return gate parameters in the interior for means and variances; simplex points of fewer branches are rescaled."""
     index = [BRANCHES.index(branch) for branch in branches]  # type: ignore[arg-type]
     mean, var = (torch.tensor(values).double()[index] for values in GATE_POINTS[gate])
     return (mean / mean.sum(), var / var.sum()) if gate == "simplex" else (mean, var)
 
 
 def problem(shape: tuple[int, ...], gate: str, branches: tuple[str, ...]) -> dict[str, Tensor]:
-    """Leaf tensors of a layer that has been trained for a while: nothing is 0, 1 or centred."""
+    """Return leaf tensors as of a trained layer: no value is 0 or 1."""
     channels = shape[1]
     mean_weight, var_weight = gate_points(gate, branches)
     leaves = {
@@ -76,7 +76,7 @@ def running_statistics(channels: int) -> oracles.Constants:
 @pytest.mark.parametrize("bn", ["batch", "constant", "renewed"])
 @BRANCH_CASES
 def test_the_oracle_agrees_with_finite_differences(branches: tuple[str, ...], bn: str) -> None:
-    """The judge is judged first: its closed form against central differences of its own definition.
+    """Check the oracle itself: its closed form against central differences of its definition.
 
     Renewed constants move with the moments of the batch, from where they are.
     """
@@ -167,7 +167,7 @@ def test_value_and_all_gradients_equal_the_oracle(
 
 @pytest.mark.parametrize("vertex", range(3), ids=BRANCHES)
 @pytest.mark.parametrize("training", [True, False])
-def test_at_a_vertex_gates_are_alive_and_equal_the_oracle(vertex: int, training: bool) -> None:
+def test_one_hot_gates_have_gradients_that_equal_the_oracle(vertex: int, training: bool) -> None:
     leaves = problem((3, 4, 2, 3), "simplex", BRANCHES)
     for name in ("mean_weight", "var_weight"):
         leaves[name] = torch.eye(3).double()[vertex].requires_grad_()
@@ -243,7 +243,7 @@ def test_running_statistics_do_not_depend_on_the_gates() -> None:
     assert results[0].equal(results[2])
 
 
-# Metamorphic properties: (branches on which it holds, transformation of x, what becomes of y).
+# Metamorphic properties: branches that have it, transformation of x, transformation of y.
 INVARIANCES = {
     "in: scale and shift of every (n, c)": (("in",), lambda x: x * 3 + torch.arange(12.0).reshape(3, 4, 1, 1)),
     "ln: scale and shift of every sample": (("ln",), lambda x: x * 3 + torch.arange(3.0).reshape(3, 1, 1, 1)),
@@ -253,7 +253,7 @@ INVARIANCES = {
 
 
 @pytest.mark.parametrize(("branches", "change"), INVARIANCES.values(), ids=INVARIANCES)
-def test_what_each_branch_does_not_see(branches: tuple[str, ...], change: Any) -> None:
+def test_each_branch_ignores_the_values_of_other_samples_or_channels(branches: tuple[str, ...], change: Any) -> None:
     x = torch.randn(3, 4, 5, 5).double()
     gates = gate_points("simplex", branches)
     y, changed = (
@@ -285,7 +285,7 @@ def test_branch_order_is_that_of_the_gate_entries() -> None:
     )
 
 
-# Where the value is a function of x, and not one with the gradients of another.
+# Not `renorm`, whose value has the gradients of another function.
 DIFFERENTIABLE = {name: mode for name, mode in MODES.items() if mode[1] != "renorm"}
 GRADCHECK_GATES = {"softmax": "softmax", "simplex, interior": "simplex"}
 
@@ -296,7 +296,7 @@ GRADCHECK_GATES = {"softmax": "softmax", "simplex, interior": "simplex"}
 def test_first_and_second_derivatives_against_finite_differences(
     gate: str, training: bool, bn_statistics: str, tracked: bool
 ) -> None:
-    """Inside the simplex the projection's own Jacobian is the centring, so numerical derivatives must agree."""
+    """In the interior the Jacobian of the projection subtracts the mean, so numerical derivatives agree."""
     leaves = problem((2, 2, 3), gate, BRANCHES)
     running = running_statistics(2) if tracked else None
 
@@ -340,8 +340,8 @@ def test_a_large_mean_beside_the_deviation_does_no_harm(
 
 
 @pytest.mark.parametrize("bn_statistics", ["batch", "running"])
-def test_a_weight_of_zero_silences_infinite_statistics(bn_statistics: str) -> None:
-    """At the `bn` vertex in evaluation the variances of `in` and `ln` overflow here; BN itself is finite."""
+def test_a_weight_of_zero_ignores_infinite_statistics(bn_statistics: str) -> None:
+    """In evaluation with all weight on `bn`, the variances of `in` and `ln` overflow and BN is finite."""
     x = (torch.randn(2, 3, 4, 4) * 1e20).requires_grad_()
     twin = x.detach().clone().requires_grad_()
     running = torch.randn(3), torch.rand(3) + 0.5
@@ -379,7 +379,7 @@ EMPTY_SHAPES = {
 @pytest.mark.parametrize("shape", EMPTY_SHAPES.values(), ids=EMPTY_SHAPES)
 @pytest.mark.parametrize("training", [True, False])
 @GATE_CASES
-def test_an_empty_batch_is_what_batch_norm_makes_of_it(gate: str, training: bool, shape: tuple[int, ...]) -> None:
+def test_an_empty_batch_equals_batch_norm(gate: str, training: bool, shape: tuple[int, ...]) -> None:
     leaves = {
         "x": torch.empty(shape),
         "mean_weight": torch.tensor([0.2, 0.3, 0.5]),
@@ -424,8 +424,8 @@ def test_one_value_per_channel_in_training_uses_the_running_statistics(shape: tu
 def test_one_value_per_channel_without_running_statistics_is_refused(training: bool) -> None:
     with pytest.raises(
         LayerError,
-        match=r"more than 1 value per channel .* shape \(1, 3, 1, 1\) and no running statistics: .*"
-        r"track_running_stats=True or drop `bn`",
+        match=r"more than one value per channel, .* shape \(1, 3, 1, 1\) and no running statistics: .*"
+        r"track_running_stats=True, or without `bn` in branches",
     ):
         switch_norm(torch.randn(1, 3, 1, 1), VERTEX, VERTEX, training=training, gate="simplex")
     # BatchNorm without running statistics normalises by the batch in evaluation too, and fails alike.

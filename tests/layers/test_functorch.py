@@ -1,4 +1,4 @@
-"""Layers under `torch.func`: per-sample gradients, and what the update of running statistics forbids."""
+"""Layers under `torch.func`: per-sample gradients, and errors if training has to update running statistics."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,12 +12,13 @@ import normswap
 from normswap.errors import LayerError
 
 UNMAPPED = (
-    "torch.func.vmap maps the input, but not the running statistics that training updates in place: call "
+    "torch.func.vmap maps the input but not the running statistics that training updates in place: call "
     r'normswap.set_bn_statistics\(model, "running"\) or model.eval\(\) first'
 )
 NOT_GIVEN = (
-    "a derivative of torch.func was not given the running statistics that training updates in place: pass the buffers "
-    r'as an argument of the function, or call normswap.set_bn_statistics\(model, "running"\) or model.eval\(\) first'
+    "training updates running statistics in place, and they are no argument of the function that torch.func "
+    r'differentiates: pass the buffers as an argument, or call normswap.set_bn_statistics\(model, "running"\) '
+    r"or model.eval\(\) first"
 )
 
 
@@ -66,7 +67,7 @@ def test_mapping_samples_over_batch_statistics_is_refused_in_one_sentence(model:
     assert all(buffer.equal(before[name]) for name, buffer in buffers.items())
 
 
-def test_a_derivative_that_was_not_given_the_buffers_is_refused_in_one_sentence(model: nn.Module) -> None:
+def test_a_derivative_without_the_buffers_as_arguments_is_refused_in_one_sentence(model: nn.Module) -> None:
     parameters, buffers, loss = losses(model)
     with pytest.raises(LayerError, match=f"^{NOT_GIVEN}$"):
         grad(lambda p: loss(p, buffers, X))(parameters)
@@ -87,7 +88,7 @@ def test_per_sample_gradients_add_up_to_the_gradient_of_the_batch(model: nn.Modu
         torch.testing.assert_close(each[name].sum(0), gradient, rtol=1e-4, atol=1e-5)
 
 
-def test_a_derivative_that_is_given_the_buffers_works_and_updates_them(model: nn.Module) -> None:
+def test_a_derivative_with_the_buffers_as_arguments_updates_them(model: nn.Module) -> None:
     parameters, buffers, loss = losses(model)
     copies = {name: buffer.clone() for name, buffer in buffers.items()}
     found = grad(loss)(parameters, copies, X)
@@ -111,7 +112,7 @@ def test_an_ensemble_with_statistics_of_its_own_trains_on_the_batch(model: nn.Mo
 
 
 def test_points_off_the_simplex_are_no_obstacle_to_a_derivative_by_the_input() -> None:
-    """They are put back before a forward pass in training, which a derivative forbids of what it was not given."""
+    """Training projects points in place, which a derivative forbids for tensors that are not its arguments."""
     layer = normswap.SwitchNorm2d.from_batch_norm(nn.BatchNorm2d(4), bn_statistics="running")
     with torch.no_grad():
         layer.mean_weight.copy_(torch.tensor([0.5, 0.4, 0.6]))

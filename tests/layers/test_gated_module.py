@@ -1,4 +1,4 @@
-"""Gates of a module: stored points stay on the simplex and move, and state dicts never mistake their kind."""
+"""Gates of a module: saved points are on the simplex, training moves them, and loading checks the kind of gate."""
 
 import copy
 import io
@@ -26,7 +26,7 @@ OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
 OPTIMIZER_CASES = pytest.mark.parametrize("make_optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
 GATE_CASES = pytest.mark.parametrize("gate", GATES)
 
-# Points that a trained gate may be left at by an optimizer.
+# Points off the simplex, as after an optimizer step.
 OFF_SIMPLEX = {
     "beyond the vertex": [-0.4, -0.1, 1.5],
     "sum too large": [0.9, 0.8, 0.7],
@@ -53,7 +53,7 @@ def assert_on_simplex(point: Tensor) -> None:
 
 
 @pytest.mark.parametrize("point", OFF_SIMPLEX.values(), ids=OFF_SIMPLEX)
-def test_a_training_forward_puts_the_stored_point_back_where_the_oracle_says(point: list[float]) -> None:
+def test_a_training_forward_projects_the_stored_point_as_the_oracle(point: list[float]) -> None:
     layer = gate_layer()
     set_gates(layer, point)
     before = layer.importance_weights()
@@ -97,7 +97,7 @@ def test_each_gate_is_projected_on_its_own() -> None:
     torch.testing.assert_close(layer.mean_weight.detach(), torch.tensor([0.2, 0.3, 0.5]))
 
 
-def test_a_vertex_survives_any_number_of_training_forwards_bit_for_bit() -> None:
+def test_training_forwards_do_not_change_a_one_hot_point() -> None:
     layer = SwitchNorm2d.from_batch_norm(nn.BatchNorm2d(4))
     for _ in range(20):
         layer(torch.randn(3, 4, 5, 5))
@@ -133,10 +133,10 @@ def test_after_an_outward_push_the_gates_come_back_within_ten_steps(
 
 
 @OPTIMIZER_CASES
-def test_training_leaves_the_vertex_and_ends_at_the_branch_that_the_loss_wants(
+def test_training_moves_the_gates_to_the_branch_with_the_lowest_loss(
     make_optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
 ) -> None:
-    """The target is what an IN layer makes of x: from the `bn` vertex the gates have to find `in`."""
+    """The target is the output of an IN layer: from `bn` the gates must move to `in`."""
     x = torch.randn(4, 4, 6, 6) * torch.rand(4, 4, 1, 1).add(0.3) + torch.randn(4, 4, 1, 1)
     target = nn.functional.instance_norm(x)
     layer = SwitchNorm2d.from_batch_norm(nn.BatchNorm2d(4))
@@ -174,7 +174,7 @@ ROUND_TRIPS: dict[str, Callable[[], nn.Module]] = {
 
 
 def spread(module: nn.Module) -> nn.Module:
-    """Random values everywhere, with simplex points on the simplex."""
+    """Set random values, with simplex points on the simplex."""
     with torch.no_grad():
         for name, tensor in module.state_dict().items():
             tensor.copy_(torch.rand(tensor.shape) + 0.5 if tensor.is_floating_point() else torch.tensor(9))
@@ -218,8 +218,8 @@ def test_a_gate_of_the_other_kind_is_refused(make: Callable[[str], nn.Module], s
     nn.init.uniform_(source[0].mean_weight)  # type: ignore[arg-type]
     with pytest.raises(
         RuntimeError,
-        match=rf"(?s)0\.mean_weight: expected a {expected} gate, the state dict holds a {stored} one"
-        rf".*0\.var_weight: expected a {expected} gate, the state dict holds a {stored} one",
+        match=rf"(?s)0\.mean_weight: expected a {expected} gate, got a {stored} gate in the state dict"
+        rf".*0\.var_weight: expected a {expected} gate, got a {stored} gate in the state dict",
     ):
         target.load_state_dict(source.state_dict())
     for name, value in target.state_dict().items():
@@ -228,7 +228,7 @@ def test_a_gate_of_the_other_kind_is_refused(make: Callable[[str], nn.Module], s
 
 def test_a_gate_of_the_other_kind_is_refused_on_the_meta_device_too() -> None:
     source, target = gate_layer("softmax", device="meta"), gate_layer("simplex", device="meta")
-    with pytest.raises(RuntimeError, match="expected a simplex gate, the state dict holds a softmax one"):
+    with pytest.raises(RuntimeError, match="expected a simplex gate, got a softmax gate in the state dict"):
         target.load_state_dict(source.state_dict())
     target.load_state_dict(without_metadata(gate_layer("simplex", device="meta").state_dict()), assign=True)
 
@@ -246,7 +246,7 @@ PLAIN_POINTS: dict[str, tuple[list[float], bool]] = {
 
 @pytest.mark.parametrize(("values", "accepted"), PLAIN_POINTS.values(), ids=PLAIN_POINTS)
 @pytest.mark.parametrize("keep_vars", [False, True])
-def test_a_dict_without_metadata_must_hold_points_of_the_simplex(
+def test_a_dict_without_metadata_must_have_points_on_the_simplex(
     values: list[float], accepted: bool, keep_vars: bool
 ) -> None:
     state = dict(gate_layer().state_dict(keep_vars=keep_vars))
@@ -257,7 +257,7 @@ def test_a_dict_without_metadata_must_hold_points_of_the_simplex(
         assert target.mean_weight.tolist() == torch.tensor(values).tolist()
         return
     message = (
-        f"mean_weight: expected a point of the simplex (shares >= 0 of sum 1), got {torch.tensor(values).tolist()}; "
+        f"mean_weight: expected importance weights (non-negative, with sum 1), got {torch.tensor(values).tolist()}; "
         "if these are logits, build the layer with gate='softmax'"
     )
     with pytest.raises(RuntimeError, match=re.escape(message)):
@@ -270,8 +270,8 @@ def test_a_dict_without_metadata_must_hold_points_of_the_simplex(
     [lambda: gate_layer("simplex"), lambda: FunctionalSwitchNorm(gate="simplex", branches=BRANCHES)],
     ids=["layer", "functional site"],
 )
-def test_what_is_stored_after_a_step_is_on_the_simplex(make: Callable[[], nn.Module], frozen: bool) -> None:
-    """As a step of an optimizer leaves it; the weights stay what they were, and the tensors the parameters' own."""
+def test_points_saved_after_a_step_are_on_the_simplex(make: Callable[[], nn.Module], frozen: bool) -> None:
+    """After an optimizer step; the importance weights do not change, and saved tensors are those of the parameters."""
     layer: Any = make()
     with torch.no_grad():
         layer.mean_weight.copy_(torch.tensor([0.375, -0.25, 1.0]))
@@ -286,7 +286,7 @@ def test_what_is_stored_after_a_step_is_on_the_simplex(make: Callable[[], nn.Mod
     make().load_state_dict(without_metadata(state))
 
 
-def test_what_is_stored_of_logits_is_left_alone() -> None:
+def test_saved_logits_are_not_projected() -> None:
     layer = gate_layer("softmax")
     with torch.no_grad():
         layer.mean_weight.copy_(torch.tensor([0.375, -0.25, 1.0]))
@@ -302,7 +302,7 @@ def test_a_softmax_layer_takes_any_values_without_metadata() -> None:
 
 
 def published(channels: int, logits: int, *, spatial: int, tracked: bool = True) -> "OrderedDict[str, Tensor]":
-    """A layer's entries in the layout of the authors' files."""
+    """Return the entries of a layer as in the files of the paper's authors."""
     shape = (1, channels, *(1,) * spatial)
     state = OrderedDict(weight=torch.rand(shape) + 0.5, bias=torch.randn(shape))
     state["mean_weight"], state["var_weight"] = torch.randn(logits), torch.randn(logits)
@@ -417,10 +417,10 @@ def test_a_stripped_prefix_keeps_the_kind_of_gate() -> None:
     wrapped.add_module("module", nn.Sequential(gate_layer("softmax")))
     state = wrapped.state_dict()
     nn.modules.utils.consume_prefix_in_state_dict_if_present(state, "module.")
-    with pytest.raises(RuntimeError, match="expected a simplex gate, the state dict holds a softmax one"):
+    with pytest.raises(RuntimeError, match="expected a simplex gate, got a softmax gate in the state dict"):
         nn.Sequential(gate_layer("simplex")).load_state_dict(state)
 
 
 def test_the_kind_of_gate_is_refused_without_strict_too() -> None:
-    with pytest.raises(RuntimeError, match="expected a simplex gate, the state dict holds a softmax one"):
+    with pytest.raises(RuntimeError, match="expected a simplex gate, got a softmax gate in the state dict"):
         gate_layer("simplex").load_state_dict(gate_layer("softmax").state_dict(), strict=False)

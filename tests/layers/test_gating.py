@@ -1,4 +1,4 @@
-"""Gates: projection and softmax against the oracle, exact vertices, linear gradients, refusals."""
+"""Gates: projection and softmax against the oracle, exact one-hot points, linear gradients, errors."""
 
 import itertools
 import re
@@ -80,7 +80,7 @@ def test_projection_is_idempotent_and_indifferent_to_shift_and_order(point: list
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("branches", "vertex"), VERTICES)
-def test_a_vertex_is_kept_bit_for_bit(branches: tuple[str, ...], vertex: str, dtype: torch.dtype) -> None:
+def test_a_one_hot_point_is_its_own_projection(branches: tuple[str, ...], vertex: str, dtype: torch.dtype) -> None:
     point = initial_point("simplex", branches, vertex=vertex).to(dtype)
     one_hot = [float(branch == vertex) for branch in branches]
     assert point.tolist() == one_hot
@@ -113,7 +113,7 @@ def test_weights_and_gradient_equal_the_oracle(point: list[float], gate: str) ->
 
 @POINT_CASES
 def test_simplex_gradient_is_linear_and_the_same_everywhere(point: list[float]) -> None:
-    """Gradient accumulation, DDP and shared sites stay exact only where the gradient does not depend on the point."""
+    """Gradient accumulation, DDP and shared sites are exact only if the gradient does not depend on the point."""
 
     def gradient(at: torch.Tensor, upstream: torch.Tensor) -> torch.Tensor:
         at = at.clone().requires_grad_()
@@ -147,7 +147,7 @@ def test_initial_points() -> None:
 
 
 @pytest.mark.parametrize("k", [1, 2, 3])
-def test_both_gates_start_at_the_same_uniform_mix(k: int) -> None:
+def test_both_gates_start_with_equal_weights(k: int) -> None:
     mixes = [importance_weights(initial_point(gate, BRANCHES[:k]), gate) for gate in GATES]
     torch.testing.assert_close(mixes[0], mixes[1])
 
@@ -174,5 +174,5 @@ def test_unknown_names_are_refused() -> None:
 
 
 def test_a_vertex_outside_the_branches_is_refused() -> None:
-    with pytest.raises(LayerError, match=r"expected 'bn' among them to start from it, got \('in', 'ln'\)"):
+    with pytest.raises(LayerError, match=r"expected 'bn' among them, where the gate starts, got \('in', 'ln'\)"):
         initial_point("simplex", ("in", "ln"), vertex="bn")

@@ -1,4 +1,4 @@
-"""Adoption: the module object stays and everything that pointed at it; release puts back what was there."""
+"""Conversion in place: the module object and all references to it stay; reverting restores the old norm."""
 
 import copy
 import re
@@ -49,7 +49,7 @@ NORM_CASES = pytest.mark.parametrize(("make", "target", "shape"), NORMS.values()
 
 
 def make_trained(make: Callable[[], nn.Module], shape: tuple[int, ...]) -> nn.Module:
-    """A float64 norm that has seen data and has no value left from its initialisation."""
+    """Return a float64 norm whose values all differ from their initial values."""
     module = make().double()
     with torch.no_grad():
         for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
@@ -60,8 +60,8 @@ def make_trained(make: Callable[[], nn.Module], shape: tuple[int, ...]) -> nn.Mo
     return module
 
 
-def adopt_as(module: nn.Module, target: type[SwitchNorm], **options: Any) -> SwitchNorm:
-    """Adopt with the choices of a conversion."""
+def convert_as(module: nn.Module, target: type[SwitchNorm], **options: Any) -> SwitchNorm:
+    """Convert with the options of `normswap.convert`."""
     frozen = "weight" in module._buffers
     chosen: dict[str, Any] = {
         "gate": "simplex",
@@ -75,12 +75,12 @@ def adopt_as(module: nn.Module, target: type[SwitchNorm], **options: Any) -> Swi
 
 
 def snapshot(module: nn.Module) -> dict[str, Any]:
-    """The `__dict__` with registries copied one level, so that later changes of them show."""
+    """Return the `__dict__` with copies of the registries."""
     return {name: dict(v) if isinstance(v, dict) else v for name, v in module.__dict__.items()}
 
 
 def assert_identical(now: dict[str, Any], before: dict[str, Any]) -> None:
-    """Same keys, and the very same objects behind them, in registries in the same order."""
+    """Assert that keys, their order and the objects are the same."""
     assert {*now} == {*before}
     for name, value in before.items():
         if isinstance(value, dict):
@@ -92,11 +92,11 @@ def assert_identical(now: dict[str, Any], before: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("training", [True, False])
 @NORM_CASES
-def test_an_adopted_norm_computes_the_same_function(
+def test_a_converted_norm_computes_the_same_function(
     make: Callable[[], nn.Module], target: type[SwitchNorm], shape: tuple[int, ...], training: bool
 ) -> None:
     original = make_trained(make, shape).train(training)
-    layer = adopt_as(copy.deepcopy(original), target)
+    layer = convert_as(copy.deepcopy(original), target)
     assert layer.training == training
     for _ in range(3):
         data, results = torch.randn(shape).double(), []
@@ -114,12 +114,12 @@ def test_an_adopted_norm_computes_the_same_function(
 
 
 @NORM_CASES
-def test_adoption_adds_gates_and_changes_nothing_else(
+def test_conversion_adds_gates_and_changes_nothing_else(
     make: Callable[[], nn.Module], target: type[SwitchNorm], shape: tuple[int, ...]
 ) -> None:
     module = make_trained(make, shape)
     before, keys = snapshot(module), list(module.state_dict())
-    layer = adopt_as(module, target)
+    layer = convert_as(module, target)
     assert type(layer) is target
     assert layer is module
     for name, value in before.items():
@@ -137,22 +137,22 @@ def test_adoption_adds_gates_and_changes_nothing_else(
 
 
 @NORM_CASES
-def test_release_restores_the_very_same_dict_and_class(
+def test_reverting_restores_the_same_dict_and_class(
     make: Callable[[], nn.Module], target: type[SwitchNorm], shape: tuple[int, ...]
 ) -> None:
     module = make_trained(make, shape)
     cls, before, state = type(module), snapshot(module), copy.deepcopy(module.state_dict())
     x = torch.randn(shape).double()
     expected = copy.deepcopy(module)(x)
-    revert_module(adopt_as(module, target))
+    revert_module(convert_as(module, target))
     assert type(module) is cls
     assert_identical(snapshot(module), before)
     assert all(value.equal(state[name]) for name, value in module.state_dict().items())
     assert module(x).equal(expected)
 
 
-def test_release_keeps_the_tensors_as_they_are_now() -> None:
-    layer = adopt_as(make_trained(lambda: nn.BatchNorm2d(4), (3, 4, 5, 5)), SwitchNorm2d)
+def test_reverting_keeps_the_current_tensors() -> None:
+    layer = convert_as(make_trained(lambda: nn.BatchNorm2d(4), (3, 4, 5, 5)), SwitchNorm2d)
     layer(torch.randn(3, 4, 5, 5).double() * 3)
     layer.eval().requires_grad_(False)
     layer.momentum = 0.5
@@ -166,8 +166,8 @@ def test_release_keeps_the_tensors_as_they_are_now() -> None:
     assert not any(p.requires_grad for p in layer.parameters())
 
 
-def test_release_puts_back_attributes_that_share_a_name_with_an_option() -> None:
-    """A user's own notes on a module survive, whatever they are called."""
+def test_reverting_restores_attributes_with_the_name_of_an_option() -> None:
+    """Attributes that a user set on a module survive, whatever their names are."""
     module = nn.BatchNorm2d(4)
     notes = {
         "gate": "open",
@@ -179,7 +179,7 @@ def test_release_puts_back_attributes_that_share_a_name_with_an_option() -> None
     }
     module.__dict__.update(notes)
     before = snapshot(module)
-    layer = adopt_as(module, SwitchNorm2d)
+    layer = convert_as(module, SwitchNorm2d)
     assert layer.gate == "simplex"
     assert layer(torch.randn(3, 4, 5, 5)).shape == (3, 4, 5, 5)
     revert_module(copy.deepcopy(layer))
@@ -195,7 +195,7 @@ def test_everything_that_pointed_at_the_module_still_does() -> None:
     bn.register_forward_hook(lambda module, args, output: calls.append(module))
     bn.register_forward_pre_hook(lambda module, args: calls.append("before"))
     bn.weight.register_hook(lambda grad: calls.append("weight"))
-    adopt_as(bn, SwitchNorm2d)
+    convert_as(bn, SwitchNorm2d)
     assert isinstance(model[1], SwitchNorm2d)
     assert model[1] is model[2][0] is listed[0]
     assert all(bn.get_parameter(name) is parameter for name, parameter in parameters.items())
@@ -209,7 +209,7 @@ def test_everything_that_pointed_at_the_module_still_does() -> None:
 
 @pytest.mark.parametrize("train_gates", [True, False])
 def test_gates_train_only_as_asked(train_gates: bool) -> None:
-    layer = adopt_as(nn.BatchNorm2d(4), SwitchNorm2d, train_gates=train_gates)
+    layer = convert_as(nn.BatchNorm2d(4), SwitchNorm2d, train_gates=train_gates)
     assert layer.mean_weight.requires_grad == layer.var_weight.requires_grad == train_gates
     assert layer.weight is not None
     assert layer.weight.requires_grad
@@ -218,7 +218,7 @@ def test_gates_train_only_as_asked(train_gates: bool) -> None:
 @pytest.mark.parametrize("synchronize", [True, False])
 @pytest.mark.parametrize("branches", [("bn",), ("in", "bn"), ("ln", "bn"), BRANCHES])
 def test_the_callers_choices_are_recorded(branches: tuple[str, ...], synchronize: bool) -> None:
-    layer = adopt_as(
+    layer = convert_as(
         nn.BatchNorm2d(4),
         SwitchNorm2d,
         branches=branches,
@@ -235,7 +235,7 @@ def test_the_callers_choices_are_recorded(branches: tuple[str, ...], synchronize
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_gates_have_the_dtype_and_device_of_the_norm(dtype: torch.dtype, device: str) -> None:
     for options in ({}, {"affine": False}, {"track_running_stats": False}):
-        layer = adopt_as(nn.BatchNorm2d(4, dtype=dtype, device=device, **options), SwitchNorm2d)  # type: ignore[arg-type]
+        layer = convert_as(nn.BatchNorm2d(4, dtype=dtype, device=device, **options), SwitchNorm2d)  # type: ignore[arg-type]
         assert layer.mean_weight.dtype == dtype
         assert layer.mean_weight.device.type == device
 
@@ -243,13 +243,15 @@ def test_gates_have_the_dtype_and_device_of_the_norm(dtype: torch.dtype, device:
 def test_a_simplex_start_without_bn_is_refused_before_anything_is_written() -> None:
     bn = nn.BatchNorm2d(4)
     before = snapshot(bn)
-    with pytest.raises(LayerError, match=r"branches: expected 'bn' among them to start from it, got \('in', 'ln'\)"):
-        adopt_as(bn, SwitchNorm2d, branches=("in", "ln"))
+    with pytest.raises(
+        LayerError, match=r"branches: expected 'bn' among them, where the gate starts, got \('in', 'ln'\)"
+    ):
+        convert_as(bn, SwitchNorm2d, branches=("in", "ln"))
     assert type(bn) is nn.BatchNorm2d
     assert_identical(snapshot(bn), before)
 
 
-# torch warns that lazy modules are under development, whenever one is built.
+# torch warns that lazy modules are under development.
 @pytest.mark.filterwarnings("ignore:Lazy modules are a new feature:UserWarning")
 @pytest.mark.parametrize(
     ("make", "message"),
@@ -257,15 +259,15 @@ def test_a_simplex_start_without_bn_is_refused_before_anything_is_written() -> N
         (lambda: nn.Linear(4, 4), "expected a BatchNorm module, got Linear"),
         (lambda: nn.LayerNorm(4), "expected a BatchNorm module, got LayerNorm"),
         (lambda: nn.InstanceNorm2d(4), "expected a BatchNorm module, got InstanceNorm2d"),
-        (lambda: SwitchNorm2d(4), "expected a BatchNorm module, got SwitchNorm2d, which is a SwitchNorm layer already"),
+        (lambda: SwitchNorm2d(4), "expected a BatchNorm module, got SwitchNorm2d, which already is a SwitchNorm layer"),
         (
             lambda: nn.LazyBatchNorm1d(),
-            "expected tensors of known size, got LazyBatchNorm1d that has seen no input: run one batch through it",
+            "expected a module with initialised tensors, got an uninitialised LazyBatchNorm1d: run one batch",
         ),
         (
             lambda: BatchNormAct2d(4),
             "SwitchNorm2d runs the child modules [], but BatchNormAct2d has ['act', 'drop']: pass norms=KNOWN_NORMS | "
-            "{\"timm.layers.norm_act.BatchNormAct2d\": partial(read_norm_act, then=('drop', 'act'))}, its modules in",
+            "{\"timm.layers.norm_act.BatchNormAct2d\": partial(read_norm_act, then=('drop', 'act'))}, with the",
         ),
     ],
     ids=["linear", "layer norm", "instance norm", "switch norm", "lazy", "fused activation"],
@@ -288,7 +290,7 @@ class _Outer:
 @pytest.mark.parametrize("cls", [nn.BatchNorm2d, nn.SyncBatchNorm, BatchNormAct2d, _Outer.InnerNorm])
 def test_the_original_class_is_found_by_name(cls: type[nn.Module]) -> None:
     target = SwitchNormAct2d if cls is BatchNormAct2d else SwitchNorm2d
-    layer = adopt_as(cls(4), target)
+    layer = convert_as(cls(4), target)
     assert layer.__dict__["replaced"].class_name == qualified_name(cls)
     for twin in (layer, copy.deepcopy(layer)):
         assert original_class(twin) is cls
@@ -297,29 +299,30 @@ def test_the_original_class_is_found_by_name(cls: type[nn.Module]) -> None:
 
 
 @pytest.mark.parametrize("act", [original_class, revert_module])
-def test_a_layer_that_replaced_nothing_cannot_be_released(act: Callable[[nn.Module], Any]) -> None:
+def test_a_layer_that_replaced_no_norm_cannot_be_reverted(act: Callable[[nn.Module], Any]) -> None:
     layer = SwitchNorm2d(4)
     with pytest.raises(
-        SwapError, match=r"expected a layer made by normswap\.convert, got a SwitchNorm2d that replaced nothing"
+        SwapError, match=r"expected a layer made by normswap\.convert, got a SwitchNorm2d that replaced no norm"
     ):
         act(layer)
     assert type(layer) is SwitchNorm2d
 
 
-def test_a_layer_is_released_once() -> None:
-    layer = adopt_as(nn.BatchNorm2d(4), SwitchNorm2d)
+def test_a_layer_is_reverted_once() -> None:
+    layer = convert_as(nn.BatchNorm2d(4), SwitchNorm2d)
     revert_module(layer)
-    with pytest.raises(SwapError, match="got a BatchNorm2d that replaced nothing"):
+    with pytest.raises(SwapError, match="got a BatchNorm2d that replaced no norm"):
         revert_module(layer)
 
 
 @pytest.mark.parametrize("name", ["no_such_package.norms.Norm", "torch.nn.NoSuchNorm", "torch.nn.functional", "Norm"])
 def test_a_class_that_is_not_imported_is_named(name: str) -> None:
-    layer = adopt_as(nn.BatchNorm2d(4), SwitchNorm2d)
+    layer = convert_as(nn.BatchNorm2d(4), SwitchNorm2d)
     layer.__dict__["replaced"] = Replaced(name, layer.__dict__["replaced"].added)
     before, imported = snapshot(layer), {*sys.modules}
     with pytest.raises(
-        SwapError, match=f"cannot put back {re.escape(name)}: import its module first, then revert again"
+        SwapError,
+        match=f"cannot put back {re.escape(name)}, whose module is not imported: import it, then revert again",
     ):
         revert_module(layer)
     assert type(layer) is SwitchNorm2d
@@ -327,7 +330,7 @@ def test_a_class_that_is_not_imported_is_named(name: str) -> None:
     assert {*sys.modules} == imported, "a class is looked up, never imported"
 
 
-def test_a_shallow_twin_shares_tensors_and_children_but_no_registry() -> None:
+def test_a_shallow_copy_shares_tensors_and_children_but_no_registry() -> None:
     module = BatchNormAct2d(4)
     module.register_forward_hook(lambda *_: None)
     twin = shallow_copy(module)

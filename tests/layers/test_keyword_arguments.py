@@ -1,4 +1,4 @@
-"""SN layers answer the keyword by which a model calls the norm that they replaced: `input` (torch) or `x` (timm)."""
+"""Layers accept the input under the names that models use for it: `input` (torch) or `x` (timm)."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +16,7 @@ from normswap.surgery.discovery.sites import find_norm_sites
 
 
 class Keyword(nn.Module):
-    """Calls its norm by keyword."""
+    """Calls its norm with a keyword argument."""
 
     def __init__(self, norm: nn.Module, name: str) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class Keyword(nn.Module):
 
 
 class Functional(nn.Module):
-    """A functional site, of which everything is given by keyword; it has its own name for the input."""
+    """A call of `F.batch_norm` with keyword arguments only, in a module that has another name for its input."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Moments: against gathered values, pooled along either axis, and stable where E[x^2] - E[x]^2 is not."""
+"""Moments: compared with all values, pooled along either axis, and stable where E[x^2] - E[x]^2 cancels."""
 
 import pytest
 import torch

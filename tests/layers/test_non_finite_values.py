@@ -1,4 +1,4 @@
-"""Statistics that are not finite: a layer at the `bn` vertex does what BN does, and no gate gets a NaN beside it."""
+"""Statistics that are not finite: a layer with all weight on `bn` equals BN, and no gate gets a NaN."""
 
 import math
 from collections.abc import Callable
@@ -30,7 +30,7 @@ BACKENDS = {
     "triton": ("triton", False),
 }
 BACKEND_CASES = pytest.mark.parametrize(("backend", "by_c"), BACKENDS.values(), ids=BACKENDS)
-# Triton's interpreter is slow: of its forms each dtype and each layout once.
+# Triton's interpreter is slow: each dtype and each layout only once.
 FORMS = pytest.mark.parametrize(
     ("backend", "by_c", "dtype", "layout"),
     [
@@ -41,7 +41,7 @@ FORMS = pytest.mark.parametrize(
         if name != "triton" or (dtype == torch.float32) == (layout == torch.contiguous_format)
     ],
 )
-# What is put into channel 2 of running mean and running variance, and x of that channel is multiplied by.
+# Values of channel 2 of running mean and running variance, and the factor of x in that channel.
 CASES: dict[str, tuple[float, float, float]] = {
     "variance infinite": (0.3, INF, 1),
     "mean infinite": (INF, 1, 1),
@@ -123,7 +123,7 @@ def test_outputs_and_gradients_are_those_of_batch_norm(
 def test_no_gradient_is_nan_where_a_mixture_meets_an_infinite_variance(
     mode: str, gate: Any, backend: str, by_c: bool, use: Callable[[str, bool], Any]
 ) -> None:
-    """Only this channel is affected: there y is the bias, and the gates get the gradients of the other channels."""
+    """Only this channel changes: its y is the bias, and the gates get the gradients of the other channels."""
     options: dict[str, Any] = {"training": mode != "evaluation", "gate": gate, "branches": ("in", "bn")}
     options["bn_statistics"] = "batch" if mode == "evaluation" else mode
     x, dy = torch.randn(4, 6, 3, 3), torch.randn(4, 6, 3, 3)
@@ -150,7 +150,7 @@ def test_no_gradient_is_nan_where_a_mixture_meets_an_infinite_variance(
 def test_an_infinite_running_variance_stays_infinite_as_in_batch_norm(
     dtype: torch.dtype, by_c: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Moved by a difference it became NaN, and the layer with it."""
+    """Regression: updating by a difference made it NaN, and the layer too."""
     if by_c and not cpu.AVAILABLE:
         pytest.skip("built without a compiler")
     monkeypatch.setattr(cpu, "AVAILABLE", by_c)
@@ -174,10 +174,10 @@ def test_an_infinite_running_variance_stays_infinite_as_in_batch_norm(
 
 @BACKEND_CASES
 @pytest.mark.parametrize("case", [*CASES.values(), (0.3, -5.0, 1)], ids=[*CASES, "variance negative"])
-def test_renewed_statistics_are_finite_in_training_if_those_of_batch_norm_are(
+def test_updated_statistics_are_finite_in_training_if_those_of_batch_norm_are(
     case: tuple[float, float, float], backend: str, by_c: bool, use: Callable[[str, bool], Any]
 ) -> None:
-    """A channel whose running statistics are unusable is normalised by its batch, gradients included."""
+    """A channel with unusable running statistics uses the moments of the batch, with their gradients."""
     leaves = [torch.randn(4, 6, 3, 3).requires_grad_(), torch.rand(6).requires_grad_(), torch.randn(6).requires_grad_()]
     points = [torch.tensor([0.2, 0.3, 0.5]).requires_grad_() for _ in range(2)]
     known = statistics((*case[:2], 1))

@@ -21,7 +21,7 @@ from tests.helpers import oracles
 settings.register_profile("tests", derandomize=True, database=None, deadline=None, max_examples=30)
 PROFILE = settings.get_profile("tests")
 
-# Relative to the size of what is summed up.
+# Relative to the size of the summed terms.
 LIMITS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 BACKENDS = [
     pytest.param("reference", True, id="reference"),
@@ -40,7 +40,7 @@ def transposed(x: Tensor) -> Tensor:
 
 
 def every_second(x: Tensor) -> Tensor:
-    """The same values with gaps between them."""
+    """Return the same values with gaps in memory."""
     return x.repeat_interleave(2, dim=-1)[..., ::2]
 
 
@@ -78,7 +78,7 @@ def layers(draw: st.DrawFn) -> dict[str, Any]:
 
 
 def sizes(dy: Tensor, leaves: dict[str, Tensor], eps: float) -> dict[str, float]:
-    """An upper bound of the terms that each result sums up, which rounding is measured against."""
+    """Return an upper bound of the summed terms of each result, to which rounding errors are relative."""
     x, weight = leaves["x"].double(), leaves["weight"].double()
     y = 1 + x.norm().item() / eps**0.5
     gradient = dy.double().norm().item() * weight.max().item() / eps**0.5
@@ -110,7 +110,7 @@ def test_values_and_gradients_are_those_of_the_oracle(backend: str, by_c: bool) 
             assert error <= limit * min(size, 10 * value.norm().item() + 1), f"{name} is {error:.1e} off"
 
         after = layer["running"]
-        if training:
+        if training and "bn" in options["branches"]:
             after = oracles.updated_running(after, leaves["x"].detach(), 0.3)
         for name, value in (("mean", mean), ("var", var)):
             assert oracles.relative_error(value, getattr(after, name)) <= 10 * limit
@@ -132,8 +132,8 @@ def test_the_order_of_samples_does_not_matter(layer: dict[str, Any], order: list
 
 @settings(PROFILE)
 @given(layers(), st.floats(0.1, 10), st.floats(-10, 10))
-def test_a_layer_on_the_batch_cancels_scale_and_shift(layer: dict[str, Any], scale: float, shift: float) -> None:
-    """Each branch has the scale and the shift of its input, as long as eps has them too and the weights sum up to 1."""
+def test_batch_statistics_cancel_scale_and_shift(layer: dict[str, Any], scale: float, shift: float) -> None:
+    """Scaling and shifting x changes nothing if eps is scaled too and the weights sum to 1."""
     leaves = {name: leaf.double() for name, leaf in layer["leaves"].items()}
     options = layer["options"]
     y = switch_norm(**leaves, training=True, **options)

@@ -1,4 +1,4 @@
-"""One spatial position per channel: the weight of `in` goes to `ln`, else to `bn`, in every backend."""
+"""One spatial position per channel: every backend adds the weight of `in` to that of `ln`, else to that of `bn`."""
 
 import copy
 import pickle
@@ -34,10 +34,10 @@ def weights_of(point: Tensor, gate: str) -> Tensor:
 
 
 def expected_gate_gradient(gradient: Tensor, weights: Tensor, branches: tuple[Branch, ...], gate: str) -> Tensor:
-    """Of a gate parameter, from dL/dw of the branches beside `in`: what `in` had, its heir has."""
+    """Return the gradient of a gate parameter from dL/dw of the other branches; `in` has that of the recipient."""
     rest = [branch for branch in branches if branch != "in"]
-    heir = "ln" if "ln" in rest else "bn"
-    by_weight = torch.stack([gradient[rest.index(heir if branch == "in" else branch)] for branch in branches])
+    recipient = "ln" if "ln" in rest else "bn"
+    by_weight = torch.stack([gradient[rest.index(recipient if branch == "in" else branch)] for branch in branches])
     if gate == "softmax":
         return weights * (by_weight - (weights * by_weight).sum())
     return by_weight - by_weight.mean()
@@ -70,8 +70,10 @@ def test_the_weight_of_in_goes_to_another_branch(
         merged = []
         for point in (means, variances):
             weights = weights_of(point, gate)
-            heir = branches.index("ln" if "ln" in branches else "bn")
-            merged.append(torch.stack([weights[i] + (weights[0] if i == heir else 0) for i in range(1, len(branches))]))
+            recipient = branches.index("ln" if "ln" in branches else "bn")
+            merged.append(
+                torch.stack([weights[i] + (weights[0] if i == recipient else 0) for i in range(1, len(branches))])
+            )
         table = x.reshape(*shape[:2], 1)
         y = oracles.forward(table, *merged, *affine, rest, constants).reshape(shape)
         wanted = oracles.backward(dy.reshape(table.shape), table, *merged, affine[0], rest, constants)
@@ -102,15 +104,15 @@ def test_the_weight_of_in_goes_to_another_branch(
 def test_in_as_the_only_branch_is_refused_at_one_position(backend: str) -> None:
     x = torch.randn(3, 4, 1, 1)
     expected = (
-        "one spatial position per channel (input of shape (3, 4, 1, 1)) leaves the `in` branch no variance, and there "
-        "is no other one: build the layer with branches=('ln', 'bn'), or plan with an input of the real size"
+        "the `in` branch has no variance with one spatial position (input of shape (3, 4, 1, 1)), and there is no "
+        "other branch: build the layer with branches=('ln', 'bn'), or plan with an input of the real size"
     )
     with normswap.use_backend(backend), pytest.raises(LayerError, match=re.escape(expected)):
         switch_norm(x, torch.ones(1), torch.ones(1), branches=("in",))
 
 
 class Net(nn.Module):
-    """Maps of 2x2 and, of smaller inputs, of 1x1; the second site is functional."""
+    """Has maps of 2x2, or of 1x1 for smaller inputs; the second norm is a call of `F.batch_norm`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -128,7 +130,7 @@ LARGE, SMALL = (4, 3, 4, 4), (4, 3, 2, 2)
 
 
 def trained(model: nn.Module) -> nn.Module:
-    """With gates that have left the vertex."""
+    """Return the model with moved gates."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith(("mean_weight", "var_weight")):
@@ -138,9 +140,9 @@ def trained(model: nn.Module) -> nn.Module:
 
 def warning_of(name: str) -> str:
     return (
-        f"{name} is fed one spatial position per channel, where `in` has no variance: in such calls the weight of `in` "
-        "goes to `ln`, and parameters stay as they are. To leave `in` out, convert with an example input "
-        "of the real size"
+        f"{name} got an input with one spatial position per channel, where `in` has no variance: in such calls its "
+        "weight is added to that of `ln`; the parameters do not change. To leave `in` out, convert with an example "
+        "input of the real size"
     )
 
 
@@ -180,7 +182,7 @@ def test_a_site_whose_in_has_no_weight_does_not_warn_and_is_batch_norm() -> None
 
 
 def test_a_training_run_goes_on_where_maps_shrink_to_one_position() -> None:
-    """Planned at a larger input, the second step raised: then `in` had its first weight."""
+    """Regression: after planning with a larger input, the second step raised, when `in` first had a weight."""
     model = normswap.convert(Net(), torch.randn(LARGE)).model.train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     with warnings.catch_warnings():

@@ -1,4 +1,4 @@
-"""The modules: equal to BatchNorm at the start, and refusals of what they cannot be."""
+"""The modules: equal to BatchNorm at the start, and errors for norms that they cannot replace."""
 
 import copy
 import re
@@ -56,7 +56,7 @@ OPTION_CASES = pytest.mark.parametrize("options", BN_OPTIONS.values(), ids=BN_OP
 
 
 def assert_same_over_steps(bn: nn.Module, sn: SwitchNorm, inputs: list[Tensor], *, tolerance: float) -> None:
-    """Outputs, gradients as one vector and buffers agree, step after step of SGD on the shared parameters."""
+    """Assert equal outputs, gradients and buffers in several steps of SGD on the shared parameters."""
     optimizers = [
         torch.optim.SGD([p for p in (layer.weight, layer.bias) if isinstance(p, nn.Parameter)] or [torch.zeros(1)], 0.1)
         for layer in (bn, sn)
@@ -127,8 +127,8 @@ def test_switching_between_training_and_evaluation_keeps_the_two_alike() -> None
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_without_tracking_the_statistics_that_are_kept_serve_evaluation_alone(training: bool) -> None:
-    """`track_running_stats` set to False after construction is a common way to switch updates off."""
+def test_without_tracking_kept_statistics_are_for_evaluation_only(training: bool) -> None:
+    """Setting `track_running_stats` to False after construction is a common way to stop updates."""
     bn = trained(nn.BatchNorm2d(4, dtype=torch.float64)).train(training)
     bn.track_running_stats = False
     sn = SwitchNorm2d.from_batch_norm(copy.deepcopy(bn))
@@ -143,7 +143,10 @@ def test_statistics_that_are_kept_but_not_tracked_can_be_constants_in_training_t
     assert oracles.relative_error(constant(x).detach(), bn.eval()(x).detach()) < 1e-12
     # On the batch, one value per channel has neither moments nor tracked statistics: refused, as in BatchNorm.
     batch = SwitchNorm2d.from_batch_norm(copy.deepcopy(bn).train())
-    for layer, message in ((bn.train(), "Expected more than 1 value"), (batch, "expected more than 1 value")):
+    for layer, message in (
+        (bn.train(), "Expected more than 1 value"),
+        (batch, "the `bn` branch needs more than one value per channel"),
+    ):
         with pytest.raises(ValueError, match=message):
             layer(x[:1, :, :1, :1])
 
@@ -277,13 +280,13 @@ REFUSED_ORIGINALS: dict[str, tuple[type[SwitchNorm], Callable[[], nn.Module], di
         SwitchNorm2d,
         lambda: SwitchNorm2d(4),
         {},
-        "expected a BatchNorm module, got SwitchNorm2d, which is a SwitchNorm layer already",
+        "expected a BatchNorm module, got SwitchNorm2d, which already is a SwitchNorm layer",
     ),
     "a lazy one": (
         SwitchNorm2d,
         nn.LazyBatchNorm2d,
         {},
-        "expected tensors of known size, got LazyBatchNorm2d that has seen no input: run one batch through it first",
+        "expected a module with initialised tensors, got an uninitialised LazyBatchNorm2d: run one batch",
     ),
     "a fused activation": (
         SwitchNorm2d,
@@ -301,7 +304,7 @@ REFUSED_ORIGINALS: dict[str, tuple[type[SwitchNorm], Callable[[], nn.Module], di
         SwitchNorm2d,
         lambda: nn.BatchNorm2d(4),
         {"branches": ("in", "ln")},
-        "branches: expected `bn` among them to start from Batch Normalization, got ('in', 'ln')",
+        "branches: expected `bn` among them to start at batch normalization, got ('in', 'ln')",
     ),
     "gate": (SwitchNorm2d, lambda: nn.BatchNorm2d(4), {"gate": "hard"}, "gate: expected one of"),
     "bn_statistics": (
@@ -313,7 +316,7 @@ REFUSED_ORIGINALS: dict[str, tuple[type[SwitchNorm], Callable[[], nn.Module], di
 }
 
 
-# torch warns that lazy modules are under development, whenever one is built.
+# torch warns that lazy modules are under development.
 @pytest.mark.filterwarnings("ignore:Lazy modules are a new feature:UserWarning")
 @pytest.mark.parametrize(("sn_class", "make", "options", "message"), REFUSED_ORIGINALS.values(), ids=REFUSED_ORIGINALS)
 def test_what_from_batch_norm_refuses(
@@ -351,7 +354,7 @@ REFUSED_RANKS: dict[str, tuple[type[SwitchNorm], tuple[int, ...], str]] = {
 
 
 @pytest.mark.parametrize(("sn_class", "shape", "message"), REFUSED_RANKS.values(), ids=REFUSED_RANKS)
-def test_a_refused_input_leaves_no_trace(sn_class: type[SwitchNorm], shape: tuple[int, ...], message: str) -> None:
+def test_a_refused_input_changes_nothing(sn_class: type[SwitchNorm], shape: tuple[int, ...], message: str) -> None:
     layer = sn_class(4, gate="simplex")
     before = copy.deepcopy(layer.state_dict())
     with pytest.raises(LayerError, match=re.escape(message)):
@@ -454,7 +457,7 @@ SITE_CALLS: dict[str, tuple[bool, bool]] = {  # (running statistics are given, t
 
 @pytest.mark.parametrize(("tracked", "training"), SITE_CALLS.values(), ids=SITE_CALLS)
 @pytest.mark.parametrize("affine", [True, False])
-def test_a_functional_site_stands_in_for_batch_norm(tracked: bool, training: bool, affine: bool) -> None:
+def test_a_functional_site_replaces_batch_norm(tracked: bool, training: bool, affine: bool) -> None:
     site = FunctionalSwitchNorm(gate="simplex", branches=BRANCHES).double()
     ours, theirs = (
         [torch.full((4,), 0.5).double(), torch.full((4,), 2.0).double()] if tracked else [None, None] for _ in range(2)
@@ -472,7 +475,7 @@ def test_a_functional_site_stands_in_for_batch_norm(tracked: bool, training: boo
 @pytest.mark.parametrize("site_trains", [True, False])
 @pytest.mark.parametrize("call_trains", [True, False])
 def test_a_functional_site_writes_gates_only_where_both_train(site_trains: bool, call_trains: bool) -> None:
-    """Without running statistics F.batch_norm is called with training=True in evaluation too."""
+    """Without running statistics, models call F.batch_norm with training=True in evaluation too."""
     site = FunctionalSwitchNorm(gate="simplex", branches=BRANCHES).train(site_trains)
     with torch.no_grad():
         site.mean_weight.copy_(torch.tensor([-1.0, 0.5, 2.0]))

@@ -1,4 +1,4 @@
-"""What a torch layer owes to the rest of torch: autograd, autocast, copies, compile, export."""
+"""Layers in the rest of torch: autograd, autocast, copies, compile, export."""
 
 import copy
 import io
@@ -35,7 +35,7 @@ def test_two_forwards_before_one_backward(make: Callable[[], SwitchNorm], traini
 
 @LAYER_CASES
 def test_a_training_forward_between_an_evaluation_forward_and_its_backward(make: Callable[[], SwitchNorm]) -> None:
-    """The training pass overwrites running statistics and re-projects gates that the first pass used."""
+    """The training pass updates running statistics and projects gates that the first pass used."""
     layer = mixed(trained(make()).double())  # type: ignore[arg-type]
     layer.requires_grad_()
     twin = copy.deepcopy(layer).eval()
@@ -237,12 +237,12 @@ def test_compiles_with_its_updates_of_gates_and_statistics(momentum: float | Non
 
 @pytest.mark.parametrize("training", [True, False])
 def test_compiles_and_exports_at_one_spatial_position(training: bool) -> None:
-    """Whether `in` has weight is read from a tensor, which a graph cannot do: a compiled layer warns if it may have."""
+    """A graph cannot read the weight of `in` from a tensor, so a compiled layer always warns."""
     torch.compiler.reset()
     layer = SwitchNorm2d.from_batch_norm(trained(nn.BatchNorm2d(4))).train(training)
     x = torch.randn(3, 4, 1, 1)
     expected = copy.deepcopy(layer)(x)
-    with pytest.warns(UserWarning, match="is fed one spatial position per channel"):
+    with pytest.warns(UserWarning, match="got an input with one spatial position per channel"):
         torch.testing.assert_close(torch.compile(copy.deepcopy(layer), fullgraph=True, backend="eager")(x), expected)
     if not training:
         torch.testing.assert_close(torch.export.export(layer, (x,), strict=False).module()(x), expected)
@@ -260,7 +260,7 @@ def test_exports_in_evaluation(make: Callable[[], SwitchNorm]) -> None:
 
 
 class _Net(nn.Module):
-    """A site that is a module, one that is a child of a child, and one that is functional."""
+    """Has a norm, a norm in a child, and a call of `F.batch_norm`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -293,7 +293,7 @@ def test_a_plain_fx_trace_keeps_layers_as_leaves_that_obey_train_and_eval() -> N
 
 @pytest.mark.parametrize("track", [True, False])
 def test_renorm_trains_on_what_evaluation_reads(track: bool) -> None:
-    """Values are those of the statistics just updated; without any they are the batch's, as in evaluation."""
+    """Values are those of the updated statistics; without running statistics those of the batch, as in evaluation."""
     layer = mixed(SwitchNorm2d(4, gate="simplex", bn_statistics="renorm", track_running_stats=track))
     for n in (2, 1, 3):
         x = torch.randn(n, 4, 5, 5) * n + 1

@@ -1,4 +1,4 @@
-"""Statistics of a batch that lies in several processes: everything equals one process with the whole batch."""
+"""A batch in several processes: all results equal those of one process with the whole batch."""
 
 import copy
 import os
@@ -22,7 +22,7 @@ from tests.helpers import joint_processes, oracles
 from tests.helpers.joint_processes import BACKENDS, CASES, EMPTY, SINGLE, UNEVEN, Case, problem
 
 SCRIPT = Path(joint_processes.__file__)
-# Relative L2 of values and gradients.
+# Limit of the relative L2 error of values and gradients.
 LIMITS = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 2e-2}
 
 Results = tuple[dict[str, Any], dict[str, Any]]
@@ -30,7 +30,7 @@ Results = tuple[dict[str, Any], dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    """What the two processes found; a process that waits for the other forever is ended and fails all tests."""
+    """Return the results of two processes; a deadlock ends them and fails all tests."""
     if not hasattr(os, "fork"):
         pytest.skip("needs fork")
     folder = tmp_path_factory.mktemp("processes")
@@ -43,7 +43,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
 
 
 def truth(case: Case) -> dict[str, Tensor]:
-    """The layer on the whole batch, by the float64 loops; of one value the running statistics are used."""
+    """Return the results of the oracle on the whole batch; one value uses the running statistics."""
     given = {name: tensor.double() for name, tensor in problem(case).items()}
     running = oracles.Constants(given.pop("running_mean"), given.pop("running_var"))
     single = given["x"].numel() == case.shape[1]
@@ -77,7 +77,7 @@ def test_the_parts_of_a_batch_give_what_the_whole_batch_gives(results: Results, 
 
 
 @pytest.mark.multiprocess
-def test_a_segment_that_runs_again_meets_the_others_again(results: Results) -> None:
+def test_a_recomputed_segment_exchanges_again(results: Results) -> None:
     expected = truth(EMPTY)
     for first, second in zip(*(found["checkpointed"] for found in results), strict=True):
         assert first["y"].shape == first["x"].shape == (0, *EMPTY.shape[1:])
@@ -99,7 +99,7 @@ def test_second_derivatives_go_through_all_processes(results: Results) -> None:
 
 
 @pytest.mark.multiprocess
-def test_a_differentiable_gradient_is_met_by_who_does_not_ask_for_it(results: Results) -> None:
+def test_a_differentiable_gradient_includes_processes_that_need_none(results: Results) -> None:
     expected = truth(UNEVEN)["x"][: UNEVEN.cut]
     for name in BACKENDS[:2]:
         assert oracles.relative_error(results[0]["differentiable"][name], expected) < 1e-12
@@ -122,7 +122,7 @@ def test_a_compiler_leaves_the_exchange_outside_its_graphs(results: Results) -> 
 
 
 @pytest.mark.multiprocess
-def test_an_activation_is_kept_once_and_else_tables_only(results: Results) -> None:
+def test_one_activation_and_small_tables_are_saved(results: Results) -> None:
     for found in results:
         for name in ("native", "plain"):
             assert found["kept"][name][-1] == 2 * 3 * 8 * 8
@@ -130,7 +130,7 @@ def test_an_activation_is_kept_once_and_else_tables_only(results: Results) -> No
 
 
 @pytest.mark.multiprocess
-def test_a_group_decides_who_shares_and_stays_with_copies(results: Results) -> None:
+def test_a_group_selects_the_processes_and_copies_share_it(results: Results) -> None:
     for rank, found in enumerate(found["groups"] for found in results):
         assert found["held"] == {"copied": True, "taken over": True}
         joint = truth(UNEVEN)["y"].split([1, 3])[rank]
@@ -142,17 +142,16 @@ def test_a_group_decides_who_shares_and_stays_with_copies(results: Results) -> N
 
 
 @pytest.mark.multiprocess
-def test_who_would_wait_for_ever_is_reported(results: Results) -> None:
+def test_a_deadlock_is_reported(results: Results) -> None:
     for found in results:
         assert re.search(
-            "^synchronized statistics: some process wants the gradient of its input, while that of rank 1 in the group "
-            "records no backward pass and would leave it waiting: give all of them the same grad mode",
+            "^Rank 1 runs without gradients while other ranks need them; the all-reduce would deadlock. Use the same",
             found["refused"],
         )
 
 
 @pytest.mark.multiprocess
-def test_without_gradients_the_batch_is_joint_and_evaluation_waits_for_nobody(results: Results) -> None:
+def test_without_gradients_the_batch_is_joint_and_evaluation_exchanges_nothing(results: Results) -> None:
     expected = truth(UNEVEN)["running_mean"]
     for found in results:
         assert oracles.relative_error(found["silent"], expected) < 1e-12
@@ -176,24 +175,26 @@ def test_a_network_in_ddp_or_sharded_trains_as_one_process_on_the_whole_batch(re
 
 @pytest.fixture
 def several(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As far as a layer knows there are two processes."""
+    """Make layers see two processes."""
     monkeypatch.setattr(functional, "process_count", lambda group: 2)
 
 
-# torch writes its own forward-mode formulas in it.
+# torch compiles its forward-mode formulas with its deprecated scripting compiler.
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")
 @pytest.mark.usefixtures("several")
 def test_what_has_no_real_values_is_refused() -> None:
     layer, x = SwitchNorm1d(3, branches=("ln", "bn"), synchronize=True), torch.randn(4, 3)
     before = copy.deepcopy(layer.state_dict())
-    message = "^synchronized statistics: in training they need real values in every process, and there are none under"
-    with pytest.raises(LayerError, match=r"^torch\.func\.vmap maps the input, but not the running statistics"):
+    message = "^synchronized statistics in training need real values in every process; torch.export, torch.func"
+    with pytest.raises(LayerError, match=r"^torch\.func\.vmap maps the input but not the running statistics"):
         torch.func.vmap(layer)(x[None])
-    with pytest.raises(LayerError, match=r"^a derivative of torch\.func was not given the running statistics"):
+    with pytest.raises(
+        LayerError, match=r"^training updates running statistics in place, and they are no argument of the function"
+    ):
         torch.func.jvp(layer, (x,), (x,))
     with pytest.raises(LayerError, match=message), FakeTensorMode(allow_non_fake_inputs=True) as mode:
         layer(mode.from_tensor(x))
-    with pytest.raises(Exception, match="synchronized statistics: in training they need real values"):
+    with pytest.raises(Exception, match="synchronized statistics in training need real values"):
         torch.export.export(layer, (x,), strict=False)
     assert all(value.equal(before[name]) for name, value in layer.state_dict().items())
     exported = torch.export.export(layer.eval(), (x,), strict=False).module()
@@ -215,7 +216,7 @@ def test_a_graph_is_tried_alone() -> None:
 
 
 @pytest.mark.usefixtures("several")
-def test_a_verification_waits_for_no_process_that_the_original_does_not_wait_for() -> None:
+def test_verification_exchanges_only_if_the_original_does() -> None:
     model, x = joint_processes.network(), torch.randn(4, 3, 6, 6).double()
     converted, plan, _ = convert(model, x, synchronize=True)
     assert verify(model, converted, [x]).passed
@@ -225,7 +226,7 @@ def test_a_verification_waits_for_no_process_that_the_original_does_not_wait_for
         converted.train()(x)
 
 
-def test_alone_a_synchronized_layer_is_any_layer() -> None:
+def test_in_one_process_a_synchronized_layer_equals_any_layer() -> None:
     layer = SwitchNorm2d(3, synchronize=True)
     twin = SwitchNorm2d(3)
     x = torch.randn(2, 3, 4, 4)

@@ -1,4 +1,4 @@
-"""The Triton kernels against the float64 oracle: on a GPU where there is one, else on CPU by Triton's interpreter.
+"""The Triton kernels against the float64 oracle: on a GPU if there is one, else on CPU by Triton's interpreter.
 
 The interpreter is slow, so tensors are tiny and tiles are cut small enough for every loop, mask and split to be used.
 `conftest.py` asks for it before anything imports Triton. It takes code that the compiler refuses: kernels are compiled
@@ -35,7 +35,7 @@ from tests.helpers import oracles
 pytest.importorskip("triton")
 from normswap.layers.backends import triton_launch
 
-# The interpreter of Triton 3.4 reads bounds of loops so; a later one does not.
+# The interpreter of Triton 3.4 warns about the bounds of loops.
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.gpu,
@@ -59,7 +59,7 @@ def _infinities_pass_as_on_a_device() -> Iterator[None]:
 
 @contextmanager
 def never_waiting() -> Iterator[None]:
-    """Nothing inside may wait for the device."""
+    """Fail if anything inside waits for the device."""
     if DEVICE == "cuda":
         torch.cuda.set_sync_debug_mode("error")
     try:
@@ -88,7 +88,7 @@ def problem(
     last: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, Tensor]:
-    """Leaf tensors of a layer that has been trained for a while: nothing is 0, 1 or centred."""
+    """Return leaf tensors as of a trained layer: no value is 0 or 1."""
     mean_weight, var_weight = gate_points(gate, branches)
     x = (torch.randn(shape) * 1.5 + 0.7).to(dtype)
     leaves = {
@@ -102,7 +102,7 @@ def problem(
 
 
 def normalised(leaves: dict[str, Tensor], dy: Tensor, running: Any = None, **options: Any) -> Tensor:
-    """y by the kernels, with gradients left in the leaves."""
+    """Return y of the kernels; the leaves get the gradients."""
     statistics = {} if running is None else {"running_mean": running.mean, "running_var": running.var}
     statistics = {name: tensor.float().to(DEVICE) for name, tensor in statistics.items()}
     dy = dy.to(DEVICE)
@@ -114,7 +114,7 @@ def normalised(leaves: dict[str, Tensor], dy: Tensor, running: Any = None, **opt
 
 
 def gradient(leaf: Tensor) -> Tensor:
-    """The gradient that a leaf was left, to be held against the oracle's."""
+    """Return the gradient of a leaf, on CPU in float64 as that of the oracle."""
     assert leaf.grad is not None
     return leaf.grad.cpu().double()
 
@@ -195,7 +195,7 @@ CUTS = {
 
 
 @pytest.mark.parametrize(("shape", "last", "tile", "table_tile", "programs", "met"), CUTS.values(), ids=CUTS)
-def test_however_it_is_cut(
+def test_every_tiling(
     shape: tuple[int, ...],
     last: bool,
     tile: int,
@@ -238,7 +238,7 @@ ACCURACY = [
 def test_errors_are_at_most_twice_those_of_batch_norm(
     dtype: torch.dtype, ratio: float, point: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On the same data; where BN is luckier than rounding once is, rounding once is allowed."""
+    """Compare with BN on the same data; one rounding is allowed if BN is more exact than that."""
     split = dtype == torch.float32 and ratio == 3000
     cut_small(monkeypatch, 512 if split else 1024, 64, 4)
     x, dy = (
@@ -270,7 +270,7 @@ def test_errors_are_at_most_twice_those_of_batch_norm(
 
 
 @pytest.mark.parametrize("vertex", [0, 2], ids=["in", "bn"])
-def test_at_a_vertex_gates_are_alive_and_equal_the_oracle(vertex: int) -> None:
+def test_one_hot_gates_have_gradients_that_equal_the_oracle(vertex: int) -> None:
     leaves = problem((2, 3, 4), "simplex", BRANCHES)
     for name in GATE_PARAMETERS:
         leaves[name] = torch.eye(3)[vertex].to(DEVICE).requires_grad_()
@@ -279,8 +279,8 @@ def test_at_a_vertex_gates_are_alive_and_equal_the_oracle(vertex: int) -> None:
 
 
 @pytest.mark.parametrize("branches", [BRANCHES, ("ln", "bn")], ids="+".join)
-def test_a_weight_of_zero_silences_infinite_statistics(branches: tuple[str, ...]) -> None:
-    """At the `bn` vertex in evaluation the variances of the other branches overflow here; BN itself is finite."""
+def test_a_weight_of_zero_ignores_infinite_statistics(branches: tuple[str, ...]) -> None:
+    """In evaluation with all weight on `bn`, the variances of the other branches overflow and BN is finite."""
     x = (torch.randn(2, 3, 4) * 1e20).requires_grad_()
     running = oracles.Constants(torch.randn(3), torch.rand(3) + 0.5)
     leaves = {"x": x.detach().to(DEVICE).requires_grad_()}
@@ -295,7 +295,7 @@ def test_a_weight_of_zero_silences_infinite_statistics(branches: tuple[str, ...]
     assert all(bool(leaves[name].grad.isfinite().all()) for name in GATE_PARAMETERS)  # type: ignore[union-attr]
 
 
-def test_infinite_constants_without_a_share_are_silenced() -> None:
+def test_a_weight_of_zero_ignores_infinite_constants() -> None:
     leaves = problem((2, 3, 4), "simplex", BRANCHES)
     for name in GATE_PARAMETERS:
         leaves[name] = torch.tensor([0.4, 0.6, 0.0]).to(DEVICE).requires_grad_()
@@ -320,7 +320,7 @@ def test_missing_affine_parameters_are_ones_and_zeros(given: str) -> None:
 
 
 @pytest.mark.parametrize("frozen", ["gates", "all but weight"])
-def test_no_gradient_is_made_that_nobody_wants(frozen: str) -> None:
+def test_only_needed_gradients_are_computed(frozen: str) -> None:
     leaves = problem((2, 3, 5), "softmax", BRANCHES)
     dy = torch.randn(2, 3, 5)
     _, expected = expected_of(leaves, dy, gate="softmax")
@@ -349,7 +349,7 @@ def test_parameters_may_have_another_dtype_than_x() -> None:
 
 
 @pytest.mark.parametrize("expanded", [True, False])
-def test_gradients_inputs_and_parameters_of_any_strides_are_met(expanded: bool) -> None:
+def test_gradients_inputs_and_parameters_of_any_strides(expanded: bool) -> None:
     leaves = problem((2, 3, 4), "softmax", BRANCHES)
     if not expanded:
         leaves["x"] = torch.randn(4, 3, 2).permute(2, 1, 0).to(DEVICE).requires_grad_()
@@ -363,7 +363,7 @@ def test_gradients_inputs_and_parameters_of_any_strides_are_met(expanded: bool) 
     torch.testing.assert_close(gradient(leaves["x"]), expected.x, rtol=1e-5, atol=1e-5)
 
 
-def test_the_moments_of_the_batch_are_recorded_in_float32() -> None:
+def test_running_statistics_are_updated_in_float32() -> None:
     x = torch.randn(2, 3, 5, device=DEVICE).half()
     mixing = Mixing("simplex", BRANCHES, 1e-5)
     vertex = torch.tensor([1.0, 0.0, 0.0], device=DEVICE)
@@ -377,7 +377,7 @@ def test_the_moments_of_the_batch_are_recorded_in_float32() -> None:
 
 
 def test_one_position_leaves_in_no_variance_and_y_finite() -> None:
-    """On CPU `switch_norm` refuses this before any backend is asked; elsewhere it would have to wait to know."""
+    """On CPU `switch_norm` refuses this before it selects a backend; on devices it would have to wait."""
     x, uniform = torch.randn(3, 4, 1, device=DEVICE), torch.full((3,), 1 / 3, device=DEVICE)
     mixing = Mixing("simplex", BRANCHES, 1e-5)
     inputs = Inputs(x, uniform, uniform, None, None, None, mixing)
@@ -399,16 +399,16 @@ def test_launches_are_few(
     branches: tuple[str, ...], constant: bool, forward: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     launches: list[str] = []
-    for name in ("moments", "pool", "affine", "sums", "pulls", "gradient"):
+    for name in ("moments", "pool", "affine", "sums", "terms", "gradient"):
         kernel = getattr(triton_launch, f"{name}_kernel")
         monkeypatch.setattr(triton_launch, f"{name}_kernel", _Counted(name, kernel, launches))
     leaves = problem((2, 3, 4), "softmax", branches)
     normalised(leaves, torch.randn(2, 3, 4), running_statistics(3) if constant else None, branches=branches)
-    assert launches == [*forward, "sums", "pulls", "gradient"]
+    assert launches == [*forward, "sums", "terms", "gradient"]
 
 
 class _Counted:
-    """A kernel that writes its name down whenever it is started."""
+    """A kernel that records its name when it starts."""
 
     def __init__(self, name: str, kernel: Any, launches: list[str]) -> None:
         self.name, self.kernel, self.launches = name, kernel, launches
@@ -429,7 +429,7 @@ OFF_SIMPLEX = {
 
 
 @pytest.mark.parametrize("point", OFF_SIMPLEX.values(), ids=OFF_SIMPLEX)
-def test_a_training_step_puts_the_stored_points_back_where_the_oracle_says(point: list[float]) -> None:
+def test_a_training_step_projects_the_stored_points_as_the_oracle(point: list[float]) -> None:
     layer = SwitchNorm2d(4, gate="simplex", device=DEVICE)
     with torch.no_grad():
         layer.mean_weight.copy_(torch.tensor(point))
@@ -474,7 +474,7 @@ def test_a_gate_that_is_not_a_number_is_not_hidden(gate: str) -> None:
     assert bool(triton_launch.forward(Inputs(x, point, fine, None, None, None, mixing)).y.isnan().all())
 
 
-def test_a_vertex_survives_training_bit_for_bit_and_trains_as_batch_norm() -> None:
+def test_a_fixed_one_hot_gate_trains_as_batch_norm() -> None:
     bn = nn.BatchNorm2d(3, device=DEVICE)
     twin = nn.BatchNorm2d(3, device=DEVICE)
     layer = SwitchNorm2d.from_batch_norm(bn)
@@ -519,7 +519,7 @@ def test_without_triton_a_gpu_gets_the_reference_and_asking_is_refused(monkeypat
     assert fused_backend(stub) is None
     with (
         use_backend("triton"),
-        pytest.raises(LayerError, match=r"the backend 'triton' needs Triton, .* cannot be imported here: pip install"),
+        pytest.raises(LayerError, match=r"the backend 'triton' needs Triton, .* cannot be imported: pip install"),
     ):
         fused_backend(stub)
 
@@ -531,8 +531,8 @@ def test_cpu_tensors_are_refused_unless_interpreted(monkeypatch: pytest.MonkeyPa
         use_backend("triton"),
         pytest.raises(
             LayerError,
-            match=r"the backend 'triton' runs on CUDA devices, got a tensor on cpu: move model and input to one, ask "
-            r"for 'native', or set TRITON_INTERPRET=1 before Triton is imported",
+            match=r"the backend 'triton' runs on CUDA devices, got a tensor on cpu: move model and input to one, use "
+            r"the backend 'native', or set TRITON_INTERPRET=1 before Triton is imported",
         ),
     ):
         switch_norm(torch.randn(2, 3, 4), gates, gates, training=True)
@@ -573,5 +573,5 @@ triton_launch.project_points([point, point], mixing.branches)
 def test_the_compiler_takes_every_kernel(tmp_path: Any) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, check=False, env=environment)
-    names = ("moments", "pool", "affine", "sums", "pulls", "gradient", "project")
+    names = ("moments", "pool", "affine", "sums", "terms", "gradient", "project")
     assert done.stdout.split() == [f"{name}_kernel" for name in names], done.stderr[-2000:]

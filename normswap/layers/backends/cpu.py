@@ -1,11 +1,11 @@
-"""The backend for CPU compiled: a forward pass is one call of C, and so is a backward pass.
+"""The backend `native`: fused passes on CPU, by the C extension if possible, else by ATen kernels.
 
-On small maps a layer spends more time between its passes than in them, and torch has no kernels that take moments and
-sums of half-precision numbers at the price of reading them. The extension is built when the package is installed and a
-compiler is there; without it `AVAILABLE` is false, and `tables.py` and `passes.py` do the same.
+The extension runs a forward or a backward pass in one call. This saves most of the time of a small layer, and torch has
+no fast kernels for moments and sums of half-precision activations. It is optional: `AVAILABLE` is False if no compiler
+was found at installation.
 
-It runs on the threads that torch has: those of the OpenMP runtime that torch was built with. Where there is another
-one, large activations are left to torch's kernels.
+The extension runs on torch's own threads, through the OpenMP runtime that torch was built with. If that runtime is
+another one, the extension has one thread, and large activations go to the ATen kernels.
 """
 
 import ctypes
@@ -32,36 +32,37 @@ from normswap.layers.backends.moment_algebra import pool_samples, read_site
 from normswap.layers.backends.reference import Moments, accumulation_dtype
 from normswap.layers.gating import BRANCHES, Branch, ImportanceWeights, Mixing, gate_gradient
 
-# MERGED DOC: Switchable Normalization out of ATen kernels: two passes over the activation forward, two backward.
-
-
 _C: Any
 try:
     from normswap.layers import _compiled as _C  # type: ignore[attr-defined, no-redef]
 except ImportError:
     _C = None
-# What `_compiled.c` says of itself; one that was built from an older file is not called.
-_INTERFACE = 2
+# INTERFACE of csrc/module.c. An extension that was built from other sources is ignored.
+_INTERFACE = 3
 if getattr(_C, "INTERFACE", None) != _INTERFACE:
     _C = None
 
 AVAILABLE = _C is not None
 
-# The numbers that the extension reads and writes, by its own names for them.
-_DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+# The enum of csrc/dtypes.h. int64 is for the number of batches only.
+_DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.int64: 4}
+_FLOAT_DTYPES = {*_DTYPE_CODES} - {torch.int64}
 
-# Up to so many values over the number of threads, one thread here beats them all in torch's kernels.
+# Up to this number of values divided by the number of torch's threads, one thread here is faster than all of torch's.
 _MAX_SINGLE_THREAD_NUMEL = 1 << 21
+
+# A tensor for the extension: address, dtype code and number of elements; or None.
+_Buffer = tuple[int, int, int] | None
 
 
 def _use_torch_threads() -> bool:
-    """Hand the extension the entry points of torch's own OpenMP runtime; say whether there are any."""
+    """Give the extension the entry points of torch's OpenMP runtime; return False if there are none."""
     library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     openmp = AVAILABLE and torch.backends.openmp.is_available()  # type: ignore[no-untyped-call]
     if not (openmp and library.exists()):
         return False
     try:
-        torch_cpu = ctypes.CDLL(str(library))  # loaded already; its names include those of what it is linked to
+        torch_cpu = ctypes.CDLL(str(library))  # already loaded; also finds symbols of the libraries it is linked to
         names = (torch_cpu.GOMP_parallel, torch_cpu.omp_get_thread_num, torch_cpu.omp_get_num_threads)
     except (OSError, AttributeError):
         return False
@@ -72,153 +73,14 @@ def _use_torch_threads() -> bool:
 _USES_TORCH_THREADS = _use_torch_threads()
 
 
-def can_run(inputs: Inputs) -> bool:
-    """Say whether `normalise` and `differentiate` can take these inputs, and are the fastest to do so."""
-    x, mean_point, var_point, weight, bias, *_ = inputs
-    if inputs.running_stats_update is not None or not AVAILABLE:
-        return False
-    if not all(_is_readable(t) for t in (x, mean_point, var_point, weight, bias) if t is not None):
-        return False
-    return (
-        _USES_TORCH_THREADS
-        or (threads := torch.get_num_threads()) == 1
-        or x.numel() * threads <= _MAX_SINGLE_THREAD_NUMEL
-    )
-
-
-def _is_readable(tensor: Tensor) -> bool:
-    return tensor.is_cpu and tensor.dtype in _DTYPE_CODES
-
-
-def normalise(inputs: Inputs) -> Normalised:
-    """Normalise; see `fused.Forward`. x is contiguous or channels_last."""
-    x, constants, mixing = inputs.x, inputs.constants, inputs.mixing
-    dtype = accumulation_dtype(x)
-    y, table = torch.empty_like(x), x.shape[:2]
-    saved = Moments(x.new_empty(table, dtype=dtype), x.new_empty(table, dtype=dtype))
-    batch = None
-    if constants is None and "bn" in mixing.branches:
-        row = (1, table[1])
-        batch = Moments(x.new_empty(row, dtype=dtype), x.new_empty(row, dtype=dtype))
-    # Copies, where there are any, have to outlive the call.
-    arguments, _copies = _layer_arguments(inputs, saved)
-    _C.normalise(*arguments, *_buffer(x), *_buffer(y), *_buffers(batch))
-    return Normalised(y, batch, saved)
-
-
-def differentiate(dy: Tensor, inputs: Inputs, saved: Moments, needs_input_grad: tuple[bool, ...]) -> Gradients:
-    """Return the gradients; see `fused.Backward`. dy is laid out as x is."""
-    x, mean_point, var_point, *_ = inputs
-    table = saved.mean
-    gradients = Gradients(
-        torch.empty_like(x) if needs_input_grad[0] else None,
-        torch.empty_like(mean_point) if needs_input_grad[1] else None,
-        torch.empty_like(var_point) if needs_input_grad[2] else None,
-        table.new_empty(table.shape[1]) if needs_input_grad[3] else None,
-        table.new_empty(table.shape[1]) if needs_input_grad[4] else None,
-    )
-    arguments, _copies = _layer_arguments(inputs, saved)
-    _C.differentiate(*arguments, *_buffer(dy), *_buffer(x), *(number for each in gradients for number in _buffer(each)))
-    return gradients
-
-
-def record(
-    batch: Moments,
-    running_mean: Tensor,
-    running_var: Tensor,
-    count: Tensor | None,
-    *,
-    momentum: float,
-    factor: float,
-) -> bool:
-    """Move running statistics (C,) towards the mean, and `factor` times the variance, of a batch (1, C).
-
-    Args:
-        count: is made one higher.
-        momentum: share of the new ones.
-
-    Returns:
-        Whether it was done: nothing is where the extension cannot do it.
-    """
-    changed = (running_mean, running_var) if count is None else (running_mean, running_var, count)
-    if not AVAILABLE or not all(t.is_cpu and t.is_contiguous() for t in (*batch, *changed)):
-        return False
-    if not all(t.dtype in _DTYPE_CODES for t in (*batch, running_mean, running_var)):
-        return False
-    if count is not None and count.dtype != torch.int64:
-        return False
-    counter_arguments = (0, 0) if count is None else (count.data_ptr(), count.numel())
-    running = *_buffer(running_mean), *_buffer(running_var)
-    _C.record(batch.mean.numel(), momentum, factor, *_buffers(batch), *running, *counter_arguments)
-    if not running_mean.is_inference():
-        torch.autograd.graph.increment_version(changed)
-    return True
-
-
-def _layer_arguments(inputs: Inputs, moments: Moments) -> tuple[tuple[Any, ...], list[Tensor]]:
-    """What both functions of the extension are given first, and the copies that were made for it."""
-    x, mean_point, var_point, weight, bias, constants, mixing, _ = inputs
-    samples, channels = x.shape[:2]
-    copies: list[Tensor] = []
-    arguments = (
-        _DTYPE_CODES[x.dtype],
-        samples,
-        channels,
-        x.numel() // (samples * channels),
-        _is_channels_last(x),
-        torch.get_num_threads() if _USES_TORCH_THREADS else 1,
-        *_buffers(moments),
-        *_buffers(constants),
-        *_buffer(_as_contiguous(weight, copies)),
-        *_buffer(_as_contiguous(bias, copies)),
-        *_buffer(_as_contiguous(mean_point, copies)),
-        *_buffer(_as_contiguous(var_point, copies)),
-        mixing.gate == "softmax",
-        _encode_branch_order(mixing.branches),
-        mixing.eps,
-    )
-    return arguments, copies
-
-
-@cache
-def _encode_branch_order(branches: tuple[Branch, ...]) -> int:
-    """Where each branch of `BRANCHES` stands among those in use, from 1 on and in two bits; 0 for one that is not."""
-    return sum((branches.index(branch) + 1) << 2 * at for at, branch in enumerate(BRANCHES) if branch in branches)
-
-
-def _is_channels_last(x: Tensor) -> bool:
-    if x.is_contiguous():
-        return False
-    if not is_channels_last(x):
-        raise LayerError(f"expected a contiguous or channels_last input, got strides {x.stride()}")
-    return True
-
-
-def _as_contiguous(tensor: Tensor | None, copies: list[Tensor]) -> Tensor | None:
-    """A parameter with its entries one after the other."""
-    if tensor is None or tensor.is_contiguous():
-        return tensor
-    copies.append(tensor.detach().contiguous())
-    return copies[-1]
-
-
-def _buffer(tensor: Tensor | None) -> tuple[int, int, int]:
-    """The address, the kind and the length of a tensor, as the extension takes them."""
-    return _NULL_BUFFER if tensor is None else (tensor.data_ptr(), _DTYPE_CODES[tensor.dtype], tensor.numel())
-
-
-_NULL_BUFFER = (0, 0, -1)
-
-
-def _buffers(moments: Moments | None) -> tuple[int, ...]:
-    return _NULL_BUFFER * 2 if moments is None else (*_buffer(moments.mean), *_buffer(moments.var))
+# --- the passes of the backend
 
 
 def forward(inputs: Inputs) -> Normalised:
-    """Normalise; see `fused.Forward`."""
+    """Run the forward pass; see `interface.Forward`."""
     inputs = inputs._replace(x=to_supported_layout(inputs.x))
-    if can_run(inputs):
-        return normalise(inputs)
+    if can_run_extension(inputs):
+        return extension_forward(inputs)
     moments, buffer = instance_moments(inputs.x)
     constants = None
     if inputs.running_stats_update is not None:
@@ -230,23 +92,22 @@ def forward(inputs: Inputs) -> Normalised:
 
 
 def backward(dy: Tensor, inputs: Inputs, saved: Moments, needs_input_grad: tuple[bool, ...]) -> Gradients:
-    """Return the gradients; see `fused.Backward`."""
+    """Run the backward pass; see `interface.Backward`."""
     inputs = inputs._replace(x=to_supported_layout(inputs.x))
     dy = match_layout(dy, inputs.x)
-    saved = Moments(*(moment.contiguous() for moment in saved))  # hooks on saved tensors may have laid them out anew
-    if can_run(inputs):
-        return differentiate(dy, inputs, saved, needs_input_grad)
+    saved = Moments(*(moment.contiguous() for moment in saved))  # hooks on saved tensors may change the layout
+    if can_run_extension(inputs):
+        return extension_backward(dy, inputs, saved, needs_input_grad)
     x, mixing, site = inputs.x, inputs.mixing, read_site(inputs, saved)
     dy_sum, dy_xhat_sum = gradient_sums(dy, x, *moment_algebra.mean_and_rstd(site))
-    scale, slope, shift, means, variances, *affine = moment_algebra.backward_terms(
-        site, dy_sum, dy_xhat_sum, x.numel() // dy_sum.numel()
-    )
+    terms = moment_algebra.backward_terms(site, dy_sum, dy_xhat_sum, x.numel() // dy_sum.numel())
+    needs_x, needs_mean_gate, needs_var_gate, needs_weight, needs_bias = needs_input_grad
     return Gradients(
-        input_gradient(dy, x, scale, slope, shift, saved.mean) if needs_input_grad[0] else None,
-        _gate_gradient(site.means, means, mixing, inputs.mean_point) if needs_input_grad[1] else None,
-        _gate_gradient(site.variances, variances, mixing, inputs.var_point) if needs_input_grad[2] else None,
-        affine[0] if needs_input_grad[3] else None,
-        affine[1] if needs_input_grad[4] else None,
+        input_gradient(dy, x, terms.scale, terms.slope, terms.shift, saved.mean) if needs_x else None,
+        _gate_gradient(site.means, terms.means, mixing, inputs.mean_gate) if needs_mean_gate else None,
+        _gate_gradient(site.variances, terms.variances, mixing, inputs.var_gate) if needs_var_gate else None,
+        terms.weight if needs_weight else None,
+        terms.bias if needs_bias else None,
     )
 
 
@@ -256,4 +117,159 @@ def _gate_gradient(
     return torch.tensor(gate_gradient(branch_weights, gradient, mixing), dtype=point.dtype, device=point.device)
 
 
-NATIVE = Backend("native", forward, backward, renorm=True)
+NATIVE = Backend("native", forward, backward, supports_running_stats_update=True)
+
+
+# --- the C extension
+
+
+def can_run_extension(inputs: Inputs) -> bool:
+    """Return whether the extension accepts these inputs and is the fastest choice for them."""
+    if inputs.running_stats_update is not None or not AVAILABLE:
+        return False
+    if not all(t.is_cpu and t.dtype in _FLOAT_DTYPES for t in inputs.tensors if t is not None):
+        return False
+    return (
+        _USES_TORCH_THREADS
+        or (threads := torch.get_num_threads()) == 1
+        or inputs.x.numel() * threads <= _MAX_SINGLE_THREAD_NUMEL
+    )
+
+
+def extension_forward(inputs: Inputs) -> Normalised:
+    """Run the forward pass by the extension. x is contiguous or channels_last."""
+    x, mixing = inputs.x, inputs.mixing
+    dtype = accumulation_dtype(x)
+    y, table = torch.empty_like(x), x.shape[:2]
+    saved = Moments(x.new_empty(table, dtype=dtype), x.new_empty(table, dtype=dtype))
+    batch = None
+    if inputs.constants is None and "bn" in mixing.branches:
+        row = (1, table[1])
+        batch = Moments(x.new_empty(row, dtype=dtype), x.new_empty(row, dtype=dtype))
+    inputs = _with_contiguous_parameters(inputs)  # keeps copies alive during the call
+    batch_mean, batch_var = batch or (None, None)
+    arguments = _layer_arguments(inputs, saved)
+    arguments["y"] = _buffer(y)
+    arguments["batch_mean"] = _buffer(batch_mean)
+    arguments["batch_var"] = _buffer(batch_var)
+    _C.forward(arguments)
+    return Normalised(y, batch, saved)
+
+
+def extension_backward(dy: Tensor, inputs: Inputs, saved: Moments, needs_input_grad: tuple[bool, ...]) -> Gradients:
+    """Run the backward pass by the extension. dy has the layout of x."""
+    table = saved.mean
+    gradients = Gradients(
+        torch.empty_like(inputs.x) if needs_input_grad[0] else None,
+        torch.empty_like(inputs.mean_gate) if needs_input_grad[1] else None,
+        torch.empty_like(inputs.var_gate) if needs_input_grad[2] else None,
+        table.new_empty(table.shape[1]) if needs_input_grad[3] else None,
+        table.new_empty(table.shape[1]) if needs_input_grad[4] else None,
+    )
+    inputs = _with_contiguous_parameters(inputs)  # keeps copies alive during the call
+    arguments = _layer_arguments(inputs, saved)
+    arguments["dy"] = _buffer(dy)
+    arguments["dx"] = _buffer(gradients.x)
+    arguments["mean_weight_gradient"] = _buffer(gradients.mean_gate)
+    arguments["var_weight_gradient"] = _buffer(gradients.var_gate)
+    arguments["weight_gradient"] = _buffer(gradients.weight)
+    arguments["bias_gradient"] = _buffer(gradients.bias)
+    _C.backward(arguments)
+    return gradients
+
+
+def update_running(
+    batch: Moments,
+    running_mean: Tensor,
+    running_var: Tensor,
+    count: Tensor | None,
+    *,
+    momentum: float,
+    var_factor: float,
+) -> bool:
+    """Update running statistics (C,) in place by the moments (1, C) of a batch.
+
+    Args:
+        count: number of batches, increased by 1.
+        momentum: weight of the batch in the running statistics.
+        var_factor: factor of the variance of the batch.
+
+    Returns:
+        False if the extension cannot do it; then nothing has changed.
+    """
+    changed = (running_mean, running_var) if count is None else (running_mean, running_var, count)
+    if not AVAILABLE or not all(t.is_cpu and t.is_contiguous() for t in (*batch, *changed)):
+        return False
+    if not all(t.dtype in _FLOAT_DTYPES for t in (*batch, running_mean, running_var)):
+        return False
+    if count is not None and count.dtype != torch.int64:
+        return False
+    arguments = {
+        "channels": batch.mean.numel(),
+        "momentum": momentum,
+        "var_factor": var_factor,
+        "mean": _buffer(batch.mean),
+        "var": _buffer(batch.var),
+        "running_mean": _buffer(running_mean),
+        "running_var": _buffer(running_var),
+        "num_batches_tracked": _buffer(count),
+    }
+    _C.update_running(arguments)
+    if not running_mean.is_inference():
+        torch.autograd.graph.increment_version(changed)
+    return True
+
+
+def _layer_arguments(inputs: Inputs, moments: Moments) -> dict[str, Any]:
+    """Return the arguments of both passes, with the names of `LayerArguments` in csrc/module.c."""
+    x, mixing = inputs.x, inputs.mixing
+    samples, channels = x.shape[:2]
+    constant_mean, constant_var = inputs.constants or (None, None)
+    return {
+        "dtype": _DTYPE_CODES[x.dtype],
+        "samples": samples,
+        "channels": channels,
+        "positions": x.numel() // (samples * channels),
+        "channels_last": _is_channels_last(x),
+        "threads": torch.get_num_threads() if _USES_TORCH_THREADS else 1,
+        "softmax": mixing.gate == "softmax",
+        "branch_order": _encode_branch_order(mixing.branches),
+        "eps": mixing.eps,
+        "x": _buffer(x),
+        "mean": _buffer(moments.mean),
+        "var": _buffer(moments.var),
+        "constant_mean": _buffer(constant_mean),
+        "constant_var": _buffer(constant_var),
+        "weight": _buffer(inputs.weight),
+        "bias": _buffer(inputs.bias),
+        "mean_weight": _buffer(inputs.mean_gate),
+        "var_weight": _buffer(inputs.var_gate),
+    }
+
+
+@cache
+def _encode_branch_order(branches: tuple[Branch, ...]) -> int:
+    """Return two bits for each branch of `BRANCHES`: its index in `branches` plus 1, or 0 if it is not mixed."""
+    return sum((branches.index(branch) + 1) << 2 * at for at, branch in enumerate(BRANCHES) if branch in branches)
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    if x.is_contiguous():
+        return False
+    if not is_channels_last(x):
+        raise LayerError(f"expected a contiguous or channels_last input, got strides {x.stride()}")
+    return True
+
+
+def _with_contiguous_parameters(inputs: Inputs) -> Inputs:
+    """Return inputs whose gate parameters, weight and bias are contiguous."""
+    _, *parameters = inputs.tensors
+    if all(parameter is None or parameter.is_contiguous() for parameter in parameters):
+        return inputs
+    mean_gate, var_gate = (point.detach().contiguous() for point in (inputs.mean_gate, inputs.var_gate))
+    weight, bias = (None if p is None else p.detach().contiguous() for p in (inputs.weight, inputs.bias))
+    return inputs._replace(mean_gate=mean_gate, var_gate=var_gate, weight=weight, bias=bias)
+
+
+def _buffer(tensor: Tensor | None) -> _Buffer:
+    return None if tensor is None else (tensor.data_ptr(), _DTYPE_CODES[tensor.dtype], tensor.numel())

@@ -1,9 +1,9 @@
-"""Fused backends as operators of torch, for compiled graphs: one opaque node instead of the plain formula.
+"""Operators of torch for compiled graphs, and the update of running statistics.
 
-On CPU, and where a fused backend is forced around the compiled call, a compiler gets `normswap::switch_norm` and,
-behind it, `normswap::switch_norm_backward`; both run what the backend would run in eager mode. The plain formula is
-some 150 nodes of a graph, each of which is traced, differentiated, lowered and handed to a C++ compiler. Operators are
-functional: moments of the batch are returned, and recorded outside; only `normswap::project_points` writes.
+On CPU, and if a fused backend is forced around the compiled call, a compiler gets one node `normswap::switch_norm` and
+its backward `normswap::switch_norm_backward` instead of about 150 nodes of the plain formula, each of which it would
+trace, differentiate and compile. The operators run the backend of eager mode. They return the moments of the batch;
+only `normswap::update_running_stats` and `normswap::project_points` write to their arguments.
 """
 
 from collections.abc import Callable
@@ -12,12 +12,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from normswap.layers.backends import cpu
 from normswap.layers.backends.aten_passes import to_supported_layout
 from normswap.layers.backends.cpu import NATIVE
 from normswap.layers.backends.interface import (
     Backend,
     Gradients,
     Inputs,
+    RunningStats,
     cast_gradients,
     check_gradient,
     check_tensors,
@@ -25,37 +27,33 @@ from normswap.layers.backends.interface import (
     needs_backward,
 )
 from normswap.layers.backends.reference import Moments, accumulation_dtype, batch_norm, is_batch_norm
-from normswap.layers.backends.selection import fused_backend
+from normswap.layers.backends.selection import fused_backend, is_eager
 from normswap.layers.gating import Branch, Gate, Mixing, project_
 
-# Both layouts are served, and the operators say in which one a result comes: a compiler may choose.
+# The operators accept both layouts, and their fake versions return the layout of the result.
 _TAGS = (torch.Tag.flexible_layout,)
 
 
-def switch_norm_operator(inputs: Inputs, record: Callable[[Moments], None] | None = None) -> Tensor:
-    """Normalise as one node of a graph; arguments as in `fused.switch_norm_fused`."""
+# --- the layer
+
+
+def switch_norm_operator(inputs: Inputs, on_batch_moments: Callable[[Moments], None] | None = None) -> Tensor:
+    """Normalise as one node of a graph; arguments as in `interface.switch_norm_fused`."""
     mixing, constants = inputs.mixing, inputs.constants
     options = mixing.gate, " ".join(mixing.branches), mixing.eps
     if constants is not None and not needs_backward(inputs):
         return cast(Tensor, _evaluate(*inputs.tensors, *constants, *options))
     y, batch_mean, batch_var, *_ = _forward(*inputs.tensors, *(constants or (None, None)), *options)
-    if record is not None:
-        record(Moments(batch_mean, batch_var))
+    if on_batch_moments is not None:
+        on_batch_moments(Moments(batch_mean, batch_var))
     return cast(Tensor, y)
-
-
-@torch.library.custom_op("normswap::project_points", mutates_args=("points",), device_types="cpu")
-def project_points(points: list[Tensor]) -> None:
-    """Put simplex points (K,) back on the simplex; one that lies there is left alone."""
-    for point in points:
-        project_(point)
 
 
 @torch.library.custom_op("normswap::switch_norm_constant", mutates_args=(), tags=_TAGS)
 def _evaluate(
     x: Tensor,
-    mean_point: Tensor,
-    var_point: Tensor,
+    mean_gate: Tensor,
+    var_gate: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     bn_mean: Tensor,
@@ -64,8 +62,8 @@ def _evaluate(
     branches: str,
     eps: float,
 ) -> Tensor:
-    inputs = _inputs(x, mean_point, var_point, weight, bias, bn_mean, bn_var, gate, branches, eps)
-    if is_batch_norm((mean_point, var_point), inputs.mixing):
+    inputs = _inputs((x, mean_gate, var_gate, weight, bias), (bn_mean, bn_var), (gate, branches, eps))
+    if is_batch_norm((mean_gate, var_gate), inputs.mixing):
         return batch_norm(x, weight, bias, Moments(bn_mean, bn_var), eps)
     return _backend_for(x).forward(inputs).y
 
@@ -78,8 +76,8 @@ def _(x: Tensor, *_: Any) -> Tensor:
 @torch.library.custom_op("normswap::switch_norm", mutates_args=(), tags=_TAGS)
 def _forward(
     x: Tensor,
-    mean_point: Tensor,
-    var_point: Tensor,
+    mean_gate: Tensor,
+    var_gate: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     bn_mean: Tensor | None,
@@ -88,10 +86,10 @@ def _forward(
     branches: str,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    inputs = _inputs(x, mean_point, var_point, weight, bias, bn_mean, bn_var, gate, branches, eps)
+    inputs = _inputs((x, mean_gate, var_gate, weight, bias), (bn_mean, bn_var), (gate, branches, eps))
     y, batch, saved, _ = _backend_for(x).forward(inputs)
     empty = x.new_empty((1, 0), dtype=accumulation_dtype(x))
-    # An operator returns nothing that shares memory with what it was given, as the mean of one position may.
+    # An operator must not return memory of its arguments; with one position the mean can be x itself.
     return y, *(batch or (empty, empty.clone())), saved.mean.clone(), saved.var
 
 
@@ -107,8 +105,8 @@ def _(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
 def _backward(
     dy: Tensor,
     x: Tensor,
-    mean_point: Tensor,
-    var_point: Tensor,
+    mean_gate: Tensor,
+    var_gate: Tensor,
     weight: Tensor | None,
     bn_mean: Tensor | None,
     bn_var: Tensor | None,
@@ -118,7 +116,7 @@ def _backward(
     branches: str,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    inputs = _inputs(x, mean_point, var_point, weight, None, bn_mean, bn_var, gate, branches, eps)
+    inputs = _inputs((x, mean_gate, var_gate, weight, None), (bn_mean, bn_var), (gate, branches, eps))
     check_gradient(dy, x, mean, var)
     found = _backend_for(x).backward(dy, inputs, Moments(mean, var), (True,) * len(Gradients._fields))
     assert None not in found
@@ -126,10 +124,10 @@ def _backward(
 
 
 @_backward.register_fake
-def _(dy: Tensor, x: Tensor, mean_point: Tensor, var_point: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+def _(dy: Tensor, x: Tensor, mean_gate: Tensor, var_gate: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     *_, mean, _, _, _, _ = rest
     sums = mean.new_empty(mean.shape[1])
-    gates = torch.empty_like(mean_point), torch.empty_like(var_point)
+    gates = torch.empty_like(mean_gate), torch.empty_like(var_gate)
     return torch.empty_like(to_supported_layout(x)), *gates, sums, torch.empty_like(sums)
 
 
@@ -141,39 +139,129 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _differentiate(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    x, mean_point, var_point, weight, bias, bn_mean, bn_var, mean, var = ctx.saved_tensors
-    inputs = _inputs(x, mean_point, var_point, weight, bias, bn_mean, bn_var, *ctx.options)
+    x, mean_gate, var_gate, weight, bias, bn_mean, bn_var, mean, var = ctx.saved_tensors
+    inputs = _inputs((x, mean_gate, var_gate, weight, bias), (bn_mean, bn_var), ctx.options)
     if torch.is_grad_enabled():
         return *differentiable_gradients(dy, inputs, ctx.needs_input_grad[:5]), *_NO_GRADIENTS
-    found = _backward(dy, x, mean_point, var_point, weight, bn_mean, bn_var, mean, var, *ctx.options)
+    found = _backward(dy, x, mean_gate, var_gate, weight, bn_mean, bn_var, mean, var, *ctx.options)
     present = (None if owner is None else gradient for gradient, owner in zip(found, inputs.tensors, strict=True))
     return *cast_gradients(present, inputs), *_NO_GRADIENTS
 
 
-_NO_GRADIENTS = (None, None, None, None, None)  # of constants and options
+_NO_GRADIENTS = (None, None, None, None, None)  # for constants and options
 _forward.register_autograd(_differentiate, setup_context=_save)
 
 
 def _backend_for(x: Tensor) -> Backend:
-    """The backend for x now: a backward pass may come when none is forced any more, and any can do it."""
+    """Return the current backend for x; a backward pass may use another backend than its forward pass."""
     return fused_backend(x) or NATIVE
 
 
 def _inputs(
-    x: Tensor,
-    mean_point: Tensor,
-    var_point: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    bn_mean: Tensor | None,
-    bn_var: Tensor | None,
-    gate: str,
-    branches: str,
-    eps: float,
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None],
+    bn_moments: tuple[Tensor | None, Tensor | None],
+    options: tuple[str, str, float],
 ) -> Inputs:
-    """What the arguments of an operator say to a backend."""
-    flat_moments = (None if moment is None else moment.reshape(-1) for moment in (bn_mean, bn_var))
-    check_tensors(x, (mean_point, var_point), len(branches.split()), (*flat_moments, weight, bias))  # type: ignore[arg-type]
-    constants = None if bn_mean is None or bn_var is None else Moments(bn_mean, bn_var)
-    mixing = Mixing(cast(Gate, gate), cast(tuple[Branch, ...], tuple(branches.split())), eps)
-    return Inputs(x, mean_point, var_point, weight, bias, constants, mixing)
+    """Check the arguments of an operator and return them as the backends take them.
+
+    Args:
+        tensors: those of `Inputs.tensors`.
+        bn_moments: constant moments (1, C) of the `bn` branch, or None.
+        options: gate, branches separated by spaces, and eps.
+    """
+    x, mean_gate, var_gate, weight, bias = tensors
+    gate, branches, eps = options
+    mean, var = bn_moments
+    flat_mean, flat_var = (None if moment is None else moment.reshape(-1) for moment in bn_moments)
+    check_tensors(x, (mean_gate, var_gate), len(branches.split()), (flat_mean, flat_var, weight, bias))
+    constants = None if mean is None or var is None else Moments(mean, var)
+    return Inputs(*tensors, constants, Mixing(cast(Gate, gate), cast(tuple[Branch, ...], tuple(branches.split())), eps))
+
+
+# --- gates
+
+
+@torch.library.custom_op("normswap::project_points", mutates_args=("points",), device_types="cpu")
+def project_points(points: list[Tensor]) -> None:
+    """Project simplex points (K,) in place; a point on the simplex is not written."""
+    for point in points:
+        project_(point)
+
+
+# --- running statistics
+
+
+def is_recomputation() -> bool:
+    """Return whether a backward pass runs this forward pass, as activation checkpointing does.
+
+    False while a graph is compiled, where it is not known yet.
+    """
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def update_running(running: RunningStats, values: int, batch: Moments) -> None:
+    """Update running statistics in place by the moments (1, C) of a batch with `values` values per channel.
+
+    The running variance is unbiased, as in BatchNorm.
+    """
+    unbiased = values / (values - 1)
+    if is_eager(batch.mean) and cpu.update_running(batch, *running[:3], momentum=running.momentum, var_factor=unbiased):
+        return
+    mean, var = (moment.detach().squeeze(0) for moment in batch)
+    for old, new in ((running.mean, mean), (running.var, var * unbiased)):
+        # Not old + momentum (new - old), as BatchNorm: the difference of two infinities is NaN.
+        if old.dtype == new.dtype:
+            old.mul_(1 - running.momentum).add_(new, alpha=running.momentum)
+        else:  # half precision: round once
+            old.copy_((old.to(new.dtype) * (1 - running.momentum)).add_(new, alpha=running.momentum))
+    if running.num_batches_tracked is not None:
+        running.num_batches_tracked.add_(1)
+
+
+def update_and_read_running(running: RunningStats, values: int, batch: Moments) -> Moments:
+    """Update as `update_running`, unless this is a recomputation, and return the running statistics, (1, C) each.
+
+    A channel whose running statistics cannot normalise (NaN, an infinite mean, a negative variance) gets the moments of
+    the batch, as BatchNorm does in training: an output that is not finite would spread to every gate.
+
+    In a compiled graph this is one opaque node, which checks at each run whether it is a recomputation.
+    """
+    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        return Moments(*_update_and_read(*running, values, *(moment.detach() for moment in batch)))
+    if not is_recomputation():
+        update_running(running, values, batch)
+    updated = read_running(running.mean, running.var, batch.mean.dtype, copy=True)
+    is_valid = updated.mean.isfinite() & (updated.var >= 0)
+    return Moments(*(torch.where(is_valid, new, own.detach()) for new, own in zip(updated, batch, strict=True)))
+
+
+def read_running(running_mean: Tensor, running_var: Tensor, dtype: torch.dtype, *, copy: bool) -> Moments:
+    """Return running statistics (C,) as moments (1, C) of a dtype; with `copy` in memory of their own."""
+    mean, var = (
+        s.unsqueeze(0)
+        if not copy and s.dtype == dtype and s.is_contiguous()
+        else s.detach().to(dtype, copy=copy).contiguous().unsqueeze(0)
+        for s in (running_mean, running_var)
+    )
+    return Moments(mean, var)
+
+
+@torch.library.custom_op("normswap::update_running_stats", mutates_args=("running_mean", "running_var", "count"))
+def _update_and_read(
+    running_mean: Tensor,
+    running_var: Tensor,
+    count: Tensor | None,
+    momentum: float,
+    values: int,
+    mean: Tensor,
+    var: Tensor,
+) -> tuple[Tensor, Tensor]:
+    running = RunningStats(running_mean, running_var, count, momentum)
+    updated = update_and_read_running(running, values, Moments(mean, var))
+    return updated.mean, updated.var
+
+
+@_update_and_read.register_fake
+def _(*arguments: Any) -> tuple[Tensor, Tensor]:
+    *_, mean, var = arguments
+    return torch.empty_like(mean), torch.empty_like(var)

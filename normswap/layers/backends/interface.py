@@ -1,4 +1,7 @@
-"""What the tensors of a call must agree in before any backend reads or writes their memory."""
+"""The interface of fused backends: checks of the tensors, inputs and results of the passes, the autograd function.
+
+The checks come before any backend accesses memory. Equations: `moment_algebra`.
+"""
 
 import math
 from collections.abc import Callable, Iterable
@@ -11,24 +14,24 @@ from normswap.errors import LayerError
 from normswap.layers.backends.reference import Moments, switch_norm_reference
 from normswap.layers.gating import Mixing, importance_weights
 
-# MERGED DOC: Fused backends under autograd: what a backend has to provide, and the node that calls it in eager mode.
+# --- checks
 
 
 _PER_CHANNEL = ("running_mean", "running_var", "weight", "bias")
 
-# Running mean, running variance, weight and bias, (C,) each or None.
+# Running mean, running variance, weight and bias: (C,) each, or None.
 PerChannel = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
 def check_tensors(x: Tensor, gates: tuple[Tensor, Tensor], branches: int, per_channel: PerChannel) -> None:
-    """Check length, dtype and device of everything that x (N, C, *spatial) is normalised with.
+    """Check length, dtype and device of all tensors that normalise x (N, C, *spatial).
 
     Args:
-        gates: gate parameters of means and of variances, of shape (`branches`,).
+        gates: gate parameters of means and of variances; both need the shape (`branches`,).
 
     Raises:
-        LayerError: x is not floating or has no channels, or a tensor has another length than x or the branches ask for,
-            is not floating, or lies on another device; or only one of the running statistics is given.
+        LayerError: x is not floating or has no channels; a tensor has a wrong length, dtype or device; only one of the
+            running statistics is given.
     """
     dtype, device = x.dtype, x.device
     if x.dim() < 2 or not x.is_floating_point():
@@ -53,7 +56,7 @@ def check_tensors(x: Tensor, gates: tuple[Tensor, Tensor], branches: int, per_ch
 
 
 def _describe_first_mismatch(x: Tensor, per_channel: PerChannel) -> str:
-    """Say what is wrong with the first tensor that does not fit, or with x if all others agree on a length."""
+    """Describe the first wrong tensor; if all tensors agree on another number of channels, name x as the wrong one."""
     given = [(name, tensor) for name, tensor in zip(_PER_CHANNEL, per_channel, strict=True) if tensor is not None]
     shape = x.shape[1:2]
     found = [message for name, tensor in given if (message := _describe_mismatch(name, tensor, shape, x))]
@@ -64,7 +67,7 @@ def _describe_first_mismatch(x: Tensor, per_channel: PerChannel) -> str:
 
 
 def _describe_mismatch(name: str, tensor: Tensor, shape: tuple[int, ...], x: Tensor) -> str:
-    """Say what is wrong with a tensor; nothing if it fits."""
+    """Describe what is wrong with a tensor; an empty string if nothing is."""
     if tensor.numel() != math.prod(shape):
         return f"{name} should contain {math.prod(shape)} elements not {tensor.numel()}"
     if tensor.shape != shape:
@@ -77,10 +80,10 @@ def _describe_mismatch(name: str, tensor: Tensor, shape: tuple[int, ...], x: Ten
 
 
 def check_gradient(dy: Tensor, x: Tensor, mean: Tensor, var: Tensor) -> None:
-    """Check that dy fits x, and the moments (N, C) that the forward pass kept of it.
+    """Check that dy and the saved moments (N, C) match x.
 
     Raises:
-        LayerError: one has another shape, dtype or device.
+        LayerError: one of them has a wrong shape, dtype or device.
     """
     saved_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     expected = {
@@ -96,12 +99,23 @@ def check_gradient(dy: Tensor, x: Tensor, mean: Tensor, var: Tensor) -> None:
             )
 
 
-def check_update(x: Tensor, running_mean: Tensor, running_var: Tensor, count: Tensor | None) -> None:
-    """Check that running statistics (C,) can be updated in place by the moments of x; nothing is written here.
+class RunningStats(NamedTuple):
+    """Running statistics (C,) of a layer, the number of batches, and the weight of the next batch in them."""
+
+    mean: Tensor
+    var: Tensor
+    num_batches_tracked: Tensor | None
+    momentum: float
+
+
+def check_update(x: Tensor, running: RunningStats) -> None:
+    """Check that running statistics can be updated in place by the moments of x.
 
     Raises:
-        LayerError: their elements share memory, `count` has not one element, or a transform of `torch.func` forbids it.
+        LayerError: their elements share memory, the count has not one element, or a transform of `torch.func` forbids
+            the update.
     """
+    running_mean, running_var, count, _ = running
     if count is not None and count.numel() != 1:
         raise LayerError(f"num_batches_tracked should contain 1 element not {count.numel()}")
     if torch.compiler.is_compiling():
@@ -122,7 +136,7 @@ def check_update(x: Tensor, running_mean: Tensor, running_var: Tensor, count: Te
 
 
 def _share_memory(first: Tensor, second: Tensor) -> bool:
-    """Say whether two tensors (C,) have an element in common; of two different strides, whether their ranges do."""
+    """Return whether two tensors (C,) share an element. If their strides differ, overlapping ranges count as shared."""
     if first is second:
         return True
     if type(first) not in _PLAIN_TENSOR_TYPES or type(second) not in _PLAIN_TENSOR_TYPES or first.is_meta:
@@ -138,36 +152,36 @@ _PLAIN_TENSOR_TYPES = (Tensor, torch.nn.Parameter)
 
 
 def _check_transforms(x: Tensor, running: tuple[Tensor, Tensor]) -> None:
-    """Refuse transforms of `torch.func` that would refuse the update with a message about some in-place operator."""
+    """Raise for transforms of `torch.func` that forbid the update, with a clearer message than that of torch."""
     functorch: Any = torch._C._functorch
     unmapped = _wrapped_levels(x) - (_wrapped_levels(running[0]) & _wrapped_levels(running[1]))
     if unmapped & set(_active_levels(functorch.TransformType.Vmap)):
         raise LayerError(
-            "torch.func.vmap maps the input, but not the running statistics that training updates in place: call "
+            "torch.func.vmap maps the input but not the running statistics that training updates in place: call "
             'normswap.set_bn_statistics(model, "running") or model.eval() first'
         )
     if any(is_captured(tensor) for tensor in running):
         raise LayerError(
-            "a derivative of torch.func was not given the running statistics that training updates in place: pass the "
-            'buffers as an argument of the function, or call normswap.set_bn_statistics(model, "running") or '
+            "training updates running statistics in place, and they are no argument of the function that torch.func "
+            'differentiates: pass the buffers as an argument, or call normswap.set_bn_statistics(model, "running") or '
             "model.eval() first"
         )
 
 
 def is_captured(tensor: Tensor) -> bool:
-    """Say whether a derivative of `torch.func` is taken that was not given this tensor: it may not change in place."""
+    """Return whether `torch.func` takes a derivative and this tensor is no argument; it must not change in place."""
     kinds: Any = torch._C._functorch.TransformType
     return not _wrapped_levels(tensor).issuperset(_active_levels(kinds.Grad, kinds.Jvp))
 
 
 def _active_levels(*kinds: Any) -> list[int]:
-    """The levels of the transforms of these kinds that are being applied."""
+    """Return the levels of the active transforms of these kinds."""
     functorch: Any = torch._C._functorch
     return [each.level() for each in functorch.get_interpreter_stack() or () if each.key() in kinds]
 
 
 def _wrapped_levels(tensor: Tensor) -> set[int]:
-    """The levels of transforms of `torch.func` that an argument of theirs, or a result, is wrapped for."""
+    """Return the levels of the transforms of `torch.func` that wrap this tensor."""
     functorch: Any = torch._C._functorch
     levels = set()
     while functorch.is_functorch_wrapped_tensor(tensor):
@@ -176,21 +190,29 @@ def _wrapped_levels(tensor: Tensor) -> set[int]:
     return levels
 
 
-# Records the moments (1, C) of a batch and returns those whose values the `bn` branch takes instead.
+# --- inputs and results of the passes
+
+
+# Updates running statistics by the moments (1, C) of a batch and returns the moments that the `bn` branch uses.
 RunningStatsUpdate = Callable[[Moments], Moments]
 
 
 class Inputs(NamedTuple):
-    """What a layer computes y from: x (N, C, *spatial), gate parameters (K,), weight and bias (C,) or None, moments
-    (1, C) that the `bn` branch takes instead of those of the batch, and how the branches are mixed.
+    """Inputs of a layer.
 
-    With `running_stats_update` the branch takes the values that it makes of the moments of the batch, which are the constants of the
-    backward pass, while gradients go to the moments of the batch.
+    Attributes:
+        x: (N, C, *spatial).
+        mean_gate, var_gate: gate parameters (K,).
+        weight, bias: (C,), or None.
+        constants: moments (1, C) that the `bn` branch uses instead of those of the batch.
+        mixing: how the branches are mixed.
+        running_stats_update: if given, the `bn` branch uses the values that it returns, with the gradients of the
+            moments of the batch. In the backward pass these values are `constants`.
     """
 
     x: Tensor
-    mean_point: Tensor
-    var_point: Tensor
+    mean_gate: Tensor
+    var_gate: Tensor
     weight: Tensor | None
     bias: Tensor | None
     constants: Moments | None
@@ -199,13 +221,18 @@ class Inputs(NamedTuple):
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Those that a gradient can be asked of, in the order of `Gradients`."""
-        return self.x, self.mean_point, self.var_point, self.weight, self.bias
+        """The tensors that can have a gradient, in the order of `Gradients`."""
+        return self.x, self.mean_gate, self.var_gate, self.weight, self.bias
 
 
 class Normalised(NamedTuple):
-    """y of the shape, dtype and layout of x; moments (1, C) of the batch where the `bn` branch took them; those of x
-    over its positions (N, C), which are all that backward needs beside the inputs; what `running_stats_update` gave.
+    """Results of a forward pass.
+
+    Attributes:
+        y: normalised x, with its shape, dtype and layout.
+        batch: moments (1, C) of the batch; None if the `bn` branch does not use them.
+        saved: moments (N, C) of x over its positions, which the backward pass needs.
+        updated_stats: the result of `Inputs.running_stats_update`.
     """
 
     y: Tensor
@@ -215,68 +242,78 @@ class Normalised(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Gradients of x, the gate parameters, weight and bias; None where none was wanted."""
+    """Gradients of x, the gate parameters, weight and bias; None if a gradient is not needed."""
 
     x: Tensor | None
-    mean_point: Tensor | None
-    var_point: Tensor | None
+    mean_gate: Tensor | None
+    var_gate: Tensor | None
     weight: Tensor | None
     bias: Tensor | None
 
 
-# Normalise.
+# The forward pass.
 Forward = Callable[[Inputs], Normalised]
-# From dy, the inputs and what `Forward` saved: the gradients wanted, in the order of `Gradients`.
+# The backward pass, from dy, the inputs, the saved moments, and which gradients are needed, in the order of
+# `Gradients`.
 Backward = Callable[[Tensor, Inputs, Moments, tuple[bool, ...]], Gradients]
 
 
 class Backend(NamedTuple):
-    """A fused implementation: its name, its two passes, and whether they heed `Inputs.renew`."""
+    """A fused implementation: name, passes, and whether they support `Inputs.running_stats_update`."""
 
     name: str
     forward: Forward
     backward: Backward
-    renorm: bool = False
+    supports_running_stats_update: bool = False
 
 
-def switch_norm_fused(backend: Backend, inputs: Inputs, record: Callable[[Moments], None] | None = None) -> Tensor:
-    """Normalise by `backend`, differentiably where a gradient is wanted.
+# --- autograd
+
+
+def switch_norm_fused(
+    backend: Backend, inputs: Inputs, on_batch_moments: Callable[[Moments], None] | None = None
+) -> Tensor:
+    """Normalise by `backend`, with a backward pass if a gradient is needed.
 
     Args:
-        record: is given the moments (1, C) of the batch.
+        on_batch_moments: gets the moments (1, C) of the batch.
     """
     if needs_backward(inputs):
-        return cast(Tensor, _Fused.apply(*inputs, backend, record))
-    return _run_forward(backend, inputs, record).y
+        return cast(Tensor, _Fused.apply(*inputs, backend, on_batch_moments))
+    return _run_forward(backend, inputs, on_batch_moments).y
 
 
 def needs_backward(inputs: Inputs) -> bool:
-    """Say whether a backward pass may follow."""
+    """Return whether a backward pass can follow."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs.tensors)
 
 
-def _run_forward(backend: Backend, inputs: Inputs, record: Callable[[Moments], None] | None) -> Normalised:
+def _run_forward(backend: Backend, inputs: Inputs, on_batch_moments: Callable[[Moments], None] | None) -> Normalised:
     normalised = backend.forward(inputs)
-    if record is not None and normalised.batch is not None:
-        record(normalised.batch)
+    if on_batch_moments is not None and normalised.batch is not None:
+        on_batch_moments(normalised.batch)
     return normalised
 
 
 class _Fused(torch.autograd.Function):
+    """Runs the passes of a backend. Its backward pass is differentiable by way of the plain formula."""
+
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
-        *values, backend, record = args
+        """Run the forward pass; `args` are those of `Inputs`, the backend and `on_batch_moments`."""
+        *values, backend, on_batch_moments = args
         inputs = Inputs(*values)
-        normalised = _run_forward(backend, inputs, record)
+        normalised = _run_forward(backend, inputs, on_batch_moments)
         ctx.save_for_backward(*inputs.tensors, *normalised.saved, *(normalised.updated_stats or inputs.constants or ()))
         ctx.mixing, ctx.backend, ctx.running_stats_update = inputs.mixing, backend, inputs.running_stats_update
         return normalised.y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, mean_point, var_point, weight, bias, mean, var, *rest = ctx.saved_tensors
+        """Return the gradients of `Inputs`."""
+        x, mean_gate, var_gate, weight, bias, mean, var, *rest = ctx.saved_tensors
         constants = Moments(*rest) if rest else None
-        inputs = Inputs(x, mean_point, var_point, weight, bias, constants, ctx.mixing, ctx.running_stats_update)
+        inputs = Inputs(x, mean_gate, var_gate, weight, bias, constants, ctx.mixing, ctx.running_stats_update)
         needs_input_grad = ctx.needs_input_grad[:5]
         if torch.is_grad_enabled():
             return *differentiable_gradients(dy, inputs, needs_input_grad), *_NO_GRADIENTS
@@ -288,7 +325,7 @@ _NO_GRADIENTS = (None,) * 5
 
 
 def cast_gradients(gradients: Iterable[Tensor | None], inputs: Inputs) -> tuple[Tensor | None, ...]:
-    """Return gradients in the dtype of the inputs that they belong to; None for an input that is not there."""
+    """Return gradients in the dtypes of their inputs; None for an input that is None."""
     return tuple(
         gradient if gradient is None or owner is None or gradient.dtype == owner.dtype else gradient.to(owner.dtype)
         for gradient, owner in zip(gradients, inputs.tensors, strict=True)
@@ -298,13 +335,13 @@ def cast_gradients(gradients: Iterable[Tensor | None], inputs: Inputs) -> tuple[
 def differentiable_gradients(
     dy: Tensor, inputs: Inputs, needs_input_grad: tuple[bool, ...]
 ) -> tuple[Tensor | None, ...]:
-    """Return the gradients `wanted`, in the order of `Gradients`, with a graph of their own."""
+    """Return gradients that can be differentiated again, in the order of `Gradients`."""
     with torch.enable_grad():
-        # Views: the graph built here ends at them, and not where the caller's graph goes on.
+        # Views: the graph that is built here ends at them and does not continue into the caller's graph.
         views = (None if tensor is None else tensor.view_as(tensor) for tensor in inputs.tensors)
         leaves = Inputs._make((*views, inputs.constants, inputs.mixing, None))
         mixing = inputs.mixing
-        points = torch.stack((leaves.mean_point, leaves.var_point))
+        points = torch.stack((leaves.mean_gate, leaves.var_gate))
         means, variances = importance_weights(points, mixing.gate).unbind()
         y = switch_norm_reference(
             leaves.x,
@@ -315,10 +352,10 @@ def differentiable_gradients(
             inputs.constants if inputs.running_stats_update is None else None,
             branches=mixing.branches,
             eps=mixing.eps,
-            record=None if inputs.running_stats_update is None else lambda _: inputs.constants,
+            on_batch_moments=None if inputs.running_stats_update is None else lambda _: inputs.constants,
         )
         grad_inputs = [
-            leaf for leaf, want in zip(leaves.tensors, needs_input_grad, strict=True) if want and leaf is not None
+            leaf for leaf, needed in zip(leaves.tensors, needs_input_grad, strict=True) if needed and leaf is not None
         ]
         found = iter(torch.autograd.grad(y, grad_inputs, dy, create_graph=True, allow_unused=True))
-        return tuple(next(found) if want else None for want in needs_input_grad)
+        return tuple(next(found) if needed else None for needed in needs_input_grad)

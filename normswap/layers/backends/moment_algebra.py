@@ -1,17 +1,18 @@
-"""Algebra on (N, C) tables of moments, between the passes of a fused backend; shares are Python numbers.
+"""Algebra on tables of moments (N, C), between the passes over an activation; importance weights are Python numbers.
 
-Tables go in and out as tensors in float32 or wider. Between, they are numpy arrays in float64 on CPU, where an operator
-of numpy costs a quarter of one of torch and a small layer is made of little else, and tensors on every other device:
-what is written here holds for both. `compiled.py` does the same in one call.
+Tables are tensors in float32 or wider outside. Inside, they are NumPy arrays in float64 on CPU, where an operator of
+NumPy takes a quarter of the time of one of torch, and tensors on other devices; the code is valid for both. The C
+extension computes the same in one call.
 
-Backward: with p = dmu / M and q = 2 dvar / M per (n, c), M being the number of positions (Luo et al., ICLR 2019,
+Backward: with p = dmu / M and q = 2 dvar / M per (n, c), where M is the number of positions (Luo et al., ICLR 2019,
 appendix),
 
     dx = scale dy + slope (x - mu_in) + shift,    slope = sum_k w'_k q_k,
     shift = sum_k w_k p_k + sum_k w'_k q_k (mu_in - mu_k),
 
-where p_k and q_k are the means of p and q over what branch k pools. Everything is written around mu_in, so that a mean
-that is large beside the deviation cancels before it is multiplied.
+where p_k and q_k are the means of p and q over the values that branch k pools, and w and w' are the importance weights
+of means and variances. All terms are relative to mu_in: a mean much larger than the deviation cancels before it is
+multiplied.
 """
 
 import math
@@ -26,19 +27,20 @@ from normswap.layers.backends.interface import Inputs
 from normswap.layers.backends.reference import Moments, accumulation_dtype
 from normswap.layers.gating import Branch, ImportanceWeights, Mixing, read_branch_weights
 
-# A numpy array, or a tensor where the device is not the CPU.
+# A NumPy array on CPU, a tensor on other devices.
 Array = Any
 
 
 class Site(NamedTuple):
-    """What the algebra of one call of a site reads.
+    """Inputs of the algebra for one call of a layer.
 
     Attributes:
-        moments: of x over its positions, (N, C).
-        constants: moments (1, C) that the `bn` branch takes instead of those of the batch.
+        moments: moments of x over its positions, (N, C).
+        constants: moments (1, C) that the `bn` branch uses instead of those of the batch.
         weight, bias: (C,), or None.
-        means, variances: the shares of the branches in each.
-        renewed: whether the constants are values only, and what is pulled goes to the moments of the batch.
+        means, variances: importance weights.
+        mixing: how the branches are mixed.
+        uses_updated_stats: `constants` give the values only; the moments of the batch get the gradients.
     """
 
     moments: Moments
@@ -52,21 +54,21 @@ class Site(NamedTuple):
 
     @property
     def uses_batch_moments(self) -> bool:
-        """Whether the `bn` branch takes the moments of the batch."""
+        """Whether the `bn` branch uses the moments of the batch."""
         return self.constants is None and "bn" in self.mixing.branches
 
 
 def read_site(inputs: Inputs, moments: Moments) -> Site:
-    """Return what the algebra reads of a call, whose x has these moments over its positions, (N, C)."""
+    """Return the inputs of the algebra; `moments` are those of x over its positions, (N, C)."""
     dtype = accumulation_dtype(inputs.x)
     weight, bias = (
-        # Copies: numpy keeps what it reads from being resized, which `fully_shard` does to parameters.
+        # Copies: `fully_shard` resizes parameters, which is impossible while NumPy refers to their memory.
         None if parameter is None else parameter.detach().to(dtype, copy=True).contiguous()
         for parameter in (inputs.weight, inputs.bias)
     )
     branch_weights = (
-        read_branch_weights(inputs.mean_point, inputs.mixing),
-        read_branch_weights(inputs.var_point, inputs.mixing),
+        read_branch_weights(inputs.mean_gate, inputs.mixing),
+        read_branch_weights(inputs.var_gate, inputs.mixing),
     )
     return Site(
         moments, inputs.constants, weight, bias, *branch_weights, inputs.mixing, inputs.running_stats_update is not None
@@ -74,7 +76,7 @@ def read_site(inputs: Inputs, moments: Moments) -> Site:
 
 
 class InputGradientTerms(NamedTuple):
-    """What backward finds: scale, slope and shift of dx (N, C), and gradients of shares, weight (C,) and bias (C,)."""
+    """Scale, slope and shift of dx, (N, C) each; gradients of the importance weights, of weight and of bias (C,)."""
 
     scale: Tensor
     slope: Tensor
@@ -86,10 +88,10 @@ class InputGradientTerms(NamedTuple):
 
 
 def scale_and_shift(site: Site) -> tuple[Tensor, Tensor, Moments | None]:
-    """Return y = scale x + shift per (n, c), each (N, C), and the moments (1, C) that `bn` took from the batch."""
+    """Return scale and shift (N, C) of y = scale x + shift, and the moments (1, C) of the batch if `bn` uses them."""
     like, shape = site.moments.mean, site.moments.mean.shape
     with _ignore_float_errors():
-        # The moments of the batch are recorded whatever share they have.
+        # The running statistics need the moments of the batch even if their weight is 0.
         tables = _mix_moments(site, ("bn",) if site.uses_batch_moments else ())
         scale = _rsqrt(tables.mixed.var + site.mixing.eps)
         if site.weight is not None:
@@ -102,7 +104,7 @@ def scale_and_shift(site: Site) -> tuple[Tensor, Tensor, Moments | None]:
 
 
 def pool_samples(moments: Moments) -> Moments:
-    """Return the moments (1, C) of a batch from those of its samples (N, C)."""
+    """Return the moments (1, C) of a batch, pooled from those of its samples (N, C)."""
     with _ignore_float_errors():
         return Moments(*(_as_tensor(a, moments.mean) for a in _pool(_ArrayMoments(*map(_as_array, moments)), 0)))
 
@@ -118,7 +120,7 @@ def mean_and_rstd(site: Site) -> tuple[Tensor, Tensor]:
 
 
 def backward_terms(site: Site, dy_sum: Tensor, dy_xhat_sum: Tensor, positions: int) -> InputGradientTerms:
-    """Return what follows from the sums over positions of dy and of dy xhat, each (N, C)."""
+    """Return the terms of the gradients from the sums over positions of dy and of dy xhat, (N, C) each."""
     like, shape = site.moments.mean, site.moments.mean.shape
     branches = site.mixing.branches
     with _ignore_float_errors():
@@ -141,24 +143,24 @@ def backward_terms(site: Site, dy_sum: Tensor, dy_xhat_sum: Tensor, positions: i
 
 
 def _ignore_float_errors() -> np.errstate:
-    """Infinities and NaN pass without a word, as they do in torch."""
+    """Return a context without NumPy's warnings about infinities and NaN; torch has none either."""
     return np.errstate(all="ignore")
 
 
 def _as_array(tensor: Tensor) -> Array:
-    """Return a tensor in float32 or wider as a table."""
+    """Return a tensor in float32 or wider as an `Array`."""
     return tensor.numpy().astype(np.float64, copy=False) if tensor.device.type == "cpu" else tensor
 
 
 def _as_tensor(array: Array, like: Tensor) -> Tensor:
-    """Return a table as a tensor, in the dtype in which moments of `like` are accumulated."""
+    """Return an `Array` as a tensor, in float64 if `like` is, else in float32."""
     if isinstance(array, Tensor):
         return array
     return torch.from_numpy(array.astype(np.float64 if like.dtype == torch.float64 else np.float32, copy=False))
 
 
 def _broadcast_tensor(array: Array, shape: torch.Size, like: Tensor) -> Tensor:
-    """Return a table broadcast to (N, C) as a tensor with memory of its own where it was smaller."""
+    """Return a table broadcast to (N, C) as a contiguous tensor."""
     if array.shape == shape:
         return _as_tensor(array, like)
     return _as_tensor(array, like).expand(shape).contiguous()
@@ -170,14 +172,14 @@ def _rsqrt(array: Array) -> Array:
 
 
 class _ArrayMoments(NamedTuple):
-    """Two tables that belong together: mean and biased variance."""
+    """Mean and biased variance."""
 
     mean: Array
     var: Array
 
 
 class _BranchMoments(NamedTuple):
-    """Moments of the branches that are needed, (N, C), (N, 1) and (1, C), and the mixed ones: broadcast to (N, C)."""
+    """Moments of the branches, (N, C), (N, 1) and (1, C), and the mixed moments, which broadcast to (N, C)."""
 
     in_: _ArrayMoments
     ln: _ArrayMoments | None
@@ -186,7 +188,7 @@ class _BranchMoments(NamedTuple):
 
 
 class _BranchTerms(NamedTuple):
-    """p or q of the branches in use: (N, C), (N, 1) and (1, C)."""
+    """p or q of the mixed branches: (N, C), (N, 1) and (1, C)."""
 
     in_: Array
     ln: Array | None
@@ -194,7 +196,7 @@ class _BranchTerms(NamedTuple):
 
 
 def _mix_moments(site: Site, needed: Sequence[Branch]) -> _BranchMoments:
-    """Pool the moments of the branches that have a share or are `needed`, and mix them."""
+    """Pool the moments of the branches that have a weight above 0 or are `needed`, and mix them."""
     means, variances = site.means, site.variances
     in_ = _ArrayMoments(*map(_as_array, site.moments))
     ln = _pool(in_, 1) if means.ln or variances.ln or "ln" in needed else None
@@ -207,7 +209,7 @@ def _mix_moments(site: Site, needed: Sequence[Branch]) -> _BranchMoments:
 
 
 def _pool(in_: _ArrayMoments, axis: int) -> _ArrayMoments:
-    """Mean of variances + variance of means, summed around the first entry: a common mean costs no digits."""
+    """Return mean of variances + variance of means, relative to the first entry: a common mean costs no digits."""
     means, variances = in_
     count = means.shape[axis]
     if count == 1:
@@ -225,7 +227,7 @@ def _pool(in_: _ArrayMoments, axis: int) -> _ArrayMoments:
 
 
 def _branch_averages(terms: Array, branches: Sequence[Branch]) -> _BranchTerms:
-    """Return p or q (N, C), and its means over what the other branches pool."""
+    """Return p or q (N, C), and its means over the values that the other branches pool."""
     samples, channels = terms.shape
     return _BranchTerms(
         terms,
@@ -235,11 +237,11 @@ def _branch_averages(terms: Array, branches: Sequence[Branch]) -> _BranchTerms:
 
 
 def _slope_and_shift(p: _BranchTerms, q: _BranchTerms, tables: _BranchMoments, site: Site) -> tuple[Array, Array]:
-    """Return the coefficients of dx around mu_in, which broadcast to (N, C)."""
+    """Return slope and shift of dx, which broadcast to (N, C)."""
     bn = tables.bn
     if site.uses_updated_stats:
         bn = _pool(tables.in_, 0)
-    elif site.constants is not None:  # x does not move them
+    elif site.constants is not None:  # constants do not depend on x
         p, q = p._replace(bn=None), q._replace(bn=None)
     variances = site.variances
     slope, shift = _mix(variances, *q), _mix(site.means, *p)
@@ -252,7 +254,7 @@ def _slope_and_shift(p: _BranchTerms, q: _BranchTerms, tables: _BranchMoments, s
 
 
 def _mean_weights_gradient(p: _BranchTerms, tables: _BranchMoments, positions: int) -> ImportanceWeights:
-    """Return the gradient of the shares in the mean, up to a common shift: around that of `in`."""
+    """Return the gradient of the weights of the means, relative to that of `in`."""
     ln, bn = (
         0.0 if branch is None else -positions * _dot(p.in_, tables.in_.mean - branch.mean)
         for branch in (tables.ln, tables.bn)
@@ -261,7 +263,7 @@ def _mean_weights_gradient(p: _BranchTerms, tables: _BranchMoments, positions: i
 
 
 def _var_weights_gradient(q: _BranchTerms, tables: _BranchMoments, positions: int) -> ImportanceWeights:
-    """Return the gradient of the shares in the variance."""
+    """Return the gradient of the weights of the variances."""
     size = q.in_.shape[0] * q.in_.shape[1] * positions / 2
     branches = ((q.in_, tables.in_), (q.ln, tables.ln), (q.bn, tables.bn))
     return ImportanceWeights(
@@ -275,14 +277,14 @@ def _var_weights_gradient(q: _BranchTerms, tables: _BranchMoments, positions: in
 
 
 def _dot(gradient_term: Array, statistic: Array) -> float:
-    """Sum products. An infinite variance lets nothing through: where nothing pulls, a statistic has no say."""
+    """Return the sum of products; a gradient of 0 times an infinite statistic is 0."""
     a, b = gradient_term.reshape(-1), statistic.reshape(-1)
     total = float(a @ b)
     return total if math.isfinite(total) else float(a[a != 0] @ b[a != 0])
 
 
 def _mix(branch_weights: ImportanceWeights, in_: Array | None, ln: Array | None, bn: Array | None) -> Array | None:
-    """Sum shares times tables; what has no share is not touched, so that zero times infinity is zero."""
+    """Return the sum of weights times tables; tables of weight 0 are left out, so that 0 times infinity is 0."""
     total = None
     for branch_weight, table in ((branch_weights.in_, in_), (branch_weights.ln, ln), (branch_weights.bn, bn)):
         if branch_weight != 0 and table is not None:

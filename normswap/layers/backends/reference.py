@@ -1,9 +1,8 @@
-"""First and second moments of activations, and how they pool.
+"""The plain formula of Switchable Normalization, which defines the result of every backend, and its moments.
 
-One pass over the input gives the per-sample, per-channel moments; those of LN and BN are pooled from that
-(N, C) table as mean of variances + variance of means: a sum of non-negative terms, never E[x^2] - E[x]^2,
-which turns to NaN where the mean is large beside the deviation. All variances are biased (paper, sec. 3). Moments of
-more values than there are at one time are gathered part by part, in float64.
+The moments (N, C) of every sample and channel take one pass over the input. Those of LN and BN are pooled from them, as
+mean of variances + variance of means: all terms are non-negative. E[x^2] - E[x]^2 would cancel, and can give NaN, if
+the mean is much larger than the deviation. All variances are biased, as in the paper.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,9 +13,7 @@ from torch import Tensor
 
 from normswap.layers.gating import Branch, Mixing, read_branch_weights
 
-# MERGED DOC: A site that is exactly BN: told where that costs nothing, and computed at BN's price.
-
-# MERGED DOC: Switchable Normalization in plain torch: the definition, and the path that everything else is held against.
+# --- moments
 
 
 class Moments(NamedTuple):
@@ -47,19 +44,20 @@ def pool_moments(moments: Moments, dim: int) -> Moments:
     return Moments(mean, var)
 
 
-# Values that are widened to float64 at one time: on CPU what stays in its caches, elsewhere what fills a device.
+# Number of values converted to float64 at a time: on CPU few enough for its caches, elsewhere enough for a device.
 _CHUNK_ON_CPU, _CHUNK = 1 << 18, 1 << 24
 
 
 class MomentAccumulator:
     """Mean and biased variance per channel of all values seen so far, in float64.
 
-    Part by part: two passes over each, then the merge of Chan, Golub and LeVeque (1983). Six digits more than one pass
-    in float32, in a third of the time of `var_mean`.
+    Takes two passes over each chunk and merges the results as Chan, Golub and LeVeque (1983). Compared with one pass in
+    float32 this gives six more digits, in a third of the time of `torch.var_mean`.
 
     Attributes:
         count: values per channel.
-        mean, spread: (C,), the spread being the sum of squared deviations from the mean.
+        mean: (C,).
+        squared_deviations: (C,), sum of squared deviations from the mean.
     """
 
     def __init__(self, channels: int) -> None:
@@ -69,7 +67,7 @@ class MomentAccumulator:
 
     @property
     def var(self) -> Tensor:
-        """The biased variance (C,); NaN where nothing was seen."""
+        """The biased variance (C,); NaN without values."""
         return (
             self.squared_deviations / self.count
             if self.count
@@ -77,8 +75,8 @@ class MomentAccumulator:
         )
 
     def add(self, x: Tensor) -> None:
-        """Take in the values of x (N, C, *spatial)."""
-        x = x.detach().cpu() if x.device.type == "mps" else x.detach()  # which has no float64
+        """Add the values of x (N, C, *spatial)."""
+        x = x.detach().cpu() if x.device.type == "mps" else x.detach()  # MPS has no float64
         dims = [0, *range(2, x.dim())]
         size = _CHUNK_ON_CPU if x.device.type == "cpu" else _CHUNK
         for chunk in torch.split(x, max(1, size // x[0].numel())) if x.numel() else ():
@@ -88,7 +86,7 @@ class MomentAccumulator:
             self.merge(chunk.numel() // chunk.shape[1], mean.flatten(), squared_deviations)
 
     def merge(self, count: int, mean: Tensor, squared_deviations: Tensor) -> None:
-        """Take in what is known of `count` more values per channel: their mean (C,) and spread (C,)."""
+        """Add `count` values per channel, given their mean (C,) and their sum of squared deviations (C,)."""
         if not count:
             return
         total = self.count + count
@@ -101,18 +99,24 @@ class MomentAccumulator:
         self.count = total
 
 
+# --- layers whose weights are exactly those of BN
+
+
 def is_batch_norm(gates: tuple[Tensor, Tensor], mixing: Mixing) -> bool:
-    """Say whether both gate parameters (K,) lie exactly at the `bn` vertex; False where reading them has a price."""
+    """Return whether both gate parameters (K,) put all weight on `bn`; False on devices, where reading them waits."""
     if gates[0].device.type != "cpu":
         return False
     return all(read_branch_weights(gate, mixing) == (0.0, 0.0, 1.0) for gate in gates)
 
 
 def batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, constants: Moments, eps: float) -> Tensor:
-    """Normalise x (N, C, *spatial) by constants (1, C) alone, as BN does in evaluation: no moments of x are taken."""
+    """Normalise x (N, C, *spatial) by constant moments (1, C), as BatchNorm in evaluation."""
     mean, var = (moment.squeeze(0) for moment in constants)
     weight, bias = (None if p is None else p.to(mean.dtype) for p in (weight, bias))
     return torch.native_batch_norm(x, weight, bias, mean, var, False, 0.0, eps)[0]
+
+
+# --- the plain formula
 
 
 def switch_norm_reference(
@@ -125,21 +129,21 @@ def switch_norm_reference(
     *,
     branches: Sequence[Branch],
     eps: float,
-    record: Callable[[Moments], Moments | None] | None = None,
+    on_batch_moments: Callable[[Moments], Moments | None] | None = None,
 ) -> Tensor:
     """Normalise x (N, C, *spatial) with the given importance weights (K,), one per branch.
 
     Args:
-        constants: moments (1, C) for the `bn` branch; None takes those of the batch.
-        record: is given the moments (1, C) of the batch that the `bn` branch uses. If it returns others, their values
-            are used instead, while gradients go to those of the batch.
+        constants: moments (1, C) for the `bn` branch; None: those of the batch.
+        on_batch_moments: gets the moments (1, C) of the batch. If it returns moments, the `bn` branch uses their
+            values, with the gradients of those of the batch.
 
     Returns:
         y of the shape, dtype and memory format of x.
     """
     table = instance_moments(x)
     bn = pool_moments(table, 0) if constants is None else constants
-    replacement = None if record is None else record(bn)
+    replacement = None if on_batch_moments is None else on_batch_moments(bn)
     if replacement is not None:
         bn = Moments(*(replace_value(moment, value) for value, moment in zip(replacement, bn, strict=True)))
     moments = {"in": table, "ln": pool_moments(table, 1), "bn": bn}
@@ -160,17 +164,18 @@ def switch_norm_reference(
 
 
 def replace_value(moment: Tensor, value: Tensor) -> Tensor:
-    """Return `value` with the gradient of `moment`; none is passed on where that is not finite."""
-    # The difference is exactly zero; that of two infinities would be NaN.
+    """Return `value` with the gradient of `moment`, or without gradient where `moment` is not finite."""
+    # The difference is 0 and has the gradient; the difference of two infinities would be NaN.
     return value + torch.where(moment.isfinite(), moment - moment.detach(), 0.0)
 
 
 class _Mixed(NamedTuple):
-    """A mixed statistic: its value, whose gradient reaches statistics of weight above zero only; and the same with all
-    gradients, but without what is not finite.
+    """A mixed statistic in two versions.
 
-    The first stands where a mixed statistic is inf or NaN: gradients there are so too, and times zero would be NaN. An
-    infinite variance stays infinite however much of it is taken, so that its weight has no gradient there.
+    Attributes:
+        value: its gradient reaches only statistics with a weight above 0. Used where the mixed statistic is inf or NaN:
+            other gradients would be so too, and 0 times them would be NaN.
+        differentiable: has all gradients, and leaves out terms that are not finite.
     """
 
     value: Tensor
@@ -178,7 +183,7 @@ class _Mixed(NamedTuple):
 
 
 def _mix(weights: Tensor, statistics: list[Tensor]) -> _Mixed:
-    """Sum weights (K,) times statistics; a weight of exactly zero silences inf and NaN instead of spreading them."""
+    """Return the sum of weights (K,) times statistics. A weight of exactly 0 ignores inf and NaN."""
     weights = weights.to(statistics[0].dtype)
     pairs = list(zip(weights.unbind(), statistics, strict=True))
     values = [torch.where(branch_weight != 0, branch_weight.detach() * table, 0.0) for branch_weight, table in pairs]

@@ -1,9 +1,12 @@
-"""Which implementation normalises: one table of backends, chosen by device and by what may be done with a tensor now.
+"""The choice of the backend, by the device and by whether operators on a tensor run eagerly.
 
-`reference` is the plain formula, differentiable to any order and by any transform; exporters, tracers and `torch.func`
-always get it. `native` is made of ATen kernels and the default on CPU, in compiled graphs too. `triton` is the default
-on CUDA, for float32 and half precision, where Triton can be imported and compiles for the device; compilers get the
-plain formula there, and fuse it. Force one by `use_backend(name)` or the environment variable NORMSWAP_BACKEND.
+- `reference`: the plain formula, differentiable to any order and by any transform. Exporters, tracers and `torch.func`
+  always use it.
+- `native`: C or ATen kernels. The default on CPU, also in compiled graphs.
+- `triton`: the default on CUDA for float32 and half precision, if Triton can be imported and supports the device.
+  Compilers use the plain formula there, and fuse it.
+
+`use_backend(name)` or the environment variable NORMSWAP_BACKEND selects one of them.
 """
 
 import os
@@ -27,7 +30,7 @@ _ENVIRONMENT_VARIABLE = "NORMSWAP_BACKEND"
 @cache
 def _load_triton() -> Backend:
     if not _has_triton():
-        raise LayerError("the backend 'triton' needs Triton, which cannot be imported here: pip install triton")
+        raise LayerError("the backend 'triton' needs Triton, which cannot be imported: pip install triton")
     from normswap.layers.backends.triton_launch import TRITON
 
     return TRITON
@@ -40,11 +43,11 @@ def _has_triton() -> bool:
 
 @cache
 def _can_compile_for(device: torch.device) -> bool:
-    """Triton compiles for devices from compute capability 7 on."""
+    """Return whether Triton supports the device, that is compute capability 7.0 or higher."""
     return torch.cuda.get_device_capability(device) >= (7, 0)
 
 
-# By name: how to get it. What needs a compiler of its own is imported at its first use.
+# Functions that return a backend; Triton is imported at its first use.
 _FUSED_BACKENDS: Mapping[str, Callable[[], Backend]] = {"native": lambda: NATIVE, "triton": _load_triton}
 BACKENDS = ("reference", *_FUSED_BACKENDS)
 _DEFAULT_BACKENDS = {"cpu": "native", "cuda": "triton"}
@@ -55,15 +58,24 @@ _from_environment = os.environ.get(_ENVIRONMENT_VARIABLE)
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Have every layer, in all threads, normalise by one backend inside the block.
+    """Select the backend of every layer, in all threads, inside a `with` block.
 
     Args:
-        name: `"reference"`, `"native"` or `"triton"`. Where a fused backend cannot serve (under `torch.func`, in an
-            export, on meta tensors; `"triton"` in float64) it is the reference all the same.
+        name: `"reference"`, `"native"` or `"triton"`. A call that a fused backend does not support (under `torch.func`,
+            in an export, on meta tensors; `"triton"` in float64) uses `"reference"`.
+
+    Returns:
+        A context manager, which restores the selection at the end of the block.
 
     Raises:
-        LayerError: an unknown name. Layers raise one where `"triton"` was asked for and Triton cannot be imported or
-            a tensor is not on a CUDA device.
+        LayerError: the name is unknown. With `"triton"`, layers raise it if Triton cannot be imported or a tensor is
+            not on a CUDA device.
+
+    Examples:
+        >>> layer, x = SwitchNorm2d(3), torch.randn(8, 3, 16, 16)
+        >>> y = layer(x)
+        >>> with use_backend("reference"):
+        ...     torch.testing.assert_close(layer(x), y)
     """
     global _forced
     before, _forced = _forced, _check_backend_name(name, "use_backend")
@@ -73,6 +85,9 @@ def use_backend(name: str) -> Iterator[None]:
         _forced = before
 
 
+use_backend.__module__ = "normswap"
+
+
 def _check_backend_name(name: str, source: str) -> str:
     if name not in BACKENDS:
         raise LayerError(f"{source}: expected one of {BACKENDS}, got {name!r}")
@@ -80,11 +95,10 @@ def _check_backend_name(name: str, source: str) -> str:
 
 
 def fused_backend(x: Tensor) -> Backend | None:
-    """Return the fused backend for x, which `is_eager`; None where the plain formula normalises.
+    """Return the fused backend for x; None for the plain formula. `is_eager(x)` must be true.
 
     Raises:
-        LayerError: the environment variable NORMSWAP_BACKEND names no backend, or the backend asked for cannot run
-            here.
+        LayerError: NORMSWAP_BACKEND is no name of a backend, or the selected backend cannot run.
     """
     forced = _forced_name()
     name = forced or _DEFAULT_BACKENDS.get(x.device.type, "reference")
@@ -94,7 +108,7 @@ def fused_backend(x: Tensor) -> Backend | None:
 
 
 def needs_custom_op(x: Tensor) -> bool:
-    """Say whether a graph is being compiled, neither exported nor transformed, that calls a fused backend for x."""
+    """Return whether a compiler traces x, without export or transform, and the graph should call a fused backend."""
     if not torch.compiler.is_compiling() or torch.compiler.is_exporting() or _is_transformed(x):
         return False
     return (_forced_name() or ("native" if x.device.type == "cpu" else "reference")) != "reference"
@@ -112,21 +126,21 @@ def _triton_backend_for(x: Tensor, is_requested: bool) -> Backend | None:
     backend = _load_triton()
     if x.device.type != "cuda" and not is_interpreted():
         raise LayerError(
-            f"the backend 'triton' runs on CUDA devices, got a tensor on {x.device}: move model and input to one, ask "
-            "for 'native', or set TRITON_INTERPRET=1 before Triton is imported"
+            f"the backend 'triton' runs on CUDA devices, got a tensor on {x.device}: move model and input to one, use "
+            "the backend 'native', or set TRITON_INTERPRET=1 before Triton is imported"
         )
     return backend
 
 
 def is_interpreted() -> bool:
-    """Say whether Triton interprets its kernels here, so that they run on CPU tensors."""
+    """Return whether Triton interprets its kernels, which then run on CPU tensors."""
     from normswap.layers.backends.triton_kernels import INTERPRETED
 
     return INTERPRETED
 
 
 def project_points(points: Sequence[Tensor], branches: Sequence[Branch]) -> bool:
-    """Put simplex points (K,) of a layer back on the simplex by a kernel, where the backend has one; say whether."""
+    """Project simplex points (K,) of a layer in place by a kernel; return False if the backend has none."""
     if not is_eager(points[0]):
         return False
     backend = fused_backend(points[0])
@@ -139,7 +153,7 @@ def project_points(points: Sequence[Tensor], branches: Sequence[Branch]) -> bool
 
 
 def is_eager(x: Tensor) -> bool:
-    """Say whether operators on x run at once on real values: x is not traced, transformed, fake or watched."""
+    """Return whether operators on x run at once on real values: x is not traced, transformed, fake or dispatched."""
     return not (
         torch.compiler.is_compiling()
         or _is_transformed(x)
@@ -150,12 +164,12 @@ def is_eager(x: Tensor) -> bool:
 
 
 def is_jit_tracing() -> bool:
-    """Say whether torch.jit.trace records; a compiler, which would break its graph at the question, never does."""
+    """Return whether torch.jit.trace records. Not asked while compiling, because the question breaks the graph."""
     return not torch.compiler.is_compiling() and torch._C._is_tracing()
 
 
 def _is_transformed(x: Tensor) -> bool:
-    """Whether operators on x do more than their names say, which an operator of ours has no rule for."""
+    """Return whether a tensor subclass, `torch.func` or forward-mode derivatives change the operators on x."""
     return (
         type(x) not in _PLAIN_TENSOR_TYPES
         or torch._C._are_functorch_transforms_active()
@@ -167,5 +181,5 @@ _PLAIN_TENSOR_TYPES = (Tensor, torch.nn.Parameter)
 
 
 def can_read_values(parameter: Tensor) -> bool:
-    """Say whether the values of a parameter can be read at no cost, and would not be burnt into a trace."""
+    """Return whether reading a parameter needs no device synchronization and puts no constant into a trace."""
     return parameter.is_cpu and is_eager(parameter)

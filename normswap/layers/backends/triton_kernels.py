@@ -1,39 +1,39 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
-# What Triton compiles takes no annotations but its own, and its constants are in capitals.
+# Triton accepts no type annotations except its own, and its constants are upper case.
 # ruff: noqa: N803
-"""Triton kernels of Switchable Normalization, and nothing else: what runs on the device.
+"""The Triton kernels of Switchable Normalization.
 
-Activations come contiguous or channels_last (`LAST`), of any rank, and are met in tiles of BLOCK_C channels by BLOCK_P
-positions of one sample. The positions of a row may be spread over `splits` programs of `span` positions each; whoever
-reads their results next merges them. Everything is computed in float32 and rounded once.
+Activations are contiguous or channels_last (`LAST`), of any rank. A tile has BLOCK_C channels and BLOCK_P positions of
+one sample. The positions of a row can be divided among `splits` programs of `span` positions each; the next kernel
+merges their results. Arithmetic is in float32, and results are rounded once.
 
-Tables, all in float32, with N C entries unless said otherwise; variances are biased:
+Tables are in float32; variances are biased:
 
-    in_mean, in_var   moments of every (n, c): what backward keeps
-    workspace         moments of LN (N, N), moments of BN (C, C); of the backward pass also p and q of LN (N, N) and of
-                      BN (C, C), p and q of every (n, c), the sums of dy and of dy (x - centre) of every part, and the
-                      gradients of importance weights of every program that pools
+    in_mean, in_var   moments of every (n, c), (N, C), which the backward pass needs
+    workspace         moments of LN (N, N) and BN (C, C). In the backward pass also: p and q of LN (N, N) and
+                      BN (C, C), p and q of every (n, c), sums of dy and of dy (x - centre) of every part, and
+                      gradients of the importance weights from every program that pools
 
-with p = dmu / M and q = 2 dvar / M as in `normswap.layers.backends.moment_algebra`. Where M, N, C and dtypes are named, they are
-`positions`, `samples`, `channels` and those of the pointers.
+with p = dmu / M and q = 2 dvar / M as in `moment_algebra`; M, N and C are `positions`, `samples` and `channels`. Dtypes
+are those of the pointers.
 
-No number goes through the host: importance weights are computed from the gate parameters wherever they are needed. A
-share of exactly zero silences what it would multiply.
+Every kernel computes the importance weights from the gate parameters, so that the host reads nothing. A weight of
+exactly 0 ignores its statistic.
 """
 
 import triton
 import triton.language as tl
 
-# --- statistics that neither cancel nor overflow -------------------------------------------------------------------
+# --- statistics without cancellation and overflow ------------------------------------------------------------------
 
 
 @triton.jit
 def _merge_lanes(mean, squares, size, lanes, LANES: tl.constexpr):
-    """Mean and biased variance (R,) of what the lanes (R, LANES) have seen of `size` values, one after the other."""
+    """Mean and biased variance (R,) of `size` values, from those of the lanes (R, LANES) that took them in turn."""
     counts = ((size - lanes + LANES - 1) // LANES).to(tl.float32)[None, :]
     total = tl.sum(mean * counts, axis=1) / size
     deviation = mean - total[:, None]
-    # A lane that has seen nothing adds nothing, though its square may be infinite.
+    # A lane without values adds nothing, even if its square is infinite.
     return total, tl.sum(squares + tl.where(counts > 0, deviation * deviation * counts, 0.0), axis=1) / size
 
 
@@ -71,7 +71,7 @@ def _total(sums, offsets, mask, table, splits, SPLITS: tl.constexpr):
 
 @triton.jit
 def _point(point, IN: tl.constexpr, LN: tl.constexpr, BN: tl.constexpr):
-    """The entries of a gate parameter for `in`, `ln` and `bn`, minus infinity for a branch that is not in use."""
+    """The entries of a gate parameter for `in`, `ln` and `bn`; minus infinity for a branch that is not mixed."""
     negative_infinity = tl.full((), float("-inf"), tl.float32)
     a = tl.load(point).to(tl.float32) if IN else negative_infinity
     b = tl.load(point + IN).to(tl.float32) if LN else negative_infinity
@@ -81,14 +81,14 @@ def _point(point, IN: tl.constexpr, LN: tl.constexpr, BN: tl.constexpr):
 
 @triton.jit
 def _branch_weights(point, SIMPLEX: tl.constexpr, IN: tl.constexpr, LN: tl.constexpr, BN: tl.constexpr):
-    """Importance weights of `in`, `ln` and `bn`, 0 for a branch that is not in use."""
+    """Importance weights of `in`, `ln` and `bn`; 0 for a branch that is not mixed."""
     a, b, c = _point(point, IN, LN, BN)
     entry_sum, top = a + b + c, tl.maximum(tl.maximum(a, b), c)
-    # A common shift changes nothing; with the largest entry at 0, no size of it can swallow a 1 or overflow.
+    # Adding a constant changes nothing. With the largest entry at 0, no 1 is lost to rounding and nothing overflows.
     a, b, c = a - top, b - top, c - top
     if SIMPLEX:
         second = tl.maximum(tl.minimum(a, b), tl.minimum(tl.maximum(a, b), c))
-        # The threshold of the right support is the largest one.
+        # The threshold is the largest of those for 1, 2 and 3 entries.
         threshold = tl.maximum(tl.maximum((second - 1.0) / 2.0, tl.div_rn(a + b + c - 1.0, 3.0)), -1.0)
         # A point that is not finite has no projection.
         threshold = tl.where((entry_sum != entry_sum) | (top == float("inf")), float("nan"), threshold)
@@ -107,9 +107,9 @@ def _branch_weights(point, SIMPLEX: tl.constexpr, IN: tl.constexpr, LN: tl.const
 def _write_gate_gradient(
     out, point, a, b, c, SIMPLEX: tl.constexpr, IN: tl.constexpr, LN: tl.constexpr, BN: tl.constexpr
 ):
-    """Write the gradient of a gate parameter, from that of the importance weights up to a common shift of them.
+    """Write the gradient of a gate parameter, from that of the importance weights, which may contain an added constant.
 
-    Statistics that a weight of zero silences have no say on that weight either.
+    A weight of 0 ignores statistics that are not finite, so they do not reach its gradient either.
     """
     in_, ln, bn = _branch_weights(point, SIMPLEX, IN, LN, BN)
     a = tl.where((in_ != 0) | (tl.abs(a) < float("inf")), a, 0.0) if IN else 0.0
@@ -147,18 +147,18 @@ def _project(point, EPS: tl.constexpr, IN: tl.constexpr, LN: tl.constexpr, BN: t
 
 @triton.jit
 def project_kernel(first, second, EPS: tl.constexpr, IN: tl.constexpr, LN: tl.constexpr, BN: tl.constexpr):
-    """Put points back on the simplex, in place; one that lies there, to EPS, the rounding of its dtype, is left."""
+    """Project points in place; a point on the simplex, up to EPS, the rounding of its dtype, is not written."""
     _project(first, EPS, IN, LN, BN)
     if second is not None:
         _project(second, EPS, IN, LN, BN)
 
 
-# --- what the branches say of an (n, c), and their mix ---------------------------------------------------------------
+# --- the statistics of the branches and their mix --------------------------------------------------------------------
 
 
 @triton.jit
 def _mix(in_, ln, bn, a, b, c):
-    """Sum shares times statistics; a share of zero silences infinities."""
+    """The sum of weights times statistics; a weight of 0 ignores infinities."""
     total = tl.where(in_ == 0, 0.0, in_ * a) + tl.where(ln == 0, 0.0, ln * b)
     return total + tl.where(bn == 0, 0.0, bn * c)
 
@@ -188,7 +188,7 @@ def _branches(
 
 @triton.jit
 def _centre(mean):
-    """What values are taken around: their own mean, since shares sum to 1; 0 where there is no finite one."""
+    """The mean of the values, or 0 if it is not finite. Mixed means are relative to it, since weights sum to 1."""
     return tl.where(tl.abs(mean) < float("inf"), mean, 0.0)
 
 
@@ -197,7 +197,7 @@ def _centre(mean):
 
 @triton.jit
 def _tile(pid, channels, positions, span, splits, LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
-    """Where a program works: sample, channels (BLOCK_C,), part, first and last position, address, tile around it."""
+    """The tile of a program: sample, channels (BLOCK_C,), part, first and last position, address, offsets."""
     part, row = pid % splits, pid // splits
     blocks = (channels + BLOCK_C - 1) // BLOCK_C
     n, first = row // blocks, (row % blocks) * BLOCK_C
@@ -221,14 +221,14 @@ def moments_kernel(
 ):  # fmt: skip
     """Moments of every (n, c) over the positions of each part, by Welford's recurrence in every lane.
 
-    UNIT divides the number of positions, `units` UNIT, so that the compiler knows how rows are aligned.
+    The number of positions is `units` * UNIT, so that the compiler knows the alignment of rows.
     """
     positions = units * UNIT
     n, c, part, begin, end, base, offsets = _tile(
         tl.program_id(0), channels, positions, span, splits, LAST, BLOCK_C, BLOCK_P
     )
     lanes, channel_mask = tl.arange(0, BLOCK_P), c < channels
-    # Around the first value: a mean that is large beside the deviation costs no digits.
+    # Relative to the first value: a mean much larger than the deviation costs no digits.
     rows = tl.arange(0, BLOCK_C) * (1 if LAST else positions)
     shift = tl.load(x + base + rows, mask=channel_mask, other=0.0)
     shift = shift.to(tl.float32)
@@ -254,9 +254,9 @@ def _pool(
     block, mean, var, out_mean, out_var, size, count, stride, step, in_mean, in_var, table, span, positions,
     STORE: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Pool a table along one axis: ROWS of `size` entries `stride` apart, of `count` values `step` apart each.
+    """Pool a table along one axis: `size` rows with distance `stride`, of `count` entries with distance `step`.
 
-    Mean of variances + variance of means, of equal shares. STORE: the entries, merged, go to `in_mean` and `in_var`.
+    The result is mean of variances + variance of means. STORE: write the merged entries to `in_mean` and `in_var`.
     """
     rows, lanes = block * ROWS + tl.arange(0, ROWS), tl.arange(0, LANES)
     channel_mask = rows < size
@@ -288,7 +288,7 @@ def _pool_table(
     STORE: tl.constexpr, SPLITS: tl.constexpr,
     LN_ROWS: tl.constexpr, LN_LANES: tl.constexpr, BN_ROWS: tl.constexpr, BN_LANES: tl.constexpr,
 ):  # fmt: skip
-    """The moments of LN by the first `by_sample` programs, those of BN by the others."""
+    """The first `by_sample` programs pool the moments of LN, the others those of BN."""
     if pid < by_sample:
         _pool(
             pid, mean, var, workspace, workspace + samples, samples, channels, channels, 1,
@@ -308,7 +308,7 @@ def pool_kernel(
     STORE: tl.constexpr, SPLITS: tl.constexpr,
     LN_ROWS: tl.constexpr, LN_LANES: tl.constexpr, BN_ROWS: tl.constexpr, BN_LANES: tl.constexpr,
 ):  # fmt: skip
-    """Pool the moments of every (n, c) to those of LN and BN; where rows are split, merge and write them too."""
+    """Pool the moments of every (n, c) to those of LN and BN; if rows are split, merge and write the former too."""
     _pool_table(
         tl.program_id(0), mean, var, in_mean, in_var, workspace, samples, channels, table, span, positions, by_sample,
         STORE, SPLITS, LN_ROWS, LN_LANES, BN_ROWS, BN_LANES,
@@ -317,7 +317,7 @@ def pool_kernel(
 
 @triton.jit(do_not_specialize=["samples"])
 def affine_kernel(
-    x, y, in_mean, in_var, workspace, constant_mean, constant_var, mean_point, var_point, weight, bias,
+    x, y, in_mean, in_var, workspace, constant_mean, constant_var, mean_gate, var_gate, weight, bias,
     samples, channels, units, span, splits, eps,
     SIMPLEX: tl.constexpr, IN: tl.constexpr, LN: tl.constexpr, BN: tl.constexpr, CONSTANT: tl.constexpr,
     UNIT: tl.constexpr, LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
@@ -332,9 +332,9 @@ def affine_kernel(
         n, c, channel_mask, in_mean, in_var, workspace, constant_mean, constant_var, samples, channels, LN, BN, CONSTANT
     )
     centre = _centre(mean)
-    in_, ln, bn = _branch_weights(mean_point, SIMPLEX, IN, LN, BN)
+    in_, ln, bn = _branch_weights(mean_gate, SIMPLEX, IN, LN, BN)
     deviation = _mix(in_, ln, bn, mean - centre, ln_mean - centre, bn_mean - centre)
-    in_, ln, bn = _branch_weights(var_point, SIMPLEX, IN, LN, BN)
+    in_, ln, bn = _branch_weights(var_gate, SIMPLEX, IN, LN, BN)
     scale = tl.div_rn(1.0, tl.sqrt_rn(_mix(in_, ln, bn, var, ln_var, bn_var) + eps))
     if weight is not None:
         scale *= tl.load(weight + c, mask=channel_mask, other=0.0).to(tl.float32)
@@ -358,7 +358,7 @@ def sums_kernel(
     UNIT: tl.constexpr, LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
     LN_ROWS: tl.constexpr, LN_LANES: tl.constexpr, BN_ROWS: tl.constexpr, BN_LANES: tl.constexpr,
 ):  # fmt: skip
-    """Sums of dy and of dy (x - centre) over the positions of each part; beside it, `pools` programs pool moments."""
+    """Sums of dy and of dy (x - centre) over the positions of each part; the first `pools` programs pool moments."""
     positions = units * UNIT
     pid = tl.program_id(0)
     if pid < pools:
@@ -390,7 +390,7 @@ def sums_kernel(
 
 @triton.jit
 def _branch_terms(
-    n, c, mask, in_mean, in_var, workspace, constant_mean, constant_var, mean_point, var_point, weight,
+    n, c, mask, in_mean, in_var, workspace, constant_mean, constant_var, mean_gate, var_gate, weight,
     samples, channels, table, splits, positions, eps,
     SIMPLEX: tl.constexpr, IN: tl.constexpr, LN: tl.constexpr, BN: tl.constexpr, CONSTANT: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -400,37 +400,37 @@ def _branch_terms(
         n, c, mask, in_mean, in_var, workspace, constant_mean, constant_var, samples, channels, LN, BN, CONSTANT
     )
     centre = _centre(mean)
-    in_, ln, bn = _branch_weights(mean_point, SIMPLEX, IN, LN, BN)
+    in_, ln, bn = _branch_weights(mean_gate, SIMPLEX, IN, LN, BN)
     deviation = _mix(in_, ln, bn, mean - centre, ln_mean - centre, bn_mean - centre)
-    in_, ln, bn = _branch_weights(var_point, SIMPLEX, IN, LN, BN)
+    in_, ln, bn = _branch_weights(var_gate, SIMPLEX, IN, LN, BN)
     rstd = tl.div_rn(1.0, tl.sqrt_rn(_mix(in_, ln, bn, var, ln_var, bn_var) + eps))
     wide = tl.cast(table, tl.int64)
     sums = workspace + 4 * (samples + channels) + 2 * wide
     entry_index = n.to(tl.int64) * channels + c
     dy_sum = _total(sums, entry_index, mask, table, splits, SPLITS)
     dy_xhat_sum = (_total(sums + wide, entry_index, mask, table, splits, SPLITS) - deviation * dy_sum) * rstd
-    pull = rstd * (-1.0 / positions)
+    factor = rstd * (-1.0 / positions)
     if weight is not None:
-        pull *= tl.load(weight + c, mask=c < channels, other=0.0).to(tl.float32)
-    p, q = tl.where(mask, pull * dy_sum, 0.0), tl.where(mask, pull * rstd * dy_xhat_sum, 0.0)
+        factor *= tl.load(weight + c, mask=c < channels, other=0.0).to(tl.float32)
+    p, q = tl.where(mask, factor * dy_sum, 0.0), tl.where(mask, factor * rstd * dy_xhat_sum, 0.0)
     return p, q, dy_sum, dy_xhat_sum, centre, var, ln_mean, ln_var, bn_mean, bn_var
 
 
 @triton.jit
 def _product(pooled_terms, statistic):
-    """What a statistic contributes to the gradient of its share: nothing where nothing pulls, be it infinite."""
+    """The term of a statistic in the gradient of its weight; a gradient of 0 times an infinite statistic is 0."""
     return tl.where(pooled_terms == 0, 0.0, pooled_terms * statistic)
 
 
 @triton.jit
 def _terms_along_channels(
     pid, pooled_terms, terms, parts,
-    in_mean, in_var, workspace, constant_mean, constant_var, mean_point, var_point, weight,
+    in_mean, in_var, workspace, constant_mean, constant_var, mean_gate, var_gate, weight,
     samples, channels, table, splits, positions, eps,
     SIMPLEX: tl.constexpr, IN: tl.constexpr, LN: tl.constexpr, BN: tl.constexpr, CONSTANT: tl.constexpr,
     SPLITS: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Write p and q of every (n, c), those of LN, and what these samples say of the shares of `ln` and `in`."""
+    """Write p and q of every (n, c) and of LN, and the part of these samples in the gradients of the weights."""
     rows, lanes = pid * ROWS + tl.arange(0, ROWS), tl.arange(0, LANES)
     p_sum = tl.full((ROWS, LANES), 0.0, tl.float32)
     q_sum = tl.full((ROWS, LANES), 0.0, tl.float32)
@@ -442,7 +442,7 @@ def _terms_along_channels(
         c = (start + lanes)[None, :]
         mask = (n < samples) & (c < channels)
         p, q, _, _, centre, var, ln_mean, ln_var, _, _ = _branch_terms(
-            n, c, mask, in_mean, in_var, workspace, constant_mean, constant_var, mean_point, var_point, weight,
+            n, c, mask, in_mean, in_var, workspace, constant_mean, constant_var, mean_gate, var_gate, weight,
             samples, channels, table, splits, positions, eps, SIMPLEX, IN, LN, BN, CONSTANT, SPLITS,
         )  # fmt: skip
         entry_index = n.to(tl.int64) * channels + c
@@ -463,12 +463,12 @@ def _terms_along_channels(
 @triton.jit
 def _terms_along_samples(
     pid, pooled_terms, parts, weight_gradient, bias_gradient,
-    in_mean, in_var, workspace, constant_mean, constant_var, mean_point, var_point, weight,
+    in_mean, in_var, workspace, constant_mean, constant_var, mean_gate, var_gate, weight,
     samples, channels, table, splits, positions, eps,
     SIMPLEX: tl.constexpr, IN: tl.constexpr, LN: tl.constexpr, BN: tl.constexpr, CONSTANT: tl.constexpr,
     SPLITS: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Write p and q of BN, the gradients of weight and bias, and what these channels say of the shares of `bn`."""
+    """Write p and q of BN, the gradients of weight and bias, and the part of these channels in those of the weights."""
     rows, lanes = pid * ROWS + tl.arange(0, ROWS), tl.arange(0, LANES)
     p_sum = tl.full((ROWS, LANES), 0.0, tl.float32)
     q_sum = tl.full((ROWS, LANES), 0.0, tl.float32)
@@ -481,7 +481,7 @@ def _terms_along_samples(
         n = (start + lanes)[None, :]
         mask = (n < samples) & (c < channels)
         p, q, dy_sum, dy_xhat_sum, centre, _, _, _, bn_mean, bn_var = _branch_terms(
-            n, c, mask, in_mean, in_var, workspace, constant_mean, constant_var, mean_point, var_point, weight,
+            n, c, mask, in_mean, in_var, workspace, constant_mean, constant_var, mean_gate, var_gate, weight,
             samples, channels, table, splits, positions, eps, SIMPLEX, IN, LN, BN, CONSTANT, SPLITS,
         )  # fmt: skip
         p_sum += p
@@ -505,15 +505,13 @@ def _terms_along_samples(
 
 @triton.jit(do_not_specialize=["samples", "table", "by_sample"])
 def terms_kernel(
-    in_mean, in_var, workspace, constant_mean, constant_var, mean_point, var_point, weight,
+    in_mean, in_var, workspace, constant_mean, constant_var, mean_gate, var_gate, weight,
     weight_gradient, bias_gradient, samples, channels, positions, splits, table, by_sample, eps,
     SIMPLEX: tl.constexpr, IN: tl.constexpr, LN: tl.constexpr, BN: tl.constexpr, CONSTANT: tl.constexpr,
     SPLITS: tl.constexpr,
     LN_ROWS: tl.constexpr, LN_LANES: tl.constexpr, BN_ROWS: tl.constexpr, BN_LANES: tl.constexpr,
 ):  # fmt: skip
-    """All of the backward pass that is algebra: the first `by_sample` programs go along channels, the others along
-    samples.
-    """
+    """The algebra of the backward pass: the first `by_sample` programs sum over channels, the others over samples."""
     pid = tl.program_id(0)
     wide = tl.cast(table, tl.int64)
     pooled_terms = workspace + 2 * (samples + channels)
@@ -522,14 +520,14 @@ def terms_kernel(
     if pid < by_sample:
         _terms_along_channels(
             pid, pooled_terms, terms, parts,
-            in_mean, in_var, workspace, constant_mean, constant_var, mean_point, var_point, weight,
+            in_mean, in_var, workspace, constant_mean, constant_var, mean_gate, var_gate, weight,
             samples, channels, table, splits, positions, eps,
             SIMPLEX, IN, LN, BN, CONSTANT, SPLITS, LN_ROWS, LN_LANES,
         )  # fmt: skip
     else:
         _terms_along_samples(
             pid - by_sample, pooled_terms + 2 * samples, parts + 3 * by_sample, weight_gradient, bias_gradient,
-            in_mean, in_var, workspace, constant_mean, constant_var, mean_point, var_point, weight,
+            in_mean, in_var, workspace, constant_mean, constant_var, mean_gate, var_gate, weight,
             samples, channels, table, splits, positions, eps,
             SIMPLEX, IN, LN, BN, CONSTANT, SPLITS, BN_ROWS, BN_LANES,
         )  # fmt: skip
@@ -537,7 +535,7 @@ def terms_kernel(
 
 @triton.jit
 def _sum_of(parts, count, step, LANES: tl.constexpr):
-    """The sum of `count` values that lie `step` apart."""
+    """The sum of `count` values with distance `step`."""
     lanes = tl.arange(0, LANES)
     total = tl.full((LANES,), 0.0, tl.float32)
     for start in range(0, count, LANES):
@@ -545,75 +543,90 @@ def _sum_of(parts, count, step, LANES: tl.constexpr):
     return tl.sum(total, axis=0)
 
 
+@triton.jit
+def _write_gate_gradients(
+    parts, mean_gradient, var_gradient, mean_gate, var_gate, positions, by_sample, by_channel,
+    SIMPLEX: tl.constexpr, IN: tl.constexpr, LN: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Add the parts of all programs and write the gradients of both gate parameters, unless None."""
+    channel_parts = parts + 3 * by_sample
+    if mean_gradient is not None:
+        ln = _sum_of(parts, by_sample, 3, 256) * -positions
+        bn = _sum_of(channel_parts, by_channel, 2, 256) * -positions
+        _write_gate_gradient(mean_gradient, mean_gate, ln * 0.0, ln, bn, SIMPLEX, IN, LN, BN)
+    if var_gradient is not None:
+        half = positions * 0.5
+        in_ = _sum_of(parts + 1, by_sample, 3, 256) * half
+        ln = _sum_of(parts + 2, by_sample, 3, 256) * half
+        bn = _sum_of(channel_parts + 1, by_channel, 2, 256) * half
+        _write_gate_gradient(var_gradient, var_gate, in_, ln, bn, SIMPLEX, IN, LN, BN)
+
+
+@triton.jit
+def _input_gradient_coefficients(
+    n, c, in_mean, in_var, workspace, constant_mean, constant_var, mean_gate, var_gate, weight,
+    samples, channels, table, eps,
+    SIMPLEX: tl.constexpr, IN: tl.constexpr, LN: tl.constexpr, BN: tl.constexpr, CONSTANT: tl.constexpr,
+):  # fmt: skip
+    """Scale, slope, shift and centre of dx for sample n and channels c, and whether dx depends on x."""
+    channel_mask, wide = c < channels, tl.cast(table, tl.int64)
+    pooled_terms = workspace + 2 * (samples + channels)
+    terms = pooled_terms + 2 * (samples + channels)
+    mean, var, ln_mean, ln_var, bn_mean, bn_var = _branches(
+        n, c, channel_mask, in_mean, in_var, workspace, constant_mean, constant_var, samples, channels, LN, BN, CONSTANT
+    )
+    centre = _centre(mean)
+    mean_in, mean_ln, mean_bn = _branch_weights(mean_gate, SIMPLEX, IN, LN, BN)
+    var_in, var_ln, var_bn = _branch_weights(var_gate, SIMPLEX, IN, LN, BN)
+    scale = tl.div_rn(1.0, tl.sqrt_rn(_mix(var_in, var_ln, var_bn, var, ln_var, bn_var) + eps))
+    if weight is not None:
+        scale *= tl.load(weight + c, mask=channel_mask, other=0.0).to(tl.float32)
+    entry_index = n.to(tl.int64) * channels + c
+    p = tl.load(terms + entry_index, mask=channel_mask, other=0.0)
+    q = tl.load(terms + wide + entry_index, mask=channel_mask, other=0.0)
+    p_ln, q_ln, p_bn, q_bn = 0.0, 0.0, 0.0, 0.0
+    if LN:
+        p_ln, q_ln = tl.load(pooled_terms + n), tl.load(pooled_terms + samples + n)
+    if CONSTANT:
+        mean_bn, var_bn = mean_bn * 0.0, var_bn * 0.0  # constants do not depend on x
+    elif BN:
+        out = pooled_terms + 2 * samples + c
+        p_bn = tl.load(out, mask=channel_mask, other=0.0)
+        q_bn = tl.load(out + channels, mask=channel_mask, other=0.0)
+    slope = _mix(var_in, var_ln, var_bn, q, q_ln, q_bn)
+    shift = _mix(mean_in, mean_ln, mean_bn, p, p_ln, p_bn)
+    shift += _mix(var_in, var_ln, var_bn, 0.0, q_ln * (centre - ln_mean), q_bn * (centre - bn_mean))
+    depends_on_x = (mean_in + mean_ln + mean_bn + var_in + var_ln + var_bn) != 0
+    return scale, slope, shift, centre, depends_on_x
+
+
 @triton.jit(do_not_specialize=["samples", "table", "by_sample", "by_channel"])
 def gradient_kernel(
-    dy, x, dx, in_mean, in_var, workspace, constant_mean, constant_var, mean_point, var_point, weight,
+    dy, x, dx, in_mean, in_var, workspace, constant_mean, constant_var, mean_gate, var_gate, weight,
     mean_gradient, var_gradient, samples, channels, units, span, splits, table, by_sample, by_channel, eps,
     SIMPLEX: tl.constexpr, IN: tl.constexpr, LN: tl.constexpr, BN: tl.constexpr, CONSTANT: tl.constexpr,
     GATES: tl.constexpr, UNIT: tl.constexpr, LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """dx = scale dy + slope (x - centre) + shift; where GATES, the first program writes the gradients of gates."""
+    """dx = scale dy + slope (x - centre) + shift. If GATES, the first program writes the gradients of the gates."""
     positions = units * UNIT
     pid = tl.program_id(0)
-    wide = tl.cast(table, tl.int64)
-    pooled_terms = workspace + 2 * (samples + channels)
-    terms = pooled_terms + 2 * (samples + channels)
     if GATES and pid == 0:
-        parts = terms + 2 * wide + 2 * wide * splits
-        channel_parts = parts + 3 * by_sample
-        if mean_gradient is not None:
-            ln = _sum_of(parts, by_sample, 3, 256) * -positions
-            bn = _sum_of(channel_parts, by_channel, 2, 256) * -positions
-            _write_gate_gradient(mean_gradient, mean_point, ln * 0.0, ln, bn, SIMPLEX, IN, LN, BN)
-        if var_gradient is not None:
-            half = positions * 0.5
-            in_ = _sum_of(parts + 1, by_sample, 3, 256) * half
-            ln = _sum_of(parts + 2, by_sample, 3, 256) * half
-            bn = _sum_of(channel_parts + 1, by_channel, 2, 256) * half
-            _write_gate_gradient(var_gradient, var_point, in_, ln, bn, SIMPLEX, IN, LN, BN)
+        wide = tl.cast(table, tl.int64)
+        parts = workspace + 4 * (samples + channels) + 2 * wide + 2 * wide * splits
+        _write_gate_gradients(
+            parts, mean_gradient, var_gradient, mean_gate, var_gate, positions, by_sample, by_channel,
+            SIMPLEX, IN, LN, BN,
+        )  # fmt: skip
     else:
         n, c, _, begin, end, base, offsets = _tile(
             pid - GATES, channels, positions, span, splits, LAST, BLOCK_C, BLOCK_P
         )
         channel_mask, lanes = c < channels, tl.arange(0, BLOCK_P)
-        mean, var, ln_mean, ln_var, bn_mean, bn_var = _branches(
-            n,
-            c,
-            channel_mask,
-            in_mean,
-            in_var,
-            workspace,
-            constant_mean,
-            constant_var,
-            samples,
-            channels,
-            LN,
-            BN,
-            CONSTANT,
-        )
-        centre = _centre(mean)
-        mean_in, mean_ln, mean_bn = _branch_weights(mean_point, SIMPLEX, IN, LN, BN)
-        var_in, var_ln, var_bn = _branch_weights(var_point, SIMPLEX, IN, LN, BN)
-        scale = tl.div_rn(1.0, tl.sqrt_rn(_mix(var_in, var_ln, var_bn, var, ln_var, bn_var) + eps))
-        if weight is not None:
-            scale *= tl.load(weight + c, mask=channel_mask, other=0.0).to(tl.float32)
-        entry_index = n.to(tl.int64) * channels + c
-        p = tl.load(terms + entry_index, mask=channel_mask, other=0.0)
-        q = tl.load(terms + wide + entry_index, mask=channel_mask, other=0.0)
-        p_ln, q_ln, p_bn, q_bn = 0.0, 0.0, 0.0, 0.0
-        if LN:
-            p_ln, q_ln = tl.load(pooled_terms + n), tl.load(pooled_terms + samples + n)
-        if CONSTANT:
-            mean_bn, var_bn = mean_bn * 0.0, var_bn * 0.0  # x does not move them
-        elif BN:
-            out = pooled_terms + 2 * samples + c
-            p_bn = tl.load(out, mask=channel_mask, other=0.0)
-            q_bn = tl.load(out + channels, mask=channel_mask, other=0.0)
-        slope = _mix(var_in, var_ln, var_bn, q, q_ln, q_bn)
-        shift = _mix(mean_in, mean_ln, mean_bn, p, p_ln, p_bn)
-        shift += _mix(var_in, var_ln, var_bn, 0.0, q_ln * (centre - ln_mean), q_bn * (centre - bn_mean))
-        depends_on_x = (mean_in + mean_ln + mean_bn + var_in + var_ln + var_bn) != 0
-        # Where x moves no statistic that has a share, it is not read.
+        scale, slope, shift, centre, depends_on_x = _input_gradient_coefficients(
+            n, c, in_mean, in_var, workspace, constant_mean, constant_var, mean_gate, var_gate, weight,
+            samples, channels, table, eps, SIMPLEX, IN, LN, BN, CONSTANT,
+        )  # fmt: skip
+        # If no statistic with a weight depends on x, it is not read.
         read_end = tl.where(depends_on_x, end, begin)
         for start in range(begin, end, BLOCK_P):
             mask = channel_mask[:, None] & (start + lanes < end)[None, :]
@@ -625,5 +638,5 @@ def gradient_kernel(
             base += BLOCK_P * (channels if LAST else 1)
 
 
-# Whether Triton was imported with TRITON_INTERPRET=1: kernels then run on CPU tensors, for proofs.
+# Whether Triton was imported with TRITON_INTERPRET=1: then kernels run on CPU tensors, for tests.
 INTERPRETED = not isinstance(moments_kernel, triton.JITFunction)

@@ -1,11 +1,12 @@
-"""Switchable Normalization out of Triton kernels, for CUDA: three launches forward, three backward.
+"""The backend `triton` for CUDA: three kernel launches in the forward pass, three in the backward pass.
 
-Forward: moments of every (n, c); those of LN and BN pooled from them, which merges split rows too (left out where
-neither is needed); mix and affine pass. Backward: sums over positions, beside which the moments are pooled again; what
-the branches pull; dx, beside which one program ends the gradients of the gates. Nothing is read by the host, so nothing
-waits for the device. x and the (N, C) moments are all that is kept in between.
+Forward: moments of every (n, c); moments of LN and BN, pooled from them (omitted if not needed); mixing and affine
+    pass.
+Backward: sums over positions; terms of the gradients; dx and the gradients of the gates. The host reads nothing, so it
+    never
+waits for the device. x and the moments (N, C) are saved in between.
 
-How rows are cut is a pure function of shape and layout: no search, the same sums in the same order at every call.
+The tiling is a pure function of shape and layout: no search, and every call adds in the same order.
 """
 
 import math
@@ -29,20 +30,23 @@ from normswap.layers.backends.triton_kernels import (
     sums_kernel,
     terms_kernel,
 )
-from normswap.layers.gating import BRANCHES, Branch, Mixing
+from normswap.layers.gating import BRANCHES, Branch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# Values of an activation, and entries of a table, that one program holds at a time.
+# Number of activation values, and of table entries, in one program.
 _TILE = 4096
 _TABLE_TILE = 1024
-# Programs that fill a device: rows are split until there are as many, but into no more parts than one load can merge.
+# Number of programs that fills a device: rows are split to reach it, into as many parts as one load can merge.
 _PROGRAMS = 1024
 _MAX_SPLITS = 128
 
 
+# --- arguments of the kernels
+
+
 class Tiling(NamedTuple):
-    """How an activation and its (N, C) table are cut; `tile` and `tables` are the constants of kernels that say so."""
+    """The tiling of an activation and its table (N, C); `tile` and `tables` are compile-time constants of kernels."""
 
     positions: int
     splits: int
@@ -60,13 +64,14 @@ def _compute_tiling(
     samples: int,
     channels: int,
     positions: int,
+    *,
     channels_last: bool,
     tile: int,
     table_tile: int,
     programs: int,
     max_splits: int,
 ) -> Tiling:
-    # Small activations are cut finer, so that they fill the device as well.
+    # Small activations get smaller tiles, so that they fill the device too.
     tile = min(tile, max(_next_power(samples * channels * positions // programs), tile // 8))
     if channels_last:
         block_c = min(_next_power(channels), 64, tile)
@@ -78,7 +83,7 @@ def _compute_tiling(
     tiles = math.ceil(positions / block_p)
     span = math.ceil(tiles / min(tiles, max_splits, math.ceil(programs / rows))) * block_p
     splits = math.ceil(positions / span)
-    # Of a table whose entries come in parts, a tile holds fewer entries. Sizes are few: each is a kernel to compile.
+    # If entries come in parts, a tile has fewer entries. Few different sizes, because each compiles a kernel.
     entries = max(table_tile // _next_power(splits), 1)
     ln_lanes = min(_next_power(channels, 8), entries)
     bn_lanes = min(_next_power(samples, 8), max(entries // 8, 1))
@@ -97,7 +102,7 @@ def _compute_tiling(
 
 
 def _next_power(count: int, base: int = 2) -> int:
-    """Return the smallest power of two, or of a power of two, that is not below `count`."""
+    """Return the smallest power of `base`, itself a power of two, that is at least `count`."""
     step = base.bit_length() - 1
     return 1 << math.ceil((count - 1).bit_length() / step) * step
 
@@ -106,183 +111,261 @@ def _tiling_of(x: Tensor) -> Tiling:
     samples, channels = x.shape[:2]
     positions = x.numel() // (samples * channels)
     return _compute_tiling(
-        samples, channels, positions, is_channels_last(x), _TILE, _TABLE_TILE, _PROGRAMS, _MAX_SPLITS
+        samples,
+        channels,
+        positions,
+        channels_last=is_channels_last(x),
+        tile=_TILE,
+        table_tile=_TABLE_TILE,
+        programs=_PROGRAMS,
+        max_splits=_MAX_SPLITS,
     )
 
 
 def _device_context(x: Tensor) -> AbstractContextManager[Any]:
-    """Kernels start on the current device: make it that of x."""
+    """Return a context in which the device of x is the current one, on which kernels start."""
     if x.device.type != "cuda" or x.device.index == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device(x.device)
 
 
 def _as_contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
-    """Parameters and constants as kernels read them: entry after entry."""
+    """Return contiguous tensors, which kernels need."""
     return [None if tensor is None else tensor.contiguous() for tensor in tensors]
-
-
-def _options(mixing: Mixing, constants: Moments | None) -> dict[str, Any]:
-    return {"SIMPLEX": mixing.gate == "simplex", "CONSTANT": constants is not None, **_branch_flags(mixing.branches)}
 
 
 def _branch_flags(branches: Sequence[Branch]) -> dict[str, bool]:
     return {branch.upper(): branch in branches for branch in BRANCHES}
 
 
+class _Call(NamedTuple):
+    """What the kernels of one pass share.
+
+    Attributes:
+        x: contiguous or channels_last.
+        units: number of positions divided by the constant UNIT.
+        parameters: constant mean and variance, gate parameters and weight, contiguous or None.
+        options: compile-time constants.
+    """
+
+    x: Tensor
+    samples: int
+    channels: int
+    units: int
+    tiling: Tiling
+    parameters: list[Tensor | None]
+    options: dict[str, Any]
+    eps: float
+
+    @property
+    def table(self) -> int:
+        """Number of entries (n, c)."""
+        return self.samples * self.channels
+
+
+def _call_of(inputs: Inputs) -> _Call:
+    x, mixing = to_supported_layout(inputs.x), inputs.mixing
+    tiling, constants = _tiling_of(x), inputs.constants
+    parameters = _as_contiguous(*(constants or (None, None)), inputs.mean_gate, inputs.var_gate, inputs.weight)
+    options = {"SIMPLEX": mixing.gate == "simplex", "CONSTANT": constants is not None, **_branch_flags(mixing.branches)}
+    units = tiling.positions // tiling.tile["UNIT"]
+    return _Call(x, x.shape[0], x.shape[1], units, tiling, parameters, options, mixing.eps)
+
+
+# --- forward
+
+
 def forward(inputs: Inputs) -> Normalised:
-    """Normalise; see `fused.Forward`."""
-    x, mean_point, var_point, weight, bias, constants, mixing, _ = inputs
-    x = to_supported_layout(x)
-    samples, channels = x.shape[:2]
-    table = samples * channels
-    tiling = _tiling_of(x)
-    options = _options(mixing, constants)
+    """Run the forward pass; see `interface.Forward`."""
+    call = _call_of(inputs)
+    x, samples, channels, _, tiling, *_ = call
     pooled, split = 2 * (samples + channels), tiling.splits > 1
     y = torch.empty_like(x)
     mean, var = torch.empty((2, samples, channels), dtype=torch.float32, device=x.device).unbind()
     workspace = mean.new_empty(pooled)
-    parts = mean.new_empty((2, tiling.splits, table)).unbind() if split else (mean, var)
-    by_sample = tiling.sample_programs if options["LN"] or split else 0
-    by_channel = tiling.channel_programs if options["BN"] and constants is None else 0
-    units = tiling.positions // tiling.tile["UNIT"]
+    parts = mean.new_empty((2, tiling.splits, call.table)).unbind() if split else (mean, var)
+    by_sample = tiling.sample_programs if call.options["LN"] or split else 0
+    by_channel = tiling.channel_programs if call.options["BN"] and inputs.constants is None else 0
     with _device_context(x):
         moments_kernel[(tiling.row_programs,)](
-            x, *parts, channels, units, tiling.span, tiling.splits, table, **tiling.tile, num_warps=tiling.warps
-        )
-        if by_sample + by_channel:
-            pool_kernel[(by_sample + by_channel,)](
-                *parts,
-                mean,
-                var,
-                workspace,
-                samples,
-                channels,
-                table,
-                tiling.span,
-                tiling.positions,
-                by_sample,
-                STORE=split,
-                SPLITS=_next_power(tiling.splits),
-                **tiling.tables,
-            )
-        affine_kernel[(tiling.row_programs,)](
             x,
-            y,
-            mean,
-            var,
-            workspace,
-            *_as_contiguous(*(constants or (None, None)), mean_point, var_point, weight, bias),
-            samples,
+            *parts,
             channels,
-            units,
+            call.units,
             tiling.span,
             tiling.splits,
-            mixing.eps,
-            **options,
+            call.table,
             **tiling.tile,
             num_warps=tiling.warps,
         )
+        if by_sample + by_channel:
+            _launch_pool(call, parts, Moments(mean, var), workspace, by_sample, by_channel)
+        _launch_affine(call, y, Moments(mean, var), workspace, *_as_contiguous(inputs.bias))
     batch = None
     if by_channel:
         batch = Moments(*workspace[2 * samples : pooled].view(2, 1, channels).unbind())
     return Normalised(y, batch, Moments(mean, var))
 
 
-def backward(dy: Tensor, inputs: Inputs, saved: Moments, needs_input_grad: tuple[bool, ...]) -> Gradients:
-    """Return the gradients; see `fused.Backward`."""
-    x, mean_point, var_point, weight, _, constants, mixing, _ = inputs
-    x = to_supported_layout(x)
-    dy = match_layout(dy, x)
-    samples, channels = x.shape[:2]
-    table = samples * channels
-    tiling = _tiling_of(x)
-    options = _options(mixing, constants)
-    by_sample = tiling.sample_programs if options["LN"] else 0
-    pool_programs = by_sample + (tiling.channel_programs if options["BN"] and constants is None else 0)
-    gates = needs_input_grad[1] or needs_input_grad[2]
-    dx = torch.empty_like(x) if needs_input_grad[0] else None
-    mean_gradient, var_gradient, weight_gradient = (
-        tensor.new_empty(tensor.shape) if want and tensor is not None else None
-        for tensor, want in zip((mean_point, var_point, weight), needs_input_grad[1:4], strict=True)
+def _launch_pool(
+    call: _Call, parts: Sequence[Tensor], moments: Moments, workspace: Tensor, by_sample: int, by_channel: int
+) -> None:
+    tiling = call.tiling
+    pool_kernel[(by_sample + by_channel,)](
+        *parts,
+        *moments,
+        workspace,
+        call.samples,
+        call.channels,
+        call.table,
+        tiling.span,
+        tiling.positions,
+        by_sample,
+        STORE=tiling.splits > 1,
+        SPLITS=_next_power(tiling.splits),
+        **tiling.tables,
     )
-    bias_gradient = saved.mean.new_empty(channels) if needs_input_grad[4] else None
+
+
+def _launch_affine(call: _Call, y: Tensor, moments: Moments, workspace: Tensor, bias: Tensor | None) -> None:
+    tiling = call.tiling
+    affine_kernel[(tiling.row_programs,)](
+        call.x,
+        y,
+        *moments,
+        workspace,
+        *call.parameters,
+        bias,
+        call.samples,
+        call.channels,
+        call.units,
+        tiling.span,
+        tiling.splits,
+        call.eps,
+        **call.options,
+        **tiling.tile,
+        num_warps=tiling.warps,
+    )
+
+
+# --- backward
+
+
+def backward(dy: Tensor, inputs: Inputs, saved: Moments, needs_input_grad: tuple[bool, ...]) -> Gradients:
+    """Run the backward pass; see `interface.Backward`."""
+    call = _call_of(inputs)
+    dy = match_layout(dy, call.x)
+    gradients = _allocate_gradients(call, inputs, saved, needs_input_grad)
+    tiling = call.tiling
     workspace = saved.mean.new_empty(
-        4 * (samples + channels)
-        + 2 * table * (1 + tiling.splits)
+        4 * (call.samples + call.channels)
+        + 2 * call.table * (1 + tiling.splits)
         + 3 * tiling.sample_programs
         + 2 * tiling.channel_programs
     )
-    units = tiling.positions // tiling.tile["UNIT"]
-    # Constants, gate parameters and weight.
-    parameters = _as_contiguous(*(constants or (None, None)), mean_point, var_point, weight)
-    with _device_context(x):
-        sums_kernel[(pool_programs + tiling.row_programs,)](
-            dy,
-            x,
-            *saved,
-            workspace,
-            samples,
-            channels,
-            units,
-            tiling.span,
-            tiling.splits,
-            table,
-            by_sample,
-            pool_programs,
-            **tiling.tile,
-            **tiling.tables,
-            num_warps=tiling.warps,
+    with _device_context(call.x):
+        _launch_sums(call, dy, saved, workspace)
+        _launch_terms(call, saved, workspace, gradients)
+        _launch_gradient(call, dy, saved, workspace, gradients)
+    return gradients
+
+
+def _allocate_gradients(call: _Call, inputs: Inputs, saved: Moments, needs_input_grad: tuple[bool, ...]) -> Gradients:
+    mean_gate, var_gate, weight = (
+        tensor.new_empty(tensor.shape) if needed and tensor is not None else None
+        for tensor, needed in zip(
+            (inputs.mean_gate, inputs.var_gate, inputs.weight), needs_input_grad[1:4], strict=True
         )
-        terms_kernel[(tiling.sample_programs + tiling.channel_programs,)](
-            *saved,
-            workspace,
-            *parameters,
-            weight_gradient,
-            bias_gradient,
-            samples,
-            channels,
-            tiling.positions,
-            tiling.splits,
-            table,
-            tiling.sample_programs,
-            mixing.eps,
-            **options,
-            SPLITS=_next_power(tiling.splits),
-            **tiling.tables,
-        )
-        if gates or dx is not None:
-            gradient_kernel[(gates + (tiling.row_programs if dx is not None else 0),)](
-                dy,
-                x,
-                dx,
-                *saved,
-                workspace,
-                *parameters,
-                mean_gradient,
-                var_gradient,
-                samples,
-                channels,
-                units,
-                tiling.span,
-                tiling.splits,
-                table,
-                tiling.sample_programs,
-                tiling.channel_programs,
-                mixing.eps,
-                **options,
-                GATES=gates,
-                **tiling.tile,
-                num_warps=tiling.warps,
-            )
-    return Gradients(dx, mean_gradient, var_gradient, weight_gradient, bias_gradient)
+    )
+    dx = torch.empty_like(call.x) if needs_input_grad[0] else None
+    bias = saved.mean.new_empty(call.channels) if needs_input_grad[4] else None
+    return Gradients(dx, mean_gate, var_gate, weight, bias)
+
+
+def _launch_sums(call: _Call, dy: Tensor, saved: Moments, workspace: Tensor) -> None:
+    tiling, options = call.tiling, call.options
+    by_sample = tiling.sample_programs if options["LN"] else 0
+    by_channel = tiling.channel_programs if options["BN"] and not options["CONSTANT"] else 0
+    pool_programs = by_sample + by_channel
+    sums_kernel[(pool_programs + tiling.row_programs,)](
+        dy,
+        call.x,
+        *saved,
+        workspace,
+        call.samples,
+        call.channels,
+        call.units,
+        tiling.span,
+        tiling.splits,
+        call.table,
+        by_sample,
+        pool_programs,
+        **tiling.tile,
+        **tiling.tables,
+        num_warps=tiling.warps,
+    )
+
+
+def _launch_terms(call: _Call, saved: Moments, workspace: Tensor, gradients: Gradients) -> None:
+    tiling = call.tiling
+    terms_kernel[(tiling.sample_programs + tiling.channel_programs,)](
+        *saved,
+        workspace,
+        *call.parameters,
+        gradients.weight,
+        gradients.bias,
+        call.samples,
+        call.channels,
+        tiling.positions,
+        tiling.splits,
+        call.table,
+        tiling.sample_programs,
+        call.eps,
+        **call.options,
+        SPLITS=_next_power(tiling.splits),
+        **tiling.tables,
+    )
+
+
+def _launch_gradient(call: _Call, dy: Tensor, saved: Moments, workspace: Tensor, gradients: Gradients) -> None:
+    tiling, dx = call.tiling, gradients.x
+    needs_gates = gradients.mean_gate is not None or gradients.var_gate is not None
+    programs = needs_gates + (tiling.row_programs if dx is not None else 0)
+    if not programs:
+        return
+    gradient_kernel[(programs,)](
+        dy,
+        call.x,
+        dx,
+        *saved,
+        workspace,
+        *call.parameters,
+        gradients.mean_gate,
+        gradients.var_gate,
+        call.samples,
+        call.channels,
+        call.units,
+        tiling.span,
+        tiling.splits,
+        call.table,
+        tiling.sample_programs,
+        tiling.channel_programs,
+        call.eps,
+        **call.options,
+        GATES=needs_gates,
+        **tiling.tile,
+        num_warps=tiling.warps,
+    )
+
+
+# --- gates
 
 
 def project_points(points: Sequence[Tensor], branches: Sequence[Branch]) -> None:
-    """Put one or two simplex points (K,) of one dtype back on the simplex, in place and in one launch.
+    """Project one or two simplex points (K,) of one dtype in place, in one launch.
 
-    Autograd is not told: where a point lies on the simplex nothing is written, so that a second forward pass before a
-    backward pass does not count as a change, and where it does not, its projection has the weights that it had.
+    Autograd does not see this as a change, so that a second forward pass before the backward pass is possible. That is
+    correct: a point and its projection have the same importance weights.
     """
     first, second = (*points, None)[:2]
     with _device_context(points[0]):

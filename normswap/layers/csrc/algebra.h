@@ -1,25 +1,103 @@
-/* The algebra of tables.py: how moments pool and mix, forward and backward, in double and sample by sample.
+/* Importance weights from gate parameters, and the algebra on tables of moments.
  *
- * Tables of (N, C) are read and written a row at a time. A share of zero leaves out what it would multiply, which may be
- * infinite: zeros stand in its place.
+ * Same results as gating.py and backends/moment_algebra.py. Tables (N, C) are processed one sample at a time, in
+ * double. A branch of weight 0 is replaced by zeros, because its moments may be infinite.
  */
+
+/* --- gates: parameters (K,) to importance weights, and gradients back ---------------------------------------- */
+
+enum { IN, LN, BN, BRANCHES };
+
+typedef struct {
+    int softmax, index_of[BRANCHES], count; /* index of a branch in the parameters, -1 if not mixed; K */
+    Table mean, var;                        /* gate parameters (K,) */
+} Gates;
+
+static void project(const double *point, int count, double *weights) {
+    double whole = 0, minimum = point[0], top = point[0], sorted[BRANCHES], total = 0, threshold = 0;
+    for (int k = 0; k < count; k++) {
+        whole += point[k];
+        minimum = fmin(minimum, point[k]);
+        top = fmax(top, point[k]);
+        int at = k;
+        for (; at > 0 && sorted[at - 1] < point[k]; at--)
+            sorted[at] = sorted[at - 1];
+        sorted[at] = point[k];
+    }
+    for (int k = 0; k < count; k++)
+        weights[k] = whole == 1 && minimum >= 0 ? point[k] : NAN;
+    if ((whole == 1 && minimum >= 0) || !isfinite(whole))
+        return;
+    /* Adding a constant to all entries does not change the projection. With the largest entry at 0, the 1 below is not
+     * lost to rounding. */
+    for (int k = 0; k < count; k++) {
+        total += sorted[k] - top;
+        if ((k + 1) * (sorted[k] - top) > total - 1)
+            threshold = (total - 1) / (k + 1);
+    }
+    for (int k = 0; k < count; k++)
+        weights[k] = fmax(point[k] - top - threshold, 0);
+}
+
+static void apply_softmax(const double *logits, int count, double *weights) {
+    double top = logits[0], total = 0;
+    for (int k = 1; k < count; k++)
+        top = logits[k] > top ? logits[k] : top;
+    for (int k = 0; k < count; k++)
+        total += weights[k] = exp(logits[k] - top);
+    for (int k = 0; k < count; k++)
+        weights[k] /= total;
+}
+
+/* The importance weight of each branch; 0 for a branch that is not mixed. */
+static void read_gate(const Gates *gates, Table parameter, double branch_weights[BRANCHES]) {
+    double values[BRANCHES] = {0}, weights[BRANCHES] = {0};
+    for (int k = 0; k < gates->count; k++)
+        values[k] = get(parameter, k);
+    (gates->softmax ? apply_softmax : project)(values, gates->count, weights);
+    for (int branch = 0; branch < BRANCHES; branch++)
+        branch_weights[branch] = gates->index_of[branch] < 0 ? 0 : weights[gates->index_of[branch]];
+}
+
+/* The gradient of a gate parameter from the gradient g of the weights, which may contain an added constant. Softmax:
+ * w (g - sum w g); simplex: g - mean(g). */
+static void write_gate(const Gates *gates, const double *branch_weights, const double *gradient, Table out) {
+    double upstream[BRANCHES], centre = 0;
+    if (out.values == NULL)
+        return;
+    for (int branch = 0; branch < BRANCHES; branch++) {
+        /* A weight of 0 ignores statistics that are not finite, so they do not reach its gradient either. */
+        upstream[branch] = branch_weights[branch] == 0 && !isfinite(gradient[branch]) ? 0 : gradient[branch];
+        if (gates->index_of[branch] >= 0)
+            centre += upstream[branch] * (gates->softmax ? branch_weights[branch] : 1.0 / gates->count);
+    }
+    for (int branch = 0; branch < BRANCHES; branch++)
+        if (gates->index_of[branch] >= 0)
+            put(out, gates->index_of[branch],
+                (upstream[branch] - centre) * (gates->softmax ? branch_weights[branch] : 1));
+}
+
+/* --- moments: how they are pooled and mixed, forward and backward -------------------------------------------- */
+
 typedef struct {
     Py_ssize_t samples, channels, positions;
-    double eps, means[BRANCHES], variances[BRANCHES]; /* shares */
+    double eps, means[BRANCHES], variances[BRANCHES]; /* importance weights */
     Table mean, var;                                  /* of x over its positions, (N, C) */
-    Table fixed_mean, fixed_var;                      /* (C) that `bn` takes instead of those of the batch */
+    Table constant_mean, constant_var;                /* (C) for `bn` in place of the batch's, or NULL */
     Table weight, bias;                               /* (C) */
     double *ln_mean, *ln_var, *bn_mean, *bn_var;      /* pooled: (N), (N), (C), (C) */
     double *zeros;                                    /* (C) */
 } Site;
 
-/* What backward finds out before dx: (N, C) of p and q, what `ln` and `bn` make of them, and sums over samples (C). */
+/* Results of the backward pass before dx: p and q of `in` (N, C), `ln` (N) and `bn` (C); gradients of weight and bias
+ * (C). */
 typedef struct {
     double *p, *q, *p_ln, *q_ln, *p_bn, *q_bn, *weight, *bias;
-    double means[BRANCHES], variances[BRANCHES]; /* gradients of the shares, of the means' up to a common shift */
-} Pulls;
+    double means[BRANCHES],
+        variances[BRANCHES]; /* gradients of the importance weights; those of the means plus a constant */
+} Terms;
 
-/* Moments of one sample over its channels: mean of variances + variance of means. `scratch` is for 2 C. */
+/* Moments of one sample over its channels: mean of variances + variance of means. `scratch` has 2 C numbers. */
 CLONES static void pool_sample(const Site *s, Py_ssize_t n, double *scratch) {
     double *restrict m = scratch, *restrict v = m + s->channels, sum = 0, spread = 0;
     load(m, s->mean, n * s->channels, s->channels);
@@ -35,11 +113,11 @@ CLONES static void pool_sample(const Site *s, Py_ssize_t n, double *scratch) {
     s->ln_var[n] = spread / (double)s->channels;
 }
 
-/* Moments of all samples in each channel. `scratch` is for 2 C. */
+/* Moments of each channel over all samples. `scratch` has 2 C numbers. */
 CLONES static void pool_batch(const Site *s, double *scratch) {
     double *restrict m = scratch, *restrict v = m + s->channels;
     double *restrict mean = s->bn_mean, *restrict var = s->bn_var;
-    const double share = 1 / (double)s->samples;
+    const double per_sample = 1 / (double)s->samples;
     memset(mean, 0, (size_t)s->channels * sizeof(double));
     memset(var, 0, (size_t)s->channels * sizeof(double));
     for (Py_ssize_t n = 0; n < s->samples; n++) {
@@ -50,7 +128,7 @@ CLONES static void pool_batch(const Site *s, double *scratch) {
     }
 #pragma omp simd
     for (Py_ssize_t c = 0; c < s->channels; c++)
-        mean[c] *= share;
+        mean[c] *= per_sample;
     for (Py_ssize_t n = 0; n < s->samples; n++) {
         load(m, s->mean, n * s->channels, s->channels);
         load(v, s->var, n * s->channels, s->channels);
@@ -60,10 +138,11 @@ CLONES static void pool_batch(const Site *s, double *scratch) {
     }
 #pragma omp simd
     for (Py_ssize_t c = 0; c < s->channels; c++)
-        var[c] *= share;
+        var[c] *= per_sample;
 }
 
-/* Of sample n, channels from `at` on: the mixed mean and 1 / sqrt(var + eps). `scratch` is for 2 C. */
+/* The mixed mean and 1 / sqrt(mixed variance + eps) of sample n, `count` channels from index `at`. `scratch` has 2 C
+ * numbers. */
 CLONES static void mix(const Site *s, Py_ssize_t n, Py_ssize_t at, Py_ssize_t count, double *restrict mean,
                        double *restrict rstd, double *scratch) {
     const double *w = s->means, *u = s->variances, eps = s->eps;
@@ -91,7 +170,7 @@ static void multiply(double *values, Table factors, Py_ssize_t at, Py_ssize_t co
         values[c] *= scratch[c];
 }
 
-/* y = scale (x - centre) + shift. `scratch` is for 2 C. */
+/* Coefficients of y = scale (x - centre) + shift. `scratch` has 2 C numbers. */
 static void forward_row(const Site *s, Py_ssize_t n, Py_ssize_t at, Py_ssize_t count, double *scale, double *shift,
                         double *centre, double *scratch) {
     mix(s, n, at, count, centre, scale, scratch);
@@ -102,16 +181,17 @@ static void forward_row(const Site *s, Py_ssize_t n, Py_ssize_t at, Py_ssize_t c
         memset(shift, 0, (size_t)count * sizeof(double));
 }
 
-/* From the sums over positions of dy and of dy (x - mixed mean), which p and q hold, to `Pulls`. `scratch` is for 7 C.
- */
-CLONES static void pull_sample(const Site *s, Pulls *pulls, Py_ssize_t n, double *scratch) {
+/* Add sample n to `Terms`. On entry p and q contain the sums over positions of dy and of dy (x - mixed mean). `scratch`
+ * has 7 C numbers. */
+CLONES static void backward_sample(const Site *s, Terms *terms, Py_ssize_t n, double *scratch) {
     const Py_ssize_t all = s->channels;
     double *restrict m = scratch, *restrict v = m + all, *restrict mean = v + all, *restrict rstd = mean + all;
-    double *restrict scale = rstd + all, *restrict p = pulls->p + n * all, *restrict q = pulls->q + n * all;
-    double *restrict p_bn = pulls->p_bn, *restrict q_bn = pulls->q_bn;
-    double *restrict weight = pulls->weight, *restrict bias = pulls->bias;
+    double *restrict scale = rstd + all, *restrict p = terms->p + n * all, *restrict q = terms->q + n * all;
+    double *restrict p_bn = terms->p_bn, *restrict q_bn = terms->q_bn;
+    double *restrict weight = terms->weight, *restrict bias = terms->bias;
     const double *restrict bn_mean = s->bn_mean, *restrict bn_var = s->bn_var;
-    const double ln_mean = s->ln_mean[n], each = -1 / (double)s->positions, share = 1 / (double)s->samples;
+    const double ln_mean = s->ln_mean[n], factor = -1 / (double)s->positions;
+    const double per_sample = 1 / (double)s->samples;
     double p_all = 0, q_all = 0, mean_ln = 0, mean_bn = 0, var_in = 0, var_bn = 0;
     mix(s, n, 0, all, mean, rstd, scale);
     memcpy(scale, rstd, (size_t)all * sizeof(double));
@@ -120,46 +200,47 @@ CLONES static void pull_sample(const Site *s, Pulls *pulls, Py_ssize_t n, double
     load(v, s->var, n * all, all);
 #pragma omp simd reduction(+ : p_all, q_all, mean_ln, mean_bn, var_in, var_bn)
     for (Py_ssize_t c = 0; c < all; c++) {
-        const double plain = p[c], scaled = q[c] * rstd[c];
-        const double pulled = each * scale[c] * plain, spread = each * scale[c] * rstd[c] * scaled;
-        weight[c] += scaled;
-        bias[c] += plain;
-        p[c] = pulled;
-        q[c] = spread;
-        p_bn[c] += pulled * share;
-        q_bn[c] += spread * share;
-        p_all += pulled;
-        q_all += spread;
-        /* An infinite variance lets nothing through: what pulls at it is zero, and so is what it says of its share. */
-        mean_ln -= pulled != 0 ? pulled * (m[c] - ln_mean) : 0;
-        mean_bn -= pulled != 0 ? pulled * (m[c] - bn_mean[c]) : 0;
-        var_in += spread != 0 ? spread * v[c] : 0;
-        var_bn += spread != 0 ? spread * bn_var[c] : 0;
+        const double dy_sum = p[c], dy_xhat_sum = q[c] * rstd[c];
+        const double p_in = factor * scale[c] * dy_sum, q_in = factor * scale[c] * rstd[c] * dy_xhat_sum;
+        weight[c] += dy_xhat_sum;
+        bias[c] += dy_sum;
+        p[c] = p_in;
+        q[c] = q_in;
+        p_bn[c] += p_in * per_sample;
+        q_bn[c] += q_in * per_sample;
+        p_all += p_in;
+        q_all += q_in;
+        /* A term is 0 if the variance is infinite; 0 times infinity must not reach the gradient of a gate. */
+        mean_ln -= p_in != 0 ? p_in * (m[c] - ln_mean) : 0;
+        mean_bn -= p_in != 0 ? p_in * (m[c] - bn_mean[c]) : 0;
+        var_in += q_in != 0 ? q_in * v[c] : 0;
+        var_bn += q_in != 0 ? q_in * bn_var[c] : 0;
     }
-    pulls->p_ln[n] = p_all / (double)all;
-    pulls->q_ln[n] = q_all / (double)all;
-    pulls->means[LN] += mean_ln * (double)s->positions;
-    pulls->means[BN] += mean_bn * (double)s->positions;
-    pulls->variances[IN] += var_in * (double)s->positions / 2;
-    pulls->variances[LN] += q_all != 0 ? q_all * s->ln_var[n] * (double)s->positions / 2 : 0;
-    pulls->variances[BN] += var_bn * (double)s->positions / 2;
+    terms->p_ln[n] = p_all / (double)all;
+    terms->q_ln[n] = q_all / (double)all;
+    terms->means[LN] += mean_ln * (double)s->positions;
+    terms->means[BN] += mean_bn * (double)s->positions;
+    terms->variances[IN] += var_in * (double)s->positions / 2;
+    terms->variances[LN] += q_all != 0 ? q_all * s->ln_var[n] * (double)s->positions / 2 : 0;
+    terms->variances[BN] += var_bn * (double)s->positions / 2;
 }
 
-/* dx = scale dy + slope (x - centre) + shift, with the mean over positions as centre. `scratch` is for 4 C. */
-CLONES static void backward_row(const Site *s, const Pulls *pulls, Py_ssize_t n, Py_ssize_t at, Py_ssize_t count,
+/* Coefficients of dx = scale dy + slope (x - centre) + shift; the centre is the mean over positions. `scratch` has 4 C
+ * numbers. */
+CLONES static void backward_row(const Site *s, const Terms *terms, Py_ssize_t n, Py_ssize_t at, Py_ssize_t count,
                                 double *restrict scale, double *restrict slope, double *restrict shift,
                                 double *restrict centre, double *restrict scratch) {
-    /* x does not move moments that are constants. */
-    const double moved = s->fixed_mean.values == NULL ? 1 : 0;
-    const double w_in = s->means[IN], u_in = s->variances[IN], w_bn = moved * s->means[BN];
-    const double u_bn = moved * s->variances[BN], u_ln = s->variances[LN];
-    const double *restrict p = w_in != 0 ? pulls->p + n * s->channels + at : s->zeros;
-    const double *restrict q = u_in != 0 ? pulls->q + n * s->channels + at : s->zeros;
-    const double *restrict p_bn = w_bn != 0 ? pulls->p_bn + at : s->zeros;
-    const double *restrict q_bn = u_bn != 0 ? pulls->q_bn + at : s->zeros;
+    /* Constant moments do not depend on x. */
+    const double depends_on_x = s->constant_mean.values == NULL ? 1 : 0;
+    const double w_in = s->means[IN], u_in = s->variances[IN], w_bn = depends_on_x * s->means[BN];
+    const double u_bn = depends_on_x * s->variances[BN], u_ln = s->variances[LN];
+    const double *restrict p = w_in != 0 ? terms->p + n * s->channels + at : s->zeros;
+    const double *restrict q = u_in != 0 ? terms->q + n * s->channels + at : s->zeros;
+    const double *restrict p_bn = w_bn != 0 ? terms->p_bn + at : s->zeros;
+    const double *restrict q_bn = u_bn != 0 ? terms->q_bn + at : s->zeros;
     const double *restrict bn_mean = u_bn != 0 ? s->bn_mean + at : s->zeros;
-    const double by_mean = s->means[LN] != 0 ? s->means[LN] * pulls->p_ln[n] : 0;
-    const double by_var = u_ln != 0 ? u_ln * pulls->q_ln[n] : 0, ln_mean = u_ln != 0 ? s->ln_mean[n] : 0;
+    const double by_mean = s->means[LN] != 0 ? s->means[LN] * terms->p_ln[n] : 0;
+    const double by_var = u_ln != 0 ? u_ln * terms->q_ln[n] : 0, ln_mean = u_ln != 0 ? s->ln_mean[n] : 0;
     mix(s, n, at, count, centre, scale, scratch);
     multiply(scale, s->weight, at, count, scratch);
     load(centre, s->mean, n * s->channels + at, count);

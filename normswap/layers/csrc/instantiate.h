@@ -1,4 +1,4 @@
-/* The passes for every kind of number, under the names that VERSION makes of theirs. */
+/* passes.h for each dtype. VERSION(name) makes the name of each function. */
 #define T float
 #define A float
 #define S double
@@ -28,7 +28,7 @@
 #define NAME(function) VERSION(function##_half)
 #include "passes.h"
 
-static const Passes *const VERSION(PASSES)[KINDS] = {
+static const Passes *const VERSION(PASSES)[FLOAT_DTYPES] = {
     &VERSION(passes_float),
     &VERSION(passes_double),
     &VERSION(passes_bfloat16),

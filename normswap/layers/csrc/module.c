@@ -1,58 +1,61 @@
-/* Switchable Normalization on CPU in one call forward and one backward: float, double, bfloat16 and half, contiguous or
- * channels_last, on as many threads as torch has.
+/* Switchable Normalization on CPU: one call for the forward pass, one for the backward pass.
  *
- * Optional: where no compiler was at hand when the package was installed, numpy and torch do the same in some hundred.
- * Tables of (N, C) are float, or double where x is; all algebra on them is done in double. Memory comes from torch
- * tensors that the caller keeps alive and has laid out; how much of it there is is checked here. Equations: tables.py.
+ * Activations are float, double, bfloat16 or half, contiguous or channels_last. Tables (N, C) are float, or double if
+ * the activation is double; arithmetic on tables is double. The caller allocates all tensors and keeps them alive; the
+ * functions check every size before they access memory. Equations: backends/moment_algebra.py.
+ *
+ * The extension is optional: without a compiler at installation, NumPy and torch compute the same.
  */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 #include <math.h>
+#include <stddef.h>
 #include <stdlib.h>
 #include <string.h>
 
-/* One version for any processor, one for those of today; the loader chooses. */
+/* Compile one version for every processor and one for AVX2; the loader chooses. */
 #if defined(__GNUC__) && defined(__x86_64__) && defined(__GLIBC__)
 #define CLONES __attribute__((target_clones("arch=haswell", "default")))
 #else
 #define CLONES
 #endif
-/* Part of each version of its caller, which no function of another version can be. */
+/* Always inlined, so that each version of the caller has it. */
 #if defined(__GNUC__)
 #define INLINE static inline __attribute__((always_inline))
 #else
 #define INLINE static inline
 #endif
 
-/* So many values are summed before they are added to a sum in double: of a row, of a column. */
+/* Number of values summed in single precision before the result is added to a double: in a row, in a column. */
 enum { ROW_BLOCK = 512, BLOCK = 16 };
-/* Sums over shorter rows are faster in narrower vectors, which leave less over. */
-enum { WIDE = 196 };
-/* Beyond this ratio of the square around the first value to the variance, the difference of the two is not trusted. */
-#define DOUBTFUL(A) (sizeof(A) == sizeof(double) ? 1e4 : 32)
+/* Below this length the sums over a row are faster with narrow vectors, which leave a shorter remainder. */
+enum { SHORT_ROW = 196 };
+/* Largest trusted ratio of the mean square around the first value to the variance; above it, cancellation loses digits.
+ */
+#define CANCELLATION_LIMIT(A) (sizeof(A) == sizeof(double) ? 1e4 : 32)
 
 #include "dtypes.h"
 
-/* The passes for one kind of number; pairs are for rows and for columns. */
+/* The functions of passes.h for one dtype; pairs are for rows and for columns. */
 typedef struct {
     size_t size;
     void (*row_moments)(const void *, Py_ssize_t, Py_ssize_t, Table, Table, Py_ssize_t);
-    void (*origin)(const void *, Py_ssize_t, void *);
+    void (*first_column)(const void *, Py_ssize_t, void *);
     void (*column_squares)(const void *, const void *, Py_ssize_t, Py_ssize_t, double *, double *, double *);
     void (*column_moments)(const void *, Py_ssize_t, Py_ssize_t, double *, double *, Table, Table, Py_ssize_t,
                            double *);
     void (*affine[2])(const void *, void *, Py_ssize_t, Py_ssize_t, const double *, const double *, const double *,
                       double *);
     void (*sums[2])(const void *, const void *, Py_ssize_t, Py_ssize_t, const double *, double *, double *, double *);
-    void (*combine[2])(const void *, const void *, void *, Py_ssize_t, Py_ssize_t, const double *, const double *,
-                       const double *, const double *, double *);
+    void (*input_gradient[2])(const void *, const void *, void *, Py_ssize_t, Py_ssize_t, const double *,
+                              const double *, const double *, const double *, double *);
 } Passes;
 
 #define VERSION(name) name
 #include "instantiate.h"
 
-/* Once more for vectors of 512 bits, with which passes over 16-bit numbers take half the time. A clone would not have
- * them: GCC tunes processors with AVX-512 for 256. */
+/* A second version for 512-bit vectors, which halve the time of 16-bit activations. It is not a clone because GCC
+ * limits clones for AVX-512 to 256-bit vectors. */
 #if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__)
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,prefer-vector-width=512")
@@ -66,142 +69,202 @@ typedef struct {
 #pragma pop_macro("CLONES")
 #pragma GCC pop_options
 
-static const Passes *widest(int kind) {
-    const int there = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-                      __builtin_cpu_supports("fma");
-    return there ? PASSES_512[kind] : PASSES[kind];
+static const Passes *widest(int dtype) {
+    const int available = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                          __builtin_cpu_supports("fma");
+    return available ? PASSES_512[dtype] : PASSES[dtype];
 }
 #else
-static const Passes *widest(int kind) { return PASSES[kind]; }
+static const Passes *widest(int dtype) { return PASSES[dtype]; }
 #endif
 
-#include "threads.h"
-#include "gates.h"
 #include "algebra.h"
 #include "layer.h"
-#include "checks.h"
+#include "arguments.h"
 
-/* What this file expects of its caller; compiled.py leaves an extension aside that was built for another one. */
-enum { INTERFACE = 2 };
+/* Version of the functions below. backends/cpu.py ignores an extension with another version. */
+enum { INTERFACE = 3 };
 
-/* What both functions are given first, in this order: (kind, samples, channels, positions, whether channels come last,
- * threads), eight buffers, (whether the gate is softmax, places of the branches, eps). */
-enum { SITE_ARGUMENTS = 33 };
+/* --- arguments of the passes --------------------------------------------------------------------------------- */
 
-/* Where each branch stands among those in use, each place once. */
-static int read_order(long order, Gates *gates) {
-    unsigned taken = 0;
+/* Arguments of both passes, then those of the forward pass, then those of the backward pass. Shapes: x, y, dy, dx
+ * (N, C, *spatial); mean, var (N, C); mean_weight, var_weight and their gradients (K,); all others (C,). */
+typedef struct {
+    Py_ssize_t dtype, samples, channels, positions, channels_last, threads, softmax, branch_order;
+    double eps;
+    Buffer x, mean, var, constant_mean, constant_var, weight, bias, mean_weight, var_weight;
+    Buffer y, batch_mean, batch_var;
+    Buffer dy, dx, mean_weight_gradient, var_weight_gradient, weight_gradient, bias_gradient;
+} LayerArguments;
+
+#define FIELD(type, name) {#name, type, offsetof(LayerArguments, name)}
+#define LAYER_FIELDS                                                                                                   \
+    FIELD(INTEGER, dtype), FIELD(INTEGER, samples), FIELD(INTEGER, channels), FIELD(INTEGER, positions),               \
+        FIELD(INTEGER, channels_last), FIELD(INTEGER, threads), FIELD(INTEGER, softmax), FIELD(INTEGER, branch_order), \
+        FIELD(REAL, eps), FIELD(BUFFER, x), FIELD(BUFFER, mean), FIELD(BUFFER, var), FIELD(BUFFER, constant_mean),     \
+        FIELD(BUFFER, constant_var), FIELD(BUFFER, weight), FIELD(BUFFER, bias), FIELD(BUFFER, mean_weight),           \
+        FIELD(BUFFER, var_weight)
+
+static const Argument forward_arguments[] = {
+    LAYER_FIELDS,
+    FIELD(BUFFER, y),
+    FIELD(BUFFER, batch_mean),
+    FIELD(BUFFER, batch_var),
+};
+
+static const Argument backward_arguments[] = {
+    LAYER_FIELDS,
+    FIELD(BUFFER, dy),
+    FIELD(BUFFER, dx),
+    FIELD(BUFFER, mean_weight_gradient),
+    FIELD(BUFFER, var_weight_gradient),
+    FIELD(BUFFER, weight_gradient),
+    FIELD(BUFFER, bias_gradient),
+};
+
+#define SIGNATURE(arguments) {arguments, sizeof arguments / sizeof *arguments, {NULL}}
+
+static Signature forward_signature = SIGNATURE(forward_arguments), backward_signature = SIGNATURE(backward_arguments);
+
+/* Decode two bits for each branch: its index among the mixed branches plus 1, or 0 for a branch that is not mixed. */
+static int read_order(Py_ssize_t order, Gates *gates) {
+    unsigned used = 0;
     for (int branch = 0; branch < BRANCHES; branch++) {
-        gates->place[branch] = (int)(order >> 2 * branch & 3) - 1;
-        if (gates->place[branch] >= 0) {
-            taken |= 1u << gates->place[branch];
+        gates->index_of[branch] = (int)(order >> 2 * branch & 3) - 1;
+        if (gates->index_of[branch] >= 0) {
+            used |= 1u << gates->index_of[branch];
             gates->count++;
         }
     }
-    if (gates->count > 0 && taken == (1u << gates->count) - 1)
+    if (gates->count > 0 && used == (1u << gates->count) - 1)
         return 0;
-    PyErr_SetString(PyExc_ValueError, "expected every branch in use at a place of its own");
+    PyErr_SetString(PyExc_ValueError, "branch_order: expected a different index below K for each of the K branches");
     return -1;
 }
 
-static int read_tables(PyObject *const *args, int table_kind, Job *j, Buffers *buffers, int measured) {
-    Site *s = &j->site;
-    const Py_ssize_t entries = product(s->samples, s->channels), each = s->channels, gates = j->gates.count;
-    if (read_buffer(buffers, args, "mean", table_kind, entries, measured, &s->mean) < 0 ||
-        read_buffer(buffers, args + 3, "var", table_kind, entries, measured, &s->var) < 0 ||
-        read_buffer(buffers, args + 6, "running_mean", table_kind, each, OPTIONAL, &s->fixed_mean) < 0 ||
-        read_buffer(buffers, args + 9, "running_var", table_kind, each, OPTIONAL, &s->fixed_var) < 0 ||
-        read_buffer(buffers, args + 12, "weight", ANY_KIND, each, OPTIONAL, &s->weight) < 0 ||
-        read_buffer(buffers, args + 15, "bias", ANY_KIND, each, OPTIONAL, &s->bias) < 0 ||
-        read_buffer(buffers, args + 18, "mean_weight", ANY_KIND, gates, 0, &j->gates.mean) < 0 ||
-        read_buffer(buffers, args + 21, "var_weight", ANY_KIND, gates, 0, &j->gates.var) < 0)
+static int check_shape(const LayerArguments *a) {
+    if (a->dtype >= 0 && a->dtype < FLOAT_DTYPES && a->samples > 0 && a->channels > 0 && a->positions > 0 &&
+        product(product(a->samples, a->channels), a->positions) > 0)
+        return 0;
+    PyErr_SetString(PyExc_ValueError, "expected a floating dtype and a shape without zeros");
+    return -1;
+}
+
+/* Check the buffers of both passes. `moments` is WRITTEN in the forward pass, which writes mean and var, else 0. */
+static int check_layer(const LayerArguments *a, const Gates *gates, CheckedBuffers *checked, int moments) {
+    const Py_ssize_t entries = a->samples * a->channels, channels = a->channels;
+    const int table = a->dtype == DOUBLE ? DOUBLE : FLOAT;
+    if (check_buffer(checked, "x", &a->x, (int)a->dtype, entries * a->positions, 0) < 0 ||
+        check_buffer(checked, "mean", &a->mean, table, entries, moments) < 0 ||
+        check_buffer(checked, "var", &a->var, table, entries, moments) < 0 ||
+        check_buffer(checked, "constant_mean", &a->constant_mean, table, channels, OPTIONAL) < 0 ||
+        check_buffer(checked, "constant_var", &a->constant_var, table, channels, OPTIONAL) < 0 ||
+        check_buffer(checked, "weight", &a->weight, ANY_FLOAT, channels, OPTIONAL) < 0 ||
+        check_buffer(checked, "bias", &a->bias, ANY_FLOAT, channels, OPTIONAL) < 0 ||
+        check_buffer(checked, "mean_weight", &a->mean_weight, ANY_FLOAT, gates->count, 0) < 0 ||
+        check_buffer(checked, "var_weight", &a->var_weight, ANY_FLOAT, gates->count, 0) < 0)
         return -1;
-    if ((s->fixed_mean.values == NULL) != (s->fixed_var.values == NULL)) {
-        PyErr_SetString(PyExc_ValueError, "expected running_mean and running_var together");
+    if ((a->constant_mean.count < 0) != (a->constant_var.count < 0)) {
+        PyErr_SetString(PyExc_ValueError, "expected constant_mean and constant_var together");
         return -1;
     }
     return 0;
 }
 
-/* `measured` is WRITTEN where the moments of x are written, and 0 where they are read. Returns the kind of x. */
-static int read_job(PyObject *const *args, Py_ssize_t count, Py_ssize_t wanted, Job *j, Buffers *buffers, int measured) {
-    if (count != wanted) {
-        PyErr_Format(PyExc_TypeError, "expected %zd arguments, got %zd", wanted, count);
+static int check_forward(const LayerArguments *a, CheckedBuffers *checked) {
+    const Py_ssize_t all = a->samples * a->channels * a->positions;
+    const int table = a->dtype == DOUBLE ? DOUBLE : FLOAT, batch = WRITTEN | OPTIONAL;
+    if (check_buffer(checked, "y", &a->y, (int)a->dtype, all, WRITTEN) < 0 ||
+        check_buffer(checked, "batch_mean", &a->batch_mean, table, a->channels, batch) < 0 ||
+        check_buffer(checked, "batch_var", &a->batch_var, table, a->channels, batch) < 0)
         return -1;
-    }
-    memset(j, 0, sizeof *j);
-    buffers->count = 0;
-    Site *s = &j->site;
-    const long kind = PyLong_AsLong(args[0]);
-    s->samples = PyLong_AsSsize_t(args[1]);
-    s->channels = PyLong_AsSsize_t(args[2]);
-    s->positions = PyLong_AsSsize_t(args[3]);
-    j->by_channel = PyObject_IsTrue(args[4]) || s->positions == 1;
-    j->threads = PyLong_AsSsize_t(args[5]);
-    j->gates.softmax = PyObject_IsTrue(args[30]);
-    const long order = PyLong_AsLong(args[31]);
-    s->eps = PyFloat_AsDouble(args[32]);
-    if (PyErr_Occurred())
-        return -1;
-    if (kind < 0 || kind >= KINDS || s->samples < 1 || s->channels < 1 || s->positions < 1 ||
-        product(product(s->samples, s->channels), s->positions) < 0) {
-        PyErr_SetString(PyExc_ValueError, "expected a kind of number and a shape without zeros");
-        return -1;
-    }
-    if (read_order(order, &j->gates) < 0 ||
-        read_tables(args + 6, kind == DOUBLE ? DOUBLE : FLOAT, j, buffers, measured) < 0)
-        return -1;
-    j->passes = widest((int)kind);
-    j->sums_of_rows = s->positions < WIDE ? PASSES[kind] : j->passes;
-    return (int)kind;
+    return check_overlap(checked);
 }
 
-static Py_ssize_t least(Py_ssize_t a, Py_ssize_t b) { return a < b ? a : b; }
+/* The gradient of a gate has the dtype of its parameter; those of weight and bias have the dtype of the tables. */
+static int check_backward(const LayerArguments *a, const Gates *gates, CheckedBuffers *checked) {
+    const Py_ssize_t all = a->samples * a->channels * a->positions;
+    const int table = a->dtype == DOUBLE ? DOUBLE : FLOAT, result = WRITTEN | OPTIONAL;
+    if (check_buffer(checked, "dy", &a->dy, (int)a->dtype, all, 0) < 0 ||
+        check_buffer(checked, "dx", &a->dx, (int)a->dtype, all, result) < 0 ||
+        check_buffer(checked, "mean_weight_gradient", &a->mean_weight_gradient, gates->mean.dtype, gates->count,
+                     result) < 0 ||
+        check_buffer(checked, "var_weight_gradient", &a->var_weight_gradient, gates->var.dtype, gates->count, result) <
+            0 ||
+        check_buffer(checked, "weight_gradient", &a->weight_gradient, table, a->channels, result) < 0 ||
+        check_buffer(checked, "bias_gradient", &a->bias_gradient, table, a->channels, result) < 0)
+        return -1;
+    return check_overlap(checked);
+}
 
-static Py_ssize_t most(Py_ssize_t a, Py_ssize_t b) { return a > b ? a : b; }
+/* Check the arguments of both passes and fill the job. */
+static int read_job(const LayerArguments *a, Job *j, CheckedBuffers *checked, int moments) {
+    Site *s = &j->site;
+    memset(j, 0, sizeof *j);
+    checked->count = 0;
+    if (check_shape(a) < 0 || read_order(a->branch_order, &j->gates) < 0 ||
+        check_layer(a, &j->gates, checked, moments) < 0)
+        return -1;
+    s->samples = a->samples;
+    s->channels = a->channels;
+    s->positions = a->positions;
+    s->eps = a->eps;
+    s->mean = a->mean.table;
+    s->var = a->var.table;
+    s->constant_mean = a->constant_mean.table;
+    s->constant_var = a->constant_var.table;
+    s->weight = a->weight.table;
+    s->bias = a->bias.table;
+    j->gates.softmax = a->softmax != 0;
+    j->gates.mean = a->mean_weight.table;
+    j->gates.var = a->var_weight.table;
+    j->channels_last = a->channels_last || a->positions == 1;
+    j->threads = a->threads;
+    j->passes = widest((int)a->dtype);
+    j->row_passes = a->positions < SHORT_ROW ? PASSES[a->dtype] : j->passes;
+    j->x = a->x.table.values;
+    return 0;
+}
 
-/* Read the gates, settle how the work is cut, allocate. */
-static double *prepare(Job *j, int with_pulls) {
+/* --- the functions of the module ----------------------------------------------------------------------------- */
+
+static Py_ssize_t minimum(Py_ssize_t a, Py_ssize_t b) { return a < b ? a : b; }
+
+static Py_ssize_t maximum(Py_ssize_t a, Py_ssize_t b) { return a > b ? a : b; }
+
+/* Read the gates, divide the work and allocate memory. */
+static double *prepare_job(Job *j, int with_terms) {
     Site *s = &j->site;
     const Py_ssize_t sample = s->channels * s->positions;
-    j->segments = most(1, least(least(sample / SEGMENT, SEGMENTS / s->samples), s->positions));
-    j->threads = most(1, least(j->threads, s->samples * sample / GRAIN));
+    j->segments = maximum(1, minimum(minimum(sample / SEGMENT, SEGMENTS / s->samples), s->positions));
+    j->threads = maximum(1, minimum(j->threads, s->samples * sample / GRAIN));
     read_gate(&j->gates, j->gates.mean, s->means);
     read_gate(&j->gates, j->gates.var, s->variances);
-    double *block = allocate(j, with_pulls);
-    if (block != NULL && s->fixed_mean.values != NULL) {
-        load(s->bn_mean, s->fixed_mean, 0, s->channels);
-        load(s->bn_var, s->fixed_var, 0, s->channels);
+    double *block = allocate(j, with_terms);
+    if (block != NULL && s->constant_mean.values != NULL) {
+        load(s->bn_mean, s->constant_mean, 0, s->channels);
+        load(s->bn_var, s->constant_var, 0, s->channels);
     }
     return block;
 }
 
-/* (site..., x, y, bn_mean, bn_var): the forward pass; the site's mean and var (N, C) are written too. */
-static PyObject *normalise(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+/* Run the forward pass; see LayerArguments. Writes y, mean, var and, unless None, batch_mean and batch_var. */
+static PyObject *forward_pass(PyObject *self, PyObject *arguments) {
+    LayerArguments a = {0};
     Job job;
-    Buffers buffers;
-    Table x, y, bn_mean, bn_var;
-    const int kind = read_job(args, count, SITE_ARGUMENTS + 12, &job, &buffers, WRITTEN);
-    if (kind < 0)
-        return NULL;
-    const Py_ssize_t all = job.site.samples * job.site.channels * job.site.positions, each = job.site.channels;
-    const int table_kind = job.site.mean.kind, batch = WRITTEN | OPTIONAL;
-    args += SITE_ARGUMENTS;
-    if (read_buffer(&buffers, args, "x", kind, all, 0, &x) < 0 ||
-        read_buffer(&buffers, args + 3, "y", kind, all, WRITTEN, &y) < 0 ||
-        read_buffer(&buffers, args + 6, "bn_mean", table_kind, each, batch, &bn_mean) < 0 ||
-        read_buffer(&buffers, args + 9, "bn_var", table_kind, each, batch, &bn_var) < 0 || check_overlap(&buffers) < 0)
+    CheckedBuffers checked;
+    if (read_arguments(&forward_signature, arguments, &a) < 0 ||
+        read_job(&a, &job, &checked, WRITTEN) < 0 || check_forward(&a, &checked) < 0)
         return NULL;
     double *block;
     Py_BEGIN_ALLOW_THREADS
-    block = prepare(&job, 0);
+    job.y = a.y.table.values;
+    block = prepare_job(&job, 0);
     if (block != NULL) {
-        job.x = x.values;
-        job.y = y.values;
         forward(&job);
-        store(bn_mean, job.site.bn_mean, each);
-        store(bn_var, job.site.bn_var, each);
+        store(a.batch_mean.table, job.site.bn_mean, a.channels);
+        store(a.batch_var.table, job.site.bn_var, a.channels);
         free(block);
     }
     Py_END_ALLOW_THREADS
@@ -210,41 +273,26 @@ static PyObject *normalise(PyObject *self, PyObject *const *args, Py_ssize_t cou
     Py_RETURN_NONE;
 }
 
-/* (site..., dy, x, dx, mean_point, var_point, weight, bias): the backward pass; gradients of gates are of the kind of
- * these, those of weight and bias of that of the tables. */
-static PyObject *differentiate(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+/* Run the backward pass; see LayerArguments. Writes every gradient that is not None. */
+static PyObject *backward_pass(PyObject *self, PyObject *arguments) {
+    LayerArguments a = {0};
     Job job;
-    Buffers buffers;
-    Table dy, x, dx, mean_point, var_point, weight, bias;
-    const int kind = read_job(args, count, SITE_ARGUMENTS + 21, &job, &buffers, 0);
-    if (kind < 0)
-        return NULL;
-    const Py_ssize_t all = job.site.samples * job.site.channels * job.site.positions, each = job.site.channels;
-    const Gates *gates = &job.gates;
-    const int table_kind = job.site.mean.kind, found = WRITTEN | OPTIONAL;
-    args += SITE_ARGUMENTS;
-    if (read_buffer(&buffers, args, "dy", kind, all, 0, &dy) < 0 ||
-        read_buffer(&buffers, args + 3, "x", kind, all, 0, &x) < 0 ||
-        read_buffer(&buffers, args + 6, "gradient of x", kind, all, found, &dx) < 0 ||
-        read_buffer(&buffers, args + 9, "gradient of mean_weight", gates->mean.kind, gates->count, found, &mean_point) < 0 ||
-        read_buffer(&buffers, args + 12, "gradient of var_weight", gates->var.kind, gates->count, found, &var_point) < 0 ||
-        read_buffer(&buffers, args + 15, "gradient of weight", table_kind, each, found, &weight) < 0 ||
-        read_buffer(&buffers, args + 18, "gradient of bias", table_kind, each, found, &bias) < 0 ||
-        check_overlap(&buffers) < 0)
+    CheckedBuffers checked;
+    if (read_arguments(&backward_signature, arguments, &a) < 0 || read_job(&a, &job, &checked, 0) < 0 ||
+        check_backward(&a, &job.gates, &checked) < 0)
         return NULL;
     double *block;
     Py_BEGIN_ALLOW_THREADS
-    block = prepare(&job, 1);
+    job.dy = a.dy.table.values;
+    job.y = a.dx.table.values;
+    block = prepare_job(&job, 1);
     if (block != NULL) {
         const Site *s = &job.site;
-        job.dy = dy.values;
-        job.x = x.values;
-        job.y = dx.values;
         backward(&job);
-        write_gate(gates, s->means, job.pulls.means, mean_point);
-        write_gate(gates, s->variances, job.pulls.variances, var_point);
-        store(weight, job.pulls.weight, each);
-        store(bias, job.pulls.bias, each);
+        write_gate(&job.gates, s->means, job.terms.means, a.mean_weight_gradient.table);
+        write_gate(&job.gates, s->variances, job.terms.variances, a.var_weight_gradient.table);
+        store(a.weight_gradient.table, job.terms.weight, a.channels);
+        store(a.bias_gradient.table, job.terms.bias, a.channels);
         free(block);
     }
     Py_END_ALLOW_THREADS
@@ -253,43 +301,54 @@ static PyObject *differentiate(PyObject *self, PyObject *const *args, Py_ssize_t
     Py_RETURN_NONE;
 }
 
-/* (channels, momentum, factor, mean, var, running_mean, running_var, address and length of the count): running statistics
- * moved towards mean and factor var, and the count of batches, if there is one, by one. As BN moves them, so that an
- * infinite one stays infinite: the difference of two infinities would be none. */
-static PyObject *record(PyObject *self, PyObject *const *args, Py_ssize_t count) {
-    if (count != 17) {
-        PyErr_Format(PyExc_TypeError, "expected 17 arguments, got %zd", count);
+/* num_batches_tracked has 1 element of int64, or is None; the other buffers are (C,). */
+typedef struct {
+    Py_ssize_t channels;
+    double momentum, var_factor;
+    Buffer mean, var, running_mean, running_var, num_batches_tracked;
+} UpdateArguments;
+
+#undef FIELD
+#define FIELD(type, name) {#name, type, offsetof(UpdateArguments, name)}
+
+static const Argument update_arguments[] = {
+    FIELD(INTEGER, channels),   FIELD(REAL, momentum),
+    FIELD(REAL, var_factor),    FIELD(BUFFER, mean),
+    FIELD(BUFFER, var),         FIELD(BUFFER, running_mean),
+    FIELD(BUFFER, running_var), FIELD(BUFFER, num_batches_tracked),
+};
+
+static Signature update_signature = SIGNATURE(update_arguments);
+
+static int check_update(const UpdateArguments *a) {
+    CheckedBuffers checked = {.count = 0};
+    if (check_buffer(&checked, "mean", &a->mean, ANY_FLOAT, a->channels, 0) < 0 ||
+        check_buffer(&checked, "var", &a->var, ANY_FLOAT, a->channels, 0) < 0 ||
+        check_buffer(&checked, "running_mean", &a->running_mean, ANY_FLOAT, a->channels, WRITTEN) < 0 ||
+        check_buffer(&checked, "running_var", &a->running_var, ANY_FLOAT, a->channels, WRITTEN) < 0 ||
+        check_buffer(&checked, "num_batches_tracked", &a->num_batches_tracked, INT64, 1, WRITTEN | OPTIONAL) < 0)
+        return -1;
+    return check_overlap(&checked);
+}
+
+/* Update running statistics; see UpdateArguments. The new value is (1 - momentum) old + momentum new, as BN computes
+ * it: an infinite value stays infinite, while old + momentum (new - old) would give NaN. */
+static PyObject *update_running(PyObject *self, PyObject *arguments) {
+    UpdateArguments a = {0};
+    if (read_arguments(&update_signature, arguments, &a) < 0 || check_update(&a) < 0)
         return NULL;
+    const double momentum = a.momentum, rest = 1 - momentum;
+    const Table running_mean = a.running_mean.table, running_var = a.running_var.table;
+    for (Py_ssize_t c = 0; c < a.channels; c++) {
+        put(running_mean, c, rest * get(running_mean, c) + momentum * get(a.mean.table, c));
+        put(running_var, c, rest * get(running_var, c) + momentum * (a.var_factor * get(a.var.table, c)));
     }
-    const Py_ssize_t channels = PyLong_AsSsize_t(args[0]);
-    const double momentum = PyFloat_AsDouble(args[1]), factor = PyFloat_AsDouble(args[2]), rest = 1 - momentum;
-    int64_t *batches = PyLong_AsVoidPtr(args[15]);
-    const Py_ssize_t counts = PyLong_AsSsize_t(args[16]);
-    Buffers buffers = {.count = 0};
-    Table mean, var, running_mean, running_var;
-    if (batches != NULL)
-        buffers.all[buffers.count++] = (Buffer){"num_batches_tracked", {batches, DOUBLE}, 1, WRITTEN};
-    if (PyErr_Occurred() ||
-        read_buffer(&buffers, args + 3, "mean of the batch", ANY_KIND, channels, 0, &mean) < 0 ||
-        read_buffer(&buffers, args + 6, "variance of the batch", ANY_KIND, channels, 0, &var) < 0 ||
-        read_buffer(&buffers, args + 9, "running_mean", ANY_KIND, channels, WRITTEN, &running_mean) < 0 ||
-        read_buffer(&buffers, args + 12, "running_var", ANY_KIND, channels, WRITTEN, &running_var) < 0 ||
-        check_overlap(&buffers) < 0)
-        return NULL;
-    if (batches != NULL && counts != 1) {
-        PyErr_Format(PyExc_ValueError, "num_batches_tracked should contain 1 element not %zd", counts);
-        return NULL;
-    }
-    for (Py_ssize_t c = 0; c < channels; c++) {
-        put(running_mean, c, rest * get(running_mean, c) + momentum * get(mean, c));
-        put(running_var, c, rest * get(running_var, c) + momentum * (factor * get(var, c)));
-    }
-    if (batches != NULL)
-        ++*batches;
+    if (a.num_batches_tracked.count == 1)
+        ++*(int64_t *)a.num_batches_tracked.table.values;
     Py_RETURN_NONE;
 }
 
-/* (GOMP_parallel, omp_get_thread_num, omp_get_num_threads): the entry points, as addresses. */
+/* Use torch's threads. Arguments: the addresses of GOMP_parallel, omp_get_thread_num and omp_get_num_threads. */
 static PyObject *use_threads(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     void *entry[3];
     if (count != 3) {
@@ -306,17 +365,24 @@ static PyObject *use_threads(PyObject *self, PyObject *const *args, Py_ssize_t c
     Py_RETURN_NONE;
 }
 
-#define METHOD(function) {#function, (PyCFunction)(void (*)(void))function, METH_FASTCALL, NULL}
+#define METHOD(name, function, flags) {name, (PyCFunction)(void (*)(void))function, flags, NULL}
 
 static PyMethodDef methods[] = {
-    METHOD(normalise), METHOD(differentiate), METHOD(record), METHOD(use_threads), {NULL, NULL, 0, NULL},
+    METHOD("forward", forward_pass, METH_O),
+    METHOD("backward", backward_pass, METH_O),
+    METHOD("update_running", update_running, METH_O),
+    METHOD("use_threads", use_threads, METH_FASTCALL),
+    {NULL, NULL, 0, NULL},
 };
 
 static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_compiled", NULL, -1, methods, NULL, NULL, NULL, NULL};
 
 PyMODINIT_FUNC PyInit__compiled(void) {
-    PyObject *made = PyModule_Create(&module);
-    if (made != NULL && PyModule_AddIntConstant(made, "INTERFACE", INTERFACE) < 0)
-        Py_CLEAR(made);
-    return made;
+    if (intern_names(&forward_signature) < 0 || intern_names(&backward_signature) < 0 ||
+        intern_names(&update_signature) < 0)
+        return NULL;
+    PyObject *created = PyModule_Create(&module);
+    if (created != NULL && PyModule_AddIntConstant(created, "INTERFACE", INTERFACE) < 0)
+        Py_CLEAR(created);
+    return created;
 }

@@ -1,9 +1,12 @@
-/* The passes over activations stored as T, computed with as A and, in the sums of backward over rows, as S: rows of positions where contiguous, columns (rows of
- * channels) where channels_last.
+/* Loops over an activation: moments, affine pass, gradient sums and input gradient.
  *
- * Included once for every kind of number. Sums are taken in A over a few values, and in double over those, around the
- * first value: a large mean costs no digits. Where it turns out to be far from all others, they are taken again around
- * the mean.
+ * T is the stored type, A the type of the arithmetic, S that of the gradient sums over rows. A contiguous activation is
+ * a list of rows (all positions of one channel); a channels_last activation is a list of columns (all channels of one
+ * position). instantiate.h includes this file once for each dtype.
+ *
+ * Sums add a few values in A and their results in double. Values are taken relative to the first one, so that a large
+ * mean costs no digits; if the first one turns out to be far from the others, the sums are computed again around the
+ * mean.
  */
 
 /* Sums over a row of x - origin and of its square. */
@@ -14,46 +17,47 @@ INLINE void NAME(row_squares)(const T *x, Py_ssize_t positions, A origin, double
         A s = 0, q = 0;
 #pragma omp simd reduction(+ : s, q)
         for (Py_ssize_t i = block; i < end; i++) {
-            const A away = LOAD(x[i]) - origin;
-            s += away;
-            q += away * away;
+            const A deviation = LOAD(x[i]) - origin;
+            s += deviation;
+            q += deviation * deviation;
         }
         *sum += (double)s;
         *squares += (double)q;
     }
 }
 
-/* Mean and variance of each of `channels` rows, stored from `at` on. */
-CLONES static void NAME(row_moments)(const void *from, Py_ssize_t channels, Py_ssize_t positions, Table means,
+/* Mean and variance of `channels` rows, stored at index `at` and after. */
+CLONES static void NAME(row_moments)(const void *source, Py_ssize_t channels, Py_ssize_t positions, Table means,
                                      Table variances, Py_ssize_t at) {
-    const T *x = from;
+    const T *x = source;
     A *mean = (A *)means.values + at, *var = (A *)variances.values + at;
     const double share = 1 / (double)positions;
     for (Py_ssize_t c = 0; c < channels; c++, x += positions) {
         const A first = LOAD(x[0]);
         double sum, squares;
         NAME(row_squares)(x, positions, first, &sum, &squares);
-        const double centre = sum * share, spread = spread_of(squares * share, centre);
+        const double centre = sum * share, spread = variance_around(squares * share, centre);
         mean[c] = (A)((double)first + centre);
         var[c] = (A)fmax(spread, 0);
-        if (!(squares * share <= DOUBTFUL(A) * spread)) {
+        if (!(squares * share <= CANCELLATION_LIMIT(A) * spread)) {
             NAME(row_squares)(x, positions, mean[c], &sum, &squares);
-            var[c] = (A)spread_of(squares * share, sum * share);
+            var[c] = (A)variance_around(squares * share, sum * share);
         }
     }
 }
 
-/* A row of the activation as A. */
-CLONES static void NAME(origin)(const void *from, Py_ssize_t channels, void *to) {
+/* One column of the activation, converted to A. */
+CLONES static void NAME(first_column)(const void *source, Py_ssize_t channels, void *target) {
 #pragma omp simd
     for (Py_ssize_t c = 0; c < channels; c++)
-        ((A *)to)[c] = LOAD(((const T *)from)[c]);
+        ((A *)target)[c] = LOAD(((const T *)source)[c]);
 }
 
-/* Sums over positions of x - origin and of its square, for each channel. `scratch` is for 2 C numbers. */
-CLONES static void NAME(column_squares)(const void *from, const void *origin, Py_ssize_t channels, Py_ssize_t positions,
-                                        double *restrict sum, double *restrict squares, double *scratch) {
-    const T *x = from;
+/* Sums over positions of x - origin and of its square, for each channel. `scratch` has 2 C numbers. */
+CLONES static void NAME(column_squares)(const void *source, const void *origin, Py_ssize_t channels,
+                                        Py_ssize_t positions, double *restrict sum, double *restrict squares,
+                                        double *scratch) {
+    const T *x = source;
     const A *restrict first = origin;
     A *restrict s = (A *)scratch, *restrict q = s + channels;
     memset(sum, 0, (size_t)channels * sizeof(double));
@@ -62,7 +66,7 @@ CLONES static void NAME(column_squares)(const void *from, const void *origin, Py
         const Py_ssize_t end = positions - block < BLOCK ? positions - block : BLOCK;
         memset(s, 0, (size_t)(2 * channels) * sizeof(A));
         Py_ssize_t i = 0;
-        for (; i + 4 <= end; i += 4, x += 4 * channels) /* sums are read and written once for four rows */
+        for (; i + 4 <= end; i += 4, x += 4 * channels) /* four positions for each access to the sums */
 #pragma omp simd
             for (Py_ssize_t c = 0; c < channels; c++) {
                 const A f = first[c], one = LOAD(x[c]) - f, two = LOAD(x[channels + c]) - f;
@@ -73,9 +77,9 @@ CLONES static void NAME(column_squares)(const void *from, const void *origin, Py
         for (; i < end; i++, x += channels)
 #pragma omp simd
             for (Py_ssize_t c = 0; c < channels; c++) {
-                const A away = LOAD(x[c]) - first[c];
-                s[c] += away;
-                q[c] += away * away;
+                const A deviation = LOAD(x[c]) - first[c];
+                s[c] += deviation;
+                q[c] += deviation * deviation;
             }
 #pragma omp simd
         for (Py_ssize_t c = 0; c < channels; c++) {
@@ -85,56 +89,57 @@ CLONES static void NAME(column_squares)(const void *from, const void *origin, Py
     }
 }
 
-/* Mean and variance of each column of a sample out of these sums, stored from `at` on. `scratch` is for 3 C. */
-CLONES static void NAME(column_moments)(const void *from, Py_ssize_t channels, Py_ssize_t positions,
+/* Mean and variance of each channel of a sample, from these sums; stored at index `at` and after. `scratch` has 3 C
+ * numbers. */
+CLONES static void NAME(column_moments)(const void *source, Py_ssize_t channels, Py_ssize_t positions,
                                         double *restrict sum, double *restrict squares, Table means, Table variances,
                                         Py_ssize_t at, double *scratch) {
-    const T *x = from;
+    const T *x = source;
     A *restrict mean = (A *)means.values + at, *restrict var = (A *)variances.values + at;
     const double share = 1 / (double)positions;
-    int doubtful = 0;
-#pragma omp simd reduction(| : doubtful)
+    int cancels = 0;
+#pragma omp simd reduction(| : cancels)
     for (Py_ssize_t c = 0; c < channels; c++) {
-        const double centre = sum[c] * share, square = squares[c] * share, spread = spread_of(square, centre);
+        const double centre = sum[c] * share, square = squares[c] * share, spread = variance_around(square, centre);
         mean[c] = (A)((double)LOAD(x[c]) + centre);
         var[c] = (A)(spread > 0 ? spread : 0);
-        doubtful |= !(square <= DOUBTFUL(A) * spread);
+        cancels |= !(square <= CANCELLATION_LIMIT(A) * spread);
     }
-    if (!doubtful || positions == 1)
+    if (!cancels || positions == 1)
         return;
-    NAME(column_squares)(from, mean, channels, positions, sum, squares, scratch);
+    NAME(column_squares)(source, mean, channels, positions, sum, squares, scratch);
 #pragma omp simd
     for (Py_ssize_t c = 0; c < channels; c++) {
-        var[c] = (A)spread_of(squares[c] * share, sum[c] * share);
+        var[c] = (A)variance_around(squares[c] * share, sum[c] * share);
     }
 }
 
-/* y = scale (x - centre) + shift. x minus the rounded centre is exact where it matters; what the rounding left out goes
- * into the shift. */
-CLONES static void NAME(affine_rows)(const void *from, void *to, Py_ssize_t channels, Py_ssize_t positions,
+/* y = scale (x - centre) + shift. The centre is rounded to A, which makes x - centre exact where x is close to it; the
+ * shift contains the rounding error. */
+CLONES static void NAME(affine_rows)(const void *source, void *target, Py_ssize_t channels, Py_ssize_t positions,
                                      const double *scale, const double *shift, const double *centre, double *scratch) {
-    const T *x = from;
-    T *restrict y = to;
+    const T *x = source;
+    T *restrict y = target;
     for (Py_ssize_t c = 0; c < channels; c++, x += positions, y += positions) {
-        const A a = (A)quiet(scale[c]), m = (A)quiet(centre[c]);
-        const A b = (A)quiet(shift[c] + left_out((double)m, centre[c]) * scale[c]);
+        const A a = (A)quiet_nan(scale[c]), m = (A)quiet_nan(centre[c]);
+        const A b = (A)quiet_nan(shift[c] + rounding_error((double)m, centre[c]) * scale[c]);
 #pragma omp simd
         for (Py_ssize_t i = 0; i < positions; i++)
             y[i] = STORE((LOAD(x[i]) - m) * a + b);
     }
 }
 
-CLONES static void NAME(affine_columns)(const void *from, void *to, Py_ssize_t channels, Py_ssize_t positions,
+CLONES static void NAME(affine_columns)(const void *source, void *target, Py_ssize_t channels, Py_ssize_t positions,
                                         const double *scale, const double *shift, const double *centre,
                                         double *scratch) {
-    const T *x = from;
-    T *restrict y = to;
+    const T *x = source;
+    T *restrict y = target;
     A *restrict a = (A *)scratch, *restrict b = a + channels, *restrict m = b + channels;
 #pragma omp simd
     for (Py_ssize_t c = 0; c < channels; c++) {
-        a[c] = (A)quiet(scale[c]);
-        m[c] = (A)quiet(centre[c]);
-        b[c] = (A)quiet(shift[c] + left_out((double)m[c], centre[c]) * scale[c]);
+        a[c] = (A)quiet_nan(scale[c]);
+        m[c] = (A)quiet_nan(centre[c]);
+        b[c] = (A)quiet_nan(shift[c] + rounding_error((double)m[c], centre[c]) * scale[c]);
     }
     for (Py_ssize_t i = 0; i < positions; i++, x += channels, y += channels)
 #pragma omp simd
@@ -143,9 +148,9 @@ CLONES static void NAME(affine_columns)(const void *from, void *to, Py_ssize_t c
 }
 
 /* Sums over positions of dy and of dy (x - centre). */
-CLONES static void NAME(row_sums)(const void *gradient, const void *from, Py_ssize_t channels, Py_ssize_t positions,
+CLONES static void NAME(row_sums)(const void *gradient, const void *source, Py_ssize_t channels, Py_ssize_t positions,
                                   const double *centre, double *sum, double *product, double *scratch) {
-    const T *dy = gradient, *x = from;
+    const T *dy = gradient, *x = source;
     for (Py_ssize_t c = 0; c < channels; c++, x += positions, dy += positions) {
         const A m = (A)centre[c];
         double total = 0, by_x = 0;
@@ -154,22 +159,22 @@ CLONES static void NAME(row_sums)(const void *gradient, const void *from, Py_ssi
             S s = 0, q = 0;
 #pragma omp simd reduction(+ : s, q)
             for (Py_ssize_t i = block; i < end; i++) {
-                const S given = (S)LOAD(dy[i]);
-                s += given;
-                q += given * ((S)LOAD(x[i]) - (S)m);
+                const S gradient_value = (S)LOAD(dy[i]);
+                s += gradient_value;
+                q += gradient_value * ((S)LOAD(x[i]) - (S)m);
             }
             total += (double)s;
             by_x += (double)q;
         }
         sum[c] = total;
-        product[c] = by_x + total * left_out((double)m, centre[c]); /* what rounding the centre left out */
+        product[c] = by_x + total * rounding_error((double)m, centre[c]); /* correct for the rounded centre */
     }
 }
 
-CLONES static void NAME(column_sums)(const void *gradient, const void *from, Py_ssize_t channels, Py_ssize_t positions,
-                                     const double *centre, double *restrict sum, double *restrict product,
-                                     double *scratch) {
-    const T *dy = gradient, *x = from;
+CLONES static void NAME(column_sums)(const void *gradient, const void *source, Py_ssize_t channels,
+                                     Py_ssize_t positions, const double *centre, double *restrict sum,
+                                     double *restrict product, double *scratch) {
+    const T *dy = gradient, *x = source;
     A *restrict m = (A *)scratch, *restrict s = m + channels, *restrict q = s + channels;
     memset(sum, 0, (size_t)channels * sizeof(double));
     memset(product, 0, (size_t)channels * sizeof(double));
@@ -192,9 +197,9 @@ CLONES static void NAME(column_sums)(const void *gradient, const void *from, Py_
         for (; i < end; i++, x += channels, dy += channels)
 #pragma omp simd
             for (Py_ssize_t c = 0; c < channels; c++) {
-                const A given = LOAD(dy[c]);
-                s[c] += given;
-                q[c] += given * (LOAD(x[c]) - m[c]);
+                const A gradient_value = LOAD(dy[c]);
+                s[c] += gradient_value;
+                q[c] += gradient_value * (LOAD(x[c]) - m[c]);
             }
 #pragma omp simd
         for (Py_ssize_t c = 0; c < channels; c++) {
@@ -203,36 +208,39 @@ CLONES static void NAME(column_sums)(const void *gradient, const void *from, Py_
         }
     }
 #pragma omp simd
-    for (Py_ssize_t c = 0; c < channels; c++) /* what rounding the centre left out */
-        product[c] += sum[c] * left_out((double)m[c], centre[c]);
+    for (Py_ssize_t c = 0; c < channels; c++) /* correct for the rounded centre */
+        product[c] += sum[c] * rounding_error((double)m[c], centre[c]);
 }
 
 /* dx = scale dy + slope (x - centre) + shift. */
-CLONES static void NAME(combine_rows)(const void *gradient, const void *from, void *to, Py_ssize_t channels,
-                                      Py_ssize_t positions, const double *scale, const double *slope,
-                                      const double *shift, const double *centre, double *scratch) {
-    const T *dy = gradient, *x = from;
-    T *restrict dx = to;
+CLONES static void NAME(input_gradient_rows)(const void *gradient, const void *source, void *target,
+                                             Py_ssize_t channels, Py_ssize_t positions, const double *scale,
+                                             const double *slope, const double *shift, const double *centre,
+                                             double *scratch) {
+    const T *dy = gradient, *x = source;
+    T *restrict dx = target;
     for (Py_ssize_t c = 0; c < channels; c++, x += positions, dy += positions, dx += positions) {
-        const A a = (A)quiet(scale[c]), b = (A)quiet(slope[c]), d = (A)quiet(shift[c]), m = (A)quiet(centre[c]);
+        const A a = (A)quiet_nan(scale[c]), b = (A)quiet_nan(slope[c]), d = (A)quiet_nan(shift[c]),
+                m = (A)quiet_nan(centre[c]);
 #pragma omp simd
         for (Py_ssize_t i = 0; i < positions; i++)
             dx[i] = STORE(a * LOAD(dy[i]) + (b * (LOAD(x[i]) - m) + d));
     }
 }
 
-CLONES static void NAME(combine_columns)(const void *gradient, const void *from, void *to, Py_ssize_t channels,
-                                         Py_ssize_t positions, const double *scale, const double *slope,
-                                         const double *shift, const double *centre, double *scratch) {
-    const T *dy = gradient, *x = from;
-    T *restrict dx = to;
+CLONES static void NAME(input_gradient_columns)(const void *gradient, const void *source, void *target,
+                                                Py_ssize_t channels, Py_ssize_t positions, const double *scale,
+                                                const double *slope, const double *shift, const double *centre,
+                                                double *scratch) {
+    const T *dy = gradient, *x = source;
+    T *restrict dx = target;
     A *restrict a = (A *)scratch, *restrict b = a + channels, *restrict d = b + channels, *restrict m = d + channels;
 #pragma omp simd
     for (Py_ssize_t c = 0; c < channels; c++) {
-        a[c] = (A)quiet(scale[c]);
-        b[c] = (A)quiet(slope[c]);
-        d[c] = (A)quiet(shift[c]);
-        m[c] = (A)quiet(centre[c]);
+        a[c] = (A)quiet_nan(scale[c]);
+        b[c] = (A)quiet_nan(slope[c]);
+        d[c] = (A)quiet_nan(shift[c]);
+        m[c] = (A)quiet_nan(centre[c]);
     }
     for (Py_ssize_t i = 0; i < positions; i++, x += channels, dy += channels, dx += channels)
 #pragma omp simd
@@ -243,12 +251,12 @@ CLONES static void NAME(combine_columns)(const void *gradient, const void *from,
 static const Passes NAME(passes) = {
     sizeof(T),
     NAME(row_moments),
-    NAME(origin),
+    NAME(first_column),
     NAME(column_squares),
     NAME(column_moments),
     {NAME(affine_rows), NAME(affine_columns)},
     {NAME(row_sums), NAME(column_sums)},
-    {NAME(combine_rows), NAME(combine_columns)},
+    {NAME(input_gradient_rows), NAME(input_gradient_columns)},
 };
 #undef T
 #undef A
