@@ -19,13 +19,12 @@ from normswap.checkpoints.content.entries import (
     find_master_weights,
     format_key_path,
     get_entry,
-    insert_gates,
     is_training_key_path,
     replace_entries,
 )
 from normswap.checkpoints.content.key_prefixes import StoredNames, match_names_and_copies
 from normswap.checkpoints.content.optimizer_ownership import Network, add_owned_gates
-from normswap.checkpoints.content.optimizer_state import StateDict, matches_groups, scheduler_with_gates
+from normswap.checkpoints.content.optimizer_state import StateDict, insert_gates, matches_groups, scheduler_with_gates
 from normswap.checkpoints.content.state_dict import copy_metadata, insert_tensors
 from normswap.checkpoints.loading import Checkpoint
 from normswap.errors import CheckpointError, PlanError, SwapError

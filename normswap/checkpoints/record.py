@@ -1,38 +1,47 @@
-"""The record: what travels in a file beside the tensors - architecture, plan, proof, history.
+"""The record that a file carries next to the tensors: architecture, plan, verification result, history.
 
-Plain JSON: no tensor, no code, nothing that runs when it is read. What a record says is data from a file and is
-checked like any other.
+A record is plain JSON: it has no tensor and no code, so reading one runs nothing. It comes from a file, so
+`Record.from_json` checks every field against its annotation, as `normswap.schema` does for recipes and plans.
 """
 
 import json
 import unicodedata
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from hashlib import sha256
 from importlib.metadata import version
-from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Self, TypeVar
 
 import torch
 
-from normswap.errors import CheckpointError, PlanError
+from normswap.errors import CheckpointError
 from normswap.renamed import old_names
+from normswap.schema import read_record, read_value
 from normswap.surgery.plan import SwapPlan
 from normswap.verification.equivalence import Check, Verification, parse_floats
 from normswap.verification.site_watch import SiteError
 
 _VERSION = version("normswap")
 
-# Of a record of one network it is 1, which older versions of normswap read.
+# A record of one network is written as version 1, which older versions of normswap read.
 RECORD_VERSION = 2
 
 Payload = Literal["state dict", "module", "program"]
+_AnyRecord = TypeVar("_AnyRecord", bound="Record | NetworkRecord")
 
 
 @dataclass(frozen=True)
 class Step:
-    """One thing that was done to a model: what, when (UTC), by which normswap, from which file of which SHA-256, and
-    with what, such as the data.
+    """One operation on a model.
+
+    Attributes:
+        action: what was done, such as `"converted"`.
+        date: when, in UTC, as ISO 8601.
+        normswap: the version of normswap.
+        source: the name of the file that was read.
+        sha256: the SHA-256 of that file, as hexadecimal digits.
+        detail: what else was used, such as the data.
     """
 
     action: str
@@ -46,14 +55,14 @@ class Step:
     def now(
         cls, action: str, *, source: str | None = None, sha256: str | None = None, detail: str | None = None
     ) -> Self:
-        """Return a step of this moment, done by this version."""
+        """Return a step with the present time and version; unprintable characters become `?`."""
         date = datetime.now(UTC).isoformat(timespec="seconds")
         return cls(action, date, _VERSION, _replace_unprintable(source), sha256, _replace_unprintable(detail))
 
 
 @dataclass(frozen=True)
 class OriginalNorm:
-    """What a site was: its class, eps and momentum (None where the norm has none), and whether it was frozen."""
+    """The norm that a site had: class, eps and momentum (None if the norm has none), and whether it was frozen."""
 
     class_name: str
     eps: float | None
@@ -63,7 +72,7 @@ class OriginalNorm:
 
 @dataclass(frozen=True)
 class NetworkRecord:
-    """What a record says of one network in a file of several; the fields are those of `Record`."""
+    """The record of one further network in a file with several; the fields are those of `Record`."""
 
     payload: Payload
     architecture: str | None = None
@@ -75,14 +84,22 @@ class NetworkRecord:
 
 @dataclass(frozen=True)
 class Record:
-    """What a file says of the model in it.
+    """The metadata of a converted model that a checkpoint file carries.
 
-    `payload` is what the tensors are held in, `architecture` what builds the model (`timm:resnet50`), `verification`
-    the proof, `originals` what each site was, by fqn, `entry` where the converted weights lie in a file of several
-    models, `stored_as` the name of a site in the file if that is another one than its fqn. `tied` maps a tensor's key
-    to the key under which its value is stored, `channels_last` names the tensors of that memory format: only
-    safetensors, which knows neither, needs them. `fingerprint` seals record and content. `networks` are further
-    converted networks of the file by their entry.
+    Attributes:
+        payload: what the file contains: a state dict, a pickled module or an exported program.
+        architecture: what builds the model, such as `timm:resnet50`.
+        plan: the swaps and skips of the conversion.
+        verification: how the converted model compared with the original.
+        history: the operations, oldest first.
+        tied: for safetensors, which has no tied tensors: the key of a tensor -> the key that stores its value.
+        channels_last: for safetensors, which has no memory formats: the keys of tensors in this format.
+        originals: the norm that each site had, by fqn.
+        entry: the key path of the converted weights in a file with several networks.
+        stored_as: the name of a site in the file, by fqn, if the two differ.
+        fingerprint: a SHA-256 of record and content; `check_fingerprint` compares it.
+        normswap, torch: the versions that wrote the file.
+        networks: further converted networks in the file, by entry.
     """
 
     payload: Payload
@@ -102,14 +119,14 @@ class Record:
 
     @property
     def entries(self) -> tuple[str, ...]:
-        """The entries of all converted networks, `""` for the whole content."""
+        """The entries of all converted networks; `""` is the whole content."""
         own = (self.entry or "",) if self.plan is not None else ()
         return (*own, *self.networks)
 
     def for_entry(self, entry: str) -> Self:
-        """Return the same record with this network as its own and the others in `networks`.
+        """Return the same record with the network at `entry` in the top-level fields and the others in `networks`.
 
-        A network that it does not know has no plan and no architecture.
+        If the record has no such network, the top-level fields have neither plan nor architecture.
         """
         if entry == (self.entry or ""):
             return self
@@ -119,7 +136,7 @@ class Record:
         return replace(self, entry=entry or None, networks=networks, **{f: getattr(found, f) for f in _NETWORK_FIELDS})
 
     def to_json(self) -> str:
-        """Return the record as JSON of one line."""
+        """Return the record as one line of JSON."""
         plan = None if self.plan is None else self.plan.to_dict()
         verification = None if self.verification is None else self.verification.to_dict()
         data = {
@@ -138,7 +155,7 @@ class Record:
         return json.dumps(data, allow_nan=False)
 
     def sealed(self, content: str) -> Self:
-        """Return the record with the fingerprint of itself and of a content, whose own fingerprint is `content`."""
+        """Return the record with a fingerprint of itself and of a content, whose own fingerprint is `content`."""
         return replace(self, fingerprint=_compute_fingerprint(json.loads(self.to_json()), content))
 
     @classmethod
@@ -146,131 +163,83 @@ class Record:
         """Return the record in a JSON text.
 
         Raises:
-            CheckpointError: not a record, of a newer version, or a field is unknown or of the wrong kind.
+            CheckpointError: not a record, written by a newer version, or a field is unknown or has the wrong type.
         """
         try:
-            data = _check_printable(json.loads(text))
-            if data.pop("version") > RECORD_VERSION:
-                raise CheckpointError(f"its record is of a newer version than {RECORD_VERSION}: update normswap")
-            return cls(**{name: _FIELD_PARSERS[name](value) for name, value in data.items()})
-        except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError, PlanError) as error:
-            raise CheckpointError(f"its record is damaged ({error}): convert the original file again") from error
+            data = read_value(Mapping[str, Any], _check_printable(json.loads(text)), "record")
+            found = read_value(int, data.pop("version", None), "record.version")
+            if found > RECORD_VERSION:
+                raise CheckpointError(
+                    f"its normswap record has version {found}, expected at most {RECORD_VERSION}: update normswap"
+                )
+            networks = read_value(Mapping[str, Mapping[str, Any]], data.pop("networks", {}), "record.networks")
+            further = {
+                entry: _read_network(NetworkRecord, part, f"record.networks.{entry}")
+                for entry, part in networks.items()
+            }
+            return replace(_read_network(cls, data, "record"), networks=further)
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise CheckpointError(f"invalid normswap record ({error}): convert the original file again") from error
 
 
 def check_fingerprint(text: str, content: str) -> None:
-    """Refuse a record whose own fingerprint does not seal it and a content; one without a fingerprint passes.
+    """Refuse a record and a content that changed since they were written; a record without a fingerprint passes.
+
+    Args:
+        text: the JSON of the record.
+        content: the fingerprint of the content.
 
     Raises:
-        CheckpointError: record or content are not what was written.
+        CheckpointError: the record or the content was modified.
     """
     data = json.loads(text)
     fingerprint = data.get("fingerprint")
     if fingerprint is not None and fingerprint != _compute_fingerprint(data, content):
         raise CheckpointError(
-            "not what normswap wrote: its tensors or its record were changed or damaged since: copy or convert it again"
+            "its tensors or its record changed after normswap wrote the file: copy the file again, or convert it again"
         )
 
 
 def _replace_unprintable(text: str | None) -> str | None:
-    # A file may be called anything; a record holds what can be printed.
+    # The name of a file may have any characters; a record has printable ones only.
     return text and "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def _compute_fingerprint(data: dict[str, Any], content: str) -> str:
-    # Over the JSON as it is stored, so that a version with more fields finds the same.
+    # Computed over the JSON as stored, so that a later version with more fields gets the same value.
     text = json.dumps({**data, "fingerprint": content}, sort_keys=True)
     return sha256(text.encode()).hexdigest()
 
 
 def _check_printable(value: Any) -> Any:
-    """Refuse texts that could rule a terminal or that no terminal can show."""
+    """Refuse strings with characters that control a terminal or that no terminal can show."""
     for part in value.items() if isinstance(value, dict) else value if isinstance(value, list) else ():
         _check_printable(list(part) if isinstance(part, tuple) else part)
     if isinstance(value, str) and any(unicodedata.category(letter) in ("Cc", "Cs") for letter in value):
-        raise ValueError(f"a text with control characters: {value!a:.80}")
+        raise ValueError(f"expected printable text, got control characters in {value!a:.80}")
     return value
 
 
-def _parse_payload(value: Any) -> Payload:
-    if value not in get_args(Payload):
-        raise ValueError(f"payload: unexpected {value!r:.80}")
-    return value  # type: ignore[no-any-return]
+def _read_network(kind: type[_AnyRecord], data: Mapping[str, Any], name: str) -> _AnyRecord:
+    """Read a record of one network; its plan and its verification have readers of their own."""
+    plan, verification = data.get("plan"), data.get("verification")
+    flat = {key: value for key, value in data.items() if key not in ("plan", "verification")}
+    return replace(
+        read_record(kind, flat, name),
+        plan=None if plan is None else SwapPlan.from_dict(plan),
+        verification=None if verification is None else _read_verification(verification, f"{name}.verification"),
+    )
 
 
-def _instance_of(*kinds: type) -> Callable[[Any], Any]:
-    def check(value: Any) -> Any:
-        if not isinstance(value, kinds):
-            raise ValueError(f"expected {' or '.join(kind.__name__ for kind in kinds)}, got {value!r:.80}")
-        return value
-
-    return check
-
-
-def _field_checker(record: type) -> Callable[[Any], dict[str, Any]]:
-    """What checks the fields of a flat dataclass against their annotations; lists are left to others."""
-    hints = get_type_hints(record)
-
-    def check(value: Any) -> dict[str, Any]:
-        for name, item in _instance_of(dict)(value).items():
-            if get_origin(hints[name]) is tuple:
-                continue
-            kinds = get_args(hints[name]) or (hints[name],)
-            if isinstance(item, bool) and bool not in kinds:
-                raise ValueError(f"{name}: unexpected {item!r}")
-            _instance_of(*kinds, *((int,) if float in kinds else ()))(item)
-            if isinstance(item, int):
-                float(item)  # which a number of 400 digits overflows
-        return dict(value)
-
-    return check
-
-
-def _parse_verification(value: Any) -> Verification | None:
-    if value is None:
-        return None
-    data = _field_checker(Verification)(parse_floats(Verification, _instance_of(dict)(value)))
-    data["notes"] = [_instance_of(str)(note) for note in _instance_of(list, tuple)(data.get("notes", ()))]
-    for part, kind in (("checks", Check), ("sites", SiteError)):
-        data[part] = [
-            _field_checker(kind)(parse_floats(kind, _instance_of(dict)(item)))
-            for item in _instance_of(list, tuple)(data[part])
-        ]
-    return Verification.from_dict(data)
-
-
-def _parse_networks(value: Any) -> dict[str, NetworkRecord]:
-    parts = {_instance_of(str)(entry): _instance_of(dict)(part) for entry, part in _instance_of(dict)(value).items()}
-    if any(part.keys() - set(_NETWORK_FIELDS) for part in parts.values()):
-        raise ValueError("networks: an unknown field")
-    return {
-        entry: NetworkRecord(**{name: _FIELD_PARSERS[name](item) for name, item in part.items()})
-        for entry, part in parts.items()
-    }
+def _read_verification(data: Any, name: str) -> Verification:
+    """Read a verification result, in which infinity and NaN are strings, since JSON has neither."""
+    values = parse_floats(Verification, read_value(Mapping[str, Any], data, name))
+    for key, kind in (("checks", Check), ("sites", SiteError)):
+        items = read_value(tuple[Mapping[str, Any], ...], values.get(key, ()), f"{name}.{key}")
+        values[key] = [parse_floats(kind, item) for item in items]
+    return read_record(Verification, values, name)
 
 
 _NETWORK_FIELDS = ("payload", "architecture", "plan", "verification", "originals", "stored_as")
-_FIELD_PARSERS: dict[str, Callable[[Any], Any]] = {
-    "payload": _parse_payload,
-    "architecture": _instance_of(str, type(None)),
-    "plan": lambda value: None if value is None else SwapPlan.from_dict(value),
-    "verification": _parse_verification,
-    "history": lambda value: tuple(Step(**_field_checker(Step)(step)) for step in _instance_of(list)(value)),
-    "tied": lambda value: {
-        _instance_of(str)(key): _instance_of(str)(kept) for key, kept in _instance_of(dict)(value).items()
-    },
-    "channels_last": lambda value: tuple(_instance_of(str)(key) for key in _instance_of(list)(value)),
-    "originals": lambda value: {
-        _instance_of(str)(fqn): OriginalNorm(**_field_checker(OriginalNorm)(item))
-        for fqn, item in _instance_of(dict)(value).items()
-    },
-    "entry": _instance_of(str, type(None)),
-    "stored_as": lambda value: {
-        _instance_of(str)(fqn): _instance_of(str)(name) for fqn, name in _instance_of(dict)(value).items()
-    },
-    "fingerprint": _instance_of(str, type(None)),
-    "normswap": _instance_of(str),
-    "torch": _instance_of(str),
-    "networks": _parse_networks,
-}
 
 __getattr__ = old_names("normswap.checkpoints.record")

@@ -1,13 +1,14 @@
-"""Sources: a file or folder is read from a private copy, and compared with that copy before a result counts.
+"""Private copies of source files: everything reads the copy, and the source is compared with it before a result counts.
 
-A trainer may overwrite its last.pt at any moment. Whoever maps such a file reads numbers of both versions, or the
-process ends by SIGBUS if the file shrank. So the bytes are copied once, into files without a name (nothing stays
-behind, whatever ends the process), and everything is checked, read and digested from there. The copy is on a disk and
-costs no memory; file systems that share blocks (btrfs, xfs) copy nothing. Without room on the disk it is in memory.
-Systems other than Linux have no files without a name: there the copy is a temporary file until the process ends.
+A trainer may overwrite its last.pt at any moment. A process that maps this file reads values of both versions, or ends
+with SIGBUS if the file shrank. So the bytes are copied once, into unnamed files (which disappear with the process, even
+if it is killed), and are checked, read and digested from there. The copy is on a disk and needs no memory; on file
+systems with shared blocks (btrfs, xfs) it costs nothing. If the disk is full, the copy is in memory.
+Systems other than Linux have no unnamed files: there the copy is a temporary file until the process ends.
 """
 
 import atexit
+import logging
 import os
 import shutil
 import tempfile
@@ -23,13 +24,15 @@ from normswap.checkpoints.formats.hf_folder import INDEX, check_links, find_shar
 from normswap.checkpoints.io.atomic_files import check_readable, resolve_checkpoint_path
 from normswap.errors import CheckpointError
 
-_CHUNK = 1 << 18  # what two caches hold at once
+_logger = logging.getLogger(__name__)
+
+_CHUNK = 1 << 18  # two such chunks fit into the cache
 _DESCRIPTORS = Path("/proc/self/fd")
-_MAX_DESCRIPTORS = 256  # of the 1024 that a process usually may have
+_MAX_DESCRIPTORS = 256  # of the usual limit of 1024 per process
 
 
 class FileStamp(NamedTuple):
-    """What tells a file from another one, or from a later version of itself, without reading it."""
+    """What identifies one version of a file without reading it."""
 
     device: int
     inode: int
@@ -38,7 +41,7 @@ class FileStamp(NamedTuple):
 
 
 class TempFiles:
-    """Open files without a name, and folders; removed with this object, at the latest when Python ends."""
+    """Open unnamed files, and folders; removed with this object, at the latest when Python ends."""
 
     def __init__(self) -> None:
         self.descriptors: list[int] = []
@@ -46,7 +49,7 @@ class TempFiles:
         weakref.finalize(self, _remove_all, self.descriptors, self.folders)
 
     def close(self) -> None:
-        """Remove the files and folders; a mapping of a file without a name stays valid."""
+        """Remove the files and folders; the mapping of an unnamed file stays valid."""
         _remove_all(self.descriptors, self.folders)
 
 
@@ -56,16 +59,19 @@ def _remove_all(descriptors: list[int], folders: list[Path]) -> None:
     while folders:
         folder = folders.pop()
         shutil.rmtree(folder, ignore_errors=True)
-        if folder.exists():  # Windows removes no file that is mapped
+        if folder.exists():  # Windows cannot remove a mapped file
             atexit.register(shutil.rmtree, folder, ignore_errors=True)
 
 
 @dataclass(frozen=True, eq=False)
 class SourceFiles:
-    """A file or folder that is read: `path` as the user names it, `copy` a private copy of its bytes.
+    """A file or folder to read, and its private copy, which exists as long as this object.
 
-    `stamps` has one stamp per file, by its name inside the folder; that of a single file is "". The copy lives as long
-    as this object.
+    Attributes:
+        path: the path from the user.
+        copy: the path of the copy.
+        stamps: the stamp of each file, by its name in the folder; a single file has the name `""`.
+        files: the files and folders of the copy.
     """
 
     path: Path
@@ -74,23 +80,23 @@ class SourceFiles:
     files: TempFiles
 
     def check_unchanged(self) -> None:
-        """Refuse to go on if the source is no longer what the copy was made of, down to the byte.
+        """Compare the source with its copy, byte by byte.
 
         Raises:
-            CheckpointError: a file was removed, replaced, written to, or joined the folder.
+            CheckpointError: a file was removed, replaced, written to, or added to the folder.
         """
         for name, stamp in self.stamps.items():
             _check_same(self.path / name, self.copy / name, stamp)
         if self.path.is_dir() and _list_files(self.path) != [*self.stamps]:
-            raise _changed_error(self.path, "files came or went")
+            raise _changed_error(self.path, "files were added or removed")
 
     def replace_copy_path(self, text: str) -> str:
-        """Return a text about the copy as one about the source."""
+        """Return a message with the path of the source instead of that of the copy."""
         return text.replace(str(self.copy), str(self.path))
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """Let errors of who reads the copy name the source, and give the copy back on the first one."""
+        """Close the copy if an error occurs in the block, and name the source in the message of the error."""
         try:
             yield
         except BaseException as error:
@@ -101,22 +107,23 @@ class SourceFiles:
 
     @property
     def is_closed(self) -> bool:
-        """Whether the copy is gone, so that nothing can be read of it any more."""
+        """Whether the copy has been removed."""
         return not (self.files.descriptors or self.files.folders)
 
     def close(self) -> None:
-        """Give the copy back. Tensors that are mapped from it stay valid."""
+        """Remove the copy. Tensors that are mapped from it stay valid."""
         self.files.close()
 
 
 def open_source(path: Path, *, folder: Path | None = None) -> SourceFiles:
-    """Copy the file at `path`, or what is read of the folder, and return the source.
+    """Copy the file at `path`, or the files that normswap reads in a folder, and return the source.
 
     Args:
-        folder: where the copy goes, on a disk; None for memory, for a caller that reads all of it into memory anyway.
+        path: a file, a folder, or the index of shards in a folder.
+        folder: the folder for the copy; None for memory, if the caller reads everything into memory anyway.
 
     Raises:
-        CheckpointError: missing or empty, a link in it leads out of the folder, or it changed while it was copied.
+        CheckpointError: missing or empty, has a link to a file outside the folder, or changed during the copy.
     """
     path = resolve_checkpoint_path(path)
     check_readable(path)
@@ -130,12 +137,13 @@ def open_source(path: Path, *, folder: Path | None = None) -> SourceFiles:
     else:
         copy, names = _new_folder(files, _folder_for_named(folder, path.stat().st_size)) / path.name, [""]
     without_name = _opens_unnamed() and len(names) <= _MAX_DESCRIPTORS
-    place = _copy_to_unnamed if without_name else _copy_to_named
-    return SourceFiles(path, copy, {name: place(path / name, copy / name, folder, files) for name in names}, files)
+    copy_file = _copy_to_unnamed if without_name else _copy_to_named
+    stamps = {name: copy_file(path / name, copy / name, folder, files) for name in names}
+    return SourceFiles(path, copy, stamps, files)
 
 
 def _list_files(folder: Path) -> list[str]:
-    """The names of the files in a folder that are read or copied, whatever is done with it."""
+    """The names of the files in a folder that any command reads or copies."""
     if (folder / INDEX).is_file():
         return sorted(entry.name for entry in folder.iterdir() if entry.is_file())
     shards = find_shards(folder)
@@ -149,14 +157,14 @@ def _new_folder(files: TempFiles, parent: Path | None) -> Path:
 
 
 def _copy_to_unnamed(path: Path, copy: Path, folder: Path | None, files: TempFiles) -> FileStamp:
-    """Copy into a file without a name, which a link at `copy` leads to."""
+    """Copy into an unnamed file, and create a link to it at `copy`."""
     stamp = _copy_file(path, folder, files)
     copy.symlink_to(_DESCRIPTORS / str(files.descriptors[-1]))
     return stamp
 
 
 def _copy_to_named(path: Path, copy: Path, _folder: Path | None, _files: TempFiles) -> FileStamp:
-    """Copy into a file with a name, on systems that cannot open one without."""
+    """Copy into a named file, on systems without unnamed files."""
     before = _read_stamp(path)
     shutil.copyfile(path, copy)
     _check_stamp(path, before)
@@ -164,25 +172,29 @@ def _copy_to_named(path: Path, copy: Path, _folder: Path | None, _files: TempFil
 
 
 def _copy_file(path: Path, folder: Path | None, files: TempFiles) -> FileStamp:
-    """Copy into a new file without a name, whose descriptor is then the last one of `files`."""
+    """Copy into a new unnamed file, whose descriptor is then the last one in `files`."""
     with open(path, "rb", buffering=0) as file:
         opened = os.fstat(file.fileno())
         stamp = FileStamp(opened.st_dev, opened.st_ino, opened.st_size, opened.st_mtime_ns)
-        for place in (folder, None) if folder is not None and not _is_full(folder, stamp.size) else (None,):
-            files.descriptors.append(_open_unnamed(place))
+        if folder is not None and _is_full(folder, stamp.size):
+            _logger.info("%s: copied into memory, since %s is full", path, folder)
+            folder = None
+        for target in (folder, None) if folder is not None else (None,):
+            files.descriptors.append(_open_unnamed(target))
             try:
                 _copy_bytes(file.fileno(), files.descriptors[-1])
                 break
-            except OSError:  # no room, or a limit on the size of files
+            except OSError as error:  # the disk is full, or file sizes are limited
                 os.close(files.descriptors.pop())
-                if place is None:
+                if target is None:
                     raise
+                _logger.info("%s: copied into memory instead of %s (%s)", path, target, error.strerror)
     _check_stamp(path, stamp)
     return stamp
 
 
 def _folder_for_named(folder: Path | None, size: int) -> Path | None:
-    """Where a copy with a name goes: None for the system's folder of temporary files, unless only `folder` has room."""
+    """The folder for a named copy: `folder` if only it has enough space, else None for the default of the system."""
     if folder is None or not _is_full(Path(tempfile.gettempdir()), size) or _is_full(folder, size):
         return None
     return folder
@@ -196,12 +208,12 @@ def _is_full(folder: Path, size: int) -> bool:
 
 
 def _opens_unnamed() -> bool:
-    """Whether this system and this build of Python can open a file without a name, and read it by a path (Linux)."""
+    """Whether this system and this build of Python can open an unnamed file and read it by a path (Linux)."""
     return _DESCRIPTORS.is_dir() and hasattr(os, "O_TMPFILE") and hasattr(os, "memfd_create")
 
 
 def _open_unnamed(folder: Path | None) -> int:
-    """Open a new file without a name, in memory if `folder` is None or takes none."""
+    """Open a new unnamed file, in memory if `folder` is None or cannot have one."""
     if folder is not None:
         with suppress(OSError):
             return os.open(folder, os.O_TMPFILE | os.O_RDWR, 0o600)
@@ -213,7 +225,7 @@ def _open_unnamed(folder: Path | None) -> int:
 
 
 def _copy_bytes(source: int, target: int) -> None:
-    with suppress(OSError, AttributeError):  # between two file systems, or where there is no such call
+    with suppress(OSError, AttributeError):  # between two file systems, or on a system without this call
         while os.copy_file_range(source, target, 1 << 30):
             pass
         if os.fstat(target).st_size == os.fstat(source).st_size:
@@ -226,7 +238,7 @@ def _copy_bytes(source: int, target: int) -> None:
 
 
 def _check_same(path: Path, copy: Path, stamp: FileStamp) -> None:
-    """Refuse a file that is not the one of this stamp, or whose bytes are not those of the copy."""
+    """Refuse a file that has another stamp, or other bytes than the copy."""
     _check_stamp(path, stamp)
     one, other = bytearray(_CHUNK), bytearray(_CHUNK)
     with open(path, "rb", buffering=0) as file, open(copy, "rb", buffering=0) as copy_file:
@@ -237,7 +249,7 @@ def _check_same(path: Path, copy: Path, stamp: FileStamp) -> None:
 
 
 def _check_stamp(path: Path, stamp: FileStamp) -> None:
-    """Refuse a file that is not the one of this stamp any more."""
+    """Refuse a file that has another stamp."""
     try:
         current = _read_stamp(path)
     except FileNotFoundError:
@@ -257,6 +269,6 @@ def _read_stamp(path: Path) -> FileStamp:
 
 def _changed_error(path: Path, what: str) -> CheckpointError:
     return CheckpointError(
-        f"{path}: changed while it was read ({what}), expected a file that stays as it is: wait until the program that "
-        "writes it is done, or copy the file first, and try again"
+        f"{path}: changed while normswap read it ({what}): wait until the program that writes it has finished, or copy "
+        "the file first, and try again"
     )

@@ -1,4 +1,4 @@
-"""Archives that no reader should touch, each kind refused with its reason; what real libraries write passes."""
+"""Checks of archives, headers and pickles: malformed ones are refused with a reason, those of real libraries pass."""
 
 import io
 import re
@@ -88,40 +88,58 @@ def with_zip64_end(count: int, *, pointer: int | None = None, classic: int = 0xF
 
 
 ARCHIVES: dict[str, tuple[Callable[[], bytes], str]] = {
-    "too many members": (lambda: with_zip64_end(300_000), "300,000 members, at most 250,000 are one for every tensor"),
-    "two end records": (lambda: with_zip64_end(3, classic=2), "its two end records speak of 2 and of 3 members"),
-    "a lost end record": (lambda: with_zip64_end(3, pointer=7), "its 64-bit end record is not where it should be"),
-    "an end far away": (lambda: with_zip64_end(3, pointer=2**64 - 1), "64-bit end record is not where it should be"),
-    "a miscounted end": (lambda: patched(lambda d: d.rfind(b"PK\x05\x06") + 8, b"\x02\0\x02\0"), "3 members where its"),
-    "no end": (lambda: archive(GOOD)[:-30], "begins like a torch file and ends too early: truncated, copy it again"),
+    "too many members": (lambda: with_zip64_end(300_000), "300,000 archive members, expected at most 250,000"),
+    "two end records": (lambda: with_zip64_end(3, classic=2), "its two end records list 2 and 3 members"),
+    "a lost end record": (lambda: with_zip64_end(3, pointer=7), "no 64-bit end record at its declared offset"),
+    "an end far away": (lambda: with_zip64_end(3, pointer=2**64 - 1), "no 64-bit end record at its declared offset"),
+    "a miscounted end": (
+        lambda: patched(lambda d: d.rfind(b"PK\x05\x06") + 8, b"\x02\0\x02\0"),
+        "3 archive members, its end record lists 2",
+    ),
+    "no end": (lambda: archive(GOOD)[:-30], "starts like a torch file and has no end record: truncated, copy it again"),
     "a damaged directory": (lambda: patched(in_directory(0), b"XX"), "truncated or damaged (Bad magic number for cent"),
-    "two of a name": (double, "two members of the name 'm/data.pkl'"),
-    "an absolute name": (lambda: archive(GOOD | {"/etc/x": b""}), "the member '/etc/x', whose name leads elsewhere"),
-    "a drive": (lambda: archive(GOOD | {"C:/x": b""}), "the member 'C:/x', whose name leads elsewhere"),
-    "a parent": (lambda: archive(GOOD | {"m/../../x": b""}), "the member 'm/../../x', whose name leads elsewhere"),
-    "a backslash": (lambda: archive(GOOD | {"m\\x": b""}), "the member 'm\\\\x', whose name leads elsewhere"),
-    "a NUL": (lambda: patched(in_directory(46 + 4), b"\0"), "whose name leads elsewhere"),
-    "a second folder": (lambda: archive(GOOD | {"n/data/1": b""}), "the member 'n/data/1' beside the folder 'm'"),
+    "two of a name": (double, "two members have the name 'm/data.pkl'"),
+    "an absolute name": (
+        lambda: archive(GOOD | {"/etc/x": b""}),
+        "the name of the member '/etc/x' points outside the archive",
+    ),
+    "a drive": (lambda: archive(GOOD | {"C:/x": b""}), "the name of the member 'C:/x' points outside the archive"),
+    "a parent": (
+        lambda: archive(GOOD | {"m/../../x": b""}),
+        "the name of the member 'm/../../x' points outside the archive",
+    ),
+    "a backslash": (
+        lambda: archive(GOOD | {"m\\x": b""}),
+        "the name of the member 'm\\\\x' points outside the archive",
+    ),
+    "a NUL": (lambda: patched(in_directory(46 + 4), b"\0"), "points outside the archive"),
+    "a second folder": (lambda: archive(GOOD | {"n/data/1": b""}), "the member 'n/data/1' is outside its folder 'm'"),
     "encrypted": (lambda: patched(in_directory(8), b"\x01"), "the member 'm/data/0' is encrypted"),
-    "another method": (lambda: patched(in_directory(10), b"\x0c"), "'m/data/0' is packed by the method 12"),
-    "two sizes": (lambda: patched(in_directory(24), b"\xff\xff"), "'m/data/0' has two sizes and is not compressed"),
+    "another method": (lambda: patched(in_directory(10), b"\x0c"), "'m/data/0' has the unknown compression 12"),
+    "two sizes": (
+        lambda: patched(in_directory(24), b"\xff\xff"),
+        "'m/data/0' is uncompressed and has two different sizes",
+    ),
     "a bomb": (
         lambda: patched(in_directory(24), struct.pack("<I", 2**31), compression=zipfile.ZIP_DEFLATED),
-        "unpacks to 2,147 MB and has 0.0 MB, a zip bomb",
+        "a zip bomb, its 0.0 MB inflate to 2,147 MB",
     ),
     "overlapping": (
         lambda: patched(in_directory(42), bytes(4)),
-        "the member 'm/data/0' overlaps the one before it",
+        "the member 'm/data/0' overlaps the previous one",
     ),
     "beyond the file": (
         lambda: patched(in_directory(20, 2), struct.pack("<2I", 2**20, 2**20)),
-        "the member 'm/version' does not lie within the file",
+        "the member 'm/version' has no data inside the file",
     ),
-    "nowhere": (lambda: patched(in_directory(42, 2), b"\xff\xff\xff\x00"), "'m/version' does not lie within the file"),
-    "no header": (lambda: patched(in_header(0), b"XX"), "the member 'm/data/0' does not lie within the file"),
-    "two names": (lambda: patched(in_header(30), b"n"), "the member 'm/data/0' calls itself 'n/data/0' or packs"),
-    "two methods": (lambda: patched(in_header(8), b"\x08"), "'m/data/0' calls itself 'm/data/0' or packs itself oth"),
-    "sizes that differ": (lambda: patched(in_header(18), b"\x05"), "has the sizes (100, 100) and (5, 100)"),
+    "nowhere": (lambda: patched(in_directory(42, 2), b"\xff\xff\xff\x00"), "'m/version' has no data inside the file"),
+    "no header": (lambda: patched(in_header(0), b"XX"), "the member 'm/data/0' has no data inside the file"),
+    "two names": (
+        lambda: patched(in_header(30), b"n"),
+        "the header of the member 'm/data/0' has another name ('n/data/0')",
+    ),
+    "two methods": (lambda: patched(in_header(8), b"\x08"), "has another name ('m/data/0') or another compression"),
+    "sizes that differ": (lambda: patched(in_header(18), b"\x05"), "contradicting sizes, (100, 100) and (5, 100)"),
 }
 
 
@@ -148,7 +166,15 @@ def test_an_archive_that_is_not_safe_is_refused(tmp_path: Path, make: Callable[[
         lambda: archive({"m/": b"", **GOOD}),
         lambda: archive({"word/a.xml": b"", "b.xml": b""}),
     ],
-    ids=["stored", "packed", "trailing data", "64 bits", "64 bits told twice", "a folder", "another kind of archive"],
+    ids=[
+        "stored",
+        "packed",
+        "trailing data",
+        "64 bits",
+        "64 bits in both records",
+        "a folder",
+        "another kind of archive",
+    ],
 )
 def test_an_honest_archive_passes(tmp_path: Path, make: Callable[[], bytes]) -> None:
     (tmp_path / "good.pt").write_bytes(make())
@@ -187,18 +213,21 @@ def safetensors_file(path: Path, header: str) -> Path:
 
 _ENTRY = '{"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}'
 HEADERS = {
-    "a tensor twice": (f'{{"a": {_ENTRY}, "a": {_ENTRY}}}', "its header has 'a' twice: damaged or hostile"),
+    "a tensor twice": (
+        f'{{"a": {_ENTRY}, "a": {_ENTRY}}}',
+        "its header has 'a' twice: the file is damaged or malicious",
+    ),
     "metadata twice": (
         f'{{"__metadata__": {{"normswap": "1", "normswap": "2"}}, "a": {_ENTRY}}}',
-        "its header has 'normswap' twice: damaged or hostile",
+        "its header has 'normswap' twice: the file is damaged or malicious",
     ),
     "an overflow": (
         f'{{"z": {{"dtype": "F32", "shape": [9223372036854775808, 0], "data_offsets": [0, 0]}}, "a": {_ENTRY}}}',
-        "the shape of 'z' overflows 64 bits: damaged or hostile",
+        "the shape of 'z' overflows 64 bits: the file is damaged or malicious",
     ),
     "an overflow around a zero": (
         f'{{"z": {{"dtype": "F32", "shape": [4294967296, 0, 4294967296], "data_offsets": [0, 0]}}, "a": {_ENTRY}}}',
-        "the shape of 'z' overflows 64 bits: damaged or hostile",
+        "the shape of 'z' overflows 64 bits: the file is damaged or malicious",
     ),
 }
 
@@ -237,7 +266,7 @@ def test_what_safetensors_writes_passes(tmp_path: Path) -> None:
     check_safetensors(tmp_path / "a.safetensors")
 
 
-# What a pickle claims.
+# What a pickle declares.
 
 
 def tensor_pickle(
@@ -262,30 +291,33 @@ def bomb(levels: int) -> bytes:
 CLAIMS = {
     "a storage larger than its record": (
         tensor_pickle(elements=b"K\x05"),
-        "the storage '0' claims 20 bytes and has 16: damaged or hostile",
+        "the storage '0' declares 20 bytes, its record has 16: the file is damaged or malicious",
     ),
     "a storage smaller than its record": (
         tensor_pickle(elements=b"K\x02", shape=b"K\x02"),
-        "claims 8 bytes and has 16",
+        "declares 8 bytes, its record has 16",
     ),
-    "another type": (tensor_pickle(kind=b"DoubleStorage"), "claims 32 bytes and has 16"),
-    "a negative storage": (tensor_pickle(elements=b"J\xfe\xff\xff\xff"), "the storage '0' claims -2 elements: damaged"),
+    "another type": (tensor_pickle(kind=b"DoubleStorage"), "declares 32 bytes, its record has 16"),
+    "a negative storage": (
+        tensor_pickle(elements=b"J\xfe\xff\xff\xff"),
+        "the storage '0' declares -2 elements: damaged",
+    ),
     "a repeated number": (
         tensor_pickle(shape=b"\x8a\x05\0\0\0\0\x40", stride=b"K\x00"),
-        "a tensor claims the shape 274877906944, the file has ",
+        "a tensor declares the shape 274877906944, the file has ",
     ),
     "a view beyond its storage": (
         tensor_pickle(shape=b"K\x03", stride=b"K\x02"),
-        "a tensor of the shape 3 reaches beyond its storage of 4 elements: damaged or hostile",
+        "a tensor of the shape 3 reaches beyond its storage of 4 elements: the file is damaged or malicious",
     ),
-    "a tuple of tuples": (bomb(60), "a tuple that unfolds to 3,"),
+    "a tuple of tuples": (bomb(60), "a nested tuple expands to 3,"),
 }
 
 
 @pytest.mark.parametrize(
     ("legacy", "name"),
-    # The sizes of single legacy storages are told in front of them, where torch looks.
-    [(legacy, name) for legacy in (False, True) for name in CLAIMS if not (legacy and " and has " in CLAIMS[name][1])],
+    # torch reads the size of a legacy storage from its header, not from the pickle.
+    [(legacy, name) for legacy in (False, True) for name in CLAIMS if not (legacy and "its record" in CLAIMS[name][1])],
 )
 def test_what_a_pickle_must_not_claim(tmp_path: Path, legacy: bool, name: str) -> None:
     pickle, message = CLAIMS[name]
@@ -313,7 +345,7 @@ def test_legacy_storages_that_claim_more_than_the_file(tmp_path: Path) -> None:
     path = tmp_path / "bad.pt"
     torch.save({"a": torch.ones(5000)}, path, _use_new_zipfile_serialization=False)
     path.write_bytes(path.read_bytes().replace(b"M\x88\x13", b"M\xff\xff"))
-    with pytest.raises(CheckpointError, match=r"its tensors claim 262,140 bytes, the file has 20,\d+: truncated or"):
+    with pytest.raises(CheckpointError, match=r"its tensors declare 262,140 bytes, the file has 20,\d+: truncated or"):
         normswap.load(path, architecture=files.TiedNet)
 
 
@@ -322,13 +354,13 @@ def test_opcodes_of_every_protocol_are_followed(tmp_path: Path, protocol: int) -
     tensors = {"a": torch.ones(3, 4), "b": torch.ones(5).double(), "n": [1, (2, 3), {"x": torch.ones(2).long()}]}
     torch.save(tensors, tmp_path / "a.pt", pickle_protocol=protocol)
     with zipfile.ZipFile(tmp_path / "a.pt") as reader:
-        said = summarize_pickle(io.BytesIO(reader.read("a/data.pkl")))
-    assert [(storage.kind, storage.elements) for storage in said.storages] == [
+        summary = summarize_pickle(io.BytesIO(reader.read("a/data.pkl")))
+    assert [(storage.kind, storage.elements) for storage in summary.storages] == [
         ("torch.FloatStorage", 12),
         ("torch.DoubleStorage", 5),
         ("torch.LongStorage", 2),
     ]
-    assert [tensor.shape for tensor in said.tensors] == [(3, 4), (5,), (2,)]
+    assert [tensor.shape for tensor in summary.tensors] == [(3, 4), (5,), (2,)]
 
 
 def test_a_damaged_pickle_is_followed_as_far_as_it_goes() -> None:
@@ -342,9 +374,9 @@ def test_a_damaged_pickle_is_followed_as_far_as_it_goes() -> None:
 def test_every_storage_class_of_torch_has_a_size() -> None:
     for dtype in (torch.uint8, torch.int8, torch.bool, torch.int16, torch.float16, torch.bfloat16, torch.int32):
         name = torch.storage._dtype_to_storage_type_map()[dtype]
-        assert archive_checks._claimed_bytes(StorageClaim(f"torch.{name}", "0", 3)) == 3 * dtype.itemsize
+        assert archive_checks._declared_bytes(StorageClaim(f"torch.{name}", "0", 3)) == 3 * dtype.itemsize
     for dtype in (torch.float32, torch.int64, torch.float64, torch.complex64, torch.complex128):
         name = torch.storage._dtype_to_storage_type_map()[dtype]
-        assert archive_checks._claimed_bytes(StorageClaim(f"torch.{name}", "0", 3)) == 3 * dtype.itemsize
-    assert archive_checks._claimed_bytes(StorageClaim("torch.storage.UntypedStorage", "0", 3)) == 3
-    assert archive_checks._claimed_bytes(StorageClaim("torch.NewStorage", "0", 3)) is None
+        assert archive_checks._declared_bytes(StorageClaim(f"torch.{name}", "0", 3)) == 3 * dtype.itemsize
+    assert archive_checks._declared_bytes(StorageClaim("torch.storage.UntypedStorage", "0", 3)) == 3
+    assert archive_checks._declared_bytes(StorageClaim("torch.NewStorage", "0", 3)) is None

@@ -1,4 +1,4 @@
-"""Whole files and folders or none: what a killed, ended or refused run leaves, and what the next one removes."""
+"""Atomic writes: what a killed, terminated or failed write leaves, and what the next one removes."""
 
 import os
 import signal
@@ -17,12 +17,12 @@ from normswap.checkpoints.io import atomic_files
 from normswap.checkpoints.io.atomic_files import atomic_write, atomic_write_folder, check_writable, write_text
 from normswap.errors import CheckpointError
 
-# Writes `WRITER model.pt`, says so, and waits for its end in the middle.
+# Writes `WRITER model.pt` up to the middle, prints that, and waits to be ended.
 _WRITER = """
 import signal, sys, time
 from pathlib import Path
 from normswap.checkpoints.io import atomic_files
-# Whoever runs the tests in the background may have told their children to ignore these.
+# A shell that runs the tests in the background may let its children ignore these signals.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 if hasattr(signal, "SIGHUP"):
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -76,9 +76,9 @@ def test_a_killed_run_leaves_a_temporary_that_the_next_one_removes(tmp_path: Pat
 @KINDS
 def test_the_temporary_of_a_living_run_stays(tmp_path: Path, kind: str) -> None:
     with writing(tmp_path, kind):
-        held = names(tmp_path)
+        before = names(tmp_path)
         write(tmp_path, kind)
-        assert names(tmp_path) == sorted([*held, "model.pt"])
+        assert names(tmp_path) == sorted([*before, "model.pt"])
 
 
 @pytest.mark.multiprocess
@@ -229,11 +229,14 @@ def _loop(path: Path) -> None:
 
 
 TARGETS: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "a folder": (Path.mkdir, "model.pt: expected a file name, got a folder or a device: add a name"),
-    "a pipe": (lambda path: os.mkfifo(path), "model.pt: expected a file name, got a folder or a device: add a name"),
+    "a folder": (Path.mkdir, "model.pt: expected a file name, got a folder or a device: add a file name"),
+    "a pipe": (
+        lambda path: os.mkfifo(path),
+        "model.pt: expected a file name, got a folder or a device: add a file name",
+    ),
     "a device": (lambda path: path.symlink_to("/dev/null"), "model.pt: expected a file name, got a folder or a device"),
-    "a link that leads nowhere": (_dangling, "model.pt: a link that leads nowhere (nowhere/model.pt): remove it or"),
-    "a link to itself": (_loop, "model.pt): remove it or mend it"),
+    "a link that leads nowhere": (_dangling, "model.pt: a broken link (to nowhere/model.pt): remove it, or"),
+    "a link to itself": (_loop, "model.pt): remove it, or create its target"),
 }
 
 
@@ -250,7 +253,7 @@ def test_what_is_no_place_for_a_file_is_refused(
 
 
 def test_an_existing_folder_is_not_replaced(tmp_path: Path) -> None:
-    message = "model: exists already, and a folder is never replaced: choose another name"
+    message = "model: exists already and a folder replaces nothing: choose another name"
     (tmp_path / "model").mkdir()
     with pytest.raises(CheckpointError, match=message):
         write(tmp_path, "atomic_write_folder", "model")
@@ -274,11 +277,11 @@ def test_a_read_only_folder_is_reported(kind: str) -> None:
 _TOO_LARGE = """
 import resource, sys
 from pathlib import Path
-from normswap.checkpoints.io.atomic_files import written_whole
+from normswap.checkpoints.io.atomic_files import atomic_write
 from normswap.errors import CheckpointError
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 try:
-    with written_whole(Path("model.pt")) as temporary:
+    with atomic_write(Path("model.pt")) as temporary:
         temporary.write_bytes(bytes(2000))
 except CheckpointError as error:
     print(error)

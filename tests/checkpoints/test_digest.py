@@ -1,4 +1,4 @@
-"""Two contents have the same fingerprint exactly where they are compared as the same, bit for bit."""
+"""Two contents have the same fingerprint if and only if a bitwise comparison finds them equal."""
 
 from pathlib import Path
 from typing import Any
@@ -75,7 +75,7 @@ def test_what_is_read_from_a_file_may_be_forgotten(tmp_path: Path) -> None:
 def test_what_has_no_end_is_refused() -> None:
     endless: list[Any] = []
     endless.append(endless)
-    with pytest.raises(CheckpointError, match="is nested more than 50 deep"):
+    with pytest.raises(CheckpointError, match="is nested more than 50 levels deep"):
         contents_equal(endless, endless)
 
 

@@ -1,4 +1,4 @@
-"""What a content is made of, told by its structure."""
+"""The entries of a checkpoint's content, recognised by their structure."""
 
 import argparse
 from collections import OrderedDict
@@ -55,10 +55,10 @@ def test_places_are_found(content: Any, entry: str | None, weights: Any, others:
 
 
 REFUSED = {
-    "two models": ({"a": STATE, "b": STATE}, None, r"several models \('a', 'b'\): say which, such as entry='a'"),
+    "two models": ({"a": STATE, "b": STATE}, None, r"several models \('a', 'b'\): select one, such as entry='a'"),
     "no such entry": ({"a": STATE, "b": STATE}, "c", "no weights at 'c': expected one of 'a', 'b'"),
-    "nothing": ({"epoch": 3}, None, "a mapping with the entry 'epoch' of type int and no state dict in it"),
-    "counters": ({"a": torch.tensor(3)}, None, "a mapping of tensors, none of which is a floating-point weight"),
+    "nothing": ({"epoch": 3}, None, "a mapping with the entry 'epoch' of type int and without a state dict"),
+    "counters": ({"a": torch.tensor(3)}, None, "a mapping of tensors without floating-point weights"),
 }
 
 

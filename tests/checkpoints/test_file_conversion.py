@@ -135,7 +135,7 @@ def test_the_users_own_file_is_run(coded: str) -> None:
 def test_a_file_named_in_a_record_is_not_run_unasked(coded: str) -> None:
     ok("convert", "model.pt", "--arch", coded, "--input", "2x3x64x64")
     Path("it-ran").unlink()
-    with pytest.raises(ArchitectureError, match=r"mine\.py:build,num_classes=7, which is not run unasked: pass"):
+    with pytest.raises(ArchitectureError, match=r"has its architecture in a Python file, which would be run: pass"):
         normswap.load("model.normswap.pt")
     for arguments in (["inspect", "model.normswap.pt"], ["verify", "model.pt", "model.normswap.pt"]):
         run(*arguments)
@@ -147,7 +147,7 @@ def test_a_file_named_in_a_record_is_not_run_unasked(coded: str) -> None:
     [
         ("mine.py:bild", "mine.py: has no function 'bild'; nearest: build"),
         ("mine.py:number", "mine.py:number: expected a function that returns a module, got int"),
-        ("mine.py:build,color=3", "cannot be built: build() got an unexpected keyword argument 'color'"),
+        ("mine.py:build,color=3", "its builder failed: build() got an unexpected keyword argument 'color'"),
     ],
 )
 def test_what_a_file_does_not_build(coded: str, arch: str, message: str) -> None:
@@ -193,7 +193,7 @@ def test_what_was_changed_since_is_refused(tmp_path: Path, name: str, change: Ca
     normswap.save(conversion.model, tmp_path / name, plan=conversion.plan, architecture=files.ARCH)
     assert normswap.load(tmp_path / name).plan == conversion.plan
     change(tmp_path / name)
-    with pytest.raises(CheckpointError, match="not what normswap wrote: its tensors or its record were"):
+    with pytest.raises(CheckpointError, match="its tensors or its record changed after normswap"):
         normswap.load(tmp_path / name)
 
 
@@ -234,7 +234,7 @@ def test_a_content_without_an_end_is_refused(
     torch.save({"state_dict": files.small_model().state_dict(), "odd": make()}, tmp_path / "model.pt")
     result = run("convert", str(tmp_path / "model.pt"), *OPTIONS, "--no-verify")
     assert result.exit_code == 2
-    assert "is nested more than 50 deep or holds more than 10,000 values: save weights and" in result.stderr
+    assert "is nested more than 50 levels deep or has more than 10,000 values: save only weights and" in result.stderr
     assert [entry.name for entry in tmp_path.iterdir()] == ["model.pt"]
 
 

@@ -1,4 +1,4 @@
-"""Memory of freed tensors goes back to the system while it is asked for."""
+"""`return_freed_memory` returns freed tensors to the system inside its block."""
 
 import subprocess
 import sys
@@ -15,7 +15,7 @@ _HOLES = """
 import re
 from pathlib import Path
 import torch
-from normswap.checkpoints.io.memory import freed_at_once
+from normswap.checkpoints.io.memory import return_freed_memory
 
 def own():
     return int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
@@ -27,7 +27,7 @@ def holes():
     blocks.clear()
     return own() - before - last.nbytes / 2**20
 
-with freed_at_once():
+with return_freed_memory():
     asked = holes()
 print(asked, holes())
 """
@@ -40,7 +40,7 @@ def test_freed_blocks_leave_no_holes() -> None:
     done = subprocess.run([sys.executable, "-c", _HOLES], capture_output=True, text=True, check=True)
     asked, after = map(float, done.stdout.split())
     assert asked < 4
-    assert after > 32  # else the first says nothing
+    assert after > 32  # otherwise the first comparison shows nothing
 
 
 def test_where_there_is_no_such_option_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Folders of weights: what their indexes may name, what is copied, and code that never runs."""
+"""Folders of weights: which files an index may list, which files are copied, and that no code runs."""
 
 import json
 import pickle
@@ -61,9 +61,9 @@ def test_a_converted_folder_has_an_index_of_all_its_tensors(shards: Path) -> Non
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in load(out).model.state_dict().values())
     assert (out / "README.md").read_text() == "words"
     assert (out / "optimizer.pt").read_bytes() == b"not ours"
-    assert "optimizer.pt: copied as it is (" in " ".join(result.output.split())
+    assert "optimizer.pt: copied unchanged (" in " ".join(result.output.split())
     again = CliRunner().invoke(main, ["convert", str(shards), "--input", "2x3x64x64", "--force"])
-    assert "exists already, and a folder is never replaced: choose another name" in again.stderr
+    assert "exists already and a folder replaces nothing: choose another name" in again.stderr
 
 
 def test_what_a_trainer_keeps_is_carried(tmp_path: Path) -> None:
@@ -108,14 +108,14 @@ def test_what_a_trainer_keeps_is_carried(tmp_path: Path) -> None:
 
 
 OTHERS: dict[str, tuple[Callable[[nn.Module], list[nn.Parameter]], str]] = {
-    "another network": (lambda _: [*nn.Linear(3, 5).parameters()], "are not those of one network in this file"),
+    "another network": (lambda _: [*nn.Linear(3, 5).parameters()], "fit no network in this file"),
     "one of as many parameters": (
         lambda model: [nn.Parameter(torch.ones(2, 2)) for _ in model.parameters()],
-        "are not those of one network in this file",
+        "fit no network in this file",
     ),
     "the head alone": (
         lambda model: [p for name, p in model.named_parameters() if name.startswith("fc.")],
-        "it has no parameter of a converted norm of the model",
+        "it has no parameter of a converted norm in the model",
     ),
 }
 
@@ -140,7 +140,7 @@ def test_the_optimizer_of_another_network_in_a_folder_of_a_trainer_is_left(
     result = CliRunner().invoke(main, ["convert", str(folder), "--arch", files.ARCH, "--no-verify"])
     assert result.exit_code == 0, result.output
     text, out = " ".join(result.output.split()), tmp_path / "checkpoint-1.normswap"
-    assert "optimizer.pt: copied as it is" in text
+    assert "optimizer.pt: copied unchanged" in text
     assert reason in text
     for name in ("optimizer.pt", "scheduler.pt"):
         assert (out / name).read_bytes() == (folder / name).read_bytes()
@@ -156,7 +156,7 @@ def _edit_index(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], Non
 
 
 def _read(path: Path) -> dict[str, torch.Tensor]:
-    # Copies: what safetensors gives lies in the file, which is about to be overwritten.
+    # Copies, since safetensors maps tensors from the file, which is overwritten below.
     return {key: value.clone() for key, value in safetensors.torch.load_file(path).items()}
 
 
@@ -190,11 +190,11 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "a shard that is not there": (
         _edit_index(lambda index: index["weight_map"].update(x="lost.safetensors")),
-        "names the shard 'lost.safetensors', which is not in",
+        "lists the shard 'lost.safetensors', which is not in",
     ),
     "a shard without a name": (
         _edit_index(lambda index: index["weight_map"].update(x={})),
-        "names the shard None, which is not in",
+        "lists the shard None, which is not in",
     ),
     "a shard with a very long name": (
         _edit_index(lambda index: index["weight_map"].update(x="x" * 5000)),
@@ -202,11 +202,11 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "a shard elsewhere": (
         _edit_index(lambda index: index["weight_map"].update(x="../../secret.safetensors")),
-        "names the shard '../../secret.safetensors', which is not in",
+        "lists the shard '../../secret.safetensors', which is not in",
     ),
-    "a tensor twice": (_in_two_shards, "which another shard has too: remove the stale shards"),
+    "a tensor twice": (_in_two_shards, "is in another shard too: remove the stale shards"),
     "another kind of file": (_torch_under_the_name_of_safetensors, "expected safetensors by its name, got torch zip"),
-    "a lost tensor": (_lost_tensor, "the index names 1 tensors that it does not hold ("),
+    "a lost tensor": (_lost_tensor, "index.json lists 1 tensors that are missing here ("),
     "no weights at all": (
         lambda f: [path.unlink() for path in f.glob("*safetensors*")],
         "got a folder without model.safetensors, pytorch_model.bin, an index of shards or .metadata",
@@ -217,9 +217,9 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
 @pytest.mark.parametrize(("damage", "message"), BROKEN.values(), ids=BROKEN)
 def test_a_broken_folder_is_reported(shards: Path, damage: Callable[[Path], Any], message: str) -> None:
     damage(shards)
-    with pytest.raises(CheckpointError) as told:
+    with pytest.raises(CheckpointError) as caught:
         load(shards)
-    assert message in str(told.value)
+    assert message in str(caught.value)
 
 
 def test_a_shard_that_is_no_state_dict(tmp_path: Path) -> None:
@@ -245,7 +245,7 @@ def test_a_module_does_not_become_a_folder(shards: Path, tmp_path: Path) -> None
 def test_code_in_an_index_never_runs(step: Path, tmp_path: Path) -> None:
     (step / ".metadata").write_bytes(pickle.dumps(files.Payload(tmp_path / "it-ran")))
     with pytest.raises(
-        CheckpointError, match=r"index of the distributed checkpoint names pathlib\.\S+, which is never run"
+        CheckpointError, match=r"index of the distributed checkpoint names pathlib\.\S+, expected only the classes"
     ):
         load(step)
     assert not (tmp_path / "it-ran").exists()
@@ -254,7 +254,7 @@ def test_code_in_an_index_never_runs(step: Path, tmp_path: Path) -> None:
 def test_code_among_the_values_never_runs(tmp_path: Path) -> None:
     content = {"model": files.small_model().state_dict(), "extra": files.Payload(tmp_path / "it-ran")}
     distributed.save(content, checkpoint_id=tmp_path / "step", no_dist=True)
-    with pytest.raises(CheckpointError, match=r"holds pickled objects beside tensors and plain data \(\S+\)"):
+    with pytest.raises(CheckpointError, match=r"has pickled objects besides tensors and plain data \(\S+\)"):
         load(tmp_path / "step")
     assert not (tmp_path / "it-ran").exists()
 
@@ -280,9 +280,9 @@ HOSTILE: dict[str, tuple[Callable[[Any], None], bytes, str]] = {
     "larger than the files": (
         _larger,
         b"",
-        r"its index claims tensors of 4,398,0\d\d,\d{3},\d{3} bytes, the files have",
+        r"its index declares tensors of 4,398,0\d\d,\d{3},\d{3} bytes, the files have",
     ),
-    "a tuple bomb": (_bomb, b"", "a tuple that unfolds to .* entries: hostile"),
+    "a tuple bomb": (_bomb, b"", "a nested tuple expands to .* entries: the file is malicious"),
     "a place far out": (lambda index: None, b"K\x01r\xff\xff\xff\x7f0", "truncated or damaged"),
     "a claim of bytes": (lambda index: None, b"\x8e\xff\xff\xff\xff\xff\0\0\0", "truncated or damaged"),
 }
@@ -324,10 +324,10 @@ CONFIGS = {
         {"architectures": ["os"], "model_type": "resnet"},
         "expected a model class of transformers in",
     ),
-    "of an unknown type": ({"architectures": ["ResNetModel"], "model_type": "nothing"}, "cannot be built: "),
+    "of an unknown type": ({"architectures": ["ResNetModel"], "model_type": "nothing"}, "its builder failed: "),
     "of an unknown timm model": (
         {"architecture": "resnet19"},
-        "='resnet19', which is no model of timm; nearest: resnet1",
+        "='resnet19', expected a model of timm; nearest: resnet1",
     ),
 }
 
@@ -336,9 +336,9 @@ CONFIGS = {
 def test_a_configuration_that_builds_nothing(tmp_path: Path, config: dict[str, Any], message: str) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     torch.save(files.small_model().state_dict(), tmp_path / "pytorch_model.bin")
-    with pytest.raises(ArchitectureError) as told:
+    with pytest.raises(ArchitectureError) as caught:
         normswap.load(tmp_path)
-    assert message in str(told.value)
+    assert message in str(caught.value)
 
 
 def test_folders_are_left_as_they_were(shards: Path, step: Path) -> None:

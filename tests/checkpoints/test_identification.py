@@ -1,4 +1,4 @@
-"""Which architecture a bare state dict belongs to: found, told apart, grouped by function, and never guessed."""
+"""Identification of the architecture of a state dict: candidates, their differences, groups by function, no guesses."""
 
 import json
 import subprocess
@@ -120,7 +120,7 @@ def test_the_true_architecture_is_among_the_candidates(name: str) -> None:
             assert {k: v for k, v in one.keywords.items() if k != "img_size"}.items() == true.keywords.items()
 
 
-# What may happen to a file of timm's mobilenetv3_small_050 with 7 classes, and what it is then said to be.
+# Changes to a file of timm's mobilenetv3_small_050 with 7 classes, and the expected identification.
 
 
 def without_counters(shapes: Shapes) -> Shapes:
@@ -164,7 +164,7 @@ def test_what_files_lack_or_hold_beyond_a_network_is_tolerated_and_counted(chang
 
 
 @pytest.mark.parametrize(
-    ("added", "told"),
+    ("added", "message"),
     [
         ("norm_pre.weight", "1 unexpected: norm_pre.weight"),  # CLIP's, a step of the function
         ("fc_norm.weight", "1 unexpected: fc_norm.weight"),
@@ -173,8 +173,8 @@ def test_what_files_lack_or_hold_beyond_a_network_is_tolerated_and_counted(chang
         ("blocks.9.weight", "1 unexpected: blocks.9.weight"),
     ],
 )
-def test_a_tensor_that_could_take_part_in_the_function_is_not_tolerated(added: str, told: str) -> None:
-    with pytest.raises(ArchitectureError, match=rf"fit no model of timm .*; nearest: {SMALL} \({told}\)"):
+def test_a_tensor_that_could_take_part_in_the_function_is_not_tolerated(added: str, message: str) -> None:
+    with pytest.raises(ArchitectureError, match=rf"fit no model of timm .*; nearest: {SMALL} \({message}\)"):
         decide_on(shapes_of(SMALL) | {added: (3,)})
 
 
@@ -208,7 +208,7 @@ def test_a_detector_without_counters_had_frozen_norms_and_is_not_taken_for_one_w
     assert not identify(without_counters(shapes)).candidates
 
 
-# Groups: same tensors, same function or not, as identification says and as the networks do when they run.
+# Groups of architectures with the same tensors: identification must group them as their outputs do.
 
 
 def grouped(found: Identification, first: str, second: str) -> bool:
@@ -234,9 +234,7 @@ def test_names_count_as_one_exactly_where_the_networks_compute_the_same(first: s
 
 def test_what_differs_in_function_is_reported_with_what_to_type() -> None:
     shapes = shapes_of("timm:tf_efficientnet_b0,num_classes=10")
-    with pytest.raises(
-        ArchitectureError, match="different functions, and do not say which: pass architecture='timm:"
-    ) as caught:
+    with pytest.raises(ArchitectureError, match="different functions: pass architecture='timm:") as caught:
         decide_on(shapes)
     text = str(caught.value)
     assert "architecture='timm:efficientnet_b0,num_classes=10' (norm BatchNorm eps 1e-05; convolution Conv2d;" in text
@@ -249,9 +247,9 @@ def test_what_differs_in_function_is_reported_with_what_to_type() -> None:
 
 def test_every_two_functions_of_the_sample_differ_in_something_that_is_reported() -> None:
     for name in ("resnet50", "efficientnet_b0", "mobilenetv4_conv_medium", "swinv2_tiny_window8_256"):
-        told = [*identify(shapes_of(f"timm:{name}")).differences().values()]
-        assert len(told) > 1
-        assert all(told.count(one) == 1 and one for one in told), name
+        facts = [*identify(shapes_of(f"timm:{name}")).differences().values()]
+        assert len(facts) > 1
+        assert all(facts.count(one) == 1 and one for one in facts), name
 
 
 class Scaled(nn.Module):
@@ -332,7 +330,7 @@ def test_an_argument_is_solved_for_or_nothing_is(symbol: Symbol, size: int, valu
 
 def test_the_index_is_small_and_comes_back_from_its_bytes() -> None:
     index = shipped_index()
-    assert len(files("normswap.checkpoints").joinpath("architectures.bin").read_bytes()) < 1_500_000
+    assert len(files("normswap.checkpoints.architecture").joinpath("architectures.bin").read_bytes()) < 1_500_000
     few, end = 40, int(index.bounds[40])
     part = replace(
         index,
@@ -425,7 +423,7 @@ def test_a_stranger_exits_with_1(folder: Path) -> None:
     torch.save(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)).state_dict(), "model.pt")
     result = run("model.pt")
     assert result.exit_code == 1
-    assert "name the architecture with --arch timm:NAME, or with --arch path/file.py:function" in result.stderr
+    assert "pass --arch timm:NAME, or --arch path/file.py:function for your own model" in result.stderr
     shapes = shapes_of(SMALL)
     torch.save({**{n: torch.zeros(s) for n, s in shapes.items()}, "norm_pre.bias": torch.zeros(3)}, "model.pt")
     result = run("model.pt")

@@ -1,4 +1,4 @@
-"""Prefixes of wrappers: found, taken off, put back."""
+"""Prefixes of wrappers: found, removed from keys, added to new keys."""
 
 import pytest
 

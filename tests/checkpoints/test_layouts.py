@@ -1,4 +1,4 @@
-"""Every layout of checkpoint, made by its own library: read, converted, written in the same kind, read back."""
+"""Checkpoints in the layout of each library: read, converted, written in the same layout, read back."""
 
 import shutil
 from collections.abc import Mapping

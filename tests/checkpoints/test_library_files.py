@@ -1,4 +1,4 @@
-"""Files and folders as safetensors and transformers save them: other names than a model's, one name of tied tensors."""
+"""Files and folders saved by safetensors and transformers: renamed tensors, tied tensors under one name."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -299,9 +299,9 @@ def test_the_library_finds_all_its_tensors_in_a_converted_folder(make: Callable[
     assert {*new} - gates == {*old}
     assert all(torch.equal(new[key], tensor) for key, tensor in old.items())
     assert all(key.rpartition(".")[0] + ".running_mean" in old for key in gates)
-    _, told = _reopened(type(make()), target)
-    assert [*told["missing_keys"]] == []
-    assert all(key.endswith(("mean_weight", "var_weight")) for key in told["unexpected_keys"])
+    _, report = _reopened(type(make()), target)
+    assert [*report["missing_keys"]] == []
+    assert all(key.endswith(("mean_weight", "var_weight")) for key in report["unexpected_keys"])
 
 
 def test_importance_weights_are_shown_under_the_names_of_the_model(tmp_path: Path) -> None:

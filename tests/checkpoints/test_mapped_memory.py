@@ -1,4 +1,4 @@
-"""Memory of files given back: values stay what they are, wherever they lie."""
+"""Released pages of mapped files: all values stay the same, in files and in memory."""
 
 import re
 from pathlib import Path

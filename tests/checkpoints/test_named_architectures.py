@@ -1,4 +1,4 @@
-"""What a file says of its architecture never runs, fetches or opens anything, and builds nothing that is too large."""
+"""An architecture named by a file never runs, downloads or opens anything, and builds nothing that is too large."""
 
 import json
 import socket
@@ -77,24 +77,27 @@ def _record(architecture: str) -> str:
 
 CONTAINERS = {"m.pt": _zip, "m.safetensors": _safetensors, "m": _folder}
 HOSTILE = {
-    "remote code": ("hf:d,trust_remote_code=True", "in a file or folder elsewhere"),
-    "another folder": ("hf:d", "pass architecture='hf:d' if it is yours, with its new path if it has moved, or trust"),
-    "an absolute folder": ("hf:/etc", "the config.json in /etc, a folder that is not opened unasked"),
-    "a parent folder": ("hf:..", "a folder that is not opened unasked"),
-    "a repository": ("hf:user/model", "a folder that is not opened unasked"),
-    "no folder": ("hf:.", "from the config.json of a folder: pass architecture='hf:FOLDER' with that folder, or trust"),
-    "a Python file": ("net.py:build", "which is not run unasked"),
-    "another Python file": ("hf:net.py:build", "which is not run unasked"),
+    "remote code": ("hf:d,trust_remote_code=True", "in another file or folder"),
+    "another folder": (
+        "hf:d",
+        "pass architecture='hf:d' if you trust this folder, with its new path if it has moved, or trust",
+    ),
+    "an absolute folder": ("hf:/etc", "the config.json of another folder: pass architecture='hf:/etc'"),
+    "a parent folder": ("hf:..", "the config.json of another folder"),
+    "a repository": ("hf:user/model", "the config.json of another folder"),
+    "no folder": ("hf:.", "in the config.json of a folder: pass architecture='hf:FOLDER' with that folder, or trust"),
+    "a Python file": ("net.py:build", "in a Python file, which would be run"),
+    "another Python file": ("hf:net.py:build", "in a Python file, which would be run"),
     "a function of a module": ("os:system", "expected one of timm:NAME"),
     "timm's hub": ("timm:hf-hub:user/model", "expected timm:NAME"),
     "timm's hub, spelt otherwise": ("timm:hf_hub:user/model", "expected timm:NAME"),
     "timm's folder": ("timm:local-dir:d", "expected timm:NAME"),
     "an address": ("timm:https://example.org/x", "expected timm:NAME"),
-    "published weights": (f"{NAME},pretrained=True", "the weights come from the file"),
-    "a configuration of weights": (f"{NAME},pretrained_cfg={{'file': 'x.pt'}}", "the weights come from the file"),
-    "an overlay": (f"{NAME},pretrained_cfg_overlay={{'url': 'http://x'}}", "the weights come from the file"),
-    "a checkpoint": (f"{NAME},checkpoint_path='x.pt'", "the weights come from the file"),
-    "a cache": (f"{NAME},cache_dir='/tmp'", "the weights come from the file"),
+    "published weights": (f"{NAME},pretrained=True", "the weights come from the checkpoint"),
+    "a configuration of weights": (f"{NAME},pretrained_cfg={{'file': 'x.pt'}}", "the weights come from the checkpoint"),
+    "an overlay": (f"{NAME},pretrained_cfg_overlay={{'url': 'http://x'}}", "the weights come from the checkpoint"),
+    "a checkpoint": (f"{NAME},checkpoint_path='x.pt'", "the weights come from the checkpoint"),
+    "a cache": (f"{NAME},cache_dir='/tmp'", "the weights come from the checkpoint"),
     "remote code of timm": (
         f"{NAME},trust_remote_code=True",
         "the keyword 'trust_remote_code', which a file may not set",
@@ -102,21 +105,24 @@ HOSTILE = {
     "a way to build": (f"{NAME},scriptable=True", "the keyword 'scriptable', which a file may not set"),
     "a feature class": (f"{NAME},feature_cls='fx'", "the keyword 'feature_cls', which a file may not set"),
     "a loader": (f"{NAME},pruned=True", "the keyword 'pruned', which a file may not set"),
-    "a path for a layer": (f"{NAME},act_layer='a/b.py'", "where a file may give numbers or a plain word"),
-    "a dotted layer": (f"{NAME},norm_layer=torch.nn.BatchNorm2d", "where a file may give numbers or a plain word"),
-    "an object for a number": (f"{NAME},layers={{'a': 1}}", "where a file may give numbers up to"),
-    "a word for a number": (f"{NAME},num_classes=many", "where a file may give numbers up to"),
-    "no number": (f"{NAME},drop_rate=1e999", "where a file may give numbers up to"),
-    "a huge number": (f"{NAME},num_classes=1000000000000", "where a file may give numbers up to"),
-    "a long tuple": (f"{NAME},layers=({'1,' * 300})", "where a file may give numbers up to"),
-    "a deep tuple": (f"{NAME},layers=((((1,),),),)", "where a file may give numbers up to"),
-    "a deep expression": (f"{NAME},layers={'(' * 1000}", "where a file may give numbers up to"),
-    "a long chain": (f"{NAME},layers={'-' * 3000}1", "where a file may give numbers up to"),
+    "a path for a layer": (f"{NAME},act_layer='a/b.py'", "expected numbers or a plain word"),
+    "a dotted layer": (f"{NAME},norm_layer=torch.nn.BatchNorm2d", "expected numbers or a plain word"),
+    "an object for a number": (f"{NAME},layers={{'a': 1}}", "expected numbers up to"),
+    "a word for a number": (f"{NAME},num_classes=many", "expected numbers up to"),
+    "no number": (f"{NAME},drop_rate=1e999", "expected numbers up to"),
+    "a huge number": (f"{NAME},num_classes=1000000000000", "expected numbers up to"),
+    "a long tuple": (f"{NAME},layers=({'1,' * 300})", "expected numbers up to"),
+    "a deep tuple": (f"{NAME},layers=((((1,),),),)", "expected numbers up to"),
+    "a deep expression": (f"{NAME},layers={'(' * 1000}", "expected numbers up to"),
+    "a long chain": (f"{NAME},layers={'-' * 3000}1", "expected numbers up to"),
     "a long text": (f"{NAME},layers={'1' * 9000}", "expected at most 4,000 characters"),
-    "more than the file": ("timm:resnet10t,num_classes=1000000", "the architecture is not the one of this file"),
-    "a tall network": (f"{NAME},layers=(9000,1,1,1)", "the architecture is not the one of this file"),
-    "weights of torchvision": ("torchvision:resnet18,weights='DEFAULT'", "the weights come from the file"),
-    "weights of a backbone": ("torchvision:resnet18,weights_backbone='DEFAULT'", "the weights come from the file"),
+    "more than the file": ("timm:resnet10t,num_classes=1000000", "it is not the architecture of this file"),
+    "a tall network": (f"{NAME},layers=(9000,1,1,1)", "it is not the architecture of this file"),
+    "weights of torchvision": ("torchvision:resnet18,weights='DEFAULT'", "the weights come from the checkpoint"),
+    "weights of a backbone": (
+        "torchvision:resnet18,weights_backbone='DEFAULT'",
+        "the weights come from the checkpoint",
+    ),
 }
 
 
@@ -126,10 +132,10 @@ def test_a_record_never_runs_fetches_or_opens_anything(
     marker: Path, state: dict[str, Any], architecture: str, message: str
 ) -> None:
     _zip(Path("m.pt"), state, architecture)
-    with pytest.raises(ArchitectureError) as told:
+    with pytest.raises(ArchitectureError) as caught:
         normswap.load("m.pt")
-    assert message in str(told.value)
-    assert "\n" not in str(told.value)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
     assert not marker.exists()
 
 
@@ -174,7 +180,7 @@ def test_a_user_who_names_the_other_architecture_is_heard(marker: Path, state: d
 def test_remote_code_needs_trust_even_if_the_user_types_it(marker: Path, state: dict[str, Any]) -> None:
     pytest.importorskip("transformers")
     torch.save(state, "m.pt")
-    with pytest.raises(ArchitectureError, match=r"trust_remote_code runs Python code of the folder: add trust=True"):
+    with pytest.raises(ArchitectureError, match=r"trust_remote_code runs Python code in the folder: pass trust=True"):
         normswap.load("m.pt", architecture="hf:d,trust_remote_code=True")
     assert not marker.exists()
     with pytest.raises(normswap.NormswapError):  # a ResNet of transformers, not of timm
@@ -250,26 +256,29 @@ CONFIGURATIONS: dict[str, tuple[dict[str, Any], str]] = {
     "arguments that are a list": ({"architecture": "test_resnet", "model_args": [1]}, "expected an object of keywords"),
     "timm's hub": (
         {"architecture": "hf-hub:user/model"},
-        "architecture='hf-hub:user/model', which is no model of timm",
+        "architecture='hf-hub:user/model', expected a model of timm",
     ),
-    "timm's folder": ({"architecture": "local-dir:d"}, "architecture='local-dir:d', which is no model of timm"),
-    "no name": ({"architecture": ["x"]}, "architecture=['x'], which is no model of timm"),
+    "timm's folder": ({"architecture": "local-dir:d"}, "architecture='local-dir:d', expected a model of timm"),
+    "no name": ({"architecture": ["x"]}, "architecture=['x'], expected a model of timm"),
     "a pooling that is a path": ({"architecture": "test_resnet", "global_pool": "../x"}, "global_pool='../x', "),
     "huge": ({"architecture": "test_resnet", "num_classes": 10**12}, "num_classes=1000000000000"),
     "a hub backbone": (
         {"model_type": "detr", "use_timm_backbone": False, "backbone": "gpt2"},
-        "backbone='gpt2', which is no model of timm",
+        "backbone='gpt2', expected a model of timm",
     ),
-    "a path": ({"model_type": "resnet", "tokenizer": "/etc/passwd"}, "a path or an address, which is not opened"),
-    "a path in a list": ({"model_type": "resnet", "stages": [["a/b"]]}, "a path or an address, which is not opened"),
+    "a path": ({"model_type": "resnet", "tokenizer": "/etc/passwd"}, "expected a plain value, not a path or a URL"),
+    "a path in a list": ({"model_type": "resnet", "stages": [["a/b"]]}, "expected a plain value, not a path or a URL"),
     "a kernel": (
         {"model_type": "resnet", "_attn_implementation": "user/kernel"},
         "has '_attn_implementation', which may run code",
     ),
-    "labels without end": ({"model_type": "resnet", "num_labels": 10**10}, "has num_labels=10000000000, at most"),
+    "labels without end": (
+        {"model_type": "resnet", "num_labels": 10**10},
+        "has num_labels=10000000000, expected at most",
+    ),
     "a huge layer": (
         {"model_type": "resnet", "architectures": ["ResNetModel"], "hidden_sizes": [10**6, 8, 8, 8], "depths": [1] * 4},
-        "the architecture is not the one of this file",
+        "it is not the architecture of this file",
     ),
     "another class": ({"model_type": "resnet", "architectures": ["Trainer"]}, "expected a model class of transformers"),
     "another file in a wrapper": (
@@ -289,7 +298,7 @@ CONFIGURATIONS: dict[str, tuple[dict[str, Any], str]] = {
         "the keyword 'pretrained_cfg', which a file may not set",
     ),
     "a layer of a wrapper that is a path": (WRAPPER | {"model_args": {"norm_layer": "conf.C"}}, "or a plain word"),
-    "a wrapper of timm's hub": (WRAPPER | {"architecture": "hf-hub:user/model"}, "which is no model of timm"),
+    "a wrapper of timm's hub": (WRAPPER | {"architecture": "hf-hub:user/model"}, "expected a model of timm"),
     "arguments of a wrapper that are a text": (WRAPPER | {"model_args": "x"}, "expected an object of keywords"),
 }
 
@@ -303,9 +312,9 @@ def test_a_configuration_never_runs_fetches_or_opens_anything(
     _folder(Path("m"), state, "hf:.")
     Path("m/config.json").write_text(json.dumps(config))
     Path("m/conf.py").write_text(Path("d/conf.py").read_text())
-    with pytest.raises(ArchitectureError) as told:
+    with pytest.raises(ArchitectureError) as caught:
         normswap.load("m")
-    assert message in str(told.value)
+    assert message in str(caught.value)
     assert not marker.exists()
 
 
@@ -313,7 +322,7 @@ def test_a_configuration_never_runs_fetches_or_opens_anything(
 def test_a_configuration_that_is_no_object_is_refused(marker: Path, state: dict[str, Any], text: str) -> None:
     _folder(Path("m"), state, "hf:.")
     Path("m/config.json").write_text(text)
-    with pytest.raises(ArchitectureError, match=r"config\.json is no configuration: expected a JSON object"):
+    with pytest.raises(ArchitectureError, match=r"config\.json: expected a JSON object, got"):
         normswap.load("m")
 
 
@@ -328,10 +337,10 @@ def test_only_the_configuration_that_was_checked_is_used(marker: Path, state: di
     """transformers itself would read `config.4.0.0.json` here."""
     pytest.importorskip("transformers")
     _folder(Path("m"), state, "hf:.")
-    hostile = {"model_type": "x", "auto_map": {"AutoConfig": "conf.C"}, "architectures": ["ResNetModel"]}
+    malicious = {"model_type": "x", "auto_map": {"AutoConfig": "conf.C"}, "architectures": ["ResNetModel"]}
     good = {"model_type": "resnet", "architectures": ["ResNetModel"], "embedding_size": 8, "hidden_sizes": [8, 8, 8, 8]}
     Path("m/config.json").write_text(json.dumps({**good, "configuration_files": ["config.4.0.0.json"]}))
-    Path("m/config.4.0.0.json").write_text(json.dumps(hostile))
+    Path("m/config.4.0.0.json").write_text(json.dumps(malicious))
     Path("m/conf.py").write_text(Path("d/conf.py").read_text())
     with pytest.raises(ArchitectureError, match="hf:m"):  # the weights are timm's
         normswap.load("m")
@@ -364,7 +373,7 @@ def test_a_link_out_of_a_folder_is_not_followed(marker: Path, state: dict[str, A
     Path("secret").write_bytes(Path("m/model.safetensors").read_bytes())
     Path(folder, name).unlink(missing_ok=True)
     Path(folder, name).symlink_to("../secret")
-    with pytest.raises(CheckpointError, match=r"a link out of the folder, to .*secret: copy that file there"):
+    with pytest.raises(CheckpointError, match=r"a link to .*secret, outside the folder: replace the link"):
         normswap.load(folder)
 
 
@@ -424,10 +433,8 @@ def test_a_limited_build_gives_the_same_numbers(tmp_path: Path) -> None:
 
 def test_a_list_of_keywords_says_which_is_wrong() -> None:
     check_keywords("x", {"num_classes": 3, "layers": [1, (2, 3)], "act_layer": "silu", "img_size": None})
-    with pytest.raises(
-        ArchitectureError, match=r"x has num_classes='3', where a file may give numbers up to 1,000,000"
-    ):
+    with pytest.raises(ArchitectureError, match=r"x has num_classes='3', expected numbers up to 1,000,000"):
         check_keywords("x", {"num_classes": "3"})
-    with pytest.raises(ArchitectureError, match=r"x is no configuration: expected a JSON object"):
+    with pytest.raises(ArchitectureError, match=r"x: expected a JSON object, got list"):
         check_configuration("x", [], models=list)
     assert parse_architecture(f"{NAME},layers=(1,2)").keywords == {"layers": (1, 2)}

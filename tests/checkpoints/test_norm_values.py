@@ -1,4 +1,4 @@
-"""Batch norms whose values cannot normalize are refused by name; whatever is no batch norm is left alone."""
+"""Batch norms with invalid running statistics are refused by name; other tensors are not checked."""
 
 import re
 import time
@@ -39,21 +39,33 @@ def _everywhere(changed: State) -> None:
 
 
 BAD = {
-    "NaN in a mean": (put("bn1.running_mean", NAN), "bn1.running_mean (1 of 32 values, such as nan) is no statistics"),
-    "Inf in a variance": (put("bn1.running_var", INF), "bn1.running_var (1 of 32 values, such as inf) is no stat"),
-    "a negative variance": (put("bn1.running_var", -0.5), "bn1.running_var (1 of 32 values, such as -0.5) is no"),
+    "NaN in a mean": (put("bn1.running_mean", NAN), "bn1.running_mean (1 of 32 values, such as nan), expected finite"),
+    "Inf in a variance": (
+        put("bn1.running_var", INF),
+        "bn1.running_var (1 of 32 values, such as inf), expected finite",
+    ),
+    "a negative variance": (
+        put("bn1.running_var", -0.5),
+        "bn1.running_var (1 of 32 values, such as -0.5), expected finite",
+    ),
     "in half precision": (
         put("bn1.running_var", torch.full((32,), INF).half()),
-        "(32 of 32 values, such as inf) is no",
+        "(32 of 32 values, such as inf), expected finite",
     ),
-    "everywhere": (_everywhere, "values, such as nan), +12 more are no statistics: take an earlier checkpoint"),
+    "everywhere": (_everywhere, "values, such as nan), +12 more, expected finite running statistics"),
     "a short mean": (
         put("bn1.running_mean", torch.zeros(3)),
-        "bn1.running_var (32), bn1.weight (32), bn1.bias (32) are of another shape than the running_mean beside them",
+        "bn1.running_var (32), bn1.weight (32), bn1.bias (32), expected the shape of the running_mean of the same norm",
     ),
-    "a flat weight": (put("bn1.weight", torch.ones(31)), "bn1.weight (31) is of another shape"),
-    "a variance of two dimensions": (put("bn1.running_var", torch.ones(32, 1)), "bn1.running_var (32x1) is of another"),
-    "a single number": (put("bn1.running_var", torch.tensor(1.0)), "bn1.running_var (a single number) is of another"),
+    "a flat weight": (put("bn1.weight", torch.ones(31)), "bn1.weight (31), expected the shape"),
+    "a variance of two dimensions": (
+        put("bn1.running_var", torch.ones(32, 1)),
+        "bn1.running_var (32x1), expected the shape",
+    ),
+    "a single number": (
+        put("bn1.running_var", torch.tensor(1.0)),
+        "bn1.running_var (a single number), expected the shape",
+    ),
 }
 
 
@@ -71,7 +83,7 @@ def test_values_that_cannot_normalize_are_refused(change: Callable[[State], None
 def test_a_norm_at_the_root_has_no_prefix() -> None:
     norm = nn.BatchNorm1d(3)
     norm.running_var[0] = -1
-    with pytest.raises(CheckpointError, match=re.escape("x: running_var (1 of 3 values, such as -1) is no statistics")):
+    with pytest.raises(CheckpointError, match=re.escape("x: running_var (1 of 3 values, such as -1), expected finite")):
         check_running_stats(norm.state_dict(), name="x")
 
 

@@ -1,4 +1,4 @@
-"""Which network an optimizer's state belongs to: by count and shapes, never by position or name."""
+"""The network of an optimizer state, found by the number and shapes of parameters, not by position or name."""
 
 from itertools import pairwise
 from typing import Any
@@ -75,24 +75,24 @@ def test_the_gates_of_the_networks_that_it_has(state: Any, networks: list[Networ
 
 
 LEFT: dict[str, tuple[Any, list[Network], bool, str]] = {
-    "a twin that is not converted": (stepped(pg), [g, twin_left], True, "could be those of each of g, twin"),
+    "a twin that is not converted": (stepped(pg), [g, twin_left], True, "fit each of g, twin"),
     "no state and as many parameters": (
         stepped(pg, idle=True),
         [g, d],
         True,
-        "its 8 parameters could be those of each",
+        "its 8 parameters fit each",
     ),
     "another network": (
         stepped(net(3, 5, 5, 5).parameters()),
         [g, d],
         True,
-        "are not those of one network in this file",
+        "fit no network in this file",
     ),
     "a part without the norms": (
         stepped([G[0][0].weight, G[1][0].weight]),
         [g, d],
         False,
-        "it has not the parameters of all norms of g",
+        "it lacks parameters of some norms in g",
     ),
 }
 

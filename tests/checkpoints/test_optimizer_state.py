@@ -1,4 +1,4 @@
-"""Training goes on after a conversion: old momentum, old schedule, and gates that start as they would anywhere."""
+"""Training resumes after a conversion: the old momentum, the old schedule, and gates with a new state."""
 
 import copy
 import io
@@ -30,7 +30,7 @@ TORCH: dict[str, Callable[..., optim.Optimizer]] = {
     "AdamW": lambda params: optim.AdamW(params, lr=0.01, weight_decay=0.05),
     "RMSprop": lambda params: optim.RMSprop(params, lr=0.01, momentum=0.9, centered=True),
 }
-# Lamb clips by the norm of all gradients, those of the gates among them, unless told otherwise.
+# By default Lamb clips by the norm of all gradients, including those of the gates.
 NO_CLIPPING = {"max_grad_norm": None}
 TIMM = {
     **{name: {} for name in ("sgd", "momentum", "sgdw", "sgdp", "csgdw", "lars", "nlarc", "novograd", "rmsproptf")},
@@ -145,8 +145,8 @@ def test_training_resumed_after_conversion_continues_with_the_old_momentum(build
     after = resumed(start, build, importance_lr=0.0)
     check_momentum(start, after)
     forgetful = copy.deepcopy(after.model)
-    anew = build(normswap.param_groups(forgetful, like=start.state, importance_lr=0.0))
-    for model, optimizer in ((start.model, start.optimizer), (after.model, after.optimizer), (forgetful, anew)):
+    rebuilt = build(normswap.param_groups(forgetful, like=start.state, importance_lr=0.0))
+    for model, optimizer in ((start.model, start.optimizer), (after.model, after.optimizer), (forgetful, rebuilt)):
         train(model, optimizer, 4, seed=2)
     assert distance(start.model, after.model) < 1e-9
     assert distance(start.model, forgetful) > 1e-3  # what is lost without the old state
@@ -279,17 +279,20 @@ def test_an_optimizers_state_dict_is_known_by_its_structure(value: object, expec
 @pytest.mark.parametrize(
     ("state", "message"),
     [
-        ([], "expected an optimizer's state dict, 'state' and 'param_groups', got list: pass optimizer.state_dict()"),
+        (
+            [],
+            "expected an optimizer's state dict with 'state' and 'param_groups', got list: pass optimizer.state_dict()",
+        ),
         ({"epoch": 1}, r"got entries \['epoch'\]: pass optimizer.state_dict"),
         ({"state": {}, "param_groups": []}, "has no parameter group: save it again"),
-        (state_dict([0, "a"]), "is damaged, it gives parameters neither all by number nor all by name"),
+        (state_dict([0, "a"]), "is damaged, it mixes parameters by number and by name"),
         (state_dict([0, 1], param_names=["a"]), "is damaged, group 0 has 2 parameters and 1 names"),
         (
             {"state": {}, "param_groups": [{"params": [0], "param_names": ["a"]}, {"params": [1]}]},
-            "is damaged, some of its groups name their parameters and some do not",
+            "is damaged, only some of its groups have param_names",
         ),
         ({**state_dict([0]), "state": {5: {"step": 1}}}, "is damaged, parameter 5 has a state and is in no group"),
-        (with_gates(state_dict([0]), gates=["g"]), "has a group of gates already: load it as it is"),
+        (with_gates(state_dict([0]), gates=["g"]), "has a group of gates already: load it without with_gates"),
     ],
 )
 def test_a_damaged_state_dict_is_refused(state: Any, message: str) -> None:
@@ -415,11 +418,11 @@ def test_a_scheduler_without_lists_is_none() -> None:
             with_gates(state_dict([0]), gates=["g"]),
             "expected a scheduler's state dict with lists per group",
         ),
-        ({"base_lrs": [0.1]}, state_dict([0]), "with a last group of gates: pass it through with_gates"),
+        ({"base_lrs": [0.1]}, state_dict([0]), "with a last group of gates: pass the result of normswap.with_gates"),
         (
             {"base_lrs": [0.1, 0.2]},
             with_gates(state_dict([0]), gates=["g"]),
-            "has 2 entries in 'base_lrs', the optimizer has 1 groups: take both from one file",
+            "has 2 entries in 'base_lrs', expected 1, one for each group of the optimizer: take both from one file",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""What a pickle may name beside torch's own: values are rebuilt from checked fields, and forged ones are refused."""
+"""Plain data in pickles: values are rebuilt from checked fields, and forged ones are refused."""
 
 import argparse
 import collections
@@ -61,7 +61,7 @@ class _Named:
 
 
 def _saved(path: Path, extra: Any, *, legacy: bool = False) -> Path:
-    """A checkpoint with `extra` beside its weights, in which the names of `Call` are written as they are."""
+    """A checkpoint with weights and `extra`, in which `Call` pickles a call of any name."""
     torch.save(
         {"state_dict": {"bn.weight": torch.ones(3), "bn.bias": torch.zeros(3)}, "extra": extra},
         path,
@@ -163,58 +163,76 @@ def _array(shape: Any = (1,), dtype: Any = None, data: Any = bytes(8), *, versio
 FORGED: dict[str, tuple[Callable[[], Any], str]] = {
     "objects without the flag": (
         lambda: _array(dtype=_dtype("V8", (3, "|", None, ("a",), {"a": (_dtype("O8"), 0)}, 8, 1, 0))),
-        "a numpy type 'V8', which is no plain number",
+        "the numpy dtype 'V8', which is not a plain number",
     ),
-    "objects": (lambda: np.array([{}], dtype=object), "a numpy type 'O8'"),
-    "objects by another name": (lambda: _array(dtype=_dtype("O")), "a numpy type 'O'"),
-    "a structure": (lambda: np.zeros(1, [("a", "f4")]), "a numpy type 'V4'"),
-    "raw bytes": (lambda: np.zeros(1, "V8"), "a numpy type 'V8'"),
-    "texts": (lambda: np.array(["a"]), "a numpy type 'U1'"),
-    "bytes": (lambda: np.array([b"a"]), "a numpy type 'S1'"),
-    "dates": (lambda: np.array(["2024-01-01"], "M8[D]"), "a numpy type 'M8'"),
-    "extended precision": (lambda: np.zeros(1, "g"), "a numpy type 'f16'"),
-    "a type that is none": (lambda: _dtype(7), "a numpy type 7"),
+    "objects": (lambda: np.array([{}], dtype=object), "the numpy dtype 'O8'"),
+    "objects by another name": (lambda: _array(dtype=_dtype("O")), "the numpy dtype 'O'"),
+    "a structure": (lambda: np.zeros(1, [("a", "f4")]), "the numpy dtype 'V4'"),
+    "raw bytes": (lambda: np.zeros(1, "V8"), "the numpy dtype 'V8'"),
+    "texts": (lambda: np.array(["a"]), "the numpy dtype 'U1'"),
+    "bytes": (lambda: np.array([b"a"]), "the numpy dtype 'S1'"),
+    "dates": (lambda: np.array(["2024-01-01"], "M8[D]"), "the numpy dtype 'M8'"),
+    "extended precision": (lambda: np.zeros(1, "g"), "the numpy dtype 'f16'"),
+    "a type that is none": (lambda: _dtype(7), "the numpy dtype 7"),
     "a type with parts": (
         lambda: _dtype("f8", (3, "<", (_dtype(), (2,)), None, None, -1, -1, 0)),
-        "of parts or with flags",
+        "with fields, a subarray or flags",
     ),
-    "a type with fields": (lambda: _dtype("f8", (3, "<", None, ("a",), {}, -1, -1, 0)), "of parts or with flags"),
-    "a type with a size": (lambda: _dtype("f8", (3, "<", None, None, None, 4, -1, 0)), "of parts or with flags"),
-    "a type with flags": (lambda: _dtype("f8", (3, "<", None, None, None, -1, -1, 63)), "of parts or with flags"),
-    "a type of a new version": (lambda: _dtype("f8", (9, "<", None, None, None, -1, -1, 0)), "of parts or with flags"),
-    "a strange byte order": (lambda: _dtype("f8", (3, "x", None, None, None, -1, -1, 0)), "the byte order 'x'"),
-    "too few bytes": (lambda: _array((2,)), "whose 8 bytes do not fit it"),
-    "too many bytes": (lambda: _array((1,), data=bytes(16)), "whose 16 bytes do not fit it"),
-    "a shape that overflows": (lambda: _array((2**32, 2**32)), "whose 8 bytes do not fit it"),
-    "a negative shape": (lambda: _array((-1, -1)), "a numpy array of the shape (-1, -1)"),
-    "a shape of no numbers": (lambda: _array((1.0,)), "a numpy array of the shape (1.0,)"),
-    "many dimensions": (lambda: _array((1,) * 40), "a numpy array of the shape"),
-    "a list of values": (lambda: _array(data=[1]), "not described as one of plain numbers"),
-    "another type for its type": (lambda: _array(dtype="f8"), "not described as one of plain numbers"),
-    "another version": (lambda: _array(version=9), "not described as one of plain numbers"),
-    "truth values that are none": (lambda: _array((8,), _dtype("b1"), b"\2" * 8), "truth values that are neither"),
+    "a type with fields": (
+        lambda: _dtype("f8", (3, "<", None, ("a",), {}, -1, -1, 0)),
+        "with fields, a subarray or flags",
+    ),
+    "a type with a size": (
+        lambda: _dtype("f8", (3, "<", None, None, None, 4, -1, 0)),
+        "with fields, a subarray or flags",
+    ),
+    "a type with flags": (
+        lambda: _dtype("f8", (3, "<", None, None, None, -1, -1, 63)),
+        "with fields, a subarray or flags",
+    ),
+    "a type of a new version": (
+        lambda: _dtype("f8", (9, "<", None, None, None, -1, -1, 0)),
+        "with fields, a subarray or flags",
+    ),
+    "a strange byte order": (lambda: _dtype("f8", (3, "x", None, None, None, -1, -1, 0)), "the unknown byte order 'x'"),
+    "too few bytes": (lambda: _array((2,)), "and 8 bytes, expected"),
+    "too many bytes": (lambda: _array((1,), data=bytes(16)), "and 16 bytes, expected 8"),
+    "a shape that overflows": (lambda: _array((2**32, 2**32)), "and 8 bytes, expected"),
+    "a negative shape": (lambda: _array((-1, -1)), "a numpy array with the invalid shape (-1, -1)"),
+    "a shape of no numbers": (lambda: _array((1.0,)), "a numpy array with the invalid shape (1.0,)"),
+    "many dimensions": (lambda: _array((1,) * 40), "a numpy array with the invalid shape"),
+    "a list of values": (lambda: _array(data=[1]), "is not that of plain numbers"),
+    "another type for its type": (lambda: _array(dtype="f8"), "is not that of plain numbers"),
+    "another version": (lambda: _array(version=9), "is not that of plain numbers"),
+    "truth values that are none": (
+        lambda: _array((8,), _dtype("b1"), b"\2" * 8),
+        "booleans with bytes other than 0 and 1",
+    ),
     "no values": (
         lambda: Call("numpy.core.multiarray._reconstruct", _Named("numpy.ndarray"), (0,), b"b"),
         "a numpy array without values",
     ),
     "another class": (
         lambda: Call("numpy.core.multiarray._reconstruct", _Named("builtins.list"), (0,), b"b"),
-        "another class than numpy.ndarray",
+        "a subclass of numpy.ndarray",
     ),
     "a call of the class": (lambda: Call("numpy.ndarray", (10**12,)), "a call of numpy.ndarray"),
-    "an array where none fits": (lambda: Call("builtins.slice", _array(), 1, 2), "in a place where none is expected"),
-    "a number of objects": (lambda: Call("numpy.core.multiarray.scalar", _dtype("O"), b"A" * 8), "a numpy type 'O'"),
-    "a number with few bytes": (lambda: Call("numpy._core.multiarray.scalar", _dtype(), b"A"), "do not fit its type"),
-    "a number without a type": (lambda: Call("numpy._core.multiarray.scalar", "f8", b"A" * 8), "do not fit its type"),
+    "an array where none fits": (
+        lambda: Call("builtins.slice", _array(), 1, 2),
+        "inside an object that cannot have one",
+    ),
+    "a number of objects": (lambda: Call("numpy.core.multiarray.scalar", _dtype("O"), b"A" * 8), "the numpy dtype 'O'"),
+    "a number with few bytes": (lambda: Call("numpy._core.multiarray.scalar", _dtype(), b"A"), "do not fit its dtype"),
+    "a number without a type": (lambda: Call("numpy._core.multiarray.scalar", "f8", b"A" * 8), "do not fit its dtype"),
     "a month of 99": (lambda: Call("datetime.datetime", b"\x07\xe8\x63\x01" + bytes(6)), "month must be in 1..12"),
     "an hour of 200": (lambda: Call("datetime.datetime", b"\x07\xe8\x01\x01\xc8" + bytes(5)), "hour must be in 0..23"),
     "a day of 0": (lambda: Call("datetime.date", b"\x07\xe8\x01\x00"), "day is out of range for month"),
-    "a moment that is none": (lambda: Call("datetime.datetime", 2024, 1, 1), "not described by its ten bytes"),
+    "a moment that is none": (lambda: Call("datetime.datetime", 2024, 1, 1), "not pickled as ten bytes"),
     "a zone that is none": (
         lambda: Call("datetime.datetime", b"\x07\xe8\x01\x01" + bytes(6), 3),
-        "no datetime.timezone",
+        "not a datetime.timezone",
     ),
-    "a date of texts": (lambda: Call("datetime.date", "a", "b", "c"), "where whole numbers are expected"),
+    "a date of texts": (lambda: Call("datetime.date", "a", "b", "c"), "expected whole numbers"),
     "bytes without end": (lambda: Call("builtins.bytes", 10**12), "a call of bytes with arguments"),
     "an endless range": (
         lambda: Call("builtins.list", Call("builtins.range", 10**12)),
@@ -228,10 +246,10 @@ FORGED: dict[str, tuple[Callable[[], Any], str]] = {
 @pytest.mark.parametrize(("make", "message"), FORGED.values(), ids=FORGED)
 def test_a_forged_value_is_refused(tmp_path: Path, make: Callable[[], Any], message: str, legacy: bool) -> None:
     path = _saved(tmp_path / "a.pt", make(), legacy=legacy)
-    with pytest.raises(CheckpointError) as told:
+    with pytest.raises(CheckpointError) as caught:
         normswap.load(path, architecture="timm:test_resnet")
-    assert message in str(told.value)
-    assert "\n" not in str(told.value)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 STORAGE = torch.ones(4)
@@ -259,7 +277,7 @@ CALLS: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "an argument that is no tuple": (
         lambda: Call("torch._utils._rebuild_tensor_v2", Call("builtins.tuple", [1]), 0, (4,), (1,), False, None),
-        "are not written out",
+        "it computes the storage",
     ),
     "bytes without end": (lambda: Call("builtins.bytearray", 10**12), "would run builtins.bytearray"),
     "a view beyond its storage": (
@@ -294,7 +312,7 @@ CALLS: dict[str, tuple[Callable[[], Any], str]] = {
             STORAGE._typed_storage(), 0, (4,), (1,),
             state=Call("builtins.tuple", [STORAGE._typed_storage(), 0, (4096,), (1,)]),
         ),
-        "are not written out",
+        "it computes the storage",
     ),
 }  # fmt: skip
 
@@ -305,9 +323,9 @@ def test_no_pickle_reads_memory_that_is_not_the_files(
     tmp_path: Path, make: Callable[[], Any], message: str, legacy: bool
 ) -> None:
     path = _saved(tmp_path / "a.pt", make(), legacy=legacy)
-    with pytest.raises(CheckpointError) as told:
+    with pytest.raises(CheckpointError) as caught:
         decode(path, detect_format(path), trust=False)
-    assert message in str(told.value)
+    assert message in str(caught.value)
 
 
 def test_what_state_dicts_hold_is_read(tmp_path: Path) -> None:
@@ -366,7 +384,7 @@ def test_what_a_user_calls_safe_stays_safe_and_nothing_else_does(tmp_path: Path)
         assert _read(tmp_path / "a").lr == 0.5
         assert set(map(str, torch.serialization.get_safe_globals())) == allowed
         assert user_safe_globals() == {f"{Options.__module__}.Options"}
-        with pytest.raises(CheckpointError, match="a numpy type 'V8'"):
+        with pytest.raises(CheckpointError, match="the numpy dtype 'V8'"):
             _read(_saved(tmp_path / "b", FORGED["objects without the flag"][0]()))
     assert set(map(str, torch.serialization.get_safe_globals())) == before
 

@@ -1,4 +1,4 @@
-"""Archives of torch.export: their weights without running anything, the program itself where it is trusted."""
+"""Archives of torch.export: weights are read without running code, programs are loaded only with trust."""
 
 import contextlib
 import io
@@ -72,7 +72,7 @@ def x(batch: int = 3) -> Tensor:
 
 @cache
 def archive(mode: str) -> bytes:
-    """A program of `Net` whose batch is free between 2 and 32, and a text beside it."""
+    """A program of `Net` with a dynamic batch size from 2 to 32, and an extra file."""
     dynamic = {"x": {0: Dim("batch", min=2, max=32)}}
     program = torch.export.export(net(training=mode == "training"), (x(),), dynamic_shapes=dynamic)
     buffer = io.BytesIO()
@@ -170,7 +170,9 @@ def test_of_several_programs_the_user_names_one(tmp_path: Path) -> None:
         normswap.load(path, architecture=Net)
     loaded = normswap.load(path, architecture=Net, entry="small").model
     assert torch.equal(loaded(x()), net(training=False)(x()))
-    with pytest.raises(CheckpointError, match=r"2 programs in one archive: save each by torch.export.save, or"):
+    with pytest.raises(
+        CheckpointError, match=r"expected one program, got 2 in one archive: save each with torch.export.save, or"
+    ):
         normswap.load(path, trust=True)
 
 
@@ -246,7 +248,7 @@ def test_a_graph_that_was_changed_is_refused(converted: tuple[Path, Path], tmp_p
     edited(target, lambda members: None)
     assert read_header(target).record is not None
     edited(target, lambda m: m.update({"models/model.json": m["models/model.json"].replace(b"relu", b"tanh")}))
-    with pytest.raises(CheckpointError, match="not what normswap wrote"):
+    with pytest.raises(CheckpointError, match="changed after normswap wrote the file"):
         normswap.load(target, trust=True)
 
 
@@ -335,30 +337,36 @@ def meta(**fields: Any) -> Callable[[dict[str, bytes]], None]:
 BAD: dict[str, tuple[Callable[[dict[str, bytes]], object], str]] = {
     "pickled weights": (
         config_of(lambda entry: entry.update(use_pickle=True)),
-        "1 weights are pickled objects ('norm.weight'); reading them may run code: pass trust=True",
+        "1 weights are pickled objects ('norm.weight'); loading them may run code: pass trust=True",
     ),
-    "an older torch": (lambda m: m.update({"data/weights/model.pt": b""}), "of an older torch, which pickled its"),
+    "an older torch": (lambda m: m.update({"data/weights/model.pt": b""}), "of an older torch, with pickled"),
     "torch 2.4": (
         lambda m: m.update({"serialized_state_dict.pt": b""}),
-        "of an older torch, which pickled its weights",
+        "of an older torch, with pickled weights",
     ),
     "compiled": (
         lambda m: (m.pop("models/model.json"), m.update({"data/aotinductor/model/a.so": b""})),
-        "compiled code of AOTInductor without an exported program, and so without norms",
+        "expected an exported program, got compiled code of AOTInductor without one",
     ),
-    "no program": (lambda m: m.pop("models/model.json"), "an archive without an exported program"),
-    "an unknown type": (meta(dtype=99), "'norm.weight' has the type 99 and the layout 7 of torch.export, which are"),
-    "sparse": (meta(layout=2), "has the type 7 and the layout 2"),
-    "beyond its record": (meta(sizes=[{"as_int": 9}]), "'norm.weight' claims 36 bytes, its record has 32: damaged"),
-    "beyond by its offset": (meta(storage_offset={"as_int": 1}), "'norm.weight' claims 36 bytes, its record has 32"),
-    "beyond by its steps": (meta(strides=[{"as_int": 2}]), "'norm.weight' claims 60 bytes, its record has 32"),
+    "no program": (lambda m: m.pop("models/model.json"), "got an archive without one"),
+    "an unknown type": (
+        meta(dtype=99),
+        "'norm.weight' has the dtype 99 and the layout 7 of torch.export, which normswap",
+    ),
+    "sparse": (meta(layout=2), "has the dtype 7 and the layout 2"),
+    "beyond its record": (
+        meta(sizes=[{"as_int": 9}]),
+        "'norm.weight' declares 36 bytes, its record has 32: the file is damaged",
+    ),
+    "beyond by its offset": (meta(storage_offset={"as_int": 1}), "'norm.weight' declares 36 bytes, its record has 32"),
+    "beyond by its steps": (meta(strides=[{"as_int": 2}]), "'norm.weight' declares 60 bytes, its record has 32"),
     "a repeated number": (
         meta(sizes=[{"as_int": 2**40}], strides=[{"as_int": 0}]),
-        "a tensor claims the shape 1099511627776, the file has",
+        "a tensor declares the shape 1099511627776, the file has",
     ),
     "a negative size": (meta(sizes=[{"as_int": -8}]), "truncated or damaged (expected a number, got {'as_int': -8})"),
     "a symbol": (meta(sizes=[{"as_expr": "s0"}]), "truncated or damaged ("),
-    "no strides": (meta(strides=[]), "'norm.weight' has no record, or a shape and strides that do not fit"),
+    "no strides": (meta(strides=[]), "'norm.weight' has no record, or a shape and strides of different lengths"),
     "no record": (config_of(lambda entry: entry.update(path_name="weight_77")), "'norm.weight' has no record, or"),
     "no config": (lambda m: m.pop("data/weights/model_weights_config.json"), "truncated or damaged ("),
     "no JSON": (lambda m: m.update({"data/weights/model_weights_config.json": b"{"}), "truncated or damaged ("),
@@ -378,7 +386,7 @@ def test_an_archive_that_contradicts_itself_is_refused(
 
 def test_a_damaged_program_is_one_line_where_it_is_trusted(path: Path) -> None:
     edited(path, lambda members: members.update({"models/model.json": b"{}"}))
-    with pytest.raises(CheckpointError, match="truncated or damaged, or of another version of torch"):
+    with pytest.raises(CheckpointError, match="truncated or damaged, or from another version of torch"):
         normswap.load(path, trust=True)
 
 

@@ -1,4 +1,4 @@
-"""Files with several networks, copies, optimizers and schedulers: each is converted or left for what it is."""
+"""Files with several networks, copies, optimizers and schedulers: each is converted or copied unchanged."""
 
 import argparse
 import copy
@@ -111,7 +111,7 @@ def test_networks_are_converted_one_after_the_other_or_at_once(gan: dict[str, An
     options = [option for name in order for option in ("--entry", name, "--arch", f"nets.py:{name}")]
     output = ok("convert", "gan.pt", *options, *INPUT, "-o", "once.pt")
     assert output.count("2 gates appended as a last group") == 2
-    assert "both: 2 gates joined those in its last group" in output
+    assert "both: 2 gates added to its group of gates" in output
     assert "left as it is" not in output
     two, once = read("two.pt"), read("once.pt")
     assert two.keys() == once.keys()
@@ -273,7 +273,7 @@ def test_copies_that_differ_are_a_question(
     message = " ".join(result.stderr.split())
     assert result.exit_code == 2
     assert all(f"'{prefix}'" in message for prefix in prefixes)
-    assert "say which, such as --entry" in message
+    assert "select one, such as --entry" in message
     assert not Path("two.normswap.pt").exists()
     name = first.rstrip(".")
     ok("convert", "two.pt", *G, *INPUT, "--entry", name)
@@ -308,28 +308,28 @@ def test_a_further_state_dict_of_other_shapes_is_no_copy(nets: dict[str, nn.Modu
     assert read("two.normswap.pt")["ema"].keys() == nets["g"].state_dict().keys()
 
 
-# States that nobody knows.
+# States in an unknown form.
 
 UNKNOWN: dict[str, tuple[Callable[[list[Tensor], list[str]], dict[str, Any]], str]] = {
     "fastai": (
         lambda ps, _: {"opt": {"hypers": [{"lr": 1e-3}], "state": [{"mom": torch.zeros_like(p)} for p in ps]}},
-        "opt: left as it is, an optimizer's state in a form that normswap does not know: build the optimizer from",
+        "opt: left as it is, an optimizer state in an unknown form: build a new optimizer from",
     ),
     "by names": (
         lambda ps, names: {"optimizer": {n: {"m": torch.zeros_like(p)} for n, p in zip(names, ps, strict=True)}},
-        "optimizer: left as it is, an optimizer's state in a form",
+        "optimizer: left as it is, an optimizer state in an unknown form",
     ),
     "moments by names": (
         lambda ps, names: {"optim": {"exp_avg": dict(zip(names, ps, strict=True)), "step": 3}},
-        "optim: left as it is, an optimizer's state in a form",
+        "optim: left as it is, an optimizer state in an unknown form",
     ),
     "momenta as a state dict": (
         lambda ps, names: {"optimizer": dict(zip(names, ps, strict=True))},
-        "optimizer: left as it is, an optimizer's state in a form",
+        "optimizer: left as it is, an optimizer state in an unknown form",
     ),
     "Keras": (
         lambda ps, _: {"optimizer_weights": [torch.tensor(3), *ps]},
-        "optimizer_weights: left as it is, an optimizer's state in a form",
+        "optimizer_weights: left as it is, an optimizer state in an unknown form",
     ),
     "DeepSpeed": (
         lambda ps, _: {
@@ -358,25 +358,25 @@ UNKNOWN: dict[str, tuple[Callable[[list[Tensor], list[str]], dict[str, Any]], st
     ),
     "an average in another order": (
         lambda ps, _: {"ema": {"shadow_params": [p.clone() for p in ps[::-1]]}},
-        "ema: left as it is, an average in a form that normswap does not know: make it again from the converted model",
+        "ema: left as it is, a weight average in an unknown form: make a new one from the converted model",
     ),
     "an average in a tuple of pairs": (
         lambda ps, _: {"averaged": [(i, p) for i, p in enumerate(ps)]},
-        "averaged: left as it is, an average in a form",
+        "averaged: left as it is, a weight average in an unknown form",
     ),
     "a scheduler": (
         lambda ps, _: {"lr_scheduler": {"trust": [torch.ones(3)]}},
-        "lr_scheduler: left as it is, a scheduler's state in a form that normswap does not know: build the scheduler",
+        "lr_scheduler: left as it is, a scheduler state in an unknown form: build the scheduler",
     ),
     "whatever it is called": (
         lambda ps, _: {"extra": {"slots": [{"m": torch.zeros_like(p)} for p in ps]}},
-        "extra: left as it is, a state per parameter in a form that normswap does not know",
+        "extra: left as it is, a state per parameter in an unknown form",
     ),
 }
 
 
 @pytest.mark.parametrize(("make", "note"), UNKNOWN.values(), ids=UNKNOWN)
-def test_a_state_that_nobody_knows_is_named(
+def test_a_state_in_an_unknown_form_is_named(
     nets: dict[str, nn.Module], make: Callable[[list[Tensor], list[str]], dict[str, Any]], note: str
 ) -> None:
     named = {name: p.detach() for name, p in nets["g"].named_parameters()}
@@ -433,7 +433,7 @@ def test_a_pickled_average_is_converted_and_a_pickled_optimizer_named(
     torch.save({"model": nets["g"], "ema": make(nets["g"]), "optimizer": trained(nets["g"])}, "last.pt")
     output = ok("convert", "last.pt", "--trust", *INPUT)
     assert "ema: converted too" in output
-    assert "optimizer: left as it is, an optimizer's state in a form that normswap does not know" in output
+    assert "optimizer: left as it is, an optimizer state in an unknown form" in output
     found = torch.load("last.normswap.pt", weights_only=False)
     assert set(normswap.importance_weights(found["ema"].module)) == {"1"}
 
@@ -454,16 +454,16 @@ def test_two_architectures_in_one_state_dict_are_a_question(tmp_path: Path) -> N
     result = run("convert", str(tmp_path / "two.pt"))
     message = " ".join(result.stderr.split())
     assert result.exit_code == 2
-    assert "holds several models, under 'net.'" in message
+    assert "has several models, under 'net.'" in message
     assert "'model.'" in message
-    assert "say which, such as --entry" in message
+    assert "select one, such as --entry" in message
     assert [path.name for path in tmp_path.iterdir()] == ["two.pt"]
 
 
 DAMAGED: dict[str, tuple[Any, str]] = {
     "numbers that are none": (
         {"state": {}, "param_groups": [{"params": [[0], {}]}]},
-        "is damaged, it gives parameters",
+        "is damaged, it mixes parameters",
     ),
     "no group": ({"state": {}, "param_groups": []}, "has no parameter group"),
     "a state without a parameter": ({"state": {9: {}}, "param_groups": [{"params": [0]}]}, "parameter 9 has a state"),

@@ -1,4 +1,4 @@
-"""Distributed checkpoints and indexes of shards: each number of each tensor comes from the files, from one place."""
+"""Distributed checkpoints and indexes of shards: every element of a tensor comes from one place in the files."""
 
 import io
 import json
@@ -41,7 +41,7 @@ def _edit(step: Path, change: Callable[[Any], Any]) -> None:
 
 
 def _cut(step: Path, pieces: dict[tuple[int, ...], torch.Tensor], name: str = "w") -> None:
-    """Store `name` in pieces of its own, each at the place that its key says."""
+    """Store `name` in separate chunks, each at the offsets that its key gives."""
     whole = pickle.loads((step / ".metadata").read_bytes())
     info = next(iter(whole.storage_data.values()))
     data, places = b"", {}
@@ -117,53 +117,56 @@ def _halves(step: Path, *places: tuple[slice, slice]) -> None:
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "no chunks": (_without("w"), "'w' of its index has 24 numbers, of which its chunks cover 0"),
-    "no chunks of a number": (_without("n"), "'n' of its index has 1 numbers, of which its chunks cover 0"),
-    "a hole": (lambda step: _halves(step, HALVES[0]), "has 24 numbers, of which its chunks cover 12"),
-    "a hole inside": (lambda step: _halves(step, *PINWHEEL[:4]), "has 24 numbers, of which its chunks cover 20"),
+    "no chunks": (_without("w"), "'w' of its index has 24 elements, its chunks cover 0"),
+    "no chunks of a number": (_without("n"), "'n' of its index has 1 elements, its chunks cover 0"),
+    "a hole": (lambda step: _halves(step, HALVES[0]), "has 24 elements, its chunks cover 12"),
+    "a hole inside": (lambda step: _halves(step, *PINWHEEL[:4]), "has 24 elements, its chunks cover 20"),
     "an overlap": (
         lambda step: _halves(step, HALVES[0], (slice(1, 4), slice(0, 6))),
-        "has chunks that overlap, at (0, 0) and at (1, 0)",
+        "has overlapping chunks, at (0, 0) and at (1, 0)",
     ),
     "an overlap that fills a hole": (
         lambda step: _halves(step, HALVES[0], (slice(1, 3), slice(0, 6))),
-        "has chunks that overlap, at (0, 0) and at (1, 0)",
+        "has overlapping chunks, at (0, 0) and at (1, 0)",
     ),
     "a chunk outside": (lambda step: _chunk(step, offsets=torch.Size([1, 0])), "outside its own shape (4, 6)"),
-    "a chunk of other dimensions": (lambda step: _chunk(step, sizes=torch.Size([24])), "a tensor of 2 dimensions"),
-    "a negative chunk": (lambda step: _chunk(step, offsets=(-1, 0)), "a tensor of 2 dimensions"),
-    "a chunk of no numbers": (lambda step: _chunk(step, sizes=("4", "6")), "a tensor of 2 dimensions"),
+    "a chunk of other dimensions": (
+        lambda step: _chunk(step, sizes=torch.Size([24])),
+        "another number of dimensions than 2",
+    ),
+    "a negative chunk": (lambda step: _chunk(step, offsets=(-1, 0)), "another number of dimensions than 2"),
+    "a chunk of no numbers": (lambda step: _chunk(step, sizes=("4", "6")), "another number of dimensions than 2"),
     "a size of no numbers": (
         lambda step: _edit(step, lambda index: setattr(index.state_dict_metadata["b"], "size", (3.0,))),
-        "has no size of whole numbers, or no type",
+        "has no valid size, or no dtype",
     ),
     "many chunks": (
         lambda step: _edit(step, lambda i: setattr(i.state_dict_metadata["w"], "chunks", [None] * 20_000)),
-        "has 20,000 chunks, at most 16,384 are read",
+        "has 20,000 chunks, expected at most 16,384",
     ),
     "a chunk in no file": (
         lambda step: _edit(step, lambda index: index.storage_data.pop(MetadataIndex("w", torch.Size([0, 0])))),
-        "has a chunk that lies in no file",
+        "has a chunk without a file",
     ),
     "a value in no file": (
         lambda step: _edit(step, lambda index: index.storage_data.pop(MetadataIndex("epoch"))),
-        "'epoch' of its index has a chunk that lies in no file",
+        "'epoch' of its index has a chunk without a file",
     ),
-    "a place beyond the file": (lambda s: _info(s, lambda i: setattr(i, "offset", 10**6)), "lies beyond the bytes"),
-    "a negative place": (lambda s: _info(s, lambda i: setattr(i, "offset", -1)), "lies beyond the bytes of the file"),
+    "a place beyond the file": (lambda s: _info(s, lambda i: setattr(i, "offset", 10**6)), "has bytes beyond the end"),
+    "a negative place": (lambda s: _info(s, lambda i: setattr(i, "offset", -1)), "has bytes beyond the end"),
     "a missing file": (lambda s: _info(s, lambda i: setattr(i, "relative_path", "x")), "or the file is missing"),
-    "the place of another": (lambda step: _edit(step, _same_bytes), "lies in bytes of __0_0.distcp that "),
+    "the place of another": (lambda step: _edit(step, _same_bytes), "shares bytes of __0_0.distcp with "),
     "another type": (
         lambda step: _cut(step, {(0, 0): torch.arange(24).reshape(SIZE)}),
-        "holds (4, 6) torch.int64 for 'w', where the index says (4, 6) torch.float32",
+        "'w' is (4, 6) torch.int64, expected (4, 6) torch.float32 by the index",
     ),
     "another shape": (
         lambda step: (_cut(step, {(0, 0): torch.zeros(5, 7)}), _chunk(step, sizes=torch.Size(SIZE))),
-        "holds (5, 7) torch.float32 for 'w', where the index says (4, 6) torch.float32",
+        "'w' is (5, 7) torch.float32, expected (4, 6) torch.float32 by the index",
     ),
     "one number for all": (
         lambda step: (_cut(step, {(0, 0): torch.zeros(1, 1)}), _chunk(step, sizes=torch.Size(SIZE))),
-        "holds (1, 1) torch.float32 for 'w'",
+        "'w' is (1, 1) torch.float32",
     ),
     "a value for a tensor": (
         lambda step: _edit(
@@ -173,11 +176,11 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
             )
             or i.state_dict_metadata.pop("epoch"),
         ),
-        "holds int for 'w', where the index says",
+        "'w' is int, expected",
     ),
     "two entries at one place": (
         lambda step: _edit(step, lambda index: index.planner_data.update(b=("w",), w=("w",))),
-        "puts two entries at ('w',)",
+        "has two entries at ('w',)",
     ),
 }  # fmt: skip
 
@@ -187,14 +190,14 @@ def test_no_tensor_is_read_from_memory_that_no_file_filled(
     step: Path, damage: Callable[[Path], Any], message: str
 ) -> None:
     damage(step)
-    with pytest.raises(CheckpointError) as told:
+    with pytest.raises(CheckpointError) as caught:
         normswap.load(step, architecture="timm:test_resnet")
-    assert message in str(told.value)
-    assert "\n" not in str(told.value)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_chunk_is_an_archive_that_is_checked(step: Path) -> None:
-    """A view beyond its storage: torch would let that grow, by memory that nobody filled."""
+    """A view beyond its storage: torch would extend the storage by uninitialised memory."""
     good = io.BytesIO()
     torch.save(torch.zeros(SIZE), good)
     info = pickle.loads((step / ".metadata").read_bytes()).storage_data[MetadataIndex("w", torch.Size([0, 0]))]
@@ -221,10 +224,10 @@ def _sharded(folder: Path, content: dict[str, Any], placed: dict[str, str], kind
 
 PLACED = {"w": "1", "b": "2", "n": "2", "e": "2"}
 MAPS: dict[str, tuple[Callable[[dict[str, str]], Any], str]] = {
-    "a tensor that is nowhere": (lambda m: m.update(x=m["w"]), "the index names 1 tensors that it does not hold (x)"),
+    "a tensor that is nowhere": (lambda m: m.update(x=m["w"]), "index.json lists 1 tensors that are missing here (x)"),
     "a tensor in another file": (lambda m: m.update(w=m["b"]), "tensors that"),
-    "a tensor that is not named": (lambda m: m.pop("b"), "holds 1 tensors that "),
-    "a missing file": (lambda m: m.update(w="gone"), "names the shard 'gone', which is not in"),
+    "a tensor that is not named": (lambda m: m.pop("b"), ": 1 tensors that "),
+    "a missing file": (lambda m: m.update(w="gone"), "lists the shard 'gone', which is not in"),
     "a file elsewhere": (lambda m: m.update(w="../step/.metadata"), "which is not in"),
 }
 
@@ -241,14 +244,14 @@ def test_an_index_of_shards_names_what_they_hold(
     index = json.loads(path.read_text())
     change(index["weight_map"])
     path.write_text(json.dumps(index))
-    with pytest.raises(CheckpointError) as told:
+    with pytest.raises(CheckpointError) as caught:
         decode(folder, detect_format(folder), trust=False)
-    assert message in str(told.value)
+    assert message in str(caught.value)
 
 
 def test_a_tensor_in_two_shards_is_refused(step: Path, content: dict[str, Any]) -> None:
     folder = step.parent / "shards"
     _sharded(folder, content, PLACED, "safetensors")
     safetensors.torch.save_file(content, folder / "model-2.safetensors")
-    with pytest.raises(CheckpointError, match="which another shard has too: remove the stale shards"):
+    with pytest.raises(CheckpointError, match="is in another shard too: remove the stale shards"):
         decode(folder, detect_format(folder), trust=False)

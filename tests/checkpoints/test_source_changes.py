@@ -1,4 +1,4 @@
-"""Sources that change while they are read: refused in one line, without output, torn numbers or a signal."""
+"""Sources that change while they are read: refused with one line, without output, mixed values or a signal."""
 
 import json
 import os
@@ -192,9 +192,9 @@ def change_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any, str, Callable[[
 def check_refused(result: Result, words: str, path: Path) -> None:
     assert result.exit_code == 2, result.output
     error = " ".join(result.stderr.split())
-    assert f"{path}: changed while it was read (" in error
+    assert f"{path}: changed while normswap read it (" in error
     assert words in error
-    assert "wait until the program that writes it is done" in error
+    assert "wait until the program that writes it has finished" in error
 
 
 @pytest.mark.parametrize("container", CONTAINERS)
@@ -229,14 +229,14 @@ def test_a_source_that_changes_under_the_reader_is_refused(
     check_refused(run("convert", source, "--arch", "none", "--no-verify", "-o", tmp_path / "out.pt"), "", part)
     assert not (tmp_path / "out.pt").exists()
     _shrink(part)
-    with pytest.raises(CheckpointError):  # damaged, and said so
+    with pytest.raises(CheckpointError):  # refused as damaged
         normswap.load(source, architecture=files.ARCH)
 
 
 def test_files_that_join_a_folder_are_noticed(tmp_path: Path, change_at: Any) -> None:
     source, part = _inside("config.json")(tmp_path)
     change_at(normswap.checkpoints.saving, "encode", lambda: shutil.copy(part, source / "generation.json"))
-    check_refused(run("convert", source, "--arch", "none", "--no-verify"), "files came or went", source)
+    check_refused(run("convert", source, "--arch", "none", "--no-verify"), "files were added or removed", source)
 
 
 READERS: dict[str, tuple[Any, str, list[str]]] = {
@@ -292,7 +292,7 @@ def test_an_inspected_converted_file_that_changes_is_refused(tmp_path: Path, cha
 def test_load_refuses_a_source_that_changes_while_it_is_read(container: str, tmp_path: Path, change_at: Any) -> None:
     source, part = CONTAINERS[container](tmp_path)
     change_at(normswap.checkpoints.loading, "decode", lambda: _flip_unnoticed(part))
-    with pytest.raises(CheckpointError, match=r"changed while it was read \(it was written to\)"):
+    with pytest.raises(CheckpointError, match=r"changed while normswap read it \(it was written to\)"):
         normswap.load(source, architecture=files.ARCH)
 
 

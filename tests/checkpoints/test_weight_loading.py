@@ -1,4 +1,4 @@
-"""Tensors poured into a model: heads may differ, norms and all else may not."""
+"""Loading tensors into a model: heads may differ, norms and all other tensors may not."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -73,8 +73,8 @@ REFUSED: dict[str, tuple[State, str]] = {
     "one inside the head": (state() | {"classifier.4.weight": torch.ones(3)}, "1 unexpected: classifier.4.weight"),
     "a norm beyond": (
         state() | {f"aux.1.running_{name}": torch.ones(3) for name in ("mean", "var")},
-        "2 unexpected: aux.1.running_mean, aux.1.running_var; the file has norms that the model has not (aux.1): name "
-        "the architecture that has them",
+        "2 unexpected: aux.1.running_mean, aux.1.running_var; the file has norms that the model lacks (aux.1): pass "
+        "the architecture with these norms",
     ),
     "mostly other heads": (
         state() | {f"head{number}.weight": torch.ones(3) for number in range(11)},
@@ -83,22 +83,32 @@ REFUSED: dict[str, tuple[State, str]] = {
     "almost nothing": ({"stem.weight": torch.ones(4, 3, 1, 1)}, "10 missing: stem.bias, norm.weight, norm.bias, +7"),
     "another shape too": (
         without("classifier") | {"stem.bias": torch.ones(5)},
-        "1 of another shape: stem.bias (is 5, expected 4)",
+        "1 with another shape: stem.bias (is 5, expected 4)",
     ),
 }
 
 
 @pytest.mark.parametrize(("given", "message"), REFUSED.values(), ids=REFUSED)
 def test_what_a_norm_could_depend_on_must_be_there_and_nothing_more(given: State, message: str) -> None:
-    with pytest.raises(ArchitectureError) as told:
+    with pytest.raises(ArchitectureError) as caught:
         load_weights(Net(), given, "Net")
-    assert str(told.value).startswith("the tensors do not fit Net: ")
-    assert message in str(told.value)
+    assert str(caught.value).startswith("the tensors do not fit Net: ")
+    assert message in str(caught.value)
+
+
+def test_tolerated_differences_are_logged(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="normswap"):
+        load_weights(Net(), state(), "net")
+        assert caplog.messages == []
+        load_weights(Net(), without("classifier"), "net")
+    (message,) = caplog.messages
+    assert message.startswith("loaded the tensors into net with tolerated differences: LoadReport(")
+    assert "classifier.0.weight" in message
 
 
 @pytest.fixture
 def build(tmp_path: Path) -> Callable[[State], tuple[Path, str]]:
-    """Converts a state dict of the small network; where the result is, and what was said."""
+    """A function that converts a state dict of the small network and returns the output's path and the printed text."""
 
     def convert(given: State) -> tuple[Path, str]:
         torch.save(given, tmp_path / "model.pt")
@@ -112,7 +122,7 @@ def build(tmp_path: Path) -> Callable[[State], tuple[Path, str]]:
 def test_a_head_beyond_is_carried_untouched(build: Callable[[State], tuple[Path, str]]) -> None:
     given = files.small_model().state_dict() | {"module_head.weight": torch.full((3, 2), torch.nan)}
     path, output = build(given)
-    assert f"note module_head.weight: carried, no part of {files.ARCH}" in output
+    assert f"note module_head.weight: not part of {files.ARCH}, copied unchanged" in output
     written = torch.load(path)
     assert written.keys() - given.keys() == {key for key in written if key.endswith(("mean_weight", "var_weight"))}
     assert all(torch.equal(written[key].nan_to_num(), value.nan_to_num()) for key, value in given.items())
@@ -122,7 +132,7 @@ def test_a_head_beyond_is_carried_untouched(build: Callable[[State], tuple[Path,
 def test_a_head_that_is_missing_is_not_written(build: Callable[[State], tuple[Path, str]]) -> None:
     given = {key: value for key, value in files.small_model().state_dict().items() if not key.startswith("fc.")}
     path, output = build(given)
-    assert f"note fc.weight, fc.bias: not in the file: {files.ARCH} has its own at random, for the proof only" in output
+    assert "note fc.weight, fc.bias: missing from the file; verified with randomly initialised values" in output
     assert not {"fc.weight", "fc.bias"} & torch.load(path).keys()
     with pytest.warns(UserWarning, match=r"holds no fc\.weight, fc\.bias: that part of the model is as it was built"):
         assert normswap.load(path).model.fc.weight.shape == (7, 96)
@@ -131,7 +141,7 @@ def test_a_head_that_is_missing_is_not_written(build: Callable[[State], tuple[Pa
 def test_counters_that_are_missing_are_not_written(build: Callable[[State], tuple[Path, str]]) -> None:
     given = {key: value for key, value in files.small_model().state_dict().items() if "num_batches" not in key}
     path, output = build(given)
-    assert "+12 more: not in the file: counted from 0, and not written" in output
+    assert "+12 more: missing from the file; counts from 0, not written" in output
     assert not any("num_batches" in key for key in torch.load(path))
     counts = [value for key, value in normswap.load(path).model.state_dict().items() if "num_batches" in key]
     assert counts == [0] * files.SITES

@@ -379,7 +379,7 @@ def test_published_weights_without_a_network_are_one_line() -> None:
         prepare(recipe(model={"architecture": "timm:resnet18", "pretrained": True}))
     assert constants.HF_HUB_OFFLINE is False
     unpublished = next(name for name in timm.list_models("resnet*") if not timm.list_models(name, pretrained=True))
-    with pytest.raises(ArchitectureError, match="cannot be built: No pretrained weights exist"):
+    with pytest.raises(ArchitectureError, match="its builder failed: No pretrained weights exist"):
         prepare(recipe(model={"architecture": f"timm:{unpublished}", "pretrained": True}))
 
 

@@ -328,7 +328,7 @@ def test_a_line_cut_off_by_a_kill_is_left_out(tmp_path: Path) -> None:
         (
             {"model": {"architecture": "torchvision:resnet18", "pretrained": True}},
             ArchitectureError,
-            "published weights are fetched for timm:NAME only",
+            "only timm:NAME has published weights to download",
         ),
         (
             {"model": {"architecture": "torchvision:resnet18", "new_head": True}},

@@ -84,14 +84,14 @@ def test_a_file_of_a_prepared_model_is_refused_with_the_way_out(
     prepared: nn.Module, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     torch.save(prepared.state_dict(), tmp_path / "model.pt")
-    with pytest.raises(CheckpointError, match=r"of a model prepared for quantization: convert the model before it is"):
+    with pytest.raises(CheckpointError, match=r"from a model prepared for quantization: convert the original model"):
         load(tmp_path / "model.pt", architecture=plain)
     for command in (["convert", "model.pt", "--arch", "none", "--no-verify"], ["inspect", "model.pt"]):
         with pytest.raises(SystemExit) as status:
             main([command[0], str(tmp_path / command[1]), *command[2:]])
         assert status.value.code == 2
         printed = capsys.readouterr().err
-        assert "of a model prepared for quantization: convert the model before it is prepared" in printed
+        assert "from a model prepared for quantization: convert the original model" in printed
     assert [*tmp_path.iterdir()] == [tmp_path / "model.pt"]
 
 

@@ -1,11 +1,13 @@
-"""Which architecture a bare state dict belongs to, told by the names and shapes of its tensors.
+"""Identification of the architecture of a state dict by the names and shapes of its tensors.
 
-Holds them against the shipped index without importing a zoo or building a model. Another number of classes, other
-input channels, another image size, a head left out, counters of batches left out and heads added are tolerated and
-reported. Candidates that compute the same function count as one; what sets the others apart is told, never guessed.
-Takes shapes, gives names; wrapper prefixes must be gone.
+`identify` compares them with the shipped index and imports no zoo. It accepts another number of classes or input
+channels, another image size, a missing or additional head and missing `num_batches_tracked`, and reports them.
+Candidates that compute the same function count as one. When unsure, candidates are kept apart: an extra candidate
+costs one --arch flag, a wrong merge gives a wrong model. `identify_state_dict` also tries the prefixes of wrappers, and
+uses the architecture names in a training checkpoint to choose among candidates.
 """
 
+import logging
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -30,26 +32,22 @@ from normswap.checkpoints.content.weight_loading import is_batch_counter, is_ign
 from normswap.errors import AmbiguityError, CheckpointError
 from normswap.layers.in_place import GATE_PARAMETERS
 
-# MERGED DOC: Which architecture the weights in a file belong to: their tensors first, then the words that the file has for it.
-
+_logger = logging.getLogger(__name__)
 
 _NUM_NEAREST = 5
 _MAX_NAMES = 3
 _MAX_LISTED = 4
-# Of a network, less than this share of the tensors is no resemblance worth telling.
+# Architectures that share less than this fraction of the tensors are not reported as nearest.
 _MIN_SIMILARITY = 0.2
 _MAX_UNEXPECTED = 10_000
 _IMAGE_SIZE_KEYWORDS = ("img_size", "image_size")
 _CLASSES_KEYWORD = "num_classes"
-_ARCHITECTURE_HINT = (
-    "name the architecture with architecture='timm:NAME', or with architecture='path/file.py:function' if the model is "
-    "your own"
-)
+_ARCHITECTURE_HINT = "pass architecture='timm:NAME', or architecture='path/file.py:function' for your own model"
 
 
 @dataclass(frozen=True)
 class TensorMismatch:
-    """How many tensors, and the names of the first few."""
+    """The number of differing tensors, and the names of the first few."""
 
     count: int
     names: tuple[str, ...]
@@ -57,12 +55,19 @@ class TensorMismatch:
 
 @dataclass(frozen=True)
 class Candidate:
-    """An architecture held against the tensors of a file.
+    """An architecture compared with the tensors of a file.
 
-    `architecture` is what to type, with the `keywords` that the shapes show where they are not the default. Of its
-    tensors some may be `missing` or `misshaped`; `unexpected` ones are in the file only. A tensor-identical candidate
-    has no misshaped one, misses at most counters of batches, and is unexpectedly given heads or leftovers of tools.
-    `function` is equal for candidates of one identification that compute the same function; `facts` tells them apart.
+    Exact match: every shape agrees, only `num_batches_tracked` may be missing, and extra tensors are limited to heads
+    and known tool leftovers.
+
+    Attributes:
+        architecture: the name for `architecture=`, with keywords.
+        keywords: the arguments that the shapes show, if they differ from the defaults.
+        missing: tensors of the architecture that are not in the file.
+        unexpected: tensors in the file that are not in the architecture.
+        misshaped: tensors with another shape.
+        function: equal for candidates of one identification that compute the same function.
+        facts: properties that distinguish the candidates.
     """
 
     architecture: str
@@ -75,16 +80,18 @@ class Candidate:
 
     @property
     def num_mismatches(self) -> int:
-        """How many tensors are missing, unexpected or of another shape."""
+        """The number of tensors that are missing, unexpected or misshaped."""
         return self.missing.count + self.unexpected.count + self.misshaped.count
 
 
 @dataclass(frozen=True)
 class Identification:
-    """What an identification found.
+    """The result of an identification.
 
-    `candidates` are the tensor-identical architectures; `matches` the nearest ones where there is none. `origin` names
-    the zoos and versions that are known: models of others are not.
+    Attributes:
+        candidates: the exact matches.
+        matches: the nearest architectures, if there is no exact match.
+        origin: the zoos in the index, with their versions; models of others are unknown.
     """
 
     candidates: tuple[Candidate, ...]
@@ -93,28 +100,28 @@ class Identification:
 
     @property
     def functions(self) -> tuple[tuple[Candidate, ...], ...]:
-        """The candidates by function; of each group the first represents the others, which are other names for it."""
+        """The candidates grouped by function; the first in each group is the preferred name of this function."""
         groups: dict[int, list[Candidate]] = {}
         for candidate in self.candidates:
             groups.setdefault(candidate.function, []).append(candidate)
         return tuple(tuple(sorted(group, key=_name_sort_key)) for group in groups.values())
 
     def differences(self) -> dict[str, dict[str, str]]:
-        """Return how the functions differ: per architecture that represents one, the facts that not all share."""
+        """Return how the functions differ: the first architecture of each function -> the facts that not all share."""
         chosen = [group[0] for group in self.functions]
         kinds = dict.fromkeys(kind for candidate in chosen for kind in candidate.facts)
         differing = [kind for kind in kinds if len({candidate.facts.get(kind) for candidate in chosen}) > 1]
-        # The class says least: it is told where nothing else does.
+        # The class is the least useful fact: it is listed only if no other fact differs.
         distinguishing = [kind for kind in differing if kind != "class" or len(differing) == 1]
         return {c.architecture: {kind: c.facts.get(kind, "none") for kind in distinguishing} for c in chosen}
 
 
 def identify(shapes: Mapping[str, Shape], *, index: ArchitectureIndex | None = None) -> Identification:
-    """Return the architectures that a state dict's tensors can belong to.
+    """Return the architectures that match the tensors of a state dict.
 
     Args:
         shapes: the shape of each tensor by its name in the model, without prefixes of wrappers.
-        index: what is known; by default what comes with the package.
+        index: the known architectures; default the index in the package.
 
     Raises:
         ArchitectureError: the index cannot be read.
@@ -133,11 +140,11 @@ def identify(shapes: Mapping[str, Shape], *, index: ArchitectureIndex | None = N
 
 
 def require_unique(found: Identification) -> str:
-    """Return the name of the one architecture that fits, up to names for the same function.
+    """Return the name of the architecture if all candidates compute the same function.
 
     Raises:
-        AmbiguityError: none fits, with the nearest; or several do that compute different functions, with how they
-            differ. Both say what to type.
+        AmbiguityError: no candidate (the message lists the nearest architectures), or several with different functions
+            (the message lists the differences).
     """
     functions = found.functions
     if len(functions) != 1:
@@ -146,20 +153,20 @@ def require_unique(found: Identification) -> str:
 
 
 def describe_ambiguity(found: Identification) -> str:
-    """Return one line that says how the candidates differ and what to type."""
+    """Return an error message with the differences of the candidates and what to type."""
     options = [
         f"architecture={name!r} ({'; '.join(f'{kind} {value}' for kind, value in facts.items()) or 'other settings'})"
         for name, facts in found.differences().items()
     ]
     more = f"; +{len(options) - _MAX_LISTED} more, see normswap identify" if len(options) > _MAX_LISTED else ""
     return (
-        f"the tensors fit {len(options)} architectures that compute different functions, and do not say which: pass "
+        f"the tensors fit {len(options)} architectures that compute different functions: pass "
         f"{' or '.join(options[:_MAX_LISTED])}{more}"
     )
 
 
 def describe_no_match(found: Identification) -> str:
-    """Return one line that says what came nearest and what to type."""
+    """Return an error message with the nearest architectures and what to type."""
     if not found.matches:
         return f"the tensors resemble no model of {found.origin}: {_ARCHITECTURE_HINT}"
     near = "; ".join(f"{match.architecture} ({describe_mismatches(match)})" for match in found.matches[:_MAX_NAMES])
@@ -167,18 +174,22 @@ def describe_no_match(found: Identification) -> str:
 
 
 def describe_mismatches(candidate: Candidate) -> str:
-    """Return in words what is missing, unexpected and of another shape: `2 missing: fc.weight, fc.bias`."""
-    kinds = {"missing": candidate.missing, "unexpected": candidate.unexpected, "of another shape": candidate.misshaped}
+    """Return the differences of a candidate in words: `2 missing: fc.weight, fc.bias`."""
+    kinds = {
+        "missing": candidate.missing,
+        "unexpected": candidate.unexpected,
+        "with another shape": candidate.misshaped,
+    }
     parts = [
-        f"{misfit.count} {kind}: {', '.join(misfit.names)}{', ...' if misfit.count > len(misfit.names) else ''}"
-        for kind, misfit in kinds.items()
-        if misfit.count
+        f"{mismatch.count} {kind}: {', '.join(mismatch.names)}{', ...' if mismatch.count > len(mismatch.names) else ''}"
+        for kind, mismatch in kinds.items()
+        if mismatch.count
     ]
     return "; ".join(parts) or "all tensors fit"
 
 
 class _Counts(NamedTuple):
-    """Per architecture: tensors that must be there and are not or have another shape, that are not in it, that fit."""
+    """Numbers of tensors for each architecture: required but missing or misshaped, unexpected, fitting."""
 
     missing_required: NDArray[np.int64]
     unexpected: NDArray[np.int64]
@@ -186,14 +197,14 @@ class _Counts(NamedTuple):
 
 
 def _count_matches(index: ArchitectureIndex, shapes: Mapping[str, Shape]) -> _Counts:
-    given = np.full(len(index.names), -1, dtype=np.int64)  # the number of the shape; -2: one that no architecture has
+    given = np.full(len(index.names), -1, dtype=np.int64)  # the number of the shape; -2 for an unknown shape
     for name, shape in shapes.items():
         number = index.name_index.get(name)
         if number is not None:
             given[number] = index.shape_index.get(tuple(shape), -2)
     found = given[index.name_ids]
     present = found != -1
-    # Dimensions that arguments set are looked at one by one where all the rest fits.
+    # Dimensions that arguments set count as fitting here; `_compare_tensors` checks them if all others fit.
     fits = present & ((found == index.template_ids) | index.symbolic)
     missing_required = np.where(present, ~fits, ~(index.tracking | index.heads))
     compared = _per_architecture(index, present)
@@ -207,7 +218,7 @@ def _per_architecture(index: ArchitectureIndex, entries: NDArray[np.bool_]) -> N
 
 
 def _compare_tensors(index: ArchitectureIndex, number: int, shapes: Mapping[str, Shape]) -> Candidate:
-    """Hold one architecture against the tensors, with the arguments that their shapes show."""
+    """Compare one architecture with the tensors, using the arguments that their shapes show."""
     known = index.architectures[number]
     entries = range(*index.bounds[number : number + 2].tolist())
     templates = {index.names[index.name_ids[i]]: index.templates[index.template_ids[i]] for i in entries}
@@ -223,7 +234,7 @@ def _compare_tensors(index: ArchitectureIndex, number: int, shapes: Mapping[str,
     return Candidate(
         architecture=",".join([known.name, *(f"{key}={value}" for key, value in keywords.items())]),
         keywords=keywords,
-        # Counters last, so that the first name tells whether anything else is missing.
+        # Counters last, so that the first name shows whether anything else is missing.
         missing=_make_mismatch(sorted(missing, key=is_batch_counter)),
         unexpected=TensorMismatch(
             len(shapes) - present, tuple(islice(unexpected, min(_MAX_NAMES, len(shapes) - present)))
@@ -239,7 +250,7 @@ def _compare_tensors(index: ArchitectureIndex, number: int, shapes: Mapping[str,
 def _infer_arguments(
     known: IndexedArchitecture, templates: Mapping[str, Template], shapes: Mapping[str, Shape]
 ) -> dict[str, int]:
-    """Return per argument the value that most of the dimensions it sets show."""
+    """Return for each argument the value that most of its dimensions show."""
     votes: dict[str, Counter[int]] = {}
     for name, template in templates.items():
         shape = shapes.get(name, ())
@@ -266,19 +277,19 @@ def _make_mismatch(names: list[str]) -> TensorMismatch:
 
 
 def _is_exact_match(index: ArchitectureIndex, number: int, candidate: Candidate, shapes: Mapping[str, Shape]) -> bool:
-    """Whether what is missing or unexpected is tolerated; which counters may be missing has been counted before."""
+    """Whether all differences are tolerated; `_count_matches` has checked which counters may be missing."""
     if candidate.misshaped.count or not all(map(is_batch_counter, candidate.missing.names)):
         return False
     if not candidate.unexpected.count:
         return True
     own = {index.names[i] for i in index.name_ids[slice(*index.bounds[number : number + 2].tolist())]}
-    # What is added inside a part that the network has, also inside its own head, is another network.
+    # An additional tensor inside a module of the network, even inside its head, makes it another network.
     parts = top_level_modules(name for name in own if name in shapes)
     return all(is_ignorable(name, parts) for name in shapes if name not in own)
 
 
 def _merge_equal_functions(index: ArchitectureIndex, candidates: Mapping[int, Candidate]) -> tuple[Candidate, ...]:
-    """Return the candidates with what makes two of them the same function, as they would be built."""
+    """Return the candidates with equal `function` if they compute the same function with their keywords."""
     found: dict[int, Candidate] = {}
     for number, candidate in candidates.items():
         same = next(
@@ -301,7 +312,7 @@ def _is_same_function(
 
 
 def _find_nearest(index: ArchitectureIndex, counts: _Counts, shapes: Mapping[str, Shape]) -> tuple[Candidate, ...]:
-    """Return the architectures that share most with the tensors, best first, where they share enough to tell."""
+    """Return the most similar architectures, best first."""
     union_size = np.diff(index.bounds) + len(shapes) - counts.fitting
     similarity = counts.fitting / np.maximum(union_size, 1)
     best = np.argsort(-similarity, kind="stable")[:_NUM_NEAREST]
@@ -312,25 +323,26 @@ def _find_nearest(index: ArchitectureIndex, counts: _Counts, shapes: Mapping[str
 
 
 def _name_sort_key(candidate: Candidate) -> tuple[int, bool, int, str]:
-    # timm's models bring the size of their input.
+    # Names of timm first, since its models have an input size.
     name = candidate.architecture
     return len(candidate.keywords), not name.startswith("timm:"), len(name), name
 
 
 def identify_state_dict(weights: Mapping[str, Any], content: Any = None, *, prefix: str = "") -> Identification:
-    """Return which architectures the tensors in `weights` fit, under any prefix of wrappers.
+    """Return the architectures that match the tensors in `weights`, under any prefix of wrappers.
 
     Args:
-        content: all that the file holds, whose words decide among several.
-        prefix: what the prefix has to begin with.
+        weights: a state dict.
+        content: the whole content of the file, whose architecture names choose among several candidates.
+        prefix: what the prefix must start with.
 
     Raises:
-        CheckpointError: under two prefixes lie two architectures.
+        CheckpointError: two prefixes have different architectures.
     """
     identifications: dict[str, Identification] = {}
     fitting: dict[str, Identification] = {}
     for each in dict.fromkeys([prefix, *find_prefixes(weights), *_find_equal_copies(weights)]):
-        # Inside what fits, or around it, is no other model.
+        # A prefix inside or around a fitting one has no other model.
         if not each.startswith(prefix) or any(each.startswith(p) or p.startswith(each) for p in fitting):
             continue
         identifications[each] = identify(_shapes_with_prefix(weights, each))
@@ -340,7 +352,7 @@ def identify_state_dict(weights: Mapping[str, Any], content: Any = None, *, pref
     if len({*names.values()}) > 1:
         listed = " and ".join(f"{p!r} ({name})" for p, name in names.items())
         raise CheckpointError(
-            f"holds several models, under {listed}: say which, such as entry={next(iter(names)).rstrip('.')!r}"
+            f"has several models, under {listed}: select one, such as entry={next(iter(names)).rstrip('.')!r}"
         )
     if fitting:
         return next(iter(fitting.values()))
@@ -355,29 +367,30 @@ def _shapes_with_prefix(weights: Mapping[str, Any], prefix: str) -> dict[str, tu
     return {
         name: tuple(weights[key].shape)
         for name, key in stored.items()
-        # Importance weights are what a conversion adds: the architecture is the original's.
+        # Without the importance weights that a conversion adds, since the index has the original architectures.
         if isinstance(weights[key], Tensor) and name.rpartition(".")[2] not in GATE_PARAMETERS
     }
 
 
 def _find_equal_copies(weights: Mapping[str, Any]) -> list[str]:
-    """The first parts of all names, where each of them stands before the same tensors: copies of one model."""
+    """The first parts of all names if each has the same tensors: copies of one model."""
     parts = find_leading_parts(weights)
     shape_sets = {frozenset(_shapes_with_prefix(weights, part).items()) for part in parts}
     return parts if len(shape_sets) == 1 else []
 
 
 def get_state_dict(weights: Any) -> Mapping[str, Any]:
-    """Return the tensors of what may be a module."""
+    """Return the state dict of a module, or `weights` itself if it is a state dict."""
     return weights.state_dict() if isinstance(weights, nn.Module) else weights
 
 
 def _filter_by_hints(found: Identification, hints: tuple[str, ...]) -> Identification:
-    """The candidates that the file itself names, where it names one of them."""
+    """Only the candidates that the file names, if it names any of them."""
     for hint in hints:
-        # `resnet50.a1_in1k` is a tag of weights on `resnet50`.
+        # `resnet50.a1_in1k` is `resnet50` with a tag of weights.
         hinted_name = hint.rpartition("/")[2].partition(".")[0]
         named = tuple(c for c in found.candidates if c.architecture.partition(":")[2].partition(",")[0] == hinted_name)
         if named:
+            _logger.info("the file names %r: chose %d of %d candidates", hint, len(named), len(found.candidates))
             return replace(found, candidates=named)
     return found

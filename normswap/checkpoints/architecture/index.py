@@ -1,8 +1,8 @@
-"""The shipped index of architectures: which tensors each has, which dimensions its arguments set, what it computes.
+"""The shipped index of architectures: the tensors of each, the dimensions that arguments set, which ones are equal.
 
-One file, read whole: names and shapes once each, and per architecture a run of pairs of their numbers, so that a state
-dict is held against all of them with a few array operations and no zoo is imported. `python -m
-benchmarks.architectures.build_index` writes it.
+The file has every tensor name and every shape once, and for each architecture a range of pairs of their numbers. So a
+few array operations compare a state dict with all architectures, and no zoo is imported. `python -m
+benchmarks.architectures.build_index` writes the file.
 """
 
 import functools
@@ -24,7 +24,7 @@ Shape = tuple[int, ...]
 
 _MAGIC = b"normswap architectures 1\n"
 _FILE = "architectures.bin"
-# No argument of a network that fits a machine is larger: a shape that says so is no evidence for one.
+# Larger than any argument of a real network: a shape that would need a larger one is a mismatch.
 _MAX_ARGUMENT = 2**31
 _FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": 2**24, "lc": 4, "lp": 0}]
 
@@ -56,13 +56,17 @@ Template = tuple[int | Symbol, ...]
 
 @dataclass(frozen=True)
 class IndexedArchitecture:
-    """What the index knows of one architecture.
+    """One architecture in the index.
 
-    `defaults` are the arguments that its shapes show, with the value of each in the plain model. `allows_no_head` tells
-    whether num_classes=0 leaves its head out, `tracks` whether `num_batches_tracked` must be there (a detector without
-    it was built with frozen norms). Equal `function`: the same function with equal arguments; equal
-    `function_at_sizes` (None: unknown): also when built for another image size than the default. `facts` is what
-    people tell it by.
+    Attributes:
+        name: the architecture name, such as `timm:resnet50`.
+        defaults: the arguments that affect its shapes -> their default values.
+        allows_no_head: whether `num_classes=0` removes its head.
+        tracks: whether `num_batches_tracked` is required (a detector without it has frozen norms).
+        function: equal for architectures that compute the same function with equal arguments.
+        function_at_sizes: equal for architectures that do so also at other image sizes than the default; None if
+            unknown.
+        facts: properties that distinguish architectures for users.
     """
 
     name: str
@@ -76,8 +80,10 @@ class IndexedArchitecture:
 
 @dataclass(frozen=True)
 class ArchitectureIndex:
-    """All architectures. Entry i is the tensor `names[name_ids[i]]` with the shape `templates[template_ids[i]]`;
-    architecture k has the entries from `bounds[k]` to `bounds[k + 1]`; `heads` marks those that num_classes=0 omits.
+    """All known architectures.
+
+    Entry i is the tensor `names[name_ids[i]]` with the shape `templates[template_ids[i]]`. Architecture k has the
+    entries from `bounds[k]` to `bounds[k + 1] - 1`. `heads` marks entries that `num_classes=0` removes.
     """
 
     versions: Mapping[str, str]
@@ -91,22 +97,22 @@ class ArchitectureIndex:
 
     @functools.cached_property
     def name_index(self) -> Mapping[str, int]:
-        """The number of each tensor name."""
+        """Tensor name -> its number."""
         return {name: number for number, name in enumerate(self.names)}
 
     @functools.cached_property
     def shape_index(self) -> Mapping[Template, int]:
-        """The number of each shape without symbols."""
+        """Shape without symbols -> its number."""
         return {template: i for i, template in enumerate(self.templates) if not _is_symbolic(template)}
 
     @functools.cached_property
     def symbolic(self) -> NDArray[np.bool_]:
-        """Which entries have a dimension that an argument sets."""
+        """For each entry, whether an argument sets one of its dimensions."""
         return np.array([*map(_is_symbolic, self.templates)], dtype=bool)[self.template_ids]
 
     @functools.cached_property
     def tracking(self) -> NDArray[np.bool_]:
-        """Which entries are `num_batches_tracked` that may be missing."""
+        """For each entry, whether it is a `num_batches_tracked` that may be missing."""
         optional = np.array([not architecture.tracks for architecture in self.architectures], dtype=bool)
         counters = np.array([name.endswith("num_batches_tracked") for name in self.names], dtype=bool)
         result: NDArray[np.bool_] = counters[self.name_ids] & np.repeat(optional, np.diff(self.bounds))
@@ -114,23 +120,23 @@ class ArchitectureIndex:
 
     @property
     def origin(self) -> str:
-        """Versions of the zoos, for messages: `timm 1.0.31, torchvision 0.29.1`."""
+        """The versions of the zoos for messages: `timm 1.0.31, torchvision 0.29.1`."""
         return ", ".join(f"{zoo} {version}" for zoo, version in self.versions.items())
 
 
 @functools.cache
 def shipped_index() -> ArchitectureIndex:
-    """Return the index that comes with the package.
+    """Return the index in the package.
 
     Raises:
-        ArchitectureError: it is missing or damaged.
+        ArchitectureError: the index is missing or damaged.
     """
     try:
         return decode_index(files("normswap.checkpoints.architecture").joinpath(_FILE).read_bytes())
     except (OSError, lzma.LZMAError, ValueError, EOFError) as error:
         raise ArchitectureError(
-            f"the index of architectures cannot be read ({error}): install normswap again, or name the architecture "
-            "with architecture='timm:NAME'"
+            f"the index of architectures cannot be read ({error}): install normswap again, or pass "
+            "architecture='timm:NAME'"
         ) from error
 
 
@@ -155,10 +161,10 @@ def decode_index(data: bytes) -> ArchitectureIndex:
     """Return the index in the bytes of its file.
 
     Raises:
-        ValueError, lzma.LZMAError, EOFError: they are not such a file.
+        ValueError, lzma.LZMAError, EOFError: the bytes are not an index.
     """
     if not data.startswith(_MAGIC):
-        raise ValueError("another format")
+        raise ValueError("unknown format")
     raw = memoryview(lzma.decompress(data[len(_MAGIC) :]))
     sizes = np.frombuffer(raw[:20], dtype="<u4").tolist()
     ends = np.cumsum([20, *sizes]).tolist()
@@ -190,7 +196,7 @@ def _from_row(row: Sequence[Any], fact_texts: Sequence[str]) -> IndexedArchitect
 
 
 def _encode_deltas(ids: NDArray[np.int32]) -> bytes:
-    """Differences between neighbours, most of them 0 or 1, byte by byte: what a compressor sees best."""
+    """The differences of neighbours (most are 0 or 1), grouped by byte position, which compress best."""
     steps = np.diff(ids, prepend=np.int32(0)).astype("<i4")
     return steps.view(np.uint8).reshape(-1, 4).T.tobytes()
 

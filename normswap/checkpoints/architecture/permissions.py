@@ -1,8 +1,9 @@
-"""What an architecture that a file names may say: models of installed zoos, with keywords out of a fixed list.
+"""Checks of architectures that come from a file: only models of installed zoos, only keywords from a fixed list.
 
-A record, the metadata of safetensors and a `config.json` come from whoever made the file. What they name is built only
-if that cannot run, fetch or open anything: a known name, listed keywords, and numbers or plain words as values. All
-else needs the user's word. Builds nothing and reads nothing.
+A record, the metadata of safetensors and a `config.json` may come from an untrusted source. An architecture in them is
+built only if building it cannot run code, download or open anything: it needs a known name, listed keywords, and
+numbers or plain words as values. Everything else needs `trust=True`. `limit_allocation` bounds the memory that building
+a model may allocate, in proportion to the file.
 """
 
 import difflib
@@ -20,13 +21,12 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from normswap.errors import ArchitectureError
 
-# MERGED DOC: A limit on what building a model may allocate, in proportion to the file that is to fill it.
+# --- names, keywords and configurations
 
-
-_MAX_NUMBER = 1_000_000  # a number, such as of classes
-_MAX_ITEMS, _MAX_DEPTH = 256, 3  # of a tuple
-_PLAIN_WORD = re.compile(r"[A-Za-z0-9_+-]{0,40}")  # no name of a file, of a repository or of a module
-# Keywords of the models of timm and torchvision that take numbers, booleans and tuples of these.
+_MAX_NUMBER = 1_000_000  # such as a number of classes
+_MAX_ITEMS, _MAX_DEPTH = 256, 3  # of tuples
+_PLAIN_WORD = re.compile(r"[A-Za-z0-9_+-]{0,40}")  # never the name of a file, a repository or a module
+# Keywords of models in timm and torchvision that accept numbers, booleans and tuples of these.
 _NUMERIC_KEYWORD_LIST = """
     abs_win_pos_embed aa_stem_only always_partition attention_dropout attn attn_drop_rate attn_groups
     attn_head_dim_reduction attn_mlp attn_mlp_ratio attn_only_layer_scale attn_pool_mlp_ratio attn_pool_num_heads
@@ -79,7 +79,7 @@ _NUMERIC_KEYWORD_LIST = """
     zero_init_last zero_init_residual
     """
 _NUMERIC_KEYWORDS = frozenset(_NUMERIC_KEYWORD_LIST.split())
-# And those that also take words, which these packages look up in tables of their own.
+# Keywords that also accept words, which these packages look up in their own tables.
 _TEXT_KEYWORD_LIST = """
     aa_layer act_layer attn_act_layer attn_stage attn_type attn_types attn_upsample block_type conv_layer down_op
     downsample dw_act_layer embed_norm_layer encoder_pool fc_act_layer fc_norm feature_location global_pool head head_fn
@@ -88,12 +88,12 @@ _TEXT_KEYWORD_LIST = """
     union version weight_init
     """
 _TEXT_KEYWORDS = frozenset(_TEXT_KEYWORD_LIST.split())
-# Of a config.json: what makes transformers run, fetch or open something, whatever the model.
+# Keys of a config.json with which transformers runs code, downloads or opens something, for any model.
 _FORBIDDEN_KEY = re.compile(
     r"auto_map|trust_remote_code|custom_\w+|\w*checkpoint_(path|file|url)|pretrained\w*_(path|file|url)|cache_dir"
     r"|_?(attn|experts)_implementation\w*|quantization_config|adapter_\w+|use_kernels|kernel_config"
 )
-# Texts of a config.json that nothing obeys: names of classes, where it was saved from.
+# Keys of a config.json without effect on the model, such as the names of classes.
 _IGNORED_KEYS = frozenset(
     (
         "_name_or_path", "name_or_path", "_commit_hash", "id2label", "label2id", "label_names", "license", "url",
@@ -104,13 +104,14 @@ _PLAIN_TEXT = re.compile(r"[^/\\:\x00-\x1f]{0,200}")
 
 
 def check_keywords(what: str, keywords: Mapping[str, Any]) -> None:
-    """Refuse keywords that a file may not give to the builder of a model.
+    """Refuse keywords that a file may not set.
 
     Args:
-        what: what names them, for the message.
+        what: the subject of the error message, such as `"it"`.
+        keywords: the keywords for the builder of a model.
 
     Raises:
-        ArchitectureError: a keyword is not on the list, or its value is no number, plain word or tuple of these.
+        ArchitectureError: a keyword is not in the list, or its value is not a number, a plain word or a tuple of these.
     """
     for key, value in keywords.items():
         if key not in _NUMERIC_KEYWORDS and key not in _TEXT_KEYWORDS:
@@ -118,25 +119,26 @@ def check_keywords(what: str, keywords: Mapping[str, Any]) -> None:
         if not _is_plain_value(value, words=key in _TEXT_KEYWORDS):
             expected = "numbers or a plain word" if key in _TEXT_KEYWORDS else "numbers"
             raise ArchitectureError(
-                f"{what} has {key}={value!r:.60}, where a file may give {expected} up to {_MAX_NUMBER:,} only"
+                f"{what} has {key}={value!r:.60}, expected {expected} up to {_MAX_NUMBER:,} from a file"
             )
 
 
 def check_configuration(what: str, config: Any, *, models: Callable[[], Sequence[str]]) -> dict[str, Any]:
-    """Return a `config.json` of transformers or timm, without the texts that are of no use to build a model.
+    """Return a `config.json` of transformers or timm without the keys that have no effect on the model.
 
     Args:
-        what: the file, for the message.
-        models: gives the names of timm's models.
+        what: the name of the file for the error message.
+        config: its content.
+        models: returns the names of timm's models.
 
     Raises:
-        ArchitectureError: it is no object, or has something that would run code, fetch or open anything.
+        ArchitectureError: it is not an object, or would run code, download or open something.
     """
     if not isinstance(config, dict):
-        raise ArchitectureError(f"{what} is no configuration: expected a JSON object")
+        raise ArchitectureError(f"{what}: expected a JSON object, got {type(config).__name__}")
     for key, value in _iter_entries(config):
         if _FORBIDDEN_KEY.fullmatch(key) and value not in (None, False, {}, []):
-            raise ArchitectureError(f"{what} has {key!r}, which may run code or fetch files")
+            raise ArchitectureError(f"{what} has {key!r}, which may run code or download files")
         if key == "model_args":
             if not isinstance(value, dict | None):
                 raise ArchitectureError(f"{what} has model_args={value!r:.60}, expected an object of keywords")
@@ -144,24 +146,44 @@ def check_configuration(what: str, config: Any, *, models: Callable[[], Sequence
         elif key in ("architecture", "backbone") and value is not None:
             _check_model(f"{what} has {key}={value!r:.60}", value, models())
         elif isinstance(value, str) and not _PLAIN_TEXT.fullmatch(value):
-            raise ArchitectureError(f"{what} has {key}={value!r:.60}, a path or an address, which is not opened")
+            raise ArchitectureError(f"{what} has {key}={value!r:.60}, expected a plain value, not a path or a URL")
     labels = config.get("num_labels")
     if labels is not None and not _is_plain_value(labels, words=False):
-        raise ArchitectureError(f"{what} has num_labels={labels!r:.60}, at most {_MAX_NUMBER:,} are expected")
+        raise ArchitectureError(f"{what} has num_labels={labels!r:.60}, expected at most {_MAX_NUMBER:,}")
     kept = {key: value for key, value in config.items() if key not in ("_name_or_path", "name_or_path")}
-    # The weights come from the file.
+    # The weights come from the checkpoint, so the backbone needs none of its own.
     return kept | ({"use_pretrained_backbone": False} if "use_pretrained_backbone" in kept else {})
+
+
+def check_folder_configuration(
+    folder: Path, config: Mapping[str, Any], *, models: Callable[[], Sequence[str]]
+) -> dict[str, Any]:
+    """Return the `config.json` of a folder as `check_configuration` does, after a check of timm's top-level keywords.
+
+    Raises:
+        ArchitectureError: as `check_configuration`, with advice for the user.
+    """
+    what = f"hf:{folder}: config.json"
+    try:
+        checked = check_configuration(what, config, models=models)
+        if "architecture" in checked:
+            check_keywords(what, {key: checked[key] for key in ("num_classes", "global_pool") if key in checked})
+    except ArchitectureError as error:
+        raise ArchitectureError(
+            f"{error}: pass the architecture with architecture=, or trust=True if you trust the source of the folder"
+        ) from None
+    return checked
 
 
 def _check_model(what: str, value: Any, models: Sequence[str]) -> None:
     model_name = value.partition(".")[0] if isinstance(value, str) and _PLAIN_TEXT.fullmatch(value) else ""
     if model_name not in models:
         matches = difflib.get_close_matches(model_name, models, n=3) or ["none, see timm.list_models()"]
-        raise ArchitectureError(f"{what}, which is no model of timm; nearest: {', '.join(matches)}")
+        raise ArchitectureError(f"{what}, expected a model of timm; nearest: {', '.join(matches)}")
 
 
 def _iter_entries(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """All keys with their values, at any depth; of a list every text, with the list's key."""
+    """All keys with their values at any depth; each string in a list has the key of the list."""
     if isinstance(value, dict):
         for name, item in value.items():
             if name not in _IGNORED_KEYS:
@@ -188,17 +210,23 @@ def _is_plain_value(value: Any, *, words: bool, depth: int = 0) -> bool:
     return False
 
 
-# Types that are wider than in the file, buffers that no file has, and what initialising a layer needs for a moment.
+# --- memory
+
+# Room for dtypes wider than in the file, buffers that no file has, and temporaries of the initialisation.
 _MEMORY_FACTOR, _MIN_BYTES = 16, 2**30
 _CALLS_PER_TENSOR, _MIN_CALLS = 16, 1_000
 
 
 @contextmanager
 def limit_allocation(path: Path, tensors: int) -> Iterator[None]:
-    """Refuse to allocate far more in this block than the file at `path`, with so many tensors, can fill.
+    """Limit the memory that building a model in this block may allocate, in proportion to the file at `path`.
+
+    Args:
+        path: the file or folder with the weights.
+        tensors: its number of tensors.
 
     Raises:
-        ArchitectureError: the limit is reached.
+        ArchitectureError: the block exceeds the limit.
     """
     files = [entry for entry in path.iterdir() if entry.is_file()] if path.is_dir() else [path]
     size = sum(file.stat().st_size for file in files)
@@ -219,14 +247,14 @@ class _AllocationLimit(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._remaining_bytes -= _estimate_result_bytes(func, args, options)
             if self._remaining_bytes < 0 or self._remaining_calls < 0:
                 raise ArchitectureError(
-                    f"building it needs more than {self._size / 1e6:,.0f} MB or thousands of tensors more than the "
-                    "file has: the architecture is not the one of this file"
+                    f"building it needs more than {self._size / 1e6:,.0f} MB, or thousands of tensors more than the "
+                    "file has, so it is not the architecture of this file"
                 )
         return func(*args, **options)
 
 
 def _estimate_result_bytes(func: Any, args: Any, options: dict[str, Any]) -> int:
-    """The bytes that a call allocates, found without allocating them; none where only running it would tell."""
+    """The bytes that a call would allocate, computed on the meta device; 0 if the operation does not support it."""
     if any(argument.name == "device" for argument in func._schema.arguments):
         options = {**options, "device": "meta"}
     try:

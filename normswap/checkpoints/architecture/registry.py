@@ -1,8 +1,8 @@
-"""Architectures by name -> nn.Module: `timm:NAME`, `torchvision:NAME`, `hf:FOLDER`, `path/file.py:function`.
+"""Models from architecture names: `timm:NAME`, `torchvision:NAME`, `hf:FOLDER`, `path/file.py:function`.
 
-Each may be followed by `,key=value...`. The only room that imports model zoos. Unless published weights are asked
-for, nothing is downloaded and weights are random. A name that comes from a file goes through `check_untrusted_name`
-first, and the configuration of a folder is checked by the same rules: neither runs, fetches or opens anything.
+A name may have keywords: `timm:resnet50,num_classes=10`. Only this module imports model zoos. It downloads nothing and
+initialises weights at random, unless the caller passes `pretrained=True`. `check_untrusted_name` checks names that come
+from a file, and `permissions` the configuration of a folder, so that neither can run code, download or open anything.
 """
 
 import ast
@@ -20,22 +20,22 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from normswap.checkpoints.architecture.permissions import check_configuration, check_keywords
+from normswap.checkpoints.architecture.permissions import check_folder_configuration, check_keywords
 from normswap.errors import ArchitectureError
 from normswap.text import first_line
 
 _BUILDER_NAME = re.compile(r"(build|make|create|get|model|net)", re.IGNORECASE)
 _MAX_KEYWORDS = 12
 _WEIGHT_SUFFIXES = {".pt", ".pth", ".bin", ".ckpt", ".safetensors"}
-# Keywords that fetch or read weights: the weights come from the file alone.
+# Keywords that load weights; the weights come from the checkpoint.
 _WEIGHT_KEYWORDS = re.compile(r"pretrained|checkpoint|weights|cache_dir|progress")
 _MAX_CHARACTERS = 4_000
-_SAME_FOLDER = "."  # the folder that is opened
+_SAME_FOLDER = "."  # the folder with the record
 
 
 @dataclass(frozen=True)
 class ArchitectureName:
-    """A parsed architecture name: which zoo, which model, with which keywords."""
+    """A parsed architecture name: zoo (or `hf`, `file`), model, keywords of its builder."""
 
     scheme: str
     model: str
@@ -49,13 +49,13 @@ def parse_architecture(text: str) -> ArchitectureName:
     """Return the parts of `scheme:NAME[,key=value...]`; values are Python literals, or else strings.
 
     Raises:
-        ArchitectureError: no or an unknown scheme, no name, or a keyword that is none or concerns weights.
+        ArchitectureError: no scheme or an unknown one, no name, or an invalid keyword or one that loads weights.
     """
     if len(text) > _MAX_CHARACTERS:
         raise ArchitectureError(
             f"architecture {text[:40]!r}...: expected at most {_MAX_CHARACTERS:,} characters, got {len(text):,}"
         )
-    # A comma separates only where a keyword follows, so that values can be tuples.
+    # A comma separates only in front of a keyword, so that values can be tuples.
     whole, *pairs = re.split(r",(?=\s*\w+\s*=)", text)
     keywords = dict(_parse_keyword(text, pair) for pair in pairs)
     if re.search(r"\.py:\w+$", whole):
@@ -69,49 +69,51 @@ def parse_architecture(text: str) -> ArchitectureName:
 
 
 def runs_python_file(text: str) -> bool:
-    """Say whether building this architecture runs code of a file that is no installed package."""
+    """Return whether building this architecture runs a Python file that is not an installed package."""
     return parse_architecture(text).scheme == "file"
 
 
 def describe_external_source(text: str) -> str | None:
-    """Return that an architecture is in a file or folder that a record only names, and what to type to open it.
+    """Return why the architecture in a record is not built without the user's consent, and what to type for it.
 
     Returns:
-        None for a model of timm or torchvision, for the folder that is opened, and with keywords that no file may set.
+        A predicate for an error message; None for models of timm and torchvision, and for `trust_remote_code`, which
+        `check_untrusted_name` refuses.
     """
     name = parse_architecture(text)
     if name.scheme == "file":
         return (
-            f"names the code of its architecture, {text}, which is not run unasked: pass architecture={text!r} if it "
-            "is yours"
+            f"has its architecture in a Python file, which would be run: pass architecture={text!r} if you trust this "
+            "file"
         )
     if name.scheme != "hf" or name.keywords.keys() & {"trust_remote_code"}:
         return None
     if name.model == _SAME_FOLDER:
-        return "is built from the config.json of a folder: pass architecture='hf:FOLDER' with that folder"
+        return "has its architecture in the config.json of a folder: pass architecture='hf:FOLDER' with that folder"
     return (
-        f"is built from the config.json in {name.model}, a folder that is not opened unasked: pass "
-        f"architecture={text!r} if it is yours, with its new path if it has moved"
+        f"has its architecture in the config.json of another folder: pass architecture={text!r} if you trust this "
+        "folder, with its new path if it has moved"
     )
 
 
 def check_untrusted_name(text: str, *, folder: Path | None = None) -> None:
-    """Refuse an architecture that a file may not name: only models of timm and torchvision, with listed keywords.
+    """Refuse an architecture that a file may not name; models of timm and torchvision with listed keywords pass.
 
     Args:
-        folder: the folder that is opened, whose own configuration may be meant.
+        text: the architecture name.
+        folder: the folder with the file, whose own configuration passes too.
 
     Raises:
-        ArchitectureError: as `parse_architecture`; or it opens a file or a folder, or has another keyword.
+        ArchitectureError: as `parse_architecture`; or it is in a file or another folder, or has another keyword.
     """
     name = parse_architecture(text)
     if name.scheme not in _ZOOS and not (folder is not None and refers_to_folder(text, folder)):
-        raise ArchitectureError("it is in a file or folder elsewhere, which is not opened unasked")
+        raise ArchitectureError("it is in another file or folder, which normswap opens only if you pass its name")
     check_keywords("it", name.keywords)
 
 
 def refers_to_folder(text: str, folder: Path) -> bool:
-    """Say whether this architecture is the one that the configuration in `folder` describes."""
+    """Return whether this architecture is the one in the configuration of `folder`."""
     name = parse_architecture(text)
     return name.scheme == "hf" and (name.model == _SAME_FOLDER or Path(name.model).resolve() == folder.resolve())
 
@@ -123,21 +125,21 @@ def with_folder(text: str, folder: Path | str) -> str:
 
 
 def make_folder_relative(text: str | None, folder: Path) -> str | None:
-    """Return an architecture as the record in `folder` names it: the configuration beside it without a path."""
+    """Return an architecture for the record in `folder`, with `.` instead of the path if it is in this folder."""
     return with_folder(text, _SAME_FOLDER) if text is not None and refers_to_folder(text, folder) else text
 
 
 def check_architecture(text: str) -> ArchitectureName:
-    """Return the parts of `text` if its zoo has the model, or the folder or file is there; no code is run.
+    """Return the parts of `text` if the zoo has the model, or the folder or file exists; this runs no code.
 
     Raises:
-        ArchitectureError: as `parse_architecture`; or the zoo does not have it, with the nearest names.
+        ArchitectureError: as `parse_architecture`; or the model, folder or file does not exist.
     """
     name = parse_architecture(text)
     if name.scheme in ("hf", "file"):
         path = Path(name.model) / "config.json" if name.scheme == "hf" else _split_function(name)[0]
         if not path.is_file():
-            raise ArchitectureError(f"architecture {text!r}: expected the file {path}, which is not there")
+            raise ArchitectureError(f"architecture {text!r}: expected the file {path}, which does not exist")
         return name
     names = _ZOOS[name.scheme].names()
     if name.model.partition(".")[0] not in names:
@@ -153,22 +155,23 @@ def with_keyword(text: str, key: str, value: Any) -> str:
 
 
 def build_architecture(text: str, *, pretrained: bool = False, trust: bool = False) -> nn.Module:
-    """Build the model that `text` names, with random weights. A Python file is run for it.
+    """Build the model with the name `text`, with random weights. For a Python file this runs the file.
 
     Args:
-        pretrained: fetch the published weights instead, of a timm model.
-        trust: let the `config.json` of a folder name code, which is then run.
+        text: the architecture name.
+        pretrained: whether to download the published weights of a timm model.
+        trust: whether the `config.json` of a folder may name code, which is then run.
 
     Raises:
         ArchitectureError: as `check_architecture`; the configuration of a folder names code or other files; or the
-            builder fails or returns no module.
+            builder fails or does not return a module.
     """
     name = check_architecture(text)
     if name.keywords.get("trust_remote_code") and not trust:
-        raise ArchitectureError(f"{text}: trust_remote_code runs Python code of the folder: add trust=True")
+        raise ArchitectureError(f"{text}: trust_remote_code runs Python code in the folder: pass trust=True")
     if pretrained:
         if name.scheme != "timm":
-            raise ArchitectureError(f"{text}: published weights are fetched for timm:NAME only: give a checkpoint")
+            raise ArchitectureError(f"{text}: only timm:NAME has published weights to download: pass a checkpoint")
         name = replace(name, keywords={**name.keywords, "pretrained": True})
     own: dict[str, _Builder] = {"hf": partial(_build_hf, trust=trust), "file": _build_from_file}
     build = own.get(name.scheme, _build_from_zoo)
@@ -177,17 +180,17 @@ def build_architecture(text: str, *, pretrained: bool = False, trust: bool = Fal
     except ArchitectureError:
         raise
     except Exception as error:
-        raise ArchitectureError(f"{text}: cannot be built: {first_line(error)}{_suggest_keyword(error)}") from error
+        raise ArchitectureError(f"{text}: its builder failed: {first_line(error)}{_suggest_keyword(error)}") from error
     if not isinstance(model, nn.Module):
         raise ArchitectureError(f"{text}: expected a function that returns a module, got {type(model).__name__}")
     return model
 
 
 def get_key_renaming(model: nn.Module) -> Callable[[str], str] | None:
-    """Return what makes the name of a tensor in `model` of its name in a file that the model's own library saved.
+    """Return the function from the key of a tensor in a file of transformers to its name in `model`.
 
-    transformers saves models under the names that their first version had, and renames when it loads. What it also
-    computes, such as three matrices out of one, is left as it is. None for models of other libraries.
+    transformers saves models with the names of their first version and renames tensors on loading. Conversions other
+    than a renaming, such as one matrix split into three, are not applied. None for models of other libraries.
     """
     library = sys.modules.get("transformers")
     if library is None or not isinstance(model, library.PreTrainedModel):
@@ -195,7 +198,7 @@ def get_key_renaming(model: nn.Module) -> Callable[[str], str] | None:
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightRenaming, rename_source_key
-    except ImportError:  # before version 5, which saves under the names that the model has
+    except ImportError:  # versions before 5 save the names in the model
         return None
     transforms = get_model_conversion_mapping(model)
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
@@ -204,9 +207,9 @@ def get_key_renaming(model: nn.Module) -> Callable[[str], str] | None:
 
 
 def default_input_shape(model: nn.Module, architecture: str | None) -> tuple[int, ...] | None:
-    """Return the shape (2, C, H, W) of an input of the real size, or None where nothing tells it.
+    """Return the shape (2, C, H, W) of an input with the size from timm's configuration of the model, or None.
 
-    timm's configuration of a model tells the size; channels follow the keyword `in_chans` of the architecture.
+    The keywords `in_chans` and `img_size` of the architecture replace the values in the configuration.
     """
     config = getattr(model, "pretrained_cfg", None)
     size = config.get("input_size") if isinstance(config, dict) else None
@@ -222,27 +225,29 @@ def _format_name(start: str, keywords: Mapping[str, Any]) -> str:
 
 
 def _unknown_scheme(text: str, whole: str) -> str:
-    """What to type instead of a name that begins with no zoo."""
+    """The error message for a name that starts with no known zoo, with what to type instead."""
     path = Path(whole.rstrip(":"))
     if text == "none":
-        return "architecture 'none' builds no model, and one is needed here: pass timm:NAME, or path/file.py:function"
+        return "architecture 'none' builds no model, which is needed here: pass timm:NAME, or path/file.py:function"
     if path.suffix == ".py":
         found = _find_builders(path)
-        which = f"such as {path}:{found[0]}; in it are {', '.join(found)}" if found else f"such as {path}:build"
-        missing = "" if path.is_file() else f" (and there is no file {path})"
-        return f"architecture {text!r}: expected the function or class that builds the model too, {which}{missing}"
+        example = f"such as {path}:{found[0]}; it defines {', '.join(found)}" if found else f"such as {path}:build"
+        missing = "" if path.is_file() else f" (the file {path} does not exist)"
+        return f"architecture {text!r}: expected path/file.py:function to build the model, {example}{missing}"
     if path.suffix in _WEIGHT_SUFFIXES:
-        return f"architecture {text!r}: a file of weights builds no model: pass timm:NAME, or path/file.py:function"
+        return (
+            f"architecture {text!r}: expected a model, got a file of weights: pass timm:NAME, or path/file.py:function"
+        )
     zoo, _, model = whole.replace("torchvision.models.", "torchvision:").replace("/", ":").rpartition(":")
     zoo = next((known for known in _ZOOS if known in zoo), "timm")
     return (
         f"architecture {text!r}: expected one of {', '.join(f'{zoo}:NAME' for zoo in _ZOOS)}, hf:FOLDER, or "
-        f"path/file.py:function for a model of your own, such as {zoo}:{model}"
+        f"path/file.py:function for your own model, such as {zoo}:{model}"
     )
 
 
 def _find_builders(path: Path) -> list[str]:
-    """The functions and classes that a Python file defines, the likeliest builders first; it is not run."""
+    """The functions and classes that a Python file defines, the most likely builders first; this does not run it."""
     try:
         tree = ast.parse(path.read_bytes())
     except (OSError, SyntaxError, ValueError):
@@ -253,7 +258,7 @@ def _find_builders(path: Path) -> list[str]:
 
 
 def _suggest_models(name: ArchitectureName, names: list[str]) -> str:
-    """Another zoo that has the model, or models with names like it."""
+    """Another zoo that has the model, or models with similar names."""
     other = next((zoo for zoo in _ZOOS if zoo != name.scheme and name.model in _ZOOS[zoo].names()), None)
     if other is not None:
         return f"{other} has: {other}:{name.model}"
@@ -262,14 +267,14 @@ def _suggest_models(name: ArchitectureName, names: list[str]) -> str:
 
 
 def _suggest_keyword(error: BaseException) -> str:
-    """The keyword that was meant, if a builder was given one that it does not take."""
+    """The nearest known keyword if the error is about an unexpected one, or the list of known keywords."""
     match = re.search(r"([\w.]+)\(\) got an unexpected keyword argument '(\w+)'", str(error))
     if match is None:
         return ""
     accepted: set[str] = set()
     trace = error.__traceback__
     while trace is not None:
-        # The function itself was never entered: it is a name that its caller knows.
+        # Python never entered the function; its caller has it under some name.
         for value in {**trace.tb_frame.f_globals, **trace.tb_frame.f_locals}.values():
             owner = match[1].removesuffix(".__init__")
             if callable(value) and getattr(value, "__qualname__", None) == owner:
@@ -287,12 +292,12 @@ def _to_pair(size: Any) -> tuple[int, ...]:
 def _parse_keyword(text: str, pair: str) -> tuple[str, Any]:
     key, value = (part.strip() for part in pair.split("=", 1))
     if _WEIGHT_KEYWORDS.match(key):
-        raise ArchitectureError(f"architecture {text!r}: leave {key!r} out, the weights come from the file")
+        raise ArchitectureError(f"architecture {text!r}: remove {key!r}, the weights come from the checkpoint")
     if value in ("true", "false", "none"):
         raise ArchitectureError(f"architecture {text!r}: expected a Python value, write {key}={value.capitalize()}")
     try:
         return key, ast.literal_eval(value)
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # as deep nesting raises
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # the last two for deep nesting
         return key, value
 
 
@@ -306,33 +311,18 @@ def _split_function(name: ArchitectureName) -> tuple[Path, str]:
 
 
 def _build_hf(name: ArchitectureName, *, trust: bool) -> nn.Module:
-    """The model that a folder's config.json describes, as timm's or as transformers' own class."""
+    """The model in the config.json of a folder, from timm or transformers."""
     folder = Path(name.model)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if not isinstance(config, dict):
-        raise ArchitectureError(f"hf:{folder}: config.json is no configuration: expected a JSON object")
+        raise ArchitectureError(f"hf:{folder}: config.json: expected a JSON object, got {type(config).__name__}")
     if not trust:
-        config = _check_config(folder, {**config, **name.keywords})
+        config = check_folder_configuration(folder, {**config, **name.keywords}, models=_timm_names)
     if isinstance(config.get("architecture"), str) and "model_type" not in config:  # else a wrapper of transformers
         known = {key: config[key] for key in ("num_classes", "global_pool") if key in config}
         model_args = config.get("model_args") or {}
         return _build_timm(config["architecture"], **{**known, **model_args, **name.keywords})
     return _build_transformers(folder, config, name.keywords, trust=trust)
-
-
-def _check_config(folder: Path, config: Any) -> dict[str, Any]:
-    """The configuration, if it names nothing but models that are installed."""
-    what = f"hf:{folder}: config.json"
-    try:
-        checked = check_configuration(what, config, models=_timm_names)
-        if "architecture" in checked:
-            check_keywords(what, {key: checked[key] for key in ("num_classes", "global_pool") if key in checked})
-    except ArchitectureError as error:
-        raise ArchitectureError(
-            f"{error}: name the architecture with architecture=, or pass trust=True if you trust where the folder "
-            "comes from"
-        ) from None
-    return checked
 
 
 def _build_transformers(folder: Path, config: dict[str, Any], keywords: Mapping[str, Any], *, trust: bool) -> nn.Module:
@@ -348,7 +338,7 @@ def _build_transformers(folder: Path, config: dict[str, Any], keywords: Mapping[
         options = {"trust_remote_code": True, **keywords}
         settings = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, **options)
     else:
-        # From what has been checked: from_pretrained reads the folder again, and may choose another file of it.
+        # Built from the checked values: from_pretrained would read the folder again, perhaps another file in it.
         kind = transformers.CONFIG_MAPPING[str(config.get("model_type"))]
         settings = kind.from_dict(config, **keywords)
     build: Any = cls.from_config if cls is transformers.AutoModel else cls
@@ -362,7 +352,7 @@ def _build_from_file(name: ArchitectureName) -> object:
     if spec is None or spec.loader is None:
         raise ArchitectureError(f"{path}: expected a Python file")
     module = importlib.util.module_from_spec(spec)
-    # Before it runs: dataclasses and pickles of its classes look their module up by name.
+    # Before the module runs, since dataclasses and pickles of its classes look it up by name.
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     build = getattr(module, function, None)
@@ -378,7 +368,7 @@ class _Zoo(NamedTuple):
     build: Callable[..., nn.Module]
 
 
-# The zoos are typed in some of their versions only: results are annotated here.
+# Results are annotated here, since only some versions of the zoos have type hints.
 
 
 def _timm_names() -> list[str]:
@@ -407,7 +397,7 @@ def _build_torchvision(name: str, **keywords: Any) -> nn.Module:
 
     builder = models.get_model_builder(name)
     accepted = inspect.signature(builder).parameters
-    # Detectors fetch weights for their backbone unless told otherwise; two old classifiers warn of a slow start.
+    # Detectors download weights for their backbone by default; two old classifiers warn about slow initialisation.
     off = {key: None for key in ("weights", "weights_backbone") if key in accepted}
     slow = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
     model: nn.Module = builder(**off, **slow | keywords)

@@ -1,8 +1,9 @@
-"""What a file's content is made of: the weights to convert, copies of them (EMA), optimizer states, the rest.
+"""The entries of a checkpoint's content: weights, copies of them (EMA), optimizer and scheduler states, the rest.
 
-Told by structure, since every trainer has its own layout: a state dict is a mapping of names to tensors, an optimizer
-state has `state` and `param_groups`. Names only choose among several and give the layout its name. Reads no file,
-changes nothing: `replaced` returns a new content that shares all other values.
+Every trainer has its own layout, so entries are recognised by structure: a state dict maps names to tensors, an
+optimizer state has `state` and `param_groups`. Names only decide between several candidates. States of a training run
+in an unknown form (averages as lists of tensors, wrapped optimizers) get a note. Nothing here reads a file or changes
+its argument: `replace_entries` returns a new content that shares all other values.
 """
 
 import re
@@ -16,12 +17,9 @@ from torch import Tensor, nn
 from normswap.checkpoints.content.optimizer_state import is_optimizer_state, is_scheduler_state
 from normswap.errors import CheckpointError
 
-# MERGED DOC: What else a file holds of a training run: averages kept as lists of tensors, and states of no known form.
-
-
 KeyPath = tuple[str | int, ...]
 
-# Entries that hold the weights, the likeliest first.
+# Keys of the weights to convert, the most likely first.
 _WEIGHT_KEYS = (
     "state_dict",
     "model",
@@ -43,11 +41,15 @@ _ARCHITECTURE_KEYS = ("arch", "model", "model_name", "architecture")
 
 @dataclass(frozen=True)
 class Contents:
-    """Where things lie in a file's content, each place a path of keys; () is the content itself.
+    """The key paths of the entries in a content; `()` is the content itself.
 
-    `kind` says what the whole is, `weights` where the tensors or the module to convert are, `others` where further
-    ones are, `optimizers` and `schedulers` where those states are. `prefix` is what the user says that the names of the
-    meant tensors begin with, `entry` how the user, or a record, calls the weights.
+    Attributes:
+        kind: the kind of the whole content, such as `"Lightning checkpoint"`.
+        weights: the state dict or module to convert.
+        others: further state dicts and modules.
+        optimizers, schedulers: their states.
+        prefix: what the names of the selected tensors start with, if the user selected one of several models in a
+            single state dict.
     """
 
     kind: str
@@ -59,19 +61,19 @@ class Contents:
 
     @property
     def entry(self) -> str:
-        """What --entry has to be given for these weights: nothing where the content is theirs."""
+        """The value of `entry=` that selects these weights; `""` if they are the whole content."""
         return ".".join(filter(None, (format_key_path(self.weights), self.prefix.rstrip("."))))
 
 
 def read_contents(content: Any, *, entry: str | None = None) -> Contents:
-    """Return where weights, their copies and optimizer states lie in `content`.
+    """Return the key paths of weights, their copies, and optimizer and scheduler states in `content`.
 
     Args:
-        entry: the entry whose weights are meant, where there are several: its name, dots between nested ones; inside
-            a state dict the first parts of the names of one model.
+        entry: the weights to select if there are several: the keys joined by dots, or the first parts of the names of
+            one of several models in a single state dict.
 
     Raises:
-        CheckpointError: there are no weights, several and none is likelier, or `entry` holds none.
+        CheckpointError: there are no weights, several equally likely ones, or none at `entry`.
     """
     found = find_weights(content)
     if not found:
@@ -84,24 +86,24 @@ def read_contents(content: Any, *, entry: str | None = None) -> Contents:
 
 
 def find_weights(content: Any) -> dict[KeyPath, Any]:
-    """Return all state dicts and modules in a content, by place."""
+    """Return all state dicts and modules in a content by key path."""
     return dict(_iter_weights(content, ()))
 
 
 def find_optimizers(content: Any) -> tuple[KeyPath, ...]:
-    """Return where the states of optimizers lie in a content."""
+    """Return the key paths of the optimizer states in a content."""
     return tuple(_iter_key_paths(content, (), is_optimizer_state))
 
 
 def get_entry(content: Any, key_path: KeyPath) -> Any:
-    """Return what lies at `place`."""
+    """Return the entry at a key path."""
     for key in key_path:
         content = content[key]
     return content
 
 
 def replace_entries(content: Any, values: Mapping[KeyPath, Any]) -> Any:
-    """Return `content` with these values at their places; mappings and lists on the way are copied, nothing else."""
+    """Return `content` with these values at their key paths; only the mappings and lists on the paths are copied."""
     if () in values:
         return values[()]
     nested: dict[str | int, dict[KeyPath, Any]] = {}
@@ -119,7 +121,7 @@ def replace_entries(content: Any, values: Mapping[KeyPath, Any]) -> Any:
 
 
 def drop_entry(content: Any, key_path: KeyPath) -> dict[str, Any]:
-    """Return the entries of `content` but for the one at `place`; nothing, if that is the content itself."""
+    """Return the entries of `content` without the one at a key path; none if that is the content itself."""
     if not key_path:
         return {}
     key, *rest = key_path
@@ -129,7 +131,7 @@ def drop_entry(content: Any, key_path: KeyPath) -> dict[str, Any]:
 
 
 def read_architecture_hints(content: Any) -> tuple[str, ...]:
-    """Return what a training checkpoint says of its architecture: names such as `resnet50`, unchecked."""
+    """Return the names of architectures in a training checkpoint, such as `resnet50`, unchecked."""
     if not isinstance(content, Mapping):
         return ()
     args = content.get("args")
@@ -139,17 +141,17 @@ def read_architecture_hints(content: Any) -> tuple[str, ...]:
 
 
 def format_key_path(key_path: KeyPath) -> str:
-    """Return a place as the user writes it."""
+    """Return a key path as the user writes it, with dots between the keys."""
     return ".".join(map(str, key_path))
 
 
 def is_training_key_path(key_path: KeyPath) -> bool:
-    """Say whether a place is called like the state of an optimizer or a scheduler, whatever lies there."""
+    """Return whether a key in the path has a name of an optimizer or scheduler state."""
     return any(_TRAINING_KEY.search(str(key).lower()) for key in key_path)
 
 
 def is_state_dict(value: Any) -> bool:
-    """Say whether `value` maps names to tensors, some of them floating and none without a name."""
+    """Return whether `value` is a mapping of strings to tensors, of which at least one is floating-point."""
     if not isinstance(value, Mapping) or not value or not all(isinstance(key, str) for key in value):
         return False
     tensors = [item for item in value.values() if isinstance(item, Tensor)]
@@ -157,30 +159,33 @@ def is_state_dict(value: Any) -> bool:
     return not stray and any(tensor.is_floating_point() and tensor.dim() for tensor in tensors)
 
 
-# Buffers of observers and of fake quantization, as torch.ao names them.
+# Buffers of observers and of fake quantization in torch.ao.
 _QUANTIZATION_KEY = re.compile(r"(^|\.)(fake_quant_enabled|activation_post_process(_\d+)?\.min_val)$")
 
 
 def check_has_values(weights: Any) -> None:
-    """Refuse a state dict of which some tensor has no floating values of its own; what is none passes.
+    """Refuse a state dict with tensors that have no floating-point values; other objects pass.
 
     Raises:
-        CheckpointError: a tensor is on the meta device, quantised, or of a model prepared for quantization.
+        CheckpointError: a tensor is on the meta device, quantised, or from a model prepared for quantization.
     """
     if not is_state_dict(weights):
         return
-    converted = any(key.endswith("mean_weight") for key in weights)  # a model may be prepared after its conversion
+    converted = any(key.endswith("mean_weight") for key in weights)  # a converted model may be prepared afterwards
     for key, value in weights.items():
         if isinstance(value, Tensor) and value.is_meta:
-            raise CheckpointError(f"the tensor {key!r} is on the meta device and has no values: load it first")
+            raise CheckpointError(
+                f"the tensor {key!r} is on the meta device and has no values: load the weights into the model first"
+            )
         if _QUANTIZATION_KEY.search(key) and not converted:
             raise CheckpointError(
-                f"the tensor {key!r} is of a model prepared for quantization: convert the model before it is prepared, "
-                "then prepare the converted one"
+                f"the tensor {key!r} is from a model prepared for quantization: convert the original model, then "
+                "prepare the converted one"
             )
         if isinstance(value, Tensor) and value.is_quantized:
             raise CheckpointError(
-                f"the tensor {key!r} is quantised, its norms are folded away: convert the model as it was before"
+                f"the tensor {key!r} is quantised and its norms are fused into other layers: convert the model before "
+                "its quantization"
             )
 
 
@@ -194,7 +199,7 @@ def _iter_weights(value: Any, key_path: KeyPath) -> Iterator[tuple[KeyPath, Any]
 
 
 def _iter_key_paths(value: Any, key_path: KeyPath, predicate: Callable[[Any], bool]) -> Iterator[KeyPath]:
-    """Where values of a kind lie, in lists too, not inside one another or inside weights."""
+    """The key paths of matching values, also in lists, but not inside one another or inside weights."""
     if predicate(value):
         yield key_path
     elif len(key_path) < _MAX_DEPTH and not is_state_dict(value) and not is_optimizer_state(value):
@@ -207,7 +212,7 @@ def _iter_key_paths(value: Any, key_path: KeyPath, predicate: Callable[[Any], bo
 
 
 def _select_weights(found: Mapping[KeyPath, Any], entry: str | None) -> tuple[KeyPath, str]:
-    """Where the weights lie, and what their names begin with."""
+    """The key path of the weights, and the prefix of their names."""
     if entry is not None:
         return _find_entry(found, entry)
     named = {key_path: value for key_path, value in found.items() if not is_training_key_path(key_path)} or found
@@ -221,8 +226,8 @@ def _select_weights(found: Mapping[KeyPath, Any], entry: str | None) -> tuple[Ke
     candidates = plain or list(named)
     if len(candidates) > 1:
         raise CheckpointError(
-            f"holds several models ({_format_key_paths(named)}): say which, such as entry={format_key_path(candidates[0])!r}; "
-            "normswap convert takes several at once"
+            f"has several models ({_format_key_paths(named)}): select one, such as "
+            f"entry={format_key_path(candidates[0])!r}; normswap convert accepts several at once"
         )
     return candidates[0], ""
 
@@ -263,23 +268,23 @@ def _describe_content(content: Any) -> str:
         return _describe_mapping(content)
     if isinstance(content, list | tuple):
         kinds = ", ".join(sorted({type(item).__name__ for item in content}))
-        return f"a {type(content).__name__} of {len(content)} items without names ({kinds or 'empty'})"
+        return f"a {type(content).__name__} of {len(content)} unnamed items ({kinds or 'empty'})"
     return type(content).__name__
 
 
 def _describe_mapping(content: Mapping[Any, Any]) -> str:
     if not content:
-        return "an empty one"
+        return "an empty mapping"
     number = next((key for key, value in content.items() if not isinstance(key, str) and _is_array(value)), None)
     if number is not None:
-        return f"a mapping with the key {number!r} ({type(number).__name__}), where names of tensors are texts"
+        return f"a mapping with the key {number!r} ({type(number).__name__}), whose tensors have no names"
     array = next((key for key, value in content.items() if _is_array(value) and not isinstance(value, Tensor)), None)
     if array is not None:
         return f"a mapping of arrays, such as {array!r} ({type(content[array]).__name__}), not of tensors"
     bad = next((key for key, value in content.items() if not isinstance(value, Tensor)), None)
     if bad is not None:
-        return f"a mapping with the entry {bad!r} of type {type(content[bad]).__name__} and no state dict in it"
-    return "a mapping of tensors, none of which is a floating-point weight"
+        return f"a mapping with the entry {bad!r} of type {type(content[bad]).__name__} and without a state dict"
+    return "a mapping of tensors without floating-point weights"
 
 
 def _is_array(value: object) -> bool:
@@ -292,9 +297,9 @@ _STATE_DEPTH = 4
 
 
 class _StateKind(NamedTuple):
-    """What is called so, how a note calls it, and what its owner has to do."""
+    """A kind of training state: the pattern of its keys, its name in notes, and what the user should do with it."""
 
-    called: re.Pattern[str]
+    key_pattern: re.Pattern[str]
     what: str
     advice: str
 
@@ -302,67 +307,41 @@ class _StateKind(NamedTuple):
 _STATE_KINDS = (
     _StateKind(
         re.compile(r"(^|[^a-z]|model)ema|averag|(^|_)swa(_|$)|shadow|collected_params"),
-        "an average",
-        "make it again from the converted model",
+        "a weight average",
+        "make a new one from the converted model",
     ),
     _StateKind(
         re.compile(r"sched"),
-        "a scheduler's state",
+        "a scheduler state",
         "build the scheduler for the optimizer of the converted model and set its step",
     ),
     _StateKind(
         re.compile(r"optim|(^|_)opt(_|$)|moment|exp_avg|master|fp32|fp16|(^|_)zero|(^|_)amp(_|$)"),
-        "an optimizer's state",
-        "build the optimizer from normswap.param_groups(model) and begin its state again, or put the gates in yourself",
+        "an optimizer state",
+        "build a new optimizer from normswap.param_groups(model), or add the gates to the state yourself",
     ),
 )
-# What keeps a tensor for every parameter, whatever it is called.
+# An entry with one tensor per parameter, under any key.
 _PER_PARAMETER_STATE = _StateKind(
-    re.compile(""), "a state per parameter", "put the gates in yourself, or begin it again"
+    re.compile(""), "a state per parameter", "add the gates to it yourself, or start with a new one"
 )
 
 
 def find_average_lists(content: Any, known: Collection[KeyPath]) -> Iterator[KeyPath]:
-    """Yield where lists of tensors lie that are called an average, outside the places that are `known`."""
+    """Yield the key paths of lists of tensors with the name of a weight average, except the `known` key paths."""
     for key_path, value in _iter_unknown(content, (), known):
-        called = any(_STATE_KINDS[0].called.search(str(key).lower()) for key in key_path)
-        if called and isinstance(value, list | tuple) and len(value) > 1 and all(isinstance(t, Tensor) for t in value):
+        is_average = any(_STATE_KINDS[0].key_pattern.search(str(key).lower()) for key in key_path)
+        is_list = isinstance(value, list | tuple) and len(value) > 1 and all(isinstance(t, Tensor) for t in value)
+        if is_average and is_list:
             yield key_path
 
 
-def insert_gates(
-    tensors: Sequence[Tensor], parameters: Mapping[str, Shape], gates: Mapping[str, Tensor], trainable: Collection[str]
-) -> list[Tensor] | None:
-    """Return a list of tensors in the order of a model's parameters with its gates at their places.
-
-    Args:
-        tensors: of the model before its conversion.
-        parameters: shapes of those of the converted model by name, in their order.
-        gates: the values with which the gates start.
-        trainable: the names of those that train.
-
-    Returns:
-        The list, or None if `tensors` have other shapes or another order.
-    """
-    old = [shape for name, shape in parameters.items() if name not in gates]
-    if [tuple(tensor.shape) for tensor in tensors] != old:
-        return None
-    rest = iter(tensors)
-    all_tensors = [gates[name].clone() if name in gates else next(rest) for name in parameters]
-    frozen = {name for name in gates if name not in trainable}
-    return (
-        all_tensors
-        if not frozen
-        else [t for name, t in zip(parameters, all_tensors, strict=True) if name not in frozen]
-    )
-
-
 def describe_unknown_states(content: Any, known: Collection[KeyPath], parameters: Collection[Shape]) -> Iterator[str]:
-    """Yield a note for everything in a content that is state of a training run in a form that nobody knows.
+    """Yield a note for every training state in a content that has an unknown form.
 
     Args:
-        known: places that are understood, weights among them.
-        parameters: shapes of the model's parameters, by which a state per parameter is known whatever it is called.
+        known: the key paths of the entries in a known form, including the weights.
+        parameters: the shapes of the model's parameters, which identify a state per parameter under any key.
     """
     reported: list[KeyPath] = []
     for key_path, value in _iter_unknown(content, (), known):
@@ -373,13 +352,13 @@ def describe_unknown_states(content: Any, known: Collection[KeyPath], parameters
         kind = _classify_state(key_path, value, parameters)
         if kind is not None:
             reported.append(key_path)
-            yield f"{format_key_path(key_path)}: left as it is, {kind.what} in a form that normswap does not know: {kind.advice}"
+            yield f"{format_key_path(key_path)}: left as it is, {kind.what} in an unknown form: {kind.advice}"
 
 
 def find_master_weights(content: Any, key_path: KeyPath, known: Collection[KeyPath]) -> list[str]:
-    """Return what lies beside an optimizer's state and holds tensors: the master weights of a wrapper around it.
+    """Return the keys with tensors next to an optimizer state: the master weights of a wrapper around the optimizer.
 
-    The whole content is no such wrapper.
+    An optimizer state at the top level of the content has no wrapper.
     """
     if len(key_path) < 2:
         return []
@@ -396,7 +375,7 @@ def find_master_weights(content: Any, key_path: KeyPath, known: Collection[KeyPa
 def _classify_state(key_path: KeyPath, value: Any, parameters: Collection[Shape]) -> _StateKind | None:
     sizes = _tensor_shapes(value)
     name = str(key_path[-1]).lower()
-    kind_by_name = next((kind for kind in _STATE_KINDS if kind.called.search(name)), None)
+    kind_by_name = next((kind for kind in _STATE_KINDS if kind.key_pattern.search(name)), None)
     if kind_by_name is not None and (sizes or _is_stateful_object(value)):
         return kind_by_name
     matching = sum(size in parameters for size in sizes)
@@ -404,7 +383,7 @@ def _classify_state(key_path: KeyPath, value: Any, parameters: Collection[Shape]
 
 
 def _iter_unknown(value: Any, key_path: KeyPath, known: Collection[KeyPath]) -> Iterator[tuple[KeyPath, Any]]:
-    """Everything inside a value with its place, but for what is known, the outer before the inner."""
+    """All values inside a value with their key paths, outer before inner, except the known ones."""
     if key_path in known:
         return
     if key_path:
@@ -417,7 +396,7 @@ def _iter_unknown(value: Any, key_path: KeyPath, known: Collection[KeyPath]) -> 
 
 
 def _tensor_shapes(value: Any, depth: int = 6) -> list[Shape]:
-    """The shapes of all tensors of numbers inside a value that have a dimension."""
+    """The shapes of all floating-point tensors inside a value that have at least one dimension."""
     if isinstance(value, Tensor):
         return [tuple(value.shape)] if value.dim() and value.is_floating_point() else []
     inside = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
@@ -425,5 +404,5 @@ def _tensor_shapes(value: Any, depth: int = 6) -> list[Shape]:
 
 
 def _is_stateful_object(value: Any) -> bool:
-    """Whether it is an object with a state of its own, as pickled optimizers are; options that were parsed are none."""
+    """Whether a value is an object with a state, such as a pickled optimizer; parsed options are not."""
     return hasattr(value, "state_dict") and not isinstance(value, nn.Module | type)

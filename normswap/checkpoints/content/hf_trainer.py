@@ -1,8 +1,8 @@
-"""What a Trainer of transformers keeps beside the weights in its folder, for a folder with the converted weights.
+"""The files of a transformers Trainer next to the weights in its folder, for the folder with the converted weights.
 
-Its optimizer and its scheduler get the gates as a last group, if the optimizer is that of the converted network;
-generators and arguments are copied byte by byte and never opened. What is no plain state of an optimizer or scheduler,
-or that of another network, is copied as it is too, and the note says why.
+If the optimizer belongs to the converted network, its state and that of the scheduler get the gates as a last parameter
+group. All other files (random generators, scaler, arguments) are copied byte by byte and never opened. An optimizer or
+scheduler state that cannot be extended is copied too, and a note gives the reason.
 """
 
 import shutil
@@ -23,17 +23,17 @@ _COPIED = ("rng_state*.pth", "scaler.pt", "training_args.bin")
 
 
 class SidecarFiles(NamedTuple):
-    """Further files of a folder by name, each a state to be saved or the path of a file to be copied; and notes."""
+    """Files for a folder by name, each a state to save or the path of a file to copy, and notes about them."""
 
     files: Mapping[str, Any]
     notes: tuple[str, ...]
 
 
 def trainer_state(folder: Path, networks: Sequence[Network]) -> SidecarFiles:
-    """Return what belongs beside the converted weights of `folder`; nothing where no Trainer has written there.
+    """Return the files for the folder with the converted weights; none if no Trainer has written to `folder`.
 
     Args:
-        networks: those in the weights of the folder, of which the optimizer may have some.
+        networks: the networks in the weights of the folder; the optimizer may belong to some of them.
     """
     files: dict[str, Any] = {path.name: path for pattern in _COPIED for path in sorted(folder.glob(pattern))}
     notes = []
@@ -49,16 +49,16 @@ def trainer_state(folder: Path, networks: Sequence[Network]) -> SidecarFiles:
 
 
 def trainer_files(folder: Path) -> dict[str, Path]:
-    """Return all that a Trainer keeps beside the weights of `folder`, by name, to be copied as it is."""
+    """Return the paths of the files that a Trainer writes next to the weights of `folder`, by name."""
     patterns = (_OPTIMIZER, _SCHEDULER, *_COPIED)
     return {path.name: path for pattern in patterns for path in sorted(folder.glob(pattern))}
 
 
 def write_sidecar_files(folder: Path, files: Mapping[str, Any]) -> None:
-    """Write the files of a `Beside` into a folder, read them back and compare.
+    """Write the files of `SidecarFiles` into a folder, read them back and compare.
 
     Raises:
-        CheckpointError: what was read back differs.
+        CheckpointError: a file differs when it is read back.
     """
     for name, value in files.items():
         target = folder / name
@@ -69,14 +69,14 @@ def write_sidecar_files(folder: Path, files: Mapping[str, Any]) -> None:
             torch.save(value, target)
             same = contents_equal(value, decode(target, detect_format(target), trust=False, mmap=True))
         if not same:
-            raise CheckpointError(f"{name} differs from what was written when it is read back: look at the disk")
+            raise CheckpointError(f"{name} differs from the written data when it is read back: check the disk")
 
 
 def _extend_file(path: Path, extend: Callable[[Any], tuple[Any, str]]) -> tuple[Any, str]:
     try:
         return extend(decode(path, detect_format(path), trust=False, mmap=True))
     except CheckpointError as error:
-        return path, f"copied as it is ({error})"
+        return path, f"copied unchanged ({error})"
 
 
 def _add_optimizer_gates(state: Any, networks: Sequence[Network]) -> tuple[Any, str]:
@@ -89,5 +89,5 @@ def _add_optimizer_gates(state: Any, networks: Sequence[Network]) -> tuple[Any, 
 
 def _add_scheduler_gates(state: Any, optimizer: Any) -> tuple[Any, str]:
     if not isinstance(optimizer, Mapping):
-        raise CheckpointError(f"there is no {_OPTIMIZER} with gates beside it")
+        raise CheckpointError(f"there is no {_OPTIMIZER} with gates in the folder")
     return scheduler_with_gates(state, optimizer_state=optimizer), "gates follow the last group's schedule"

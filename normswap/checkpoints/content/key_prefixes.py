@@ -1,8 +1,8 @@
-"""The names under which a file stores a model's tensors, and the model's own names for them.
+"""The keys of a model's tensors in a file, and the model's own names for them.
 
-Training code wraps models (`module.` by data parallelism, `_orig_mod.` by torch.compile, `model.` or `net.` by those
-who hold the network as an attribute), in any order and nesting. Names go in, names come out, both ways; nothing here
-reads tensors.
+Training code wraps models, in any order and nesting: DataParallel adds `module.`, torch.compile `_orig_mod.`, a
+LightningModule `model.` or `net.`. This module maps the keys in a file to the names in the model and back; it needs
+shapes only to compare copies of a model in one file.
 """
 
 import re
@@ -14,7 +14,7 @@ from typing import Any
 
 from normswap.errors import CheckpointError
 
-# What a wrapper calls the model inside it.
+# The attribute names under which wrappers store a model.
 WRAPPERS = (
     "module",
     "_orig_mod",
@@ -30,11 +30,11 @@ WRAPPERS = (
     "backbone",
 )
 _PREFIX = re.compile(rf"(?:(?:{'|'.join(WRAPPERS)})\.)*")
-# Put inside names, too, by wrappers around parts of a model; no network calls a child so.
+# Wrappers around parts of a model add these inside names, too; no network has a child with such a name.
 _WRAPPER_PART = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-# By so many of its longest names a model is looked for; if these give more prefixes, they are no names of its own.
+# The number of longest names that the search for a model uses; if they give more prefixes, they are too common.
 _PROBES, _MAX_CANDIDATES = 3, 40
-# A first part of names that is to be a prefix stands before so many of them; so many such parts are tried.
+# The number of keys that a first part must have to be tried as a prefix, and the number of parts that are tried.
 _MIN_KEYS, _MAX_PARTS = 4, 6
 
 
@@ -43,10 +43,14 @@ Rename = Callable[[str], str]
 
 @dataclass(frozen=True)
 class StoredNames:
-    """How a file names the tensors of one model: `stored` by the model's own name, `foreign` those of something else
-    (a criterion, a counter of averages), and the prefix before the model's own. `copies` are further copies of the
-    whole model in the same file, which have the same names under other prefixes. `rename` makes the model's own name of
-    one in the file without that prefix, for libraries that save under other names than a model has.
+    """The keys of one model's tensors in a file.
+
+    Attributes:
+        prefix: what the keys of the model start with.
+        stored: the model's own name -> key in the file.
+        foreign: keys of other objects (a criterion, a counter of averages).
+        copies: further copies of the whole model in the file, with the same names under other prefixes.
+        rename: returns the model's own name for a key without its prefix, for libraries that save under other names.
     """
 
     prefix: str
@@ -56,7 +60,7 @@ class StoredNames:
     rename: Rename | None = field(default=None, compare=False)
 
     def stored_key(self, name: str) -> str:
-        """Return the name under which a new tensor `name` is stored beside those of the module that owns it."""
+        """Return the key for a new tensor `name`, with the same prefix as the other tensors of its module."""
         owner, _, last = name.rpartition(".")
         tail = ""
         while owner:
@@ -69,7 +73,7 @@ class StoredNames:
 
     @cached_property
     def _module_prefixes(self) -> dict[str, str]:
-        """By module, what stands before the names of its own tensors in the file."""
+        """Module -> what the keys of its tensors start with."""
         return {
             name.rpartition(".")[0]: key.removesuffix(name.rpartition(".")[2])
             for name, key in self.stored.items()
@@ -78,7 +82,7 @@ class StoredNames:
 
 
 def find_prefixes(keys: Iterable[str]) -> list[str]:
-    """Return every prefix that may stand before a model's own names in `keys`, the shortest ("") first."""
+    """Return every prefix of wrappers in `keys`, the shortest (`""`) first."""
     found = {""}
     for whole in {match.group() for key in keys if (match := _PREFIX.match(key))}:
         parts = whole.split(".")[:-1]
@@ -87,7 +91,7 @@ def find_prefixes(keys: Iterable[str]) -> list[str]:
 
 
 def names_with_prefix(keys: Iterable[str], prefix: str, rename: Rename | None = None) -> StoredNames:
-    """Return the names of those `keys` that begin with `prefix`, without what wrappers put in, and renamed."""
+    """Return the model's own names of those `keys` that start with `prefix`, without parts of wrappers, and renamed."""
     stored: dict[str, str] = {}
     foreign: list[str] = []
     for key in keys:
@@ -103,19 +107,22 @@ def names_with_prefix(keys: Iterable[str], prefix: str, rename: Rename | None = 
 def match_names(
     keys: Collection[str], wanted: Collection[str], *, prefix: str = "", rename: Rename | None = None
 ) -> StoredNames:
-    """Return the names under the prefix that gives most of the `wanted` names of a model; the shortest of equals.
+    """Return the names under the prefix that matches most of the `wanted` names; the shortest of equal ones.
 
-    Keys that no wanted name stands for stay among the model's own where everything has that prefix, so that a file
-    which does not fit is told by its own names; beside a prefix they are foreign.
+    Keys with the chosen prefix that match no wanted name stay in `stored`, so that error messages about a file that
+    does not fit show its own names. Keys without the prefix are `foreign`.
 
     Args:
-        prefix: what the prefix has to begin with.
-        rename: applied if it gives more of the wanted names.
+        keys: the keys in the file.
+        wanted: the names of the model's tensors.
+        prefix: what the prefix must start with.
+        rename: applied if it matches more of the wanted names.
     """
     wanted = set(wanted)
     renames = [None] if rename is None else [None, rename]
 
-    def best(prefixes: Collection[str]) -> StoredNames:
+    def choose_best(prefixes: Collection[str]) -> StoredNames:
+        """The names under the prefix, and with or without `rename`, that match most."""
         found = [
             names_with_prefix(keys, each, rename_option)
             for rename_option in renames
@@ -125,21 +132,21 @@ def match_names(
         return max(found or [names_with_prefix(keys, prefix)], key=lambda names: len(wanted & names.stored.keys()))
 
     candidates, wrappers = _candidate_prefixes(keys, wanted), find_prefixes(keys)
-    chosen = best(candidates)
+    chosen = choose_best(candidates)
     disjoint = [each for each in candidates if not (each.startswith(chosen.prefix) or chosen.prefix.startswith(each))]
-    # A single prefix that is no wrapper's is left to be told; copies of one model may have any.
-    return chosen if prefix or chosen.prefix in wrappers or disjoint else best(wrappers)
+    # The user must name a single prefix that no wrapper has; several copies of one model may have any prefixes.
+    return chosen if prefix or chosen.prefix in wrappers or disjoint else choose_best(wrappers)
 
 
 def match_names_and_copies(
     tensors: Mapping[str, Any], wanted: Collection[str], *, prefix: str = "", rename: Rename | None = None
 ) -> StoredNames:
-    """Return the names of a model as `match_names` does, and those of further copies of it under other prefixes.
+    """Return the names of a model as `match_names` does, with further copies of the model under other prefixes.
 
     Args:
-        tensors: a state dict by key; what has no shape is no tensor.
-        wanted: the model's own names of its tensors.
-        prefix: what the user says that the prefix begins with; other copies may then differ.
+        tensors: a state dict.
+        wanted: the names of the model's tensors.
+        prefix: what the prefix must start with, as selected by the user; other copies may then differ.
         rename: as for `match_names`.
 
     Raises:
@@ -162,8 +169,8 @@ def match_names_and_copies(
         elif not prefix:
             first, second = (names.prefix.rstrip(".") for names in (chosen, other))
             raise CheckpointError(
-                f"holds two models, under {chosen.prefix!r} and {each!r}, that differ ({difference}): say which, such "
-                f"as entry={first or second!r}"
+                f"has two different models, under {chosen.prefix!r} and {each!r} ({difference}): select one, such as "
+                f"entry={first or second!r}"
             )
     if not copies:
         return chosen
@@ -174,13 +181,13 @@ def match_names_and_copies(
 
 
 def find_leading_parts(keys: Collection[str]) -> list[str]:
-    """Return the first parts of names that may each stand before a model's own: `student.`, `teacher.`."""
+    """Return the first parts of keys that may be the prefix of a model, such as `student.` and `teacher.`."""
     counts = Counter(key.partition(".")[0] for key in keys if key.count(".") > 1)
     return [f"{part}." for part, count in counts.most_common(_MAX_PARTS) if count >= _MIN_KEYS]
 
 
 def _candidate_prefixes(keys: Collection[str], wanted: Collection[str]) -> list[str]:
-    """Every prefix that may stand before the wanted names, the shortest first: of wrappers, or of any other name."""
+    """Every prefix before the wanted names, of wrappers or any other, the shortest first."""
     probes = sorted(wanted, key=len)[-_PROBES:]
     bare = [_WRAPPER_PART.sub("", key) for key in keys]
     found = {
@@ -189,14 +196,14 @@ def _candidate_prefixes(keys: Collection[str], wanted: Collection[str]) -> list[
         for key in bare
         if key.endswith(probe) and key.removesuffix(probe).endswith(".")
     }
-    # Names such as `weight` end half of all keys and tell nothing.
+    # Half of all keys end with names such as `weight`, which identify no model.
     return sorted({*find_prefixes(keys), *(found if len(found) <= _MAX_CANDIDATES else ())}, key=lambda p: (len(p), p))
 
 
 def _matched_shapes(
     names: StoredNames, wanted: Collection[str], tensors: Mapping[str, Any]
 ) -> dict[str, tuple[int, ...]]:
-    """The shapes under those of a model's names that are there."""
+    """The shapes of the wanted tensors in the file, by the model's own names."""
     return {name: _get_shape(tensors[key]) for name, key in names.stored.items() if name in wanted}
 
 
@@ -208,7 +215,7 @@ def _describe_difference(
     wanted: Collection[str],
     tensors: Mapping[str, Any],
 ) -> str | None:
-    """What is different in two copies, or None: a name that only one has, or another shape."""
+    """The difference of two copies (a name that only one has, or another shape), or None."""
     unmatched = sorted(own_shapes.keys() ^ other_shapes.keys())
     if chosen.prefix:
         extra = [_extra_names(names, wanted, tensors) for names in (chosen, other)]

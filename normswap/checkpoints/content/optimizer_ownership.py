@@ -1,8 +1,8 @@
-"""Which network in a file an optimizer's state belongs to, and which gates it therefore has to learn.
+"""The network in a file that an optimizer state belongs to, and the gates that the optimizer must train.
 
-A state dict numbers parameters and does not name them. How many there are, and the shapes in their state, are held
-against every network in the file, against several together and against parts of one. What fits nothing, or two of
-which only one is converted, is not decided here: the answer is a reason instead.
+The state dict of an optimizer numbers its parameters and does not name them. So the number of parameters and the shapes
+in their state are compared with every network in the file, with several networks together and with submodules of one.
+If nothing fits, or networks fit of which only some are converted, `find_owner` returns the reason instead.
 """
 
 from collections import Counter
@@ -23,17 +23,21 @@ from normswap.checkpoints.content.optimizer_state import (
 
 Shape = tuple[int, ...]
 
-# Of so many networks every selection is tried; of more only each by itself.
+# All combinations of so many networks are tried; of more, only single networks.
 _MAX_NETWORKS = 6
 _AFFINE_NAMES = ("weight", "bias")
-_MANUAL_HINT = "put the gates in with normswap.checkpoints.content.optimizer_state.with_gates, or begin its state again"
+_MANUAL_HINT = "add the gates with normswap.with_gates, or start with a new optimizer state"
 
 
 class Network(NamedTuple):
-    """The parameters of a network in a file, in their order, by name.
+    """The parameters of a network in a file.
 
-    `gates` are those that a conversion gives it now, `earlier` how many it has already. Without a model it is told
-    by names which tensors are parameters: `certain` ones only if all of them are.
+    Attributes:
+        name: the name of the network in notes.
+        parameters: name -> shape, in their order.
+        gates: the names of the gates that this conversion adds.
+        num_existing_gates: the number of gates that it has from earlier conversions.
+        certain: whether all `parameters` are parameters; without a model, some of them may be buffers.
     """
 
     name: str
@@ -43,25 +47,25 @@ class Network(NamedTuple):
     certain: bool = True
 
     def sizes(self) -> range:
-        """Return how many parameters it may have."""
+        """Return the possible numbers of parameters."""
         num_certain = len(self.parameters) if self.certain else sum(map(_is_affine_name, self.parameters))
         return range(num_certain, len(self.parameters) + 1)
 
 
 class OwnedNetworks(NamedTuple):
-    """The networks that an optimizer has, in its order, and the gates of theirs that it learns from now on."""
+    """The networks of an optimizer, in its order, and the gates that it must train in addition."""
 
     networks: tuple[Network, ...]
     gates: tuple[str, ...]
 
     @property
     def names(self) -> str:
-        """Their names, for a note."""
+        """The names of the networks, for notes."""
         return " and ".join(network.name for network in self.networks)
 
     @property
     def gate_offset(self) -> int:
-        """How many gates of earlier conversions stand before these."""
+        """The number of gates from earlier conversions in front of the new ones."""
         first = next((i for i, network in enumerate(self.networks) if network.gates), 0)
         return sum(network.num_existing_gates for network in self.networks[:first])
 
@@ -69,12 +73,12 @@ class OwnedNetworks(NamedTuple):
 def find_owner(
     optimizer_state: StateDict, networks: Sequence[Network], *, is_only_optimizer: bool = True
 ) -> OwnedNetworks | str:
-    """Return what an optimizer has of the networks in its file, or the reason why that cannot be told.
+    """Return the networks of an optimizer, or the reason why they cannot be determined.
 
     Args:
-        optimizer_state: its state dict; a group of gates in it is left aside.
-        networks: all in the file. Copies of one, converted alike, count as one.
-        alone: whether it is the only optimizer in the file.
+        optimizer_state: the state dict of the optimizer; its group of gates is ignored.
+        networks: all networks in the file; copies of one network count as one.
+        is_only_optimizer: whether the file has no other optimizer.
     """
     groups = non_gate_groups(optimizer_state)
     named = _match_by_names(groups, networks)
@@ -97,7 +101,10 @@ def find_owner(
 def add_owned_gates(
     optimizer_state: StateDict, networks: Sequence[Network], *, is_only_optimizer: bool = True
 ) -> tuple[dict[str, Any] | None, str]:
-    """Return an optimizer's state with the gates of the networks that it has, None if it is left; and a note.
+    """Return an optimizer state with the gates of its networks, or None if it stays unchanged, and a note.
+
+    Args:
+        optimizer_state, networks, is_only_optimizer: as for `find_owner`.
 
     Raises:
         CheckpointError: the state dict is damaged.
@@ -108,12 +115,12 @@ def add_owned_gates(
         return None, owned
     if not owned.gates:
         is_part = {network.name for network in owned.networks} & {network.name for network in networks if network.gates}
-        relation = "has no parameter of a converted norm of" if is_part else "belongs to"
+        relation = "has no parameter of a converted norm in" if is_part else "belongs to"
         return None, f"it {relation} {owned.names}"
     if has_gates(optimizer_state):
         owned = reorder_networks(optimizer_state, owned)
         extended = with_additional_gates(optimizer_state, gates=owned.gates, gate_offset=owned.gate_offset)
-        return extended, f"{len(owned.gates)} gates joined those in its last group"
+        return extended, f"{len(owned.gates)} gates added to its group of gates"
     return with_gates(optimizer_state, gates=owned.gates), f"{len(owned.gates)} gates appended as a last group"
 
 
@@ -124,6 +131,7 @@ class _Candidate(NamedTuple):
     gates: tuple[str, ...]
 
     def to_owned_networks(self) -> OwnedNetworks:
+        """Return the networks with their gates."""
         return OwnedNetworks(self.networks, self.gates)
 
 
@@ -146,7 +154,7 @@ def _iter_combinations(networks: Sequence[Network]) -> Iterator[_Candidate]:
 
 
 def _iter_submodules(networks: Sequence[Network]) -> Iterator[_Candidate]:
-    """Every module inside a network that has parameters, each set of parameters once."""
+    """Every submodule of a network with parameters; each set of parameters once."""
     for network in networks:
         seen: set[tuple[str, ...]] = set()
         modules = {name[:end] for name in network.parameters for end in _dot_positions(name)}
@@ -170,7 +178,7 @@ def _restrict_to(network: Network, names: Sequence[str]) -> _Candidate:
 
 
 def _belongs_to(gate: str, names: Mapping[str, Shape], all_parameters: Mapping[str, Shape]) -> bool:
-    """Whether a gate goes with these parameters: they have those of its norm, or of the module that calls it."""
+    """Whether `names` has a parameter of the gate's norm or, if the norm has none, of the module that calls it."""
     site = gate.rpartition(".")[0]
     affine_names = [name for name in (f"{site}.{last}" for last in _AFFINE_NAMES) if name in all_parameters]
     if affine_names:
@@ -191,16 +199,16 @@ def _matches_order(shapes: Sequence[Shape | None], candidate: _Candidate) -> boo
 
 
 def _require_one(found: Sequence[_Candidate], count: int) -> OwnedNetworks | str:
-    """The one that fits; of several, any if it makes no difference which."""
+    """The network that fits; of several, the first if all have equally many gates."""
     first = found[0]
     if len(found) > 1 and len({len(each.gates) for each in found}) > 1:
         names = ", ".join(dict.fromkeys(each.to_owned_networks().names for each in found))
-        return f"its {count} parameters could be those of each of {names}: {_MANUAL_HINT}"
+        return f"its {count} parameters fit each of {names}: {_MANUAL_HINT}"
     return first.to_owned_networks()
 
 
 def reorder_networks(optimizer_state: StateDict, owned: OwnedNetworks) -> OwnedNetworks:
-    """Return the networks that an optimizer has in the order of its numbers, if their shapes tell it."""
+    """Return the networks of an optimizer in the order of its parameters, if their shapes show it."""
     groups = non_gate_groups(optimizer_state)
     shapes = [parameter_shape(optimizer_state["state"].get(key)) for group in groups for key in group["params"]]
     orders = permutations(owned.networks) if len(owned.networks) <= _MAX_NETWORKS else iter([owned.networks])
@@ -211,7 +219,7 @@ def reorder_networks(optimizer_state: StateDict, owned: OwnedNetworks) -> OwnedN
 def _find_partial_owner(
     shapes: Sequence[Shape | None], networks: Sequence[Network], *, is_only_optimizer: bool
 ) -> OwnedNetworks | str:
-    """One network of which it has a part (the rest is frozen, or another optimizer's), or all and something else."""
+    """The network if the optimizer has only some of its parameters, or all of them and others."""
     known = Counter(shape for shape in shapes if shape is not None)
     unknown = len(shapes) - known.total()
     subset = [n for n in networks if len(shapes) < len(n.parameters) and known <= Counter(n.parameters.values())]
@@ -220,10 +228,10 @@ def _find_partial_owner(
     ]
     found = subset or supersets
     if not found or len({len(network.gates) for network in found}) > 1:
-        return f"its {len(shapes)} parameters are not those of one network in this file: {_MANUAL_HINT}"
+        return f"its {len(shapes)} parameters fit no network in this file: {_MANUAL_HINT}"
     network = found[0]
     if network in subset and network.gates and not is_only_optimizer and not _has_norms(network, known):
-        return f"it has not the parameters of all norms of {network.name}: {_MANUAL_HINT}"
+        return f"it lacks parameters of some norms in {network.name}: {_MANUAL_HINT}"
     return OwnedNetworks((network,), network.gates)
 
 
@@ -248,7 +256,7 @@ def _match_by_names(groups: Sequence[Mapping[str, Any]], networks: Sequence[Netw
         if own.keys() <= network.parameters.keys() and len(own) == len(names):
             found.append(_restrict_to(network, list(own)).to_owned_networks())
     exact = [each for each in found if set(names) <= each.networks[0].parameters.keys()]
-    # Two networks may have the same names; then the shapes decide.
+    # If two networks have the same names, the shapes decide.
     return next((each[0] for each in (exact, found) if len(each) == 1), None)
 
 

@@ -1,38 +1,40 @@
-"""Optimizer state dicts as they lie in files: the group of the gates appended, everything else untouched.
+"""Gates in stored optimizer and scheduler state dicts: a last parameter group, everything else unchanged.
 
-An optimizer's state dict numbers its parameters by their place in the groups. A group behind all others therefore
-leaves every number valid, and with it the momentum that the file holds. Works on plain dicts: no model, no optimizer.
+An optimizer's state dict numbers its parameters in the order of the groups. With a new group after all others, every
+old number stays valid, and so does the stored momentum. A scheduler's state dict gets an entry for this group in each
+of its lists. All functions work on plain dicts: they need neither a model nor an optimizer.
 """
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, TypeGuard
 
 from torch import Tensor
 
 from normswap.errors import CheckpointError, OptimizerError
 
-# MERGED DOC: Learning rate scheduler state dicts as they lie in files: an entry for the group of the gates in every list.
+# --- optimizers
 
-
-# An option of the group of gates, by which it is known again. Optimizers carry options that they do not know.
+# An option that marks the group of gates. Optimizers keep options that they do not know.
 GATE_GROUP = "gates"
-# Options that are learning rates or bounds of them; schedulers add all but the first.
+# Options that are learning rates or their bounds; schedulers add all but the first.
 _LR_KEYS = ("lr", "initial_lr", "max_lr", "min_lr", "swa_lr")
-# Entries of optimizer states that have the shape of their parameter (or are scalars).
+# Entries of an optimizer state that have the shape of their parameter (or are scalars).
 PARAM_SHAPED_KEYS = {
     *("momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_avg_diff", "exp_avg_var", "exp_inf"),
     *("square_avg", "grad_avg", "acc_delta", "sum", "prev", "neg_pre_grad", "grad_sum_sq", "lookahead_slow_buff"),
 }
-# A count of steps that an optimizer keeps per group: the gates' begins anew, or their first steps would be too long.
+# The step count that some optimizers keep per group. That of the gates starts at zero: with the old count, the bias
+# correction would be missing in their first steps.
 _STEP_KEYS = ("step",)
 
 StateDict = Mapping[str, Any]
+Shape = tuple[int, ...]
 
 
 def is_optimizer_state(value: object) -> TypeGuard[StateDict]:
-    """Say whether `value` has the structure of an optimizer's state dict: `state`, and `param_groups` with `params`."""
+    """Return whether `value` has `state`, and `param_groups` with `params`, as an optimizer's state dict does."""
     if not isinstance(value, Mapping) or not isinstance(value.get("state"), Mapping):
         return False
     groups = value.get("param_groups")
@@ -42,7 +44,7 @@ def is_optimizer_state(value: object) -> TypeGuard[StateDict]:
 
 
 def has_gates(optimizer_state: StateDict) -> bool:
-    """Say whether a group of gates is in an optimizer's state dict, made by `with_gates` or `param_groups`."""
+    """Return whether an optimizer's state dict has a group of gates from `with_gates` or `param_groups`."""
     return any(group.get(GATE_GROUP) is True for group in optimizer_state["param_groups"])
 
 
@@ -50,13 +52,14 @@ def check_groups(optimizer_state: object) -> Sequence[Mapping[str, Any]]:
     """Return the parameter groups of an optimizer's state dict.
 
     Raises:
-        CheckpointError: it is no such state dict, or damaged.
+        CheckpointError: `optimizer_state` is not such a state dict, or damaged.
     """
     if not is_optimizer_state(optimizer_state):
         kind = type(optimizer_state).__name__
         got = f"entries {[*optimizer_state][:6]}" if isinstance(optimizer_state, Mapping) else kind
         raise CheckpointError(
-            f"expected an optimizer's state dict, 'state' and 'param_groups', got {got}: pass optimizer.state_dict()"
+            f"expected an optimizer's state dict with 'state' and 'param_groups', got {got}: pass "
+            "optimizer.state_dict()"
         )
     groups: Sequence[Mapping[str, Any]] = optimizer_state["param_groups"]
     problem = _find_problem(groups, optimizer_state["state"])
@@ -66,12 +69,12 @@ def check_groups(optimizer_state: object) -> Sequence[Mapping[str, Any]]:
 
 
 def non_gate_groups(optimizer_state: StateDict) -> list[StateDict]:
-    """Return the parameter groups but that of the gates."""
+    """Return the parameter groups without that of the gates."""
     return [group for group in optimizer_state["param_groups"] if group.get(GATE_GROUP) is not True]
 
 
 def parameter_shape(entries: Any) -> tuple[int, ...] | None:
-    """Return the shape of a parameter as its state in an optimizer tells it, or None if that does not."""
+    """Return the shape of a parameter by its entries in an optimizer state, or None if they do not show it."""
     if not isinstance(entries, Mapping):
         return None
     tensors = [value for name, value in entries.items() if name in PARAM_SHAPED_KEYS and isinstance(value, Tensor)]
@@ -81,23 +84,39 @@ def parameter_shape(entries: Any) -> tuple[int, ...] | None:
 def with_gates(
     optimizer_state: StateDict, *, gates: Sequence[str], importance_lr: float | None = None
 ) -> dict[str, Any]:
-    """Return the state dict of the optimizer of a converted model: that of the original with the gates in a last group.
+    """Return the optimizer's state dict of a model before its conversion with the gates as a last parameter group.
 
-    `optimizer.load_state_dict` takes it where the optimizer was built from `param_groups(converted, like=...)`. The
-    state, the old groups and all other entries are shared with `optimizer_state`, not copied.
+    The result fits an optimizer that was built from `normswap.param_groups(converted, like=...)`: the momentum of all
+    old parameters is kept. The gates get the options of the last group without weight decay, and an empty state.
 
     Args:
-        optimizer_state: the state dict of the optimizer of the model before its conversion.
-        gates: names of the trainable gates in the order of `surgery.gated.trainable_gates`; none adds no group.
-        importance_lr: their learning rate, as in `gate_options`.
+        optimizer_state: the state dict of the optimizer of the model before its conversion; it is not changed.
+        gates: the names of the trainable gates, in the order of `trainable_gates(converted)`; if empty, no
+            group is added.
+        importance_lr: the learning rate of the gates before any schedule, default that of the last group.
+
+    Returns:
+        A new state dict, which shares the state, the old groups and all other entries with `optimizer_state`.
 
     Raises:
-        CheckpointError: not such a state dict, damaged, or with gates already.
-        OptimizerError: `importance_lr` is no learning rate.
+        CheckpointError: `optimizer_state` is not such a state dict, damaged, or has gates already.
+        OptimizerError: `importance_lr` is negative or not finite.
+
+    Examples:
+        >>> import torch, normswap
+        >>> from normswap.surgery.importance import trainable_gates
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
+        >>> stored = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9).state_dict()
+        >>> converted = normswap.convert(model).model
+        >>> extended = normswap.with_gates(stored, gates=list(trainable_gates(converted)))
+        >>> [len(group["params"]) for group in extended["param_groups"]]
+        [4, 2]
+        >>> groups = normswap.param_groups(converted, like=stored)
+        >>> torch.optim.SGD(groups, lr=0.1, momentum=0.9).load_state_dict(extended)
     """
     groups = check_groups(optimizer_state)
     if has_gates(optimizer_state):
-        raise CheckpointError("the optimizer's state dict has a group of gates already: load it as it is")
+        raise CheckpointError("the optimizer's state dict has a group of gates already: load it without with_gates")
     if not gates:
         return dict(optimizer_state)
     used_keys = [key for group in groups for key in group["params"]]
@@ -109,11 +128,12 @@ def with_gates(
 
 
 def with_additional_gates(optimizer_state: StateDict, *, gates: Sequence[str], gate_offset: int) -> dict[str, Any]:
-    """Return an optimizer's state dict with further gates in the group of gates that it has.
+    """Return an optimizer's state dict with further gates in its group of gates.
 
     Args:
-        gates: their names.
-        place: how many gates of that group stand before them.
+        optimizer_state: a state dict with a group of gates.
+        gates: the names of the further gates.
+        gate_offset: the number of gates in the group in front of the new ones.
     """
     groups = [dict(group) for group in optimizer_state["param_groups"]]
     group = next(group for group in groups if group.get(GATE_GROUP) is True)
@@ -125,13 +145,40 @@ def with_additional_gates(optimizer_state: StateDict, *, gates: Sequence[str], g
     return {**optimizer_state, "param_groups": groups}
 
 
-def gate_options(template: Mapping[str, Any], *, importance_lr: float | None = None) -> dict[str, Any]:
-    """Return the options of a group of gates: those of `template`, but no weight decay and a learning rate of its own.
+def insert_gates(
+    tensors: Sequence[Tensor], parameters: Mapping[str, Shape], gates: Mapping[str, Tensor], trainable: Collection[str]
+) -> list[Tensor] | None:
+    """Return a list of tensors, one per parameter as in a weight average, with the gates inserted.
 
     Args:
-        template: a group, whose parameters are left aside.
-        importance_lr: the learning rate before any schedule (of OneCycleLR the highest), default that of `template`.
-            Where a scheduler has left an `initial_lr`, the present rate is the same share of it as in `template`.
+        tensors: one per parameter of the model before its conversion.
+        parameters: name -> shape of the parameters of the converted model, in their order.
+        gates: name -> initial value of the gates.
+        trainable: the names of the gates that train; the others are not inserted.
+
+    Returns:
+        The list in the order of `parameters`, or None if `tensors` have other shapes or another order.
+    """
+    old = [shape for name, shape in parameters.items() if name not in gates]
+    if [tuple(tensor.shape) for tensor in tensors] != old:
+        return None
+    rest = iter(tensors)
+    all_tensors = [gates[name].clone() if name in gates else next(rest) for name in parameters]
+    frozen = {name for name in gates if name not in trainable}
+    return (
+        all_tensors
+        if not frozen
+        else [t for name, t in zip(parameters, all_tensors, strict=True) if name not in frozen]
+    )
+
+
+def gate_options(template: Mapping[str, Any], *, importance_lr: float | None = None) -> dict[str, Any]:
+    """Return the options of a group of gates: those of `template` without weight decay, with their own learning rate.
+
+    Args:
+        template: a parameter group; its parameters are ignored.
+        importance_lr: the learning rate before any schedule (the maximum of OneCycleLR), default that of `template`.
+            If a scheduler has set `initial_lr`, the current rate has the same ratio to it as in `template`.
 
     Raises:
         OptimizerError: `importance_lr` is negative or not finite.
@@ -148,12 +195,12 @@ def gate_options(template: Mapping[str, Any], *, importance_lr: float | None = N
 
 
 def base_lr(group: Mapping[str, Any]) -> Any:
-    """Return the learning rate of a group before any schedule, of OneCycleLR the highest; None if it has none."""
+    """Return the learning rate of a group before any schedule (the maximum of OneCycleLR); None if it has none."""
     return next((group[name] for name in ("max_lr", "initial_lr", "lr") if group.get(name) is not None), None)
 
 
 def rescale(rate: Any, *, old: Any, new: Any) -> Any:
-    """Return `rate`, a number or a tensor, as it would be with the base `new` in place of `old`."""
+    """Return `rate`, a number or a tensor, for the base rate `new` instead of `old`."""
     return new * (rate / old) if old else new
 
 
@@ -161,47 +208,49 @@ def check_rate(name: str, value: float | None) -> None:
     """Refuse a learning rate or weight decay that is negative or not finite.
 
     Raises:
-        OptimizerError: as said.
+        OptimizerError: the value is such a number, or not a number.
     """
     if value is not None and not (hasattr(value, "__float__") and math.isfinite(value) and value >= 0):
         raise OptimizerError(f"{name}: expected a finite number >= 0, got {value!r}")
 
 
 def _new_keys(used_keys: Sequence[Any], state: Mapping[Any, Any], gates: Sequence[str]) -> list[Any]:
-    """What stands for further parameters: numbers that are free, or their names where others have names."""
-    if used_keys and isinstance(used_keys[0], str):  # some libraries name parameters where torch numbers them
+    """The keys of further parameters: the next free numbers, or their names if the other parameters have names."""
+    if used_keys and isinstance(used_keys[0], str):  # some libraries use names, torch uses numbers
         return list(gates)
     first = max((key for key in (*used_keys, *state) if isinstance(key, int)), default=-1) + 1
     return list(range(first, first + len(gates)))
 
 
 def _find_problem(groups: Sequence[Mapping[str, Any]], state: Mapping[Any, Any]) -> str | None:
-    """What is wrong with groups of parameters by number or name, in words that follow the subject."""
+    """What is wrong with the groups, as a predicate for an error message, or None."""
     keys = [key for group in groups for key in group["params"]]
     if not groups:
         return "has no parameter group"
     if not (all(type(key) is int for key in keys) or all(isinstance(key, str) for key in keys)):
-        return "is damaged, it gives parameters neither all by number nor all by name"
+        return "is damaged, it mixes parameters by number and by name"
     if len({"param_names" in group for group in groups}) > 1:
-        return "is damaged, some of its groups name their parameters and some do not"
+        return "is damaged, only some of its groups have param_names"
     for index, group in enumerate(groups):
         if "param_names" in group and len(group["param_names"]) != len(group["params"]):
             return (
                 f"is damaged, group {index} has {len(group['params'])} parameters and {len(group['param_names'])} names"
             )
-    # Whatever is no mapping under a number belongs to no parameter.
+    # An entry that is not a mapping belongs to no parameter.
     stateful = {key for key, value in state.items() if isinstance(key, int | str) and isinstance(value, Mapping)}
     orphaned = sorted(map(str, stateful - set(keys)))
     return f"is damaged, parameter {orphaned[0]} has a state and is in no group" if orphaned else None
 
 
+# --- learning rate schedulers
+
 EntryFunction = Callable[[StateDict, Any, Callable[[Any], Any]], Any]
 
 
 def is_scheduler_state(value: object) -> TypeGuard[StateDict]:
-    """Say whether `value` has the structure of a scheduler's state dict of torch, timm or mmengine.
+    """Return whether `value` has the structure of a scheduler's state dict of torch, timm or mmengine.
 
-    A state dict without any list per group is none here: it fits any number of groups.
+    The result is False for a state dict without lists per parameter group, which fits any number of groups.
     """
     if not isinstance(value, Mapping):
         return False
@@ -212,7 +261,7 @@ def is_scheduler_state(value: object) -> TypeGuard[StateDict]:
 
 
 def matches_groups(scheduler_state: StateDict, groups: Sequence[StateDict]) -> bool:
-    """Say whether a scheduler's lists have as many entries as an optimizer has groups, and their initial rates."""
+    """Return whether a scheduler's lists fit an optimizer's groups: their number, and their initial learning rates."""
     inner = scheduler_state.get("_schedulers")
     if isinstance(inner, list):
         return all(matches_groups(each, groups) for each in inner)
@@ -228,48 +277,62 @@ def matches_groups(scheduler_state: StateDict, groups: Sequence[StateDict]) -> b
 def _is_same_rate(first: Any, rate: Any) -> bool:
     try:
         return float(first) == float(rate)
-    except (TypeError, ValueError, RuntimeError):  # whatever a file may hold: nothing is known of it
+    except (TypeError, ValueError, RuntimeError):  # a file may have any objects here
         return False
 
 
 def scheduler_with_gates(scheduler_state: StateDict, *, optimizer_state: StateDict) -> dict[str, Any]:
-    """Return the state dict of the scheduler of an optimizer whose last group is that of the gates.
+    """Return a scheduler's state dict with entries for the group of gates that `with_gates` has added.
 
-    The gates follow the schedule of the last old group, at their own learning rate.
+    The gates follow the schedule of the last old group, scaled to their own learning rate.
 
     Args:
-        scheduler_state: the state dict of the scheduler of the optimizer without gates.
-        optimizer_state: what `with_gates` returned.
+        scheduler_state: the state dict of the scheduler (of torch, timm or mmengine) without gates; it is not changed.
+        optimizer_state: the result of `normswap.with_gates`.
+
+    Returns:
+        A new state dict for the scheduler of the converted model's optimizer.
 
     Raises:
-        CheckpointError: `scheduler_state` is no such state dict or belongs to another optimizer, or `optimizer_state`
-            has no gates.
+        CheckpointError: `scheduler_state` is not such a state dict or belongs to another optimizer, or
+            `optimizer_state` has no gates.
+
+    Examples:
+        >>> import torch, normswap
+        >>> from normswap.surgery.importance import trainable_gates
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=10)
+        >>> gates = list(trainable_gates(normswap.convert(model).model))
+        >>> extended = normswap.with_gates(optimizer.state_dict(), gates=gates, importance_lr=0.01)
+        >>> normswap.scheduler_with_gates(scheduler.state_dict(), optimizer_state=extended)["base_lrs"]
+        [0.1, 0.01]
     """
     if not is_scheduler_state(scheduler_state):
         raise CheckpointError("expected a scheduler's state dict with lists per group: pass scheduler.state_dict()")
     if not has_gates(optimizer_state) or len(optimizer_state["param_groups"]) < 2:
         raise CheckpointError(
-            "expected an optimizer's state dict with a last group of gates: pass it through with_gates"
+            "expected an optimizer's state dict with a last group of gates: pass the result of normswap.with_gates"
         )
     *old, gates = optimizer_state["param_groups"]
     return _extend_state(scheduler_state, len(old), base_lr(old[-1]), base_lr(gates))
 
 
 def extend_group_lists(state: StateDict, groups: int, old: Any, new: Any) -> dict[str, list[Any]]:
-    """Return those lists per group in a scheduler's state, each with an entry for the gates at its end.
+    """Return the lists per parameter group in a scheduler's state, each with a last entry for the gates.
 
     Args:
-        state: a scheduler's state dict, or the attributes of a scheduler; nested schedulers are left aside.
-        groups: how many parameter groups the optimizer has without that of the gates.
-        old: the learning rate of the last of them before any schedule.
-        new: that of the gates; None keeps what the last group has.
+        state: a scheduler's state dict, or the attributes of a scheduler; nested schedulers are ignored.
+        groups: the number of parameter groups without that of the gates.
+        old: the learning rate of the last of these groups before any schedule.
+        new: the learning rate of the gates; None for that of the last group.
 
     Raises:
-        CheckpointError: a list has another length.
+        CheckpointError: a list has another length than `groups`.
     """
 
     def scale_rate(rate: Any) -> Any:
-        # One that schedules something else than the learning rate treats the gates as the group before them.
+        """The rate of the gates; schedulers of other options than the learning rate treat them as the last group."""
         is_lr = "lr" in (state.get("param_group_field"), state.get("param_name")) or not (
             state.keys() & {"param_group_field", "param_name"}
         )
@@ -282,8 +345,8 @@ def extend_group_lists(state: StateDict, groups: int, old: Any, new: Any) -> dic
             continue
         if len(values) != groups:
             raise CheckpointError(
-                f"the scheduler's state dict has {len(values)} entries in {name!r}, the optimizer has {groups} groups: "
-                "take both from one file"
+                f"the scheduler's state dict has {len(values)} entries in {name!r}, expected {groups}, one for each "
+                "group of the optimizer: take both from one file"
             )
         extended[name] = [*values, entry(state, values[-1], scale_rate)]
     return extended
@@ -297,18 +360,18 @@ def _extend_state(state: StateDict, groups: int, old: Any, new: Any) -> dict[str
 
 
 def _copy_entry(_state: StateDict, last: Any, _scale_rate: Callable[[Any], Any]) -> Any:
-    """A function is shared, as a scheduler shares the one that it was given for all groups; its state is copied."""
+    """The last entry: a function is shared, as schedulers do with one for all groups; other objects are copied."""
     return last if callable(last) else copy.deepcopy(last)
 
 
 def _warmup_step(state: StateDict, last: Any, scale_rate: Callable[[Any], Any]) -> Any:
-    """timm's step per epoch from the rate at which warming up begins, which is the same for all groups."""
+    """The step per epoch of timm's warm-up, which starts at the same rate for all groups."""
     length, begin = state.get("warmup_t"), state.get("warmup_lr_init")
     return (scale_rate(begin + last * length) - begin) / length if length and begin is not None else last
 
 
-# By the name of a list: what its entry for the gates is, given the state, the entry of the last old group, and what
-# turns a rate of that group into the gates'.
+# Name of a list -> function for the entry of the gates, of the state, the entry of the last old group, and a function
+# that scales a rate of that group to the gates.
 _GROUP_LISTS: Mapping[str, EntryFunction] = {
     **dict.fromkeys(
         ("base_lrs", "_last_lr", "min_lrs", "max_lrs", "base_values", "_last_value"),

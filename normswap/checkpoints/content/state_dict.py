@@ -1,7 +1,7 @@
-"""A converted state dict made from the original one: new tensors beside those of their site, all others untouched.
+"""State dicts without a model: find and check the norms in them, plan and insert the gates, survey their contents.
 
-No model is filled for it, so copies of the weights (EMA) are converted just so, and a file of which nobody knows the
-architecture too. Tensors in, tensors out.
+The conversion of a state dict inserts new tensors next to those of each site and leaves all others unchanged. It builds
+no model, so it also converts copies of the weights (EMA) and files with an unknown architecture.
 """
 
 from collections import OrderedDict
@@ -21,17 +21,16 @@ from normswap.surgery.plan import ANY_CLASS, Skip, Swap, SwapPlan
 from normswap.surgery.selection import first_matching_patterns
 from normswap.text import join_fqn
 
-# MERGED DOC: Whether the batch norms in a state dict hold numbers that normalize: finite statistics, no negative variance.
-
-# MERGED DOC: What the names and shapes of tensors tell of a file without an architecture: weights, norms, copies, optimizers.
-
-
 _MEAN, _VAR, _AFFINE = "running_mean", "running_var", ("weight", "bias")
+_RUNNING_STATS = (_MEAN, _VAR)
 _MAX_LISTED = 3
 
 
+# --- batch norms and their running statistics
+
+
 class NormGroup(NamedTuple):
-    """What one batch norm has in a state dict, tensors by key: the mean first among the statistics."""
+    """The tensors of one batch norm in a state dict, by key; the first of `statistics` is the running mean."""
 
     fqn: str
     statistics: dict[str, Tensor]
@@ -39,26 +38,26 @@ class NormGroup(NamedTuple):
 
 
 def check_running_stats(state: Mapping[str, Tensor], *, name: str) -> None:
-    """Refuse a state dict whose batch norms cannot compute anything.
+    """Refuse a state dict with batch norms whose running statistics are invalid.
 
-    A batch norm is a `running_mean` and a `running_var` under one prefix, with `weight` and `bias` of one dimension or
-    without. What has a weight of another form (a convolution that keeps statistics) is none. NaN among the weights of
-    other layers is not looked for.
+    A batch norm has a `running_mean` and a `running_var` under one prefix, and optionally `weight` and `bias` of one
+    dimension. A module with another weight (a convolution that keeps statistics) is none. The weights of other layers
+    are not checked for NaN.
 
     Args:
         state: tensors by key, such as `model.state_dict()`; may be mapped from a file.
-        name: what the state dict is called in the error.
+        name: the name of the state dict for the error message.
 
     Raises:
-        CheckpointError: shapes that differ within one norm, NaN or Inf in running statistics, a negative running
-            variance; with the keys, how many they are, and what to do.
+        CheckpointError: the shapes in one norm differ, running statistics have NaN or infinity, or a running variance
+            is negative.
     """
     groups = list(find_norm_groups(state))
     shapes = [faults for group in groups for faults in _find_shape_mismatch(group)]
     if shapes:
         raise CheckpointError(
-            f"{name}: {_format_faults(shapes)} of another shape than the running_mean beside them: the file is damaged or its "
-            "keys are mixed up, save the state dict again"
+            f"{name}: {_format_faults(shapes)}, expected the shape of the running_mean of the same norm: the file is "
+            "damaged or its keys are mixed up, save the state dict again"
         )
     bad = [
         faults
@@ -68,13 +67,13 @@ def check_running_stats(state: Mapping[str, Tensor], *, name: str) -> None:
     ]
     if bad:
         raise CheckpointError(
-            f"{name}: {_format_faults(bad)} no statistics: take an earlier checkpoint, or average them anew in the original "
-            "model (normswap.update_statistics) and save it again"
+            f"{name}: {_format_faults(bad)}, expected finite running statistics and no negative variance: use an "
+            "earlier checkpoint, or compute them again in the original model (normswap.update_statistics) and save it"
         )
 
 
 def find_norm_groups(state: Mapping[str, Tensor]) -> Iterator[NormGroup]:
-    """Yield the batch norms in a state dict, as `check_statistics` knows them, in the order of the state dict."""
+    """Yield the batch norms in a state dict, as defined by `check_running_stats`, in the order of the state dict."""
     for key, mean in state.items():
         fqn, _, last = key.rpartition(".")
         var_key = join_fqn(fqn, _VAR)
@@ -95,7 +94,7 @@ def _find_shape_mismatch(group: NormGroup) -> list[str]:
 
 
 def _describe_fault(key: str, tensor: Tensor) -> str:
-    """What is wrong with running statistics, or nothing."""
+    """The key of invalid running statistics with the number of bad values, or `""` if they are valid."""
     values = tensor if tensor.dtype.is_floating_point and tensor.element_size() > 1 else tensor.float()
     bad = ~torch.isfinite(values)
     if key.endswith(_VAR):
@@ -108,20 +107,26 @@ def _describe_fault(key: str, tensor: Tensor) -> str:
 
 def _format_faults(faults: list[str]) -> str:
     more = f", +{len(faults) - _MAX_LISTED} more" if len(faults) > _MAX_LISTED else ""
-    return f"{', '.join(faults[:_MAX_LISTED])}{more} {'is' if len(faults) == 1 else 'are'}"
+    return f"{', '.join(faults[:_MAX_LISTED])}{more}"
 
 
 def _format_shape(tensor: Tensor) -> str:
     return "x".join(map(str, tensor.shape)) or "a single number"
 
 
-_RUNNING_STATS = ("running_mean", "running_var")
+# --- conversion by names
 
 
 def insert_tensors(state: Mapping[str, Tensor], names: StoredNames, new: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return `state` with the tensors of `new`, by the model's own names, each after the last one of its module.
+    """Return `state` with the tensors of `new`, each after the last tensor of its module.
 
-    Floating ones take the dtype of the tensors beside them. Names that the state has already stay as they are.
+    Floating-point tensors get the dtype of the other tensors in their module. Keys that `state` has already keep their
+    values.
+
+    Args:
+        state: the original state dict; it is not changed.
+        names: maps the names in the model to the keys in `state`.
+        new: the new tensors, by the names in the model.
     """
     last = {key.rpartition(".")[0]: key for key in state}
     insertions: dict[str, dict[str, Tensor]] = {}
@@ -147,10 +152,13 @@ def insert_tensors(state: Mapping[str, Tensor], names: StoredNames, new: Mapping
 def copy_metadata(
     state: dict[str, Tensor], source: Mapping[str, Tensor], names: StoredNames, converted: Mapping[str, Any]
 ) -> dict[str, Tensor]:
-    """Give `state` torch's `_metadata` of `source`, where that has it, and the one of new layers from `converted`.
+    """Set the `_metadata` of torch on `state`: that of `source`, if any, and the entries of new layers.
 
     Args:
-        converted: `_metadata` of the converted model's state dict, by fqn.
+        state: the converted state dict, which is changed and returned.
+        source: the original state dict.
+        names: maps the names in the model to the keys in `state`.
+        converted: the `_metadata` of the converted model's state dict, by fqn.
     """
     own = getattr(source, "_metadata", None)
     if isinstance(own, Mapping) and isinstance(state, OrderedDict):
@@ -165,27 +173,28 @@ def copy_metadata(
 def plan_from_names(
     state: Mapping[str, Tensor], *, include: Sequence[str] = (), exclude: Sequence[str] = ()
 ) -> SwapPlan:
-    """Return a plan for the BN groups of keys in `state`.
+    """Return a plan for the batch norms in `state`, found by the names of their tensors.
 
-    A group is a `running_mean` and a `running_var` of one length beside each other. What their module is nobody knows:
-    the swaps name no class, and `planning.complete_plan` settles them once there is a model.
+    The classes of the norms are unknown, so the swaps name none; `planning.complete_plan` adds the classes when the
+    file is loaded into a model.
 
     Args:
-        include, exclude: as in `plan_swaps`.
+        state: tensors by key.
+        include, exclude: patterns as in `plan_swaps`.
 
     Raises:
-        PlanError: a pattern matches no group.
+        PlanError: a pattern matches no batch norm.
     """
     swaps = _swaps_from_names(state)
     sites = [(swap.fqn,) for swap in swaps]
     included, excluded = first_matching_patterns(include, sites), first_matching_patterns(exclude, sites)
     kept = [swap for swap in swaps if swap.fqn not in excluded and (not include or swap.fqn in included)]
     skips = [
-        Skip(swap.fqn, ANY_CLASS, swap.kind, "excluded by a pattern, or matched by none of include")
+        Skip(swap.fqn, ANY_CLASS, swap.kind, "excluded by a pattern, or not matched by include")
         for swap in swaps
         if swap not in kept
     ]
-    note = "made from the names of tensors alone: what each norm is, the model tells that the file is loaded into"
+    note = "Planned from tensor names only; each norm's class is determined when the file is loaded into a model."
     return SwapPlan(tuple(kept), tuple(skips), ANY_CLASS, None, (note,))
 
 
@@ -201,7 +210,7 @@ def _swaps_from_names(state: Mapping[str, Tensor]) -> list[Swap]:
 
 
 def initial_gates(plan: SwapPlan) -> dict[str, Tensor]:
-    """Return the importance weights with which the sites of a plan start, by name: float32, shape (branches,)."""
+    """Return the initial gates of the sites in a plan, by name: float32, shape `(branches,)`."""
     return {
         join_fqn(swap.fqn, name): initial_point(swap.gate, swap.branches, vertex=swap.vertex)
         for swap in plan.swaps
@@ -220,15 +229,20 @@ def _match_dtype(tensor: Tensor, like: Tensor) -> Tensor:
     return tensor.to(like.dtype) if wanted else tensor
 
 
-_STATISTICS = ("running_mean", "running_var")
+# --- survey of a file with an unknown architecture
+
 _AFFINE_NAMES = ({"weight"}, {"weight", "bias"})
 
 
 @dataclass(frozen=True)
 class NormTensors:
-    """The tensors of one norm: the name of its module in the file, its channels, and what they show of it.
+    """One norm in a state dict.
 
-    `statistics` says whether it is a batch norm, `converted` whether it has importance weights already.
+    Attributes:
+        fqn: the name of its module in the file.
+        channels: its number of channels.
+        statistics: whether it has running statistics, as batch norms do.
+        converted: whether it has importance weights already.
     """
 
     fqn: str
@@ -239,9 +253,15 @@ class NormTensors:
 
 @dataclass(frozen=True)
 class WeightsSurvey:
-    """One set of weights in a file: its entry ("" if the file is nothing else), and what its tensors show.
+    """One state dict in a file.
 
-    `parameters` counts the floating values without running statistics, `prefix` is what wrappers put before all names.
+    Attributes:
+        entry: its key path, `""` for the whole content.
+        prefix: the prefix of wrappers in front of all names.
+        tensors: the number of tensors.
+        parameters: the number of floating-point values without running statistics.
+        bytes: the size of all tensors.
+        norms: its norms.
     """
 
     entry: str
@@ -253,11 +273,11 @@ class WeightsSurvey:
 
     @property
     def batch_norms(self) -> tuple[NormTensors, ...]:
-        """The norms that `--arch none` converts."""
+        """The norms that a conversion without an architecture (`--arch none`) converts."""
         return tuple(norm for norm in self.norms if norm.statistics and not norm.converted)
 
     def groups(self) -> dict[str, tuple[NormTensors, ...]]:
-        """Return the norms by the outermost module around them, without the prefix; "" for a norm on its own."""
+        """Return the norms by the outermost module around them, without the prefix; `""` for top-level norms."""
         found: dict[str, list[NormTensors]] = {}
         for norm in self.norms:
             outer, dot, _ = norm.fqn.removeprefix(self.prefix).partition(".")
@@ -267,14 +287,14 @@ class WeightsSurvey:
 
 @dataclass(frozen=True)
 class Survey:
-    """All weights in a file, and the entries that are states of optimizers."""
+    """All state dicts in a file, and the entries of optimizer states."""
 
     weights: tuple[WeightsSurvey, ...]
     optimizers: tuple[str, ...]
 
 
 def survey(content: Any) -> Survey:
-    """Return what the names and shapes in a file's content tell."""
+    """Return a survey of the tensors in a file's content, by their names and shapes."""
     weights = tuple(_survey_weights(format_key_path(place), value) for place, value in find_weights(content).items())
     return Survey(weights, tuple(map(format_key_path, find_optimizers(content))))
 
@@ -282,7 +302,7 @@ def survey(content: Any) -> Survey:
 def _survey_weights(entry: str, value: Any) -> WeightsSurvey:
     state: Mapping[str, Any] = value.state_dict() if isinstance(value, nn.Module) else value
     tensors = {key: tensor for key, tensor in state.items() if isinstance(tensor, Tensor)}
-    trained = (t for key, t in tensors.items() if t.is_floating_point() and not key.endswith(_STATISTICS))
+    trained = (t for key, t in tensors.items() if t.is_floating_point() and not key.endswith(_RUNNING_STATS))
     return WeightsSurvey(
         entry=entry,
         prefix=max((prefix for prefix in find_prefixes(tensors) if _all_have_prefix(tensors, prefix)), key=len),
@@ -309,6 +329,6 @@ def _find_norms(tensors: Mapping[str, Tensor]) -> tuple[NormTensors, ...]:
         vectors = {tuple(own[name].shape) for name in own_names}
         affine = own_names in _AFFINE_NAMES and len(vectors) == 1 and len(next(iter(vectors))) == 1
         if fqn in batch or affine:
-            channels = (own[_STATISTICS[0]] if fqn in batch else own["weight"]).numel()
+            channels = (own[_RUNNING_STATS[0]] if fqn in batch else own["weight"]).numel()
             found.append(NormTensors(fqn, channels, fqn in batch, join_fqn(fqn, GATE_PARAMETERS[0]) in tensors))
     return tuple(found)

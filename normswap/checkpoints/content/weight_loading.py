@@ -1,11 +1,13 @@
-"""Pouring tensors into a model, and saying in one line what does not fit: missing, unexpected, mis-shaped keys.
+"""Loading tensors into a model, with one line about what does not fit: missing, unexpected or misshaped keys.
 
-A file may hold heads that the model does not have, and lack the model's own head or its counters of batches: no norm
-depends on them. Everything else has to be there and nothing more. Types and memory formats are the file's: a network
-stored in half precision or channels_last comes back as that.
+A file may have heads that the model lacks, and may lack the model's own head or its `num_batches_tracked`, since no
+norm depends on them; all other keys must agree. The model takes the dtypes and memory formats of the file: a network
+stored in half precision or channels_last is loaded as such. `untie_tensors` and `retie_tensors` store what safetensors
+cannot represent: tied tensors and memory formats.
 """
 
 import difflib
+import logging
 import re
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,10 +21,9 @@ from torch.nn.parameter import is_lazy
 from normswap.errors import ArchitectureError, UnknownNormsError
 from normswap.text import first_line
 
-# MERGED DOC: What safetensors cannot hold, taken apart before writing and put together after reading.
+_logger = logging.getLogger(__name__)
 
-
-# What may be there beyond a network's own tensors: heads that were added, and what tools and older code leave behind.
+# Tensors that a file may have in addition to those of a network: further heads, and leftovers of tools and older code.
 _HEAD = re.compile(
     r"(?!pre_)(\w+_)?(head|heads|aux\w*|fc|classifier|projector|predictor)\d*(_dist|_head|_\d+)?(\.(?!.*norm)|$)",
     re.IGNORECASE,
@@ -32,11 +33,19 @@ _TOOL_LEFTOVERS = re.compile(
 )
 
 
+# --- tied tensors and memory formats
+
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 class SeparatedTensors(NamedTuple):
-    """Tensors by key as a container of plain tensors takes them, and the notes that bring the others back."""
+    """Contiguous tensors by key for safetensors, and what `retie_tensors` needs to restore the others.
+
+    Attributes:
+        tensors: the tensors to store.
+        tied: key of a tied tensor -> key of the stored tensor.
+        channels_last: the keys of tensors in this memory format.
+    """
 
     tensors: dict[str, Tensor]
     tied: dict[str, str]
@@ -44,13 +53,13 @@ class SeparatedTensors(NamedTuple):
 
 
 def untie_tensors(state: Mapping[str, Tensor]) -> SeparatedTensors:
-    """Return `state` with every value once and contiguous. Tensors that only overlap are stored one by one.
+    """Return `state` with each tied tensor only once, and contiguous; tensors that merely overlap are copied.
 
-    Of the names of one tensor the first in alphabetical order is kept, as `safetensors.torch.save_model` does.
+    The first key of a tied tensor in alphabetical order is kept, as in `safetensors.torch.save_model`.
     """
     names: dict[tuple[object, ...], list[str]] = {}
     for key, tensor in state.items():
-        # Tensors without elements share the null pointer and nothing else.
+        # Tensors without elements all have the null pointer, but share no memory.
         storage_key = (
             (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()) if tensor.numel() else (key,)
         )
@@ -68,7 +77,7 @@ def _contiguous(tensor: Tensor) -> Tensor:
 def retie_tensors(
     tensors: Mapping[str, Tensor], tied: Mapping[str, str], channels_last: Iterable[str]
 ) -> dict[str, Tensor]:
-    """Return what `separate` was given; notes on keys that are not there are left aside."""
+    """Return the state dict that `untie_tensors` has separated; keys without a tensor are ignored."""
     state = dict(tensors)
     for key in channels_last:
         if key in state and state[key].dim() in _CHANNELS_LAST:
@@ -79,25 +88,30 @@ def retie_tensors(
 
 def _is_channels_last(tensor: Tensor) -> bool:
     layout = _CHANNELS_LAST.get(tensor.dim())
-    # Told by the strides: with one channel or one position both layouts call themselves contiguous.
+    # Decided by the strides: with one channel or one position, torch calls both layouts contiguous.
     return layout is not None and tensor.stride() == torch.empty_like(tensor, memory_format=layout).stride() != (
         torch.empty_like(tensor, memory_format=torch.contiguous_format).stride()
     )
 
 
+# --- loading
+
 _MAX_LISTED = 3
-# What a lazy module learns from its first input, and in which dimension of its weight that stands.
+# The attribute that a lazy module sets at its first input -> the dimension of its weight with this size.
 _LAZY_SIZES = {"in_features": 1, "in_channels": 1, "num_features": 0}
 _RUNNING_STATS = ("running_mean", "running_var")
-# difflib compares every pair: of more names than these the first ones are searched.
-_MAX_SEARCHED = 2000
+_MAX_SEARCHED = 2000  # the number of names in which difflib, which compares every pair, searches
 
 
 @dataclass(frozen=True)
 class LoadReport:
-    """How tensors fit a model: by name those `beyond` it, and of the model's own the `heads` and `counters` of batches
-    that are not among the tensors and stay as the model was built. What is `tied` is not among them either, and has
-    the memory of a tensor that is.
+    """The differences between tensors and a model that were tolerated.
+
+    Attributes:
+        unexpected: tensors that the model does not have.
+        heads: tensors of the model's head that are missing; they keep their random initial values.
+        counters: missing `num_batches_tracked`, which stay 0.
+        tied: tensors of the model that are missing and share the memory of one that is not.
     """
 
     unexpected: tuple[str, ...] = ()
@@ -106,35 +120,41 @@ class LoadReport:
     tied: tuple[str, ...] = ()
 
     def notes(self, name: str) -> tuple[str, ...]:
-        """Return in words what becomes of them in a file that is made of the tensors, `name` being the model."""
+        """Return notes on the effects in a file that is written from the tensors; `name` is that of the model."""
         descriptions = {
-            f"carried, no part of {name}": self.unexpected,
-            f"not in the file: {name} has its own at random, for the proof only, and none is written": self.heads,
-            "not in the file: counted from 0, and not written": self.counters,
+            f"not part of {name}, copied unchanged": self.unexpected,
+            "missing from the file; verified with randomly initialised values, not written to the output": self.heads,
+            "missing from the file; counts from 0, not written to the output": self.counters,
         }
         return tuple(f"{_format_names(keys)}: {what}" for what, keys in descriptions.items() if keys)
 
 
 def load_weights(model: nn.Module, state: Mapping[str, Tensor], name: str) -> LoadReport:
-    """Load `state` into `model`, strictly but for heads and counters of batches, and return how it fits.
+    """Load `state` into `model`, strictly except for heads and `num_batches_tracked`.
 
     Args:
-        name: what the model is called in the error.
+        model: the model, which is changed.
+        state: tensors by key.
+        name: the name of the model for the error message.
+
+    Returns:
+        The differences that were tolerated.
 
     Raises:
-        ArchitectureError: keys or shapes differ, or a layer refuses its tensors; the model may be partly filled.
+        ArchitectureError: keys or shapes differ, or a layer refuses its tensors; some tensors of the model may have
+            been loaded.
     """
     for key, tensor in model.state_dict(keep_vars=True).items():
         stored = state.get(key)
         if stored is not None and is_lazy(tensor):
             tensor.materialize(tuple(stored.shape), dtype=stored.dtype)
         elif stored is not None and isinstance(tensor, Tensor) and _needs_reallocation(tensor, stored):
-            # The Parameter object stays, and with it ties between modules.
+            # The Parameter object stays the same, so that tied modules stay tied.
             tensor.data = torch.empty_like(stored, device=tensor.device)
-    fit = _compare_keys(model.state_dict(), state)
+    report = _compare_keys(model.state_dict(), state)
     try:
-        # What is tolerated has been told apart above; a layer may still refuse what it is given.
-        model.load_state_dict(state, strict=fit is None or fit == LoadReport())
+        # All differences in `report` are tolerated; a layer may still refuse its tensors.
+        model.load_state_dict(state, strict=report is None or report == LoadReport())
     except RuntimeError as error:
         message = f"the tensors do not fit {name}: {_describe_mismatch(model, state) or _layer_message(error)}"
         unknown = any(_is_running_stat(key) for key in state if key not in model.state_dict())
@@ -142,11 +162,13 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], name: str) -> Lo
     for module in model.modules():
         if isinstance(module, LazyModuleMixin):
             _initialize_lazy(module)
-    return fit or LoadReport()
+    if report not in (None, LoadReport()):
+        _logger.info("loaded the tensors into %s with tolerated differences: %s", name, report)
+    return report or LoadReport()
 
 
 def _initialize_lazy(module: Any) -> None:
-    """Make a lazy module, whose tensors are there now, what its first forward pass would make it."""
+    """Turn a lazy module with loaded tensors into the class that its first forward pass would give it."""
     if module.has_uninitialized_params() or not hasattr(module, "_initialize_hook"):
         return
     size = module.weight if getattr(module, "weight", None) is not None else module.running_mean
@@ -162,7 +184,7 @@ def _initialize_lazy(module: Any) -> None:
 
 
 def _compare_keys(own: Mapping[str, Any], state: Mapping[str, Tensor]) -> LoadReport | None:
-    """How tensors fit a model of these own ones, or None where something is missing or unexpected that must not be."""
+    """The tolerated differences between a model's own tensors and `state`, or None if others exist."""
     tied = _find_tied(own, state)
     missing = [key for key in own if key not in state and key not in tied]
     unexpected = tuple(key for key in state if key not in own)
@@ -181,9 +203,9 @@ def _compare_keys(own: Mapping[str, Any], state: Mapping[str, Tensor]) -> LoadRe
 
 
 def _find_tied(own: Mapping[str, Any], state: Mapping[str, Tensor]) -> tuple[str, ...]:
-    """The names of a model's tensors that are not in a file and have the memory of others, whose names are.
+    """The names of a model's tensors that are missing in a file and share the memory of a tensor that is not.
 
-    safetensors stores what several names share under one of them, as transformers does.
+    transformers and safetensors store a tied tensor under one of its names.
     """
     missing = {key: value for key, value in own.items() if key not in state and _has_storage(value)}
     stored = (
@@ -227,7 +249,7 @@ def _describe_mismatch(model: nn.Module, state: Mapping[str, Tensor]) -> str:
         ),
         _format_keys(
             mismatched,
-            "of another shape",
+            "with another shape",
             {
                 key: f" (is {_format_shape(actual[key])}, expected {_format_shape(expected[key])})"
                 for key in mismatched[:_MAX_LISTED]
@@ -259,13 +281,13 @@ def _format_shape(shape: tuple[int, ...]) -> str:
 
 
 def _suggest_cause(unexpected: list[str], shapes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]) -> str:
-    """What the pattern of misfits most likely means."""
+    """The most likely cause of the differences, with advice, or `""`."""
     if any(key.endswith(".mean_weight") for key in unexpected):
-        return "the file holds importance weights without a plan: write converted models with normswap.save(plan=...)"
+        return "the file has importance weights without a plan: write converted models with normswap.save(plan=...)"
     norms = sorted({key.rpartition(".")[0] for key in unexpected if _is_running_stat(key)})
     if norms:
         return (
-            f"the file has norms that the model has not ({_format_names(norms)}): name the architecture that has them"
+            f"the file has norms that the model lacks ({_format_names(norms)}): pass the architecture with these norms"
         )
     pairs = shapes.values()
     classes = {actual[0] for actual, expected in pairs if actual[1:] == expected[1:] and len(actual) in (1, 2)}
@@ -274,33 +296,36 @@ def _suggest_cause(unexpected: list[str], shapes: Mapping[str, tuple[tuple[int, 
         and all(map(is_head, shapes))
         and all(actual[1:] == expected[1:] for actual, expected in pairs)
     ):
-        return f"perhaps the architecture lacks num_classes={classes.pop()}"
+        return f"add num_classes={classes.pop()} to the architecture"
     return ""
 
 
 def _layer_message(error: RuntimeError) -> str:
-    """What a layer said: torch puts a heading over it."""
+    """The message of a layer, without the heading of torch."""
     heading, _, rest = str(error).partition("\n\t")
     return first_line(RuntimeError(rest or heading))
 
 
 def top_level_modules(names: Iterable[str]) -> set[str]:
-    """Return the outermost modules that tensors of these names belong to."""
+    """Return the outermost modules of tensors with these names."""
     return {name.partition(".")[0] for name in names}
 
 
 def is_head(name: str) -> bool:
-    """Say whether a tensor of this name is part of a head: it is called so, and is no norm's."""
+    """Return whether a tensor with this name belongs to a head, and not to a norm in it."""
     return _HEAD.match(name) is not None
 
 
 def is_ignorable(name: str, parts: Container[str]) -> bool:
-    """Say whether a tensor that a network does not have takes no part in its function: a head beside the network's own
-    parts, or what tools and older code leave behind.
+    """Return whether an additional tensor cannot affect a network: a further head, or a leftover of tools.
+
+    Args:
+        name: the name of the tensor.
+        parts: the top-level modules of the network, which are never further heads.
     """
     return bool(_TOOL_LEFTOVERS.search(name)) or (is_head(name) and name.partition(".")[0] not in parts)
 
 
 def is_batch_counter(name: str) -> bool:
-    """Say whether a tensor of this name counts the batches that a norm has seen."""
+    """Return whether a tensor with this name is the `num_batches_tracked` of a norm."""
     return name.endswith("num_batches_tracked")

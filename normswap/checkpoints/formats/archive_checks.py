@@ -1,8 +1,9 @@
-"""Whether an archive is one to be read at all: its members or its header, before any reader acts on them.
+"""Checks of archives, safetensors headers and pickles that run before any reader opens the file.
 
-Zip readers differ in what they make of an archive that contradicts itself, and unpack what they are told to. What
-torch.save never writes and a reader could stumble over is refused here: bombs, overlapping or ambiguous members, names
-that lead elsewhere. Of safetensors its own reader refuses nearly all; the rest is here.
+Zip readers disagree about an archive that contradicts itself, and they extract whatever it lists. So the checks refuse
+what torch.save never writes and what could harm a reader: zip bombs, overlapping or ambiguous members, names that point
+outside the archive. The reader of safetensors refuses nearly all such files itself; the remaining cases are here. The
+sizes that a pickle declares for storages and tensors are compared with the bytes that the file has.
 """
 
 import io
@@ -28,12 +29,11 @@ from normswap.checkpoints.formats.pickle_opcodes import (
 from normswap.errors import CheckpointError
 from normswap.text import first_line
 
-# MERGED DOC: What the pickle in a torch file claims, held against the bytes that are there.
+# --- zip archives and safetensors headers
 
-
-# A file has one member per tensor and a few more; of the largest networks, with their optimizer, some 100,000.
+# A file has one member per tensor and a few more: about 100,000 for the largest networks with their optimizer.
 _MAX_MEMBERS = 250_000
-# What small members (code, JSON) may gain by compression, in all; torch writes tensors as they are.
+# The largest total size of compressed members (code, JSON); torch writes tensors uncompressed.
 _MAX_INFLATED_BYTES = 64_000_000
 _ENCRYPTED = 0x1 | 0x40 | 0x2000  # classic, strong, masked names
 _UTF8, _SIZES_FOLLOW = 0x800, 0x8
@@ -41,13 +41,13 @@ _LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 _END_RECORD = struct.Struct("<4s4H2IH")
 _MAX_COMMENT = 0xFFFF
 _UNKNOWN_16, _UNKNOWN_32 = 0xFFFF, 0xFFFFFFFF
-# Beside the first folder of these there is no other: what torch's archives are known by.
+# An archive of torch has these members in its first folder, and no second folder.
 _TORCH_MEMBERS = ("data.pkl", "version", "archive_format")
 _MAX_ELEMENTS = 2**63 - 1
 
 
 class LocalHeader(NamedTuple):
-    """What stands in front of a member's data, and where the data begins and ends."""
+    """The header in front of a member's data, with the offsets at which the data starts and ends."""
 
     name: str
     flags: int
@@ -58,30 +58,30 @@ class LocalHeader(NamedTuple):
 
 
 def check_archive(path: Path, part: IO[bytes] | None = None) -> set[str]:
-    """Refuse a zip archive that torch.save cannot have written and that is not safe to read.
+    """Refuse a zip archive that torch.save cannot have written and that is unsafe to read.
 
     Args:
-        part: the archive, where it is a part of the file at `path`.
+        part: the archive, if it is only a part of the file at `path`.
 
     Returns:
-        The names of its members in their folder.
+        The names of its members inside their folder.
 
     Raises:
-        CheckpointError: too many members; names that are double, absolute, lead elsewhere or into a second folder;
-            members that are encrypted, packed by an unknown method, unpack to more than the file holds, overlap, or
-            are described in two ways.
+        CheckpointError: too many members; duplicate or absolute names, names that point outside the archive or into a
+            second folder; members that are encrypted, use an unknown compression, inflate to more than the size of the
+            file, overlap, or have two contradicting headers.
     """
     with nullcontext(part) if part is not None else open(path, "rb", buffering=0) as file:
         count = _read_member_count(path, file)
         if count > _MAX_MEMBERS:
-            _refuse(path, f"{count:,} members, at most {_MAX_MEMBERS:,} are one for every tensor")
+            _refuse(path, f"{count:,} archive members, expected at most {_MAX_MEMBERS:,}")
         try:
             archive = zipfile.ZipFile(file)
         except Exception as error:
             raise CheckpointError(f"{path}: truncated or damaged ({first_line(error)}): copy it again") from error
         members = archive.infolist()
         if len(members) not in (count, count + _UNKNOWN_16 + 1):
-            _refuse(path, f"{len(members)} members where its end speaks of {count}")
+            _refuse(path, f"{len(members)} archive members, its end record lists {count}")
         _check_names(path, [member.orig_filename for member in members])
         _check_sizes(path, members, file.seek(0, 2))
         _check_offsets(path, file, members, archive.start_dir)
@@ -89,33 +89,37 @@ def check_archive(path: Path, part: IO[bytes] | None = None) -> set[str]:
 
 
 def check_safetensors(path: Path) -> None:
-    """Refuse what the reader of safetensors (0.8) lets pass: names that are double, shapes beyond 64 bits.
+    """Refuse what the reader of safetensors (0.8) accepts: duplicate names, and shapes that overflow 64 bits.
 
     Raises:
-        CheckpointError: the header is of such a kind.
+        CheckpointError: the header has one of the two.
     """
     with open(path, "rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         header = json.loads(file.read(length), object_pairs_hook=lambda pairs: _reject_duplicate_keys(path, pairs))
     for name, entry in header.items():
         if name != "__metadata__" and _count_elements(entry["shape"]) > _MAX_ELEMENTS:
-            raise CheckpointError(f"{path}: the shape of {name!r} overflows 64 bits: damaged or hostile, get it again")
+            raise CheckpointError(
+                f"{path}: the shape of {name!r} overflows 64 bits: the file is damaged or malicious, download it again"
+            )
 
 
 def _refuse(path: Path, what: str) -> NoReturn:
-    raise CheckpointError(f"{path}: {what}: torch.save writes no such archive, get the file again from its source")
+    raise CheckpointError(f"{path}: {what}: torch.save never writes such an archive, download it again")
 
 
 def _reject_duplicate_keys(path: Path, pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         duplicate = _find_duplicate([key for key, _ in pairs])
-        raise CheckpointError(f"{path}: its header has {duplicate!r} twice: damaged or hostile, get the file again")
+        raise CheckpointError(
+            f"{path}: its header has {duplicate!r} twice: the file is damaged or malicious, download it again"
+        )
     return found
 
 
 def _count_elements(shape: Sequence[int]) -> int:
-    """The elements of a shape, dimensions of zero left out: readers multiply from either side."""
+    """The product of the nonzero dimensions, since readers multiply from either end."""
     count = 1
     for length in shape:
         count *= max(length, 1)
@@ -129,14 +133,14 @@ def _find_duplicate(names: Sequence[str]) -> str | None:
 
 
 def _read_member_count(path: Path, file: IO[bytes]) -> int:
-    """How many members the end of the archive speaks of: the directory itself may be too large to look at."""
+    """The number of members by the end record; the directory itself may be too large to read."""
     size = file.seek(0, 2)
     start = max(0, size - _END_RECORD.size - _MAX_COMMENT)
     file.seek(start)
     tail = file.read()
     position = tail.rfind(b"PK\x05\x06")
     if position < 0 or len(tail) - position < _END_RECORD.size:
-        raise CheckpointError(f"{path}: begins like a torch file and ends too early: truncated, copy it again")
+        raise CheckpointError(f"{path}: starts like a torch file and has no end record: truncated, copy it again")
     count: int = _END_RECORD.unpack_from(tail, position)[4]
     locator = position - 20
     if locator < 0 or tail[locator : locator + 4] != b"PK\x06\x07":
@@ -144,10 +148,10 @@ def _read_member_count(path: Path, file: IO[bytes]) -> int:
     file.seek(min(size, struct.unpack_from("<Q", tail, locator + 8)[0]))
     record = file.read(56)
     if record[:4] != b"PK\x06\x06" or len(record) < 56:
-        _refuse(path, "its 64-bit end record is not where it should be")
+        _refuse(path, "no 64-bit end record at its declared offset")
     count_64bit: int = struct.unpack_from("<Q", record, 32)[0]
     if count not in (count_64bit, _UNKNOWN_16):
-        _refuse(path, f"its two end records speak of {count} and of {count_64bit} members")
+        _refuse(path, f"its two end records list {count} and {count_64bit} members")
     return count_64bit
 
 
@@ -155,14 +159,14 @@ def _check_names(path: Path, names: Sequence[str]) -> None:
     for name in names:
         parts = name.split("/")
         if not name or name.startswith("/") or ":" in parts[0] or "\\" in name or "\0" in name or ".." in parts:
-            _refuse(path, f"the member {name[:80]!r}, whose name leads elsewhere")
+            _refuse(path, f"the name of the member {name[:80]!r} points outside the archive")
     duplicate = _find_duplicate(names)
     if duplicate is not None:
-        _refuse(path, f"two members of the name {duplicate[:80]!r}")
+        _refuse(path, f"two members have the name {duplicate[:80]!r}")
     root = names[0].partition("/")[0] if names else ""
     other = next((name for name in names if name.partition("/")[0] != root), None)
     if other is not None and not {f"{root}/{name}" for name in _TORCH_MEMBERS}.isdisjoint(names):
-        _refuse(path, f"the member {other[:80]!r} beside the folder {root[:80]!r}")
+        _refuse(path, f"the member {other[:80]!r} is outside its folder {root[:80]!r}")
 
 
 def _check_sizes(path: Path, members: Sequence[zipfile.ZipInfo], size: int) -> None:
@@ -170,34 +174,38 @@ def _check_sizes(path: Path, members: Sequence[zipfile.ZipInfo], size: int) -> N
         if member.flag_bits & _ENCRYPTED:
             _refuse(path, f"the member {member.filename[:80]!r} is encrypted")
         if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            _refuse(path, f"the member {member.filename[:80]!r} is packed by the method {member.compress_type}")
+            _refuse(path, f"the member {member.filename[:80]!r} has the unknown compression {member.compress_type}")
         if member.compress_type == zipfile.ZIP_STORED and member.file_size != member.compress_size:
-            _refuse(path, f"the member {member.filename[:80]!r} has two sizes and is not compressed")
+            _refuse(path, f"the member {member.filename[:80]!r} is uncompressed and has two different sizes")
     inflated_bytes = sum(member.file_size for member in members if member.compress_type == zipfile.ZIP_DEFLATED)
     if inflated_bytes > max(_MAX_INFLATED_BYTES, size):
-        _refuse(path, f"unpacks to {inflated_bytes / 1e6:,.0f} MB and has {size / 1e6:,.1f} MB, a zip bomb")
+        _refuse(path, f"a zip bomb, its {size / 1e6:,.1f} MB inflate to {inflated_bytes / 1e6:,.0f} MB")
 
 
 def _check_offsets(path: Path, file: IO[bytes], members: Sequence[zipfile.ZipInfo], directory: int) -> None:
-    """Every member lies in the file, before the directory, alone, and is what the directory says of it."""
+    """Refuse members that overlap, reach into the directory, or have a header that contradicts the directory."""
     next_offset = 0
     for member in sorted(members, key=lambda member: member.header_offset):
         name = member.filename[:80]
         if member.header_offset < next_offset:
-            _refuse(path, f"the member {name!r} overlaps the one before it")
+            _refuse(path, f"the member {name!r} overlaps the previous one")
         local = read_local_header(file, member) if member.header_offset < directory else None
         if local is None or local.end > directory:
-            _refuse(path, f"the member {name!r} does not lie within the file")
+            _refuse(path, f"the member {name!r} has no data inside the file")
         if local.name != member.orig_filename or local.method != member.compress_type:
-            _refuse(path, f"the member {name!r} calls itself {local.name[:80]!r} or packs itself otherwise")
+            _refuse(
+                path,
+                f"the header of the member {name!r} has another name ({local.name[:80]!r}) or another compression than "
+                "the directory",
+            )
         declared_sizes = (member.compress_size, member.file_size)
         if not local.flags & _SIZES_FOLLOW and local.sizes != declared_sizes and _UNKNOWN_32 not in local.sizes:
-            _refuse(path, f"the member {name!r} has the sizes {declared_sizes} and {local.sizes}")
+            _refuse(path, f"the member {name!r} has contradicting sizes, {declared_sizes} and {local.sizes}")
         next_offset = local.end
 
 
 def read_local_header(file: IO[bytes], member: zipfile.ZipInfo) -> LocalHeader | None:
-    """Return what stands in front of a member's data in the file, or None where no such header is."""
+    """Return the header in front of a member's data, or None if there is none."""
     file.seek(member.header_offset)
     raw = file.read(_LOCAL_HEADER.size)
     if len(raw) < _LOCAL_HEADER.size:
@@ -212,12 +220,14 @@ def read_local_header(file: IO[bytes], member: zipfile.ZipInfo) -> LocalHeader |
     return LocalHeader(name, flags, method, (compressed_size, uncompressed_size), begin, begin + member.compress_size)
 
 
-_NUM_LEGACY_HEADERS = 3  # magic number, protocol version, byte order: pickles of their own before object and keys
-# A view may repeat what is stored (`expand`), but no network is that much larger than its file.
+# --- pickles compared with the file
+
+_NUM_LEGACY_HEADERS = 3  # pickles before the object and the keys: magic number, protocol version, byte order
+# A view may repeat stored elements (`expand`), but no network becomes larger than its file and this size.
 _MIN_CHECKED_BYTES = 64_000_000
 _MAX_TUPLE_ENTRIES = 1_000_000
 
-# What a pickle of tensors may call of torch; all else that torch itself allows to be named may only be named.
+# The functions of torch that a pickle of tensors may call; it may name, but not call, what else torch allows.
 _STATE_DICT_CALLS = re.compile(
     r"torch\._utils\._rebuild_(tensor(_v[23])?|qtensor|sparse_tensor|parameter(_with_state)?|meta_tensor_no_storage"
     r"|device_tensor_from_cpu_tensor)|torch\._tensor\._rebuild_from_type_v2|torch\.nn\.parameter\.Parameter"
@@ -234,17 +244,17 @@ _ITEM_SIZES = {
 
 
 def check_zip_pickle(path: Path, file: IO[bytes] | None = None) -> PickleSummary:
-    """Hold the pickle of a zip archive that has been checked against its records.
+    """Compare the pickle of a zip archive with the sizes of its records; after `check_archive`.
 
     Args:
-        file: the archive, where it is a part of the file at `path`.
+        file: the archive, if it is only a part of the file at `path`.
 
     Returns:
-        What the pickle says.
+        The summary of the pickle.
 
     Raises:
-        CheckpointError: a storage claims another size than its record has, a tensor is larger than any network in
-            such a file, or a tuple is a bomb. A pickle that cannot be followed is left to torch.
+        CheckpointError: a storage declares another size than its record has, a tensor is larger than any network in a
+            file of this size, or a tuple is a bomb. The reader of torch refuses a pickle that cannot be parsed.
     """
     with zipfile.ZipFile(file or path) as archive:
         root = archive.namelist()[0].partition("/")[0]
@@ -253,58 +263,57 @@ def check_zip_pickle(path: Path, file: IO[bytes] | None = None) -> PickleSummary
     _check_summary(path, summary)
     for storage in summary.storages:
         actual = sizes.get(f"data/{storage.key}")
-        claimed = _claimed_bytes(storage)
-        if actual is not None and claimed is not None and claimed != actual:
+        declared = _declared_bytes(storage)
+        if actual is not None and declared is not None and declared != actual:
             raise CheckpointError(
-                f"{path}: the storage {storage.key[:40]!r} claims {claimed:,} bytes and has {actual:,}: damaged or "
-                "hostile, get the file again"
+                f"{path}: the storage {storage.key[:40]!r} declares {declared:,} bytes, its record has {actual:,}: the "
+                "file is damaged or malicious, download it again"
             )
     return summary
 
 
 def check_legacy_pickle(path: Path) -> PickleSummary:
-    """Hold the pickle of a file from before torch 1.6 against the size of the file.
+    """Compare the pickle of a file from before torch 1.6 with the size of the file.
 
     Returns:
-        What the pickle says.
+        The summary of the pickle.
 
     Raises:
-        CheckpointError: as `check_zip_pickle`; the storages together claim more than the file has.
+        CheckpointError: as `check_zip_pickle`, or the storages together declare more bytes than the file has.
     """
-    # Mapped, since a text that claims four gigabytes would be given them before it is read.
+    # Mapped, since reading a string that declares four gigabytes would allocate them first.
     with open(path, "rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as mapped:
         *_, summary, keys = [summarize_pickle(cast(IO[bytes], mapped)) for _ in range(_NUM_LEGACY_HEADERS + 2)]
     _check_summary(path, summary)
     if not (summary.is_complete and keys.is_complete):
         raise CheckpointError(
-            f"{path}: truncated or damaged, or pickled in an unusual way (its pickle does not come to an end): save it "
-            "again"
+            f"{path}: truncated or damaged, or pickled in an unusual way (its pickle has no end): save it again"
         )
-    claimed = sum({storage.key: max(_claimed_bytes(storage) or 0, 0) for storage in summary.storages}.values())
-    if claimed > path.stat().st_size:
+    declared = sum({storage.key: max(_declared_bytes(storage) or 0, 0) for storage in summary.storages}.values())
+    if declared > path.stat().st_size:
         raise CheckpointError(
-            f"{path}: its tensors claim {claimed:,} bytes, the file has {path.stat().st_size:,}: truncated or damaged, "
-            "copy it again"
+            f"{path}: its tensors declare {declared:,} bytes, the file has {path.stat().st_size:,}: truncated or "
+            "damaged, copy it again"
         )
     return summary
 
 
 def check_calls(path: Path, summary: PickleSummary, allowed: Container[str]) -> None:
-    """Refuse a pickle that calls functions of torch which no state dict needs, or in a way that hides what they get.
+    """Refuse a pickle that calls functions of torch which no state dict needs, or hides the arguments of its calls.
 
-    torch's own list of what a pickle may name has constructors that leave memory as it is (`torch.FloatTensor`), and
-    functions that believe the numbers in the file (`_rebuild_nested_tensor`).
+    The names that torch allows in a pickle include constructors that leave memory uninitialised (`torch.FloatTensor`)
+    and functions that do not check the numbers in the file (`_rebuild_nested_tensor`).
 
     Args:
-        allowed: further names, of which the user has said that they are safe.
+        allowed: further names, which the user has declared safe.
 
     Raises:
-        CheckpointError: there is one.
+        CheckpointError: the pickle has such a call.
     """
     if UNRESOLVED in summary.called_names:
         raise CheckpointError(
-            f"{path}: pickled in an unusual way: the storage, shape or strides of a tensor, or some bytes, are not "
-            "written out: save it again"
+            f"{path}: pickled in an unusual way: it computes the storage, shape or strides of a tensor, or some bytes: "
+            "save it again"
         )
     others = (
         name for name in summary.called_names if name.startswith("torch.") and not _STATE_DICT_CALLS.fullmatch(name)
@@ -312,34 +321,35 @@ def check_calls(path: Path, summary: PickleSummary, allowed: Container[str]) -> 
     found = next((name for name in sorted(others) if name not in allowed), None)
     if found is not None:
         raise CheckpointError(
-            f"{path}: calls {found[:80]}, which no state dict needs and which can read memory that is not the file's: "
-            "save plain tensors"
+            f"{path}: calls {found[:80]}, which no state dict needs and which can read memory outside the file: save "
+            "plain tensors"
         )
 
 
 def check_tensor_size(path: Path, shape: Sequence[int], size: int) -> None:
-    """Refuse a tensor of `size` bytes that is larger than any network in such a file.
+    """Refuse a tensor of `size` bytes that is larger than any network in a file of this size.
 
     Raises:
-        CheckpointError: it is.
+        CheckpointError: the tensor is too large.
     """
     actual = path.stat().st_size
     if size > max(_MIN_CHECKED_BYTES, actual):
         raise CheckpointError(
-            f"{path}: a tensor claims the shape {_format_shape(shape)}, the file has {actual:,} bytes: damaged or hostile, get "
-            "the file again"
+            f"{path}: a tensor declares the shape {_format_shape(shape)}, the file has {actual:,} bytes: it is damaged "
+            "or malicious, download it again"
         )
 
 
 def check_tuple_size(path: Path, summary: PickleSummary) -> None:
-    """Refuse a pickle with a tuple that would take years to be hashed.
+    """Refuse a pickle with a nested tuple that would take years to hash.
 
     Raises:
-        CheckpointError: there is one.
+        CheckpointError: the pickle has such a tuple.
     """
     if summary.max_tuple_entries > _MAX_TUPLE_ENTRIES:
         raise CheckpointError(
-            f"{path}: a tuple that unfolds to {summary.max_tuple_entries:,} entries: hostile, do not open it"
+            f"{path}: a nested tuple expands to {summary.max_tuple_entries:,} entries: the file is malicious, do not "
+            "open it"
         )
 
 
@@ -348,7 +358,7 @@ def _check_summary(path: Path, summary: PickleSummary) -> None:
     negative = next((storage for storage in summary.storages if storage.elements < 0), None)
     if negative is not None:
         raise CheckpointError(
-            f"{path}: the storage {negative.key[:40]!r} claims {negative.elements:,} elements: damaged"
+            f"{path}: the storage {negative.key[:40]!r} declares {negative.elements:,} elements: damaged, copy it again"
         )
     out_of_bounds = next(
         (tensor for tensor in summary.tensors if _required_elements(tensor) > tensor.storage.elements), None
@@ -356,22 +366,22 @@ def _check_summary(path: Path, summary: PickleSummary) -> None:
     if out_of_bounds is not None:
         raise CheckpointError(
             f"{path}: a tensor of the shape {_format_shape(out_of_bounds.shape)} reaches beyond its storage of "
-            f"{out_of_bounds.storage.elements:,} elements: damaged or hostile, get the file again"
+            f"{out_of_bounds.storage.elements:,} elements: the file is damaged or malicious, download it again"
         )
     largest = max(summary.tensors, key=_tensor_bytes, default=None)
     if largest is not None:
         check_tensor_size(path, largest.shape, _tensor_bytes(largest))
 
 
-def _claimed_bytes(storage: StorageClaim) -> int | None:
-    """The bytes that a storage claims, or None for a class that is not known here."""
+def _declared_bytes(storage: StorageClaim) -> int | None:
+    """The bytes that a storage declares, or None for an unknown class of storage."""
     kind = re.fullmatch(r"torch\.(?:storage\.)?(\w+)Storage", storage.kind)
     each = _ITEM_SIZES.get(kind.group(1)) if kind else None
     return None if each is None else each * storage.elements
 
 
 def _required_elements(tensor: TensorClaim) -> int:
-    """How many elements of its storage a tensor needs, from the first on."""
+    """The number of elements that the storage of a tensor must have."""
     if 0 in tensor.shape:
         return 0
     steps = sum((length - 1) * step for length, step in zip(tensor.shape, tensor.stride, strict=False))
@@ -383,4 +393,4 @@ def _format_shape(shape: Sequence[int]) -> str:
 
 
 def _tensor_bytes(tensor: TensorClaim) -> int:
-    return math.prod(tensor.shape) * (_claimed_bytes(tensor.storage._replace(elements=1)) or 1)
+    return math.prod(tensor.shape) * (_declared_bytes(tensor.storage._replace(elements=1)) or 1)

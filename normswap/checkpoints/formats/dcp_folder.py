@@ -1,7 +1,8 @@
-"""Folders of `torch.distributed.checkpoint`, read and written in one process.
+"""Folders of `torch.distributed.checkpoint` (DCP), read and written in one process without running code from a file.
 
-torch's own reader unpickles the folder's index and every value that is no tensor without a check. Here the index goes
-through an unpickler that knows the index's own classes only, and values through `weights_only`.
+The reader of torch unpickles the index of the folder, and every value that is not a tensor, without a check. Here an
+unpickler that knows only the classes of an index reads the index, and `weights_only` reads the values. `check_chunks`
+requires that the chunks in the index cover every tensor exactly once and share no bytes.
 """
 
 import collections
@@ -38,14 +39,13 @@ from normswap.checkpoints.formats.plain_values import (
 )
 from normswap.errors import CheckpointError
 
-# MERGED DOC: Whether the chunks that the index of a distributed checkpoint lists cover every tensor once, in bytes of their own.
+# --- checks of the index
 
-
-_MAX_CHUNKS = 16_384  # of one tensor, which has at most one of every process
+_MAX_CHUNKS = 16_384  # per tensor, which has at most one chunk per process
 
 
 class _ByteRange(NamedTuple):
-    """Which bytes of which file an entry of the index lies in."""
+    """The bytes of a file that store the entry `name` of the index."""
 
     file: str
     begin: int
@@ -54,11 +54,11 @@ class _ByteRange(NamedTuple):
 
 
 def check_chunks(folder: Path, index: Metadata) -> None:
-    """Refuse an index whose tensors are not covered by their chunks exactly, or whose entries share or lack bytes.
+    """Refuse an index whose chunks do not cover every tensor exactly once, or whose entries share or lack bytes.
 
     Raises:
-        CheckpointError: a tensor has a hole, two chunks of it overlap or one lies outside it; a chunk has no place in a
-            file, or one that reaches beyond the file or into the place of another.
+        CheckpointError: a tensor has a gap, two of its chunks overlap or one is outside its shape; the bytes of a
+            chunk are in no file, beyond its end, or those of another chunk.
     """
     byte_ranges = []
     for name, entry in index.state_dict_metadata.items():
@@ -74,28 +74,28 @@ def check_chunks(folder: Path, index: Metadata) -> None:
 def _check_tensor(folder: Path, name: str, entry: TensorStorageMetadata) -> None:
     size, dtype = _parse_sizes(entry.size), entry.properties.dtype
     if size is None or not isinstance(dtype, torch.dtype):
-        _refuse(folder, name, "has no size of whole numbers, or no type")
+        _refuse(folder, name, "has no valid size, or no dtype")
     if len(entry.chunks) > _MAX_CHUNKS:
-        _refuse(folder, name, f"has {len(entry.chunks):,} chunks, at most {_MAX_CHUNKS:,} are read")
+        _refuse(folder, name, f"has {len(entry.chunks):,} chunks, expected at most {_MAX_CHUNKS:,}")
     chunks = []
     for chunk in entry.chunks:
         begin, lengths = _parse_sizes(chunk.offsets), _parse_sizes(chunk.sizes)
         if begin is None or lengths is None or not len(begin) == len(lengths) == len(size):
-            _refuse(folder, name, f"has a chunk that is not one of a tensor of {len(size)} dimensions")
+            _refuse(folder, name, f"has a chunk with another number of dimensions than {len(size)}")
         if any(first + length > total for first, length, total in zip(begin, lengths, size, strict=True)):
-            _refuse(folder, name, f"has a chunk of the shape {lengths} at {begin}, outside its own shape {size}")
+            _refuse(folder, name, f"has a chunk with the shape {lengths} at {begin}, outside its own shape {size}")
         if math.prod(lengths):
             chunks.append((begin, lengths))
     covered = sum(math.prod(lengths) for _, lengths in chunks)
     overlap = _find_overlap(chunks)
     if overlap is not None:
-        _refuse(folder, name, f"has chunks that overlap, at {overlap[0]} and at {overlap[1]}")
+        _refuse(folder, name, f"has overlapping chunks, at {overlap[0]} and at {overlap[1]}")
     if covered != math.prod(size):
-        _refuse(folder, name, f"has {math.prod(size):,} numbers, of which its chunks cover {covered:,}")
+        _refuse(folder, name, f"has {math.prod(size):,} elements, its chunks cover {covered:,}")
 
 
 def _find_overlap(chunks: Sequence[tuple[Any, Any]]) -> tuple[Any, Any] | None:
-    """The places of two chunks that share a number, or None."""
+    """The offsets of two chunks that share an element, or None."""
     if len(chunks) < 2 or not chunks[0][0]:
         return (chunks[0][0], chunks[1][0]) if len(chunks) > 1 else None
     begins = np.array([begin for begin, _ in chunks], dtype=np.int64)
@@ -110,11 +110,13 @@ def _find_overlap(chunks: Sequence[tuple[Any, Any]]) -> tuple[Any, Any] | None:
 
 def _locate_chunk(folder: Path, name: str, info: Any) -> _ByteRange:
     if info is None:
-        _refuse(folder, name, "has a chunk that lies in no file")
+        _refuse(folder, name, "has a chunk without a file")
     numbers = _parse_sizes((info.offset, info.length))
     path = folder / info.relative_path
     if numbers is None or not path.is_file() or sum(numbers) > path.stat().st_size:
-        _refuse(folder, name, f"lies beyond the bytes of the file {info.relative_path!r:.80}, or the file is missing")
+        _refuse(
+            folder, name, f"has bytes beyond the end of the file {info.relative_path!r:.80}, or the file is missing"
+        )
     return _ByteRange(info.relative_path, numbers[0], sum(numbers), name)
 
 
@@ -122,11 +124,11 @@ def _check_byte_ranges(folder: Path, byte_ranges: Sequence[_ByteRange]) -> None:
     ordered = sorted(byte_ranges)
     for before, after in pairwise(ordered):
         if before.file == after.file and after.begin < before.end:
-            _refuse(folder, after.name, f"lies in bytes of {after.file} that {before.name!r:.80} lies in too")
+            _refuse(folder, after.name, f"shares bytes of {after.file} with {before.name!r:.80}")
 
 
 def _parse_sizes(values: Any) -> tuple[int, ...] | None:
-    """Whole numbers that are not negative and of 64 bits, or None."""
+    """The values as nonnegative integers of 64 bits, or None if one is not."""
     found = tuple(values) if isinstance(values, tuple | list) else None
     is_valid = found is not None and all(type(value) is int and 0 <= value < 2**62 for value in found)
     return found if is_valid else None
@@ -136,6 +138,8 @@ def _refuse(folder: Path, name: str, what: str) -> NoReturn:
     raise CheckpointError(f"{folder}: the entry {name!r:.80} of its index {what}: damaged or incomplete, copy it again")
 
 
+# --- reading and writing
+
 _NON_TENSOR = object()
 
 
@@ -143,7 +147,7 @@ def read_distributed(folder: Path) -> dict[str, Any]:
     """Return the content of the checkpoint in `folder`, nested as it was saved, on the CPU.
 
     Raises:
-        CheckpointError: the index names code or files elsewhere, a value is damaged or names code.
+        CheckpointError: the index names code or files outside the folder, or a value is damaged or names code.
     """
     reader = _Reader(folder)
     index = reader.read_metadata()
@@ -153,13 +157,13 @@ def read_distributed(folder: Path) -> dict[str, Any]:
     try:
         with _suppress_single_process_warnings():
             load(flat, storage_reader=reader, planner=_Planner(), no_dist=True)
-    except CheckpointException as error:  # a BaseException, with one failure per process
+    except CheckpointException as error:  # a BaseException with one failure per process
         cause, _ = next(iter(error.failures.values()))
         if isinstance(cause, CheckpointError):
             raise cause from None
         raise CheckpointError(
-            f"{folder}: truncated or damaged, or holds pickled objects beside tensors and plain data "
-            f"({torch_error_message(cause)}): copy it again, or save tensors and plain data alone"
+            f"{folder}: truncated or damaged, or has pickled objects besides tensors and plain data "
+            f"({torch_error_message(cause)}): copy it again, or save only tensors and plain data"
         ) from cause
     content: dict[str, Any] = {}
     for name, value in flat.items():
@@ -175,14 +179,15 @@ def write_distributed(folder: Path, content: Mapping[str, Any]) -> None:
 
 
 class _Reader(FileSystemReader):
-    """Reads the index without running what it names."""
+    """A reader of torch that runs no code from the folder."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> metadata.Metadata:
+        """Return the index, which may name only the classes of an index and files in the folder."""
         path = Path(self.path) / INDEX
         data = path.read_bytes()
         summary = summarize_pickle(io.BytesIO(data))
         check_tuple_size(path, summary)
-        if not summary.is_complete or summary.max_memo_index > len(data):  # the unpickler would allocate what it claims
+        if not summary.is_complete or summary.max_memo_index > len(data):  # the unpickler would allocate its memo
             raise CheckpointError(f"{path}: truncated or damaged: copy it again")
         found = _IndexUnpickler(io.BytesIO(data)).load()
         if not isinstance(found, metadata.Metadata) or not isinstance(found.state_dict_metadata, dict):
@@ -196,7 +201,7 @@ class _Reader(FileSystemReader):
         return found
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Read what the plan asks for, each entry as an archive that is checked like a file of its own."""
+        """Read the entries in the plan; each is an archive, and is checked like a separate file."""
         for item in plan.items:
             info = self.storage_data[item.storage_index]
             path = Path(self.path) / info.relative_path
@@ -215,41 +220,49 @@ class _Reader(FileSystemReader):
 
 
 class _Planner(DefaultLoadPlanner):
-    """Loads by flat names."""
+    """A planner of torch that loads by flat names."""
 
     def __init__(self) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
 
     def put(self, item: ReadItem, value: Any) -> None:
-        """Take a value that is no tensor of the index."""
+        """Store a value that is not a tensor in the index."""
         self.state_dict[item.dest_index.fqn] = value
 
 
 class _IndexUnpickler(pickle.Unpickler):
-    """Knows dtypes and the classes of an index, all of them plain records."""
+    """An unpickler that knows only dtypes and the classes of an index, all of them plain records."""
 
     def find_class(self, module: str, name: str) -> Any:
+        """Return a known class or dtype.
+
+        Raises:
+            CheckpointError: the index names something else.
+        """
         known = _INDEX_CLASSES.get(f"{module}.{name}")
         if known is not None:
             return known
         value = getattr(torch, name, None) if module == "torch" else None
         if isinstance(value, torch.dtype):
             return value
-        raise CheckpointError(f"the index of the distributed checkpoint names {module}.{name}, which is never run")
+        raise CheckpointError(
+            f"the index of the distributed checkpoint names {module}.{name}, expected only the classes of an index: "
+            "damaged or malicious, download it again"
+        )
 
 
 def _load_entry(path: Path, part: io.BytesIO) -> Any:
-    """What one entry holds: plain data or a tensor."""
+    """The value of one entry: a tensor or plain data."""
     check_archive(path, part)
     summary = check_zip_pickle(path, part)
     part.seek(0)
     with plain_globals() as restored, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch warns of what it then refuses
+        warnings.simplefilter("ignore")  # torch first warns about what it then refuses
         unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(part)
         if unsafe:
             raise CheckpointError(
-                f"{path}: holds pickled objects beside tensors and plain data ({sorted(unsafe)[0]:.80}), which are "
-                "never run: save tensors and plain data alone"
+                f"{path}: has pickled objects besides tensors and plain data ({sorted(unsafe)[0]:.80}), which are "
+                "never loaded from a distributed checkpoint: save only tensors and plain data"
             )
         part.seek(0)
         check_calls(path, summary, user_safe_globals())
@@ -257,13 +270,13 @@ def _load_entry(path: Path, part: io.BytesIO) -> Any:
 
 
 def _copy_chunk(path: Path, item: ReadItem, stored: Any, planner: LoadPlanner) -> None:
-    """Copy a chunk to its place, if it is what the index says: copying would convert types and repeat numbers."""
+    """Copy a chunk into its tensor; refuse another shape or dtype, which `copy_` would broadcast or convert."""
     target = planner.resolve_tensor(item).detach()
     if not isinstance(stored, torch.Tensor) or (stored.shape, stored.dtype) != (target.shape, target.dtype):
         found = f"{tuple(stored.shape)} {stored.dtype}" if isinstance(stored, torch.Tensor) else type(stored).__name__
         raise CheckpointError(
-            f"{path}: holds {found} for {item.dest_index.fqn!r:.80}, where the index says {tuple(target.shape)} "
-            f"{target.dtype}: damaged, copy it again"
+            f"{path}: {item.dest_index.fqn!r:.80} is {found}, expected {tuple(target.shape)} {target.dtype} by the "
+            "index: damaged, copy it again"
         )
     target.copy_(stored)
     planner.commit_tensor(item, target)
@@ -297,14 +310,14 @@ _INDEX_CLASSES: Mapping[str, Any] = {
 
 
 def _check_sizes(folder: Path, index: metadata.Metadata) -> None:
-    """Refuse an index whose tensors are larger than the files: torch would allocate whatever it claims."""
+    """Refuse an index whose tensors are larger than the files, since torch would allocate them first."""
     tensors = [e for e in index.state_dict_metadata.values() if isinstance(e, metadata.TensorStorageMetadata)]
-    claimed = sum(math.prod(entry.size) * entry.properties.dtype.itemsize for entry in tensors)
+    declared = sum(math.prod(entry.size) * entry.properties.dtype.itemsize for entry in tensors)
     actual = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
-    if claimed > actual:
+    if declared > actual:
         raise CheckpointError(
-            f"{folder}: its index claims tensors of {claimed:,} bytes, the files have {actual:,}: truncated or damaged, "
-            "copy it again"
+            f"{folder}: its index declares tensors of {declared:,} bytes, the files have {actual:,}: truncated or "
+            "damaged, copy it again"
         )
 
 
@@ -319,13 +332,16 @@ def _insert(content: dict[Any, Any], path: tuple[Any, ...], value: Any) -> None:
     for key in parents:
         content = content.setdefault(key, {})
     if last in content:
-        raise CheckpointError(f"the index of the distributed checkpoint puts two entries at {path!r:.80}: damaged")
+        raise CheckpointError(
+            f"the index of the distributed checkpoint has two entries at {path!r:.80}: damaged, copy it again"
+        )
     content[last] = value
 
 
 def _restore_structure(value: Any) -> Any:
-    """Mappings whose keys are 0, 1, 2, ... were lists, and the state of an optimizer is by number: the format has
-    names only.
+    """Restore lists, saved as mappings with the keys 0, 1, 2, ..., and the numbers in the state of an optimizer.
+
+    The format stores names only.
     """
     if not isinstance(value, dict):
         return value

@@ -1,7 +1,8 @@
-"""Containers: which kind of file or folder it is, told by its bytes; decoding without running its code; encoding.
+"""File formats: detection by the first bytes of a file, decoding without running code, encoding.
 
-Hands on whatever object lies in it, and the text of the record beside it. Nothing named in a pickle is ever imported
-or called unless the caller says `trust`; TorchScript, plain pickles and text are refused with the way out.
+`decode` returns the object in a file or folder, `read_record_text` the text of the normswap record. No class or
+function that a pickle names is imported or called unless the caller passes `trust=True`. TorchScript, plain pickles
+and text are refused with a message that names another way.
 """
 
 import codecs
@@ -32,6 +33,7 @@ from normswap.checkpoints.formats.hf_folder import (
     RECORD,
     Shards,
     assign_shard,
+    check_shard,
     copy_other_files,
     find_shards,
     write_index,
@@ -56,27 +58,27 @@ Container = Literal[
     "torch folder",
     "distributed folder",
 ]
-# Those that hold tensors by name only, each of them once and row by row.
+# Formats that store contiguous tensors by name and nothing else, without tied tensors and memory formats.
 TENSORS_ONLY: frozenset[Container] = frozenset({"safetensors", "safetensors folder"})
 FOLDERS: frozenset[Container] = frozenset({"safetensors folder", "torch folder", "distributed folder"})
 
-# Where the record lies: beside the pickle in a zip, among the extra files of an exported program, in `__metadata__` of
-# safetensors, a file in a folder.
+# The record is an archive member next to the pickle in a zip, an extra file in an exported program, a value in the
+# `__metadata__` of safetensors, and a file in a folder.
 _METADATA_KEY = "normswap"
 _ZIP_RECORD_ENTRIES: dict[Container, str] = {"torch zip": RECORD, "exported program": RECORD_ENTRY}
 
-# torch.serialization.MAGIC_NUMBER as it stands, pickled, in the first bytes of a file from before torch 1.6.
+# torch.serialization.MAGIC_NUMBER, pickled; a file from before torch 1.6 has it among its first bytes.
 _LEGACY_MAGIC = bytes.fromhex("6cfc9c46f9206aa85019")
-_LEGACY_MAGIC_RANGE = 32  # further in, it belongs to a storage inside a plain pickle
-_NUM_LEGACY_HEADERS = 3  # magic number, protocol version, byte order: pickles of their own before the object
-_MAX_SAFETENSORS_HEADER = 100_000_000  # the format's own limit
+_LEGACY_MAGIC_RANGE = 32  # after these bytes it belongs to a storage inside a plain pickle
+_NUM_LEGACY_HEADERS = 3  # pickles before the object: magic number, protocol version, byte order
+_MAX_SAFETENSORS_HEADER = 100_000_000  # the limit of the format
 
 
 def detect_format(path: Path) -> Container:
-    """Return the kind of container that the bytes of the file or the files of the folder at `path` are.
+    """Return the format of the file or folder at `path`; its name does not matter.
 
     Raises:
-        CheckpointError: missing, empty, truncated, or of none of these kinds.
+        CheckpointError: missing, empty, truncated, or in an unknown format.
     """
     check_readable(path)
     if path.is_dir():
@@ -89,8 +91,8 @@ def detect_format(path: Path) -> Container:
             if _LEGACY_MAGIC in head[:_LEGACY_MAGIC_RANGE]:
                 return "legacy pickle"
             raise CheckpointError(
-                f"{path}: a plain pickle, not written by torch.save, is never loaded: load it where you trust it and "
-                "torch.save the model's state_dict()"
+                f"{path}: expected a file of torch.save, got a plain pickle, which is never loaded: load it yourself "
+                "if you trust it, and torch.save the model's state_dict()"
             )
     if head[8:9] == b"{" and struct.unpack("<Q", head[:8])[0] <= _MAX_SAFETENSORS_HEADER:
         with _report_damage(path), safetensors.safe_open(path, framework="pt"):
@@ -101,11 +103,11 @@ def detect_format(path: Path) -> Container:
 
 
 def read_record_text(path: Path, container: Container) -> str | None:
-    """Return the text of the record in the file or folder, or None. No pickle is read for it."""
+    """Return the text of the normswap record in the file or folder, or None; this reads no pickle."""
     if container in FOLDERS:
-        beside = path / RECORD
+        record_file = path / RECORD
         with _report_damage(path):
-            return beside.read_text(encoding="utf-8") if beside.is_file() else None
+            return record_file.read_text(encoding="utf-8") if record_file.is_file() else None
     if container == "safetensors":
         return read_metadata(path).get(_METADATA_KEY)
     if container in _ZIP_RECORD_ENTRIES:
@@ -116,39 +118,38 @@ def read_record_text(path: Path, container: Container) -> str | None:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """Return the notes in a safetensors file."""
+    """Return the `__metadata__` of a safetensors file."""
     with _report_damage(path), safetensors.safe_open(path, framework="pt") as file:
         return file.metadata() or {}
 
 
 def read_tied_names(path: Path, container: Container) -> dict[str, str]:
-    """Return the names that `safetensors.torch.save_model` left out, each with the name of the tensor that it shares.
+    """Return the tied tensors that `safetensors.torch.save_model` left out: name -> name of the stored tensor.
 
-    It notes them beside whatever else was noted, so that only notes on names of tensors count.
+    `save_model` writes these pairs into the metadata, among others: only pairs with the name of a stored tensor count.
     """
     if container not in TENSORS_ONLY:
         return {}
     files = [path] if container == "safetensors" else [path / name for name in _require_shards(path).files]
-    notes: dict[str, str] = {}
+    metadata: dict[str, str] = {}
     names: set[str] = set()
     for file in files:
         with _report_damage(file), safetensors.safe_open(file, framework="pt") as opened:
-            notes |= opened.metadata() or {}
+            metadata |= opened.metadata() or {}
             names |= {*opened.keys()}
-    return {name: kept for name, kept in notes.items() if kept in names and name not in names}
+    return {name: stored for name, stored in metadata.items() if stored in names and name not in names}
 
 
 def decode(path: Path, container: Container, *, trust: bool, mmap: bool = False) -> Any:
     """Return the object in the file or folder, with tensors on the CPU.
 
     Args:
-        trust: run the code that a pickled object names. Without it only tensors and plain data are read. Of an exported
-            program it decides what is read: the `Program`, or without it the weights alone.
-        mapped: leave tensors in the file and read them as they are used, where the container allows that; the file
-            must not change as long as they live.
+        trust: whether to run the code that a pickled object names. Without it, only tensors and plain data are read,
+            and only the weights of an exported program instead of the `Program`.
+        mmap: map tensors from the file, if the format allows this; the file must not change while they are in use.
 
     Raises:
-        CheckpointError: it is damaged, or names code and is not trusted.
+        CheckpointError: the file is damaged, or needs `trust=True`.
     """
     if container == "safetensors":
         with _report_damage(path):
@@ -157,7 +158,7 @@ def decode(path: Path, container: Container, *, trust: bool, mmap: bool = False)
         with _report_damage(path):
             return load_program(path) if trust else read_weights(path)
     if container == "distributed folder":
-        from normswap.checkpoints.formats.dcp_folder import read_distributed  # with all that torch has for it: seconds
+        from normswap.checkpoints.formats.dcp_folder import read_distributed  # imports for seconds
 
         with _report_damage(path):
             return read_distributed(path)
@@ -167,20 +168,20 @@ def decode(path: Path, container: Container, *, trust: bool, mmap: bool = False)
 
 
 def check_suffix(path: Path) -> None:
-    """Refuse a name for an output whose ending promises a format that is not written.
+    """Refuse a name for an output with the suffix of a format that is not written.
 
     Raises:
-        CheckpointError: such as `model.onnx`.
+        CheckpointError: the name is such as `model.onnx`.
     """
-    if path.suffix.lower() in _UNSUPPORTED_SUFFIXES:
+    if _UNSUPPORTED_SUFFIX.fullmatch(path.suffix.lower()):
         raise CheckpointError(
-            f"{path}: expected a name in .pt, .pth, .bin, .ckpt, .safetensors or .pt2, got one in {path.suffix}, a "
-            "format that is not written: choose another name"
+            f"{path}: expected a name that ends in .pt, .pth, .bin, .ckpt, .safetensors or .pt2, got {path.suffix}, a "
+            "format that normswap does not write: choose another name"
         )
 
 
 def needs_trust(path: Path) -> bool:
-    """Say whether a file holds pickled objects that only `trust=True` reads."""
+    """Return whether a file has pickled objects that only `trust=True` loads."""
     container = detect_format(path)
     is_pickle = container in ("torch zip", "legacy pickle")
     return is_pickle and bool(_blocked_globals(path, legacy=container == "legacy pickle"))
@@ -200,8 +201,8 @@ def encode(
     Args:
         content: tensors by key for safetensors and folders of weights; any object that can be pickled for a torch
             zip; a mapping for a distributed folder.
-        like: the folder whose shards, index and configurations a new one takes after.
-        notes: what else a safetensors file notes.
+        template: the folder whose shards, index and configuration files the new folder copies.
+        notes: further metadata of a safetensors file.
     """
     if container == "safetensors":
         _write_safetensors(path, content, {"format": "pt", **(notes or {}), _METADATA_KEY: record})
@@ -222,9 +223,9 @@ def encode(
 
 
 def add_record(path: Path, container: Container, record: str) -> None:
-    """Put the text of the record into a new archive, as an entry of its own: readers of torch know it not, or as extra.
+    """Append the text of the record to a new archive, as a member that torch ignores or returns as an extra file.
 
-    torch.load (weights_only, mmap) reads the archive as before, and no key joins the tensors.
+    torch.load (weights_only, mmap) reads the archive as before, and the state dict has no further key.
     """
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr(f"{_archive_root(archive)}/{_ZIP_RECORD_ENTRIES[container]}", record)
@@ -234,7 +235,7 @@ def _write_safetensors(path: Path, tensors: Any, metadata: dict[str, str]) -> No
     mode = path.stat().st_mode if path.exists() else None
     safetensors.torch.save_file(tensors, path, metadata)
     if mode is not None:
-        path.chmod(mode & 0o777)  # save_file (0.8) makes files that only their owner can read
+        path.chmod(mode & 0o777)  # save_file (0.8) restricts the file to its owner
 
 
 def _detect_folder_format(path: Path) -> Container:
@@ -244,7 +245,7 @@ def _detect_folder_format(path: Path) -> Container:
     if shards is None:
         raise CheckpointError(
             f"{path}: expected a checkpoint, got a folder without model.safetensors, pytorch_model.bin, an index of "
-            f"shards or {INDEX}: give the file inside it"
+            f"shards or {INDEX}: pass the path of a file inside it"
         )
     for name in shards.files:
         found = detect_format(path / name)
@@ -267,30 +268,10 @@ def _decode_shards(shards: Shards, *, trust: bool, mmap: bool) -> "OrderedDict[s
         part = decode(path, detect_format(path), trust=trust, mmap=mmap)
         if not isinstance(part, dict):
             raise CheckpointError(f"{path}: expected a state dict, got {type(part).__name__}")
-        _check_shard(path, part, merged_tensors, shards)
+        check_shard(path, part, merged_tensors, shards)
         merged_tensors.update(part)
     order = {key: place for place, key in enumerate(shards.weight_map)}
     return OrderedDict(sorted(merged_tensors.items(), key=lambda item: order.get(item[0], len(order))))
-
-
-def _check_shard(path: Path, part: Mapping[str, Any], merged_tensors: Mapping[str, Any], shards: Shards) -> None:
-    """Refuse a shard that holds other tensors than the index says."""
-    duplicate = next((key for key in part if key in merged_tensors), None)
-    if duplicate is not None:
-        raise CheckpointError(f"{path}: holds {duplicate!r}, which another shard has too: remove the stale shards")
-    if shards.index is None:
-        return
-    missing = [key for key, file in shards.weight_map.items() if file == path.name and key not in part]
-    if missing:
-        raise CheckpointError(
-            f"{path}: the index names {len(missing)} tensors that it does not hold ({missing[0]}): copy it again"
-        )
-    unexpected = [key for key in part if shards.weight_map.get(key) != path.name]
-    if unexpected:
-        raise CheckpointError(
-            f"{path}: holds {len(unexpected)} tensors that {shards.index} does not place there ({unexpected[0]}): copy both "
-            "again"
-        )
 
 
 def _encode_shards(folder: Path, tensors: Any, template: Shards) -> None:
@@ -305,24 +286,24 @@ def _encode_shards(folder: Path, tensors: Any, template: Shards) -> None:
 
 
 def _decode_pickle(path: Path, *, trust: bool, legacy: bool, mmap: bool) -> Any:
-    check_claims = check_legacy_pickle if legacy else check_zip_pickle
+    check_pickle = check_legacy_pickle if legacy else check_zip_pickle
     with _report_damage(path):
-        summary = check_claims(path)
+        summary = check_pickle(path)
     try:
         with warnings.catch_warnings(), plain_globals() as restored:
-            # torch warns of what it then refuses, such as pickle protocols: one of the two is enough.
+            # torch first warns about what it then refuses, such as pickle protocols; the error is enough.
             warnings.simplefilter("ignore")
             check_calls(path, summary, user_safe_globals())
             return restored(torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and not legacy))
-    except Exception as error:  # what a damaged or hostile file raises is anybody's guess
+    except Exception as error:  # a damaged or malicious file may raise any error
         if not trust:
             raise CheckpointError(_refusal_message(path, error, legacy=legacy)) from error
     try:
         return torch.load(path, map_location="cpu", weights_only=False)
     except (ImportError, AttributeError) as error:
         raise CheckpointError(
-            f"{path}: needs the code of its classes, which cannot be imported here ({first_line(error)}): run where "
-            "they can be, or save model.state_dict() instead"
+            f"{path}: the classes in it cannot be imported ({first_line(error)}): run normswap in the environment that "
+            "wrote the file, or save model.state_dict() instead"
         ) from error
     except Exception as error:
         raise CheckpointError(
@@ -340,8 +321,8 @@ def _detect_zip_format(path: Path) -> Container:
         return "exported program"
     if "constants.pkl" in names:
         raise CheckpointError(
-            f"{path}: TorchScript, whose code is fixed: convert the Python model's state_dict(), then trace or "
-            "export the converted model (torch.jit.script cannot compile it)"
+            f"{path}: expected weights, got TorchScript, whose code cannot be changed: convert the Python model's "
+            "state_dict(), then trace or export the converted model (torch.jit.script cannot compile it)"
         )
     if "data.pkl" not in names:
         raise CheckpointError(f"{path}: expected a file of torch.save, got a zip archive without data.pkl")
@@ -350,14 +331,14 @@ def _detect_zip_format(path: Path) -> Container:
 
 @contextmanager
 def _report_damage(path: Path) -> Iterator[None]:
-    """Turn what the readers of damaged archives raise into one line."""
+    """Turn the errors that readers raise for damaged archives into a `CheckpointError`."""
     try:
         yield
     except NormswapError:
         raise
     except Exception as error:
         if isinstance(error, OSError) and error.filename is not None:
-            raise  # a missing permission or file; a damaged offset that leads nowhere names no file
+            raise  # a missing permission or file; the error for an invalid offset has no file name
         raise CheckpointError(f"{path}: truncated or damaged ({first_line(error)}): copy it again") from error
 
 
@@ -365,14 +346,14 @@ def _refusal_message(path: Path, error: Exception, *, legacy: bool) -> str:
     blocked = _blocked_globals(path, legacy=legacy)
     if isinstance(error, CheckpointError) and all(name.startswith("torch.") for name in blocked):
         message = str(error).removeprefix(f"{path}: ")
-        return f"{path}: {message}; pass trust=True if you trust where it comes from"
+        return f"{path}: {message}; pass trust=True if you trust the source of the file"
     if not blocked:
         return (
             f"{path}: truncated or damaged, or pickled in an unusual way ({torch_error_message(error)}): save it again"
         )
     return (
-        f"{path}: holds pickled objects beside tensors and plain data; loading them would run {_format_names(blocked)}: pass "
-        "trust=True if you trust where it comes from, or save model.state_dict() instead"
+        f"{path}: has pickled objects besides tensors and plain data; loading them would run {_format_names(blocked)}: "
+        "pass trust=True if you trust the source of the file, or save model.state_dict() instead"
     )
 
 
@@ -386,22 +367,10 @@ def _blocked_globals(path: Path, *, legacy: bool) -> list[str]:
         return blocked_globals([stack.enter_context(archive.open(f"{_archive_root(archive)}/data.pkl"))])
 
 
-# Endings of formats that hold models or arrays too.
-_UNSUPPORTED_SUFFIXES = {
-    ".onnx",
-    ".h5",
-    ".hdf5",
-    ".keras",
-    ".tflite",
-    ".pb",
-    ".gguf",
-    ".npz",
-    ".npy",
-    ".json",
-    ".mlmodel",
-    ".engine",
-}
-# What files of other kinds begin with.
+# --- other formats
+
+_UNSUPPORTED_SUFFIX = re.compile(r"\.(onnx|h5|hdf5|keras|tflite|pb|gguf|npz|npy|json|mlmodel|engine)")
+# The first bytes of other formats.
 _OTHER_MAGIC_BYTES = {
     b"\x89PNG": "an image (PNG)",
     b"\xff\xd8\xff": "an image (JPEG)",
@@ -410,29 +379,30 @@ _OTHER_MAGIC_BYTES = {
     b"\x93NUMPY": "a numpy array: torch.save a state dict of tensors",
     b"\x1f\x8b": "a gzip archive: unpack it first",
     b"7z\xbc\xaf": "a 7z archive: unpack it first",
-    b"GGUF": "a GGUF file, which holds quantised tensors: convert the model as it was before",
+    b"GGUF": "a GGUF file, which holds quantised tensors: convert the model before its quantization",
     b"\x7fELF": "a program",
     b"%PDF": "a PDF document",
 }
-_ONNX = re.compile(rb"\x08.[\x12:]", re.DOTALL)  # the version of its format, then who made it
+_ONNX = re.compile(rb"\x08.[\x12:]", re.DOTALL)  # the version of the format, then the producer
 
 
 def _describe_bytes(head: bytes) -> str:
+    """What a file probably is by its first bytes, and what to do with it, for error messages."""
     other = next((name for start, name in _OTHER_MAGIC_BYTES.items() if head.startswith(start)), None)
     if other is not None:
         return other
     if _ONNX.match(head):
-        return "what looks like ONNX: convert the Python model, then export it again"
+        return "probably ONNX: convert the Python model, then export it again"
     if head.startswith(b"version https://git-lfs"):
         return "a Git LFS pointer: fetch the real file with git lfs pull"
     if head.lstrip().lower().startswith((b"<!doctype html", b"<html")):
-        return "a web page: the download went wrong"
-    # Incremental, since the head may end inside a character.
+        return "a web page: the download failed, try it again"
+    # An incremental decoder, since the first bytes may end inside a character.
     with suppress(UnicodeDecodeError):
         text = codecs.getincrementaldecoder("utf-8")().decode(head)
         if "".join(text.split()).isprintable():
             return f"text ({json.dumps(text[:20])}...)"
-    return f"bytes of an unknown kind ({head[:8].hex(' ')} ...)"
+    return f"an unknown format ({head[:8].hex(' ')} ...)"
 
 
 def _format_names(names: list[str], most: int = 4) -> str:

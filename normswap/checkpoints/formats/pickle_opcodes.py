@@ -1,7 +1,8 @@
-"""What a pickle says, read from its opcodes: nothing is imported, built or run for it.
+"""A summary of a pickle from its opcodes: nothing is imported, built or run.
 
-Follows the stack as the unpickler would, with the values that matter here (strings, numbers, tuples, names of code,
-storages) and placeholders for all others. A damaged pickle is read as far as it goes: to refuse it is the reader's job.
+The interpreter here follows the stack as the unpickler does. It keeps the values that matter for the checks (strings,
+numbers, tuples, names of code, storages) and replaces all others by placeholders. It reads a damaged pickle up to the
+damage; the reader of the file refuses it later.
 """
 
 import pickletools
@@ -17,14 +18,14 @@ class GlobalName(NamedTuple):
 
 
 class TupleValue(NamedTuple):
-    """A tuple, and how many entries it has once all tuples in it are counted wherever they are used again."""
+    """A tuple, and its number of entries with nested tuples expanded at every use."""
 
     items: Sequence[Any]
     num_entries: int
 
 
 class StorageClaim(NamedTuple):
-    """The claim that so many elements of a storage class lie under `key`."""
+    """A storage as the pickle declares it: its class, its key in the file, its number of elements."""
 
     kind: str
     key: str
@@ -32,7 +33,7 @@ class StorageClaim(NamedTuple):
 
 
 class TensorClaim(NamedTuple):
-    """The claim that a tensor is a view of a storage: from which element on, of which shape, in which steps."""
+    """A tensor as the pickle declares it: its storage, offset, shape and strides (in elements)."""
 
     storage: StorageClaim
     offset: int
@@ -41,17 +42,22 @@ class TensorClaim(NamedTuple):
 
 
 class CallResult(NamedTuple):
-    """Whatever a call of the global `by` returns."""
+    """The unknown result of a call of the global `by`."""
 
     by: str
 
 
 class PickleSummary(NamedTuple):
-    """What a pickle says: names of code, which of them it calls, storages, tensors, entries of its largest tuple, the
-    highest number under which it keeps something, and whether it has an end.
+    """The contents of a pickle that the checks use.
 
-    Among the names that are called, an empty one stands for a call that cannot be followed: of something that is no
-    name, or of a tensor's parts that are not written out.
+    Attributes:
+        names: the names of code in it.
+        called_names: those that it calls; `UNRESOLVED` among them stands for a call of something computed, or for a
+            tensor with computed parts.
+        storages, tensors: as the pickle declares them.
+        max_tuple_entries: the number of entries of its largest tuple, with nested tuples expanded.
+        max_memo_index: the largest index in its memo.
+        is_complete: whether it has an end.
     """
 
     names: frozenset[str]
@@ -77,14 +83,14 @@ _TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
 def summarize_pickle(file: IO[bytes]) -> PickleSummary:
-    """Return what one pickle says; `file` then stands behind it, or where it is damaged."""
+    """Return the summary of one pickle; `file` is then positioned after it, or at the damage."""
     reader = _Reader()
     is_complete = False
     try:
         for opcode, argument, _ in pickletools.genops(file):
             is_complete = opcode.name == "STOP"
             reader.execute(opcode, argument)
-    except Exception:  # noqa: BLE001 - what damaged bytes raise is anybody's guess
+    except Exception:  # noqa: BLE001 - damaged bytes may raise any error
         pass
     max_memo_index = max(reader.memo, default=0)
     return PickleSummary(
@@ -109,7 +115,7 @@ class _Reader:
         self.max_tuple_entries = 0
 
     def execute(self, opcode: pickletools.OpcodeInfo, argument: Any) -> None:
-        """Do to the stack what `opcode` does."""
+        """Apply the effect of an opcode to the stack and the memo."""
         stack = self.stack
         if opcode.name in _PUTS:
             self.memo[int(argument)] = stack[-1]
@@ -128,7 +134,7 @@ class _Reader:
                 stack.extend([_PLACEHOLDER] * rule.num_pushed)
 
     def _pop(self, count: int, *, down_to_mark: bool) -> list[Any]:
-        """Pop so many values and, above them, all down to the topmost mark; the mark itself goes too."""
+        """Pop `count` values, after all values above the topmost mark and the mark itself if `down_to_mark`."""
         stack = self.stack
         above: list[Any] = []
         if down_to_mark:
@@ -141,16 +147,19 @@ class _Reader:
         return popped + above[::-1]
 
     def record_global(self, text: str) -> GlobalName:
+        """Record the name of a class or function."""
         self.names.add(text)
         return GlobalName(text)
 
     def make_tuple(self, items: list[Any]) -> TupleValue:
+        """Return a tuple, and record the number of its entries."""
         value = TupleValue(items, 1 + sum(item.num_entries if isinstance(item, TupleValue) else 1 for item in items))
         self.max_tuple_entries = max(self.max_tuple_entries, value.num_entries)
         return value
 
     def record_storage(self, saved: Any) -> Any:
-        # ("storage", class, key, device, elements) and, in legacy files, which part of another one it is
+        """Record the storage that a persistent id declares."""
+        # ("storage", class, key, device, elements) and, in legacy files, a view of another storage
         match saved:
             case TupleValue(items=["storage", GlobalName(text=kind), str(key), _, int(elements), *_]):
                 self.storages.append(StorageClaim(kind, key, elements))
@@ -159,26 +168,28 @@ class _Reader:
         return _PLACEHOLDER
 
     def record_call(self, function: Any, arguments: Any) -> Any:
+        """Record a call, and the tensor that it builds if it is one of torch's rebuild functions."""
         name = function.text if isinstance(function, GlobalName) else UNRESOLVED
         self.called_names.add(name)
         items = arguments.items if isinstance(arguments, TupleValue) else ()
         if name == _REBUILD_WITH_ATTRIBUTES and len(items) > 2:  # (function, class, its arguments, attributes)
             return self.record_call(items[0], items[2])
-        # torch._utils._rebuild_tensor_v2(storage, offset, shape, stride, ...) and its kin
+        # torch._utils._rebuild_tensor_v2(storage, offset, shape, stride, ...) and its variants
         if _REBUILD_TENSOR.match(name):
             self.record_tensor(items)
-        # bytearray("text", "latin-1") is what is pickled; bytearray(10**12) is a bomb.
+        # pickle writes bytearray("text", "latin-1"); bytearray(10**12) would allocate a terabyte.
         if name.endswith(".bytearray") and items and not isinstance(items[0], str | CallResult):
             self.called_names.add(UNRESOLVED)
         return CallResult(name)
 
     def record_state(self, inst: Any, state: Any) -> Any:
-        # What a tensor is given is another view of a storage.
+        """Record the state that is set on an object; the state of a tensor is another view of a storage."""
         if isinstance(inst, CallResult) and inst.by.startswith("torch."):
             self.record_tensor(state.items if isinstance(state, TupleValue) else ())
         return inst
 
     def record_tensor(self, items: Sequence[Any]) -> None:
+        """Record a tensor by its storage, offset, shape and strides."""
         match items:
             case [StorageClaim() as storage, int(offset), TupleValue(items=shape), TupleValue(items=stride), *_] if all(
                 isinstance(number, int) for number in (*shape, *stride)
@@ -189,7 +200,14 @@ class _Reader:
 
 
 class _StackEffect(NamedTuple):
-    """How many values an opcode takes, whether all above a mark too, how many it leaves, and what the only one is."""
+    """The effect of an opcode on the stack.
+
+    Attributes:
+        num_popped: how many values it pops.
+        down_to_mark: whether it also pops all values above the topmost mark.
+        num_pushed: how many values it pushes.
+        make: what makes the value, if it pushes one.
+    """
 
     num_popped: int
     down_to_mark: bool

@@ -1,8 +1,9 @@
-"""Values of numpy and the standard library rebuilt from the fields in a pickle, each field checked first.
+"""Plain data in pickles: which classes and functions a pickle may name, and checked constructors for some of them.
 
-The constructors of these packages trust what a pickle says: numpy uses addresses out of it as objects, `datetime` takes
-any byte for a month. No object of theirs is given a state out of a file here: a pickle that names their constructors
-gets the functions of this room, which take plain numbers only and call the public constructors with them.
+The constructors that numpy and `datetime` use for pickles trust the file: numpy uses addresses from it as objects,
+`datetime` accepts any byte as a month. So a pickle that names one of these gets a function of this module instead,
+which checks every field, accepts plain numbers only and calls the public constructor. `blocked_globals` lists the code
+that a pickle names beyond plain data, for the user who decides whether to trust the file.
 """
 
 import argparse
@@ -25,31 +26,28 @@ from normswap.checkpoints.formats.pickle_opcodes import summarize_pickle
 from normswap.errors import CheckpointError
 from normswap.text import first_line
 
-# MERGED DOC: Which classes and functions a pickle may name beside tensors and plain containers: data only, nothing that acts.
+# --- values of numpy and the standard library, rebuilt from checked fields
 
-# MERGED DOC: Which code a pickle names beside plain data, for whoever has to decide whether to trust it.
-
-
-# What a plain numeric type is called in a pickle; extended precision is left out, whose bytes not all are numbers.
+# The names of plain numeric types in a pickle; without extended precision, where some bytes are padding.
 _NUMERIC = frozenset(
     ("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8", "c8", "c16")
 )  # fmt: skip
 _NATIVE = "<" if sys.byteorder == "little" else ">"
 _BYTE_ORDERS = ("<", ">", "|", "=")
-_ARRAY_STATE, _DTYPE_STATE = 1, 3  # versions of the states that numpy 1 and 2 write
-_PLAIN_DTYPE_STATE = (None, None, None, -1, -1, 0)  # of no parts and no flags
+_ARRAY_STATE, _DTYPE_STATE = 1, 3  # the versions of the states that numpy 1 and 2 write
+_PLAIN_DTYPE_STATE = (None, None, None, -1, -1, 0)  # without subarray, fields and flags
 _MAX_DIMENSIONS = 32
 _DATE_BYTES, _DATETIME_BYTES = 4, 10
-_FOLD = 0x80  # of the month in the bytes of a datetime
+_FOLD = 0x80  # a bit of the month in the bytes of a datetime
 _MAX_RANGE_LENGTH = 1_000_000
 
 
 class Dtype:
-    """A numeric type that a pickle names; its byte order comes as a state."""
+    """A numeric type that a pickle names; the pickle sets its byte order as a state."""
 
     def __init__(self, name: Any = None, align: Any = False, copy: Any = True) -> None:
         if name not in _NUMERIC:
-            _refuse(f"a numpy type {name!r:.40}, which is no plain number")
+            _refuse(f"the numpy dtype {name!r:.40}, which is not a plain number")
         self._name: str = name
         self._order = "="
 
@@ -57,41 +55,38 @@ class Dtype:
 
     def __setstate__(self, state: Any) -> None:
         if type(state) is not tuple or state[:1] != (_DTYPE_STATE,) or state[2:] != _PLAIN_DTYPE_STATE:
-            _refuse("a numpy type of parts or with flags, which is no plain number")
+            _refuse("a numpy dtype with fields, a subarray or flags, which is not a plain number")
         if state[1] not in _BYTE_ORDERS:
-            _refuse(f"a numpy type of the byte order {state[1]!r:.40}")
+            _refuse(f"a numpy dtype with the unknown byte order {state[1]!r:.40}")
         self._order = state[1]
 
     def to_array(self, data: bytes) -> "NDArray[Any]":
-        """Return the numbers in `data`, one after the other, as an array of its own."""
+        """Return the numbers in `data` as a new one-dimensional array."""
         if self._name == "b1" and data.translate(None, b"\0\1"):
-            _refuse("a numpy array of truth values that are neither")
+            _refuse("a numpy array of booleans with bytes other than 0 and 1")
         return numpy.frombuffer(data, self.value).copy()
 
     @property
     def value(self) -> "numpy.dtype[Any]":
-        """The type itself."""
+        """The dtype of numpy."""
         return numpy.dtype(f"{_NATIVE if self._order in '=|' else self._order}{self._name}")
 
     @property
     def itemsize(self) -> int:
-        """The bytes of one number."""
+        """The size of one number in bytes."""
         return int(self._name[1:])
 
 
 class ArrayMark:
-    """Stands for the class `numpy.ndarray` in a pickle; nothing is made of it."""
+    """A stand-in for the class `numpy.ndarray` in a pickle; it is never instantiated."""
 
     def __new__(cls, *_: Any) -> "ArrayMark":
-        """Refuse to be called, as pickles of arrays never do."""
-        _refuse("a call of numpy.ndarray, which no pickle of an array makes")
+        """Refuse a call, which no pickle of an array has."""
+        _refuse("a call of numpy.ndarray, which no pickle of an array has")
 
 
 class Array:
-    """A numpy array that a pickle is about to describe; `value` is there once it has.
-
-    It stands in the place of the array while the file is read: `restored` puts the array there.
-    """
+    """A stand-in for a numpy array while the file is read; `PlainArrays.restored` replaces it by `value`."""
 
     value: "NDArray[Any] | None" = None
 
@@ -104,44 +99,44 @@ class Array:
             ):
                 self.value = _build_array(shape, dtype, data, fortran_order=bool(fortran_order))
             case _:
-                _refuse("a numpy array that is not described as one of plain numbers")
+                _refuse("a numpy array whose pickled state is not that of plain numbers")
 
 
 class PlainArrays:
-    """The constructor of numpy arrays for one file, and the arrays it made."""
+    """The constructor of numpy arrays for one file, and the arrays that it made."""
 
     def __init__(self) -> None:
         self._arrays: list[Array] = []
 
     def reconstruct(self, kind: Any, shape: Any, code: Any) -> Array:
-        """Stand for `numpy.core.multiarray._reconstruct`: an empty array, which a state will describe."""
+        """Replace `numpy.core.multiarray._reconstruct`: return an empty array, whose state the pickle sets later."""
         if kind is not ArrayMark:
-            _refuse("a numpy array of another class than numpy.ndarray")
+            _refuse("a subclass of numpy.ndarray")
         self._arrays.append(Array())
         return self._arrays[-1]
 
     def restored(self, content: Any) -> Any:
-        """Return `content` with all arrays in their places: containers are changed as they are.
+        """Return `content` with numpy arrays instead of their stand-ins; lists and mappings change in place.
 
         Raises:
-            CheckpointError: an array lies where it cannot be replaced, or was never described.
+            CheckpointError: an array is where it cannot be replaced, or the pickle never set its state.
         """
         restorer = _Restorer()
         result = restorer.restored(content)
         if any(array.value is None or id(array) not in restorer.placed for array in self._arrays):
-            _refuse("a numpy array without values, or in a place where none is expected")
+            _refuse("a numpy array without values, or inside an object that cannot have one")
         return result
 
 
 def scalar(dtype: Any, data: Any = b"") -> Any:
-    """Stand for `numpy.core.multiarray.scalar`: a number of numpy."""
+    """Replace `numpy.core.multiarray.scalar`: return a numpy scalar."""
     if not isinstance(dtype, Dtype) or type(data) is not bytes or len(data) != dtype.itemsize:
-        _refuse("a numpy number whose bytes do not fit its type")
+        _refuse("a numpy scalar whose bytes do not fit its dtype")
     return dtype.to_array(data)[0]
 
 
 def date(*fields: Any) -> datetime.date:
-    """Stand for `datetime.date`, whose pickle is four bytes."""
+    """Replace `datetime.date`, whose pickle has four bytes."""
     if len(fields) == 1 and type(fields[0]) is bytes and len(fields[0]) == _DATE_BYTES:
         high, low, *rest = fields[0]
         fields = (high << 8 | low, *rest)
@@ -149,12 +144,12 @@ def date(*fields: Any) -> datetime.date:
 
 
 def date_and_time(*fields: Any) -> datetime.datetime:
-    """Stand for `datetime.datetime`, whose pickle is ten bytes and may be followed by a time zone."""
+    """Replace `datetime.datetime`, whose pickle has ten bytes and an optional time zone."""
     if not fields or type(fields[0]) is not bytes or len(fields[0]) != _DATETIME_BYTES or len(fields) > 2:
-        _refuse("a datetime that is not described by its ten bytes")
+        _refuse("a datetime that is not pickled as ten bytes")
     zone = fields[1] if len(fields) == 2 else None
     if zone is not None and type(zone) is not datetime.timezone:
-        _refuse("a datetime whose time zone is no datetime.timezone")
+        _refuse("a datetime whose time zone is not a datetime.timezone")
     high, low, month, day, hour, minute, second, *micro = fields[0]
     return datetime.datetime(
         high << 8 | low,
@@ -170,7 +165,7 @@ def date_and_time(*fields: Any) -> datetime.datetime:
 
 
 def bounded_range(*bounds: Any) -> range:
-    """Stand for `range`: one that is no bomb for whoever makes a list of it."""
+    """Replace `range`: refuse one whose list would fill the memory."""
     found = range(*_check_integers(bounds))
     if found and abs(found[-1] - found[0]) // abs(found.step) >= _MAX_RANGE_LENGTH:
         _refuse(f"a range of more than {_MAX_RANGE_LENGTH:,} numbers")
@@ -178,7 +173,7 @@ def bounded_range(*bounds: Any) -> range:
 
 
 def empty_bytes(*arguments: Any) -> bytes:
-    """Stand for `bytes`, by which pickles for Python 2 write bytes of length zero; `bytes(10**12)` is a bomb."""
+    """Replace `bytes`, which pickles for Python 2 call for empty bytes; `bytes(10**12)` would allocate a terabyte."""
     if arguments:
         _refuse("a call of bytes with arguments")
     return b""
@@ -186,26 +181,26 @@ def empty_bytes(*arguments: Any) -> bytes:
 
 def _build_array(shape: tuple[Any, ...], dtype: Dtype, data: bytes, *, fortran_order: bool) -> "NDArray[Any]":
     if len(shape) > _MAX_DIMENSIONS or any(type(length) is not int or length < 0 for length in shape):
-        _refuse(f"a numpy array of the shape {shape!r:.60}")
+        _refuse(f"a numpy array with the invalid shape {shape!r:.60}")
     expected = dtype.itemsize
     for length in shape:
         expected *= length
     if expected != len(data):
-        _refuse(f"a numpy array of the shape {shape!r:.60} whose {len(data):,} bytes do not fit it")
+        _refuse(f"a numpy array with the shape {shape!r:.60} and {len(data):,} bytes, expected {expected:,}")
     return dtype.to_array(data).reshape(shape, order="F" if fortran_order else "C")
 
 
 def _check_integers(values: tuple[Any, ...]) -> tuple[int, ...]:
     if any(type(value) is not int for value in values):
-        _refuse(f"{values!r:.60} where whole numbers are expected")
+        _refuse(f"{values!r:.60}, expected whole numbers")
     return values
 
 
 def _refuse(what: str) -> NoReturn:
-    raise CheckpointError(f"holds {what}")
+    raise CheckpointError(f"has {what}")
 
 
-# What a file means that stores one of these themselves, such as the default of an option.
+# What a file means if it stores one of these themselves, such as the type of an option.
 _REPLACED_BY: dict[Any, Any] = {
     ArrayMark: numpy.ndarray,
     Dtype: numpy.dtype,
@@ -217,14 +212,14 @@ _REPLACED_BY: dict[Any, Any] = {
 
 
 class _Restorer:
-    """Puts arrays in their places, every container once, however often it is used."""
+    """Replaces the stand-ins in nested data; visits an object once, even if it occurs several times."""
 
     def __init__(self) -> None:
         self.placed: set[int] = set()
-        self._done: dict[int, tuple[Any, Any]] = {}  # with the container, so that its id stays its own
+        self._done: dict[int, tuple[Any, Any]] = {}  # keeps the objects, so that no id is used twice
 
     def restored(self, value: Any) -> Any:
-        """Return `value`, or what replaces it."""
+        """Return `value`, or its replacement."""
         if isinstance(value, Array):
             self.placed.add(id(value))
         if isinstance(value, Array | Dtype):
@@ -247,7 +242,7 @@ class _Restorer:
 
 
 def _iter_entries(value: Any) -> Iterator[tuple[Any, Any, Any]]:
-    """What a list, a mapping or the attributes of a plain object hold: holder, key and item."""
+    """The items of a list, a mapping or the attributes of a plain object, as (container, key, item)."""
     if isinstance(value, list):
         yield from ((value, index, item) for index, item in enumerate(value))
     elif isinstance(value, dict):
@@ -257,10 +252,12 @@ def _iter_entries(value: Any) -> Iterator[tuple[Any, Any, Any]]:
         yield from ((attributes, key, item) for key, item in list(attributes.items()))
 
 
-# numpy renamed its core in version 2: a file names whichever it was written with. So did pathlib, in Python 3.13.
+# --- the names that a pickle may have
+
+# A file has the module names of the version that wrote it: numpy 2 renamed its core, Python 3.13 that of pathlib.
 _NUMPY_CORES = ("numpy.core.multiarray", "numpy._core.multiarray")
 _PATH_MODULES = ("pathlib", "pathlib._local")
-# By the name in a file: what checks its arguments itself, or does nothing with them.
+# Name in a file -> a class that checks its arguments itself, or only stores them.
 _SAFE_TYPES: dict[str, Any] = {
     "argparse.Namespace": argparse.Namespace,
     "types.SimpleNamespace": SimpleNamespace,
@@ -269,7 +266,7 @@ _SAFE_TYPES: dict[str, Any] = {
     "datetime.timezone": datetime.timezone,
     **{f"builtins.{kind.__name__}": kind for kind in (frozenset, slice, list, dict, int, float, str, bool, tuple)},
 }
-# And what stands for a constructor that trusts its arguments.
+# Name in a file -> the replacement of a constructor that trusts its arguments.
 _CHECKED_CONSTRUCTORS: dict[str, Any] = {
     "datetime.datetime": date_and_time,
     "datetime.date": date,
@@ -288,7 +285,7 @@ def plain_globals() -> Iterator[Callable[[Any], Any]]:
     """Let `torch.load(..., weights_only=True)` read plain data of the standard library and numpy in this block.
 
     Yields:
-        What puts numpy arrays into a content that was loaded in the block; call it on each.
+        A function that replaces the stand-ins of numpy arrays; call it on every content that was loaded in the block.
     """
     array_registry = PlainArrays()
     allowed = _allowed_globals(array_registry)
@@ -304,9 +301,10 @@ def plain_globals() -> Iterator[Callable[[Any], Any]]:
 
 
 def user_safe_globals() -> set[str]:
-    """Return the names that `torch.serialization.add_safe_globals` was given, without those that are not harmless.
+    """Return the names that the user passed to `torch.serialization.add_safe_globals`.
 
-    Packages add names too: torch its exceptions, nested and distributed tensors, others the constructors of numpy.
+    Packages add names too, and these are not safe: torch adds exceptions, nested and distributed tensors, other
+    packages the constructors of numpy.
     """
     names = {_qualified_name(entry) for entry in torch.serialization.get_safe_globals()}
     return {name for name in names if not _UNSAFE_MODULES.match(name)} - plain_global_names()
@@ -319,7 +317,7 @@ def plain_global_names() -> set[str]:
 
 def _allowed_globals(array_registry: PlainArrays) -> dict[str, Any]:
     reconstruct = {f"{core}._reconstruct": array_registry.reconstruct for core in _NUMPY_CORES}
-    # An array is given its state only if its class is listed; no file can name it, since names in files have a dot.
+    # torch sets the state of an object only if its class is listed; no file can name "Array", which has no dot.
     return {**_SAFE_TYPES, **_CHECKED_CONSTRUCTORS, **reconstruct, **path_globals(), "Array": Array}
 
 
@@ -328,12 +326,12 @@ def _qualified_name(entry: Any) -> str:
 
 
 def path_globals() -> dict[str, type]:
-    """Return the classes of paths by their full names in a file."""
+    """Return the path classes by their full names in a file."""
     return {f"{module}.{name}": value for module in _PATH_MODULES for name, value in _path_classes().items()}
 
 
 def _path_classes() -> dict[str, type]:
-    """By the name in a file, what a path becomes here: one of the other system stays text with no way to a disk."""
+    """Class name in a file -> class here; a path of another operating system becomes a pure path."""
     own = os.name == "posix"
     return {
         "PosixPath": pathlib.PosixPath if own else pathlib.PurePosixPath,
@@ -343,7 +341,7 @@ def _path_classes() -> dict[str, type]:
     }
 
 
-# Whose globals are listed last, since every pickled network names hundreds of them.
+# Names of these packages are listed last, since every pickled network has hundreds of them.
 _EXPECTED_MODULES = {"torch", "timm", "torchvision", "normswap", "collections"}
 _ALLOWED_GLOBALS = (
     r"torch\._utils\._rebuild_|torch\.(storage\.)?\w*Storage$|collections\.OrderedDict$|torch\.Size$|"
@@ -352,7 +350,7 @@ _ALLOWED_GLOBALS = (
 
 
 def blocked_globals(pickles: Iterable[IO[bytes]]) -> list[str]:
-    """Return the globals that these pickles name and that are not known to be harmless, the unexpected ones first."""
+    """Return the names of code in these pickles that are not known to be harmless, unexpected packages first."""
     found: set[str] = set()
     for pickle in pickles:
         found |= summarize_pickle(pickle).names
@@ -362,7 +360,7 @@ def blocked_globals(pickles: Iterable[IO[bytes]]) -> list[str]:
 
 
 def torch_error_message(error: BaseException) -> str:
-    """Return the heart of torch's long advice, in one line."""
+    """Return the reason in an error of `torch.load`, without its long advice, as one line."""
     return first_line(Exception(str(error).partition("WeightsUnpickler error:")[2] or first_line(error)))
 
 

@@ -1,8 +1,8 @@
-"""Archives of `torch.export.save` (.pt2): weights read without running anything, whole programs only where trusted.
+"""Archives of `torch.export.save` (.pt2): `read_weights` runs no code, `load_program` may.
 
-Since torch 2.9 an archive holds every weight as raw bytes and says in JSON which tensor lies where; these are read here
-and held against each other. The graph, the pickled example inputs and pickled weights of other kinds are torch's to
-load, which may run code: only `load_program` does, and its caller has asked for trust.
+Since torch 2.9 an archive stores every weight as raw bytes, and a JSON file lists the tensors; `read_weights` checks
+that the two agree. Only torch can load the graph, the pickled example inputs and pickled weights, and doing so may run
+code: callers use `load_program` only after the user has passed `trust=True`.
 """
 
 import json
@@ -26,11 +26,11 @@ from normswap.text import first_line
 
 _MODELS_FOLDER, _CONFIG_FILE, _COMPILED_FOLDER = "models/", "data/weights/{}_weights_config.json", "data/aotinductor/"
 _WEIGHTS = "data/weights/"
-# Where the record lies: among what torch.export.load hands out as `extra_files`.
+# The record is one of the `extra_files` that torch.export.load returns.
 RECORD_ENTRY = f"extra/{RECORD}"
 _LEGACY_WEIGHT_FILES = ("data/weights/{}.pt", "serialized_state_dict.pt")
 
-# Of torch._export.serde.schema, whose numbers are the format's: ScalarType and Layout.
+# ScalarType and Layout of torch._export.serde.schema; their numbers are part of the format.
 _DTYPES = {
     1: torch.uint8,
     2: torch.int8,
@@ -58,14 +58,14 @@ _STRIDED_LAYOUT = 7
 
 
 class Program(NamedTuple):
-    """An exported program, and the texts that travel beside it in its archive."""
+    """An exported program and the extra files in its archive, by name."""
 
     program: ExportedProgram
     extra_files: Mapping[str, Any]
 
 
 class _View(NamedTuple):
-    """Which tensor of which type is seen in the bytes of a record."""
+    """A tensor as a view of the bytes of an archive member (`record`); offset and strides in elements."""
 
     record: str
     dtype: torch.dtype
@@ -75,15 +75,17 @@ class _View(NamedTuple):
 
 
 def is_program(names: set[str]) -> bool:
-    """Say whether an archive of these members, told without its folder, is one of `torch.export.save`."""
+    """Return whether an archive with these members (their names inside its folder) is one of `torch.export.save`."""
     return bool(names & {"archive_format", "serialized_exported_program.json"})
 
 
 def read_weights(path: Path) -> "OrderedDict[str, Any]":
-    """Return the state dict of the program in an archive that has been checked; of several programs, each by its name.
+    """Return the state dict of the program in an archive; of several programs, their state dicts by name.
+
+    `check_archive` must have accepted the archive.
 
     Raises:
-        CheckpointError: there is no program, its weights are pickled, or what is said of them does not fit their bytes.
+        CheckpointError: there is no program, its weights are pickled, or their declared shapes do not fit their bytes.
     """
     with zipfile.ZipFile(path) as archive:
         root = archive.namelist()[0].partition("/")[0]
@@ -102,27 +104,27 @@ def read_weights(path: Path) -> "OrderedDict[str, Any]":
 
 
 def load_program(path: Path) -> Program:
-    """Return the program in an archive. What it pickles is unpickled: that runs whatever the file says.
+    """Return the program in an archive. This unpickles objects in the file, which can run any code.
 
     Raises:
-        CheckpointError: torch cannot load it, or there are several.
+        CheckpointError: torch cannot load it, or there are several programs.
     """
-    extra: dict[str, Any] = {RECORD: ""}  # an empty one is not filled
+    extra: dict[str, Any] = {RECORD: ""}  # torch fills only a mapping that is not empty
     with zipfile.ZipFile(path) as archive:
         root = archive.namelist()[0].partition("/")[0]
         names = [name.removeprefix(f"{root}/") for name in archive.namelist()]
     models = [name for name in names if name.startswith(_MODELS_FOLDER)]
     if len(models) > 1:
         raise CheckpointError(
-            f"{path}: {len(models)} programs in one archive: save each by torch.export.save, or convert the weights of "
-            "one with architecture='timm:NAME' and entry='NAME'"
+            f"{path}: expected one program, got {len(models)} in one archive: save each with torch.export.save, or "
+            "convert the weights of one with architecture='timm:NAME' and entry='NAME'"
         )
     try:
         with suppress_output(), open(path, "rb") as file:
             program = torch.export.load(file, extra_files=extra)
-    except Exception as error:  # what a damaged or hostile file raises is anybody's guess
+    except Exception as error:  # a damaged or malicious file may raise any error
         raise CheckpointError(
-            f"{path}: truncated or damaged, or of another version of torch ({first_line(error)}): export it again"
+            f"{path}: truncated or damaged, or from another version of torch ({first_line(error)}): export it again"
         ) from error
     return Program(program, {name: text for name, text in extra.items() if name != RECORD})
 
@@ -134,7 +136,7 @@ def save_program(path: Path, program: Program) -> None:
 
 
 def digest_members(path: Path) -> str:
-    """Return the SHA-256, as hexadecimal digits, of everything in an archive but the record: the graph, too."""
+    """Return the SHA-256, as hexadecimal digits, of all members of an archive except the record."""
     digest = sha256()
     with zipfile.ZipFile(path) as archive:
         for member in archive.infolist():
@@ -147,30 +149,30 @@ def digest_members(path: Path) -> str:
 
 
 def _model_names(path: Path, sizes: Mapping[str, int]) -> list[str]:
-    """The names of the programs in an archive whose weights lie there as raw bytes."""
+    """The names of the programs in an archive that stores their weights as raw bytes."""
     names = [n.removeprefix(_MODELS_FOLDER).removesuffix(".json") for n in sizes if n.startswith(_MODELS_FOLDER)]
     if any(older.format(name) in sizes for older in _LEGACY_WEIGHT_FILES for name in names or [""]):
-        _refuse(path, "an exported program of an older torch, which pickled its weights", "convert the program")
+        _refuse(path, "an exported program of an older torch, with pickled weights", "convert the program")
     if not names:
         what = "compiled code of AOTInductor" if any(n.startswith(_COMPILED_FOLDER) for n in sizes) else "an archive"
         raise CheckpointError(
-            f"{path}: {what} without an exported program, and so without norms: convert the Python model's "
-            "state_dict(), then export or compile it again"
+            f"{path}: expected an exported program, got {what} without one: convert the Python model's state_dict(), "
+            "then export or compile it again"
         )
     return names
 
 
 def _refuse(path: Path, what: str, do: str) -> NoReturn:
     raise CheckpointError(
-        f"{path}: {what}; reading them may run code: pass trust=True to {do} if you trust where it comes "
-        "from, or convert the Python model's state_dict() and export it again"
+        f"{path}: {what}; loading them may run code: pass trust=True to {do} if you trust the source of the file, or "
+        "convert the Python model's state_dict() and export it again"
     )
 
 
 def _read_views(
     path: Path, archive: zipfile.ZipFile, root: str, model: str, sizes: Mapping[str, int]
 ) -> dict[str, _View]:
-    """What the JSON of a program says of its weights, each held against the bytes that are there."""
+    """The weights that the JSON of a program lists, after a check that their bytes are in the archive."""
     config = json.loads(archive.read(f"{root}/{_CONFIG_FILE.format(model)}"))["config"]
     pickled = [name for name, entry in config.items() if entry["use_pickle"]]
     if pickled:
@@ -186,30 +188,30 @@ def _parse_view(path: Path, name: str, entry: Mapping[str, Any]) -> _View:
     dtype = _DTYPES.get(meta["dtype"])
     if dtype is None or meta["layout"] != _STRIDED_LAYOUT:
         raise CheckpointError(
-            f"{path}: the weight {name[:80]!r} has the type {meta['dtype']} and the layout {meta['layout']} of "
-            "torch.export, which are not known here: convert the Python model's state_dict()"
+            f"{path}: the weight {name[:80]!r} has the dtype {meta['dtype']} and the layout {meta['layout']} of "
+            "torch.export, which normswap does not know: convert the Python model's state_dict()"
         )
     shape, stride = (tuple(_parse_int(size) for size in meta[key]) for key in ("sizes", "strides"))
     return _View(_WEIGHTS + entry["path_name"], dtype, shape, stride, _parse_int(meta["storage_offset"]))
 
 
-def _parse_int(value_text: Mapping[str, Any]) -> int:
-    number = value_text["as_int"]
+def _parse_int(value: Mapping[str, Any]) -> int:
+    number = value["as_int"]
     if not isinstance(number, int) or isinstance(number, bool) or number < 0:
-        raise ValueError(f"expected a number, got {value_text!r:.80}")
+        raise ValueError(f"expected a number, got {value!r:.80}")
     return number
 
 
 def _check_bounds(path: Path, name: str, view: _View, size: int | None) -> None:
-    """Refuse a tensor that reaches beyond its record, or is larger than any network in such a file."""
+    """Refuse a tensor that reaches beyond its record, or is larger than any network in a file of this size."""
     if size is None or len(view.shape) != len(view.stride):
-        raise ValueError(f"{name[:80]!r} has no record, or a shape and strides that do not fit")
+        raise ValueError(f"{name[:80]!r} has no record, or a shape and strides of different lengths")
     steps = sum((length - 1) * step for length, step in zip(view.shape, view.stride, strict=True))
     needed = 0 if 0 in view.shape else (view.offset + steps + 1) * view.dtype.itemsize
     if needed > size or size % view.dtype.itemsize:
         raise CheckpointError(
-            f"{path}: the weight {name[:80]!r} claims {needed:,} bytes, its record has {size:,}: damaged or hostile, "
-            "get the file again"
+            f"{path}: the weight {name[:80]!r} declares {needed:,} bytes, its record has {size:,}: the file is damaged "
+            "or malicious, download it again"
         )
     check_tensor_size(path, view.shape, math.prod(view.shape) * view.dtype.itemsize)
 

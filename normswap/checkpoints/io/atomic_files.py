@@ -1,7 +1,8 @@
-"""Files and folders that appear whole or not at all: written under a temporary name beside the target, then renamed.
+"""Atomic writes of files and folders: a temporary file in the folder of the target, then a rename.
 
-Whatever goes wrong before the rename, a kill included, leaves an existing file untouched; what a killed run leaves is
-removed by the next one that writes the same target. What the disk refuses is one line.
+Until the rename an existing file stays unchanged, even if the process is killed. A process locks its temporary files;
+the next write to the same target removes those without a lock, which a killed process has left. SIGTERM and SIGHUP
+unwind the block first, so that it removes its temporary files. An error of the disk becomes a `CheckpointError`.
 """
 
 import difflib
@@ -22,17 +23,14 @@ from typing import NoReturn
 
 from normswap.errors import CheckpointError
 
-# MERGED DOC: Signals that end the process, answered by unwinding what is under way first.
+# --- signals
 
-# MERGED DOC: Temporary files and folders beside a target: held by their process as long as it lives, removed once nobody does.
-
-
-# Windows has the first only.
+# Windows has only the first.
 _TERMINATION_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
 class _Terminated(BaseException):
-    """A signal that ends the process has come; not for anybody to catch on the way."""
+    """A signal that ends the process; a BaseException, so that no `except Exception` catches it."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -41,9 +39,9 @@ class _Terminated(BaseException):
 
 @contextmanager
 def unwind_on_signal() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP unwind the block before they end the process; handlers of the program itself stay."""
+    """Let SIGTERM and SIGHUP unwind the block before they end the process; handlers of the program stay in place."""
     default_signals: list[signal.Signals] = []
-    if threading.current_thread() is threading.main_thread():  # the only one that may set handlers
+    if threading.current_thread() is threading.main_thread():  # only this thread may set handlers
         default_signals = [number for number in _TERMINATION_SIGNALS if signal.getsignal(number) == signal.SIG_DFL]
     if not default_signals:
         yield
@@ -64,22 +62,26 @@ def _raise_terminated(number: int, _frame: FrameType | None) -> NoReturn:
     raise _Terminated(number)
 
 
+# --- temporary files
+
+
 def temporary_name(target: Path) -> Path:
-    """Return a new name beside `final`, hidden, that tells what it is a temporary of."""
+    """Return a new hidden path in the folder of `target`, with the name of `target` in it."""
     return target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.partial")
 
 
 @contextmanager
 def locked_temp_file(target: Path, *, mode: int) -> Iterator[Path]:
-    """Give an empty temporary file beside `final`, held until the block is left, and removed then if it is still there.
+    """Yield an empty temporary file in the folder of `target`, locked inside the block and removed after it.
 
     Args:
-        mode: its permissions; the umask takes some away, and its owner may always read and write it.
+        target: the file that is to be written.
+        mode: the permissions of the temporary file, less the umask; its owner may always read and write it.
     """
     while True:
         temporary = temporary_name(target)
         descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, mode | stat.S_IRUSR | stat.S_IWUSR)
-        if sys.platform == "win32":  # which renames no file that is open
+        if sys.platform == "win32":  # cannot rename an open file
             os.close(descriptor)
             descriptor = -1
         if _acquire_lock(descriptor, temporary):
@@ -93,7 +95,7 @@ def locked_temp_file(target: Path, *, mode: int) -> Iterator[Path]:
 
 @contextmanager
 def locked_temp_folder(target: Path) -> Iterator[Path]:
-    """Give an empty temporary folder beside `final`, held and removed as `held_file` does."""
+    """Yield an empty temporary folder in the folder of `target`, locked and removed as by `locked_temp_file`."""
     while True:
         temporary = temporary_name(target)
         temporary.mkdir()
@@ -108,7 +110,7 @@ def locked_temp_folder(target: Path) -> Iterator[Path]:
 
 
 def remove_stale_temp_files(target: Path) -> None:
-    """Remove the temporaries of `final` that no living process holds; what cannot be removed stays without a word."""
+    """Remove the temporary files of `target` that no process has locked; errors are ignored."""
     pattern = re.compile(re.escape(f".{target.name}.") + r"[0-9a-f]{8}\.partial")
     with suppress(OSError):
         for entry in list(target.parent.iterdir()):
@@ -133,16 +135,16 @@ def _remove_if_stale(temporary: Path) -> None:
 
 
 def _open_no_follow(temporary: Path, access: int) -> int:
-    # Anybody may have put a link or a pipe there: neither is followed or waited for.
+    # Another user may have put a link or a pipe there: do not follow the link, do not wait for the pipe.
     flags = os.O_NOFOLLOW | os.O_NONBLOCK
     try:
         return os.open(temporary, access | flags)
-    except PermissionError:  # another user's; locks on network disks alone need the right to write
+    except PermissionError:  # another user's file; only locks on network disks need the right to write
         return os.open(temporary, os.O_RDONLY | flags)
 
 
 def _acquire_lock(descriptor: int, temporary: Path) -> bool:
-    """Hold a new temporary; False if another run took it for stale in the instant before."""
+    """Lock a new temporary file; False if another process removed it as stale before the lock."""
     if descriptor < 0:
         return True
     _lock(descriptor, wait=True)
@@ -158,7 +160,7 @@ def _release_lock(descriptor: int) -> None:
 
 
 def _lock(descriptor: int, *, wait: bool) -> bool:
-    """Lock for this process; False where another one holds it, or the system knows no such locks."""
+    """Lock a file; False if another process has locked it, or the system has no such locks."""
     if sys.platform == "win32":
         return False
     try:
@@ -179,6 +181,8 @@ def _is_same_file(descriptor: int, path: Path) -> bool:
         return False
 
 
+# --- checks of paths
+
 _HINTS = {
     errno.ENOSPC: "free some space or choose another disk",
     errno.EDQUOT: "free some space or choose another disk",
@@ -188,15 +192,15 @@ _HINTS = {
 
 
 def resolve_checkpoint_path(path: Path) -> Path:
-    """Return the checkpoint that `path` means: the folder, if it is the index of the shards in it."""
+    """Return the path of the checkpoint: the folder if `path` is an index of shards, else `path`."""
     return path.parent if path.name.endswith(".index.json") else path
 
 
 def check_readable(path: Path) -> None:
-    """Refuse a path that is neither a folder nor a file with something in it.
+    """Refuse a path that does not exist, and an empty file.
 
     Raises:
-        CheckpointError: missing (with the nearest names beside it), or empty.
+        CheckpointError: missing (with the nearest names in its folder), or empty.
     """
     if not path.exists():
         raise CheckpointError(f"{path}: no such file{_suggest_path(path)}")
@@ -206,15 +210,16 @@ def check_readable(path: Path) -> None:
 
 
 def check_writable(path: Path, *, replace: bool, as_folder: bool = False) -> None:
-    """Refuse an output path before any slow work is done for it.
+    """Refuse an output path that cannot be written; called before any slow work.
 
     Args:
+        path: the output.
         replace: whether an existing file may be replaced.
-        as_folder: whether a folder is to be written there, which never replaces one.
+        as_folder: whether a folder will be written, which never replaces anything.
 
     Raises:
-        CheckpointError: its folder is missing or not writable, its name too long, it is a folder, a device or a link
-            that leads nowhere, or it exists and may not be replaced.
+        CheckpointError: its folder is missing or not writable, its name too long, it is a folder, a device or a broken
+            link, or it exists and may not be replaced.
     """
     _check_name(path)
     if not path.parent.is_dir():
@@ -223,10 +228,10 @@ def check_writable(path: Path, *, replace: bool, as_folder: bool = False) -> Non
         _refuse_existing(path)
     target = _resolve_target(path)
     if path.exists() and not replace:
-        raise CheckpointError(f"{path}: exists already: choose another name, or replace it with overwrite=True")
+        raise CheckpointError(f"{path}: exists already: choose another name, or pass overwrite=True to replace it")
     probe = temporary_name(target)
     try:
-        # Asking for permissions is not enough: root has them all, also on a file system that is read-only.
+        # A check of permissions is not enough: root has all of them, even on a read-only file system.
         os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
         probe.unlink(missing_ok=True)
     except OSError as error:
@@ -235,33 +240,37 @@ def check_writable(path: Path, *, replace: bool, as_folder: bool = False) -> Non
 
 
 def _skip_check() -> None:
-    """Nothing to be looked at before a file appears."""
+    """The default of `before_commit`."""
 
 
 def _check_name(path: Path) -> None:
-    """Refuse a name that torch and safetensors cannot be given: they take UTF-8 only."""
+    """Refuse a name that is not UTF-8, the only encoding that torch and safetensors accept."""
     try:
         str(path).encode()
     except UnicodeEncodeError:
         raise CheckpointError(
-            f"{path}: the name has bytes that the encoding of file names here ({sys.getfilesystemencoding()}) does not "
-            "have: set PYTHONUTF8=1, or rename it"
+            f"{path}: the name has bytes outside the encoding of file names ({sys.getfilesystemencoding()}): set "
+            "PYTHONUTF8=1, or rename the file"
         ) from None
+
+
+# --- atomic writes
 
 
 @contextmanager
 def atomic_write(path: Path, *, before_commit: Callable[[], None] = _skip_check) -> Iterator[Path]:
-    """Give a temporary file in the folder of `path`, empty, and rename it to `path` once the block is through.
+    """Yield an empty temporary file in the folder of `path`, and rename it to `path` after the block.
 
-    Write into that file, do not put another one in its place: the lock that keeps other runs away is on it. A link is
-    followed, so that the file it points at is replaced and the link stays. The mode is that of a replaced file, or
-    what the umask leaves. SIGTERM and SIGHUP end the process as ever, but not before the temporary is gone.
+    Write into the yielded file and do not replace it: it carries the lock. If `path` is a link, its target is replaced
+    and the link stays. The permissions are those of the replaced file, or those by the umask. SIGTERM and SIGHUP still
+    end the process, after the temporary file has been removed.
 
     Args:
-        last_check: called when all bytes are on the disk, directly before the file appears; an error prevents that.
+        path: the file to write.
+        before_commit: called directly before the rename, when all bytes are on the disk; an error prevents the rename.
 
     Raises:
-        CheckpointError: `path` is no place for a file, or the disk refuses; an existing file is as it was.
+        CheckpointError: `path` cannot be a file, or the disk reports an error; an existing file is unchanged.
     """
     target = _resolve_target(path)
     mode = stat.S_IMODE(target.stat().st_mode) if target.exists() else None
@@ -279,12 +288,16 @@ def atomic_write(path: Path, *, before_commit: Callable[[], None] = _skip_check)
 
 @contextmanager
 def atomic_write_folder(path: Path, *, before_commit: Callable[[], None] = _skip_check) -> Iterator[Path]:
-    """Give a temporary folder beside `path`, empty, and rename it to `path` once the block is through.
+    """Yield an empty temporary folder in the folder of `path`, and rename it to `path` after the block.
 
-    As `atomic_write`, but nothing is replaced: no system swaps two folders that hold files in one step.
+    Unlike `atomic_write` it replaces nothing: no system can exchange two folders with files in one step.
+
+    Args:
+        path: the folder to write.
+        before_commit: as for `atomic_write`.
 
     Raises:
-        CheckpointError: `path` exists, before or after the block, or the disk refuses.
+        CheckpointError: `path` exists, before or after the block, or the disk reports an error.
     """
     _refuse_existing(path)
     target = path.resolve()
@@ -302,32 +315,32 @@ def atomic_write_folder(path: Path, *, before_commit: Callable[[], None] = _skip
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file whole.
+    """Write a text file atomically.
 
     Raises:
-        CheckpointError: the file cannot be written; an existing one is as it was.
+        CheckpointError: the file cannot be written; an existing file is unchanged.
     """
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def _resolve_target(path: Path) -> Path:
-    """Where a file at `path` really goes, links followed."""
+    """The file to write, with links resolved."""
     if path.is_symlink() and not path.exists():
-        raise CheckpointError(f"{path}: a link that leads nowhere ({os.readlink(path)}): remove it or mend it")
+        raise CheckpointError(f"{path}: a broken link (to {os.readlink(path)}): remove it, or create its target")
     if path.exists() and not path.is_file():
-        raise CheckpointError(f"{path}: expected a file name, got a folder or a device: add a name")
+        raise CheckpointError(f"{path}: expected a file name, got a folder or a device: add a file name")
     return path.resolve()
 
 
 def _refuse_existing(path: Path) -> None:
     if os.path.lexists(path):
-        raise CheckpointError(f"{path}: exists already, and a folder is never replaced: choose another name")
+        raise CheckpointError(f"{path}: exists already and a folder replaces nothing: choose another name")
 
 
 @contextmanager
 def _report_os_errors(path: Path, target: Path) -> Iterator[None]:
-    """Turn what the system says of the file being written into one line; what it says of others passes."""
+    """Turn an OSError about the written file into a `CheckpointError`; errors about other files pass."""
     try:
         yield
     except OSError as error:
@@ -341,7 +354,7 @@ def _hint(error: OSError) -> str:
 
 
 def _fsync(path: Path) -> None:
-    """Wait until the disk has the file, or the names in the folder; not every system does the latter."""
+    """Flush a file, or the names in a folder, to the disk; not every system can flush a folder."""
     is_folder = path.is_dir()
     if is_folder and sys.platform == "win32":
         return
@@ -354,11 +367,11 @@ def _fsync(path: Path) -> None:
 
 
 def _suggest_path(path: Path) -> str:
-    """What was most likely meant by a path that leads nowhere."""
-    if re.match(r"\w{2,}:/", str(path)):  # a Path makes one slash of two
-        return ": an address is not opened, download the file first"
+    """A hint at the path that the user probably meant, for a path that does not exist."""
+    if re.match(r"\w{2,}:/", str(path)):  # Path replaces // by /
+        return ": normswap does not open URLs, download the file first"
     if path.parts[:1] and path.parts[0].startswith("~"):
-        return f": ~ is expanded by the shell alone, and not in quotes: pass {path.expanduser()}"
+        return f": only a shell expands ~, and not in quotes: pass {path.expanduser()}"
     return _suggest_names(path)
 
 

@@ -1,4 +1,4 @@
-"""A fingerprint of a content, the same in every container, and the comparison of two contents, bit for bit."""
+"""The fingerprint of a content, equal in every file format, and bitwise comparison of two contents."""
 
 import hashlib
 import json
@@ -17,8 +17,8 @@ from normswap.checkpoints.io.memory import release_mapped_pages
 from normswap.errors import CheckpointError
 
 _CHUNK = 1 << 24
-_COMPARE_CHUNK = 1 << 18  # what two caches hold at once: larger pieces are compared at half the speed
-# More than any training checkpoint holds.
+_COMPARE_CHUNK = 1 << 18  # two such chunks fit into the cache; larger ones halve the speed
+# More than any training checkpoint has.
 _MAX_LEAVES = 1_000_000
 _MAX_DEPTH = 50
 
@@ -26,14 +26,16 @@ _MAX_DEPTH = 50
 def fingerprint(content: Any, *, release_pages: bool = False) -> str:
     """Return the SHA-256, as hexadecimal digits, of every name, tensor and plain value in `content`.
 
-    Tensors count with dtype, shape and bytes; of a module its state dict counts. Values of other kinds count with
-    their type only, empty lists and mappings not at all. Order matters in lists and not among the keys of a mapping.
+    The digest covers the dtype, shape and bytes of tensors, and the state dict of modules. Of other objects it covers
+    the type only, and it ignores empty lists and mappings. The order matters in lists, not in mappings.
 
     Args:
-        forget: give the memory of tensors back once they are read: of those that are mapped from a file and unchanged.
+        content: nested mappings and lists, tensors and modules.
+        release_pages: whether to release the pages of tensors that are mapped from a file once they are read; these
+            tensors must not have been changed.
 
     Raises:
-        CheckpointError: the content has no end, or as good as none.
+        CheckpointError: the content is nested too deeply, contains itself, or has too many values.
     """
     digest = hashlib.sha256()
     for path, value in _release_after_use(_iter_leaves(content)) if release_pages else _iter_leaves(content):
@@ -45,10 +47,11 @@ def fingerprint(content: Any, *, release_pages: bool = False) -> str:
 
 
 def contents_equal(content: Any, other: Any, *, release_pages: bool = False) -> bool:
-    """Say whether two contents have the same fingerprint, at the speed of memory and without taking it.
+    """Return whether two contents have the same fingerprint, by a direct comparison, which is faster.
 
     Args:
-        forget: give the memory of `other` back as `fingerprint` does.
+        content, other: as for `fingerprint`.
+        release_pages: whether to release the pages of `other`, as in `fingerprint`.
 
     Raises:
         CheckpointError: as `fingerprint`.
@@ -65,7 +68,7 @@ def contents_equal(content: Any, other: Any, *, release_pages: bool = False) -> 
 
 
 def safetensors_equals(path: Path, tensors: Mapping[str, Tensor]) -> bool:
-    """Say whether a safetensors file holds the bytes of these tensors and no others, streaming over the file."""
+    """Return whether a safetensors file has exactly these tensors; reads the file in chunks."""
     with open(path, "rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         header = json.loads(file.read(length))
@@ -88,7 +91,7 @@ def _bytes_equal(value: Any, other_value: Any) -> bool:
 
 
 def _release_after_use(leaves: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
-    """The leaves, whose memory is given back in between, once they have been looked at."""
+    """The leaves; the pages of those that the caller has used are released from time to time."""
     read: list[Tensor] = []
     size = 0
     for path, value in leaves:
@@ -102,7 +105,7 @@ def _release_after_use(leaves: Iterator[tuple[str, Any]]) -> Iterator[tuple[str,
 
 
 def _iter_leaves(content: Any) -> Iterator[tuple[str, Any]]:
-    """All values in a content by their place; one that holds itself, or the same ones over and over, has no end."""
+    """All values in a content by key path; refuses a content that contains itself or expands without end."""
     stack = [iter([("", content)])]
     count = 0
     while stack:
@@ -118,13 +121,13 @@ def _iter_leaves(content: Any) -> Iterator[tuple[str, Any]]:
             yield path, value
         if len(stack) > _MAX_DEPTH or count > _MAX_LEAVES:
             raise CheckpointError(
-                f"is nested more than {_MAX_DEPTH} deep or holds more than {_MAX_LEAVES:,} values: save weights and "
-                "optimizer alone"
+                f"is nested more than {_MAX_DEPTH} levels deep or has more than {_MAX_LEAVES:,} values: save only "
+                "weights and optimizer"
             )
 
 
 def _iter_children(value: Any, path: str) -> Iterator[tuple[str, Any]] | None:
-    """What a value holds, by place, or None where it is a leaf."""
+    """The items of a value by key path, or None if it is a leaf."""
     if isinstance(value, nn.Module):
         value = value.state_dict()
     if isinstance(value, Namespace):
@@ -148,7 +151,7 @@ def _describe_value(value: Any) -> str:
 
 
 def _as_bytes(tensor: Tensor) -> Tensor:
-    # As bytes, since NaN differs from itself and -0 does not differ from 0.
+    # As bytes, since NaN != NaN and -0 == 0.
     flat = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
     return flat.view(torch.uint8)
 

@@ -1,6 +1,7 @@
-"""Memory of tensors that lie in files: given back while nobody looks at them, since it can be read again at any time.
+"""Memory of large tensors: release the pages of mapped files, and return freed memory to the system.
 
-Only pages that the system itself calls a file's are given back, so that no value is ever lost.
+The pages of a mapped file can be read again at any time. Only pages that the system lists as mapped from a file are
+released, so no value is lost.
 """
 
 import ctypes
@@ -12,16 +13,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-# MERGED DOC: Memory of large tensors given back to the system when they are freed, not kept for the next ones.
-
-
 _PROC_MAPS = Path("/proc/self/maps")
 
 
 def release_mapped_pages(values: Iterable[Any]) -> None:
-    """Give back the whole pages of those tensors that are mapped from a file; what else there is stays as it is.
+    """Release the whole pages of those tensors that are mapped from a file; other values are ignored.
 
-    What was written into such a tensor since it was mapped would be lost: it must be as it came.
+    The tensors must be unchanged: values that were written into them would be lost.
     """
     if not (sys.platform.startswith("linux") and _PROC_MAPS.exists()):
         return
@@ -39,9 +37,9 @@ def release_mapped_pages(values: Iterable[Any]) -> None:
 
 
 def _file_ranges() -> list[tuple[int, int]]:
-    """Where in memory files are mapped, in ascending order."""
+    """The address ranges (start, end) of mapped files, in ascending order."""
     lines = (line.split() for line in _PROC_MAPS.read_text().splitlines())
-    # address, permissions, offset, device, inode: zero where there is no file.
+    # address, permissions, offset, device, inode (0 without a file)
     ranges = (fields[0].split("-") for fields in lines if fields[4] != "0")
     return [(int(start, 16), int(end, 16)) for start, end in ranges]
 
@@ -51,7 +49,7 @@ def _is_inside(start: int, end: int, ranges: list[tuple[int, int]]) -> bool:
     return index >= 0 and start < ranges[index][1] and end <= ranges[index][1]
 
 
-# M_MMAP_THRESHOLD of malloc.h, and the largest size that glibc would come to by itself.
+# M_MMAP_THRESHOLD in malloc.h, and the largest value that glibc itself sets.
 _M_MMAP_THRESHOLD = -3
 _MAX_THRESHOLD = 32 << 20
 _RETURN_THRESHOLD = 128 << 10
@@ -59,9 +57,9 @@ _RETURN_THRESHOLD = 128 << 10
 
 @contextmanager
 def return_freed_memory() -> Iterator[None]:
-    """Give back every block from 128 kB up as soon as it is freed; elsewhere than on glibc do nothing.
+    """Return every freed block of at least 128 kB to the system at once; only glibc supports this.
 
-    A program that goes on afterwards keeps freed blocks up to 32 MB again, as it would have come to do.
+    After the block, malloc keeps freed blocks of up to 32 MB, as it does by itself in a program with large blocks.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform.startswith("linux") else None
     if mallopt is None:

@@ -68,54 +68,54 @@ FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "empty": (Path.touch, "bad.pt: the file is empty: copy or download it again"),
     "text": (lambda path: path.write_text("lr: 0.1\n" * 90), 'got text ("lr: 0.1'),
     "short text": (lambda path: path.write_text("hello"), 'got text ("hello"...)'),
-    "a web page": (lambda path: path.write_text("<!DOCTYPE html><html>"), "got a web page: the download went wrong"),
+    "a web page": (lambda path: path.write_text("<!DOCTYPE html><html>"), "got a web page: the download failed"),
     "a Git LFS pointer": (
         lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\noid"),
         "got a Git LFS pointer: fetch the real file with git lfs pull",
     ),
-    "noise": (lambda path: path.write_bytes(bytes(range(128, 256))), "got bytes of an unknown kind (80 81"),
+    "noise": (lambda path: path.write_bytes(bytes(range(128, 256))), "got an unknown format (80 81"),
     "an image": (lambda path: path.write_bytes(b"\x89PNG\r\n\x1a\n\0\0"), "got an image (PNG)"),
     "a huge header": (
         lambda path: path.write_bytes(struct.pack("<Q", 2**60) + b"{}"),
-        "expected a file of torch.save or safetensors, got bytes of an unknown kind",
+        "expected a file of torch.save or safetensors, got an unknown format",
     ),
     "truncated zip": (
         _truncated("bn.pt", 0.6),
-        "begins like a torch file and ends too early: truncated, copy it again",
+        "starts like a torch file and has no end record: truncated, copy it again",
     ),
-    "truncated legacy": (_truncated("legacy.pt", 0.6), "its tensors claim 1,501,908 bytes, the file has "),
+    "truncated legacy": (_truncated("legacy.pt", 0.6), "its tensors declare 1,501,908 bytes, the file has "),
     "truncated legacy header": (_truncated("legacy.pt", 0.0001), "truncated or damaged, or pickled in an unusual"),
     "truncated safetensors": (_truncated("bn.safetensors", 0.6), "truncated or damaged ("),
     "truncated safetensors header": (_truncated("bn.safetensors", 0.001), "truncated or damaged ("),
     "damaged pickle": (_flipped, "truncated or damaged, or pickled in an unusual way ("),
     "newer pickle protocol": (_protocol_4, "pickled in an unusual way (Unsupported operand"),
     "a zip of something else": (_zip_of(readme="hi"), "expected a file of torch.save, got a zip archive without"),
-    "TorchScript": (_torchscript, "TorchScript, whose code is fixed: convert the Python model's state_dict()"),
+    "TorchScript": (_torchscript, "got TorchScript, whose code cannot be changed: convert"),
     "several models": (
         lambda path: torch.save({"left": files.TiedNet().state_dict(), "right": files.TiedNet().state_dict()}, path),
-        "bad.pt: holds several models ('left', 'right'): say which, such as ",
+        "bad.pt: has several models ('left', 'right'): select one, such as ",
     ),
     "weights on meta": (
         lambda path: torch.save(files.TiedNet().to("meta").state_dict(), path),
-        "bad.pt: the tensor 'stem.weight' is on the meta device and has no values: load it first",
+        "bad.pt: the tensor 'stem.weight' is on the meta device and has no values: load the weights",
     ),
     "quantised weights": (
         _quantised,
-        "bad.pt: the tensor 'a' is quantised, its norms are folded away: convert the model as it was before",
+        "bad.pt: the tensor 'a' is quantised and its norms are fused into other layers: convert the",
     ),
     "numbers among tensors": (
         lambda path: torch.save({"a": torch.ones(1), "step": 3}, path),
-        "expected a state dict or a module, got a mapping with the entry 'step' of type int and no state dict in it",
+        "expected a state dict or a module, got a mapping with the entry 'step' of type int and without a state dict",
     ),
     "numbers as names": (
         lambda path: torch.save({3: torch.ones(1)}, path),
-        "expected a state dict or a module, got a mapping with the key 3 (int), where names of tensors are texts",
+        "expected a state dict or a module, got a mapping with the key 3 (int), whose tensors have no names",
     ),
     "a tensor": (
         lambda path: torch.save(torch.ones(1), path),
         "expected a state dict or a module, got Tensor",
     ),
-    "no tensors": (lambda path: torch.save({}, path), "expected a state dict or a module, got an empty one"),
+    "no tensors": (lambda path: torch.save({}, path), "expected a state dict or a module, got an empty mapping"),
 }
 
 
@@ -187,7 +187,7 @@ def test_planted_code_never_runs(
     content = files.hostile_contents(marker)[place]
     wrap(content, folder / "bad.pt")
     plain = wrap is files.PICKLED["plain pickle"]
-    for message in ("never loaded",) if plain else ("holds pickled objects", "loading them would run ", "pathlib.Path"):
+    for message in ("never loaded",) if plain else ("has pickled objects", "loading them would run ", "pathlib.Path"):
         if command == "load":
             with pytest.raises(CheckpointError, match=message):
                 normswap.load("bad.pt", architecture=files.ARCH)
@@ -210,13 +210,13 @@ def test_a_pickled_module_needs_trust(folder: Path) -> None:
     for arguments in (["convert", "module.pt"], ["inspect", "module.pt"], ["verify", "module.pt", "bn.pt"]):
         message = "loading them would run timm.layers"
         assert_refused(folder, arguments, 2, message)
-        assert_refused(folder, arguments, 2, "more): pass --trust if you trust where it comes from")
+        assert_refused(folder, arguments, 2, "more): pass --trust if you trust the source of the file")
 
 
 def test_a_pickled_module_whose_class_is_not_here(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.save(files.TiedNet(), folder / "bad.pt")
     monkeypatch.delattr(files, "TiedNet")
-    assert_refused(folder, ["inspect", "bad.pt", "--trust"], 2, "needs the code of its classes, which cannot be")
+    assert_refused(folder, ["inspect", "bad.pt", "--trust"], 2, "the classes in it cannot be imported")
 
 
 def test_a_pickled_module_whose_code_fails(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,20 +25,20 @@ from tests.helpers.refusals import assert_refused
 # Architectures.
 SCHEMES = "timm:NAME, torchvision:NAME, hf:FOLDER, or path/file.py:function"
 ARCHITECTURES = {
-    "no scheme": ("resnet50", f"expected one of {SCHEMES} for a model of your own, such as timm:resnet50"),
-    "unknown scheme": ("tim:resnet50", f"expected one of {SCHEMES} for a model of your own, such as timm:resnet50"),
-    "a folder without a model": ("hf:nowhere", "expected the file nowhere/config.json, which is not there"),
-    "a file that is not there": ("mine.py:build", "expected the file mine.py, which is not there"),
+    "no scheme": ("resnet50", f"expected one of {SCHEMES} for your own model, such as timm:resnet50"),
+    "unknown scheme": ("tim:resnet50", f"expected one of {SCHEMES} for your own model, such as timm:resnet50"),
+    "a folder without a model": ("hf:nowhere", "expected the file nowhere/config.json, which does not exist"),
+    "a file that is not there": ("mine.py:build", "expected the file mine.py, which does not exist"),
     "no name": ("timm:", "expected timm:NAME[,key=value...], got the name ''"),
     "from the hub": ("timm:hf-hub:some/model", "got the name 'hf-hub:some/model'"),
     "a path": ("timm:local-dir:/tmp", "got the name 'local-dir:/tmp'"),
     "unknown in timm": ("timm:test_resnt", "timm has no model 'test_resnt'; nearest: test_resnet"),
     "unknown in torchvision": ("torchvision:resnet19", "torchvision has no model 'resnet19'; nearest: resnet1"),
     "like nothing": ("timm:qqqqqqqqqqqq", "nearest: none, see its list_models()"),
-    "unknown keyword": (f"{files.ARCH},color=3", "cannot be built: ResNet.__init__() got an unexpected keyword"),
-    "unknown tag": ("timm:test_resnet.my_tag", "cannot be built: Invalid pretrained tag (my_tag)"),
-    "fetching weights": (f"{files.ARCH},pretrained=True", "leave 'pretrained' out, the weights come from the file"),
-    "reading weights": (f"{files.ARCH},checkpoint_path=x.pt", "leave 'checkpoint_path' out"),
+    "unknown keyword": (f"{files.ARCH},color=3", "its builder failed: ResNet.__init__() got an unexpected keyword"),
+    "unknown tag": ("timm:test_resnet.my_tag", "its builder failed: Invalid pretrained tag (my_tag)"),
+    "fetching weights": (f"{files.ARCH},pretrained=True", "remove 'pretrained', the weights come from the checkpoint"),
+    "reading weights": (f"{files.ARCH},checkpoint_path=x.pt", "remove 'checkpoint_path'"),
     "another language": (f"{files.ARCH},features_only=true", "expected a Python value, write features_only=True"),
 }
 
@@ -58,7 +58,7 @@ def test_an_architecture_is_needed_where_the_tensors_determine_none(folder: Path
 
 def test_several_functions_are_never_guessed_among(folder: Path) -> None:
     torch.save(timm.create_model("efficientnet_b0", num_classes=10).state_dict(), folder / "bad.pt")
-    message = " architectures that compute different functions, and do not say which: pass --arch timm:efficientnet_b0"
+    message = " architectures that compute different functions: pass --arch timm:efficientnet_b0"
     for command in ("convert", "identify"):
         assert_refused(folder, [command, "bad.pt"], 1, message)
         assert_refused(folder, [command, "bad.pt"], 1, "--arch timm:tf_efficientnet_b0,num_classes=10")
@@ -109,15 +109,15 @@ MISFITS: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], tuple[str, 
     "prefixed by nobody": (_renamed, ("unexpected: mine.", "(nearest in the model: ")),
     "another shape": (
         lambda state: {**state, "fc.weight": torch.ones(7, 3)},
-        ("1 of another shape: fc.weight (is 7x3, expected 7x",),
+        ("1 with another shape: fc.weight (is 7x3, expected 7x",),
     ),
     "a scalar": (
         lambda state: {**state, "fc.bias": torch.tensor(1.0)},
-        ("1 of another shape: fc.bias (is a single number, expected 7)",),
+        ("1 with another shape: fc.bias (is a single number, expected 7)",),
     ),
     "another head": (
         lambda state: {**state, "fc.weight": state["fc.weight"][:5], "fc.bias": state["fc.bias"][:5]},
-        ("2 of another shape", "perhaps the architecture lacks num_classes=5"),
+        ("2 with another shape", "add num_classes=5 to the architecture"),
     ),
 }
 
@@ -133,7 +133,7 @@ def test_a_state_dict_that_does_not_fit_is_reported(
 
 def test_importance_weights_without_a_plan_are_reported(folder: Path) -> None:
     torch.save(torch.load("sn.pt"), "bad.pt")
-    message = "the file holds importance weights without a plan: write converted models with normswap.save(plan=...)"
+    message = "the file has importance weights without a plan: write converted models with normswap.save(plan=...)"
     assert_refused(folder, ["convert", "bad.pt", "--arch", files.ARCH], 2, message)
 
 
@@ -157,7 +157,7 @@ CONVERT = ["convert", "bn.pt", "--arch", files.ARCH, "--input", SIZES]
 
 def test_an_existing_output_is_kept(folder: Path) -> None:
     (folder / "bn.normswap.pt").write_text("mine")
-    message = "bn.normswap.pt: exists already: choose another name, or replace it with --force"
+    message = "bn.normswap.pt: exists already: choose another name, or pass --force to replace it"
     assert_refused(folder, CONVERT, 2, message)
     assert_refused(folder, [*CONVERT, "-o", "sn.pt"], 2, "sn.pt: exists already")
     assert_refused(folder, [*CONVERT, "-o", "new.pt", "--save-plan", "plan.json"], 2, "plan.json: exists already")
@@ -166,7 +166,7 @@ def test_an_existing_output_is_kept(folder: Path) -> None:
 def test_an_output_must_be_a_file_in_a_folder(folder: Path) -> None:
     (folder / "out").mkdir()
     assert_refused(
-        folder, [*CONVERT, "-o", "out"], 2, "out: expected a file name, got a folder or a device: add a name"
+        folder, [*CONVERT, "-o", "out"], 2, "out: expected a file name, got a folder or a device: add a file name"
     )
     message = "nowhere/new.pt: expected an existing folder, got nowhere: create it first"
     assert_refused(folder, [*CONVERT, "-o", "nowhere/new.pt"], 2, message)
