@@ -77,14 +77,22 @@ class TrainingError(NormswapError):
     __module__ = "normswap"
 
 
-class RunInterrupted(TrainingError):  # noqa: N818 - the user requested it
-    """A signal stopped a training run, which saved its state first."""
+class RunInterrupted(TrainingError):  # noqa: N818 - a request, not an error
+    """A signal stopped a run, which has saved its state.
+
+    Args:
+        message: the step, the folder, and how to continue.
+        number: the number of the signal; None if it reached another process only.
+    """
 
     __module__ = "normswap"
 
-    def __init__(self, message: str, number: int | None) -> None:
-        super().__init__(message)
-        self.exit_code = 128 + (number or 0)  # the convention of shells for signals
+    def __init__(self, message: str, number: int | None = None) -> None:
+        super().__init__(message, number)  # both, since pickle calls the class with the arguments of the exception
+        self.exit_code = 128 + (number or 0)  # as shells report a signal
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class CheckpointError(NormswapError):

@@ -4,6 +4,7 @@ Pickles contain the paths of classes, and programs import them, so a path must w
 lists renamed names only if the documentation showed them or pickles contain them; all other names are internal.
 """
 
+import functools
 import importlib
 import sys
 import warnings
@@ -11,7 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 # The current module for each old one.
 MODULES: Mapping[str, str] = {
@@ -76,13 +79,13 @@ MODULES: Mapping[str, str] = {
     "normswap.finetune.live_schedulers": "normswap.training.schedulers",
     "normswap.finetune.live_training": "normswap.training.live_conversion",
     "normswap.finetune.loaders": "normswap.finetune.data.loaders",
-    "normswap.finetune.network": "normswap.finetune.model_source",
+    "normswap.finetune.network": "normswap.finetune.data.datasets",
     "normswap.finetune.optimizer": "normswap.finetune.setup",
     "normswap.finetune.param_groups": "normswap.training.param_groups",
     "normswap.finetune.preparation": "normswap.finetune.setup",
     "normswap.finetune.randomness": "normswap.finetune.data.loaders",
-    "normswap.finetune.recipe_tables": "normswap.finetune.recipe_fields",
-    "normswap.finetune.run_length": "normswap.finetune.recipe",
+    "normswap.finetune.recipe_tables": "normswap.finetune.recipe",
+    "normswap.finetune.run_length": "normswap.finetune.setup",
     "normswap.finetune.run_state": "normswap.finetune.run_files",
     "normswap.finetune.source": "normswap.finetune.model_source",
     "normswap.finetune.watching": "normswap.training.importance_watch",
@@ -193,6 +196,70 @@ def old_names(module: str) -> Callable[[str], Any]:
         return value
 
     return fetch
+
+
+def warn_renamed(old: str, new: str) -> None:
+    """Warn that a member, field or key was renamed; the warning names the line outside normswap that uses it."""
+    frame, level = sys._getframe(), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "normswap":
+        frame, level = frame.f_back, level + 1
+    warnings.warn(f"{old} of normswap was renamed to {new}: use the new name", DeprecationWarning, stacklevel=level)
+
+
+def current_names(renamed: Mapping[str, str], values: Mapping[str, T], owner: str) -> dict[str, T]:
+    """Return `values` with renamed keys under their new names, and warn about each.
+
+    Args:
+        renamed: the new name of each renamed key.
+        owner: the name of the class or table that the keys belong to, for the message.
+
+    Raises:
+        TypeError: `values` has a key under both names.
+    """
+    result = dict(values)
+    for old in renamed.keys() & values.keys():
+        new = renamed[old]
+        if new in values:
+            raise TypeError(f"{owner}.{old} was renamed to {owner}.{new}, and both are set: remove {owner}.{old}")
+        warn_renamed(f"{owner}.{old}", f"{owner}.{new}")
+        result[new] = result.pop(old)
+    return result
+
+
+def renamed_fields(**renamed: str) -> Callable[[type[T]], type[T]]:
+    """Let a dataclass take fields by their old names as arguments and in pickles, and return them as attributes.
+
+    Args:
+        renamed: the new name of each renamed field.
+    """
+
+    def decorate(cls: type[T]) -> type[T]:
+        """Return the class, changed in place."""
+        init = cls.__init__
+        changed: Any = cls
+
+        @functools.wraps(init)
+        def initialize(self: T, *args: Any, **values: Any) -> None:
+            init(self, *args, **current_names(renamed, values, cls.__name__))
+
+        def set_state(self: T, state: Mapping[str, Any]) -> None:
+            # Whoever loads a pickle of an earlier version cannot change it, so there is no warning.
+            vars(self).update({renamed.get(name, name): value for name, value in state.items()})
+
+        changed.__init__, changed.__setstate__ = initialize, set_state
+        for old, new in renamed.items():
+            setattr(changed, old, _renamed_property(cls.__name__, old, new))
+        return cls
+
+    return decorate
+
+
+def _renamed_property(owner: str, old: str, new: str) -> property:
+    def get(self: Any) -> Any:
+        warn_renamed(f"{owner}.{old}", f"{owner}.{new}")
+        return getattr(self, new)
+
+    return property(get, doc=f"The old name of `{new}`.")
 
 
 class _OldModules(MetaPathFinder, Loader):

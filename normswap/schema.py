@@ -69,7 +69,9 @@ def read_value(kind: Any, value: Any, name: str) -> Any:
     origin = get_origin(kind)
     if origin is Annotated:
         base, *constraints = get_args(kind)
-        return _check_ranges(read_value(base, value, name), constraints, name)
+        result = read_value(base, value, name)
+        _check_ranges(result, constraints, value, name)
+        return result
     if origin in (Required, NotRequired):
         return read_value(get_args(kind)[0], value, name)
     if kind is Any:
@@ -147,8 +149,14 @@ def describe(kind: Any) -> str:
 
 def suggest(name: object, known: Iterable[object]) -> str:
     """Return `; did you mean 'x'?` with the nearest known name, or nothing if none is near."""
+    near = nearest(name, known)
+    return f"; did you mean {near!r}?" if near else ""
+
+
+def nearest(name: object, known: Iterable[object]) -> str | None:
+    """Return the known name that is most similar to a name, or None if none is similar."""
     near = difflib.get_close_matches(str(name), [str(each) for each in known], n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    return near[0] if near else None
 
 
 _WORDS: Mapping[Any, str] = {
@@ -193,15 +201,14 @@ def _read_tuple(kind: Any, value: list[Any] | tuple[Any, ...], name: str) -> tup
     )
 
 
-def _check_ranges(value: Any, constraints: list[Any], name: str) -> Any:
+def _check_ranges(result: Any, constraints: list[Any], value: Any, name: str) -> None:
     for constraint in constraints:
-        numbers = value if isinstance(value, tuple) else (value,)
+        numbers = result if isinstance(result, tuple) else (result,)
         if isinstance(constraint, Range) and not all(
             number is None or (math.isfinite(number) and constraint.minimum <= number <= constraint.maximum)
             for number in numbers
         ):
             raise SchemaError(f"{name}: expected {constraint}, got {value!r:.80}")
-    return value
 
 
 def _to_float(value: float, name: str) -> float:

@@ -79,7 +79,7 @@ def test_fields_with_a_default_may_be_missing() -> None:
             "settings['*'].branches: expected a list, each item 'in' or 'ln' or 'bn', got 'bn'",
         ),
         ({"size": [1, 2, 3]}, "size: expected a list of 2 values, got [1, 2, 3]"),
-        ({"rate": 2}, "rate: expected 0 to 1, got 2.0"),
+        ({"rate": 2}, "rate: expected 0 to 1, got 2"),
         ({"rate": float("nan")}, "rate: expected 0 to 1, got nan"),
         ({"rate": 10**400}, "rate: expected a number, got a whole number that is too large"),
         ({"zzz": 1}, "unknown name 'zzz'; expected one of rate, settings, sites, size"),

@@ -33,8 +33,8 @@ RECIPE, SOURCE = "digits_small_batch", "digits_source"
 SEEDS, BATCHES = (0, 1, 2), (1, 2, 4)
 ARMS = {
     "recipe": ("the recipe", ()),
-    "no penalty": ("the recipe, penalty 0", ("train.batch_price=0.0",)),
-    "bn": ("BN in training mode", ("convert.enabled=false", "train.batch_price=0.0")),
+    "no penalty": ("the recipe, penalty 0", ("train.batch_penalty=0.0",)),
+    "bn": ("BN in training mode", ("convert.enabled=false", "train.batch_penalty=0.0")),
 }
 # Targets: largest loss of the recipe from batch size 4 to 1 in points, smallest loss of BN, largest cost of the loop.
 MAX_LOSS, MIN_LOSS_OF_BN, MAX_COST = 2.0, 30.0, 1.03
@@ -168,7 +168,7 @@ def _by_hand(recipe: Recipe, on_step: Callable[[int, int], None]) -> None:
     gates = set(gate_parameters(model).values())
     network = [parameter for parameter in model.parameters() if parameter not in gates]
     for step, (images, labels) in zip(range(_COST_STEPS), _batches(prepared.training), strict=False):
-        loss = F.cross_entropy(model(images), labels) + train.batch_price * normswap.batch_dependence(model)
+        loss = F.cross_entropy(model(images), labels) + train.batch_penalty * normswap.batch_dependence(model)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network, train.clip)
         optimizer.step()

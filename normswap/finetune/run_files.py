@@ -1,15 +1,18 @@
-"""The state of a run as one file: a training checkpoint that `normswap.load` reads, and that the run goes on from.
+"""The files in the folder of a run: the log, the saved state, the trained model.
 
-Written whole or not at all, so that the state before is kept until the new one is there.
+`log.jsonl` has one JSON document per line; TensorBoard gets the same numbers if it is installed. `state.pt` is a
+training checkpoint that `normswap.load` reads and from which the run resumes. It is replaced in one step, so that a
+failed write keeps the previous state. Signals are handled here too: a run stops at a step whose state is saved.
 """
 
 import json
+import logging
 import os
 import signal
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -22,23 +25,22 @@ from normswap.checkpoints.record import Record, Step
 from normswap.checkpoints.saving import originals, write_content
 from normswap.errors import CheckpointError, RecipeError, TrainingError
 from normswap.finetune.model_source import MODEL, STATE, StartingModel
-from normswap.finetune.recipe import Recipe, differing_keys
+from normswap.finetune.recipe import TABLES, Recipe, rename_keys
 from normswap.text import jsonable
 
-# MERGED DOC: What a run tells of itself: one JSON document a line, and the same numbers for TensorBoard where it is installed.
+logger = logging.getLogger(__name__)
 
-# MERGED DOC: SIGINT and SIGTERM as requests that a run answers where it can: after the step, once its state is saved.
-
+# --- the log ----------------------------------------------------------------------------------------------------------
 
 NAME = "log.jsonl"
 
 
 class Journal:
-    """Appends records to `log.jsonl` in a folder; each has the `step` after which it was true.
+    """Appends records to `log.jsonl` in a folder; each has the `step` after which it was made.
 
     Args:
-        folder: exists already.
-        after: the step that the run goes on from; what an interrupted run has told beyond it is forgotten.
+        folder: an existing folder.
+        after: the step from which the run resumes; later records of the interrupted run are dropped.
 
     Raises:
         TrainingError: the file cannot be written.
@@ -48,7 +50,7 @@ class Journal:
         self._path = folder / NAME
         kept = [record for record in read_journal(folder) if record["step"] <= after] if after else []
         try:
-            # Without a buffer, which would be written again, and refused again, on closing.
+            # Unbuffered: after a failed write, closing would try to write the buffer again and fail again.
             self._file = open(self._path, "wb", buffering=0)  # noqa: SIM115 - closed on exit
         except OSError as error:
             raise TrainingError(f"{self._path}: cannot be written ({error.strerror})") from error
@@ -67,10 +69,10 @@ class Journal:
             self._tensorboard.close()
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Append one record, and see it through to the disk.
+        """Append one record and write it to the disk at once.
 
         Raises:
-            TrainingError: the disk refuses.
+            TrainingError: it cannot be written.
         """
         self._append(record)
         if self._tensorboard is not None:
@@ -80,14 +82,14 @@ class Journal:
     def _append(self, record: Mapping[str, Any]) -> None:
         try:
             line = json.dumps(jsonable(record)).encode() + b"\n"
-            while line:  # a disk that fills up takes a part first, and refuses the rest
+            while line:  # a disk that is nearly full accepts a part first, and then fails
                 line = line[self._file.write(line) :]
         except OSError as error:
             raise TrainingError(f"{self._path}: cannot be written ({error.strerror}): free some space") from error
 
 
 def read_journal(folder: Path) -> list[dict[str, Any]]:
-    """Return the records of a run; a last line that was cut off by the end of its process is left out."""
+    """Return the records of a run; an incomplete last line, left by a killed process, is dropped."""
     try:
         lines = (folder / NAME).read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
@@ -97,46 +99,65 @@ def read_journal(folder: Path) -> list[dict[str, Any]]:
         try:
             records.append(json.loads(line))
         except ValueError:
+            logger.info("%s: dropped line %d, which is incomplete", folder / NAME, len(records) + 1)
             break
     return records
 
 
 def _open_tensorboard(folder: Path, after: int) -> Any:
     if find_spec("tensorboard") is None:
+        logger.info("tensorboard is not installed: %s gets no folder for it", folder)
         return None
-    # It would otherwise look for TensorFlow, which takes seconds and prints much.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    from torch.utils.tensorboard import SummaryWriter
+    with _quiet_tensorflow():
+        from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(str(folder / "tensorboard"), purge_step=after + 1 if after else None)
+        return SummaryWriter(str(folder / "tensorboard"), purge_step=after + 1 if after else None)
+
+
+@contextmanager
+def _quiet_tensorflow() -> Iterator[None]:
+    """TensorBoard imports TensorFlow if it is installed, which prints many lines while it is loaded."""
+    name = "TF_CPP_MIN_LOG_LEVEL"
+    before = os.environ.get(name)
+    os.environ[name] = before or "3"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def _flatten_scalars(tag: str, value: Any) -> list[tuple[str, float]]:
-    """Every number in a record with its place, `importance/layer1.0.bn1/mean/bn`."""
+    """Every number in a record with its path, such as `importance/layer1.0.bn1/mean/bn`."""
     if isinstance(value, Mapping):
         nested = [_flatten_scalars(f"{tag}/{key}" if tag else str(key), item) for key, item in value.items()]
         return [scalar for scalars in nested for scalar in scalars]
     return [(tag, float(value))] if isinstance(value, int | float) and tag != "step" else []
 
 
+# --- signals ----------------------------------------------------------------------------------------------------------
+
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @dataclass
 class StopRequest:
-    """Whether the run was asked to stop, and by which signal."""
+    """The number of the signal that asked the run to stop, or None."""
 
     number: int | None = None
 
 
 @contextmanager
 def handle_stop_signals() -> Iterator[StopRequest]:
-    """Note SIGINT and SIGTERM while the block runs; the second one of a kind acts as it would have without the block.
+    """Record SIGINT and SIGTERM while the block runs; a second one of the same kind acts as it does without the block.
 
-    In a thread other than the main one, which may set no handlers, nothing is noted.
+    Only the main thread may set handlers: in another thread, signals act as they do without the block.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
+        logger.info("not in the main thread: a signal ends the run without a saved state")
         yield request
         return
     before = {number: signal.getsignal(number) for number in _STOP_SIGNALS}
@@ -154,14 +175,16 @@ def handle_stop_signals() -> Iterator[StopRequest]:
             signal.signal(number, handler)
 
 
+# --- state and model --------------------------------------------------------------------------------------------------
+
 _WEIGHTS, _AVERAGE = "state_dict", "state_dict_ema"
-# Keys that may change between the parts of a run without changing what it computes.
-_FREE = {"run.output", "run.log_every", "run.save_every", "data.workers", "data.evaluation_batch_size"}
+# Keys that may differ when a run resumes, since they do not change what it computes.
+_FREE_KEYS = {"run.output", "run.log_every", "run.save_every", "data.workers", "data.evaluation_batch_size"}
 
 
 @dataclass(frozen=True)
 class RunState:
-    """How far a run had come - steps, whole passes through the data, seconds - and the states of all that remembers."""
+    """The progress of a run (steps, complete epochs, seconds, first evaluation) and the states of its parts."""
 
     step: int
     epoch: int
@@ -174,10 +197,10 @@ class RunState:
 
 
 def write_state(folder: Path, recipe: Recipe, source: StartingModel, model: nn.Module, state: RunState) -> None:
-    """Write the state of a run over the one before.
+    """Replace the saved state of a run.
 
     Raises:
-        CheckpointError: it cannot be written; the one before is as it was.
+        CheckpointError: it cannot be written; the previous state is kept.
     """
     content: dict[str, Any] = {
         "epoch": state.epoch,
@@ -190,7 +213,7 @@ def write_state(folder: Path, recipe: Recipe, source: StartingModel, model: nn.M
         "recipe": jsonable(recipe.to_dict()),
     }
     if state.average is not None:
-        content[_AVERAGE] = state.average  # as it is, with torch's notes on its modules
+        content[_AVERAGE] = state.average  # not a copy: it carries torch's metadata of the modules
     if state.scaler is not None:
         content["scaler"] = dict(state.scaler)
     entry = _WEIGHTS if state.average is None else _AVERAGE
@@ -198,7 +221,7 @@ def write_state(folder: Path, recipe: Recipe, source: StartingModel, model: nn.M
 
 
 def write_model(folder: Path, recipe: Recipe, source: StartingModel, model: nn.Module) -> Path:
-    """Write the trained weights alone, and return where they are.
+    """Write the trained weights, and return their path.
 
     Raises:
         CheckpointError: they cannot be written.
@@ -208,15 +231,15 @@ def write_model(folder: Path, recipe: Recipe, source: StartingModel, model: nn.M
 
 
 def read_state(folder: Path, recipe: Recipe) -> RunState:
-    """Return the state that a run in `folder` was left in.
+    """Return the saved state of the run in a folder.
 
     Raises:
-        CheckpointError: there is none, or it is damaged or no state of a run.
-        RecipeError: it is one of another recipe.
+        CheckpointError: there is none, or it is damaged or not the state of a run.
+        RecipeError: it is the state of another recipe.
     """
     path = folder / STATE
     if not path.is_file():
-        raise CheckpointError(f"{path}: no state of a run to go on from: leave resume=True out to start one")
+        raise CheckpointError(f"{path}: no such file: there is no run to resume; start one without resume=True")
     content = read_checkpoint(path, entry=_WEIGHTS).content
     try:
         found = RunState(
@@ -229,16 +252,34 @@ def read_state(folder: Path, recipe: Recipe) -> RunState:
             content["lr_scheduler"],
             content.get("scaler"),
         )
-        others = [key for key in differing_keys(recipe, content["recipe"]) if key not in _FREE]
+        others = [key for key in differing_keys(recipe, content["recipe"]) if key not in _FREE_KEYS]
     except (KeyError, AttributeError, TypeError):
-        raise CheckpointError(f"{path}: not the state of a run: choose the folder of one with run.output") from None
+        raise CheckpointError(f"{path}: not the state of a run: name the folder of a run with run.output") from None
     if others:
-        raise RecipeError(f"{path}: is of a run with other {', '.join(others[:5])}: start anew in another run.output")
+        raise RecipeError(
+            f"{path}: its recipe has other values of {', '.join(others[:5])}: use those values, or start a run in "
+            "another run.output"
+        )
     return found
 
 
+def differing_keys(recipe: Recipe, other: Mapping[str, Any]) -> list[str]:
+    """Return the keys, as `table.key`, whose values differ between a recipe and the `to_dict()` of another one.
+
+    A key that the other lacks, since an older version wrote it, has its default there.
+    """
+    defaults = {table: asdict(build()) for table, build in TABLES.items()}
+    others = rename_keys(other)
+    return [
+        f"{table}.{key}"
+        for table, keys in recipe.to_dict().items()
+        for key, value in keys.items()
+        if jsonable(value) != jsonable(others.get(table, {}).get(key, defaults[table][key]))
+    ]
+
+
 def _make_record(source: StartingModel, model: nn.Module, recipe: Recipe, *, entry: str | None) -> Record:
-    """Plan and history go on; the proof of the conversion does not, since training has changed the function."""
+    """The record keeps plan and history, but no verification: training has changed the function."""
     return Record(
         payload="state dict",
         architecture=source.architecture,

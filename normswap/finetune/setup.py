@@ -1,7 +1,12 @@
-"""What a recipe starts from: the model, loaded and converted and proved, and the data opened for it."""
+"""Everything that a run needs before its first step: data, model, classifier, conversion, optimizer, number of steps.
 
+`prepare` returns model and data. A model without gates is converted and verified; a classifier is replaced if the
+recipe asks for that. Optimizers, moving average, mixup and cutmix are timm's.
+"""
+
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,48 +15,46 @@ from torch import Tensor, nn
 
 from normswap.checkpoints.architecture.registry import default_input_shape, parse_architecture, with_keyword
 from normswap.checkpoints.record import Step
-from normswap.errors import ArchitectureError, DataError, NothingToDo, RecipeError
+from normswap.errors import ArchitectureError, DataError, NothingToDo, PlanError, RecipeError
 from normswap.finetune.data.datasets import Data, open_data
 from normswap.finetune.data.loaders import DataSettings
 from normswap.finetune.model_source import StartingModel, load_from_recipe, load_from_state
-from normswap.finetune.recipe import Recipe, describe_rare_events, run_length
-from normswap.finetune.recipe_fields import DataTable, TrainTable
+from normswap.finetune.recipe import ConvertTable, DataTable, Recipe, RunTable, TrainTable, check_warmup
 from normswap.model_state import training_flags
 from normswap.surgery.conversion import convert
 from normswap.surgery.importance import gated_modules
+from normswap.surgery.selection import SwapOptions
 from normswap.training.param_groups import param_groups
 from normswap.verification.equivalence import verify
 
-# MERGED DOC: Mixing the images of a batch, by timm: mixup and cutmix.
-
-# MERGED DOC: timm's optimizers and moving average for a model with gates.
-
-# MERGED DOC: The classifier of a model and the classes of the data: kept if it fits, replaced if a recipe asks for that.
-
+# --- from the keys of a recipe to objects of timm ---------------------------------------------------------------------
 
 Mix = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def batch_mixer(data: DataTable, *, classes: int) -> Mix:
-    """Return what turns images and labels into images and targets: labels, or shares of the classes (N, classes)."""
+    """Return the function from images and labels to mixed images and targets.
+
+    Targets are labels (N,), or class probabilities (N, classes) if the recipe sets mixup or cutmix.
+    """
     if not (data.mixup or data.cutmix):
         return lambda images, labels: (images, labels)
     import timm.data
 
-    # Labels are smoothed in the loss, with mixing and without it alike.
-    package: Any = timm.data  # typed in some of its versions only
+    # The loss smooths labels, whether images are mixed or not.
+    package: Any = timm.data  # only some of its versions are typed
     return package.Mixup(data.mixup, data.cutmix, label_smoothing=0.0, num_classes=classes)  # type: ignore[no-any-return]
 
 
 def build_optimizer(model: nn.Module, train: TrainTable) -> torch.optim.Optimizer:
-    """Return the optimizer that a recipe names, with the gates in a group of their own.
+    """Return the optimizer that a recipe names, with the gates in a parameter group of their own.
 
     Raises:
-        RecipeError: timm has none of that name, or it takes other options.
+        RecipeError: timm has no optimizer of that name, or it does not take these options.
     """
     import timm.optim
 
-    package: Any = timm.optim  # typed in some of its versions only
+    package: Any = timm.optim  # only some of its versions are typed
     groups = param_groups(model, lr=train.lr, weight_decay=train.weight_decay, importance_lr=train.importance_lr)
     try:
         optimizer: torch.optim.Optimizer = package.create_optimizer_v2(
@@ -64,10 +67,26 @@ def build_optimizer(model: nn.Module, train: TrainTable) -> torch.optim.Optimize
     return optimizer
 
 
-def build_average(model: nn.Module, decay: float) -> Any:
-    """Return timm's moving average of a model, or None if its decay is 0.
+def make_lr_lambda(train: TrainTable, steps: int) -> Callable[[int], float]:
+    """Return the function from the number of a step to the factor on all learning rates."""
+    min_factor = train.min_lr / train.lr if train.lr else 0.0
+    warmup = check_warmup(train, steps)
 
-    Its decay rises to `decay` with the steps: from the start it would keep 98 % of the first weights over 100 steps.
+    def lr_lambda(step: int) -> float:
+        """The factor of a step."""
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        progress = min(1.0, (step - warmup) / (steps - warmup))
+        decay = {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}
+        return min_factor + (1 - min_factor) * decay[train.schedule]
+
+    return lr_lambda
+
+
+def build_average(model: nn.Module, decay: float) -> Any:
+    """Return timm's moving average of a model, or None if the decay is 0.
+
+    The decay rises to `decay` over the steps: a constant 0.9998 would keep 98 % of the first weights for 100 steps.
     """
     if not decay:
         return None
@@ -77,29 +96,32 @@ def build_average(model: nn.Module, decay: float) -> Any:
     return package.ModelEmaV3(model, decay=decay, use_warmup=True, warmup_power=0.75)
 
 
+# --- the classifier ---------------------------------------------------------------------------------------------------
+
+
 def with_head(source: StartingModel, recipe: Recipe, classes: int, example: Tensor) -> StartingModel:
-    """Return the model with a classifier for so many classes, as `model.new_head` says, and a note on what was done.
+    """Return the model with a classifier of `classes` classes if `model.new_head` asks for it, and a note on it.
 
     Args:
         example: an input (2, C, H, W).
 
     Raises:
-        RecipeError: `model.architecture` names another number of classes; the model is no classifier.
+        RecipeError: `model.architecture` names another number of classes; the model is not a classifier.
         ArchitectureError: the model has no `reset_classifier`.
     """
-    num_classes = recipe.model.new_head
-    if not num_classes:
+    new_head = recipe.model.new_head
+    if not new_head:
         return source
-    _check_keyword(recipe, classes)
+    _check_num_classes(recipe, classes)
     old = _count_classes(source.model, example)
-    if old == classes and num_classes != "always":
+    if old == classes and new_head != "always":
         note = f'model.new_head: the classifier of {old} classes fits the data and is kept; "always" replaces it'
         return replace(source, notes=(*source.notes, note))
     reset = getattr(source.model, "reset_classifier", None)
     if not callable(reset):
         raise ArchitectureError(
-            f"model.new_head: {type(source.model).__name__} has no reset_classifier(), which timm's models have: build "
-            f"the model with {classes} classes, and leave new_head out"
+            f"model.new_head: expected a timm model, but {type(source.model).__name__} has no reset_classifier(): "
+            f"build the model with {classes} classes, and remove model.new_head"
         )
     torch.manual_seed(recipe.train.seed)
     kept = {*source.model.parameters()}
@@ -113,26 +135,26 @@ def with_head(source: StartingModel, recipe: Recipe, classes: int, example: Tens
         architecture=recorded and with_keyword(recorded, "num_classes", classes),
         notes=(
             *source.notes,
-            f"model.new_head: classifier replaced, {old} classes -> {classes}, which start at random",
+            f"model.new_head: classifier of {old} classes replaced by one of {classes}, initialised at random",
         ),
     )
 
 
-def _check_keyword(recipe: Recipe, classes: int) -> None:
-    """Refuse a number of classes in the architecture that the data contradict; with a checkpoint it is that one's."""
-    num_classes = recipe.model
-    if num_classes.checkpoint is not None or num_classes.architecture is None:
+def _check_num_classes(recipe: Recipe, classes: int) -> None:
+    """Refuse a number of classes in the architecture that contradicts the data; a checkpoint may have its own."""
+    model = recipe.model
+    if model.checkpoint is not None or model.architecture is None:
         return
-    named = parse_architecture(num_classes.architecture).keywords.get("num_classes", classes)
+    named = parse_architecture(model.architecture).keywords.get("num_classes", classes)
     if named != classes:
         raise RecipeError(
-            f"model.architecture: num_classes={named} contradicts the {classes} classes of {recipe.data.source}: leave "
-            f"num_classes out, or set model.new_head=false to keep {named} outputs"
+            f"model.architecture: num_classes={named} contradicts the {classes} classes of {recipe.data.source}: "
+            f"remove num_classes, or set model.new_head=false to keep {named} outputs"
         )
 
 
 def _count_classes(model: nn.Module, example: Tensor) -> int:
-    """How many classes a model tells apart; 0 for one of timm's without a classifier."""
+    """The number of classes of a classifier; 0 for a timm model without one."""
     return 0 if getattr(model, "num_classes", None) == 0 else count_outputs(model, example)
 
 
@@ -140,22 +162,73 @@ def _count_classes(model: nn.Module, example: Tensor) -> int:
 def count_outputs(model: nn.Module, example: Tensor) -> int:
     """Return the number of logits of a classifier.
 
+    Args:
+        example: an input (2, C, H, W).
+
     Raises:
-        RecipeError: it returns anything but logits (N, classes).
+        RecipeError: the model does not return logits (N, classes).
     """
     with training_flags(list(model.modules()), training=False):
         logits = model(example.to(next((p.dtype for p in model.parameters()), torch.float32)))
     if not isinstance(logits, Tensor) or logits.dim() != 2:
-        num_outputs = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise RecipeError(
-            f"model: expected a classifier with logits (N, classes), got {num_outputs}: use a loop of your own"
+            f"model: expected a classifier that returns logits (N, classes), got {found}: train it in your own loop"
         )
     return logits.shape[1]
 
 
+# --- the number of steps ----------------------------------------------------------------------------------------------
+
+
+def run_length(train: TrainTable, batches: int) -> int:
+    """Return the number of steps of a run.
+
+    Args:
+        batches: the number of batches per epoch and process.
+
+    Raises:
+        RecipeError: the epochs are too short for one step, or warm-up would take all steps.
+    """
+    if train.steps is not None:
+        check_warmup(train, train.steps)
+        return train.steps
+    epochs = train.epochs or 0
+    steps = epochs * batches // train.accumulation
+    origin = f"train.epochs = {epochs} of {batches} batches"
+    if not steps:
+        enough = -(-train.accumulation // batches)
+        raise RecipeError(
+            f"train.accumulation: a step takes {train.accumulation} batches, and the run has {epochs * batches} "
+            f"({origin}): choose a smaller accumulation, or train.epochs = {enough}"
+        )
+    shared = f", train.accumulation = {train.accumulation}" if train.accumulation > 1 else ""
+    check_warmup(train, steps, f" ({origin}{shared})")
+    return steps
+
+
+def describe_rare_events(run: RunTable, steps: int) -> str | None:
+    """Return a note on logs, evaluations or states that are due less than once in a run, or None if there are none."""
+    default = RunTable()
+    effects = {
+        "log_every": "the log gets one line of losses",
+        "evaluate_every": "the model is evaluated at the start and the end only",
+        "save_every": "the state is saved at the end only",
+    }
+    rare = {key: getattr(run, key) for key in effects if getattr(run, key) > steps}
+    rare = {key: value for key, value in rare.items() if value != getattr(default, key)}
+    if not rare:
+        return None
+    keys = ", ".join(f"run.{key} = {value}" for key, value in rare.items())
+    return f"{keys}: more than the {steps} steps of the run, so {' and '.join(effects[key] for key in rare)}"
+
+
+# --- model and data ---------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class RunSetup:
-    """A model ready to be trained, the data for it, and how long it trains."""
+    """A model ready for training, its data, and the number of steps."""
 
     source: StartingModel
     training: Data
@@ -170,7 +243,7 @@ class RunSetup:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What the user should know of the model and the length of the run."""
+        """Notes for the user on the model and the length of the run."""
         return self.source.notes
 
 
@@ -180,20 +253,21 @@ def prepare(
     """Return model and data of a recipe.
 
     Args:
-        state: the saved state of an interrupted run, which then takes the place of `[model]` and `[convert]`.
-        trust: run the code that files name.
-        shard: the rank of this process, of how many.
+        state: the saved state of an interrupted run, which replaces `[model]` and `[convert]`.
+        trust: allow files to run Python code that they name.
+        shard: rank and world size.
 
     Raises:
-        NormswapError: what `load`, `convert` and `open_data` raise; the proof failed; the data do not fit the model, or
-            the run is too short for the recipe.
+        NormswapError: any error of `load`, `convert` and `open_data`; the conversion fails verification; the data do
+            not fit the model; the run is too short for the recipe.
     """
+    swap_options(recipe.convert)  # refuses wrong values before files are read
     source = load_from_state(recipe, state, trust=trust) if state else load_from_recipe(recipe, trust=trust)
     settings = _make_settings(recipe, source)
     training = open_data(settings(recipe.data.train_split), use="training", model=source.model, shard=shard)
     classes = training.classes
     if classes is None:
-        raise DataError(f"{recipe.data.source}: does not tell its classes: use a folder per class")
+        raise DataError(f"{recipe.data.source}: number of classes unknown: use a folder per class")
     steps = run_length(recipe.train, len(training))
     if state is None:
         source = with_head(source, recipe, classes, _make_example_input(training))
@@ -203,8 +277,8 @@ def prepare(
     outputs = count_outputs(source.model, _make_example_input(training))
     if outputs < classes:
         raise DataError(
-            f"{recipe.data.source}: has {classes} classes, the model {outputs}: set model.new_head = true, or build "
-            f"it with num_classes={classes}"
+            f"{recipe.data.source}: has {classes} classes, but the model has {outputs}: set model.new_head = true, or "
+            f"build it with num_classes={classes}"
         )
     evaluation = open_data(
         settings(recipe.data.evaluation_split, class_names=training.class_names),
@@ -216,13 +290,16 @@ def prepare(
     return RunSetup(source, training, evaluation, outputs, steps)
 
 
-def _make_settings(recipe: Recipe, source: StartingModel) -> Any:
-    """What makes settings for a split of the recipe's data."""
+def _make_settings(recipe: Recipe, source: StartingModel) -> Callable[..., DataSettings]:
+    """A function that returns the settings for a split of the recipe's data."""
     data = recipe.data
     shape = default_input_shape(source.model, source.architecture)
     size = (data.image_size, data.image_size) if data.image_size else shape[2:] if shape else None
+    if size is None:
+        raise RecipeError("data.image_size: the model does not record its image size: set it, such as 224")
 
     def build(split: str, class_names: tuple[str, ...] | None = None) -> DataSettings:
+        """The settings of a split; the classes of the training split are passed for evaluation."""
         return DataSettings(
             source=data.source,
             split=split,
@@ -241,7 +318,7 @@ def _make_settings(recipe: Recipe, source: StartingModel) -> Any:
 
 
 def augmentation(data: DataTable) -> Mapping[str, Any]:
-    """Return what the recipe's keys are called by `timm.data.create_transform`."""
+    """Return the options of `timm.data.create_transform` that the recipe's keys stand for."""
     whole = {"scale": (1.0, 1.0), "ratio": (1.0, 1.0)}
     return {
         **(whole if data.crop_scale is None else {"scale": data.crop_scale}),
@@ -258,29 +335,32 @@ def _make_example_input(data: Data) -> Tensor:
     return torch.randn(2, settings.channels or 3, *(settings.image_size or ()), generator=generator)
 
 
+def swap_options(table: ConvertTable) -> SwapOptions:
+    """Return the options that the keys of [convert] stand for.
+
+    Raises:
+        RecipeError: a value is unknown.
+    """
+    values = {f.name: getattr(table, f.name) for f in fields(table) if f.name != "enabled"}
+    try:
+        return SwapOptions(**{name: value for name, value in values.items() if value is not None})
+    except PlanError as error:
+        raise RecipeError(f"convert.{error}") from None
+
+
 def _convert_model(recipe: Recipe, source: StartingModel, example: Tensor) -> StartingModel:
-    """The model converted and proved, unless it is already, or is not to be."""
+    """The model, converted and verified unless it has gates already or the recipe disables conversion."""
     wanted, converted = recipe.convert, gated_modules(source.model)
     if converted:
         note = f"{recipe.model.checkpoint} is converted already ({len(converted)} sites): [convert] is not applied"
         return replace(source, notes=(*source.notes, note))
     if not wanted.enabled:
         return source
-    options = {} if wanted.gate is None else {"gate": wanted.gate}
-    model, plan, _ = convert(
-        source.model,
-        example,
-        include=wanted.include,
-        exclude=wanted.exclude,
-        kinds=wanted.kinds,
-        bn_statistics=wanted.bn_statistics,  # type: ignore[arg-type]
-        synchronize=wanted.synchronize,
-        **options,  # type: ignore[arg-type]
-    )
+    model, plan, _ = convert(source.model, example, options=swap_options(wanted))
     if not plan.swaps:
-        raise NothingToDo("the model has no norm to convert: set convert.enabled = false to train it as it is")
+        raise NothingToDo("the model has no norm to convert: set convert.enabled = false to train it unchanged")
     verification = verify(source.model, model, [example])
     if not verification.passed and wanted.gate != "softmax":
-        raise NothingToDo("the converted model does not compute the same function: see normswap verify")
+        raise NothingToDo("the outputs of the converted model differ from the original's: see normswap verify")
     history = (*source.history, Step.now("converted"))
     return replace(source, model=model, plan=plan, history=history)

@@ -1,7 +1,7 @@
-"""run_recipe: a recipe carried out. One loop on accelerate, which places, casts and synchronises.
+"""`run_recipe`: one training loop on accelerate, which handles devices, autocast and several processes.
 
-Decides nothing that the recipe does not say. Every random number follows from the seed and the number of the batch, and
-every state is saved between two steps, so that an interrupted run ends with the weights of one that was not.
+Every choice comes from the recipe. Every random number follows from the seed and the number of the batch, and states
+are saved between two steps, so that an interrupted and resumed run ends with the same weights as an uninterrupted one.
 """
 
 import math
@@ -24,8 +24,7 @@ from normswap.errors import RecipeError, RunInterrupted, TrainingError
 from normswap.finetune.data.datasets import Data
 from normswap.finetune.data.loaders import derive_seed, seed_generators
 from normswap.finetune.model_source import MODEL, STATE
-from normswap.finetune.recipe import Recipe, check_warmup
-from normswap.finetune.recipe_fields import TrainTable
+from normswap.finetune.recipe import Recipe
 from normswap.finetune.run_files import NAME as LOG
 from normswap.finetune.run_files import (
     Journal,
@@ -36,15 +35,15 @@ from normswap.finetune.run_files import (
     write_model,
     write_state,
 )
-from normswap.finetune.setup import RunSetup, batch_mixer, build_average, build_optimizer, prepare
+from normswap.finetune.setup import RunSetup, batch_mixer, build_average, build_optimizer, make_lr_lambda, prepare
 from normswap.model_state import training_flags
 from normswap.surgery.importance import SiteWeights, batch_dependence, gate_parameters, importance_weights
 
-# MERGED DOC: Loss and accuracy of a classifier on data that is divided among processes.
+# --- evaluation -------------------------------------------------------------------------------------------------------
 
 
 class Evaluation(NamedTuple):
-    """Mean cross-entropy, share of right answers in percent, and of how many images."""
+    """Mean cross-entropy, accuracy in percent, and the number of images."""
 
     loss: float
     accuracy: float
@@ -53,7 +52,7 @@ class Evaluation(NamedTuple):
 
 @torch.no_grad()
 def evaluate(model: nn.Module, data: Data, accelerator: Accelerator) -> Evaluation:
-    """Return what a model makes of all images, each taken once whatever the number of processes; flags are put back."""
+    """Return loss and accuracy on all images of all processes; the model's training flags are restored."""
     total = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
     with training_flags(list(model.modules()), training=False), accelerator.autocast():
         for images, labels in data:
@@ -68,10 +67,12 @@ def evaluate(model: nn.Module, data: Data, accelerator: Accelerator) -> Evaluati
 
 @torch.no_grad()
 def share_buffers(model: nn.Module) -> None:
-    """Give every process the running statistics of the first one, which are those that are saved."""
+    """Copy the running statistics of the first process to all others, since the first one saves its own."""
     for buffer in model.buffers():
         distributed.broadcast(buffer, 0)
 
+
+# --- a run ------------------------------------------------------------------------------------------------------------
 
 Record = Mapping[str, Any]
 WriteRecord = Callable[[Record], None]
@@ -79,9 +80,24 @@ WriteRecord = Callable[[Record], None]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run came to: accuracies and losses before and after, where the model and the log are, what the gates
-    learned, and what the user should know of the start.
+    """The result of `normswap.run_recipe`.
+
+    Attributes:
+        output, model: the folder of the run, and the file with the trained weights in it.
+        steps, seconds: the number of steps, and the time that they took, without evaluations.
+        before, after: loss, accuracy in percent and number of images, before the first and after the last step.
+        importance: the learned importance weights of every site, as `normswap.importance_weights` returns them.
+        notes: notes for the user on the model and the length of the run.
+
+    Examples:
+        >>> import normswap
+        >>> overrides = ["train.steps=2", "train.warmup_steps=0", "run.output=short_run"]
+        >>> outcome = normswap.run_recipe(normswap.read_recipe("digits_source", overrides))
+        >>> outcome.after.images, str(outcome.model), str(outcome.log)
+        (200, 'short_run/model.pt', 'short_run/log.jsonl')
     """
+
+    __module__ = "normswap"
 
     output: Path
     model: Path
@@ -94,13 +110,13 @@ class Outcome:
 
     @property
     def log(self) -> Path:
-        """The log of the run: a JSON document a line."""
+        """The log of the run, with one JSON document per line."""
         return self.output / LOG
 
 
 @dataclass
 class _Run:
-    """Everything that a step needs; `losses` are those that nobody has looked at yet."""
+    """Everything that a step needs; `losses` are those of the steps since the last line of the log."""
 
     recipe: Recipe
     accelerator: Accelerator
@@ -122,7 +138,7 @@ class _Run:
 
     @property
     def kept(self) -> nn.Module:
-        """The weights that are evaluated and kept."""
+        """The weights that are evaluated and saved as the result."""
         return self.average.module if self.average is not None else self.model
 
 
@@ -135,22 +151,34 @@ def run_recipe(
     on_record: Callable[[Record], None] | None = None,
     on_step: Callable[[int, int], None] | None = None,
 ) -> Outcome:
-    """Carry out a recipe: load, convert and prove, train, evaluate, save.
+    """Run a recipe: load the model, convert and verify it, train, evaluate, save.
 
-    Started by `torchrun` or `accelerate launch`, each process takes its share of every step, and the first one writes.
-    SIGINT and SIGTERM are answered after the step, once the state is saved.
+    Under `torchrun` or `accelerate launch` every process trains on its own part of the images, and the first process
+    writes the files. After SIGINT or SIGTERM the run finishes the step, saves its state, and raises `RunInterrupted`.
 
     Args:
-        resume: go on from the state in the folder of the run.
-        overwrite: start anew where such a state is.
-        trust: run the code that the checkpoint or its architecture names.
-        on_record: told every line of the log, in the first process.
-        on_step: told the number of steps done, and of all.
+        recipe: the recipe, as `normswap.read_recipe` returns it.
+        resume: continue from the saved state in the folder of the run.
+        overwrite: start from the beginning even if the folder has a saved state.
+        trust: run Python code that the checkpoint or its architecture names.
+        on_record: called with every line of the log, in the first process.
+        on_step: called after every step with its number and the number of all steps.
+
+    Returns:
+        Loss and accuracy before and after training, the files, the learned importance weights.
 
     Raises:
-        RunInterrupted: a signal asked for it; the state is saved.
-        TrainingError: the loss is no number, or the log cannot be written; the last state is kept.
-        NormswapError: what reading, converting, opening data and saving raise.
+        RunInterrupted: a signal stopped the run; the state is saved.
+        TrainingError: the loss is not finite, or the log cannot be written; the last saved state is kept.
+        NormswapError: any error of reading, converting, opening data and saving.
+
+    Examples:
+        >>> import normswap
+        >>> recipe = normswap.read_recipe("digits_source", ["train.steps=2", "train.warmup_steps=0"])
+        >>> outcome = normswap.run_recipe(recipe)
+        >>> outcome.steps, str(outcome.output)
+        (2, 'runs/digits_source')
+        >>> model = normswap.load(outcome.model).model
     """
     output = recipe.output
     state = _load_state(recipe, output, resume=resume, overwrite=overwrite)
@@ -161,16 +189,14 @@ def run_recipe(
     with handle_stop_signals() as request, _open_journal(run) as journal:
 
         def write_record(record: Record) -> None:
-            if journal is not None:
-                journal.write(record)
-                if on_record is not None:
-                    on_record(record)
+            for write in filter(None, (journal.write, on_record)) if journal is not None else ():
+                write(record)
 
         return _execute(run, request, write_record, on_step or (lambda *_: None))
 
 
 def is_first_process() -> bool:
-    """Say whether this is the process that writes and prints, of those that a launcher has started."""
+    """Return whether this process writes and prints: the first of those that a launcher has started."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
@@ -178,19 +204,21 @@ def _load_state(recipe: Recipe, output: Path, *, resume: bool, overwrite: bool) 
     if resume:
         return read_state(output, recipe)
     if (output / STATE).exists() and not overwrite:
-        raise TrainingError(f"{output}: holds a run already: go on with resume=True, or start anew with overwrite=True")
+        raise TrainingError(
+            f"{output}: contains a run already: continue it with resume=True, or replace it with overwrite=True"
+        )
     return None
 
 
 def _make_accelerator(recipe: Recipe) -> Accelerator:
     if not distributed.is_initialized():
-        # Else the first run of a process decides the precision of all others.
+        # Otherwise the first run in a process sets the precision of all later ones.
         AcceleratorState._reset_state()
     accelerator = Accelerator(mixed_precision=recipe.train.precision)
     if "FSDP" in accelerator.distributed_type or accelerator.distributed_type == "DEEPSPEED":
         raise RecipeError(
-            f"{accelerator.distributed_type}: gates are projected in the forward pass, which sharded parameters lose: "
-            "launch with plain data parallelism (torchrun, accelerate launch --multi_gpu)"
+            f"{accelerator.distributed_type}: not supported, since sharded parameters lose the projection of gates in "
+            "the forward pass: launch with data parallelism (torchrun, accelerate launch --multi_gpu)"
         )
     return accelerator
 
@@ -204,27 +232,12 @@ def _set_up_run(recipe: Recipe, accelerator: Accelerator, state: RunState | None
     model.to(accelerator.device)
     average = build_average(model, train.ema_decay)
     optimizer = build_optimizer(model, train)
-    schedule = LambdaLR(optimizer, _make_lr_lambda(train, prepared.steps))
+    schedule = LambdaLR(optimizer, make_lr_lambda(train, prepared.steps))
     network, prepared_optimizer = accelerator.prepare(model, optimizer)
     run = _Run(recipe, accelerator, prepared, network, prepared_optimizer, schedule, average, prepared.steps)
     if state is not None:
         _restore(run, state)
     return run
-
-
-def _make_lr_lambda(train: TrainTable, steps: int) -> Callable[[int], float]:
-    """The learning rate of a step as a share of the highest."""
-    min_factor = train.min_lr / train.lr if train.lr else 0.0
-    warmup = check_warmup(train, steps)
-
-    def lr_lambda(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / (warmup + 1)
-        progress = min(1.0, (step - warmup) / (steps - warmup))
-        decay = {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}
-        return min_factor + (1 - min_factor) * decay[train.schedule]
-
-    return lr_lambda
 
 
 def _restore(run: _Run, state: RunState) -> None:
@@ -262,7 +275,7 @@ def _execute(
 
 
 def _train(run: _Run, request: StopRequest, write_record: WriteRecord, on_step: Callable[[int, int], None]) -> None:
-    """Take the steps that are left."""
+    """Take the remaining steps."""
     run_table = run.recipe.run
     batches = _iter_batches(run.prepared.training, first=run.step * run.recipe.train.accumulation)
     mix = batch_mixer(run.recipe.data, classes=run.prepared.classes)
@@ -284,9 +297,9 @@ def _train(run: _Run, request: StopRequest, write_record: WriteRecord, on_step: 
 
 
 def _log_if_due(run: _Run, request: StopRequest, write_record: WriteRecord) -> None:
-    """Look at the losses where a line of the log is due, and stop where that was asked for.
+    """Write a line of the log if it is due, and stop if a signal asked for that.
 
-    In many processes only where a line is due: a look in common makes each wait for all, and the host for the device.
+    Several processes look for signals only if a line is due: that synchronises the processes, and host with device.
     """
     is_due = run.step % run.recipe.run.log_every == 0 or run.step == run.steps
     if is_due:
@@ -294,14 +307,14 @@ def _log_if_due(run: _Run, request: StopRequest, write_record: WriteRecord) -> N
     if (is_due or run.accelerator.num_processes == 1) and run.step < run.steps and _is_stop_requested(run, request):
         _save(run, write_record)
         raise RunInterrupted(
-            f"stopped after step {run.step} of {run.steps}, all is saved in {run.recipe.output}: "
-            "go on with resume=True",
+            f"stopped after step {run.step} of {run.steps}; the state is saved in {run.recipe.output}: continue with "
+            "resume=True",
             request.number,
         )
 
 
 def _iter_batches(data: Data, *, first: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches from number `first` on, without end."""
+    """Endless batches of successive epochs, from batch number `first` on."""
     epoch, start = divmod(first, len(data))
     while True:
         yield from data.epoch(epoch, first=start)
@@ -327,8 +340,8 @@ def _step(
             loss = F.cross_entropy(run.network(images), targets, label_smoothing=run.recipe.data.label_smoothing)
             run.losses.append(loss.detach())
             loss = loss / train.accumulation
-            if is_last and train.batch_price:
-                loss = loss + train.batch_price * batch_dependence(run.model)
+            if is_last and train.batch_penalty:
+                loss = loss + train.batch_penalty * batch_dependence(run.model)
             accelerator.backward(loss)
     if train.clip:
         accelerator.clip_grad_norm_(network, train.clip)
@@ -340,7 +353,7 @@ def _step(
 
 
 def _is_stop_requested(run: _Run, request: StopRequest) -> bool:
-    """Whether any process was; all of them get the same answer."""
+    """Whether a signal reached any process; the answer is the same in all of them."""
     if run.accelerator.num_processes == 1:
         return request.number is not None
     requested = torch.tensor(float(request.number is not None), device=run.accelerator.device)
@@ -348,10 +361,10 @@ def _is_stop_requested(run: _Run, request: StopRequest) -> bool:
 
 
 def _make_record(run: _Run) -> Record:
-    """What is to be told of the steps since the last look.
+    """A line of the log on the steps since the last one.
 
     Raises:
-        TrainingError: one of the losses is no number.
+        TrainingError: one of the losses is not finite.
     """
     losses = run.accelerator.reduce(torch.stack(run.losses).float(), "mean").tolist()
     run.losses.clear()
@@ -360,7 +373,7 @@ def _make_record(run: _Run) -> Record:
         first = run.step - (len(losses) - 1 - bad) // run.recipe.train.accumulation
         kept = f"the state after step {run.saved} is kept in {run.recipe.output}" if run.saved else "no state was saved"
         raise TrainingError(
-            f"the loss of step {first} is {losses[bad]}: {kept}; lower train.lr, or look at the images of that step"
+            f"the loss of step {first} is {losses[bad]}: {kept}; lower train.lr, or check the images of that step"
         )
     groups = run.optimizer.param_groups
     return {
@@ -383,7 +396,7 @@ def _evaluate_and_log(run: _Run, write_record: WriteRecord) -> Evaluation:
 
 
 def _save(run: _Run, write_record: WriteRecord) -> None:
-    """Write the state; only one whose losses all are numbers."""
+    """Save the state, unless one of the losses before it is not finite."""
     if run.losses:
         write_record(_make_record(run))
     run.accelerator.wait_for_everyone()

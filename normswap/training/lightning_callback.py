@@ -1,7 +1,7 @@
 """`watch_importance` for Lightning: a callback for its Trainer.
 
-The one room that imports Lightning, by the name that the program uses: `lightning.pytorch` or `pytorch_lightning`,
-whose classes are not each other's. What it does with gates and statistics is said in `watching`.
+Only this module imports Lightning. The packages `lightning.pytorch` and `pytorch_lightning` have separate classes; the
+callback is derived from the class of the package that the program has imported.
 """
 
 import importlib
@@ -24,7 +24,7 @@ else:
         installed = [name for name in names if find_spec(name.partition(".")[0]) is not None]
         for name in (*imported, *installed):
             return importlib.import_module(name).Callback
-        raise ImportError("expected lightning or pytorch_lightning, found neither: pip install lightning")
+        raise ImportError("neither lightning nor pytorch_lightning is installed: pip install lightning")
 
     Callback = _callback_class()
 
@@ -33,20 +33,29 @@ Unit = Literal["step", "epoch"]
 
 
 class ImportanceCallback(Callback):
-    """Logs importance weights to the loggers of a Trainer, and switches `bn_statistics`, as training goes on.
+    """A Lightning callback that logs importance weights to the Trainer's loggers, and switches `bn_statistics`.
 
-    It adds nothing to a checkpoint: a run that is resumed takes step and epoch from the Trainer, and sets at its start
-    what holds there.
+    It adds nothing to checkpoints: in a resumed run it takes step and epoch from the Trainer, and sets their mode.
 
     Args:
-        every: how many steps of the optimizer lie between two writings, default the Trainer's `log_every_n_steps`.
-        per_site: also log the weights of every site; else averages over all of them.
-        bn_statistics: what `bn` branches are to use in training, by the step or epoch from which on.
-        unit: whether the keys of `bn_statistics` count steps of the optimizer or epochs.
+        every: the number of optimizer steps between two logs; default: the Trainer's `log_every_n_steps`.
+        per_site: also log the weights of every site; otherwise averages over all sites.
+        bn_statistics: the statistics that `bn` branches use in training from each step or epoch on.
+        unit: what the keys of `bn_statistics` count: `"step"` (of the optimizer) or `"epoch"`.
 
     Raises:
-        WatchError: `unit` is neither; and when training starts, as `normswap.watch_importance`.
+        WatchError: `unit` is unknown; at the start of training, as `normswap.watch_importance`.
+
+    Examples:
+        >>> import normswap
+        >>> callback = normswap.ImportanceCallback(every=50, bn_statistics={0: "batch", 20: "running"}, unit="epoch")
+        >>> import pytorch_lightning
+        >>> trainer = pytorch_lightning.Trainer(callbacks=[callback], logger=False, enable_checkpointing=False)
+        >>> callback in trainer.callbacks
+        True
     """
+
+    __module__ = "normswap"
 
     def __init__(
         self,
@@ -64,13 +73,13 @@ class ImportanceCallback(Callback):
         self._switch: StatisticsSwitch | None = None
 
     def on_train_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        """Look for the sites, and do what is due before the first step."""
+        """Find the SN layers, and log and switch what is due before the first step."""
 
         def write(values: dict[str, float], step: int) -> None:
             for logger in trainer.loggers:
                 logger.log_metrics(values, step)
 
-        # A Trainer that logs nothing says 0.
+        # A Trainer that logs nothing has 0.
         every = self._every if self._every is not None else max(1, int(getattr(trainer, "log_every_n_steps", 1)))
         start_step = trainer.global_step
         self._switch = StatisticsSwitch(pl_module, self._modes) if self._modes else None
@@ -78,17 +87,17 @@ class ImportanceCallback(Callback):
         self._on_step(trainer)
 
     def on_train_epoch_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        """Switch what is to be switched with this epoch."""
+        """Switch `bn_statistics` if that is due at this epoch."""
         self._on_step(trainer)
 
     def on_train_batch_end(
         self, trainer: "Trainer", pl_module: "LightningModule", outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Do what is due after this step; batches that are accumulated make no step."""
+        """Log and switch what is due after this step; accumulated batches are not steps."""
         self._on_step(trainer)
 
     def on_train_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        """Let go of the model."""
+        """Release the model."""
         self._log = self._switch = None
 
     def _on_step(self, trainer: "Trainer") -> None:

@@ -1,6 +1,7 @@
-"""convert_training: a model converted in the middle of its training, with optimizer, schedulers and averages.
+"""`convert_training`: convert a model during its training, with optimizer, schedulers and moving averages.
 
-All or nothing: what does not fit is found before anything is changed, and a failure on the way puts everything back.
+Everything is checked before the first change, and a failure on the way restores model, optimizer, schedulers and
+averages. A moving average keeps either a copy of the model or lists of tensors; both are supported.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,21 +32,20 @@ from normswap.training.schedulers import (
     plan_scheduler_updates,
 )
 
-# MERGED DOC: Moving averages of a run in progress: the model copies in them, and averages that are lists of tensors.
+# --- moving averages --------------------------------------------------------------------------------------------------
 
-
-# The attribute under which an average keeps its copy of the model: torch and timm, then YOLO trainers, then others.
+# The attribute in which an average keeps its copy of the model: torch and timm, then YOLO trainers, then others.
 _COPY_ATTRIBUTES = ("module", "ema", "ema_model", "average_model")
-# Lists of tensors in the order of the parameters, and the list of weak references to these that torch_ema keeps.
+# Lists of tensors in the order of the parameters, and torch_ema's list of weak references to the parameters.
 _LIST_ATTRIBUTES = ("shadow_params", "collected_params", "temp_stored_params")
 _REFERENCES_ATTRIBUTE = "_params_refs"
 
 
 def find_model_copy(average: Any) -> nn.Module | None:
-    """Return the copy of the model that an average keeps, or None if it keeps a list of tensors.
+    """Return the copy of the model in an average, or None if the average keeps lists of tensors.
 
     Raises:
-        OptimizerError: it keeps neither.
+        OptimizerError: the average keeps neither.
     """
     if isinstance(getattr(average, _LIST_ATTRIBUTES[0], None), list):
         return None
@@ -57,12 +57,12 @@ def find_model_copy(average: Any) -> nn.Module | None:
         return unwrap(average)
     raise OptimizerError(
         f"ema: expected torch's AveragedModel, timm's ModelEma or a copy of the model, got {type(average).__name__}: "
-        "pass the copy of the model that it keeps"
+        "pass the copy of the model in it"
     )
 
 
 def match_requires_grad(copy: nn.Module) -> None:
-    """Let the gates of an average take no gradient if none of its other parameters does."""
+    """Set requires_grad=False on the gates of an average if all its other parameters have it too."""
     gates = gate_parameters(copy)
     known = set(gates.values())
     if not any(parameter.requires_grad for parameter in copy.parameters() if parameter not in known):
@@ -71,13 +71,15 @@ def match_requires_grad(copy: nn.Module) -> None:
 
 
 def extend_average_lists(average: Any, model: nn.Module, before: Sequence[nn.Parameter]) -> dict[str, list[Any]]:
-    """Return the lists of an average, by attribute, with the gates of a converted model at their places.
+    """Return the lists of an average, by attribute, extended by the gates at their positions among the parameters.
 
     Args:
-        before: the parameters that the model had before the conversion, in their order.
+        average: the average of the model before its conversion.
+        model: the converted model.
+        before: the parameters of the model before its conversion, in their order.
 
     Raises:
-        OptimizerError: the lists are in no known order of these parameters.
+        OptimizerError: the lists are not in the order of all parameters, nor of the trainable ones.
     """
     lists = {
         name: stored_list for name in _LIST_ATTRIBUTES if isinstance(stored_list := getattr(average, name, None), list)
@@ -95,24 +97,24 @@ def extend_average_lists(average: Any, model: nn.Module, before: Sequence[nn.Par
                 {_REFERENCES_ATTRIBUTE: [ref(p) for p in chosen]} if isinstance(references, list) else {}
             )
     raise OptimizerError(
-        f"ema: the tensors in {type(average).__name__} are not those of the model's parameters in their order: build "
-        "the average from the converted model"
+        f"ema: expected the tensors in {type(average).__name__} in the order of the model's parameters, found another "
+        "order or other shapes: build the average from the converted model"
     )
 
 
 def set_lists(average: Any, lists: Mapping[str, list[Any]]) -> None:
-    """Give an average these lists."""
+    """Replace the lists of an average."""
     for name, stored_list in lists.items():
         setattr(average, name, stored_list)
 
 
 @torch.no_grad()
 def copy_gates(source: nn.Module, target: nn.Module) -> None:
-    """Give the gates of an average the values that those of the model have."""
-    source_gates: Mapping[str, Tensor] = gate_parameters(target)
+    """Copy the values of the gates of one model to those of the same names in another."""
+    target_gates: Mapping[str, Tensor] = gate_parameters(target)
     for name, gate in gate_parameters(source).items():
-        if name in source_gates:
-            source_gates[name].copy_(gate)
+        if name in target_gates:
+            target_gates[name].copy_(gate)
 
 
 def _matches_shapes(stored_list: Sequence[Any], parameters: Sequence[nn.Parameter]) -> bool:
@@ -120,19 +122,34 @@ def _matches_shapes(stored_list: Sequence[Any], parameters: Sequence[nn.Paramete
     return len(tensors) == len(stored_list) and [t.shape for t in tensors] == [p.shape for p in parameters]
 
 
-# Optimizers that cannot take the gates, by class name, and why.
+# --- the conversion ---------------------------------------------------------------------------------------------------
+
+# Optimizers that cannot train the gates, by class name, and the reason.
 _UNSUPPORTED_OPTIMIZERS = {
-    "LBFGS": "has one group of parameters only",
-    "Muon": "updates matrices only, and importance weights are vectors",
-    "SparseAdam": "takes sparse gradients only",
+    "LBFGS": "supports one parameter group only",
+    "Muon": "updates matrices only, and gates are vectors",
+    "SparseAdam": "supports sparse gradients only",
 }
 
 
 @printable_as("training")
 class TrainingConversion(NamedTuple):
-    """What `convert_training` did: the model, the plan and the new layers by fqn as in `Conversion`; the group of gates
-    as the optimizer has it (None without an optimizer or trainable gates); the classes of the schedulers that got an
-    entry for it, nested ones too, and of the averages that were converted.
+    """The result of `normswap.convert_training`; `print` shows it as a table.
+
+    Attributes:
+        model, plan, replaced: the model, the plan and the new layers by fqn, as in `normswap.Conversion`.
+        group: the parameter group of the gates in the optimizer; None without an optimizer or trainable gates.
+        schedulers: the classes of the schedulers that were extended by this group, including nested ones.
+        averages: the classes of the moving averages that were converted.
+
+    Examples:
+        >>> import torch, normswap
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))
+        >>> done = normswap.convert_training(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        >>> done
+        TrainingConversion(Sequential, 1 swap, 0 skips, no scheduler, no average)
+        >>> list(done.replaced), len(done.group["params"])
+        (['1'], 2)
     """
 
     model: nn.Module
@@ -148,6 +165,9 @@ class TrainingConversion(NamedTuple):
         return f"TrainingConversion({type(self.model).__name__}, {swaps}, {skips}, {extended})"
 
 
+TrainingConversion.__module__ = "normswap"  # its public path, which pickles then contain
+
+
 def convert_training(
     model: nn.Module,
     optimizer: Any = None,
@@ -159,31 +179,31 @@ def convert_training(
     norms: NormTable = KNOWN_NORMS,
     **choices: Any,
 ) -> TrainingConversion:
-    """Convert a model in the middle of its training, in place, with all that trains it.
+    """Convert a model in place during its training, together with its optimizer, schedulers and moving averages.
 
-    The gates join the optimizer as its last parameter group, without weight decay. Every scheduler gets an entry for
-    that group, and the averages of the model are converted by the same plan. Momentum, counts and learning rates of
-    everything else stay, and so does a `GradScaler`, which keeps nothing per parameter. All or nothing.
+    The gates become the last parameter group of the optimizer, without weight decay. Every scheduler is extended by
+    that group, and the averages are converted by the same plan. The state and the learning rates of all other
+    parameters stay; a `GradScaler` has no state per parameter and needs no change. An error changes nothing.
 
     Args:
-        model: as in `convert`; the very module objects change.
-        optimizer: the optimizer of the model, or a list of several; the gates join the one that has the parameters of
-            the norms. Also as accelerate, Lightning or timm's Lookahead wrap it.
+        model: as in `normswap.convert`; the modules themselves change.
+        optimizer: the optimizer of the model, or a list of several; the one with the parameters of the norms gets the
+            gates. It may be wrapped by accelerate, Lightning or timm's Lookahead.
         scheduler: the scheduler of that optimizer, or a list of several, of torch or timm.
         ema: a moving average of the model, or a list of several: torch's `AveragedModel`, timm's `ModelEma`, a copy of
-            the model, or what keeps its tensors in a list `shadow_params`.
-        example_inputs: a tensor, a tuple or a dict for one forward pass in evaluation, as in `convert`.
-        importance_lr: the learning rate of the gates before any schedule, default that of the last group.
-        norms: the table of norm classes, as in `convert`.
-        choices: the other arguments of `convert`, such as `plan`, `include`, `exclude`, `settings`, `bn_statistics`.
+            the model, or an object with the tensors in a list `shadow_params`.
+        example_inputs: a tensor, a tuple or a dict for one forward pass in evaluation mode, as in `normswap.convert`.
+        importance_lr: the learning rate of the gates before any schedule; default: that of the last group.
+        norms: the table of norm classes, as in `normswap.convert`.
+        choices: the other arguments of `normswap.convert`, such as `plan`, `include`, `settings`, `bn_statistics`.
 
     Returns:
-        What was done. If there is nothing to swap, the plan says why and nothing has changed.
+        The conversion. If there is nothing to swap, the plan gives the reasons and nothing has changed.
 
     Raises:
-        PlanError, ModelError, SwapError: as `convert`; an average is no copy of this model.
-        OptimizerError: a scheduler belongs to another optimizer or number of groups, an optimizer cannot take the
-            gates or has not all parameters, an average is of no known kind, or `importance_lr` is no learning rate.
+        PlanError, ModelError, SwapError: as `normswap.convert`; an average is not a copy of this model.
+        OptimizerError: a scheduler belongs to another optimizer or number of groups; an optimizer cannot train the
+            gates or lacks parameters of the model; the kind of an average is unknown; `importance_lr` is not a rate.
 
     Examples:
         >>> import torch, normswap
@@ -195,12 +215,12 @@ def convert_training(
         (0.01, ('CosineAnnealingLR',))
     """
     if choices.keys() & {"as_graph", "inplace"}:
-        raise PlanError("convert_training works in place on the model itself: leave as_graph and inplace out")
+        raise PlanError("convert_training always converts in place, and not as a graph: remove as_graph and inplace")
     optimizers = [*dict.fromkeys(unwrap_optimizer(each) for each in _as_list(optimizer))]
     schedulers = _as_list(scheduler)
     averages = _as_list(ema)
     if schedulers and not optimizers:
-        raise OptimizerError("scheduler: expected the optimizer that it steps too, got none: pass optimizer=optimizer")
+        raise OptimizerError("scheduler: expected its optimizer too, got none: pass optimizer=optimizer")
     unwrapped = unwrap(model)
     copies = [find_model_copy(average) for average in averages]
     old_parameters = [*unwrapped.parameters()]
@@ -227,11 +247,11 @@ def _convert_average(
         set_lists(average, extend_average_lists(average, model, old_parameters))
         return
     if copy is model:
-        raise OptimizerError("ema: expected a copy of the model, got the model itself: leave it out")
+        raise OptimizerError("ema: expected a copy of the model, got the model itself: remove ema")
     try:
         apply_plan(copy, plan, norms=norms)
     except PlanError as error:
-        raise PlanError(f"ema: {type(average).__name__} keeps another model: {error}") from error
+        raise PlanError(f"ema: {type(average).__name__} is the average of another model: {error}") from error
     copy_gates(model, copy)
     match_requires_grad(copy)
 
@@ -239,13 +259,13 @@ def _convert_average(
 def _add_gates(
     model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], stepped_schedulers: Sequence[Any], rate: float | None
 ) -> tuple[dict[str, Any] | None, tuple[str, ...]]:
-    """Add the gates to the optimizer that they belong to, and to its schedulers, of which `outer` are stepped."""
+    """Add the gates to the optimizer with the norms and to its schedulers; return the group and the schedulers."""
     all_schedulers = [each for scheduler in stepped_schedulers for each in iter_schedulers(scheduler)]
     if not optimizers:
         return None, ()
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    check_same_model(model, groups)
-    check_complete(model, groups)
+    check_same_model(model, groups, argument="optimizer")
+    check_complete(model, groups, argument="optimizer")
     grouped = {parameter for group in groups for parameter in group["params"]}
     gates = {name: gate for name, gate in trainable_gates(model).items() if gate not in grouped}
     if not gates:
@@ -268,7 +288,7 @@ def _add_gates(
 def _find_owner(
     optimizers: Sequence[torch.optim.Optimizer], model: nn.Module, gates: dict[str, nn.Parameter]
 ) -> torch.optim.Optimizer:
-    """The optimizer that has the parameters of the norms whose gates are to be trained."""
+    """The optimizer with the parameters of the norms that now have gates."""
     sites = {name.rpartition(".")[0] for name in gates}
     known = set(gates.values())
     named = dict(model.named_parameters(remove_duplicate=False))
@@ -278,16 +298,16 @@ def _find_owner(
     if len(owners) != 1:
         kinds = ", ".join(type(each).__name__ for each in owners)
         raise OptimizerError(
-            f"optimizer: {len(owners)} of them ({kinds}) could take the gates, since each has parameters of norms: "
-            "pass one, and add param_groups(model, like=optimizer)[-1] to it yourself"
+            f"optimizer: expected one with parameters of norms, got {len(owners)} ({kinds}): convert without "
+            "optimizer, then add the gates to one: optimizer.add_param_group(normswap.param_groups(model)[-1])"
         )
     found = owners[0]
     name = type(found).__name__
     if name in _UNSUPPORTED_OPTIMIZERS:
         raise OptimizerError(
-            f"optimizer: {name} {_UNSUPPORTED_OPTIMIZERS[name]}: keep the gates in a second optimizer, such as "
-            'torch.optim.SGD(normswap.param_groups(model)[-1]["params"], lr=0.01), after '
-            "normswap.convert(model, inplace=True)"
+            f"optimizer: {name} {_UNSUPPORTED_OPTIMIZERS[name]}: call normswap.convert(model, inplace=True), and train "
+            "the gates with a second optimizer, such as "
+            'torch.optim.SGD(normswap.param_groups(model)[-1]["params"], lr=0.01)'
         )
     return found
 
@@ -299,6 +319,7 @@ def _rollback_on_failure(
     schedulers: Sequence[Any],
     averages: Sequence[Any],
 ) -> Iterator[None]:
+    """Restore models, parameter groups, schedulers and averages if the block raises."""
     groups = [(optimizer, [*optimizer.param_groups]) for optimizer in optimizers]
     all_schedulers = [each for scheduler in schedulers for each in iter_schedulers(scheduler)]
     attributes = [(each, dict(vars(each))) for each in (*all_schedulers, *averages) if hasattr(each, "__dict__")]

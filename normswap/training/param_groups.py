@@ -1,7 +1,8 @@
-"""Parameter groups of a converted model: its gates in a last group of their own.
+"""Parameter groups of a converted model, with its gates in a last group that has no weight decay.
 
-`param_groups` groups anew, or keeps the groups of an optimizer that exists, whose state then stays valid. What it
-returns is a list of dicts that every optimizer of torch takes, and timm's factory.
+`param_groups` returns groups for a new optimizer, or the groups of an existing one, whose state stays valid.
+`exempt_gates` changes an existing optimizer, which another library may have built. A state dict refers to parameters by
+number: these are resolved by the orders in which common libraries build their groups.
 """
 
 import copy
@@ -21,32 +22,33 @@ from normswap.surgery.module_tree import walk_modules
 from normswap.surgery.wrappers import unwrap
 from normswap.training.importance_watch import unwrap_optimizer
 
-# MERGED DOC: Which parameter of a model is meant by a number in an optimizer's state dict.
-
-# MERGED DOC: Weight decay taken off the gates in an optimizer that another library has built by its own rules.
-
-
 NamedParameters = dict[str, nn.Parameter]
 AnyGroup = Mapping[str, Any]
+Group = dict[str, Any]
+Optimizer = TypeVar("Optimizer")
+
+_MAX_LISTED = 3
+
+# --- orders of parameters ---------------------------------------------------------------------------------------------
 
 _LIKE_HINT = "pass like=the optimizer that your code builds from the converted model"
 
 
 class ParamGroupSpec(NamedTuple):
-    """The parameters of one group, and whether they get weight decay (None: either)."""
+    """The parameters of one group, and whether it has weight decay (None: unknown)."""
 
     parameters: list[nn.Parameter]
     decays: bool | None
 
 
 def non_gate_parameters(model: nn.Module) -> NamedParameters:
-    """Return the parameters that are no gates, by name, in the order of `named_parameters()`."""
+    """Return all parameters except gates, by name, in the order of `named_parameters()`."""
     gates = set(gate_parameters(model).values())
     return {name: parameter for name, parameter in unwrap(model).named_parameters() if parameter not in gates}
 
 
 def timm_param_groups(model: nn.Module, members: NamedParameters) -> list[ParamGroupSpec]:
-    """Return the parts of `timm.optim.param_groups_weight_decay`: without decay, then with; none is empty."""
+    """Return the groups of `timm.optim.param_groups_weight_decay`, without decay and with it, but no empty one."""
     no_decay_patterns: Iterable[str] = getattr(unwrap(model), "no_weight_decay", set)()
 
     def decays(name: str, parameter: nn.Parameter) -> bool:
@@ -59,15 +61,15 @@ def timm_param_groups(model: nn.Module, members: NamedParameters) -> list[ParamG
 def resolve_parameters(
     model: nn.Module, groups: Sequence[AnyGroup], state: Mapping[Any, Any]
 ) -> list[list[nn.Parameter]]:
-    """Return the parameters of each group, which gives them by number or by name.
+    """Return the parameters of each group of a state dict, in which they are numbers or names.
 
     Args:
-        model: converted; the groups hold its gates in one marked group or not at all.
+        model: a converted model; its gates are either in one marked group or in none.
         groups: the `param_groups` of an optimizer's state dict.
-        state: its `state`, or an empty mapping.
+        state: the `state` of that state dict, or an empty mapping.
 
     Raises:
-        OptimizerError: a name is not the model's, or no known order, or more than one, explains the numbers.
+        OptimizerError: a name does not belong to the model; no known order fits the numbers, or several do.
     """
     if all("param_names" in group for group in groups):
         return [_resolve_names(model, group["param_names"]) for group in groups]
@@ -79,15 +81,15 @@ def resolve_parameters(
     for group in groups[len(old) :]:
         if group.get(GATE_GROUP) is not True or len(group["params"]) != len(gates):
             raise OptimizerError(
-                f"like: its group of gates has {len(group['params'])} parameters, the model has {len(gates)} trainable "
-                f"gates: {_LIKE_HINT}"
+                f"like: its group of gates has {len(group['params'])} parameters, but the model has {len(gates)} "
+                f"trainable gates: {_LIKE_HINT}"
             )
         found.append(gates)
     return found
 
 
 def match_parameter_names(model: nn.Module, stored: Collection[str]) -> StoredNames:
-    """Return how names that an optimizer has stored, perhaps of a wrapped model, stand for those of `model`."""
+    """Return how names stored by an optimizer, perhaps of a wrapped model, correspond to those of `model`."""
     return match_names(stored, dict(unwrap(model).named_parameters(remove_duplicate=False)))
 
 
@@ -116,8 +118,8 @@ def _resolve_order(model: nn.Module, groups: Sequence[AnyGroup], state: Mapping[
         what = "fit more than one known order" if fitting else f"fit no known order ({', '.join(_PARAM_ORDERS)})"
         sizes = " and ".join(str(len(group["params"])) for group in groups)
         raise OptimizerError(
-            f"like: it gives parameters by number, and its groups of {sizes} of the {len(all_parameters)} in the model {what}: "
-            f"{_LIKE_HINT}"
+            f"like: its parameters are numbers, and its groups of {sizes} of the model's {len(all_parameters)} "
+            f"parameters {what}: {_LIKE_HINT}"
         )
     return [part.parameters for part in fitting.popitem()[1]]
 
@@ -146,7 +148,7 @@ def _split(
 
 
 def _norms_last(model: nn.Module, members: NamedParameters) -> list[ParamGroupSpec]:
-    """As torchvision's references: all others, then the parameters of norms, each with a decay of its own."""
+    """The groups of torchvision's references: parameters of norms last, each group with its own weight decay."""
     classes = (GatedModule, nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
     norms = [module for module in unwrap(model).modules() if isinstance(module, classes)]
     own_parameters = {parameter for module in norms for parameter in module.parameters(recurse=False)}
@@ -162,9 +164,7 @@ _PARAM_ORDERS: Mapping[str, Callable[[nn.Module, NamedParameters], list[ParamGro
 }
 
 
-Group = dict[str, Any]
-
-_MAX_LISTED = 3
+# --- param_groups -----------------------------------------------------------------------------------------------------
 
 
 def param_groups(
@@ -177,31 +177,30 @@ def param_groups(
 ) -> list[Group]:
     """Return parameter groups for an optimizer, with the gates in a last group that has no weight decay.
 
-    Without `like` the groups are timm's (parameters of one dimension, biases and what `model.no_weight_decay()` names
-    without decay, then the rest; all in one where there is none) and the gates'. Parameters that do not train are left
-    out.
+    Without `like` the groups are those of timm: first 1-D parameters, biases and those that `model.no_weight_decay()`
+    names, without weight decay, then the rest; a single group if `weight_decay` is 0. Frozen parameters are left out.
 
-    With `like` the old groups keep their order and options; gates are taken out of wherever they are, and a group that
-    held nothing else goes. An optimizer that lives on needs only `add_param_group` with the last group; a new one takes
-    over the state of the old by `load_state_dict`.
+    With `like` the old groups keep their order and options, but lose their gates; a group of gates only is dropped. An
+    existing optimizer then needs `add_param_group(groups[-1])` only; a new one takes over its state with
+    `load_state_dict`.
 
     Args:
-        model: converted, wrapped or not. Without trainable gates there is no group of gates.
-        like: an optimizer of this model or its groups, with gates in any of them or in none; or an optimizer's state
-            dict or its groups, where parameters are numbers: these are known by `param_names`, else by a known order.
-        lr: of all groups, default the optimizer's own. Not with `like`.
-        weight_decay: of the groups that have any. Not with `like`.
-        importance_lr: the learning rate of the gates, default that of the last old group. It is meant before any
-            schedule: where a scheduler has left an `initial_lr`, the gates' present rate is the same share of it as
-            that of the last old group.
+        model: a converted model, wrapped or not. Without trainable gates there is no group of gates.
+        like: an optimizer of this model, or its `param_groups`, with or without gates; or the state dict of an
+            optimizer, or the `param_groups` in it, in which parameters are numbers: these are resolved by
+            `param_names`, or else by the orders that torch, timm and torchvision use.
+        lr: the learning rate of all groups; default: the optimizer's own. Not with `like`.
+        weight_decay: the weight decay of the groups that have it. Not with `like`.
+        importance_lr: the learning rate of the gates before any schedule; default: that of the last old group. If a
+            scheduler has set `initial_lr`, the present rate of the gates is scaled like that of the last old group.
 
     Returns:
-        The groups, each with `params` and its options; that of the gates has the option `gates=True`.
+        The groups, each with `params` and its options; the group of the gates has the option `gates=True`.
 
     Raises:
-        ArgumentError: `model` is no module.
-        OptimizerError: a rate is negative or not finite; a trainable parameter is in no group; `like` is no such thing,
-            holds parameters of another model, or numbers that no known order explains.
+        ArgumentError: `model` is not a module.
+        OptimizerError: a rate is negative or not finite; a trainable parameter is in no group; `like` is of another
+            type, has parameters of another model, or numbers in an unknown order.
 
     Examples:
         >>> import torch, normswap
@@ -215,7 +214,7 @@ def param_groups(
     if like is None:
         return _new_groups(model, lr, weight_decay, importance_lr)
     if lr is not None or weight_decay:
-        raise OptimizerError("like= keeps the lr and weight_decay of the old groups: leave lr and weight_decay out")
+        raise OptimizerError("like= keeps the lr and weight_decay of the old groups: remove lr and weight_decay")
     groups = _old_groups(model, like)
     check_same_model(model, groups)
     kept, template = _without_gates(model, groups)
@@ -255,7 +254,7 @@ def _old_groups(model: nn.Module, like: Any) -> list[Group]:
     if not isinstance(found, list | tuple) or not found or not all(_is_group(group) for group in found):
         kind = type(like).__name__
         raise OptimizerError(
-            f"like: expected an optimizer, its param_groups or its state dict, got {kind}: pass optimizer"
+            f"like: expected an optimizer, its param_groups or its state dict, got {kind}: pass like=optimizer"
         )
     groups = [_copy_group(group) for group in found]
     if not all(isinstance(key, Tensor) for group in groups for key in group["params"]):
@@ -276,19 +275,20 @@ def _copy_group(group: Mapping[str, Any]) -> Group:
     return {**options, "params": params}
 
 
-def check_same_model(model: nn.Module, groups: Iterable[Group]) -> None:
+def check_same_model(model: nn.Module, groups: Iterable[Group], *, argument: str = "like") -> None:
+    """Raise OptimizerError if groups have parameters of another model; `argument` names them in the message."""
     own = {p for entry in walk_modules(unwrap(model)) for p in entry.module._parameters.values()}
     foreign = [p for group in groups for p in group["params"] if p not in own]
     if foreign:
         shapes = ", ".join("x".join(map(str, p.shape)) or "scalar" for p in foreign[:_MAX_LISTED])
         raise OptimizerError(
-            f"like: {len(foreign)} of its parameters are not the model's ({shapes}): build the optimizer from the "
-            "converted model, or convert with inplace=True, or pass its state_dict()"
+            f"{argument}: {len(foreign)} of its parameters are not the model's ({shapes}): build the optimizer from "
+            "the converted model, or convert with inplace=True, or pass like=optimizer.state_dict()"
         )
 
 
 def _without_gates(model: nn.Module, groups: list[Group]) -> tuple[list[Group], Group]:
-    """The groups without gates, and the one whose options are the gates': theirs if they had one, else the last."""
+    """The groups without gates, and the group whose options the gates get: their own one, or else the last."""
     gates = set(gate_parameters(model).values())
     kept, template = [], None
     for group in groups:
@@ -303,50 +303,58 @@ def _without_gates(model: nn.Module, groups: list[Group]) -> tuple[list[Group], 
     return kept, template or kept[-1]
 
 
-def check_complete(model: nn.Module, groups: Iterable[Group]) -> None:
+def check_complete(model: nn.Module, groups: Iterable[Group], *, argument: str = "like") -> None:
+    """Raise OptimizerError if a trainable parameter is in no group; `argument` names the groups in the message."""
     grouped = {parameter for group in groups for parameter in group["params"]}
     ungrouped = [name for name, p in non_gate_parameters(model).items() if p.requires_grad and p not in grouped]
     if ungrouped:
         more = f", +{len(ungrouped) - _MAX_LISTED} more" if len(ungrouped) > _MAX_LISTED else ""
         raise OptimizerError(
-            f"like: {len(ungrouped)} trainable parameters are in no group ({', '.join(ungrouped[:_MAX_LISTED])}{more}): add them, "
-            "or freeze them with requires_grad_(False)"
+            f"{argument}: {len(ungrouped)} trainable parameters are in no group "
+            f"({', '.join(ungrouped[:_MAX_LISTED])}{more}): add them, or freeze them with requires_grad_(False)"
         )
 
 
 def _collect_gates(model: nn.Module, groups: Iterable[Group]) -> NamedParameters:
-    """The gates that learn; of modules that no registry knows, those that the groups hold."""
+    """The trainable gates; also gates of unregistered modules if the groups have them."""
     gates = trainable_gates(model)
     grouped = {parameter for group in groups for parameter in group["params"]}
     unregistered = grouped - set(gates.values())
     return gates | {n: p for n, p in gate_parameters(model).items() if p in unregistered and p.requires_grad}
 
 
-Optimizer = TypeVar("Optimizer")
+# --- exempt_gates -----------------------------------------------------------------------------------------------------
 
 
 def exempt_gates(
     model: nn.Module, optimizer: Optimizer, *, affine: bool = False, importance_lr: float | None = None
 ) -> Optimizer:
-    """Take the gates of a converted model out of weight decay, in place, in an optimizer that exists.
+    """Remove weight decay from the gates of a converted model, in place, in an existing optimizer.
 
-    Gates leave the groups that they are in, and form a last group without weight decay; gates that are in no group
-    join it. All other options, and the state, stay. Build a scheduler afterwards, since it counts the groups. In an
-    optimizer of fastai the gates are marked as it marks the parameters of norms.
-
-        optimizer = normswap.exempt_gates(model, their_library.build_optimizer(model), affine=True)
+    All gates, also those in no group, are moved to a last group without weight decay. All other options and the state
+    stay. Build schedulers afterwards, since they count the groups. In a fastai optimizer the gates get the mark that
+    fastai sets on parameters of norms.
 
     Args:
-        model: converted, wrapped or not.
-        optimizer: of this model: torch's, also as accelerate, Lightning or timm's Lookahead wrap it, or fastai's.
-        affine: also take `weight` and `bias` of SN layers out of weight decay, as many libraries do with those of BN.
-        importance_lr: learning rate of the gates, as in `param_groups`.
+        model: a converted model, wrapped or not.
+        optimizer: an optimizer of this model: of torch, perhaps wrapped by accelerate, Lightning or timm's Lookahead,
+            or of fastai.
+        affine: also remove weight decay from `weight` and `bias` of SN layers, as many libraries do for BN.
+        importance_lr: the learning rate of the gates, as in `normswap.param_groups`.
 
     Returns:
-        `optimizer`.
+        The same optimizer.
 
     Raises:
-        OptimizerError: no optimizer, one of another model, or one that lacks trainable parameters of the model.
+        OptimizerError: `optimizer` is not an optimizer, belongs to another model, or lacks trainable parameters.
+
+    Examples:
+        >>> import torch, normswap
+        >>> model = normswap.convert(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))).model
+        >>> optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05)  # as another library builds it
+        >>> optimizer = normswap.exempt_gates(model, optimizer, affine=True)
+        >>> [(len(group["params"]), group["weight_decay"]) for group in optimizer.param_groups]
+        [(2, 0.05), (2, 0.0), (2, 0.0)]
     """
     exempt = _affine_parameters(model) if affine else set()
     if _is_fastai(optimizer):
@@ -378,7 +386,7 @@ def _affine_parameters(model: nn.Module) -> set[nn.Parameter]:
 
 
 def _select_parameters(group: Group, parameters: AbstractSet[nn.Parameter]) -> Group:
-    """A group with its options and, of its parameters, those named."""
+    """A group with all options, but only these of its parameters."""
     keep_mask = [parameter in parameters for parameter in group["params"]]
     lists = {name: group[name] for name in ("params", "param_names") if name in group}
     options = {name: copy.deepcopy(value) for name, value in group.items() if name not in lists}
@@ -392,14 +400,14 @@ def _is_fastai(optimizer: object) -> bool:
 
 
 def _exempt_fastai(optimizer: Any, parameters: AbstractSet[nn.Parameter], importance_lr: float | None) -> None:
-    """Set fastai's own mark, by which it leaves a parameter out of weight decay."""
+    """Set fastai's own mark for a parameter without weight decay."""
     own = {parameter for group in optimizer.param_lists for parameter in group}
     if importance_lr is not None:
-        raise OptimizerError("importance_lr: fastai has one rate for a group of layers: leave it out")
+        raise OptimizerError("importance_lr: fastai has one learning rate per group of layers: remove importance_lr")
     if not parameters <= own:
         raise OptimizerError(
-            f"the optimizer lacks {len(parameters - own)} of the model's gates and norms: build it from the converted "
-            "model, learn.create_opt()"
+            f"optimizer: lacks {len(parameters - own)} parameters of the model's gates and norms: build it from the "
+            "converted model with learn.create_opt()"
         )
     for parameter in parameters:
         optimizer.state[parameter]["do_wd"] = False

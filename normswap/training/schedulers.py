@@ -1,6 +1,6 @@
-"""Learning rate schedulers of a run in progress: an entry for the group of gates in every list per parameter group.
+"""Learning rate schedulers during a run: extend every list per parameter group by an entry for the gates.
 
-What is to be changed is computed first and set at once, so that a scheduler that does not fit leaves all as they are.
+All changes are computed before the first one is applied, so that an error leaves all schedulers unchanged.
 """
 
 import copy
@@ -15,27 +15,27 @@ from normswap.checkpoints.content.optimizer_state import base_lr, extend_group_l
 from normswap.errors import CheckpointError, OptimizerError
 from normswap.training.importance_watch import unwrap_optimizer
 
-# Where a scheduler keeps others: torch's SequentialLR and ChainedScheduler, timm's PlateauLRScheduler, accelerate.
+# Attributes with nested schedulers: torch's SequentialLR and ChainedScheduler, timm's PlateauLRScheduler, accelerate.
 _NESTED_ATTRIBUTES = ("_schedulers", "lr_scheduler", "scheduler")
-# What torch's schedulers call the number below which they do not anneal.
+# The attribute of torch's schedulers with the smallest learning rate.
 _MIN_LR_ATTRIBUTE = "eta_min"
 
 Group = Mapping[str, Any]
 
 
 class SchedulerUpdate(NamedTuple):
-    """A scheduler and the lists, by attribute, that it is to keep instead of its own."""
+    """A scheduler and the new values of its lists, by attribute."""
 
     scheduler: Any
     lists: dict[str, list[Any]]
 
     def set(self) -> None:
-        """Give the scheduler these lists."""
+        """Apply the update."""
         vars(self.scheduler).update(self.lists)
 
 
 def iter_schedulers(scheduler: Any) -> Iterator[Any]:
-    """Yield a scheduler and all that it steps, the outer one first; of several in a list or tuple those of each."""
+    """Yield a scheduler, or every one in a list or tuple, each followed by its nested schedulers."""
     if isinstance(scheduler, list | tuple):
         for each in scheduler:
             yield from iter_schedulers(each)
@@ -48,34 +48,32 @@ def iter_schedulers(scheduler: Any) -> Iterator[Any]:
 
 
 def check_schedulers(schedulers: Sequence[Any], optimizer: torch.optim.Optimizer) -> None:
-    """Refuse schedulers of another optimizer, and whatever is no scheduler.
+    """Check that each object is a scheduler of this optimizer.
 
     Raises:
-        OptimizerError: as said.
+        OptimizerError: one is not a scheduler, or steps another optimizer.
     """
     for each in schedulers:
         own = getattr(each, "optimizer", getattr(each, "optimizers", None))
         if own is None:
-            raise OptimizerError(
-                f"scheduler: expected a scheduler of torch or timm, got {type(each).__name__}: pass scheduler=scheduler"
-            )
+            raise OptimizerError(f"scheduler: expected a scheduler of torch or timm, got {type(each).__name__}")
         optimizers = own if isinstance(own, list | tuple) else [own]
         if not any(unwrap_optimizer(each) is optimizer for each in optimizers):
             raise OptimizerError(
-                f"scheduler: {type(each).__name__} steps another optimizer than the one that gets the gates: pass the "
-                "schedulers of that optimizer"
+                f"scheduler: expected schedulers of the optimizer that gets the gates, but {type(each).__name__} steps "
+                "another optimizer: pass the schedulers of the one with the norms"
             )
 
 
 def plan_scheduler_updates(schedulers: Sequence[Any], groups: Sequence[Group], gates: Group) -> list[SchedulerUpdate]:
-    """Return what the schedulers of an optimizer have to keep once the group of gates is its last one.
+    """Return the updates for schedulers of an optimizer that gets the gates as its last group.
 
-    The gates follow the schedule of the last group, at their own learning rate.
+    The gates follow the schedule of the group before them, with their own learning rate.
 
     Args:
-        schedulers: all of them, nested ones too.
+        schedulers: all schedulers, including nested ones.
         groups: the optimizer's parameter groups without the gates.
-        gates: the group of gates, at its present learning rate.
+        gates: the group of the gates, with its present learning rate.
 
     Raises:
         OptimizerError: a scheduler has lists for another number of groups.
@@ -87,8 +85,8 @@ def plan_scheduler_updates(schedulers: Sequence[Any], groups: Sequence[Group], g
             lists = extend_group_lists(vars(each), len(groups), old, new)
         except CheckpointError:
             raise OptimizerError(
-                f"scheduler: {type(each).__name__} was built for another number of parameter groups than the "
-                f"{len(groups)} that the optimizer has: build it again before the conversion"
+                f"scheduler: {type(each).__name__} was built for another number of parameter groups; expected "
+                f"{len(groups)}, as in the optimizer: build it again before the conversion"
             ) from None
         if "_last_lr" in lists:
             lists["_last_lr"][-1] = copy.deepcopy(gates["lr"])
@@ -97,10 +95,12 @@ def plan_scheduler_updates(schedulers: Sequence[Any], groups: Sequence[Group], g
 
 
 def check_group_count(schedulers: Sequence[Any], groups: int) -> None:
-    """Refuse own classes of schedulers that keep a list per parameter group which `plan_scheduler_updates` does not know.
+    """Check that custom schedulers return a learning rate for every group, including that of the gates.
+
+    A custom class may keep a list per group in an attribute that `plan_scheduler_updates` does not know.
 
     Raises:
-        OptimizerError: one computes no rate for the last of so many groups, so that its next step would fail.
+        OptimizerError: a scheduler returns another number of rates, so that its next step would fail.
     """
     for each in schedulers:
         cls = type(each)
@@ -108,7 +108,7 @@ def check_group_count(schedulers: Sequence[Any], groups: int) -> None:
             continue
         each._get_lr_called_within_step = True
         try:
-            # On a copy: a class may count its calls.
+            # A copy, since a class may count its calls.
             complete = len(copy.copy(each).get_lr()) == groups
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
             complete = False
@@ -116,18 +116,20 @@ def check_group_count(schedulers: Sequence[Any], groups: int) -> None:
             each._get_lr_called_within_step = False
         if not complete:
             raise OptimizerError(
-                f"scheduler: {cls.__module__}.{cls.__qualname__} computes no learning rate for the {groups} groups "
-                "that the optimizer has with the gates: leave it out, and build it again after the conversion"
+                f"scheduler: {cls.__module__}.{cls.__qualname__} does not return {groups} learning rates, one for each "
+                "group and the gates: convert without it, and build it again after the conversion"
             )
 
 
 def current_gate_lr(schedulers: Sequence[Any], last: Group, gates: Group) -> Any:
-    """Return the present learning rate of the gates, which stand in their schedule where the last group stands.
+    """Return the present learning rate of the gates, at the point of the schedule that the last group has reached.
 
-    It is a fixed share of their base, unless a scheduler anneals to a floor other than zero.
+    It is the same fraction of the initial rate as that of the last group, unless a scheduler anneals to a minimum.
 
     Args:
-        schedulers: those that are stepped, without nested ones.
+        schedulers: the schedulers that the loop steps, without nested ones.
+        last: the last parameter group before that of the gates.
+        gates: the group of the gates.
     """
     min_lr = next(filter(None, (getattr(_active_scheduler(each), _MIN_LR_ATTRIBUTE, 0.0) for each in schedulers)), 0.0)
     old, new = base_lr(last), base_lr(gates)
@@ -137,7 +139,7 @@ def current_gate_lr(schedulers: Sequence[Any], last: Group, gates: Group) -> Any
 
 
 def _active_scheduler(scheduler: Any) -> Any:
-    """The scheduler that sets the rate now: of a sequence the one whose turn it is."""
+    """The scheduler that sets the present rate: in a `SequentialLR` the one of the present phase."""
     milestones = getattr(scheduler, "_milestones", None)
     if milestones is None:
         return scheduler

@@ -186,14 +186,14 @@ def test_grey_models_get_grey_images(folder: Path) -> None:
     [
         (["sn.pt", *DIGITS, "-o", "bn.pt"], 2, "bn.pt: exists already"),
         (["sn.pt", *DIGITS[2:]], 2, "Missing option '--data'"),
-        (["sn.pt", "--data", "folder:none"], 2, "none: expected a folder with a folder of images per class"),
+        (["sn.pt", "--data", "folder:none"], 2, "none: no such folder: expected one with a folder of images per class"),
         (["sn.pt", "--data", "digits", "--split", "all"], 2, "no split 'all'"),
         (
             ["sn.pt", "--data", "digits", "--input-size", "3x4x5x6"],
             2,
             "a size in pixels such as 224, 224x320 or 1x28x28",
         ),
-        (["plain.pt", "--trust", "--data", "digits"], 2, "nothing tells the size of images: give --input-size 224x224"),
+        (["plain.pt", "--trust", "--data", "digits"], 2, "image size unknown: pass --input-size 224x224"),
         (["bare.pt", "--trust", *DIGITS], 1, "nothing to calibrate: no layer with running statistics ran"),
         (["missing.pt", *DIGITS], 2, "missing.pt"),
         (["sn.pt", *DIGITS, "--device", "nowhere"], 2, "--device nowhere: the model cannot be moved there: "),

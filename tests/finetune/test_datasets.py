@@ -209,11 +209,19 @@ def test_a_data_set_of_torchvision_is_opened_by_its_name(monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("options", "use", "message"),
     [
-        ({"source": "folder:{}/none"}, "evaluation", "none: expected a folder with a folder of images per class"),
-        ({"source": "folder:{}/empty"}, "evaluation", "empty: no images in it"),
+        (
+            {"source": "folder:{}/none"},
+            "evaluation",
+            "none: no such folder: expected one with a folder of images per class",
+        ),
+        ({"source": "folder:{}/empty"}, "evaluation", "empty: has no images"),
         ({"source": "folder:{}/one"}, "training", "expected several classes to train on, got cat"),
-        ({"source": "folder:{}/three"}, "training", "has 3 classes, the model 2: build the model with num_classes=3"),
-        ({"class_names": ("cat",)}, "evaluation", "1 folders are none of the 1 classes: dog"),
+        (
+            {"source": "folder:{}/three"},
+            "training",
+            "has 3 classes, but the model has 2: build the model with num_classes=3",
+        ),
+        ({"class_names": ("cat",)}, "evaluation", "1 folders do not name one of the 1 classes: dog"),
         (
             {"source": "images"},
             "evaluation",
@@ -221,8 +229,8 @@ def test_a_data_set_of_torchvision_is_opened_by_its_name(monkeypatch: pytest.Mon
         ),
         ({"source": "digits", "split": "all"}, "evaluation", "no split 'all': choose one of train, validation, test"),
         ({"source": "torch/nothing"}, "evaluation", "data 'torch/nothing': cannot be opened: .*Unknown torchvision"),
-        ({"image_size": None}, "evaluation", "nothing tells the size of images: give image_size="),
-        ({"channels": 4}, "evaluation", "expected images of 1 or 3 channels, the model takes 4"),
+        ({"image_size": None}, "evaluation", "image size unknown: pass image_size="),
+        ({"channels": 4}, "evaluation", "expected a model for images of 1 or 3 channels, got 4"),
         ({"batch_size": 7}, "training", r"6 images \(1 processes\) are fewer than one batch of 7"),
         ({"augmentation": {"blur": 1}}, "training", "augmentation {'blur': 1}: .*: see timm.data.create_transform"),
         ({"augmentation": {"auto_augment": "much"}}, "training", "augmentation {'auto_augment': 'much'}: "),
@@ -243,7 +251,7 @@ def test_labels_beyond_the_classes_of_the_model_are_refused() -> None:
     model = nn.Identity()
     data = open_data(DIGITS, model=model)
     narrow = type(data)(**vars(data) | {"checked_classes": 9})
-    with pytest.raises(DataError, match=re.escape("labels from 0 to 8, as the model has 9 classes, got 9")):
+    with pytest.raises(DataError, match=re.escape("labels from 0 to 8, since the model has 9 classes, got 9")):
         list(narrow)
 
 
@@ -251,12 +259,12 @@ def test_a_folder_without_a_readable_image_is_refused(tmp_path: Path, caplog: py
     root = image_folder(tmp_path / "images", each=1)
     for path in root.rglob("*.png"):
         path.write_bytes(b"nothing of the kind")
-    with pytest.raises(DataError, match=r"Failed to load .* consecutive samples: are these images"):
+    with pytest.raises(DataError, match=r"Failed to load .* consecutive samples: expected image files"):
         list(open_data(settings_for(root)))
     assert "Skipped sample" in caplog.text
 
 
 def test_scikit_learn_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "sklearn.datasets", None)
-    with pytest.raises(DataError, match="needs scikit-learn: pip install scikit-learn"):
+    with pytest.raises(DataError, match="scikit-learn is not installed: pip install scikit-learn"):
         open_data(DIGITS)

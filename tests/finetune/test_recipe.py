@@ -1,16 +1,30 @@
 """Recipes: what is read, what is refused, what is shipped."""
 
+import copy
 import json
+import pickle
 import re
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 from click.testing import CliRunner
 
 from normswap.cli import main
 from normswap.errors import RecipeError
-from normswap.finetune.recipe import TABLES, Recipe, differing_keys, parse_recipe, read_recipe, shipped_recipes
+from normswap.finetune.recipe import (
+    TABLES,
+    ConvertTable,
+    Recipe,
+    TrainTable,
+    parse_recipe,
+    read_recipe,
+    shipped_recipes,
+)
+from normswap.finetune.run_files import differing_keys
+from normswap.layers.gating import BnStatistics, Gate
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALLEST = {"model": {"architecture": "timm:test_resnet"}, "train": {"steps": 10}}
@@ -29,7 +43,7 @@ def with_value(place: str, value: object) -> dict[str, dict[str, object]]:
 
 def test_a_recipe_has_the_defaults_of_what_it_leaves_out() -> None:
     recipe = parse_recipe("mine", SMALLEST)
-    assert (recipe.train.steps, recipe.train.batch_price, recipe.convert.enabled) == (10, 0.03, True)
+    assert (recipe.train.steps, recipe.train.batch_penalty, recipe.convert.enabled) == (10, 0.03, True)
     assert str(recipe.output) == "runs/mine"
     assert parse_recipe("mine", with_value("train.lr", 1)).train.lr == 1.0
     assert parse_recipe("mine", with_value("convert.include", ["a.*"])).convert.include == ("a.*",)
@@ -37,29 +51,34 @@ def test_a_recipe_has_the_defaults_of_what_it_leaves_out() -> None:
 
 
 REFUSED = [
-    (with_value("train.learning_rate", 0.1), "unknown key train.learning_rate; there are steps, epochs"),
-    (with_value("train.momentun", 0.9), "unknown key train.momentun; did you mean momentum?"),
+    (with_value("train.learning_rate", 0.1), "unknown key train.learning_rate; [train] has the keys steps, epochs"),
+    (with_value("train.momentun", 0.9), "unknown key train.momentun; did you mean train.momentum?"),
     (with_value("train.batch_size", 2), "unknown key train.batch_size; did you mean data.batch_size?"),
+    (with_value("train.batchsize", 2), "unknown key train.batchsize; did you mean data.batch_size?"),
+    (with_value("train.steps", 0), "train.steps: expected at least 1, got 0"),
     ({**SMALLEST, "trian": {}}, "unknown table [trian]; did you mean train?"),
     ({**SMALLEST, "data": 3}, "data: expected a table [data], got 3"),
     (with_value("train.lr", "fast"), "train.lr: expected a number, got 'fast'"),
     (with_value("train.steps", 2.5), "train.steps: expected a whole number, got 2.5"),
     (with_value("train.channels_last", 1), "train.channels_last: expected true or false, got 1"),
-    (with_value("model.architecture", 3), "model.architecture: expected a text in quotes, got 3"),
-    (with_value("convert.include", [1]), "convert.include: expected a text in quotes, got 1"),
-    (with_value("convert.include", "a"), "convert.include: expected a list of texts, got 'a'"),
-    (with_value("data.crop_scale", [1.0]), "data.crop_scale: expected a list of two numbers, got [1.0]"),
-    (with_value("data.crop_scale", [0.9, 0.5]), "expected shares 0 < least <= most <= 1, got [0.9, 0.5]"),
-    (with_value("train.lr", -1.0), "train.lr: expected at least 0, got -1.0"),
+    (with_value("model.architecture", 3), "model.architecture: expected a string, got 3"),
+    (with_value("convert.include", [1]), "convert.include[0]: expected a string, got 1"),
+    (with_value("convert.include", "a"), "convert.include: expected a list of strings, got 'a'"),
+    (with_value("data.crop_scale", [1.0]), "data.crop_scale: expected a list of 2 values, got [1.0]"),
+    (
+        with_value("data.crop_scale", [0.9, 0.5]),
+        "data.crop_scale: expected 0 < smallest <= largest <= 1, got [0.9, 0.5]",
+    ),
+    (with_value("train.lr", -1), "train.lr: expected at least 0, got -1"),
     (with_value("train.lr", float("inf")), "train.lr: expected at least 0, got inf"),
-    (with_value("data.flip", 2), "data.flip: expected 0 to 1, got 2.0"),
-    (with_value("train.schedule", "step"), "train.schedule: expected one of constant, linear, cosine, got 'step'"),
-    (with_value("convert.gate", "hard"), "convert.gate: expected one of simplex, softmax, got 'hard'"),
+    (with_value("data.flip", 2), "data.flip: expected 0 to 1, got 2"),
+    (with_value("train.schedule", "step"), "train.schedule: expected 'constant' or 'linear' or 'cosine', got 'step'"),
+    (with_value("convert.gate", "hard"), "convert.gate: expected 'simplex' or 'softmax', got 'hard'"),
     ({"train": {"steps": 1}}, "model: expected a checkpoint or an architecture"),
     ({"model": {"architecture": "a"}}, "train: expected either steps or epochs"),
     (with_value("train.epochs", 2), "train: expected either steps or epochs"),
     (with_value("train.warmup_steps", 10), "train.warmup_steps: expected fewer than the 10 steps, got 10"),
-    (with_value("model.entry", "ema"), "model.entry: names weights in a checkpoint"),
+    (with_value("model.entry", "ema"), "model.entry: selects weights in a checkpoint"),
     (
         {"model": {"checkpoint": "a.pt", "pretrained": True}, "train": {"steps": 1}},
         "model.pretrained: the weights come from model.checkpoint",
@@ -86,8 +105,8 @@ def test_values_can_be_put_over_a_recipe(tmp_path: Path) -> None:
     for override, text in (
         ("steps=3", "overrides: expected table.key=value such as train.lr=0.01, got 'steps=3'"),
         ("trian.steps=3", "overrides='trian.steps=3': unknown table [trian]; did you mean train?"),
-        ("train.stpes=3", "unknown key train.stpes; did you mean steps?"),
-        ("train.stpes=none", "unknown key train.stpes; did you mean steps?"),
+        ("train.stpes=3", "unknown key train.stpes; did you mean train.steps?"),
+        ("train.stpes=none", "unknown key train.stpes; did you mean train.steps?"),
     ):
         with pytest.raises(RecipeError, match=re.escape(text)):
             read_recipe(path, [override])
@@ -95,7 +114,7 @@ def test_values_can_be_put_over_a_recipe(tmp_path: Path) -> None:
 
 def test_what_is_no_recipe_is_refused(tmp_path: Path) -> None:
     for source, text in (
-        (tmp_path / "other.toml", "no such file: see what there is with normswap recipes ls"),
+        (tmp_path / "other.toml", "no such file; list the recipes that come with normswap: normswap recipes ls"),
         (written(tmp_path, "[model\n"), "not TOML: "),
         ("digits_smal_batch", "no recipe 'digits_smal_batch'; did you mean digits_small_batch?"),
     ):
@@ -115,6 +134,78 @@ def test_the_page_on_recipes_has_every_key_and_its_default() -> None:
         for key in fields(build):
             default = list(key.default) if isinstance(key.default, tuple) else key.default
             assert found[key.name] == ("-" if default is None else f"`{json.dumps(default)}`"), f"{table}.{key.name}"
+
+
+# --- keys that were renamed -------------------------------------------------------------------------------------------
+
+OLD_PRICE = with_value("train.batch_price", 0.5)
+RENAMED = r"train\.batch_price of normswap was renamed to train\.batch_penalty"
+
+
+def test_a_renamed_key_is_read_with_a_warning(tmp_path: Path) -> None:
+    with pytest.warns(DeprecationWarning, match=RENAMED):
+        recipe = parse_recipe("mine", OLD_PRICE)
+    assert recipe.train.batch_penalty == 0.5
+    assert recipe.written is not None
+    assert "train.batch_penalty" in recipe.written
+    path = written(tmp_path, '[model]\narchitecture = "a"\n[train]\nsteps = 3\nbatch_penalty = 0.1\n')
+    with pytest.warns(DeprecationWarning, match=RENAMED):
+        recipe = read_recipe(path, ["train.batch_price=0.2"])
+    assert recipe.train.batch_penalty == 0.2
+    with pytest.warns(DeprecationWarning, match=RENAMED):
+        assert recipe.is_set_by_user("train.batch_price")
+    with pytest.warns(DeprecationWarning, match=r"Recipe\.is_written of normswap was renamed to is_set_by_user"):
+        assert recipe.is_written("train.batch_penalty")
+
+
+def test_the_warning_names_the_line_that_uses_the_old_name() -> None:
+    uses: list[Callable[[], object]] = [
+        lambda: parse_recipe("mine", OLD_PRICE),
+        lambda: TrainTable(steps=1).batch_price,  # type: ignore[attr-defined]
+        lambda: read_recipe("digits_source", ["train.batch_price=0.2"]),
+    ]
+    for use in uses:
+        with pytest.warns(DeprecationWarning, match=r"batch_price of normswap was renamed") as caught:
+            use()
+        assert [Path(warning.filename).name for warning in caught] == ["test_recipe.py"]
+
+
+def test_a_renamed_key_beside_its_new_name_is_refused() -> None:
+    both = {**OLD_PRICE, "train": {**OLD_PRICE["train"], "batch_penalty": 0.1}}
+    text = "train.batch_price was renamed to train.batch_penalty, and both are set: remove train.batch_price"
+    with pytest.raises(RecipeError, match=re.escape(text)):
+        parse_recipe("mine", both)
+    with pytest.raises(TypeError, match=r"TrainTable\.batch_price was renamed to TrainTable\.batch_penalty, and both"):
+        TrainTable(batch_price=0.1, batch_penalty=0.1)  # type: ignore[call-arg]
+
+
+def test_a_renamed_field_is_an_argument_and_an_attribute_and_read_from_a_pickle() -> None:
+    with pytest.warns(DeprecationWarning, match=r"TrainTable\.batch_price of normswap was renamed"):
+        table = TrainTable(steps=1, batch_price=0.5)  # type: ignore[call-arg]
+    assert table == TrainTable(steps=1, batch_penalty=0.5)
+    with pytest.warns(DeprecationWarning, match=r"renamed to TrainTable\.batch_penalty"):
+        assert table.batch_price == 0.5  # type: ignore[attr-defined]
+    old = TrainTable.__new__(TrainTable)
+    state = vars(table).copy()
+    state["batch_price"] = state.pop("batch_penalty")
+    old.__setstate__(state)  # type: ignore[attr-defined]
+    assert old == table == pickle.loads(pickle.dumps(table)) == copy.copy(table)
+
+
+def test_the_state_of_a_run_may_have_a_renamed_key() -> None:
+    recipe = parse_recipe("mine", with_value("train.batch_penalty", 0.5))
+    stored = recipe.to_dict()
+    stored["train"]["batch_price"] = stored["train"].pop("batch_penalty")
+    with pytest.warns(DeprecationWarning, match=RENAMED):
+        assert differing_keys(recipe, stored) == []
+    with pytest.warns(DeprecationWarning, match=RENAMED):
+        assert differing_keys(parse_recipe("mine", SMALLEST), stored) == ["train.batch_penalty"]
+
+
+def test_choices_of_the_convert_table_are_those_of_the_layers() -> None:
+    hints = get_type_hints(ConvertTable)
+    assert set(get_args(get_args(hints["gate"])[0])) == set(get_args(Gate))
+    assert set(get_args(hints["bn_statistics"])) == set(get_args(BnStatistics))
 
 
 def test_two_runs_are_distinguished_by_their_keys() -> None:
@@ -149,7 +240,7 @@ def test_recipes_can_be_listed_shown_and_copied(tmp_path: Path) -> None:
     assert copy.read_text() == shipped_recipes()["digits_source"].text
     assert "exists already" in run("cp", "digits_source", str(tmp_path))[1]
     assert run("cp", "digits_source", str(tmp_path), "--force")[0] == 0
-    status, said = run("cp", "digits_source", str(tmp_path / "a.txt"))
-    assert (status, "expected a folder or a name in .toml" in said) == (2, True)
-    status, said = run("show", "digits")
-    assert (status, "no recipe 'digits'; did you mean digits_source?" in said) == (2, True)
+    status, output = run("cp", "digits_source", str(tmp_path / "a.txt"))
+    assert (status, "expected a folder or a name in .toml" in output) == (2, True)
+    status, output = run("show", "digits")
+    assert (status, "no recipe 'digits'; did you mean digits_source?" in output) == (2, True)

@@ -14,10 +14,10 @@ from torch import nn
 import normswap
 from normswap.cli import main
 from normswap.errors import ArchitectureError, CheckpointError, NormswapError, RecipeError
-from normswap.finetune import model_source
-from normswap.finetune.recipe import Recipe, differing_keys, parse_recipe, read_recipe, run_length
-from normswap.finetune.run_files import read_journal
-from normswap.finetune.setup import build_average, prepare
+from normswap.finetune.data import datasets
+from normswap.finetune.recipe import Recipe, parse_recipe, read_recipe
+from normswap.finetune.run_files import differing_keys, read_journal
+from normswap.finetune.setup import build_average, make_lr_lambda, prepare, run_length, swap_options
 from normswap.finetune.trainer import run_recipe
 from tests.finetune.test_datasets import image_folder
 
@@ -59,7 +59,9 @@ def test_a_recipe_never_runs_code_without_trust(here: Path) -> None:
     )
     bare_file(TEN)
     for model in ({"architecture": "own.py:build"}, {"architecture": "own.py:build", "checkpoint": "bn.pt"}):
-        with pytest.raises(RecipeError, match=r'"own\.py:build" is Python code, which a recipe does not run unasked'):
+        with pytest.raises(
+            RecipeError, match=r'"own\.py:build" is Python code, which a recipe does not run by default'
+        ):
             prepare(recipe(model=model))
         assert not Path("ran").exists()
         assert prepare(recipe(model=model), trust=True).source.plan is not None
@@ -93,7 +95,7 @@ def test_the_line_of_the_readme_finetunes_the_file_of_the_readme(here: Path) -> 
     assert type(loaded.model).__name__ == "ResNet"
     assert len(loaded.model.layer1) == 2  # type: ignore[arg-type]  # resnet18, and not the resnet50 of the recipe
     assert "model.normswap.pt is converted already (20 sites)" in done.stderr
-    assert re.search(r"classifier replaced.* 1000 classes -> \d", done.stderr)
+    assert re.search(r"classifier of 1000 classes replaced by one of \d", done.stderr)
 
 
 def test_the_architecture_of_a_shipped_recipe_is_a_default_for_files_that_have_none(here: Path) -> None:
@@ -129,23 +131,23 @@ def test_keywords_of_the_file_complete_an_architecture_that_agrees_with_it(here:
     [
         (
             {"model": {"architecture": "timm:resnet10t"}},
-            "model.architecture: 'timm:resnet10t' contradicts the checkpoint sn.pt, which holds "
-            "'timm:test_resnet,num_classes=10': leave the key out (--set model.architecture=none)",
+            "model.architecture: 'timm:resnet10t' contradicts the checkpoint sn.pt, which contains "
+            "'timm:test_resnet,num_classes=10': remove the key (--set model.architecture=none)",
         ),
         (
             {"model": {"architecture": "timm:test_resnet,num_classes=7"}},
-            "model.architecture: num_classes=7 contradicts the checkpoint sn.pt, which holds num_classes=10",
+            "model.architecture: num_classes=7 contradicts the checkpoint sn.pt, which contains num_classes=10",
         ),
         (
             {"convert": {"gate": "softmax"}},
-            'convert.gate: "softmax" contradicts the checkpoint sn.pt, which holds a conversion with "simplex"',
+            'convert.gate: "softmax" contradicts the checkpoint sn.pt, which contains a conversion with "simplex"',
         ),
         (
             {"convert": {"bn_statistics": "running"}},
-            'convert.bn_statistics: "running" contradicts the checkpoint sn.pt, which holds a conversion with "batch"',
+            'convert.bn_statistics: "running" contradicts the checkpoint sn.pt, which contains a conversion with "ba',
         ),
         ({"convert": {"synchronize": True}}, "convert.synchronize: true contradicts the checkpoint sn.pt"),
-        ({"convert": {"kinds": ["in"]}}, 'convert.kinds: ["in"] contradicts the checkpoint sn.pt, which holds a'),
+        ({"convert": {"kinds": ["in"]}}, 'convert.kinds: ["in"] contradicts the checkpoint sn.pt, which contains a'),
         ({"convert": {"include": ["layer1.*"]}}, 'convert.include: ["layer1.*"] contradicts the checkpoint sn.pt'),
         ({"convert": {"exclude": ["layer1.*"]}}, 'convert.exclude: ["layer1.*"] contradicts the checkpoint sn.pt'),
     ],
@@ -169,7 +171,7 @@ def test_what_agrees_with_a_converted_file_may_be_written(here: Path) -> None:
 
 def test_a_pickled_module_brings_its_own_architecture(here: Path) -> None:
     torch.save(timm.create_model("test_resnet", num_classes=10), "module.pt")
-    with pytest.raises(RecipeError, match=r"model\.architecture: .* holds a pickled module, which brings its own"):
+    with pytest.raises(RecipeError, match=r"model\.architecture: .* contains a pickled module with its own"):
         prepare(recipe(model={"checkpoint": "module.pt", "architecture": TEN}), trust=True)
     shipped = ["model.pretrained=false", "data.workers=0", "data.source=digits", "data.image_size=32"]
     shipped.append("model.checkpoint=module.pt")
@@ -211,10 +213,10 @@ def test_a_head_that_is_replaced_is_reported_in_the_log_and_on_the_terminal(here
         main, ["finetune", "imagenet_small_batch", *(w for word in words for w in ("--set", word))]
     )
     assert done.exit_code == 0, done.output
-    wording = "model.new_head: classifier replaced"
+    wording = "model.new_head: classifier of 7 classes replaced"
     assert f"note: {wording}" in done.stderr
     first = read_journal(Path("run"))[0]
-    assert any(note.startswith(wording) and "7 classes -> 10" in note for note in first["notes"])
+    assert any(note.startswith(wording) and "7 classes replaced by one of 10" in note for note in first["notes"])
     assert normswap.load("run/model.pt").model.num_classes == 10  # type: ignore[comparison-overlap]
 
 
@@ -240,18 +242,38 @@ def test_a_part_that_the_file_lacks_is_reported(here: Path) -> None:
     state = timm.create_model("test_resnet", num_classes=10).state_dict()
     torch.save({key: value for key, value in state.items() if not key.startswith("fc.")}, "headless.pt")
     found = prepare(recipe(model={"checkpoint": "headless.pt", "architecture": TEN}))
-    assert "headless.pt has no fc.weight, fc.bias: that part of the model starts at random" in found.notes
+    assert "headless.pt has no fc.weight, fc.bias: these weights are initialised at random" in found.notes
 
 
 def test_classes_in_the_architecture_that_contradict_the_data_are_refused() -> None:
     model = {"architecture": "timm:test_resnet,num_classes=12", "new_head": True}
-    with pytest.raises(
-        RecipeError, match=r"num_classes=12 contradicts the 10 classes of digits: leave num_classes out"
-    ):
+    with pytest.raises(RecipeError, match=r"num_classes=12 contradicts the 10 classes of digits: remove num_classes"):
         prepare(recipe(model=model))
     assert prepare(recipe(model={**model, "new_head": False})).classes == 12
-    with pytest.raises(RecipeError, match=r"model\.new_head: expected one of true, false, always, got 'maybe'"):
+    with pytest.raises(RecipeError, match=r"model\.new_head: expected true or false or 'always', got 'maybe'"):
         recipe(model={"architecture": TEN, "new_head": "maybe"})
+
+
+def test_a_wrong_choice_of_sites_is_refused_by_its_key_before_files_are_read() -> None:
+    wrong = recipe(model={"checkpoint": "absent.pt"}, convert={"kinds": ["bm"]})
+    with pytest.raises(RecipeError, match=r"convert\.kinds: expected some of .*, got \('bm',\)"):
+        prepare(wrong)
+
+
+def test_keys_of_convert_become_swap_options() -> None:
+    table = recipe(model={"architecture": TEN}, convert={"include": ["layer1.*"], "bn_statistics": "running"}).convert
+    assert swap_options(table) == normswap.SwapOptions(include=("layer1.*",), bn_statistics="running")
+
+
+def test_a_model_without_an_image_size_needs_the_key() -> None:
+    data = {"source": "digits", "batch_size": 2}
+    bare = parse_recipe(
+        "mine", {"model": {"architecture": "torchvision:resnet18"}, "data": data, "train": {"steps": 1}}
+    )
+    with pytest.raises(
+        RecipeError, match=r"data\.image_size: the model does not record its image size: set it, such as"
+    ):
+        prepare(bare)
 
 
 # --- the length of a run ----------------------------------------------------------------------------------------------
@@ -278,12 +300,10 @@ def test_a_warmup_longer_than_the_run_is_refused_before_anything_is_written(here
 def test_a_warmup_is_given_as_a_share_of_the_run() -> None:
     train = recipe(model={"architecture": TEN}, train={"steps": 40, "warmup_share": 0.05}).train
     assert run_length(train, 7) == 40
-    from normswap.finetune.trainer import _make_lr_lambda
-
-    factor = _make_lr_lambda(train, 40)
+    factor = make_lr_lambda(train, 40)
     assert [round(factor(step), 3) for step in range(3)] == [0.333, 0.667, 1.0]
     assert "warmup_share = 0.05" in (ROOT / "recipes" / "imagenet_small_batch.toml").read_text()
-    for value, text in ((1, "expected 0 to 0.99, got 1.0"), (-0.1, "expected 0 to 0.99, got -0.1")):
+    for value, text in ((1, "expected 0 to 0.99, got 1"), (-0.1, "expected 0 to 0.99, got -0.1")):
         with pytest.raises(RecipeError, match=re.escape(f"train.warmup_share: {text}")):
             recipe(model={"architecture": TEN}, train={"warmup_share": value})
     both = {"steps": 40, "warmup_share": 0.1, "warmup_steps": 3}
@@ -316,7 +336,7 @@ def test_what_comes_more_rarely_than_once_in_a_run_is_reported(here: Path) -> No
 
 
 def test_a_rate_that_would_rise_to_its_least_is_refused() -> None:
-    with pytest.raises(RecipeError, match=r"train\.min_lr: expected at most the 0\.01 of train\.lr, got 0\.1"):
+    with pytest.raises(RecipeError, match=r"train\.min_lr: expected at most train\.lr \(0\.01\), got 0\.1"):
         recipe(model={"architecture": TEN}, train={"lr": 0.01, "min_lr": 0.1})
 
 
@@ -353,7 +373,8 @@ def test_a_checkpoint_that_another_recipe_writes_names_that_recipe(here: Path) -
     Path("runs/digits_source").mkdir(parents=True)
     Path("runs/digits_source/state.pt").write_bytes(b"x")
     with pytest.raises(
-        CheckpointError, match=r"not written yet, .* finish it with normswap finetune digits_source --resume"
+        CheckpointError,
+        match=r"not written yet, since .* was interrupted: finish it with normswap finetune digits_source --resume",
     ):
         prepare(read_recipe("digits_small_batch"))
     with pytest.raises(CheckpointError, match=r"runs/mine/model\.pt: no such file"):
@@ -367,7 +388,7 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(model_source, "_can_connect", lambda *_: False)
+    monkeypatch.setattr(datasets, "_can_connect", lambda *_: False)
     monkeypatch.setattr("time.sleep", lambda _: None)
 
 
@@ -375,7 +396,7 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_published_weights_without_a_network_are_one_line() -> None:
     from huggingface_hub import constants
 
-    with pytest.raises(ArchitectureError, match=r"not cached, and huggingface\.co cannot be reached: connect to the"):
+    with pytest.raises(ArchitectureError, match=r"not in the cache, and huggingface\.co cannot be reached: connect to"):
         prepare(recipe(model={"architecture": "timm:resnet18", "pretrained": True}))
     assert constants.HF_HUB_OFFLINE is False
     unpublished = next(name for name in timm.list_models("resnet*") if not timm.list_models(name, pretrained=True))
@@ -400,20 +421,20 @@ def test_a_network_that_answers_is_used(monkeypatch: pytest.MonkeyPatch) -> None
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(model_source, "_can_connect", lambda *_: True)
-    with model_source.limit_hub_wait() as found:
+    monkeypatch.setattr(datasets, "_can_connect", lambda *_: True)
+    with datasets.limit_hub_wait() as found:
         assert (found.is_reachable, constants.HF_HUB_OFFLINE) == (True, False)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with model_source.limit_hub_wait() as found:
-        assert found == (False, "HF_HUB_OFFLINE forbids fetching them: unset it")
+    with datasets.limit_hub_wait() as found:
+        assert found == (False, "HF_HUB_OFFLINE forbids downloads: unset it")
 
 
 def test_a_connection_is_tried_where_a_request_would_go_first(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY", "no_proxy", "NO_PROXY", "http_proxy"):
         monkeypatch.delenv(name, raising=False)
-    assert model_source._resolve_address("https://hub.example") == ("hub.example", 443)
+    assert datasets._resolve_address("https://hub.example") == ("hub.example", 443)
     monkeypatch.setenv("https_proxy", "http://proxy.example:3128")
-    assert model_source._resolve_address("https://hub.example") == ("proxy.example", 3128)
+    assert datasets._resolve_address("https://hub.example") == ("proxy.example", 3128)
     monkeypatch.setenv("no_proxy", "hub.example")
-    assert model_source._resolve_address("https://hub.example") == ("hub.example", 443)
-    assert model_source._can_connect("127.0.0.1", 9) is False
+    assert datasets._resolve_address("https://hub.example") == ("hub.example", 443)
+    assert datasets._can_connect("127.0.0.1", 9) is False

@@ -1,8 +1,10 @@
-"""The engine: what a run writes, that an interrupted one ends as one that was not, and what it refuses."""
+"""`run_recipe`: the files of a run, resumed runs, and errors."""
 
+import copy
 import json
 import math
 import os
+import pickle
 import re
 import signal
 import subprocess
@@ -74,11 +76,11 @@ def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, list[Any]]:
-    """A run that came to its end: its folder, its outcome, what it told."""
+    """A finished run: its folder, its outcome, its records."""
     folder = tmp_path_factory.mktemp("finished")
-    told: list[Any] = []
-    outcome = run_recipe(recipe(folder, train={"ema_decay": 0.9}, run={"evaluate_every": 2}), on_record=told.append)
-    return folder / "run", outcome, told
+    written: list[Any] = []
+    outcome = run_recipe(recipe(folder, train={"ema_decay": 0.9}, run={"evaluate_every": 2}), on_record=written.append)
+    return folder / "run", outcome, written
 
 
 # --- what a run writes ------------------------------------------------------------------------------------------------
@@ -99,10 +101,10 @@ def test_a_run_ends_with_a_model_that_load_understands(finished: tuple[Path, Any
 
 
 def test_the_log_reports_losses_evaluations_and_importance_weights(finished: tuple[Path, Any, list[Any]]) -> None:
-    folder, outcome, told = finished
+    folder, outcome, written = finished
     records = read_journal(folder)
     assert [record["step"] for record in records] == [0, 0, 2, 2, 4, 4]
-    assert json.loads(json.dumps(told)) == records
+    assert json.loads(json.dumps(written)) == records
     assert records[0]["recipe"]["train"]["steps"] == 4
     assert records[1]["evaluation"] == outcome.before._asdict()
     assert records[-1]["evaluation"] == outcome.after._asdict()
@@ -115,23 +117,23 @@ def test_the_log_reports_losses_evaluations_and_importance_weights(finished: tup
 
 
 def test_the_loss_is_that_of_the_images_and_the_penalty_pulls_at_the_gates(tmp_path: Path) -> None:
-    run = recipe(tmp_path, train={"steps": 1, "lr": 0.0, "importance_lr": 0.1, "batch_price": 50.0, "clip": 0.0})
+    run = recipe(tmp_path, train={"steps": 1, "lr": 0.0, "importance_lr": 0.1, "batch_penalty": 50.0, "clip": 0.0})
     prepared = prepare(run)
     images, labels = next(iter(prepared.training))
     prepared.model.train()
     expected = torch.nn.functional.cross_entropy(prepared.model(images), labels)
-    told: list[Any] = []
-    outcome = run_recipe(run, on_record=told.append)
-    (loss,) = [record["loss"] for record in told if "loss" in record]
+    written: list[Any] = []
+    outcome = run_recipe(run, on_record=written.append)
+    (loss,) = [record["loss"] for record in written if "loss" in record]
     assert loss == pytest.approx(float(expected.detach()), rel=1e-5)
     shares = [share for site in outcome.importance.values() for share in (site.mean["bn"], site.var["bn"])]
-    assert max(shares) < 0.01  # whatever the images say, at this price
+    assert max(shares) < 0.01  # whatever the images ask for, at this penalty
 
 
 def test_the_learning_rate_follows_its_schedule() -> None:
     def factors(**keys: Any) -> list[float]:
         train = recipe(Path(), train={"steps": 4, "lr": 0.1, **keys}).train
-        return [round(trainer._make_lr_lambda(train, 4)(step), 4) for step in range(5)]
+        return [round(setup.make_lr_lambda(train, 4)(step), 4) for step in range(5)]
 
     assert factors(schedule="linear") == [1, 0.75, 0.5, 0.25, 0]
     assert factors(schedule="constant") == [1] * 5
@@ -180,7 +182,7 @@ def test_an_interrupted_run_ends_with_the_weights_of_one_that_was_not(tmp_path: 
     before = signal.getsignal(number)
     parts = recipe(tmp_path / "parts", **keys)
     with pytest.raises(
-        RunInterrupted, match=r"stopped after step 3 of 5, all is saved in .*: go on with resume=True"
+        RunInterrupted, match=r"stopped after step 3 of 5; the state is saved in .*: continue with resume=True"
     ) as e:
         run_recipe(parts, on_step=stop)
     assert (e.value.exit_code, signal.getsignal(number)) == (128 + number, before)
@@ -188,6 +190,13 @@ def test_an_interrupted_run_ends_with_the_weights_of_one_that_was_not(tmp_path: 
     assert_same(weights_of(tmp_path / "whole" / "run"), weights_of(tmp_path / "parts" / "run"))
     steps = [record["step"] for record in read_journal(tmp_path / "parts" / "run") if "loss" in record]
     assert steps == [2, 3, 4, 5]
+
+
+def test_an_interruption_is_pickled_with_its_exit_code() -> None:
+    error = RunInterrupted("stopped after step 3", signal.SIGTERM)
+    for twin in (pickle.loads(pickle.dumps(error)), copy.deepcopy(error)):
+        assert (type(twin), str(twin), twin.exit_code) == (RunInterrupted, "stopped after step 3", 143)
+    assert RunInterrupted("in another process", None).exit_code == 128
 
 
 @pytest.fixture
@@ -233,12 +242,14 @@ def test_a_state_is_of_one_recipe_and_in_one_folder(finished: tuple[Path, Any, l
     folder, _, _ = finished
     same: dict[str, Any] = {"train": {"ema_decay": 0.9}, "run": {"evaluate_every": 2}}
     with pytest.raises(
-        TrainingError, match="holds a run already: go on with resume=True, or start anew with overwrite=True"
+        TrainingError, match="contains a run already: continue it with resume=True, or replace it with overwrite=True"
     ):
         run_recipe(recipe(folder.parent, **same))
-    with pytest.raises(RecipeError, match=r"is of a run with other train\.lr: start anew in another run\.output"):
+    with pytest.raises(
+        RecipeError, match=r"its recipe has other values of train\.lr: use those values, or start a run in"
+    ):
         run_recipe(recipe(folder.parent, train={"ema_decay": 0.9, "lr": 0.5}, run={"evaluate_every": 2}), resume=True)
-    with pytest.raises(CheckpointError, match="no state of a run to go on from: leave resume=True out"):
+    with pytest.raises(CheckpointError, match="there is no run to resume; start one without resume=True"):
         run_recipe(recipe(tmp_path), resume=True)
     (tmp_path / "run").mkdir()
     torch.save(weights_of(folder), tmp_path / "run" / "state.pt")
@@ -301,12 +312,23 @@ def test_a_log_that_cannot_be_written_is_reported(tmp_path: Path, file_size_limi
     assert read_journal(tmp_path)[0] == {"step": 1, "loss": None}
 
 
-def test_a_line_cut_off_by_a_kill_is_left_out(tmp_path: Path) -> None:
+def test_a_line_cut_off_by_a_kill_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "log.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"st')
-    assert [record["step"] for record in read_journal(tmp_path)] == [1, 2]
+    with caplog.at_level("INFO", logger="normswap"):
+        assert [record["step"] for record in read_journal(tmp_path)] == [1, 2]
+    assert "log.jsonl: dropped line 3, which is incomplete" in caplog.text
     with Journal(tmp_path, after=1) as log:
         log.write({"step": 3})
     assert [record["step"] for record in read_journal(tmp_path)] == [1, 3]
+
+
+def test_tensorboard_leaves_the_environment_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TF_CPP_MIN_LOG_LEVEL", raising=False)
+    before = dict(os.environ)
+    with Journal(tmp_path) as log:
+        log.write({"step": 1, "loss": 0.5})
+    assert os.environ == before
+    assert list((tmp_path / "tensorboard").iterdir())
 
 
 @pytest.mark.parametrize(
@@ -314,7 +336,7 @@ def test_a_line_cut_off_by_a_kill_is_left_out(tmp_path: Path) -> None:
     [
         ({"model": {"checkpoint": "absent.pt"}}, CheckpointError, "absent.pt: no such file"),
         ({"model": {"architecture": "timm:no_such"}}, ArchitectureError, "timm has no model 'no_such'"),
-        ({"data": {"source": "folder:absent"}}, DataError, "absent: expected a folder"),
+        ({"data": {"source": "folder:absent"}}, DataError, "absent: no such folder"),
         ({"data": {"train_split": "all"}}, DataError, "has no split 'all'"),
         (
             {"data": {"source": "torch/cifar10", "root": "absent"}},
@@ -322,7 +344,11 @@ def test_a_line_cut_off_by_a_kill_is_left_out(tmp_path: Path) -> None:
             "data 'torch/cifar10': cannot be opened: Dataset not found",
         ),
         ({"data": {"batch_size": 1000}}, DataError, "fewer than one batch of 1000"),
-        ({"model": {"architecture": "timm:test_resnet,num_classes=4"}}, DataError, "has 10 classes, the model 4"),
+        (
+            {"model": {"architecture": "timm:test_resnet,num_classes=4"}},
+            DataError,
+            "has 10 classes, but the model has 4",
+        ),
         ({"model": {"architecture": "timm:test_vit,num_classes=10"}}, NothingToDo, "the model has no norm to convert"),
         ({"train": {"optimizer": "no_such"}}, RecipeError, "train.optimizer = 'no_such': "),
         (
@@ -338,7 +364,7 @@ def test_a_line_cut_off_by_a_kill_is_left_out(tmp_path: Path) -> None:
         (
             {"model": {"architecture": "torchvision:fcn_resnet50"}},
             RecipeError,
-            "expected a classifier with logits (N, classes), got",
+            "expected a classifier that returns logits (N, classes), got",
         ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -355,26 +381,24 @@ def test_what_cannot_be_trained_is_reported_before_anything_is_written(
 def test_data_that_does_not_name_its_classes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     untold = partial(replace, classes=None)
     monkeypatch.setattr(setup, "open_data", lambda *args, **keys: untold(open_data(*args, **keys)))
-    with pytest.raises(DataError, match="digits:shifted: does not tell its classes: use a folder per class"):
+    with pytest.raises(DataError, match="digits:shifted: number of classes unknown: use a folder per class"):
         run_recipe(recipe(tmp_path))
 
 
-def test_a_conversion_that_fails_its_proof_is_not_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_conversion_that_fails_verification_is_not_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(setup, "verify", lambda *_: SimpleNamespace(passed=False))
     with pytest.raises(
-        NothingToDo, match="the converted model does not compute the same function: see normswap verify"
+        NothingToDo, match="the outputs of the converted model differ from the original's: see normswap verify"
     ):
         run_recipe(recipe(tmp_path))
-    # Nor whatever it takes for the batch in training, which verification leaves out by itself.
-    with pytest.raises(NothingToDo, match="does not compute the same function"):
+    # Nor is one with other statistics in training, which verification does not compare by itself.
+    with pytest.raises(NothingToDo, match="the outputs of the converted model differ"):
         run_recipe(recipe(tmp_path, train={"steps": 1}, convert={"bn_statistics": "renorm"}))
 
 
 def test_sharded_parameters_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trainer, "Accelerator", lambda **_: SimpleNamespace(distributed_type="FSDP"))
-    with pytest.raises(
-        RecipeError, match="FSDP: gates are projected in the forward pass, which sharded parameters lose"
-    ):
+    with pytest.raises(RecipeError, match="FSDP: not supported, since sharded parameters lose the projection of gates"):
         run_recipe(recipe(tmp_path))
 
 
@@ -426,7 +450,7 @@ def test_the_imagenet_recipe_runs_in_a_short_form(folder: Path, tmp_path: Path) 
     loaded = normswap.load(tmp_path / "run" / "model.pt")
     assert loaded.model.num_classes == 3
     status, out, err = invoke("imagenet_small_batch", *sets)
-    assert (status, "holds a run already" in err) == (2, True)
+    assert (status, "contains a run already" in err) == (2, True)
     status, out, err = invoke("imagenet_small_batch", *sets, "--resume", "--json")
     assert status == 0, err
     assert json.loads(out)["steps"] == 12
@@ -434,7 +458,7 @@ def test_the_imagenet_recipe_runs_in_a_short_form(folder: Path, tmp_path: Path) 
 
 def test_the_command_reports_what_is_wrong_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     status, out, err = invoke("digits_source", "--set", "train.lr=-1")
-    assert (status, out, err) == (2, "", "error: digits_source: train.lr: expected at least 0, got -1.0\n")
+    assert (status, out, err) == (2, "", "error: digits_source: train.lr: expected at least 0, got -1\n")
     with monkeypatch.context() as patch:
         patch.setattr("normswap.cli.finetune.find_spec", lambda _: None)
         status, _, err = invoke("digits_source")
@@ -444,4 +468,4 @@ def test_the_command_reports_what_is_wrong_in_one_line(tmp_path: Path, monkeypat
         )
     (tmp_path / "images").mkdir()
     status, _, err = invoke("digits_source", "--set", f"data.source=folder:{tmp_path / 'images'}")
-    assert (status, err.count("\n"), "no images in it" in err) == (2, 1, True)
+    assert (status, err.count("\n"), "has no images" in err) == (2, 1, True)

@@ -357,9 +357,9 @@ def test_a_recipe_with_batch_price_is_read(run: Path) -> None:
     with old_names_allowed():
         recipe = normswap.read_recipe("recipe.toml")
         changed = normswap.read_recipe("recipe.toml", ["train.batch_price=0.5"])
+        assert recipe.is_written("train.batch_price")
     assert penalty(recipe) == 0.05
     assert penalty(changed) == 0.5
-    assert recipe.is_written("train.batch_price")
     assert (recipe.train.steps, recipe.train.ema_decay, str(recipe.output)) == (6, 0.9, "run")
 
 

@@ -1,4 +1,4 @@
-"""Training loops watched: what is told and switched after which step, whatever wraps the optimizer."""
+"""`watch_importance`: what is written and switched after which step, for every wrapper of an optimizer."""
 
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -11,7 +11,7 @@ from pytorch_lightning.core.optimizer import LightningOptimizer
 from timm.optim import Lookahead
 from torch import Tensor, nn
 
-from normswap import NormswapError, SwitchNorm2d, convert, param_groups, watch_importance
+from normswap import ImportanceWatch, NormswapError, SwitchNorm2d, convert, param_groups, watch_importance
 from normswap.errors import LayerError, OptimizerError, WatchError
 from tests.helpers import zoo
 
@@ -45,7 +45,7 @@ def train(model: nn.Module, optimizer: Any, steps: int, accumulated: int = 1) ->
         yield step
 
 
-def told() -> tuple[list[tuple[int, dict[str, float]]], Callable[[dict[str, float], int], None]]:
+def recorder() -> tuple[list[tuple[int, dict[str, float]]], Callable[[dict[str, float], int], None]]:
     lines: list[tuple[int, dict[str, float]]] = []
     return lines, lambda values, step: lines.append((step, values))
 
@@ -81,7 +81,7 @@ OF_SITES = {
 
 @pytest.mark.parametrize(("per_site", "expected"), [(False, AVERAGES), (True, AVERAGES | OF_SITES)])
 def test_averages_and_single_sites_are_reported_by_name(per_site: bool, expected: dict[str, float]) -> None:
-    model, (lines, write) = network(), told()
+    model, (lines, write) = network(), recorder()
     set_points(model)
     watch_importance(model, built(model), write=write, per_site=per_site)
     assert lines == [(0, expected)]
@@ -105,7 +105,7 @@ def test_a_summary_writer_gets_every_number() -> None:
 
 @pytest.mark.parametrize(("before", "expected"), [(0, [0, 2, 4]), (3, [4, 6]), (4, [6, 8])])
 def test_steps_are_counted_and_not_batches(before: int, expected: list[int]) -> None:
-    model, (lines, write) = network(), told()
+    model, (lines, write) = network(), recorder()
     optimizer = built(model)
     with watch_importance(model, optimizer, write=write, every=2, step=before) as watch:
         for _ in train(model, optimizer, 4, accumulated=2):
@@ -115,7 +115,7 @@ def test_steps_are_counted_and_not_batches(before: int, expected: list[int]) -> 
     assert lines[-1][1]["importance/mean/bn"] < 1  # as they are after the step
     for _ in train(model, optimizer, 2):
         pass
-    assert [step for step, _ in lines] == expected, "told after the end"
+    assert [step for step, _ in lines] == expected, "written after the end"
 
 
 @pytest.mark.parametrize(
@@ -198,17 +198,17 @@ REFUSED: dict[str, Refusal] = {
     "nothing to do": (
         lambda: watch_importance(model := network(), built(model)),
         WatchError,
-        "nothing to do: give write=, such as write=print, or bn_statistics=",
+        "nothing to do: pass write, such as write=print, or bn_statistics=",
     ),
     "every": (
         lambda: watch_importance(model := network(), built(model), write=print, every=0),
         WatchError,
-        "every: expected a number of steps, at least 1, got 0",
+        "every: expected a number of steps of at least 1, got 0",
     ),
     "no model with SN": (
         lambda: watch_importance(model := Net(), built(model), write=print),
         WatchError,
-        r"expected a model with SN layers, found none: convert it first, normswap.convert\(model\)",
+        r"expected a model with SN layers, found none: convert it first with normswap.convert\(model\)",
     ),
     "nothing to switch": (
         lambda: watch_importance(model := scratch(branches=("in", "ln")), built(model), bn_statistics={9: "batch"}),
@@ -223,17 +223,17 @@ REFUSED: dict[str, Refusal] = {
     "key": (
         lambda: watch_importance(model := network(), built(model), bn_statistics={-1: "batch"}),
         WatchError,
-        "bn_statistics: expected keys such as 0 and 1000, got -1",
+        "bn_statistics: expected step numbers such as 0 and 1000 as keys, got -1",
     ),
     "no optimizer": (
         lambda: watch_importance(network(), "adam", write=print),
         OptimizerError,
-        "expected an optimizer of torch, got str: pass optimizer",
+        "optimizer: expected a torch optimizer, got str",
     ),
     "built before the conversion": (
         lambda: watch_importance(network(), built(Net()), write=print),
         OptimizerError,
-        "the optimizer has none of the model's 4 gates, so they would never move: build it from normswap.param_groups",
+        "optimizer: has none of the model's 4 gates, so they would not be trained: build it from normswap.param_groups",
     ),
 }
 
@@ -251,3 +251,19 @@ def test_a_refusal_changes_nothing() -> None:
         watch_importance(model, optimizer, write=print, every=0, bn_statistics={0: "running"})
     assert model.first.bn_statistics == "batch"
     assert not optimizer._optimizer_step_post_hooks
+
+
+def test_a_handle_takes_its_callbacks_by_their_old_name() -> None:
+    lines: list[int] = []
+    callback = SimpleNamespace(on_step=lines.append)
+    with pytest.warns(DeprecationWarning, match=r"ImportanceWatch\(parts=\) of normswap was renamed to callbacks"):
+        ImportanceWatch(parts=[callback], step=3)
+    assert ImportanceWatch([callback], 4).step == 4
+    assert lines == [3, 4]
+
+
+def test_a_switch_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    model = network()
+    with caplog.at_level("INFO", logger="normswap"):
+        watch_importance(model, built(model), bn_statistics={0: "renorm"})
+    assert "bn_statistics='renorm' from step or epoch 0 on" in caplog.text

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from normswap import convert, param_groups
 from normswap.errors import WatchError
-from normswap.training import lightning_callback as room
+from normswap.training import lightning_callback as callback_module
 from normswap.training.lightning_callback import ImportanceCallback
 from tests.helpers import zoo
 
@@ -27,24 +27,24 @@ DATA = [zoo.image(2, 3, 9, 9)() for _ in range(4)]
 
 
 class Kept(Logger):
-    """What a logger is told of importance weights."""
+    """A logger that records importance weights."""
 
     name, version = "kept", 0
 
     def __init__(self) -> None:
         super().__init__()
-        self.told: list[tuple[int | None, float]] = []
+        self.logged: list[tuple[int | None, float]] = []
 
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
         if "importance/var/bn" in metrics:
-            self.told.append((step, metrics["importance/var/bn"]))
+            self.logged.append((step, metrics["importance/var/bn"]))
 
     def log_hyperparams(self, *args: Any, **options: Any) -> None:
         pass
 
 
 class Module(lightning.LightningModule):
-    """A network of one site; tells the mode of each batch."""
+    """A network of one site; it records the mode of each batch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,15 +69,15 @@ def fit(
         max_steps=steps, accelerator="cpu", logger=logger, callbacks=[callback], **quiet | options
     )
     trainer.fit(module, DataLoader(DATA, batch_size=None), ckpt_path=resumed)  # type: ignore[arg-type]
-    return trainer, module.modes, logger.told
+    return trainer, module.modes, logger.logged
 
 
 def test_weights_are_logged_and_statistics_switched_by_steps() -> None:
     callback = ImportanceCallback(every=2, bn_statistics={0: "batch", 3: "renorm"})
-    _, modes, told = fit(callback, 4)
+    _, modes, logged = fit(callback, 4)
     assert modes == ["batch"] * 3 + ["renorm"]
-    assert [step for step, _ in told] == [0, 2, 4]
-    assert told[0][1] == 1 > told[1][1]
+    assert [step for step, _ in logged] == [0, 2, 4]
+    assert logged[0][1] == 1 > logged[1][1]
 
 
 def test_a_run_goes_on_where_it_was(tmp_path: Path) -> None:
@@ -85,20 +85,20 @@ def test_a_run_goes_on_where_it_was(tmp_path: Path) -> None:
     trainer, _, _ = fit(ImportanceCallback(every=2, bn_statistics=modes), 3)  # type: ignore[arg-type]
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     assert not torch.load(tmp_path / "last.ckpt", weights_only=True)["callbacks"]
-    _, found, told = fit(
+    _, found, logged = fit(
         ImportanceCallback(every=2, bn_statistics=modes),  # type: ignore[arg-type]
         6,
         resumed=tmp_path / "last.ckpt",
     )
     assert found == ["renorm", "renorm", "running"]
-    assert [step for step, _ in told] == [4, 6]
+    assert [step for step, _ in logged] == [4, 6]
 
 
 def test_epochs_are_counted_where_they_are_asked_for_and_batches_never() -> None:
     callback = ImportanceCallback(bn_statistics={1: "running"}, unit="epoch")
-    _, modes, told = fit(callback, 4, accumulate_grad_batches=2, log_every_n_steps=3)
+    _, modes, logged = fit(callback, 4, accumulate_grad_batches=2, log_every_n_steps=3)
     assert modes == ["batch"] * 4 + ["running"] * 4
-    assert [step for step, _ in told] == [0, 3]
+    assert [step for step, _ in logged] == [0, 3]
 
 
 def test_an_unknown_unit_is_refused() -> None:
@@ -107,12 +107,12 @@ def test_an_unknown_unit_is_refused() -> None:
 
 
 def test_the_lightning_that_a_program_has_imported_is_followed(monkeypatch: pytest.MonkeyPatch) -> None:
-    find: Any = room._callback_class  # type: ignore[attr-defined]
+    find: Any = callback_module._callback_class  # type: ignore[attr-defined]
     assert issubclass(ImportanceCallback, lightning.Callback)
     monkeypatch.setitem(sys.modules, "lightning.pytorch", SimpleNamespace(Callback=int))
     assert find() is int
     for name in ("lightning.pytorch", "pytorch_lightning"):
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setattr(room, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match="found neither: pip install lightning"):
+    monkeypatch.setattr(callback_module, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="neither lightning nor pytorch_lightning is installed: pip install"):
         find()

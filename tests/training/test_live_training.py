@@ -195,10 +195,10 @@ def test_an_average_kept_as_a_list_gets_the_gates_at_their_places() -> None:
     average = ListAverage(model.parameters())
     optimizer = optim.SGD(model.parameters(), lr=0.1)
     train(model, optimizer, None, range(2), average)
-    held = list(average.shadow_params)
+    shadows = list(average.shadow_params)
     normswap.convert_training(model, optimizer, ema=average)
     assert [s.shape for s in average.shadow_params] == [p.shape for p in model.parameters()]
-    assert all(any(one is shadow for shadow in average.shadow_params) for one in held)
+    assert all(any(one is shadow for shadow in average.shadow_params) for one in shadows)
     train(model, optimizer, None, range(2), average)
 
 
@@ -236,7 +236,7 @@ def test_of_two_optimizers_the_one_with_the_norms_gets_the_gates() -> None:
     matrices = optim.Muon([model[0].weight.flatten(1).detach().requires_grad_()], lr=0.01)
     kernels = optim.SGD([model[0].weight, model[3].weight], lr=0.1)
     vectors = optim.AdamW([p for p in model.parameters() if p.ndim == 1], lr=0.01)
-    with pytest.raises(OptimizerError, match="1 of its parameters are not the model's"):
+    with pytest.raises(OptimizerError, match="optimizer: 1 of its parameters are not the model's"):
         normswap.convert_training(model, [matrices, vectors])
     schedule = lr_scheduler.LambdaLR(vectors, warm_up)
     done = normswap.convert_training(model, [kernels, vectors], schedule)
@@ -255,12 +255,12 @@ FAILURES: dict[str, tuple[Callable[..., Any], type[Exception], str]] = {
     "a scheduler of another optimizer": (
         lambda m, o, s, e: normswap.convert_training(m, o, lr_scheduler.StepLR(optim.SGD(m.parameters(), lr=1), 1), e),
         OptimizerError,
-        "scheduler: StepLR steps another optimizer than the one that gets the gates",
+        "expected schedulers of the optimizer that gets the gates, but StepLR steps another optimizer",
     ),
     "a scheduler for another number of groups": (
         lambda m, o, s, e: (s.base_lrs.append(1.0), normswap.convert_training(m, o, s, e)),
         OptimizerError,
-        "scheduler: LambdaLR was built for another number of parameter groups than the 1 that",
+        "scheduler: LambdaLR was built for another number of parameter groups; expected 1, as in",
     ),
     "no scheduler": (
         lambda m, o, s, e: normswap.convert_training(m, o, 0.1, e),
@@ -270,14 +270,14 @@ FAILURES: dict[str, tuple[Callable[..., Any], type[Exception], str]] = {
     "a scheduler without its optimizer": (
         lambda m, o, s, e: normswap.convert_training(m, None, s, e),
         OptimizerError,
-        "scheduler: expected the optimizer that it steps too, got none",
+        "scheduler: expected its optimizer too, got none: pass optimizer=optimizer",
     ),
     "an average of another model": (
         lambda m, o, s, e: normswap.convert_training(
             m, o, s, [e, nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(9))]
         ),
         PlanError,
-        "ema: Sequential keeps another model: the plan was made for another model",
+        "ema: Sequential is the average of another model: the plan was made for another model",
     ),
     "the model as its average": (
         lambda m, o, s, e: normswap.convert_training(m, o, s, [e, m]),
@@ -292,22 +292,22 @@ FAILURES: dict[str, tuple[Callable[..., Any], type[Exception], str]] = {
     "an average in another order": (
         lambda m, o, s, e: normswap.convert_training(m, o, s, ListAverage(reversed(list(m.parameters())))),
         OptimizerError,
-        "ema: the tensors in ListAverage are not those of the model's parameters in their order",
+        "ema: expected the tensors in ListAverage in the order of the model's parameters, found another",
     ),
     "an optimizer without the norms": (
         lambda m, o, s, e: normswap.convert_training(m, optim.SGD(m[0].parameters(), lr=1), None, e),
         OptimizerError,
-        "6 trainable parameters are in no group",
+        "optimizer: 6 trainable parameters are in no group",
     ),
     "two optimizers with norms": (
         lambda m, o, s, e: normswap.convert_training(m, [o, optim.Adam(m.parameters())], None, e),
         OptimizerError,
-        r"optimizer: 2 of them \(SGD, Adam\) could take the gates",
+        r"optimizer: expected one with parameters of norms, got 2 \(SGD, Adam\): convert without optimizer",
     ),
     "LBFGS": (
         lambda m, o, s, e: normswap.convert_training(m, optim.LBFGS(m.parameters()), None, e),
         OptimizerError,
-        "optimizer: LBFGS has one group of parameters only: keep the gates in a second optimizer",
+        r"optimizer: LBFGS supports one parameter group only: call normswap.convert\(model, inplace=True\), and train",
     ),
     "a bad rate": (
         lambda m, o, s, e: normswap.convert_training(m, o, s, e, importance_lr=-1.0),
@@ -317,7 +317,7 @@ FAILURES: dict[str, tuple[Callable[..., Any], type[Exception], str]] = {
     "on a copy": (
         lambda m, o, s, e: normswap.convert_training(m, o, s, e, inplace=False),
         PlanError,
-        "convert_training works in place on the model itself",
+        "convert_training always converts in place",
     ),
 }
 
@@ -355,7 +355,7 @@ def test_an_own_scheduler_goes_on_or_is_refused_before_anything_changes() -> Non
     optimizer = optim.SGD(model.parameters(), lr=0.1)
     scheduler = OwnSchedule(optimizer, [0.5])
     before = state_of(model, optimizer, scheduler, network())
-    with pytest.raises(OptimizerError, match="OwnSchedule computes no learning rate for the 2 groups"):
+    with pytest.raises(OptimizerError, match="OwnSchedule does not return 2 learning rates, one for each group"):
         normswap.convert_training(model, optimizer, scheduler, example_inputs=X.double())
     assert state_of(model, optimizer, scheduler, network()) == before
     scheduler.shares = None

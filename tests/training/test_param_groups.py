@@ -344,7 +344,7 @@ def refusals() -> dict[str, tuple[Callable[[], Any], dict[str, Any], str]]:
         "parameters": (
             lambda: list(MODEL.parameters()),
             {},
-            "like: expected an optimizer, its param_groups or its state dict, got list: pass optimizer",
+            "like: expected an optimizer, its param_groups or its state dict, got list: pass like=optimizer",
         ),
         "a model": (lambda: MODEL, {}, "expected an optimizer, .* got Net"),
         "no groups": (lambda: [], {}, "expected an optimizer, .* got list"),
@@ -352,10 +352,10 @@ def refusals() -> dict[str, tuple[Callable[[], Any], dict[str, Any], str]]:
         "unknown order": (
             lambda: state(ORDINARY[:2], ORDINARY[2:]),
             {},
-            r"like: it gives parameters by number, and its groups of 2 and 8 of the 10 in the model fit no known order "
-            r"\(model.parameters\(\), timm's factory, .*\): pass like=the optimizer that your code builds",
+            r"like: its parameters are numbers, and its groups of 2 and 8 of the model's 10 parameters fit no known "
+            r"order \(model.parameters\(\), timm's factory, .*\): pass like=the optimizer that your code builds",
         ),
-        "wrong shapes": (wrong_shapes, {}, "its groups of 10 of the 10 in the model fit no known order"),
+        "wrong shapes": (wrong_shapes, {}, "its groups of 10 of the model's 10 parameters fit no known order"),
         "unknown names": (
             lambda: state(["a.b", "c"], param_names=["a.b", "head.bias"]),
             {},
@@ -364,12 +364,12 @@ def refusals() -> dict[str, tuple[Callable[[], Any], dict[str, Any], str]]:
         "another number of gates": (
             lambda: {"state": {}, "param_groups": state(ORDINARY)["param_groups"] + [{"params": [10], "gates": True}]},
             {},
-            "its group of gates has 1 parameters, the model has 4 trainable gates",
+            "its group of gates has 1 parameters, but the model has 4 trainable gates",
         ),
         "decay with like": (
             lambda: torch.optim.SGD(MODEL.parameters(), lr=0.1),
             {"weight_decay": 0.1},
-            "like= keeps the lr and weight_decay of the old groups: leave lr and weight_decay out",
+            "like= keeps the lr and weight_decay of the old groups: remove lr and weight_decay",
         ),
         "rate with like": (lambda: torch.optim.SGD(MODEL.parameters(), lr=0.1), {"lr": 0.1}, "like= keeps the lr"),
         "a negative rate": (lambda: None, {"lr": -1.0}, "lr: expected a finite number >= 0, got -1.0"),
@@ -396,5 +396,7 @@ def test_what_does_not_fit_is_refused(case: str) -> None:
 def test_two_orders_that_both_fit_are_refused() -> None:
     model = converted(nn.Sequential(nn.Conv2d(3, 6, 3, bias=False), nn.BatchNorm2d(6), nn.Conv2d(6, 6, 3, bias=False)))
     groups = [{"params": [0, 1], "lr": 0.1}, {"params": [2, 3], "lr": 0.1}]
-    with pytest.raises(OptimizerError, match="groups of 2 and 2 of the 4 in the model fit more than one known order"):
+    with pytest.raises(
+        OptimizerError, match="groups of 2 and 2 of the model's 4 parameters fit more than one known order"
+    ):
         normswap.param_groups(model, like=[groups[0], groups[1] | {"weight_decay": 0.1}])

@@ -199,13 +199,13 @@ def test_fastai_decays_neither_gates_nor_norms_once_they_are_marked(converted: n
 @pytest.mark.parametrize(
     ("optimizer", "options", "text"),
     [
-        (lambda _: "sgd", {}, "expected an optimizer of torch, got str: pass optimizer"),
+        (lambda _: "sgd", {}, "optimizer: expected a torch optimizer, got str"),
         (
             lambda m: FastaiOptimizer(list(m.parameters())[:3]),
             {"affine": True},
-            "of the model's gates and norms: build it from the converted model, learn.create_opt()",
+            "parameters of the model's gates and norms: build it from the converted model with learn.create_opt()",
         ),
-        (lambda m: FastaiOptimizer(list(m.parameters())), {"importance_lr": 0.1}, "leave it out"),
+        (lambda m: FastaiOptimizer(list(m.parameters())), {"importance_lr": 0.1}, "remove importance_lr"),
         (
             lambda m: torch.optim.SGD(list(m.parameters())[:3], lr=0.1),
             {},

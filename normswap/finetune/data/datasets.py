@@ -1,13 +1,21 @@
-"""Images with labels as a loader: image folders, timm's other data sets, scikit-learn's digits.
+"""Labelled images as batches: image folders, timm's other data sets, scikit-learn's digits.
 
-Data sets and transforms are timm's. What can only be streamed (`wds/`, `tfds/`, `hfids/`) comes in timm's own order. An
-image that cannot be decoded is left out by timm, which warns.
+Data sets and transforms are timm's. A data set that can only be streamed (`wds/`, `tfds/`, `hfids/`) keeps timm's own
+order. timm skips an image that it cannot decode, and warns. Without a network, downloads fail after seconds with one
+message instead of many retries.
 """
 
+import logging
+import os
+import socket
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from threading import Thread
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
@@ -15,8 +23,9 @@ from torch.utils.data import IterableDataset
 from normswap.errors import DataError
 from normswap.finetune.data.digits import CLASSES, DigitImages, prepare_digits
 from normswap.finetune.data.loaders import USAGE_SPECS, DataSettings, EpochLoader, Loader, StreamLoader, Use
-from normswap.finetune.model_source import limit_hub_wait
 from normswap.text import first_line
+
+logger = logging.getLogger(__name__)
 
 _SPLITS = {
     "train": ("train", "training"),
@@ -24,20 +33,24 @@ _SPLITS = {
     "test": ("test", "testing"),
 }
 _FOLDER_PREFIX = "folder:"
-# Scikit-learn's digits, and which domain of `normswap.finetune.data.digits` each is.
+# The domains of `normswap.finetune.data.digits` by the source that selects them.
 _DIGITS = {"digits": "source", "digits:shifted": "target"}
 _STREAMED_PREFIXES = ("wds/", "tfds/", "hfids/")
 _TIMM_PREFIXES = ("torch/", "hfds/", *_STREAMED_PREFIXES)
-# What is fetched if it is not there, also unasked.
+# Data sets of the hub, which timm downloads even without `download`.
 _HUB_PREFIXES = ("hfds/", "hfids/")
 
 
 @dataclass(frozen=True)
 class Data:
-    """Batches of images (N, C, H, W) and labels (N,), as often as they are asked for.
+    """Batches of images (N, C, H, W) and labels (N,), as `normswap.open_data` returns them. Iterating starts again.
 
-    `classes` and `class_names` are None where nothing tells them, `images` where the data is streamed; `settings` are
-    complete. With `checked_classes` every label is held against that number.
+    Attributes:
+        settings: the settings of the data, with every None replaced.
+        loader: what reads the batches.
+        images: the number of images; None if the data is streamed.
+        classes, class_names: the number and the names of the classes; None if the data set does not know them.
+        checked_classes: the number of classes that every label is checked against; None: no check.
     """
 
     settings: DataSettings
@@ -55,13 +68,14 @@ class Data:
         return len(self.loader)
 
     def epoch(self, number: int, *, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the batches of an epoch, whose order and augmentation follow from its number and the seed.
+        """Yield the batches of an epoch; the seed and the number of the epoch determine order and augmentation.
 
         Args:
-            first: how many batches to leave out at its start.
+            number: the number of the epoch, from 0.
+            first: the number of batches to skip at its start.
 
         Raises:
-            DataError: a label that the model has no class for, or images that cannot be read.
+            DataError: the model has no class for a label, or images cannot be read.
         """
         for images, labels in self.loader.epoch(number, first=first):
             if self.checked_classes is not None:
@@ -72,8 +86,8 @@ class Data:
         outside = labels[(labels < 0) | (labels >= classes)]
         if len(outside):
             raise DataError(
-                f"{self.settings.source}: expected labels from 0 to {classes - 1}, as the model has {classes} classes, "
-                f"got {int(outside[0])}: build the model with num_classes={int(labels.max()) + 1} or more"
+                f"{self.settings.source}: expected labels from 0 to {classes - 1}, since the model has {classes} "
+                f"classes, got {int(outside[0])}: build the model with num_classes={int(labels.max()) + 1} or more"
             )
 
 
@@ -85,18 +99,31 @@ def open_data(
     classes: int | None = None,
     shard: tuple[int, int] = (0, 1),
 ) -> Data:
-    """Open a data set for a model.
+    """Open a data set as batches of images and labels.
 
     Args:
-        settings: what is None in them is filled in from `model`.
-        use: `"training"` shuffles, augments and leaves out a last batch that is not full; `"calibration"` shuffles
-            only; `"evaluation"` takes every image once, in order.
-        classes: how many the model tells apart; labels beyond are refused, but for calibration, which needs none.
-        shard: which part of how many, one for each process: rank and world size.
+        settings: the data set, its split and the form of its batches.
+        use: `"training"` shuffles, augments and drops an incomplete last batch; `"calibration"` shuffles only;
+            `"evaluation"` reads every image once, in order.
+        model: completes the settings: image size, channels, mean and std from its `pretrained_cfg`, as timm has it.
+        classes: the number of classes of the model; other labels are refused, except in calibration.
+        shard: rank and world size; each process reads its own part of the images.
+
+    Returns:
+        The batches: iterating yields images (N, C, H, W) and labels (N,).
 
     Raises:
-        DataError: an unknown source or split; a folder that is missing or without images; a single class to train on,
-            more classes than the model has; no image size; fewer images than a batch.
+        DataError: the source or split is unknown; a folder is missing or has no images; there is a single class to
+            train on, or more classes than the model has; the image size is unknown; there are fewer images than a
+            batch needs.
+
+    Examples:
+        >>> import normswap
+        >>> from normswap.finetune.data.loaders import DataSettings
+        >>> data = normswap.open_data(DataSettings("digits", split="test", image_size=(32, 32), batch_size=50))
+        >>> images, labels = next(iter(data))
+        >>> images.shape, len(data), data.classes
+        (torch.Size([50, 3, 32, 32]), 4, 10)
     """
     usage = USAGE_SPECS[use]
     settings = complete_settings(settings, model)
@@ -118,20 +145,20 @@ def open_data(
 
 
 def complete_settings(settings: DataSettings, model: nn.Module | None) -> DataSettings:
-    """Return the settings with what is None filled in: from the model's `pretrained_cfg`, or else timm's defaults.
+    """Return the settings with every None replaced: from the model's `pretrained_cfg`, or else by timm's defaults.
 
     Raises:
-        DataError: nothing tells the image size, or the number of channels is neither 1 nor 3.
+        DataError: the image size is unknown, or the number of channels is neither 1 nor 3.
     """
     config = getattr(model, "pretrained_cfg", None)
     config = config if isinstance(config, Mapping) else {}
     if settings.image_size is None and not config.get("input_size"):
-        raise DataError("nothing tells the size of images: give image_size=(224, 224)")
+        raise DataError("image size unknown: pass image_size=(224, 224)")
     resolved: dict[str, Any] = _timm().resolve_data_config({"img_size": None}, pretrained_cfg=dict(config))
     channels = settings.channels or resolved["input_size"][0]
     if channels not in (1, 3):
-        raise DataError(f"expected images of 1 or 3 channels, the model takes {channels}: bring batches of your own")
-    full_crop = settings.source in _DIGITS  # their strokes reach the border
+        raise DataError(f"expected a model for images of 1 or 3 channels, got {channels}: pass your own batches")
+    full_crop = settings.source in _DIGITS  # whose strokes reach the border
     return replace(
         settings,
         image_size=settings.image_size or tuple(resolved["input_size"][1:]),
@@ -144,7 +171,7 @@ def complete_settings(settings: DataSettings, model: nn.Module | None) -> DataSe
 
 
 def _per_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:
-    """One value a channel; a grey image takes the average of those for colours."""
+    """One value per channel; a grey image takes the mean of the three colours."""
     return tuple(values) if len(values) == channels else (sum(values) / len(values),) * channels
 
 
@@ -152,7 +179,7 @@ def _per_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:
 
 
 def _open_source(settings: DataSettings) -> tuple[Any, tuple[str, ...] | None]:
-    """The data set, whose `transform` is to be set, and the names of its classes where it knows them."""
+    """The data set, without its `transform`, and the names of its classes if it knows them."""
     if settings.source in _DIGITS:
         return _open_digits(settings)
     if settings.source.startswith(_FOLDER_PREFIX):
@@ -173,14 +200,15 @@ def _open_folder(settings: DataSettings) -> tuple[Any, tuple[str, ...]]:
             "", root=str(folder), search_split=False, input_img_mode=_image_mode(settings)
         )
     except RuntimeError as error:
-        raise DataError(f"{folder}: no images in it: expected a folder per class with images in it") from error
+        raise DataError(f"{folder}: has no images: expected one folder of images per class") from error
     names = tuple(dataset.reader.class_to_idx)
     if class_to_idx is None:
         return dataset, names
     unknown_classes = [name for name in names if name not in class_to_idx]
     if unknown_classes:
         raise DataError(
-            f"{folder}: {len(unknown_classes)} folders are none of the {len(class_to_idx)} classes: {', '.join(unknown_classes[:3])}"
+            f"{folder}: {len(unknown_classes)} folders do not name one of the {len(class_to_idx)} classes: "
+            f"{', '.join(unknown_classes[:3])}"
         )
     return _timm().create_dataset(
         "", root=str(folder), search_split=False, input_img_mode=_image_mode(settings), class_map=class_to_idx
@@ -188,9 +216,9 @@ def _open_folder(settings: DataSettings) -> tuple[Any, tuple[str, ...]]:
 
 
 def _split_folder(folder: Path, split: str) -> Path:
-    """The folder of a split, or the folder itself where it is not divided."""
+    """The folder of a split, or the folder itself if it has no splits."""
     if not folder.is_dir():
-        raise DataError(f"{folder}: expected a folder with a folder of images per class, there is none")
+        raise DataError(f"{folder}: no such folder: expected one with a folder of images per class")
     for name in (split, *_split_synonyms(split)):
         if (folder / name).is_dir():
             return folder / name
@@ -243,7 +271,7 @@ def _open_digits(settings: DataSettings) -> tuple[Any, tuple[str, ...]]:
     try:
         digits = prepare_digits(seed=settings.seed, size=max(settings.image_size or ()))
     except ImportError:
-        raise DataError("data 'digits': needs scikit-learn: pip install scikit-learn") from None
+        raise DataError("data 'digits': scikit-learn is not installed: pip install scikit-learn") from None
     domain = getattr(digits, _DIGITS[settings.source])
     split = next((name for name, synonyms in _SPLITS.items() if settings.split in synonyms), None)
     if split is None:
@@ -260,12 +288,12 @@ def _check_classes(
         return
     if training and len(names) < 2:
         raise DataError(
-            f"{settings.source}: expected several classes to train on, got {', '.join(names) or 'images alone'}: "
-            "put the images of each class in a folder of its own"
+            f"{settings.source}: expected several classes to train on, got {', '.join(names) or 'none'}: put the "
+            "images of each class in a folder of its own"
         )
     if classes is not None and len(names) > classes:
         raise DataError(
-            f"{settings.source}: has {len(names)} classes, the model {classes}: build the model with "
+            f"{settings.source}: has {len(names)} classes, but the model has {classes}: build the model with "
             f"num_classes={len(names)}"
         )
 
@@ -288,7 +316,80 @@ def _make_transform(settings: DataSettings, *, augmented: bool) -> Any:
 
 
 def _timm() -> Any:
-    # As anything: it is typed in some of its versions only.
+    # As Any: only some of its versions are typed.
     import timm.data
 
     return timm.data
+
+
+# --- downloads --------------------------------------------------------------------------------------------------------
+
+_CONNECT_TIMEOUT = 4.0  # seconds for name resolution and a handshake
+_READ_TIMEOUT = 10.0  # seconds without an answer, for libraries that set no limit
+
+
+class HubStatus(NamedTuple):
+    """Whether the hub, or the proxy before it, answers; if not, the reason and its remedy."""
+
+    is_reachable: bool
+    reason: str = ""
+
+
+@contextmanager
+def limit_hub_wait() -> Iterator[HubStatus]:
+    """Yield whether the hub can be reached; if not, the block reads the cache only, and fails at once without it."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        yield HubStatus(False, "HF_HUB_OFFLINE forbids downloads: unset it")
+        return
+    if _can_connect(*_resolve_address(constants.ENDPOINT)):
+        yield HubStatus(True)
+        return
+    host = urlsplit(constants.ENDPOINT).hostname
+    logger.info("%s cannot be reached: only its cache is used", host)
+    was_offline, old_timeout = constants.HF_HUB_OFFLINE, socket.getdefaulttimeout()
+    _set_offline(constants, True)
+    socket.setdefaulttimeout(_READ_TIMEOUT)
+    try:
+        yield HubStatus(False, f"{host} cannot be reached: connect to the network")
+    finally:
+        _set_offline(constants, was_offline)
+        socket.setdefaulttimeout(old_timeout)
+
+
+def _set_offline(constants: Any, value: bool) -> None:
+    import huggingface_hub.utils as utils
+
+    constants.HF_HUB_OFFLINE = value
+    # Older versions read the constant when they open a session.
+    getattr(utils, "reset_sessions", lambda: None)()
+
+
+def _resolve_address(url: str) -> tuple[str, int]:
+    """The host and port that a request for `url` connects to: those of a proxy, if one is configured."""
+    parts = urlsplit(url)
+    proxies = getproxies()
+    proxy = proxies.get(parts.scheme) or proxies.get("all")
+    if proxy and not proxy_bypass(parts.hostname or ""):
+        parts = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+    default = {"http": 80, "https": 443}.get(parts.scheme, 1080)
+    return parts.hostname or "", parts.port or default
+
+
+def _can_connect(host: str, port: int) -> bool:
+    """Whether a connection opens in time. In a thread, since name resolution has no timeout of its own."""
+    results: list[bool] = []
+
+    def connect() -> None:
+        """Append the result, in the thread."""
+        try:
+            socket.create_connection((host, port), _CONNECT_TIMEOUT).close()
+            results.append(True)
+        except OSError:
+            results.append(False)
+
+    thread = Thread(target=connect, name=f"connection to {host} (process {os.getpid()})", daemon=True)
+    thread.start()
+    thread.join(_CONNECT_TIMEOUT)
+    return results == [True]

@@ -1,7 +1,7 @@
 """Scikit-learn's 1,797 scanned digits as two domains: clean, and shifted in colour, texture, contrast and noise.
 
-Real images that need no download, for recipes that anybody can run and for measuring. Splits first, draws after: the
-six sets come from disjoint images, and every draw follows from one seed. Pixels are in -1 to 1.
+Real images without a download, for recipes that run anywhere and for measurements. The images are split before they are
+rendered: the six sets come from disjoint scans, and one seed determines every random draw. Pixels are from -1 to 1.
 """
 
 import math
@@ -28,7 +28,7 @@ SPLIT = {
 
 
 class Images(NamedTuple):
-    """pixels (N, 3, size, size) in -1 to 1, labels (N,)."""
+    """Pixels (N, 3, size, size) from -1 to 1, and labels (N,)."""
 
     pixels: Tensor
     labels: Tensor
@@ -53,14 +53,14 @@ class Digits:
 
 @dataclass(frozen=True)
 class Shift:
-    """How the target domain is drawn: ranges in units of the pixel range 0 to 1, each draw made per image.
+    """How the target domain is rendered, for pixels from 0 to 1. Every value is drawn per image.
 
     Args:
-        stroke, ground: range of each colour channel of the strokes and of the ground behind them.
-        texture: standard deviation of the smooth coloured texture of the ground.
-        texture_cells: cells per side of the coarse random grid that the texture is interpolated from.
-        contrast: the image's distance from mid-grey is multiplied by a factor from this range, log-uniform.
-        brightness: largest brightness added or taken away, after the contrast.
+        stroke, background: range of each colour channel of the strokes and of the background.
+        texture: standard deviation of the smooth coloured texture of the background.
+        texture_cells: cells per side of the coarse random grid from which the texture is interpolated.
+        contrast: range of the log-uniform factor on the distance from mid-grey.
+        brightness: largest brightness that is added or subtracted, after the contrast.
         noise: standard deviation of the noise per pixel and channel, before the contrast.
     """
 
@@ -77,7 +77,7 @@ SHIFT = Shift()
 
 
 def prepare_digits(*, seed: int, size: int = IMAGE_SIZE) -> Digits:
-    """Return both domains; the seed decides which image falls in which set, and every draw of the shift."""
+    """Return both domains; the seed determines the split and every random draw of the shift."""
     ink, labels = load_ink()
     index = split_indices(len(labels), seed=seed)
     source = {
@@ -113,9 +113,9 @@ def render_source(ink: Tensor, *, size: int = IMAGE_SIZE) -> Tensor:
 
 
 def render_target(ink: Tensor, *, seed: int, shift: Shift = SHIFT, size: int = IMAGE_SIZE) -> Tensor:
-    """Return ink (N, 1, 8, 8) as coloured strokes on a coloured, textured ground, (N, 3, size, size).
+    """Return ink (N, 1, 8, 8) as coloured strokes on a coloured, textured background, (N, 3, size, size).
 
-    Contrast and brightness differ from image to image; strokes stay lighter than the ground.
+    Contrast and brightness differ between images; strokes stay lighter than the background.
     """
     generator = torch.Generator().manual_seed(seed)
     count = len(ink)
@@ -143,11 +143,11 @@ def _to_signed(image: Tensor) -> Tensor:
 
 
 class DigitImages(Dataset[Any]):
-    """Drawn digits as a data set of timm's kind: what `transform` makes of an 8-bit image, and its label.
+    """Rendered digits as a timm data set: items are `transform(8-bit Pillow image)` and the label.
 
     Args:
-        images: of one set.
-        mode: of Pillow, `"RGB"` or `"L"`.
+        images: the images of one set.
+        mode: the Pillow mode of the images, `"RGB"` or `"L"`.
     """
 
     def __init__(self, images: Images, mode: str) -> None:

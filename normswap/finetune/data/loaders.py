@@ -1,7 +1,8 @@
-"""Data sets as batches, epoch by epoch.
+"""Data sets as batches, epoch by epoch, with the settings that describe a data set before it is opened.
 
-The order is drawn from seed and epoch, and each image is augmented under a random state made of seed, epoch and its
-index: what an epoch yields follows from its number, with any number of workers.
+Every random number follows from the seed and a position, never from earlier draws: the order of an epoch from its
+number, the augmentation of an image from epoch and index. So an epoch is the same for any number of workers, and a run
+can be resumed at any batch.
 """
 
 import random
@@ -18,32 +19,32 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from normswap.errors import DataError
 from normswap.model_state import seeded
 
-# MERGED DOC: Where every random number of a run comes from: the seed and a position, never what was drawn before.
-
-# MERGED DOC: What is said of a data set before it is opened: where it lies, what its images become, what they are for.
+# --- random numbers ---------------------------------------------------------------------------------------------------
 
 
 def derive_seed(*numbers: int) -> int:
-    """Return a seed of 32 bits that follows from all numbers and their order."""
+    """Return a 32-bit seed that depends on all numbers and their order."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 def seed_generators(seed: int) -> None:
-    """Set the generators of Python, numpy and torch, those of devices that are in use included."""
+    """Seed the generators of Python, numpy and torch, including those of CUDA devices."""
     random.seed(seed)
     np.random.seed(seed)
-    # Not torch.manual_seed, which takes milliseconds for devices that are not there.
+    # Not torch.manual_seed, which takes milliseconds for backends that are not available.
     torch.default_generator.manual_seed(seed)
     if torch.cuda.is_available():
         torch.cuda.manual_seed_all(seed)
 
+
+# --- settings ---------------------------------------------------------------------------------------------------------
 
 Use = Literal["training", "calibration", "evaluation"]
 
 
 @dataclass(frozen=True)
 class UsageSpec:
-    """What a use asks of the data: images in random order, augmented, in whole batches only, with labels."""
+    """How a use reads the data: in random order, augmented, without an incomplete last batch, with valid labels."""
 
     shuffled: bool
     augmented: bool
@@ -53,7 +54,7 @@ class UsageSpec:
 
 USAGE_SPECS: Mapping[str, UsageSpec] = {
     "training": UsageSpec(shuffled=True, augmented=True, drop_last=True, labelled=True),
-    # Folders come class by class, and a batch of one class has statistics of its own.
+    # Folders are read class by class, and the statistics of a batch of one class are not those of the data.
     "calibration": UsageSpec(shuffled=True, augmented=False, drop_last=False, labelled=False),
     "evaluation": UsageSpec(shuffled=False, augmented=False, drop_last=False, labelled=True),
 }
@@ -61,20 +62,23 @@ USAGE_SPECS: Mapping[str, UsageSpec] = {
 
 @dataclass(frozen=True)
 class DataSettings:
-    """Which images, and how they become batches. What is None is as the model's `pretrained_cfg` says.
+    """Which images to read, and how to batch them. The `pretrained_cfg` of the model replaces every None.
 
     Attributes:
-        source: `folder:PATH` with a folder per class, in PATH/SPLIT where there is one; `digits`, or
-            `digits:shifted`, of another domain; or a name of timm's, `torch/cifar10`, `hfds/NAME`, `wds/NAME`.
-        split: `train`, `validation`, `test`, or what the data set calls it.
-        root: where a data set of timm's lies, or is put if `download` is set.
+        source: `folder:PATH` with a folder per class, in PATH/SPLIT if that exists; `digits`, or the shifted domain
+            `digits:shifted`; or a timm name, `torch/cifar10`, `hfds/NAME`, `wds/NAME`.
+        split: `train`, `validation`, `test`, or the data set's own name.
+        root: the folder of a timm data set, and the target if `download` is set.
         image_size: height and width in pixels.
         channels: 1 (grey) or 3.
         mean, std: per channel, of pixels from 0 to 1.
-        crop_pct: the share of the resized image that is cut out of its middle.
+        crop_pct: the fraction of the resized image that the centre crop keeps.
+        batch_size: images per batch and process.
+        workers: processes that read images; 0 reads them in the calling process.
         augmentation: for training, options of `timm.data.create_transform` such as `{"auto_augment": "rand-m9"}`.
-        class_names: the folders of the classes in the order of their labels, as `Data.class_names` of the training
-            split has them; by default those that are there.
+        class_names: the folders of the classes in the order of their labels, such as the `Data.class_names` of the
+            training split; None: the folders that exist, sorted.
+        seed: of the order and the augmentation.
     """
 
     source: str
@@ -94,8 +98,11 @@ class DataSettings:
     seed: int = 0
 
 
+# --- loaders ----------------------------------------------------------------------------------------------------------
+
+
 class Loader(Protocol):
-    """What yields the batches of an epoch, and knows how many there are where that can be known."""
+    """Yields the batches of an epoch, and knows their number if the data set does."""
 
     def epoch(self, number: int, *, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]: ...
 
@@ -103,12 +110,12 @@ class Loader(Protocol):
 
 
 class _EpochSampler(Sampler[tuple[int, int]]):
-    """The images of one process in the order of an epoch, each with the epoch, from which its augmentation follows."""
+    """The image indices of one process in the order of an epoch, each paired with the epoch for its augmentation."""
 
     def __init__(self, total: int, settings: DataSettings, usage: UsageSpec, shard: tuple[int, int]) -> None:
         self.epoch = self.first = 0
         self._total, self._seed, self._shuffled, self._shard = total, settings.seed, usage.shuffled, shard
-        # All processes take the same number of steps in training; nothing is left out elsewhere.
+        # In training all processes take the same number of steps; other uses read every image.
         self._num_samples = total // shard[1] if usage.drop_last else len(range(shard[0], total, shard[1]))
 
     def __len__(self) -> int:
@@ -124,7 +131,7 @@ class _EpochSampler(Sampler[tuple[int, int]]):
 
 
 class _AugmentedDataset(Dataset[Any]):
-    """A data set by (epoch, index), each image augmented under a random state that follows from these and the seed."""
+    """A data set by (epoch, index); these and the seed determine the augmentation of an image."""
 
     def __init__(self, dataset: Any, settings: DataSettings, usage: UsageSpec) -> None:
         self._dataset, self._seed, self._augment = dataset, settings.seed, usage.augmented
@@ -138,7 +145,7 @@ class _AugmentedDataset(Dataset[Any]):
 
 
 class EpochLoader:
-    """Batches of a data set that knows its images by number."""
+    """Batches of a data set with random access."""
 
     def __init__(self, dataset: Any, settings: DataSettings, usage: UsageSpec, shard: tuple[int, int]) -> None:
         self._source = settings.source
@@ -151,13 +158,14 @@ class EpochLoader:
             drop_last=usage.drop_last,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=settings.workers > 0,
-            generator=torch.Generator(),  # of its own: else each epoch would draw from the caller's
+            generator=torch.Generator(),  # else each epoch would draw from the caller's generator
         )
 
     def __len__(self) -> int:
         return len(self._loader)
 
     def epoch(self, number: int, *, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the batches of an epoch from batch number `first` on."""
         self._order.epoch, self._order.first = number, first * (self._loader.batch_size or 1)
         try:
             yield from _report_read_errors(self._source, self._loader)
@@ -166,7 +174,7 @@ class EpochLoader:
 
 
 class StreamLoader:
-    """Batches of a data set of timm's that can only be streamed."""
+    """Batches of a timm data set that can only be streamed."""
 
     def __init__(self, dataset: Any, settings: DataSettings, usage: UsageSpec) -> None:
         self._source, self._dataset = settings.source, dataset
@@ -184,15 +192,16 @@ class StreamLoader:
         return len(self._loader)
 
     def epoch(self, number: int, *, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the batches of an epoch from batch number `first` on; the stream is read from its start."""
         self._dataset.set_epoch(number)
         yield from islice(_report_read_errors(self._source, self._loader), first, None)
 
 
 def _report_read_errors(source: str, loader: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches, and what timm says where it finds no image that can be read."""
+    """The batches; timm's error for images that it cannot read becomes a DataError."""
     try:
         yield from loader
     except RuntimeError as error:
         if "Failed to load" not in str(error):
             raise
-        raise DataError(f"{source}: {str(error).strip().splitlines()[-1]}: are these images?") from error
+        raise DataError(f"{source}: {str(error).strip().splitlines()[-1]}: expected image files") from error
