@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 from normswap import renamed
 
 if TYPE_CHECKING:
+    from normswap.checkpoints.file_conversion import FileConversion as FileConversion
+    from normswap.checkpoints.file_conversion import convert_file as convert_file
     from normswap.checkpoints.loading import Loaded as Loaded
     from normswap.checkpoints.loading import load as load
     from normswap.checkpoints.saving import save as save
@@ -57,6 +59,8 @@ if TYPE_CHECKING:
 _HOMES = {
     "Calibration": "normswap.running_stats.calibration",
     "calibrate": "normswap.running_stats.calibration",
+    "FileConversion": "normswap.checkpoints.file_conversion",
+    "convert_file": "normswap.checkpoints.file_conversion",
     "Loaded": "normswap.checkpoints.loading",
     "load": "normswap.checkpoints.loading",
     "save": "normswap.checkpoints.saving",

@@ -27,7 +27,7 @@ from normswap.checkpoints.content.key_prefixes import StoredNames, match_names_a
 from normswap.checkpoints.content.optimizer_ownership import Network, add_owned_gates
 from normswap.checkpoints.content.optimizer_state import StateDict, matches_groups, scheduler_with_gates
 from normswap.checkpoints.content.state_dict import copy_metadata, insert_tensors
-from normswap.checkpoints.loading import Checkpoint
+from normswap.checkpoints.reading import Checkpoint
 from normswap.errors import CheckpointError, PlanError, SwapError
 from normswap.layers.in_place import GATE_PARAMETERS
 from normswap.surgery.conversion import apply_plan

@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 from torch import nn
 
 import normswap
-from normswap.checkpoints.loading import read_checkpoint, read_record
+from normswap.checkpoints.reading import read_checkpoint, read_record
 from normswap.cli import main
 from normswap.errors import ArchitectureError, CheckpointError
 from tests.helpers import checkpoint_makers, files

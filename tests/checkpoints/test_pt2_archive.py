@@ -22,7 +22,7 @@ from torch.export.pt2_archive._package import package_pt2
 import normswap
 from normswap.checkpoints import saving
 from normswap.checkpoints.formats.pt2_archive import Program, load_program
-from normswap.checkpoints.loading import read_checkpoint, read_header
+from normswap.checkpoints.reading import read_checkpoint, read_header
 from normswap.checkpoints.record import Record
 from normswap.cli import main
 from normswap.errors import CheckpointError, ModelError, SwapError

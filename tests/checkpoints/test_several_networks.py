@@ -15,7 +15,7 @@ from click.testing import CliRunner, Result
 from torch import Tensor, nn, optim
 
 import normswap
-from normswap.checkpoints.loading import read_record
+from normswap.checkpoints.reading import read_record
 from normswap.cli import main
 from normswap.errors import CheckpointError
 

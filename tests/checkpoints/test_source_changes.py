@@ -19,6 +19,7 @@ import normswap
 import normswap.checkpoints.architecture.identification
 import normswap.checkpoints.converted_content
 import normswap.checkpoints.loading
+import normswap.checkpoints.reading
 import normswap.checkpoints.saving
 import normswap.surgery.planning
 import normswap.verification.equivalence
@@ -224,7 +225,7 @@ def test_a_source_that_changes_under_the_reader_is_refused(
 ) -> None:
     """After the checks of the file and before its tensors are read: a mapping would end the process here."""
     source, part = CONTAINERS[container](tmp_path)
-    change_at(normswap.checkpoints.loading, "read_record_text", lambda: change(part))
+    change_at(normswap.checkpoints.reading, "read_record_text", lambda: change(part))
     check_refused(run("convert", source, "--arch", "none", "--no-verify", "-o", tmp_path / "out.pt"), "", part)
     assert not (tmp_path / "out.pt").exists()
     _shrink(part)
@@ -282,7 +283,7 @@ def test_an_inspected_converted_file_that_changes_is_refused(tmp_path: Path, cha
     normswap.save(conversion.model, path, plan=conversion.plan, architecture=files.ARCH)
     change_at(normswap.checkpoints.loading, "stored_importance_weights", lambda: _flip_unnoticed(path))
     check_refused(run("inspect", path), "it was written to", path)
-    change_at(normswap.checkpoints.loading, "decode", lambda: _flip_unnoticed(path))
+    change_at(normswap.checkpoints.reading, "decode", lambda: _flip_unnoticed(path))
     _flip_unnoticed(path)
     check_refused(run("identify", path), "it was written to", path)
 
@@ -290,7 +291,7 @@ def test_an_inspected_converted_file_that_changes_is_refused(tmp_path: Path, cha
 @pytest.mark.parametrize("container", ["torch zip", "legacy pickle", "safetensors", "a shard", "distributed"])
 def test_load_refuses_a_source_that_changes_while_it_is_read(container: str, tmp_path: Path, change_at: Any) -> None:
     source, part = CONTAINERS[container](tmp_path)
-    change_at(normswap.checkpoints.loading, "decode", lambda: _flip_unnoticed(part))
+    change_at(normswap.checkpoints.reading, "decode", lambda: _flip_unnoticed(part))
     with pytest.raises(CheckpointError, match=r"changed while it was read \(it was written to\)"):
         normswap.load(source, architecture=files.ARCH)
 

@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 from torch import nn
 
 import normswap
-from normswap.checkpoints.loading import read_record
+from normswap.checkpoints.reading import read_record
 from normswap.checkpoints.saving import compute_sha256
 from normswap.cli import main
 from normswap.finetune.data.datasets import open_data

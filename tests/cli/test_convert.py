@@ -10,7 +10,7 @@ import torch
 from click.testing import CliRunner
 
 import normswap
-from normswap.checkpoints.loading import read_record
+from normswap.checkpoints.reading import read_record
 from normswap.checkpoints.saving import compute_sha256
 from tests.helpers import files
 from tests.helpers.command_line import ARCH, INPUT, SIZES, document, names, ok, run

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import normswap
-from normswap.checkpoints.loading import read_record
+from normswap.checkpoints.reading import read_record
 from tests.helpers import files
 from tests.helpers.command_line import ARCH, INPUT, document, names, ok
 

@@ -119,7 +119,7 @@ def test_finetune_interrupted_at_once_says_what_is_kept(monkeypatch: pytest.Monk
         patch.setattr("normswap.finetune.trainer.write_model", interrupt)
         result = run(*FINETUNE)
     assert result.exit_code == 130
-    assert result.stderr.endswith("interrupted; the last saved state is in run: go on with --resume\n")
+    assert result.stderr.endswith("interrupted; the last saved state is in run: continue with --resume\n")
 
 
 # --- several processes ------------------------------------------------------------------------------------------------
