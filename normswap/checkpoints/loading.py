@@ -188,15 +188,16 @@ def open_model(
     if inputs is None and checkpoint.program is not None:
         inputs = program_inputs(checkpoint.program.program)
     elif inputs is None:
-        inputs = _default_inputs(built)
+        inputs = default_inputs(built.model, built.architecture)
     elif callable(inputs) and not isinstance(inputs, Tensor):
         inputs = inputs(built.model)
     return OpenedModel(checkpoint, built, inputs)
 
 
-def _default_inputs(built: BuiltModel) -> Tensor | None:
-    shape = default_input_shape(built.model, built.architecture)
-    return None if shape is None else random_tensor(shape, floating_dtype(built.model))
+def default_inputs(model: nn.Module, architecture: str | None) -> Tensor | None:
+    """Return a random batch of the size in timm's configuration of a model, None if that is unknown."""
+    shape = default_input_shape(model, architecture)
+    return None if shape is None else random_tensor(shape, floating_dtype(model))
 
 
 def floating_dtype(model: nn.Module) -> torch.dtype:

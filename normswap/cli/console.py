@@ -197,9 +197,10 @@ OPTIONS: Mapping[str, _Option] = {
     "verify": _Option("--no-verify"),
     "weights_only": _Option("--weights-only"),
 }
-# A name with its value, which may be left out; and the option itself in brackets, if a message names both.
+# A name with its value, which may be left out; and the option itself in brackets, if a message names both. The first
+# argument of a call (`save(plan=...)`) is Python code, not an option.
 _VALUE = r"""('[^']*'|"[^"]*"|torch\.randn\([^)]*\)|\([^)]*\)|\[[^\]]*\]|[\w.\-]+)?(?: \(--[\w\-]+[^)]*\))?"""
-_ARGUMENT = re.compile(rf"(?<![\w.\-])({'|'.join(OPTIONS)})(?:={_VALUE}|(?=: expected))")
+_ARGUMENT = re.compile(rf"(?<![\w.\-])(?<!\w\()({'|'.join(OPTIONS)})(?:={_VALUE}|(?=: expected))")
 
 
 def translate_arguments(message: str) -> str:

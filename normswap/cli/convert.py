@@ -173,8 +173,10 @@ class _Printer:
         console.print()
         if saved_plan is not None:
             console.print(f"plan written to {saved_plan}", markup=False)
-        for line in map(translate_arguments, self.result.closing_lines()):
-            console.print(line, style="bold" if line.startswith("wrote ") else None, markup=False, soft_wrap=True)
+        for line in self.result.closing_lines():
+            is_code = line.startswith("next: ")
+            text = line if is_code else translate_arguments(line)
+            console.print(text, style="bold" if self.written and not is_code else None, markup=False, soft_wrap=True)
 
     def print_document(self) -> None:
         """Print the result as JSON, if that was asked for."""

@@ -18,7 +18,7 @@ from torch import nn
 import normswap
 from normswap.checkpoints.formats.formats import needs_trust
 from normswap.cli import main
-from normswap.cli.wording import OPTIONS, translate_arguments
+from normswap.cli.console import OPTIONS, translate_arguments
 from normswap.errors import ArchitectureError, ArgumentError, CheckpointError, DataError, ModelError, NormswapError
 from tests.helpers import files
 
