@@ -91,7 +91,8 @@ def test_weights_only_names_what_is_left_out(source: Path) -> None:
     result = run("convert", "last.pt", *OPTIONS, "-o", "out.safetensors")
     assert result.exit_code == 2
     assert (
-        "this file holds epoch, optimizer, scheduler, state_dict_ema, teacher too: choose -o NAME.pt" in result.stderr
+        "this file also contains epoch, optimizer, scheduler, state_dict_ema, teacher: choose -o NAME.pt"
+        in result.stderr
     )
     output = ok("convert", "last.pt", *OPTIONS, "--weights-only", "-o", "out.pt")
     assert "optimizer: left out (--weights-only)" in output

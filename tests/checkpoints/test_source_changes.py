@@ -17,7 +17,7 @@ from torch import Tensor
 
 import normswap
 import normswap.checkpoints.architecture.identification
-import normswap.checkpoints.converted_content
+import normswap.checkpoints.file_conversion
 import normswap.checkpoints.loading
 import normswap.checkpoints.reading
 import normswap.checkpoints.saving
@@ -241,12 +241,12 @@ def test_files_that_join_a_folder_are_noticed(tmp_path: Path, change_at: Any) ->
 
 READERS: dict[str, tuple[Any, str, list[str]]] = {
     "convert --dry-run": (
-        normswap.checkpoints.converted_content,
+        normswap.checkpoints.file_conversion,
         "convert_content",
         ["convert", "--dry-run", "--no-verify"],
     ),
     "convert --save-plan": (
-        normswap.checkpoints.converted_content,
+        normswap.checkpoints.file_conversion,
         "convert_content",
         ["convert", "--no-verify", "--save-plan", "plan.json"],
     ),

@@ -327,7 +327,7 @@ def test_a_model_whose_norms_stay(folder: Path) -> None:
 
 
 def test_a_file_that_is_converted_already(folder: Path) -> None:
-    message = f"sn.pt: nothing to do, {files.SITES} sites are converted already: to convert it differently, convert the original"
+    message = f"sn.pt: nothing to do, {files.SITES} sites are converted already: to convert it differently, convert the"
     assert_refused(folder, ["convert", "sn.pt"], 1, message)
     torch.save(normswap.convert(files.small_model()).model, "module-sn.pt")
     assert_refused(folder, ["convert", "module-sn.pt", "--trust"], 1, "is Switchable Normalization already: nothing")
@@ -347,7 +347,5 @@ def test_a_verification_that_fails_without_a_known_reason(folder: Path, monkeypa
         return dataclasses.replace(found, passed=False, checks=checks)
 
     monkeypatch.setattr(file_conversion, "verify_in_place", fail)
-    message = (
-        "the converted model does not compute the same function (outputs in evaluation): --exclude the sites"
-    )
+    message = "the converted model does not compute the same function (outputs in evaluation): --exclude the sites"
     assert_refused(folder, CONVERT, 1, message)
