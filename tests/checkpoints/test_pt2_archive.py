@@ -237,9 +237,7 @@ def test_a_converted_program_reports_what_it_is(converted: tuple[Path, Path]) ->
     assert shown[0]["importance_weights"]["batch_norm"]["mean"] == {"in": 0.0, "ln": 0.0, "bn": 1.0}
     assert run("convert", target, "--trust").exit_code == 1
     for architecture in (None, Net):
-        with pytest.raises(
-            CheckpointError, match=r"a converted exported program can only be used with its graph: pass trust=True"
-        ):
+        with pytest.raises(CheckpointError, match=r"program can only be used with its graph: pass trust=True"):
             normswap.load(target, architecture=architecture)
 
 
@@ -388,10 +386,7 @@ def test_weights_and_programs_are_not_named_alike(path: Path) -> None:
     refused = run("convert", path, "--arch", "none", "--no-verify", "-o", path.with_name("a.pt2"))
     assert "the weights alone are no exported program: choose -o NAME.pt, or convert the program" in refused.stderr
     refused = run("convert", path, "--trust", "-o", path.with_name("a.pt"))
-    assert (
-        "an exported program is written as an exported program: choose -o NAME.pt2, or convert its weights alone"
-        in refused.stderr
-    )
+    assert "is written as an exported program: choose -o NAME.pt2, or convert its weights alone" in refused.stderr
 
 
 @pytest.fixture(scope="module")
@@ -501,6 +496,4 @@ def test_a_difference_is_judged_by_what_rounding_does_to_the_original() -> None:
 def test_a_program_is_calibrated_by_its_weights(path: Path) -> None:
     result = run("calibrate", path, "--data", "digits", "--trust")
     assert result.exit_code == 2
-    assert (
-        "only the weights of an exported program can be calibrated: leave --trust out, or pass --arch" in result.output
-    )
+    assert "weights of an exported program can be calibrated: leave --trust out, or pass --arch" in result.output
