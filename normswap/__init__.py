@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from normswap.surgery.norms.classes import read_norm_act as read_norm_act
     from normswap.surgery.plan import SwapPlan as SwapPlan
     from normswap.surgery.planning import plan_swaps as plan_swaps
+    from normswap.surgery.selection import SwapOptions as SwapOptions
     from normswap.training.importance_watch import ImportanceWatch as ImportanceWatch
     from normswap.training.importance_watch import watch_importance as watch_importance
     from normswap.training.live_conversion import TrainingConversion as TrainingConversion
@@ -100,6 +101,7 @@ _HOMES = {
     "SwapPlan": "normswap.surgery.plan",
     "NormSite": "normswap.surgery.discovery.sites",
     "plan_swaps": "normswap.surgery.planning",
+    "SwapOptions": "normswap.surgery.selection",
     "find_norm_sites": "normswap.surgery.discovery.sites",
     "Verification": "normswap.verification.equivalence",
     "verify": "normswap.verification.equivalence",

@@ -130,7 +130,7 @@ MODULES: Mapping[str, str] = {
     "normswap.surgery.gated": "normswap.surgery.importance",
     "normswap.surgery.graph_edit": "normswap.surgery.graphs.rewriting",
     "normswap.surgery.graph_rewrite": "normswap.surgery.graphs.rewriting",
-    "normswap.surgery.norm_candidates": "normswap.surgery.norms.candidates",
+    "normswap.surgery.norm_candidates": "normswap.surgery.norms.classes",
     "normswap.surgery.norm_site": "normswap.surgery.discovery.sites",
     "normswap.surgery.norms": "normswap.surgery.norms.classes",
     "normswap.surgery.observation": "normswap.surgery.discovery.whole_model",
@@ -154,6 +154,9 @@ NAMES: Mapping[str, str] = {
     "normswap.calibration.PassedOver": "normswap.running_stats.calibration.SkippedLayer",
     "normswap.checkpoints.record.Original": "normswap.checkpoints.record.OriginalNorm",
     "normswap.surgery.gated.ImportanceWeights": "normswap.surgery.importance.SiteWeights",
+    "normswap.surgery.norms.KINDS": "normswap.surgery.selection.KINDS",
+    "normswap.surgery.norms.base_kind": "normswap.surgery.selection.base_kind",
+    "normswap.surgery.norms.shape_problem": "normswap.surgery.discovery.whole_model.shape_problem",
     "normswap.surgery.tracing.first_line": "normswap.text.first_line",
     "normswap.surgery.tree.join": "normswap.text.join_fqn",
 }

@@ -18,11 +18,11 @@ from normswap.checkpoints.content.state_dict import check_running_stats, initial
 from normswap.checkpoints.converted_content import (
     AddedState,
     ConvertedContent,
+    ConvertedWeights,
     collect_added_state,
     convert_content,
 )
 from normswap.checkpoints.file_output import (
-    ConvertedWeights,
     ConvertOptions,
     NetworkOptions,
     OutputWriter,
@@ -30,19 +30,23 @@ from normswap.checkpoints.file_output import (
     copy_folder,
     merge_notes,
     other_entries,
+    require_verified,
     select_format,
+    unverifiable,
 )
 from normswap.checkpoints.loading import Architecture, OpenedModel, open_model
 from normswap.checkpoints.reading import Checkpoint, file_size, read_checkpoint, read_header, select_entry
 from normswap.checkpoints.record import Record
 from normswap.checkpoints.saving import originals, sha256_in_background
 from normswap.errors import ArchitectureError, CheckpointError, NothingToDo
+from normswap.layers.gating import Gate
 from normswap.surgery.arguments import require_type
 from normswap.surgery.conversion import Conversion, convert
 from normswap.surgery.graphs.exported_program import program_module
 from normswap.surgery.module_tree import copy_sharing_parameters
 from normswap.surgery.plan import SwapPlan, require_plan
 from normswap.surgery.planning import plan_swaps
+from normswap.surgery.selection import SiteFilter, SwapOptions, choose_options
 from normswap.text import pluralize, printable_as
 from normswap.verification.equivalence import Verification, verify, verify_in_place
 
@@ -158,6 +162,12 @@ def convert_file(
     entry: str | Sequence[str] | None = None,
     example_inputs: Any = None,
     plan: SwapPlan | None = None,
+    include: Sequence[SiteFilter] | SiteFilter | None = None,
+    exclude: Sequence[SiteFilter] | SiteFilter | None = None,
+    kinds: Sequence[str] | None = None,
+    gate: Gate | None = None,
+    synchronize: bool | None = None,
+    options: SwapOptions | None = None,
     verify: bool = True,
     tolerance: float | None = None,
     weights_only: bool = False,
@@ -165,7 +175,6 @@ def convert_file(
     trust: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
-    **swap: Any,
 ) -> FileConversion:
     """Convert a checkpoint file into a new file, as the command `normswap convert` does.
 
@@ -187,6 +196,8 @@ def convert_file(
             mapping from entry to inputs, or one for all. Default: the inputs of an exported program, or a random batch
             of the size in timm's configuration.
         plan: apply this plan of `plan_swaps` instead of making one.
+        include, exclude, kinds, gate, synchronize: which sites to swap and how, as for `convert`.
+        options: the same, and the other options of `convert`, as one object.
         verify: compare the converted model with the original, in float64, and write the file only if they agree.
         tolerance: the largest relative L2 difference that counts as the same function. Default: 1e-9.
         weights_only: write only the converted weights; drop optimizer, epoch and EMA.
@@ -194,7 +205,6 @@ def convert_file(
         trust: run the code that the file names: pickled objects.
         overwrite: replace an existing output file.
         progress: called with the name of each stage; returns a context manager that is open while the stage runs.
-        **swap: `include`, `exclude`, `kinds`, `gate`, `synchronize` and the other options of `convert`.
 
     Returns:
         `FileConversion`: the output path, the plan, the verification, and what happened to the other entries.
@@ -219,14 +229,15 @@ def convert_file(
     if plan is not None:
         require_plan(plan)
     entries = (entry,) if entry is None or isinstance(entry, str) else tuple(entry)
-    options = ConvertOptions(
+    keywords = {"include": include, "exclude": exclude, "kinds": kinds, "gate": gate, "synchronize": synchronize}
+    arguments = ConvertOptions(
         Path(path),
         output if output is None or isinstance(output, str) else Path(output),
         tuple(
             NetworkOptions(name, _select(architecture, name, entries), _select(example_inputs, name, entries))
             for name in entries
         ),
-        swap=swap,
+        swap=choose_options(options, keywords),
         plan=plan,
         verify=verify,
         tolerance=tolerance,
@@ -235,7 +246,7 @@ def convert_file(
         trust=trust,
         overwrite=overwrite,
     )
-    return run_conversion(options, progress=progress or (lambda stage: nullcontext()))
+    return run_conversion(arguments, progress=progress or (lambda stage: nullcontext()))
 
 
 def _select(value: Any, entry: str | None, entries: Sequence[str | None]) -> Any:
@@ -335,10 +346,10 @@ class _Run:
         """Build the model, convert it, and compare it with the original."""
         opened = self._open_model(options, checkpoint)
         with self.progress("finding norm sites"):
-            plan = self.options.plan or plan_swaps(opened.model, opened.inputs, **self.options.swap)
+            plan = self.options.plan or plan_swaps(opened.model, opened.inputs, options=self.options.swap)
         network = self._report_plan(options, checkpoint, plan, opened.architecture)
         if self.options.verify and opened.inputs is None:
-            raise _unverifiable("the input size is unknown", "example_inputs=torch.randn(2, 3, 224, 224)")
+            raise unverifiable("the input size is unknown", "example_inputs=torch.randn(2, 3, 224, 224)")
         with self.progress("converting"):
             # A model that is built here is not used otherwise: both models share its parameters.
             built_here = checkpoint.payload == "state dict"
@@ -391,10 +402,11 @@ class _Run:
             )
         names = names_with_prefix(stored, checkpoint.contents.prefix)
         state = {name: stored[key] for name, key in names.stored.items()}
-        plan = plan_from_names(state, **self.options.swap)
+        swap = self.options.swap or SwapOptions()
+        plan = plan_from_names(state, include=swap.include, exclude=swap.exclude)
         network = self._report_plan(options, checkpoint, plan, None)
         if self.options.verify:
-            raise _unverifiable(
+            raise unverifiable(
                 "with architecture='none' there is no model to run",
                 "architecture='path/file.py:function' or 'timm:NAME'",
             )
@@ -434,30 +446,3 @@ def _describe_nothing_to_swap(plan: SwapPlan) -> str:
     reasons = Counter(skip.reason for skip in plan.skips)
     summary = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common(3))
     return f"none of the {len(plan.skips)} norm sites can be converted: {summary}"
-
-
-def _unverifiable(reason: str, remedy: str) -> ArchitectureError:
-    return ArchitectureError(
-        f"nothing written: {reason}, so the conversion cannot be verified: pass {remedy}, or verify=False to write it "
-        "unverified"
-    )
-
-
-def require_verified(plan: SwapPlan, verification: Verification | None) -> None:
-    """Refuse a conversion whose verification failed; None was not asked for.
-
-    Raises:
-        NothingToDo: the converted model computes another function.
-    """
-    if verification is None or verification.passed:
-        return
-    if any(swap.gate == "softmax" for swap in plan.swaps):
-        raise NothingToDo(
-            "nothing written: softmax gates start at the uniform mix, which is another function: use gate='simplex', "
-            "or verify=False to write it anyway"
-        )
-    failed = ", ".join(check.name for check in verification.checks if check.passed is False) or "see the notes"
-    raise NothingToDo(
-        f"nothing written: the converted model does not compute the same function ({failed}): exclude= the sites that "
-        "differ most, or pass verify=False to write it anyway"
-    )

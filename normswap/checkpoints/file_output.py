@@ -6,28 +6,26 @@ Importing this module does not import torch: the command line checks paths with 
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from tempfile import gettempdir
 from typing import TYPE_CHECKING, Any
 
 from normswap.checkpoints.io.atomic_files import check_readable, check_writable, resolve_checkpoint_path
-from normswap.errors import ArgumentError, CheckpointError, PlanError
+from normswap.errors import ArchitectureError, ArgumentError, CheckpointError, NothingToDo, PlanError
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
-    from torch import nn
-
     from normswap.checkpoints.content.hf_trainer import SidecarFiles
-    from normswap.checkpoints.content.key_prefixes import StoredNames
-    from normswap.checkpoints.converted_content import AddedState
+    from normswap.checkpoints.converted_content import ConvertedWeights
     from normswap.checkpoints.formats.formats import Container
     from normswap.checkpoints.loading import Architecture
     from normswap.checkpoints.reading import Checkpoint
-    from normswap.checkpoints.record import OriginalNorm, Record
+    from normswap.checkpoints.record import Record
     from normswap.surgery.plan import SwapPlan
+    from normswap.surgery.selection import SwapOptions
     from normswap.verification.equivalence import Verification
 
 # Called with the name of a stage, returns a context manager that is open while the stage runs.
@@ -174,7 +172,7 @@ class ConvertOptions:
     file: Path
     output: str | Path | None = None
     networks: tuple[NetworkOptions, ...] = (NetworkOptions(),)
-    swap: Mapping[str, Any] = field(default_factory=dict)
+    swap: "SwapOptions | None" = None
     plan: "SwapPlan | None" = None
     verify: bool = True
     tolerance: float | None = None
@@ -201,10 +199,9 @@ class ConvertOptions:
             ArgumentError, PlanError: two arguments exclude each other.
             CheckpointError: the file is missing, or the output cannot be written.
         """
-        if self.plan is not None and self.swap:
-            raise PlanError(
-                f"plan= already decides which sites are swapped and how: leave {_list_arguments(self.swap)} out"
-            )
+        swap = self._changed_swap_options()
+        if self.plan is not None and swap:
+            raise PlanError(f"plan= already decides which sites are swapped and how: leave {_list_arguments(swap)} out")
         if not self.verify and self.tolerance is not None:
             raise ArgumentError("tolerance= has no effect with verify=False: leave one of them out")
         for network in self.networks:
@@ -221,10 +218,17 @@ class ConvertOptions:
 
     def needing_model(self, network: NetworkOptions) -> dict[str, Any]:
         """Return the given arguments that have no meaning without a model."""
-        given = {"example_inputs": network.inputs, "plan": self.plan, **self.swap}
+        given = {"example_inputs": network.inputs, "plan": self.plan, **self._changed_swap_options()}
         return {
             name: value for name, value in given.items() if value is not None and name not in ("include", "exclude")
         }
+
+    def _changed_swap_options(self) -> dict[str, Any]:
+        """The swap options that differ from their defaults, by name."""
+        if self.swap is None:
+            return {}
+        values = {each.name: getattr(self.swap, each.name) for each in fields(self.swap)}
+        return {name: value for name, value in values.items() if value != getattr(type(self.swap)(), name)}
 
     def _check_several(self) -> None:
         entries = [network.entry for network in self.networks]
@@ -244,33 +248,6 @@ def _list_arguments(names: Mapping[str, Any]) -> str:
 
 
 @dataclass(frozen=True)
-class ConvertedWeights:
-    """The converted weights of one network, ready to be written.
-
-    Attributes:
-        plan: the plan that was applied.
-        names: the names of the network's tensors in the file.
-        new: what the conversion adds to the state dict.
-        architecture: the name that builds the network.
-        module: the converted module, if the file stores a module or a program.
-        originals: the replaced norms, by site.
-        verification: None if nothing was measured.
-        inputs: the example inputs.
-        notes: what the file and the model do not share.
-    """
-
-    plan: "SwapPlan"
-    names: "StoredNames"
-    new: "AddedState"
-    architecture: str | None = None
-    module: "nn.Module | None" = None
-    originals: Mapping[str, "OriginalNorm"] = field(default_factory=dict)
-    verification: "Verification | None" = None
-    inputs: Any = None
-    notes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
 class OutputWriter:
     """Writes one converted network with the rest of its file.
 
@@ -286,7 +263,7 @@ class OutputWriter:
     options: ConvertOptions
     network: NetworkOptions
     source: "Checkpoint"
-    weights: ConvertedWeights
+    weights: "ConvertedWeights"
     container: "Container"
     digest: "Future[str] | None"
 
@@ -418,3 +395,34 @@ def merge_notes(earlier_notes: Sequence[str], notes: Sequence[str], entries: Seq
         if name not in merged or not what.startswith("left as it is"):
             merged[name] = what
     return tuple(f"{name}: {what}" for name, what in merged.items() if name not in entries)
+
+
+# --- verification ----------------------------------------------------------------------------------------------------
+
+
+def unverifiable(reason: str, remedy: str) -> ArchitectureError:
+    """Return the error for a conversion that cannot be verified, with what to pass."""
+    return ArchitectureError(
+        f"nothing written: {reason}, so the conversion cannot be verified: pass {remedy}, or verify=False to write it "
+        "unverified"
+    )
+
+
+def require_verified(plan: "SwapPlan", verification: "Verification | None") -> None:
+    """Refuse a conversion whose verification failed; None was not asked for.
+
+    Raises:
+        NothingToDo: the converted model computes another function.
+    """
+    if verification is None or verification.passed:
+        return
+    if any(swap.gate == "softmax" for swap in plan.swaps):
+        raise NothingToDo(
+            "nothing written: softmax gates start at the uniform mix, which is another function: use gate='simplex', "
+            "or verify=False to write it anyway"
+        )
+    failed = ", ".join(check.name for check in verification.checks if check.passed is False) or "see the notes"
+    raise NothingToDo(
+        f"nothing written: the converted model does not compute the same function ({failed}): exclude= the sites that "
+        "differ most, or pass verify=False to write it anyway"
+    )

@@ -91,12 +91,12 @@ def convert_command(
     """
     swap = {name: value for name in _SWAP_OPTIONS if (value := options.pop(name))}
     networks = networks_from_options(entries, archs, inputs)
-    arguments = ConvertOptions(file, output, networks, swap=swap, overwrite=force, **options)
+    arguments = ConvertOptions(file, output, networks, overwrite=force, **options)
     printer = _Printer(as_json=as_json)
     with report_interruption(lambda: printer.written):
         try:
             _check_paths(arguments, plan, save_plan)
-            _convert(replace(arguments, plan=_load_plan(plan)), save_plan, printer)
+            _convert(arguments, swap, plan, save_plan, printer)
         except NothingToDo:
             printer.print_document()
             raise
@@ -128,10 +128,14 @@ def _load_plan(path: Path | None) -> "SwapPlan | None":
         raise PlanError(f"{path}: {error}") from error
 
 
-def _convert(arguments: ConvertOptions, save_plan: Path | None, printer: "_Printer") -> None:
+def _convert(
+    arguments: ConvertOptions, swap: dict[str, Any], plan: Path | None, save_plan: Path | None, printer: "_Printer"
+) -> None:
     with stage("starting"):
         from normswap.checkpoints.file_conversion import run_conversion
+        from normswap.surgery.selection import SwapOptions
 
+    arguments = replace(arguments, swap=SwapOptions(**swap), plan=_load_plan(plan))
     result = run_conversion(arguments, progress=stage, report=printer.show)
     if save_plan is not None:
         write_text(save_plan, result.plan.to_json())

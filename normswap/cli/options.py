@@ -22,7 +22,7 @@ _DTYPES = (
     *("float16", "bfloat16", "float32", "float64", "complex64", "complex128"),
     *("uint8", "int8", "int16", "int32", "int64", "bool"),
 )
-# As `normswap.surgery.norms.classes.KINDS`, which is not imported here since it imports torch.
+# As `normswap.surgery.selection.KINDS`, which is not imported here since it imports torch.
 _KINDS = ("bn", "in", "gn1")
 
 

@@ -147,7 +147,7 @@ MISTAKEN = {
     "a class": (lambda: Net, r"got the class Net: pass an instance, such as Net\(\)"),
     "a function": (lambda: x, "got the function x: pass the module that it returns"),
     "a conversion": (lambda: normswap.convert(Net()), r"got a Conversion: pass its \.model"),
-    "a tensor": (x, "got a Tensor: the model comes first, its inputs after it"),
+    "a tensor": (x, "got a Tensor: pass the model first, then its inputs"),
     "a list": (lambda: [Net()], r"got a list of 1 modules: pass one at a time"),
     "nothing": (lambda: None, "expected a torch.nn.Module, got None"),
 }
@@ -247,11 +247,11 @@ INPUTS = {
     "a Size": (torch.Size([2, 3, 8, 8]), r"\(2, 3, 8, 8\) is a shape"),
     "a list": ([2, 3, 8, 8], r"\(2, 3, 8, 8\) is a shape"),
     "numpy": (x().numpy(), r"a numpy array: pass a tensor, such as torch\.from_numpy\(x\)\.float\(\)"),
-    "a text": ("cat.jpg", "'cat.jpg' is a text: pass a tensor"),
+    "a text": ("cat.jpg", "'cat.jpg' is a string: pass a tensor"),
     "a loader": (torch.utils.data.DataLoader([0]), r"a DataLoader: pass the inputs of one batch"),
-    "labelled": ((x(), torch.tensor([1, 0])), "images and labels: pass the images alone"),
-    "a list of tensors": ([x()], "a list is passed as one argument: several arguments are a tuple"),
-    "one image": (x()[0], "without a batch dimension: pass 2x3x8x8 if this is one image"),
+    "labelled": ((x(), torch.tensor([1, 0])), "images and labels: pass only the images"),
+    "a list of tensors": ([x()], "a list is one argument: pass a tuple for several arguments"),
+    "one image": (x()[0], "one image without a batch dimension: pass 2x3x8x8"),
 }
 
 
@@ -267,7 +267,7 @@ def test_inputs_that_a_model_cannot_take_are_reported_with_what_to_pass(inputs: 
     ("batches", "message"),
     [
         (x(), r"got one Tensor: pass \[x\]"),
-        (x().numpy(), r"got one ndarray of numpy: pass \[torch\.from_numpy\(x\)\]"),
+        (x().numpy(), r"got one ndarray from numpy: pass \[torch\.from_numpy\(x\)\]"),
         ((2, 3, 8, 8), r"got the shape \(2, 3, 8, 8\): pass \[torch\.randn\(2, 3, 8, 8\)\]"),
         ("images", "got one str: pass"),
         (None, "got one NoneType: pass"),

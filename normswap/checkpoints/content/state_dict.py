@@ -18,7 +18,7 @@ from normswap.errors import CheckpointError
 from normswap.layers.gating import BRANCHES, initial_point
 from normswap.layers.in_place import GATE_PARAMETERS
 from normswap.surgery.plan import ANY_CLASS, Skip, Swap, SwapPlan
-from normswap.surgery.selection import first_matching_patterns
+from normswap.surgery.selection import SiteFilter, first_matching_patterns
 from normswap.text import join_fqn
 
 # MERGED DOC: Whether the batch norms in a state dict hold numbers that normalize: finite statistics, no negative variance.
@@ -163,7 +163,7 @@ def copy_metadata(
 
 
 def plan_from_names(
-    state: Mapping[str, Tensor], *, include: Sequence[str] = (), exclude: Sequence[str] = ()
+    state: Mapping[str, Tensor], *, include: Sequence[SiteFilter] = (), exclude: Sequence[SiteFilter] = ()
 ) -> SwapPlan:
     """Return a plan for the BN groups of keys in `state`.
 

@@ -257,7 +257,7 @@ USAGE = {
         "--plan already decides which sites are swapped and how: leave --exclude out",
     ),
     "plan and gate": (
-        ["--plan", "plan.json", "--gate", "simplex"],
+        ["--plan", "plan.json", "--gate", "softmax"],
         "--plan already decides which sites are swapped and how: leave --gate out",
     ),
     "plan and kinds": (
@@ -321,7 +321,7 @@ def test_a_model_without_norms(folder: Path) -> None:
 
 def test_a_model_whose_norms_stay(folder: Path) -> None:
     torch.save(nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4)), "ln.pt")
-    message = "none of the 1 norm sites can be converted: 1 x has no batch statistics to lose at small batches"
+    message = "none of the 1 norm sites can be converted: 1 x has no batch statistics"
     assert_refused(folder, ["convert", "ln.pt", "--trust"], 1, message)
     assert_refused(folder, [*CONVERT, "--exclude", "*"], 1, f"{files.SITES} x excluded by the pattern '*'")
 
