@@ -6,7 +6,7 @@ scheduler an entry for that group. All else passes through untouched; what may n
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -26,12 +26,14 @@ from normswap.checkpoints.content.key_prefixes import StoredNames, match_names_a
 from normswap.checkpoints.content.optimizer_ownership import Network, add_owned_gates
 from normswap.checkpoints.content.optimizer_state import StateDict, insert_gates, matches_groups, scheduler_with_gates
 from normswap.checkpoints.content.state_dict import copy_metadata, insert_tensors
-from normswap.checkpoints.loading import Checkpoint
+from normswap.checkpoints.reading import Checkpoint
+from normswap.checkpoints.record import OriginalNorm
 from normswap.errors import CheckpointError, PlanError, SwapError
 from normswap.layers.in_place import GATE_PARAMETERS
 from normswap.surgery.conversion import apply_plan
 from normswap.surgery.importance import gate_parameters, trainable_gates
 from normswap.surgery.plan import SwapPlan
+from normswap.verification.equivalence import Verification
 
 Shape = tuple[int, ...]
 
@@ -72,6 +74,33 @@ class ConvertedContent(NamedTuple):
 
     content: Any
     notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ConvertedWeights:
+    """The converted weights of one network, ready to be written.
+
+    Attributes:
+        plan: the plan that was applied.
+        names: the names of the network's tensors in the file.
+        new: what the conversion adds to the state dict.
+        architecture: the name that builds the network.
+        module: the converted module, if the file stores a module or a program.
+        originals: the replaced norms, by site.
+        verification: None if nothing was measured.
+        inputs: the example inputs.
+        notes: what the file and the model do not share.
+    """
+
+    plan: SwapPlan
+    names: StoredNames
+    new: AddedState
+    architecture: str | None = None
+    module: nn.Module | None = None
+    originals: Mapping[str, OriginalNorm] = field(default_factory=dict)
+    verification: Verification | None = None
+    inputs: Any = None
+    notes: tuple[str, ...] = ()
 
 
 class _OptimizerUpdate(NamedTuple):
@@ -297,9 +326,7 @@ def _update_scheduler(
     if not found or not _have_same_update(found):
         names = " and ".join(format_key_path(each.key_path) for each in fitting)
         reason = f"it fits {names}" if fitting else "it fits no optimizer in this file"
-        return None, (
-            f"left as it is, {reason}: normswap.checkpoints.content.optimizer_state.scheduler_with_gates puts the gates in"
-        )
+        return None, (f"left as it is, {reason}: add the gates with normswap.scheduler_with_gates")
     optimizer = found[0].after
     if optimizer is None or len(optimizer["param_groups"]) == len(found[0].before["param_groups"]):
         return None, "left as it is, the groups of its optimizer are as they were"

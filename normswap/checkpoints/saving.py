@@ -37,7 +37,7 @@ from normswap.checkpoints.formats.formats import (
 from normswap.checkpoints.formats.pt2_archive import Program, digest_members, load_program, save_program
 from normswap.checkpoints.io.atomic_files import atomic_write, atomic_write_folder, check_writable
 from normswap.checkpoints.io.digest import contents_equal, fingerprint, safetensors_equals
-from normswap.checkpoints.loading import Checkpoint
+from normswap.checkpoints.reading import Checkpoint
 from normswap.checkpoints.record import OriginalNorm, Record, Step
 from normswap.checkpoints.source_copy import SourceFiles
 from normswap.errors import CheckpointError, PlanError

@@ -21,7 +21,8 @@ import normswap
 from normswap.checkpoints import saving
 from normswap.checkpoints.formats import formats
 from normswap.checkpoints.io import atomic_files
-from normswap.checkpoints.loading import read_checkpoint, read_record, stored_importance_weights
+from normswap.checkpoints.loading import stored_importance_weights
+from normswap.checkpoints.reading import read_checkpoint, read_record
 from normswap.checkpoints.record import Record, Step
 from normswap.checkpoints.saving import compute_sha256
 from normswap.errors import ArchitectureError, CheckpointError, NormswapError, PlanError

@@ -15,7 +15,7 @@ from click.testing import CliRunner, Result
 from torch import Tensor, nn, optim
 
 import normswap
-from normswap.checkpoints.loading import read_record
+from normswap.checkpoints.reading import read_record
 from normswap.cli import main
 from normswap.errors import CheckpointError
 
@@ -143,7 +143,7 @@ def test_the_record_knows_every_network(gan: dict[str, Any]) -> None:
         ok("verify", "gan.pt", "two.pt", "--entry", name, "--trust", *INPUT)
         assert "Importance weights" in ok("inspect", "two.pt", "--entry", name)
     with pytest.raises(
-        CheckpointError, match=r"holds several converted models \('d', 'g'\): say which, such as entry='d'"
+        CheckpointError, match=r"holds several converted models \('d', 'g'\): choose one, such as entry='d'"
     ):
         normswap.load("two.pt", trust=True)
     shown = json.loads(run("inspect", "two.pt", "--json").output)
@@ -174,8 +174,8 @@ PAIRING: dict[str, tuple[list[str], str]] = {
         ["--entry", "g", "--entry", "d", *G, *D, *INPUT, *INPUT, *INPUT],
         "--input: expected one, or one for each of 2 --entry, got 3: name the network, such as --input g=",
     ),
-    "a plan for two": (["--entry", "g", "--entry", "d", "--save-plan", "p.json"], "--save-plan is for one network"),
-    "weights of two": (["--entry", "g", "--entry", "d", "--weights-only"], "--weights-only is for one network"),
+    "a plan for two": (["--entry", "g", "--entry", "d", "--save-plan", "p.json"], "--save-plan applies to one network"),
+    "weights of two": (["--entry", "g", "--entry", "d", "--weights-only"], "--weights-only applies to one network"),
 }
 
 
