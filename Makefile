@@ -48,6 +48,7 @@ unit: $(READY)
 
 evidence: $(READY)  ## fine-tuning at batch size 2, 3 seeds -> docs/measured/evidence.md (about an hour on 2 cores)
 	@$(BIN)/python -m benchmarks.finetuning.evidence
+	@$(BIN)/python -m benchmarks.finetuning.picture
 
 batch-dependence: $(READY)  ## effect of a penalty on batch dependence, by batch size -> docs/measured/batch-dependence.md (half an hour; resumes)
 	@$(BIN)/python -m benchmarks.finetuning.batch_dependence
@@ -71,6 +72,7 @@ zoo: $(READY)  ## every model of timm, torchvision and transformers converted an
 
 recipes: $(READY)  ## the recipe for small batches over 3 seeds, and the cost of the loop -> docs/measured/small-batch.md (20 minutes)
 	@$(BIN)/python -m benchmarks.finetuning.recipes
+	@$(BIN)/python -m benchmarks.finetuning.picture
 
 index: $(READY)  ## the index of architectures that identification reads, from models on the meta device (half an hour)
 	@$(BIN)/python -m benchmarks.architectures.build_index

@@ -82,6 +82,8 @@ of accuracy on the test images of the target (mean of {len(evidence.seeds)} seed
 {ARMS[rival].title}). The targets, equal outputs at the start and a lead of at least {TARGET_LEAD:.0f} points, are
 {verdict}.
 
+![Accuracy after fine-tuning, by batch size and by arm](finetuning.png)
+
 Run of {evidence.date}: {evidence.seconds / 60:.0f} minutes, one process with one thread per seed, on
 {evidence.machine};
 {", ".join(f"{name} {number}" for name, number in evidence.versions.items())}.

@@ -81,7 +81,7 @@ def bare_file(architecture: str) -> str:
 
 
 def test_the_line_of_the_readme_finetunes_the_file_of_the_readme(here: Path) -> None:
-    (line,) = re.findall(r"^normswap (finetune .*)$", (ROOT / "README.md").read_text(), re.M)
+    (line,) = re.findall(r"^normswap (finetune .*)$", (ROOT / "README.md").read_text().replace("\\\n", ""), re.M)
     assert "model.checkpoint=model.normswap.pt" in line
     conversion = normswap.convert(timm.create_model("resnet18"), torch.randn(2, 3, 64, 64))
     normswap.save(conversion.model, "model.normswap.pt", plan=conversion.plan, architecture="timm:resnet18")

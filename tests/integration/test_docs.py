@@ -1,70 +1,284 @@
-"""README and docs run: every Python block is executed and every `normswap` command typed, page by page, in order."""
+"""README, docs and docstrings run: Python blocks, `normswap` commands, their outputs, and every docstring's example.
 
+A `text` block directly after a Python block or commands is their output: pass `--update-snapshots` to write it again.
+"""
+
+import ast
+import contextlib
+import doctest
+import importlib
+import inspect
+import io
 import re
 import runpy
 import shlex
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
+import torch
 from click.testing import CliRunner
 
+import normswap
 from normswap.cli import main
+from tests.cli.test_snapshots import normalised
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+DOCS = ROOT / "docs"
+README = ROOT / "README.md"
+PAGES = [README, *sorted(DOCS.rglob("*.md"))]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.M | re.S)
-pytestmark = pytest.mark.slow
+WIDTH = 100
+# Phrases that the pages must not contain: words that the project used before it used those of the field.
+OLD_WORDS = (
+    "anew|law 1|parity|proof|proves?|proved|told|tells|said|held|lies|is fed|are fed|the ground|alike|as ever|at hand"
+    "|way out|kin|likelier|hangs? on|in place of|takes? the place|priced?|batch[ _]price|begun"
+)
 
 
-def steps(page: Path) -> list[str]:
-    """The page as Python statements: Python blocks as they are, `normswap` commands as calls that must succeed."""
+# --- blocks of the pages ----------------------------------------------------------------------------------------------
+
+
+class Step(NamedTuple):
+    """Statements to run, the output expected of them (None: not shown), and the place of that output in the page."""
+
+    code: str
+    output: str | None = None
+    span: tuple[int, int] = (0, 0)
+
+
+def steps(text: str) -> list[Step]:
+    """Return a page as steps: Python blocks as they are, `normswap` commands as calls that must succeed."""
+    blocks = list(BLOCK.finditer(text))
     found = []
-    for language, body in BLOCK.findall(page.read_text()):
+    for number, block in enumerate(blocks):
+        language, body = block[1], block[2]
         if language == "python":
-            found.append(body)
-        elif language in ("sh", "console"):
-            commands = [line.removeprefix("$ ") for line in body.splitlines()]
-            found += [f"run({c.split('#')[0].strip()!r})" for c in commands if c.startswith("normswap ")]
+            code = body
+        elif language == "sh":
+            commands = [line.removeprefix("$ ").split("#")[0].strip() for line in body.splitlines()]
+            code = "".join(f"run({command!r})\n" for command in commands if command.startswith("normswap "))
+        else:
+            continue
+        after = blocks[number + 1] if number + 1 < len(blocks) else None
+        if code and after and after[1] == "text" and not text[block.end() : after.start()].strip():
+            found.append(Step(code, after[2], after.span(2)))
+        elif code:
+            found.append(Step(code))
     return found
 
 
 def run(command: str) -> None:
-    """As it is typed, but for the start of a process, which tests/cli/test_command_line.py covers."""
+    """Run a command in this process; tests/cli/test_command_line.py covers its start."""
     done = CliRunner().invoke(main, shlex.split(command)[1:])
-    assert done.exit_code == 0, f"{command}: exit {done.exit_code}\n{done.output}"
+    assert done.exit_code == 0, f"{command}: exit status {done.exit_code}\n{done.output}"
+    print(done.stdout, end="")
 
 
+def run_steps(found: list[Step], folder: Path) -> list[str | None]:
+    """Run the steps as one script; return the output of those with an expected one."""
+    outputs: list[str | None] = [None] * len(found)
+    printed = io.StringIO()
+
+    def end_step(number: int) -> None:
+        if found[number].output is not None:
+            outputs[number] = "".join(f"{line.rstrip()}\n" for line in printed.getvalue().strip("\n").splitlines())
+        printed.seek(0)
+        printed.truncate()
+
+    script = folder / "page.py"
+    script.write_text("".join(f"{step.code}\nend_step({number})\n" for number, step in enumerate(found)))
+    with contextlib.redirect_stdout(printed):
+        runpy.run_path(str(script), {"run": run, "end_step": end_step}, "page")
+    return outputs
+
+
+def with_outputs(text: str, found: list[Step], outputs: list[str | None]) -> str:
+    """Return the page with the outputs that differ replaced."""
+    for step, output in reversed(list(zip(found, outputs, strict=True))):
+        if output is not None and step.output is not None and normalised(output) != normalised(step.output):
+            text = text[: step.span[0]] + output + text[step.span[1] :]
+    return text
+
+
+@pytest.mark.slow
 @pytest.mark.filterwarnings(
     "ignore:.*LeafSpec:FutureWarning",  # pytorch-lightning 2.6 with torch 2.14
     "ignore::UserWarning:pytorch_lightning",  # its advice on workers and on the folder of logs
 )
-@pytest.mark.parametrize("page", [p for p in PAGES if steps(p)], ids=lambda p: p.name)
-def test_every_block_of_the_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    script = tmp_path / "page.py"
-    script.write_text("\n".join(steps(page)))
+@pytest.mark.parametrize(
+    "page", [p for p in PAGES if steps(p.read_text(encoding="utf-8"))], ids=lambda p: p.relative_to(ROOT).as_posix()
+)
+def test_every_block_of_the_page_runs_and_prints_what_the_page_shows(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    text = page.read_text(encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    runpy.run_path(str(script), {"run": run}, "page")
+    monkeypatch.setenv("COLUMNS", str(WIDTH))
+    found = steps(text)
+    outputs = run_steps(found, tmp_path)
+    if request.config.getoption("--update-snapshots"):
+        page.write_text(with_outputs(text, found, outputs), encoding="utf-8")
+        return
+    for step, output in zip(found, outputs, strict=True):
+        if step.output is not None and output is not None:
+            assert normalised(output) == normalised(step.output), "the output changed; if it should: --update-snapshots"
+
+
+def test_steps_are_found_and_a_changed_output_is_noticed(tmp_path: Path) -> None:
+    page = "```sh\n$ normswap --version  # short\nmake demo\n```\n\n```python\nprint(1)\n```\n\n```text\n2\n```\n"
+    found = steps(page)
+    assert [step.code for step in found] == ["run('normswap --version')\n", "print(1)\n"]
+    outputs = run_steps(found, tmp_path)
+    assert outputs == [None, "1\n"]
+    assert with_outputs(page, found, outputs) == page.replace("2\n", "1\n")
+    assert steps("```python\nprint(1)\n```\n\nWords.\n\n```text\nnormswap\n```\n")[0].output is None
+
+
+# --- docstrings -------------------------------------------------------------------------------------------------------
+
+EXAMPLE = re.compile(r"^\s*>>> ", re.M)
+MODULES = [
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    for path in sorted((ROOT / "normswap").rglob("*.py"))
+    if EXAMPLE.search(path.read_text(encoding="utf-8"))
+]
+
+
+def needs_example(name: str) -> bool:
+    """Return true for functions and classes, except errors: an error's example is the message."""
+    value = getattr(normswap, name)
+    return inspect.isroutine(value) or (inspect.isclass(value) and not issubclass(value, Exception))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", normswap.__all__)
+def test_a_public_name_has_a_docstring_with_an_example(name: str) -> None:
+    text = inspect.getdoc(getattr(normswap, name)) or ""
+    assert text, f"normswap.{name} has no docstring"
+    if needs_example(name):
+        assert re.search(r"^Examples:\n(?:.*\n)*?\s+>>> ", text, re.M), f"normswap.{name} shows no example"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODULES)
+def test_every_example_in_the_docstrings_of_a_module_runs(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    module = importlib.import_module(name)
+    source = inspect.getsource(module)
+    finder = doctest.DocTestFinder(exclude_empty=True)
+    flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    attempted = 0
+    names = [node.name for node in ast.parse(source).body if isinstance(node, ast.ClassDef | ast.FunctionDef)]
+    public = {each: getattr(normswap, each) for each in normswap.__all__ if re.search(rf"\b{each}\b", source)}
+    globs = {**public, "normswap": normswap, "torch": torch, **vars(module)}
+    examples = finder.find(source_docstring(module), name, module=False, globs=globs)
+    for each in names:
+        examples += finder.find(getattr(module, each), each, module=False, globs=globs)
+    for example in examples:
+        report = io.StringIO()
+        result = doctest.DocTestRunner(optionflags=flags, verbose=False).run(example, out=report.write)
+        assert not result.failed, report.getvalue()
+        attempted += result.attempted
+    assert attempted == len(EXAMPLE.findall(source)), f"some examples in {name} are in no docstring"
+
+
+def source_docstring(module: object) -> Callable[[], None]:
+    """Return a function with the docstring of the module, since a finder would search everything in a module."""
+
+    def holder() -> None:
+        pass
+
+    holder.__doc__ = module.__doc__
+    return holder
+
+
+# --- the pages --------------------------------------------------------------------------------------------------------
 
 
 def test_every_link_between_pages_leads_somewhere() -> None:
     for page in PAGES:
-        for target in re.findall(r"\]\((?!http)([^)#]+)[^)]*\)", page.read_text()):
-            assert (page.parent / target).exists(), f"{page.name} points at {target}"
+        for target in re.findall(r"\]\((?!http)([^)#]+)[^)]*\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}, which does not exist"
 
 
 def test_every_make_target_that_a_page_names_exists() -> None:
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
-    for page in PAGES:
-        for name in re.findall(r"`make ([a-z]+)`", page.read_text()):
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
+    for page in (*PAGES, ROOT / "CONTRIBUTING.md"):
+        for name in re.findall(r"`make ([a-z-]+)`", page.read_text(encoding="utf-8")):
             assert name in targets, f"{page.name} names make {name}"
 
 
-def test_the_readme_has_code_before_line_30() -> None:
-    lines = (ROOT / "README.md").read_text().splitlines()
-    assert any(line.startswith("```") for line in lines[:30])
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_a_page_has_none_of_the_old_words(page: Path) -> None:
+    prose = re.sub(r"```.*?```|`[^`]*`", "", page.read_text(encoding="utf-8"), flags=re.S)
+    assert re.findall(rf"\b(?:{OLD_WORDS})\b", prose, re.I) == []
 
 
-def test_commands_are_found_in_blocks(tmp_path: Path) -> None:
-    page = tmp_path / "page.md"
-    page.write_text("```sh\n$ normswap --help  # short\nmake demo\n```\n\n```python\nx = 1\n```\n")
-    assert [shlex.split(step)[0] for step in steps(page)] == ["run(normswap --help)", "x"]
+def test_the_readme_is_short_and_starts_with_code_and_a_picture() -> None:
+    lines = README.read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 120
+    assert max(map(len, lines)) <= 120
+    assert any(line.startswith("![") for line in lines[:20])
+    assert any(line == "```python" for line in lines[:60])
+
+
+def test_the_picture_shows_the_records() -> None:
+    from benchmarks.finetuning import picture  # matplotlib takes a while
+
+    assert picture.read_values() == picture.shown_values()
+
+
+def test_the_numbers_of_the_readme_are_those_of_the_measured_pages() -> None:
+    """Every row of a table in the README whose name is that of a row in a measured page has the same numbers."""
+    readme = README.read_text(encoding="utf-8")
+    evidence = (DOCS / "measured" / "evidence.md").read_text(encoding="utf-8")
+    comparison = evidence.partition("## The comparison")[2].partition("\nLead of")[0]
+    rows = {row[0]: row[2:] for row in table_rows(comparison) if len(row) == 6}
+    shown = [row for row in table_rows(readme) if row[0] in rows]
+    assert len(shown) == 5
+    for name, *cells in shown:
+        assert cells == [cell.strip("*").split(" ")[0] for cell in rows[name]]
+    small = (DOCS / "measured" / "small-batch.md").read_text(encoding="utf-8")
+    (single,) = [row for row in table_rows(small) if row[0] == "1"]
+    recipe, _, bn = (cell.split()[0] for cell in single[1:])
+    assert f"At batch size 1 the recipe reaches {recipe} %, BN in training mode {bn} %" in readme
+    assert f"BN falls to {bn} % at batch size 1, SN stays at {recipe} %" in readme
+    coverage = (DOCS / "measured" / "coverage.md").read_text(encoding="utf-8")
+    (total,) = [row for row in table_rows(coverage) if row[0] == "all"]
+    (within,) = re.findall(r"(\d+) of the (\d+) models fit in 24 GB", readme)
+    assert within == (total[3], total[2])
+    assert re.findall(r"all (\d+) match", readme) == [total[8]]
+    assert re.findall(r"\((\d+) of\s+them by the clause", readme) == re.findall(r"needed for (\d+) models", coverage)
+    assert re.findall(r"(\d+) in float32;", readme) == re.findall(r"## Verified in float32 \((\d+)\)", coverage)
+
+
+def test_the_speeds_of_the_readme_are_those_of_the_measured_page() -> None:
+    readme = README.read_text(encoding="utf-8")
+    page = (DOCS / "measured" / "speed.md").read_text(encoding="utf-8")
+    ours = [row for row in table_rows(page) if len(row) == 9 and row[3] in ("native", "native, mix")]
+    assert len(ours) == 16
+    all_layers = [row for row in table_rows(page) if len(row) == 11 and row[3] in ("train", "eval")]
+    shown = {row[0]: row[1:] for row in table_rows(readme)}
+    for name, column, mode in (("a layer, training step", 4, "train"), ("a layer, evaluation", 6, "eval")):
+        for cell, layer in zip(shown[name], ("native", "native, mix"), strict=False):
+            ratios = sorted(float(row[column].split()[0]) for row in ours if row[3] == layer)
+            assert cell == f"{ratios[0]:.2f}-{ratios[-1]:.2f}"
+        eager = sorted(float(row[-1]) for row in all_layers if row[3] == mode)
+        digits = 1 if mode == "train" else 0
+        assert shown[name][2] == f"{eager[0]:.{digits}f}-{eager[-1]:.{digits}f}"
+    worst = max(float(row[5].split()[0]) for row in ours)
+    assert f"{worst:.2f} for the worst shape" in readme
+    (network,) = [cells for name, cells in shown.items() if name.startswith("`resnet50`")]
+    rows = [row for row in table_rows(page) if row[:4] == ["resnet50", "fp32", "2", "contiguous"]]
+    (peak,) = [row[3] for row in table_rows(page) if row[0] == "peak of a training step"]
+    assert network[0].split(" / ") == [*(row[-1].split()[0] for row in rows), f"{float(peak.split()[0]):.2f}"]
+
+
+def table_rows(text: str) -> list[list[str]]:
+    """Return the cells of every row of the Markdown tables in a text, without emphasis."""
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    return [[cell.strip().strip("*") for cell in line.strip("|").split("|")] for line in lines]
