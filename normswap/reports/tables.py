@@ -59,7 +59,7 @@ def notes_table(notes: Sequence[str]) -> RenderableType:
 def verification_table(verification: Verification) -> RenderableType:
     """Return every check with its error, limit and verdict, and the float32 error, which has no limit."""
     loosened = "; limit loosened on request" if verification.loosened else ""
-    rule = "the whole model" if verification.judged_by == "whole model" else "every site separately"
+    rule = "the whole model" if verification.judged_by == "whole model" else "each site alone"
     # The model's response to a change of one unit in the last place is measured only if an error is large.
     has_response = any(check.own_response is not None for check in verification.checks)
     table = _table(

@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from normswap.errors import DataError, ModelError
 from normswap.layers.gated_module import GatedModule
 from normswap.layers.gating import BnStatistics, check_bn_statistics
-from normswap.layers.in_place import STATISTICS, STATISTICS_BEFORE_FREEZE
+from normswap.layers.in_place import STATISTICS, STATISTICS_BEFORE_FREEZE, has_frozen_affine
 from normswap.layers.switch_norm import SwitchNorm
 from normswap.model_state import call_model, training_flags
 from normswap.running_stats.accumulation import batch_inputs, move_to_device
@@ -212,7 +212,7 @@ def _can_use_running_statistics(module: nn.Module) -> bool:
 
 def _was_frozen(module: nn.Module) -> bool:
     """Return whether the layer replaced a norm that used its running statistics in training too."""
-    return "weight" in module._buffers
+    return has_frozen_affine(module)
 
 
 def _has_no_data(layer: Any) -> bool:
