@@ -20,6 +20,7 @@ from normswap.checkpoints.formats.formats import needs_trust
 from normswap.cli import main
 from normswap.cli.console import OPTIONS, translate_arguments
 from normswap.errors import ArchitectureError, ArgumentError, CheckpointError, DataError, ModelError, NormswapError
+from normswap.finetune.data.loaders import DataSettings
 from tests.helpers import files
 
 PACKAGE = Path(normswap.__file__).parent
@@ -174,12 +175,14 @@ def entry_points() -> dict[str, Callable[[Any], Any]]:
         "find_norm_sites": normswap.find_norm_sites,
         "freeze_statistics": normswap.freeze_statistics,
         "importance_weights": normswap.importance_weights,
+        "open_data": lambda m: normswap.open_data(DataSettings("digits"), model=m),
         "param_groups": normswap.param_groups,
         "plan_swaps": normswap.plan_swaps,
         "revert": normswap.revert,
         "save": lambda m: normswap.save(m, "never.pt"),
         "set_bn_statistics": lambda m: normswap.set_bn_statistics(m, "running"),
         "synchronize_statistics": normswap.synchronize_statistics,
+        "trainable_gates": normswap.trainable_gates,
         "unfreeze_statistics": normswap.unfreeze_statistics,
         "update_statistics": lambda m: normswap.update_statistics(m, [x()]),
         "verify": lambda m: normswap.verify(m, Net(), [x()]),

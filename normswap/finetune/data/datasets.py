@@ -23,6 +23,7 @@ from torch.utils.data import IterableDataset
 from normswap.errors import DataError
 from normswap.finetune.data.digits import CLASSES, DigitImages, prepare_digits
 from normswap.finetune.data.loaders import USAGE_SPECS, DataSettings, EpochLoader, Loader, StreamLoader, Use
+from normswap.surgery.arguments import require_module
 from normswap.text import first_line
 
 logger = logging.getLogger(__name__)
@@ -113,6 +114,7 @@ def open_data(
         The batches: iterating yields images (N, C, H, W) and labels (N,).
 
     Raises:
+        ArgumentError: `model` is not a module.
         DataError: the source or split is unknown; a folder is missing or has no images; there is a single class to
             train on, or more classes than the model has; the image size is unknown; there are fewer images than a
             batch needs.
@@ -126,7 +128,7 @@ def open_data(
         (torch.Size([50, 3, 32, 32]), 4, 10)
     """
     usage = USAGE_SPECS[use]
-    settings = complete_settings(settings, model)
+    settings = complete_settings(settings, model if model is None else require_module(model))
     dataset, class_names = _open_source(settings)
     found = None if class_names is None else len(class_names)
     if usage.labelled:
