@@ -225,7 +225,7 @@ def _has_no_data(layer: Any) -> bool:
 def update_statistics(model: nn.Module, loader: Iterable[Any], *, device: torch.device | str | None = None) -> None:
     """Set the running statistics of SN and BN layers to their average over batches, as `update_bn` does for BN.
 
-    The model runs one pass in training mode, so dropout is active; every batch has the same weight, whatever its size.
+    The model runs one pass in training mode, so dropout is active; every batch has the same weight, also a smaller one.
     For the statistics of the data itself, use `calibrate`. Frozen statistics do not change. Synchronized layers average
     over all processes; each process must call this function with the same number of batches. Momenta and training
     flags are restored; after an error, the statistics are restored too.

@@ -249,6 +249,7 @@ class ModelComparison:
         responses: Errors = {}
 
         def run(model_inputs: Any, context: AbstractContextManager[Any] | None) -> Errors:
+            """Return the errors of a pass on changed inputs."""
             gradients = GradientDistance(stored)
             perturbed = self.run(0, model_inputs, gradients.compare_gradient, training=training, context=context)
             if isinstance(perturbed, Exception):
