@@ -13,10 +13,12 @@ from normswap.model_state import (
     changed_attributes,
     module_state,
     preserved_state,
+    preserved_training_flags,
     random_state,
     registered_hooks,
     rollback_on_error,
     seeded,
+    set_training_flags,
     training_flags,
 )
 
@@ -62,6 +64,13 @@ def test_flags_are_set_on_every_module_and_put_back_one_by_one(model: Scrambled)
     with pytest.raises(ZeroDivisionError), training_flags(model.modules(), training=True):
         _ = 1 / 0
     assert not model.bn.training
+
+
+def test_flags_of_single_modules_are_set_and_restored(model: Scrambled) -> None:
+    with preserved_training_flags(model.modules()):
+        set_training_flags([(model, False), (model.bn, True)])
+        assert (model.training, model.bn.training, model.drop.training) == (False, True, True)
+    assert (model.training, model.bn.training, model.drop.training) == (True, False, True)
 
 
 @pytest.mark.parametrize("fails", [False, True])

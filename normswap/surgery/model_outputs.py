@@ -172,10 +172,6 @@ def _import_numpy() -> Any:
     return numpy
 
 
-def _plain(kind: Callable[[Any], Any]) -> Callable[[Any, str], Any]:
-    return lambda value, _path: kind(value)
-
-
 def _mapping(value: Mapping[Any, Any], path: str) -> dict[str, Any]:
     return {f"{path}[{key!r}]": item for key, item in value.items()} | {f"len({path})": f"{len(value)} items"}
 
@@ -260,22 +256,15 @@ def _exception(value: BaseException, path: str) -> dict[str, Any]:
 
 def _attributes(value: Any, path: str) -> dict[str, Any]:
     """The attributes of any other object, in its `__dict__` and in slots."""
-    slots = [
-        name
-        for cls in type(value).__mro__
-        for name in _names(cls.__dict__.get("__slots__", ()))
-        if name not in ("__dict__", "__weakref__") and hasattr(value, name)
-    ]
+    declared = [cls.__dict__.get("__slots__", ()) for cls in type(value).__mro__]
+    names = [name for slots in declared for name in ((slots,) if isinstance(slots, str) else slots)]
+    slots = [name for name in names if name not in ("__dict__", "__weakref__") and hasattr(value, name)]
     if not hasattr(value, "__dict__") and not slots and type(value) is not object:
         raise ValueError(f"is a {type(value).__module__}.{type(value).__qualname__}, which shows no attributes")
     attributes = {**vars(value)} if hasattr(value, "__dict__") else {}
     return {
         f"{path}.{name}": item for name, item in (attributes | {name: getattr(value, name) for name in slots}).items()
     }
-
-
-def _names(slots: Any) -> tuple[str, ...]:
-    return (slots,) if isinstance(slots, str) else tuple(slots)
 
 
 class _NumpyValue(type):
@@ -299,11 +288,11 @@ _READERS: tuple[tuple[Any, Callable[[Any, str], Any]], ...] = (
     (BaseException, _exception),
     (array, lambda value, path: _array(_import_numpy().asarray(value), path)),
     (_Numpy, _array),
-    (int, _plain(int)),
-    ((float, Decimal, Fraction), _plain(float)),
-    (complex, _plain(complex)),
-    (str, _plain(str)),
-    (bytes, _plain(bytes)),
+    (int, lambda value, _: int(value)),
+    ((float, Decimal, Fraction), lambda value, _: float(value)),
+    (complex, lambda value, _: complex(value)),
+    (str, lambda value, _: str(value)),
+    (bytes, lambda value, _: bytes(value)),
     (tuple, _tuple),
     (Mapping, _mapping),
     ((list, deque, UserList, ValuesView), _sequence),

@@ -16,7 +16,7 @@ from normswap.layers.gating import BRANCHES, BnStatistics, Branch, Gate
 from normswap.surgery.arguments import describe_shapes
 from normswap.surgery.discovery.sites import NormSite, find_norm_sites
 from normswap.surgery.module_tree import class_name, modules_by_name
-from normswap.surgery.norms.classes import KNOWN_NORMS, NormTable
+from normswap.surgery.norms.classes import KNOWN_NORMS, NO_BATCH_STATISTICS, NormTable
 from normswap.surgery.plan import ANY_CLASS, NEVER_FILLED, Skip, Swap, SwapPlan, list_names, swap_notes
 from normswap.surgery.selection import (
     KINDS,
@@ -83,8 +83,8 @@ def plan_swaps(
         >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))
         >>> normswap.plan_swaps(model, torch.randn(2, 3, 16, 16))
         SwapPlan(torch.nn.modules.container.Sequential, 1 swap, 0 skips)
-        >>> wide = normswap.SwapOptions(include=lambda module, fqn: module.num_features >= 8)
-        >>> [swap.fqn for swap in normswap.plan_swaps(model, options=wide).swaps]
+        >>> wide = normswap.plan_swaps(model, include=lambda module, fqn: module.num_features >= 8)
+        >>> [swap.fqn for swap in wide.swaps]
         ['1']
     """
     chosen = choose_options(
@@ -160,8 +160,8 @@ def _skip_reason(
     kind = base_kind(site.kind)
     if kind not in options.kinds:
         wanted = tuple(word for word in KINDS if word == kind or word in options.kinds)
-        why = "kinds= leaves it out" if kind == "bn" else "has no batch statistics, so small batches do not harm it"
-        return f"is {KINDS[kind][1]}: {why}; pass kinds={wanted} to swap it"
+        why = "is left out by kinds=" if kind == "bn" else NO_BATCH_STATISTICS
+        return f"is {KINDS[kind][1]}, which {why}; pass kinds={wanted} to swap it"
     return None
 
 

@@ -96,7 +96,7 @@ class SwapOptions:
 
     Examples:
         >>> from normswap import SwapOptions
-        >>> SwapOptions(include="layer4.*", branches=["bn", "ln"]).branches
+        >>> SwapOptions(include=("layer4.*",), branches=("bn", "ln")).branches
         ('ln', 'bn')
         >>> SwapOptions(gate="simplx")
         Traceback (most recent call last):
@@ -165,7 +165,7 @@ def choose_options(options: SwapOptions | None, keywords: Mapping[str, Any]) -> 
     given = {name: value for name, value in keywords.items() if value is not None}
     if options is None:
         return SwapOptions(**given)
-    require_type(options, SwapOptions, "options", "a SwapOptions, such as SwapOptions(include='layer4.*')")
+    require_type(options, SwapOptions, "options", "a SwapOptions, such as SwapOptions(include=('layer4.*',))")
     if given:
         raise PlanError(
             f"got options= together with {', '.join(f'{name}=' for name in given)}: expected one of the two; "

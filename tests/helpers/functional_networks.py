@@ -255,7 +255,7 @@ PHOTOS = image(2, 3, 48, 48)
 RESNET_SITES = tuple(f"batch_norm_{number}" if number else "batch_norm" for number in range(12))
 
 FOLDED = "the samples are folded into the channels, so each is normalized by itself"
-UNTRACKED = r"^has no batch statistics, .*: left as it is; to swap it, use the module nn.InstanceNorm2d in place of the call"
+UNTRACKED = r"^has no batch statistics, .*: left as it is; to swap it, use nn.InstanceNorm2d instead of the call"
 TRACKED = r"those of each sample in training and the running ones in evaluation, which no mix of branches computes"
 LEARNER_SITES = ("batch_norm", "batch_norm_1", "batch_norm_2", "batch_norm_3")
 

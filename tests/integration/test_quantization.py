@@ -18,7 +18,7 @@ from normswap.cli import main
 from normswap.errors import CheckpointError, SwapError
 
 X = torch.randn(2, 3, 9, 9, generator=torch.Generator().manual_seed(0))
-REFUSAL = r"prepared for quantization \(.* is a \w+\): convert the model before it is prepared, then prepare the"
+REFUSAL = r"prepared for quantization \(.* is a \w+\): convert the original model, then prepare the"
 
 
 def plain() -> nn.Module:

@@ -1,4 +1,4 @@
-"""The price of batch dependence: value and gradient against the oracle, and which sites count."""
+"""Batch dependence: value and gradient against the oracle, and which sites count."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -45,7 +45,7 @@ def expected(model: nn.Module) -> tuple[float, dict[str, Tensor]]:
     return total, gradients
 
 
-def price(model: nn.Module) -> float:
+def penalty(model: nn.Module) -> float:
     return float(batch_dependence(model).detach())
 
 
@@ -73,7 +73,7 @@ def test_the_gradient_of_logits_is_the_difference_quotient() -> None:
         for shift in (step, -2 * step):
             with torch.no_grad():
                 logits[index] += shift
-            values.append(price(model))
+            values.append(penalty(model))
         with torch.no_grad():
             logits[index] += step
         assert logits.grad[index] == pytest.approx((values[0] - values[1]) / (2 * step), rel=1e-6)
@@ -82,20 +82,20 @@ def test_the_gradient_of_logits_is_the_difference_quotient() -> None:
 def test_a_converted_model_starts_at_twice_its_sites() -> None:
     model = convert(zoo.Chain(zoo.bn(), zoo.FunctionalBlock(inputs=8)), X).model
     assert len(gated_modules(model)) == 2
-    assert price(model) == 4
+    assert penalty(model) == 4
 
 
 def test_a_site_with_two_names_counts_once() -> None:
     layer = layers("points")[0]
-    assert price(nn.ModuleDict({"first": layer, "second": layer})) == price(layer)
+    assert penalty(nn.ModuleDict({"first": layer, "second": layer})) == penalty(layer)
 
 
 def test_sites_that_read_no_batch_count_nothing() -> None:
     constant, without = layers("points", bn_statistics="running"), layers("points", branches=("in", "ln"))
     live = layers("points")
-    assert price(nn.Sequential(constant, without, live)) == price(live) > 0
+    assert penalty(nn.Sequential(constant, without, live)) == penalty(live) > 0
     untracked = layers("points", bn_statistics="running", track_running_stats=False)
-    assert price(untracked) == price(live) == price(layers("points", bn_statistics="renorm"))
+    assert penalty(untracked) == penalty(live) == penalty(layers("points", bn_statistics="renorm"))
     freeze_statistics(live)
     frozen = batch_dependence(live)
     assert (float(frozen), frozen.requires_grad) == (0, False)
@@ -128,17 +128,17 @@ def test_wrapped_models_have_the_penalty_of_what_is_inside(group: None) -> None:
         model.zero_grad()
         loss = wrapper(torch.randn(2, 4, 5, 5)).sum() * 0 + batch_dependence(wrapper)
         loss.backward()
-        assert price(wrapper) == pytest.approx(total, rel=1e-6)
+        assert penalty(wrapper) == pytest.approx(total, rel=1e-6)
         for name, gradient in gradients.items():
             assert oracles.relative_error(model.get_parameter(name).grad, gradient) <= 1e-5, name
 
 
 def test_with_one_sample_only_the_penalty_distinguishes_bn_from_in() -> None:
-    """A batch of one has the same moments in `in` and `bn`: their gates get the same gradient, until BN has a price."""
+    """With one sample `in` and `bn` have the same moments, so their gates get one gradient, unless BN has a penalty."""
     model = layers("points")
     gate = model[0].mean_weight
     y = model(torch.randn(1, 4, 5, 5))
     (gradient,) = torch.autograd.grad((y * torch.randn_like(y)).sum(), gate)
     assert gradient[0] == pytest.approx(float(gradient[2]), rel=1e-4)
-    (priced,) = torch.autograd.grad(batch_dependence(model), gate)
-    assert priced[2] > 0 > priced[0]
+    (penalized,) = torch.autograd.grad(batch_dependence(model), gate)
+    assert penalized[2] > 0 > penalized[0]

@@ -196,8 +196,8 @@ def test_a_plan_is_refused_where_the_owner_cannot_be_rewritten() -> None:
 def test_sites_are_synchronized_where_they_were_or_as_requested() -> None:
     model = nn.Sequential(nn.BatchNorm2d(8), nn.SyncBatchNorm(8), nn.BatchNorm2d(8))
     assert [swap.synchronize for swap in plan_swaps(model).swaps] == [False, True, False]
-    told = {"1": {"synchronize": False}, "2": {"synchronize": True}}
-    plan = plan_swaps(model, settings=told)  # type: ignore[arg-type]
+    settings = {"1": {"synchronize": False}, "2": {"synchronize": True}}
+    plan = plan_swaps(model, settings=settings)  # type: ignore[arg-type]
     assert [swap.synchronize for swap in plan.swaps] == [False, False, True]
     assert SwapPlan.from_json(plan.to_json()) == plan
     with pytest.raises(PlanError, match="got plan= together with options for a plan"):

@@ -138,11 +138,11 @@ def test_the_model_and_the_random_numbers_are_left_alone(name: str) -> None:
 
 
 def test_it_runs_in_evaluation_and_without_gradients() -> None:
-    told: list[tuple[bool, bool]] = []
+    flags: list[tuple[bool, bool]] = []
     model = nn.Sequential(nn.Dropout(), zoo.bn(3))
-    model[1].register_forward_hook(lambda module, *_: told.append((module.training, torch.is_grad_enabled())))
+    model[1].register_forward_hook(lambda module, *_: flags.append((module.training, torch.is_grad_enabled())))
     observe(model, zoo.IMAGE())
-    assert told == [(False, False)]
+    assert flags == [(False, False)]
 
 
 FAILURES = {

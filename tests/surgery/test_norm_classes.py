@@ -146,7 +146,7 @@ STAYING: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
     "InstanceNorm with statistics": (
         lambda: nn.InstanceNorm2d(4, track_running_stats=True),
         "in",
-        r"^uses running statistics in evaluation \(track_running_stats=True\), which no InstanceNorm branch has: left as",
+        r"^uses running statistics in evaluation \(track_running_stats=True\), which no InstanceNorm branch has: left",
     ),
     "SwitchNorm": (lambda: SwitchNorm2d(4), "sn", "^is Switchable Normalization already: nothing to do$"),
     "functional SwitchNorm": (

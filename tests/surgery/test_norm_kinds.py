@@ -27,7 +27,7 @@ from normswap.surgery.selection import KINDS, base_kind, branch_of_kind
 from tests.helpers import laws, oracles, zoo
 
 ALL = {"kinds": ("bn", "in", "gn1")}
-BEGUN = {**ALL, "settings": {"re:instance|group": {"branches": ("in", "ln", "bn")}}}
+WITH_NEW = {**ALL, "settings": {"re:instance|group": {"branches": ("in", "ln", "bn")}}}
 
 
 def stylised() -> nn.Module:
@@ -87,19 +87,19 @@ def test_only_the_channels_that_were_fed_count() -> None:
     """An InstanceNorm without weight takes any number of channels, whatever it was made for, and only warns."""
     model = zoo.Chain(nn.InstanceNorm2d(1))
     plan = plan_swaps(model, zoo.IMAGE(), **ALL)
-    begun = plan_swaps(model, zoo.IMAGE(), **ALL, settings={"1": {"branches": ("in", "bn")}})
+    with_new = plan_swaps(model, zoo.IMAGE(), **ALL, settings={"1": {"branches": ("in", "bn")}})
     laws.same_function(model, convert(model, plan=plan).model, zoo.IMAGE())
     assert plan.swaps[0].branches == ("in", "ln")
-    assert begun.skips[0].reason == (
+    assert with_new.skips[0].reason == (
         "has 1 channels, but its inputs have [8]: correct num_features, or leave `bn` out of its branches"
     )
 
 
-# --- statistics begun -------------------------------------------------------------------------------------------------
+# --- new statistics --------------------------------------------------------------------------------------------------
 
 
-def test_begun_statistics_are_the_plain_average_over_the_batches() -> None:
-    conversion = converted(**BEGUN)
+def test_new_statistics_are_the_plain_average_over_the_batches() -> None:
+    conversion = converted(**WITH_NEW)
     layer = conversion.model.instance
     assert layer.running_mean.tolist() == [0.0] * 4
     assert layer.running_var.tolist() == [1.0] * 4
@@ -118,13 +118,13 @@ def _feed(reference: nn.Module, args: tuple[Tensor, ...]) -> None:
     reference(args[0].detach())
 
 
-def test_begun_statistics_are_noted_and_must_be_filled() -> None:
-    plan = converted(**BEGUN).plan
+def test_new_statistics_are_noted_and_must_be_updated() -> None:
+    plan = converted(**WITH_NEW).plan
     assert plan.notes == (
         "The old norms have no running statistics, so the `bn` branches of instance, group start with mean 0 and "
         "variance 1: train, or call normswap.update_statistics, before evaluation.",
     )
-    never = plan_swaps(stylised(), zoo.IMAGE(), **BEGUN, bn_statistics="running")
+    never = plan_swaps(stylised(), zoo.IMAGE(), **WITH_NEW, bn_statistics="running")
     assert [swap.fqn for swap in never.swaps] == ["bn"]
     assert "its `bn` branch cannot use running statistics, since the old norm has no" in never.skips[0].reason
     text = plan.to_json().replace('"bn_statistics": "batch"', '"bn_statistics": "running"')
@@ -143,7 +143,7 @@ def test_what_has_no_bn_branch_is_silent_on_its_statistics() -> None:
     }
 
 
-@pytest.mark.parametrize("options", [ALL, BEGUN], ids=["plain", "begun"])
+@pytest.mark.parametrize("options", [ALL, WITH_NEW], ids=["plain", "with_new"])
 def test_resetting_puts_a_layer_back_at_the_norm_that_it_replaced(options: dict[str, Any]) -> None:
     layer = converted(**options).model.instance
     layer.train()(torch.randn(3, 4, 5, 5))
@@ -164,7 +164,7 @@ def move(layer: Any, branch: str) -> None:
             point.copy_(torch.tensor([float(name == branch) for name in layer.branches]))
 
 
-@pytest.mark.parametrize("options", [ALL, BEGUN], ids=["plain", "begun"])
+@pytest.mark.parametrize("options", [ALL, WITH_NEW], ids=["plain", "with_new"])
 @pytest.mark.parametrize(("site", "branch"), [("instance", "ln"), ("group", "in")])
 def test_a_site_that_left_its_vertex_has_moved(options: dict[str, Any], site: str, branch: str) -> None:
     model = converted(**options).model
@@ -178,7 +178,7 @@ def test_a_site_that_left_its_vertex_has_moved(options: dict[str, Any], site: st
 
 
 def test_eps_is_reported_where_nothing_can_be_folded_wrongly() -> None:
-    plain, begun = converted().model, converted(**BEGUN).model
+    plain, begun = converted().model, converted(**WITH_NEW).model
     assert plain.group.eps == 1e-3
     move(plain.group, "in")
     for layer in (plain.group, begun.group, begun.instance):
@@ -188,7 +188,7 @@ def test_eps_is_reported_where_nothing_can_be_folded_wrongly() -> None:
     assert begun.group.eps == 1e-3
 
 
-@pytest.mark.parametrize("options", [ALL, BEGUN], ids=["plain", "begun"])
+@pytest.mark.parametrize("options", [ALL, WITH_NEW], ids=["plain", "with_new"])
 def test_copies_and_pickles_are_the_same_and_revert(options: dict[str, Any]) -> None:
     model = converted(**options).model
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
@@ -197,7 +197,7 @@ def test_copies_and_pickles_are_the_same_and_revert(options: dict[str, Any]) -> 
         laws.same_function(stylised(), revert(twin), zoo.IMAGE())
 
 
-@pytest.mark.parametrize("options", [ALL, BEGUN], ids=["plain", "begun"])
+@pytest.mark.parametrize("options", [ALL, WITH_NEW], ids=["plain", "with_new"])
 def test_the_verification_holds_in_both_modes(options: dict[str, Any]) -> None:
     model, _, replaced = converted(**options)
     proof = verify(stylised(), model, [zoo.IMAGE()])
@@ -208,7 +208,7 @@ def test_the_verification_holds_in_both_modes(options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("name", ["model.pt", "model.safetensors"])
-@pytest.mark.parametrize("options", [ALL, BEGUN], ids=["plain", "begun"])
+@pytest.mark.parametrize("options", [ALL, WITH_NEW], ids=["plain", "with_new"])
 def test_a_file_is_converted_again_by_its_plan(tmp_path: Path, name: str, options: dict[str, Any]) -> None:
     model, plan, _ = converted(**options)
     model.train()(zoo.IMAGE())
@@ -239,15 +239,15 @@ def test_a_pickled_module_is_read_in_a_fresh_process(tmp_path: Path) -> None:
     assert done.stdout.strip() == "['Conv2d', 'InstanceNorm2d', 'GroupNorm1']"
 
 
-def test_a_state_dict_of_the_original_lacks_gates_and_begun_statistics_only() -> None:
+def test_a_state_dict_of_the_original_lacks_gates_and_new_statistics_only() -> None:
     # A count that is missing is 0, as for a BN that was stored before batches were counted.
-    layer = converted(**BEGUN).model.instance
+    layer = converted(**WITH_NEW).model.instance
     missing, unexpected = layer.load_state_dict(stylised().instance.state_dict(), strict=False)
     assert {*missing} == {"mean_weight", "var_weight", "running_mean", "running_var"}
     assert unexpected == []
 
 
-def test_a_record_of_adoption_from_before_statistics_could_begin_is_read() -> None:
+def test_a_record_of_adoption_from_before_statistics_could_be_added_is_read() -> None:
     replaced = convert(zoo.Chain(zoo.bn())).model[1].replaced
     del replaced.__dict__["created"]
     buffer = io.BytesIO()
@@ -343,7 +343,7 @@ def test_a_norm_without_tensors_is_given_dtype_and_device_by_what_is_around_it()
 
 
 def test_the_layer_mixes_as_the_oracle_does_once_it_has_moved() -> None:
-    layer = converted(**BEGUN).model.double().group.train()
+    layer = converted(**WITH_NEW).model.double().group.train()
     with torch.no_grad():
         layer.mean_weight.copy_(torch.tensor([0.25, 0.5, 0.25]))
         layer.var_weight.copy_(torch.tensor([0.5, 0.125, 0.375]))

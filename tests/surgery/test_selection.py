@@ -329,7 +329,7 @@ def test_a_plan_file_refuses_what_makes_no_sense(settings: Any, message: str) ->
         read(planned({}), settings)
 
 
-def test_a_plan_file_does_not_begin_statistics_that_are_never_filled() -> None:
+def test_a_plan_file_adds_no_running_statistics_that_are_never_updated() -> None:
     trap = zoo.BY_NAME["three kinds"]
     plan = plan_swaps(trap.model(), trap.inputs(), **trap.options)
     with pytest.raises(
@@ -352,6 +352,6 @@ def test_patterns_match_any_name_and_give_the_first() -> None:
 
 
 def test_resolved_values_are_checked_and_canonical() -> None:
-    told = resolve_settings({"*": {"branches": ["bn", "in"]}, "a": {"train_gates": True}}, [("a",), ("b",)])
-    assert told == {"a": {"branches": ("in", "bn"), "train_gates": True}, "b": {"branches": ("in", "bn")}}
+    found = resolve_settings({"*": {"branches": ["bn", "in"]}, "a": {"train_gates": True}}, [("a",), ("b",)])
+    assert found == {"a": {"branches": ("in", "bn"), "train_gates": True}, "b": {"branches": ("in", "bn")}}
     assert resolve_settings({}, [("a",)]) == {"a": {}}

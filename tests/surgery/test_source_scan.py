@@ -1,4 +1,4 @@
-"""Whether code could call a function that normalizes, told without running it."""
+"""Whether code could call a function that normalizes, judged without running it."""
 
 import functools
 from collections.abc import Callable

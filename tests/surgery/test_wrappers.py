@@ -185,13 +185,13 @@ def test_data_parallel_keeps_devices_and_dimension() -> None:
 
 
 def plain(model: Any) -> dict[str, Any]:
-    """All settings of a DDP: what is a plain value, and what its reducer was told."""
+    """All settings of a DDP: its plain attributes, and those of its reducer."""
     kinds = bool | int | str | list | torch.device | distributed.ProcessGroup | None
     kept = {name: value for name, value in vars(model).items() if isinstance(value, kinds)}
-    told = model._get_ddp_logging_data()
+    logged = model._get_ddp_logging_data()
     sizes = ("num_parameter_tensors", "total_parameter_size_bytes", "bucket_sizes", "rebuilt_bucket_sizes")
     tensors = ("_module_parameters", "modules_buffers", "_delay_all_reduce_params")
-    return {name: v for name, v in (kept | told).items() if name not in (*tensors, *sizes)}
+    return {name: v for name, v in (kept | logged).items() if name not in (*tensors, *sizes)}
 
 
 PARAMETERS = inspect.signature(DistributedDataParallel).parameters

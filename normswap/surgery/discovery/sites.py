@@ -28,17 +28,16 @@ from normswap.surgery.discovery.whole_model import (
     read_model_facts,
     shape_problem,
 )
-from normswap.surgery.graphs.module_trace import ModuleTrace, ModuleTraceCache, mentioned_norm_kinds
+from normswap.surgery.graphs.module_trace import (
+    ModuleTrace,
+    ModuleTraceCache,
+    calls_norm_function,
+    mentioned_norm_kinds,
+)
 from normswap.surgery.graphs.rewriting import compile_rewritten_forward, is_rewritten, unused_names
 from normswap.surgery.graphs.tracing import GraphFacts, outputs_match, run_isolated
-from normswap.surgery.module_tree import (
-    ModelTrainingFlags,
-    ModuleEntry,
-    class_name,
-    model_training_flags,
-    walk_modules,
-)
-from normswap.surgery.norms.classes import KNOWN_NORMS, NormSpec, NormTable, read_norm
+from normswap.surgery.module_tree import ModelTrainingFlags, ModuleEntry, class_name, model_training_flags, walk_modules
+from normswap.surgery.norms.classes import KNOWN_NORMS, NO_BATCH_STATISTICS, NormSpec, NormTable, read_norm
 from normswap.surgery.norms.functions import (
     call_name,
     call_tensors,
@@ -115,29 +114,12 @@ class NormSite:
 
 _FUNCTIONS = {"bn": "torch.nn.functional.batch_norm", "in": "torch.nn.functional.instance_norm"}
 _CHILD_NAMES = {"bn": "batch_norm", "in": "instance_norm"}
-_NO_BATCH_STATISTICS = (
-    "has no batch statistics, so small batches do not harm it: left as it is; to swap it, use the module "
-    "nn.InstanceNorm2d in place of the call, and kinds=('bn', 'in')"
-)
+_CALL_PROBLEM = f"{NO_BATCH_STATISTICS}; to swap it, use nn.InstanceNorm2d instead of the call, and kinds=('bn', 'in')"
 _TRACKED = (
     "instance_norm with running statistics uses those of each sample in training and the running ones in evaluation, "
     "which no mix of branches computes: left as it is"
 )
-_FOLDED = f"the samples are folded into the channels, so each is normalized by itself: {_NO_BATCH_STATISTICS}"
-
-
-def calls_norm_function(module: nn.Module, traces: ModuleTraceCache, *, was_run: bool) -> bool:
-    """Whether the own forward of `module` calls a function that normalizes, by its trace, or else by its code.
-
-    Args:
-        was_run: `module` ran in the observed pass, which shows all calls except those that it makes in training only.
-    """
-    if type(module).__module__.startswith("torch.nn."):
-        return False
-    if was_run and not mentioned_norm_kinds(module):
-        return False
-    graph = traces.get(module).evaluation
-    return any(norm_nodes(graph, kind) for kind in _CHILD_NAMES) if graph else bool(mentioned_norm_kinds(module))
+_FOLDED = f"the samples are folded into the channels, so each is normalized by itself: {_CALL_PROBLEM}"
 
 
 def functional_sites(
@@ -233,7 +215,7 @@ def _kind_and_problem(
     if kind == "in":
         observed = observation is not None and owner in observation.tracked
         tracked = norm_arguments(node).get("running_mean") is not None if node else observed
-        return "in", _TRACKED if tracked else _NO_BATCH_STATISTICS
+        return "in", _TRACKED if tracked else _CALL_PROBLEM
     if (node and is_folded(node)) or _input_is_folded(owner, shapes, observation):
         return "in", _FOLDED
     use = unsupported_use(node) if node else None
@@ -384,6 +366,7 @@ def _module_site(
 ) -> NormSite:
     name = entry.names[0]
     parameters = list(entry.module.parameters(recurse=False))
+    has_statistics = getattr(entry.module, "running_mean", None) is not None
     shapes = observation.shapes.get(name, []) if observation else None
     order, seen_by = execution_order(entry, facts, observation)
     producer_name = next((facts.producers[alias] for alias in entry.names if facts and alias in facts.producers), None)
@@ -396,7 +379,7 @@ def _module_site(
         eps=spec.eps,
         momentum=spec.momentum,
         frozen=spec.frozen,
-        kept_in_evaluation=flags is not None and not flags.training[name] and _has_statistics(entry.module),
+        kept_in_evaluation=flags is not None and not flags.training[name] and has_statistics,
         trainable=not spec.frozen and (not parameters or any(parameter.requires_grad for parameter in parameters)),
         registered=entry.registered,
         synchronize=spec.synchronize,
@@ -407,10 +390,6 @@ def _module_site(
         seen_by=seen_by,
         problem=spec.problem or shape_problem(spec, shapes or ()) or _kept_in_training(name, spec, flags),
     )
-
-
-def _has_statistics(module: nn.Module) -> bool:
-    return getattr(module, "running_mean", None) is not None
 
 
 def _kept_in_training(name: str, spec: NormSpec, flags: ModelTrainingFlags | None) -> str | None:

@@ -21,7 +21,7 @@ from torch import fx, nn
 
 from normswap.model_state import preserved_on_write
 from normswap.surgery.graphs.tracing import Trace, copy_for_tracing, trace_copy
-from normswap.surgery.norms.functions import NORM_CALLS, batch_norm_nodes
+from normswap.surgery.norms.functions import NORM_CALLS, batch_norm_nodes, norm_nodes
 
 # --- search in code ---------------------------------------------------------------------------------------------------
 
@@ -219,6 +219,20 @@ class ModuleTraceCache:
         if id(module) not in self._cache:
             self._cache[id(module)] = module, trace_module_forward(module)
         return self._cache[id(module)][1]
+
+
+def calls_norm_function(module: nn.Module, traces: ModuleTraceCache, *, was_run: bool) -> bool:
+    """Whether the own forward of `module` calls a function that normalizes, by its trace, or else by its code.
+
+    Args:
+        was_run: `module` ran in the observed pass, which shows all calls except those that it makes in training only.
+    """
+    if type(module).__module__.startswith("torch.nn."):
+        return False
+    if was_run and not mentioned_norm_kinds(module):
+        return False
+    graph = traces.get(module).evaluation
+    return any(norm_nodes(graph, kind) for kind in ("bn", "in")) if graph else bool(mentioned_norm_kinds(module))
 
 
 def mentioned_norm_kinds(module: nn.Module) -> set[str]:

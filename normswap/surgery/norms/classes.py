@@ -37,7 +37,7 @@ from normswap.surgery.selection import branch_of_kind
 _logger = logging.getLogger(__name__)
 
 _STATE = ("weight", "bias", "running_mean", "running_var")
-_NO_BATCH_STATISTICS = "has no batch statistics, so small batches do not harm it: left as it is"
+NO_BATCH_STATISTICS = "has no batch statistics, so small batches do not harm it: left as it is"
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def read_group_norm(module: nn.Module, target: type[SwitchNorm] = SwitchNorm) ->
         ['gn1', 'gn']
     """
     if module.num_groups != 1:
-        return NormSpec("gn", problem=_NO_BATCH_STATISTICS)
+        return NormSpec("gn", problem=NO_BATCH_STATISTICS)
     return NormSpec("gn1", module.num_channels, module.eps, None, target)  # type: ignore[arg-type]
 
 
@@ -367,10 +367,10 @@ def _unknown_problem(module: nn.Module, kind: str) -> str:
     if kind == "other" and statistics:
         return _custom_statistics_problem(module, statistics)
     if kind == "in":
-        return f"{_NO_BATCH_STATISTICS}; {_unknown_class_problem(module, 'InstanceNorm', 'read_instance_norm')}"
+        return f"{NO_BATCH_STATISTICS}; {_unknown_class_problem(module, 'InstanceNorm', 'read_instance_norm')}"
     if kind == "gn" and module.num_groups == 1:
-        return f"{_NO_BATCH_STATISTICS}; {_unknown_class_problem(module, 'GroupNorm', 'read_group_norm')}"
-    return _NO_BATCH_STATISTICS
+        return f"{NO_BATCH_STATISTICS}; {_unknown_class_problem(module, 'GroupNorm', 'read_group_norm')}"
+    return NO_BATCH_STATISTICS
 
 
 def _unknown_class_problem(module: nn.Module, what: str, reader: str) -> str:

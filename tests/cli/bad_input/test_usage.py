@@ -233,7 +233,7 @@ PLANS = {
         "expected a plan as JSON, as SwapPlan.to_json() writes it (normswap convert --save-plan); maximum",
     ),
     "not text": (b"\xff\xfe\x00", "bad.json: 'utf-8' codec can't decode"),
-    "another document": (b'{"a": 1}', "bad.json: the plan: unknown name 'a'; expected one of inputs"),
+    "another document": (b'{"a": 1}', "bad.json: the plan: unknown name 'a'; expected one of inputs, model_class"),
     "of the future": (None, "bad.json: the plan has version 2, and this normswap reads 1: update normswap"),
 }
 
