@@ -165,11 +165,11 @@ def switch_norm(
         inputs = Inputs(x, mean_weight, var_weight, weight, bias, None, mixing)
         bn_moments = partial(_synchronized_bn_moments, x, running, num_batches_tracked, bn_statistics == "renorm")
         return _synchronized_implementation()(inputs, process_group, bn_moments)
-    source = _NO_BN_SOURCE
-    if "bn" in branches:
-        source = _choose_bn_source(x, running, values, bn_statistics, training)
-    inputs = Inputs(x, mean_weight, var_weight, weight, bias, source.constants, mixing, source.running_stats_update)
-    return _normalise(inputs, source.on_batch_moments)
+    constants, running_stats_update, on_batch_moments = (
+        _choose_bn_source(x, running, values, bn_statistics, training) if "bn" in branches else _NO_BN_SOURCE
+    )
+    inputs = Inputs(x, mean_weight, var_weight, weight, bias, constants, mixing, running_stats_update)
+    return _normalise(inputs, on_batch_moments)
 
 
 switch_norm.__module__ = "normswap"  # pickles and graphs refer to it by the public path
@@ -223,18 +223,10 @@ def _count_empty_batch(count: Tensor | None) -> None:
 # --- the moments of the `bn` branch
 
 
-class _BnSource(NamedTuple):
-    """The statistics of the `bn` branch; see `Inputs` for the first two.
-
-    `on_batch_moments` gets the moments (1, C) of the batch, to update the running statistics.
-    """
-
-    constants: Moments | None = None
-    running_stats_update: RunningStatsUpdate | None = None
-    on_batch_moments: Callable[[Moments], None] | None = None
-
-
-_NO_BN_SOURCE = _BnSource()
+# Constants and update of the running statistics, as in `Inputs`, and a function that gets the moments (1, C) of the
+# batch to update the running statistics. A plain tuple, because small layers feel the time of a named one.
+_BnSource = tuple[Moments | None, RunningStatsUpdate | None, Callable[[Moments], None] | None]
+_NO_BN_SOURCE: _BnSource = (None, None, None)
 
 
 def _choose_bn_source(
@@ -242,12 +234,12 @@ def _choose_bn_source(
 ) -> _BnSource:
     constants = _constant_moments(x, running, training and bn_statistics != "running", values)
     if constants is not None or running is None or not training:
-        return _BnSource(constants)
+        return constants, None, None
     if bn_statistics == "renorm":
-        return _BnSource(None, partial(update_and_read_running, running, values))
+        return None, partial(update_and_read_running, running, values), None
     if is_recomputation():
         return _NO_BN_SOURCE
-    return _BnSource(None, None, partial(update_running, running, values))
+    return None, None, partial(update_running, running, values)
 
 
 def _constant_moments(x: Tensor, running: RunningStats | None, use_batch_moments: bool, values: int) -> Moments | None:

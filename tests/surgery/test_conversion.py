@@ -366,7 +366,9 @@ def test_a_class_that_is_gone_is_to_be_imported_first(monkeypatch: pytest.Monkey
     convert(model, inplace=True, norms=KNOWN_NORMS | {foreign.Norm: read_batch_norm})
     record = laws.Record.of(model)
     monkeypatch.delitem(sys.modules, "foreign_norms")
-    with pytest.raises(SwapError, match=r"cannot put back foreign_norms\.Norm, whose module is not imported: import it"):
+    with pytest.raises(
+        SwapError, match=r"cannot put back foreign_norms\.Norm, whose module is not imported: import it"
+    ):
         revert(model)
     unchanged(record, model)
     monkeypatch.setitem(sys.modules, "foreign_norms", foreign)

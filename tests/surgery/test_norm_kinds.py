@@ -182,7 +182,9 @@ def test_eps_is_reported_where_nothing_can_be_folded_wrongly() -> None:
     assert plain.group.eps == 1e-3
     move(plain.group, "in")
     for layer in (plain.group, begun.group, begun.instance):
-        with pytest.raises(LayerError, match="can be folded as a BatchNorm only while its importance weights are those of BN"):
+        with pytest.raises(
+            LayerError, match="can be folded as a BatchNorm only while its importance weights are those of BN"
+        ):
             _ = layer.eps
     move(begun.group, "bn")
     assert begun.group.eps == 1e-3

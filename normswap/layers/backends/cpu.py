@@ -263,11 +263,16 @@ def _is_channels_last(x: Tensor) -> bool:
 
 def _with_contiguous_parameters(inputs: Inputs) -> Inputs:
     """Return inputs whose gate parameters, weight and bias are contiguous."""
-    _, *parameters = inputs.tensors
-    if all(parameter is None or parameter.is_contiguous() for parameter in parameters):
+    _, mean_gate, var_gate, weight, bias, *_ = inputs
+    if (
+        mean_gate.is_contiguous()
+        and var_gate.is_contiguous()
+        and (weight is None or weight.is_contiguous())
+        and (bias is None or bias.is_contiguous())
+    ):
         return inputs
-    mean_gate, var_gate = (point.detach().contiguous() for point in (inputs.mean_gate, inputs.var_gate))
-    weight, bias = (None if p is None else p.detach().contiguous() for p in (inputs.weight, inputs.bias))
+    mean_gate, var_gate = (gate.detach().contiguous() for gate in (mean_gate, var_gate))
+    weight, bias = (None if p is None else p.detach().contiguous() for p in (weight, bias))
     return inputs._replace(mean_gate=mean_gate, var_gate=var_gate, weight=weight, bias=bias)
 
 

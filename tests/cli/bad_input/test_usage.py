@@ -140,9 +140,7 @@ def test_importance_weights_without_a_plan_are_reported(folder: Path) -> None:
 
 def test_a_gate_of_another_kind_is_reported_in_the_words_of_the_layer(folder: Path) -> None:
     twin = normswap.convert(files.small_model(), gate="softmax").model
-    with pytest.raises(
-        ArchitectureError, match=r"do not fit ResNet: .*expected a softmax gate, got a"
-    ):
+    with pytest.raises(ArchitectureError, match=r"do not fit ResNet: .*expected a softmax gate, got a"):
         normswap.load("sn.pt", architecture=twin)
 
 
