@@ -340,8 +340,8 @@ WRITERS = {
         _disk_full_behind_torch,
         "cannot be written ([Errno 28] No space left on device)",
     ),
-    "another number": (_writes_something_else, "what was read back differs from what was written: nothing was kept"),
-    "no record": (_loses_the_record, "what was read back differs from what was written: nothing was kept"),
+    "another number": (_writes_something_else, "the new file does not read back the same: it was removed"),
+    "no record": (_loses_the_record, "the new file does not read back the same: it was removed"),
 }
 
 
@@ -407,7 +407,7 @@ SAVE_REFUSALS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], type[Nor
         lambda: normswap.convert(files.small_model()).model,
         {"plan": normswap.plan_swaps(files.small_model(), gate="softmax")},
         PlanError,
-        f"the plan is not the one of this model, they differ at {files.SITES} sites (",
+        f"the plan is that of another model, they differ at {files.SITES} sites (",
     ),
     "a plan for a model that was not converted": (
         files.small_model,
@@ -452,14 +452,14 @@ def test_save_refuses(
 def test_safetensors_hold_no_module(tmp_path: Path) -> None:
     with pytest.raises(
         CheckpointError,
-        match="safetensors holds tensors only, not a pickled module, extra state or a training checkpoint: use a name",
+        match="safetensors stores tensors only, no pickled module, extra state or training checkpoint: use a name",
     ):
         normswap.save(files.small_model(), tmp_path / "model.safetensors", payload="module")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_safetensors_hold_no_extra_state(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="not a pickled module, extra state or a training"):
+    with pytest.raises(CheckpointError, match="no pickled module, extra state or training"):
         normswap.save(_with_extra_state(), tmp_path / "model.safetensors")
     normswap.save(_with_extra_state(), tmp_path / "model.pt")
     assert normswap.load(tmp_path / "model.pt", architecture=_with_extra_state).model is not None
@@ -499,7 +499,7 @@ BAD_RECORDS = {
     "unknown payload": (_edited(payload="onnx"), "its record is damaged (payload: unexpected 'onnx')"),
     "unknown field": (_edited(color=1), "its record is damaged ('color')"),
     "wrong type": (_edited(architecture=3), "its record is damaged (expected str or NoneType, got 3)"),
-    "damaged plan": (_edited(plan={"version": 1}), "its record is damaged (the plan lacks"),
+    "damaged plan": (_edited(plan={"version": 1}), "its record is damaged (the plan: "),
     "damaged proof": (_edited(verification={"passed": True}), "its record is damaged ('checks')"),
     "damaged history": (_edited(history=[{"who": "me"}]), "its record is damaged ("),
     "a list for a number": (_proof(tolerance=[1]), "its record is damaged (expected float or int, got [1])"),

@@ -124,7 +124,7 @@ def test_a_head_that_is_missing_is_not_written(build: Callable[[State], tuple[Pa
     path, output = build(given)
     assert f"note fc.weight, fc.bias: not in the file: {files.ARCH} has its own at random, for the proof only" in output
     assert not {"fc.weight", "fc.bias"} & torch.load(path).keys()
-    with pytest.warns(UserWarning, match=r"holds no fc\.weight, fc\.bias: that part of the model is as it was built"):
+    with pytest.warns(UserWarning, match=r"contains no fc\.weight, fc\.bias: this part of the model keeps its random"):
         assert normswap.load(path).model.fc.weight.shape == (7, 96)
 
 
