@@ -57,8 +57,9 @@ def output_path(file: Path, output: str | Path | None, tag: str, *, as_program: 
         return _default_output(file, tag, as_program=as_program)
     if str(output).endswith(("/", os.sep)) and not is_folder_for(file, Path(output)):
         inside = str(Path(output) / _default_output(file, tag, as_program=as_program).name)
+        hint = "" if Path(output).is_dir() else "create the folder and "
         raise CheckpointError(
-            f"{output}: expected the name of a file, got that of a folder: create the folder and pass output={inside!r}"
+            f"{output}: expected the name of a file, got that of a folder: {hint}pass output={inside!r}"
         )
     return Path(output)
 
