@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 from normswap import renamed
 
 if TYPE_CHECKING:
+    from normswap.checkpoints.file_conversion import FileConversion as FileConversion
+    from normswap.checkpoints.file_conversion import convert_file as convert_file
     from normswap.checkpoints.loading import Loaded as Loaded
     from normswap.checkpoints.loading import load as load
     from normswap.checkpoints.saving import save as save
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
     from normswap.surgery.norms.classes import read_norm_act as read_norm_act
     from normswap.surgery.plan import SwapPlan as SwapPlan
     from normswap.surgery.planning import plan_swaps as plan_swaps
+    from normswap.surgery.selection import SwapOptions as SwapOptions
     from normswap.training.importance_watch import ImportanceWatch as ImportanceWatch
     from normswap.training.importance_watch import watch_importance as watch_importance
     from normswap.training.live_conversion import TrainingConversion as TrainingConversion
@@ -57,6 +60,8 @@ if TYPE_CHECKING:
 _HOMES = {
     "Calibration": "normswap.running_stats.calibration",
     "calibrate": "normswap.running_stats.calibration",
+    "FileConversion": "normswap.checkpoints.file_conversion",
+    "convert_file": "normswap.checkpoints.file_conversion",
     "Loaded": "normswap.checkpoints.loading",
     "load": "normswap.checkpoints.loading",
     "save": "normswap.checkpoints.saving",
@@ -96,6 +101,7 @@ _HOMES = {
     "SwapPlan": "normswap.surgery.plan",
     "NormSite": "normswap.surgery.discovery.sites",
     "plan_swaps": "normswap.surgery.planning",
+    "SwapOptions": "normswap.surgery.selection",
     "find_norm_sites": "normswap.surgery.discovery.sites",
     "Verification": "normswap.verification.equivalence",
     "verify": "normswap.verification.equivalence",

@@ -1,7 +1,7 @@
-"""Context managers that change a model's state for a while and always put it back, also on failure.
+"""Context managers that change the state of a model and always restore it, also after an error.
 
-What they touch: training flags, buffers, attributes, hooks, the random state. Nothing else is changed, nothing is
-decided.
+They handle training flags, buffers, attributes, hooks and the random state. `set_training_flags` is the one place that
+sets training flags without calling `train()`, which models override.
 """
 
 import operator
@@ -20,30 +20,42 @@ from normswap.state_snapshot import OnWrite, Snapshot
 _CONTAINERS = (list, dict, set)
 
 
+def set_training_flags(flags: Iterable[tuple[nn.Module, bool]]) -> None:
+    """Set the training flag of each module, without calling `train()`."""
+    for module, training in flags:
+        module.training = training
+
+
 @contextmanager
-def training_flags(modules: Iterable[nn.Module], *, training: bool) -> Iterator[None]:
-    """Set every module's own training flag, without calling `train()`, which models override."""
+def preserved_training_flags(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Restore the training flag of each module at the end."""
     flags = [(module, module.training) for module in modules]
     try:
-        for module, _ in flags:
-            module.training = training
         yield
     finally:
-        for module, flag in flags:
-            module.training = flag
+        set_training_flags(flags)
+
+
+@contextmanager
+def training_flags(modules: Iterable[nn.Module], *, training: bool) -> Iterator[None]:
+    """Set the training flag of every module to `training`, and restore the flags at the end."""
+    modules = list(modules)
+    with preserved_training_flags(modules):
+        set_training_flags((module, training) for module in modules)
+        yield
 
 
 @contextmanager
 def preserved_state(modules: Iterable[nn.Module], *, follow_objects: bool = True) -> Iterator[None]:
-    """Put back at the end whatever a forward pass changed in `modules`, and in what they refer to.
+    """Restore at the end what a forward pass changed in `modules`, and in the objects that they refer to.
 
-    Every object stays the same object. Costs the memory of the tensors while it lasts.
+    Every object stays the same object. It needs the memory of a copy of the tensors.
 
     Args:
-        reach: also follow plain objects, hooks, closures and other modules; without it only containers.
+        follow_objects: also restore plain objects, hooks, closures and other modules; else only containers.
 
     Raises:
-        ModelError: something that was changed cannot be put back; all else is.
+        ModelError: a changed object cannot be restored; all others are.
     """
     snapshot = Snapshot(modules, follow_objects=follow_objects)
     try:
@@ -54,10 +66,10 @@ def preserved_state(modules: Iterable[nn.Module], *, follow_objects: bool = True
 
 @contextmanager
 def preserved_on_write(modules: Iterable[nn.Module], on_write: OnWrite) -> Iterator[None]:
-    """Put back at the end what a pass or a trace changed, as `preserved_state`, for less memory.
+    """Do what `preserved_state` does with less memory: copy tensors only when a function of torch writes to them.
 
     Args:
-        on_write: what costs memory only if a function of torch writes to it: large weights, or everything.
+        on_write: the tensors that are copied only then: large weights, or everything.
     """
     snapshot = Snapshot(modules, on_write=on_write)
     try:
@@ -69,7 +81,7 @@ def preserved_on_write(modules: Iterable[nn.Module], on_write: OnWrite) -> Itera
 
 @contextmanager
 def rollback_on_error(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """If what is done inside fails, put back the class, the attributes and the registries of every module."""
+    """After an error, restore the class, the attributes and the registries of every module."""
     states = [(module, type(module), module_state(module)) for module in modules]
     try:
         yield
@@ -83,27 +95,27 @@ def rollback_on_error(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 
 class ModuleState(NamedTuple):
-    """The attributes of a module by name, and what those that are lists, dicts or sets hold."""
+    """The attributes of a module by name, and the items of those that are lists, dicts or sets."""
 
     attributes: dict[str, Any]
     contents: dict[str, list[Any]]
 
 
 def module_state(module: nn.Module) -> ModuleState:
-    """Return the attributes of `module` as they are now, and what its containers hold."""
+    """Return the current attributes of `module`, and the items of its containers."""
     attributes = vars(module).copy()
     containers = {name: value for name, value in attributes.items() if isinstance(value, _CONTAINERS) and value}
     return ModuleState(attributes, {name: _items(value) for name, value in containers.items()})
 
 
 def changed_attributes(before: ModuleState, after: ModuleState) -> list[str]:
-    """Return the attributes that are not the same objects, holding the same objects, in two states of a module."""
+    """Return the attributes that are other objects, or containers of other objects, in two states of a module."""
     names = dict.fromkeys([*before.attributes, *after.attributes])
     return [name for name in names if not _same(before, after, name)]
 
 
 def _items(container: Any) -> list[Any]:
-    """What a container holds, flat: keys and values of a dict in turn."""
+    """The items of a container, flat: keys and values of a dict in turn."""
     return [part for item in container.items() for part in item] if isinstance(container, dict) else list(container)
 
 
@@ -137,10 +149,10 @@ def seeded(seed: int, *, cpu_only: bool = False) -> Iterator[None]:
     """Run with a fixed random state - torch's on every device in use, Python's, NumPy's - and restore the caller's.
 
     Args:
-        cpu_only: leave the other devices alone, which a forked process may not even ask for theirs.
+        cpu_only: leave the generators of other devices alone, which a forked process must not use.
     """
     with preserved_random_state(cpu_only=cpu_only):
-        # torch.manual_seed keeps, for each kind of device that is not there, the stack of whoever called it.
+        # torch.manual_seed stores, for each kind of missing device, the stack of its caller.
         everywhere = not cpu_only and torch.accelerator.is_available()
         (torch.manual_seed if everywhere else torch.default_generator.manual_seed)(seed)
         random.seed(seed)
@@ -151,7 +163,7 @@ def seeded(seed: int, *, cpu_only: bool = False) -> Iterator[None]:
 
 @contextmanager
 def preserved_random_state(*, cpu_only: bool = False) -> Iterator[None]:
-    """Restore the random state at the end, of torch, Python and NumPy; arguments as in `seeded`."""
+    """Restore the random state of torch, Python and NumPy at the end; arguments as in `seeded`."""
     numpy = sys.modules.get("numpy")
     python_state, numpy_state = random.getstate(), numpy and numpy.random.get_state()
     with torch.random.fork_rng(devices=() if cpu_only else range(torch.cuda.device_count())):
@@ -164,7 +176,7 @@ def preserved_random_state(*, cpu_only: bool = False) -> Iterator[None]:
 
 
 def random_state() -> list[Any]:
-    """Return the state of torch's CPU generator, Python's and NumPy's, to be compared with `==`."""
+    """Return the state of the generators of torch (CPU), Python and NumPy, which `==` compares."""
     numpy = sys.modules.get("numpy")
     numpy_state = (
         [part.tolist() if hasattr(part, "tolist") else part for part in numpy.random.get_state()] if numpy else []
@@ -188,7 +200,7 @@ def call_model(model: Callable[..., Any], inputs: Any) -> Any:
 
 
 def call_arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the positional and the keyword arguments that a tensor, a tuple or a dict stands for."""
+    """Return the positional and the keyword arguments of a tensor, a tuple or a dict of inputs."""
     if isinstance(inputs, dict):
         return (), inputs
     return (inputs if isinstance(inputs, tuple) else (inputs,)), {}

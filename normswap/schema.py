@@ -1,15 +1,28 @@
 """Plain data, as JSON and TOML know it, read into typed records: dataclasses, typed dicts, literals, ranges.
 
-The annotations of a record are its schema. A value of another type, an unknown name or a missing one is an error that
-says where it is, what was expected and what came.
+The annotations of a record are its schema. A value of another type, an unknown name and a missing name are errors; the
+message gives the place, what was expected and the value. Recipes, plans, options and records are all read here.
 """
 
 import difflib
 import math
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
-from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints, is_typeddict
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    NotRequired,
+    Required,
+    TypeVar,
+    Union,
+    cast,
+    get_args,
+    get_origin,
+    get_type_hints,
+    is_typeddict,
+)
 
 T = TypeVar("T")
 
@@ -36,7 +49,8 @@ def read_value(kind: Any, value: Any, name: str) -> Any:
 
     Args:
         kind: `bool`, `int`, `float`, `str`, `None`, `Any`, a `Literal`, a union, `tuple[X, ...]`, `tuple[X, Y]`,
-            `Mapping[str, X]`, a dataclass, a `TypedDict`, or one of these in `Annotated[..., Range(...)]`.
+            `Sequence[X]` (read as a tuple), `Mapping[str, X]`, a dataclass, a `TypedDict`, or one of these in
+            `Annotated[..., Range(...)]`. Functions in a union are left out: plain data has none.
         value: what a parser of JSON or TOML returned. An int is accepted for a float, a list for a tuple; a bool is no
             number.
         name: the place of the value, such as `train.lr`; errors start with it.
@@ -56,6 +70,8 @@ def read_value(kind: Any, value: Any, name: str) -> Any:
     if origin is Annotated:
         base, *constraints = get_args(kind)
         return _check_ranges(read_value(base, value, name), constraints, name)
+    if origin in (Required, NotRequired):
+        return read_value(get_args(kind)[0], value, name)
     if kind is Any:
         return value
     if origin in (Union, types.UnionType):
@@ -64,10 +80,12 @@ def read_value(kind: Any, value: Any, name: str) -> Any:
         return read_record(cast(type, kind), value, name)
     if origin is tuple and isinstance(value, list | tuple):
         return _read_tuple(kind, value, name)
+    if origin is Sequence and isinstance(value, list | tuple):
+        return _read_tuple(types.GenericAlias(tuple, (*get_args(kind), ...)), value, name)
     if origin is not None and isinstance(origin, type) and issubclass(origin, Mapping) and isinstance(value, Mapping):
         key_kind, value_kind = get_args(kind)
         return {
-            read_value(key_kind, key, f"key of {name}"): read_value(value_kind, item, f"{name}.{key}")
+            read_value(key_kind, key, f"key of {name}"): read_value(value_kind, item, f"{name}[{key!r}]")
             for key, item in value.items()
         }
     if origin is Literal and _is_choice(value, get_args(kind)):
@@ -85,21 +103,24 @@ def read_value(kind: Any, value: Any, name: str) -> Any:
 def read_record(kind: type[T], data: Any, name: str) -> T:
     """Return the dataclass or typed dict `kind` in a mapping; fields that have a default may be missing.
 
+    Args:
+        name: the place of the mapping; "" for a whole document, whose fields are named without a prefix.
+
     Raises:
         SchemaError: no mapping, an unknown or a missing name, or a value that does not fit.
     """
+    place = f"{name}: " if name else ""
     if not isinstance(data, Mapping):
-        raise SchemaError(f"{name}: expected {describe(kind)}, got {data!r:.80}")
+        raise SchemaError(f"{place}expected {describe(kind)}, got {data!r:.80}")
     hints = get_type_hints(kind, include_extras=True)
     names = {f.name for f in fields(kind) if f.init} if is_dataclass(kind) else {*hints}
     for key in data:
         if key not in names:
-            raise SchemaError(f"{name}: unknown name {key!r}{suggest(key, sorted(names)) or _list_names(names)}")
+            raise SchemaError(f"{place}unknown name {key!r}{suggest(key, sorted(names)) or _list_names(names)}")
     missing = sorted(_required(kind) - data.keys())
     if missing:
-        raise SchemaError(f"{name}: {', '.join(missing)} missing; expected {', '.join(sorted(names))}")
-    # A whole document has no name of its own: its fields are called by their own names.
-    values = {key: read_value(hints[key], value, f"{name}.{key}" if name else str(key)) for key, value in data.items()}
+        raise SchemaError(f"{place}{', '.join(missing)} missing; expected {', '.join(sorted(names))}")
+    values = {key: read_value(hints[key], value, f"{name}.{key}" if name else key) for key, value in data.items()}
     return kind(**values)
 
 
@@ -110,13 +131,16 @@ def describe(kind: Any) -> str:
         base, *constraints = get_args(kind)
         return " ".join([describe(base), *(f"({constraint})" for constraint in constraints)])
     if origin in (Union, types.UnionType):
-        return " or ".join(describe(part) for part in get_args(kind) if part is not type(None))
+        parts = [part for part in get_args(kind) if part is not type(None) and not _is_function(part)]
+        return " or ".join(map(describe, parts))
     if origin is Literal:
         return " or ".join(_spell(choice) for choice in get_args(kind) if choice is not None)
+    if origin is Sequence:
+        return describe(types.GenericAlias(tuple, (*get_args(kind), ...)))
     if origin is tuple:
         items = get_args(kind)
         if items[-1] is Ellipsis:
-            return _PLURALS.get(items[0], "a list")
+            return _PLURALS.get(items[0]) or f"a list, each item {describe(items[0])}"
         return f"a list of {len(items)} values"
     return _WORDS.get(kind, "a table of named values")
 
@@ -128,6 +152,7 @@ def suggest(name: object, known: Iterable[object]) -> str:
 
 
 _WORDS: Mapping[Any, str] = {
+    Any: "any value",
     int: "a whole number",
     float: "a number",
     str: "a string",
@@ -146,7 +171,7 @@ def _read_union(kinds: tuple[Any, ...], value: Any, name: str) -> Any:
     """The value by the first annotation that fits; if none does, the error of the only one that could."""
     errors = []
     for kind in kinds:
-        if kind is type(None) and value is not None:
+        if _is_function(kind) or (kind is type(None) and value is not None):
             continue
         try:
             return read_value(kind, value, name)
@@ -188,6 +213,10 @@ def _to_float(value: float, name: str) -> float:
 
 def _is_choice(value: Any, choices: tuple[Any, ...]) -> bool:
     return any(type(value) is type(choice) and value == choice for choice in choices)
+
+
+def _is_function(kind: Any) -> bool:
+    return kind is Callable or get_origin(kind) is Callable
 
 
 def _spell(choice: object) -> str:

@@ -1,4 +1,4 @@
-"""What callers pass: whether it is a module, or inputs, and in words what else it is and what to pass instead."""
+"""Checks of arguments: models and inputs, with messages for common mistakes that say what to pass instead."""
 
 from collections.abc import Callable, Mapping
 from pathlib import PurePath
@@ -30,10 +30,12 @@ def require_module(value: object, argument: str = "model") -> nn.Module:
 
 
 def require_type(value: object, kinds: type | UnionType | tuple[type, ...], argument: str, expected: str) -> None:
-    """Refuse an argument that is not of the types it may be of.
+    """Refuse an argument of a wrong type.
 
     Args:
-        expected: in words what is expected and how to get it.
+        kinds: the types that are accepted.
+        argument: the name of the argument, for the message.
+        expected: in words, what is expected and how to get it.
 
     Raises:
         ArgumentError: it is of another type.
@@ -49,26 +51,27 @@ def describe_shapes(inputs: Any) -> str:
 
 
 def describe_inputs(inputs: Any) -> str:
-    """Return the shapes in `inputs` on which a model failed, with what was most likely meant if they look mistaken."""
+    """Return the shapes in `inputs` for a message, and, if they look like a mistake, what to pass instead."""
     advice = next((describe(inputs) for matches, describe in _INPUT_MISTAKES if matches(inputs)), "")
     return describe_shapes(inputs) + (f" ({advice})" if advice else "")
 
 
 def describe_invalid_batches(batches: object) -> str | None:
-    """Return why `batches` cannot be an iterable of inputs and what to pass instead, None if it can."""
+    """Return why `batches` is no iterable of inputs and what to pass instead, or None if it can be one."""
     kind = f"expected a list of inputs, got one {type(batches).__name__}"
     if isinstance(batches, Tensor | dict):
         return f"{kind}: pass [x]"
     if _is_array(batches):
-        return f"{kind} of numpy: pass [torch.from_numpy(x)]"
+        return f"{kind} from numpy: pass [torch.from_numpy(x)]"
     if _is_shape(batches):
-        return f"expected a list of inputs, got the shape {_format_shape(batches)}: pass [torch.randn{_format_shape(batches)}]"
+        shape = _format_shape(batches)
+        return f"expected a list of inputs, got the shape {shape}: pass [torch.randn{shape}]"
     if isinstance(batches, str | bytes | PurePath | nn.Module) or not hasattr(type(batches), "__iter__"):
         return f"{kind}: pass [x], or a DataLoader"
     return None
 
 
-# --- what is taken for a model ----------------------------------------------------------------------------------------
+# --- mistakes in models -----------------------------------------------------------------------------------------------
 
 
 def _type_with_article(value: object) -> str:
@@ -86,16 +89,16 @@ def _is_checkpoint(value: object) -> bool:
 
 def _describe_state_dict(value: Any) -> str:
     return (
-        f"got a state dict ({len(value)} tensors), which has no forward pass: build its model and call "
-        "model.load_state_dict(...), or let normswap.load(path, architecture=...) do both from the file"
+        f"got a state dict ({len(value)} tensors), which has no forward pass: create its model and call "
+        "model.load_state_dict(...), or load the file with normswap.load(path, architecture=...)"
     )
 
 
 def _describe_checkpoint(value: Any) -> str:
     keys = ", ".join(map(repr, list(value)[:3]))
     return (
-        f"got a checkpoint (a {type(value).__name__} with {keys}): build its model and load its weights, or "
-        "let normswap.load(path, architecture=...) do both from the file"
+        f"got a checkpoint (a {type(value).__name__} with {keys}): create its model and load its weights, "
+        "or load the file with normswap.load(path, architecture=...)"
     )
 
 
@@ -116,7 +119,7 @@ def _describe_program(_value: Any) -> str:
 
 
 def _describe_tensor(_value: Any) -> str:
-    return "got a Tensor: the model comes first, its inputs after it"
+    return "got a Tensor: pass the model first, then its inputs"
 
 
 def _describe_sequence(value: Any) -> str:
@@ -127,7 +130,7 @@ def _describe_function(value: Any) -> str:
     return f"got the function {getattr(value, '__name__', repr(value))}: pass the module that it returns"
 
 
-# In this order, what something else is and what to pass instead of it.
+# Tests and messages; the first test that applies counts.
 _MODEL_MISTAKES: tuple[tuple[Callable[[Any], bool], Callable[[Any], str]], ...] = (
     (_is_state_dict, _describe_state_dict),
     (_is_checkpoint, _describe_checkpoint),
@@ -144,7 +147,7 @@ _MODEL_MISTAKES: tuple[tuple[Callable[[Any], bool], Callable[[Any], str]], ...] 
 )
 
 
-# --- what is taken for inputs -----------------------------------------------------------------------------------------
+# --- mistakes in inputs -----------------------------------------------------------------------------------------------
 
 
 def _is_array(value: object) -> bool:
@@ -180,18 +183,18 @@ _INPUT_MISTAKES: tuple[tuple[Callable[[Any], bool], Callable[[Any], str]], ...] 
         lambda value: any(map(_is_array, tree_leaves(value))),
         lambda _: "a numpy array: pass a tensor, such as torch.from_numpy(x).float()",
     ),
-    (lambda value: isinstance(value, str | PurePath), lambda value: f"{str(value)!r} is a text: pass a tensor"),
+    (lambda value: isinstance(value, str | PurePath), lambda value: f"{str(value)!r} is a string: pass a tensor"),
     (
         lambda value: isinstance(value, torch.utils.data.DataLoader | torch.utils.data.Dataset),
         lambda value: f"a {type(value).__name__}: pass the inputs of one batch, such as next(iter(loader))[0]",
     ),
-    (_is_labelled, lambda _: "images and labels: pass the images alone if these are labels"),
+    (_is_labelled, lambda _: "images and labels: pass only the images"),
     (
         lambda value: isinstance(value, list) and bool(value),
-        lambda _: "a list is passed as one argument: several arguments are a tuple",
+        lambda _: "a list is one argument: pass a tuple for several arguments",
     ),
     (
         _is_single_image,
-        lambda value: f"without a batch dimension: pass 2x{describe_shapes(value)} if this is one image",
+        lambda value: f"one image without a batch dimension: pass 2x{describe_shapes(value)}",
     ),
 )

@@ -1,6 +1,9 @@
-"""convert and apply_plan: the plan carried out, all or nothing. No rule of what to swap lives here."""
+"""convert, apply_plan and revert: a plan is applied, or undone, completely or not at all.
 
-from collections.abc import Sequence
+What to swap is decided in `planning`; a change that fails leaves the model as it was.
+"""
+
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -27,16 +30,29 @@ from normswap.surgery.importance import sites_with_changed_weights
 from normswap.surgery.module_tree import class_name, copy_model, modules_by_name, walk_modules
 from normswap.surgery.norms.classes import KNOWN_NORMS, NormSpec, NormTable, read_norm
 from normswap.surgery.norms.functions import batch_norm_nodes, call_name
-from normswap.surgery.plan import Swap, SwapPlan, require_plan
-from normswap.surgery.planning import plan_swaps
-from normswap.surgery.selection import Settings
+from normswap.surgery.plan import Swap, SwapPlan, list_names, require_plan
+from normswap.surgery.planning import make_plan
+from normswap.surgery.selection import Settings, SiteFilter, SwapOptions, choose_options
 from normswap.surgery.wrappers import check_not_prepared, check_wrapping, rewrap, unwrap
 from normswap.text import join_fqn, pluralize, printable_as
 
 
 @printable_as("conversion")
 class Conversion(NamedTuple):
-    """The converted model, the plan that was carried out, and the new layers by fqn. `print` shows the plan."""
+    """The result of `convert`; `print` shows its plan.
+
+    Attributes:
+        model: the converted model.
+        plan: the plan that was applied.
+        replaced: the new layers by fqn.
+
+    Examples:
+        >>> import torch, normswap
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))
+        >>> conversion = normswap.convert(model, torch.randn(2, 3, 16, 16))
+        >>> [*conversion.replaced]
+        ['1']
+    """
 
     model: nn.Module
     plan: SwapPlan
@@ -47,19 +63,23 @@ class Conversion(NamedTuple):
         return f"Conversion({type(self.model).__name__}, {swaps}, {skips})"
 
 
+Conversion.__module__ = "normswap"  # not in the body, which a NamedTuple keeps for its fields
+
+
 def convert(
     model: nn.Module,
     example_inputs: Any = None,
     *,
     plan: SwapPlan | None = None,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    kinds: Sequence[str] = ("bn",),
-    gate: Gate = "simplex",
+    options: SwapOptions | None = None,
+    include: SiteFilter | Iterable[SiteFilter] | None = None,
+    exclude: SiteFilter | Iterable[SiteFilter] | None = None,
+    kinds: Sequence[str] | None = None,
+    gate: Gate | None = None,
     branches: Sequence[Branch] | None = None,
-    bn_statistics: BnStatistics = "batch",
-    train_frozen_gates: bool = False,
-    synchronize: bool = False,
+    bn_statistics: BnStatistics | None = None,
+    train_frozen_gates: bool | None = None,
+    synchronize: bool | None = None,
     settings: Settings | None = None,
     norms: NormTable = KNOWN_NORMS,
     as_graph: bool = False,
@@ -67,45 +87,31 @@ def convert(
 ) -> Conversion:
     """Swap Batch Normalization, and other norms on request, for Switchable Normalization of the same function.
 
-    Works on a deep copy, or with `inplace=True` on the very module objects: then aliases, Python lists, hooks and
-    optimizers that hold on to modules or parameters stay right, also those outside the model.
+    The converted model is a deep copy. With `inplace=True` the module objects themselves are converted, so aliases,
+    Python lists, hooks and optimizers that refer to modules or parameters stay valid.
 
     Args:
         model: any module. DataParallel, DistributedDataParallel and `torch.compile` around it stay around it, with
             their settings; all names are those of the model inside.
-        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments for one forward pass in
-            evaluation; recommended, since sites with one spatial position need other branches.
-        plan: carry out this plan of `plan_swaps`. It excludes the arguments from `include` to `settings`.
-        include, exclude: names of the sites to swap, and of those to leave: glob patterns on dotted names such as
-            `["layer4.*"]`, or regular expressions after `re:`. `exclude` wins; without `include` all sites are meant.
-        kinds: which norms are swapped: `"bn"` (default), `"in"` (InstanceNorm, which starts at its own branch) and
-            `"gn1"` (GroupNorm of one group, which starts at `ln`).
-        gate: how importance weights follow from their parameters: `"simplex"` (default) starts as exactly the same
-            function, `"softmax"` at the uniform mix, which is another function.
-        branches: the branches that a site may have, some of `"in"`, `"ln"`, `"bn"`, with the one where each kind
-            starts. Default: all that the shape and the kind of a site allow. Only `settings` give a site of kind `in`
-            or `gn1` a `bn` branch, whose running statistics begin then.
-        bn_statistics: what the `bn` branches use in training: `"batch"` (default), `"running"` or `"renorm"`. Sites
-            that were frozen use running statistics whatever it says.
-        train_frozen_gates: let gates learn also at sites whose own parameters are all frozen.
-        synchronize: let the `bn` branch of every site take in training the batch of all processes; without it only
-            those do that did so before (SyncBatchNorm).
-        settings: by pattern, some of `gate`, `branches`, `bn_statistics` (of frozen sites too), `train_gates` and
-            `synchronize`, which override the arguments above. If several patterns match a site, the later one wins, key
-            by key. Branches that the shape of a site leaves no signal are left out of these as well.
-        norms: the table of norm classes, `KNOWN_NORMS` or `KNOWN_NORMS | {TheirNorm: read_batch_norm}`.
+        example_inputs: a tensor (N, C, ...), a tuple of positional or a dict of keyword arguments for one forward pass
+            in evaluation mode. Recommended, since a site with one spatial position needs other branches.
+        plan: a plan of `plan_swaps` to apply; not together with `options` or the arguments from `include` to
+            `settings`.
+        options: a `SwapOptions`, in place of the arguments from `include` to `settings`.
+        include, exclude, kinds, gate, branches, bn_statistics, train_frozen_gates, synchronize, settings: the fields
+            of `SwapOptions`, which explains them; None (default) is the default there.
+        norms: the table of norm classes: `KNOWN_NORMS`, or `KNOWN_NORMS | {TheirNorm: read_batch_norm}`.
         as_graph: return the whole converted model as a `torch.fx.GraphModule` that obeys `train()` and `eval()`.
-        inplace: convert the module objects themselves; default is to convert a deep copy.
+        inplace: convert the module objects themselves instead of a deep copy.
 
     Returns:
-        `Conversion(model, plan, replaced)`: the model, the plan and the new layers by fqn. With nothing to swap the
-        plan has no swaps and says why.
+        `Conversion(model, plan, replaced)`. If there is nothing to swap, the plan has no swaps and gives the reasons.
 
     Raises:
-        PlanError: a pattern matches nothing, or the plan was made for another model.
+        PlanError: a filter matches nothing, an option is wrong, or the plan was made for another model.
         ModelError: the forward pass on `example_inputs` failed.
-        SwapError: the model is wrapped in what cannot be kept or built again, or cannot be copied, rewritten or traced
-            as asked.
+        SwapError: a wrapper of the model can neither stay nor be built again, or the model cannot be copied, rewritten
+            or traced as asked.
         ArgumentError: an argument is of a wrong type, such as a state dict or a path instead of a module.
 
     Examples:
@@ -113,32 +119,28 @@ def convert(
         >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))
         >>> normswap.convert(model, torch.randn(2, 3, 16, 16))
         Conversion(Sequential, 1 swap, 0 skips)
+        >>> without_ln = normswap.SwapOptions(branches=("in", "bn"))
+        >>> normswap.convert(model, torch.randn(2, 3, 16, 16), options=without_ln).replaced["1"].branches
+        ('in', 'bn')
     """
+    keywords = {
+        "include": include,
+        "exclude": exclude,
+        "kinds": kinds,
+        "gate": gate,
+        "branches": branches,
+        "bn_statistics": bn_statistics,
+        "train_frozen_gates": train_frozen_gates,
+        "synchronize": synchronize,
+        "settings": settings,
+    }
+    chosen = choose_options(options, keywords)
     check_wrapping(model, inplace=inplace, rebuilt=as_graph or not inplace)
     inside = unwrap(model)
     if plan is None:
-        plan = plan_swaps(
-            inside,
-            example_inputs,
-            include=include,
-            exclude=exclude,
-            kinds=kinds,
-            gate=gate,
-            branches=branches,
-            bn_statistics=bn_statistics,
-            train_frozen_gates=train_frozen_gates,
-            synchronize=synchronize,
-            settings=settings,
-            norms=norms,
-        )
-    elif (
-        (include or exclude or branches or settings or train_frozen_gates or synchronize)
-        or tuple(kinds) != ("bn",)
-        or (gate, bn_statistics) != ("simplex", "batch")
-    ):
-        raise PlanError(
-            "expected either a plan or deciding arguments (include, exclude, gate, branches, ...), got both"
-        )
+        plan = make_plan(inside, example_inputs, chosen, norms)
+    elif options is not None or chosen != SwapOptions.default():
+        raise PlanError("got plan= together with options for a plan (options, include, gate, ...): pass one of the two")
     target = inside if inplace else _copy(inside)
     with rollback_on_error(entry.module for entry in walk_modules(target)):
         replaced = apply_plan(target, plan, norms=norms)
@@ -149,17 +151,28 @@ def convert(
 
 
 def apply_plan(model: nn.Module, plan: SwapPlan, *, norms: NormTable = KNOWN_NORMS) -> dict[str, nn.Module]:
-    """Carry out `plan` on `model` itself, all or nothing, and return the new layers by fqn.
+    """Apply `plan` to `model` itself, completely or not at all.
 
     Args:
-        model: the model that the plan was made for; it is changed.
-        plan: what `plan_swaps` returned, or `SwapPlan.from_json` read.
-        norms: the table of norm classes that the plan was made with.
+        model: the model for which the plan was made; it is changed.
+        plan: what `plan_swaps` or `SwapPlan.from_json` returned.
+        norms: the table of norm classes with which the plan was made.
+
+    Returns:
+        The new layers by fqn.
 
     Raises:
-        PlanError: the plan was made for another model.
-        SwapError: the model is in a wrapper that would not notice, is prepared for quantization, or a site cannot be
-            swapped; it is as it was.
+        PlanError: the plan was made for another model; the model is unchanged.
+        SwapError: a wrapper around the model does not support changes inside, the model is prepared for quantization,
+            or a site cannot be swapped; the model is unchanged.
+
+    Examples:
+        >>> import torch, normswap
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))
+        >>> normswap.apply_plan(model, normswap.plan_swaps(model))["1"] is model[1]
+        True
+        >>> type(model[1]).__name__
+        'SwitchNorm2d'
     """
     check_wrapping(model, inplace=True, rebuilt=False)
     require_plan(plan)
@@ -184,22 +197,33 @@ def apply_plan(model: nn.Module, plan: SwapPlan, *, norms: NormTable = KNOWN_NOR
 
 
 def revert(model: nn.Module, *, discard: bool = False) -> nn.Module:
-    """Put the original norms back in `model` itself and return it: the inverse of `convert(inplace=True)`.
+    """Put the original norms back in `model` itself: the inverse of `convert(inplace=True)`.
 
     Args:
         model: a converted model; it is changed.
-        discard: also where importance weights have moved, and with them the function.
+        discard: revert also if importance weights differ from the old norm, which changes the function.
+
+    Returns:
+        `model`.
 
     Raises:
-        SwapError: importance weights have moved (unless `discard`), a layer was not made by `convert`, or its old
-            class is not imported, or the model is in a wrapper that would not notice; it is as it was.
+        SwapError: importance weights differ from the old norm (unless `discard=True`), a layer was not made by
+            `convert`, the class of an old norm is not imported, or a wrapper around the model does not support changes
+            inside; the model is unchanged.
+
+    Examples:
+        >>> import torch, normswap
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))
+        >>> converted = normswap.convert(model).model
+        >>> type(normswap.revert(converted)[1]).__name__
+        'BatchNorm2d'
     """
     check_wrapping(model, inplace=True, rebuilt=False, verb="revert")
     changed = sites_with_changed_weights(model)
     if changed and not discard:
         raise SwapError(
-            f"{len(changed)} sites have learned importance weights ({', '.join(changed[:3])}{', ...' * (len(changed) > 3)}): "
-            "reverting would change the function; pass discard=True to do it all the same"
+            f"the importance weights of {pluralize(len(changed), 'site')} differ from the old norm "
+            f"({list_names(changed)}): reverting changes the function: pass discard=True to revert anyway"
         )
     modules = [entry.module for entry in walk_modules(unwrap(model))]
     layers = [module for module in modules if isinstance(module, SwitchNorm)]
@@ -219,11 +243,13 @@ def _copy(model: nn.Module) -> nn.Module:
     try:
         return copy_model(model)
     except Exception as error:
-        raise SwapError(f"the model cannot be copied ({error}): pass inplace=True to convert it as it is") from error
+        raise SwapError(
+            f"the model cannot be copied ({error}): pass inplace=True to convert the model itself"
+        ) from error
 
 
 def _check_fit(plan: SwapPlan, by_name: dict[str, nn.Module], norms: NormTable) -> dict[str, NormSpec]:
-    """Return what each module site is, or say in one error what does not fit."""
+    """Return the spec of each module site, or raise one error that lists what does not fit the model."""
     specs: dict[str, NormSpec] = {}
     mismatches: list[str] = []
     planned: dict[tuple[int, str], str] = {}
@@ -234,7 +260,7 @@ def _check_fit(plan: SwapPlan, by_name: dict[str, nn.Module], norms: NormTable) 
             continue
         site = id(module), "" if swap.owner is None else swap.fqn
         if site in planned:
-            mismatches.append(f"{swap.fqn}: planned already, as {planned[site]}")
+            mismatches.append(f"{swap.fqn}: planned twice, also as {planned[site]}")
             continue
         planned[site] = swap.fqn
         if swap.owner is not None:
@@ -252,12 +278,15 @@ def _check_fit(plan: SwapPlan, by_name: dict[str, nn.Module], norms: NormTable) 
             specs[swap.fqn] = spec
     if mismatches:
         more = f" (+{len(mismatches) - 3} more)" if len(mismatches) > 3 else ""
-        raise PlanError(f"the plan was made for another model ({plan.model_class}): {'; '.join(mismatches[:3])}{more}")
+        raise PlanError(
+            f"the plan was made for another model ({plan.model_class}): {'; '.join(mismatches[:3])}{more}; make a plan "
+            "for this model with plan_swaps"
+        )
     return specs
 
 
 def _nearby_tensor(fqn: str, by_name: dict[str, nn.Module]) -> Tensor | None:
-    """A floating tensor of the nearest module around a site: what tells a norm without tensors its dtype and device."""
+    """A floating tensor of the nearest module around a site: a norm without tensors gets its dtype and device."""
     while fqn:
         fqn = fqn.rpartition(".")[0]
         ancestor = by_name.get(fqn)
@@ -286,12 +315,14 @@ def _convert_module_site(layer: nn.Module, spec: NormSpec, swap: Swap, like: Ten
         )
     except TypeError as error:  # Python cannot change the class of objects with another layout
         raise SwapError(
-            f"{swap.fqn}: a {swap.class_name} cannot become a {target.__name__} ({error}): exclude it"
+            f"{swap.fqn}: Python cannot change a {swap.class_name} into a {target.__name__} ({error}): pass "
+            f"exclude=['{swap.fqn}']"
         ) from error
     return layer
 
 
 def _rewrite_owner(module: nn.Module, owner: str, swaps: list[Swap]) -> dict[str, nn.Module]:
+    """Route the batch_norm calls in the forward of `module` through new gates, and return these by fqn."""
     traced = trace_module_forward(module)
     nodes = batch_norm_nodes(traced.evaluation) if traced.evaluation else []
     swap_by_fqn = {swap.fqn: swap for swap in swaps}
@@ -299,23 +330,28 @@ def _rewrite_owner(module: nn.Module, owner: str, swaps: list[Swap]) -> dict[str
     planned = {name: swap_by_fqn[join_fqn(owner, name)] for name in names if join_fqn(owner, name) in swap_by_fqn}
     if len(planned) != len(swaps):
         raise SwapError(
-            f"{owner or 'the model'}: expected {sorted(swap_by_fqn)} among its batch_norm calls, found {names}"
+            f"{owner or 'the model'}: the plan names the batch_norm calls {sorted(swap_by_fqn)}, and its forward has "
+            f"{names}: make a plan for this model with plan_swaps"
         )
-    like = next((t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()), None)
-    gates = {}
-    for name, swap in planned.items():
-        gates[name] = FunctionalSwitchNorm(
-            gate=swap.gate, branches=swap.branches, bn_statistics=swap.bn_statistics
-        ).requires_grad_(swap.train_gates)
-        gates[name].replaced_call = call_name(nodes[names.index(name)].target)
-        gates[name].synchronize = swap.synchronize
-        gates[name].site = new_site_name(swap.fqn)
-        gates[name].train(module.training)
-        if like is not None:
-            gates[name].to(like)
+    gates = {
+        name: _functional_gate(module, swap, call_name(nodes[names.index(name)].target))
+        for name, swap in planned.items()
+    }
     site_names = tuple(name if name in gates else None for name in names)
     if isinstance(module, fx.GraphModule):
         edit_graph(module, gates, site_names)
     else:
         rewrite_forward(module, gates, site_names, traced)
     return {join_fqn(owner, name): layer for name, layer in gates.items()}
+
+
+def _functional_gate(module: nn.Module, swap: Swap, replaced_call: str) -> FunctionalSwitchNorm:
+    """The layer for one batch_norm call in the forward of `module`, in the mode, dtype and device of `module`."""
+    gate = FunctionalSwitchNorm(gate=swap.gate, branches=swap.branches, bn_statistics=swap.bn_statistics)
+    gate.requires_grad_(swap.train_gates)
+    gate.replaced_call = replaced_call
+    gate.synchronize = swap.synchronize
+    gate.site = new_site_name(swap.fqn)
+    gate.train(module.training)
+    like = next((t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()), None)
+    return gate if like is None else gate.to(like)

@@ -1,4 +1,7 @@
-"""Looking over the gates of a converted model."""
+"""The gates of a converted model: its gated layers, their parameters and importance weights, and batch dependence.
+
+Batch dependence, the sum of the importance weights of `bn`, can be added to a loss as a penalty.
+"""
 
 from collections import defaultdict
 from collections.abc import Iterable
@@ -15,11 +18,9 @@ from normswap.surgery.module_tree import walk_modules
 from normswap.surgery.wrappers import unwrap
 from normswap.text import join_fqn, pluralize, printable_as
 
-# MERGED DOC: What a model's dependence on its batches can be priced by: the share that its `bn` branches have.
-
 
 class SiteWeights(NamedTuple):
-    """The share of each branch in the means and in the variances of one site."""
+    """The importance weights of one site by branch, for means and for variances."""
 
     mean: dict[str, float]
     var: dict[str, float]
@@ -27,20 +28,20 @@ class SiteWeights(NamedTuple):
 
 @printable_as("importance")
 class SiteImportance(dict[str, SiteWeights]):
-    """Importance weights by the fqn of each site: a dict that prints as a table."""
+    """The importance weights of each site by fqn: a dict that `print` shows as a table."""
 
     def __repr__(self) -> str:
         return f"SiteImportance({pluralize(len(self), 'site')})"
 
 
 def gated_modules(model: nn.Module) -> dict[str, GatedModule]:
-    """Return every module with gates by its first name."""
+    """Return every layer with gates by its first name."""
     entries = walk_modules(unwrap(model))
     return {entry.names[0]: entry.module for entry in entries if isinstance(entry.module, GatedModule)}
 
 
 def gate_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters of all gates by name, also those of modules that no registry knows."""
+    """Return the parameters of all gates by name, also those of modules that are in no registry."""
     return {
         join_fqn(name, gate): parameter
         for name, layer in gated_modules(model).items()
@@ -50,24 +51,38 @@ def gate_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def trainable_gates(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the gates that learn by name, in the order of `named_parameters()` of the model inside its wrappers."""
+    """Return the gate parameters that require a gradient, by name.
+
+    Args:
+        model: a converted model, with or without wrappers.
+
+    Returns:
+        A dict in the order of `named_parameters()` of the model inside its wrappers.
+
+    Examples:
+        >>> import torch, normswap
+        >>> from normswap.surgery.importance import trainable_gates
+        >>> model = normswap.convert(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))).model
+        >>> [*trainable_gates(model)]
+        ['1.mean_weight', '1.var_weight']
+    """
     gates = set(gate_parameters(model).values())
     named = unwrap(model).named_parameters()
     return {name: parameter for name, parameter in named if parameter in gates and parameter.requires_grad}
 
 
 def importance_weights(model: nn.Module) -> SiteImportance:
-    """Return the importance weights of every site by fqn: per branch, for means and for variances.
+    """Return the importance weights of every site, by branch, for means and for variances (paper, section 3.1).
 
     Args:
-        model: converted, wrapped or not; of another model the result is empty.
+        model: a converted model, with or without wrappers; for any other model the result is empty.
 
     Returns:
-        A dict; `weights["layer1.0.bn1"].mean["bn"]` is a number from 0 to 1, and the branches of one site sum to 1.
-        `print(weights)` shows a table.
+        A dict by fqn; `weights["layer1.0.bn1"].mean["bn"]` is a number from 0 to 1, and the branches of one site sum to
+        1. `print(weights)` shows a table.
 
     Raises:
-        ArgumentError: `model` is no module.
+        ArgumentError: `model` is not a module.
 
     Examples:
         >>> import torch, normswap
@@ -83,27 +98,34 @@ def importance_weights(model: nn.Module) -> SiteImportance:
 
 
 def sites_with_changed_weights(model: nn.Module) -> list[str]:
-    """Return the sites whose importance weights have left their vertex, where the layer is the original norm."""
+    """Return the sites whose importance weights differ from weight 1 at the branch of the old norm."""
     return [name for name, layer in gated_modules(model).items() if not layer.is_at(layer.vertex)]
 
 
 def batch_dependence(model: nn.Module) -> Tensor:
-    """Return the importance weights of `bn`, those of means and of variances, summed over the sites that read batches.
+    """Return the importance weights of `bn`, for means and variances, summed over the sites that use batch statistics.
 
-    To be added to a loss with a small factor, `loss + 0.03 * normswap.batch_dependence(model)`. Its gradient goes to
-    the gates by their own rule (for `simplex` the centred one) and to nothing else.
-
-    A site whose `bn` branch takes running statistics as constants (`bn_statistics="running"`, frozen ones) reads no
-    batch and counts 0, as does one without the branch; with `"renorm"` gradients go through the batch, and it counts.
-    A module that is used twice counts once. Sites of one kind of gate are read together, so the cost does not grow with
-    depth, and nothing waits for a device.
+    Add it to a loss with a small factor as a penalty. Its gradient flows to the gate parameters only. A site counts if
+    its `bn` branch depends on the batch: not with `bn_statistics="running"` (as at frozen sites), but with `"batch"`
+    and `"renorm"`. A module that is used twice counts once. Sites with the same kind of gate are computed together,
+    without synchronization of the device.
 
     Args:
-        model: wrapped or not.
+        model: a model with or without wrappers.
 
     Returns:
-        A scalar in float32 or wider, from 0 to twice the number of sites; 0 without a gradient where no site counts, so
-        that one training script serves models before and after conversion.
+        A scalar in float32 or wider, from 0 to twice the number of sites. If no site counts, it is 0 without a
+        gradient, so one training script works before and after a conversion.
+
+    Raises:
+        ArgumentError: `model` is not a module.
+
+    Examples:
+        >>> import torch, normswap
+        >>> model = normswap.convert(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))).model
+        >>> loss = model(torch.randn(2, 3, 8, 8)).square().mean() + 0.03 * normswap.batch_dependence(model)
+        >>> normswap.batch_dependence(model).item()
+        2.0
     """
     sites = [site for site in gated_modules(model).values() if "bn" in site.branches and _uses_batch_statistics(site)]
     totals = [_sum_bn_importance(group) for group in _group_sites(sites)]
@@ -118,7 +140,7 @@ def _uses_batch_statistics(site: GatedModule) -> bool:
 
 
 def _group_sites(sites: Iterable[GatedModule]) -> list[list[GatedModule]]:
-    """Group the sites whose gate parameters fit into one tensor and mean the same."""
+    """Group the sites whose gate parameters can be stacked: same gate, branches, dtype and device."""
     groups = defaultdict(list)
     for site in sites:
         point = site.mean_weight

@@ -1,7 +1,9 @@
-"""What a model returns, taken apart into named leaves: dense tensors, numbers, and values that are equal or not.
+"""Outputs of a model as named leaves, and distances between leaves.
 
-Looks into mappings, sequences, sets, iterators, dataclasses, plain objects and closures, never at `__eq__` of a class.
-What may hold numbers and cannot be taken apart is named with the reason, so that nothing is left out silently.
+Leaves are dense tensors, numbers, and values that are equal or not. They are read from mappings, sequences, sets,
+iterators, dataclasses, plain objects and closures, without `__eq__` of any class. Values that may contain numbers and
+cannot be read are listed with the reason, so that nothing is left out silently. Tensors and numbers are compared by
+their relative L2.
 """
 
 import functools
@@ -27,8 +29,7 @@ from uuid import UUID
 import torch
 from torch import Tensor, nn
 
-# MERGED DOC: How far two values are apart: relative L2 of tensors and numbers, equal or not for anything else.
-
+# --- leaves -----------------------------------------------------------------------------------------------------------
 
 _MAX_ITEMS = 100_000  # of an iterator, which may have no end
 _MAX_DEPTH = 50
@@ -48,7 +49,7 @@ class Leaves:
         return [leaf for _, leaf in sorted(self.values.items()) if isinstance(leaf, Tensor)]
 
     def detached(self) -> "Leaves":
-        """Return the same leaves without the graph behind them."""
+        """Return the same leaves without their autograd graph."""
         values = {path: leaf.detach() if isinstance(leaf, Tensor) else leaf for path, leaf in self.values.items()}
         return Leaves(values, self.opaque)
 
@@ -57,9 +58,9 @@ def read_leaves(value: Any, name: str = "output", model: frozenset[int] | None =
     """Return the leaves of `value`; iterators in it are consumed.
 
     Args:
-        name: what the paths begin with.
-        model: the ids of the modules of the model that returned `value`: these are no data, other modules are. Without
-            it none is.
+        name: the start of each path.
+        model: the ids of the modules of the model that returned `value`: they are not read, other modules are. Without
+            it no module is read.
     """
     found = Leaves(model=model)
     _read(value, name, found, ())
@@ -67,14 +68,14 @@ def read_leaves(value: Any, name: str = "output", model: frozenset[int] | None =
 
 
 def flatten_leaves(value: Any) -> list[Any]:
-    """Return paths and leaves of `value` in turn; what cannot be compared is an object that equals nothing."""
+    """Return paths and leaves of `value` in turn; a value that cannot be read is an object that equals no other."""
     leaves = read_leaves(value)
     unknown: dict[str, Any] = {path: object() for path in leaves.opaque}
     return [part for item in (leaves.values | unknown).items() for part in item]
 
 
 def count_numbers(leaves: Leaves) -> int:
-    """Return how many numbers the leaves hold."""
+    """Return the number of numbers in the leaves."""
     return sum(_count(leaf) for leaf in leaves.values.values())
 
 
@@ -89,7 +90,7 @@ def _read(value: Any, path: str, found: Leaves, ancestors: tuple[int, ...]) -> N
     is_model_module = isinstance(value, nn.Module) and (found.model is None or id(value) in found.model)
     if is_model_module or isinstance(value, _NO_DATA):
         return
-    if id(value) in ancestors:  # which contains itself: read already
+    if id(value) in ancestors:  # it contains itself
         return
     if len(ancestors) >= _MAX_DEPTH:
         found.opaque[path] = f"is nested deeper than {_MAX_DEPTH} levels"
@@ -106,13 +107,13 @@ def _read(value: Any, path: str, found: Leaves, ancestors: tuple[int, ...]) -> N
         found.opaque[path] = reason[0]
 
 
-# Compared by `==`, which is theirs and exact; floats and other numbers among them by their distance.
+# Types with an exact `==`; floats among them are compared by their distance.
 _EXACT_TYPES = {type(None), bool, int, float, complex, str, bytes, type(...), type(NotImplemented)}
 _EXACT_BASE_TYPES = (
     Enum, date, time, timedelta, tzinfo, PurePath, UUID, range, slice, bytearray,
     torch.dtype, torch.device, torch.layout, torch.memory_format,
 )  # fmt: skip
-# No result of a computation.
+# Types that are no result of a computation.
 _NO_DATA = (
     type, types.ModuleType, torch.Generator, Logger, type(Lock()),
 )  # fmt: skip
@@ -130,7 +131,7 @@ def _parts(value: Any, path: str) -> Any:
 
 
 def _with_attributes(read: Any, value: Any, path: str) -> Any:
-    """What a container of a class of its own holds beside its items."""
+    """The parts of a container, and the attributes that its class adds."""
     attributes = {name: item for name, item in getattr(value, "__dict__", {}).items() if name != "data"}
     if not attributes:
         return read
@@ -199,7 +200,7 @@ def _tuple(value: tuple[Any, ...], path: str) -> Any:
 
 
 def _as_one_tensor(items: list[Any]) -> Tensor | None:
-    """Many numbers in a list as one tensor: a path for each would take seconds."""
+    """A list of numbers as one tensor: one path per number would be slow."""
     kinds = {type(item) for item in items}
     if len(items) < 2 or not kinds <= {int, float}:
         return None
@@ -210,7 +211,7 @@ def _as_one_tensor(items: list[Any]) -> Tensor | None:
 
 
 def _set(value: Set[Any], path: str) -> dict[str, Any]:
-    """The items of a set in an order of their own: plain values by their text, others by what they hold."""
+    """The items of a set in a fixed order: plain values by their `repr`, others by their leaves."""
     if all(type(item) in _EXACT_TYPES for item in value):
         return {f"{path}{{{index}}}": item for index, item in enumerate(sorted(value, key=repr))}
     read = sorted((read_leaves(item, "").values for item in value), key=_sort_key)
@@ -240,7 +241,7 @@ def _partial(value: "functools.partial[Any]", path: str) -> dict[str, Any]:
 
 
 def _function(value: types.FunctionType, path: str) -> dict[str, Any]:
-    """What a function keeps of the computation: the variables that it closes over, and its defaults."""
+    """The parts of a function that a computation can change: closure variables and defaults."""
     cells = zip(value.__code__.co_freevars, value.__closure__ or (), strict=True)
     captured = {f"{path}.{name}": cell.cell_contents for name, cell in cells}
     return captured | {f"{path}.__defaults__": value.__defaults__, f"{path}.__kwdefaults__": value.__kwdefaults__}
@@ -251,7 +252,7 @@ def _method(value: Any, path: str) -> dict[str, Any]:
 
 
 def _module(value: nn.Module, path: str) -> dict[str, Any]:
-    """What a module that the forward pass made holds."""
+    """The parts of a module that the forward pass created."""
     plain = {name: item for name, item in vars(value).items() if not name.startswith("_")}
     attributes = plain | value._parameters | value._buffers | value._modules
     return {f"{path}.{name}": item for name, item in attributes.items()}
@@ -299,7 +300,7 @@ def _names(slots: Any) -> tuple[str, ...]:
 
 
 class _NumpyValue(type):
-    """A stand-in for numpy's classes, which are imported only if somebody else has done so."""
+    """Metaclass whose instance check recognises numpy's values without importing numpy."""
 
     def __instancecheck__(cls, value: Any) -> bool:
         return type(value).__module__ == "numpy" and hasattr(value, "dtype") and hasattr(value, "tolist")
@@ -309,7 +310,7 @@ class _Numpy(metaclass=_NumpyValue):
     pass
 
 
-# The first kind that fits.
+# The first kind that matches counts.
 _READERS: tuple[tuple[Any, Callable[[Any, str], Any]], ...] = (
     (Tensor, _tensor),
     (nn.Module, _module),
@@ -334,25 +335,27 @@ _READERS: tuple[tuple[Any, Callable[[Any, str], Any]], ...] = (
     ((types.MethodType, types.BuiltinFunctionType), _method),
     (types.FunctionType, _function),
 )
-# Their classes may add attributes of their own.
+# Containers whose subclasses may add attributes.
 _CONTAINERS = (tuple, Mapping, (list, deque, UserList, ValuesView), Set, functools.partial)
 
 
+# --- distances --------------------------------------------------------------------------------------------------------
+
 TensorNames = tuple[str, ...]
 
-# Elements that are compared at a time: what is in between stays small, whatever the tensors are.
+# The number of elements that are compared at once, so that intermediate tensors stay small.
 _CHUNK = 1 << 18
 
-# From here on a value that is exactly the same on both sides may be a constant that masks others, such as -1e9: counted
-# into the norm of the reference it would hide any difference of the values beside it.
+# Equal values of at least this size may be a constant mask, such as -1e9. They do not count in the norm of the
+# reference, in which they would hide differences of the other values.
 _MASK = 1e4
 _WIDE_DTYPES = {float: torch.float64, complex: torch.complex128}
 
 
 def relative_l2(reference: Any, value: Any) -> float:
-    """Return the relative L2 of floating tensors or numbers; for anything else, or another shape or dtype, 0 or inf.
+    """Return the relative L2 between floating tensors or numbers; other values are 0 (equal) or inf apart.
 
-    Where the reference is inf or NaN the value must be the same, else the distance is inf.
+    It is inf if shapes or dtypes differ, or if the values differ at a position at which the reference is inf or NaN.
     """
     if not (isinstance(reference, Tensor) and isinstance(value, Tensor)):
         if type(reference) is not type(value):
@@ -370,7 +373,7 @@ def relative_l2(reference: Any, value: Any) -> float:
 
 
 def _norms(reference: Tensor, value: Tensor) -> tuple[float, float]:
-    """The norms of the difference and of the reference, over what is finite in the reference."""
+    """The norms of the difference and of the reference, over the finite values of the reference."""
     sides = (torch.split(tensor.reshape(-1), _CHUNK) for tensor in (reference, value))
     norms = [_norms_of_chunk(a, b) for a, b in zip(*sides, strict=True)]
     return hypot(*(difference for difference, _ in norms)), hypot(*(size for _, size in norms))
@@ -399,13 +402,13 @@ def _relative(difference: float, size: float) -> float:
 
 
 class VectorDistance:
-    """The distance of paired tensors taken as one vector, added pair by pair and kept nowhere."""
+    """The relative L2 between pairs of tensors as one vector; pairs are added one by one and not stored."""
 
     def __init__(self) -> None:
         self._difference = self._size = 0.0
 
     def add(self, reference: Tensor, value: Tensor) -> None:
-        """Take one more pair in; tensors of different shapes or dtypes are infinitely far apart."""
+        """Add one pair; tensors of different shapes or dtypes make the distance inf."""
         if reference.shape != value.shape or reference.dtype != value.dtype:
             self._difference = float("inf")
             return
@@ -413,12 +416,12 @@ class VectorDistance:
         self._difference, self._size = hypot(self._difference, difference), hypot(self._size, size)
 
     def result(self) -> float:
-        """Return the distance of all pairs, 0 where there are none."""
+        """Return the distance of all pairs, 0 without pairs."""
         return _relative(self._difference, self._size)
 
 
 def max_abs_difference(reference: Any, value: Any) -> float:
-    """Return the largest absolute difference of two floating tensors where the reference is finite, else 0."""
+    """Return the largest absolute difference of two floating tensors over the finite values of the reference."""
     tensors = isinstance(reference, Tensor) and isinstance(value, Tensor)
     if not tensors or not reference.is_floating_point() or reference.shape != value.shape:
         return 0.0
@@ -431,7 +434,7 @@ def max_abs_difference(reference: Any, value: Any) -> float:
 
 
 def max_distance(references: list[Any], values: list[Any]) -> float:
-    """Return the largest distance of paired values, inf if there are more of the one than of the other."""
+    """Return the largest distance of paired values, inf if the lists have different lengths."""
     if len(references) != len(values):
         return float("inf")
     return max((relative_l2(a, b) for a, b in zip(references, values, strict=True)), default=0.0)
@@ -440,7 +443,7 @@ def max_distance(references: list[Any], values: list[Any]) -> float:
 def match_names(
     references: dict[TensorNames, Tensor], values: dict[TensorNames, Tensor]
 ) -> list[tuple[TensorNames, TensorNames]]:
-    """Return the keys of tensors that have a name in common: each side may know a tensor by other names as well."""
+    """Return pairs of keys that share a name; on each side, a tensor may have several names."""
     by_name = {name: names for names in values for name in names}
     partners = ((names, next((by_name[name] for name in names if name in by_name), None)) for names in references)
     return [(names, partner) for names, partner in partners if partner is not None]

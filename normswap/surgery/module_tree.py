@@ -1,12 +1,14 @@
-"""The one walk over a model's modules: every module with all its names, held in Python containers or registered.
+"""All modules of a model with all their names, copies of a model, and the training flags that it sets itself.
 
-A module kept only in a plain list, tuple or dict is in no `named_modules()`, has no state-dict keys and no
-optimizer, but it runs. It is found through its owner's `__dict__` and named like Python would: `blocks.norms[0]`.
+`walk_modules` is the one walk over a model. A module that only a plain list, tuple or dict refers to is not in
+`named_modules()` and has no state-dict keys, but it runs: it is found through the `__dict__` of its owner, and its name
+is a Python expression such as `blocks.norms[0]`.
 """
 
 import copy
+import logging
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import MethodType
@@ -17,13 +19,12 @@ from torch import fx, nn
 from torch.utils.hooks import RemovableHandle
 
 from normswap.layers.in_place import qualified_name
-from normswap.model_state import preserved_state
+from normswap.model_state import preserved_state, preserved_training_flags, set_training_flags
 from normswap.text import join_fqn
 
-# MERGED DOC: Training and evaluation as a model's own `train()` and `eval()` set them, for a while.
+_logger = logging.getLogger(__name__)
 
-
-# Registries of nn.Module itself: `_modules` is walked by name, the rest holds no modules of the model.
+# Registries of nn.Module itself: `_modules` is walked by name, the others have no modules.
 _OWN_REGISTRIES = {"_parameters", "_buffers", "_modules"}
 _CONTAINERS = (list, tuple, dict)
 _CONTAINER_DEPTH = 3
@@ -31,7 +32,7 @@ _CONTAINER_DEPTH = 3
 
 @dataclass(frozen=True)
 class ModuleEntry:
-    """A module, all its names (first the one met first), and whether its tensors are in the state dict."""
+    """A module, all its names in the order of the walk, and whether its tensors are in the state dict."""
 
     module: nn.Module
     names: tuple[str, ...]
@@ -39,13 +40,13 @@ class ModuleEntry:
 
 
 def walk_modules(model: nn.Module) -> tuple[ModuleEntry, ...]:
-    """Return every distinct module of `model`, the root included (named ""), in registration order."""
+    """Return every distinct module of `model` with the root (named ""), in the order of registration."""
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(module, []).append(name)
     registered = set(names)
     pending = list(names)
-    for owner in pending:  # which grows meanwhile
+    for owner in pending:  # the loop appends to it
         for suffix, module in _referenced_modules(owner):
             if module not in names:
                 for inner_name, inner in module.named_modules(prefix=join_fqn(names[owner][0], suffix)):
@@ -61,9 +62,9 @@ def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def copy_model(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
-    """Return a deep copy of `model` whose parameters can be trained like its own.
+    """Return a deep copy of `model` whose parameters require gradients like those of `model`.
 
-    The deep copy of TorchScript inside a model would stay tied to the original by its gradients (torch 2.14).
+    It is made without gradients: a deep copy of TorchScript inside a model would share its graph (torch 2.14).
 
     Args:
         memo: as in `deep_copy`.
@@ -80,15 +81,15 @@ def copy_model(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Modul
 
 
 def copy_sharing_parameters(model: nn.Module) -> nn.Module:
-    """Return a copy of `model` with the same parameters and its own buffers: to be changed in form, not trained."""
+    """Return a copy of `model` with the same parameters and its own buffers: for a conversion, not for training."""
     return copy_model(model, {id(parameter): parameter for parameter in model.parameters()})
 
 
 def deep_copy(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """Return what `copy.deepcopy` does, without its cost for what modules hold most: numbers and empty registries.
+    """Return what `copy.deepcopy` returns, faster for the most common attributes: numbers and empty registries.
 
     Args:
-        memo: as that of `copy.deepcopy`: what is in it by its id is not copied.
+        memo: as in `copy.deepcopy`: copies by the id of the original; objects in it are not copied again.
     """
     if id(module) in memo:
         return memo[id(module)]  # type: ignore[no-any-return]
@@ -101,7 +102,7 @@ def deep_copy(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
         if type(value) in _IMMUTABLE or isinstance(value, _SHARED):
             vars(module_copy)[name] = value
         elif type(value) in _DICTS and id(value) not in memo and (name in _OWN_REGISTRIES or not value):
-            # Known to what refers to the dict itself and is copied before or after it: the handle of a hook does.
+            # In the memo, since other objects refer to the dict itself, such as the handle of a hook.
             memo[id(value)] = vars(module_copy)[name] = copied = type(value)()
             copy_item = deep_copy if name == "_modules" else copy.deepcopy
             for key, item in value.items():
@@ -114,7 +115,7 @@ def deep_copy(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
 _COPY_PROTOCOL = ("__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__", "__setstate__", "__new__", "__slots__")
 _DICTS = (dict, OrderedDict)
 _IMMUTABLE = (bool, int, float, str, type(None))
-# What a copy has in common with what it is a copy of: a group of processes, which a SyncBatchNorm holds, is none's own.
+# Objects that a copy shares with the original: the process group of a SyncBatchNorm.
 _SHARED = (torch.distributed.ProcessGroup,) if torch.distributed.is_available() else ()
 
 
@@ -122,7 +123,7 @@ _HOOK_DICTS = ("_hooks", "_hooks_with_kwargs", "_hooks_always_called")
 
 
 def _complete_graph_copy(module: nn.Module, module_copy: nn.Module) -> None:
-    """Give the copy of a GraphModule what torch's own copying leaves behind: name, hooks, attributes (torch 2.14)."""
+    """Add to the copy of a GraphModule what torch does not copy: its name, hooks and attributes (torch 2.14)."""
     type(module_copy).__name__, type(module_copy).__qualname__ = type(module).__name__, type(module).__qualname__
     handles: dict[str, RemovableHandle] = {}
     for name, value in vars(module).items():
@@ -134,7 +135,7 @@ def _complete_graph_copy(module: nn.Module, module_copy: nn.Module) -> None:
                 vars(module_copy)[name] = MethodType(value.__func__, module_copy)
             elif isinstance(value, RemovableHandle):
                 handles[name] = value
-    # A handle removes the hook of the copy: it refers to the dicts of hooks, which are all there only now.
+    # A handle must remove the hook of the copy, so it is copied last: it refers to the dicts of hooks.
     dicts = {id(value): vars(module_copy)[name] for name, value in vars(module).items() if name.endswith(_HOOK_DICTS)}
     for name, handle in handles.items():
         vars(module_copy)[name] = copy.deepcopy(handle, dict(dicts))
@@ -146,10 +147,10 @@ def class_name(module: nn.Module) -> str:
 
 
 def _referenced_modules(owner: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    if isinstance(owner, torch.jit.ScriptModule):  # keeps wrappers of itself there
+    if isinstance(owner, torch.jit.ScriptModule):  # its attributes are wrappers of itself
         return
     for name, value in vars(owner).items():
-        # First what is cheap to tell, and true of nearly all: models have tens of thousands of attributes.
+        # The cheap test that applies to nearly all attributes comes first: models have tens of thousands.
         if type(value) in _IMMUTABLE or (isinstance(value, _CONTAINERS) and not value):
             continue
         if name not in _OWN_REGISTRIES and not name.endswith("_hooks"):
@@ -169,6 +170,8 @@ def _modules_in(value: Any, name: str, depth: int) -> Iterator[tuple[str, nn.Mod
             yield from _modules_in(item, f"{name}[{index}]", depth - 1)
 
 
+# --- training flags ---------------------------------------------------------------------------------------------------
+
 Flags = Mapping[str, bool]
 
 
@@ -180,7 +183,7 @@ class ModelTrainingFlags(NamedTuple):
 
 
 def model_training_flags(model: nn.Module) -> ModelTrainingFlags | None:
-    """Return the flags that the model's own `train()` and `eval()` set, None if they are those of `nn.Module`."""
+    """Return the flags that the model's own `train()` and `eval()` set, None if no module overrides these."""
     entries = walk_modules(model)
     if not any(_overrides_mode(entry.module) for entry in entries):
         return None
@@ -193,42 +196,37 @@ def model_training_flags(model: nn.Module) -> ModelTrainingFlags | None:
 
 @contextmanager
 def model_mode(model: nn.Module, *, training: bool, flags: Flags | None = None) -> Iterator[None]:
-    """Call the model's own `train()` or `eval()`, and put back what that changed at the end.
+    """Call the model's own `train()` or `eval()`, and restore at the end what that changed.
 
-    A model whose own one raises has its flags set directly. Modules that are in no registry get the flag too.
+    If the method raises, all flags are set directly. Modules that are in no registry get the flag too.
 
     Args:
-        flags: what single modules are set to afterwards, by name.
+        flags: the flags of single modules by first name, which are set afterwards.
     """
     entries = walk_modules(model)
-    before = [(entry.module, entry.module.training) for entry in entries]
     with ExitStack() as stack:
-        stack.callback(_set_flags, before)
+        stack.enter_context(preserved_training_flags(entry.module for entry in entries))
         if any(_overrides_mode(entry.module) for entry in entries):
             stack.enter_context(preserved_state([entry.module for entry in entries]))
-            _set_flags((entry.module, training) for entry in entries if not entry.registered)
+            set_training_flags((entry.module, training) for entry in entries if not entry.registered)
             _set_mode(model, entries, training=training)
         else:
-            _set_flags((entry.module, training) for entry in entries)
+            set_training_flags((entry.module, training) for entry in entries)
         if flags:
-            _set_flags((p.module, flags[p.names[0]]) for p in entries if p.names[0] in flags)
+            set_training_flags((p.module, flags[p.names[0]]) for p in entries if p.names[0] in flags)
         yield
 
 
 def _set_mode(model: nn.Module, entries: tuple[ModuleEntry, ...], *, training: bool) -> None:
     try:
         model.train() if training else model.eval()
-    except Exception:  # noqa: BLE001 - such as that of an exported program, which refuses; it runs the model's code
-        _set_flags((entry.module, training) for entry in entries)
-
-
-def _set_flags(flags: Iterable[tuple[nn.Module, bool]]) -> None:
-    for module, flag in flags:
-        module.training = flag
+    except Exception as error:  # noqa: BLE001 - the model's code; the module of an exported program always raises
+        _logger.debug("%s: its train() or eval() raised %s: flags are set directly", type(model).__name__, error)
+        set_training_flags((entry.module, training) for entry in entries)
 
 
 def _overrides_mode(module: nn.Module) -> bool:
-    if isinstance(module, torch.jit.ScriptModule):  # wraps those of `nn.Module`
+    if isinstance(module, torch.jit.ScriptModule):  # its methods are wrappers of those of `nn.Module`
         return False
     cls, own = type(module), vars(module)
     return cls.train is not nn.Module.train or cls.eval is not nn.Module.eval or "train" in own or "eval" in own

@@ -1,32 +1,47 @@
-"""The plan: an immutable, tensor-free list of swaps and skips, each with its reason.
+"""The plan: an immutable list of swaps and skips without tensors, each with its reason.
 
-`planning` makes it. A plan can be printed, stored as JSON, edited and fed back; `conversion.apply_plan` carries it out
-to the letter and decides nothing. swaps + skips = sites found.
+`planning` makes a plan. It can be printed, stored as JSON and edited; `conversion.apply_plan` applies it exactly and
+decides nothing. Swaps and skips together are all sites that were found.
 """
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Self
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NotRequired, Self, TypedDict, TypeVar
 
 from normswap.errors import PlanError
-from normswap.layers.gating import BN_STATISTICS, BnStatistics, Branch, Gate, check_branches, check_gate
+from normswap.layers.gating import BnStatistics, Branch, Gate
+from normswap.schema import SchemaError, read_record
 from normswap.surgery.arguments import require_type
-from normswap.surgery.norms.classes import branch_of_kind
-from normswap.surgery.selection import SiteSettings, resolve_settings
+from normswap.surgery.selection import (
+    Settings,
+    SiteSettings,
+    branch_of_kind,
+    check_starting_branch,
+    resolve_settings,
+)
 from normswap.text import pluralize, printable_as
 
+T = TypeVar("T")
+
 PLAN_VERSION = 1
-# The class of a norm that is known by the names of its tensors only.
+# The class of a norm of which only the tensor names are known.
 ANY_CLASS = "*"
+_MAX_LISTED = 5
 
 
 @dataclass(frozen=True)
 class Swap:
-    """A site that becomes Switchable Normalization, and with which options.
+    """A site that becomes Switchable Normalization, with its options.
 
-    `train_gates` tells whether its importance weights require a gradient; `owner` is the module whose forward is
-    rewritten, for a functional site; `synchronize` tells that its batch is that of all processes.
+    Attributes:
+        fqn, class_name, kind: the name of the site, the class (or function) of the old norm and its kind.
+        num_features: the number of channels.
+        gate, branches, bn_statistics: the options of the new layer.
+        train_gates: whether the gate parameters require a gradient.
+        owner: for a functional site, the module whose forward is rewritten; None for a module site.
+        synchronize: whether the `bn` branch uses the joint batch of all processes in training.
     """
 
     fqn: str
@@ -42,18 +57,26 @@ class Swap:
 
     @property
     def vertex(self) -> Branch:
-        """The branch that computes what the old norm does, where a simplex gate starts."""
+        """The branch that computes the function of the old norm; a simplex gate starts with weight 1 there."""
         return branch_of_kind(self.kind)
 
     @property
     def creates_running_stats(self) -> bool:
-        """Whether its `bn` branch has to begin running statistics, since the old norm has none."""
+        """Whether the `bn` branch needs new running statistics, because the old norm has none."""
         return self.vertex != "bn" and "bn" in self.branches
+
+    @property
+    def starts_statistics(self) -> bool:
+        """The old name of `creates_running_stats`."""
+        warnings.warn(
+            "Swap.starts_statistics is creates_running_stats now: use that name", DeprecationWarning, stacklevel=2
+        )
+        return self.creates_running_stats
 
 
 @dataclass(frozen=True)
 class Skip:
-    """A site that stays as it is, and the reason, which tells the user what to do."""
+    """A site that stays as it is, with a reason that says what to do to have it swapped."""
 
     fqn: str
     class_name: str
@@ -64,9 +87,22 @@ class Skip:
 @printable_as("plan")
 @dataclass(frozen=True, repr=False)
 class SwapPlan:
-    """All decisions for one model: `swaps` + `skips` = sites found.
+    """All decisions for one model; `print` shows them as a table.
 
-    `inputs` holds the shapes of the example input it was made with, `notes` what the user should know of it.
+    Attributes:
+        swaps, skips: the decisions, which together are all sites that were found.
+        model_class: the class of the model.
+        inputs: the shapes of the example inputs, None if there were none.
+        notes: sentences on what the user should know.
+
+    Examples:
+        >>> import torch, normswap
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))
+        >>> plan = normswap.plan_swaps(model, torch.randn(2, 3, 16, 16))
+        >>> [swap.fqn for swap in plan.swaps]
+        ['1']
+        >>> normswap.SwapPlan.from_json(plan.to_json()) == plan
+        True
     """
 
     swaps: tuple[Swap, ...]
@@ -74,6 +110,8 @@ class SwapPlan:
     model_class: str
     inputs: str | None = None
     notes: tuple[str, ...] = ()
+
+    __module__ = "normswap"
 
     def __repr__(self) -> str:
         return (
@@ -90,36 +128,36 @@ class SwapPlan:
 
     @classmethod
     def from_dict(cls, data: Any) -> Self:
-        """Return the plan in `data`, with its swaps as its optional `settings` say.
+        """Return the plan in `data`, with the changes of its optional `settings`.
 
-        Settings change what is to be swapped, by patterns on the swaps' own names; of their branches those are kept
-        that the swap has, since its shape leaves the others no signal.
+        Settings change the swaps that their patterns match. Branches that a swap does not have stay left out, since
+        the shape of its site gives them no variance.
+
+        Args:
+            data: what `to_dict` returned, or JSON of it; `settings` as in `SwapOptions` may be added.
 
         Raises:
-            PlanError: not a plan, of a newer version, or a field is missing, unknown or of the wrong kind; settings
-                are, match no swap, or leave it one branch.
+            PlanError: it is not a plan or a newer version; a field is missing, unknown or of a wrong type; settings
+                are wrong, match no swap or leave one branch.
         """
-        data = _checked(data, {"version": int, **_field_types(cls)}, "the plan", optional={"settings"})
-        if data.pop("version") > PLAN_VERSION:
-            raise PlanError(f"the plan is of a newer version than {PLAN_VERSION}: update normswap")
-        swaps = tuple(_read_swap(item) for item in data.pop("swaps"))
-        skips = tuple(Skip(**_checked(item, _field_types(Skip), "a skip")) for item in data.pop("skips"))
-        if not all(isinstance(note, str) for note in data["notes"]):
-            raise PlanError(f"the plan: notes has an unexpected value {data['notes']!r:.80}")
-        plan = cls(swaps, skips, data["model_class"], data["inputs"], tuple(data["notes"]))
-        return plan._with_settings(data["settings"]) if "settings" in data else plan
+        if isinstance(data, Mapping) and type(version := data.get("version")) is int and version > PLAN_VERSION:
+            raise PlanError(f"the plan has version {version}, and this normswap reads {PLAN_VERSION}: update normswap")
+        document = _read(_PlanDocument, data, "the plan")
+        swaps = tuple(_check_swap(swap) for swap in document["swaps"])
+        plan = cls(swaps, document["skips"], document["model_class"], document["inputs"], document["notes"])
+        return plan._with_settings(document["settings"]) if "settings" in document else plan
 
-    def _with_settings(self, settings: Any) -> Self:
+    def _with_settings(self, settings: Settings) -> Self:
         site_settings = resolve_settings(settings, [(swap.fqn,) for swap in self.swaps], "swaps of the plan")
         swaps = tuple(_apply_settings(swap, site_settings[swap.fqn]) for swap in self.swaps)
         return replace(self, swaps=swaps, notes=tuple(dict.fromkeys((*self.notes, *swap_notes(swaps)))))
 
     @classmethod
-    def from_json(cls, text: str) -> Self:
+    def from_json(cls, text: str | bytes) -> Self:
         """Return the plan in a JSON text.
 
         Raises:
-            PlanError: not JSON, or as `from_dict`.
+            PlanError: it is not JSON, or as `from_dict`.
         """
         require_type(text, str | bytes, "text", "a plan as JSON, such as Path('plan.json').read_text()")
         try:
@@ -128,6 +166,16 @@ class SwapPlan:
             raise PlanError(
                 f"expected a plan as JSON, as SwapPlan.to_json() writes it (normswap convert --save-plan); {error}"
             ) from None
+
+
+class _PlanDocument(TypedDict):
+    version: int
+    swaps: tuple[Swap, ...]
+    skips: tuple[Skip, ...]
+    model_class: str
+    inputs: str | None
+    notes: tuple[str, ...]
+    settings: NotRequired[Mapping[str, SiteSettings]]
 
 
 def require_plan(plan: object) -> None:
@@ -140,66 +188,19 @@ def require_plan(plan: object) -> None:
     require_type(plan, SwapPlan, "plan", expected)
 
 
-_FIELD_TYPES: dict[str, Any] = {
-    "fqn": str,
-    "class_name": str,
-    "num_features": int,
-    "gate": str,
-    "branches": list | tuple,
-    "bn_statistics": str,
-    "train_gates": bool,
-    "kind": str,
-    "owner": str | None,
-    "synchronize": bool,
-    "reason": str,
-    "swaps": list | tuple,
-    "skips": list | tuple,
-    "model_class": str,
-    "inputs": str | None,
-    "notes": list | tuple,
-}
-
-
-def _field_types(record: type) -> dict[str, Any]:
-    return {field.name: _FIELD_TYPES[field.name] for field in fields(record)}
-
-
-def _checked(data: Any, types: dict[str, Any], what: str, optional: set[str] | None = None) -> dict[str, Any]:
-    if not isinstance(data, dict):
-        raise PlanError(f"expected {what} as a JSON object, got {type(data).__name__}")
-    missing, unknown = types.keys() - data.keys(), data.keys() - types.keys() - (optional or set())
-    if missing or unknown:
-        parts = [f"lacks {sorted(missing)}"] * bool(missing) + [f"has unknown fields {sorted(unknown)}"] * bool(unknown)
-        raise PlanError(f"{what} {' and '.join(parts)}: expected {sorted(types)}")
-    for name, kind in types.items():
-        if not isinstance(data[name], kind):
-            raise PlanError(f"{what}: {name} has an unexpected value {data[name]!r:.80}")
-    return dict(data)
-
-
-def _read_swap(data: Any) -> Swap:
-    data = _checked(data, _field_types(Swap), "a swap")
-    where = f"swap of {data['fqn']!r}"
-    if data["bn_statistics"] not in BN_STATISTICS:
-        raise PlanError(f"{where}: expected bn_statistics among {BN_STATISTICS}, got {data['bn_statistics']!r}")
+def _read(kind: type[T], data: Any, name: str) -> T:
     try:
-        branches = check_starting_branch(data["branches"], data["kind"])
-        return _check_consistent(Swap(**{**data, "gate": check_gate(data["gate"]), "branches": branches}))
-    except (TypeError, ValueError) as error:  # of a value that is no string: unhashable, or no branch
-        raise PlanError(f"{where}: {error}") from None
+        return read_record(kind, data, name)
+    except SchemaError as error:
+        raise PlanError(str(error)) from None
 
 
-def check_starting_branch(branches: Sequence[str], kind: str) -> tuple[Branch, ...]:
-    """Return `branches` in canonical order if a site of `kind` can start among them.
-
-    Raises:
-        PlanError: the branch that computes the old norm is missing.
-        LayerError: as `check_branches`.
-    """
-    chosen, vertex = check_branches(branches), branch_of_kind(kind)
-    if vertex not in chosen:
-        raise PlanError(f"branches: expected `{vertex}` among them, the function starts there; got {chosen}")
-    return chosen
+def _check_swap(swap: Swap) -> Swap:
+    """Return a swap of a file with its branches in canonical order, if it can be applied."""
+    try:
+        return _check_consistent(replace(swap, branches=check_starting_branch(swap.branches, swap.kind)))
+    except PlanError as error:
+        raise PlanError(f"swap of {swap.fqn!r}: {error}") from None
 
 
 def _check_consistent(swap: Swap) -> Swap:
@@ -208,26 +209,34 @@ def _check_consistent(swap: Swap) -> Swap:
     return swap
 
 
-# Why running statistics that are only begun cannot be used as constants.
-NEVER_FILLED = "since running statistics that start at 0 and 1 and are never updated are those of no data"
+# Why new running statistics cannot be used as constants.
+NEVER_FILLED = "since the old norm has no running statistics and new ones (mean 0, variance 1) would never be updated"
 
 
 def swap_notes(swaps: Sequence[Swap]) -> list[str]:
-    """Return what the user should know of these swaps."""
+    """Return notes on what these swaps change beside the norm itself."""
     notes = []
     without_statistics = [swap.fqn for swap in swaps if swap.creates_running_stats]
     if without_statistics:
         notes.append(
-            f"begin running statistics, which say nothing before the first batches of training: {', '.join(without_statistics)}"
+            f"The old norms have no running statistics, so the `bn` branches of {list_names(without_statistics)} start "
+            "with mean 0 and variance 1: train, or call normswap.update_statistics, before evaluation."
         )
     unfrozen = [swap.fqn for swap in swaps if swap.kind == "frozen bn" and swap.bn_statistics != "running"]
     if unfrozen:
         notes.append(
-            f"frozen, but set to use batch statistics, which is another function in training: {', '.join(unfrozen)}"
+            "Frozen norms are set to use batch statistics, which changes the function in training: "
+            f"{list_names(unfrozen)}."
         )
     if any(swap.gate == "softmax" for swap in swaps):
-        notes.append("softmax gates start at the uniform mix: the converted model is not the same function")
+        notes.append("Softmax gates start at the uniform mix: the converted model computes another function.")
     return notes
+
+
+def list_names(names: Sequence[str]) -> str:
+    """Return the first names of sites for a message, and how many more there are."""
+    more = f" (+{len(names) - _MAX_LISTED} more)" if len(names) > _MAX_LISTED else ""
+    return ", ".join(name or "the model" for name in names[:_MAX_LISTED]) + more
 
 
 def _apply_settings(swap: Swap, site_settings: SiteSettings) -> Swap:

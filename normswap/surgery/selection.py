@@ -1,75 +1,54 @@
-"""Settings by pattern: what is said of single sites, over what the arguments say of all.
+"""Which sites are swapped and with which values: `SwapOptions`, filters on sites, and settings by pattern.
 
-An entry maps a pattern to some of `gate`, `branches`, `bn_statistics`, `train_gates` and `synchronize`. Where several
-patterns match one site the later entry wins, key by key.
+A filter is a glob on names (`layer4.*`), a regular expression after `re:`, or a function `(module, fqn) -> bool`; one
+that matches no site is an error. The options are defaults for all sites; `settings` override them by pattern.
 """
 
-import difflib
 import fnmatch
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
-from typing import Any, TypedDict
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from types import MappingProxyType
+from typing import Any, Self, TypedDict
+
+from torch import nn
 
 from normswap.errors import LayerError, PlanError
-from normswap.layers.gating import BnStatistics, Branch, Gate, check_bn_statistics, check_branches, check_gate
+from normswap.layers.gating import BRANCHES, BnStatistics, Branch, Gate, check_branches
+from normswap.schema import SchemaError, read_record, read_value
 from normswap.surgery.arguments import require_type
-
-# MERGED DOC: Patterns on the names of sites: globs, or regular expressions after `re:`. One that matches nothing is an error.
-
 
 # All names of one site, the fqn first.
 Names = tuple[str, ...]
+SiteFilter = str | Callable[[nn.Module, str], bool]
 
 
-def matched(pattern: str, sites: Sequence[Names], what: str = "norm sites") -> list[str]:
-    """Return the fqns of the sites that have a name which `pattern` matches.
-
-    Args:
-        what: what the sites are called in the error.
-
-    Raises:
-        PlanError: the pattern is no regular expression, or matches nothing, with the nearest fqns.
-    """
-    matching = [names[0] for names in sites if any(_matches(pattern, name) for name in names)]
-    if not matching:
-        fqns = [names[0] for names in sites]
-        close_names = difflib.get_close_matches(pattern, fqns, n=3, cutoff=0.4) or fqns[:3]
-        raise PlanError(f"the pattern {pattern!r} matches none of the {len(fqns)} {what}; nearest: {close_names}")
-    return matching
+# The kinds of norms that `kinds=` accepts, each with the branch that computes it and its name.
+KINDS: Mapping[str, tuple[Branch, str]] = MappingProxyType(
+    {
+        "bn": ("bn", "Batch Normalization"),
+        "in": ("in", "Instance Normalization"),
+        "gn1": ("ln", "GroupNorm of one group"),
+    }
+)
 
 
-def first_matching_patterns(
-    patterns: Iterable[str], sites: Sequence[Names], what: str = "norm sites"
-) -> dict[str, str]:
-    """Return by fqn the first of `patterns`, or of the one pattern given alone, that matches a site.
-
-    Args:
-        what: as in `matched`.
-
-    Raises:
-        PlanError: as `matched`.
-    """
-    found: dict[str, str] = {}
-    require_type(patterns, Iterable, "include, exclude", "a list of patterns such as ['layer4.*']")
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        for fqn in matched(pattern, sites, what):
-            found.setdefault(fqn, pattern)
-    return found
+def base_kind(kind: str) -> str:
+    """Return the key of `KINDS` for sites of `kind`; frozen BN and every other kind is `bn`."""
+    return kind if kind in KINDS else "bn"
 
 
-def _matches(pattern: str, name: str) -> bool:
-    if not pattern.startswith("re:"):
-        return fnmatch.fnmatchcase(name, pattern)
-    try:
-        return re.fullmatch(pattern[3:], name) is not None
-    except re.error as error:
-        raise PlanError(f"expected a regular expression after `re:`, got {pattern!r}: {error}") from None
+def branch_of_kind(kind: str) -> Branch:
+    """Return the branch that computes, with weight 1, the function of a norm of `kind`."""
+    return KINDS[base_kind(kind)][0]
 
 
 class SiteSettings(TypedDict, total=False):
-    """What can be set for single sites; `train_gates` says whether their importance weights learn, `synchronize`
-    whether their batch is that of all processes.
+    """The values that `settings` can give to single sites.
+
+    `train_gates` decides if the importance weights are trained, `synchronize` if the `bn` branch uses the joint batch
+    of all processes.
     """
 
     gate: Gate
@@ -82,55 +61,275 @@ class SiteSettings(TypedDict, total=False):
 Settings = Mapping[str, SiteSettings]
 
 
-def resolve_settings(settings: Any, sites: Sequence[Names], what: str = "norm sites") -> dict[str, SiteSettings]:
-    """Return by fqn what `settings` say of each site, checked.
+# --- options ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SwapOptions:
+    """All arguments that decide which norms are swapped and how; `convert` and `plan_swaps` take it as `options=`.
+
+    The constructor checks every value. A list becomes a tuple, and a single filter becomes a tuple of one.
 
     Args:
-        settings: mapping from patterns to mappings; it may come from a file.
-        sites: all names of each site.
-        what: what the sites are called in the error.
+        include: filters for the sites to swap: glob patterns on dotted names such as `"layer4.*"`, regular expressions
+            after `re:`, or functions `(module, fqn) -> bool`. Without any, all sites are included. A function gets the
+            module of the site, or, for a call such as `F.batch_norm`, the module whose forward makes the call.
+        exclude: filters for the sites to leave as they are; `exclude` wins over `include`.
+        kinds: the norms to swap: `"bn"` (default), `"in"` (InstanceNorm, starts at the `in` branch) and `"gn1"`
+            (GroupNorm of one group, starts at the `ln` branch).
+        gate: the map from gate parameters to importance weights: `"simplex"` (default) starts at exactly the original
+            function, `"softmax"` (section 3.1 of the paper) at the uniform mix, which is another function.
+        branches: the branches that a site may have, some of `"in"`, `"ln"`, `"bn"`; the branch at which each kind
+            starts must be among them. Default: all that the shape and the kind of a site allow. Only `settings` can
+            give a `bn` branch to a site of kind `in` or `gn1`.
+        bn_statistics: the statistics of the `bn` branches in training: `"batch"` (default), `"running"` or `"renorm"`.
+            Sites that were frozen, and sites that the model's own `train()` leaves in evaluation mode, use running
+            statistics; only `settings` change that.
+        train_frozen_gates: train the gates also at sites whose own parameters are all frozen.
+        synchronize: let the `bn` branch of every site use the joint batch of all processes in training. Without it,
+            only sites that were synchronized before (SyncBatchNorm) do so.
+        settings: values by pattern, some of `gate`, `branches`, `bn_statistics`, `train_gates` and `synchronize`, which
+            override the options above. If several patterns match a site, the later one wins, key by key.
 
     Raises:
-        PlanError: not such a mapping, an unknown key, a bad value, or a pattern that matches nothing.
+        PlanError: a value is unknown or of a wrong type.
+
+    Examples:
+        >>> from normswap import SwapOptions
+        >>> SwapOptions(include="layer4.*", branches=["bn", "ln"]).branches
+        ('ln', 'bn')
+        >>> SwapOptions(gate="simplx")
+        Traceback (most recent call last):
+        ...
+        normswap.errors.PlanError: gate: expected 'simplex' or 'softmax', got 'simplx'; did you mean 'simplex'?
     """
-    found = {names[0]: SiteSettings() for names in sites}
-    for pattern, entry in _mapping(settings, "settings", {"layer4.*": _EXAMPLE}).items():
-        checked = _checked(pattern, entry)
-        for fqn in matched(pattern, sites, what):
-            found[fqn].update(checked)
+
+    include: tuple[SiteFilter, ...] = ()
+    exclude: tuple[SiteFilter, ...] = ()
+    kinds: tuple[str, ...] = ("bn",)
+    gate: Gate = "simplex"
+    branches: tuple[Branch, ...] | None = None
+    bn_statistics: BnStatistics = "batch"
+    train_frozen_gates: bool = False
+    synchronize: bool = False
+    settings: Settings = field(default_factory=dict, hash=False)
+
+    __module__ = "normswap"
+
+    def __post_init__(self) -> None:
+        kinds = _read_kinds(self.kinds)
+        values = {
+            "include": _read_filters("include", self.include),
+            "exclude": _read_filters("exclude", self.exclude),
+            "kinds": kinds,
+            "gate": _read(Gate, self.gate, "gate"),
+            "branches": self.branches if self.branches is None else _read_branches(self.branches, kinds),
+            "bn_statistics": _read(BnStatistics, self.bn_statistics, "bn_statistics"),
+            "train_frozen_gates": _read(bool, self.train_frozen_gates, "train_frozen_gates"),
+            "synchronize": _read(bool, self.synchronize, "synchronize"),
+            "settings": read_settings(self.settings),
+        }
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    @classmethod
+    def default(cls) -> Self:
+        """Return the options of `convert(model)` without arguments."""
+        return cls()
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Self:
+        """Return the options in plain data, as a parser of JSON or TOML returns it; missing names keep their default.
+
+        Raises:
+            PlanError: an unknown name, or a value that does not fit.
+
+        Examples:
+            >>> from normswap import SwapOptions
+            >>> SwapOptions.from_dict({"include": ["layer4.*"], "kinds": ["bn", "in"]}).kinds
+            ('bn', 'in')
+        """
+        try:
+            return read_record(cls, data, "")
+        except SchemaError as error:
+            raise PlanError(str(error)) from None
+
+
+def choose_options(options: SwapOptions | None, keywords: Mapping[str, Any]) -> SwapOptions:
+    """Return `options`, or those that the keyword form of `convert` and `plan_swaps` describes; None is a default.
+
+    Raises:
+        PlanError: `options` is given together with keywords, or a keyword has a wrong value.
+        ArgumentError: `options` is no `SwapOptions`.
+    """
+    given = {name: value for name, value in keywords.items() if value is not None}
+    if options is None:
+        return SwapOptions(**given)
+    require_type(options, SwapOptions, "options", "a SwapOptions, such as SwapOptions(include='layer4.*')")
+    if given:
+        raise PlanError(
+            f"got options= together with {', '.join(f'{name}=' for name in given)}: expected one of the two; "
+            f"use dataclasses.replace(options, {next(iter(given))}=...)"
+        )
+    return options
+
+
+def _read(kind: Any, value: Any, name: str) -> Any:
+    try:
+        return read_value(kind, value, name)
+    except SchemaError as error:
+        raise PlanError(str(error)) from None
+
+
+def _read_filters(name: str, filters: Any) -> tuple[SiteFilter, ...]:
+    if isinstance(filters, str) or callable(filters):
+        return (filters,)
+    require_type(filters, Iterable, "include, exclude", "a list of patterns such as ['layer4.*']")
+    found = tuple(filters)
+    wrong = next((each for each in found if not isinstance(each, str) and not callable(each)), None)
+    if wrong is not None:
+        raise PlanError(f"{name}: expected patterns (strings) or functions (module, fqn) -> bool, got {wrong!r:.80}")
     return found
 
 
-def _checked(pattern: str, entry: Any) -> SiteSettings:
-    checked: dict[str, Any] = {}
-    for key, value in _mapping(entry, f"settings of {pattern!r}", _EXAMPLE).items():
-        if key not in _CHECKS:
-            raise PlanError(f"settings of {pattern!r}: expected keys among {sorted(_CHECKS)}, got {key!r}")
-        try:
-            checked[key] = _CHECKS[key](value)
-        except (LayerError, TypeError) as error:  # of a value that is no string: unhashable, or no sequence
-            raise PlanError(f"settings of {pattern!r}: {error}") from None
-    return checked  # type: ignore[return-value]
+def _read_kinds(kinds: Any) -> tuple[str, ...]:
+    found = () if isinstance(kinds, str) or not isinstance(kinds, Iterable) else tuple(kinds)
+    if not found or not all(isinstance(kind, str) and kind in KINDS for kind in found):
+        raise PlanError(f"kinds: expected some of {tuple(KINDS)}, got {kinds!r:.80}: pass a list such as ['bn', 'in']")
+    return found
 
 
-def _mapping(value: Any, what: str, example: Any) -> Mapping[str, Any]:
-    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-        raise PlanError(f"{what}: expected a mapping from names such as {example}, got {value!r}")
-    return value
+def _read_branches(branches: Any, kinds: Sequence[str]) -> tuple[Branch, ...]:
+    for kind in kinds:
+        branches = check_starting_branch(branches, kind)
+    return branches  # type: ignore[no-any-return]
 
 
-def _check_flag(name: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise LayerError(f"{name}: expected True or False, got {value!r}")
-    return value
+def check_starting_branch(branches: Sequence[str], kind: str) -> tuple[Branch, ...]:
+    """Return `branches` in canonical order if the branch at which a site of `kind` starts is among them.
+
+    Raises:
+        PlanError: that branch is missing, or `branches` is no subset of the branches.
+    """
+    try:
+        chosen = check_branches(branches)
+    except (LayerError, TypeError):  # a TypeError: no sequence, or unhashable items
+        raise PlanError(f"branches: expected a non-empty subset of {BRANCHES}, got {branches!r}") from None
+    start = branch_of_kind(kind)
+    if start not in chosen:
+        raise PlanError(
+            f"branches: expected `{start}` among them, at which a site of kind {kind!r} starts; got {chosen}"
+        )
+    return chosen
 
 
-_EXAMPLE = {"branches": ["ln", "bn"]}
+# --- filters ----------------------------------------------------------------------------------------------------------
 
-_CHECKS: Mapping[str, Callable[[Any], Any]] = {
-    "gate": check_gate,
-    "branches": check_branches,
-    "bn_statistics": check_bn_statistics,
-    "train_gates": partial(_check_flag, "train_gates"),
-    "synchronize": partial(_check_flag, "synchronize"),
-}
+
+def matched(
+    site_filter: SiteFilter,
+    sites: Sequence[Names],
+    what: str = "norm sites",
+    *,
+    modules: Mapping[str, nn.Module] | None = None,
+) -> list[str]:
+    """Return the fqns of the sites that `site_filter` matches: a pattern by any name, a function by the first one.
+
+    Args:
+        what: how an error calls the sites.
+        modules: the module of each site by fqn, which functions need.
+
+    Raises:
+        PlanError: the filter matches no site, the pattern is no regular expression, or a function has no modules.
+    """
+    if isinstance(site_filter, str):
+        matching = [names[0] for names in sites if any(_matches(site_filter, name) for name in names)]
+    elif modules is None:
+        raise PlanError(
+            f"{describe_filter(site_filter)} needs the modules of a model, which are not known here: use a "
+            "pattern such as 'layer4.*'"
+        )
+    else:
+        matching = [names[0] for names in sites if site_filter(modules[names[0]], names[0])]
+    if matching:
+        return matching
+    fqns = [names[0] for names in sites]
+    nearest = get_close_matches(site_filter, fqns, n=3, cutoff=0.4) if isinstance(site_filter, str) else []
+    listed = f"nearest: {nearest or fqns[:3]}" if isinstance(site_filter, str) else f"the first are {fqns[:3]}"
+    raise PlanError(f"{describe_filter(site_filter)} matches none of the {len(fqns)} {what}; {listed}")
+
+
+def first_matching_patterns(
+    patterns: SiteFilter | Iterable[SiteFilter],
+    sites: Sequence[Names],
+    what: str = "norm sites",
+    *,
+    modules: Mapping[str, nn.Module] | None = None,
+) -> dict[str, SiteFilter]:
+    """Return by fqn the first filter of `patterns` that matches a site; sites that none matches are left out.
+
+    Args:
+        patterns: filters, or one alone.
+        what, modules: as in `matched`.
+
+    Raises:
+        PlanError: as `matched`.
+    """
+    found: dict[str, SiteFilter] = {}
+    for site_filter in _read_filters("include, exclude", patterns):
+        for fqn in matched(site_filter, sites, what, modules=modules):
+            found.setdefault(fqn, site_filter)
+    return found
+
+
+def describe_filter(site_filter: SiteFilter) -> str:
+    """Return a filter in words for a message: `the pattern 'layer4.*'`, `the function is_wide`."""
+    if isinstance(site_filter, str):
+        return f"the pattern {site_filter!r}"
+    return f"the function {getattr(site_filter, '__qualname__', None) or repr(site_filter)}"
+
+
+def _matches(pattern: str, name: str) -> bool:
+    if not pattern.startswith("re:"):
+        return fnmatch.fnmatchcase(name, pattern)
+    try:
+        return re.fullmatch(pattern[3:], name) is not None
+    except re.error as error:
+        raise PlanError(f"expected a regular expression after `re:`, got {pattern!r}: {error}") from None
+
+
+# --- settings ---------------------------------------------------------------------------------------------------------
+
+
+def read_settings(settings: Any) -> Settings:
+    """Return `settings`, checked and with the branches of every entry in canonical order.
+
+    Raises:
+        PlanError: no mapping from patterns to mappings, an unknown key or a bad value.
+    """
+    found: dict[str, SiteSettings] = _read(Mapping[str, SiteSettings], settings, "settings")
+    for pattern, entry in found.items():
+        if "branches" in entry:
+            try:
+                entry["branches"] = check_branches(entry["branches"])
+            except LayerError as error:
+                raise PlanError(f"settings[{pattern!r}].{error}") from None
+    return found
+
+
+def resolve_settings(settings: Any, sites: Sequence[Names], what: str = "norm sites") -> dict[str, SiteSettings]:
+    """Return by fqn the values that `settings` give to each site.
+
+    Args:
+        settings: mapping from patterns to mappings; it may come from a file and is checked.
+        sites: all names of each site.
+        what: how an error calls the sites.
+
+    Raises:
+        PlanError: as `read_settings`, or a pattern matches no site.
+    """
+    found = {names[0]: SiteSettings() for names in sites}
+    for pattern, entry in read_settings(settings).items():
+        for fqn in matched(pattern, sites, what):
+            found[fqn].update(entry)
+    return found

@@ -1,8 +1,8 @@
-"""Wrappers around a whole model: what lies inside them, and the same wrapper around its conversion.
+"""Wrappers around a whole model, such as DistributedDataParallel: the model inside, and the wrapper after a conversion.
 
-Every name that normswap takes or gives is one of the inside, so that a plan fits a model bare and wrapped. Around a
-copy a wrapper is built again with the settings that it has; in place it stays, where nothing that it keeps can go
-stale. Where neither is true to the original it is refused, with the way out.
+All names in plans and results are those of the model inside, so a plan fits a model with and without wrappers. A
+converted copy gets a new wrapper with the same settings. In place, the wrapper stays, unless it stores something that
+the conversion makes invalid. If neither is possible, the model is refused with the remedy.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,13 +24,13 @@ Problem = str | None
 
 
 class _Refusal(NamedTuple):
-    """What a class of wrapper has done to the model, and what to type instead."""
+    """The reason in words for a class of wrapper, and what to type instead."""
 
     reason: str
     suggestion: str
 
 
-# By class name, also of a base class: none of them can be asked without importing half of torch.
+# By class name, also of a base class, since importing these classes is slow.
 _REFUSALS = {
     "DataParallel": _Refusal("is wrapped in DataParallel", "{verb} {where}.module, then wrap the result again"),
     "DistributedDataParallel": _Refusal(
@@ -48,9 +48,13 @@ _REFUSALS = {
 
 @dataclass(frozen=True)
 class _Wrapper:
-    """How to deal with one class of wrapper: where it keeps the inside, and how it is built again around another.
+    """One class of wrapper.
 
-    `goes_stale` and `cannot_return` say why it cannot stay where its inside changes, or cannot be built again.
+    Attributes:
+        inside: the name of the child with the model.
+        rebuild: creates the same wrapper around another model.
+        stale_reason: why it cannot stay if the model inside changes, or None.
+        rebuild_problem: why it cannot be built again, or None.
     """
 
     inside: str
@@ -63,7 +67,7 @@ def unwrap(model: nn.Module) -> nn.Module:
     """Return the model inside its wrappers: DataParallel, DistributedDataParallel, torch.compile, in any order.
 
     Raises:
-        ArgumentError: `model` is no module.
+        ArgumentError: `model` is not a module.
     """
     for _, wrapper, kind in _wrappers(model):
         model = wrapper._modules[kind.inside]  # type: ignore[assignment]
@@ -71,13 +75,15 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def check_wrapping(model: nn.Module, *, inplace: bool, rebuilt: bool, verb: str = "convert") -> None:
-    """Refuse a model in wrappers that cannot stay, if its inside changes `inplace`, or cannot be `rebuilt`.
+    """Refuse a model whose wrappers cannot stay or be built again.
 
     Args:
-        verb: what the caller is asked to do, for the message.
+        inplace: the model inside changes, and the wrappers stay.
+        rebuilt: the wrappers are built again around another model.
+        verb: what the user wants to do, for the message.
 
     Raises:
-        SwapError: as said above; or the inside is TorchScript, sharded, or holds a wrapper deeper down.
+        SwapError: a wrapper does not support it, or the model inside is TorchScript, sharded, or contains a wrapper.
     """
     where = "model"
     for where, wrapper, kind in _wrappers(model):
@@ -96,17 +102,17 @@ def check_wrapping(model: nn.Module, *, inplace: bool, rebuilt: bool, verb: str 
                 raise _wrapping_error(f"{where}.{entry.names[0]}".rstrip("."), cls.__name__, verb)
 
 
-# Base classes of what preparing a model for quantization puts into it, by name: in torch, and in torchao since.
+# Base classes, by name, of the modules that preparation for quantization adds, in torch and torchao.
 _OBSERVERS = {"ObserverBase", "FakeQuantizeBase", "FakeQuantizerBase", "AffineQuantizedObserverBase"}
 
 
 def check_not_prepared(model: nn.Module) -> None:
-    """Refuse a model that is prepared for quantization: its batch norms are parts of fused layers and of observed ones.
+    """Refuse a model that is prepared for quantization, since its batch norms are parts of fused or observed layers.
 
-    A model that was prepared after its conversion passes.
+    A model that was converted before it was prepared is accepted.
 
     Raises:
-        SwapError: the model holds observers or fake quantization, and no layer of normswap.
+        SwapError: the model has observers or fake quantization, and no layer of normswap.
     """
     entries = walk_modules(unwrap(model))
     if any(isinstance(entry.module, GatedModule) for entry in entries):
@@ -116,12 +122,12 @@ def check_not_prepared(model: nn.Module) -> None:
         if any(b.__name__ in _OBSERVERS and b.__module__.startswith(("torch.", "torchao.")) for b in cls.__mro__):
             raise SwapError(
                 f"the model is prepared for quantization ({entry.names[0] or 'the model'} is a {cls.__name__}): "
-                "convert the model before it is prepared, then prepare the converted one"
+                "convert the original model, then prepare the converted one"
             )
 
 
 def rewrap(model: nn.Module, inside: nn.Module) -> nn.Module:
-    """Return `inside` in the wrappers of `model`: these themselves if it is their inside, else built again.
+    """Return `inside` in the wrappers of `model`: the same objects if they contain it, else new ones.
 
     Raises:
         SwapError: torch refuses to wrap it again.
@@ -139,7 +145,7 @@ def rewrap(model: nn.Module, inside: nn.Module) -> nn.Module:
 
 
 def _wrappers(model: nn.Module) -> Iterator[tuple[str, nn.Module, _Wrapper]]:
-    """The wrappers from the outermost in, each with its name in Python."""
+    """The wrappers, the outermost first, each with its Python expression such as `model.module`."""
     where, model = "model", require_module(model)
     while (kind := _WRAPPERS.get(class_name(model))) is not None:
         yield where, model, kind
@@ -153,20 +159,20 @@ def _wrapping_error(where: str, name: str, verb: str, detail: str = "") -> SwapE
 
 def _rebuild_problem(wrapper: nn.Module, kind: _Wrapper) -> Problem:
     if wrapper._parameters or wrapper._buffers or len(wrapper._modules) > 1:
-        return "and holds tensors or modules beside it"
+        return "that has tensors or modules of its own"
     if any(value for name, value in vars(wrapper).items() if name.endswith("_hooks") and isinstance(value, dict)):
-        return "and has hooks on the wrapper"
+        return "that has hooks"
     return kind.rebuild_problem(wrapper)
 
 
 def _rebuild_data_parallel(wrapper: nn.DataParallel[Any], inside: nn.Module) -> nn.Module:
-    # Not by its constructor, which looks for devices anew and so may choose others.
+    # Not by its constructor, which may choose other devices.
     module_copy = shallow_copy(wrapper)
     module_copy._modules["module"] = inside
     return module_copy
 
 
-# Arguments that DDP keeps under their own names; older releases of torch have fewer of them.
+# Arguments that are attributes of DDP with the same name; older releases of torch have fewer.
 _DDP_SETTINGS = (
     "device_ids",
     "output_device",
@@ -192,8 +198,8 @@ def _rebuild_ddp(wrapper: DistributedDataParallel, inside: nn.Module) -> nn.Modu
         settings["bucket_cap_mb_list"] = [cap / _BYTES_PER_MB for cap in caps]
     from torch.distributed.utils import _verify_param_shape_across_processes  # not in every build of torch
 
-    # Nothing is broadcast: each process keeps its own buffers, which a DDP told not to sync them may rely on. That the
-    # processes planned alike is all that is left to check.
+    # Nothing is broadcast, since with `broadcast_buffers=False` each process has its own buffers. What remains is the
+    # check that all processes have the same plan.
     new_wrapper = DistributedDataParallel(inside, init_sync=False, **settings)
     reduced: list[Tensor] = [parameter for parameter in new_wrapper._module_parameters if parameter.requires_grad]
     _verify_param_shape_across_processes(new_wrapper.process_group, reduced)
@@ -204,12 +210,12 @@ def _rebuild_ddp(wrapper: DistributedDataParallel, inside: nn.Module) -> nn.Modu
 def _ddp_rebuild_problem(wrapper: DistributedDataParallel) -> Problem:
     attributes = vars(wrapper)
     if attributes.get("_delay_all_reduce_params"):
-        return "that delays the reduction of chosen parameters"
+        return "that delays the reduction of some parameters"
     if attributes.get("mixed_precision") is not None:
-        return "with mixed precision of its own"
+        return "with mixed precision"
     if attributes.get("device_mesh") is not None:
         return "on a device mesh"
-    # The one place that tells of hooks of both kinds, in Python and built in.
+    # The logging data lists hooks of both kinds, in Python and built in.
     if "buffer_hook" in attributes or wrapper._get_ddp_logging_data().get("comm_hook"):  # type: ignore[no-untyped-call]
         return "with a communication hook"
     return None
@@ -219,7 +225,7 @@ def _compiled_stale_reason(wrapper: Any) -> Problem:
     if type(vars(wrapper).get("forward")).__name__ == "AOTCompiledModel":
         return "ahead of time"
     hooks = getattr(wrapper.dynamo_ctx, "_hooks", None)
-    return "and told which guards to leave out" if getattr(hooks, "guard_filter_fn", None) else None
+    return "with guard_filter_fn" if getattr(hooks, "guard_filter_fn", None) else None
 
 
 # By class, exactly: one derived from it may do more.
@@ -230,10 +236,10 @@ _WRAPPERS = {
     "torch.nn.parallel.distributed.DistributedDataParallel": _Wrapper(
         inside="module",
         rebuild=_rebuild_ddp,
-        stale_reason=lambda _: "whose reducer keeps the parameters it was built with",
+        stale_reason=lambda _: "whose reducer refers to the old parameters",
         rebuild_problem=_ddp_rebuild_problem,
     ),
-    # Its guards see that the classes of modules have changed, and compile again when it is called.
+    # Its guards notice that the classes of modules changed, so the next call compiles again.
     "torch._dynamo.eval_frame.OptimizedModule": _Wrapper(
         inside="_orig_mod",
         rebuild=lambda wrapper, inside: wrapper.dynamo_ctx(inside),

@@ -65,7 +65,7 @@ def run(*arguments: str) -> Result:
 
 def test_norms_kept_in_evaluation_are_recorded_and_printed(folder: Path) -> None:
     options = ["frozen.pt", "--arch", "net.py:frozen", "--input", "4x3x9x9"]
-    note = "the model's own train() leaves them in evaluation: 1"
+    note = "so they use running statistics in training too: 1"
     for command in ("inspect", "convert"):
         assert note in " ".join(run(command, *options).output.split())
     found = json.loads(run("convert", *options, "--force", "--json").stdout)

@@ -254,9 +254,9 @@ def _exported_resnet(training: bool, decompose: bool) -> fx.GraphModule:
 PHOTOS = image(2, 3, 48, 48)
 RESNET_SITES = tuple(f"batch_norm_{number}" if number else "batch_norm" for number in range(12))
 
-FOLDED = "a call on samples folded into the channels normalizes each by itself"
-UNTRACKED = r"^has no batch statistics to lose.*stays as it is, since .*only modules are swapped \(use nn.InstanceNorm"
-TRACKED = r"each sample's own in training and the running ones in evaluation, and no mix of SN does both"
+FOLDED = "the samples are folded into the channels, so each is normalized by itself"
+UNTRACKED = r"^has no batch statistics, .*: left as it is; to swap it, use the module nn.InstanceNorm2d in place of the call"
+TRACKED = r"those of each sample in training and the running ones in evaluation, which no mix of branches computes"
 LEARNER_SITES = ("batch_norm", "batch_norm_1", "batch_norm_2", "batch_norm_3")
 
 

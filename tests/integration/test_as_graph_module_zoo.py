@@ -17,7 +17,7 @@ from normswap.surgery.graphs.module_trace import trace_module_forward
 from tests.helpers import laws, zoo
 
 CONTROL_FLOW = "TraceError: symbolically traced variables cannot be used as inputs to control flow"
-CONTEXT = "it switches gradients or autocast for a part of what it does"
+CONTEXT = "it switches gradients or autocast in a part of its code"
 REFUSED = {
     "one call in each mode": "training and evaluation run different operations",
     "a call in training only": "training and evaluation run different operations",
@@ -101,7 +101,7 @@ def test_an_input_that_uses_an_option_is_refused() -> None:
 
 
 def test_a_single_norm_is_no_model() -> None:
-    with pytest.raises(SwapError, match="SwitchNorm2d is a single norm layer, not a model to be made one graph"):
+    with pytest.raises(SwapError, match="SwitchNorm2d is a single norm layer and has no graph"):
         convert(zoo.bn(3), as_graph=True)
 
 

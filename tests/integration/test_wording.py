@@ -18,7 +18,7 @@ from torch import nn
 import normswap
 from normswap.checkpoints.formats.formats import needs_trust
 from normswap.cli import main
-from normswap.cli.wording import OPTIONS, translate_arguments
+from normswap.cli.console import OPTIONS, translate_arguments
 from normswap.errors import ArchitectureError, ArgumentError, CheckpointError, DataError, ModelError, NormswapError
 from tests.helpers import files
 
@@ -98,7 +98,9 @@ def test_an_option_in_a_text_is_found(text: str, found: bool) -> None:
 
 
 def test_every_argument_that_becomes_an_option_is_one_and_the_option_is_there() -> None:
-    options = {word for command in main.commands.values() for p in command.params for word in p.opts}
+    options = {
+        word for command in main.commands.values() for p in command.params for word in (*p.opts, *p.secondary_opts)
+    }
     assert {option.name for option in OPTIONS.values()} <= options
     functions = [f for name in normswap.__all__ if inspect.isfunction(f := getattr(normswap, name))]
     arguments = {name for function in functions for name in inspect.signature(function).parameters}
@@ -145,7 +147,7 @@ MISTAKEN = {
     "a class": (lambda: Net, r"got the class Net: pass an instance, such as Net\(\)"),
     "a function": (lambda: x, "got the function x: pass the module that it returns"),
     "a conversion": (lambda: normswap.convert(Net()), r"got a Conversion: pass its \.model"),
-    "a tensor": (x, "got a Tensor: the model comes first, its inputs after it"),
+    "a tensor": (x, "got a Tensor: pass the model first, then its inputs"),
     "a list": (lambda: [Net()], r"got a list of 1 modules: pass one at a time"),
     "nothing": (lambda: None, "expected a torch.nn.Module, got None"),
 }
@@ -245,11 +247,11 @@ INPUTS = {
     "a Size": (torch.Size([2, 3, 8, 8]), r"\(2, 3, 8, 8\) is a shape"),
     "a list": ([2, 3, 8, 8], r"\(2, 3, 8, 8\) is a shape"),
     "numpy": (x().numpy(), r"a numpy array: pass a tensor, such as torch\.from_numpy\(x\)\.float\(\)"),
-    "a text": ("cat.jpg", "'cat.jpg' is a text: pass a tensor"),
+    "a text": ("cat.jpg", "'cat.jpg' is a string: pass a tensor"),
     "a loader": (torch.utils.data.DataLoader([0]), r"a DataLoader: pass the inputs of one batch"),
-    "labelled": ((x(), torch.tensor([1, 0])), "images and labels: pass the images alone"),
-    "a list of tensors": ([x()], "a list is passed as one argument: several arguments are a tuple"),
-    "one image": (x()[0], "without a batch dimension: pass 2x3x8x8 if this is one image"),
+    "labelled": ((x(), torch.tensor([1, 0])), "images and labels: pass only the images"),
+    "a list of tensors": ([x()], "a list is one argument: pass a tuple for several arguments"),
+    "one image": (x()[0], "one image without a batch dimension: pass 2x3x8x8"),
 }
 
 
@@ -265,7 +267,7 @@ def test_inputs_that_a_model_cannot_take_are_reported_with_what_to_pass(inputs: 
     ("batches", "message"),
     [
         (x(), r"got one Tensor: pass \[x\]"),
-        (x().numpy(), r"got one ndarray of numpy: pass \[torch\.from_numpy\(x\)\]"),
+        (x().numpy(), r"got one ndarray from numpy: pass \[torch\.from_numpy\(x\)\]"),
         ((2, 3, 8, 8), r"got the shape \(2, 3, 8, 8\): pass \[torch\.randn\(2, 3, 8, 8\)\]"),
         ("images", "got one str: pass"),
         (None, "got one NoneType: pass"),
@@ -327,11 +329,11 @@ def test_an_own_model_is_informed_of_own_code_and_of_names(folder: Path) -> None
     del told["calibrate"]  # wants --data first
     for message in told.values():
         assert "--arch path/file.py:function for your own model" in message
-    assert told["convert"].endswith("or convert by tensor names: --arch none --no-verify\n")
+    assert told["convert"].endswith("or convert the tensors by their names: --arch none, --no-verify\n")
     assert "--arch path/file.py:function" in run("inspect", "own.pt").stdout
     beyond = files.small_model().state_dict() | {"more.running_mean": torch.ones(2), "more.running_var": torch.ones(2)}
     torch.save(beyond, "beyond.pt")
-    assert "--arch none --no-verify" in run("convert", "beyond.pt", "--arch", files.ARCH).stderr
+    assert "--arch none, --no-verify" in run("convert", "beyond.pt", "--arch", files.ARCH).stderr
 
 
 def test_our_own_gates_do_not_hide_an_architecture(folder: Path) -> None:

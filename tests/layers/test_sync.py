@@ -220,7 +220,7 @@ def test_a_verification_waits_for_no_process_that_the_original_does_not_wait_for
     converted, plan, _ = convert(model, x, synchronize=True)
     assert verify(model, converted, [x]).passed
     assert converted[1].synchronize
-    assert any(note.startswith("synchronized where the old norms were not") for note in plan.notes)
+    assert any(note.startswith("Synchronized although the old norms were not") for note in plan.notes)
     with pytest.raises(ValueError, match="process group has not been initialized"):
         converted.train()(x)
 

@@ -117,7 +117,7 @@ def test_a_plan_is_carried_out_to_the_letter() -> None:
 )
 def test_a_plan_excludes_the_deciding_arguments(options: dict[str, Any]) -> None:
     model = zoo.Chain(zoo.bn())
-    with pytest.raises(PlanError, match=r"expected either a plan or deciding arguments .*, got both"):
+    with pytest.raises(PlanError, match="got plan= together with options for a plan"):
         convert(model, plan=plan_swaps(model), **options)
 
 
@@ -139,16 +139,16 @@ MISFITS: dict[str, tuple[Callable[[], nn.Module], Callable[[SwapPlan], SwapPlan]
     ),
     "no norm": (zoo.TwoNames, other(fqn="conv"), "conv: expected .*BatchNorm2d, got .*Conv2d"),
     "channels": (zoo.TwoNames, other(num_features=9), "bn: expected 9 channels, got 8"),
-    "twice": (zoo.TwoNames, lambda plan: replace(plan, swaps=plan.swaps * 2), "bn: planned already, as bn"),
+    "twice": (zoo.TwoNames, lambda plan: replace(plan, swaps=plan.swaps * 2), "bn: planned twice, also as bn"),
     "by an alias": (
         zoo.TwoNames,
         lambda plan: replace(plan, swaps=(*plan.swaps, replace(plan.swaps[0], fqn="alias"))),
-        "alias: planned already, as bn",
+        "alias: planned twice, also as bn",
     ),
     "a call twice": (
         zoo.FunctionalBlock,
         lambda plan: replace(plan, swaps=plan.swaps * 2),
-        "batch_norm: planned already, as batch_norm",
+        "batch_norm: planned twice, also as batch_norm",
     ),
 }
 
@@ -159,14 +159,16 @@ def test_a_plan_for_another_model_is_refused(
 ) -> None:
     model = make()
     record, plan = laws.Record.of(model), edit(plan_swaps(model))
-    with pytest.raises(PlanError, match=rf"the plan was made for another model \([\w.]*\.zoo\.[\w.]+\): {message}$"):
+    with pytest.raises(
+        PlanError, match=rf"the plan was made for another model \([\w.]*\.zoo\.[\w.]+\): {message}; make a plan"
+    ):
         apply_plan(model, plan)
     unchanged(record, model)
 
 
 def test_many_misfits_are_counted() -> None:
     plan = plan_swaps(nn.Sequential(*(zoo.bn(4) for _ in range(5))))
-    with pytest.raises(PlanError, match=r"0: expected 4 channels, got 3; 1: .*; 2: .* \(\+2 more\)$"):
+    with pytest.raises(PlanError, match=r"0: expected 4 channels, got 3; 1: .*; 2: .* \(\+2 more\); make a plan"):
         apply_plan(nn.Sequential(*(zoo.bn(3) for _ in range(5))), plan)
 
 
@@ -175,7 +177,9 @@ def test_a_plan_is_refused_where_the_owner_calls_something_else() -> None:
     model = nn.Sequential(zoo.FunctionalBlock())
     model[0].first = zoo.FunctionalBlock()
     record = laws.Record.of(model)
-    message = "0: expected ['0.batch_norm', '0.batch_norm_1'] among its batch_norm calls, found ['batch_norm']"
+    message = (
+        "0: the plan names the batch_norm calls ['0.batch_norm', '0.batch_norm_1'], and its forward has ['batch_norm']"
+    )
     with pytest.raises(SwapError, match=re.escape(message)):
         apply_plan(model, plan)
     unchanged(record, model)
@@ -184,7 +188,7 @@ def test_a_plan_is_refused_where_the_owner_calls_something_else() -> None:
 def test_a_plan_is_refused_where_the_owner_cannot_be_rewritten() -> None:
     plan = plan_swaps(zoo.FunctionalBlock())
     model = zoo.UntraceableCall()
-    with pytest.raises(SwapError, match=r"the model: expected .* among its batch_norm calls, found"):
+    with pytest.raises(SwapError, match=r"the model: the plan names the batch_norm calls .*, and its forward has"):
         apply_plan(model, plan)
     assert type(model) is zoo.UntraceableCall
 
@@ -196,7 +200,7 @@ def test_sites_are_synchronized_where_they_were_or_as_requested() -> None:
     plan = plan_swaps(model, settings=told)  # type: ignore[arg-type]
     assert [swap.synchronize for swap in plan.swaps] == [False, False, True]
     assert SwapPlan.from_json(plan.to_json()) == plan
-    with pytest.raises(PlanError, match="expected either a plan or deciding arguments"):
+    with pytest.raises(PlanError, match="got plan= together with options for a plan"):
         convert(model, plan=plan, synchronize=True)
     assert [layer.synchronize for layer in convert(model, plan=plan).model] == [False, False, True]
     assert all(layer.synchronize for layer in convert(model, synchronize=True).model)
@@ -231,7 +235,7 @@ def stubborn() -> nn.Module:
     return zoo.randomise(model)
 
 
-REFUSAL = f"4: a {__name__}.Slotted cannot become a SwitchNorm .*layout differs.*: exclude it"
+REFUSAL = rf"4: Python cannot change a {__name__}.Slotted into a SwitchNorm .*layout differs.*: pass exclude=\['4'\]"
 
 
 def test_a_failure_in_the_middle_leaves_the_model_as_it_was() -> None:
@@ -326,12 +330,12 @@ def test_reverting_learned_importance_is_refused_unless_it_is_to_be_discarded() 
     names = ["0.first.batch_norm", "0.batch_norm", "2", "3"]
     moved(model, *names[:2])
     record = laws.Record.of(model)
-    message = "2 sites have learned importance weights (0.first.batch_norm, 0.batch_norm): reverting would change the"
+    message = "the importance weights of 2 sites differ from the old norm (0.first.batch_norm, 0.batch_norm): "
     with pytest.raises(SwapError, match=re.escape(message)):
         revert(model)
     unchanged(record, model)
     moved(model, *names)
-    with pytest.raises(SwapError, match=re.escape("4 sites have learned importance weights (") + r".*, 2, \.\.\.\): "):
+    with pytest.raises(SwapError, match=r"of 4 sites differ from the old norm \(.*, 2, 3\): reverting"):
         revert(model)
     assert type(revert(model, discard=True)[0]) is zoo.TwiceBlock
     assert not any("_weight" in name for name in model.state_dict())
@@ -339,7 +343,7 @@ def test_reverting_learned_importance_is_refused_unless_it_is_to_be_discarded() 
 
 def test_softmax_gates_start_elsewhere_and_so_are_refused() -> None:
     model = convert(zoo.Chain(zoo.bn()), gate="softmax").model
-    with pytest.raises(SwapError, match="1 sites have learned importance weights"):
+    with pytest.raises(SwapError, match="the importance weights of 1 site differ from the old norm"):
         revert(model)
     assert type(revert(model, discard=True)[1]) is nn.BatchNorm2d
 

@@ -148,11 +148,11 @@ def test_it_runs_in_evaluation_and_without_gradients() -> None:
 FAILURES = {
     "a child": (
         lambda: zoo.Chain(zoo.bn(5)),
-        r"^the model fails on an input of 3x3x9x9, in 1 \(BatchNorm2d, fed 3x8x9x9\): ",
+        r"^the model fails on an input of 3x3x9x9, in 1 \(BatchNorm2d, with an input of 3x8x9x9\): ",
     ),
     "the root": (
         Trying.Failing,
-        r"^the model fails on an input of 3x3x9x9, in the model \(Failing, fed 3x3x9x9\): on purpose$",
+        r"^the model fails on an input of 3x3x9x9, in the model \(Failing, with an input of 3x3x9x9\): on purpose$",
     ),
     "arguments": (
         zoo.KeywordInput,

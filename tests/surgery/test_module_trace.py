@@ -104,19 +104,19 @@ class WritesBuffer(nn.Module):
 
 
 REFUSED = {
-    "another number of calls": (zoo.TrainingOnlyBlock, "it calls batch_norm 1x in training and 0x in evaluation"),
+    "another number of calls": (zoo.TrainingOnlyBlock, "it makes 1 batch_norm calls in training and 0 in evaluation"),
     "control flow": (zoo.UntraceableCall, "TraceError: symbolically traced variables cannot be used as inputs"),
     "a value": (zoo.SelfCounting, "TypeError: float() argument must be a string or a real number, not 'Proxy'"),
-    "a constant": (zoo.Constant, "it makes a tensor of constants at every call: register it as a buffer"),
+    "a constant": (zoo.Constant, "it creates a tensor from constants in every call: register it as a buffer"),
     "Python's numbers": (zoo.Drawing, "it draws random numbers in Python"),
     "torch's numbers": (TorchDrawing, "it draws random numbers in Python"),
     "an attribute": (zoo.Remembering, "it writes to features"),
     "a list": (zoo.Collecting, "it writes to seen"),
     "a buffer": (WritesBuffer, "it writes to _buffers"),
-    "no_grad": (zoo.PartlyWithoutGradient, "it switches gradients or autocast for a part of what it does"),
-    "no_grad as a decorator": (Decorated, "it switches gradients or autocast for a part of what it does"),
-    "inference_mode": (Inference, "it switches gradients or autocast for a part of what it does"),
-    "autocast": (zoo.WithoutAutocast, "it switches gradients or autocast for a part of what it does"),
+    "no_grad": (zoo.PartlyWithoutGradient, "it switches gradients or autocast in a part of its code"),
+    "no_grad as a decorator": (Decorated, "it switches gradients or autocast in a part of its code"),
+    "inference_mode": (Inference, "it switches gradients or autocast in a part of its code"),
+    "autocast": (zoo.WithoutAutocast, "it switches gradients or autocast in a part of its code"),
     "children in a list": (ListHeld, "NameError: module is not installed as a submodule"),
     "TorchScript": (lambda: zoo.BY_NAME["TorchScript inside"].model().part, "it is TorchScript, whose code is fixed"),
     "overridden on the instance": (

@@ -135,7 +135,7 @@ def test_what_the_message_says_to_type_converts_the_norm(rank: int, reader: Any)
 def test_a_target_of_another_rank_names_the_one_of_any_rank() -> None:
     norm = norm_act(3, drop=nn.Identity(), act=nn.ReLU())
     advice = reason(norm, partial(read_batch_norm, target=SwitchNormAct2d), 3)
-    expected = r"was fed 2x8x4x4x4, .* takes 4-D input: register it with target=SwitchNormAct, which takes any"
+    expected = r"has an input of 2x8x4x4x4, .* takes 4-D input: register it with target=SwitchNormAct, which takes any"
     assert re.search(expected, advice), advice
     plain = nn.BatchNorm3d(8)
     assert "target=SwitchNorm, which takes any rank" in reason(plain, partial(read_batch_norm, target=SwitchNorm2d), 3)

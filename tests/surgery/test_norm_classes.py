@@ -14,8 +14,7 @@ from torchvision.ops.misc import Conv2dNormActivation, FrozenBatchNorm2d
 
 from normswap import KNOWN_NORMS, SwitchNorm2d, read_batch_norm
 from normswap.layers.switch_norm import FunctionalSwitchNorm, SwitchNorm, SwitchNorm1d, SwitchNorm3d, SwitchNormAct2d
-from normswap.surgery.norms.candidates import looks_like_norm
-from normswap.surgery.norms.classes import NormSpec, is_norm_layer, read_frozen_batch_norm, read_norm
+from normswap.surgery.norms.classes import NormSpec, is_norm_layer, looks_like_norm, read_frozen_batch_norm, read_norm
 from tests.helpers import zoo
 
 # (module, what is read)
@@ -112,7 +111,7 @@ def without_eps() -> nn.Module:
     return module
 
 
-STAYS = "has no batch statistics to lose at small batches: stays as it is"
+STAYS = "has no batch statistics, so small batches do not harm it: left as it is"
 # (module, kind, the reason to stay)
 STAYING: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
     "subclass": (
@@ -121,7 +120,7 @@ STAYING: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
         rf"^{__name__}.Sub is not in the table .* pass norms=KNOWN_NORMS \| \{{\"{__name__}.Sub\": read_batch_norm\}}$",
     ),
     "own norm": (Running, "other", f"^{__name__}.Running is not in the table"),
-    "running variance only": (OnlyVariance, "other", rf"^{__name__}.OnlyVariance keeps batch .*own \(running_var\)"),
+    "running variance only": (OnlyVariance, "other", rf"^{__name__}.OnlyVariance has batch .*own \(running_var\)"),
     "named like a norm": (CosineNorm, "other", f"^{STAYS}$"),
     "EvoNorm": (lambda: EvoNorm2dS0(8), "other", f"^{STAYS}$"),
     "lazy": (
@@ -147,7 +146,7 @@ STAYING: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
     "InstanceNorm with statistics": (
         lambda: nn.InstanceNorm2d(4, track_running_stats=True),
         "in",
-        r"^uses running statistics in evaluation \(track_running_stats=True\), which no InstanceNorm branch has: stays",
+        r"^uses running statistics in evaluation \(track_running_stats=True\), which no InstanceNorm branch has: left as",
     ),
     "SwitchNorm": (lambda: SwitchNorm2d(4), "sn", "^is Switchable Normalization already: nothing to do$"),
     "functional SwitchNorm": (

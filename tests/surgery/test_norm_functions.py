@@ -142,7 +142,7 @@ def old_read_later(graph: fx.Graph, node: fx.Node, arguments: dict[str, Any]) ->
 
 
 FUNCTIONAL = aten._native_batch_norm_legit_functional.default
-BOTH = "what it makes of running_mean and running_var is not just written back"
+BOTH = "has uses of its updated running_mean and running_var beside writing them back"
 UNSERVED = {
     "a saved mean": (aten.native_batch_norm.default, saved_mean, "more than its first result is used"),
     "not written back": (FUNCTIONAL, not_written_back, BOTH),
@@ -150,7 +150,7 @@ UNSERVED = {
     "the old statistic read": (
         FUNCTIONAL,
         old_read_later,
-        "what it makes of running_mean is not just written back",
+        "has uses of its updated running_mean beside writing them back",
     ),
 }
 
@@ -194,7 +194,7 @@ def test_instance_norms_are_named_and_explained(function: Any) -> None:
     site = normswap.find_norm_sites(program(function), zoo.IMAGE())[0]
     assert (site.fqn, site.kind, site.class_name) == ("instance_norm", "in", call_name(function))
     assert site.problem is not None
-    assert "each sample's own in training and the running ones in evaluation" in site.problem
+    assert "those of each sample in training and the running ones in evaluation" in site.problem
 
 
 @pytest.mark.parametrize(

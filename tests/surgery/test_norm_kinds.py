@@ -21,8 +21,9 @@ from normswap.errors import LayerError, PlanError, SwapError
 from normswap.layers.in_place import check_replaceable
 from normswap.layers.switch_norm import SwitchNorm, SwitchNorm2d
 from normswap.surgery.importance import sites_with_changed_weights
-from normswap.surgery.norms.classes import KINDS, NormSpec, base_kind, branch_of_kind, read_norm
+from normswap.surgery.norms.classes import NormSpec, read_norm
 from normswap.surgery.plan import SwapPlan
+from normswap.surgery.selection import KINDS, base_kind, branch_of_kind
 from tests.helpers import laws, oracles, zoo
 
 ALL = {"kinds": ("bn", "in", "gn1")}
@@ -89,7 +90,9 @@ def test_only_the_channels_that_were_fed_count() -> None:
     begun = plan_swaps(model, zoo.IMAGE(), **ALL, settings={"1": {"branches": ("in", "bn")}})
     laws.same_function(model, convert(model, plan=plan).model, zoo.IMAGE())
     assert plan.swaps[0].branches == ("in", "ln")
-    assert begun.skips[0].reason == "was made for 1 channels and fed [8]: correct that, or leave `bn` out"
+    assert begun.skips[0].reason == (
+        "has 1 channels, but its inputs have [8]: correct num_features, or leave `bn` out of its branches"
+    )
 
 
 # --- statistics begun -------------------------------------------------------------------------------------------------
@@ -118,14 +121,15 @@ def _feed(reference: nn.Module, args: tuple[Tensor, ...]) -> None:
 def test_begun_statistics_are_noted_and_must_be_filled() -> None:
     plan = converted(**BEGUN).plan
     assert plan.notes == (
-        "begin running statistics, which say nothing before the first batches of training: instance, group",
+        "The old norms have no running statistics, so the `bn` branches of instance, group start with mean 0 and "
+        "variance 1: train, or call normswap.update_statistics, before evaluation.",
     )
     never = plan_swaps(stylised(), zoo.IMAGE(), **BEGUN, bn_statistics="running")
     assert [swap.fqn for swap in never.swaps] == ["bn"]
-    assert "needs bn_statistics='batch' or 'renorm' for its `bn` branch" in never.skips[0].reason
+    assert "its `bn` branch cannot use running statistics, since the old norm has no" in never.skips[0].reason
     text = plan.to_json().replace('"bn_statistics": "batch"', '"bn_statistics": "running"')
     with pytest.raises(
-        PlanError, match="swap of 'instance': bn_statistics: expected 'batch' or 'renorm', since running statistics"
+        PlanError, match="swap of 'instance': bn_statistics: expected 'batch' or 'renorm', since the old norm"
     ):
         SwapPlan.from_json(text)
 
@@ -166,7 +170,7 @@ def test_a_site_that_left_its_vertex_has_moved(options: dict[str, Any], site: st
     model = converted(**options).model
     move(getattr(model, site), branch)
     assert sites_with_changed_weights(model) == [site]
-    with pytest.raises(SwapError, match=rf"1 sites have learned importance weights \({site}\)"):
+    with pytest.raises(SwapError, match=rf"the importance weights of 1 site differ from the old norm \({site}\)"):
         revert(model)
     revert(model, discard=True)
     laws.same_function(stylised(), model, zoo.IMAGE())
@@ -253,7 +257,7 @@ def test_a_record_of_adoption_from_before_statistics_could_begin_is_read() -> No
 
 def test_a_plan_for_another_number_of_groups_is_refused() -> None:
     plan = plan_swaps(zoo.Chain(nn.GroupNorm(1, 8)), **ALL)
-    with pytest.raises(PlanError, match=r"1: expected the kind gn1, got gn$"):
+    with pytest.raises(PlanError, match=r"1: expected the kind gn1, got gn; make a plan"):
         convert(zoo.Chain(nn.GroupNorm(2, 8)), plan=plan)
     plan = plan_swaps(zoo.Chain(nn.InstanceNorm2d(8)), **ALL)
     with pytest.raises(PlanError, match="1: uses running statistics in evaluation"):
@@ -299,7 +303,7 @@ def pruned_group(groups: int) -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    ("groups", "problem"), [(1, "its weight is computed before each call"), (2, "has no batch statistics to lose")]
+    ("groups", "problem"), [(1, "its weight is computed before each call"), (2, "has no batch statistics")]
 )
 def test_a_pruned_group_norm_says_what_matters(groups: int, problem: str) -> None:
     spec = read_norm(pruned_group(groups))

@@ -111,7 +111,9 @@ def test_norms_that_train_leaves_in_evaluation_keep_their_statistics(make: Calla
     conversion = convert(model, X, bn_statistics="batch")
     laws.nothing_else_changed(before, model, laws.NO_SWAPS, same_objects=True)
     assert {swap.fqn for swap in conversion.plan.swaps if swap.bn_statistics == "running"} == kept
-    notes = [note for note in conversion.plan.notes if "the model's own train() leaves them in evaluation" in note]
+    notes = [
+        note for note in conversion.plan.notes if "The model's own train() leaves these norms in evaluation" in note
+    ]
     assert len(notes) == bool(kept)
     assert all(name in notes[0] for name in kept)
     found = verify(model, conversion.model, [X])
@@ -156,7 +158,9 @@ def test_a_conversion_that_forgets_them_does_not_pass() -> None:
     settings: Any = {"*": {"bn_statistics": "batch"}}
     conversion = convert(model, X, settings=settings)
     assert {swap.bn_statistics for swap in conversion.plan.swaps} == {"batch"}
-    assert any("set to use batch statistics, which is another function in training" in n for n in conversion.plan.notes)
+    assert any(
+        "settings make them use batch statistics, which changes the function" in n for n in conversion.plan.notes
+    )
     found = verify(model, conversion.model, [X])
     assert not found.passed
     assert {check.name for check in found.checks if check.passed is False} >= {"outputs in training", "gradients"}
@@ -174,7 +178,7 @@ def test_a_norm_that_eval_keeps_in_training_is_skipped_with_the_reason() -> None
     plan = plan_swaps(Adapting(), X)
     assert plan.swaps == ()
     assert {skip.reason for skip in plan.skips} == {
-        "stays in training in the model's own eval(), which uses batch statistics there: not converted"
+        "the model's own eval() leaves it in training mode, so it uses batch statistics there: left as it is"
     }
 
 

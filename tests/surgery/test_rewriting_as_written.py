@@ -84,8 +84,8 @@ def test_a_site_that_was_left_stays_torchs_own() -> None:
 def test_another_number_of_calls_is_refused_in_words(calls: int, made: int) -> None:
     _, converted = pair()
     message = (
-        rf"Switched.forward was rewritten for 3 batch_norm calls, and with these arguments makes {made}: "
-        "move each call into a module of its own, then convert again"
+        rf"Switched.forward was rewritten for 3 batch_norm calls, but makes {made} with these arguments: "
+        "move each call into a small module, then convert again"
     )
     with pytest.raises(LayerError, match=message):
         converted(zoo.IMAGE().double(), calls=calls)

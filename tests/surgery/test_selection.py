@@ -1,15 +1,17 @@
-"""Settings by pattern: over the arguments, the later over the earlier, key by key - in Python and in a plan file."""
+"""Options, filters of sites, and settings by pattern: in Python and in a plan file."""
 
 import json
+import pickle
 import re
+from dataclasses import FrozenInstanceError, replace
 from typing import Any
 
 import pytest
 from torch import Tensor, nn
 from torchvision.ops.misc import FrozenBatchNorm2d
 
-from normswap import convert, plan_swaps
-from normswap.errors import PlanError
+from normswap import SwapOptions, convert, plan_swaps
+from normswap.errors import ArgumentError, PlanError
 from normswap.surgery.plan import SwapPlan
 from normswap.surgery.selection import first_matching_patterns, matched, resolve_settings
 from tests.helpers import laws, zoo
@@ -37,6 +39,121 @@ def planned(settings: Any, **options: Any) -> SwapPlan:
 
 def chosen(plan: SwapPlan, key: str) -> dict[str, Any]:
     return {swap.fqn: getattr(swap, key) for swap in plan.swaps}
+
+
+# --- the options object ----------------------------------------------------------------------------------------------
+
+
+def test_options_and_keywords_make_the_same_plan() -> None:
+    keywords: dict[str, Any] = {"exclude": ["second"], "gate": "softmax", "settings": {"pooled": {"gate": "simplex"}}}
+    plan = plan_swaps(Net(), zoo.IMAGE(), **keywords)
+    assert plan_swaps(Net(), zoo.IMAGE(), options=SwapOptions(**keywords)) == plan
+    assert convert(Net(), zoo.IMAGE(), options=SwapOptions(**keywords)).plan == plan
+    assert chosen(plan, "gate") == {"frozen": "softmax", "pooled": "simplex"}
+
+
+def test_options_are_checked_and_canonical() -> None:
+    options = SwapOptions(include="layer4.*", exclude=["a", "b"], kinds=["bn"], branches=["bn", "ln"])
+    assert (options.include, options.exclude, options.kinds) == (("layer4.*",), ("a", "b"), ("bn",))
+    assert options.branches == ("ln", "bn")
+    assert replace(options, branches=None) == SwapOptions(include=("layer4.*",), exclude=("a", "b"))
+    assert SwapOptions.default() == SwapOptions() == SwapOptions.from_dict({})
+    assert pickle.loads(pickle.dumps(options)) == options
+    assert {options, replace(options)} == {options}
+    with pytest.raises(FrozenInstanceError):
+        options.gate = "softmax"  # type: ignore[misc]
+
+
+def test_options_come_from_plain_data() -> None:
+    data = {"include": ["layer4.*"], "kinds": ["bn", "in"], "settings": {"*": {"branches": ["bn", "in"]}}}
+    options = SwapOptions.from_dict(json.loads(json.dumps(data)))
+    assert options == SwapOptions(include=("layer4.*",), kinds=("bn", "in"), settings={"*": {"branches": ("in", "bn")}})
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"gate": "hard"}, "gate: expected 'simplex' or 'softmax', got 'hard'"),
+        ({"gat": "softmax"}, r"unknown name 'gat'; did you mean 'gate'\?"),
+        ({"include": [3]}, r"include\[0\]: expected a string, got 3"),
+        ({"kinds": []}, r"kinds: expected some of \('bn', 'in', 'gn1'\), got \(\): pass a list such as"),
+        ({"kinds": ["bm"]}, r"kinds: expected some of .*, got \('bm',\)"),
+        (
+            {"kinds": ["bn", "in"], "branches": ["ln", "bn"]},
+            "branches: expected `in` among them, .* of kind 'in' starts",
+        ),
+        ({"synchronize": 1}, "synchronize: expected true or false, got 1"),
+        ([], r"expected a table of named values, got \[\]"),
+    ],
+)
+def test_data_that_is_no_options_is_refused(data: Any, message: str) -> None:
+    with pytest.raises(PlanError, match=f"^{message}"):
+        SwapOptions.from_dict(data)
+
+
+@pytest.mark.parametrize("function", [convert, plan_swaps])
+def test_options_with_keywords_are_refused(function: Any) -> None:
+    with pytest.raises(
+        PlanError, match=r"got options= together with kinds=, gate=: .* dataclasses.replace\(options, kinds=\.\.\.\)"
+    ):
+        function(Net(), options=SwapOptions(), gate="simplex", kinds=("bn",))
+    with pytest.raises(ArgumentError, match=r"options: expected a SwapOptions, such as .*, got a dict"):
+        function(Net(), options={"gate": "softmax"})
+
+
+def test_a_plan_with_options_or_keywords_is_refused() -> None:
+    plan = plan_swaps(Net())
+    for options in ({"options": SwapOptions()}, {"gate": "softmax"}, {"include": ["second"]}, {"synchronize": True}):
+        with pytest.raises(PlanError, match="got plan= together with options for a plan"):
+            convert(Net(), plan=plan, **options)  # type: ignore[arg-type]
+    assert convert(Net(), plan=plan, include=[], gate="simplex").plan is plan  # the defaults change nothing
+
+
+# --- functions as filters ---------------------------------------------------------------------------------------------
+
+
+def is_frozen(module: nn.Module, fqn: str) -> bool:
+    return isinstance(module, FrozenBatchNorm2d)
+
+
+def test_a_function_selects_sites_by_module_and_name() -> None:
+    assert {*chosen(plan_swaps(Net(), include=is_frozen), "gate")} == {"frozen"}
+    plan = plan_swaps(Net(), include=["second", lambda module, fqn: fqn == "pooled"], exclude=is_frozen)
+    assert {*chosen(plan, "gate")} == {"second", "pooled"}
+    reasons = {skip.fqn: skip.reason for skip in plan_swaps(Net(), exclude=[is_frozen]).skips}
+    assert reasons["frozen"] == "excluded by the function is_frozen"
+    assert {*convert(Net(), options=SwapOptions(include=is_frozen)).replaced} == {"frozen"}
+
+
+def test_a_function_gets_the_owner_of_a_functional_site() -> None:
+    trap = zoo.BY_NAME["functional"]
+    model, seen = trap.model(), {}
+
+    def record(module: nn.Module, fqn: str) -> bool:
+        seen[fqn] = module
+        return True
+
+    plan = plan_swaps(model, trap.inputs(), include=record, **trap.options)
+    owners = {swap.fqn: swap.owner for swap in plan.swaps if swap.owner is not None}
+    assert owners
+    assert all(seen[fqn] is model.get_submodule(owner) for fqn, owner in owners.items())
+
+
+@pytest.mark.parametrize("kind", ["include", "exclude"])
+def test_a_function_that_matches_nothing_is_refused(kind: str) -> None:
+    with pytest.raises(
+        PlanError, match=r"the function .*<lambda> matches none of the 4 norm sites; the first are \['sec"
+    ):
+        plan_swaps(Net(), **{kind: lambda module, fqn: False})  # type: ignore[arg-type]
+
+
+def test_what_is_no_filter_is_refused() -> None:
+    with pytest.raises(PlanError, match=r"exclude: expected patterns \(strings\) or functions .*, got 3"):
+        plan_swaps(Net(), exclude=["second", 3])  # type: ignore[list-item]
+    with pytest.raises(ArgumentError, match="include, exclude: expected a list of patterns"):
+        plan_swaps(Net(), include=3)  # type: ignore[arg-type]
+    with pytest.raises(PlanError, match="the function is_frozen needs the modules of a model"):
+        first_matching_patterns([is_frozen], [("a",)])
 
 
 # --- precedence -------------------------------------------------------------------------------------------------------
@@ -108,9 +225,9 @@ def test_the_laws_hold_with_settings() -> None:
 def test_what_the_user_should_know_is_noted() -> None:
     settings = {"frozen": {"bn_statistics": "batch"}, "pooled": {"gate": "softmax"}, "group": {"gate": "softmax"}}
     assert planned(settings).notes == (
-        "the settings of 'group' have no effect: it matches skipped sites only",
-        "frozen, but set to use batch statistics, which is another function in training: frozen",
-        "softmax gates start at the uniform mix: the converted model is not the same function",
+        "The settings of 'group' have no effect: the pattern matches only skipped sites.",
+        "Frozen norms are set to use batch statistics, which changes the function in training: frozen.",
+        "Softmax gates start at the uniform mix: the converted model computes another function.",
     )
 
 
@@ -139,27 +256,28 @@ def test_a_setting_that_leaves_one_branch_skips_the_site() -> None:
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 REFUSED: dict[str, tuple[Any, str]] = {
-    "no mapping": ([("*", {})], r"settings: expected a mapping from names such as {'layer4.\*': {'branches'"),
-    "a name that is none": ({3: {}}, "settings: expected a mapping from names"),
-    "no mapping inside": ({"*": "softmax"}, r"settings of '\*': expected a mapping from names such as {'branches'"),
-    "a key": (
-        {"*": {"gates": "softmax"}},
-        r"settings of '\*': expected keys among \['bn_statistics', 'branches', 'gate', 'synchronize', 'train_gates'\], "
-        "got 'gates'",
+    "no mapping": ([("*", {})], r"settings: expected a table of named values, got \[[\[(]'\*'"),
+    "a pattern that is no string": ({3: {}}, "key of settings: expected a string, got 3"),
+    "no mapping inside": ({"*": "softmax"}, r"settings\['\*'\]: expected a table of named values, got 'softmax'"),
+    "an unknown key": ({"*": {"gates": "softmax"}}, r"settings\['\*'\]: unknown name 'gates'; did you mean 'gate'\?"),
+    "a gate": ({"*": {"gate": "hard"}}, r"settings\['\*'\].gate: expected 'simplex' or 'softmax', got 'hard'"),
+    "a branch": ({"*": {"branches": ["gn"]}}, r"settings\['\*'\].branches\[0\]: expected 'in' or 'ln' or 'bn', got"),
+    "a branch twice": (
+        {"*": {"branches": ["bn", "bn"]}},
+        r"settings\['\*'\].branches: expected a non-empty subset of .*, got \('bn', 'bn'\)",
     ),
-    "a gate": (
-        {"*": {"gate": "hard"}},
-        r"settings of '\*': gate: expected one of \('simplex', 'softmax'\), got 'hard'",
+    "no branches": ({"*": {"branches": []}}, r"settings\['\*'\].branches: expected a non-empty subset"),
+    "branches that are no list": ({"*": {"branches": 3}}, r"settings\['\*'\].branches: expected a list, each item"),
+    "statistics": (
+        {"*": {"bn_statistics": "moving"}},
+        r"settings\['\*'\].bn_statistics: expected 'batch' or 'running'",
     ),
-    "branches": ({"*": {"branches": ["gn"]}}, r"settings of '\*': branches: expected a non-empty subset"),
-    "branches that are no list": ({"*": {"branches": 3}}, r"settings of '\*': "),
-    "statistics": ({"*": {"bn_statistics": "moving"}}, r"settings of '\*': bn_statistics: expected one of"),
-    "a flag": ({"*": {"train_gates": 1}}, r"settings of '\*': train_gates: expected True or False, got 1"),
+    "a flag": ({"*": {"train_gates": 1}}, r"settings\['\*'\].train_gates: expected true or false, got 1"),
     "a pattern": ({"secnd": {}}, r"the pattern 'secnd' matches none of the 4 norm sites; nearest: \['second'"),
     "an expression": ({"re:(": {}}, r"expected a regular expression after `re:`, got 're:\('"),
-    "no vertex": (
+    "no starting branch": (
         {"second": {"branches": ["in", "ln"]}},
-        r"settings of 'second': branches: expected `bn` among them, the function starts there; got \('in', 'ln'\)",
+        r"settings of 'second': branches: expected `bn` among them, .* of kind 'bn' starts; got \('in', 'ln'\)",
     ),
 }
 
@@ -189,13 +307,13 @@ def test_a_plan_file_adds_bn_to_other_norms_but_nothing_that_was_cut() -> None:
     trap = zoo.BY_NAME["three kinds"]
     plan = read(plan_swaps(trap.model(), trap.inputs(), **trap.options), {"*": {"branches": ["in", "ln", "bn"]}})
     assert set(chosen(plan, "branches").values()) == {("in", "ln", "bn")}
-    assert plan.notes[0].startswith("begin running statistics")
+    assert plan.notes[0].startswith("The old norms have no running statistics, so the `bn` branches of instance, group")
     narrow = plan_swaps(Net(), zoo.IMAGE(), branches=("ln", "bn"))
     assert set(chosen(read(narrow, {"*": {"branches": ["in", "ln", "bn"]}}), "branches").values()) == {("ln", "bn")}
 
 
 IN_A_FILE: dict[str, tuple[Any, str]] = {
-    **{name: case for name, case in REFUSED.items() if name not in ("a name that is none", "a pattern")},
+    **{name: case for name, case in REFUSED.items() if name not in ("a pattern that is no string", "a pattern")},
     "a pattern": ({"secnd": {}}, r"the pattern 'secnd' matches none of the 3 swaps of the plan; nearest: \['second'"),
     "a skipped site": ({"group": {}}, "the pattern 'group' matches none of the 3 swaps of the plan"),
     "one branch": (
@@ -215,7 +333,7 @@ def test_a_plan_file_does_not_begin_statistics_that_are_never_filled() -> None:
     trap = zoo.BY_NAME["three kinds"]
     plan = plan_swaps(trap.model(), trap.inputs(), **trap.options)
     with pytest.raises(
-        PlanError, match="settings of 'instance': bn_statistics: expected 'batch' or 'renorm', since running"
+        PlanError, match="settings of 'instance': bn_statistics: expected 'batch' or 'renorm', since the old"
     ):
         read(plan, {"instance": {"branches": ["in", "bn"], "bn_statistics": "running"}})
 

@@ -154,14 +154,14 @@ def test_a_call_that_does_not_run_every_time_is_a_problem() -> None:
 
     found = find_norm_sites(Depends(), (zoo.IMAGE(), None))
     assert {s.problem for s in found} == {
-        "not every F.batch_norm call runs in every pass: move the call into a module of its own"
+        "not every F.batch_norm call runs in every pass: move the call into a small module"
     }
 
 
 def test_a_problem_names_the_class_the_reason_and_the_way_out() -> None:
     assert site(zoo.UntraceableCall(), zoo.IMAGE()).problem == (
         "the forward of UntraceableCall cannot be rewritten (TraceError: symbolically traced variables cannot be used "
-        "as inputs to control flow): move its F.batch_norm call into a module of its own, or use nn.BatchNorm"
+        "as inputs to control flow): move its F.batch_norm call into a small module, or use nn.BatchNorm"
     )
 
 
@@ -186,9 +186,9 @@ def test_a_class_registered_as_a_norm_is_no_owner_of_its_call() -> None:
 def test_sizes_must_be_resolved_before_a_pass_is_watched(lazy: nn.Module) -> None:
     model = nn.Sequential(lazy, zoo.bn(4))
     name = type(lazy).__name__
-    with pytest.raises(ModelError, match=re.escape(f"0 ({name}) has no sizes yet: run one forward pass first")):
+    with pytest.raises(ModelError, match=re.escape(f"0 ({name}) is lazy and has no sizes yet: run it once first")):
         find_norm_sites(model, zoo.IMAGE())
-    with pytest.raises(ModelError, match=re.escape(f"the model ({name}) has no sizes yet")):
+    with pytest.raises(ModelError, match=re.escape(f"the model ({name}) is lazy and has no sizes yet")):
         find_norm_sites(lazy, zoo.IMAGE())
     assert type(model[0]).__name__ == name
     assert find_norm_sites(model)[-1].problem is None

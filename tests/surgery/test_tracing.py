@@ -125,8 +125,8 @@ OMISSIONS = {
     "a number drawn": (zoo.Drawing, "it draws random numbers in Python"),
     "an attribute": (zoo.Remembering, "it writes to features"),
     "a list": (zoo.Collecting, "it writes to seen"),
-    "gradients": (zoo.PartlyWithoutGradient, "it switches gradients or autocast for a part of what it does"),
-    "autocast off": (zoo.WithoutAutocast, "it switches gradients or autocast for a part of what it does"),
+    "gradients": (zoo.PartlyWithoutGradient, "it switches gradients or autocast in a part of its code"),
+    "autocast off": (zoo.WithoutAutocast, "it switches gradients or autocast in a part of its code"),
 }
 
 

@@ -81,14 +81,19 @@ PATHS = {
     "keywords": (zoo.KeywordInput, lambda: {"left": zoo.IMAGE(), "right": zoo.IMAGE()}, "symbolic trace", "^$"),
     "a size": (SizeDependent, zoo.IMAGE, "torch.export", f"^symbolic trace: {CONTROL_FLOW}$"),
     "a learner": (networks.Learner, networks.TASKS, "torch.export", "^symbolic trace: "),
-    "a ghost": (GhostNorm, zoo.IMAGE, "torch.export", "^symbolic trace: .* in ghost where .* did in real$"),
+    "a ghost": (
+        GhostNorm,
+        zoo.IMAGE,
+        "torch.export",
+        "^symbolic trace: .* in ghost, the forward pass at that point in real$",
+    ),
     "a lost norm": (
         LostNorm,
         zoo.IMAGE,
         "forward pass",
-        "^symbolic trace: its graph normalizes 1x where the forward pass did 2x; torch.export: its graph normalizes 1x",
+        "^symbolic trace: its graph has 1 calls that normalize, the forward pass 2; torch.export: its graph has 1",
     ),
-    "a lost skip": (LostSkip, zoo.FEATURES, "torch.export", "its graph gives other outputs than the model"),
+    "a lost skip": (LostSkip, zoo.FEATURES, "torch.export", "the outputs of its graph differ from those of the model"),
     "a value": (zoo.Untraceable, zoo.IMAGE, "forward pass", f"^symbolic trace: {CONTROL_FLOW}; torch.export: Guard"),
     "a list": (zoo.InContainers, zoo.IMAGE, "forward pass", "^symbolic trace: NameError.*; torch.export: its graph"),
 }

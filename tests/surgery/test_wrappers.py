@@ -411,26 +411,26 @@ def on_a_mesh() -> Any:
 DDP = "model is wrapped in DistributedDataParallel"
 WAY_OUT = ": convert model.module, then wrap the result again"
 NOT_AGAIN: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "hooks on DataParallel": (lambda: hooked(nn.DataParallel(net())), "model .* and has hooks on the wrapper: convert"),
+    "hooks on DataParallel": (lambda: hooked(nn.DataParallel(net())), "model .* that has hooks: convert"),
     "hooks on compiled": (
         lambda: hooked(compiled(net())),
-        "model is compiled and has hooks on the wrapper: convert model._orig_mod, then compile",
+        "model is compiled that has hooks: convert model._orig_mod, then compile",
     ),
     "hooks inside": (
         lambda: compiled(hooked(nn.DataParallel(net()))),
-        r"model\._orig_mod is wrapped in DataParallel and has hooks on the wrapper: convert model\._orig_mod\.module,",
+        r"model\._orig_mod is wrapped in DataParallel that has hooks: convert model\._orig_mod\.module,",
     ),
-    "hooks on DDP": (lambda: hooked(ddp(net())), f"{DDP} and has hooks on the wrapper{WAY_OUT}"),
+    "hooks on DDP": (lambda: hooked(ddp(net())), f"{DDP} that has hooks{WAY_OUT}"),
     "a child": (
         lambda: with_child(nn.DataParallel(net())),
-        f"model is wrapped in DataParallel and holds tensors or modules beside it{WAY_OUT}",
+        f"model is wrapped in DataParallel that has tensors or modules of its own{WAY_OUT}",
     ),
-    "a tensor": (lambda: with_tensor(ddp(net())), f"{DDP} and holds tensors or modules beside it{WAY_OUT}"),
+    "a tensor": (lambda: with_tensor(ddp(net())), f"{DDP} that has tensors or modules of its own{WAY_OUT}"),
     "a communication hook": (lambda: with_hook(ddp(net())), f"{DDP} with a communication hook{WAY_OUT}"),
     "a builtin hook": (lambda: with_builtin_hook(ddp(net())), f"{DDP} with a communication hook{WAY_OUT}"),
     "a buffer hook": (lambda: with_buffer_hook(ddp(net())), f"{DDP} with a communication hook{WAY_OUT}"),
-    "delays": (delaying, f"{DDP} that delays the reduction of chosen parameters{WAY_OUT}"),
-    "mixed precision": (mixed, f"{DDP} with mixed precision of its own{WAY_OUT}"),
+    "delays": (delaying, f"{DDP} that delays the reduction of some parameters{WAY_OUT}"),
+    "mixed precision": (mixed, f"{DDP} with mixed precision{WAY_OUT}"),
     "a mesh": (on_a_mesh, f"{DDP} on a device mesh{WAY_OUT}"),
     "frozen since": (
         lambda: ddp(net()).requires_grad_(False),
@@ -455,7 +455,7 @@ def test_ddp_is_refused_in_place(wrap: Callable[[nn.Module], Any]) -> None:
     model = wrap(net())
     converted = wrap(convert(net()).model)
     record = laws.Record.of(model)
-    message = r"DistributedDataParallel whose reducer keeps the parameters it was built with: {} model\S*\.module, then"
+    message = r"DistributedDataParallel whose reducer refers to the old parameters: {} model\S*\.module, then"
     with pytest.raises(SwapError, match=message.format("convert")):
         convert(model, inplace=True)
     with pytest.raises(SwapError, match=message.format("convert")):
@@ -468,7 +468,7 @@ def test_ddp_is_refused_in_place(wrap: Callable[[nn.Module], Any]) -> None:
 def test_code_that_would_go_stale_is_refused_in_place() -> None:
     # Such a filter drops the guards that would notice; the model would go on as it was.
     blind = torch.compile(net(), backend="eager", options={"guard_filter_fn": lambda guards: [False for _ in guards]})
-    message = r"^model is compiled and told which guards to leave out: convert model\._orig_mod, then compile"
+    message = r"^model is compiled with guard_filter_fn: convert model\._orig_mod, then compile"
     with pytest.raises(SwapError, match=message):
         convert(blind, inplace=True)
     assert type(unwrap(convert(blind).model).bn) is SwitchNorm2d

@@ -1,7 +1,9 @@
-"""Functional sites: the calls of functions that normalize, in the own forward of the module that makes them.
+"""Norm sites: every place where a model normalizes, as facts; what happens to them is decided in `planning`.
 
-A batch_norm call can be rewritten where its owner's forward can. An instance_norm call is named and explained, as is a
-batch_norm call on samples that were folded into the channels: neither has batch statistics to lose.
+A site is a module, or a call of a function such as `F.batch_norm` in the forward of its owner. The facts come from the
+module tree, from a graph of the model and, with example inputs, from one observed forward pass. A batch_norm call can
+be swapped if the forward of its owner can be rewritten. Instance_norm calls, and batch_norm calls on samples folded
+into the channels, have no batch statistics: they are listed with that reason.
 """
 
 import copy
@@ -13,19 +15,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
-from normswap.errors import ModelError
-from normswap.layers.switch_norm import FunctionalSwitchNorm
 from normswap.surgery.arguments import require_type
 from normswap.surgery.discovery.whole_model import (
     ModelFacts,
     Observation,
     Shape,
+    execution_order,
     modules_naming_norms,
     observe_forward,
     read_model_facts,
+    shape_problem,
 )
 from normswap.surgery.graphs.module_trace import ModuleTrace, ModuleTraceCache, mentioned_norm_kinds
 from normswap.surgery.graphs.rewriting import compile_rewritten_forward, is_rewritten, unused_names
@@ -35,12 +36,12 @@ from normswap.surgery.module_tree import (
     ModuleEntry,
     class_name,
     model_training_flags,
-    modules_by_name,
     walk_modules,
 )
-from normswap.surgery.norms.classes import KNOWN_NORMS, NormSpec, NormTable, read_norm, shape_problem
+from normswap.surgery.norms.classes import KNOWN_NORMS, NormSpec, NormTable, read_norm
 from normswap.surgery.norms.functions import (
     call_name,
+    call_tensors,
     is_batch_norm_call,
     is_folded,
     norm_arguments,
@@ -52,29 +53,34 @@ from normswap.surgery.norms.functions import (
 from normswap.surgery.wrappers import check_not_prepared, unwrap
 from normswap.text import join_fqn
 
-# MERGED DOC: `NormSite`: what is known of one place where a model normalizes.
-
-# MERGED DOC: Norm sites: the module tree, a graph and one observed forward pass in one ordered tuple of facts.
-
 
 @dataclass(frozen=True)
 class NormSite:
-    """One place where a model normalizes: a module with all its names, or a functional call and its owner.
+    """One place where a model normalizes: a module, or a call of a function such as `F.batch_norm` and its owner.
 
     Attributes:
-        fqn, aliases: the first name and the others; of a functional site the name that its gates will have.
-        kind, class_name, num_features, eps, momentum: what it is; None or 0 where the place does not tell.
-        frozen: normalizes with running statistics in training too.
-        kept_in_evaluation: the model's own `train()` leaves it in evaluation.
-        trainable: some parameter of its own requires a gradient, or it has none of its own.
-        registered: its tensors are in the model's state dict (false: held in a Python container only).
-        owner: fqn of the module whose forward calls a function that normalizes; None for a module site.
+        fqn, aliases: the first name and the others; for a functional site, the names that its new layer will have.
+        kind, class_name, num_features, eps, momentum: the kind, the class or function, and its values; None or 0 if
+            they are unknown. `num_features` is the number of channels.
+        frozen: it normalizes with running statistics also in training.
+        kept_in_evaluation: the model's own `train()` leaves it in evaluation mode.
+        trainable: one of its own parameters requires a gradient, or it has none.
+        registered: its tensors are in the model's state dict; false if only a Python container refers to the module.
+        synchronize: it uses the joint batch of all processes in training (SyncBatchNorm).
+        owner: the fqn of the module whose forward makes the call; None for a module site.
         shapes: distinct input shapes (N, C, *spatial) in the observed pass, None without one.
-        calls: calls per forward pass in evaluation, None if not observed.
-        order: place in the order of execution, None if it was not seen to run.
-        producer: module or function whose output it reads, where known.
-        seen_by: what told the order: "forward pass", "symbolic trace", or "module tree" where it was not seen to run.
+        calls: the number of calls per forward pass in evaluation mode, None if not observed.
+        order: its place in the order of execution, None if it was not seen to run.
+        producer: the module or function whose output is its input, if known.
+        seen_by: the source of `order`: "forward pass", "symbolic trace", or "module tree" if it was not seen to run.
         problem: why it cannot be swapped, or None.
+
+    Examples:
+        >>> import torch, normswap
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))
+        >>> (site,) = normswap.find_norm_sites(model, torch.randn(2, 3, 16, 16))
+        >>> site.num_features, site.positions
+        (8, 196)
     """
 
     fqn: str
@@ -97,9 +103,11 @@ class NormSite:
     seen_by: str = "module tree"
     problem: str | None = None
 
+    __module__ = "normswap"
+
     @property
     def positions(self) -> int | None:
-        """Smallest number of spatial positions per sample that was fed, None where nothing was."""
+        """The smallest number of spatial positions per sample in `shapes`, None if no input was observed."""
         return min((_positions(shape) for shape in self.shapes), default=None) if self.shapes else None
 
 
@@ -107,35 +115,26 @@ def _positions(shape: Shape) -> int:
     return int(torch.Size(shape[2:]).numel())
 
 
-def execution_order(
-    entry: ModuleEntry, facts: GraphFacts | None, observation: Observation | None
-) -> tuple[int | None, str]:
-    """When the site runs and what told so; the forward pass knows better than the graph."""
-    if observation is not None and entry.names[0] in observation.order:
-        return observation.order[entry.names[0]], "forward pass"
-    traced_order = (
-        [facts.order.index(name) for name in entry.names if name in facts.order] if facts and not observation else []
-    )
-    return (traced_order[0], "symbolic trace") if traced_order else (None, "module tree")
-
+# --- functional sites -------------------------------------------------------------------------------------------------
 
 _FUNCTIONS = {"bn": "torch.nn.functional.batch_norm", "in": "torch.nn.functional.instance_norm"}
 _CHILD_NAMES = {"bn": "batch_norm", "in": "instance_norm"}
 _NO_BATCH_STATISTICS = (
-    "has no batch statistics to lose at small batches: stays as it is, since of other kinds only modules are swapped "
-    "(use nn.InstanceNorm and kinds=('bn', 'in') to have it swapped)"
+    "has no batch statistics, so small batches do not harm it: left as it is; to swap it, use the module "
+    "nn.InstanceNorm2d in place of the call, and kinds=('bn', 'in')"
 )
 _TRACKED = (
-    "instance_norm with running statistics uses each sample's own in training and the running ones in evaluation, and "
-    "no mix of SN does both: stays as it is"
+    "instance_norm with running statistics uses those of each sample in training and the running ones in evaluation, "
+    "which no mix of branches computes: left as it is"
 )
-_FOLDED = f"a call on samples folded into the channels normalizes each by itself, and {_NO_BATCH_STATISTICS}"
+_FOLDED = f"the samples are folded into the channels, so each is normalized by itself: {_NO_BATCH_STATISTICS}"
 
 
 def calls_norm_function(module: nn.Module, traces: ModuleTraceCache, *, was_run: bool) -> bool:
-    """Ask the own forward of a suspected module; where it cannot be traced, its code, so that a call in it is not lost.
+    """Whether the own forward of `module` calls a function that normalizes, by its trace, or else by its code.
 
-    Of one that `ran` a call would have been seen, unless it makes it in training only: the code tells whether to ask.
+    Args:
+        was_run: `module` ran in the observed pass, which shows all calls except those that it makes in training only.
     """
     if type(module).__module__.startswith("torch.nn."):
         return False
@@ -152,11 +151,11 @@ def calls_norm_function(module: nn.Module, traces: ModuleTraceCache, *, was_run:
 def functional_sites(
     entry: ModuleEntry, facts: GraphFacts | None, observation: Observation | None, traces: ModuleTraceCache
 ) -> list[NormSite]:
-    """One site per call in the owner's own forward, or one of each kind with a problem if that is unreadable."""
+    """One site per call in the owner's own forward, or one per kind with a problem if that cannot be traced."""
     own = traces.get(entry.module)
     if own.evaluation:
         kinds = {kind for kind in _CHILD_NAMES if norm_nodes(own.evaluation, kind)}
-        # What else was seen is a kernel, computed into a new tensor, or a call that the graph does not show.
+        # Other observed calls normalize a kernel that was computed into a new tensor, or are not in the graph.
         kernels = any(map(is_batch_norm_call, own.evaluation.nodes))
         kinds |= set() if kernels else _observed_kinds(entry, observation)
     else:
@@ -170,11 +169,7 @@ def functional_sites(
 
 
 def _observed_kinds(entry: ModuleEntry, observation: Observation | None) -> set[str]:
-    return {kind for kind in _CHILD_NAMES if observation and entry.names[0] in _observed_calls(kind, observation)}
-
-
-def _observed_calls(kind: str, observation: Observation) -> dict[str, list[Shape]]:
-    return observation.functional if kind == "bn" else observation.instance
+    return {kind for kind in _CHILD_NAMES if observation and entry.names[0] in observation.functional_calls(kind)}
 
 
 def _functional_sites_of_kind(
@@ -212,8 +207,8 @@ def _functional_sites_of_kind(
 
 
 def _observed_shapes(kind: str, owner: str, own: ModuleTrace, observation: Observation) -> list[Shape]:
-    """The shapes that were seen, without those of kernels that were computed into new tensors."""
-    shapes = _observed_calls(kind, observation).get(owner, [])
+    """The observed shapes, without those of kernels that were computed into new tensors."""
+    shapes = observation.functional_calls(kind).get(owner, [])
     graph = own.evaluation.nodes if own.evaluation else ()
     calls = [node for node in graph if (call := norm_call(node)) and call.kind == kind]
     if len(shapes) != max(1, observation.runs.get(owner, 0)) * len(calls):
@@ -230,10 +225,10 @@ def _problem_of_owner(
     if own.reason:
         return (
             f"the forward of {type(module).__name__} cannot be rewritten ({own.reason}): move its F.batch_norm call "
-            "into a module of its own, or use nn.BatchNorm"
+            "into a small module, or use nn.BatchNorm"
         )
     if observation and len(observed_shapes) not in (0, max(1, observation.runs.get(owner, 0)) * calls):
-        return "not every F.batch_norm call runs in every pass: move the call into a module of its own"
+        return "not every F.batch_norm call runs in every pass: move the call into a small module"
     if observation and owner in observation.owner_inputs and not isinstance(module, fx.GraphModule):
         return _differs_from_eager(module, own, *observation.owner_inputs[owner])
     return None
@@ -242,7 +237,7 @@ def _problem_of_owner(
 def _kind_and_problem(
     kind: str, node: fx.Node | None, owner: str, shapes: list[Shape], observation: Observation | None
 ) -> tuple[str, str | None]:
-    """What a call is, and why it stays whatever its owner's forward is like."""
+    """The kind of a call, and why it is not swapped whatever the forward of its owner is."""
     if kind == "in":
         tracked = (
             norm_arguments(node).get("running_mean") is not None
@@ -257,7 +252,7 @@ def _kind_and_problem(
 
 
 def _input_is_folded(owner: str, shapes: list[Shape], observation: Observation | None) -> bool:
-    """Say whether every batch that a call was fed was one sample, with all samples' channels of a tensor given."""
+    """Whether every input of a call was one sample (1, N * C, ...), with N and C those of an input of its owner."""
     given = tree_leaves(observation.owner_inputs.get(owner)) if observation else []
     samples = {tuple(leaf.shape[:2]) for leaf in given if isinstance(leaf, Tensor) and leaf.dim() > 2}
     return bool(shapes) and all(
@@ -266,7 +261,7 @@ def _input_is_folded(owner: str, shapes: list[Shape], observation: Observation |
 
 
 def _is_frozen(own: ModuleTrace, index: int) -> bool:
-    """Say whether a call uses the running statistics in both modes, as in a program exported in evaluation."""
+    """Whether a call uses running statistics in both modes, as in a program exported in evaluation mode."""
     if own.training is None or own.evaluation is None:
         return False
     calls = (norm_nodes(graph, "bn")[index] for graph in (own.training, own.evaluation))
@@ -276,7 +271,7 @@ def _is_frozen(own: ModuleTrace, index: int) -> bool:
 def _differs_from_eager(
     module: nn.Module, own: ModuleTrace, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> str | None:
-    """A trace can succeed and be wrong: hold it against the module itself, in both modes, on what it was fed."""
+    """Compare a trace, which can succeed and be wrong, with the module itself, in both modes, on observed inputs."""
 
     def run(forward: Callable[..., Any]) -> Any:
         return forward(module, *copy.deepcopy(args), **copy.deepcopy(kwargs))
@@ -285,78 +280,43 @@ def _differs_from_eager(
     for training in (True, False):
         real, traced = (run_isolated(module, partial(run, forward), training=training) for forward in traces)
         if not outputs_match(real, traced):
-            return "its traced forward differs from the real one: move its F.batch_norm call into a module of its own"
+            return "its traced forward differs from the real one: move its F.batch_norm call into a small module"
     return None
-
-
-def tensors_of_functional_sites(owners: list[tuple[str, nn.Module]], traces: ModuleTraceCache) -> dict[int, str]:
-    """By identity, the tensors that functional sites read, those swapped before included, each with its owner."""
-    owner_by_tensor: dict[int, str] = {}
-    for owner, module in owners:
-        graph = traces.get(module).evaluation
-        for arguments in map(_site_arguments(module), graph.nodes) if graph else ():
-            tensors = [_resolve_get_attr(module, arguments.get(name)) for name in _OWN_TENSORS]
-            owner_by_tensor |= {id(tensor): owner for tensor in tensors if tensor is not None}
-    return owner_by_tensor
-
-
-def _site_arguments(module: nn.Module) -> Callable[[fx.Node], dict[str, Any]]:
-    gates = {name for name, child in module.named_children() if isinstance(child, FunctionalSwitchNorm)}
-
-    def arguments(node: fx.Node) -> dict[str, Any]:
-        if is_batch_norm_call(node):
-            return norm_arguments(node)
-        return node.kwargs if node.op == "call_module" and node.target in gates else {}
-
-    return arguments
-
-
-_OWN_TENSORS = ("running_mean", "running_var", "weight", "bias")
 
 
 def _channels(module: nn.Module, node: fx.Node | None, shapes: list[Shape]) -> int:
     if shapes:
         return shapes[0][1]
-    for name in ("running_mean", "weight"):
-        tensor = _resolve_get_attr(module, norm_arguments(node).get(name)) if node is not None else None
-        if tensor is not None:
-            return tensor.shape[0]
-    return 0
+    tensors = call_tensors(module, node, ("running_mean", "weight"))
+    return tensors[0].shape[0] if tensors else 0
 
 
 def _affine_trainable(module: nn.Module, node: fx.Node | None) -> bool:
-    arguments = norm_arguments(node) if node is not None else {}
-    tensors = [_resolve_get_attr(module, arguments.get(name)) for name in ("weight", "bias")]
-    own = [tensor for tensor in tensors if isinstance(tensor, nn.Parameter)]
+    own = [each for each in call_tensors(module, node, ("weight", "bias")) if isinstance(each, nn.Parameter)]
     return not own or any(tensor.requires_grad for tensor in own)
 
 
-def _resolve_get_attr(module: nn.Module, node: Any) -> Tensor | None:
-    if getattr(node, "op", None) != "get_attr":
-        return None
-    owner, _, name = str(node.target).rpartition(".")
-    found = getattr(modules_by_name(module).get(owner), name, None)
-    return found if isinstance(found, Tensor) else None
+# --- all sites of a model ---------------------------------------------------------------------------------------------
 
 
 def find_norm_sites(
     model: nn.Module, example_inputs: Any = None, *, norms: NormTable = KNOWN_NORMS
 ) -> tuple[NormSite, ...]:
-    """Find every place where `model` normalizes, in order of execution where that is known.
+    """Find every place where `model` normalizes, in order of execution if that is known.
 
     Args:
-        model: any module; it is left as it is. Names are those of the model inside wrappers.
-        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments for one forward pass in
-            evaluation. Without it shapes, calls and modules' real order stay unknown.
-        norms: the table of norm classes, `KNOWN_NORMS` or `KNOWN_NORMS | {TheirNorm: read_batch_norm}`.
+        model: any module; it is not changed. Names are those of the model inside wrappers such as DataParallel.
+        example_inputs: a tensor (N, C, ...), a tuple of positional or a dict of keyword arguments for one forward pass
+            in evaluation mode. Without it the shapes, the calls and the real order are unknown.
+        norms: the table of norm classes: `KNOWN_NORMS`, or `KNOWN_NORMS | {TheirNorm: read_batch_norm}`.
 
     Returns:
-        One `NormSite` per place, with its names, class, channels, shapes and what keeps it from being swapped.
+        One `NormSite` per place, with its names, class, channels and shapes, and why it cannot be swapped, if so.
 
     Raises:
-        ModelError: the forward pass on `example_inputs` failed, or sizes are not settled before one.
+        ModelError: the forward pass on `example_inputs` failed, or a lazy module has no sizes yet.
         SwapError: the model is prepared for quantization.
-        ArgumentError: `model` is no module, or `norms` no table.
+        ArgumentError: `model` is not a module, or `norms` not a table.
 
     Examples:
         >>> import torch, normswap
@@ -371,7 +331,6 @@ def find_norm_sites(
     by_name = {name: entry for entry in entries for name in entry.names}
     observation = None
     if example_inputs is not None:
-        _check_no_lazy_modules(entries)
         observation = observe_forward(model, example_inputs, entries, norms=norms)
     naming_norms = modules_naming_norms(entries, norms)
     model_facts = read_model_facts(
@@ -390,24 +349,24 @@ def find_norm_sites(
     calls = [site for sites in functional.values() for site in sites]
     rewritten = {entry.names[0] for entry in entries if is_rewritten(entry.module)}
     owners_to_read = {site.owner for site in calls if site.owner is not None and not site.problem} | rewritten
-    owner_by_tensor = tensors_of_functional_sites(
-        [(owner, by_name[owner].module) for owner in sorted(owners_to_read)], traces
-    )
+    owner_by_tensor = _owner_by_tensor({owner: by_name[owner].module for owner in sorted(owners_to_read)}, traces)
     modules = [
         _mark_unused_norm(site, by_name[site.fqn].module, owner_by_tensor, facts, observation) for site in modules
     ]
-    # Sites that were seen to run come first, in their order; the others keep the order of the module tree.
+    # Sites that ran come first, in their order; the others keep the order of the module tree.
     all_sites = modules + calls
     return tuple(sorted(all_sites, key=lambda site: (site.order is None, site.order or 0)))
 
 
-def _check_no_lazy_modules(entries: tuple[ModuleEntry, ...]) -> None:
-    """A lazy module settles its sizes in its first forward pass, which must not be this one."""
-    for entry in entries:
-        tensors = (*entry.module._parameters.values(), *entry.module._buffers.values())
-        if any(tensor is not None and is_lazy(tensor) for tensor in tensors):
-            name = entry.names[0] or "the model"
-            raise ModelError(f"{name} ({type(entry.module).__name__}) has no sizes yet: run one forward pass first")
+def _owner_by_tensor(owners: Mapping[str, nn.Module], traces: ModuleTraceCache) -> dict[int, str]:
+    """The owner of each tensor, by id, that a batch_norm call reads, also one that was swapped before."""
+    found: dict[int, str] = {}
+    for owner, module in owners.items():
+        graph = traces.get(module).evaluation
+        for node in graph.nodes if graph else ():
+            if norm_call(node) is None or is_batch_norm_call(node):
+                found |= {id(tensor): owner for tensor in call_tensors(module, node)}
+    return found
 
 
 def _owners(
@@ -417,10 +376,10 @@ def _owners(
     observation: Observation | None,
     traces: ModuleTraceCache,
 ) -> tuple[str, ...]:
-    """The first names of the modules that call a function that normalizes, in either mode."""
+    """The first names of the modules that call a function that normalizes, in training or in evaluation."""
     owners = [by_name[owner].names[0] for owner in model_facts.owners]
     owners += [*observation.functional, *observation.instance] if observation else []
-    # Whatever a trace did not pass through is asked itself.
+    # Modules outside the trace of the whole model are traced by themselves.
     not_traced = [entry for entry in naming_norms if model_facts.entered.isdisjoint(entry.names)]
     was_run = observation.runs if observation else {}
     owners += [p.names[0] for p in not_traced if calls_norm_function(p.module, traces, was_run=p.names[0] in was_run)]
@@ -466,10 +425,10 @@ def _has_statistics(module: nn.Module) -> bool:
 
 
 def _kept_in_training(name: str, spec: NormSpec, flags: ModelTrainingFlags | None) -> str | None:
-    """Own code that keeps norms in training does so by their class, which a conversion changes."""
+    """A model that leaves norms in training mode finds them by their class, which a conversion changes."""
     if flags is None or spec.kind != "bn" or spec.frozen or not flags.evaluation[name]:
         return None
-    return "stays in training in the model's own eval(), which uses batch statistics there: not converted"
+    return "the model's own eval() leaves it in training mode, so it uses batch statistics there: left as it is"
 
 
 def _mark_unused_norm(
@@ -479,12 +438,12 @@ def _mark_unused_norm(
     facts: GraphFacts | None,
     observation: Observation | None,
 ) -> NormSite:
-    """A norm that never runs, but whose tensors a functional site reads: gates of its own would be dead."""
+    """Give a norm a problem if it never runs and a functional site reads its tensors: its gates would not be used."""
     tensors = (*module._parameters.values(), *module._buffers.values())
     owner = next((owner_by_tensor[id(tensor)] for tensor in tensors if id(tensor) in owner_by_tensor), None)
     if owner is None or site.problem or site.order is not None or (facts is None and observation is None):
         return site
     return replace(
         site,
-        problem=f"does not run, but holds the tensors of a batch_norm call in {owner or 'the model'}: that is the site",
+        problem=f"does not run; the batch_norm call in {owner or 'the model'} uses its tensors and is the site",
     )

@@ -1,23 +1,27 @@
-"""One forward pass, watched: which modules ran, on what shapes, in which order, and who normalized by a function.
+"""Facts on a whole model: one observed forward pass, and a graph that agrees with it.
 
-Runs in evaluation without gradients, on the model as it is; flags, buffers, attributes, hooks and the random state
-are put back. It knows what tracing cannot: real shapes, real calls, modules that are in no registry. The model's own
-error is passed on with the module that raised it and the shapes that were fed.
+The observed pass runs in evaluation mode without gradients and restores flags, buffers, attributes, hooks and the
+random state. It shows real shapes, real calls and modules that are in no registry. A graph shows which function made
+an input, and which modules call functions that normalize: by symbolic tracing, else by `torch.export`. Without a graph
+that agrees with the pass, the pass alone counts, and without example inputs the module tree.
 """
 
-from collections.abc import Callable, Iterator, MutableMapping
+import logging
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from normswap.errors import ModelError
 from normswap.layers.in_place import shallow_copy
+from normswap.layers.switch_norm import SwitchNormAct
 from normswap.model_state import call_model, preserved_state, registered_hooks, seeded, training_flags
 from normswap.surgery.arguments import describe_inputs, describe_shapes
 from normswap.surgery.graphs.exported_program import export_facts
@@ -33,25 +37,29 @@ from normswap.surgery.graphs.tracing import (
 )
 from normswap.surgery.model_outputs import flatten_leaves
 from normswap.surgery.module_tree import ModuleEntry, modules_by_name, walk_modules
-from normswap.surgery.norms.classes import KNOWN_NORMS, NormTable, is_norm_layer
+from normswap.surgery.norms.classes import KNOWN_NORMS, NormSpec, NormTable, is_norm_layer
 from normswap.surgery.norms.functions import NORM_CALLS, NormCall
 from normswap.text import first_line
 
-# MERGED DOC: Which path tells about a whole model: symbolic tracing, else `torch.export`, else the forward pass alone.
-
+_logger = logging.getLogger(__name__)
 
 Shape = tuple[int, ...]
 
 
 @dataclass
 class Observation:
-    """What one forward pass showed, by first name of each module.
+    """One observed forward pass; modules are named by their first name.
 
-    `shapes` holds the input shapes of norm layers, call by call; `producers` the module or function that made it;
-    `functional` the input shapes of batch_norm calls on activations by the module that made them, `instance` those of
-    instance_norm and `tracked` who gave it running statistics; `runs` how often each module ran and `owner_inputs` what
-    the first run with such a call was given; `calls` the norm layers and owners as they normalized, call by call, and
-    `order` as they first did; `outputs` paths and leaves of what the model returned.
+    Attributes:
+        calls: the norm layers, and the owners of calls of functions that normalize, call by call.
+        order: the same without repetition, each with its position.
+        shapes: the input shapes of each norm layer, call by call.
+        producers: the module or function whose output is the input of a norm layer.
+        functional, instance: the input shapes of batch_norm and instance_norm calls on activations, by owner.
+        tracked: the owners of instance_norm calls with running statistics.
+        runs: how often each module ran.
+        owner_inputs: the arguments of the first run of an owner.
+        outputs: paths and leaves of the output of the model.
     """
 
     calls: list[str] = field(default_factory=list)
@@ -65,6 +73,10 @@ class Observation:
     owner_inputs: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)
     outputs: list[Any] = field(default_factory=list)
 
+    def functional_calls(self, kind: str) -> dict[str, list[Shape]]:
+        """Return the input shapes of the calls of functions of `kind` (`bn` or `in`), by owner."""
+        return self.functional if kind == "bn" else self.instance
+
 
 @dataclass
 class _Call:
@@ -74,14 +86,14 @@ class _Call:
 
 
 class _ForwardRecorder(TorchFunctionMode):
-    """Keeps the stack of running modules and takes notes; also sees calls of torch's functions."""
+    """Records the pass: hooks keep the stack of running modules, and the mode sees calls of torch functions."""
 
     def __init__(self, model: nn.Module, norms: NormTable) -> None:
         super().__init__()
         self.observation = Observation()
         self.stack: list[_Call] = []
         self._norms = norms
-        # By the storage object, not its address: those of meta tensors and of empty ones are all 0.
+        # By the storage object, not its address, which is 0 for all meta tensors and empty tensors.
         self._parameter_storages = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
         self._producers: MutableMapping[Tensor, str] = WeakIdKeyDictionary()
 
@@ -101,7 +113,7 @@ class _ForwardRecorder(TorchFunctionMode):
 
     def make_post_hook(self, entry: ModuleEntry) -> Callable[..., None]:
         def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-            # A child that failed and was caught is still on top.
+            # A child whose error the model caught is still on top.
             while any(call.entry is entry for call in self.stack):
                 self.stack.pop()
             if isinstance(output, Tensor):
@@ -123,8 +135,7 @@ class _ForwardRecorder(TorchFunctionMode):
         if x.untyped_storage()._cdata in self._parameter_storages:
             return
         name = owner.entry.names[0]
-        shapes_by_owner = self.observation.functional if call.kind == "bn" else self.observation.instance
-        shapes_by_owner.setdefault(name, []).append(tuple(x.shape))
+        self.observation.functional_calls(call.kind).setdefault(name, []).append(tuple(x.shape))
         if call.kind == "in" and arguments.get("running_mean") is not None:
             self.observation.tracked.add(name)
         self._record_norm_call(name)
@@ -138,11 +149,12 @@ class _ForwardRecorder(TorchFunctionMode):
 def observe_forward(
     model: nn.Module, example_inputs: Any, entries: tuple[ModuleEntry, ...], *, norms: NormTable = KNOWN_NORMS
 ) -> Observation:
-    """Run `model` once on `example_inputs` (tensor, tuple or dict) and return what was seen.
+    """Run `model` once on `example_inputs` (tensor, tuple or dict) and return what happened.
 
     Raises:
-        ModelError: the forward pass failed.
+        ModelError: a module is lazy, or the forward pass failed; the message names the module and its input shapes.
     """
+    _check_no_lazy_modules(entries)
     recorder = _ForwardRecorder(model, norms)
     modules = [entry.module for entry in entries]
     with (
@@ -160,9 +172,18 @@ def observe_forward(
     return recorder.observation
 
 
+def _check_no_lazy_modules(entries: tuple[ModuleEntry, ...]) -> None:
+    """Refuse lazy modules: their first forward pass fixes their sizes, and it must not be the observed one."""
+    for entry in entries:
+        tensors = (*entry.module._parameters.values(), *entry.module._buffers.values())
+        if any(tensor is not None and is_lazy(tensor) for tensor in tensors):
+            name = entry.names[0] or "the model"
+            raise ModelError(f"{name} ({type(entry.module).__name__}) is lazy and has no sizes yet: run it once first")
+
+
 def _hook_registrations(recorder: _ForwardRecorder, entries: tuple[ModuleEntry, ...]) -> Iterator[Callable[[], Any]]:
     for entry in entries:
-        if not isinstance(entry.module, torch.jit.ScriptModule):  # those take no hooks
+        if not isinstance(entry.module, torch.jit.ScriptModule):  # does not support these hooks
             yield _pre_hook(recorder, entry)
             yield _post_hook(recorder, entry)
 
@@ -181,8 +202,39 @@ def _error_message(recorder: _ForwardRecorder, inputs: Any, error: Exception) ->
     if recorder.stack:
         call = recorder.stack[-1]
         name = call.entry.names[0] or "the model"
-        where = f"{name} ({type(call.entry.module).__name__}, fed {describe_shapes((call.args, call.kwargs))})"
+        shapes = describe_shapes((call.args, call.kwargs))
+        where = f"{name} ({type(call.entry.module).__name__}, with an input of {shapes})"
     return f"the model fails on an input of {describe_inputs(inputs)}, in {where}: {first_line(error)}"
+
+
+def shape_problem(spec: NormSpec, shapes: Sequence[tuple[int, ...]]) -> str | None:
+    """Return why a norm with inputs of these shapes cannot become its target, or None."""
+    ranks = spec.target._ranks if spec.target is not None else ()
+    # Two dimensions are (N, C) for a SwitchNorm1d, and (C, L) without a batch for an InstanceNorm1d.
+    wrong = next((s for s in shapes if (ranks and len(s) not in ranks) or (spec.kind == "in" and len(s) < 3)), None)
+    if wrong is None:
+        return None
+    shape = "x".join(map(str, wrong))
+    if ranks and len(wrong) > ranks[0]:
+        any_rank = "SwitchNormAct" if issubclass(spec.target, SwitchNormAct) else "SwitchNorm"  # type: ignore[arg-type]
+        accepted = " or ".join(f"{rank}-D" for rank in ranks)
+        return (
+            f"has an input of {shape}, and the target of its reader in norms= takes {accepted} input: register it with "
+            f"target={any_rank}, which takes any rank"
+        )
+    return f"has an input of {shape}, and Switchable Normalization takes (N, C, *spatial): add the batch dimension"
+
+
+def execution_order(
+    entry: ModuleEntry, facts: GraphFacts | None, observation: Observation | None
+) -> tuple[int | None, str]:
+    """Return the place of a site in the order of execution, and its source; a forward pass wins over a graph."""
+    if observation is not None and entry.names[0] in observation.order:
+        return observation.order[entry.names[0]], "forward pass"
+    traced_order = (
+        [facts.order.index(name) for name in entry.names if name in facts.order] if facts and not observation else []
+    )
+    return (traced_order[0], "symbolic trace") if traced_order else (None, "module tree")
 
 
 SYMBOLIC_TRACE, EXPORT, FORWARD_PASS, MODULE_TREE = "symbolic trace", "torch.export", "forward pass", "module tree"
@@ -190,12 +242,12 @@ SYMBOLIC_TRACE, EXPORT, FORWARD_PASS, MODULE_TREE = "symbolic trace", "torch.exp
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What is known of a whole model besides its modules.
+    """What a graph of a whole model shows.
 
     Attributes:
-        path: the first that served: `symbolic trace`, `torch.export`, `forward pass`, or `module tree` if none did.
-        reasons: why those before it did not, by path; empty where they were not needed.
-        facts: what its graph tells of evaluation, None where there is none to be believed.
+        path: the first source that could be used: `symbolic trace`, `torch.export`, `forward pass` or `module tree`.
+        reasons: why the sources before it could not be used, by path; empty if none was needed.
+        facts: what the graph in evaluation mode shows, None without a graph.
         owners: the modules that call a function that normalizes, in either mode, by the names of the graphs.
         entered: the names of the modules that were traced through in both modes.
     """
@@ -208,12 +260,12 @@ class ModelFacts:
 
     @property
     def reason(self) -> str:
-        """Why the paths before did not serve, in one line; empty where the first one did."""
+        """Why the sources before could not be used, in one line; empty if the first one could."""
         return "; ".join(f"{path}: {reason}" for path, reason in self.reasons)
 
 
 def tracing_path(model: nn.Module, example_inputs: Any = None, *, norms: NormTable = KNOWN_NORMS) -> ModelFacts:
-    """Return which path tells about `model`, why those before it do not, and what it tells. The model is left as it is.
+    """Return the facts on `model`, their source, and why better sources could not be used; `model` is not changed.
 
     Raises:
         ModelError: the forward pass on `example_inputs` failed.
@@ -231,7 +283,7 @@ def tracing_path(model: nn.Module, example_inputs: Any = None, *, norms: NormTab
 
 
 def modules_naming_norms(entries: tuple[ModuleEntry, ...], norms: NormTable) -> tuple[ModuleEntry, ...]:
-    """Return the modules, norm layers apart, whose own code names a function that normalizes."""
+    """Return the modules, except norm layers, whose own code names a function that normalizes."""
     return tuple(p for p in entries if not is_norm_layer(p.module, norms) and mentions_norm_function(p.module))
 
 
@@ -244,11 +296,11 @@ def read_model_facts(
     *,
     names_norm_functions: bool,
 ) -> ModelFacts:
-    """Take the first path whose graph can be believed.
+    """Return the facts from the first source whose graph agrees with the observed pass.
 
     Args:
-        seen: the pass on `example_inputs`, None without one.
-        asked: some code of the model names a function that normalizes.
+        observation: the pass on `example_inputs`, None without one.
+        names_norm_functions: the code of some module names a function that normalizes.
     """
     first_names = {name: entry.names[0] for entry in entries for name in entry.names}
     by_name = modules_by_name(model)
@@ -262,7 +314,7 @@ def read_model_facts(
     if observation is not None and not names_norm_functions:
         return ModelFacts(FORWARD_PASS)
     evaluation = trace_model(model, training=False, norms=norms)
-    # The trace in training tells only of functions that normalize.
+    # The trace in training is needed only to find calls of functions that normalize.
     training = trace_model(model, training=True, norms=norms) if names_norm_functions else Trace(None)
     facts = [read_graph(trace.graph, is_norm_fqn) for trace in (evaluation, training) if trace.graph is not None]
     trace_problem = evaluation.reason
@@ -273,11 +325,12 @@ def read_model_facts(
             and _has_new_producers(facts[0], observation, first_names)
             and _outputs_differ(model, evaluation, example_inputs, observation)
         ):
-            trace_problem = "its graph gives other outputs than the model"
+            trace_problem = "the outputs of its graph differ from those of the model"
     if trace_problem is None:
         owners = [owner for found in facts for owner in found.functional_owners]
         entered = evaluation.entered | training.entered if training.graph is not None else frozenset()
         return ModelFacts(SYMBOLIC_TRACE, (), facts[0], tuple(owners), entered)
+    _logger.debug("no symbolic trace of %s: %s", type(model).__name__, trace_problem)
     reasons = ((SYMBOLIC_TRACE, trace_problem),)
     if observation is None:
         return ModelFacts(MODULE_TREE, reasons, None, facts[0].functional_owners if facts else ())
@@ -285,16 +338,17 @@ def read_model_facts(
     export_problem = exported if isinstance(exported, str) else _call_mismatch(exported, observation, first_names)
     if isinstance(exported, GraphFacts) and export_problem is None:
         return ModelFacts(EXPORT, reasons, exported, exported.functional_owners)
+    _logger.debug("no export of %s: %s", type(model).__name__, export_problem)
     return ModelFacts(FORWARD_PASS, (*reasons, (EXPORT, str(export_problem))))
 
 
 def _call_mismatch(
     facts: GraphFacts, observation: Observation, first_names: dict[str, str], entered: frozenset[str] | None = None
 ) -> str | None:
-    """Say how the calls of a graph differ from those that were seen, None where they do not.
+    """Return how the calls of a graph differ from the observed ones, or None.
 
-    Left out are the modules that the graph did not enter, and those that normalize kernels, which the pass cannot
-    always tell from activations.
+    Modules that the graph did not enter are left out, and modules that normalize kernels, which the pass cannot always
+    distinguish from activations.
     """
     kernels = {first_names.get(name, name) for name in facts.kernel_owners}
     owners = {*observation.functional, *observation.instance}
@@ -307,18 +361,19 @@ def _call_mismatch(
     if graph_calls == observed_calls:
         return None
     if len(graph_calls) != len(observed_calls):
-        return f"its graph normalizes {len(graph_calls)}x where the forward pass did {len(observed_calls)}x"
+        return f"its graph has {len(graph_calls)} calls that normalize, the forward pass {len(observed_calls)}"
     traced_name, observed_name = next((a, b) for a, b in zip(graph_calls, observed_calls, strict=True) if a != b)
-    return f"its graph normalizes in {traced_name or 'the model'} where the forward pass did in {observed_name or 'the model'}"
+    traced_name, observed_name = traced_name or "the model", observed_name or "the model"
+    return f"its graph normalizes in {traced_name}, the forward pass at that point in {observed_name}"
 
 
 def _has_new_producers(facts: GraphFacts, observation: Observation, first_names: dict[str, str]) -> bool:
-    """Say whether a graph tells a producer that the pass did not show: only then is it worth another pass."""
+    """Whether a graph names a producer that the pass did not show: only then is a comparison worth another pass."""
     return any(first_names.get(name, name) not in observation.producers for name in facts.producers)
 
 
 def _outputs_differ(model: nn.Module, trace: Trace, example_inputs: Any, observation: Observation) -> bool:
-    """Say whether a trace, run on the model's own modules and tensors, gives other outputs than were seen."""
+    """Whether a trace, run on the model's own modules and tensors, gives other outputs than the observed pass."""
     assert trace.graph is not None
     module_copy = shallow_copy(model)
     vars(module_copy).update(trace.constants)

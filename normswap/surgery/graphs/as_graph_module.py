@@ -1,11 +1,12 @@
-"""The whole of a converted model as one `GraphModule` that still obeys `train()` and `eval()`.
+"""A whole converted model as one `GraphModule` that obeys `train()` and `eval()`.
 
-Two traces, in training and in evaluation, must be one graph: where they differ in a flag, the flag is read from a
-child when it runs. Where they differ in structure, the modules whose own forward does so stay whole, as leaves; where
-the trace fails, so do all modules without norm sites. Optional arguments that decide what runs keep their defaults.
+The traces in training and in evaluation mode are merged into one graph. A flag that differs is read from a child at run
+time. Modules whose own forward has another structure in training become leaves, and if the trace still fails, so do all
+modules without norm sites. Optional arguments that decide what runs keep their defaults.
 """
 
 import copy
+import logging
 from contextlib import redirect_stderr
 from functools import partial
 from io import StringIO
@@ -22,36 +23,40 @@ from normswap.surgery.graphs.tracing import copy_for_tracing, outputs_match, run
 from normswap.surgery.module_tree import modules_by_name
 from normswap.text import first_line, join_fqn
 
+_logger = logging.getLogger(__name__)
+
 _FLAG = "_training_flag"
 
 
 class TrainingFlag(nn.Module):
-    """Returns its own training flag, so that a graph can read the mode instead of freezing it."""
+    """Returns its own training flag, so that a graph can read the mode at run time."""
 
     def forward(self) -> bool:
-        """Return whether the model is in training."""
+        """Return True in training mode."""
         return self.training
 
 
 def to_graph_module(model: nn.Module, example_inputs: Any = None) -> fx.GraphModule:
-    """Return `model`, converted, as a GraphModule on the same submodules, parameters, buffers and hooks.
+    """Return the converted `model` as a GraphModule with the same submodules, parameters, buffers and hooks.
 
     Args:
-        example_inputs: held against the model itself on these, in both modes; a wrong trace is noticed only so.
+        example_inputs: compare the graph with the model on these, in both modes; without them a trace that differs from
+            the model is not noticed.
 
     Raises:
-        SwapError: it cannot be traced, or only wrongly, or does different things in training and in evaluation.
+        SwapError: the model cannot be traced, its trace differs from it, or training and evaluation cannot be merged.
     """
     if isinstance(model, fx.GraphModule):
         return model
     if isinstance(model, GatedModule):
-        raise SwapError(f"{type(model).__name__} is a single norm layer, not a model to be made one graph")
+        raise SwapError(f"{type(model).__name__} is a single norm layer and has no graph: convert without as_graph")
     options = control_flow_options(model)
     reason = ""
     for leaves in (_is_leaf, _is_leaf_or_mode_dependent, _is_leaf_mode_dependent_or_without_sites):
         try:
             graph_module = _graph_module(model, leaves, options)
         except Exception as error:  # noqa: BLE001 - the copy and the model's state are the user's code
+            _logger.debug("a graph of %s was dropped: %s", type(model).__name__, first_line(error))
             reason = reason or first_line(error)
             continue
         if example_inputs is None or _is_equivalent(model, graph_module, example_inputs):
@@ -63,7 +68,7 @@ def to_graph_module(model: nn.Module, example_inputs: Any = None) -> fx.GraphMod
 def _is_equivalent(model: nn.Module, graph_module: fx.GraphModule, inputs: Any) -> bool:
     for training in (True, False):
         runs = [(module, partial(call_model, module, copy.deepcopy(inputs))) for module in (model, graph_module)]
-        with redirect_stderr(StringIO()):  # where a GraphModule prints its code when it raises
+        with redirect_stderr(StringIO()):  # a GraphModule prints its code there when it raises
             outputs = [run_isolated(module, run, training=training) for module, run in runs]
         if not outputs_match(*outputs):
             return False
@@ -71,7 +76,7 @@ def _is_equivalent(model: nn.Module, graph_module: fx.GraphModule, inputs: Any) 
 
 
 def _is_leaf(module: nn.Module) -> bool:
-    """Gates read their mode when they run; a hook is called by its module, not by the graph."""
+    """Gates read their mode at run time, and a hook is called by its module, not by a graph."""
     return isinstance(module, GatedModule) or bool(module._forward_hooks or module._forward_pre_hooks)
 
 
@@ -84,7 +89,7 @@ def _is_leaf_mode_dependent_or_without_sites(module: nn.Module) -> bool:
 
 
 def _is_mode_dependent(module: nn.Module) -> bool:
-    """Say whether the module's own forward cannot be one graph for both modes."""
+    """Whether the own forward of `module` has no single graph for both modes."""
     if type(module).__module__.startswith("torch.nn."):
         return False
     own = trace_module_forward(module)
@@ -98,7 +103,7 @@ def _operations(graph: fx.Graph) -> list[tuple[Any, ...]]:
 
 
 def _merge(training: fx.Graph, evaluation: fx.Graph) -> fx.Graph:
-    """Return the evaluation graph with every flag that differs in training read at run time, where its owner has it."""
+    """Return the graph of evaluation, in which every flag that differs in training is read from its owner."""
     if _operations(training) != _operations(evaluation):
         raise SwapError("training and evaluation run different operations")
     flags: dict[str, fx.Node] = {}
@@ -118,7 +123,7 @@ def _merge(training: fx.Graph, evaluation: fx.Graph) -> fx.Graph:
 
 
 def _caller(node: fx.Node) -> str:
-    """The module whose forward made the node, and whose flag it was that the node was given."""
+    """The module whose forward made the node, and whose training flag the node received."""
     stack = [name for name, _ in (node.meta.get("nn_module_stack") or {}).values()]
     callers = stack[:-1] if node.op == "call_module" else stack
     return str(callers[-1]) if callers else ""
@@ -142,7 +147,7 @@ def _with_flags(training: Any, evaluation: Any, read_flag: Any) -> Any:
 
 
 def _graph_module(model: nn.Module, leaves: Any, options: dict[str, Any]) -> fx.GraphModule:
-    """Build on the model's own objects; constants that tracing made exist on the twins only."""
+    """Build a GraphModule on the model's own objects; constants that tracing created are taken from the copies."""
     copies, graphs = [], []
     for training in (True, False):
         copies.append(copy_for_tracing(model))
@@ -162,10 +167,10 @@ def _graph_module(model: nn.Module, leaves: Any, options: dict[str, Any]) -> fx.
         elif node.op == "get_attr":
             root[target] = getattr(own[owner], name) if hasattr(own.get(owner), name) else _constant(copies, name)
     module = fx.GraphModule(root, graph, type(model).__name__)
-    # Hooks of the model itself: the registries, so that a handle still removes its hook.
+    # The same hook registries as the model's, so that a handle still removes its hook.
     module.__dict__.update({name: value for name, value in vars(model).items() if name.endswith(("_hooks", "_hook"))})
     for name, made in module.named_modules():
-        if name not in own or made is not own[name]:  # those that FX made on the way to others, and our flags
+        if name not in own or made is not own[name]:  # containers that FX created, and the flags
             made.training = own[name.removesuffix(_FLAG).removesuffix(".")].training
     return module
 

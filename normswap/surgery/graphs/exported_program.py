@@ -1,7 +1,8 @@
-"""An exported program around a conversion: the module to convert, and the converted module exported again.
+"""`torch.export`: facts from the graph of a model, and programs that are converted and exported again.
 
-It is exported on the inputs that the program carries, with those dimensions free that were free before, and held
-against the original once it is written. What cannot be exported alike is refused.
+`torch.export` runs the real code on tensors without data, and is the second source of facts after symbolic tracing. A
+converted program is exported on the example inputs of the original with the same dynamic dimensions, and compared with
+the original. If its signature would differ, it is refused.
 """
 
 import logging
@@ -26,11 +27,11 @@ from normswap.surgery.model_outputs import relative_l2
 from normswap.surgery.norms.functions import norm_arguments, norm_call, reads_activation
 from normswap.text import first_line
 
-# MERGED DOC: `torch.export` as the second way to know a whole model: it runs the real code on tensors without data.
+# --- facts from a graph -----------------------------------------------------------------------------------------------
 
 
 def export_facts(model: nn.Module, example_inputs: Any, is_norm_fqn: Callable[[str], bool]) -> GraphFacts | str:
-    """Export `model` in evaluation on `example_inputs` and read its graph, or return the reason why it cannot be."""
+    """Export `model` in evaluation mode and return the facts in its graph, or the reason why that failed."""
     args, kwargs = call_arguments(example_inputs)
     with preserved_state(model.modules()), seeded(0), suppress_output():
         try:
@@ -38,19 +39,19 @@ def export_facts(model: nn.Module, example_inputs: Any, is_norm_fqn: Callable[[s
             with training_flags(module_copy.modules(), training=False):
                 program = torch.export.export(module_copy, args, kwargs, strict=False)
             return read_program(program, is_norm_fqn)
-        except Exception as error:  # noqa: BLE001 - it runs the user's code, and fails in many ways of its own
+        except Exception as error:  # noqa: BLE001 - it runs the user's code, and raises many errors of its own
             return f"{type(error).__name__}: {first_line(error)}"
 
 
 def read_program(program: torch.export.ExportedProgram, is_norm_fqn: Callable[[str], bool]) -> GraphFacts:
-    """Read calls, producers and owners of functional calls off an exported program."""
+    """Return the calls, producers and owners of functional calls in an exported program."""
     user_inputs = frozenset(
         spec.arg.name for spec in program.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT
     )
     calls: list[str] = []
     producers: dict[str, str] = {}
     owners: dict[bool, list[str]] = {True: [], False: []}
-    current_layer = None  # the call of a norm layer that the nodes belong to
+    current_layer = None  # the call of a norm layer that the current nodes belong to
     for node in (node for node in program.graph.nodes if node.op == "call_function"):
         stack = _module_stack(node)
         layer = next((key for key, fqn in stack.items() if is_norm_fqn(fqn)), None)
@@ -69,18 +70,18 @@ def read_program(program: torch.export.ExportedProgram, is_norm_fqn: Callable[[s
 
 
 def _module_stack(node: fx.Node) -> dict[str, str]:
-    """The modules whose code made a node, the root first: by call, which tells two of one module apart, their names."""
+    """The names of the modules whose code made a node, the root first; the keys distinguish calls of one module."""
     stack = node.meta.get("nn_module_stack") or {"": ("", None)}
     return {key: _strip_call_index(name) for key, (name, _) in stack.items()}
 
 
 def _strip_call_index(name: str) -> str:
-    """The name of a module in a stack; from its second call on torch adds the number of the call."""
+    """Remove the number of the call, which torch adds to the name of a module from the second call on."""
     return re.sub(r"@\d+$", "", name)
 
 
 def _record_producer(node: fx.Node, layer: str, user_inputs: frozenset[str], producers: dict[str, str]) -> None:
-    """Note which module or function made the activation that comes into a norm layer, once that is read."""
+    """Record the module or function whose output is the input of a norm layer, at the node that reads it."""
     outer_inputs = [
         read for read in node.all_input_nodes if layer not in _module_stack(read) or read.op == "placeholder"
     ]
@@ -90,7 +91,7 @@ def _record_producer(node: fx.Node, layer: str, user_inputs: frozenset[str], pro
 
 
 def _producer_name(source: fx.Node) -> str:
-    """A layer of torch is named, as in a symbolic trace, where it is a leaf; of other code the function."""
+    """The name of a layer of torch, which is a leaf of a symbolic trace; for other code, the function."""
     name, cls = list((source.meta.get("nn_module_stack") or {"": ("", "")}).values())[-1]
     if source.op != "placeholder" and str(cls).startswith("torch.nn.modules."):
         return _strip_call_index(name)
@@ -100,7 +101,7 @@ def _producer_name(source: fx.Node) -> str:
 
 @contextmanager
 def suppress_output() -> Iterator[None]:
-    """Keep in what torch logs, warns of and prints while it exports, saves or loads."""
+    """Suppress logs, warnings and prints of torch while it exports, saves or loads."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
@@ -110,29 +111,33 @@ def suppress_output() -> Iterator[None]:
         logging.disable(before)
 
 
+# --- programs ---------------------------------------------------------------------------------------------------------
+
 _LIMIT = 1e-4
 _RESPONSE_FACTOR = 10
-_MAX_BOUND = 2**31  # beyond, a bound is none: torch notes the largest number that it has
+_MAX_BOUND = 2**31  # torch stores its largest number for "no bound"
 
 
 def program_module(program: ExportedProgram) -> nn.Module:
-    """Return a module that computes what the program does, on the program's own parameters and buffers.
+    """Return a module that computes the program on the program's own parameters and buffers.
 
     Raises:
-        SwapError: torch makes none of it.
+        SwapError: torch cannot create it.
     """
     try:
         with suppress_output():
             module: nn.Module = program.module()
     except Exception as error:
-        raise SwapError(f"torch makes no module of the program ({first_line(error)}): export it again") from error
+        raise SwapError(
+            f"torch cannot create a module from the program ({first_line(error)}): export the model again"
+        ) from error
     return module
 
 
 def program_inputs(program: ExportedProgram) -> Any:
-    """Return the inputs that a program carries as `convert` takes them: a tuple or a dict.
+    """Return the example inputs of a program in the form of `convert`: a tuple or a dict.
 
-    None where it carries none, or some by position and some by name: a program insists on how it was called.
+    None if it has none, or both positional and keyword inputs, since a program must be called as it was exported.
     """
     args, kwargs = program.example_inputs or ((), {})
     if args and kwargs:
@@ -141,17 +146,17 @@ def program_inputs(program: ExportedProgram) -> Any:
 
 
 def reexport(program: ExportedProgram, converted: nn.Module, inputs: Any = None) -> ExportedProgram:
-    """Export what became of a program's module: for the same inputs, with the same dimensions free.
+    """Export the converted module of a program, for the same inputs and with the same dynamic dimensions.
 
     Args:
-        inputs: what to export on where the program carries no inputs.
+        inputs: example inputs, if the program has none.
 
     Raises:
-        SwapError: there are no inputs, torch cannot export it, or other dimensions would be free.
+        SwapError: there are no inputs, torch cannot export the module, or the dynamic dimensions would differ.
     """
     if program.example_inputs is None and inputs is None:
         raise SwapError(
-            "the program carries no example inputs to export it again with: give them, such as "
+            "the program has no example inputs, which are needed to export it again: pass some, such as "
             "example_inputs=torch.randn(2, 3, 224, 224)"
         )
     args, kwargs = _call_arguments(program, inputs)
@@ -169,40 +174,39 @@ def reexport(program: ExportedProgram, converted: nn.Module, inputs: Any = None)
             f"the converted program cannot be exported again ({first_line(error)}): {_ALTERNATIVES}"
         ) from error
     if _signature(reexported) != _signature(program):
-        raise SwapError(f"the converted program would take other inputs than the original: {_ALTERNATIVES}")
+        raise SwapError(f"the converted program would accept other inputs than the original: {_ALTERNATIVES}")
     return reexported
 
 
 _ALTERNATIVES = (
-    "convert the Python model and export that, or normswap.convert(program.module()) and use it as it is; the weights "
-    "alone are read by normswap.load(path, architecture='timm:NAME')"
+    "convert the Python model and export that, or use normswap.convert(program.module()) without exporting it; "
+    "normswap.load(path, architecture='timm:NAME') reads the weights alone"
 )
 
 
 class Difference(NamedTuple):
-    """How far two programs are apart, as relative L2 of outputs and buffers in their own precision, and how far they
-    may be.
-    """
+    """The relative L2 between outputs and buffers of two programs in their own precision, and its limit."""
 
     error: float
     limit: float
 
     @property
     def passed(self) -> bool:
-        """Whether they compute the same, up to rounding."""
+        """Whether they compute the same function, up to rounding."""
         return self.error <= self.limit
 
 
 def difference(original: ExportedProgram, reexported: ExportedProgram, inputs: Any = None) -> Difference:
-    """Return how far two programs differ on inputs: a graph has its precision in it, so that none is run in float64.
+    """Return the difference of two programs on example inputs, in their own precision, which is part of a graph.
 
-    The limit is 1e-4, or ten times what the original differs by when its input changes by one unit in the last place.
+    The limit is 1e-4, or, if that is larger, ten times the change of the original's outputs when its inputs change by
+    one unit in the last place.
 
     Args:
-        inputs: what to run them on where the original carries no inputs.
+        inputs: example inputs, if the original has none.
 
     Raises:
-        ModelError: one of them fails on the inputs.
+        ModelError: a program fails on the inputs.
     """
     call = _call_arguments(original, inputs)
     first, second = program_module(original), program_module(reexported)
@@ -219,30 +223,30 @@ def check_equivalent(original: ExportedProgram, reexported: ExportedProgram, inp
     """Return the error of `difference`.
 
     Raises:
-        SwapError: it is beyond the limit.
+        SwapError: the error exceeds the limit.
     """
     found = difference(original, reexported, inputs)
     if not found.passed:
         raise SwapError(
-            f"the program exported again computes something else (relative L2 {found.error:.1e}, at most "
+            f"the converted program computes another function (relative L2 {found.error:.1e}, expected at most "
             f"{found.limit:.1e}): {_ALTERNATIVES}"
         )
     return found.error
 
 
 def _call_arguments(program: ExportedProgram, inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments that a program carries, or else those that it is given."""
+    """The example inputs of a program, or else `inputs`."""
     args, kwargs = program.example_inputs or call_arguments(inputs)
     return tuple(args), dict(kwargs)
 
 
 def _run(module: nn.Module, buffers: list[str], call: tuple[tuple[Any, ...], dict[str, Any]]) -> list[Any]:
-    """The leaves of the output, and the buffers as the run leaves them; the state is put back."""
+    """The leaves of the output, and the buffers after the run; the state is restored."""
     with preserved_state(module.modules()), seeded(0), torch.no_grad():
         try:
             outputs = tree_leaves(module(*call[0], **call[1]))
         except Exception as error:
-            raise ModelError(f"a program fails on {describe_inputs(call)}: {first_line(error)}") from error
+            raise ModelError(f"the program fails on {describe_inputs(call)}: {first_line(error)}") from error
         found = dict(module.named_buffers())
         return [*outputs, *(found[name].clone() if name in found else None for name in buffers)]
 
@@ -258,7 +262,7 @@ def _perturb(tensor: Tensor) -> Tensor:
 
 
 def _dynamic_dimensions(program: ExportedProgram) -> list[Mapping[int, Any]]:
-    """For each input, flat, which of its dimensions are free, and within which bounds."""
+    """For each input, flat, its dynamic dimensions and their bounds."""
     return [
         {index: _bounds(program, size) for index, size in enumerate(shape) if isinstance(size, torch.SymInt)}
         for shape in _input_shapes(program)
@@ -276,7 +280,7 @@ def _finite_bound(bound: Any) -> int | None:
 
 
 def _signature(program: ExportedProgram) -> list[tuple[int | None, ...]]:
-    """The shape of each input, with None for a free dimension."""
+    """The shape of each input, with None for a dynamic dimension."""
     return [tuple(None if isinstance(n, torch.SymInt) else n for n in shape) for shape in _input_shapes(program)]
 
 

@@ -1,9 +1,10 @@
-"""What the code of a module could call, read without running it: a cheap "no" before anything is traced.
+"""The own forward of one module: whether its code names a function that normalizes, and its trace in both modes.
 
-Followed are the methods of its class, the functions and objects that its instance holds, and from each the functions
-and classes that the code names; of modules only their names, since each module of a model is asked itself. Code of
-torch is taken by its name only. What is reached through computed names or containers is not seen; a forward pass and
-a trace still are there for that.
+Code is searched without running it, which is a cheap "no" before anything is traced. The search follows the methods of
+the class, functions and objects in attributes of the instance, and the functions and classes that their code names. It
+does not enter other modules, which are searched themselves, nor the code of torch. Names that are computed at run time
+are missed; the forward pass and the trace find those calls. A trace has the children as leaves, so that its graph can
+run in place of the forward.
 """
 
 import dis
@@ -22,17 +23,17 @@ from normswap.model_state import preserved_on_write
 from normswap.surgery.graphs.tracing import Trace, copy_for_tracing, trace_copy
 from normswap.surgery.norms.functions import NORM_CALLS, batch_norm_nodes
 
-# MERGED DOC: The own forward of one module as a pair of graphs, fit to run in its place - or the reason why none is.
+# --- search in code ---------------------------------------------------------------------------------------------------
 
 
 def names_in(code: CodeType) -> set[str]:
-    """Return the names of globals and attributes that a piece of code uses, in inner functions too."""
+    """Return the names of globals and attributes that a code object uses, also in inner functions."""
     inner = [names_in(constant) for constant in code.co_consts if isinstance(constant, CodeType)]
     return {*code.co_names}.union(*inner)
 
 
 def name_uses(code: CodeType) -> Iterator[tuple[str, bool]]:
-    """Yield each use of a name in a piece of code, and whether as an attribute of the first argument, `self.name`."""
+    """Yield each use of a name in a code object, and whether it is an attribute of the first argument, `self.name`."""
     first = code.co_varnames[0] if code.co_argcount else None
     before: Any = None
     for instruction in dis.get_instructions(code):
@@ -47,14 +48,14 @@ def name_uses(code: CodeType) -> Iterator[tuple[str, bool]]:
 
 
 def mentions_norm_function(module: nn.Module) -> bool:
-    """Say whether code of `module`, its children's apart, names a function that normalizes."""
-    if isinstance(module, fx.GraphModule):  # the graph tells, and its code is made of it
+    """Whether the code of `module`, without its children, names a function that normalizes."""
+    if isinstance(module, fx.GraphModule):  # its code is generated, and its graph is read instead
         return True
     return any(_reaches_norm_function(obj, module) for obj in (type(module), *_instance_objects(module)))
 
 
 def _instance_objects(module: nn.Module) -> Iterator[Any]:
-    """What the instance holds besides modules, tensors and plain values, also in its own containers."""
+    """The attributes of an instance, also inside containers, except modules, tensors and plain values."""
     for name, value in vars(module).items():
         if isinstance(value, dict | list | tuple | set):
             items = value.values() if isinstance(value, dict) else value
@@ -80,12 +81,12 @@ def _name_of(function: Any) -> str:
     return str(function.__name__)
 
 
-# Functions and classes from which none is reached: large libraries are followed once, not once a module.
+# Functions and classes that lead to no function that normalizes: large libraries are searched once.
 _WITHOUT_NORM_CALLS: WeakSet[Any] = WeakSet()
 
 
 def _reaches_norm_function(start: Any, module: nn.Module) -> bool:
-    """Follow everything that `start` leads to until a function that normalizes is named."""
+    """Whether `start` leads to code that names a function that normalizes."""
     pending, seen, has_namesake = [start], {}, False
     while pending:
         obj = pending.pop()
@@ -108,7 +109,7 @@ def _reaches_norm_function(start: Any, module: nn.Module) -> bool:
 
 
 def _are_submodules(names: set[str], function: FunctionType, module: nn.Module) -> bool:
-    """Whether the code means children of `module` that are called like functions that normalize."""
+    """Whether all uses of these names are `self.name` of children of `module`."""
     uses = [(name, is_self_attribute) for name, is_self_attribute in name_uses(function.__code__) if name in names]
     return all(
         is_self_attribute and isinstance(getattr(module, name, None), nn.Module) for name, is_self_attribute in uses
@@ -116,7 +117,7 @@ def _are_submodules(names: set[str], function: FunctionType, module: nn.Module) 
 
 
 def _functions_of(obj: Any) -> Iterator[FunctionType]:
-    """The functions that a function, method, partial, class or object brings along, as far as they are Python's."""
+    """The Python functions of a function, method, partial, class or object."""
     if isinstance(obj, partial):
         yield from _functions_of(obj.func)
     elif isinstance(obj, MethodType):
@@ -131,12 +132,12 @@ def _functions_of(obj: Any) -> Iterator[FunctionType]:
     elif obj is not None:
         for cls in (obj if isinstance(obj, type) else type(obj)).__mro__:
             for name, member in vars(cls).items() if not _is_external(cls) else ():
-                if isinstance(member, _MEMBERS) and name != "__init__":  # what that makes, the instance holds
+                if isinstance(member, _MEMBERS) and name != "__init__":  # its results are attributes
                     yield from _functions_of(member)
 
 
 def _objects_named_in(function: FunctionType, names: set[str]) -> Iterator[Any]:
-    """The functions and classes that the code of a function names: globals, what it encloses, members of modules."""
+    """The functions and classes that the code of a function names: globals, closure variables, module members."""
     closure_values = [cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell)]
     used_globals = [function.__globals__[name] for name in names if name in function.__globals__]
     for obj in (*used_globals, *closure_values, *(function.__defaults__ or ())):
@@ -156,7 +157,7 @@ def _is_followed(obj: Any) -> bool:
 def _is_filled(cell: Any) -> bool:
     try:
         return cell.cell_contents is not None
-    except ValueError:  # named, but not assigned yet
+    except ValueError:  # not assigned yet
         return False
 
 
@@ -164,11 +165,14 @@ def _is_external(obj: Any) -> bool:
     return (getattr(obj, "__module__", None) or "builtins").partition(".")[0] in _EXTERNAL_PACKAGES
 
 
+# --- traces -----------------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class ModuleTrace:
     """The forward of one module with its children as leaves, in both modes, or the reason why there is none.
 
-    `options` are the optional arguments that decide what it does, with the defaults that the graphs are made for.
+    `options` are the optional arguments that decide what runs, with the defaults for which the graphs were made.
     """
 
     training: fx.Graph | None
@@ -178,7 +182,7 @@ class ModuleTrace:
 
 
 def trace_module_forward(module: nn.Module) -> ModuleTrace:
-    """Trace `module.forward` alone, once in training and once in evaluation. The module is left as it is."""
+    """Trace `module.forward` alone, in training and in evaluation mode; `module` is not changed."""
     if isinstance(module, fx.GraphModule):  # its graph is its code, in both modes
         return ModuleTrace(module.graph, module.graph)
     reason = _rewrite_problem(module)
@@ -198,15 +202,17 @@ def trace_module_forward(module: nn.Module) -> ModuleTrace:
         return ModuleTrace(None, None, reason)
     calls = [len(batch_norm_nodes(graph)) for graph in graphs]
     if calls[0] != calls[1]:
-        return ModuleTrace(None, None, f"it calls batch_norm {calls[0]}x in training and {calls[1]}x in evaluation")
+        return ModuleTrace(None, None, f"it makes {calls[0]} batch_norm calls in training and {calls[1]} in evaluation")
     return ModuleTrace(graphs[0], graphs[1], None, options)
 
 
 class ModuleTraceCache:
-    """The own forwards of modules that stay as they are meanwhile: each is traced once, for all who ask."""
+    """Traces of modules that do not change in the meantime: each is traced once."""
 
     def __init__(self) -> None:
-        self._cache: dict[int, tuple[nn.Module, ModuleTrace]] = {}  # by identity, which holding the module keeps
+        self._cache: dict[
+            int, tuple[nn.Module, ModuleTrace]
+        ] = {}  # by id, which stays valid while the module is referenced
 
     def get(self, module: nn.Module) -> ModuleTrace:
         if id(module) not in self._cache:
@@ -215,9 +221,9 @@ class ModuleTraceCache:
 
 
 def mentioned_norm_kinds(module: nn.Module) -> set[str]:
-    """Return the kinds of the functions that normalize which the code of `module.forward`, here or in a base, names.
+    """Return the kinds of the functions that normalize and are named in the forward of `module` or of a base class.
 
-    A child that is called like one of them, `self.batch_norm`, is not meant.
+    A child with such a name, `self.batch_norm`, does not count.
     """
     found = [vars(cls).get("forward") for cls in type(module).__mro__]
     forwards = [inspect.unwrap(forward) for forward in found if isinstance(forward, FunctionType)]
@@ -231,7 +237,7 @@ def mentioned_norm_kinds(module: nn.Module) -> set[str]:
 
 
 def _trace_with_defaults(module: nn.Module, *, training: bool) -> tuple[Trace, dict[str, Any]]:
-    """The trace for the defaults of whatever options decide what the forward does, and these options."""
+    """The trace with the options that decide what runs at their defaults, and these options."""
     symbolic_trace = _trace(module, training=training)
     defaults = _plain_defaults(module)
     if not defaults:
@@ -250,7 +256,7 @@ def _trace(module: nn.Module, *, training: bool, concrete: dict[str, Any] | None
 
 
 def _rewrite_problem(module: nn.Module) -> str | None:
-    """Why the forward of the class is not what runs, or is no code to be rewritten."""
+    """Why the forward of the class does not run, or has no Python code."""
     if isinstance(module, torch.jit.ScriptModule):
         return "it is TorchScript, whose code is fixed: convert the Python model, then trace or export it"
     if "forward" in vars(module):
@@ -259,11 +265,11 @@ def _rewrite_problem(module: nn.Module) -> str | None:
 
 
 def _constant_problem(module: nn.Module, graph: fx.Graph) -> str | None:
-    """A tensor that the forward makes out of nothing exists on the traced twin only."""
+    """A tensor that the forward creates from constants exists only in the copy that was traced."""
     targets = [str(node.target) for node in graph.nodes if node.op == "get_attr"]
     if all(_has_attribute(module, target) for target in targets):
         return None
-    return "it makes a tensor of constants at every call: register it as a buffer"
+    return "it creates a tensor from constants in every call: register it as a buffer"
 
 
 def _has_attribute(module: nn.Module, path: str) -> bool:
@@ -276,7 +282,7 @@ def _has_attribute(module: nn.Module, path: str) -> bool:
 
 
 def control_flow_options(module: nn.Module) -> dict[str, Any]:
-    """Return the optional arguments of the forward with their defaults if they decide what it does, else none."""
+    """Return the optional arguments of the forward with their defaults if they decide what runs, else none."""
     return _trace_with_defaults(module, training=False)[1]
 
 
@@ -289,7 +295,7 @@ _PLAIN_DEFAULTS = (type(None), bool, int, float, str)
 
 
 def _operations(graph: fx.Graph) -> list[Any]:
-    """What a graph runs, without the assertions that concrete arguments bring."""
+    """The operations of a graph, without the assertions that concrete arguments add."""
     assertion_nodes = {node for node in graph.nodes if getattr(node.target, "__name__", "") == "_assert"}
     for node in graph.nodes:
         if node.users and assertion_nodes.issuperset(node.users):

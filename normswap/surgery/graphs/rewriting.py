@@ -1,10 +1,10 @@
-"""Functional sites: rewriting the FX graph of the one module that calls `F.batch_norm` itself.
+"""Rewriting of functional sites: the batch_norm calls in the forward of one module call new children instead.
 
-Only that module's own forward is traced, with its children as leaves, once in training and once in evaluation;
-the rewritten module runs the graph of its present mode, so it obeys `train()` and `eval()` in everything that its
-forward does. Where optional arguments decide what runs, the graphs serve the calls that leave these at their defaults,
-and all others run as they are written. The module object stays and remains an instance of its class, with its methods,
-attributes, buffers and parameters; it gains one small child per site that holds the gates.
+The own forward of the module is traced with its children as leaves, in training and in evaluation mode, and the
+rewritten module runs the graph of its current mode. If optional arguments decide what runs, the graphs are used for
+their defaults only; other calls run the original forward, with its batch_norm calls redirected. The module stays the
+same object and an instance of its class, and gains one child with gates per site. In a `torch.fx.GraphModule`, whose
+graph is its code, the nodes themselves are replaced. All of it can be undone.
 """
 
 import copy
@@ -33,16 +33,13 @@ from normswap.surgery.norms.functions import (
     norm_arguments,
 )
 
-# MERGED DOC: A forward run as it is written, with its batch_norm calls led to the gates: for calls that no graph was made for.
-
-# MERGED DOC: Functional sites of a `torch.fx.GraphModule`: its graph is its code, so the nodes themselves are swapped, and back.
-
+# --- the original forward with redirected calls -----------------------------------------------------------------------
 
 _MODULE_CALL_CODE = {nn.Module._call_impl.__code__, nn.Module._wrapped_call_impl.__code__}
 
 
 class _Redirection(TorchFunctionMode):
-    """Leads the batch_norm calls of one forward, those of its helper functions included, to the gates in order."""
+    """Redirects the batch_norm calls of one forward, also those in its helper functions, to the gates in order."""
 
     def __init__(self, gates: list[nn.Module | None]) -> None:
         super().__init__()
@@ -65,23 +62,23 @@ class _Redirection(TorchFunctionMode):
 
 
 def run_original_forward(forward: Callable[..., Any], gates: list[nn.Module | None], *args: Any, **kwargs: Any) -> Any:
-    """Run `forward` with its batch_norm calls led to `gates`, one per call in order, None for a call that stays.
+    """Run `forward` with its batch_norm calls redirected to `gates`, one per call in order, None for a kept call.
 
     Raises:
-        LayerError: it calls batch_norm, but another number of times.
+        LayerError: it makes batch_norm calls, and their number differs from that of `gates`.
     """
     with _Redirection(gates) as redirection:
         result = forward(*args, **kwargs)
     if redirection.count not in (0, len(gates)):
         raise LayerError(
-            f"{forward.__qualname__} was rewritten for {len(gates)} batch_norm calls, and with these arguments makes "
-            f"{redirection.count}: move each call into a module of its own, then convert again"
+            f"{forward.__qualname__} was rewritten for {len(gates)} batch_norm calls, but makes {redirection.count} "
+            "with these arguments: move each call into a small module, then convert again"
         )
     return result
 
 
 def _is_inside_submodule() -> bool:
-    """Say whether a module that the forward called is running, by the frames between the two."""
+    """Whether a module that the forward called is running, judged by the stack frames in between."""
     frame = sys._getframe(1)
     while frame.f_back is not None and frame.f_code is not run_original_forward.__code__:
         if frame.f_code in _MODULE_CALL_CODE:
@@ -90,7 +87,9 @@ def _is_inside_submodule() -> bool:
     return False
 
 
-# Where a rewritten module keeps, per batch_norm call of its own forward in order, the child that replaced it.
+# --- modules ----------------------------------------------------------------------------------------------------------
+
+# The attribute of a rewritten module with the name of the child for each batch_norm call of its own forward, in order.
 _SITE_NAMES = "_switch_norm_names"
 
 SiteNames = tuple[str | None, ...]
@@ -111,16 +110,15 @@ def unused_names(module: nn.Module, count: int, stem: str = "batch_norm") -> lis
 def compile_rewritten_forward(
     module: nn.Module, site_names: SiteNames | None = None, *, own: ModuleTrace | None = None
 ) -> Callable[..., Any]:
-    """Return a forward function for `module` made from the graphs of its class's; the module is left as it is.
+    """Return a forward function compiled from the graphs of `module`, which is not changed.
 
     Args:
-        site_names: for each batch_norm call in order the child of `module` to call in its place, None to keep it;
-            by default those that are in its place already.
-        own: what was traced of a `module` that is not rewritten yet, if somebody has done that; its graphs are
-            changed where calls are replaced.
+        site_names: for each batch_norm call in order, the child of `module` to call instead, None to keep the call;
+            default: the children of a module that is rewritten already.
+        own: the trace of a `module` that is not rewritten yet, if there is one; replaced calls change its graphs.
 
     Raises:
-        SwapError: the forward cannot be traced, or not so that the graph may run in its place.
+        SwapError: the forward cannot be traced, or its graph cannot run in its place.
     """
     original = _original_copy(module) if is_rewritten(module) else module
     if site_names is None:
@@ -142,7 +140,7 @@ def compile_rewritten_forward(
 
 
 def _names_by_call(graph: fx.Graph, site_names: SiteNames) -> SiteNames:
-    """For each batch_norm call, those on kernels included, the child in its place, None for a call that stays."""
+    """For each batch_norm call, also those on kernels, the child to call instead, None for a kept call."""
     names = dict(zip(batch_norm_nodes(graph), site_names, strict=False))
     return tuple(names.get(node) for node in graph.nodes if is_batch_norm_call(node))
 
@@ -150,7 +148,7 @@ def _names_by_call(graph: fx.Graph, site_names: SiteNames) -> SiteNames:
 def _dispatch_on_options(
     run_graph: Callable[..., Any], original_forward: Callable[..., Any], own: ModuleTrace, order: dict[bool, SiteNames]
 ) -> Callable[..., Any]:
-    """Return a forward that runs the graphs where the options are at their defaults, and else what is written."""
+    """Return a forward that runs the graphs if all options have their defaults, else the original forward."""
     signature = inspect.signature(original_forward)
 
     @functools.wraps(original_forward)
@@ -158,7 +156,7 @@ def _dispatch_on_options(
         bound = signature.bind(self, *args, **kwargs)
         passed = [name for name in own.options if name in bound.arguments]
         if all(_is_default(bound.arguments[name], own.options[name]) for name in passed):
-            for name in passed:  # the graphs have them under other names
+            for name in passed:  # the graphs have other names for them
                 del bound.arguments[name]
             return run_graph(*bound.args, **bound.kwargs)
         gates = [None if name is None else self.get_submodule(name) for name in order[self.training]]
@@ -168,26 +166,26 @@ def _dispatch_on_options(
 
 
 def _is_default(value: Any, default: Any) -> bool:
-    """Say whether an argument is at its default; what has another type, such as a tensor, is not even compared."""
+    """Whether an argument has its default value; a value of another type, such as a tensor, is not compared."""
     return type(value) is type(default) and bool(value == default)
 
 
 def rewrite_forward(
     module: nn.Module, gates: dict[str, FunctionalSwitchNorm], site_names: SiteNames, own: ModuleTrace
 ) -> None:
-    """Put SN in place of batch_norm calls in `module`'s own forward.
+    """Replace batch_norm calls in the own forward of `module` by calls of new children.
 
     Args:
         gates: the new children by name.
-        site_names: for each batch_norm call in order the name of its child, None for a call that stays.
-        own: what was traced of `module`; its graphs are changed.
+        site_names: for each batch_norm call in order, the name of its child, None for a kept call.
+        own: the trace of `module`; its graphs are changed.
 
     Raises:
-        SwapError: the forward cannot be traced; the module is as it was.
+        SwapError: the forward cannot be traced; the module is unchanged.
     """
     original = type(module)
     if is_rewritten(module):
-        # Its remaining calls are those that were left in place before.
+        # Its remaining calls are those that were kept before.
         remaining = iter(site_names)
         earlier = module.__dict__[_SITE_NAMES]
         site_names = tuple(next(remaining, None) if name is None else name for name in earlier)
@@ -200,7 +198,7 @@ def rewrite_forward(
 
 
 def restore_forward(module: nn.Module) -> None:
-    """Undo `rewrite_forward`: class, forward and children are what they were."""
+    """Undo `rewrite_forward`: restore the class and the forward, and remove the new children."""
     for name in module.__dict__.pop(_SITE_NAMES):
         if name is not None:
             del module._modules[name]
@@ -208,12 +206,12 @@ def restore_forward(module: nn.Module) -> None:
 
 
 def is_rewritten(module: nn.Module) -> bool:
-    """Say whether `module` runs a rewritten forward."""
+    """Whether `module` runs a rewritten forward."""
     return isinstance(module, _RewrittenForward)
 
 
 class _RewrittenForward(nn.Module):
-    """What a rewritten module is besides its own class. Graphs are not pickled: a copy is rewritten again."""
+    """Second base of a rewritten module. Graphs are not pickled: a copy or unpickled module is rewritten again."""
 
     original_class: type[nn.Module]
 
@@ -226,7 +224,7 @@ class _RewrittenForward(nn.Module):
 
 
 def _original_copy(module: nn.Module) -> nn.Module:
-    """Return a twin on the same tensors and children, of the original class and without the gates."""
+    """Return a copy with the same tensors and children, the original class and no gates."""
     module_copy = shallow_copy(module)
     restore_forward(module_copy)
     return module_copy
@@ -249,7 +247,7 @@ def _rewritten_class(original: type[nn.Module], forward: Callable[..., Any]) -> 
 
 
 def swap_calls(graph: fx.Graph, site_names: SiteNames) -> fx.Graph:
-    """Make `graph` call the named child for each batch_norm call in order, None to keep it; return the graph."""
+    """Replace each batch_norm call of `graph`, in order, by a call of the named child (None: keep); return `graph`."""
     for node, name in zip(batch_norm_nodes(graph), site_names, strict=False):
         if name is None:
             continue
@@ -257,7 +255,7 @@ def swap_calls(graph: fx.Graph, site_names: SiteNames) -> fx.Graph:
         with graph.inserting_before(node):
             new = graph.call_module(name, (arguments.pop("input"),), arguments)
             new.meta = dict(node.meta)
-            if "cudnn_enabled" in call.parameters[: len(node.args)]:  # says nothing of the function, but is put back
+            if "cudnn_enabled" in call.parameters[: len(node.args)]:  # no part of the function, but restored
                 new.meta["cudnn_enabled"] = node.args[call.parameters.index("cudnn_enabled")]
             if call.results is not None:
                 new = graph.call_function(as_results, all_results(call, new, arguments))
@@ -267,20 +265,23 @@ def swap_calls(graph: fx.Graph, site_names: SiteNames) -> fx.Graph:
 
 
 def replace_node(graph: fx.Graph, node: fx.Node, new: fx.Node) -> None:
-    """Put `new` in the place of `node`, with what is known of it."""
+    """Replace `node` by `new`, which takes over its metadata."""
     new.meta = {**node.meta, **new.meta}
     node.replace_all_uses_with(new)
     graph.erase_node(node)
 
 
+# --- graph modules ----------------------------------------------------------------------------------------------------
+
+
 def edit_graph(
     module: fx.GraphModule, gates: dict[str, FunctionalSwitchNorm], site_names: tuple[str | None, ...]
 ) -> None:
-    """Put SN in place of batch_norm nodes of `module`'s graph.
+    """Replace batch_norm nodes in the graph of `module` by calls of new children.
 
     Args:
         gates: the new children by name.
-        site_names: for each batch_norm node in order the name of its child, None for a node that stays.
+        site_names: for each batch_norm node in order, the name of its child, None for a kept node.
     """
     for child_name, child in gates.items():
         module.add_module(child_name, child)
@@ -288,7 +289,7 @@ def edit_graph(
 
 
 def restore_graph(module: fx.GraphModule) -> None:
-    """Undo `edit_graph`: the nodes call what they called before, and the children are gone."""
+    """Undo `edit_graph`: restore the calls of the original functions, and remove the new children."""
     calls = {call_name(call): call for call in NORM_CALLS}
     gates = _functional_gates(module)
     graph = copy.deepcopy(module.graph)
@@ -308,7 +309,7 @@ def restore_graph(module: fx.GraphModule) -> None:
 
 
 def _arguments_of(node: fx.Node, parameters: tuple[str, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of the call that a gate stands for: by position up to the first that is not given."""
+    """The arguments of the original call of a gate: by position up to the first one that is missing."""
     cudnn = node.meta.get("cudnn_enabled", torch.backends.cudnn.enabled)
     values = {"input": node.args[0], "cudnn_enabled": cudnn, **node.kwargs}
     first_missing = next((index for index, name in enumerate(parameters) if name not in values), len(parameters))
@@ -317,7 +318,7 @@ def _arguments_of(node: fx.Node, parameters: tuple[str, ...]) -> tuple[tuple[Any
 
 
 def gate_call_nodes(module: fx.GraphModule) -> list[fx.Node]:
-    """Return the nodes that call the gates of a functional site."""
+    """Return the nodes that call gates of functional sites."""
     return _gate_calls(module.graph, _functional_gates(module))
 
 

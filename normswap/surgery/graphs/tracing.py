@@ -1,12 +1,12 @@
-"""FX graphs of whole models, to know order, producers and functional calls.
+"""FX tracing: graphs of models and modules, the facts in them, and a comparison of a graph with the real forward.
 
-A trace is always made of a twin that shares the parameters, since tracing can leave a `Proxy` in a module's state.
-A failed trace is a value with a reason, never an exception; one that succeeds says what the graph does not hold.
-Nothing is decided or changed here.
+A trace is made of a copy that shares the parameters, since tracing can leave a `Proxy` in the state of a module. A
+trace that fails is a value with a reason, not an exception; one that succeeds names what its graph leaves out.
 """
 
 import itertools
 import linecache
+import logging
 import operator
 import sys
 from collections.abc import Callable, Mapping
@@ -29,21 +29,22 @@ from normswap.model_state import (
 )
 from normswap.surgery.model_outputs import flatten_leaves
 from normswap.surgery.module_tree import deep_copy, walk_modules
-from normswap.surgery.norms.candidates import looks_like_norm
-from normswap.surgery.norms.classes import KNOWN_NORMS, NormTable, is_norm_layer
+from normswap.surgery.norms.classes import KNOWN_NORMS, NormTable, is_norm_layer, looks_like_norm
 from normswap.surgery.norms.functions import norm_arguments, norm_call, reads_activation
 from normswap.text import first_line, join_fqn
 
-# MERGED DOC: Runs that leave nothing behind, to hold a traced forward against the real one before it is believed.
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Trace:
     """A graph, or the reason why there is none.
 
-    `omission` tells what the code does that its graph does not hold: good enough to read, not to run in its place.
-    `entered` names the modules whose forward was traced through, the root included; `constants` are the tensors that
-    the forward makes out of nothing, which the graph reads as attributes of the root.
+    Attributes:
+        graph, reason: the graph, or why there is none.
+        omission: an effect of the code that the graph leaves out; such a graph can be read, but not run in its place.
+        entered: the names of the modules whose forward was traced through, with the root.
+        constants: tensors that the forward creates from constants; the graph reads them as attributes of the root.
     """
 
     graph: fx.Graph | None
@@ -55,11 +56,13 @@ class Trace:
 
 @dataclass(frozen=True)
 class GraphFacts:
-    """What a whole-model graph tells.
+    """The facts in the graph of a whole model.
 
-    `calls` holds the fqns of the modules that normalize, call by call: norm layers and `functional_owners`, which call
-    a function that normalizes on an activation in their own forward. `producers` is by fqn of a norm layer, and
-    `kernel_owners` are those that call such a function on a kernel.
+    Attributes:
+        calls: the fqns of the modules that normalize, call by call: norm layers and `functional_owners`.
+        producers: by fqn of a norm layer, the module or function whose output is its input.
+        functional_owners: the modules whose own forward calls a function that normalizes on an activation.
+        kernel_owners: the modules whose own forward calls such a function on a kernel.
     """
 
     calls: tuple[str, ...]
@@ -69,19 +72,19 @@ class GraphFacts:
 
     @property
     def order(self) -> tuple[str, ...]:
-        """The modules that normalize as they first do."""
+        """The modules that normalize, in the order of their first call."""
         return tuple(dict.fromkeys(self.calls))
 
 
 class _Tracer(fx.Tracer):
-    """A tracer with our leaf rule; buffers stay symbolic, so that their updates are recorded.
+    """A tracer with a rule for leaves; buffers stay symbolic, so that their updates are recorded.
 
-    It also notes the modules that it enters, and whether the code switches gradients or autocast for a while.
+    It also records which modules it enters, and if the code switches gradients or autocast in a part of the forward.
     """
 
     proxy_buffer_attributes = True
 
-    # Both have defaults because torch makes a tracer without arguments when it unpickles a GraphModule.
+    # Both have defaults because torch creates a tracer without arguments when it unpickles a GraphModule.
     def __init__(
         self, is_leaf: Callable[[nn.Module], bool] = lambda _: True, wrapped: tuple[Callable[..., Any], ...] = ()
     ) -> None:
@@ -104,20 +107,20 @@ class _Tracer(fx.Tracer):
 
 
 def copy_for_tracing(module: nn.Module) -> nn.Module:
-    """Return a deep copy of `module` that shares its parameters; buffers are copied, for tracing may update them."""
+    """Return a deep copy of `module` that shares its parameters; buffers are copied, since tracing may change them."""
     return deep_copy(module, {id(parameter): parameter for parameter in module.parameters()})
 
 
 def trace_model(model: nn.Module, *, training: bool, norms: NormTable = KNOWN_NORMS) -> Trace:
-    """Trace the whole of `model` with norm layers as leaves, or say why it cannot be traced."""
+    """Trace the whole of `model` with norm layers as leaves; the result has a graph or a reason."""
     reason = None
     for is_leaf, wrapped in _leaf_rules(norms):
-        with preserved_on_write(
-            model.modules(), "everything"
-        ):  # code run for real reaches the parameters that the twin shares
+        # Code that runs eagerly during a trace can change the shared parameters.
+        with preserved_on_write(model.modules(), "everything"):
             trace = trace_copy(lambda: remove_hooks(copy_for_tracing(model)), is_leaf, wrapped, training=training)
         if trace.graph is not None:
             return trace
+        _logger.debug("a trace of %s was dropped: %s", type(model).__name__, trace.reason)
         reason = reason or trace.reason
     return Trace(None, reason)
 
@@ -130,11 +133,12 @@ def trace_copy(
     training: bool,
     concrete: dict[str, Any] | None = None,
 ) -> Trace:
-    """Trace a twin, whose state may be spoiled by it, in training or in evaluation.
+    """Trace a copy of a module, in training or in evaluation mode.
 
     Args:
-        make_twin: makes it; what it raises is a reason like any other.
-        concrete: values for arguments of its forward that are not to be symbolic.
+        make_copy: creates the copy, whose state the trace may damage; an error that it raises becomes the reason.
+        is_leaf, wrapped: the modules and functions that are not traced through.
+        concrete: values for arguments of the forward that are not symbolic.
     """
     tracer = _Tracer(is_leaf, wrapped)
     with seeded(0), torch.enable_grad():
@@ -148,17 +152,17 @@ def trace_copy(
                 written = _written_attributes(module_copy, states, graph)
                 new_attributes = vars(module_copy).keys() - states[""].attributes.keys()
                 constants = {name: vars(module_copy)[name] for name in new_attributes & _attributes_read(graph)}
-        except Exception as error:  # noqa: BLE001 - tracing runs the user's code on proxies: anything may come
+        except Exception as error:  # noqa: BLE001 - tracing runs the user's code on proxies, which may raise anything
             return Trace(None, f"{type(error).__name__}: {first_line(error)}")
     if tracer.switches_context:
-        omission = "it switches gradients or autocast for a part of what it does"
+        omission = "it switches gradients or autocast in a part of its code"
     elif written:
         omission = f"it writes to {', '.join(written)}"
     return Trace(graph, None, omission, frozenset(tracer.entered), constants)
 
 
 def _with_plain_assertions(graph: fx.Graph) -> fx.Graph:
-    """Say `x is None` without FX's own helper: a GraphModule that names it breaks all later traces (torch 2.14)."""
+    """Replace FX's helper `_assert_is_none`, since a GraphModule that calls it breaks later traces (torch 2.14)."""
     for node in list(graph.nodes):
         if getattr(node.target, "__name__", "") == "_assert_is_none":
             value, message = node.args
@@ -171,7 +175,7 @@ def _with_plain_assertions(graph: fx.Graph) -> fx.Graph:
 
 
 def _written_attributes(module_copy: nn.Module, states: dict[str, ModuleState], graph: fx.Graph) -> list[str]:
-    """What tracing changed in the state of the modules, other than the constants that the tracer stores there."""
+    """The attributes that tracing changed, except the constants that the tracer stores."""
     stored = _attributes_read(graph)
     written = [
         join_fqn(owner, name)
@@ -187,7 +191,7 @@ def _attributes_read(graph: fx.Graph) -> set[str]:
 
 
 def remove_hooks(module_copy: nn.Module) -> nn.Module:
-    """Hooks of a deep copy may still reach the user's own objects, which must not be handed proxies."""
+    """Remove the hooks of a copy, since they may pass proxies to the user's own objects; return the copy."""
     for module in module_copy.modules():
         module._forward_hooks.clear()
         module._forward_pre_hooks.clear()
@@ -195,14 +199,14 @@ def remove_hooks(module_copy: nn.Module) -> nn.Module:
 
 
 def _autocast_depth() -> int:
-    """How many autocast contexts are open, also those that switch it off; torch tells only while it counts."""
+    """The number of open autocast contexts, also disabled ones; torch returns it only when it changes the count."""
     depth = torch.autocast_increment_nesting()
     torch.autocast_decrement_nesting()
     return int(depth)
 
 
 def read_graph(graph: fx.Graph, is_norm_fqn: Callable[[str], bool]) -> GraphFacts:
-    """Read calls, producers and owners of functional calls off a whole-model graph."""
+    """Return the calls, producers and owners of functional calls in the graph of a whole model."""
     calls: list[str] = []
     producers: dict[str, str] = {}
     owners: dict[bool, list[str]] = {True: [], False: []}
@@ -223,7 +227,11 @@ def read_graph(graph: fx.Graph, is_norm_fqn: Callable[[str], bool]) -> GraphFact
 
 
 def compile_graph(graph: fx.Graph, name: str) -> Callable[..., Any]:
-    """Compile a graph to a function of (self, ...) that reads everything from `self`, under this name in tracebacks."""
+    """Compile a graph to a function of (self, ...) that reads all attributes from `self`.
+
+    Args:
+        name: the name of the code in tracebacks.
+    """
     code = graph.python_code("self")
     # Tracebacks and debuggers show the generated lines.
     file = f"<normswap: {name} #{next(_counter)}>"
@@ -237,7 +245,7 @@ _counter = itertools.count()
 
 
 def _leaf_rules(norms: NormTable) -> list[tuple[Callable[[nn.Module], bool], tuple[Callable[..., Any], ...]]]:
-    """From the rule that sees most to the one that traces most: the later ones hide code without norms."""
+    """The rules for leaves, in order: the first shows the most code, the later ones skip code without norms."""
 
     def norm(module: nn.Module) -> bool:
         return is_norm_layer(module, norms)
@@ -264,20 +272,23 @@ def _node_name(node: fx.Node) -> str:
 
 
 def run_isolated(module: nn.Module, run: Callable[[], Any], *, training: bool) -> list[Any]:
-    """Return paths and leaves of what `run`, which calls `module`, returns, or the class of the error it raises."""
+    """Return paths and leaves of the result of `run`, which calls `module`, or the class of its error.
+
+    The state of `module` and the random state are restored.
+    """
     modules = [entry.module for entry in walk_modules(module)]
     with preserved_state(modules), training_flags(modules, training=training), seeded(0), torch.no_grad():
         for gated in modules:
-            if isinstance(gated, GatedModule):  # other processes may not be on trial
+            if isinstance(gated, GatedModule):  # other processes may not run this comparison
                 gated.synchronize = False
         try:
             return flatten_leaves(run())
-        except Exception as error:  # noqa: BLE001 - the user's code: where both sides fail alike, they agree
+        except Exception as error:  # noqa: BLE001 - the user's code: two sides that fail with one class agree
             return [type(error).__name__]
 
 
 def outputs_match(first: list[Any], second: list[Any]) -> bool:
-    """Say whether two outcomes are the same, up to rounding."""
+    """Whether two results of `run_isolated` are the same, up to rounding."""
     return len(first) == len(second) and all(map(_values_match, first, second))
 
 

@@ -1,17 +1,20 @@
-"""The functions that normalize, as calls in code and as nodes of a graph: what they are, and what they are given.
+"""Functions that normalize, as nodes of a graph: which node is such a call, its arguments and the use of its results.
 
-One table for the functions of Python, and for the ATen operators that exported programs hold, before and after they are
-decomposed. Forms of one backend only (cudnn, miopen) are in no exported program, and not here.
+One table has the functions of Python and the ATen operators of exported programs, before and after decomposition.
+Operators of one backend (cudnn, miopen) do not occur in exported programs and are left out.
 """
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import fx
+from torch import Tensor, fx, nn
+
+from normswap.layers.switch_norm import FunctionalSwitchNorm
+from normswap.surgery.module_tree import modules_by_name
 
 _TENSORS = ("input", "running_mean", "running_var", "weight", "bias")
 _ATEN_TENSORS = ("input", "weight", "bias", "running_mean", "running_var")
@@ -25,12 +28,12 @@ class NormCall:
 
     Attributes:
         kind: `bn`, or `in` for instance normalization.
-        parameters: in their order, under the names of `F.batch_norm`.
-        settled: arguments that its name tells.
-        results: of a form that returns a tuple whose first item is the normalized tensor: how many there are, None of
-            one that returns just that.
-        updated: which of the results are running statistics after their update, by argument: a form that has them
-            leaves what it is given as it was.
+        parameters: its parameters in order, with the names of `F.batch_norm`.
+        fixed_arguments: arguments that follow from its name, such as `training=False` of `..._no_training`.
+        results: the length of the tuple that it returns, whose first item is the normalized tensor; None if it returns
+            that tensor alone.
+        updated: by index, the results that are updated running statistics, with the name of their argument; such a
+            function leaves the arguments unchanged.
     """
 
     kind: str
@@ -40,7 +43,7 @@ class NormCall:
     updated: Mapping[int, str] = field(default_factory=dict)
 
 
-# `cudnn_enabled` says nothing of the function.
+# `cudnn_enabled` is read and dropped: it does not change the function.
 NORM_CALLS: Mapping[Any, NormCall] = {
     F.batch_norm: NormCall("bn", (*_TENSORS, "training", *_NUMBERS)),
     torch.batch_norm: NormCall("bn", (*_ATEN_TENSORS, "training", *_NUMBERS, "cudnn_enabled")),
@@ -82,18 +85,18 @@ def call_name(call: Any) -> str:
 
 
 def norm_call(node: fx.Node) -> NormCall | None:
-    """Return what a node that calls one of the functions calls, on whatever; None of every other node."""
+    """Return the function that a node calls if it is one of `NORM_CALLS`, whatever its input; else None."""
     return NORM_CALLS.get(node.target) if node.op == "call_function" else None
 
 
 def is_batch_norm_call(node: fx.Node) -> bool:
-    """Say whether a node calls batch_norm, on whatever."""
+    """Whether a node calls batch_norm, whatever its input."""
     call = norm_call(node)
     return call is not None and call.kind == "bn"
 
 
 def norm_arguments(node: fx.Node) -> dict[str, Any]:
-    """Return the arguments of a node that normalizes by the names of `F.batch_norm`."""
+    """Return the arguments of a call by the names of `F.batch_norm`."""
     call = NORM_CALLS[node.target]
     named = dict(zip(call.parameters, node.args, strict=False))
     named |= {name: value for name, value in node.kwargs.items() if name in call.parameters}
@@ -101,8 +104,32 @@ def norm_arguments(node: fx.Node) -> dict[str, Any]:
     return named | dict(call.fixed_arguments)
 
 
+def call_tensors(module: nn.Module, node: fx.Node | None, names: Sequence[str] = _TENSORS[1:]) -> list[Tensor]:
+    """Return the tensors of `module` that a call of a function that normalizes reads, or the gate in its place.
+
+    Args:
+        node: a node of the graph of the forward of `module`; other nodes give no tensors.
+        names: the arguments to look at.
+    """
+    arguments: Mapping[str, Any] = {}
+    if node is not None and norm_call(node):
+        arguments = norm_arguments(node)
+    elif node is not None and isinstance(module._modules.get(str(node.target)), FunctionalSwitchNorm):
+        arguments = node.kwargs
+    tensors = (_attribute_tensor(module, arguments.get(name)) for name in names)
+    return [tensor for tensor in tensors if tensor is not None]
+
+
+def _attribute_tensor(module: nn.Module, node: Any) -> Tensor | None:
+    if getattr(node, "op", None) != "get_attr":
+        return None
+    owner, _, name = str(node.target).rpartition(".")
+    found = getattr(modules_by_name(module).get(owner), name, None)
+    return found if isinstance(found, Tensor) else None
+
+
 def norm_nodes(graph: fx.Graph, kind: str) -> list[fx.Node]:
-    """Return the nodes of this kind that normalize an activation, in order; calls on kernels are none of them."""
+    """Return the calls of this kind that normalize an activation, in order; calls on kernels are left out."""
     return [
         node
         for node in graph.nodes
@@ -116,17 +143,17 @@ def batch_norm_nodes(graph: fx.Graph) -> list[fx.Node]:
 
 
 def normalized(node: fx.Node) -> list[fx.Node]:
-    """Return the nodes that hold the normalized tensor: the call, or what takes the first item of its tuple."""
+    """Return the nodes whose value is the normalized tensor: the call, or those that take item 0 of its tuple."""
     if NORM_CALLS[node.target].results is None:
         return [node]
     return [user for user in node.users if user.target is operator.getitem and user.args[1] == 0]
 
 
 def unsupported_use(node: fx.Node) -> str | None:
-    """Say what is made of a call's results that a swap could not serve, None where the normalized tensor is all.
+    """Return which use of a call's results prevents a swap, or None.
 
-    A functional form returns the running statistics after their update, to be written back or given to the next call.
-    A swapped call updates them in place, which is the same where that is all that becomes of them.
+    A swapped call returns the normalized tensor and updates running statistics in place. A function that returns the
+    updated statistics can be swapped if the graph only writes them back, or passes them to the next call.
     """
     call = NORM_CALLS[node.target]
     if call.results is None:
@@ -136,11 +163,15 @@ def unsupported_use(node: fx.Node) -> str | None:
     if unsupported:
         return "more than its first result is used"
     not_written_back = [name for index, name in call.updated.items() if not _is_written_back(node, index, name)]
-    return f"what it makes of {' and '.join(not_written_back)} is not just written back" if not_written_back else None
+    return (
+        f"has uses of its updated {' and '.join(not_written_back)} beside writing them back"
+        if not_written_back
+        else None
+    )
 
 
 def _is_written_back(node: fx.Node, index: int, name: str) -> bool:
-    """Say whether a running statistic, and its update at `index` of a call's results, are for nothing but updating."""
+    """Whether a running statistic and its update, item `index` of the results, are used for nothing but the update."""
     statistic = norm_arguments(node)[name]
     updates = [user for user in node.users if user.args[1] == index]
     users = [user for update in updates for user in update.users]
@@ -152,7 +183,7 @@ def _is_update(stored: fx.Node, user: fx.Node) -> bool:
 
 
 def _original_buffer(statistic: fx.Node) -> fx.Node:
-    """The place of a running statistic that came through other calls of a functional form."""
+    """The node of a running statistic before other calls updated it."""
     while statistic.target is operator.getitem:
         call, index = statistic.args
         name = NORM_CALLS[call.target].updated.get(index) if norm_call(call) else None  # type: ignore[union-attr, arg-type]
@@ -163,7 +194,7 @@ def _original_buffer(statistic: fx.Node) -> fx.Node:
 
 
 def is_folded(node: fx.Node) -> bool:
-    """Say whether a call normalizes samples that were folded into the channels, (1, N * C, ...): each by itself."""
+    """Whether the samples of a call are folded into the channels, (1, N * C, ...), so each is normalized by itself."""
     source = norm_arguments(node)["input"]
     if source.target not in _VIEWS or source.op not in ("call_function", "call_method"):
         return False
@@ -173,10 +204,10 @@ def is_folded(node: fx.Node) -> bool:
 
 
 def reads_activation(value: Any, sources: frozenset[str] | None = None) -> bool:
-    """Say whether a value depends on what flows through the model: a kernel that is standardised does not.
+    """Whether a value depends on the inputs of the model; a standardised kernel does not.
 
     Args:
-        sources: the names of the placeholders that the model is fed; by default all are.
+        sources: the names of the placeholders that are inputs of the model; default: all.
     """
     seen: set[fx.Node] = set()
     pending = [value] if isinstance(value, fx.Node) else []
@@ -193,15 +224,15 @@ def reads_activation(value: Any, sources: frozenset[str] | None = None) -> bool:
 
 
 def as_results(*results: Any) -> tuple[Any, ...]:
-    """Stand in a graph where a call returned a tuple: the normalized tensor, and whatever else is read of it."""
+    """Return the arguments as a tuple: in a rewritten graph it takes the place of a call that returned a tuple."""
     return results
 
 
-# A leaf for every FX tracer, so that a graph that is traced again can still be put back.
+# A leaf for every FX tracer, so that a graph that is traced again can still be restored.
 fx.wrap("as_results")
 
 
 def all_results(call: NormCall, y: Any, arguments: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Return what a call with these arguments returns besides, updated in place where it has running statistics."""
+    """Return the whole result of a call whose normalized tensor is `y`; running statistics were updated in place."""
     count = call.results or 1
     return (y, *(arguments.get(call.updated.get(index, "")) for index in range(1, count)))

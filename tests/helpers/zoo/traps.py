@@ -89,8 +89,8 @@ def _trap(name: str, make: Callable[[], nn.Module], inputs: Callable[[], Any], *
     return Trap(name, make, inputs, swaps, **more)
 
 
-NOT_TRACED = r"cannot be rewritten.*module of its own"
-STAYS = "has no batch statistics to lose at small batches: stays as it is"
+NOT_TRACED = r"cannot be rewritten.*into a small module"
+STAYS = "has no batch statistics, so small batches do not harm it: left as it is"
 OTHER_KINDS = {"kinds": ("bn", "in", "gn1")}
 BEGUN = {**OTHER_KINDS, "settings": {"*": {"branches": ("in", "ln", "bn")}}}
 TRAPS: tuple[Trap, ...] = (
@@ -117,7 +117,7 @@ TRAPS: tuple[Trap, ...] = (
     _trap("own norm, functional", lambda: Chain(OwnNorm()), IMAGE, "1.batch_norm"),
     _trap("own norm, by hand", lambda: Chain(HandMadeNorm()), IMAGE, skips={"1": "not in the table of known norms"}),
     _trap("own norm, untraceable", lambda: Chain(SelfCounting()), IMAGE, skips={"1.batch_norm": NOT_TRACED}),
-    _trap("constant made in forward", Constant, IMAGE, skips={"batch_norm": r"makes a tensor of constants.*buffer"}),
+    _trap("constant made in forward", Constant, IMAGE, skips={"batch_norm": r"creates a tensor from constants.*buffer"}),
     _trap("number drawn in forward", Drawing, IMAGE, skips={"batch_norm": "draws random numbers"}),
     _trap("attribute written in forward", Remembering, IMAGE, skips={"batch_norm": r"writes.*features"}),
     _trap("list filled in forward", Collecting, IMAGE, skips={"batch_norm": r"writes.*seen"}),
@@ -155,7 +155,7 @@ TRAPS: tuple[Trap, ...] = (
         NormAsContainer,
         IMAGE,
         "batch_norm",
-        skips={"bn": "does not run, but holds the tensors of a batch_norm call in the model: that is the site"},
+        skips={"bn": "does not run; the batch_norm call in the model uses its tensors and is the site"},
     ),
     _trap(
         "BN whose forward is called past its hooks",
@@ -287,8 +287,8 @@ TRAPS: tuple[Trap, ...] = (
         IMAGE,
         "instance",
         skips={
-            "bn": r"is Batch Normalization: stays as it is, unless asked for with kinds=\('bn', 'in'\)",
-            "group": "--kinds in,gn1",
+            "bn": r"is Batch Normalization: kinds= leaves it out; pass kinds=\('bn', 'in'\) to swap it",
+            "group": r"is GroupNorm of one group: has no batch statistics, .*; pass kinds=\('in', 'gn1'\) to swap it",
         },
         options={"kinds": ("in",)},
     ),
@@ -321,7 +321,7 @@ TRAPS: tuple[Trap, ...] = (
         "InstanceNorm without a batch",
         WithoutBatch,
         IMAGE,
-        skips={"norm": r"^was fed 8x9x9, .* takes \(N, C, \*spatial\): add the dimension of the batch$"},
+        skips={"norm": r"^has an input of 8x9x9, .* takes \(N, C, \*spatial\): add the batch dimension$"},
         blind=(("norm",), {}),
         options=OTHER_KINDS,
     ),
