@@ -5,22 +5,20 @@ compare. A conversion that cannot be verified, or that changes the function, is 
 """
 
 import os
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from normswap.checkpoints.content.entries import read_contents
 from normswap.checkpoints.content.key_prefixes import names_with_prefix
 from normswap.checkpoints.content.state_dict import check_running_stats, initial_gates, plan_from_names
 from normswap.checkpoints.converted_content import (
     AddedState,
-    ConvertedContent,
     ConvertedWeights,
     collect_added_state,
-    convert_content,
+    convert_file_content,
+    merge_notes,
 )
 from normswap.checkpoints.file_output import (
     ConvertOptions,
@@ -28,8 +26,7 @@ from normswap.checkpoints.file_output import (
     OutputWriter,
     Progress,
     copy_folder,
-    merge_notes,
-    other_entries,
+    describe_nothing_to_swap,
     require_verified,
     select_format,
     unverifiable,
@@ -315,7 +312,7 @@ class _Run:
                 if network.by_names
                 else self._convert_with_model(network, checkpoint)
             )
-            converted = _convert_file_content(options, checkpoint, weights)
+            converted = convert_file_content(checkpoint, weights, weights_only=options.weights_only)
             writer = OutputWriter(options, network, checkpoint, weights, container, digest)
             notes = merge_notes(notes, (*converted.notes, *writer.notes), [each.entry for each in options.networks])
             for following in options.networks[index + 1 : index + 2]:
@@ -421,28 +418,8 @@ class _Run:
         network = NetworkConversion(options.entry, description, architecture, plan)
         self.update_network(network)
         if not plan.swaps:
-            raise NothingToDo(_describe_nothing_to_swap(plan))
+            raise NothingToDo(describe_nothing_to_swap(plan))
         return network
 
 
 # --- steps ------------------------------------------------------------------------------------------------------------
-
-
-def _convert_file_content(
-    options: ConvertOptions, checkpoint: Checkpoint, weights: ConvertedWeights
-) -> ConvertedContent:
-    if not options.weights_only:
-        return convert_content(checkpoint, weights.names, weights.new, module=weights.module, plan=weights.plan)
-    alone = replace(checkpoint, content=checkpoint.weights, contents=read_contents(checkpoint.weights))
-    content = convert_content(alone, weights.names, weights.new, module=weights.module, plan=weights.plan).content
-    return ConvertedContent(
-        content, tuple(f"{name}: left out (weights_only=True)" for name in other_entries(checkpoint))
-    )
-
-
-def _describe_nothing_to_swap(plan: SwapPlan) -> str:
-    if not plan.skips:
-        return f"no norm sites in this model ({plan.model_class}): nothing to convert"
-    reasons = Counter(skip.reason for skip in plan.skips)
-    summary = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common(3))
-    return f"none of the {len(plan.skips)} norm sites can be converted: {summary}"

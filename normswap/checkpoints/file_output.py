@@ -4,7 +4,8 @@ Importing this module does not import torch: the command line checks paths with 
 """
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -56,8 +57,9 @@ def output_path(file: Path, output: str | Path | None, tag: str, *, as_program: 
         return _default_output(file, tag, as_program=as_program)
     if str(output).endswith(("/", os.sep)) and not is_folder_for(file, Path(output)):
         inside = str(Path(output) / _default_output(file, tag, as_program=as_program).name)
+        hint = "" if Path(output).is_dir() else "create the folder and "
         raise CheckpointError(
-            f"{output}: expected the name of a file, got that of a folder: create the folder and pass output={inside!r}"
+            f"{output}: expected the name of a file, got that of a folder: {hint}pass output={inside!r}"
         )
     return Path(output)
 
@@ -132,20 +134,13 @@ def _check_program(target: Path, source: "Checkpoint") -> None:
 def _check_safetensors(target: Path, source: "Checkpoint", weights_only: bool | None) -> None:
     if source.payload == "module":
         raise CheckpointError(f"{target}: safetensors cannot store a pickled module: choose output='NAME.pt'")
-    others = other_entries(source)
+    others = source.other_entries
     if others and not weights_only:
         hint = "" if weights_only is None else ", or drop them with weights_only=True"
         raise CheckpointError(
             f"{target}: safetensors stores tensors only, and this file also contains {', '.join(others)}: choose "
             f"output='NAME.pt'{hint}"
         )
-
-
-def other_entries(source: "Checkpoint") -> list[str]:
-    """Return the names of the entries of a file beside its weights."""
-    from normswap.checkpoints.content.entries import drop_entry
-
-    return sorted(map(str, drop_entry(source.content, source.contents.weights)))
 
 
 # --- options ----------------------------------------------------------------------------------------------------------
@@ -382,22 +377,7 @@ class OutputWriter:
         return tuple(arguments)
 
 
-def merge_notes(earlier_notes: Sequence[str], notes: Sequence[str], entries: Sequence[str | None]) -> tuple[str, ...]:
-    """Return the notes on a file after one more of its networks was converted.
-
-    A note "left as it is" does not replace an earlier note on the same entry: an earlier network owns the entry.
-
-    Args:
-        entries: the networks that are converted, which need no note.
-    """
-    merged = dict(note.split(": ", 1) for note in earlier_notes)
-    for name, what in (note.split(": ", 1) for note in notes):
-        if name not in merged or not what.startswith("left as it is"):
-            merged[name] = what
-    return tuple(f"{name}: {what}" for name, what in merged.items() if name not in entries)
-
-
-# --- verification ----------------------------------------------------------------------------------------------------
+# --- refusals ---------------------------------------------------------------------------------------------------------
 
 
 def unverifiable(reason: str, remedy: str) -> ArchitectureError:
@@ -426,3 +406,12 @@ def require_verified(plan: "SwapPlan", verification: "Verification | None") -> N
         f"nothing written: the converted model does not compute the same function ({failed}): exclude= the sites that "
         "differ most, or pass verify=False to write it anyway"
     )
+
+
+def describe_nothing_to_swap(plan: "SwapPlan") -> str:
+    """Return why a plan swaps nothing."""
+    if not plan.skips:
+        return f"no norm sites in this model ({plan.model_class}): nothing to convert"
+    reasons = Counter(skip.reason for skip in plan.skips)
+    summary = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common(3))
+    return f"none of the {len(plan.skips)} norm sites can be converted: {summary}"

@@ -251,7 +251,7 @@ def build_model(checkpoint: Checkpoint, architecture: Architecture | None = None
                 apply_plan(model, plan)
                 names = _match_model_names(checkpoint, weights, model)
         except PlanError as error:
-            raise PlanError(f"{path}: {error}{_suggest_recorded(checkpoint, source)}") from error
+            raise _plan_misfit(checkpoint, source, error) from error
     try:
         fit = load_weights(
             model, _rename_for_model(weights, names, model), source if isinstance(source, str) else type(model).__name__
@@ -277,12 +277,16 @@ def _drop_copy_sites(plan: SwapPlan, names: StoredNames) -> SwapPlan:
     return replace(plan, swaps=kept)
 
 
-def _suggest_recorded(checkpoint: Checkpoint, architecture_tried: Architecture) -> str:
-    """The architecture in the record, if another one was tried."""
+def _plan_misfit(checkpoint: Checkpoint, architecture_tried: Architecture, error: PlanError) -> PlanError:
+    """The error for a plan in a file that does not fit an architecture, which may contradict the record."""
     recorded = checkpoint.record.architecture if checkpoint.record else None
     if recorded is None or architecture_tried == recorded:
-        return ""
-    return f"; the file was converted as {recorded}: leave architecture= out, or pass architecture={recorded!r}"
+        return PlanError(f"{checkpoint.path}: {error}")
+    tried = architecture_tried if isinstance(architecture_tried, str) else "the given architecture"
+    return PlanError(
+        f"{checkpoint.path}: was converted as {recorded}, and its plan does not fit {tried}: leave architecture= out "
+        f"({error})"
+    )
 
 
 def _suggest_architectures(checkpoint: Checkpoint, architecture_tried: Architecture) -> str:

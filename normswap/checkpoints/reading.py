@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from normswap.checkpoints.content.entries import (
     Contents,
     check_has_values,
+    drop_entry,
     format_key_path,
     get_entry,
     read_contents,
@@ -90,6 +91,11 @@ class Checkpoint:
         if self.program is not None:
             return "program"
         return "module" if isinstance(self.weights, nn.Module) else "state dict"
+
+    @property
+    def other_entries(self) -> list[str]:
+        """The names of the entries beside the weights."""
+        return sorted(map(str, drop_entry(self.content, self.contents.weights)))
 
     def describe(self, architecture: str | None) -> str:
         """Return the kind of content, the selected entry, the format, an architecture and the size, for a heading."""

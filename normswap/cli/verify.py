@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from normswap.checkpoints.reading import Checkpoint
 
 
-@click.command("verify", short_help="Measure whether two files hold the same function.")
+@click.command("verify", short_help="Measure whether two files compute the same function.")
 @click.argument("original", type=click.Path(path_type=Path))
 @click.argument("converted", type=click.Path(path_type=Path))
 @arch_option

@@ -341,7 +341,7 @@ UNKNOWN: dict[str, tuple[Callable[[list[Tensor], list[str]], dict[str, Any]], st
                 "single_partition_of_fp32_groups": [torch.cat([p.flatten() for p in ps])],
             }
         },
-        "base_optimizer_state: left as it is, single_partition_of_fp32_groups beside it holds copies of the parameters",
+        "base_optimizer_state: left as it is, single_partition_of_fp32_groups beside it contains copies of the parameters",
     ),
     "apex": (
         lambda ps, _: {
@@ -354,7 +354,7 @@ UNKNOWN: dict[str, tuple[Callable[[list[Tensor], list[str]], dict[str, Any]], st
                 "fp32_from_fp16": [[p.clone() for p in ps]],
             }
         },
-        "optimizer.optimizer_state_dict: left as it is, fp32_from_fp16 beside it holds copies of the parameters",
+        "optimizer.optimizer_state_dict: left as it is, fp32_from_fp16 beside it contains copies of the parameters",
     ),
     "an average in another order": (
         lambda ps, _: {"ema": {"shadow_params": [p.clone() for p in ps[::-1]]}},
@@ -409,7 +409,7 @@ def test_what_holds_nothing_per_parameter_is_not_named(nets: dict[str, nn.Module
 def test_an_average_kept_as_a_list_gets_the_gates_at_their_places(nets: dict[str, nn.Module], lists: list[str]) -> None:
     shadows = [p.detach() + 1 for p in nets["g"].parameters()]
     torch.save({"model": nets["g"].state_dict(), "ema": {"decay": 0.9, **dict.fromkeys(lists, shadows)}}, "last.pt")
-    assert "ema.shadow_params: gates put at their places" in ok("convert", "last.pt", *G, *INPUT)
+    assert "ema.shadow_params: gates inserted at their positions" in ok("convert", "last.pt", *G, *INPUT)
     model = normswap.load("last.normswap.pt", trust=True).model
     for name in lists:
         found = read("last.normswap.pt")["ema"][name]

@@ -243,12 +243,12 @@ def test_files_that_join_a_folder_are_noticed(tmp_path: Path, change_at: Any) ->
 READERS: dict[str, tuple[Any, str, list[str]]] = {
     "convert --dry-run": (
         normswap.checkpoints.file_conversion,
-        "convert_content",
+        "convert_file_content",
         ["convert", "--dry-run", "--no-verify"],
     ),
     "convert --save-plan": (
         normswap.checkpoints.file_conversion,
-        "convert_content",
+        "convert_file_content",
         ["convert", "--no-verify", "--save-plan", "plan.json"],
     ),
     "inspect": (normswap.surgery.planning, "plan_swaps", ["inspect"]),

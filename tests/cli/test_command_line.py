@@ -113,7 +113,7 @@ def test_an_interrupt_says_in_one_line_what_was_written(folder: Path, monkeypatc
     for owner, name in (
         (convert_module, "_check_paths"),
         (file_conversion, "read_checkpoint"),
-        (file_conversion, "_convert_file_content"),
+        (file_conversion, "convert_file_content"),
     ):
         with monkeypatch.context() as patched:
             patched.setattr(owner, name, stopped)

@@ -49,7 +49,7 @@ from normswap.checkpoints.io.atomic_files import check_readable
 from normswap.errors import CheckpointError, NormswapError
 from normswap.text import first_line
 
-Container = Literal[
+FileFormat = Literal[
     "torch zip",
     "legacy pickle",
     "safetensors",
@@ -58,14 +58,15 @@ Container = Literal[
     "torch folder",
     "distributed folder",
 ]
+Container = FileFormat  # the name that callers still import
 # Formats that store contiguous tensors by name and nothing else, without tied tensors and memory formats.
-TENSORS_ONLY: frozenset[Container] = frozenset({"safetensors", "safetensors folder"})
-FOLDERS: frozenset[Container] = frozenset({"safetensors folder", "torch folder", "distributed folder"})
+TENSORS_ONLY: frozenset[FileFormat] = frozenset({"safetensors", "safetensors folder"})
+FOLDERS: frozenset[FileFormat] = frozenset({"safetensors folder", "torch folder", "distributed folder"})
 
 # The record is an archive member next to the pickle in a zip, an extra file in an exported program, a value in the
 # `__metadata__` of safetensors, and a file in a folder.
 _METADATA_KEY = "normswap"
-_ZIP_RECORD_ENTRIES: dict[Container, str] = {"torch zip": RECORD, "exported program": RECORD_ENTRY}
+_ZIP_RECORD_ENTRIES: dict[FileFormat, str] = {"torch zip": RECORD, "exported program": RECORD_ENTRY}
 
 # torch.serialization.MAGIC_NUMBER, pickled; a file from before torch 1.6 has it among its first bytes.
 _LEGACY_MAGIC = bytes.fromhex("6cfc9c46f9206aa85019")
@@ -74,7 +75,7 @@ _NUM_LEGACY_HEADERS = 3  # pickles before the object: magic number, protocol ver
 _MAX_SAFETENSORS_HEADER = 100_000_000  # the limit of the format
 
 
-def detect_format(path: Path) -> Container:
+def detect_format(path: Path) -> FileFormat:
     """Return the format of the file or folder at `path`; its name does not matter.
 
     Raises:
@@ -102,17 +103,17 @@ def detect_format(path: Path) -> Container:
     raise CheckpointError(f"{path}: expected a file of torch.save or safetensors, got {_describe_bytes(head)}")
 
 
-def read_record_text(path: Path, container: Container) -> str | None:
+def read_record_text(path: Path, file_format: FileFormat) -> str | None:
     """Return the text of the normswap record in the file or folder, or None; this reads no pickle."""
-    if container in FOLDERS:
+    if file_format in FOLDERS:
         record_file = path / RECORD
         with _report_damage(path):
             return record_file.read_text(encoding="utf-8") if record_file.is_file() else None
-    if container == "safetensors":
+    if file_format == "safetensors":
         return read_metadata(path).get(_METADATA_KEY)
-    if container in _ZIP_RECORD_ENTRIES:
+    if file_format in _ZIP_RECORD_ENTRIES:
         with _report_damage(path), zipfile.ZipFile(path) as archive:
-            entry = f"{_archive_root(archive)}/{_ZIP_RECORD_ENTRIES[container]}"
+            entry = f"{_archive_root(archive)}/{_ZIP_RECORD_ENTRIES[file_format]}"
             return archive.read(entry).decode() if entry in archive.namelist() else None
     return None
 
@@ -123,14 +124,14 @@ def read_metadata(path: Path) -> dict[str, str]:
         return file.metadata() or {}
 
 
-def read_tied_names(path: Path, container: Container) -> dict[str, str]:
+def read_tied_names(path: Path, file_format: FileFormat) -> dict[str, str]:
     """Return the tied tensors that `safetensors.torch.save_model` left out: name -> name of the stored tensor.
 
     `save_model` writes these pairs into the metadata, among others: only pairs with the name of a stored tensor count.
     """
-    if container not in TENSORS_ONLY:
+    if file_format not in TENSORS_ONLY:
         return {}
-    files = [path] if container == "safetensors" else [path / name for name in _require_shards(path).files]
+    files = [path] if file_format == "safetensors" else [path / name for name in _require_shards(path).files]
     metadata: dict[str, str] = {}
     names: set[str] = set()
     for file in files:
@@ -140,7 +141,7 @@ def read_tied_names(path: Path, container: Container) -> dict[str, str]:
     return {name: stored for name, stored in metadata.items() if stored in names and name not in names}
 
 
-def decode(path: Path, container: Container, *, trust: bool, mmap: bool = False) -> Any:
+def decode(path: Path, file_format: FileFormat, *, trust: bool, mmap: bool = False) -> Any:
     """Return the object in the file or folder, with tensors on the CPU.
 
     Args:
@@ -151,20 +152,20 @@ def decode(path: Path, container: Container, *, trust: bool, mmap: bool = False)
     Raises:
         CheckpointError: the file is damaged, or needs `trust=True`.
     """
-    if container == "safetensors":
+    if file_format == "safetensors":
         with _report_damage(path):
             return safetensors.torch.load_file(path)
-    if container == "exported program":
+    if file_format == "exported program":
         with _report_damage(path):
             return load_program(path) if trust else read_weights(path)
-    if container == "distributed folder":
+    if file_format == "distributed folder":
         from normswap.checkpoints.formats.dcp_folder import read_distributed  # imports for seconds
 
         with _report_damage(path):
             return read_distributed(path)
-    if container in FOLDERS:
+    if file_format in FOLDERS:
         return _decode_shards(_require_shards(path), trust=trust, mmap=mmap)
-    return _decode_pickle(path, trust=trust, legacy=container == "legacy pickle", mmap=mmap)
+    return _decode_pickle(path, trust=trust, legacy=file_format == "legacy pickle", mmap=mmap)
 
 
 def check_suffix(path: Path) -> None:
@@ -182,14 +183,14 @@ def check_suffix(path: Path) -> None:
 
 def needs_trust(path: Path) -> bool:
     """Return whether a file has pickled objects that only `trust=True` loads."""
-    container = detect_format(path)
-    is_pickle = container in ("torch zip", "legacy pickle")
-    return is_pickle and bool(_blocked_globals(path, legacy=container == "legacy pickle"))
+    file_format = detect_format(path)
+    is_pickle = file_format in ("torch zip", "legacy pickle")
+    return is_pickle and bool(_blocked_globals(path, legacy=file_format == "legacy pickle"))
 
 
 def encode(
     path: Path,
-    container: Container,
+    file_format: FileFormat,
     content: Any,
     record: str,
     *,
@@ -204,10 +205,10 @@ def encode(
         template: the folder whose shards, index and configuration files the new folder copies.
         notes: further metadata of a safetensors file.
     """
-    if container == "safetensors":
+    if file_format == "safetensors":
         _write_safetensors(path, content, {"format": "pt", **(notes or {}), _METADATA_KEY: record})
-    elif container in FOLDERS:
-        if container == "distributed folder":
+    elif file_format in FOLDERS:
+        if file_format == "distributed folder":
             from normswap.checkpoints.formats.dcp_folder import write_distributed
 
             write_distributed(path, content)
@@ -219,16 +220,16 @@ def encode(
     else:
         with open(path, "wb") as file:
             torch.save(content, file)
-        add_record(path, container, record)
+        add_record(path, file_format, record)
 
 
-def add_record(path: Path, container: Container, record: str) -> None:
+def add_record(path: Path, file_format: FileFormat, record: str) -> None:
     """Append the text of the record to a new archive, as a member that torch ignores or returns as an extra file.
 
     torch.load (weights_only, mmap) reads the archive as before, and the state dict has no further key.
     """
     with zipfile.ZipFile(path, "a") as archive:
-        archive.writestr(f"{_archive_root(archive)}/{_ZIP_RECORD_ENTRIES[container]}", record)
+        archive.writestr(f"{_archive_root(archive)}/{_ZIP_RECORD_ENTRIES[file_format]}", record)
 
 
 def _write_safetensors(path: Path, tensors: Any, metadata: dict[str, str]) -> None:
@@ -238,7 +239,7 @@ def _write_safetensors(path: Path, tensors: Any, metadata: dict[str, str]) -> No
         path.chmod(mode & 0o777)  # save_file (0.8) restricts the file to its owner
 
 
-def _detect_folder_format(path: Path) -> Container:
+def _detect_folder_format(path: Path) -> FileFormat:
     if (path / INDEX).is_file():
         return "distributed folder"
     shards = find_shards(path)
@@ -315,7 +316,7 @@ def _archive_root(archive: zipfile.ZipFile) -> str:
     return archive.namelist()[0].partition("/")[0]
 
 
-def _detect_zip_format(path: Path) -> Container:
+def _detect_zip_format(path: Path) -> FileFormat:
     names = check_archive(path)
     if is_program(names):
         return "exported program"

@@ -242,7 +242,7 @@ class _Restorer:
 
 
 def _iter_entries(value: Any) -> Iterator[tuple[Any, Any, Any]]:
-    """The items of a list, a mapping or the attributes of a plain object, as (container, key, item)."""
+    """The items of a list, a mapping or the attributes of a plain object, as (owner, key, item)."""
     if isinstance(value, list):
         yield from ((value, index, item) for index, item in enumerate(value))
     elif isinstance(value, dict):

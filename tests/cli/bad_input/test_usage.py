@@ -20,7 +20,7 @@ from normswap.checkpoints.io import atomic_files
 from normswap.errors import ArchitectureError
 from normswap.verification import equivalence
 from tests.helpers import files
-from tests.helpers.command_line import SIZES
+from tests.helpers.command_line import SIZES, run
 from tests.helpers.refusals import assert_refused
 
 # Architectures.
@@ -170,6 +170,23 @@ def test_an_output_must_be_a_file_in_a_folder(folder: Path) -> None:
     message = "nowhere/new.pt: expected an existing folder, got nowhere: create it first"
     assert_refused(folder, [*CONVERT, "-o", "nowhere/new.pt"], 2, message)
     assert_refused(folder, [*CONVERT, "-o", "plan.json/new.pt"], 2, "expected an existing folder, got plan.json")
+
+
+def test_an_output_that_ends_in_a_slash_is_no_file(folder: Path) -> None:
+    message = (
+        "new/: expected the name of a file, got that of a folder: create the folder and pass -o new/bn.normswap.pt"
+    )
+    assert_refused(folder, [*CONVERT, "-o", "new/"], 2, message)
+    (folder / "new").mkdir()
+    message = "new/: expected the name of a file, got that of a folder: pass -o new/bn.calibrated.pt"
+    assert_refused(folder, ["calibrate", "bn.pt", "--data", "digits", "-o", "new/"], 2, message)
+
+
+def test_an_architecture_that_contradicts_the_record_is_refused(folder: Path) -> None:
+    message = f"sn.pt: was converted as {files.ARCH}, and its plan does not fit timm:test_vit: leave --arch out ("
+    for command in (["inspect", "sn.pt"], ["calibrate", "sn.pt", "--data", "digits"]):
+        assert_refused(folder, [*command, "--arch", "timm:test_vit"], 2, message)
+    assert run("inspect", "sn.pt", "--arch", files.ARCH).stdout == run("inspect", "sn.pt").stdout
 
 
 def test_an_unwritable_folder_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
