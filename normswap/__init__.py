@@ -12,6 +12,8 @@ from normswap import renamed
 if TYPE_CHECKING:
     from normswap.checkpoints.content.optimizer_state import scheduler_with_gates as scheduler_with_gates
     from normswap.checkpoints.content.optimizer_state import with_gates as with_gates
+    from normswap.checkpoints.file_conversion import FileConversion as FileConversion
+    from normswap.checkpoints.file_conversion import convert_file as convert_file
     from normswap.checkpoints.loading import Loaded as Loaded
     from normswap.checkpoints.loading import load as load
     from normswap.checkpoints.saving import save as save
@@ -79,6 +81,7 @@ if TYPE_CHECKING:
 
 _NAMES_BY_MODULE = {
     "checkpoints.content.optimizer_state": ("scheduler_with_gates", "with_gates"),
+    "checkpoints.file_conversion": ("FileConversion", "convert_file"),
     "checkpoints.loading": ("Loaded", "load"),
     "checkpoints.saving": ("save",),
     "errors": (

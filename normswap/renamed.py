@@ -59,7 +59,6 @@ MODULES: Mapping[str, str] = {
     "normswap.checkpoints.survey": "normswap.checkpoints.content.state_dict",
     "normswap.checkpoints.temporaries": "normswap.checkpoints.io.atomic_files",
     "normswap.checkpoints.trainer_state": "normswap.checkpoints.content.hf_trainer",
-    "normswap.cli.opening": "normswap.cli.open_model",
     "normswap.comparison": "normswap.surgery.model_outputs",
     "normswap.display": "normswap.text",
     "normswap.documents": "normswap.text",

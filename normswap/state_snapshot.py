@@ -7,6 +7,7 @@ and tied tensors stay views and tied; memory that did not change is compared, no
 uses are not part of the model.
 """
 
+import logging
 import operator
 import random
 import sys
@@ -20,6 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+_logger = logging.getLogger(__name__)
 
 # True for a tensor made of other tensors. The annotation is needed: mypy takes torch's function for a type guard that
 # no Tensor passes.
@@ -157,7 +160,8 @@ def _snapshot_non_strided_tensor(tensor: Tensor) -> ObjectState:
     """Save a tensor without strided memory, such as a sparse one."""
     try:
         copy = tensor.detach().clone()
-    except Exception:  # noqa: BLE001 - code that cannot copy this kind of tensor will hardly write to it
+    except Exception as error:  # noqa: BLE001 - code that cannot copy this kind of tensor will hardly write to it
+        _logger.debug("a tensor of the layout %s cannot be copied, so it is not restored: %s", tensor.layout, error)
         return ObjectState(None, ())
 
     def restore() -> None:

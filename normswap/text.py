@@ -52,6 +52,7 @@ def printable_as(table: str) -> Callable[[type[T]], type[T]]:
     """
 
     def decorate(cls: type[T]) -> type[T]:
+        """Return the class, changed in place."""
         result_class: Any = cls
         result_class.__str__ = lambda result: _text(table, result)
         result_class._repr_html_ = lambda result: _html(table, result)

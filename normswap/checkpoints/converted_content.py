@@ -1,12 +1,13 @@
-"""The converted content of a file: everything in it that a conversion concerns, and what becomes of the rest.
+"""Converts the content of a file: the weights, and all other entries that a conversion affects.
 
-Copies of the weights are converted by the same plan, the optimizer of the network gets its gates as a last group, its
-scheduler an entry for that group. All else passes through untouched; what may no longer fit is named in a note.
+Copies of the weights are converted by the same plan. The optimizer of the network gets the gates as a last parameter
+group, and its scheduler an entry for that group. All other entries are copied; a note names those that may no longer
+fit.
 """
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -20,22 +21,25 @@ from normswap.checkpoints.content.entries import (
     format_key_path,
     get_entry,
     is_training_key_path,
+    read_contents,
     replace_entries,
 )
 from normswap.checkpoints.content.key_prefixes import StoredNames, match_names_and_copies
 from normswap.checkpoints.content.optimizer_ownership import Network, add_owned_gates
 from normswap.checkpoints.content.optimizer_state import StateDict, insert_gates, matches_groups, scheduler_with_gates
 from normswap.checkpoints.content.state_dict import copy_metadata, insert_tensors
-from normswap.checkpoints.loading import Checkpoint
+from normswap.checkpoints.reading import Checkpoint
+from normswap.checkpoints.record import OriginalNorm
 from normswap.errors import CheckpointError, PlanError, SwapError
 from normswap.layers.in_place import GATE_PARAMETERS
 from normswap.surgery.conversion import apply_plan
 from normswap.surgery.importance import gate_parameters, trainable_gates
 from normswap.surgery.plan import SwapPlan
+from normswap.verification.equivalence import Verification
 
 Shape = tuple[int, ...]
 
-# What names of optimizers and schedulers have in common, longer words first.
+# Words in the names of optimizers and schedulers, longer words first.
 _ROLE_WORDS = (
     "optimizers",
     "optimizer",
@@ -49,16 +53,20 @@ _ROLE_WORDS = (
     "dict",
     "lr",
 )
-# Where an average that is pickled keeps its copy of the model.
+# The attributes with the model in the classes of weight averages.
 _AVERAGE_ATTRIBUTES = ("module", "ema", "ema_model")
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 @dataclass(frozen=True)
 class AddedState:
-    """What a conversion adds to a state dict: tensors by the model's own names, torch's notes on the new layers, and
-    the names of those gates that train; the shapes of all parameters by name in the order of the converted model, or
-    None where nobody has the model.
+    """What a conversion adds to a state dict.
+
+    Attributes:
+        tensors: the new tensors, by the model's own names.
+        metadata: torch's metadata of the new layers.
+        trainable: the names of the gates that are trained.
+        parameters: the shapes of all parameters of the converted model, in its order; None without a model.
     """
 
     tensors: Mapping[str, Tensor]
@@ -68,14 +76,41 @@ class AddedState:
 
 
 class ConvertedContent(NamedTuple):
-    """A converted content, and in words what was done to the rest of the file."""
+    """A converted content, and a note on each other entry of the file."""
 
     content: Any
     notes: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class ConvertedWeights:
+    """The converted weights of one network, ready to be written.
+
+    Attributes:
+        plan: the plan that was applied.
+        names: the names of the network's tensors in the file.
+        new: what the conversion adds to the state dict.
+        architecture: the name that builds the network.
+        module: the converted module, if the file stores a module or a program.
+        originals: the replaced norms, by site.
+        verification: None if nothing was measured.
+        inputs: the example inputs.
+        notes: what the file and the model do not share.
+    """
+
+    plan: SwapPlan
+    names: StoredNames
+    new: AddedState
+    architecture: str | None = None
+    module: nn.Module | None = None
+    originals: Mapping[str, OriginalNorm] = field(default_factory=dict)
+    verification: Verification | None = None
+    inputs: Any = None
+    notes: tuple[str, ...] = ()
+
+
 class _OptimizerUpdate(NamedTuple):
-    """An optimizer in a file: its state before, the state after or None if it was left, and whose it is."""
+    """An optimizer in a file, with its state before the conversion, and after it (None if it was not changed)."""
 
     key_path: KeyPath
     before: StateDict
@@ -83,7 +118,7 @@ class _OptimizerUpdate(NamedTuple):
 
 
 def collect_added_state(original: Mapping[str, Any], converted: nn.Module) -> AddedState:
-    """Return what `converted` has beyond the names in `original`."""
+    """Return what the state dict of `converted` has in addition to the names in `original`."""
     state: Any = converted.state_dict()
     tensors = {name: tensor for name, tensor in state.items() if name not in original}
     trainable = tuple(name for name in trainable_gates(converted) if name in tensors)
@@ -94,12 +129,12 @@ def collect_added_state(original: Mapping[str, Any], converted: nn.Module) -> Ad
 def convert_content(
     checkpoint: Checkpoint, names: StoredNames, new: AddedState, *, module: nn.Module | None = None, plan: SwapPlan
 ) -> ConvertedContent:
-    """Return the content of a file with everything in it converted that `new` fits, and the rest as it was.
+    """Return the content of a file with all entries converted that `new` fits, and the others unchanged.
 
     Args:
-        names: how the file names the tensors of the model, and those of further copies beside it.
-        module: the converted module, where the file holds a pickled one.
-        plan: carried out on further pickled modules of the same kind.
+        names: the names of the model's tensors in the file, and those of further copies.
+        module: the converted module, if the file contains a pickled one.
+        plan: applied to further pickled modules of the same kind.
     """
     content, contents = checkpoint.content, checkpoint.contents
     values: dict[KeyPath, Any] = {contents.weights: module or _convert_state(checkpoint.weights, names, new)}
@@ -130,6 +165,37 @@ def convert_content(
     return ConvertedContent(replace_entries(content, values), tuple(notes))
 
 
+def convert_file_content(checkpoint: Checkpoint, weights: ConvertedWeights, *, weights_only: bool) -> ConvertedContent:
+    """Return the content of a file with a network and everything that belongs to it converted.
+
+    Args:
+        weights_only: drop all other entries of the file.
+    """
+    arguments: Any = {"module": weights.module, "plan": weights.plan}
+    if not weights_only:
+        return convert_content(checkpoint, weights.names, weights.new, **arguments)
+    alone = replace(checkpoint, content=checkpoint.weights, contents=read_contents(checkpoint.weights))
+    content = convert_content(alone, weights.names, weights.new, **arguments).content
+    return ConvertedContent(
+        content, tuple(f"{name}: left out (weights_only=True)" for name in checkpoint.other_entries)
+    )
+
+
+def merge_notes(earlier_notes: Sequence[str], notes: Sequence[str], entries: Sequence[str | None]) -> tuple[str, ...]:
+    """Return the notes on a file after one more of its networks was converted.
+
+    A note "left as it is" does not replace an earlier note on the same entry: an earlier network owns the entry.
+
+    Args:
+        entries: the networks that are converted, which need no note.
+    """
+    merged = dict(note.split(": ", 1) for note in earlier_notes)
+    for name, what in (note.split(": ", 1) for note in notes):
+        if name not in merged or not what.startswith("left as it is"):
+            merged[name] = what
+    return tuple(f"{name}: {what}" for name, what in merged.items() if name not in entries)
+
+
 def _convert_state(state: Any, names: StoredNames, new: AddedState) -> dict[str, Tensor]:
     result = copy_metadata(insert_tensors(state, names, new.tensors), state, names, new.metadata)
     for each in names.copies:
@@ -148,7 +214,7 @@ def _shares_tensors(state: Mapping[str, Any], names: StoredNames, other: StoredN
 def _convert_copy(
     value: Any, checkpoint: Checkpoint, names: StoredNames, new: AddedState, plan: SwapPlan
 ) -> tuple[Any | None, str]:
-    """A further copy of the model, such as its moving average, converted alike; None if it is another model."""
+    """A further copy of the model, such as its moving average, converted; None if it is another model."""
     if isinstance(value, nn.Module):
         converted_copy = _convert_module(value, plan)
         return converted_copy, "left as it is, not the same model" if converted_copy is None else "converted too"
@@ -164,7 +230,7 @@ def _convert_copy(
     if any(own.stored_key(name) in value for name in new.tensors):
         return None, "left as it is, converted already"
     shapes = {name: tuple(value[key].shape) for name, key in own.stored.items() if isinstance(value[key], Tensor)}
-    # An average may hold the parameters alone.
+    # An average may contain only the parameters.
     required = [name for name in new.parameters or () if name in wanted]
     if any(shapes.get(name) != wanted[name] for name in (required or wanted)) or any(
         shapes.get(name, shape) != shape for name, shape in wanted.items()
@@ -190,10 +256,10 @@ def _convert_module(value: nn.Module, plan: SwapPlan) -> nn.Module | None:
 def find_networks(
     checkpoint: Checkpoint, names: StoredNames, new: AddedState, is_copy: Mapping[KeyPath, bool] | None = None
 ) -> list[Network]:
-    """Return the networks in a file: the one that is converted, what lies beside it under other names, and others.
+    """Return the networks in a file: the converted one, other tensors of its state dict, those of other entries.
 
     Args:
-        alike: the further weights in the file by their place, and whether they are copies that are converted alike.
+        is_copy: for every further set of weights, whether it is a copy that is converted too.
     """
     shapes = _parameter_shapes(names, new, checkpoint.weights)
     own = {name: shape for name, shape in shapes.items() if name not in new.tensors}
@@ -204,7 +270,7 @@ def find_networks(
         own_keys = {names.stored[name] for name in own if name in names.stored}
         copied = {key for each in names.copies for key in each.stored.values()}
         other_keys = [key for key in weights if key not in own_keys and key not in copied]
-        found += _network_from_tensors("what lies beside it", {key: weights[key] for key in other_keys})
+        found += _network_from_tensors("other tensors beside it", {key: weights[key] for key in other_keys})
     for key_path, same in (is_copy or {}).items():
         value = get_entry(checkpoint.content, key_path)
         if same:
@@ -219,7 +285,7 @@ def find_networks(
 
 
 def _parameter_shapes(names: StoredNames, new: AddedState, weights: Any) -> Mapping[str, Shape]:
-    """The shapes of the parameters that the network has in the file and gets, by its own names."""
+    """The shapes of the network's parameters in the converted file, by its own names."""
     if new.parameters is None:
         inside = {name: weights[key] for name, key in names.stored.items()}
         return {
@@ -231,7 +297,7 @@ def _parameter_shapes(names: StoredNames, new: AddedState, weights: Any) -> Mapp
 
 
 def _network_from_tensors(name: str, state: Mapping[str, Any]) -> list[Network]:
-    """A network of which there are tensors alone: those that float and are no buffers by name may be parameters."""
+    """A network known only by its tensors: floating point tensors without a buffer's name may be parameters."""
     parameters: dict[str, Shape] = {}
     seen: set[tuple[int, int]] = set()
     num_existing_gates = 0
@@ -259,7 +325,7 @@ def _update_optimizers(
         masters = find_master_weights(content, key_path, contents.optimizers)
         after: Any = None
         if masters:
-            note = f"left as it is, {masters[0]} beside it holds copies of the parameters: begin the optimizer again"
+            note = f"left as it is, {masters[0]} beside it contains copies of the parameters: create a new optimizer"
         else:
             after, note = _add_gates(state, networks, is_only_optimizer=len(contents.optimizers) == 1)
         optimizer_updates.append(_OptimizerUpdate(key_path, state, after))
@@ -268,7 +334,7 @@ def _update_optimizers(
 
 
 def _add_gates(state: StateDict, networks: Sequence[Network], *, is_only_optimizer: bool) -> tuple[Any, str]:
-    """An optimizer's state with the gates of the networks that it has, and what was done."""
+    """An optimizer's state with the gates of its networks, and a note."""
     if not any(network.gates for network in networks):
         return None, "left as it is, no gate trains"
     extended, note = add_owned_gates(state, networks, is_only_optimizer=is_only_optimizer)
@@ -287,7 +353,7 @@ def _update_schedulers(
 def _update_scheduler(
     key_path: KeyPath, state: StateDict, optimizer_updates: Sequence[_OptimizerUpdate]
 ) -> tuple[Any, str]:
-    """A scheduler's state for the optimizer that it steps, known by its number of groups and their first rates."""
+    """A scheduler's state for its optimizer, which is found by the number of groups and their initial rates."""
     fitting = [each for each in optimizer_updates if matches_groups(state, each.before["param_groups"])]
     found = (
         fitting
@@ -297,9 +363,7 @@ def _update_scheduler(
     if not found or not _have_same_update(found):
         names = " and ".join(format_key_path(each.key_path) for each in fitting)
         reason = f"it fits {names}" if fitting else "it fits no optimizer in this file"
-        return None, (
-            f"left as it is, {reason}: normswap.checkpoints.content.optimizer_state.scheduler_with_gates puts the gates in"
-        )
+        return None, (f"left as it is, {reason}: add the gates with normswap.scheduler_with_gates")
     optimizer = found[0].after
     if optimizer is None or len(optimizer["param_groups"]) == len(found[0].before["param_groups"]):
         return None, "left as it is, the groups of its optimizer are as they were"
@@ -307,13 +371,13 @@ def _update_scheduler(
 
 
 def _have_same_update(optimizer_updates: Sequence[_OptimizerUpdate]) -> bool:
-    """Whether it makes no difference which of these optimizers is meant."""
+    """Whether a scheduler of any of these optimizers has to be changed in the same way."""
     outcomes = {(each.after is None, len((each.after or each.before)["param_groups"])) for each in optimizer_updates}
     return len(outcomes) == 1
 
 
 def _strip_role_words(key_path: KeyPath) -> str:
-    """What is left of a name without the words for optimizers and schedulers: `g` of `g_optim` and of `sched_g`."""
+    """A name without the words for optimizers and schedulers: `g` for `g_optim` and for `sched_g`."""
     name = format_key_path(key_path).lower()
     for word in _ROLE_WORDS:
         name = name.replace(word, "")
@@ -321,7 +385,7 @@ def _strip_role_words(key_path: KeyPath) -> str:
 
 
 def _update_averages(content: Any, contents: Contents, names: StoredNames, new: AddedState) -> list[EntryUpdate]:
-    """Averages that are lists of tensors, with the gates between where the order is that of the parameters."""
+    """Averages stored as lists of tensors in the order of the parameters, with the gates inserted."""
     if new.parameters is None:
         return []
     known = {*contents.optimizers, *contents.schedulers, contents.weights, *contents.others}
@@ -333,6 +397,6 @@ def _update_averages(content: Any, contents: Contents, names: StoredNames, new: 
         extended_list = insert_gates(averaged, shapes, gates, new.trainable)
         if extended_list is not None:
             updates.append(
-                (key_path, type(averaged)(extended_list), "gates put at their places between the parameters")
+                (key_path, type(averaged)(extended_list), "gates inserted at their positions between the parameters")
             )
     return updates

@@ -1,18 +1,19 @@
-"""load: a file read into a model, converted or not, with its plan, its history and all else that it holds.
+"""Loads a checkpoint file into a model, converted or not, together with its plan, its history and its other entries.
 
-Reads whatever `containers` decodes, finds the weights in it and builds their model. `saving` writes.
+`reading` reads the file, `saving` writes one.
 """
 
 import copy
 import os
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from normswap.checkpoints.architecture.identification import get_state_dict, identify_state_dict, require_unique
@@ -20,53 +21,50 @@ from normswap.checkpoints.architecture.permissions import limit_allocation
 from normswap.checkpoints.architecture.registry import (
     build_architecture,
     check_untrusted_name,
+    default_input_shape,
     describe_external_source,
     get_key_renaming,
     refers_to_folder,
     with_folder,
 )
-from normswap.checkpoints.content.entries import (
-    Contents,
-    check_has_values,
-    drop_entry,
-    get_entry,
-    read_contents,
-    replace_entries,
-)
+from normswap.checkpoints.content.entries import drop_entry
 from normswap.checkpoints.content.key_prefixes import StoredNames, match_names, match_names_and_copies
-from normswap.checkpoints.content.weight_loading import LoadReport, load_weights, retie_tensors
-from normswap.checkpoints.formats.formats import (
-    TENSORS_ONLY,
-    Container,
-    decode,
-    detect_format,
-    read_record_text,
-    read_tied_names,
-)
-from normswap.checkpoints.formats.pt2_archive import Program, digest_members
-from normswap.checkpoints.io.digest import fingerprint
+from normswap.checkpoints.content.weight_loading import LoadReport, load_weights
 from normswap.checkpoints.io.memory import release_mapped_pages
-from normswap.checkpoints.record import Payload, Record, Step, check_fingerprint
-from normswap.checkpoints.source_copy import SourceFiles, open_source
-from normswap.errors import AmbiguityError, ArchitectureError, ArgumentError, CheckpointError, SwapError
+from normswap.checkpoints.reading import Checkpoint, prefix_errors, read_checkpoint, read_header
+from normswap.checkpoints.record import Step
+from normswap.errors import AmbiguityError, ArchitectureError, ArgumentError, CheckpointError, PlanError
 from normswap.layers.gating import importance_weights as normalize_gate
 from normswap.layers.in_place import GATE_PARAMETERS
 from normswap.surgery.arguments import require_type
 from normswap.surgery.conversion import apply_plan
-from normswap.surgery.graphs.exported_program import program_module
+from normswap.surgery.graphs.exported_program import program_inputs
 from normswap.surgery.importance import SiteWeights, gated_modules, importance_weights
 from normswap.surgery.plan import ANY_CLASS, SwapPlan
 from normswap.surgery.planning import complete_plan
 from normswap.text import join_fqn, pluralize, printable_as
 
 Architecture = str | nn.Module | Callable[[], nn.Module]
+# Example inputs as `convert` takes them, or a function that makes them for a model.
+Inputs = Any
 _MAX_SUGGESTIONS = 2
+# Random integers are below this: token ids that every vocabulary has, the values of an image, both booleans.
+_INTEGER_LIMITS = {torch.uint8: 256, torch.bool: 2}
+_INTEGER_LIMIT = 10
+
+
+# --- load -------------------------------------------------------------------------------------------------------------
 
 
 @printable_as("loaded")
 class Loaded(NamedTuple):
-    """What `load` found in a file: the model, the plan it was converted with (None if it was not), what was done to
-    it so far, and what else the file holds.
+    """The result of `load`: the model, its plan (None if it was not converted), its history, and the other entries.
+
+    Attributes:
+        model: the model with the weights of the file.
+        plan: the plan of its conversion, None if the model was not converted.
+        history: what was done to the model before, a `Step` each.
+        rest: the other entries of the file, such as `rest["optimizer"]`.
     """
 
     model: nn.Module
@@ -80,49 +78,7 @@ class Loaded(NamedTuple):
         return f"Loaded({type(self.model).__name__}, {plan}{rest:.200})"
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """What a file holds, where the weights lie in it, and its record if normswap wrote it.
-
-    Of an exported program that is trusted the content is its module, and `program` what that was made of.
-    """
-
-    origin: SourceFiles
-    container: Container
-    content: Any
-    contents: Contents
-    record: Record | None
-    program: Program | None = None
-
-    @property
-    def path(self) -> Path:
-        """The file as the user names it; its bytes are read from `origin.copy`."""
-        return self.origin.path
-
-    @property
-    def weights(self) -> Mapping[str, Tensor] | nn.Module:
-        """The state dict or the pickled module that is meant."""
-        return get_entry(self.content, self.contents.weights)  # type: ignore[no-any-return]
-
-    @property
-    def payload(self) -> Payload:
-        """What the tensors are held in."""
-        if self.program is not None:
-            return "program"
-        return "module" if isinstance(self.weights, nn.Module) else "state dict"
-
-
-class BuiltModel(NamedTuple):
-    """A model with a file's weights in it, how the file names them, and what builds it, where a name says so.
-
-    `plan` is the file's, settled for this model; `fit` tells what file and model do not share.
-    """
-
-    model: nn.Module
-    names: StoredNames
-    architecture: str | None
-    plan: SwapPlan | None
-    fit: LoadReport = LoadReport()
+Loaded.__module__ = "normswap"  # its public path, which pickles hold
 
 
 def load(
@@ -130,25 +86,26 @@ def load(
 ) -> Loaded:
     """Load a model, converted or not, from any checkpoint: a state dict, a training checkpoint, a folder of shards.
 
-    A model built here is set to evaluation; a pickled module keeps its flags. Heads that the model does not have are
-    left out; where the file lacks the model's own head, that stays at random and a warning says so.
+    A model that is built here is returned in evaluation mode; a pickled module keeps its mode. Classification heads
+    that the model does not have are dropped. If the file lacks the head of the model, the head keeps its random
+    initialization and a warning is issued.
 
     Args:
         path: the file, or the folder.
-        architecture: what the tensors belong to, where neither the file nor the tensors themselves say it:
-            `"timm:NAME[,key=value...]"`, `"torchvision:NAME[,...]"`, `"hf:FOLDER"`, `"file.py:function"`, a module (a
-            copy of it is filled) or a function that returns one.
-        entry: which weights of several are meant, such as `"state_dict_ema"`; dots between nested entries.
+        architecture: the model that the tensors belong to; needed if neither the record of the file nor the tensors
+            identify it. `"timm:NAME[,key=value...]"`, `"torchvision:NAME[,...]"`, `"hf:FOLDER"`, `"file.py:function"`,
+            a module (the weights are loaded into a copy) or a function that returns a module.
+        entry: which of several sets of weights to load, such as `"state_dict_ema"`; dots separate nested entries.
         trust: run the code that the file names: pickled objects, or an architecture in a Python file.
 
     Returns:
-        `Loaded(model, plan, history, rest)`: the model, the plan it was converted with (None if it was not), what was
-        done to it, and what else the file holds, such as `rest["optimizer"]`. `print` shows it as tables.
+        `Loaded(model, plan, history, rest)`; `print` shows it as tables.
 
     Raises:
-        CheckpointError: not a checkpoint, damaged, changed since normswap wrote it, or with code and not trusted.
-        ArchitectureError: the tensors fit no or several known architectures, it cannot be built, or they do not fit it.
-        PlanError: the file's plan does not fit the architecture.
+        CheckpointError: the file is no checkpoint, is damaged, was changed after normswap wrote it, or runs code and
+            `trust` is not set.
+        ArchitectureError: the architecture is unknown, ambiguous or cannot be built, or the tensors do not fit it.
+        PlanError: the plan in the file does not fit the architecture.
         ArgumentError: `path` or `architecture` is of a wrong type.
 
     Examples:
@@ -166,176 +123,102 @@ def load(
     built = build_model(checkpoint, architecture, trust=trust)
     if built.fit.heads:
         warnings.warn(
-            f"{path}: holds no {', '.join(built.fit.heads[:3])}: that part of the model is as it was built, at random",
+            f"{path}: contains no {', '.join(built.fit.heads[:3])}: this part of the model keeps its random "
+            "initialization",
             stacklevel=2,
         )
     history = checkpoint.record.history if checkpoint.record else ()
     return Loaded(built.model, built.plan, history, drop_entry(checkpoint.content, checkpoint.contents.weights))
 
 
-@dataclass(frozen=True)
-class CheckpointHeader:
-    """A file whose archive has been checked, and the record in it, read without its tensors or its pickle."""
+# --- the model of a checkpoint ----------------------------------------------------------------------------------------
 
-    origin: SourceFiles
-    container: Container
-    text: str | None
-    record: Record | None
+
+class BuiltModel(NamedTuple):
+    """A model with the weights of a file.
+
+    Attributes:
+        model: the model.
+        names: the names of its tensors in the file.
+        architecture: the name that builds it, None if it was not built from a name.
+        plan: the plan in the file, completed for this model.
+        fit: what only the file or only the model has.
+    """
+
+    model: nn.Module
+    names: StoredNames
+    architecture: str | None
+    plan: SwapPlan | None
+    fit: LoadReport = LoadReport()
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """A checkpoint, its model, and example inputs for the model (None if their size is unknown)."""
+
+    checkpoint: Checkpoint
+    built: BuiltModel
+    inputs: Any
 
     @property
-    def path(self) -> Path:
-        """The file as the user names it."""
-        return self.origin.path
+    def model(self) -> nn.Module:
+        """The model in the file."""
+        return self.built.model
 
-    def loads_weights_only(self, architecture: Architecture | None) -> bool:
-        """Say whether it is an exported program of which an architecture takes the weights alone."""
-        return self.container == "exported program" and architecture is not None
-
-
-def read_header(path: Path, *, folder: Path | None = None) -> CheckpointHeader:
-    """Return what can be known of a file without reading its tensors or its pickle.
-
-    Args:
-        folder: where a private copy of the file goes, which all is read from; None for memory.
-
-    Raises:
-        CheckpointError: no checkpoint, damaged, or the record is.
-    """
-    origin = open_source(path, folder=folder)
-    with origin.reading():
-        container = detect_format(origin.copy)
-        text = read_record_text(origin.copy, container)
-    try:
-        return CheckpointHeader(origin, container, text, None if text is None else Record.from_json(text))
-    except CheckpointError as error:
-        raise CheckpointError(f"{origin.path}: {error}") from error
+    @property
+    def architecture(self) -> str | None:
+        """The name that builds the model, None if it was not built from a name."""
+        return self.built.architecture
 
 
-def read_record(path: Path) -> Record | None:
-    """Return the record in a file or None if it has none; raises as `read_header`."""
-    return read_header(path).record
-
-
-def read_checkpoint(
-    source: Path | CheckpointHeader, *, entry: str | None = None, trust: bool = False, mmap: bool = False
-) -> Checkpoint:
-    """Return the content of a file, where things lie in it, and its record.
+def open_model(
+    checkpoint: Checkpoint, architecture: Architecture | None = None, *, inputs: Inputs = None, trust: bool = False
+) -> OpenedModel:
+    """Build the model in a checkpoint and example inputs for it.
 
     Args:
-        source: the file, or its header, which is then not read and checked again; the caller of a header looks in the
-            end whether the file is `origin.check_unchanged()`.
-        mapped: leave tensors in the private copy of the file and read them as they are used: less memory, if the copy
-            is on a disk.
+        architecture: overrides the one in the record.
+        inputs: example inputs, or a function that takes the model and returns them. Default: those stored in an
+            exported program, or random images of the default size that timm's configuration gives.
 
     Raises:
-        CheckpointError: as `load`.
+        ArchitectureError, PlanError: as `load`.
     """
-    if isinstance(source, Path):
-        header = read_header(source)
-        checkpoint = read_checkpoint(header, entry=entry, trust=trust, mmap=mmap)
-        header.origin.check_unchanged()
-        header.origin.close()
-        return checkpoint
-    origin, record = source.origin, source.record
-    content = read_content(source, trust=trust, mmap=mmap)
-    program = content if isinstance(content, Program) else None
-    with _prefix_errors(origin.path):
-        if program is not None:
-            content = program_module(program.program)
-        return _checkpoint(origin, source.container, content, record, entry, program)
+    built = build_model(checkpoint, architecture, trust=trust)
+    if inputs is None and checkpoint.program is not None:
+        inputs = program_inputs(checkpoint.program.program)
+    elif inputs is None:
+        inputs = default_inputs(built.model, built.architecture)
+    elif callable(inputs) and not isinstance(inputs, Tensor):
+        inputs = inputs(built.model)
+    return OpenedModel(checkpoint, built, inputs)
 
 
-def read_content(header: CheckpointHeader, *, trust: bool = False, mmap: bool = False) -> Any:
-    """Return the object in a file, as its record seals it, whatever it holds; arguments as of `read_checkpoint`.
-
-    Raises:
-        CheckpointError: as `load`.
-    """
-    origin, container, record = header.origin, header.container, header.record
-    with origin.reading():
-        content = decode(origin.copy, container, trust=trust, mmap=mmap)
-        ties = {} if record is not None else read_tied_names(origin.copy, container)
-    if container in TENSORS_ONLY:
-        tied, channels_last = (ties, ()) if record is None else (record.tied, record.channels_last)
-        content = {**content, **retie_tensors(content, tied, channels_last)}
-    if header.text is not None:
-        is_program = container == "exported program"
-        with _prefix_errors(origin.path):
-            check_fingerprint(header.text, digest_members(origin.copy) if is_program else fingerprint(content))
-    return content
+def default_inputs(model: nn.Module, architecture: str | None) -> Tensor | None:
+    """Return a random batch of the size in timm's configuration of a model, None if that is unknown."""
+    shape = default_input_shape(model, architecture)
+    return None if shape is None else random_tensor(shape, floating_dtype(model))
 
 
-@contextmanager
-def _prefix_errors(path: Path) -> Iterator[None]:
-    """Let errors about a content name its file."""
-    try:
-        yield
-    except (CheckpointError, SwapError) as error:
-        raise CheckpointError(f"{path}: {error}") from error
+def floating_dtype(model: nn.Module) -> torch.dtype:
+    """Return the dtype of the first floating point parameter of a model, float32 if it has none."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
-def select_entry(checkpoint: Checkpoint, content: Any, record: Record, entry: str) -> Checkpoint:
-    """Return a file as it stands at another one of its networks, once its content and its record have changed.
-
-    Raises:
-        CheckpointError: there are no weights at `entry`.
-    """
-    with _prefix_errors(checkpoint.path):
-        return _checkpoint(checkpoint.origin, checkpoint.container, content, record, entry, None)
-
-
-def _checkpoint(
-    origin: SourceFiles,
-    container: Container,
-    content: Any,
-    record: Record | None,
-    entry: str | None,
-    program: Program | None,
-) -> Checkpoint:
-    if record is not None and entry is None:
-        if len(record.entries) > 1:
-            raise CheckpointError(
-                f"holds several converted models ({', '.join(map(repr, record.entries))}): say which, such as "
-                f"entry={record.entries[0]!r}"
-            )
-        entry = record.entry
-    contents = read_contents(content, entry=entry)
-    weights = get_entry(content, contents.weights)
-    if not isinstance(weights, nn.Module):
-        content = replace_entries(content, {contents.weights: _to_ordered_state_dict(weights)})
-    if record is not None:
-        record = _select_record(record, contents, weights)
-    return Checkpoint(origin, container, content, contents, record, program)
-
-
-def _select_record(record: Record, contents: Contents, weights: Any) -> Record:
-    """What a record says of the weights that are meant: they are listed, a copy of such a network, or not converted."""
-    if contents.entry in record.entries or (record.plan is None and not record.networks):
-        return record.for_entry(contents.entry) if contents.entry in record.entries else record
-    for entry in record.entries:
-        seen = record.for_entry(entry)
-        if seen.plan is not None and _has_planned_gates(seen.plan, weights, contents.prefix):
-            return seen
-    return record.for_entry(contents.entry)
-
-
-def _has_planned_gates(plan: SwapPlan, weights: Any, prefix: str) -> bool:
-    """Whether weights hold the gates of a plan beside norms of its sizes, as far as a state dict can show."""
-    state = weights.state_dict() if isinstance(weights, nn.Module) else weights
-    wanted = {join_fqn(swap.fqn, GATE_PARAMETERS[0]): swap for swap in plan.swaps if "[" not in swap.fqn}
-    names = match_names(state, wanted, prefix=prefix)
-    for name, swap in wanted.items():
-        key = names.stored.get(name)
-        if key is None or tuple(state[key].shape) != (len(swap.branches),):
-            return False
-        beside = (state.get(f"{key.rpartition('.')[0]}.{last}") for last in ("weight", "running_mean"))
-        if any(tensor is not None and tensor.numel() != swap.num_features for tensor in beside):
-            return False
-    return True
+def random_tensor(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> Tensor:
+    """Return standard normal values; integers 0 to 9 for integer dtypes, 0 to 255 for uint8, both values for bool."""
+    generator = torch.Generator().manual_seed(seed)
+    if not (dtype.is_floating_point or dtype.is_complex):
+        limit = _INTEGER_LIMITS.get(dtype, _INTEGER_LIMIT)
+        return torch.randint(0, limit, shape, generator=generator).to(dtype)
+    drawn_as = torch.complex64 if dtype.is_complex else torch.float32
+    return torch.randn(shape, generator=generator, dtype=drawn_as).to(dtype)
 
 
 def build_model(checkpoint: Checkpoint, architecture: Architecture | None = None, *, trust: bool = False) -> BuiltModel:
-    """Return the model in a checkpoint: built, converted by the file's plan, filled; the pickled module itself.
+    """Build the model of a checkpoint, convert it by the plan in the file, and load the weights.
+
+    A pickled module is returned as it is.
 
     Raises:
         ArchitectureError, PlanError: as `load`.
@@ -344,12 +227,12 @@ def build_model(checkpoint: Checkpoint, architecture: Architecture | None = None
     plan = record.plan if record else None
     if record is not None and record.payload == "program" and checkpoint.program is None:
         raise CheckpointError(
-            f"{path}: a converted program, whose graph alone knows what its weights mean: pass trust=True, "
-            "without an architecture, if you trust where it comes from"
+            f"{path}: a converted exported program can only be used with its graph: pass trust=True without an "
+            "architecture if you trust the source of the file"
         )
     if isinstance(weights, nn.Module):
         if architecture is not None:
-            raise ArchitectureError(f"{path}: a pickled module brings its own architecture: leave architecture= out")
+            raise ArchitectureError(f"{path}: a pickled module includes its architecture: leave architecture= out")
         return BuiltModel(weights, match_names([], []), None, plan)
     source = architecture or recorded_architecture(checkpoint, trust=trust)
     if source is None:
@@ -362,10 +245,13 @@ def build_model(checkpoint: Checkpoint, architecture: Architecture | None = None
         model = _instantiate(source, trust=trust)
     names = _match_model_names(checkpoint, weights, model)
     if plan is not None:
-        plan = complete_plan(model, _drop_copy_sites(plan, names), prefix=names.prefix)
-        if not gated_modules(model):
-            apply_plan(model, plan)
-            names = _match_model_names(checkpoint, weights, model)
+        try:
+            plan = complete_plan(model, _drop_copy_sites(plan, names), prefix=names.prefix)
+            if not gated_modules(model):
+                apply_plan(model, plan)
+                names = _match_model_names(checkpoint, weights, model)
+        except PlanError as error:
+            raise _plan_misfit(checkpoint, source, error) from error
     try:
         fit = load_weights(
             model, _rename_for_model(weights, names, model), source if isinstance(source, str) else type(model).__name__
@@ -377,27 +263,39 @@ def build_model(checkpoint: Checkpoint, architecture: Architecture | None = None
 
 
 def _match_model_names(checkpoint: Checkpoint, weights: Mapping[str, Tensor], model: nn.Module) -> StoredNames:
-    """How a file names the tensors of a model, of which it may hold copies."""
-    with _prefix_errors(checkpoint.path):
+    """The names of the model's tensors in the file, which may hold copies of the model."""
+    with prefix_errors(checkpoint.path):
         return match_names_and_copies(
             weights, model.state_dict(), prefix=checkpoint.contents.prefix, rename=get_key_renaming(model)
         )
 
 
 def _drop_copy_sites(plan: SwapPlan, names: StoredNames) -> SwapPlan:
-    """A plan made from names alone without the sites of further copies of the model; any other plan has none."""
+    """A plan made from tensor names without the sites of further copies of the model; other plans have none."""
     prefixes = tuple(copy.prefix for copy in names.copies)
     kept = tuple(s for s in plan.swaps if s.class_name != ANY_CLASS or not prefixes or not s.fqn.startswith(prefixes))
     return replace(plan, swaps=kept)
 
 
+def _plan_misfit(checkpoint: Checkpoint, architecture_tried: Architecture, error: PlanError) -> PlanError:
+    """The error for a plan in a file that does not fit an architecture, which may contradict the record."""
+    recorded = checkpoint.record.architecture if checkpoint.record else None
+    if recorded is None or architecture_tried == recorded:
+        return PlanError(f"{checkpoint.path}: {error}")
+    tried = architecture_tried if isinstance(architecture_tried, str) else "the given architecture"
+    return PlanError(
+        f"{checkpoint.path}: was converted as {recorded}, and its plan does not fit {tried}: leave architecture= out "
+        f"({error})"
+    )
+
+
 def _suggest_architectures(checkpoint: Checkpoint, architecture_tried: Architecture) -> str:
-    """The architectures that the tensors of a file fit, to be added to why they do not fit the one that was tried."""
+    """The architectures that the tensors fit, for the message that they do not fit the one that was tried."""
     try:
         found = identify_state_dict(
             get_state_dict(checkpoint.weights), checkpoint.content, prefix=checkpoint.contents.prefix
         )
-    except CheckpointError:  # which holds several models
+    except CheckpointError:  # the file holds several models
         return ""
     fitting = [f"architecture={group[0].architecture!r}" for group in found.functions]
     if not fitting or any(architecture_tried == candidate.architecture for candidate in found.candidates):
@@ -410,12 +308,12 @@ def stored_importance_weights(checkpoint: Checkpoint) -> dict[str, SiteWeights]:
     """Return the importance weights in a checkpoint by fqn, without building the model; empty if not converted.
 
     Raises:
-        CheckpointError: they do not fit the plan in the file.
+        CheckpointError: their shapes do not fit the plan in the file.
     """
     weights, record = checkpoint.weights, checkpoint.record
     if checkpoint.payload == "module":
         return importance_weights(weights)  # type: ignore[arg-type]
-    if isinstance(weights, nn.Module):  # of a program, whose gates are parameters like any other
+    if isinstance(weights, nn.Module):  # of an exported program, whose gates are ordinary parameters
         weights = weights.state_dict()
     swaps = record.plan.swaps if record and record.plan else ()
     wanted = [join_fqn(swap.fqn, name) for swap in swaps for name in GATE_PARAMETERS]
@@ -427,7 +325,7 @@ def stored_importance_weights(checkpoint: Checkpoint) -> dict[str, SiteWeights]:
             join_fqn(module, name) if module else names.stored.get(join_fqn(swap.fqn, name)) for name in GATE_PARAMETERS
         ]
         points = [weights[key] for key in keys if key is not None and key in weights]
-        if points:  # a site outside every registry is in no state dict
+        if points:  # a site in a plain Python list is in no state dict
             if [tuple(point.shape) for point in points] != [(len(swap.branches),)] * len(GATE_PARAMETERS):
                 raise CheckpointError(f"{checkpoint.path}: the importance weights of {swap.fqn!r} do not fit its plan")
             mean, var = (
@@ -437,20 +335,11 @@ def stored_importance_weights(checkpoint: Checkpoint) -> dict[str, SiteWeights]:
     return found
 
 
-def _to_ordered_state_dict(weights: Mapping[str, Tensor]) -> "OrderedDict[str, Tensor]":
-    """Return a state dict with torch's `_metadata`, or refuse tensors that have no values to read."""
-    check_has_values(weights)
-    state = OrderedDict(weights)
-    if hasattr(weights, "_metadata"):
-        state._metadata = weights._metadata  # type: ignore[attr-defined]
-    return state
-
-
 def recorded_architecture(checkpoint: Checkpoint, *, trust: bool) -> str | None:
-    """Return the architecture that the file itself tells, or None.
+    """Return the architecture that the record or the folder of a file names, None if neither does.
 
     Raises:
-        ArchitectureError: it is not one that a file may name (see `named_architectures`), and the file is not trusted.
+        ArchitectureError: building it could run code (see `permissions`), and the file is not trusted.
     """
     recorded = checkpoint.record.architecture if checkpoint.record else None
     path = checkpoint.path
@@ -464,8 +353,8 @@ def recorded_architecture(checkpoint: Checkpoint, *, trust: bool) -> str | None:
             check_untrusted_name(recorded, folder=path)
     except ArchitectureError as error:
         raise ArchitectureError(
-            f"{path}: names the architecture {recorded!r:.100}: {error}: name it with architecture=, or pass trust=True if "
-            "you trust where the file comes from"
+            f"{path}: names the architecture {recorded!r:.100}: {error}: pass it as architecture=, or pass trust=True "
+            "if you trust the source of the file"
         ) from None
     if external is not None and not trust:
         raise ArchitectureError(f"{path}: {external}, or trust=True")
@@ -473,7 +362,7 @@ def recorded_architecture(checkpoint: Checkpoint, *, trust: bool) -> str | None:
 
 
 def builds_without_trust(checkpoint: Checkpoint) -> bool:
-    """Say whether the record of a file names an architecture that is built without trust."""
+    """Return whether the record of a file names an architecture that can be built without trust."""
     try:
         named = checkpoint.record is not None and checkpoint.record.architecture is not None
         return named and recorded_architecture(checkpoint, trust=False) is not None
@@ -484,9 +373,9 @@ def builds_without_trust(checkpoint: Checkpoint) -> bool:
 def _rename_for_model(
     weights: Mapping[str, Tensor], names: StoredNames, model: nn.Module
 ) -> "OrderedDict[str, Tensor]":
-    """The tensors under the model's own names, with what torch notes of its modules."""
+    """The tensors under the model's own names, with torch's metadata of its modules."""
     state = OrderedDict((name, weights[key]) for name, key in names.stored.items())
-    # Containers without a place for the kind of gate: the plan says it, and the model was built by the plan.
+    # Some formats do not store torch's metadata, which has the kind of gate; the model was built by the plan.
     own = getattr(weights, "_metadata", None)
     wanted: Any = model.state_dict()._metadata  # type: ignore[attr-defined]
     if isinstance(own, Mapping):

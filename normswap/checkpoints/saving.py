@@ -1,6 +1,6 @@
-"""save, and the content of a converted file: written whole or not at all, read back and compared bit for bit.
+"""Writes models and converted contents: atomically, then read back and compared bit for bit.
 
-What becomes of everything that the source holds, `carrying` says.
+`converted_content` decides what a converted file contains.
 """
 
 import os
@@ -37,7 +37,7 @@ from normswap.checkpoints.formats.formats import (
 from normswap.checkpoints.formats.pt2_archive import Program, digest_members, load_program, save_program
 from normswap.checkpoints.io.atomic_files import atomic_write, atomic_write_folder, check_writable
 from normswap.checkpoints.io.digest import contents_equal, fingerprint, safetensors_equals
-from normswap.checkpoints.loading import Checkpoint
+from normswap.checkpoints.reading import Checkpoint
 from normswap.checkpoints.record import OriginalNorm, Record, Step
 from normswap.checkpoints.source_copy import SourceFiles
 from normswap.errors import CheckpointError, PlanError
@@ -64,23 +64,25 @@ def save(
 ) -> None:
     """Save a model so that `load` gives the same outputs, bit for bit, in a fresh process.
 
-    The file appears whole or not at all; an existing one is replaced. Names that end in `.safetensors` become that,
-    all others are torch files. The tensors stand alone: `model.load_state_dict(torch.load(path), strict=True)` works.
+    The write is atomic, and replaces an existing file. A name that ends in `.safetensors` becomes a file of that
+    format, any other name a torch file. The file contains a plain state dict, so
+    `model.load_state_dict(torch.load(path), strict=True)` works.
 
     Args:
-        model: converted or not; of a wrapped one the model inside is saved.
+        model: any model, converted or not; of a wrapped model (DataParallel, ...) the model inside is saved.
         path: the file to write, in an existing folder.
-        plan: of a converted model, `Conversion.plan` or `Loaded.plan`.
-        architecture: what builds the original model, `"timm:NAME[,key=value...]"`; without it `load` must be told.
-        verification: the proof, to travel with the model.
-        payload: `"module"` pickles the whole object, which only `load(..., trust=True)` opens.
-        history: what was done before, `Loaded.history`; this step is added to it.
+        plan: the plan of a converted model: `Conversion.plan` or `Loaded.plan`.
+        architecture: the name that builds the original model, `"timm:NAME[,key=value...]"`; without it `load` needs
+            `architecture=`.
+        verification: the result of `verify`, to be recorded in the file.
+        payload: `"module"` pickles the whole object, which needs `load(..., trust=True)`.
+        history: the earlier steps, `Loaded.history`; this step is added.
 
     Raises:
-        CheckpointError: the folder is missing or not writable, the model cannot be pickled, or what was read back
-            differs from what was written.
-        ArchitectureError: `architecture` is not such a name.
-        PlanError: the plan is missing or not the one that the model was converted with.
+        CheckpointError: the folder is missing or not writable, the model cannot be pickled, or the file does not read
+            back the same.
+        ArchitectureError: `architecture` is no valid name.
+        PlanError: the plan is missing, or is not the plan of this model.
         ArgumentError: an argument is of a wrong type.
 
     Examples:
@@ -115,9 +117,9 @@ def save(
 
 
 def update_content(checkpoint: Checkpoint, names: StoredNames, model: nn.Module) -> Any:
-    """Return the content of a file with its weights as they are now in the model that was built from it.
+    """Return the content of a file with the current weights of the model that was built from it.
 
-    What did not change is the file's own tensor; copies of the weights and optimizer states stay as they were.
+    Unchanged tensors are those of the file; copies of the weights and optimizer states are not changed.
     """
     stored = checkpoint.weights
     if isinstance(stored, nn.Module):
@@ -132,9 +134,9 @@ def update_content(checkpoint: Checkpoint, names: StoredNames, model: nn.Module)
 
 
 def next_record(checkpoint: Checkpoint, architecture: str | None, step: Step, container: Container) -> Record:
-    """Return the record of a file made from another one by a step that changed the function.
+    """Return the record of a file that was made from another one by a step that changed the function.
 
-    Plan and history go on; a proof that it is the same function does not.
+    Plan and history are kept; the verification is dropped, since it is about the earlier function.
     """
     architecture = make_folder_relative(architecture, checkpoint.path) if container in FOLDERS else architecture
     old = checkpoint.record or Record(
@@ -156,7 +158,7 @@ def next_record(checkpoint: Checkpoint, architecture: str | None, step: Step, co
 
 
 def originals(model: nn.Module | None, plan: SwapPlan | None) -> dict[str, OriginalNorm]:
-    """Return what each swapped site of a converted model was, by fqn; nothing where there is no model."""
+    """Return the replaced norm of every swapped site of a converted model, by fqn; empty without a model."""
     layers = {} if model is None else gated_modules(model)
     return {
         swap.fqn: OriginalNorm(
@@ -181,16 +183,16 @@ def compute_sha256(path: Path) -> str:
 
 
 def sha256_in_background(path: Path) -> "Future[str]":
-    """Return what becomes `compute_sha256(path)`: the digest leaves Python to others, and other work need not wait for it.
+    """Return a future of `compute_sha256(path)`, which is computed in a daemon thread.
 
-    Nothing waits for it at the end of the process either.
+    hashlib releases the GIL, so other work goes on; the process does not wait for the thread at its end.
     """
     future: Future[str] = Future()
 
     def run() -> None:
         try:
             future.set_result(compute_sha256(path))
-        except BaseException as error:  # noqa: BLE001 - raised again where the result is asked for
+        except BaseException as error:  # noqa: BLE001 - raised by `future.result()`
             future.set_exception(error)
 
     Thread(target=run, daemon=True, name="normswap-sha256").start()
@@ -209,22 +211,25 @@ def write_content(
     source: SourceFiles | None = None,
     notes: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a content and its record whole or not at all, read it back and compare every bit.
+    """Write a content and its record atomically, read them back and compare every bit.
 
     Args:
-        content: a state dict, a module, or what a training checkpoint holds.
-        like: the folder that a new folder takes after.
-        beside: further files of a new folder, `Beside.files`.
-        source: what the content was read from, which must not have changed when the new file appears.
-        notes: what else a safetensors file is to note, `read_notes` its source.
+        content: a state dict, a module, or the dict of a training checkpoint.
+        template: the folder whose other files (config, tokenizer) a new folder gets.
+        sidecar_files: further files of a new folder, `SidecarFiles.files`.
+        overwrite: replace an existing file.
+        source: the file that the content was read from; it must not have changed when the new file appears.
+        notes: further metadata of a safetensors file, from `read_notes`.
 
     Raises:
-        CheckpointError: it cannot be written, the container cannot hold it, or its source changed; an existing file is
-            as it was.
+        CheckpointError: it cannot be written, the format cannot store it, or its source changed; an existing file is
+            left unchanged.
     """
     check_writable(path, replace=overwrite, as_folder=container in FOLDERS)
     if container in FOLDERS and not isinstance(content, Mapping):
-        raise CheckpointError(f"{path}: a folder holds tensors by name, not a pickled module: use a name in .pt")
+        raise CheckpointError(
+            f"{path}: a folder stores tensors by name, not a pickled module: use a name that ends in .pt"
+        )
     try:
         check_has_values(content)
         digest = fingerprint(content)
@@ -233,12 +238,12 @@ def write_content(
     if container in TENSORS_ONLY:
         if not is_state_dict(content) or not all(isinstance(value, Tensor) for value in content.values()):
             raise CheckpointError(
-                f"{path}: safetensors holds tensors only, not a pickled module, extra state or a training checkpoint: "
-                "use a name in .pt"
+                f"{path}: safetensors stores tensors only, no pickled module, extra state or training checkpoint: use "
+                "a name that ends in .pt"
             )
         content, tied, channels_last = untie_tensors(content)
         record = replace(record, tied=tied, channels_last=channels_last)
-        notes = {**(notes or {}), **tied}  # as safetensors.torch.save_model notes them
+        notes = {**(notes or {}), **tied}  # as safetensors.torch.save_model stores them
     text = record.sealed(digest).to_json()
     writer = atomic_write_folder if container in FOLDERS else atomic_write
     with writer(path, before_commit=_make_source_check(source)) as temporary:
@@ -246,20 +251,18 @@ def write_content(
             encode(temporary, container, content, text, template=template, notes=notes)
             write_sidecar_files(temporary, sidecar_files or {})
         except Exception as error:
-            # torch's writer hides the system's own words behind a position in the file.
+            # torch's writer replaces the message of the system by a position in the file.
             cause = error.__context__ if isinstance(error.__context__, OSError) else error
             hint = ": save it as a state dict" if record.payload == "module" else ""
             raise CheckpointError(f"{path}: cannot be written ({first_line(cause)}){hint}") from error
         if not _reads_back_equal(temporary, container, content, text):
-            raise CheckpointError(
-                f"{path}: what was read back differs from what was written: nothing was kept, look at the disk"
-            )
+            raise CheckpointError(f"{path}: the new file does not read back the same: it was removed, check the disk")
 
 
 def stored_as(names: StoredNames, plan: SwapPlan) -> dict[str, str]:
-    """Return the names of swapped sites in a file, by fqn, if a library saved the model under other names than its own.
+    """Return the names of swapped sites in a file, by fqn, if a library saved the model under other names.
 
-    A prefix before all names counts for nothing.
+    A common prefix of all names does not count as another name.
     """
     stored = {
         swap.fqn: names.stored_key(join_fqn(swap.fqn, GATE_PARAMETERS[0])).rpartition(".")[0] for swap in plan.swaps
@@ -269,7 +272,7 @@ def stored_as(names: StoredNames, plan: SwapPlan) -> dict[str, str]:
 
 
 def read_notes(checkpoint: Checkpoint) -> dict[str, str]:
-    """Return what a safetensors file notes beside its tensors, such as names of one tensor; nothing of other files."""
+    """Return the metadata of a safetensors file, such as the names of shared tensors; empty for other formats."""
     return read_metadata(checkpoint.origin.copy) if checkpoint.container == "safetensors" else {}
 
 
@@ -283,15 +286,20 @@ def write_program(
     overwrite: bool = True,
     source: SourceFiles | None = None,
 ) -> float:
-    """Write a converted program and its record whole or not at all, and return how far what is read back differs from
-    the original on `inputs`, as relative L2 of outputs and buffers.
+    """Write a converted program and its record atomically, read them back and compare with the original.
 
     Args:
-        source: what the program was read from, as in `write_content`.
+        program: the converted program.
+        original: the program that was converted.
+        inputs: the example inputs for the comparison.
+        overwrite, source: as for `write_content`.
+
+    Returns:
+        The relative L2 difference of outputs and buffers between the original and the program that was read back.
 
     Raises:
-        CheckpointError: it cannot be written, what was read back holds other tensors, or its source changed.
-        SwapError: what was read back computes something else; an existing file is as it was.
+        CheckpointError: it cannot be written, its tensors do not read back the same, or its source changed.
+        SwapError: the program that was read back computes another function; an existing file is left unchanged.
     """
     check_writable(path, replace=overwrite)
     with atomic_write(path, before_commit=_make_source_check(source)) as temporary:
@@ -307,9 +315,7 @@ def write_program(
             and reloaded.extra_files == program.extra_files
         )
         if not kept or not contents_equal(program.program.state_dict, reloaded.program.state_dict):
-            raise CheckpointError(
-                f"{path}: what was read back differs from what was written: nothing was kept, look at the disk"
-            )
+            raise CheckpointError(f"{path}: the new file does not read back the same: it was removed, check the disk")
         return check_equivalent(original, reloaded.program, inputs)
 
 
@@ -318,13 +324,13 @@ def _make_source_check(source: SourceFiles | None) -> Callable[[], None]:
 
 
 def _reads_back_equal(path: Path, container: Container, content: Any, record: str) -> bool:
-    """Whether the file just written holds this content and this record, bit for bit."""
+    """Whether the new file contains this content and this record, bit for bit."""
     if detect_format(path) != container or (read_record_text(path, container) or "").strip() != record:
         return False
     if container == "safetensors":
         return safetensors_equals(path, content)
     try:
-        # Plain tensors are read from where they lie in the file, and let go at once: no second copy in memory.
+        # Plain tensors are mapped from the file and released one by one: no second copy in memory.
         reloaded, mmap = decode(path, container, trust=False, mmap=True), container == "torch zip"
     except CheckpointError:
         reloaded, mmap = decode(path, container, trust=True), False
@@ -332,7 +338,7 @@ def _reads_back_equal(path: Path, container: Container, content: Any, record: st
 
 
 def _check_plan(model: nn.Module, plan: SwapPlan | None) -> None:
-    """Refuse to write a model that could not be built again from its plan."""
+    """Refuse to write a model that cannot be built again from its plan."""
     actual = {
         name: (layer.gate, layer.branches)
         for name, layer in gated_modules(model).items()
@@ -344,6 +350,6 @@ def _check_plan(model: nn.Module, plan: SwapPlan | None) -> None:
     differing = sorted(name for name in actual.keys() | planned.keys() if actual.get(name) != planned.get(name))
     if differing:
         raise PlanError(
-            f"the plan is not the one of this model, they differ at {len(differing)} sites "
+            f"the plan is that of another model, they differ at {len(differing)} sites "
             f"({', '.join(differing[:3])}): pass the plan that convert returned"
         )

@@ -1,20 +1,18 @@
-"""The command line: parse, call the library, print. Results on stdout, progress and errors on stderr.
+"""The command line: parses options, calls the library, prints. Results on stdout, progress and errors on stderr.
 
-Exit status 0 done, 1 the answer is "no", 2 cannot. torch, timm and rich are imported when a command runs, so that
-`--help` costs nothing.
+Exit codes: 0 success; 1 nothing to convert or outputs differ; 2 error. torch, timm and rich are imported when a command
+runs, so that `--help` is fast.
 """
 
 import click
 
 from normswap import __version__
 from normswap.cli.calibrate import calibrate_command
+from normswap.cli.console import LauncherAwareGroup, make_output_printable
 from normswap.cli.convert import convert_command
-from normswap.cli.finetune import finetune_command
+from normswap.cli.finetune import finetune_command, recipes_command
 from normswap.cli.identify import identify_command
 from normswap.cli.inspect import inspect_command
-from normswap.cli.launched import LauncherAwareGroup
-from normswap.cli.printable import make_output_printable
-from normswap.cli.recipes import recipes_command
 from normswap.cli.verify import verify_command
 
 

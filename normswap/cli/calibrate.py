@@ -1,4 +1,4 @@
-"""`normswap calibrate`: running statistics computed anew over a data set, into a new file."""
+"""`normswap calibrate`: recomputes running statistics over a data set and writes a new file."""
 
 import re
 from collections.abc import Iterator
@@ -9,32 +9,31 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from normswap.checkpoints.io.atomic_files import check_readable, check_writable
-from normswap.cli.failures import one_line_failures
-from normswap.cli.open_model import (
-    OpenedModel,
-    describe_content,
-    describe_size,
-    get_size,
+from normswap.checkpoints.file_output import check_output, output_path, select_format
+from normswap.checkpoints.io.atomic_files import check_readable
+from normswap.cli.console import Bar, one_line_failures, print_json, progress_bar, report_interruption, stage
+from normswap.cli.options import (
+    arch_option,
+    entry_option,
+    json_option,
     open_model,
     read_file,
     read_header,
+    trust_option,
 )
-from normswap.cli.options import arch_option, entry_option, json_option, print_json, trust_option
-from normswap.cli.outputs import is_folder_for, output_path, select_format
-from normswap.cli.progress import Bar, progress_bar, report_interruption, stage
 from normswap.errors import CheckpointError, ModelError
 
 if TYPE_CHECKING:
     import torch
 
+    from normswap.checkpoints.loading import OpenedModel
     from normswap.finetune.data.datasets import Data
     from normswap.running_stats.calibration import Calibration
 
 
 @dataclass(frozen=True)
 class Size:
-    """The size of images as `--input-size` gives it; `channels` None for the model's own."""
+    """The size of images given by `--input-size`; `channels` is None for the model's own."""
 
     height: int
     width: int
@@ -55,7 +54,7 @@ def parse_size(_context: Any, _parameter: Any, text: str | None) -> Size | None:
     return Size(height, width, channels[0] if channels else None)
 
 
-@click.command("calibrate", short_help="Compute running statistics anew over a data set.")
+@click.command("calibrate", short_help="Recompute running statistics over a data set.")
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option(
     "--data",
@@ -64,26 +63,28 @@ def parse_size(_context: Any, _parameter: Any, text: str | None) -> Size | None:
     metavar="SPEC",
     help="folder:PATH, digits, digits:shifted, or a name such as torch/NAME.",
 )
-@click.option("--split", default="train", show_default=True, help="Which part of the data.")
-@click.option("--data-root", metavar="PATH", help="Where a data set that is given by its name lies.")
+@click.option("--split", default="train", show_default=True, help="Part of the data set.")
+@click.option("--data-root", metavar="PATH", help="Folder of a data set that is given by its name.")
 @click.option(
     "--input-size",
     callback=parse_size,
     metavar="[Cx]HxW",
-    help="Size of the images in pixels. Default: what timm's configuration of the model says.",
+    help="Size of the images in pixels. Default: the size in timm's configuration of the model.",
 )
-@click.option("--batch-size", type=click.IntRange(1), default=64, show_default=True, help="Images a batch.")
-@click.option("--batches", type=click.IntRange(1), help="How many batches, of images drawn at random. Default: all.")
-@click.option("--workers", type=click.IntRange(0), default=0, show_default=True, help="Processes that read images.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the order of the images.")
-@click.option("--device", default="cpu", show_default=True, help="Where the model runs, such as cuda.")
-@click.option("--layer-by-layer", is_flag=True, help="A pass for every layer: exact at any batch size.")
-@click.option("--include-frozen", is_flag=True, help="Also layers that use running statistics in training.")
+@click.option("--batch-size", type=click.IntRange(1), default=64, show_default=True, help="Images per batch.")
+@click.option("--batches", type=click.IntRange(1), help="Number of batches of randomly drawn images. Default: all.")
+@click.option(
+    "--workers", type=click.IntRange(0), default=0, show_default=True, help="Number of processes that read images."
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed for the order of the images.")
+@click.option("--device", default="cpu", show_default=True, help="Device that runs the model, such as cuda.")
+@click.option("--layer-by-layer", is_flag=True, help="One pass over the data per layer: exact at any batch size.")
+@click.option("--include-frozen", is_flag=True, help="Also calibrate layers that use running statistics in training.")
 @click.option(
     "-o",
     "--output",
-    type=click.Path(path_type=Path),
-    help="What to write. Default: model.calibrated.pt beside model.pt, of the same kind.",
+    type=click.Path(),
+    help="The file to write. Default: model.calibrated.pt beside model.pt, in the same format.",
 )
 @arch_option
 @entry_option
@@ -92,12 +93,12 @@ def parse_size(_context: Any, _parameter: Any, text: str | None) -> Size | None:
 @json_option
 @one_line_failures
 def calibrate_command(
-    file: Path, output: Path | None, source: str, arch: str | None, entry: str | None, as_json: bool, **options: Any
+    file: Path, output: str | None, source: str, arch: str | None, entry: str | None, as_json: bool, **options: Any
 ) -> None:
-    """Compute the running statistics of SN and BN layers in FILE anew over a data set, into a new file.
+    """Recompute the running statistics of the SN and BN layers in FILE over a data set, and write a new file.
 
-    FILE is any checkpoint, converted or not. Everything else in it is carried as it is; only the proof of a conversion
-    is left out, since the function in evaluation is another one now.
+    FILE is any checkpoint, converted or not. Its other entries are copied; only the recorded verification of a
+    conversion is dropped, since the calibrated model computes another function in evaluation.
     """
     target = output_path(file, output, "calibrated")
     with report_interruption():
@@ -121,23 +122,24 @@ def _calibrate_file(
     named: bool,
     options: dict[str, Any],
 ) -> tuple[dict[str, Any], str]:
-    """Write the calibrated file and print what was done; return the same as one document, and the closing lines."""
+    """Write the calibrated file and print the tables; return them as one document, and the closing lines."""
     check_readable(file)
-    check_writable(target, replace=options.pop("force"), as_folder=is_folder_for(file, target))
+    check_output(file, target, overwrite=options.pop("force"))
     from rich.console import Console
 
+    from normswap.checkpoints.reading import describe_size, file_size
     from normswap.reports.tables import calibration_table, heading, notes_table
 
     checkpoint = read_file(read_header(file, output=target), trust=options["trust"], entry=entry, arch=arch)
     if checkpoint.program is not None:
         raise CheckpointError(
-            f"{file}: an exported program is calibrated by its weights: leave --trust out, or give --arch"
+            f"{file}: only the weights of an exported program can be calibrated: leave --trust out, or pass --arch"
         )
     container = select_format(target, checkpoint, named=named)
     opened = open_model(checkpoint, arch=arch, inputs=(), trust=options["trust"])
     data = _open_data(source, opened, options)
     console = Console(highlight=False, quiet=as_json)
-    console.print(heading(file.name, describe_content(checkpoint, opened.architecture)))
+    console.print(heading(file.name, checkpoint.describe(opened.architecture)))
     result = _run_calibration(opened, data, options)
     console.print()
     console.print(calibration_table(result))
@@ -148,7 +150,7 @@ def _calibrate_file(
     _write(opened, target, container, f"{source}, {data.settings.split}, {images}")
     closing = f"\n{len(result.layers)} layers calibrated on {images} of {source}"
     written_line = click.style(f"wrote {target} ({describe_size(target)})", bold=True)
-    facts = {"file": str(file), "output": str(target), "bytes": get_size(target)}
+    facts = {"file": str(file), "output": str(target), "bytes": file_size(target)}
     return {
         **facts,
         "architecture": opened.architecture,
@@ -158,9 +160,9 @@ def _calibrate_file(
 
 
 class _Batches:
-    """The first batches of a data set, as often as they are asked for, in the type that the model computes in.
+    """The first `count` batches of a data set, cast to the dtype of the model; can be iterated more than once.
 
-    The bar shows the number of batches done, of how many, and which pass it is if there are several.
+    The bar shows the number of batches done and, from the second one on, the number of the pass.
     """
 
     def __init__(self, data: "Data", count: int | None, dtype: "torch.dtype", bar: Bar) -> None:
@@ -178,11 +180,11 @@ class _Batches:
     def _total(self) -> int | None:
         try:
             return min(len(self._data), self._count or len(self._data))
-        except TypeError:  # a data set that is streamed may not know its length
+        except TypeError:  # a streamed data set may have no length
             return self._count
 
 
-def _open_data(source: str, opened: OpenedModel, options: dict[str, Any]) -> "Data":
+def _open_data(source: str, opened: "OpenedModel", options: dict[str, Any]) -> "Data":
     from normswap.checkpoints.architecture.registry import default_input_shape
     from normswap.finetune.data.datasets import open_data
     from normswap.finetune.data.loaders import DataSettings
@@ -205,14 +207,12 @@ def _open_data(source: str, opened: OpenedModel, options: dict[str, Any]) -> "Da
         return open_data(settings, use="calibration", model=opened.model)
 
 
-def _run_calibration(opened: OpenedModel, data: "Data", options: dict[str, Any]) -> "Calibration":
-    import torch
-
+def _run_calibration(opened: "OpenedModel", data: "Data", options: dict[str, Any]) -> "Calibration":
+    from normswap.checkpoints.loading import floating_dtype
     from normswap.running_stats.calibration import calibrate
     from normswap.text import first_line
 
     model, device = opened.model, options["device"]
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     try:
         model.to(device)
     except (RuntimeError, AssertionError) as error:
@@ -220,7 +220,7 @@ def _run_calibration(opened: OpenedModel, data: "Data", options: dict[str, Any])
     with progress_bar("calibrating") as bar:
         result = calibrate(
             model,
-            _Batches(data, options["batches"], dtype, bar),
+            _Batches(data, options["batches"], floating_dtype(model), bar),
             layer_by_layer=options["layer_by_layer"],
             include_frozen=options["include_frozen"],
             device=device,
@@ -229,7 +229,7 @@ def _run_calibration(opened: OpenedModel, data: "Data", options: dict[str, Any])
     return result
 
 
-def _make_notes(opened: OpenedModel) -> list[str]:
+def _make_notes(opened: "OpenedModel") -> list[str]:
     from normswap.checkpoints.content.entries import format_key_path
 
     others = opened.checkpoint.contents.others
@@ -239,11 +239,11 @@ def _make_notes(opened: OpenedModel) -> list[str]:
     ]
     record = opened.checkpoint.record
     if record is not None and record.verification is not None:
-        notes.append("proof of the conversion: left out, the function in evaluation has changed")
+        notes.append("verification of the conversion: left out, the function in evaluation has changed")
     return notes
 
 
-def _write(opened: OpenedModel, target: Path, container: Any, detail: str) -> None:
+def _write(opened: "OpenedModel", target: Path, container: Any, detail: str) -> None:
     from normswap.checkpoints.content.hf_trainer import trainer_files
     from normswap.checkpoints.formats.formats import FOLDERS
     from normswap.checkpoints.record import Step

@@ -1,4 +1,4 @@
-"""`normswap finetune`: a recipe carried out."""
+"""`normswap finetune`: trains a model as a recipe describes. `normswap recipes`: lists, shows and copies recipes."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -9,37 +9,39 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from normswap.cli.failures import one_line_failures
-from normswap.cli.options import json_option, print_json, trust_option
-from normswap.cli.progress import progress_bar
+from normswap.cli.console import one_line_failures, print_json, progress_bar
+from normswap.cli.options import json_option, trust_option
 from normswap.errors import RecipeError
 
 if TYPE_CHECKING:
-    from normswap.finetune.recipe import Recipe
+    from normswap.finetune.recipe import Recipe, ShippedRecipe
     from normswap.finetune.trainer import Outcome
 
 
-@click.command("finetune", short_help="Fine-tune a model as a recipe says.")
+# --- normswap finetune ------------------------------------------------------------------------------------------------
+
+
+@click.command("finetune", short_help="Fine-tune a model as a recipe describes.")
 @click.argument("recipe")
 @click.option(
     "--set",
     "overrides",
     metavar="TABLE.KEY=VALUE",
     multiple=True,
-    help="Put a value over the recipe's, such as train.lr=0.003; none takes a key out. Repeatable.",
+    help="Override a value of the recipe, such as train.lr=0.003; none removes a key. Repeatable.",
 )
-@click.option("--resume", is_flag=True, help="Go on from the state that an interrupted run has saved.")
-@click.option("--force", is_flag=True, help="Start anew where the folder of the run holds one.")
+@click.option("--resume", is_flag=True, help="Continue from the saved state of an interrupted run.")
+@click.option("--force", is_flag=True, help="Start again even if the output folder contains a run.")
 @trust_option
 @json_option
 @one_line_failures
 def finetune_command(
     recipe: str, overrides: tuple[str, ...], resume: bool, force: bool, trust: bool, as_json: bool
 ) -> None:
-    """Fine-tune a model as RECIPE says: a file in .toml, or the name of a recipe that `normswap recipes ls` lists.
+    """Fine-tune a model as RECIPE describes: a .toml file, or the name of a recipe that `normswap recipes ls` lists.
 
-    The model is loaded, converted and proved if it is not converted yet, trained and evaluated. Its folder gets
-    model.pt, which `normswap load`s, state.pt to go on from, log.jsonl and a picture. With several processes:
+    The model is loaded, converted and verified if it is not converted yet, trained and evaluated. The output folder
+    contains model.pt for normswap.load, state.pt for --resume, log.jsonl and a plot. With several processes:
     torchrun --nproc-per-node 2 -m normswap finetune RECIPE.
     """
     from normswap.finetune.recipe import read_recipe
@@ -64,10 +66,10 @@ def finetune_command(
 
 
 def _run(recipe_to_run: "Recipe", **options: bool) -> "Outcome":
-    """Run a recipe and show how far it has come.
+    """Run a recipe and show its progress.
 
     Raises:
-        KeyboardInterrupt: at once, in the middle of a step or before the first one; says what is kept.
+        KeyboardInterrupt: the run was stopped within a step or before the first one; the message names what was saved.
     """
     from normswap.finetune.model_source import STATE
     from normswap.finetune.trainer import run_recipe
@@ -80,7 +82,7 @@ def _run(recipe_to_run: "Recipe", **options: bool) -> "Outcome":
     except KeyboardInterrupt:
         is_new = state.is_file() and state.stat().st_mtime_ns != before
         kept = (
-            f"the last saved state is in {recipe_to_run.output}: go on with --resume"
+            f"the last saved state is in {recipe_to_run.output}: continue with --resume"
             if is_new
             else "no state was saved"
         )
@@ -97,14 +99,14 @@ def _plot_outcome(outcome: "Outcome") -> Path:
 
 
 def _check_installed() -> None:
-    """Refuse before an hour of training what would fail after it."""
+    """Check packages that are only used after the training."""
     missing = [name for name in ("accelerate", "matplotlib") if find_spec(name) is None]
     if missing:
         raise RecipeError(f"fine-tuning needs {' and '.join(missing)}: pip install 'normswap[finetune]'")
 
 
 def _format_record(record: Mapping[str, Any]) -> list[str]:
-    """Lines for the terminal: what people want to see while they wait."""
+    """The notes and the evaluation in a record of the log, as lines for the terminal."""
     lines = [f"note: {note}" for note in record.get("notes", ())]
     if "evaluation" in record:
         found = record["evaluation"]
@@ -114,7 +116,7 @@ def _format_record(record: Mapping[str, Any]) -> list[str]:
 
 @contextmanager
 def _progress() -> Iterator[tuple[Callable[[int, int], None], Callable[[Mapping[str, Any]], None]]]:
-    """Yield what to call at every step and with every record of the log; a bar on stderr if that is a terminal."""
+    """Yield the callbacks for every step and every record of the log; they show a bar on stderr if it is a terminal."""
     from normswap.reports.results import describe_losses
 
     figures = ""
@@ -130,3 +132,56 @@ def _progress() -> Iterator[tuple[Callable[[int, int], None], Callable[[Mapping[
                 bar.print_line(line)
 
         yield on_step, on_record
+
+
+# --- normswap recipes -------------------------------------------------------------------------------------------------
+
+
+@click.group("recipes", short_help="List, show or copy the recipes for fine-tuning.")
+def recipes_command() -> None:
+    """List, show or copy the recipes for fine-tuning that come with normswap."""
+
+
+@recipes_command.command("ls")
+@one_line_failures
+def list_command() -> None:
+    """List the recipes, each with its purpose."""
+    from normswap.finetune.recipe import shipped_recipes
+
+    for recipe in shipped_recipes().values():
+        click.secho(recipe.name, bold=True)
+        click.echo(click.wrap_text(recipe.summary, 80, "  ", "  "))
+
+
+@recipes_command.command("show")
+@click.argument("name")
+@one_line_failures
+def show_command(name: str) -> None:
+    """Print the recipe NAME."""
+    click.echo(_find_recipe(name).text, nl=False)
+
+
+@recipes_command.command("cp")
+@click.argument("name")
+@click.argument("target", type=click.Path(path_type=Path), required=False)
+@click.option("--force", is_flag=True, help="Replace an existing file.")
+@one_line_failures
+def copy_command(name: str, target: Path | None, force: bool) -> None:
+    """Copy the recipe NAME to TARGET, a file or a folder (default: the current folder), to edit and run it."""
+    recipe = _find_recipe(name)
+    place = target or Path()
+    if place.is_dir():
+        place = place / f"{name}.toml"
+    if place.suffix != ".toml":
+        raise RecipeError(f"{place}: expected a folder or a name that ends in .toml")
+    from normswap.checkpoints.io.atomic_files import check_writable, write_text
+
+    check_writable(place, replace=force)
+    write_text(place, recipe.text)
+    click.echo(f"wrote {place}; run it with: normswap finetune {place}")
+
+
+def _find_recipe(name: str) -> "ShippedRecipe":
+    from normswap.finetune.recipe import find_shipped
+
+    return find_shipped(name)

@@ -1,4 +1,4 @@
-"""`normswap identify`: which architecture the tensors of a file belong to; nothing is built and nothing is written."""
+"""`normswap identify`: finds the architecture that the tensors of a file belong to, without building a model."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -7,26 +7,24 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from normswap.checkpoints.io.atomic_files import check_readable
-from normswap.cli.failures import one_line_failures
-from normswap.cli.open_model import describe_size, read_file
-from normswap.cli.options import entry_option, json_option, print_json, trust_option
-from normswap.cli.progress import stage
+from normswap.cli.console import one_line_failures, print_json, stage
+from normswap.cli.options import entry_option, json_option, read_file, trust_option
 
 if TYPE_CHECKING:
     from normswap.checkpoints.architecture.identification import Identification
 
 
-@click.command("identify", short_help="Tell which timm or torchvision model a file holds.")
+@click.command("identify", short_help="Find the timm or torchvision model of a file.")
 @click.argument("file", type=click.Path(path_type=Path))
 @entry_option
 @trust_option
 @json_option
 @one_line_failures
 def identify_command(file: Path, entry: str | None, trust: bool, as_json: bool) -> None:
-    """Tell which model of timm or torchvision the tensors of FILE belong to.
+    """Find the model of timm or torchvision that the tensors of FILE belong to.
 
-    Exit status 0: one function fits, and its name is what --arch takes. 1: several fit that compute different
-    functions, with how they differ; or none fits, with the nearest and what they lack.
+    Exit codes: 0 one architecture fits, and its name is printed as an option for --arch; 1 several architectures fit
+    that compute different functions, or none fits (the nearest are shown); 2 error.
     """
     check_readable(file)
     checkpoint = read_file(file, trust=trust, entry=entry)
@@ -49,16 +47,17 @@ def identify_command(file: Path, entry: str | None, trust: bool, as_json: bool) 
 
 
 def _print_known(file: Path, architecture: str, *, as_json: bool) -> None:
-    """The file says it itself: normswap wrote it."""
+    """Print the architecture in the record of the file."""
     if as_json:
         print_json({"file": str(file), "architecture": architecture, "recorded": True})
     else:
-        click.echo(f"{file.name} says that it belongs to {architecture}; it needs no --arch")
+        click.echo(f"{file.name} was written by normswap as {architecture}: --arch is not needed")
 
 
 def _print(file: Path, found: "Identification") -> None:
     from rich.console import Console
 
+    from normswap.checkpoints.reading import describe_size
     from normswap.reports.tables import heading, identification
 
     console = Console(highlight=False)

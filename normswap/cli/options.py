@@ -1,32 +1,37 @@
-"""Options that several commands share, and how their values are read."""
+"""Options that several commands share, how their values are parsed, and how a command opens the file it was given."""
 
-import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from normswap.text import jsonable
+from normswap.checkpoints.file_output import copy_folder
+from normswap.cli.console import stage
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
-_FLOATING_DTYPES = ("float16", "bfloat16", "float32", "float64", "complex64", "complex128")
-# The random integers of each: token ids that every vocabulary has, or the values of an image.
-_INTEGER_RANGES = {"uint8": 256, "int8": 10, "int16": 10, "int32": 10, "int64": 10, "bool": 2}
-_SEED = 0
-# As `normswap.surgery.selection.KINDS`, which is not imported for a look at --help.
+    from normswap.checkpoints.loading import OpenedModel
+    from normswap.checkpoints.reading import Checkpoint, CheckpointHeader
+
+_DTYPES = (
+    *("float16", "bfloat16", "float32", "float64", "complex64", "complex128"),
+    *("uint8", "int8", "int16", "int32", "int64", "bool"),
+)
+# As `normswap.surgery.selection.KINDS`, which is not imported here since it imports torch.
 _KINDS = ("bn", "in", "gn1")
+
+
+# --- values -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class InputSpec:
-    """One example input as `--input` gives it: a shape, a dtype or None for the model's own, and the entry of the
-    network that it is for, or None.
-    """
+    """One example input of `--input`: a shape, a dtype (None for the model's own), and the network's entry or None."""
 
     shape: tuple[int, ...]
     dtype: str | None = None
@@ -42,9 +47,8 @@ def parse_input(text: str) -> InputSpec:
     sizes, _, dtype = text.partition(":")
     if not re.fullmatch(r"\d+(x\d+)*", sizes) or "0" in sizes.split("x"):
         raise click.BadParameter(f"expected sizes such as 2x3x224x224[:dtype], got {text!r}")
-    known = (*_FLOATING_DTYPES, *_INTEGER_RANGES)
-    if (dtype or "float32") not in known:
-        raise click.BadParameter(f"expected a dtype among {', '.join(known)}, got {dtype!r}")
+    if (dtype or "float32") not in _DTYPES:
+        raise click.BadParameter(f"expected a dtype among {', '.join(_DTYPES)}, got {dtype!r}")
     return InputSpec(tuple(map(int, sizes.split("x"))), dtype or None)
 
 
@@ -68,73 +72,94 @@ def _parse_kinds(_context: click.Context, _parameter: click.Parameter, text: str
     return kinds
 
 
-def example_inputs(specs: Sequence[InputSpec], model: "nn.Module", architecture: str | None) -> Any:
-    """Return a tensor, a tuple of tensors for several specs, or None where nothing tells the shape.
+def example_inputs(specs: Sequence[InputSpec]) -> "Callable[[nn.Module], Any] | None":
+    """Return a function that makes the inputs for a model: a tensor, or a tuple of tensors; None without specs."""
+    return partial(_make_inputs, tuple(specs)) if specs else None
 
-    Values are random normal (integers: 0 to 9, of `uint8` 0 to 255, booleans both) from a fixed seed. Without specs
-    the shape is the one that timm's configuration of `model` gives, with batch size 2.
-    """
-    from normswap.checkpoints.architecture.registry import default_input_shape
 
-    if not specs:
-        shape = default_input_shape(model, architecture)
-        if shape is None:
-            return None
-        specs = (InputSpec(shape),)
-    tensors = tuple(_make_random(spec, _dtype_of(model), _SEED + index) for index, spec in enumerate(specs))
+def _make_inputs(specs: Sequence[InputSpec], model: "nn.Module") -> Any:
+    import torch
+
+    from normswap.checkpoints.loading import floating_dtype, random_tensor
+
+    dtypes = [getattr(torch, spec.dtype) if spec.dtype else floating_dtype(model) for spec in specs]
+    tensors = tuple(
+        random_tensor(spec.shape, dtype, seed) for seed, (spec, dtype) in enumerate(zip(specs, dtypes, strict=True))
+    )
     return tensors[0] if len(tensors) == 1 else tensors
 
 
-def _make_random(spec: InputSpec, default: "torch.dtype", seed: int) -> "torch.Tensor":
-    import torch
-
-    generator = torch.Generator().manual_seed(seed)
-    dtype = getattr(torch, spec.dtype) if spec.dtype else default
-    if spec.dtype in _INTEGER_RANGES:
-        return torch.randint(0, _INTEGER_RANGES[spec.dtype], spec.shape, generator=generator).to(dtype)
-    draw = torch.complex64 if dtype.is_complex else torch.float32
-    return torch.randn(spec.shape, generator=generator, dtype=draw).to(dtype)
+# --- files ------------------------------------------------------------------------------------------------------------
 
 
-def _dtype_of(model: "nn.Module") -> "torch.dtype":
-    import torch
+def read_header(path: Path, *, output: Path | None = None) -> "CheckpointHeader":
+    """Read the record in a file, and show that on the terminal; raises as the library's `read_header`.
 
-    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    Args:
+        output: the file that will be written, None if none is.
+    """
+    with stage("starting"):
+        from normswap.checkpoints import reading
+
+        return reading.read_header(path, folder=copy_folder(output))
 
 
-def print_json(document: dict[str, Any]) -> None:
-    """Print one JSON document on stdout; numbers that JSON does not have become null."""
-    click.echo(json.dumps(jsonable(document), indent=2))
+def read_file(
+    source: "Path | CheckpointHeader", *, trust: bool, entry: str | None = None, arch: str | None = None
+) -> "Checkpoint":
+    """Read a file, and show that on the terminal; raises as the library's `read_checkpoint`.
 
+    Args:
+        arch: `--arch`; of an exported program only the weights are read if it is given.
+    """
+    header = read_header(source) if isinstance(source, Path) else source
+    with stage(f"reading {header.path.name}"):
+        from normswap.checkpoints.reading import read_checkpoint
+
+        trust = trust and not header.loads_weights_only(arch)
+        return read_checkpoint(header, trust=trust, entry=entry, mmap=True)
+
+
+def open_model(
+    checkpoint: "Checkpoint", *, arch: str | None, inputs: Sequence[InputSpec], trust: bool
+) -> "OpenedModel":
+    """Build the model in a file, and show that on the terminal; raises as the library's `open_model`."""
+    with stage("building the model"):
+        from normswap.checkpoints import loading
+
+        return loading.open_model(checkpoint, arch, inputs=example_inputs(inputs), trust=trust)
+
+
+# --- options ----------------------------------------------------------------------------------------------------------
 
 arch_option = click.option(
     "--arch",
     metavar="NAME[,KEY=VALUE...]",
-    help="What the tensors belong to: timm:NAME, torchvision:NAME, hf:FOLDER or path/file.py:function, with keywords "
-    "such as num_classes=10. Files that normswap wrote say it themselves.",
+    help="The model that the tensors belong to: timm:NAME, torchvision:NAME, hf:FOLDER or path/file.py:function, with "
+    "keywords such as num_classes=10. Not needed for files that normswap wrote.",
 )
 entry_option = click.option(
     "--entry",
     metavar="NAME",
-    help="Which weights of several in the file are meant, such as state_dict_ema; dots between nested entries.",
+    help="Which of several sets of weights in the file to use, such as state_dict_ema; dots separate nested entries.",
 )
-# `convert` takes several networks of one file: each of these options once for all, or once for each in their order.
+# `convert` accepts several networks of one file: each of these options once for all, or once for each, in order.
 archs_option = click.option(
     "--arch",
     "archs",
     multiple=True,
     metavar="ZOO:NAME[,KEY=VALUE...]",
-    help="What the tensors belong to: timm:NAME, torchvision:NAME, hf:FOLDER or path/file.py:function, with keywords "
-    "such as num_classes=10; none: convert by names alone. Files that normswap wrote say it themselves. With several "
-    "--entry give one, or one for each in their order.",
+    help="The model that the tensors belong to: timm:NAME, torchvision:NAME, hf:FOLDER or path/file.py:function, with "
+    "keywords such as num_classes=10; none: convert by tensor names only. Not needed for files that normswap wrote. "
+    "With several --entry give one, or one for each in the same order.",
 )
 entries_option = click.option(
     "--entry",
     "entries",
     multiple=True,
     metavar="NAME",
-    help="Which weights of several in the file are meant, such as state_dict_ema; dots between nested entries, and "
-    "before the first part of names inside a state dict. Repeat it to convert several networks.",
+    help="Which of several sets of weights in the file to convert, such as state_dict_ema; dots separate nested "
+    "entries and the first part of names inside a state dict. Repeat it to convert several networks.",
 )
 named_inputs_option = click.option(
     "--input",
@@ -142,8 +167,8 @@ named_inputs_option = click.option(
     metavar="[ENTRY=]SIZES[:DTYPE]",
     multiple=True,
     callback=_parse_named_inputs,
-    help="Example input such as 2x3x224x224; repeat it for several arguments. With several --entry give one, one for "
-    "each in their order, or name the network: g=2x100. Default: what timm's configuration says.",
+    help="Size of an example input, such as 2x3x224x224; repeat it for several arguments. With several --entry give "
+    "one, one for each in the same order, or name the network: g=2x100. Default: the size in timm's configuration.",
 )
 input_option = click.option(
     "--input",
@@ -151,7 +176,8 @@ input_option = click.option(
     metavar="SIZES[:DTYPE]",
     multiple=True,
     callback=_parse_inputs,
-    help="Example input such as 2x3x224x224; repeat it for several arguments. Default: what timm's configuration says.",
+    help="Size of an example input, such as 2x3x224x224; repeat it for several arguments. Default: the size in timm's "
+    "configuration.",
 )
 kinds_option = click.option(
     "--kinds",
@@ -160,11 +186,11 @@ kinds_option = click.option(
     help="Which norms to swap: bn (default), in (InstanceNorm), gn1 (GroupNorm of one group); such as bn,in.",
 )
 trust_option = click.option(
-    "--trust", is_flag=True, help="Run the code that a pickled module names. Only for files whose origin you trust."
+    "--trust", is_flag=True, help="Run the code that a pickled module names. Only for files whose source you trust."
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of tables.")
 tolerance_option = click.option(
     "--tolerance",
     type=click.FloatRange(min=0, min_open=True),
-    help="Relative L2 in float64 that still counts as the same function. Default: 1e-9.",
+    help="Largest relative L2 difference, in float64, that counts as the same function. Default: 1e-9.",
 )

@@ -1,4 +1,4 @@
-"""`normswap verify`: whether two files hold the same function."""
+"""`normswap verify`: measures whether two files compute the same function."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -7,26 +7,26 @@ import click
 
 from normswap.checkpoints.io.atomic_files import check_readable
 from normswap.checkpoints.io.memory import return_freed_memory
-from normswap.cli.failures import one_line_failures
-from normswap.cli.open_model import OpenedModel, describe_content, open_model, read_file
+from normswap.cli.console import one_line_failures, print_json, stage
 from normswap.cli.options import (
     InputSpec,
     arch_option,
     entry_option,
     input_option,
     json_option,
-    print_json,
+    open_model,
+    read_file,
     tolerance_option,
     trust_option,
 )
-from normswap.cli.progress import stage
 from normswap.errors import ArchitectureError, NothingToDo
 
 if TYPE_CHECKING:
-    from normswap.checkpoints.loading import Checkpoint
+    from normswap.checkpoints.loading import OpenedModel
+    from normswap.checkpoints.reading import Checkpoint
 
 
-@click.command("verify", short_help="Measure whether two files hold the same function.")
+@click.command("verify", short_help="Measure whether two files compute the same function.")
 @click.argument("original", type=click.Path(path_type=Path))
 @click.argument("converted", type=click.Path(path_type=Path))
 @arch_option
@@ -47,10 +47,10 @@ def verify_command(
     trust: bool,
     as_json: bool,
 ) -> None:
-    """Measure whether CONVERTED computes the same function as ORIGINAL: exit status 0 the same, 1 not the same.
+    """Measure whether CONVERTED computes the same function as ORIGINAL.
 
-    Outputs in evaluation and in training, gradients and running statistics are compared in float64. The architecture
-    of either file is taken from the other where only one says it.
+    Outputs in evaluation and in training, gradients and running statistics are compared in float64. If only one of the
+    files names its architecture, it is used for both. Exit codes: 0 the same; 1 outputs differ; 2 error.
     """
     for path in (original, converted):
         check_readable(path)
@@ -65,7 +65,7 @@ def verify_command(
     default = arch or next(filter(None, recorded), None)
     first, second = (_open(file, default, inputs, trust=trust) for file in files)
     if first.inputs is None:
-        raise ArchitectureError("nothing tells the size of an input: give one with --input 2x3x224x224")
+        raise ArchitectureError("the input size is unknown: pass --input 2x3x224x224")
     if first.checkpoint.program is not None and second.checkpoint.program is not None:
         _compare_programs(first, second, as_json=as_json)
         return
@@ -77,9 +77,7 @@ def verify_command(
     else:
         console = Console(highlight=False)
         for opened in (first, second):
-            console.print(
-                heading(opened.checkpoint.path.name, describe_content(opened.checkpoint, opened.architecture))
-            )
+            console.print(heading(opened.checkpoint.path.name, opened.checkpoint.describe(opened.architecture)))
         console.print()
         console.print(verification_table(result))
         if not result.passed and result.sites:
@@ -89,8 +87,8 @@ def verify_command(
         raise NothingToDo(f"{converted} does not compute the same function as {original}")
 
 
-def _compare_programs(first: OpenedModel, second: OpenedModel, *, as_json: bool) -> None:
-    """Two exported programs, in their own precision: nothing else can be told of graphs."""
+def _compare_programs(first: "OpenedModel", second: "OpenedModel", *, as_json: bool) -> None:
+    """Compare two exported programs in their own precision, since a graph has a fixed precision and mode."""
     from normswap.surgery.graphs.exported_program import difference
 
     original, converted = first.checkpoint, second.checkpoint
@@ -108,14 +106,14 @@ def _compare_programs(first: OpenedModel, second: OpenedModel, *, as_json: bool)
         raise NothingToDo(f"{converted.path} does not compute the same function as {original.path}")
 
 
-def _check_unchanged(*opened: OpenedModel) -> None:
+def _check_unchanged(*opened: "OpenedModel") -> None:
     for one in opened:
         one.checkpoint.origin.check_unchanged()
 
 
-def _open(file: "Checkpoint", arch: str | None, inputs: tuple[InputSpec, ...], *, trust: bool) -> OpenedModel:
+def _open(file: "Checkpoint", arch: str | None, inputs: tuple[InputSpec, ...], *, trust: bool) -> "OpenedModel":
     from normswap.checkpoints.loading import builds_without_trust
 
-    # Each file's own word goes first, since --arch may be meant for the other one; code needs the user's.
+    # The architecture in a file's record goes first: --arch may be that of the other file.
     itself = file.payload == "module" or builds_without_trust(file)
     return open_model(file, arch=None if itself else arch, inputs=inputs, trust=trust)

@@ -23,7 +23,8 @@ from normswap.checkpoints.architecture.registry import (
     with_keyword,
 )
 from normswap.checkpoints.io.atomic_files import check_readable
-from normswap.checkpoints.loading import Checkpoint, build_model, read_checkpoint, recorded_architecture
+from normswap.checkpoints.loading import build_model, recorded_architecture
+from normswap.checkpoints.reading import Checkpoint, read_checkpoint
 from normswap.checkpoints.record import Step
 from normswap.errors import AmbiguityError, ArchitectureError, CheckpointError, PlanError, RecipeError
 from normswap.finetune.data.datasets import limit_hub_wait

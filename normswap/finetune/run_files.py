@@ -20,7 +20,7 @@ from typing import Any, Self
 
 from torch import nn
 
-from normswap.checkpoints.loading import read_checkpoint
+from normswap.checkpoints.reading import read_checkpoint
 from normswap.checkpoints.record import Record, Step
 from normswap.checkpoints.saving import originals, write_content
 from normswap.errors import CheckpointError, RecipeError, TrainingError

@@ -1,4 +1,7 @@
-"""A fine-tuning run for people: a closing table, and a picture of its course."""
+"""What the results of the library print as, the same tables as on the command line; and the plot of a training run.
+
+Each result class names its function here (`printable_as`), which takes the result and returns a rich renderable.
+"""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,6 +11,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from normswap.checkpoints.file_conversion import FileConversion, NetworkConversion
 from normswap.checkpoints.loading import Loaded
 from normswap.finetune.trainer import Outcome
 from normswap.layers.gating import BRANCHES
@@ -17,7 +21,9 @@ from normswap.reports.tables import (
     history,
     importance_table,
     not_measured_line,
+    notes_table,
     plan_summary,
+    read_back_line,
     verification_table,
     worst_sites,
 )
@@ -28,8 +34,6 @@ from normswap.surgery.plan import SwapPlan
 from normswap.training.live_conversion import TrainingConversion
 from normswap.verification.equivalence import Verification
 
-# MERGED DOC: What the results of the library's functions print as: the tables that the command line shows for them.
-
 
 def recording_console(file: TextIO, width: int) -> Console:
     """Return a console that prints plain text to `file` and remembers it for HTML."""
@@ -37,12 +41,12 @@ def recording_console(file: TextIO, width: int) -> Console:
 
 
 def conversion(result: Conversion) -> RenderableType:
-    """Return the class of the converted model above the plan that was carried out."""
+    """Return the class of the converted model and the plan that was applied."""
     return Group(heading(type(result.model).__name__, "converted"), Text(""), plan_summary(result.plan))
 
 
 def training(result: TrainingConversion) -> RenderableType:
-    """Return the plan that was carried out, and what of the training was converted with it."""
+    """Return the plan that was applied, and which parts of the training were converted with the model."""
     gates = (
         "in no optimizer" if result.group is None else f"learning rate {float(result.group['lr']):g}, no weight decay"
     )
@@ -68,12 +72,41 @@ def verification(result: Verification) -> RenderableType:
 
 
 def calibration(result: Calibration) -> RenderableType:
-    """Return the layers whose statistics moved most."""
+    """Return the layers whose statistics changed most."""
     return calibration_table(result)
 
 
+def file_conversion(result: FileConversion) -> RenderableType:
+    """Return the tables of a converted file, what was written, and the call that loads it."""
+    return Group(*file_conversion_parts(result), Text(""), *map(Text, result.closing_lines()))
+
+
+def file_conversion_parts(result: FileConversion) -> list[RenderableType]:
+    """Return the tables of a converted file; those of an unfinished conversion are the first of the finished one."""
+    parts = [part for network in result.networks for part in _network_parts(network, result.file.name)]
+    if result.notes:
+        parts.append(notes_table(result.notes))
+    if result.read_back_error is not None:
+        parts.append(read_back_line(result.read_back_error))
+    return parts
+
+
+def _network_parts(network: NetworkConversion, file: str) -> list[RenderableType]:
+    """The plan of one network, and its verification as soon as it is known."""
+    if network.already_converted:
+        return []
+    parts = [heading(file, network.description), Text(""), plan_summary(network.plan), Text("")]
+    if network.unverified:
+        parts.append(not_measured_line("Verification", f"not measured: {network.unverified}"))
+    elif network.verification is not None:
+        differs_by_design = any(swap.gate == "softmax" for swap in network.plan.swaps)
+        table = verification_table if differs_by_design else verification
+        parts.append(table(network.verification))
+    return parts
+
+
 def loaded(result: Loaded) -> RenderableType:
-    """Return the class of the model, its plan, its history, and the names of what else the file holds."""
+    """Return the class of the model, its plan, its history, and the names of the other entries of the file."""
     parts: list[RenderableType] = [heading(type(result.model).__name__, "loaded"), Text("")]
     parts.append(not_measured_line("Plan", "not converted") if result.plan is None else plan_summary(result.plan))
     if result.history:
@@ -92,7 +125,7 @@ _KINDS = {"mean": "means", "var": "variances"}
 
 
 def outcome_table(outcome: Outcome, picture: Path) -> RenderableType:
-    """Return accuracy and loss before and after, what the gates learned on average, and where things are."""
+    """Return accuracy and loss before and after, the average importance weights, and the files that were written."""
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
     table.add_column("")
     for column in ("before", "after"):
@@ -109,7 +142,7 @@ def outcome_table(outcome: Outcome, picture: Path) -> RenderableType:
 
 
 def describe_losses(record: Mapping[str, Any]) -> str:
-    """Return the loss, the learning rate and the mean share of each branch in a record; "" without a loss."""
+    """Return loss, learning rate and mean importance weight of each branch in a record; "" without a loss."""
     if "loss" not in record:
         return ""
     sites = record["importance"].values()
@@ -119,7 +152,7 @@ def describe_losses(record: Mapping[str, Any]) -> str:
 
 
 def average_importance(importance: Mapping[str, SiteWeights]) -> Table:
-    """Return the mean over all sites of each branch's share, and how many sites still are what they were."""
+    """Return the importance weight of each branch, averaged over all sites."""
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
     table.add_column(Text(f"importance weights, mean of {len(importance)} sites", "bold"))
     for branch in BRANCHES:
@@ -160,5 +193,5 @@ def plot_run(records: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def _mean_importance(shares: Sequence[Mapping[str, float]], branch: str) -> float:
-    """The mean share of a branch; a site without it gives it none."""
+    """The mean importance weight of a branch; 0 at sites without it."""
     return sum(share.get(branch, 0.0) for share in shares) / len(shares)

@@ -1,6 +1,6 @@
-"""Tables for the terminal: plans, proofs, importance weights, histories, as rich renderables.
+"""Tables for the terminal as rich renderables: plans, verifications, importance weights, histories, file contents.
 
-Made for 80 columns. Nothing is computed or decided here beyond counting and choosing what to show.
+They fit 80 columns. Nothing is computed or decided here except counts and the number of rows.
 """
 
 import math
@@ -22,16 +22,11 @@ from normswap.surgery.plan import Swap, SwapPlan
 from normswap.verification.equivalence import Verification
 from normswap.verification.site_watch import SiteError
 
-# MERGED DOC: Tables of which architectures a state dict can belong to, for the terminal, as rich renderables.
-
-# MERGED DOC: Tables of what a file shows without an architecture, for the terminal, as rich renderables.
-
-
 _MAX_EXAMPLES = 3
 _OMITTED_BRANCHES = {
-    # The plan keeps no shapes: whether the site or the user left a branch out is not told apart.
-    "in": "no `in`: one spatial position has no variance, or left out by choice",
-    "ln": "no `ln`: one channel, too few at one position, or left out by choice",
+    # A plan stores no shapes, so it is unknown whether the site or the user excluded a branch.
+    "in": "no `in`: a 1x1 map has no variance, or it was excluded",
+    "ln": "no `ln`: too few values per sample, or it was excluded",
     "bn": "no `bn`: the old norm has no running statistics",
 }
 _VERDICTS = {
@@ -42,7 +37,7 @@ _VERDICTS = {
 
 
 def heading(text: str, subtitle: str = "") -> RenderableType:
-    """Return a title with a quieter remark beside it."""
+    """Return a title and a dim subtitle."""
     grid = Table.grid(padding=(0, 2))
     grid.add_row(Text(text, "bold", overflow="fold"), Text(subtitle, "dim", overflow="fold"))
     return grid
@@ -57,18 +52,23 @@ def plan_summary(plan: SwapPlan) -> RenderableType:
 
 
 def notes_table(notes: Sequence[str]) -> RenderableType:
-    """Return what became of the rest of a file."""
-    return Group(Text(""), Text("ConvertedContent", "bold"), bullets(notes))
+    """Return what happened to the other entries of a file."""
+    return Group(Text(""), Text("Other entries of the file", "bold"), bullets(notes))
 
 
 def verification_table(verification: Verification) -> RenderableType:
-    """Return every check with its error, its limit and its verdict, and the float32 error for the record."""
+    """Return every check with its error, limit and verdict, and the float32 error, which has no limit."""
     loosened = "; limit loosened on request" if verification.loosened else ""
-    rule = "the whole model" if verification.judged_by == "whole model" else "every site alone"
-    # The model's own response to a change of one unit in the last place is measured only where an error is large.
+    rule = "the whole model" if verification.judged_by == "whole model" else "each site alone"
+    # The model's response to a change of one unit in the last place is measured only if an error is large.
     has_response = any(check.own_response is not None for check in verification.checks)
     table = _table(
-        "Parity", "error", "limit", "verdict", *(["own response"] if has_response else []), right_aligned={1, 2, 4}
+        "Verification",
+        "error",
+        "limit",
+        "verdict",
+        *(["own response"] if has_response else []),
+        right_aligned={1, 2, 4},
     )
     for check in verification.checks:
         limit = _format_number(check.limit) if check.passed is not None else ""
@@ -87,19 +87,19 @@ def verification_table(verification: Verification) -> RenderableType:
 
 
 def not_measured_line(title: str, reason: str) -> RenderableType:
-    """Return a line in place of a table, such as the parity of a conversion that was not measured."""
+    """Return a line in place of a table, such as that of a verification that was skipped."""
     return Text.assemble((title, "bold"), "  ", (reason, "yellow"))
 
 
 def read_back_line(error: float) -> RenderableType:
-    """Return how far an exported program that was read back differs from the original, in its own precision."""
+    """Return how far a program that was read back differs from the original, in the program's own precision."""
     return Text.assemble(
-        ("Read back", "bold"), f"  computes what the original does, relative L2 {_format_number(error)}"
+        ("Read back", "bold"), f"  computes the same function as the original, relative L2 {_format_number(error)}"
     )
 
 
 def worst_sites(verification: Verification, limit: int = 5) -> RenderableType:
-    """Return the sites that differ most from what they replaced, fed the same input."""
+    """Return the sites that differ most from the norms they replaced, on the same input."""
     measured = any(site.gradients is not None for site in verification.sites)
     headings = ["evaluation", "training", *["gradients"] * measured, "statistics"]
     table = _table("Sites that differ most", *headings, right_aligned={1, 2, 3, 4})
@@ -117,9 +117,9 @@ def worst_sites(verification: Verification, limit: int = 5) -> RenderableType:
 
 
 def site_table(sites: Sequence[NormSite], plan: SwapPlan) -> RenderableType:
-    """Return one row per site, in order of execution: what it is, what it was fed, what becomes of it."""
+    """Return one row per site in order of execution: class, channels, input shape and branches."""
     swaps = {swap.fqn: swap for swap in plan.swaps}
-    table = _table("Site", "class", "C", "fed", "becomes", right_aligned={2})
+    table = _table("Site", "class", "C", "input", "becomes", right_aligned={2})
     for site in sites:
         swap = swaps.get(site.fqn)
         becomes = Text("+".join(swap.branches)) if swap else Text("stays", "dim")
@@ -141,7 +141,7 @@ def importance_table(weights: Mapping[str, SiteWeights], plan: SwapPlan | None =
     """Return the importance weights of every site, for means and for variances.
 
     Args:
-        plan: what the sites were converted with; with it, how many are where they began.
+        plan: the plan of the conversion; with it the number of unchanged sites is added.
     """
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column("Importance weights", header_style="bold not dim")
@@ -157,11 +157,13 @@ def importance_table(weights: Mapping[str, SiteWeights], plan: SwapPlan | None =
         return table
     initial = {swap.fqn: swap.vertex for swap in plan.swaps}
     unchanged = sum(all(side[initial[fqn]] == 1 for side in shares) for fqn, shares in weights.items())
-    return Group(table, Text(f"  {unchanged} of {len(weights)} sites are still exactly the norm they replaced", "dim"))
+    return Group(
+        table, Text(f"  {unchanged} of {len(weights)} sites still compute exactly the norm they replaced", "dim")
+    )
 
 
 def history(steps: Iterable[Step]) -> RenderableType:
-    """Return what was done to a model so far, a line each."""
+    """Return the history of a model, one row per step."""
     table = _table("History", "when (UTC)", "by", "from")
     for step in steps:
         source = f"{step.source}{f' ({step.sha256[:12]})' if step.sha256 else ''}" if step.source else ""
@@ -172,10 +174,8 @@ def history(steps: Iterable[Step]) -> RenderableType:
 
 
 def calibration_table(calibration: Calibration, limit: int = 10) -> RenderableType:
-    """Return the layers whose statistics moved most, the others as one number, and those that were left, by reason."""
-    table = _table(
-        "Statistics that moved most", "values", "mean by", "deviation x", "shift", right_aligned={1, 2, 3, 4}
-    )
+    """Return the layers whose statistics changed most, a line for the others, and the skipped layers."""
+    table = _table("Statistics that changed most", "values", "mean by", "std x", "shift", right_aligned={1, 2, 3, 4})
     ranked = sorted(calibration.layers, key=lambda layer: layer.shift, reverse=True)
     for layer in ranked[:limit]:
         factor = 1 / layer.deviation_ratio if layer.deviation_ratio else math.inf
@@ -186,17 +186,20 @@ def calibration_table(calibration: Calibration, limit: int = 10) -> RenderableTy
     reasons: dict[str, list[str]] = {}
     for skipped_layer in calibration.skipped:
         reasons.setdefault(skipped_layer.reason, []).append(skipped_layer.fqn)
-    lines: list[RenderableType] = [table, Text("  in deviations: of means, and of normalized values at most", "dim")]
+    lines: list[RenderableType] = [
+        table,
+        Text("  in standard deviations; shift: the largest change of a normalized value", "dim"),
+    ]
     if reasons:
         lines_by_reason = [
-            f"{len(names)} left, {reason}: {_format_examples(names)}" for reason, names in reasons.items()
+            f"{len(names)} skipped, {reason}: {_format_examples(names)}" for reason, names in reasons.items()
         ]
         lines += [Text(""), bullets(lines_by_reason)]
     return Group(*lines)
 
 
 def bullets(notes: Iterable[str]) -> RenderableType:
-    """Return notes as a list whose lines hang."""
+    """Return notes as a list with a hanging indent."""
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 1, 0, 0))
     for note in notes:
         table.add_row(Text("note", "yellow"), Text(note))
@@ -250,9 +253,9 @@ def _describe(swap: Swap) -> str:
     parts = [f"{'+'.join(swap.branches)}, {swap.gate} gate{statistics}"]
     parts += [_OMITTED_BRANCHES[branch] for branch in BRANCHES if branch not in swap.branches]
     if not swap.train_gates:
-        parts.append("frozen, and so are its importance weights")
+        parts.append("frozen together with its importance weights")
     if swap.owner is not None:
-        parts.append("a call of F.batch_norm: the forward of its module is rewritten")
+        parts.append("a call of F.batch_norm; the forward of its module is rewritten")
     return "; ".join(parts)
 
 
@@ -278,7 +281,7 @@ def _format_weight(value: float | None) -> RenderableType:
 
 
 def _display_class(class_name: str) -> str:
-    """The whole name of a class, which tells one BatchNorm2d from another; torch's own are known by the last part."""
+    """The full name of a class, but only the last part for torch's own classes."""
     return _short_class(class_name) if class_name.startswith("torch.nn.") else class_name
 
 
@@ -286,13 +289,15 @@ def _short_class(class_name: str) -> str:
     return class_name.rpartition(".")[2]
 
 
+# --- architectures ----------------------------------------------------------------------------------------------------
+
 _MAX_ALIASES = 4
 
 
 def identification(found: Identification) -> RenderableType:
-    """Return what fits, one row per function with what sets it apart, or the nearest ones with misfits."""
+    """Return the architectures that fit, one row per function with its differences, or the nearest ones."""
     parts = _functions_table(found) if found.candidates else _matches_table(found)
-    return Group(*parts, Text(f"  known: the models of {found.origin}", "dim"))
+    return Group(*parts, Text(f"  searched: the models of {found.origin}", "dim"))
 
 
 def _functions_table(found: Identification) -> list[RenderableType]:
@@ -312,7 +317,7 @@ def _functions_table(found: Identification) -> list[RenderableType]:
 
 
 def _matches_table(found: Identification) -> list[RenderableType]:
-    table = _borderless_table("Nearest architecture", "misfits", "tensors")
+    table = _borderless_table("Nearest architecture", "mismatches", "tensors")
     for match in found.matches:
         table.add_row(
             Text(match.architecture, overflow="fold"),
@@ -334,12 +339,14 @@ def _borderless_table(*columns: str) -> Table:
     return table
 
 
+# --- files of unknown architecture ------------------------------------------------------------------------------------
+
 _MAX_GROUPS = 24
 _MAX_NAMES = 3
 
 
 def weights_table(weights: WeightsSurvey) -> RenderableType:
-    """Return one set of weights: how many tensors and parameters, and its norms by the module around them."""
+    """Return the size of one set of weights, and its norms by the module that contains them."""
     title = Text.assemble((weights.entry or "Weights", "bold"), "  ", (_describe_weights(weights), "dim"))
     if not weights.norms:
         return Group(title, Text("  no norm tensors", "yellow"))
@@ -362,7 +369,7 @@ def weights_table(weights: WeightsSurvey) -> RenderableType:
 
 def _describe_weights(weights: WeightsSurvey) -> str:
     parts = [f"{weights.tensors:,} tensors", f"{weights.parameters:,} parameters", f"{weights.bytes / 1e6:.1f} MB"]
-    return ", ".join(parts + ([f"all names begin with {weights.prefix}"] if weights.prefix else []))
+    return ", ".join(parts + ([f"all names start with {weights.prefix}"] if weights.prefix else []))
 
 
 def _counts(norms: "list[NormTensors] | tuple[NormTensors, ...]") -> tuple[int, int]:
@@ -374,8 +381,8 @@ def _describe_total(weights: WeightsSurvey) -> str:
     batch, other = _counts(weights.norms)
     converted = sum(norm.converted for norm in weights.norms)
     parts = [f"{batch} batch norms with running statistics"]
-    parts += [f"{other} norms without (LayerNorm, GroupNorm, ...)"] if other else []
-    parts += [f"{converted} with importance weights already"] if converted else []
+    parts += [f"{other} norms without running statistics (LayerNorm, GroupNorm, ...)"] if other else []
+    parts += [f"{converted} already converted"] if converted else []
     return ", ".join(parts)
 
 

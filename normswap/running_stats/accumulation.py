@@ -103,7 +103,7 @@ class CalibrationPass:
 
         Args:
             batches: each an input of the model, or a list or tuple whose first item is the input.
-            device: where to move the inputs; default is not to move them.
+            device: the device to move the inputs to; default is not to move them.
 
         Raises:
             ModelError: the model raises on a batch.

@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from normswap.errors import DataError, ModelError
 from normswap.layers.gated_module import GatedModule
 from normswap.layers.gating import BnStatistics, check_bn_statistics
-from normswap.layers.in_place import STATISTICS, STATISTICS_BEFORE_FREEZE
+from normswap.layers.in_place import STATISTICS, STATISTICS_BEFORE_FREEZE, has_frozen_affine
 from normswap.layers.switch_norm import SwitchNorm
 from normswap.model_state import call_model, training_flags
 from normswap.running_stats.accumulation import batch_inputs, move_to_device
@@ -212,7 +212,7 @@ def _can_use_running_statistics(module: nn.Module) -> bool:
 
 def _was_frozen(module: nn.Module) -> bool:
     """Return whether the layer replaced a norm that used its running statistics in training too."""
-    return "weight" in module._buffers
+    return has_frozen_affine(module)
 
 
 def _has_no_data(layer: Any) -> bool:
@@ -225,7 +225,7 @@ def _has_no_data(layer: Any) -> bool:
 def update_statistics(model: nn.Module, loader: Iterable[Any], *, device: torch.device | str | None = None) -> None:
     """Set the running statistics of SN and BN layers to their average over batches, as `update_bn` does for BN.
 
-    The model runs one pass in training mode, so dropout is active; every batch has the same weight, whatever its size.
+    The model runs one pass in training mode, so dropout is active; every batch has the same weight, also a smaller one.
     For the statistics of the data itself, use `calibrate`. Frozen statistics do not change. Synchronized layers average
     over all processes; each process must call this function with the same number of batches. Momenta and training
     flags are restored; after an error, the statistics are restored too.

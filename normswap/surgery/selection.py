@@ -101,7 +101,7 @@ class SwapOptions:
         >>> SwapOptions(gate="simplx")
         Traceback (most recent call last):
         ...
-        normswap.errors.PlanError: gate: expected 'simplex' or 'softmax', got 'simplx'; did you mean 'simplex'?
+        normswap.PlanError: gate: expected 'simplex' or 'softmax', got 'simplx'; did you mean 'simplex'?
     """
 
     include: tuple[SiteFilter, ...] = ()

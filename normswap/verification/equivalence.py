@@ -1,6 +1,6 @@
 """Verify that a converted model computes the same function as the original: `verify` and its result.
 
-Both models run on the same data, in float64 where their code allows it, and otherwise in their own precision. Four
+Both models run on the same data, in float64 if their code allows it, otherwise in their own precision. Four
 checks must pass, each with a relative L2 error of at most 1e-9 in float64, or of at most ten times the original's own
 response to a one-ulp change of its input: the outputs in evaluation, the outputs in training, the running statistics of
 every module after a training step, and the gradients of all original parameters as one vector. If that response is not
@@ -173,7 +173,7 @@ def verify(
         batches: an iterable of inputs; each is a tensor, a tuple of positional arguments or a dict of keyword
             arguments. For one input, pass `[x]`.
         tolerance: the largest relative L2 error that passes. Default: 1e-9 in float64, 1e-5 in float32, 1e-2 in
-            float16, 1e-1 in bfloat16. The result says if a tolerance is larger than the default.
+            float16, 1e-1 in bfloat16. `loosened` is set if it is larger than the default.
 
     Returns:
         A `Verification`: `.passed`, `.checks` with errors and limits, `.sites`, and the precision. Models that do not

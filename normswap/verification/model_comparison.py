@@ -249,6 +249,7 @@ class ModelComparison:
         responses: Errors = {}
 
         def run(model_inputs: Any, context: AbstractContextManager[Any] | None) -> Errors:
+            """Return the errors of a pass on changed inputs."""
             gradients = GradientDistance(stored)
             perturbed = self.run(0, model_inputs, gradients.compare_gradient, training=training, context=context)
             if isinstance(perturbed, Exception):
@@ -341,7 +342,7 @@ def _training_setup(first: nn.Module, second: nn.Module) -> _TrainingSetup:
     for name, layer in gated_modules(second).items():
         old = original_modules.get(name)
         same = isinstance(old, GatedModule) and old.bn_statistics == layer.bn_statistics
-        if layer.bn_statistics == "batch" or same or (isinstance(layer, SwitchNorm) and "weight" in layer._buffers):
+        if layer.bn_statistics == "batch" or same or (isinstance(layer, SwitchNorm) and layer.frozen):
             continue
         if layer.bn_statistics == "running" and isinstance(layer, SwitchNorm) and old is not None:
             frozen.append(name)

@@ -5,6 +5,7 @@ stored, in a temporary file (in `TMPDIR`) beyond the first 16 MB; those of the s
 In float64 the gradients of a model need twice the size of its file, and a verification compares two models.
 """
 
+import logging
 import mmap
 import os
 import tempfile
@@ -25,6 +26,8 @@ from normswap.surgery.model_outputs import Leaves, TensorNames, VectorDistance, 
 from normswap.surgery.module_tree import Flags, ModuleEntry, model_mode, walk_modules
 from normswap.surgery.norms.functions import NORM_CALLS
 from normswap.text import join_fqn
+
+_logger = logging.getLogger(__name__)
 
 GradientCallback = Callable[[TensorNames, Tensor], None]
 
@@ -63,6 +66,7 @@ def stream_gradients(
 
 def _stream_hook(names: TensorNames, parameter: Tensor, on_gradient: GradientCallback) -> Callable[[], RemovableHandle]:
     def hook(leaf: Tensor) -> None:
+        """Pass the gradient on and free it."""
         gradient, leaf.grad = leaf.grad, None
         if gradient is not None:
             on_gradient(names, gradient.to_dense() if gradient.layout is not torch.strided else gradient)
@@ -166,7 +170,8 @@ class GradientStore:
             end = self._file.seek(0, os.SEEK_END)
             offset = self._file.seek(-(-end // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY)
             _write_all(self._file, gradient)
-        except OSError:
+        except OSError as error:
+            _logger.info("gradients stay in memory: the temporary file cannot be written (%s)", error)
             return False
         self._file_offsets[names] = offset, _zeros_like(gradient)
         return True
@@ -309,6 +314,7 @@ def leaf_distances(a: Leaves, b: Leaves) -> dict[str, float]:
     """Return the relative L2 of every leaf by path, infinite if the leaf cannot be compared."""
 
     def distance(path: str) -> float:
+        """Return the relative L2 of one leaf."""
         try:
             return relative_l2(a.values.get(path, MISSING), b.values.get(path, MISSING))
         except Exception:  # noqa: BLE001 - the comparison of the two models notes the reason

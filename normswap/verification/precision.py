@@ -222,6 +222,7 @@ def _first_output_perturbed(model: nn.Module, perturb: Callable[[Tensor], Tensor
     done = False
 
     def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
+        """Change the first output that has the precision."""
         nonlocal done
         if done or not tree_any(lambda leaf: _resolves_eps(leaf, eps), output):
             return None

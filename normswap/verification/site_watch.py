@@ -220,6 +220,7 @@ def _preserved(modules: list[nn.Module]) -> AbstractContextManager[None]:
 
 def _record_call_hook(old: nn.Module, calls: list[_Call], called: set[nn.Module]) -> Callable[[], Any]:
     def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Copy the input of the site."""
         copied_inputs = tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), (args, kwargs))
         floating_inputs = [
             leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.is_floating_point()
@@ -287,6 +288,7 @@ def _gradients(module: nn.Module, call: _Call) -> dict[TensorNames, Tensor]:
     leaves: dict[TensorNames, Tensor] = {}
 
     def as_leaf(tensor: Tensor) -> Tensor:
+        """Return a copy of an input whose gradient is measured."""
         if not (tensor.is_floating_point() or tensor.is_complex()):
             return tensor
         leaf = tensor.detach().clone().requires_grad_(True)

@@ -91,8 +91,15 @@ def test_a_model_that_does_not_have_the_sites(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "option",
-    [("--input", "2x3x8x8"), ("--kinds", "bn,in"), ("--gate", "softmax"), ("--plan", "p"), ("--synchronize",)],
+    [("--input", "2x3x8x8"), ("--kinds", "bn,in"), ("--gate", "softmax"), ("--plan", "plan.json"), ("--synchronize",)],
 )
-def test_what_needs_a_model_is_refused(tmp_path: Path, option: tuple[str, ...]) -> None:
-    result = run("convert", str(tmp_path / "model.pt"), "--arch", "none", *option)
-    assert (result.exit_code, "--arch none knows names only" in result.stderr) == (2, True)
+def test_what_needs_a_model_is_refused(
+    tmp_path: Path, option: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = files.small_model()
+    torch.save(model.state_dict(), "model.pt")
+    Path("plan.json").write_text(normswap.plan_swaps(model).to_json())
+    result = run("convert", "model.pt", "--arch", "none", *option)
+    message = f"error: --arch none converts tensors by their names only: leave {option[0]} out\n"
+    assert (result.exit_code, result.stderr) == (2, message)

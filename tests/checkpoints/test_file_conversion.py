@@ -1,8 +1,10 @@
-"""What a conversion does with the rest of a file, and whose word is believed: entries, EMA, trust, seals."""
+"""convert_file, and what a conversion does with the other entries of a file: EMA, optimizer, trust, fingerprints."""
 
 import json
+import re
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,11 @@ from click.testing import CliRunner, Result
 from torch import nn
 
 import normswap
-from normswap.checkpoints.loading import read_checkpoint, read_record
+from normswap.checkpoints.io.digest import contents_equal
+from normswap.checkpoints.loading import random_tensor
+from normswap.checkpoints.reading import read_checkpoint, read_record
 from normswap.cli import main
-from normswap.errors import ArchitectureError, CheckpointError
+from normswap.errors import ArchitectureError, CheckpointError, NothingToDo
 from tests.helpers import checkpoint_makers, files
 
 OPTIONS = ("--arch", files.ARCH, "--input", "2x3x64x64")
@@ -91,7 +95,8 @@ def test_weights_only_names_what_is_left_out(source: Path) -> None:
     result = run("convert", "last.pt", *OPTIONS, "-o", "out.safetensors")
     assert result.exit_code == 2
     assert (
-        "this file holds epoch, optimizer, scheduler, state_dict_ema, teacher too: choose -o NAME.pt" in result.stderr
+        "this file also contains epoch, optimizer, scheduler, state_dict_ema, teacher: choose -o NAME.pt"
+        in result.stderr
     )
     output = ok("convert", "last.pt", *OPTIONS, "--weights-only", "-o", "out.pt")
     assert "optimizer: left out (--weights-only)" in output
@@ -101,6 +106,215 @@ def test_weights_only_names_what_is_left_out(source: Path) -> None:
 def test_json_says_it_too(source: Path) -> None:
     document = json.loads(ok("convert", "last.pt", *OPTIONS, "--json"))
     assert "state_dict_ema: converted too" in document["carried"]
+
+
+# convert_file.
+
+X = random_tensor((2, 3, 64, 64), torch.float32)  # as the command makes it for --input 2x3x64x64
+ARGUMENTS = {"architecture": files.ARCH, "example_inputs": X}
+DATE = re.compile(rb'"date": "[^"]*"')
+
+
+def members(path: Path) -> dict[str, bytes]:
+    """The files in an archive or a folder by name, without the name of the archive, dates and what covers dates."""
+    if path.is_dir():
+        found = {file.name: file.read_bytes() for file in path.iterdir()}
+    else:
+        with zipfile.ZipFile(path) as archive:
+            found = {info.filename.partition("/")[2]: archive.read(info) for info in archive.infolist()}
+    return {name: mask(data) for name, data in found.items()}
+
+
+def mask(data: bytes) -> bytes:
+    text = DATE.sub(b'"date": ""', data.replace(rb"\"", b'"'))
+    return re.sub(rb'("fingerprint": ")[^"]*', rb"\1", text)
+
+
+def test_convert_file_does_what_the_command_does(source: Path) -> None:
+    result = normswap.convert_file("last.pt", "python.pt", **ARGUMENTS)
+    document = json.loads(ok("convert", "last.pt", *OPTIONS, "-o", "command.pt", "--json"))
+    assert result.to_dict().keys() == document.keys()
+    assert json.loads(json.dumps(result.to_dict()["plan"])) == document["plan"]
+    for name in ("architecture", "carried", "written", "bytes", "file"):
+        assert result.to_dict()[name] == document[name]
+    python, command = (torch.load(name, weights_only=True) for name in ("python.pt", "command.pt"))
+    assert contents_equal(python, command)
+    first, second = members(Path("python.pt")), members(Path("command.pt"))
+    assert first.keys() == second.keys()
+    assert [name for name in first if first[name] != second[name]] == []
+
+
+def test_convert_file_carries_average_optimizer_and_scheduler(source: Path) -> None:
+    result = normswap.convert_file(Path("last.pt"), **ARGUMENTS)
+    assert (result.output, result.written, result.architecture) == (Path("last.normswap.pt"), True, files.ARCH)
+    assert result.bytes == Path("last.normswap.pt").stat().st_size
+    assert result.verification is not None
+    assert result.verification.passed
+    assert "state_dict_ema: converted too" in result.notes
+    found = torch.load("last.normswap.pt", weights_only=True)
+    gates = 2 * files.SITES
+    assert len(found["optimizer"]["param_groups"][-1]["params"]) == gates
+    assert len(found["scheduler"]["base_lrs"]) == len(found["optimizer"]["param_groups"])
+    assert found["state_dict_ema"].keys() == found["state_dict"].keys()
+    assert len(found["state_dict"]) - len(torch.load("last.pt", weights_only=True)["state_dict"]) == gates
+    assert found["epoch"] == 3
+    loaded = normswap.load(result.output)
+    assert loaded.plan == result.plan
+
+
+def test_convert_file_prints_the_tables_of_the_command(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    result = normswap.convert_file("last.pt", "out.pt", **ARGUMENTS)
+    assert repr(result) == f"FileConversion('out.pt', {files.SITES} swaps, written)"
+    printed = [
+        " ".join(line.split()) for line in ok("convert", "last.pt", *OPTIONS, "-o", "out.pt", "--force").split("\n")
+    ]
+    shown = [" ".join(line.split()) for line in str(result).split("\n")]
+    tables = [line for line in shown if not line.startswith("gradients") and "outputs" not in line]
+    assert [line for line in tables if line not in printed and "e-" not in line] == []
+    for line in ("wrote out.pt", 'next: model = normswap.load("out.pt").model', "Verification", "state_dict_ema"):
+        assert line in str(result)
+    assert "<pre>" in result._repr_html_()
+
+
+def test_a_dry_run_of_convert_file_writes_nothing(source: Path) -> None:
+    before = sorted(source.iterdir())
+    result = normswap.convert_file("last.pt", dry_run=True, **ARGUMENTS)
+    assert sorted(source.iterdir()) == before
+    assert (result.written, result.bytes, result.to_dict()["output"]) == (False, None, None)
+    assert "dry run: without dry_run=True this writes last.normswap.pt" in str(result)
+    Path("last.normswap.pt").write_text("mine")
+    with pytest.raises(CheckpointError, match="exists already: choose another name, or replace it with overwrite=True"):
+        normswap.convert_file("last.pt", dry_run=True, **ARGUMENTS)
+    assert normswap.convert_file("last.pt", overwrite=True, **ARGUMENTS).written
+
+
+def test_convert_file_writes_nothing_unverified_unless_asked(source: Path) -> None:
+    torch.save(files.TiedNet().state_dict(), "own.pt")
+    before = sorted(source.iterdir())
+    with pytest.raises(ArchitectureError, match=r"the input size is unknown.*pass example_inputs=.*, or verify=False"):
+        normswap.convert_file("own.pt", architecture=files.TiedNet)
+    with pytest.raises(ArchitectureError, match=r"architecture='none' there is no model to run.*or verify=False"):
+        normswap.convert_file("own.pt", architecture="none")
+    with pytest.raises(NothingToDo, match=r"another function: use gate='simplex', or verify=False to write it anyway"):
+        normswap.convert_file("last.pt", gate="softmax", **ARGUMENTS)
+    with pytest.raises(NothingToDo, match="excluded by"):
+        normswap.convert_file("last.pt", exclude="*", **ARGUMENTS)
+    assert sorted(source.iterdir()) == before
+    result = normswap.convert_file("own.pt", architecture=files.TiedNet, verify=False)
+    assert (result.written, result.verification) == (True, None)
+    assert "Verification  not measured: verify=False" in str(result)
+    assert 'normswap.load("own.normswap.pt", architecture=your_model)' in str(result)
+    with pytest.raises(NothingToDo, match="1 sites are converted already"):
+        normswap.convert_file(result.output, architecture=files.TiedNet)
+
+
+def test_the_progress_of_convert_file_is_reported(source: Path) -> None:
+    open_stages: list[str] = []
+    seen: list[str] = []
+
+    @contextmanager
+    def progress(stage: str) -> Iterator[None]:
+        open_stages.append(stage)
+        seen.append(stage)
+        yield
+        open_stages.remove(stage)
+
+    normswap.convert_file("last.pt", progress=progress, **ARGUMENTS)
+    assert seen == [
+        "starting",
+        "reading last.pt",
+        "building the model",
+        "finding norm sites",
+        "converting",
+        "comparing original and converted",
+        "writing last.normswap.pt",
+    ]
+    assert open_stages == []
+
+
+def test_convert_file_takes_the_options_of_convert(source: Path) -> None:
+    options = normswap.SwapOptions(include="layer1.*", bn_statistics="renorm")
+    result = normswap.convert_file("last.pt", options=options, dry_run=True, **ARGUMENTS)
+    assert {(swap.fqn.partition(".")[0], swap.bn_statistics) for swap in result.plan.swaps} == {("layer1", "renorm")}
+    again = normswap.convert_file("last.pt", plan=result.plan, dry_run=True, **ARGUMENTS)
+    assert again.plan == result.plan
+    made = normswap.convert_file(
+        "last.pt", architecture=files.ARCH, example_inputs=lambda model: X, kinds=["bn"], dry_run=True
+    )
+    assert made.verification is not None
+    assert made.verification.inputs == "2x3x64x64"
+
+
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "plan and options": (
+        {"plan": normswap.SwapPlan((), (), "", None, ()), "include": "a", "gate": "softmax"},
+        "plan= already decides which sites are swapped and how: leave include=, gate= out",
+    ),
+    "names and inputs": (
+        {"architecture": "none", "example_inputs": X, "kinds": ["bn", "in"]},
+        "architecture='none' converts tensors by their names only: leave example_inputs=, kinds= out",
+    ),
+    "tolerance": ({"verify": False, "tolerance": 1.0}, "tolerance= has no effect with verify=False"),
+    "an entry twice": ({"entry": ["a", "a"]}, "entry='a' is given twice"),
+    "several and weights_only": ({"entry": ["a", "b"], "weights_only": True}, "weights_only= applies to one network"),
+    "a folder": (
+        {"output": "big/"},
+        r"big/: expected the name of a file, .*pass output='big/last\.normswap\.pt'",
+    ),
+    "no path": ({"output": 3}, "output: expected the name of a file, got an int"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), WRONG.values(), ids=WRONG)
+def test_arguments_that_exclude_each_other_are_refused(source: Path, arguments: dict[str, Any], message: str) -> None:
+    before = sorted(source.iterdir())
+    with pytest.raises(normswap.NormswapError, match=message):
+        normswap.convert_file("last.pt", **arguments)
+    assert sorted(source.iterdir()) == before
+
+
+def test_convert_file_converts_several_networks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    models = {"g": files.small_model(), "d": nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))}
+    torch.save({name: model.state_dict() for name, model in models.items()} | {"epoch": 1}, "gan.pt")
+    inputs = {"g": X, "d": torch.randn(2, 3, 12, 12)}
+    result = normswap.convert_file("gan.pt", entry=["g", "d"], architecture=models, example_inputs=inputs)
+    assert [(network.entry, len(network.plan.swaps)) for network in result.networks] == [("g", files.SITES), ("d", 1)]
+    assert [network.verification.inputs for network in result.networks if network.verification] == [
+        "2x3x64x64",
+        "2x3x12x12",
+    ]
+    assert result.to_dict()["networks"].keys() == {"g", "d"}
+    assert str(result).count("Sites by kind") == 2
+    for name, model in models.items():
+        loaded = normswap.load("gan.normswap.pt", entry=name, architecture=model)
+        assert normswap.verify(model, loaded.model, [inputs[name]]).passed
+
+
+def test_convert_file_keeps_the_files_of_a_trainer(tmp_path: Path) -> None:
+    model, folder = files.small_model(), tmp_path / "checkpoint-5"
+    folder.mkdir()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    model(X).square().mean().backward()
+    optimizer.step()
+    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    parts = [dict(list(state.items())[i::2]) for i in range(2)]
+    names = [f"model-0000{i + 1}-of-00002.safetensors" for i in range(2)]
+    for name, part in zip(names, parts, strict=True):
+        safetensors.torch.save_file(part, folder / name)
+    index = {key: name for name, part in zip(names, parts, strict=True) for key in part}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+    torch.save({"rng": 1}, folder / "rng_state.pth")
+    result = normswap.convert_file(folder, **ARGUMENTS)
+    assert result.output == tmp_path / "checkpoint-5.normswap"
+    assert result.output.is_dir()
+    assert result.bytes == sum(file.stat().st_size for file in result.output.iterdir())
+    assert (result.output / "rng_state.pth").read_bytes() == (folder / "rng_state.pth").read_bytes()
+    extended = torch.load(result.output / "optimizer.pt", weights_only=True)
+    assert len(extended["param_groups"][-1]["params"]) == 2 * files.SITES
+    assert len(normswap.load(result.output).plan.swaps) == files.SITES  # type: ignore[union-attr]
 
 
 # Architectures in Python files.

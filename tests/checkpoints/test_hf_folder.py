@@ -234,7 +234,7 @@ def test_a_module_does_not_become_a_folder(shards: Path, tmp_path: Path) -> None
     from normswap.checkpoints.record import Record
     from normswap.checkpoints.saving import write_content
 
-    with pytest.raises(CheckpointError, match="a folder holds tensors by name, not a pickled module: use a name in"):
+    with pytest.raises(CheckpointError, match="a folder stores tensors by name, not a pickled module: use a name"):
         write_content(files.small_model(), tmp_path / "out", "safetensors folder", Record("module"), template=shards)
     assert not (tmp_path / "out").exists()
 

@@ -401,7 +401,7 @@ def test_one_function_is_named_with_what_to_type(folder: Path) -> None:
     result = run("model.pt")
     assert result.exit_code == 0
     assert f"type: --arch {SMALL},num_classes=7\n" in result.stdout
-    assert f"known: the models of timm {shipped_index().versions['timm']}" in result.stdout
+    assert f"searched: the models of timm {shipped_index().versions['timm']}" in result.stdout
     document = json.loads(run("model.pt", "--json").stdout)
     assert document["architecture"] == f"{SMALL},num_classes=7"
     assert document["functions"][0][0]["keywords"] == {"num_classes": 7}
@@ -435,7 +435,7 @@ def test_a_stranger_exits_with_1(folder: Path) -> None:
 def test_a_file_that_names_it_itself_is_accepted(folder: Path) -> None:
     model = build_architecture("timm:test_resnet")
     normswap.save(model, "model.pt", architecture="timm:test_resnet")
-    assert run("model.pt").stdout == "model.pt says that it belongs to timm:test_resnet; it needs no --arch\n"
+    assert run("model.pt").stdout == "model.pt was written by normswap as timm:test_resnet: --arch is not needed\n"
     assert json.loads(run("model.pt", "--json").stdout) == {
         "file": "model.pt",
         "architecture": "timm:test_resnet",

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from torch import Tensor, nn
 
 import normswap
-from normswap.checkpoints.loading import read_checkpoint
+from normswap.checkpoints.reading import read_checkpoint
 from normswap.cli import main
 from tests.helpers import checkpoint_makers, files
 from tests.helpers.checkpoint_makers import LAYOUTS, Layout, Trained

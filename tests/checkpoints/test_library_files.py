@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import normswap
 from normswap.checkpoints.content.weight_loading import retie_tensors, untie_tensors
-from normswap.checkpoints.loading import read_record
+from normswap.checkpoints.reading import read_record
 from normswap.cli import main
 from normswap.errors import ArchitectureError
 from tests.helpers import files

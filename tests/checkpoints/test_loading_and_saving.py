@@ -21,7 +21,8 @@ import normswap
 from normswap.checkpoints import saving
 from normswap.checkpoints.formats import formats
 from normswap.checkpoints.io import atomic_files
-from normswap.checkpoints.loading import read_checkpoint, read_record, stored_importance_weights
+from normswap.checkpoints.loading import stored_importance_weights
+from normswap.checkpoints.reading import read_checkpoint, read_record
 from normswap.checkpoints.record import Record, Step
 from normswap.checkpoints.saving import compute_sha256
 from normswap.errors import ArchitectureError, CheckpointError, NormswapError, PlanError
@@ -339,8 +340,8 @@ WRITERS = {
         _disk_full_behind_torch,
         "cannot be written ([Errno 28] No space left on device)",
     ),
-    "another number": (_writes_something_else, "what was read back differs from what was written: nothing was kept"),
-    "no record": (_loses_the_record, "what was read back differs from what was written: nothing was kept"),
+    "another number": (_writes_something_else, "the new file does not read back the same: it was removed"),
+    "no record": (_loses_the_record, "the new file does not read back the same: it was removed"),
 }
 
 
@@ -406,7 +407,7 @@ SAVE_REFUSALS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], type[Nor
         lambda: normswap.convert(files.small_model()).model,
         {"plan": normswap.plan_swaps(files.small_model(), gate="softmax")},
         PlanError,
-        f"the plan is not the one of this model, they differ at {files.SITES} sites (",
+        f"the plan is that of another model, they differ at {files.SITES} sites (",
     ),
     "a plan for a model that was not converted": (
         files.small_model,
@@ -451,14 +452,14 @@ def test_save_refuses(
 def test_safetensors_hold_no_module(tmp_path: Path) -> None:
     with pytest.raises(
         CheckpointError,
-        match="safetensors holds tensors only, not a pickled module, extra state or a training checkpoint: use a name",
+        match="safetensors stores tensors only, no pickled module, extra state or training checkpoint: use a name",
     ):
         normswap.save(files.small_model(), tmp_path / "model.safetensors", payload="module")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_safetensors_hold_no_extra_state(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="not a pickled module, extra state or a training"):
+    with pytest.raises(CheckpointError, match="no pickled module, extra state or training"):
         normswap.save(_with_extra_state(), tmp_path / "model.safetensors")
     normswap.save(_with_extra_state(), tmp_path / "model.pt")
     assert normswap.load(tmp_path / "model.pt", architecture=_with_extra_state).model is not None

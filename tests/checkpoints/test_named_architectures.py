@@ -142,7 +142,7 @@ def test_a_record_never_runs_fetches_or_opens_anything(
 @pytest.mark.parametrize("name", CONTAINERS)
 def test_a_record_never_runs_code(marker: Path, state: dict[str, Any], name: str) -> None:
     CONTAINERS[name](Path(name), state, "hf:d,trust_remote_code=True")
-    with pytest.raises(ArchitectureError, match=r"name it with architecture=, or pass trust=True"):
+    with pytest.raises(ArchitectureError, match=r"pass it as architecture=, or pass trust=True"):
         normswap.load(name)
     assert normswap.load(name, architecture=NAME).model is not None
     assert not marker.exists()

@@ -22,7 +22,7 @@ from torch.export.pt2_archive._package import package_pt2
 import normswap
 from normswap.checkpoints import saving
 from normswap.checkpoints.formats.pt2_archive import Program, load_program
-from normswap.checkpoints.loading import read_checkpoint, read_header
+from normswap.checkpoints.reading import read_checkpoint, read_header
 from normswap.checkpoints.record import Record
 from normswap.cli import main
 from normswap.errors import CheckpointError, ModelError, SwapError
@@ -182,7 +182,7 @@ def test_an_architecture_takes_the_weights_alone_whether_trusted_or_not(path: Pa
         assert type(loaded.model) is Net
         assert torch.equal(loaded.model(x()), net(training=False)(x()))
     output = ok("convert", path, "--arch", "none", "--no-verify", "--trust")
-    assert "the program: left out, these are its weights" in " ".join(output.split())
+    assert "the program: left out, only its weights are converted" in " ".join(output.split())
     converted = normswap.load(path.with_name("model.normswap.pt"), architecture=Net)
     assert normswap.importance_weights(converted.model).keys() == {"norm", "plain"}
 
@@ -200,7 +200,7 @@ def test_a_program_is_converted_into_one_that_computes_the_same(
         path, target = converted
     else:
         path.write_bytes(archive(mode))
-        assert "Read back  computes what the original does" in ok("convert", path, "--trust")
+        assert "Read back  computes the same function as the original" in ok("convert", path, "--trust")
     extra = {"labels.txt": "", "normswap.json": ""}
     after, before = torch.export.load(target, extra_files=extra), torch.export.load(path)
     assert extra["labels.txt"] == "cat dog"
@@ -239,7 +239,7 @@ def test_a_converted_program_reports_what_it_is(converted: tuple[Path, Path]) ->
     assert shown[0]["importance_weights"]["batch_norm"]["mean"] == {"in": 0.0, "ln": 0.0, "bn": 1.0}
     assert run("convert", target, "--trust").exit_code == 1
     for architecture in (None, Net):
-        with pytest.raises(CheckpointError, match=r"a converted program, whose graph alone knows .*pass trust=True"):
+        with pytest.raises(CheckpointError, match=r"program can only be used with its graph: pass trust=True"):
             normswap.load(target, architecture=architecture)
 
 
@@ -394,7 +394,7 @@ def test_weights_and_programs_are_not_named_alike(path: Path) -> None:
     refused = run("convert", path, "--arch", "none", "--no-verify", "-o", path.with_name("a.pt2"))
     assert "the weights alone are no exported program: choose -o NAME.pt, or convert the program" in refused.stderr
     refused = run("convert", path, "--trust", "-o", path.with_name("a.pt"))
-    assert "an exported program becomes one again: choose -o NAME.pt2, or take its weights alone" in refused.stderr
+    assert "is written as an exported program: choose -o NAME.pt2, or convert its weights alone" in refused.stderr
 
 
 @pytest.fixture(scope="module")
@@ -431,7 +431,7 @@ def test_what_is_read_back_must_be_what_was_written(
     program: ExportedProgram, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damaged: Callable[[Path], Program]
 ) -> None:
     monkeypatch.setattr(saving, "load_program", damaged)
-    with pytest.raises(CheckpointError, match="what was read back differs from what was written: nothing was kept"):
+    with pytest.raises(CheckpointError, match="the new file does not read back the same: it was removed"):
         write(program, tmp_path / "a.pt2")
     assert list(tmp_path.iterdir()) == []
 
@@ -505,4 +505,4 @@ def test_a_difference_is_judged_by_what_rounding_does_to_the_original() -> None:
 def test_a_program_is_calibrated_by_its_weights(path: Path) -> None:
     result = run("calibrate", path, "--data", "digits", "--trust")
     assert result.exit_code == 2
-    assert "an exported program is calibrated by its weights: leave --trust out, or give --arch" in result.output
+    assert "weights of an exported program can be calibrated: leave --trust out, or pass --arch" in result.output

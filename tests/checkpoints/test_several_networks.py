@@ -15,7 +15,7 @@ from click.testing import CliRunner, Result
 from torch import Tensor, nn, optim
 
 import normswap
-from normswap.checkpoints.loading import read_record
+from normswap.checkpoints.reading import read_record
 from normswap.cli import main
 from normswap.errors import CheckpointError
 
@@ -143,7 +143,7 @@ def test_the_record_knows_every_network(gan: dict[str, Any]) -> None:
         ok("verify", "gan.pt", "two.pt", "--entry", name, "--trust", *INPUT)
         assert "Importance weights" in ok("inspect", "two.pt", "--entry", name)
     with pytest.raises(
-        CheckpointError, match=r"holds several converted models \('d', 'g'\): say which, such as entry='d'"
+        CheckpointError, match=r"holds several converted models \('d', 'g'\): choose one, such as entry='d'"
     ):
         normswap.load("two.pt", trust=True)
     shown = json.loads(run("inspect", "two.pt", "--json").output)
@@ -174,8 +174,8 @@ PAIRING: dict[str, tuple[list[str], str]] = {
         ["--entry", "g", "--entry", "d", *G, *D, *INPUT, *INPUT, *INPUT],
         "--input: expected one, or one for each of 2 --entry, got 3: name the network, such as --input g=",
     ),
-    "a plan for two": (["--entry", "g", "--entry", "d", "--save-plan", "p.json"], "--save-plan is for one network"),
-    "weights of two": (["--entry", "g", "--entry", "d", "--weights-only"], "--weights-only is for one network"),
+    "a plan for two": (["--entry", "g", "--entry", "d", "--save-plan", "p.json"], "--save-plan applies to one network"),
+    "weights of two": (["--entry", "g", "--entry", "d", "--weights-only"], "--weights-only applies to one network"),
 }
 
 
@@ -341,7 +341,7 @@ UNKNOWN: dict[str, tuple[Callable[[list[Tensor], list[str]], dict[str, Any]], st
                 "single_partition_of_fp32_groups": [torch.cat([p.flatten() for p in ps])],
             }
         },
-        "base_optimizer_state: left as it is, single_partition_of_fp32_groups beside it holds copies of the parameters",
+        "base_optimizer_state: left as it is, single_partition_of_fp32_groups beside it contains copies of the parameters",
     ),
     "apex": (
         lambda ps, _: {
@@ -354,7 +354,7 @@ UNKNOWN: dict[str, tuple[Callable[[list[Tensor], list[str]], dict[str, Any]], st
                 "fp32_from_fp16": [[p.clone() for p in ps]],
             }
         },
-        "optimizer.optimizer_state_dict: left as it is, fp32_from_fp16 beside it holds copies of the parameters",
+        "optimizer.optimizer_state_dict: left as it is, fp32_from_fp16 beside it contains copies of the parameters",
     ),
     "an average in another order": (
         lambda ps, _: {"ema": {"shadow_params": [p.clone() for p in ps[::-1]]}},
@@ -409,7 +409,7 @@ def test_what_holds_nothing_per_parameter_is_not_named(nets: dict[str, nn.Module
 def test_an_average_kept_as_a_list_gets_the_gates_at_their_places(nets: dict[str, nn.Module], lists: list[str]) -> None:
     shadows = [p.detach() + 1 for p in nets["g"].parameters()]
     torch.save({"model": nets["g"].state_dict(), "ema": {"decay": 0.9, **dict.fromkeys(lists, shadows)}}, "last.pt")
-    assert "ema.shadow_params: gates put at their places" in ok("convert", "last.pt", *G, *INPUT)
+    assert "ema.shadow_params: gates inserted at their positions" in ok("convert", "last.pt", *G, *INPUT)
     model = normswap.load("last.normswap.pt", trust=True).model
     for name in lists:
         found = read("last.normswap.pt")["ema"][name]

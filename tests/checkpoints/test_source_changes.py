@@ -17,8 +17,9 @@ from torch import Tensor
 
 import normswap
 import normswap.checkpoints.architecture.identification
-import normswap.checkpoints.converted_content
+import normswap.checkpoints.file_conversion
 import normswap.checkpoints.loading
+import normswap.checkpoints.reading
 import normswap.checkpoints.saving
 import normswap.surgery.planning
 import normswap.verification.equivalence
@@ -225,7 +226,7 @@ def test_a_source_that_changes_under_the_reader_is_refused(
 ) -> None:
     """After the checks of the file and before its tensors are read: a mapping would end the process here."""
     source, part = CONTAINERS[container](tmp_path)
-    change_at(normswap.checkpoints.loading, "read_record_text", lambda: change(part))
+    change_at(normswap.checkpoints.reading, "read_record_text", lambda: change(part))
     check_refused(run("convert", source, "--arch", "none", "--no-verify", "-o", tmp_path / "out.pt"), "", part)
     assert not (tmp_path / "out.pt").exists()
     _shrink(part)
@@ -241,13 +242,13 @@ def test_files_that_join_a_folder_are_noticed(tmp_path: Path, change_at: Any) ->
 
 READERS: dict[str, tuple[Any, str, list[str]]] = {
     "convert --dry-run": (
-        normswap.checkpoints.converted_content,
-        "convert_content",
+        normswap.checkpoints.file_conversion,
+        "convert_file_content",
         ["convert", "--dry-run", "--no-verify"],
     ),
     "convert --save-plan": (
-        normswap.checkpoints.converted_content,
-        "convert_content",
+        normswap.checkpoints.file_conversion,
+        "convert_file_content",
         ["convert", "--no-verify", "--save-plan", "plan.json"],
     ),
     "inspect": (normswap.surgery.planning, "plan_swaps", ["inspect"]),
@@ -283,7 +284,7 @@ def test_an_inspected_converted_file_that_changes_is_refused(tmp_path: Path, cha
     normswap.save(conversion.model, path, plan=conversion.plan, architecture=files.ARCH)
     change_at(normswap.checkpoints.loading, "stored_importance_weights", lambda: _flip_unnoticed(path))
     check_refused(run("inspect", path), "it was written to", path)
-    change_at(normswap.checkpoints.loading, "decode", lambda: _flip_unnoticed(path))
+    change_at(normswap.checkpoints.reading, "decode", lambda: _flip_unnoticed(path))
     _flip_unnoticed(path)
     check_refused(run("identify", path), "it was written to", path)
 
@@ -291,7 +292,7 @@ def test_an_inspected_converted_file_that_changes_is_refused(tmp_path: Path, cha
 @pytest.mark.parametrize("container", ["torch zip", "legacy pickle", "safetensors", "a shard", "distributed"])
 def test_load_refuses_a_source_that_changes_while_it_is_read(container: str, tmp_path: Path, change_at: Any) -> None:
     source, part = CONTAINERS[container](tmp_path)
-    change_at(normswap.checkpoints.loading, "decode", lambda: _flip_unnoticed(part))
+    change_at(normswap.checkpoints.reading, "decode", lambda: _flip_unnoticed(part))
     with pytest.raises(CheckpointError, match=r"changed while normswap read it \(it was written to\)"):
         normswap.load(source, architecture=files.ARCH)
 

@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 from torch import nn
 
 import normswap
-from normswap.checkpoints.loading import read_record
+from normswap.checkpoints.reading import read_record
 from normswap.checkpoints.saving import compute_sha256
 from normswap.cli import main
 from normswap.finetune.data.datasets import open_data
@@ -78,7 +78,7 @@ def test_a_converted_file_gets_the_statistics_of_the_data(folder: Path) -> None:
 
 def test_history_goes_on_and_the_verification_does_not(folder: Path) -> None:
     result = ok("sn.pt", *DIGITS, "--layer-by-layer")
-    assert "proof of the conversion: left out" in " ".join(result.output.split())
+    assert "verification of the conversion: left out" in " ".join(result.output.split())
     old, new = read_record(Path("sn.pt")), read_record(Path("sn.calibrated.pt"))
     assert old is not None
     assert new is not None
@@ -88,7 +88,7 @@ def test_history_goes_on_and_the_verification_does_not(folder: Path) -> None:
     assert (step.action, step.source, step.sha256) == ("calibrated", "sn.pt", compute_sha256(Path("sn.pt")))
     assert step.detail == "digits, train, 3 batches of 20"
     shown = CliRunner().invoke(main, ["inspect", "sn.calibrated.pt"]).output
-    assert "no proof travels with this file" in shown
+    assert "none is recorded in this file" in shown
     assert "calibrated" in shown
     assert "digits, train, 3 batches of 20" in " ".join(shown.split())
 
@@ -131,7 +131,7 @@ def test_what_else_a_file_holds_is_carried(folder: Path) -> None:
     assert "state_dict_ema: left as it is, calibrate it with --entry" in " ".join(result.output.split())
     refused = run("last.pth.tar", *ARCH, *DIGITS, "-o", "last.safetensors")
     assert refused.exit_code == 2
-    assert refused.output.rstrip().endswith("epoch, optimizer, state_dict_ema too: choose -o NAME.pt")
+    assert refused.output.rstrip().endswith("epoch, optimizer, state_dict_ema: choose -o NAME.pt")
 
 
 def test_files_of_other_kinds(folder: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 import normswap
+from normswap.checkpoints import file_conversion
 from normswap.checkpoints.record import Step
 from normswap.cli import convert as convert_module
 from tests.helpers import files
@@ -110,9 +111,9 @@ def _raising(error: BaseException) -> Callable[..., None]:
 def test_an_interrupt_says_in_one_line_what_was_written(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stopped = _raising(KeyboardInterrupt())
     for owner, name in (
-        (convert_module.ConvertOptions, "check"),
-        (convert_module, "read_file"),
-        (convert_module, "_convert_file_content"),
+        (convert_module, "_check_paths"),
+        (file_conversion, "read_checkpoint"),
+        (file_conversion, "convert_file_content"),
     ):
         with monkeypatch.context() as patched:
             patched.setattr(owner, name, stopped)
@@ -120,15 +121,13 @@ def test_an_interrupt_says_in_one_line_what_was_written(folder: Path, monkeypatc
             result = run("convert", "bn.pt", *ARCH, *INPUT)
             assert (result.exit_code, names(folder)) == (130, before)
             assert result.stderr == "interrupted; nothing was written\n"
-    monkeypatch.setattr(convert_module, "_print_summary", stopped)
+    monkeypatch.setattr(convert_module._Printer, "print_closing_lines", stopped)
     result = run("convert", "bn.pt", *ARCH, *INPUT)
     assert (result.exit_code, result.stderr) == (130, "interrupted; bn.normswap.pt was written\n")
 
 
 def test_the_system_names_the_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        convert_module.ConvertOptions, "check", _raising(PermissionError(13, "Permission denied", "bn.pt"))
-    )
+    monkeypatch.setattr(convert_module, "_check_paths", _raising(PermissionError(13, "Permission denied", "bn.pt")))
     result = run("convert", "bn.pt")
     assert (result.exit_code, result.output) == (2, "error: bn.pt: Permission denied\n")
 
@@ -137,7 +136,7 @@ def test_the_system_names_the_file(folder: Path, monkeypatch: pytest.MonkeyPatch
 def test_what_nobody_expected_keeps_its_traceback(
     folder: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    monkeypatch.setattr(convert_module.ConvertOptions, "check", _raising(error))
+    monkeypatch.setattr(convert_module, "_check_paths", _raising(error))
     assert run("convert", "bn.pt").exception is error
 
 

@@ -10,7 +10,7 @@ import torch
 from click.testing import CliRunner
 
 import normswap
-from normswap.checkpoints.loading import read_record
+from normswap.checkpoints.reading import read_record
 from normswap.checkpoints.saving import compute_sha256
 from tests.helpers import files
 from tests.helpers.command_line import ARCH, INPUT, SIZES, document, names, ok, run
@@ -109,14 +109,14 @@ def test_what_cannot_be_verified_is_not_written(
     assert message in result.stderr
     assert "--no-verify to write it unverified" in result.stderr
     output = ok("convert", *arguments, "--no-verify", "-o", "out.pt").stdout
-    assert "Parity  not measured: " in output
+    assert "Verification  not measured: " in output
     record = read_record(folder / "out.pt")
     assert (record.verification, record.history[-1].detail) == (None, "not verified")
 
 
 def test_no_verify_measures_nothing(folder: Path) -> None:
     result = ok("convert", "bn.pt", *ARCH, *INPUT, "--no-verify", "--gate", "softmax")
-    assert "Parity  not measured: --no-verify" in result.stdout
+    assert "Verification  not measured: --no-verify" in result.stdout
     record = read_record(folder / "bn.normswap.pt")
     assert record.verification is None
     assert {swap.gate for swap in record.plan.swaps} == {"softmax"}
@@ -152,7 +152,7 @@ def test_a_dry_run_writes_nothing(folder: Path) -> None:
 @pytest.mark.slow
 def test_a_plan_is_stored_and_carried_out(folder: Path) -> None:
     result = ok("convert", "bn.pt", *ARCH, *INPUT, "--dry-run", "--save-plan", "plan.json", "--exclude", "layer4.*")
-    assert "plan stored in plan.json" in result.stdout
+    assert "plan written to plan.json" in result.stdout
     assert not (folder / "bn.normswap.pt").exists()
     plan = normswap.SwapPlan.from_json((folder / "plan.json").read_text())
     ok("convert", "bn.pt", *ARCH, *INPUT, "--plan", "plan.json")
@@ -193,6 +193,6 @@ def test_numbers_that_json_lacks_become_null(folder: Path, monkeypatch: pytest.M
 
 @click.command()
 def _print_command() -> None:
-    from normswap.cli.options import print_json
+    from normswap.cli.console import print_json
 
     print_json({"a": (float("nan"), {"b": float("inf")}, 1.5)})

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import normswap
-from normswap.checkpoints.loading import read_record
+from normswap.checkpoints.reading import read_record
 from tests.helpers import files
 from tests.helpers.command_line import ARCH, INPUT, document, names, ok
 
@@ -51,7 +51,7 @@ def test_inspect_shows_sites_that_did_not_run_or_run_twice(folder: Path) -> None
 def test_a_functional_site_is_reported(folder: Path) -> None:
     torch.save(files.FunctionalNet(), "functional.pt")
     text = ok("convert", "functional.pt", "--trust", "--input", "2x3x8x8").stdout
-    assert "a call of F.batch_norm: the forward of its module is rewritten" in " ".join(text.split())
+    assert "a call of F.batch_norm; the forward of its module is rewritten" in " ".join(text.split())
     assert re.search(r"^all +2 +2 +0", text, re.M)
 
 
@@ -59,8 +59,8 @@ def test_inspect_shows_frozen_gates_and_left_out_branches(folder: Path) -> None:
     net = nn.Sequential(nn.Conv2d(3, 16, 8), nn.BatchNorm2d(16).requires_grad_(False), nn.BatchNorm2d(16))
     torch.save(net, "net.pt")
     text = " ".join(ok("inspect", "net.pt", "--trust", "--input", "2x3x8x8").stdout.split())
-    assert "ln+bn, simplex gate, batch statistics; no `in`: one spatial position has no variance" in text
-    assert "frozen, and so are its importance weights" in text
+    assert "ln+bn, simplex gate, batch statistics; no `in`: a 1x1 map has no variance" in text
+    assert "frozen together with its importance weights" in text
 
 
 def other_norms(folder: Path) -> None:
@@ -83,7 +83,7 @@ def test_other_norms_are_converted_on_request(folder: Path) -> None:
     assert found["verification"]["passed"]
     text = ok("inspect", "all.normswap.pt", "--trust").stdout
     assert re.search(r"^2 +1\.00 +0\.00 +- +1\.00 +0\.00 +-", text, re.M)
-    assert "3 of 3 sites are still exactly the norm they replaced" in text
+    assert "3 of 3 sites still compute exactly the norm they replaced" in text
 
 
 def test_a_file_remembers_that_its_sites_are_synchronized(folder: Path) -> None:
@@ -117,7 +117,7 @@ def test_inspect_shows_the_record_and_the_weights_of_a_converted_file(folder: Pa
     assert re.search(r"^saved +\d{4}-\d\d-\d\d \d\d:\d\d:\d\d +normswap", text, re.M)
     weights = r"0\.00 +0\.00 +1\.00 +0\.00 +0\.00 +1\.00"
     assert len(re.findall(weights, text)) == files.SITES
-    assert f"{files.SITES} of {files.SITES} sites are still exactly the norm they replaced" in text
+    assert f"{files.SITES} of {files.SITES} sites still compute exactly the norm they replaced" in text
 
 
 def test_inspect_shows_moved_weights_and_absent_branches(folder: Path) -> None:
@@ -127,8 +127,8 @@ def test_inspect_shows_moved_weights_and_absent_branches(folder: Path) -> None:
     normswap.save(conversion.model, "moved.pt", plan=conversion.plan)
     text = ok("inspect", "moved.pt").stdout
     assert re.search(r"^\S+ +- +0\.40 +0\.60 +- +0\.00 +1\.00", text, re.M)
-    assert f"{files.SITES - 1} of {files.SITES} sites are still" in text
-    assert "Parity  no proof travels with this file" in text
+    assert f"{files.SITES - 1} of {files.SITES} sites still compute" in text
+    assert "Verification  none is recorded in this file" in text
 
 
 def test_inspect_of_a_converted_module_runs_nothing_without_trust(folder: Path) -> None:
@@ -136,7 +136,7 @@ def test_inspect_of_a_converted_module_runs_nothing_without_trust(folder: Path) 
     text = ok("inspect", "module.normswap.pth").stdout
     assert "Importance weights  pickled: add --trust" in text
     assert re.search(r"^converted .* module\.pth \([0-9a-f]{12}\)$", text, re.M)
-    assert "sites are still exactly" in ok("inspect", "module.normswap.pth", "--trust").stdout
+    assert "sites still compute exactly" in ok("inspect", "module.normswap.pth", "--trust").stdout
 
 
 def test_inspect_of_a_converted_file_as_json(folder: Path) -> None:

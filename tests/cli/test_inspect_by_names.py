@@ -108,7 +108,9 @@ def test_an_own_model_shows_its_norms_without_an_architecture(
     assert f"{path.name} architecture unknown, {container}" in text
     for word in ("encoder", "decoder", "8 to 16", "encoder.1, encoder.3", f"{PARAMETERS:,} parameters"):
         assert word in text
-    assert "3 batch norms with running statistics, 2 norms without (LayerNorm, GroupNorm, ...)" in text
+    assert (
+        "3 batch norms with running statistics, 2 norms without running statistics (LayerNorm, GroupNorm, ...)" in text
+    )
     assert "type: --arch path/file.py:function" in text
     assert "type: --arch none --no-verify (with normswap convert: converts the 3 batch norms by their names)" in text
     found = document(path)
@@ -133,7 +135,7 @@ def test_entries_prefixes_and_optimizers_are_named(state: dict[str, Tensor], tmp
     optimizer = torch.optim.SGD(Own().parameters(), 0.1).state_dict()
     torch.save({"state_dict": wrapped, "state_dict_ema": state, "optimizer": optimizer}, tmp_path / "train.pt")
     text = shown(tmp_path / "train.pt")
-    assert "all names begin with module." in text
+    assert "all names start with module." in text
     assert "optimizer: the state of an optimizer" in text
     assert "type: --entry state_dict_ema (to choose these weights)" in text
     found = document(tmp_path / "train.pt")
@@ -186,7 +188,7 @@ def test_a_file_without_norm_tensors_says_so(tmp_path: Path) -> None:
     result = run("inspect", tmp_path / "mlp.pt")
     assert result.exit_code == 1
     assert "no norm tensors" in result.stdout
-    assert "mlp.pt: no norm tensors in this file, by their names: nothing to convert" in result.stderr
+    assert "mlp.pt: no tensor in this file has the name of a norm: nothing to convert" in result.stderr
     assert "--arch none" not in result.stdout
     as_json = run("inspect", tmp_path / "mlp.pt", "--json")
     assert as_json.exit_code == 1

@@ -13,7 +13,7 @@ import torch
 from click.testing import CliRunner, Result
 
 import normswap
-from normswap.cli import launched, main
+from normswap.cli import console, main
 from tests.helpers import files
 
 DIGITS = ["--data", "digits", "--input-size", "32", "--batch-size", "20", "--batches", "3"]
@@ -119,7 +119,7 @@ def test_finetune_interrupted_at_once_says_what_is_kept(monkeypatch: pytest.Monk
         patch.setattr("normswap.finetune.trainer.write_model", interrupt)
         result = run(*FINETUNE)
     assert result.exit_code == 130
-    assert result.stderr.endswith("interrupted; the last saved state is in run: go on with --resume\n")
+    assert result.stderr.endswith("interrupted; the last saved state is in run: continue with --resume\n")
 
 
 # --- several processes ------------------------------------------------------------------------------------------------
@@ -158,9 +158,9 @@ def test_other_processes_print_errors_with_their_rank_and_nothing_else(monkeypat
     assert (result.exit_code, result.output) == (2, "[rank 3] error: it failed\n")
     monkeypatch.setattr("normswap.finetune.trainer.run_recipe", lambda *_args, **_keys: 1 / 0)
     assert isinstance(run(*FINETUNE).exception, ZeroDivisionError)  # a defect keeps its traceback
-    assert launched._errors is None
+    assert console._errors is None
     # Without a store that all processes share an error is printed twice rather than not at all.
-    assert launched._is_first_to_report("it failed", {"WORLD_SIZE": "2"})
+    assert console._is_first_to_report("it failed", {"WORLD_SIZE": "2"})
 
 
 @pytest.mark.multiprocess

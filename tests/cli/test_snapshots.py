@@ -37,7 +37,7 @@ VARYING = {
     r"\b\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\b": "<time>",
     r"\b\d+\.\d+\.\d+(?:\+\w+)?(?![\w.])": "<version>",
 }
-SPACED_BY_WHAT_VARIES = ("Parity", "History", "saved", "Statistics that moved")
+SPACED_BY_WHAT_VARIES = ("Verification", "History", "saved", "Statistics that changed")
 
 
 def normalised(text: str) -> str:

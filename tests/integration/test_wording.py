@@ -18,7 +18,7 @@ from torch import nn
 import normswap
 from normswap.checkpoints.formats.formats import needs_trust
 from normswap.cli import main
-from normswap.cli.wording import OPTIONS, translate_arguments
+from normswap.cli.console import OPTIONS, translate_arguments
 from normswap.errors import ArchitectureError, ArgumentError, CheckpointError, DataError, ModelError, NormswapError
 from normswap.finetune.data.loaders import DataSettings
 from tests.helpers import files
@@ -99,7 +99,9 @@ def test_an_option_in_a_text_is_found(text: str, found: bool) -> None:
 
 
 def test_every_argument_that_becomes_an_option_is_one_and_the_option_is_there() -> None:
-    options = {word for command in main.commands.values() for p in command.params for word in p.opts}
+    options = {
+        word for command in main.commands.values() for p in command.params for word in (*p.opts, *p.secondary_opts)
+    }
     assert {option.name for option in OPTIONS.values()} <= options
     functions = [f for name in normswap.__all__ if inspect.isfunction(f := getattr(normswap, name))]
     arguments = {name for function in functions for name in inspect.signature(function).parameters}
@@ -330,11 +332,11 @@ def test_an_own_model_is_informed_of_own_code_and_of_names(folder: Path) -> None
     del told["calibrate"]  # wants --data first
     for message in told.values():
         assert "--arch path/file.py:function for your own model" in message
-    assert told["convert"].endswith("or convert by tensor names: --arch none --no-verify\n")
+    assert told["convert"].endswith("or convert the tensors by their names: --arch none, --no-verify\n")
     assert "--arch path/file.py:function" in run("inspect", "own.pt").stdout
     beyond = files.small_model().state_dict() | {"more.running_mean": torch.ones(2), "more.running_var": torch.ones(2)}
     torch.save(beyond, "beyond.pt")
-    assert "--arch none --no-verify" in run("convert", "beyond.pt", "--arch", files.ARCH).stderr
+    assert "--arch none, --no-verify" in run("convert", "beyond.pt", "--arch", files.ARCH).stderr
 
 
 def test_our_own_gates_do_not_hide_an_architecture(folder: Path) -> None:

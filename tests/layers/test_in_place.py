@@ -155,11 +155,11 @@ def test_reverting_keeps_the_current_tensors() -> None:
     layer = convert_as(make_trained(lambda: nn.BatchNorm2d(4), (3, 4, 5, 5)), SwitchNorm2d)
     layer(torch.randn(3, 4, 5, 5).double() * 3)
     layer.eval().requires_grad_(False)
-    layer.momentum = 0.5
+    layer.momentum, layer.eps = 0.5, 1e-2
     now = {k: v.clone() for k, v in layer.state_dict().items() if "mean_weight" not in k and "var_weight" not in k}
     revert_module(layer)
     assert type(layer) is nn.BatchNorm2d
-    assert layer.momentum == 0.5
+    assert (layer.momentum, layer.eps) == (0.5, 1e-2)
     assert not layer.training
     assert layer.state_dict().keys() == now.keys()
     assert all(value.equal(now[name]) for name, value in layer.state_dict().items())

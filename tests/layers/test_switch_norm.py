@@ -160,6 +160,12 @@ FROZEN: dict[str, tuple[Callable[[], nn.Module], type[SwitchNorm]]] = {
 FROZEN_CASES = pytest.mark.parametrize(("make", "sn_class"), FROZEN.values(), ids=FROZEN)
 
 
+def test_a_norm_with_parameters_is_not_frozen() -> None:
+    assert not SwitchNorm2d(4).frozen
+    assert not SwitchNorm2d(4, affine=False).frozen
+    assert not SwitchNorm2d.from_batch_norm(nn.BatchNorm2d(4).requires_grad_(False)).frozen
+
+
 @pytest.mark.parametrize("training", [True, False])
 @FROZEN_CASES
 def test_a_frozen_norm_keeps_its_function_and_its_buffers(
@@ -171,6 +177,7 @@ def test_a_frozen_norm_keeps_its_function_and_its_buffers(
     assert before.keys() == {"weight", "bias", "running_mean", "running_var"}
     assert [name for name, _ in sn.named_parameters()] == ["mean_weight", "var_weight"]
     assert not sn.mean_weight.requires_grad
+    assert sn.frozen
     assert sn.bn_statistics == "running"
     for _ in range(2):
         xs = [torch.randn(3, 4, 5, 2).double()]

@@ -13,6 +13,7 @@ from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import normswap
 from normswap.layers.gating import BRANCHES, GATES
 from normswap.layers.switch_norm import FunctionalSwitchNorm, SwitchNorm, SwitchNorm2d, SwitchNorm3d, SwitchNormAct2d
 from tests.helpers.norm_layers import LAYER_CASES, LAYERS, mixed, trained
@@ -97,6 +98,18 @@ def test_the_memory_format_is_kept(
     y.sum().backward()
     assert x.grad is not None
     assert x.grad.is_contiguous(memory_format=memory_format)
+
+
+@pytest.mark.parametrize("name", ["SwitchNorm1d", "SwitchNorm2d", "SwitchNorm3d", "SwitchNormAct"])
+def test_pickles_refer_to_the_public_class(name: str) -> None:
+    layer = getattr(normswap, name)(4)
+    assert f"normswap.{name}".encode() in pickle.dumps(layer, 0).replace(b"\n", b".")
+    assert type(pickle.loads(pickle.dumps(layer))) is type(layer)
+
+
+@pytest.mark.parametrize("name", ["switch_norm", "use_backend"])
+def test_pickles_refer_to_the_public_function(name: str) -> None:
+    assert pickle.dumps(getattr(normswap, name), 0).startswith(f"cnormswap\n{name}\n".encode())
 
 
 @LAYER_CASES

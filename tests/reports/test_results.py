@@ -63,7 +63,7 @@ TABLES = {
     "plan": ("Sites by kind", "excluded by the pattern 'layer4.*'"),
     "verification": ("outputs in evaluation", "gradients", "same"),
     "failed": ("DIFFERS", "Sites that differ most"),
-    "calibration": ("Statistics that moved most", "5 more, at most"),
+    "calibration": ("Statistics that changed most", "5 more, at most"),
     "training": ("ResNet  converted", "15  swap", "Gates  learning rate 0.1, no weight decay", "Schedulers  StepLR"),
     "loaded": ("ResNet  loaded", "12  swap  in+ln+bn", "History", "saved"),
     "bare": ("Plan  not converted", "Also in the file  epoch"),
@@ -154,7 +154,9 @@ def test_the_table_of_norms_is_read_only_and_can_be_extended() -> None:
 def test_every_argument_is_explained_in_place(name: str) -> None:
     arguments = inspect.getdoc(FUNCTIONS[name]).partition("Args:")[2]  # type: ignore[union-attr]
     arguments = re.split(r"^\w+:$", arguments, flags=re.M)[0]
-    explained = {n for line in re.findall(r"^    (\w+(?:, \w+)*): \S", arguments, re.M) for n in line.split(", ")}
+    explained = {
+        n for line in re.findall(r"^    \*{0,2}(\w+(?:, \w+)*): \S", arguments, re.M) for n in line.split(", ")
+    }
     assert {*inspect.signature(FUNCTIONS[name]).parameters} - explained - {"module"} == set()
 
 

@@ -535,7 +535,7 @@ def test_the_report_says_precision_and_rule(capsys: pytest.CaptureFixture[str]) 
     Console(width=200, highlight=False).print(worst_sites(found))
     text = capsys.readouterr().out
     assert "relative L2 in float64 on 4x3x9x9" in text
-    assert "judged by every site alone" in text
+    assert "judged by each site alone" in text
     assert "not judged" in text
     assert "gradients" in text.split("Sites that differ most")[1]
 

@@ -18,7 +18,7 @@ from normswap.errors import CheckpointError
 from normswap.layers.gating import BRANCHES, initial_point
 from normswap.layers.in_place import GATE_PARAMETERS
 from normswap.surgery.plan import ANY_CLASS, Skip, Swap, SwapPlan
-from normswap.surgery.selection import first_matching_patterns
+from normswap.surgery.selection import SiteFilter, first_matching_patterns
 from normswap.text import join_fqn
 
 _MEAN, _VAR, _AFFINE = "running_mean", "running_var", ("weight", "bias")
@@ -171,7 +171,7 @@ def copy_metadata(
 
 
 def plan_from_names(
-    state: Mapping[str, Tensor], *, include: Sequence[str] = (), exclude: Sequence[str] = ()
+    state: Mapping[str, Tensor], *, include: Sequence[SiteFilter] = (), exclude: Sequence[SiteFilter] = ()
 ) -> SwapPlan:
     """Return a plan for the batch norms in `state`, found by the names of their tensors.
 

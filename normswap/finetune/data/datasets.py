@@ -114,6 +114,7 @@ def open_data(
         The batches: iterating yields images (N, C, H, W) and labels (N,).
 
     Raises:
+        ArgumentError: `model` is not a module.
         DataError: the source or split is unknown; a folder is missing or has no images; there is a single class to
             train on, or more classes than the model has; the image size is unknown; there are fewer images than a
             batch needs.

@@ -14,12 +14,13 @@ import torch
 from torch import nn
 
 import normswap
+from normswap.checkpoints import file_conversion
 from normswap.checkpoints.architecture.registry import build_architecture
 from normswap.checkpoints.io import atomic_files
 from normswap.errors import ArchitectureError
 from normswap.verification import equivalence
 from tests.helpers import files
-from tests.helpers.command_line import SIZES
+from tests.helpers.command_line import SIZES, run
 from tests.helpers.refusals import assert_refused
 
 # Architectures.
@@ -65,7 +66,7 @@ def test_several_functions_are_never_guessed_among(folder: Path) -> None:
 
 
 def test_a_pickled_module_takes_no_architecture(folder: Path) -> None:
-    message = "module.pt: a pickled module brings its own architecture: leave --arch"
+    message = "module.pt: a pickled module includes its architecture: leave --arch"
     assert_refused(folder, ["convert", "module.pt", "--trust", "--arch", files.ARCH], 2, message)
 
 
@@ -171,6 +172,23 @@ def test_an_output_must_be_a_file_in_a_folder(folder: Path) -> None:
     assert_refused(folder, [*CONVERT, "-o", "plan.json/new.pt"], 2, "expected an existing folder, got plan.json")
 
 
+def test_an_output_that_ends_in_a_slash_is_no_file(folder: Path) -> None:
+    message = (
+        "new/: expected the name of a file, got that of a folder: create the folder and pass -o new/bn.normswap.pt"
+    )
+    assert_refused(folder, [*CONVERT, "-o", "new/"], 2, message)
+    (folder / "new").mkdir()
+    message = "new/: expected the name of a file, got that of a folder: pass -o new/bn.calibrated.pt"
+    assert_refused(folder, ["calibrate", "bn.pt", "--data", "digits", "-o", "new/"], 2, message)
+
+
+def test_an_architecture_that_contradicts_the_record_is_refused(folder: Path) -> None:
+    message = f"sn.pt: was converted as {files.ARCH}, and its plan does not fit timm:test_vit: leave --arch out ("
+    for command in (["inspect", "sn.pt"], ["calibrate", "sn.pt", "--data", "digits"]):
+        assert_refused(folder, [*command, "--arch", "timm:test_vit"], 2, message)
+    assert run("inspect", "sn.pt", "--arch", files.ARCH).stdout == run("inspect", "sn.pt").stdout
+
+
 def test_an_unwritable_folder_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> None:
         raise PermissionError(13, "Permission denied")
@@ -192,7 +210,7 @@ def test_permissions_are_reported(folder: Path) -> None:
 
 
 def test_a_pickled_module_does_not_become_safetensors(folder: Path) -> None:
-    message = "new.safetensors: safetensors holds no pickled module: choose -o NAME.pt"
+    message = "new.safetensors: safetensors cannot store a pickled module: choose -o NAME.pt"
     assert_refused(folder, ["convert", "module.pt", "--trust", "-o", "new.safetensors"], 2, message)
 
 
@@ -245,14 +263,32 @@ def test_a_bad_plan_is_reported(folder: Path, data: bytes | None, message: str) 
 
 
 USAGE = {
-    "plan and include": (["--plan", "plan.json", "--include", "*"], "--plan decides everything: leave --include"),
-    "plan and exclude": (["--plan", "plan.json", "--exclude", "*"], "--plan decides everything: leave --include"),
-    "plan and gate": (["--plan", "plan.json", "--gate", "simplex"], "--plan decides everything: leave --include"),
-    "plan and kinds": (["--plan", "plan.json", "--kinds", "bn,in"], "--plan decides everything: leave --include"),
-    "plan and synchronize": (["--plan", "plan.json", "--synchronize"], "--plan decides everything: leave --include"),
+    "plan and include": (
+        ["--plan", "plan.json", "--include", "*"],
+        "--plan already decides which sites are swapped and how: leave --include out",
+    ),
+    "plan and exclude": (
+        ["--plan", "plan.json", "--exclude", "*"],
+        "--plan already decides which sites are swapped and how: leave --exclude out",
+    ),
+    "plan and gate": (
+        ["--plan", "plan.json", "--gate", "softmax"],
+        "--plan already decides which sites are swapped and how: leave --gate out",
+    ),
+    "plan and kinds": (
+        ["--plan", "plan.json", "--kinds", "bn,in"],
+        "--plan already decides which sites are swapped and how: leave --kinds out",
+    ),
+    "plan and synchronize": (
+        ["--plan", "plan.json", "--synchronize"],
+        "--plan already decides which sites are swapped and how: leave --synchronize out",
+    ),
     "unknown kind": (["--kinds", "bn,gn"], "expected some of bn, in, gn1 with commas between, got 'bn,gn'"),
     "no kind": (["--kinds", ""], "expected some of bn, in, gn1 with commas between, got ''"),
-    "tolerance unused": (["--no-verify", "--tolerance", "1e-3"], "--tolerance has no meaning with --no-verify"),
+    "tolerance unused": (
+        ["--no-verify", "--tolerance", "1e-3"],
+        "--tolerance has no effect with --no-verify: leave one of them out",
+    ),
     "tolerance of zero": (["--tolerance", "0"], "0.0 is not in the range x>0"),
     "unknown gate": (["--gate", "sparsemax"], "'sparsemax' is not one of 'simplex', 'softmax'"),
     "input of words": (["--input", "big"], "expected sizes such as 2x3x224x224[:dtype], got 'big'"),
@@ -276,7 +312,7 @@ def test_an_input_that_the_model_cannot_take_is_reported(folder: Path) -> None:
 
 def test_verify_needs_the_size_of_an_input(folder: Path) -> None:
     torch.save(files.TiedNet(), "tied.pt")
-    message = "nothing tells the size of an input: give one with --input 2x3x224x224"
+    message = "the input size is unknown: pass --input 2x3x224x224"
     assert_refused(folder, ["verify", "tied.pt", "tied.pt", "--trust"], 2, message)
 
 
@@ -300,13 +336,13 @@ def test_a_model_without_norms(folder: Path) -> None:
 
 def test_a_model_whose_norms_stay(folder: Path) -> None:
     torch.save(nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4)), "ln.pt")
-    message = "none of the 1 norm sites is to be swapped: 1 x has no batch statistics"
+    message = "none of the 1 norm sites can be converted: 1 x has no batch statistics"
     assert_refused(folder, ["convert", "ln.pt", "--trust"], 1, message)
     assert_refused(folder, [*CONVERT, "--exclude", "*"], 1, f"{files.SITES} x excluded by the pattern '*'")
 
 
 def test_a_file_that_is_converted_already(folder: Path) -> None:
-    message = f"sn.pt: nothing to do, {files.SITES} sites are converted already: convert the original file again"
+    message = f"sn.pt: nothing to do, {files.SITES} sites are converted already: to convert it differently, convert the"
     assert_refused(folder, ["convert", "sn.pt"], 1, message)
     torch.save(normswap.convert(files.small_model()).model, "module-sn.pt")
     assert_refused(folder, ["convert", "module-sn.pt", "--trust"], 1, "is Switchable Normalization already: nothing")
@@ -325,6 +361,6 @@ def test_a_verification_that_fails_without_a_known_reason(folder: Path, monkeypa
         checks = (dataclasses.replace(found.checks[0], error=0.5, passed=False), *found.checks[1:])
         return dataclasses.replace(found, passed=False, checks=checks)
 
-    monkeypatch.setattr(equivalence, "verify_in_place", fail)
-    message = "nothing written: the converted model is not the same function (outputs in evaluation): --exclude the"
+    monkeypatch.setattr(file_conversion, "verify_in_place", fail)
+    message = "the converted model does not compute the same function (outputs in evaluation): --exclude the sites"
     assert_refused(folder, CONVERT, 1, message)

@@ -1,0 +1,425 @@
+"""convert_file: converts a checkpoint file into a new file, as the command `normswap convert` does.
+
+Plan, convert, verify, convert the other entries of the file (EMA copies, optimizers, schedulers), write, read back and
+compare. A conversion that cannot be verified, or that changes the function, is not written unless `verify=False`.
+"""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from normswap.checkpoints.content.key_prefixes import names_with_prefix
+from normswap.checkpoints.content.state_dict import check_running_stats, initial_gates, plan_from_names
+from normswap.checkpoints.converted_content import (
+    AddedState,
+    ConvertedWeights,
+    collect_added_state,
+    convert_file_content,
+    merge_notes,
+)
+from normswap.checkpoints.file_output import (
+    ConvertOptions,
+    NetworkOptions,
+    OutputWriter,
+    Progress,
+    copy_folder,
+    describe_nothing_to_swap,
+    require_verified,
+    select_format,
+    unverifiable,
+)
+from normswap.checkpoints.loading import Architecture, OpenedModel, open_model
+from normswap.checkpoints.reading import Checkpoint, file_size, read_checkpoint, read_header, select_entry
+from normswap.checkpoints.record import Record
+from normswap.checkpoints.saving import originals, sha256_in_background
+from normswap.errors import ArchitectureError, CheckpointError, NothingToDo
+from normswap.layers.gating import Gate
+from normswap.surgery.arguments import require_type
+from normswap.surgery.conversion import Conversion, convert
+from normswap.surgery.graphs.exported_program import program_module
+from normswap.surgery.module_tree import copy_sharing_parameters
+from normswap.surgery.plan import SwapPlan, require_plan
+from normswap.surgery.planning import plan_swaps
+from normswap.surgery.selection import SiteFilter, SwapOptions, choose_options
+from normswap.text import pluralize, printable_as
+from normswap.verification.equivalence import Verification, verify, verify_in_place
+
+# --- results ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class NetworkConversion:
+    """One converted network of a file.
+
+    Attributes:
+        entry: its entry in the file, None for the only network.
+        description: what the file contains: kind of content, format, architecture, size.
+        architecture: the name that builds it, None if unknown.
+        plan: the decision for every norm site.
+        verification: the measured differences, None if nothing was measured.
+        unverified: why nothing was measured.
+        already_converted: whether the plan is that of an earlier conversion, which leaves nothing to do.
+    """
+
+    entry: str | None
+    description: str
+    architecture: str | None
+    plan: SwapPlan
+    verification: Verification | None = None
+    unverified: str | None = None
+    already_converted: bool = False
+
+
+@printable_as("file_conversion")
+@dataclass(frozen=True, repr=False)
+class FileConversion:
+    """The result of `convert_file`; `print` shows it as the tables of `normswap convert`.
+
+    Attributes:
+        file: the file that was converted.
+        output: the path of the new file.
+        networks: the converted networks; one, unless several entries were converted.
+        notes: what happened to the other entries of the file, a line each.
+        written: whether the new file was written.
+        bytes: its size.
+        read_back_error: how far an exported program that was read back differs from the original (relative L2).
+        load_arguments: what `load` needs for the new file, as Python code.
+    """
+
+    __module__ = "normswap"
+
+    file: Path
+    output: Path
+    networks: tuple[NetworkConversion, ...] = ()
+    notes: tuple[str, ...] = ()
+    written: bool = False
+    bytes: int | None = None
+    read_back_error: float | None = None
+    load_arguments: tuple[str, ...] = ()
+
+    @property
+    def plan(self) -> SwapPlan:
+        """The plan of the network, of the first one if there are several."""
+        return self.networks[0].plan
+
+    @property
+    def verification(self) -> Verification | None:
+        """The verification of the network, of the first one if there are several; None if nothing was measured."""
+        return self.networks[0].verification
+
+    @property
+    def architecture(self) -> str | None:
+        """The name that builds the network, the first one if there are several."""
+        return self.networks[0].architecture
+
+    def __repr__(self) -> str:
+        swaps = pluralize(sum(len(network.plan.swaps) for network in self.networks), "swap")
+        return f"FileConversion({str(self.output)!r}, {swaps}, {'written' if self.written else 'not written'})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the result as plain data, the JSON of `normswap convert`."""
+        document: dict[str, Any] = {
+            "file": str(self.file),
+            "output": str(self.output) if self.written else None,
+            "written": self.written,
+            "verification": None,
+        }
+        parts = {
+            network.entry: {
+                "architecture": network.architecture,
+                "plan": network.plan.to_dict(),
+                "verification": network.verification and network.verification.to_dict(),
+            }
+            for network in self.networks
+        }
+        several = len(parts) > 1
+        document |= {"networks": parts} if several else next(iter(parts.values()), {})
+        return document | {"carried": list(self.notes)} | ({"bytes": self.bytes} if self.written else {})
+
+    def closing_lines(self) -> tuple[str, ...]:
+        """Return what was written, and the call that loads it."""
+        if not self.written:
+            return (f"dry run: without dry_run=True this writes {self.output}",)
+        arguments = ", ".join([f'"{self.output}"', *self.load_arguments])
+        size = f"{self.bytes / 1e6:.1f} MB" if self.bytes is not None else "size unknown"
+        return (f"wrote {self.output} ({size})", f"next: model = normswap.load({arguments}).model")
+
+
+# --- convert_file -----------------------------------------------------------------------------------------------------
+
+
+def convert_file(
+    path: str | Path,
+    output: str | Path | None = None,
+    *,
+    architecture: Architecture | Mapping[str, Architecture] | None = None,
+    entry: str | Sequence[str] | None = None,
+    example_inputs: Any = None,
+    plan: SwapPlan | None = None,
+    include: Sequence[SiteFilter] | SiteFilter | None = None,
+    exclude: Sequence[SiteFilter] | SiteFilter | None = None,
+    kinds: Sequence[str] | None = None,
+    gate: Gate | None = None,
+    synchronize: bool | None = None,
+    options: SwapOptions | None = None,
+    verify: bool = True,
+    tolerance: float | None = None,
+    weights_only: bool = False,
+    dry_run: bool = False,
+    trust: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> FileConversion:
+    """Convert a checkpoint file into a new file, as the command `normswap convert` does.
+
+    EMA copies of the weights are converted by the same plan; the gates join the optimizer's state as a last group, and
+    the scheduler's. All other entries, and the files of a Hugging Face `Trainer`, are copied. The new file is written
+    only if the converted model was verified to compute the same function, and is read back and compared. An existing
+    file is never changed halfway.
+
+    Args:
+        path: a checkpoint: a state dict, a training checkpoint, a pickled module, an exported program, a folder of
+            shards.
+        output: the file to write; a name in `.safetensors` becomes that format, other names torch's. Default:
+            `model.normswap.pt` beside `model.pt`, in the format of the source.
+        architecture: as for `load`. `"none"` converts tensors by their names, without a model, which cannot be
+            verified. With several entries a mapping from entry to architecture, or one architecture for all.
+        entry: which of several sets of weights to convert, such as `"state_dict_ema"`. A list converts several
+            networks of one file.
+        example_inputs: as for `convert`; or a function that takes the model and returns them. With several entries a
+            mapping from entry to inputs, or one for all. Default: the inputs of an exported program, or a random batch
+            of the size in timm's configuration.
+        plan: apply this plan of `plan_swaps` instead of making one.
+        include, exclude, kinds, gate, synchronize: which sites to swap and how, as for `convert`.
+        options: the same, and the other options of `convert`, as one object.
+        verify: compare the converted model with the original, in float64, and write the file only if they agree.
+        tolerance: the largest relative L2 difference that counts as the same function. Default: 1e-9.
+        weights_only: write only the converted weights; drop optimizer, epoch and EMA.
+        dry_run: do everything except writing the file.
+        trust: run the code that the file names: pickled objects.
+        overwrite: replace an existing output file.
+        progress: called with the name of each stage; returns a context manager that is open while the stage runs.
+
+    Returns:
+        `FileConversion`: the output path, the plan, the verification, and what happened to the other entries.
+
+    Raises:
+        NothingToDo: the file has no norm to convert or is converted already, or the converted model computes another
+            function.
+        CheckpointError: the file cannot be read, or the output cannot be written or does not read back the same.
+        ArchitectureError: as `load`; or the conversion cannot be verified, since no model or no input size is known.
+        PlanError, ModelError, SwapError: as `convert`.
+        ArgumentError: an argument is of a wrong type, or two arguments exclude each other.
+
+    Examples:
+        >>> import torch, normswap
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))
+        >>> torch.save({"model": model.state_dict(), "epoch": 3}, "bn.pt")
+        >>> normswap.convert_file("bn.pt", "sn.pt", architecture=model, example_inputs=torch.randn(2, 3, 16, 16))
+        FileConversion('sn.pt', 1 swap, written)
+    """
+    require_type(path, str | os.PathLike, "path", "the name of a file or a folder")
+    require_type(output, str | os.PathLike | None, "output", "the name of a file")
+    if plan is not None:
+        require_plan(plan)
+    entries = (entry,) if entry is None or isinstance(entry, str) else tuple(entry)
+    keywords = {"include": include, "exclude": exclude, "kinds": kinds, "gate": gate, "synchronize": synchronize}
+    arguments = ConvertOptions(
+        Path(path),
+        output if output is None or isinstance(output, str) else Path(output),
+        tuple(
+            NetworkOptions(name, _select(architecture, name, entries), _select(example_inputs, name, entries))
+            for name in entries
+        ),
+        swap=choose_options(options, keywords),
+        plan=plan,
+        verify=verify,
+        tolerance=tolerance,
+        weights_only=weights_only,
+        dry_run=dry_run,
+        trust=trust,
+        overwrite=overwrite,
+    )
+    return run_conversion(arguments, progress=progress or (lambda stage: nullcontext()))
+
+
+def _select(value: Any, entry: str | None, entries: Sequence[str | None]) -> Any:
+    """The value for one entry, if there is one for each of several entries; else the value for all."""
+    by_entry = isinstance(value, Mapping) and len(entries) > 1 and value and {*value} <= {*entries}
+    return value.get(entry) if by_entry else value
+
+
+def run_conversion(
+    options: ConvertOptions,
+    *,
+    progress: Progress,
+    report: Callable[[FileConversion], None] = lambda result: None,
+) -> FileConversion:
+    """Convert a file.
+
+    Args:
+        progress: as for `convert_file`.
+        report: called with the result so far, each time more of it is known.
+
+    Raises:
+        NormswapError: as `convert_file`.
+    """
+    options.check()
+    return _Run(options, progress, report).convert()
+
+
+class _Run:
+    """One run of `convert_file`: the options, and the result so far."""
+
+    def __init__(self, options: ConvertOptions, progress: Progress, report: Callable[[FileConversion], None]) -> None:
+        self.options, self.progress, self._report = options, progress, report
+        self.result = FileConversion(options.file, options.target)
+
+    def update(self, **changes: Any) -> None:
+        self.result = replace(self.result, **changes)
+        self._report(self.result)
+
+    def update_network(self, network: NetworkConversion) -> None:
+        """Add a network to the result, or replace it by what is known of it now."""
+        known = [each for each in self.result.networks if each.entry != network.entry]
+        self.update(networks=(*known, network))
+
+    def convert(self) -> FileConversion:
+        options = self.options
+        with self.progress("starting"):
+            header = read_header(options.file, folder=copy_folder(None if options.dry_run else options.target))
+        for network in options.networks:
+            record = header.record
+            self._refuse_converted(network, record and record.for_entry(network.entry or record.entry or ""))
+        first = options.networks[0]
+        with self.progress(f"reading {header.path.name}"):
+            trust = options.trust and not header.loads_weights_only(first.architecture)
+            checkpoint = read_checkpoint(header, trust=trust, entry=first.entry, mmap=True)
+        container = select_format(
+            options.target, checkpoint, named=options.output is not None, weights_only=options.weights_only
+        )
+        digest = None if options.dry_run else sha256_in_background(checkpoint.origin.copy)
+        notes: tuple[str, ...] = ()
+        for index, network in enumerate(options.networks):
+            self._refuse_converted(network, checkpoint.record)
+            if isinstance(checkpoint.weights, Mapping):
+                check_running_stats(checkpoint.weights, name=str(checkpoint.path))
+            weights = (
+                self._convert_by_names(network, checkpoint)
+                if network.by_names
+                else self._convert_with_model(network, checkpoint)
+            )
+            converted = convert_file_content(checkpoint, weights, weights_only=options.weights_only)
+            writer = OutputWriter(options, network, checkpoint, weights, container, digest)
+            notes = merge_notes(notes, (*converted.notes, *writer.notes), [each.entry for each in options.networks])
+            for following in options.networks[index + 1 : index + 2]:
+                checkpoint = select_entry(checkpoint, converted.content, writer.record(), following.entry or "")
+        self.update(notes=notes)
+        content = writer.prepare_content(converted.content, self.progress)
+        if options.dry_run:  # otherwise the writer checks
+            checkpoint.origin.check_unchanged()
+        else:
+            error = writer.write(content, self.progress)
+            size, arguments = file_size(options.target), writer.load_arguments()
+            self.update(written=True, bytes=size, read_back_error=error, load_arguments=arguments)
+        return self.result
+
+    def _refuse_converted(self, network: NetworkOptions, record: Record | None) -> None:
+        if record is None or record.plan is None or not record.plan.swaps:
+            return
+        self.update_network(
+            NetworkConversion(network.entry, "", record.architecture, record.plan, already_converted=True)
+        )
+        others = "" if network.entry is not None or record.entry is None else ", or name another network with entry="
+        raise NothingToDo(
+            f"{self.options.file}: nothing to do, {len(record.plan.swaps)} sites are converted already: to convert it "
+            f"differently, convert the original file{others}"
+        )
+
+    def _convert_with_model(self, options: NetworkOptions, checkpoint: Checkpoint) -> ConvertedWeights:
+        """Build the model, convert it, and compare it with the original."""
+        opened = self._open_model(options, checkpoint)
+        with self.progress("finding norm sites"):
+            plan = self.options.plan or plan_swaps(opened.model, opened.inputs, options=self.options.swap)
+        network = self._report_plan(options, checkpoint, plan, opened.architecture)
+        if self.options.verify and opened.inputs is None:
+            raise unverifiable("the input size is unknown", "example_inputs=torch.randn(2, 3, 224, 224)")
+        with self.progress("converting"):
+            # A model that is built here is not used otherwise: both models share its parameters.
+            built_here = checkpoint.payload == "state dict"
+            model = opened.model
+            if checkpoint.program is not None:  # a copy of its graph would turn constants into buffers
+                model = program_module(checkpoint.program.program)
+            elif built_here:
+                model = copy_sharing_parameters(opened.model)
+            conversion = convert(model, plan=plan, inplace=checkpoint.payload != "module")
+        new, sites = collect_added_state(opened.model.state_dict(), conversion.model), originals(conversion.model, plan)
+        verification = self._verify(opened, conversion, in_place=built_here)
+        unverified = None if verification else "verify=False"
+        self.update_network(replace(network, verification=verification, unverified=unverified))
+        require_verified(plan, verification)
+        return ConvertedWeights(
+            plan,
+            opened.built.names,
+            new,
+            opened.architecture,
+            None if built_here else conversion.model,
+            sites,
+            verification,
+            opened.inputs,
+            opened.built.fit.notes(opened.architecture or plan.model_class),
+        )
+
+    def _open_model(self, options: NetworkOptions, checkpoint: Checkpoint) -> OpenedModel:
+        try:
+            with self.progress("building the model"):
+                return open_model(checkpoint, options.architecture, inputs=options.inputs, trust=self.options.trust)
+        except ArchitectureError as error:
+            if error.convertible_by_names and not self.options.needing_model(options):
+                hint = "; or convert the tensors by their names: architecture='none', verify=False"
+                raise type(error)(f"{error}{hint}") from error
+            raise
+
+    def _verify(self, opened: OpenedModel, conversion: Conversion, *, in_place: bool) -> Verification | None:
+        if not self.options.verify:
+            return None
+        compare = verify_in_place if in_place else verify
+        with self.progress("comparing original and converted"):
+            return compare(opened.model, conversion.model, [opened.inputs], tolerance=self.options.tolerance)
+
+    def _convert_by_names(self, options: NetworkOptions, checkpoint: Checkpoint) -> ConvertedWeights:
+        """Convert the tensors by their names, without a model."""
+        stored = checkpoint.weights
+        if not isinstance(stored, Mapping):
+            raise CheckpointError(
+                f"{self.options.file}: a pickled module includes its architecture: leave architecture='none' out"
+            )
+        names = names_with_prefix(stored, checkpoint.contents.prefix)
+        state = {name: stored[key] for name, key in names.stored.items()}
+        swap = self.options.swap or SwapOptions()
+        plan = plan_from_names(state, include=swap.include, exclude=swap.exclude)
+        network = self._report_plan(options, checkpoint, plan, None)
+        if self.options.verify:
+            raise unverifiable(
+                "with architecture='none' there is no model to run",
+                "architecture='path/file.py:function' or 'timm:NAME'",
+            )
+        self.update_network(replace(network, unverified="without an architecture there is no model to run"))
+        gates = initial_gates(plan)
+        return ConvertedWeights(plan, names, AddedState(gates, {}, tuple(gates)))
+
+    def _report_plan(
+        self, options: NetworkOptions, checkpoint: Checkpoint, plan: SwapPlan, architecture: str | None
+    ) -> NetworkConversion:
+        description = checkpoint.describe("by tensor names" if options.by_names else architecture)
+        network = NetworkConversion(options.entry, description, architecture, plan)
+        self.update_network(network)
+        if not plan.swaps:
+            raise NothingToDo(describe_nothing_to_swap(plan))
+        return network
+
+
+# --- steps ------------------------------------------------------------------------------------------------------------
