@@ -253,10 +253,7 @@ def _select(value: Any, entry: str | None, entries: Sequence[str | None]) -> Any
 
 
 def run_conversion(
-    options: ConvertOptions,
-    *,
-    progress: Progress,
-    report: Callable[[FileConversion], None] = lambda result: None,
+    options: ConvertOptions, *, progress: Progress, report: Callable[[FileConversion], None] = lambda result: None
 ) -> FileConversion:
     """Convert a file.
 
@@ -278,59 +275,57 @@ class _Run:
         self.options, self.progress, self._report = options, progress, report
         self.result = FileConversion(options.file, options.target)
 
-    def update(self, **changes: Any) -> None:
-        self.result = replace(self.result, **changes)
-        self._report(self.result)
-
-    def update_network(self, network: NetworkConversion) -> None:
-        """Add a network to the result, or replace it by what is known of it now."""
-        known = [each for each in self.result.networks if each.entry != network.entry]
-        self.update(networks=(*known, network))
-
     def convert(self) -> FileConversion:
+        """Run all stages; returns the result."""
         options = self.options
-        with self.progress("starting"):
-            header = read_header(options.file, folder=copy_folder(None if options.dry_run else options.target))
-        for network in options.networks:
-            record = header.record
-            self._refuse_converted(network, record and record.for_entry(network.entry or record.entry or ""))
-        first = options.networks[0]
-        with self.progress(f"reading {header.path.name}"):
-            trust = options.trust and not header.loads_weights_only(first.architecture)
-            checkpoint = read_checkpoint(header, trust=trust, entry=first.entry, mmap=True)
+        checkpoint = self._read()
         container = select_format(
             options.target, checkpoint, named=options.output is not None, weights_only=options.weights_only
         )
         digest = None if options.dry_run else sha256_in_background(checkpoint.origin.copy)
         notes: tuple[str, ...] = ()
         for index, network in enumerate(options.networks):
-            self._refuse_converted(network, checkpoint.record)
-            if isinstance(checkpoint.weights, Mapping):
-                check_running_stats(checkpoint.weights, name=str(checkpoint.path))
-            weights = (
-                self._convert_by_names(network, checkpoint)
-                if network.by_names
-                else self._convert_with_model(network, checkpoint)
-            )
+            weights = self._convert_network(network, checkpoint)
             converted = convert_file_content(checkpoint, weights, weights_only=options.weights_only)
             writer = OutputWriter(options, network, checkpoint, weights, container, digest)
             notes = merge_notes(notes, (*converted.notes, *writer.notes), [each.entry for each in options.networks])
             for following in options.networks[index + 1 : index + 2]:
                 checkpoint = select_entry(checkpoint, converted.content, writer.record(), following.entry or "")
-        self.update(notes=notes)
+        self._update(notes=notes)
         content = writer.prepare_content(converted.content, self.progress)
         if options.dry_run:  # otherwise the writer checks
             checkpoint.origin.check_unchanged()
         else:
             error = writer.write(content, self.progress)
             size, arguments = file_size(options.target), writer.load_arguments()
-            self.update(written=True, bytes=size, read_back_error=error, load_arguments=arguments)
+            self._update(written=True, bytes=size, read_back_error=error, load_arguments=arguments)
         return self.result
+
+    def _update(self, **changes: Any) -> None:
+        self.result = replace(self.result, **changes)
+        self._report(self.result)
+
+    def _update_network(self, network: NetworkConversion) -> None:
+        """Add a network to the result, or replace what is known about it."""
+        known = [each for each in self.result.networks if each.entry != network.entry]
+        self._update(networks=(*known, network))
+
+    def _read(self) -> Checkpoint:
+        """Read the file, with the first network selected."""
+        options, first = self.options, self.options.networks[0]
+        with self.progress("starting"):
+            header = read_header(options.file, folder=copy_folder(None if options.dry_run else options.target))
+        for network in options.networks:
+            record = header.record
+            self._refuse_converted(network, record and record.for_entry(network.entry or record.entry or ""))
+        with self.progress(f"reading {header.path.name}"):
+            trust = options.trust and not header.loads_weights_only(first.architecture)
+            return read_checkpoint(header, trust=trust, entry=first.entry, mmap=True)
 
     def _refuse_converted(self, network: NetworkOptions, record: Record | None) -> None:
         if record is None or record.plan is None or not record.plan.swaps:
             return
-        self.update_network(
+        self._update_network(
             NetworkConversion(network.entry, "", record.architecture, record.plan, already_converted=True)
         )
         others = "" if network.entry is not None or record.entry is None else ", or name another network with entry="
@@ -338,6 +333,13 @@ class _Run:
             f"{self.options.file}: nothing to do, {len(record.plan.swaps)} sites are converted already: to convert it "
             f"differently, convert the original file{others}"
         )
+
+    def _convert_network(self, network: NetworkOptions, checkpoint: Checkpoint) -> ConvertedWeights:
+        self._refuse_converted(network, checkpoint.record)
+        if isinstance(checkpoint.weights, Mapping):
+            check_running_stats(checkpoint.weights, name=str(checkpoint.path))
+        convert_weights = self._convert_by_names if network.by_names else self._convert_with_model
+        return convert_weights(network, checkpoint)
 
     def _convert_with_model(self, options: NetworkOptions, checkpoint: Checkpoint) -> ConvertedWeights:
         """Build the model, convert it, and compare it with the original."""
@@ -356,21 +358,22 @@ class _Run:
             elif built_here:
                 model = copy_sharing_parameters(opened.model)
             conversion = convert(model, plan=plan, inplace=checkpoint.payload != "module")
-        new, sites = collect_added_state(opened.model.state_dict(), conversion.model), originals(conversion.model, plan)
+        new = collect_added_state(opened.model.state_dict(), conversion.model)
+        replaced = originals(conversion.model, plan)
         verification = self._verify(opened, conversion, in_place=built_here)
         unverified = None if verification else "verify=False"
-        self.update_network(replace(network, verification=verification, unverified=unverified))
+        self._update_network(replace(network, verification=verification, unverified=unverified))
         require_verified(plan, verification)
         return ConvertedWeights(
             plan,
             opened.built.names,
             new,
             opened.architecture,
-            None if built_here else conversion.model,
-            sites,
-            verification,
-            opened.inputs,
-            opened.built.fit.notes(opened.architecture or plan.model_class),
+            module=None if built_here else conversion.model,
+            originals=replaced,
+            verification=verification,
+            inputs=opened.inputs,
+            notes=opened.built.fit.notes(opened.architecture or plan.model_class),
         )
 
     def _open_model(self, options: NetworkOptions, checkpoint: Checkpoint) -> OpenedModel:
@@ -403,11 +406,9 @@ class _Run:
         plan = plan_from_names(state, include=swap.include, exclude=swap.exclude)
         network = self._report_plan(options, checkpoint, plan, None)
         if self.options.verify:
-            raise unverifiable(
-                "with architecture='none' there is no model to run",
-                "architecture='path/file.py:function' or 'timm:NAME'",
-            )
-        self.update_network(replace(network, unverified="without an architecture there is no model to run"))
+            remedy = "architecture='path/file.py:function' or 'timm:NAME'"
+            raise unverifiable("with architecture='none' there is no model to run", remedy)
+        self._update_network(replace(network, unverified="without an architecture there is no model to run"))
         gates = initial_gates(plan)
         return ConvertedWeights(plan, names, AddedState(gates, {}, tuple(gates)))
 
@@ -416,10 +417,7 @@ class _Run:
     ) -> NetworkConversion:
         description = checkpoint.describe("by tensor names" if options.by_names else architecture)
         network = NetworkConversion(options.entry, description, architecture, plan)
-        self.update_network(network)
+        self._update_network(network)
         if not plan.swaps:
             raise NothingToDo(describe_nothing_to_swap(plan))
         return network
-
-
-# --- steps ------------------------------------------------------------------------------------------------------------
