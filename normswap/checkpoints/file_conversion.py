@@ -87,6 +87,7 @@ class FileConversion:
         bytes: its size.
         read_back_error: how far an exported program that was read back differs from the original (relative L2).
         load_arguments: what `load` needs for the new file, as Python code.
+        several: whether several entries were named.
     """
 
     __module__ = "normswap"
@@ -99,6 +100,7 @@ class FileConversion:
     bytes: int | None = None
     read_back_error: float | None = None
     load_arguments: tuple[str, ...] = ()
+    several: bool = False
 
     @property
     def plan(self) -> SwapPlan:
@@ -135,8 +137,7 @@ class FileConversion:
             }
             for network in self.networks
         }
-        several = len(parts) > 1
-        document |= {"networks": parts} if several else next(iter(parts.values()), {})
+        document |= {"networks": parts} if self.several else next(iter(parts.values()), {})
         return document | {"carried": list(self.notes)} | ({"bytes": self.bytes} if self.written else {})
 
     def closing_lines(self) -> tuple[str, ...]:
@@ -144,8 +145,8 @@ class FileConversion:
         if not self.written:
             return (f"dry run: without dry_run=True this writes {self.output}",)
         arguments = ", ".join([f'"{self.output}"', *self.load_arguments])
-        size = f"{self.bytes / 1e6:.1f} MB" if self.bytes is not None else "size unknown"
-        return (f"wrote {self.output} ({size})", f"next: model = normswap.load({arguments}).model")
+        size = (self.bytes or 0) / 1e6
+        return (f"wrote {self.output} ({size:.1f} MB)", f"next: model = normswap.load({arguments}).model")
 
 
 # --- convert_file -----------------------------------------------------------------------------------------------------
@@ -177,8 +178,7 @@ def convert_file(
 
     EMA copies of the weights are converted by the same plan; the gates join the optimizer's state as a last group, and
     the scheduler's. All other entries, and the files of a Hugging Face `Trainer`, are copied. The new file is written
-    only if the converted model was verified to compute the same function, and is read back and compared. An existing
-    file is never changed halfway.
+    only if the converted model was verified to compute the same function; it is read back and compared.
 
     Args:
         path: a checkpoint: a state dict, a training checkpoint, a pickled module, an exported program, a folder of
@@ -255,14 +255,11 @@ def _select(value: Any, entry: str | None, entries: Sequence[str | None]) -> Any
 def run_conversion(
     options: ConvertOptions, *, progress: Progress, report: Callable[[FileConversion], None] = lambda result: None
 ) -> FileConversion:
-    """Convert a file.
+    """Convert a file; raises as `convert_file`.
 
     Args:
         progress: as for `convert_file`.
         report: called with the result so far, each time more of it is known.
-
-    Raises:
-        NormswapError: as `convert_file`.
     """
     options.check()
     return _Run(options, progress, report).convert()
@@ -273,15 +270,14 @@ class _Run:
 
     def __init__(self, options: ConvertOptions, progress: Progress, report: Callable[[FileConversion], None]) -> None:
         self.options, self.progress, self._report = options, progress, report
-        self.result = FileConversion(options.file, options.target)
+        self.result = FileConversion(options.file, options.target, several=options.several)
 
     def convert(self) -> FileConversion:
-        """Run all stages; returns the result."""
+        """Run all stages and return the result."""
         options = self.options
         checkpoint = self._read()
-        container = select_format(
-            options.target, checkpoint, named=options.output is not None, weights_only=options.weights_only
-        )
+        named = options.output is not None
+        container = select_format(options.target, checkpoint, named=named, weights_only=options.weights_only)
         digest = None if options.dry_run else sha256_in_background(checkpoint.origin.copy)
         notes: tuple[str, ...] = ()
         for index, network in enumerate(options.networks):
@@ -325,9 +321,8 @@ class _Run:
     def _refuse_converted(self, network: NetworkOptions, record: Record | None) -> None:
         if record is None or record.plan is None or not record.plan.swaps:
             return
-        self._update_network(
-            NetworkConversion(network.entry, "", record.architecture, record.plan, already_converted=True)
-        )
+        found = NetworkConversion(network.entry, "", record.architecture, record.plan, already_converted=True)
+        self._update_network(found)
         others = "" if network.entry is not None or record.entry is None else ", or name another network with entry="
         raise NothingToDo(
             f"{self.options.file}: nothing to do, {len(record.plan.swaps)} sites are converted already: to convert it "
@@ -382,8 +377,8 @@ class _Run:
                 return open_model(checkpoint, options.architecture, inputs=options.inputs, trust=self.options.trust)
         except ArchitectureError as error:
             if error.convertible_by_names and not self.options.needing_model(options):
-                hint = "; or convert the tensors by their names: architecture='none', verify=False"
-                raise type(error)(f"{error}{hint}") from error
+                hint = "or convert the tensors by their names: architecture='none', verify=False"
+                raise type(error)(f"{error}; {hint}") from error
             raise
 
     def _verify(self, opened: OpenedModel, conversion: Conversion, *, in_place: bool) -> Verification | None:
@@ -397,9 +392,8 @@ class _Run:
         """Convert the tensors by their names, without a model."""
         stored = checkpoint.weights
         if not isinstance(stored, Mapping):
-            raise CheckpointError(
-                f"{self.options.file}: a pickled module includes its architecture: leave architecture='none' out"
-            )
+            message = "a pickled module includes its architecture: leave architecture='none' out"
+            raise CheckpointError(f"{self.options.file}: {message}")
         names = names_with_prefix(stored, checkpoint.contents.prefix)
         state = {name: stored[key] for name, key in names.stored.items()}
         swap = self.options.swap or SwapOptions()
