@@ -87,6 +87,7 @@ class FileConversion:
         bytes: its size.
         read_back_error: how far an exported program that was read back differs from the original (relative L2).
         load_arguments: what `load` needs for the new file, as Python code.
+        several: whether several entries were named.
     """
 
     __module__ = "normswap"
@@ -99,6 +100,7 @@ class FileConversion:
     bytes: int | None = None
     read_back_error: float | None = None
     load_arguments: tuple[str, ...] = ()
+    several: bool = False
 
     @property
     def plan(self) -> SwapPlan:
@@ -135,8 +137,7 @@ class FileConversion:
             }
             for network in self.networks
         }
-        several = len(parts) > 1
-        document |= {"networks": parts} if several else next(iter(parts.values()), {})
+        document |= {"networks": parts} if self.several else next(iter(parts.values()), {})
         return document | {"carried": list(self.notes)} | ({"bytes": self.bytes} if self.written else {})
 
     def closing_lines(self) -> tuple[str, ...]:
@@ -144,8 +145,8 @@ class FileConversion:
         if not self.written:
             return (f"dry run: without dry_run=True this writes {self.output}",)
         arguments = ", ".join([f'"{self.output}"', *self.load_arguments])
-        size = f"{self.bytes / 1e6:.1f} MB" if self.bytes is not None else "size unknown"
-        return (f"wrote {self.output} ({size})", f"next: model = normswap.load({arguments}).model")
+        size = (self.bytes or 0) / 1e6
+        return (f"wrote {self.output} ({size:.1f} MB)", f"next: model = normswap.load({arguments}).model")
 
 
 # --- convert_file -----------------------------------------------------------------------------------------------------
@@ -177,8 +178,7 @@ def convert_file(
 
     EMA copies of the weights are converted by the same plan; the gates join the optimizer's state as a last group, and
     the scheduler's. All other entries, and the files of a Hugging Face `Trainer`, are copied. The new file is written
-    only if the converted model was verified to compute the same function, and is read back and compared. An existing
-    file is never changed halfway.
+    only if the converted model was verified to compute the same function; it is read back and compared.
 
     Args:
         path: a checkpoint: a state dict, a training checkpoint, a pickled module, an exported program, a folder of
@@ -253,19 +253,13 @@ def _select(value: Any, entry: str | None, entries: Sequence[str | None]) -> Any
 
 
 def run_conversion(
-    options: ConvertOptions,
-    *,
-    progress: Progress,
-    report: Callable[[FileConversion], None] = lambda result: None,
+    options: ConvertOptions, *, progress: Progress, report: Callable[[FileConversion], None] = lambda result: None
 ) -> FileConversion:
-    """Convert a file.
+    """Convert a file; raises as `convert_file`.
 
     Args:
         progress: as for `convert_file`.
         report: called with the result so far, each time more of it is known.
-
-    Raises:
-        NormswapError: as `convert_file`.
     """
     options.check()
     return _Run(options, progress, report).convert()
@@ -276,68 +270,71 @@ class _Run:
 
     def __init__(self, options: ConvertOptions, progress: Progress, report: Callable[[FileConversion], None]) -> None:
         self.options, self.progress, self._report = options, progress, report
-        self.result = FileConversion(options.file, options.target)
-
-    def update(self, **changes: Any) -> None:
-        self.result = replace(self.result, **changes)
-        self._report(self.result)
-
-    def update_network(self, network: NetworkConversion) -> None:
-        """Add a network to the result, or replace it by what is known of it now."""
-        known = [each for each in self.result.networks if each.entry != network.entry]
-        self.update(networks=(*known, network))
+        self.result = FileConversion(options.file, options.target, several=options.several)
 
     def convert(self) -> FileConversion:
+        """Run all stages and return the result."""
         options = self.options
-        with self.progress("starting"):
-            header = read_header(options.file, folder=copy_folder(None if options.dry_run else options.target))
-        for network in options.networks:
-            record = header.record
-            self._refuse_converted(network, record and record.for_entry(network.entry or record.entry or ""))
-        first = options.networks[0]
-        with self.progress(f"reading {header.path.name}"):
-            trust = options.trust and not header.loads_weights_only(first.architecture)
-            checkpoint = read_checkpoint(header, trust=trust, entry=first.entry, mmap=True)
-        container = select_format(
-            options.target, checkpoint, named=options.output is not None, weights_only=options.weights_only
-        )
+        checkpoint = self._read()
+        named = options.output is not None
+        container = select_format(options.target, checkpoint, named=named, weights_only=options.weights_only)
         digest = None if options.dry_run else sha256_in_background(checkpoint.origin.copy)
         notes: tuple[str, ...] = ()
         for index, network in enumerate(options.networks):
-            self._refuse_converted(network, checkpoint.record)
-            if isinstance(checkpoint.weights, Mapping):
-                check_running_stats(checkpoint.weights, name=str(checkpoint.path))
-            weights = (
-                self._convert_by_names(network, checkpoint)
-                if network.by_names
-                else self._convert_with_model(network, checkpoint)
-            )
+            weights = self._convert_network(network, checkpoint)
             converted = convert_file_content(checkpoint, weights, weights_only=options.weights_only)
             writer = OutputWriter(options, network, checkpoint, weights, container, digest)
             notes = merge_notes(notes, (*converted.notes, *writer.notes), [each.entry for each in options.networks])
             for following in options.networks[index + 1 : index + 2]:
                 checkpoint = select_entry(checkpoint, converted.content, writer.record(), following.entry or "")
-        self.update(notes=notes)
+        self._update(notes=notes)
         content = writer.prepare_content(converted.content, self.progress)
         if options.dry_run:  # otherwise the writer checks
             checkpoint.origin.check_unchanged()
         else:
             error = writer.write(content, self.progress)
             size, arguments = file_size(options.target), writer.load_arguments()
-            self.update(written=True, bytes=size, read_back_error=error, load_arguments=arguments)
+            self._update(written=True, bytes=size, read_back_error=error, load_arguments=arguments)
         return self.result
+
+    def _update(self, **changes: Any) -> None:
+        self.result = replace(self.result, **changes)
+        self._report(self.result)
+
+    def _update_network(self, network: NetworkConversion) -> None:
+        """Add a network to the result, or replace what is known about it."""
+        known = [each for each in self.result.networks if each.entry != network.entry]
+        self._update(networks=(*known, network))
+
+    def _read(self) -> Checkpoint:
+        """Read the file, with the first network selected."""
+        options, first = self.options, self.options.networks[0]
+        with self.progress("starting"):
+            header = read_header(options.file, folder=copy_folder(None if options.dry_run else options.target))
+        for network in options.networks:
+            record = header.record
+            self._refuse_converted(network, record and record.for_entry(network.entry or record.entry or ""))
+        with self.progress(f"reading {header.path.name}"):
+            trust = options.trust and not header.loads_weights_only(first.architecture)
+            return read_checkpoint(header, trust=trust, entry=first.entry, mmap=True)
 
     def _refuse_converted(self, network: NetworkOptions, record: Record | None) -> None:
         if record is None or record.plan is None or not record.plan.swaps:
             return
-        self.update_network(
-            NetworkConversion(network.entry, "", record.architecture, record.plan, already_converted=True)
-        )
+        found = NetworkConversion(network.entry, "", record.architecture, record.plan, already_converted=True)
+        self._update_network(found)
         others = "" if network.entry is not None or record.entry is None else ", or name another network with entry="
         raise NothingToDo(
             f"{self.options.file}: nothing to do, {len(record.plan.swaps)} sites are converted already: to convert it "
             f"differently, convert the original file{others}"
         )
+
+    def _convert_network(self, network: NetworkOptions, checkpoint: Checkpoint) -> ConvertedWeights:
+        self._refuse_converted(network, checkpoint.record)
+        if isinstance(checkpoint.weights, Mapping):
+            check_running_stats(checkpoint.weights, name=str(checkpoint.path))
+        convert_weights = self._convert_by_names if network.by_names else self._convert_with_model
+        return convert_weights(network, checkpoint)
 
     def _convert_with_model(self, options: NetworkOptions, checkpoint: Checkpoint) -> ConvertedWeights:
         """Build the model, convert it, and compare it with the original."""
@@ -356,21 +353,22 @@ class _Run:
             elif built_here:
                 model = copy_sharing_parameters(opened.model)
             conversion = convert(model, plan=plan, inplace=checkpoint.payload != "module")
-        new, sites = collect_added_state(opened.model.state_dict(), conversion.model), originals(conversion.model, plan)
+        new = collect_added_state(opened.model.state_dict(), conversion.model)
+        replaced = originals(conversion.model, plan)
         verification = self._verify(opened, conversion, in_place=built_here)
         unverified = None if verification else "verify=False"
-        self.update_network(replace(network, verification=verification, unverified=unverified))
+        self._update_network(replace(network, verification=verification, unverified=unverified))
         require_verified(plan, verification)
         return ConvertedWeights(
             plan,
             opened.built.names,
             new,
             opened.architecture,
-            None if built_here else conversion.model,
-            sites,
-            verification,
-            opened.inputs,
-            opened.built.fit.notes(opened.architecture or plan.model_class),
+            module=None if built_here else conversion.model,
+            originals=replaced,
+            verification=verification,
+            inputs=opened.inputs,
+            notes=opened.built.fit.notes(opened.architecture or plan.model_class),
         )
 
     def _open_model(self, options: NetworkOptions, checkpoint: Checkpoint) -> OpenedModel:
@@ -379,8 +377,8 @@ class _Run:
                 return open_model(checkpoint, options.architecture, inputs=options.inputs, trust=self.options.trust)
         except ArchitectureError as error:
             if error.convertible_by_names and not self.options.needing_model(options):
-                hint = "; or convert the tensors by their names: architecture='none', verify=False"
-                raise type(error)(f"{error}{hint}") from error
+                hint = "or convert the tensors by their names: architecture='none', verify=False"
+                raise type(error)(f"{error}; {hint}") from error
             raise
 
     def _verify(self, opened: OpenedModel, conversion: Conversion, *, in_place: bool) -> Verification | None:
@@ -394,20 +392,17 @@ class _Run:
         """Convert the tensors by their names, without a model."""
         stored = checkpoint.weights
         if not isinstance(stored, Mapping):
-            raise CheckpointError(
-                f"{self.options.file}: a pickled module includes its architecture: leave architecture='none' out"
-            )
+            message = "a pickled module includes its architecture: leave architecture='none' out"
+            raise CheckpointError(f"{self.options.file}: {message}")
         names = names_with_prefix(stored, checkpoint.contents.prefix)
         state = {name: stored[key] for name, key in names.stored.items()}
         swap = self.options.swap or SwapOptions()
         plan = plan_from_names(state, include=swap.include, exclude=swap.exclude)
         network = self._report_plan(options, checkpoint, plan, None)
         if self.options.verify:
-            raise unverifiable(
-                "with architecture='none' there is no model to run",
-                "architecture='path/file.py:function' or 'timm:NAME'",
-            )
-        self.update_network(replace(network, unverified="without an architecture there is no model to run"))
+            remedy = "architecture='path/file.py:function' or 'timm:NAME'"
+            raise unverifiable("with architecture='none' there is no model to run", remedy)
+        self._update_network(replace(network, unverified="without an architecture there is no model to run"))
         gates = initial_gates(plan)
         return ConvertedWeights(plan, names, AddedState(gates, {}, tuple(gates)))
 
@@ -416,10 +411,7 @@ class _Run:
     ) -> NetworkConversion:
         description = checkpoint.describe("by tensor names" if options.by_names else architecture)
         network = NetworkConversion(options.entry, description, architecture, plan)
-        self.update_network(network)
+        self._update_network(network)
         if not plan.swaps:
             raise NothingToDo(describe_nothing_to_swap(plan))
         return network
-
-
-# --- steps ------------------------------------------------------------------------------------------------------------

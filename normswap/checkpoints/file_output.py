@@ -194,6 +194,8 @@ class ConvertOptions:
             ArgumentError, PlanError: two arguments exclude each other.
             CheckpointError: the file is missing, or the output cannot be written.
         """
+        if not self.networks:
+            raise ArgumentError("entry: expected at least one, got an empty list")
         swap = self._changed_swap_options()
         if self.plan is not None and swap:
             raise PlanError(f"plan= already decides which sites are swapped and how: leave {_list_arguments(swap)} out")

@@ -7,7 +7,7 @@ import copy
 import os
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -361,7 +361,21 @@ def recorded_architecture(checkpoint: Checkpoint, *, trust: bool) -> str | None:
     return recorded
 
 
-def builds_without_trust(checkpoint: Checkpoint) -> bool:
+def select_architectures(
+    checkpoints: Sequence[Checkpoint], architecture: str | None, *, trust: bool
+) -> list[str | None]:
+    """Return the architecture of each of several files with the same model; None for files that need none.
+
+    The architecture in a file's own record goes first: `architecture` may be that of another file. If it is None, the
+    architecture that one file records is used for the files that record none.
+    """
+    if architecture is None:
+        recorded = [recorded_architecture(each, trust=trust) for each in checkpoints]
+        architecture = next(filter(None, recorded), None)
+    return [None if each.payload == "module" or _builds_without_trust(each) else architecture for each in checkpoints]
+
+
+def _builds_without_trust(checkpoint: Checkpoint) -> bool:
     """Return whether the record of a file names an architecture that can be built without trust."""
     try:
         named = checkpoint.record is not None and checkpoint.record.architecture is not None

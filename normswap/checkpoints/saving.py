@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from normswap.checkpoints.architecture.registry import check_architecture, make_folder_relative
-from normswap.checkpoints.content.entries import check_has_values, is_state_dict, replace_entries
-from normswap.checkpoints.content.hf_trainer import write_sidecar_files
+from normswap.checkpoints.content.entries import check_has_values, format_key_path, is_state_dict, replace_entries
+from normswap.checkpoints.content.hf_trainer import trainer_files, write_sidecar_files
 from normswap.checkpoints.content.key_prefixes import StoredNames, names_with_prefix
 from normswap.checkpoints.content.state_dict import copy_metadata
 from normswap.checkpoints.content.weight_loading import untie_tensors
@@ -37,6 +37,7 @@ from normswap.checkpoints.formats.formats import (
 from normswap.checkpoints.formats.pt2_archive import Program, digest_members, load_program, save_program
 from normswap.checkpoints.io.atomic_files import atomic_write, atomic_write_folder, check_writable
 from normswap.checkpoints.io.digest import contents_equal, fingerprint, safetensors_equals
+from normswap.checkpoints.loading import BuiltModel
 from normswap.checkpoints.reading import Checkpoint
 from normswap.checkpoints.record import OriginalNorm, Record, Step
 from normswap.checkpoints.source_copy import SourceFiles
@@ -157,6 +158,40 @@ def next_record(checkpoint: Checkpoint, architecture: str | None, step: Step, co
     )
 
 
+def write_calibrated(
+    checkpoint: Checkpoint, built: BuiltModel, path: Path, container: Container, *, detail: str
+) -> None:
+    """Write a file again with the calibrated model that was built from it; all other entries are copied.
+
+    Args:
+        detail: the data of the calibration, for the history.
+
+    Raises:
+        CheckpointError: as `write_content`.
+    """
+    origin = checkpoint.origin
+    step = Step.now("calibrated", source=checkpoint.path.name, sha256=compute_sha256(origin.copy), detail=detail)
+    write_content(
+        update_content(checkpoint, built.names, built.model),
+        path,
+        container,
+        next_record(checkpoint, built.architecture, step, container),
+        template=origin.copy if origin.copy.is_dir() else None,
+        sidecar_files=trainer_files(origin.copy) if container in FOLDERS else {},
+        source=origin,
+        notes=read_notes(checkpoint),
+    )
+
+
+def calibration_notes(checkpoint: Checkpoint) -> list[str]:
+    """Return what `write_calibrated` does with the other entries of a file, a line each."""
+    entries = map(format_key_path, checkpoint.contents.others)
+    notes = [f"{entry}: left as it is, calibrate it with entry={entry!r}" for entry in entries]
+    if checkpoint.record is not None and checkpoint.record.verification is not None:
+        notes.append("verification of the conversion: left out, the function in evaluation has changed")
+    return notes
+
+
 def originals(model: nn.Module | None, plan: SwapPlan | None) -> dict[str, OriginalNorm]:
     """Return the replaced norm of every swapped site of a converted model, by fqn; empty without a model."""
     layers = {} if model is None else gated_modules(model)
@@ -190,6 +225,7 @@ def sha256_in_background(path: Path) -> "Future[str]":
     future: Future[str] = Future()
 
     def run() -> None:
+        """Compute the digest."""
         try:
             future.set_result(compute_sha256(path))
         except BaseException as error:  # noqa: BLE001 - raised by `future.result()`

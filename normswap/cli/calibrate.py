@@ -11,7 +11,15 @@ import click
 
 from normswap.checkpoints.file_output import check_output, output_path, select_format
 from normswap.checkpoints.io.atomic_files import check_readable
-from normswap.cli.console import Bar, one_line_failures, print_json, progress_bar, report_interruption, stage
+from normswap.cli.console import (
+    Bar,
+    one_line_failures,
+    print_json,
+    progress_bar,
+    report_interruption,
+    stage,
+    translate_arguments,
+)
 from normswap.cli.options import (
     arch_option,
     entry_option,
@@ -128,6 +136,7 @@ def _calibrate_file(
     from rich.console import Console
 
     from normswap.checkpoints.reading import describe_size, file_size
+    from normswap.checkpoints.saving import calibration_notes, write_calibrated
     from normswap.reports.tables import calibration_table, heading, notes_table
 
     checkpoint = read_file(read_header(file, output=target), trust=options["trust"], entry=entry, arch=arch)
@@ -143,11 +152,13 @@ def _calibrate_file(
     result = _run_calibration(opened, data, options)
     console.print()
     console.print(calibration_table(result))
-    notes = _make_notes(opened)
+    notes = [translate_arguments(note) for note in calibration_notes(checkpoint)]
     if notes:
         console.print(notes_table(notes))
     images = f"{result.batches} batches of {data.settings.batch_size}"
-    _write(opened, target, container, f"{source}, {data.settings.split}, {images}")
+    with stage(f"writing {target.name}"):
+        detail = f"{source}, {data.settings.split}, {images}"
+        write_calibrated(checkpoint, opened.built, target, container, detail=detail)
     closing = f"\n{len(result.layers)} layers calibrated on {images} of {source}"
     written_line = click.style(f"wrote {target} ({describe_size(target)})", bold=True)
     facts = {"file": str(file), "output": str(target), "bytes": file_size(target)}
@@ -227,43 +238,3 @@ def _run_calibration(opened: "OpenedModel", data: "Data", options: dict[str, Any
         )
     model.to("cpu")
     return result
-
-
-def _make_notes(opened: "OpenedModel") -> list[str]:
-    from normswap.checkpoints.content.entries import format_key_path
-
-    others = opened.checkpoint.contents.others
-    notes = [
-        f"{format_key_path(key_path)}: left as it is, calibrate it with --entry {format_key_path(key_path)}"
-        for key_path in others
-    ]
-    record = opened.checkpoint.record
-    if record is not None and record.verification is not None:
-        notes.append("verification of the conversion: left out, the function in evaluation has changed")
-    return notes
-
-
-def _write(opened: "OpenedModel", target: Path, container: Any, detail: str) -> None:
-    from normswap.checkpoints.content.hf_trainer import trainer_files
-    from normswap.checkpoints.formats.formats import FOLDERS
-    from normswap.checkpoints.record import Step
-    from normswap.checkpoints.saving import compute_sha256, next_record, read_notes, update_content, write_content
-
-    checkpoint, origin = opened.checkpoint, opened.checkpoint.origin
-    with stage(f"writing {target.name}"):
-        step = Step.now("calibrated", source=origin.path.name, sha256=compute_sha256(origin.copy), detail=detail)
-        record = next_record(checkpoint, opened.architecture, step, container)
-        content = update_content(checkpoint, opened.built.names, opened.model)
-        template = origin.copy if origin.copy.is_dir() else None
-        sidecar_files = trainer_files(origin.copy) if container in FOLDERS else {}
-        notes = read_notes(checkpoint)
-        write_content(
-            content,
-            target,
-            container,
-            record,
-            template=template,
-            sidecar_files=sidecar_files,
-            source=origin,
-            notes=notes,
-        )

@@ -116,6 +116,7 @@ def one_line_failures(command: Callable[P, None]) -> Callable[P, None]:
 
     @functools.wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        """Replaced by the text of the command."""
         try:
             command(*args, **kwargs)
         except NormswapError as error:

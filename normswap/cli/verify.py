@@ -23,7 +23,6 @@ from normswap.errors import ArchitectureError, NothingToDo
 
 if TYPE_CHECKING:
     from normswap.checkpoints.loading import OpenedModel
-    from normswap.checkpoints.reading import Checkpoint
 
 
 @click.command("verify", short_help="Measure whether two files compute the same function.")
@@ -56,14 +55,15 @@ def verify_command(
         check_readable(path)
     from rich.console import Console
 
-    from normswap.checkpoints.loading import recorded_architecture
+    from normswap.checkpoints.loading import select_architectures
     from normswap.reports.tables import heading, verification_table, worst_sites
     from normswap.verification.equivalence import verify
 
     files = [read_file(path, trust=trust, entry=entry, arch=arch) for path in (original, converted)]
-    recorded = [recorded_architecture(file, trust=trust) for file in files] if arch is None else []
-    default = arch or next(filter(None, recorded), None)
-    first, second = (_open(file, default, inputs, trust=trust) for file in files)
+    architectures = select_architectures(files, arch, trust=trust)
+    first, second = (
+        open_model(file, arch=own, inputs=inputs, trust=trust) for file, own in zip(files, architectures, strict=True)
+    )
     if first.inputs is None:
         raise ArchitectureError("the input size is unknown: pass --input 2x3x224x224")
     if first.checkpoint.program is not None and second.checkpoint.program is not None:
@@ -109,11 +109,3 @@ def _compare_programs(first: "OpenedModel", second: "OpenedModel", *, as_json: b
 def _check_unchanged(*opened: "OpenedModel") -> None:
     for one in opened:
         one.checkpoint.origin.check_unchanged()
-
-
-def _open(file: "Checkpoint", arch: str | None, inputs: tuple[InputSpec, ...], *, trust: bool) -> "OpenedModel":
-    from normswap.checkpoints.loading import builds_without_trust
-
-    # The architecture in a file's record goes first: --arch may be that of the other file.
-    itself = file.payload == "module" or builds_without_trust(file)
-    return open_model(file, arch=None if itself else arch, inputs=inputs, trust=trust)

@@ -256,6 +256,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         "architecture='none' converts tensors by their names only: leave example_inputs=, kinds= out",
     ),
     "tolerance": ({"verify": False, "tolerance": 1.0}, "tolerance= has no effect with verify=False"),
+    "no entry": ({"entry": []}, "entry: expected at least one, got an empty list"),
     "an entry twice": ({"entry": ["a", "a"]}, "entry='a' is given twice"),
     "several and weights_only": ({"entry": ["a", "b"], "weights_only": True}, "weights_only= applies to one network"),
     "a folder": (
