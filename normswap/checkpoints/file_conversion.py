@@ -176,9 +176,9 @@ def convert_file(
 ) -> FileConversion:
     """Convert a checkpoint file into a new file, as the command `normswap convert` does.
 
-    EMA copies of the weights are converted by the same plan; the gates join the optimizer's state as a last group, and
-    the scheduler's. All other entries, and the files of a Hugging Face `Trainer`, are copied. The new file is written
-    only if the converted model was verified to compute the same function; it is read back and compared.
+    EMA copies of the weights are converted by the same plan. The gates are added to the state of the optimizer as a
+    last parameter group, and to that of the scheduler. All other entries, and the files of a Hugging Face `Trainer`,
+    are copied. The file is written only if the converted model computes the same function, and then read back.
 
     Args:
         path: a checkpoint: a state dict, a training checkpoint, a pickled module, an exported program, a folder of

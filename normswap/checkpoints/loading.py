@@ -346,9 +346,9 @@ def recorded_architecture(checkpoint: Checkpoint, *, trust: bool) -> str | None:
     if recorded is None:
         return f"hf:{path}" if (path / "config.json").is_file() else None
     try:
-        beside = path.is_dir() and refers_to_folder(recorded, path)
-        recorded = with_folder(recorded, path) if beside else recorded
-        external = None if beside else describe_external_source(recorded)
+        in_folder = path.is_dir() and refers_to_folder(recorded, path)
+        recorded = with_folder(recorded, path) if in_folder else recorded
+        external = None if in_folder else describe_external_source(recorded)
         if not trust and external is None:
             check_untrusted_name(recorded, folder=path)
     except ArchitectureError as error:

@@ -229,7 +229,7 @@ def _checkpoint(
     if record is not None and entry is None:
         if len(record.entries) > 1:
             raise CheckpointError(
-                f"holds several converted models ({', '.join(map(repr, record.entries))}): choose one, such as "
+                f"contains several converted models ({', '.join(map(repr, record.entries))}): choose one, such as "
                 f"entry={record.entries[0]!r}"
             )
         entry = record.entry

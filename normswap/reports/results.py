@@ -146,8 +146,8 @@ def describe_losses(record: Mapping[str, Any]) -> str:
     if "loss" not in record:
         return ""
     sites = record["importance"].values()
-    shares = [site[kind] for site in sites for kind in _KINDS]
-    branch_texts = [f"{branch} {_mean_importance(shares, branch):.2f}" for branch in BRANCHES] if shares else []
+    weights = [site[kind] for site in sites for kind in _KINDS]
+    branch_texts = [f"{branch} {_mean_importance(weights, branch):.2f}" for branch in BRANCHES] if weights else []
     return " ".join([f"loss {record['loss']:.3f}", f"lr {record['lr']:.2g}", *branch_texts])
 
 
@@ -158,8 +158,8 @@ def average_importance(importance: Mapping[str, SiteWeights]) -> Table:
     for branch in BRANCHES:
         table.add_column(branch, justify="right")
     for kind, title in _KINDS.items():
-        shares = [getattr(weights, kind) for weights in importance.values()]
-        table.add_row(title, *(f"{_mean_importance(shares, branch):.2f}" for branch in BRANCHES))
+        weights = [getattr(site, kind) for site in importance.values()]
+        table.add_row(title, *(f"{_mean_importance(weights, branch):.2f}" for branch in BRANCHES))
     return table
 
 
@@ -181,17 +181,17 @@ def plot_run(records: Sequence[Mapping[str, Any]], path: Path) -> None:
     panels[1].set(title="accuracy, %", xlabel="step", ylim=(0, 102))
     for panel, (kind, title) in zip(panels[2:], _KINDS.items(), strict=False):
         steps = [record["step"] for record in gated]
-        shares = [
+        weights = [
             [_mean_importance([site[kind] for site in r["importance"].values()], branch) for r in gated]
             for branch in BRANCHES
         ]
-        panel.stackplot(steps, shares, labels=BRANCHES)
+        panel.stackplot(steps, weights, labels=BRANCHES)
         panel.set(title=f"importance, {title}", xlabel="step", ylim=(0, 1))
         panel.margins(x=0)
         panel.legend(loc="lower left", fontsize="small")
     figure.savefig(path, dpi=120)
 
 
-def _mean_importance(shares: Sequence[Mapping[str, float]], branch: str) -> float:
+def _mean_importance(weights: Sequence[Mapping[str, float]], branch: str) -> float:
     """The mean importance weight of a branch; 0 at sites without it."""
-    return sum(share.get(branch, 0.0) for share in shares) / len(shares)
+    return sum(each.get(branch, 0.0) for each in weights) / len(weights)

@@ -148,15 +148,15 @@ def importance_table(weights: Mapping[str, SiteWeights], plan: SwapPlan | None =
     for kind in ("mean", "var"):
         for branch in BRANCHES:
             table.add_column(f"{kind} {branch}", justify="right")
-    for fqn, shares in weights.items():
+    for fqn, site_weights in weights.items():
         table.add_row(
             Text(fqn or "(the model)", overflow="fold"),
-            *(_format_weight(side.get(branch)) for side in shares for branch in BRANCHES),
+            *(_format_weight(side.get(branch)) for side in site_weights for branch in BRANCHES),
         )
     if plan is None:
         return table
     initial = {swap.fqn: swap.vertex for swap in plan.swaps}
-    unchanged = sum(all(side[initial[fqn]] == 1 for side in shares) for fqn, shares in weights.items())
+    unchanged = sum(all(side[initial[fqn]] == 1 for side in site_weights) for fqn, site_weights in weights.items())
     return Group(
         table, Text(f"  {unchanged} of {len(weights)} sites still compute exactly the norm they replaced", "dim")
     )

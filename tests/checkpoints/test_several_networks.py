@@ -143,7 +143,7 @@ def test_the_record_knows_every_network(gan: dict[str, Any]) -> None:
         ok("verify", "gan.pt", "two.pt", "--entry", name, "--trust", *INPUT)
         assert "Importance weights" in ok("inspect", "two.pt", "--entry", name)
     with pytest.raises(
-        CheckpointError, match=r"holds several converted models \('d', 'g'\): choose one, such as entry='d'"
+        CheckpointError, match=r"contains several converted models \('d', 'g'\): choose one, such as entry='d'"
     ):
         normswap.load("two.pt", trust=True)
     shown = json.loads(run("inspect", "two.pt", "--json").output)

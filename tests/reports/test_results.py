@@ -135,7 +135,7 @@ def test_help_prints_no_table_of_classes(name: str) -> None:
     shown = pydoc.plain(pydoc.render_doc(FUNCTIONS[name]))
     assert "= KNOWN_NORMS" in shown
     assert "functools.partial" not in shown
-    assert len(str(inspect.signature(FUNCTIONS[name]))) < 1200
+    assert len(str(inspect.signature(FUNCTIONS[name]))) < 1500
 
 
 def test_the_table_of_norms_is_read_only_and_can_be_extended() -> None:
@@ -164,7 +164,7 @@ def test_every_argument_is_explained_in_place(name: str) -> None:
     "name",
     [
         *("convert", "plan_swaps", "find_norm_sites", "verify", "calibrate", "save", "load", "param_groups"),
-        "importance_weights",
+        *("importance_weights", "convert_file"),
     ],
 )
 def test_the_example_in_a_docstring_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
