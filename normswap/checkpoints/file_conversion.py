@@ -277,13 +277,13 @@ class _Run:
         options = self.options
         checkpoint = self._read()
         named = options.output is not None
-        container = select_format(options.target, checkpoint, named=named, weights_only=options.weights_only)
+        file_format = select_format(options.target, checkpoint, named=named, weights_only=options.weights_only)
         digest = None if options.dry_run else sha256_in_background(checkpoint.origin.copy)
         notes: tuple[str, ...] = ()
         for index, network in enumerate(options.networks):
             weights = self._convert_network(network, checkpoint)
             converted = convert_file_content(checkpoint, weights, weights_only=options.weights_only)
-            writer = OutputWriter(options, network, checkpoint, weights, container, digest)
+            writer = OutputWriter(options, network, checkpoint, weights, file_format, digest)
             notes = merge_notes(notes, (*converted.notes, *writer.notes), [each.entry for each in options.networks])
             for following in options.networks[index + 1 : index + 2]:
                 checkpoint = select_entry(checkpoint, converted.content, writer.record(), following.entry or "")

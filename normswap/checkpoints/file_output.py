@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from normswap.checkpoints.content.hf_trainer import SidecarFiles
     from normswap.checkpoints.converted_content import ConvertedWeights
-    from normswap.checkpoints.formats.formats import Container
+    from normswap.checkpoints.formats.formats import FileFormat
     from normswap.checkpoints.loading import Architecture
     from normswap.checkpoints.reading import Checkpoint
     from normswap.checkpoints.record import Record
@@ -94,7 +94,7 @@ def copy_folder(target: Path | None) -> Path:
 # --- formats ----------------------------------------------------------------------------------------------------------
 
 
-def select_format(target: Path, source: "Checkpoint", *, named: bool, weights_only: bool | None = None) -> "Container":
+def select_format(target: Path, source: "Checkpoint", *, named: bool, weights_only: bool | None = None) -> "FileFormat":
     """Return the format of the output: the one of its suffix if the user `named` it, else the format of the source.
 
     Args:
@@ -106,16 +106,16 @@ def select_format(target: Path, source: "Checkpoint", *, named: bool, weights_on
     from normswap.checkpoints.formats.formats import FOLDERS, check_suffix
 
     check_suffix(target)
-    if source.container == "exported program":
+    if source.file_format == "exported program":
         _check_program(target, source)
     if source.program is not None:
         return "exported program"
     if target.suffix == ".safetensors":
         _check_safetensors(target, source, weights_only)
         return "safetensors"
-    if source.container in FOLDERS and target.suffix not in _FILE_SUFFIXES:
-        return source.container
-    return "safetensors" if not named and source.container == "safetensors" else "torch zip"
+    if source.file_format in FOLDERS and target.suffix not in _FILE_SUFFIXES:
+        return source.file_format
+    return "safetensors" if not named and source.file_format == "safetensors" else "torch zip"
 
 
 def _check_program(target: Path, source: "Checkpoint") -> None:
@@ -253,7 +253,7 @@ class OutputWriter:
         network: the arguments that concern this network.
         source: the content of the source, with this network selected.
         weights: the converted network.
-        container: the format of the output.
+        file_format: the format of the output.
         digest: the SHA-256 of the source; None if nothing is written.
     """
 
@@ -261,7 +261,7 @@ class OutputWriter:
     network: NetworkOptions
     source: "Checkpoint"
     weights: "ConvertedWeights"
-    container: "Container"
+    file_format: "FileFormat"
     digest: "Future[str] | None"
 
     @property
@@ -270,7 +270,9 @@ class OutputWriter:
         graph_note = (
             "the program: left out, only its weights are converted (trust=True without architecture= converts all)"
         )
-        left_out = (graph_note,) if self.source.container == "exported program" and self.source.program is None else ()
+        left_out = (
+            (graph_note,) if self.source.file_format == "exported program" and self.source.program is None else ()
+        )
         return (*self.weights.notes, *self._sidecar_files.notes, *left_out)
 
     def prepare_content(self, content: Any, progress: Progress) -> Any:
@@ -309,7 +311,7 @@ class OutputWriter:
             write_content(
                 content,
                 self.options.target,
-                self.container,
+                self.file_format,
                 record,
                 template=origin.copy if origin.copy.is_dir() else None,
                 sidecar_files=self._sidecar_files.files,
@@ -325,7 +327,7 @@ class OutputWriter:
         from normswap.checkpoints.converted_content import find_networks
         from normswap.checkpoints.formats.formats import FOLDERS
 
-        if self.options.weights_only or self.container not in FOLDERS:
+        if self.options.weights_only or self.file_format not in FOLDERS:
             return SidecarFiles({}, ())
         origin = self.source.origin
         networks = find_networks(self.source, self.weights.names, self.weights.new)
@@ -350,7 +352,7 @@ class OutputWriter:
         step = Step.now("converted", source=self.options.file.name, sha256=digest, detail=", ".join(details) or None)
         return Record(
             payload=source.payload,
-            architecture=make_folder_relative(named, source.path) if self.container in FOLDERS else named,
+            architecture=make_folder_relative(named, source.path) if self.file_format in FOLDERS else named,
             plan=weights.plan,
             verification=weights.verification,
             history=(*(source.record.history if source.record else ()), step),

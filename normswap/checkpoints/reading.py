@@ -25,7 +25,7 @@ from normswap.checkpoints.content.key_prefixes import match_names
 from normswap.checkpoints.content.weight_loading import retie_tensors
 from normswap.checkpoints.formats.formats import (
     TENSORS_ONLY,
-    Container,
+    FileFormat,
     decode,
     detect_format,
     read_record_text,
@@ -47,7 +47,7 @@ class CheckpointHeader:
     """A file whose archive has been checked, and its record; tensors and pickle are not read yet."""
 
     origin: SourceFiles
-    container: Container
+    file_format: FileFormat
     text: str | None
     record: Record | None
 
@@ -58,7 +58,7 @@ class CheckpointHeader:
 
     def loads_weights_only(self, architecture: object) -> bool:
         """Return whether only the weights of an exported program are used, since an architecture is given."""
-        return self.container == "exported program" and architecture is not None
+        return self.file_format == "exported program" and architecture is not None
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Checkpoint:
     """
 
     origin: SourceFiles
-    container: Container
+    file_format: FileFormat
     content: Any
     contents: Contents
     record: Record | None
@@ -103,7 +103,7 @@ class Checkpoint:
         parts = [
             self.contents.kind,
             f"entry {format_key_path(self.contents.weights)} (not {others})" if others else None,
-            self.container,
+            self.file_format,
             architecture,
             describe_size(self.path),
         ]
@@ -132,10 +132,10 @@ def read_header(path: Path, *, folder: Path | None = None) -> CheckpointHeader:
     """
     origin = open_source(path, folder=folder)
     with origin.reading():
-        container = detect_format(origin.copy)
-        text = read_record_text(origin.copy, container)
+        file_format = detect_format(origin.copy)
+        text = read_record_text(origin.copy, file_format)
     try:
-        return CheckpointHeader(origin, container, text, None if text is None else Record.from_json(text))
+        return CheckpointHeader(origin, file_format, text, None if text is None else Record.from_json(text))
     except CheckpointError as error:
         raise CheckpointError(f"{origin.path}: {error}") from error
 
@@ -173,7 +173,7 @@ def read_checkpoint(
     with prefix_errors(origin.path):
         if program is not None:
             content = program_module(program.program)
-        return _checkpoint(origin, source.container, content, record, entry, program)
+        return _checkpoint(origin, source.file_format, content, record, entry, program)
 
 
 def read_content(header: CheckpointHeader, *, trust: bool = False, mmap: bool = False) -> Any:
@@ -185,15 +185,15 @@ def read_content(header: CheckpointHeader, *, trust: bool = False, mmap: bool = 
     Raises:
         CheckpointError: as `load`.
     """
-    origin, container, record = header.origin, header.container, header.record
+    origin, file_format, record = header.origin, header.file_format, header.record
     with origin.reading():
-        content = decode(origin.copy, container, trust=trust, mmap=mmap)
-        ties = {} if record is not None else read_tied_names(origin.copy, container)
-    if container in TENSORS_ONLY:
+        content = decode(origin.copy, file_format, trust=trust, mmap=mmap)
+        ties = {} if record is not None else read_tied_names(origin.copy, file_format)
+    if file_format in TENSORS_ONLY:
         tied, channels_last = (ties, ()) if record is None else (record.tied, record.channels_last)
         content = {**content, **retie_tensors(content, tied, channels_last)}
     if header.text is not None:
-        is_program = container == "exported program"
+        is_program = file_format == "exported program"
         with prefix_errors(origin.path):
             check_fingerprint(header.text, digest_members(origin.copy) if is_program else fingerprint(content))
     return content
@@ -215,12 +215,12 @@ def select_entry(checkpoint: Checkpoint, content: Any, record: Record, entry: st
         CheckpointError: there are no weights at `entry`.
     """
     with prefix_errors(checkpoint.path):
-        return _checkpoint(checkpoint.origin, checkpoint.container, content, record, entry, None)
+        return _checkpoint(checkpoint.origin, checkpoint.file_format, content, record, entry, None)
 
 
 def _checkpoint(
     origin: SourceFiles,
-    container: Container,
+    file_format: FileFormat,
     content: Any,
     record: Record | None,
     entry: str | None,
@@ -239,7 +239,7 @@ def _checkpoint(
         content = replace_entries(content, {contents.weights: _to_ordered_state_dict(weights)})
     if record is not None:
         record = _select_record(record, contents, weights)
-    return Checkpoint(origin, container, content, contents, record, program)
+    return Checkpoint(origin, file_format, content, contents, record, program)
 
 
 def _select_record(record: Record, contents: Contents, weights: Any) -> Record:

@@ -25,7 +25,7 @@ from normswap.checkpoints.content.weight_loading import untie_tensors
 from normswap.checkpoints.formats.formats import (
     FOLDERS,
     TENSORS_ONLY,
-    Container,
+    FileFormat,
     add_record,
     check_suffix,
     decode,
@@ -102,7 +102,7 @@ def save(
     require_type(verification, Verification | None, "verification", "what verify returned")
     target = Path(path)
     check_suffix(target)
-    container: Container = "safetensors" if target.suffix == ".safetensors" else "torch zip"
+    file_format: FileFormat = "safetensors" if target.suffix == ".safetensors" else "torch zip"
     _check_plan(model, plan)
     if architecture is not None:
         check_architecture(architecture)
@@ -114,7 +114,7 @@ def save(
         history=(*history, Step.now("saved")),
         originals=originals(model, plan),
     )
-    write_content(model if payload == "module" else model.state_dict(), target, container, record)
+    write_content(model if payload == "module" else model.state_dict(), target, file_format, record)
 
 
 def update_content(checkpoint: Checkpoint, names: StoredNames, model: nn.Module) -> Any:
@@ -134,12 +134,12 @@ def update_content(checkpoint: Checkpoint, names: StoredNames, model: nn.Module)
     return replace_entries(checkpoint.content, {checkpoint.contents.weights: state})
 
 
-def next_record(checkpoint: Checkpoint, architecture: str | None, step: Step, container: Container) -> Record:
+def next_record(checkpoint: Checkpoint, architecture: str | None, step: Step, file_format: FileFormat) -> Record:
     """Return the record of a file that was made from another one by a step that changed the function.
 
     Plan and history are kept; the verification is dropped, since it is about the earlier function.
     """
-    architecture = make_folder_relative(architecture, checkpoint.path) if container in FOLDERS else architecture
+    architecture = make_folder_relative(architecture, checkpoint.path) if file_format in FOLDERS else architecture
     old = checkpoint.record or Record(
         payload=checkpoint.payload,
         architecture=architecture,
@@ -159,7 +159,7 @@ def next_record(checkpoint: Checkpoint, architecture: str | None, step: Step, co
 
 
 def write_calibrated(
-    checkpoint: Checkpoint, built: BuiltModel, path: Path, container: Container, *, detail: str
+    checkpoint: Checkpoint, built: BuiltModel, path: Path, file_format: FileFormat, *, detail: str
 ) -> None:
     """Write a file again with the calibrated model that was built from it; all other entries are copied.
 
@@ -174,10 +174,10 @@ def write_calibrated(
     write_content(
         update_content(checkpoint, built.names, built.model),
         path,
-        container,
-        next_record(checkpoint, built.architecture, step, container),
+        file_format,
+        next_record(checkpoint, built.architecture, step, file_format),
         template=origin.copy if origin.copy.is_dir() else None,
-        sidecar_files=trainer_files(origin.copy) if container in FOLDERS else {},
+        sidecar_files=trainer_files(origin.copy) if file_format in FOLDERS else {},
         source=origin,
         notes=read_notes(checkpoint),
     )
@@ -238,7 +238,7 @@ def sha256_in_background(path: Path) -> "Future[str]":
 def write_content(
     content: Any,
     path: Path,
-    container: Container,
+    file_format: FileFormat,
     record: Record,
     *,
     template: Path | None = None,
@@ -261,8 +261,8 @@ def write_content(
         CheckpointError: it cannot be written, the format cannot store it, or its source changed; an existing file is
             left unchanged.
     """
-    check_writable(path, replace=overwrite, as_folder=container in FOLDERS)
-    if container in FOLDERS and not isinstance(content, Mapping):
+    check_writable(path, replace=overwrite, as_folder=file_format in FOLDERS)
+    if file_format in FOLDERS and not isinstance(content, Mapping):
         raise CheckpointError(
             f"{path}: a folder stores tensors by name, not a pickled module: use a name that ends in .pt"
         )
@@ -271,7 +271,7 @@ def write_content(
         digest = fingerprint(content)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    if container in TENSORS_ONLY:
+    if file_format in TENSORS_ONLY:
         if not is_state_dict(content) or not all(isinstance(value, Tensor) for value in content.values()):
             raise CheckpointError(
                 f"{path}: safetensors stores tensors only, no pickled module, extra state or training checkpoint: use "
@@ -281,17 +281,17 @@ def write_content(
         record = replace(record, tied=tied, channels_last=channels_last)
         notes = {**(notes or {}), **tied}  # as safetensors.torch.save_model stores them
     text = record.sealed(digest).to_json()
-    writer = atomic_write_folder if container in FOLDERS else atomic_write
+    writer = atomic_write_folder if file_format in FOLDERS else atomic_write
     with writer(path, before_commit=_make_source_check(source)) as temporary:
         try:
-            encode(temporary, container, content, text, template=template, notes=notes)
+            encode(temporary, file_format, content, text, template=template, notes=notes)
             write_sidecar_files(temporary, sidecar_files or {})
         except Exception as error:
             # torch's writer replaces the message of the system by a position in the file.
             cause = error.__context__ if isinstance(error.__context__, OSError) else error
             hint = ": save it as a state dict" if record.payload == "module" else ""
             raise CheckpointError(f"{path}: cannot be written ({first_line(cause)}){hint}") from error
-        if not _reads_back_equal(temporary, container, content, text):
+        if not _reads_back_equal(temporary, file_format, content, text):
             raise CheckpointError(f"{path}: the new file does not read back the same: it was removed, check the disk")
 
 
@@ -309,7 +309,7 @@ def stored_as(names: StoredNames, plan: SwapPlan) -> dict[str, str]:
 
 def read_notes(checkpoint: Checkpoint) -> dict[str, str]:
     """Return the metadata of a safetensors file, such as the names of shared tensors; empty for other formats."""
-    return read_metadata(checkpoint.origin.copy) if checkpoint.container == "safetensors" else {}
+    return read_metadata(checkpoint.origin.copy) if checkpoint.file_format == "safetensors" else {}
 
 
 def write_program(
@@ -359,17 +359,17 @@ def _make_source_check(source: SourceFiles | None) -> Callable[[], None]:
     return source.check_unchanged if source is not None else lambda: None
 
 
-def _reads_back_equal(path: Path, container: Container, content: Any, record: str) -> bool:
+def _reads_back_equal(path: Path, file_format: FileFormat, content: Any, record: str) -> bool:
     """Whether the new file contains this content and this record, bit for bit."""
-    if detect_format(path) != container or (read_record_text(path, container) or "").strip() != record:
+    if detect_format(path) != file_format or (read_record_text(path, file_format) or "").strip() != record:
         return False
-    if container == "safetensors":
+    if file_format == "safetensors":
         return safetensors_equals(path, content)
     try:
         # Plain tensors are mapped from the file and released one by one: no second copy in memory.
-        reloaded, mmap = decode(path, container, trust=False, mmap=True), container == "torch zip"
+        reloaded, mmap = decode(path, file_format, trust=False, mmap=True), file_format == "torch zip"
     except CheckpointError:
-        reloaded, mmap = decode(path, container, trust=True), False
+        reloaded, mmap = decode(path, file_format, trust=True), False
     return contents_equal(content, reloaded, release_pages=mmap)
 
 

@@ -144,7 +144,7 @@ def _calibrate_file(
         raise CheckpointError(
             f"{file}: only the weights of an exported program can be calibrated: leave --trust out, or pass --arch"
         )
-    container = select_format(target, checkpoint, named=named)
+    file_format = select_format(target, checkpoint, named=named)
     opened = open_model(checkpoint, arch=arch, inputs=(), trust=options["trust"])
     data = _open_data(source, opened, options)
     console = Console(highlight=False, quiet=as_json)
@@ -158,7 +158,7 @@ def _calibrate_file(
     images = f"{result.batches} batches of {data.settings.batch_size}"
     with stage(f"writing {target.name}"):
         detail = f"{source}, {data.settings.split}, {images}"
-        write_calibrated(checkpoint, opened.built, target, container, detail=detail)
+        write_calibrated(checkpoint, opened.built, target, file_format, detail=detail)
     closing = f"\n{len(result.layers)} layers calibrated on {images} of {source}"
     written_line = click.style(f"wrote {target} ({describe_size(target)})", bold=True)
     facts = {"file": str(file), "output": str(target), "bytes": file_size(target)}

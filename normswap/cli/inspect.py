@@ -274,7 +274,7 @@ def _survey_document(
     weights = [{**asdict(one), "batch_norms": len(one.batch_norms)} for one in found.weights]
     return {
         "file": str(header.path),
-        "container": header.container,
+        "container": header.file_format,
         "architecture": None,
         "converted": False,
         "weights": weights,
@@ -292,7 +292,7 @@ def _print_survey(header: "CheckpointHeader", found: "Survey", identified: "Iden
     from normswap.reports.tables import bullets, heading, identification, weights_table
 
     console = Console(highlight=False)
-    facts = ("architecture unknown", header.container, describe_size(header.path))
+    facts = ("architecture unknown", header.file_format, describe_size(header.path))
     parts = [heading(header.path.name, ", ".join(facts)), *map(weights_table, found.weights)]
     parts += [bullets(f"{name}: the state of an optimizer" for name in found.optimizers)] if found.optimizers else []
     parts += [identification(identified)] if identified is not None else []

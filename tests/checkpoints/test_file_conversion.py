@@ -184,7 +184,9 @@ def test_a_dry_run_of_convert_file_writes_nothing(source: Path) -> None:
     assert (result.written, result.bytes, result.to_dict()["output"]) == (False, None, None)
     assert "dry run: without dry_run=True this writes last.normswap.pt" in str(result)
     Path("last.normswap.pt").write_text("mine")
-    with pytest.raises(CheckpointError, match="exists already: choose another name, or pass overwrite=True to replace it"):
+    with pytest.raises(
+        CheckpointError, match="exists already: choose another name, or pass overwrite=True to replace it"
+    ):
         normswap.convert_file("last.pt", dry_run=True, **ARGUMENTS)
     assert normswap.convert_file("last.pt", overwrite=True, **ARGUMENTS).written
 

@@ -63,8 +63,8 @@ def test_everything_is_carried(layout: Layout, trained: Trained, tmp_path: Path)
 
     before = read_checkpoint(source, trust=layout.trust)
     after = read_checkpoint(target, trust=layout.trust)
-    assert (before.contents.kind, before.container) == (layout.kind, layout.container)
-    assert (after.contents.kind, after.container) == (layout.kind, layout.written or layout.container)
+    assert (before.contents.kind, before.file_format) == (layout.kind, layout.container)
+    assert (after.contents.kind, after.file_format) == (layout.kind, layout.written or layout.container)
 
     # All that was there is there, bit for bit, and what came are gates and their group.
     old, new = flat(before.content), flat(after.content)

@@ -58,7 +58,6 @@ FileFormat = Literal[
     "torch folder",
     "distributed folder",
 ]
-Container = FileFormat  # the name that callers still import
 # Formats that store contiguous tensors by name and nothing else, without tied tensors and memory formats.
 TENSORS_ONLY: frozenset[FileFormat] = frozenset({"safetensors", "safetensors folder"})
 FOLDERS: frozenset[FileFormat] = frozenset({"safetensors folder", "torch folder", "distributed folder"})
