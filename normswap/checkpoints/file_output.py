@@ -398,18 +398,25 @@ def require_verified(plan: "SwapPlan", verification: "Verification | None") -> N
     Raises:
         NothingToDo: the converted model computes another function.
     """
-    if verification is None or verification.passed:
-        return
+    if verification is not None and not verification.passed:
+        difference = describe_difference(plan, verification)
+        raise NothingToDo(f"nothing written: {difference}, or pass verify=False to write it anyway")
+
+
+def describe_difference(
+    plan: "SwapPlan", verification: "Verification", *, simplex: str = "gate='simplex'", exclude: str = "exclude="
+) -> str:
+    """Return why a verification failed, and which argument of the conversion to change.
+
+    Args:
+        plan: of the conversion.
+        verification: one that failed.
+        simplex, exclude: how the caller's user writes these two arguments.
+    """
     if any(swap.gate == "softmax" for swap in plan.swaps):
-        raise NothingToDo(
-            "nothing written: softmax gates start at the uniform mix, which is another function: use gate='simplex', "
-            "or verify=False to write it anyway"
-        )
+        return f"softmax gates start at the uniform mix, which is another function: use {simplex}"
     failed = ", ".join(check.name for check in verification.checks if check.passed is False) or "see the notes"
-    raise NothingToDo(
-        f"nothing written: the converted model does not compute the same function ({failed}): exclude= the sites that "
-        "differ most, or pass verify=False to write it anyway"
-    )
+    return f"the converted model does not compute the same function ({failed}): {exclude} the sites that differ most"
 
 
 def describe_nothing_to_swap(plan: "SwapPlan") -> str:

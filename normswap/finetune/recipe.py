@@ -48,6 +48,9 @@ class ConvertTable:
     exclude: tuple[str, ...] = ()
     kinds: tuple[str, ...] = ("bn",)
     synchronize: bool = False
+    verify: bool = (
+        True  # False also trains a converted model that computes another function, such as with softmax gates
+    )
 
 
 @dataclass(frozen=True)

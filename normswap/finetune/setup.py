@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from normswap.checkpoints.architecture.registry import default_input_shape, parse_architecture, with_keyword
+from normswap.checkpoints.file_output import describe_difference
 from normswap.checkpoints.record import Step
 from normswap.errors import ArchitectureError, DataError, NothingToDo, PlanError, RecipeError
 from normswap.finetune.data.datasets import Data, open_data
@@ -341,7 +342,7 @@ def swap_options(table: ConvertTable) -> SwapOptions:
     Raises:
         RecipeError: a value is unknown.
     """
-    values = {f.name: getattr(table, f.name) for f in fields(table) if f.name != "enabled"}
+    values = {f.name: getattr(table, f.name) for f in fields(table) if f.name not in ("enabled", "verify")}
     try:
         return SwapOptions(**{name: value for name, value in values.items() if value is not None})
     except PlanError as error:
@@ -359,8 +360,12 @@ def _convert_model(recipe: Recipe, source: StartingModel, example: Tensor) -> St
     model, plan, _ = convert(source.model, example, options=swap_options(wanted))
     if not plan.swaps:
         raise NothingToDo("the model has no norm to convert: set convert.enabled = false to train it unchanged")
-    verification = verify(source.model, model, [example])
-    if not verification.passed and wanted.gate != "softmax":
-        raise NothingToDo("the outputs of the converted model differ from the original's: see normswap verify")
-    history = (*source.history, Step.now("converted"))
+    if wanted.verify:
+        verification = verify(source.model, model, [example])
+        if not verification.passed:
+            difference = describe_difference(
+                plan, verification, simplex='convert.gate = "simplex"', exclude="convert.exclude"
+            )
+            raise NothingToDo(f"nothing trained: {difference}, or set convert.verify = false to train it anyway")
+    history = (*source.history, Step.now("converted", detail=None if wanted.verify else "not verified"))
     return replace(source, model=model, plan=plan, history=history)

@@ -386,14 +386,23 @@ def test_data_that_does_not_name_its_classes_is_refused(tmp_path: Path, monkeypa
 
 
 def test_a_conversion_that_fails_verification_is_not_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(setup, "verify", lambda *_: SimpleNamespace(passed=False))
-    with pytest.raises(
-        NothingToDo, match="the outputs of the converted model differ from the original's: see normswap verify"
-    ):
+    failed = [SimpleNamespace(name="gradients", passed=False)]
+    monkeypatch.setattr(setup, "verify", lambda *_: SimpleNamespace(passed=False, checks=failed))
+    message = r"nothing trained: the converted model does not compute the same function \(gradients\): convert\.exclude"
+    with pytest.raises(NothingToDo, match=message):
         run_recipe(recipe(tmp_path))
     # Nor is one with other statistics in training, which verification does not compare by itself.
-    with pytest.raises(NothingToDo, match="the outputs of the converted model differ"):
+    with pytest.raises(NothingToDo, match=message):
         run_recipe(recipe(tmp_path, train={"steps": 1}, convert={"bn_statistics": "renorm"}))
+    # Unless the recipe says so.
+    assert run_recipe(recipe(tmp_path, train={"steps": 1}, convert={"verify": False})).steps == 1
+
+
+def test_softmax_gates_are_trained_only_without_verification(tmp_path: Path) -> None:
+    with pytest.raises(NothingToDo, match=r'another function: use convert\.gate = "simplex", or set convert\.verify'):
+        run_recipe(recipe(tmp_path, train={"steps": 1}, convert={"gate": "softmax"}))
+    done = run_recipe(recipe(tmp_path, train={"steps": 1}, convert={"gate": "softmax", "verify": False}))
+    assert done.steps == 1
 
 
 def test_sharded_parameters_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
