@@ -450,7 +450,7 @@ def test_a_program_without_inputs_is_exported_on_those_that_are_given() -> None:
     converted = normswap.convert(program_module(program), x(), inplace=True).model
     assert program_inputs(program) is None
     with pytest.raises(
-        SwapError, match=r"has no example inputs, which are needed to export it again: pass some, such as example_inputs="
+        SwapError, match=r"has no example inputs, which are needed .*: pass some, such as example_inputs="
     ):
         reexport(program, converted)
     assert check_equivalent(program, reexport(program, converted, x()), x()) < 1e-5
