@@ -4,6 +4,7 @@
 """
 
 import copy
+import logging
 import os
 import warnings
 from collections import OrderedDict
@@ -34,12 +35,10 @@ from normswap.checkpoints.io.memory import release_mapped_pages
 from normswap.checkpoints.reading import Checkpoint, prefix_errors, read_checkpoint, read_header
 from normswap.checkpoints.record import Step
 from normswap.errors import AmbiguityError, ArchitectureError, ArgumentError, CheckpointError, PlanError
-from normswap.layers.gating import importance_weights as normalize_gate
-from normswap.layers.in_place import GATE_PARAMETERS
 from normswap.surgery.arguments import require_type
 from normswap.surgery.conversion import apply_plan
 from normswap.surgery.graphs.exported_program import program_inputs
-from normswap.surgery.importance import SiteWeights, gated_modules, importance_weights
+from normswap.surgery.importance import gated_modules
 from normswap.surgery.plan import ANY_CLASS, SwapPlan
 from normswap.surgery.planning import complete_plan
 from normswap.text import join_fqn, pluralize, printable_as
@@ -47,6 +46,7 @@ from normswap.text import join_fqn, pluralize, printable_as
 Architecture = str | nn.Module | Callable[[], nn.Module]
 # Example inputs as `convert` takes them, or a function that makes them for a model.
 Inputs = Any
+_log = logging.getLogger(__name__)
 _MAX_SUGGESTIONS = 2
 # Random integers are below this: token ids that every vocabulary has, the values of an image, both booleans.
 _INTEGER_LIMITS = {torch.uint8: 256, torch.bool: 2}
@@ -240,6 +240,7 @@ def build_model(checkpoint: Checkpoint, architecture: Architecture | None = None
             source = require_unique(identify_state_dict(weights, checkpoint.content, prefix=checkpoint.contents.prefix))
         except (AmbiguityError, CheckpointError) as error:
             raise type(error)(f"{path}: {error}") from None
+        _log.info("%s: identified as %s by the names and shapes of its tensors", path, source)
     named = isinstance(source, str) and (architecture is None or source.startswith("hf:"))
     with limit_allocation(path, len(weights)) if named and not trust else nullcontext():
         model = _instantiate(source, trust=trust)
@@ -302,37 +303,6 @@ def _suggest_architectures(checkpoint: Checkpoint, architecture_tried: Architect
         return ""
     more = f" or {len(fitting) - _MAX_SUGGESTIONS} others" if len(fitting) > _MAX_SUGGESTIONS else ""
     return f"; the tensors fit {' or '.join(fitting[:_MAX_SUGGESTIONS])}{more}"
-
-
-def stored_importance_weights(checkpoint: Checkpoint) -> dict[str, SiteWeights]:
-    """Return the importance weights in a checkpoint by fqn, without building the model; empty if not converted.
-
-    Raises:
-        CheckpointError: their shapes do not fit the plan in the file.
-    """
-    weights, record = checkpoint.weights, checkpoint.record
-    if checkpoint.payload == "module":
-        return importance_weights(weights)  # type: ignore[arg-type]
-    if isinstance(weights, nn.Module):  # of an exported program, whose gates are ordinary parameters
-        weights = weights.state_dict()
-    swaps = record.plan.swaps if record and record.plan else ()
-    wanted = [join_fqn(swap.fqn, name) for swap in swaps for name in GATE_PARAMETERS]
-    names = match_names(weights, wanted, prefix=checkpoint.contents.prefix)
-    found = {}
-    for swap in swaps:
-        module = record.stored_as.get(swap.fqn) if record else None
-        keys = [
-            join_fqn(module, name) if module else names.stored.get(join_fqn(swap.fqn, name)) for name in GATE_PARAMETERS
-        ]
-        points = [weights[key] for key in keys if key is not None and key in weights]
-        if points:  # a site in a plain Python list is in no state dict
-            if [tuple(point.shape) for point in points] != [(len(swap.branches),)] * len(GATE_PARAMETERS):
-                raise CheckpointError(f"{checkpoint.path}: the importance weights of {swap.fqn!r} do not fit its plan")
-            mean, var = (
-                dict(zip(swap.branches, normalize_gate(point, swap.gate).tolist(), strict=True)) for point in points
-            )
-            found[swap.fqn] = SiteWeights(mean, var)
-    return found
 
 
 def recorded_architecture(checkpoint: Checkpoint, *, trust: bool) -> str | None:

@@ -36,8 +36,10 @@ from normswap.checkpoints.io.digest import fingerprint
 from normswap.checkpoints.record import Payload, Record, check_fingerprint
 from normswap.checkpoints.source_copy import SourceFiles, open_source
 from normswap.errors import CheckpointError, SwapError
+from normswap.layers.gating import importance_weights as normalize_gate
 from normswap.layers.in_place import GATE_PARAMETERS
 from normswap.surgery.graphs.exported_program import program_module
+from normswap.surgery.importance import SiteWeights, importance_weights
 from normswap.surgery.plan import SwapPlan
 from normswap.text import join_fqn
 
@@ -275,3 +277,34 @@ def _to_ordered_state_dict(weights: Mapping[str, Tensor]) -> "OrderedDict[str, T
     if hasattr(weights, "_metadata"):
         state._metadata = weights._metadata  # type: ignore[attr-defined]
     return state
+
+
+def stored_importance_weights(checkpoint: Checkpoint) -> dict[str, SiteWeights]:
+    """Return the importance weights in a checkpoint by fqn, without building the model; empty if not converted.
+
+    Raises:
+        CheckpointError: their shapes do not fit the plan in the file.
+    """
+    weights, record = checkpoint.weights, checkpoint.record
+    if checkpoint.payload == "module":
+        return importance_weights(weights)  # type: ignore[arg-type]
+    if isinstance(weights, nn.Module):  # of an exported program, whose gates are ordinary parameters
+        weights = weights.state_dict()
+    swaps = record.plan.swaps if record and record.plan else ()
+    wanted = [join_fqn(swap.fqn, name) for swap in swaps for name in GATE_PARAMETERS]
+    names = match_names(weights, wanted, prefix=checkpoint.contents.prefix)
+    found = {}
+    for swap in swaps:
+        module = record.stored_as.get(swap.fqn) if record else None
+        keys = [
+            join_fqn(module, name) if module else names.stored.get(join_fqn(swap.fqn, name)) for name in GATE_PARAMETERS
+        ]
+        points = [weights[key] for key in keys if key is not None and key in weights]
+        if points:  # a site in a plain Python list is in no state dict
+            if [tuple(point.shape) for point in points] != [(len(swap.branches),)] * len(GATE_PARAMETERS):
+                raise CheckpointError(f"{checkpoint.path}: the importance weights of {swap.fqn!r} do not fit its plan")
+            mean, var = (
+                dict(zip(swap.branches, normalize_gate(point, swap.gate).tolist(), strict=True)) for point in points
+            )
+            found[swap.fqn] = SiteWeights(mean, var)
+    return found

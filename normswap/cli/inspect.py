@@ -195,7 +195,7 @@ def _show_converted(
 
 def _weights(header: "CheckpointHeader", record: "Record", *, trust: bool) -> "dict[str, SiteWeights] | None":
     """The importance weights in the file, None if reading them would run code."""
-    from normswap.checkpoints.loading import stored_importance_weights
+    from normswap.checkpoints.reading import stored_importance_weights
 
     if record.payload == "module" and not trust:
         return None

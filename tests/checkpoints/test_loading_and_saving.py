@@ -21,8 +21,7 @@ import normswap
 from normswap.checkpoints import saving
 from normswap.checkpoints.formats import formats
 from normswap.checkpoints.io import atomic_files
-from normswap.checkpoints.loading import stored_importance_weights
-from normswap.checkpoints.reading import read_checkpoint, read_record
+from normswap.checkpoints.reading import read_checkpoint, read_record, stored_importance_weights
 from normswap.checkpoints.record import Record, Step
 from normswap.checkpoints.saving import compute_sha256
 from normswap.errors import ArchitectureError, CheckpointError, NormswapError, PlanError
@@ -565,3 +564,12 @@ def test_ties_that_a_record_invents_are_left_aside(tmp_path: Path) -> None:
     record = Record("state dict", tied={"ghost": "nowhere"}, channels_last=("ghost", "norm.weight"))
     formats.encode(tmp_path / "model.pt", "torch zip", files.TiedNet().state_dict(), record.to_json())
     assert normswap.load(tmp_path / "model.pt", architecture=files.TiedNet).model is not None
+
+
+def test_an_architecture_that_is_identified_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    torch.save(files.small_model().state_dict(), tmp_path / "model.pt")
+    with caplog.at_level("INFO", logger="normswap"):
+        normswap.load(tmp_path / "model.pt")
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{tmp_path / 'model.pt'}: identified as {files.ARCH} by the names and shapes of its tensors"
+    ]

@@ -341,7 +341,7 @@ UNKNOWN: dict[str, tuple[Callable[[list[Tensor], list[str]], dict[str, Any]], st
                 "single_partition_of_fp32_groups": [torch.cat([p.flatten() for p in ps])],
             }
         },
-        "base_optimizer_state: left as it is, single_partition_of_fp32_groups beside it contains copies of the parameters",
+        "base_optimizer_state: left as it is, single_partition_of_fp32_groups beside it contains copies of",
     ),
     "apex": (
         lambda ps, _: {

@@ -282,7 +282,7 @@ def test_an_inspected_converted_file_that_changes_is_refused(tmp_path: Path, cha
     conversion = normswap.convert(files.small_model())
     path = tmp_path / "sn.pt"
     normswap.save(conversion.model, path, plan=conversion.plan, architecture=files.ARCH)
-    change_at(normswap.checkpoints.loading, "stored_importance_weights", lambda: _flip_unnoticed(path))
+    change_at(normswap.checkpoints.reading, "stored_importance_weights", lambda: _flip_unnoticed(path))
     check_refused(run("inspect", path), "it was written to", path)
     change_at(normswap.checkpoints.reading, "decode", lambda: _flip_unnoticed(path))
     _flip_unnoticed(path)
