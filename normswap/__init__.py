@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from normswap.errors import UnknownNormsError as UnknownNormsError
     from normswap.errors import WatchError as WatchError
     from normswap.finetune.data.datasets import open_data as open_data
+    from normswap.finetune.data.loaders import DataSettings as DataSettings
     from normswap.finetune.recipe import Recipe as Recipe
     from normswap.finetune.recipe import read_recipe as read_recipe
     from normswap.finetune.trainer import Outcome as Outcome
@@ -104,6 +105,7 @@ _NAMES_BY_MODULE = {
         "WatchError",
     ),
     "finetune.data.datasets": ("open_data",),
+    "finetune.data.loaders": ("DataSettings",),
     "finetune.recipe": ("Recipe", "read_recipe"),
     "finetune.trainer": ("Outcome", "run_recipe"),
     "layers.backends.selection": ("use_backend",),

@@ -121,8 +121,8 @@ def open_data(
 
     Examples:
         >>> import normswap
-        >>> from normswap.finetune.data.loaders import DataSettings
-        >>> data = normswap.open_data(DataSettings("digits", split="test", image_size=(32, 32), batch_size=50))
+        >>> settings = normswap.DataSettings("digits", split="test", image_size=(32, 32), batch_size=50)
+        >>> data = normswap.open_data(settings)
         >>> images, labels = next(iter(data))
         >>> images.shape, len(data), data.classes
         (torch.Size([50, 3, 32, 32]), 4, 10)

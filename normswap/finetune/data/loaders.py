@@ -79,7 +79,14 @@ class DataSettings:
         class_names: the folders of the classes in the order of their labels, such as the `Data.class_names` of the
             training split; None: the folders that exist, sorted.
         seed: of the order and the augmentation.
+
+    Examples:
+        >>> import normswap
+        >>> normswap.DataSettings("folder:images", image_size=(224, 224), batch_size=4).split
+        'train'
     """
+
+    __module__ = "normswap"
 
     source: str
     split: str = "train"
