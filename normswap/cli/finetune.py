@@ -1,5 +1,6 @@
 """`normswap finetune`: trains a model as a recipe describes. `normswap recipes`: lists, shows and copies recipes."""
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -44,9 +45,7 @@ def finetune_command(
     contains model.pt for normswap.load, state.pt for --resume, log.jsonl and a plot. With several processes:
     torchrun --nproc-per-node 2 -m normswap finetune RECIPE.
     """
-    from normswap.finetune.recipe import read_recipe
-
-    recipe_to_run = read_recipe(recipe, overrides)
+    recipe_to_run = _read_recipe(recipe, overrides)
     _check_installed()
     from rich.console import Console
 
@@ -63,6 +62,18 @@ def finetune_command(
         print_json({**asdict(outcome), **{name: str(path) for name, path in paths.items()}})
     else:
         console.print(outcome_table(outcome, picture))
+
+
+def _read_recipe(recipe: str, overrides: tuple[str, ...]) -> "Recipe":
+    """Read a recipe; what Python would hide from users of a command, such as an old key, is shown on stderr."""
+    from normswap.finetune.recipe import read_recipe
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", DeprecationWarning)
+        found = read_recipe(recipe, overrides)
+    for message in dict.fromkeys(str(warning.message) for warning in caught):
+        click.echo(f"warning: {message}", err=True)
+    return found
 
 
 def _run(recipe_to_run: "Recipe", **options: bool) -> "Outcome":

@@ -244,3 +244,12 @@ def test_recipes_can_be_listed_shown_and_copied(tmp_path: Path) -> None:
     assert (status, "expected a folder or a name that ends in .toml" in output) == (2, True)
     status, output = run("show", "digits")
     assert (status, "no recipe 'digits'; did you mean digits_source?" in output) == (2, True)
+
+
+def test_the_command_shows_that_a_key_was_renamed(tmp_path: Path) -> None:
+    overrides = ["--set", "train.batch_price=0.1", "--set", "train.lr=-1"]
+    done = CliRunner().invoke(main, ["finetune", "digits_source", "--set", f"run.output={tmp_path}", *overrides])
+    assert done.exit_code == 2
+    assert "train.lr: expected at least 0" in done.stderr
+    done = CliRunner().invoke(main, ["finetune", "digits_source", *overrides[:2], "--set", "model.checkpoint=no.pt"])
+    assert done.stderr.count("warning: train.batch_price of normswap was renamed to train.batch_penalty") == 1
