@@ -92,8 +92,8 @@ def load(
 
     Args:
         path: the file, or the folder.
-        architecture: the model that the tensors belong to; needed if neither the record of the file nor the tensors
-            identify it. `"timm:NAME[,key=value...]"`, `"torchvision:NAME[,...]"`, `"hf:FOLDER"`, `"file.py:function"`,
+        architecture: the model of the tensors; needed if neither the record of the file nor the tensors identify it.
+            `"timm:NAME[,key=value...]"`, `"torchvision:NAME[,...]"`, `"hf:FOLDER"`, `"file.py:function"`,
             a module (the weights are loaded into a copy) or a function that returns a module.
         entry: which of several sets of weights to load, such as `"state_dict_ema"`; dots separate nested entries.
         trust: run the code that the file names: pickled objects, or an architecture in a Python file.
@@ -102,7 +102,7 @@ def load(
         `Loaded(model, plan, history, rest)`; `print` shows it as tables.
 
     Raises:
-        CheckpointError: the file is no checkpoint, is damaged, was changed after normswap wrote it, or runs code and
+        CheckpointError: the file is not a checkpoint, is damaged, was changed after normswap wrote it, or runs code and
             `trust` is not set.
         ArchitectureError: the architecture is unknown, ambiguous or cannot be built, or the tensors do not fit it.
         PlanError: the plan in the file does not fit the architecture.

@@ -1,4 +1,4 @@
-"""Options that several commands share, how their values are parsed, and how a command opens the file it was given."""
+"""Options that several commands share, how their values are parsed, and how a command opens its file."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -135,7 +135,7 @@ def open_model(
 arch_option = click.option(
     "--arch",
     metavar="NAME[,KEY=VALUE...]",
-    help="The model that the tensors belong to: timm:NAME, torchvision:NAME, hf:FOLDER or path/file.py:function, with "
+    help="The model of the tensors: timm:NAME, torchvision:NAME, hf:FOLDER or path/file.py:function, with "
     "keywords such as num_classes=10. Not needed for files that normswap wrote.",
 )
 entry_option = click.option(
@@ -149,7 +149,7 @@ archs_option = click.option(
     "archs",
     multiple=True,
     metavar="ZOO:NAME[,KEY=VALUE...]",
-    help="The model that the tensors belong to: timm:NAME, torchvision:NAME, hf:FOLDER or path/file.py:function, with "
+    help="The model of the tensors: timm:NAME, torchvision:NAME, hf:FOLDER or path/file.py:function, with "
     "keywords such as num_classes=10; none: convert by tensor names only. Not needed for files that normswap wrote. "
     "With several --entry give one, or one for each in the same order.",
 )

@@ -126,15 +126,16 @@ def switch_norm(
             of them run with gradients.
 
     Examples:
+        >>> import torch, normswap
         >>> x, gate = torch.randn(8, 3, 16, 16), torch.ones(3)
-        >>> y = switch_norm(x, gate, gate, training=True)
+        >>> y = normswap.switch_norm(x, gate, gate, training=True)
         >>> y.shape
         torch.Size([8, 3, 16, 16])
 
         With all weight on `bn` the function is batch normalization:
 
         >>> bn = torch.tensor([0.0, 0.0, 1.0])
-        >>> y = switch_norm(x, bn, bn, training=True, gate="simplex")
+        >>> y = normswap.switch_norm(x, bn, bn, training=True, gate="simplex")
         >>> torch.allclose(y, torch.nn.functional.batch_norm(x, None, None, training=True), atol=1e-5)
         True
     """

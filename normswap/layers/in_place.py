@@ -1,8 +1,7 @@
 """Conversion of a norm module to a Switchable Normalization layer in place, and back.
 
 The module object stays: its class changes and its `__dict__` gets a few entries, so that aliases, lists, closures,
-    hooks,
-flags, buffers and `Parameter` objects stay valid. The caller chooses the module, the class and the branches.
+hooks, flags, buffers and `Parameter` objects stay valid. The caller chooses the module, the class and the branches.
 """
 
 import sys

@@ -260,7 +260,7 @@ def _attributes(value: Any, path: str) -> dict[str, Any]:
     names = [name for slots in declared for name in ((slots,) if isinstance(slots, str) else slots)]
     slots = [name for name in names if name not in ("__dict__", "__weakref__") and hasattr(value, name)]
     if not hasattr(value, "__dict__") and not slots and type(value) is not object:
-        raise ValueError(f"is a {type(value).__module__}.{type(value).__qualname__}, which shows no attributes")
+        raise ValueError(f"is a {type(value).__module__}.{type(value).__qualname__}, whose attributes cannot be read")
     attributes = {**vars(value)} if hasattr(value, "__dict__") else {}
     return {
         f"{path}.{name}": item for name, item in (attributes | {name: getattr(value, name) for name in slots}).items()

@@ -379,7 +379,7 @@ def complete_plan(model: nn.Module, plan: SwapPlan, *, prefix: str = "") -> Swap
         prefix: the names in the plan start with it, those of the model do not.
 
     Raises:
-        PlanError: a planned site is not in the model, or is no norm that can be swapped.
+        PlanError: a planned site is not in the model, or is not a norm that can be swapped.
     """
     incomplete = [swap for swap in plan.swaps if swap.class_name == ANY_CLASS]
     if not incomplete:
@@ -395,7 +395,7 @@ def complete_plan(model: nn.Module, plan: SwapPlan, *, prefix: str = "") -> Swap
     missing = [name for name in names if id(by_name.get(name)) not in swapped]
     if missing:
         reason = next(
-            (skip.reason for skip in completed.skips if skip.fqn == missing[0]), "it is no norm of a known class"
+            (skip.reason for skip in completed.skips if skip.fqn == missing[0]), "it is not a norm of a known class"
         )
         count = pluralize(len(missing), "site")
         raise PlanError(f"{count} of the plan cannot be swapped in this model, such as {missing[0]}: {reason}")

@@ -341,7 +341,7 @@ UNKNOWN: dict[str, tuple[Callable[[list[Tensor], list[str]], dict[str, Any]], st
                 "single_partition_of_fp32_groups": [torch.cat([p.flatten() for p in ps])],
             }
         },
-        "base_optimizer_state: left as it is, single_partition_of_fp32_groups beside it contains copies of",
+        "base_optimizer_state: left as it is, single_partition_of_fp32_groups next to it contains copies of",
     ),
     "apex": (
         lambda ps, _: {
@@ -354,7 +354,7 @@ UNKNOWN: dict[str, tuple[Callable[[list[Tensor], list[str]], dict[str, Any]], st
                 "fp32_from_fp16": [[p.clone() for p in ps]],
             }
         },
-        "optimizer.optimizer_state_dict: left as it is, fp32_from_fp16 beside it contains copies of the parameters",
+        "optimizer.optimizer_state_dict: left as it is, fp32_from_fp16 next to it contains copies of the parameters",
     ),
     "an average in another order": (
         lambda ps, _: {"ema": {"shadow_params": [p.clone() for p in ps[::-1]]}},

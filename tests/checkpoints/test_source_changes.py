@@ -91,7 +91,7 @@ CHANGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "grown": (_append, "bytes and has"),
     "shrunk": (_shrink, "bytes and has"),
     "emptied": (_empty, "bytes and has"),
-    "replaced": (_replace, "another file took its place"),
+    "replaced": (_replace, "another file replaced it"),
     "written to": (_flip, "it was written to"),
     "written to, with its time put back": (_flip_unnoticed, "it was written to"),
     "removed": (_remove, "it was removed"),

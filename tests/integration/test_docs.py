@@ -72,7 +72,7 @@ def steps(text: str) -> list[Step]:
 def run(command: str) -> None:
     """Run a command in this process; tests/cli/test_command_line.py covers its start."""
     done = CliRunner().invoke(main, shlex.split(command)[1:])
-    assert done.exit_code == 0, f"{command}: exit status {done.exit_code}\n{done.output}"
+    assert done.exit_code == 0, f"{command}: exit code {done.exit_code}\n{done.output}"
     print(done.stdout, end="")
 
 

@@ -121,7 +121,7 @@ class Failing:
 OPAQUE: dict[str, tuple[Callable[[], Any], str]] = {
     "an endless iterator": (endless, "is an iterator of more than 100,000 items"),
     "a meta tensor": (lambda: torch.ones(1, device="meta"), "is on the meta device, where tensors have no values"),
-    "an object of C": (lambda: memoryview(b"abc"), "is a builtins.memoryview, which shows no attributes"),
+    "an object of C": (lambda: memoryview(b"abc"), "is a builtins.memoryview, whose attributes cannot be read"),
     "an open file": (partial(open, os.devnull), "is an open file"),
     "an object that raises": (Failing, "no attributes today"),
     "too deep": (lambda: functools.reduce(lambda inner, _: [inner], range(60), 1), "is nested deeper than 50 levels"),

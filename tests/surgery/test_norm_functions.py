@@ -142,7 +142,7 @@ def old_read_later(graph: fx.Graph, node: fx.Node, arguments: dict[str, Any]) ->
 
 
 FUNCTIONAL = aten._native_batch_norm_legit_functional.default
-BOTH = "has uses of its updated running_mean and running_var beside writing them back"
+BOTH = "uses its updated running_mean and running_var for more than the update itself"
 UNSERVED = {
     "a saved mean": (aten.native_batch_norm.default, saved_mean, "more than its first result is used"),
     "not written back": (FUNCTIONAL, not_written_back, BOTH),
@@ -150,7 +150,7 @@ UNSERVED = {
     "the old statistic read": (
         FUNCTIONAL,
         old_read_later,
-        "has uses of its updated running_mean beside writing them back",
+        "uses its updated running_mean for more than the update itself",
     ),
 }
 

@@ -111,7 +111,7 @@ def test_a_functional_site_may_return_anything(name: str) -> None:
 def test_a_leaf_that_cannot_be_compared_is_named_and_does_not_pass() -> None:
     found = verified(Net(lambda y: {"y": y, "view": memoryview(b"a")}))
     assert not found.passed
-    note = "output['view'] cannot be compared: is a builtins.memoryview, which shows no attributes"
+    note = "output['view'] cannot be compared: is a builtins.memoryview, whose attributes cannot be read"
     assert check(found, "outputs in evaluation").note == note
 
 

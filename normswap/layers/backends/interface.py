@@ -162,9 +162,9 @@ def _check_transforms(x: Tensor, running: tuple[Tensor, Tensor]) -> None:
         )
     if any(is_captured(tensor) for tensor in running):
         raise LayerError(
-            "training updates running statistics in place, and they are no argument of the function that torch.func "
-            'differentiates: pass the buffers as an argument, or call normswap.set_bn_statistics(model, "running") or '
-            "model.eval() first"
+            "training updates running statistics in place, and the function that torch.func differentiates does not "
+            "take them as an argument: pass the buffers as an argument, or call "
+            'normswap.set_bn_statistics(model, "running") or model.eval() first'
         )
 
 

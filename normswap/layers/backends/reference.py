@@ -164,7 +164,7 @@ def switch_norm_reference(
 
 
 def replace_value(moment: Tensor, value: Tensor) -> Tensor:
-    """Return `value` with the gradient of `moment`, or without gradient where `moment` is not finite."""
+    """Return `value` with the gradient of `moment`, or without gradient if `moment` is not finite."""
     # The difference is 0 and has the gradient; the difference of two infinities would be NaN.
     return value + torch.where(moment.isfinite(), moment - moment.detach(), 0.0)
 
@@ -173,7 +173,7 @@ class _Mixed(NamedTuple):
     """A mixed statistic in two versions.
 
     Attributes:
-        value: its gradient reaches only statistics with a weight above 0. Used where the mixed statistic is inf or NaN:
+        value: its gradient reaches only statistics with a weight above 0. Used if the mixed statistic is inf or NaN:
             other gradients would be so too, and 0 times them would be NaN.
         differentiable: has all gradients, and leaves out terms that are not finite.
     """

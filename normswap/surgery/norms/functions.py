@@ -164,7 +164,7 @@ def unsupported_use(node: fx.Node) -> str | None:
         return "more than its first result is used"
     not_written_back = [name for index, name in call.updated.items() if not _is_written_back(node, index, name)]
     return (
-        f"has uses of its updated {' and '.join(not_written_back)} beside writing them back"
+        f"uses its updated {' and '.join(not_written_back)} for more than the update itself"
         if not_written_back
         else None
     )

@@ -1,4 +1,4 @@
-"""Bad files: one clear line, exit status 2 (1 where the answer is "no"), nothing written, no traceback, no code run."""
+"""Bad files: one clear line, exit code 2 (1 where the answer is "no"), nothing written, no traceback, no code run."""
 
 import contextlib
 import re
