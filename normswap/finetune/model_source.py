@@ -135,7 +135,7 @@ def _build_starting_model(checkpoint: Checkpoint, architecture: str | None, *, t
     record, heads = checkpoint.record, built.fit.heads
     notes = []
     if heads:
-        notes.append(f"{checkpoint.path} has no {_list_names(heads)}: these weights are initialised at random")
+        notes.append(f"{checkpoint.path} has no {_list_names(heads)}: these weights are initialized at random")
     return StartingModel(built.model, built.architecture, built.plan, record.history if record else (), tuple(notes))
 
 

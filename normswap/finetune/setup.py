@@ -136,7 +136,7 @@ def with_head(source: StartingModel, recipe: Recipe, classes: int, example: Tens
         architecture=recorded and with_keyword(recorded, "num_classes", classes),
         notes=(
             *source.notes,
-            f"model.new_head: classifier of {old} classes replaced by one of {classes}, initialised at random",
+            f"model.new_head: classifier of {old} classes replaced by one of {classes}, initialized at random",
         ),
     )
 

@@ -91,7 +91,7 @@ def check_replaceable(
         raise LayerError(f"expected {expected} module, got {kind}")
     if any(isinstance(tensor, torch.Tensor) and is_lazy(tensor) for tensor in tensors.values()):
         raise LayerError(
-            f"expected a module with initialised tensors, got an uninitialised {kind}: run one batch through it first"
+            f"expected a module with initialized tensors, got an uninitialized {kind}: run one batch through it first"
         )
     if children != {*module._modules}:
         then = tuple(module._modules)

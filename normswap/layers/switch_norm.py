@@ -208,7 +208,7 @@ class SwitchNorm(GatedModule):
                     getattr(self, name).fill_(value)
 
     def forward(self, x: Tensor | None = None, *, input: Tensor | None = None) -> Tensor:  # noqa: A002 - torch's name
-        """Normalise x (N, C, *spatial); see `switch_norm`. `input` is torch's name of this argument."""
+        """Normalize x (N, C, *spatial); see `switch_norm`. `input` is torch's name of this argument."""
         return apply_layer(self, _resolve_input(self, x, input))
 
     def extra_repr(self) -> str:
@@ -409,7 +409,7 @@ class SwitchNormAct(SwitchNorm):
         self.act = nn.Identity() if act is None else act
 
     def forward(self, x: Tensor | None = None, *, input: Tensor | None = None) -> Tensor:  # noqa: A002 - torch's name
-        """Normalise x (N, C, *spatial), then run the modules in `then`. `input` is torch's name of this argument."""
+        """Normalize x (N, C, *spatial), then run the modules in `then`. `input` is torch's name of this argument."""
         y = apply_layer(self, _resolve_input(self, x, input))
         for name in self.then:
             y = getattr(self, name)(y)

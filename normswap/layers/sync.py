@@ -183,7 +183,7 @@ BnMomentsFunction = Callable[[Moments, int], BnMoments]
 def switch_norm_synchronized(
     inputs: Inputs, group: "ProcessGroup | None", bn_moments: BnMomentsFunction, *, fused: bool
 ) -> Tensor:
-    """Normalise the local part x of a batch; every process of `group` calls this.
+    """Normalize the local part x of a batch; every process of `group` calls this.
 
     Args:
         inputs: without constants; x may be empty.
@@ -343,7 +343,7 @@ def _add_synchronized_terms(
 def _plain_formula(
     inputs: Inputs, group: "ProcessGroup | None", bn_moments: BnMomentsFunction, *, builds_graph: bool
 ) -> Tensor:
-    """Normalise by the plain formula, with `bn` moments that are differentiable through all processes."""
+    """Normalize by the plain formula, with `bn` moments that are differentiable through all processes."""
     x, mixing = inputs.x, inputs.mixing
     table = reference.instance_moments(x) if x.numel() else _empty_moments(x)
     joint = exchange_moments(

@@ -268,7 +268,7 @@ def _attributes(value: Any, path: str) -> dict[str, Any]:
 
 
 class _NumpyValue(type):
-    """Metaclass whose instance check recognises numpy's values without importing numpy."""
+    """Metaclass whose instance check recognizes numpy's values without importing numpy."""
 
     def __instancecheck__(cls, value: Any) -> bool:
         return type(value).__module__ == "numpy" and hasattr(value, "dtype") and hasattr(value, "tolist")

@@ -39,7 +39,7 @@ from normswap.text import pluralize
 
 _logger = logging.getLogger(__name__)
 
-# At one position, LN over fewer values than this erases the signal (two values normalise to +1 and -1).
+# At one position, LN over fewer values than this erases the signal (two values normalize to +1 and -1).
 _MIN_LN_VALUES = 8
 
 

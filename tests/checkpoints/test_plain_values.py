@@ -294,7 +294,7 @@ CALLS: dict[str, tuple[Callable[[], Any], str]] = {
         ),
         "reaches beyond its storage",
     ),
-    "a quantised view beyond its storage": (
+    "a quantized view beyond its storage": (
         lambda: _tensor("_rebuild_qtensor", STORAGE._typed_storage(), 0, (4096,), (1,), (None, 1.0, 0), False, None),
         "reaches beyond its storage",
     ),

@@ -42,7 +42,7 @@ POINTS = {
 
 @dataclass(frozen=True)
 class Case:
-    """One layer: which batch, how many of its samples are the first process's, and how it is normalised."""
+    """One layer: which batch, how many of its samples are the first process's, and how it is normalized."""
 
     cut: int
     gate: str = "softmax"
@@ -134,7 +134,7 @@ def normalise(case: Case, rank: int) -> dict[str, Tensor | None]:
 
 @contextmanager
 def by_backend(name: str) -> Iterator[None]:
-    """Normalise on CPU as on some device."""
+    """Normalize on CPU as on some device."""
     with use_backend("reference" if name == "reference" else "native"):
         before = sync.passes_for, moment_algebra._as_array
         if name == "plain":
@@ -151,7 +151,7 @@ UNEVEN = Case(1, "simplex")
 
 
 def checkpointed(rank: int) -> list[dict[str, Tensor | None]]:
-    """By both ways of running a segment again; in the second process everything, in the first nothing is normalised."""
+    """By both ways of running a segment again; in the second process everything, in the first nothing is normalized."""
     found = []
     for reentrant in (False, True):
         layer, x = layer_of(EMPTY), part(EMPTY, rank).requires_grad_()

@@ -428,7 +428,7 @@ def test_one_value_per_channel_without_running_statistics_is_refused(training: b
         r"track_running_stats=True, or without `bn` in branches",
     ):
         switch_norm(torch.randn(1, 3, 1, 1), VERTEX, VERTEX, training=training, gate="simplex")
-    # BatchNorm without running statistics normalises by the batch in evaluation too, and fails alike.
+    # BatchNorm without running statistics normalizes by the batch in evaluation too, and fails alike.
     with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
         F.batch_norm(torch.randn(1, 3, 1, 1), None, None, training=True)
 

@@ -1,4 +1,4 @@
-"""Frozen BN is recognised by what it holds and computes, under any class name - and nothing else is."""
+"""Frozen BN is recognized by what it holds and computes, under any class name - and nothing else is."""
 
 from collections.abc import Callable
 

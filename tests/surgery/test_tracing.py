@@ -62,7 +62,7 @@ def test_a_graph_is_of_the_mode_asked_for_whatever_the_flags(training: bool) -> 
 
 
 def test_kernels_are_no_activations() -> None:
-    for name in ("StdConv2d", "ScaledStdConv2d", "kernel standardised by hand"):
+    for name in ("StdConv2d", "ScaledStdConv2d", "kernel standardized by hand"):
         trace = trace_model(zoo.BY_NAME[name].model(), training=False)
         assert trace.graph is not None
         assert any(map(is_batch_norm_call, trace.graph.nodes)), name

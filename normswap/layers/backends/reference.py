@@ -110,7 +110,7 @@ def is_batch_norm(gates: tuple[Tensor, Tensor], mixing: Mixing) -> bool:
 
 
 def batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, constants: Moments, eps: float) -> Tensor:
-    """Normalise x (N, C, *spatial) by constant moments (1, C), as BatchNorm in evaluation."""
+    """Normalize x (N, C, *spatial) by constant moments (1, C), as BatchNorm in evaluation."""
     mean, var = (moment.squeeze(0) for moment in constants)
     weight, bias = (None if p is None else p.to(mean.dtype) for p in (weight, bias))
     return torch.native_batch_norm(x, weight, bias, mean, var, False, 0.0, eps)[0]
@@ -131,7 +131,7 @@ def switch_norm_reference(
     eps: float,
     on_batch_moments: Callable[[Moments], Moments | None] | None = None,
 ) -> Tensor:
-    """Normalise x (N, C, *spatial) with the given importance weights (K,), one per branch.
+    """Normalize x (N, C, *spatial) with the given importance weights (K,), one per branch.
 
     Args:
         constants: moments (1, C) for the `bn` branch; None: those of the batch.

@@ -2,7 +2,7 @@
 
 A reader turns a module into a `NormSpec`. Users add a class with one entry, such as `norms=KNOWN_NORMS | {TheirNorm:
 read_batch_norm}`; classes of other libraries are named by strings and not imported. A class that is not in the table
-but looks like a norm is not converted, and its spec names a remedy; only frozen BN is recognised under any class name.
+but looks like a norm is not converted, and its spec names a remedy; only frozen BN is recognized under any class name.
 """
 
 import copy

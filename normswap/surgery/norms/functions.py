@@ -204,7 +204,7 @@ def is_folded(node: fx.Node) -> bool:
 
 
 def reads_activation(value: Any, sources: frozenset[str] | None = None) -> bool:
-    """Whether a value depends on the inputs of the model; a standardised kernel does not.
+    """Whether a value depends on the inputs of the model; a standardized kernel does not.
 
     Args:
         sources: the names of the placeholders that are inputs of the model; default: all.

@@ -172,7 +172,7 @@ TRAPS: tuple[Trap, ...] = (
     # weights, which are no activations
     _trap("StdConv2d", lambda: nn.Sequential(StdConv2d(3, 8, 3), bn()), IMAGE, "1", kernels=True),
     _trap("ScaledStdConv2d", lambda: nn.Sequential(ScaledStdConv2d(3, 8, 3), bn()), IMAGE, "1", kernels=True),
-    _trap("kernel standardised by hand", Standardised, IMAGE, "bn", kernels=True),
+    _trap("kernel standardized by hand", Standardised, IMAGE, "bn", kernels=True),
     _trap("parametrized kernel", own_parameter_kernel, IMAGE, "1", kernels=True),
     # names and places
     _trap("two names", TwoNames, IMAGE, "bn"),
