@@ -95,7 +95,7 @@ class ConvertedWeights:
         originals: the replaced norms, by site.
         verification: None if nothing was measured.
         inputs: the example inputs.
-        notes: what the file and the model do not share.
+        notes: the differences between the tensors of the file and of the model.
     """
 
     plan: SwapPlan

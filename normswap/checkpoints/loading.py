@@ -78,7 +78,7 @@ class Loaded(NamedTuple):
         return f"Loaded({type(self.model).__name__}, {plan}{rest:.200})"
 
 
-Loaded.__module__ = "normswap"  # its public path, which pickles hold
+Loaded.__module__ = "normswap"  # its public path, which pickles contain
 
 
 def load(
@@ -264,7 +264,7 @@ def build_model(checkpoint: Checkpoint, architecture: Architecture | None = None
 
 
 def _match_model_names(checkpoint: Checkpoint, weights: Mapping[str, Tensor], model: nn.Module) -> StoredNames:
-    """The names of the model's tensors in the file, which may hold copies of the model."""
+    """The names of the model's tensors in the file, which may contain copies of the model."""
     with prefix_errors(checkpoint.path):
         return match_names_and_copies(
             weights, model.state_dict(), prefix=checkpoint.contents.prefix, rename=get_key_renaming(model)
@@ -296,7 +296,7 @@ def _suggest_architectures(checkpoint: Checkpoint, architecture_tried: Architect
         found = identify_state_dict(
             get_state_dict(checkpoint.weights), checkpoint.content, prefix=checkpoint.contents.prefix
         )
-    except CheckpointError:  # the file holds several models
+    except CheckpointError:  # the file contains several models
         return ""
     fitting = [f"architecture={group[0].architecture!r}" for group in found.functions]
     if not fitting or any(architecture_tried == candidate.architecture for candidate in found.candidates):

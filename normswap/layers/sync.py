@@ -5,7 +5,7 @@ One exchange in the forward pass pools the moments, one in the backward pass sum
 
     dmu / M + 2 dvar (x - mu_bn) / M.
 
-The fused version saves what a fused layer saves without processes, x and tables. The plain version takes the joint
+The fused version saves x and tables, as a fused layer of one process does. The plain version takes the joint
 moments as a differentiable function of the local ones. Gradients of weight, bias and gates are those of the local part;
 the trainer sums or averages them, as DDP does.
 """

@@ -1,9 +1,9 @@
 """Outputs of a model as named leaves, and distances between leaves.
 
-Leaves are dense tensors, numbers, and values that are equal or not. They are read from mappings, sequences, sets,
-iterators, dataclasses, plain objects and closures, without `__eq__` of any class. Values that may contain numbers and
-cannot be read are listed with the reason, so that nothing is left out silently. Tensors and numbers are compared by
-their relative L2.
+Leaves are dense tensors, numbers, and other plain values, which must be equal. They are read from mappings, sequences,
+sets, iterators, dataclasses, plain objects and closures, without a call of `__eq__` of any class. Values that may
+contain numbers and cannot be read are listed with the reason, so that nothing is left out silently. Tensors and numbers
+are compared by their relative L2.
 """
 
 import functools
@@ -321,7 +321,7 @@ _WIDE_DTYPES = {float: torch.float64, complex: torch.complex128}
 
 
 def relative_l2(reference: Any, value: Any) -> float:
-    """Return the relative L2 between floating tensors or numbers; other values are 0 (equal) or inf apart.
+    """Return the relative L2 of floating tensors or numbers; for other values 0 if they are equal, else inf.
 
     It is inf if shapes or dtypes differ, or if the values differ at a position at which the reference is inf or NaN.
     """

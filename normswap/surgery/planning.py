@@ -160,7 +160,7 @@ def _skip_reason(
     kind = base_kind(site.kind)
     if kind not in options.kinds:
         wanted = tuple(word for word in KINDS if word == kind or word in options.kinds)
-        why = "is left out by kinds=" if kind == "bn" else NO_BATCH_STATISTICS
+        why = "kinds= does not include" if kind == "bn" else NO_BATCH_STATISTICS
         return f"is {KINDS[kind][1]}, which {why}; pass kinds={wanted} to swap it"
     return None
 

@@ -174,7 +174,7 @@ class _Mixed(NamedTuple):
 
     Attributes:
         value: its gradient reaches only statistics with a weight above 0. Used if the mixed statistic is inf or NaN:
-            other gradients would be so too, and 0 times them would be NaN.
+            other gradients would be inf or NaN too, and 0 times them would be NaN.
         differentiable: has all gradients, and leaves out terms that are not finite.
     """
 

@@ -287,7 +287,7 @@ TRAPS: tuple[Trap, ...] = (
         IMAGE,
         "instance",
         skips={
-            "bn": r"is Batch Normalization, which is left out by kinds=; pass kinds=\('bn', 'in'\) to swap it",
+            "bn": r"is Batch Normalization, which kinds= does not include; pass kinds=\('bn', 'in'\) to swap it",
             "group": r"is GroupNorm of one group, which has no batch .*; pass kinds=\('in', 'gn1'\) to swap it",
         },
         options={"kinds": ("in",)},
