@@ -232,8 +232,8 @@ def groups(rank: int) -> dict[str, Any]:
     layers["local"].synchronize = False
     sync = nn.Sequential(nn.SyncBatchNorm(3, process_group=both))
     taken = convert(sync).model[0]
-    held = {"copied": layers["copied"].process_group is alone, "taken over": taken.process_group is both}
-    return {name: layer(part(UNEVEN, rank)).detach() for name, layer in layers.items()} | {"held": held}
+    groups = {"copied": layers["copied"].process_group is alone, "taken over": taken.process_group is both}
+    return {name: layer(part(UNEVEN, rank)).detach() for name, layer in layers.items()} | {"groups": groups}
 
 
 def refused(rank: int) -> str:
@@ -285,7 +285,7 @@ def train(model: nn.Module, parts: list[Tensor], weight: float) -> dict[str, Ten
 
 
 def trained(rank: int) -> list[dict[str, Tensor]]:
-    """Told by `convert`, told later, and what replaced SyncBatchNorm, each in DDP, which averages gradients."""
+    """Layers synchronized by `convert`, later, and in place of SyncBatchNorm, each in DDP, which averages gradients."""
     converted = [
         convert(network(), torch.zeros(2, 3, 6, 6).double(), synchronize=True).model,
         convert(network(), torch.zeros(2, 3, 6, 6).double()).model,

@@ -132,7 +132,7 @@ def test_one_activation_and_small_tables_are_saved(results: Results) -> None:
 @pytest.mark.multiprocess
 def test_a_group_selects_the_processes_and_copies_share_it(results: Results) -> None:
     for rank, found in enumerate(found["groups"] for found in results):
-        assert found["held"] == {"copied": True, "taken over": True}
+        assert found["groups"] == {"copied": True, "taken over": True}
         joint = truth(UNEVEN)["y"].split([1, 3])[rank]
         for name in ("both", "loaded"):
             assert oracles.relative_error(found[name], joint) < 1e-12

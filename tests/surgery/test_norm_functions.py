@@ -19,7 +19,7 @@ from normswap.surgery.norms.functions import (
     norm_nodes,
     unsupported_use,
 )
-from tests.helpers import laws, zoo
+from tests.helpers import guarantees, zoo
 
 aten = torch.ops.aten
 BATCH_NORMS = [function for function, call in NORM_CALLS.items() if call.kind == "bn"]
@@ -67,11 +67,11 @@ def listed(module: fx.GraphModule) -> list[tuple[Any, ...]]:
 
 @EACH
 def test_every_form_is_a_site_and_the_same_function(function: Any) -> None:
-    held = laws.hold(lambda: program(function), zoo.IMAGE())
-    assert [swap.class_name for swap in held.conversion.plan.swaps] == [call_name(function)]
-    raised = all(error is None for error in held.errors.values())
+    checked = guarantees.check_all(lambda: program(function), zoo.IMAGE())
+    assert [swap.class_name for swap in checked.conversion.plan.swaps] == [call_name(function)]
+    raised = all(error is None for error in checked.errors.values())
     assert raised == (function in WITHOUT_BACKWARD)
-    assert held.gates == 2
+    assert checked.gates == 2
 
 
 @EACH
