@@ -400,7 +400,7 @@ SILENT: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("extra", SILENT.values(), ids=SILENT)
-def test_what_holds_nothing_per_parameter_is_not_named(nets: dict[str, nn.Module], extra: dict[str, Any]) -> None:
+def test_entries_without_a_value_per_parameter_are_not_named(nets: dict[str, nn.Module], extra: dict[str, Any]) -> None:
     torch.save({"model": nets["g"].state_dict(), **extra}, "last.pt")
     assert json.loads(run("convert", "last.pt", *G, *INPUT, "--json").output)["carried"] == []
 

@@ -234,7 +234,7 @@ MAPS: dict[str, tuple[Callable[[dict[str, str]], Any], str]] = {
 
 @pytest.mark.parametrize("kind", ["safetensors", "torch"])
 @pytest.mark.parametrize(("change", "message"), MAPS.values(), ids=MAPS)
-def test_an_index_of_shards_names_what_they_hold(
+def test_an_index_of_shards_lists_their_tensors(
     step: Path, content: dict[str, Any], change: Callable[[dict[str, str]], Any], message: str, kind: str
 ) -> None:
     folder = step.parent / "shards"

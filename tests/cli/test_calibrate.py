@@ -113,7 +113,7 @@ def test_a_file_of_bn_keeps_its_names_and_is_reported_by_inspect(folder: Path) -
     assert [step.action for step in record.history] == ["calibrated", "converted"]
 
 
-def test_what_else_a_file_holds_is_carried(folder: Path) -> None:
+def test_other_entries_of_a_file_are_copied(folder: Path) -> None:
     model = files.small_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     content = {

@@ -56,7 +56,7 @@ def test_guarantee_1_lets_no_error_of_the_converted_model_pass() -> None:
         guarantees.same_function(plain(), converted(lambda m: m.register_forward_hook(lambda *_: 1 / 0)), zoo.IMAGE())
 
 
-def test_guarantee_1_is_silent_where_the_original_raises() -> None:
+def test_guarantee_1_skips_the_mode_in_which_the_original_raises() -> None:
     model = zoo.BY_NAME["one position"].model()
     errors = guarantees.same_function(model, convert(model, zoo.IMAGE()).model, zoo.image(1, 3, 9, 9)())
     assert [mode for mode, error in errors.items() if error is None] == ["training", "as it is"]

@@ -58,7 +58,7 @@ def test_an_old_module_path_gives_its_names(survey: dict[str, Any], module: str)
     assert not found["silent"], "these moved, and the old path gives them without a DeprecationWarning"
 
 
-def test_what_docs_showed_and_pickles_hold_is_not_left_behind(survey: dict[str, Any]) -> None:
+def test_names_in_docs_and_pickles_of_earlier_versions_still_work(survey: dict[str, Any]) -> None:
     assert not survey["undocumented"]
     assert not survey["unpickled"]
 

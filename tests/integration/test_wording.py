@@ -387,7 +387,7 @@ CONTENTS = {
 
 
 @pytest.mark.parametrize(("make", "message"), CONTENTS.values(), ids=CONTENTS)
-def test_what_holds_no_state_dict_is_reported_with_how_to_save_one(
+def test_a_file_without_a_state_dict_is_reported_with_how_to_save_one(
     folder: Path, make: Callable[[], Any], message: str
 ) -> None:
     torch.save(make(), "odd.pt")
@@ -397,7 +397,7 @@ def test_what_holds_no_state_dict_is_reported_with_how_to_save_one(
         assert ": save the model's own weights with torch.save(model.state_dict(), path)" in shown
 
 
-def test_the_weights_that_are_meant_are_named_where_a_file_holds_several(folder: Path) -> None:
+def test_the_selected_weights_are_named_if_a_file_contains_several(folder: Path) -> None:
     state = files.small_model().state_dict()
     torch.save({"state_dict": state, "state_dict_ema": state}, "two.pt")
     options = ("--arch", files.ARCH, "--input", "2x3x64x64")

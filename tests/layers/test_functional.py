@@ -322,7 +322,7 @@ STABILITY = {
 
 @pytest.mark.parametrize("gates", [VERTEX, torch.tensor([1 / 3] * 3)], ids=["bn vertex", "uniform"])
 @pytest.mark.parametrize(("dtype", "ratio", "tolerance"), STABILITY.values(), ids=STABILITY)
-def test_a_large_mean_beside_the_deviation_does_no_harm(
+def test_a_mean_much_larger_than_the_deviation_costs_no_digits(
     dtype: torch.dtype, ratio: float, tolerance: float, gates: Tensor
 ) -> None:
     x = (torch.randn(2, 3, 8, 8) + ratio).to(dtype).requires_grad_()

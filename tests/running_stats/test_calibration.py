@@ -84,7 +84,7 @@ def test_in_one_pass_each_layer_gets_the_statistics_of_batch_normalized_inputs(m
 
 @every_make
 @torch.no_grad()
-def test_layer_by_layer_each_layer_gets_the_statistics_of_what_it_is_fed_in_evaluation(make: Callable[[], Any]) -> None:
+def test_layer_by_layer_each_layer_gets_the_statistics_of_its_inputs_in_evaluation(make: Callable[[], Any]) -> None:
     model, original = make(), chain()
     result = calibrate(model, BATCHES, layer_by_layer=True, include_frozen=True)
     x = original[0](EVERYTHING)

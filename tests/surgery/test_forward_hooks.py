@@ -80,7 +80,7 @@ def test_an_empty_batch_is_an_activation() -> None:
     assert observe(zoo.HiddenHelper(), torch.empty(0, 8, 9, 9)).functional == {"": [(0, 8, 9, 9)]}
 
 
-def test_producers_are_modules_and_functions_whose_very_output_is_fed() -> None:
+def test_producers_are_modules_and_functions_whose_output_is_the_input() -> None:
     assert observe(zoo.ListBeside(), zoo.IMAGE()).producers == {"bn1": "relu", "bn2": "relu"}
     assert observe(zoo.SharedBlock(zoo.bn()), zoo.IMAGE()).producers == {"left": "stem"}
     assert observe(zoo.bn(3), zoo.IMAGE()).producers == {}

@@ -99,7 +99,7 @@ WRAPPED: dict[str, tuple[Callable[[Tensor], Any], str]] = {
 
 @pytest.mark.parametrize(("wrap", "path"), WRAPPED.values(), ids=WRAPPED)
 @pytest.mark.filterwarnings("ignore:Sparse CSR")
-def test_what_a_value_holds_is_found_under_its_path(wrap: Callable[[Tensor], Any], path: str) -> None:
+def test_the_parts_of_a_value_are_found_under_their_paths(wrap: Callable[[Tensor], Any], path: str) -> None:
     leaves = read_leaves(wrap(torch.tensor([1.0, 2.5])))
     assert leaves.opaque == {}
     assert path in leaves.values

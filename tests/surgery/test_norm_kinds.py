@@ -72,7 +72,7 @@ def test_other_kinds_are_refused(kinds: Any) -> None:
         plan_swaps(stylised(), kinds=kinds)
 
 
-def test_branches_must_hold_where_each_kind_starts() -> None:
+def test_branches_must_include_the_starting_branch_of_each_kind() -> None:
     plan = plan_swaps(stylised(), zoo.IMAGE(), kinds=("in",), branches=("in", "ln"))
     assert [(swap.fqn, swap.branches) for swap in plan.swaps] == [("instance", ("in", "ln"))]
     plan = plan_swaps(stylised(), zoo.IMAGE(), kinds=("bn", "gn1"), branches=("ln", "bn"))
@@ -83,7 +83,7 @@ def test_branches_must_hold_where_each_kind_starts() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:input's size at dim=1 does not match num_features:UserWarning")
-def test_only_the_channels_that_were_fed_count() -> None:
+def test_only_the_channels_of_the_inputs_count() -> None:
     """An InstanceNorm without weight takes any number of channels, whatever it was made for, and only warns."""
     model = zoo.Chain(nn.InstanceNorm2d(1))
     plan = plan_swaps(model, zoo.IMAGE(), **ALL)

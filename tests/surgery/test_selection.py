@@ -199,7 +199,7 @@ def test_settings_override_the_arguments(settings: Any, key: str, expected: tupl
     assert chosen(planned(settings), key) == dict(zip(SITES, expected, strict=True))
 
 
-def test_the_arguments_hold_where_no_setting_speaks() -> None:
+def test_the_arguments_apply_without_a_matching_setting() -> None:
     plan = planned(
         {"second": {"branches": ("in", "bn")}}, branches=("ln", "bn"), bn_statistics="running", gate="softmax"
     )

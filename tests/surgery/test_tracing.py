@@ -116,7 +116,7 @@ def test_a_failed_trace_is_a_value_with_the_first_reason() -> None:
     assert trace.reason == "TraceError: symbolically traced variables cannot be used as inputs to control flow"
 
 
-def test_timms_leaves_are_kept_only_where_they_hold_no_norm() -> None:
+def test_timms_leaves_are_kept_only_if_they_contain_no_norm() -> None:
     model = create_model("efficientnet_b0")
     assert len(read(model).order) == 49
 

@@ -107,7 +107,7 @@ def graphs_are_asked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("graphs_are_asked")
 @pytest.mark.parametrize(("make", "inputs", "path", "reason"), PATHS.values(), ids=PATHS)
-def test_the_first_path_that_can_be_accepted_serves(
+def test_the_first_acceptable_path_is_used(
     make: Callable[[], nn.Module], inputs: Callable[[], Any], path: str, reason: str
 ) -> None:
     torch.manual_seed(0)

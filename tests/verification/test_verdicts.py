@@ -293,7 +293,7 @@ CARRIERS: dict[str, Callable[[Tensor], Any]] = {
 
 
 @pytest.mark.parametrize("carry", CARRIERS.values(), ids=CARRIERS)
-def test_a_carrier_beside_an_output_hides_no_difference(carry: Callable[[Tensor], Any]) -> None:
+def test_another_value_in_an_output_hides_no_difference(carry: Callable[[Tensor], Any]) -> None:
     def model(broken: bool) -> nn.Module:
         net = Net(lambda y: y, broken=broken)
         net.wrap = lambda y: (net.conv.weight.sum(), carry(y), net)
