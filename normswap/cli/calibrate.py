@@ -69,7 +69,7 @@ def parse_size(_context: Any, _parameter: Any, text: str | None) -> Size | None:
     "source",
     required=True,
     metavar="SPEC",
-    help="folder:PATH, digits, digits:shifted, or a name such as torch/NAME.",
+    help="Data set: folder:PATH, digits, digits:shifted, or a timm name such as torch/NAME.",
 )
 @click.option("--split", default="train", show_default=True, help="Part of the data set.")
 @click.option("--data-root", metavar="PATH", help="Folder of the data set, if --data is a name such as torch/NAME.")

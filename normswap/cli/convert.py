@@ -51,7 +51,7 @@ _SWAP_OPTIONS = ("include", "exclude", "kinds", "gate", "synchronize")
 @click.option(
     "--gate",
     type=click.Choice(_GATES),
-    help="simplex (default) starts as the same function; softmax, the gate of the paper, at the uniform mix.",
+    help="simplex (default) starts at the same function; softmax, as in the paper, at equal weights: another function.",
 )
 @click.option(
     "--synchronize",
