@@ -33,7 +33,7 @@ WIDTH = 100
 # Phrases that the pages must not contain: words that the project used before it used those of the field.
 OLD_WORDS = (
     "anew|law 1|parity|proof|proves?|proved|told|tells|said|held|lies|is fed|are fed|the ground|alike|as ever|at hand"
-    "|way out|kin|likelier|hangs? on|in place of|takes? the place|priced?|batch[ _]price|begun"
+    "|way out|kin|likelier|hangs? on|in place of|takes? the place|priced?|batch[ _]price|begun|beside|stands? for"
 )
 
 
