@@ -92,11 +92,11 @@ class FileConversion:
     Examples:
         >>> import torch, normswap
         >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))
-        >>> torch.save(model.state_dict(), "model.pt")
+        >>> torch.save(model.state_dict(), "bn.pt")
         >>> x = torch.randn(2, 3, 16, 16)
-        >>> result = normswap.convert_file("model.pt", architecture=model, example_inputs=x)
-        >>> str(result.output), result.written, result.verification.passed
-        ('model.normswap.pt', True, True)
+        >>> result = normswap.convert_file("bn.pt", architecture=model, example_inputs=x)
+        >>> result.output.name, result.written, len(result.plan.swaps)
+        ('bn.normswap.pt', True, 1)
     """
 
     __module__ = "normswap"

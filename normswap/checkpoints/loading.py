@@ -70,9 +70,8 @@ class Loaded(NamedTuple):
         >>> import torch, normswap
         >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))
         >>> torch.save({"model": model.state_dict(), "epoch": 3}, "trained.pt")
-        >>> loaded = normswap.load("trained.pt", architecture=model)
-        >>> loaded.rest, loaded.plan
-        ({'epoch': 3}, None)
+        >>> normswap.load("trained.pt", architecture=model)
+        Loaded(Sequential, not converted, rest: epoch)
     """
 
     model: nn.Module
