@@ -215,7 +215,7 @@ def _is_in_place_name(name: str) -> bool:
 
 @contextmanager
 def preserved_state(modules: Iterable[nn.Module], *, follow_objects: bool = True) -> Iterator[None]:
-    """Restore at the end everything that a forward pass changed in `modules` and in the objects they refer to.
+    """Restore at the end everything that a forward pass changed in `modules` and in all objects reached from them.
 
     Every object stays the same object. The copies need as much memory as the tensors.
 

@@ -210,7 +210,7 @@ def current_names(renamed: Mapping[str, str], values: Mapping[str, T], owner: st
 
     Args:
         renamed: the new name of each renamed key.
-        owner: the name of the class or table that the keys belong to, for the message.
+        owner: the name of the class or table with the keys, for the message.
 
     Raises:
         TypeError: `values` has a key under both names.

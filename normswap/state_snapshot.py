@@ -67,7 +67,7 @@ def container_items(container: Any) -> list[Any]:
 
 
 def same_items(container: Any, first: list[Any], second: list[Any]) -> bool:
-    """Return whether two lists hold the same objects, in the same order unless they are the items of a set."""
+    """Return whether two lists contain the same objects, in the same order unless they are the items of a set."""
     if len(first) != len(second):
         return False
     if isinstance(container, set):

@@ -72,7 +72,7 @@ def _scramble(model: nn.Module) -> None:
         elif name.endswith("running_mean"):
             buffer.normal_(0, 0.3)
     for parameter in model.parameters():
-        # Scales initialised with 0 or 1e-6 would hide a whole branch.
+        # Scales initialized with 0 or 1e-6 would hide a whole branch.
         if parameter.dim() <= 1 or parameter.abs().max() < 1e-2:
             parameter.data.add_(torch.empty_like(parameter).uniform_(0.1, 0.5))
 

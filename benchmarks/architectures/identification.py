@@ -57,7 +57,7 @@ class Case:
 
 
 def main() -> None:
-    """Identify all models, write the page; exit status 1 if any identification failed."""
+    """Identify all models, write the page; exit code 1 if any identification failed."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     shapes_by_build: dict[str, Shapes] = {}
     groups: set[tuple[str, ...]] = set()

@@ -32,7 +32,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 # Modules of torchvision that are not in the index, with the reason.
 EXCLUDED = {
-    "torchvision.models.quantization": "the tensors equal those of the float model; quantised networks have no norms",
+    "torchvision.models.quantization": "the tensors equal those of the float model; quantized networks have no norms",
 }
 _IMAGE_SIZE = {"timm": "img_size", "torchvision": "image_size"}
 # Two builds define a line, and the default build must be a point of it. Both arguments vary at once: with these values

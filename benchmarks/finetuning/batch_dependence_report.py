@@ -115,7 +115,7 @@ fine-tuned on digits with other colours, contrast and brightness. *Transfer*: tr
 new head fine-tuned on 5 to 9, all clean. Each run has {_numbers(steps)} steps. The learning rate of the network is
 {_numbers(rates)}, the rate selected most often for the converted network in the evidence; that of the gates is
 {_numbers(gates)} times as large. For one seed, all penalties start from the same network and get the same images in the
-same order. With `renorm` the `bn` branch normalises with the running statistics in training too.
+same order. With `renorm` the `bn` branch normalizes with the running statistics in training too.
 
 **Limits.** This is one small network, one data set and few seeds: differences of one or two points are not significant.
 With the same number of steps, larger batches train on more images. The effect of a penalty also depends on the learning

@@ -31,7 +31,7 @@ BRANCHES = ("in", "ln", "bn")
 
 
 def main() -> int:
-    """Run the demo; return the exit status."""
+    """Run the demo; return the exit code."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     torch.set_num_threads(1)  # images this small gain nothing from a second thread
     start = time.monotonic()
@@ -74,7 +74,7 @@ def run_normswap(console: Console, *arguments: str) -> None:
     sys.stdout.flush()
     status = subprocess.run([sys.executable, "-m", "normswap", *arguments], cwd=ROOT, check=False).returncode
     if status != 0:
-        raise SystemExit(f"error: `normswap {arguments[0]}` failed with exit status {status}; see its message above")
+        raise SystemExit(f"error: `normswap {arguments[0]}` failed with exit code {status}; see its message above")
     console.print()
 
 

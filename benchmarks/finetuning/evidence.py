@@ -1,6 +1,6 @@
 """Compare all arms at batch size 2 on shifted digits with several seeds (`make evidence`) -> docs/measured/evidence.md.
 
-All measurements are in benchmarks/results/evidence.json; `--rewrite` only writes the page from them. Exit status 1 if
+All measurements are in benchmarks/results/evidence.json; `--rewrite` only writes the page from them. Exit code 1 if
 the converted network differs from the original or its lead is below the target.
 """
 
@@ -36,7 +36,7 @@ Weights = dict[str, list[dict[str, float]]]
 
 
 def main() -> int:
-    """Run the evidence, or only write the page; return the exit status."""
+    """Run the evidence, or only write the page; return the exit code."""
     options = _options()
     raw = options.records
     if options.rewrite:

@@ -29,7 +29,7 @@ TILE, BORDER = 34, 2
 
 
 def main() -> int:
-    """Draw the picture; return the exit status."""
+    """Draw the picture; return the exit code."""
     values = shown_values()
     # A figure without pyplot, which would look for a display.
     figure = Figure(figsize=(11.6, 3.7), dpi=150, facecolor="white")

@@ -160,7 +160,7 @@ def _wait_for_a_new_temporary(work: Work, before: set[str], seconds: float) -> N
 
 
 def main() -> int:
-    """Kill runs and print the results as JSON; exit status 1 if there is a failure."""
+    """Kill runs and print the results as JSON; exit code 1 if there is a failure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", metavar="N", type=int, default=100, help="number of runs to kill (default 100)")
     parser.add_argument("--seed", type=int, default=SEED, help="seed of the moments (default %(default)s)")

@@ -28,7 +28,7 @@ _REFUSED = ("1", "2")
 
 
 def main() -> int:
-    """Run the mutations, print the failures, write the page; exit status 1 if there are failures."""
+    """Run the mutations, print the failures, write the page; exit code 1 if there are failures."""
     options = _options()
     torch.set_num_threads(1)
     register()
@@ -71,7 +71,7 @@ def document(trials: Sequence[Trial], *, seed: int) -> str:
         "",
         f"**{len(failed)} failures.** Slowest trial: {slowest.seconds:.1f} s ({slowest.kind}, {slowest.mutation}).",
         "",
-        "Refused means exit status 1 or 2 of `convert`. Other files are still valid after the damage: it changed",
+        "Refused means exit code 1 or 2 of `convert`. Other files are still valid after the damage: it changed",
         "weights, bytes between the members of an archive, or parts that normswap does not read. `convert` also",
         "refuses converted files, pickled modules, training checkpoints and TorchScript files without damage.",
         "",

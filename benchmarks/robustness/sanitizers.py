@@ -34,7 +34,7 @@ REPORT = "ERROR: AddressSanitizer: heap-buffer-overflow"
 
 
 def main() -> int:
-    """Build, plant a fault, run tests and random shapes; exit status 1 if the sanitizer or a test reports an error."""
+    """Build, plant a fault, run tests and random shapes; exit code 1 if the sanitizer or a test reports an error."""
     options = _options()
     if options.shapes_only:
         return _try_shapes(options.shapes, options.seed)
@@ -64,7 +64,7 @@ def _run_all(scratch: Path, options: argparse.Namespace) -> int:
         _build(tree)
     found = _python(planted, "-c", _PLANTED_CALL, capture=True)
     if found.returncode == 0 or REPORT not in found.stderr:
-        print(f"error: planted fault not reported (exit status {found.returncode}): {found.stderr[-2000:]}")
+        print(f"error: planted fault not reported (exit code {found.returncode}): {found.stderr[-2000:]}")
         return 1
     print("planted fault: reported")
     shapes = (
@@ -79,7 +79,7 @@ def _run_all(scratch: Path, options: argparse.Namespace) -> int:
     tests = ("-m", "pytest", "-q", "-p", "no:xdist", "-k", EXCLUDED, *map(str, _test_files(whole)))
     # Run both, also after a failure.
     statuses = [_python(whole, *command).returncode for command in (shapes, tests)]
-    print("sanitizers: nothing reported" if not any(statuses) else f"failed: exit statuses {statuses}")
+    print("sanitizers: nothing reported" if not any(statuses) else f"failed: exit codees {statuses}")
     return int(any(statuses))
 
 

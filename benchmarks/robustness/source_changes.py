@@ -1,6 +1,6 @@
 """Change source files at random moments while they are converted (`make fuzz`).
 
-A conversion must either write the tensors of one version of the file, or end with exit status 2, an error of one line
+A conversion must either write the tensors of one version of the file, or end with exit code 2, an error of one line
 and no output. A signal, a traceback or tensors of two versions are failures. All runs are forked from this process,
 which has already imported torch. The tests run a few changes.
 """
@@ -110,7 +110,7 @@ def _seconds(folder: Path, name: str) -> float:
 
 
 def _run(folder: Path, name: str, meanwhile: Callable[[Path, Path], None]) -> tuple[int, str]:
-    """Return the exit status of a conversion, negative for a signal, and its text on stderr."""
+    """Return the exit code of a conversion, negative for a signal, and its text on stderr."""
     work = folder / "work"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
@@ -145,14 +145,14 @@ def _result(folder: Path, status: int, error: str, versions: tuple[State, State]
     if status == 2 and not left and error.startswith("error: ") and error.count("\n") == 1:
         return "refused"
     if status != 0 or left != ["out.pt"]:
-        return f"exit status {status}, files {left}, stderr {error[-200:]!r}"
+        return f"exit code {status}, files {left}, stderr {error[-200:]!r}"
     written = torch.load(folder / "work" / "out.pt")
     complete = (all(torch.equal(written[key], value) for key, value in version.items()) for version in versions)
     return "converted" if any(complete) else "tensors of two versions"
 
 
 def main() -> int:
-    """Change sources and print the results as JSON; exit status 1 if there is a failure."""
+    """Change sources and print the results as JSON; exit code 1 if there is a failure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", metavar="N", type=int, default=100, help="number of conversions (default 100)")
     parser.add_argument("--seed", type=int, default=SEED, help="seed of the moments (default %(default)s)")

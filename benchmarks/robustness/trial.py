@@ -23,7 +23,7 @@ _MAX_MEMORY = re.compile(r"can't allocate memory|not enough memory|MemoryError|C
 
 @dataclass
 class Trial:
-    """The result of one mutation. `answers` has the exit status of each command and the result of `load`."""
+    """The result of one mutation. `answers` has the exit code of each command and the result of `load`."""
 
     index: int
     kind: str
@@ -98,7 +98,7 @@ class Bench:
         if error is not None and not isinstance(error, SystemExit):
             trial.failures.append(f"{command}: {type(error).__name__}: {str(error)[:200]}")
         elif result.exit_code not in (0, 1, 2):
-            trial.failures.append(f"{command}: exit status {result.exit_code}")
+            trial.failures.append(f"{command}: exit code {result.exit_code}")
         elif result.exit_code and (not result.stderr.startswith("error: ") or result.stderr.count("\n") != 1):
             trial.failures.append(f"{command}: expected one line that starts with error:, got {result.stderr[:200]}")
         elif _MAX_MEMORY.search(result.stderr):

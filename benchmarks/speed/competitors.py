@@ -39,7 +39,7 @@ class EagerSwitchNorm(nn.Module):
         self.register_buffer("running_var", torch.ones(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise x (N, C, *spatial)."""
+        """Normalize x (N, C, *spatial)."""
         per_channel = (1, -1) + (1,) * (x.dim() - 2)
         var_in, mean_in = torch.var_mean(x, dim=tuple(range(2, x.dim())), correction=0, keepdim=True)
         square = var_in + mean_in**2

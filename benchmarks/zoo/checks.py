@@ -1,7 +1,8 @@
 """Build one model, give its batch norms random values, convert it and check the conversion.
 
-`normswap.verify` compares the functions; the other checks are those of the tests (laws.py), which do not use the
-package. Errors of the original model, when it is built or run, are recorded separately from failures of normswap.
+`normswap.verify` compares the functions; the other checks are those of the tests (tests/helpers/guarantees), which do
+not use the package. Errors of the original model, when it is built or run, are recorded separately from failures of
+normswap.
 """
 
 import time
@@ -36,7 +37,7 @@ from normswap.model_state import call_model, preserved_state, seeded, training_f
 from normswap.surgery.arguments import describe_shapes
 from normswap.surgery.discovery.whole_model import tracing_path
 from normswap.surgery.plan import SwapPlan
-from tests.helpers import laws
+from tests.helpers import guarantees
 
 # The checks are shared with the tests, which import their helpers by name.
 
@@ -120,15 +121,15 @@ def _check(entry: Entry, record: Record, save: Save, float64_parameters: int, qu
     with _stage(record, "trace", save):
         whole = tracing_path(model, inputs)
     record.path, record.path_reason = whole.path, whole.reason
-    before = laws.Record.of(model)
+    before = guarantees.Record.of(model)
     with _stage(record, "plan", save):
         plan = normswap.plan_swaps(model, inputs)
     with _stage(record, "swap", save):
         converted = normswap.convert(model, plan=plan).model
     _account(model, plan, record)
     with _stage(record, "check unchanged parts", save), _recorded(record):
-        laws.nothing_else_changed(before, converted, plan, same_objects=False)
-        laws.nothing_else_changed(before, model, SwapPlan((), (), ""), same_objects=True)
+        guarantees.nothing_else_changed(before, converted, plan, same_objects=False)
+        guarantees.nothing_else_changed(before, model, SwapPlan((), (), ""), same_objects=True)
     del before
     with _stage(record, "check the plan", save), _recorded(record):
         _accounted_for(plan)
@@ -138,10 +139,10 @@ def _check(entry: Entry, record: Record, save: Save, float64_parameters: int, qu
         with _stage(record, "check gate gradients", save), _recorded(record):
             record.gates_checked = _check_gate_gradients(entry, converted, inputs, plan, record)
     with _stage(record, "check reversal", save), _recorded(record):
-        laws.plan_survives_json(plan)
-        laws.converting_twice_changes_nothing(converted, plan, None)
+        guarantees.plan_survives_json(plan)
+        guarantees.converting_twice_changes_nothing(converted, plan, None)
         del converted
-        laws.reverts(model, None, plan=plan)
+        guarantees.reverts(model, None, plan=plan)
 
 
 def smallest_of_each_family(zoo: str) -> list[str]:
@@ -363,7 +364,7 @@ def _compare_in_float32(model: nn.Module, converted: nn.Module, inputs: Any, rec
 
 def _distance(first: Sequence[Any], second: Sequence[Any]) -> float:
     pairs = [(a, b) for a, b in zip(first, second, strict=True) if isinstance(a, Tensor) and a.is_floating_point()]
-    return max((laws.distance(a, b) for a, b in pairs), default=0.0)
+    return max((guarantees.distance(a, b) for a, b in pairs), default=0.0)
 
 
 def _check_gate_gradients(entry: Entry, converted: nn.Module, inputs: Any, plan: SwapPlan, record: Record) -> int:
@@ -372,11 +373,11 @@ def _check_gate_gradients(entry: Entry, converted: nn.Module, inputs: Any, plan:
     if entry.view is not None:
         view = entry.view(converted)
         inside = next(name for name, _ in view.named_children())
-        return laws.alive(view, [f"{inside}.{fqn}" for fqn in swapped], inputs)
+        return guarantees.alive(view, [f"{inside}.{fqn}" for fqn in swapped], inputs)
     if record.precision == "float64":
-        return laws.alive(converted, swapped, inputs)
-    layers = laws.paths(converted)
-    gates = {f"{fqn}.{gate}": getattr(layers[fqn], gate) for fqn in swapped for gate in laws.GATES}
+        return guarantees.alive(converted, swapped, inputs)
+    layers = guarantees.paths(converted)
+    gates = {f"{fqn}.{gate}": getattr(layers[fqn], gate) for fqn in swapped for gate in guarantees.GATES}
     gates = {name: gate for name, gate in gates.items() if gate.requires_grad}
     if not gates:
         return 0

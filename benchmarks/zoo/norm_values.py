@@ -23,7 +23,7 @@ _SMALLEST_VAR = 1e-3
 
 
 def batch_norms(model: nn.Module) -> set[nn.Module]:
-    """Return every module that normalises with batch statistics, by its class or its buffers."""
+    """Return every module that normalizes with batch statistics, by its class or its buffers."""
     return {module for module in model.modules() if _is_batch_norm(module)}
 
 

@@ -15,9 +15,9 @@ OUTPUT = ROOT / "zoo-output"
 
 # The accepted reasons to skip a batch norm: name, pattern of the class name, pattern of the reason in the plan.
 ACCEPTED_REASONS = {
-    "quantised": (r"torch\.ao\.nn\.(quantized|qat)\.", r"^$"),
+    "quantized": (r"torch\.ao\.nn\.(quantized|qat)\.", r"^$"),
     "fused intrinsic": (r"torch\.ao\.nn\.intrinsic\.", r"^$"),
-    "kernel standardisation": (r"^$", r"standardis|standardiz"),
+    "kernel standardization": (r"^$", r"standardis|standardiz"),
     "no signal left": (r"^$", r"leave only the branch bn"),
 }
 MODEL_FAILS = "the original model fails"

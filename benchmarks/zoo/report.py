@@ -38,8 +38,8 @@ much at 64 px are repeated at the full size. `zoo-output/coverage.json` has the 
 """.strip().splitlines()
 
 _REASONS = """
-Any other reason is a failure. Quantised and fused intrinsic modules contain no separate batch norm. A batch norm call
-on a *kernel* standardises weights, not activations. With one spatial position and few channels, instance and layer norm
+Any other reason is a failure. Quantized and fused intrinsic modules contain no separate batch norm. A batch norm call
+on a *kernel* standardizes weights, not activations. With one spatial position and few channels, instance and layer norm
 remove the signal. An original model that cannot be built or run cannot be checked.
 """.strip().splitlines()
 

@@ -1,4 +1,4 @@
-"""The transformers architectures with batch norms, randomly initialised from their configurations.
+"""The transformers architectures with batch norms, randomly initialized from their configurations.
 
 They were found by building every class of the auto mappings on `meta`, and by searching the modeling files for norms
 that an option enables. Transformer stacks are cut to two layers; other reductions are in the rows.

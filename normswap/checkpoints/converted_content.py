@@ -95,7 +95,7 @@ class ConvertedWeights:
         originals: the replaced norms, by site.
         verification: None if nothing was measured.
         inputs: the example inputs.
-        notes: what the file and the model do not share.
+        notes: the differences between the tensors of the file and of the model.
     """
 
     plan: SwapPlan
@@ -270,7 +270,7 @@ def find_networks(
         own_keys = {names.stored[name] for name in own if name in names.stored}
         copied = {key for each in names.copies for key in each.stored.values()}
         other_keys = [key for key in weights if key not in own_keys and key not in copied]
-        found += _network_from_tensors("other tensors beside it", {key: weights[key] for key in other_keys})
+        found += _network_from_tensors("other tensors next to it", {key: weights[key] for key in other_keys})
     for key_path, same in (is_copy or {}).items():
         value = get_entry(checkpoint.content, key_path)
         if same:
@@ -325,7 +325,7 @@ def _update_optimizers(
         masters = find_master_weights(content, key_path, contents.optimizers)
         after: Any = None
         if masters:
-            note = f"left as it is, {masters[0]} beside it contains copies of the parameters: create a new optimizer"
+            note = f"left as it is, {masters[0]} next to it contains copies of the parameters: create a new optimizer"
         else:
             after, note = _add_gates(state, networks, is_only_optimizer=len(contents.optimizers) == 1)
         optimizer_updates.append(_OptimizerUpdate(key_path, state, after))

@@ -193,7 +193,7 @@ def convert_file(
         path: a checkpoint: a state dict, a training checkpoint, a pickled module, an exported program, a folder of
             shards.
         output: the file to write; a name in `.safetensors` becomes that format, other names torch's. Default:
-            `model.normswap.pt` beside `model.pt`, in the format of the source.
+            `model.normswap.pt` next to `model.pt`, in the format of the source.
         architecture: as for `load`. `"none"` converts tensors by their names, without a model, which cannot be
             verified. With several entries a mapping from entry to architecture, or one architecture for all.
         entry: which of several sets of weights to convert, such as `"state_dict_ema"`. A list converts several

@@ -1,4 +1,4 @@
-"""Where a command writes a changed file, in which format, and how a converted file is written.
+"""The output of a conversion: its path, its format, and how a converted file is written.
 
 Importing this module does not import torch: the command line checks paths with it before it starts anything slow.
 """
@@ -44,10 +44,10 @@ _KNOWN_ZOOS = ("timm:", "torchvision:")
 
 
 def output_path(file: Path, output: str | Path | None, tag: str, *, as_program: bool = False) -> Path:
-    """Return the path that a changed `file` is written to: `output`, or `model.TAG.pt` beside `model.pt`.
+    """Return the path of the output for `file`: `output`, or `model.TAG.pt` next to `model.pt`.
 
     Args:
-        tag: what the default name has before the suffix.
+        tag: the word before the suffix in the default name.
         as_program: whether an exported program is written as a program; its weights alone are written as a `.pt` file.
 
     Raises:
@@ -84,7 +84,7 @@ def check_output(file: Path, target: Path, *, overwrite: bool) -> None:
 
 
 def copy_folder(target: Path | None) -> Path:
-    """Return the folder for the private copy of the source: beside the output, or TMPDIR if nothing is written.
+    """Return the folder for the private copy of the source: that of the output, or TMPDIR if nothing is written.
 
     The file system of the output needs room for a file of that size anyway.
     """
@@ -121,13 +121,14 @@ def select_format(target: Path, source: "Checkpoint", *, named: bool, weights_on
 def _check_program(target: Path, source: "Checkpoint") -> None:
     if source.program is not None and target.suffix != _PROGRAM_SUFFIX:
         raise CheckpointError(
-            f"{target}: an exported program is written as an exported program: choose output='NAME{_PROGRAM_SUFFIX}', "
-            "or convert its weights alone by passing architecture="
+            f"{target}: expected a name that ends in {_PROGRAM_SUFFIX} for an exported program: choose "
+            f"output='NAME{_PROGRAM_SUFFIX}', or convert only its weights by passing architecture="
         )
     if source.program is None and target.suffix == _PROGRAM_SUFFIX:
         raise CheckpointError(
-            f"{target}: the weights alone are no exported program: choose output='NAME.pt', or convert the program "
-            "with trust=True and without architecture=, if you trust the source of the file"
+            f"{target}: {_PROGRAM_SUFFIX} is for exported programs, but only weights are written: choose "
+            "output='NAME.pt', or convert the program with trust=True and without architecture=, if you trust the "
+            "source of the file"
         )
 
 
@@ -266,7 +267,7 @@ class OutputWriter:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What happened to tensors that the model does not have, to a graph, and to the files beside the weights."""
+        """What happened to tensors that the model does not have, to a graph, and to the other files in the folder."""
         graph_note = (
             "the program: left out, only its weights are converted (trust=True without architecture= converts all)"
         )
@@ -363,7 +364,7 @@ class OutputWriter:
         )
 
     def load_arguments(self) -> tuple[str, ...]:
-        """Return what `load` needs beside the path of the output, as Python code."""
+        """Return the arguments of `load` for the output, as Python code."""
         from normswap.checkpoints.formats.formats import needs_trust
 
         source, architecture, target = self.source, self.weights.architecture, self.options.target

@@ -85,7 +85,7 @@ class Loaded(NamedTuple):
         return f"Loaded({type(self.model).__name__}, {plan}{rest:.200})"
 
 
-Loaded.__module__ = "normswap"  # its public path, which pickles hold
+Loaded.__module__ = "normswap"  # its public path, which pickles contain
 
 
 def load(
@@ -99,8 +99,8 @@ def load(
 
     Args:
         path: the file, or the folder.
-        architecture: the model that the tensors belong to; needed if neither the record of the file nor the tensors
-            identify it. `"timm:NAME[,key=value...]"`, `"torchvision:NAME[,...]"`, `"hf:FOLDER"`, `"file.py:function"`,
+        architecture: the model of the tensors; needed if neither the record of the file nor the tensors identify it.
+            `"timm:NAME[,key=value...]"`, `"torchvision:NAME[,...]"`, `"hf:FOLDER"`, `"file.py:function"`,
             a module (the weights are loaded into a copy) or a function that returns a module.
         entry: which of several sets of weights to load, such as `"state_dict_ema"`; dots separate nested entries.
         trust: run the code that the file names: pickled objects, or an architecture in a Python file.
@@ -109,7 +109,7 @@ def load(
         `Loaded(model, plan, history, rest)`; `print` shows it as tables.
 
     Raises:
-        CheckpointError: the file is no checkpoint, is damaged, was changed after normswap wrote it, or runs code and
+        CheckpointError: the file is not a checkpoint, is damaged, was changed after normswap wrote it, or runs code and
             `trust` is not set.
         ArchitectureError: the architecture is unknown, ambiguous or cannot be built, or the tensors do not fit it.
         PlanError: the plan in the file does not fit the architecture.
@@ -271,7 +271,7 @@ def build_model(checkpoint: Checkpoint, architecture: Architecture | None = None
 
 
 def _match_model_names(checkpoint: Checkpoint, weights: Mapping[str, Tensor], model: nn.Module) -> StoredNames:
-    """The names of the model's tensors in the file, which may hold copies of the model."""
+    """The names of the model's tensors in the file, which may contain copies of the model."""
     with prefix_errors(checkpoint.path):
         return match_names_and_copies(
             weights, model.state_dict(), prefix=checkpoint.contents.prefix, rename=get_key_renaming(model)
@@ -303,7 +303,7 @@ def _suggest_architectures(checkpoint: Checkpoint, architecture_tried: Architect
         found = identify_state_dict(
             get_state_dict(checkpoint.weights), checkpoint.content, prefix=checkpoint.contents.prefix
         )
-    except CheckpointError:  # the file holds several models
+    except CheckpointError:  # the file contains several models
         return ""
     fitting = [f"architecture={group[0].architecture!r}" for group in found.functions]
     if not fitting or any(architecture_tried == candidate.architecture for candidate in found.candidates):

@@ -1,4 +1,4 @@
-"""Reads a checkpoint file: its record, its content, and where the weights are in the content.
+"""Reads a checkpoint file: its record, its content, and the key paths of the weights in it.
 
 Nothing is built here: `loading` builds the model. All functions read a private copy of the file (see `source_copy`).
 """
@@ -65,7 +65,7 @@ class CheckpointHeader:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The content of a file, the places of the weights in it, and the record if normswap wrote the file.
+    """The content of a file, the key paths of the weights in it, and the record if normswap wrote the file.
 
     The content of a trusted exported program is its module; `program` is the program itself.
     """
@@ -89,14 +89,14 @@ class Checkpoint:
 
     @property
     def payload(self) -> Payload:
-        """What the file stores the tensors in."""
+        """The kind of object that contains the tensors: a state dict, a module or a program."""
         if self.program is not None:
             return "program"
         return "module" if isinstance(self.weights, nn.Module) else "state dict"
 
     @property
     def other_entries(self) -> list[str]:
-        """The names of the entries beside the weights."""
+        """The names of all entries except the weights."""
         return sorted(map(str, drop_entry(self.content, self.contents.weights)))
 
     def describe(self, architecture: str | None) -> str:
@@ -130,7 +130,7 @@ def read_header(path: Path, *, folder: Path | None = None) -> CheckpointHeader:
         folder: where the private copy of the file is created; None keeps it in memory.
 
     Raises:
-        CheckpointError: the file is no checkpoint, or it or its record is damaged.
+        CheckpointError: the file is not a checkpoint, or it or its record is damaged.
     """
     origin = open_source(path, folder=folder)
     with origin.reading():
@@ -150,7 +150,7 @@ def read_record(path: Path) -> Record | None:
 def read_checkpoint(
     source: Path | CheckpointHeader, *, entry: str | None = None, trust: bool = False, mmap: bool = False
 ) -> Checkpoint:
-    """Return the content of a file, the places of the weights in it, and its record.
+    """Return the content of a file, the key paths of the weights in it, and its record.
 
     Args:
         source: the file, or its header, which is not read again; then the caller has to check at the end that the file
@@ -179,7 +179,7 @@ def read_checkpoint(
 
 
 def read_content(header: CheckpointHeader, *, trust: bool = False, mmap: bool = False) -> Any:
-    """Return the object in a file, whatever it is, after comparing it with the fingerprint in the record.
+    """Return the object in a file, of any kind, after comparing it with the fingerprint in the record.
 
     Args:
         trust, mmap: as for `read_checkpoint`.
@@ -256,7 +256,7 @@ def _select_record(record: Record, contents: Contents, weights: Any) -> Record:
 
 
 def _has_planned_gates(plan: SwapPlan, weights: Any, prefix: str) -> bool:
-    """Whether weights contain the gates of a plan beside norms of its sizes, as far as a state dict shows."""
+    """Whether weights contain the gates of a plan and norms of its sizes, as far as a state dict shows."""
     state = weights.state_dict() if isinstance(weights, nn.Module) else weights
     wanted = {join_fqn(swap.fqn, GATE_PARAMETERS[0]): swap for swap in plan.swaps if "[" not in swap.fqn}
     names = match_names(state, wanted, prefix=prefix)

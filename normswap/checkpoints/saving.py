@@ -82,7 +82,7 @@ def save(
     Raises:
         CheckpointError: the folder is missing or not writable, the model cannot be pickled, or the file does not read
             back the same.
-        ArchitectureError: `architecture` is no valid name.
+        ArchitectureError: `architecture` is not a valid name.
         PlanError: the plan is missing, or is not the plan of this model.
         ArgumentError: an argument is of a wrong type.
 

@@ -255,7 +255,7 @@ def _check_stamp(path: Path, stamp: FileStamp) -> None:
     except FileNotFoundError:
         raise _changed_error(path, "it was removed") from None
     if current[:2] != stamp[:2]:
-        raise _changed_error(path, "another file took its place")
+        raise _changed_error(path, "another file replaced it")
     if current.size != stamp.size:
         raise _changed_error(path, f"it had {stamp.size:,} bytes and has {current.size:,}")
     if current != stamp:

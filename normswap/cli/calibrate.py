@@ -69,10 +69,10 @@ def parse_size(_context: Any, _parameter: Any, text: str | None) -> Size | None:
     "source",
     required=True,
     metavar="SPEC",
-    help="folder:PATH, digits, digits:shifted, or a name such as torch/NAME.",
+    help="Data set: folder:PATH, digits, digits:shifted, or a timm name such as torch/NAME.",
 )
 @click.option("--split", default="train", show_default=True, help="Part of the data set.")
-@click.option("--data-root", metavar="PATH", help="Folder of a data set that is given by its name.")
+@click.option("--data-root", metavar="PATH", help="Folder of the data set, if --data is a name such as torch/NAME.")
 @click.option(
     "--input-size",
     callback=parse_size,
@@ -92,7 +92,7 @@ def parse_size(_context: Any, _parameter: Any, text: str | None) -> Size | None:
     "-o",
     "--output",
     type=click.Path(),
-    help="The file to write. Default: model.calibrated.pt beside model.pt, in the same format.",
+    help="The file to write. Default: model.calibrated.pt next to model.pt, in the same format.",
 )
 @arch_option
 @entry_option

@@ -40,7 +40,7 @@ _SWAP_OPTIONS = ("include", "exclude", "kinds", "gate", "synchronize")
     "--output",
     type=click.Path(),
     help="The file to write; NAME.safetensors becomes that format, other names a torch file. Default: "
-    "model.normswap.pt beside model.pt, in the same format.",
+    "model.normswap.pt next to model.pt, in the same format.",
 )
 @archs_option
 @entries_option
@@ -51,7 +51,7 @@ _SWAP_OPTIONS = ("include", "exclude", "kinds", "gate", "synchronize")
 @click.option(
     "--gate",
     type=click.Choice(_GATES),
-    help="simplex (default) starts as the same function; softmax, the gate of the paper, at the uniform mix.",
+    help="simplex (default) starts at the same function; softmax, as in the paper, at equal weights: another function.",
 )
 @click.option(
     "--synchronize",
@@ -61,7 +61,7 @@ _SWAP_OPTIONS = ("include", "exclude", "kinds", "gate", "synchronize")
 @click.option("--plan", type=click.Path(path_type=Path), help="Apply a plan written by --save-plan.")
 @click.option("--save-plan", type=click.Path(path_type=Path), help="Write the plan as JSON, also with --dry-run.")
 @click.option("--weights-only", is_flag=True, help="Write only the converted weights; drop optimizer, epoch and EMA.")
-@click.option("--verify/--no-verify", default=True, help="Measure that the function is the same (default).")
+@click.option("--verify/--no-verify", default=True, help="Check that the function stays the same (default).")
 @tolerance_option
 @click.option("--dry-run", is_flag=True, help="Do everything except writing the model.")
 @trust_option
@@ -155,7 +155,7 @@ class _Printer:
         return self.result.output if self.result is not None and self.result.written else None
 
     def show(self, result: "FileConversion") -> None:
-        """Print what a result has beyond the one before."""
+        """Print the parts of a result that the previous one did not have."""
         from rich.console import Console
 
         from normswap.reports.results import file_conversion_parts
@@ -203,7 +203,7 @@ def networks_from_options(
     """Return the networks that `--entry`, `--arch` and `--input` name: one, or one for each of several entries.
 
     Raises:
-        click.UsageError: it is unclear which network an architecture or an input belongs to.
+        click.UsageError: it is unclear which network has an architecture or an input.
     """
     names: Sequence[str | None] = entries or [None]
     if len(archs) > 1 and len(entries) < 2:

@@ -137,7 +137,7 @@ def _progress() -> Iterator[tuple[Callable[[int, int], None], Callable[[Mapping[
             bar.show(step, steps, figures)
 
         def on_record(record: Mapping[str, Any]) -> None:
-            """Show the losses beside the bar, and notes and evaluations above it."""
+            """Show the losses next to the bar, and notes and evaluations above it."""
             nonlocal figures
             figures = describe_losses(record) or figures
             for line in _format_record(record):

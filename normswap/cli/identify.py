@@ -1,4 +1,4 @@
-"""`normswap identify`: finds the architecture that the tensors of a file belong to, without building a model."""
+"""`normswap identify`: finds the architecture of the tensors in a file, without building a model."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 @json_option
 @one_line_failures
 def identify_command(file: Path, entry: str | None, trust: bool, as_json: bool) -> None:
-    """Find the model of timm or torchvision that the tensors of FILE belong to.
+    """Find the model of timm or torchvision that has the tensors in FILE.
 
     Exit codes: 0 one architecture fits, and its name is printed as an option for --arch; 1 several architectures fit
     that compute different functions, or none fits (the nearest are shown); 2 error.

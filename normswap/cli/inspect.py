@@ -222,7 +222,7 @@ def _converted_document(
 
 
 def _has_multiple_weights(header: "CheckpointHeader", *, trust: bool) -> bool:
-    """Whether a file contains several sets of weights, which `--entry` selects from."""
+    """Whether a file contains several sets of weights, of which `--entry` selects one."""
     from normswap.checkpoints.content.entries import find_weights
     from normswap.checkpoints.reading import read_content
 

@@ -1,4 +1,4 @@
-"""Options that several commands share, how their values are parsed, and how a command opens the file it was given."""
+"""Options that several commands share, how their values are parsed, and how a command opens its file."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -134,8 +134,8 @@ def open_model(
 
 arch_option = click.option(
     "--arch",
-    metavar="NAME[,KEY=VALUE...]",
-    help="The model that the tensors belong to: timm:NAME, torchvision:NAME, hf:FOLDER or path/file.py:function, with "
+    metavar="ZOO:NAME[,KEY=VALUE...]",
+    help="The model of the tensors: timm:NAME, torchvision:NAME, hf:FOLDER or path/file.py:function, with "
     "keywords such as num_classes=10. Not needed for files that normswap wrote.",
 )
 entry_option = click.option(
@@ -149,7 +149,7 @@ archs_option = click.option(
     "archs",
     multiple=True,
     metavar="ZOO:NAME[,KEY=VALUE...]",
-    help="The model that the tensors belong to: timm:NAME, torchvision:NAME, hf:FOLDER or path/file.py:function, with "
+    help="The model of the tensors: timm:NAME, torchvision:NAME, hf:FOLDER or path/file.py:function, with "
     "keywords such as num_classes=10; none: convert by tensor names only. Not needed for files that normswap wrote. "
     "With several --entry give one, or one for each in the same order.",
 )
@@ -167,8 +167,9 @@ named_inputs_option = click.option(
     metavar="[ENTRY=]SIZES[:DTYPE]",
     multiple=True,
     callback=_parse_named_inputs,
-    help="Size of an example input, such as 2x3x224x224; repeat it for several arguments. With several --entry give "
-    "one, one for each in the same order, or name the network: g=2x100. Default: the size in timm's configuration.",
+    help="Size of an example input, such as 2x3x224x224; repeat it if the model takes several inputs. With several "
+    "--entry give one, one for each in the same order, or name the network: g=2x100. Default: the size in timm's "
+    "configuration.",
 )
 input_option = click.option(
     "--input",
@@ -176,8 +177,8 @@ input_option = click.option(
     metavar="SIZES[:DTYPE]",
     multiple=True,
     callback=_parse_inputs,
-    help="Size of an example input, such as 2x3x224x224; repeat it for several arguments. Default: the size in timm's "
-    "configuration.",
+    help="Size of an example input, such as 2x3x224x224; repeat it if the model takes several inputs. Default: the "
+    "size in timm's configuration.",
 )
 kinds_option = click.option(
     "--kinds",
@@ -186,7 +187,9 @@ kinds_option = click.option(
     help="Which norms to swap: bn (default), in (InstanceNorm), gn1 (GroupNorm of one group); such as bn,in.",
 )
 trust_option = click.option(
-    "--trust", is_flag=True, help="Run the code that a pickled module names. Only for files whose source you trust."
+    "--trust",
+    is_flag=True,
+    help="Run the code that a file names: pickled objects, Python files. Only if you trust its source.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of tables.")
 tolerance_option = click.option(

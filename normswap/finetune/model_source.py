@@ -1,4 +1,4 @@
-"""The model that a recipe starts from: that of a checkpoint, of an architecture, or of the saved state of a run.
+"""The model before training: that of a checkpoint, of an architecture, or of the saved state of a run.
 
 A file that normswap wrote records its architecture and its conversion. Keys that the user set may add to the record; a
 key that contradicts it is refused. Keys of a recipe that comes with normswap are defaults for files without a record.
@@ -135,7 +135,7 @@ def _build_starting_model(checkpoint: Checkpoint, architecture: str | None, *, t
     record, heads = checkpoint.record, built.fit.heads
     notes = []
     if heads:
-        notes.append(f"{checkpoint.path} has no {_list_names(heads)}: these weights are initialised at random")
+        notes.append(f"{checkpoint.path} has no {_list_names(heads)}: these weights are initialized at random")
     return StartingModel(built.model, built.architecture, built.plan, record.history if record else (), tuple(notes))
 
 

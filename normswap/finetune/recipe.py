@@ -298,7 +298,7 @@ def _dotted_keys(data: Mapping[str, Any]) -> set[str]:
 
 
 def _check_names(data: Mapping[str, Any]) -> None:
-    """Refuse what is no table, and unknown tables and keys."""
+    """Refuse unknown tables, unknown keys, and values in place of tables."""
     for table, keys in data.items():
         if table not in TABLES:
             raise RecipeError(f"unknown table [{table}]{_suggest(table, TABLES)}")

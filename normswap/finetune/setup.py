@@ -136,7 +136,7 @@ def with_head(source: StartingModel, recipe: Recipe, classes: int, example: Tens
         architecture=recorded and with_keyword(recorded, "num_classes", classes),
         notes=(
             *source.notes,
-            f"model.new_head: classifier of {old} classes replaced by one of {classes}, initialised at random",
+            f"model.new_head: classifier of {old} classes replaced by one of {classes}, initialized at random",
         ),
     )
 
@@ -319,7 +319,7 @@ def _make_settings(recipe: Recipe, source: StartingModel) -> Callable[..., DataS
 
 
 def augmentation(data: DataTable) -> Mapping[str, Any]:
-    """Return the options of `timm.data.create_transform` that the recipe's keys stand for."""
+    """Return the options of `timm.data.create_transform` for the keys of the recipe."""
     whole = {"scale": (1.0, 1.0), "ratio": (1.0, 1.0)}
     return {
         **(whole if data.crop_scale is None else {"scale": data.crop_scale}),
@@ -337,7 +337,7 @@ def _make_example_input(data: Data) -> Tensor:
 
 
 def swap_options(table: ConvertTable) -> SwapOptions:
-    """Return the options that the keys of [convert] stand for.
+    """Return the options for the keys of [convert].
 
     Raises:
         RecipeError: a value is unknown.

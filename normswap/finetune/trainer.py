@@ -299,7 +299,7 @@ def _train(run: _Run, request: StopRequest, write_record: WriteRecord, on_step: 
 def _log_if_due(run: _Run, request: StopRequest, write_record: WriteRecord) -> None:
     """Write a line of the log if it is due, and stop if a signal asked for that.
 
-    Several processes look for signals only if a line is due: that synchronises the processes, and host with device.
+    Several processes look for signals only if a line is due: that synchronizes the processes, and host with device.
     """
     is_due = run.step % run.recipe.run.log_every == 0 or run.step == run.steps
     if is_due:

@@ -80,7 +80,7 @@ def switch_norm(
     process_group: "ProcessGroup | None" = None,
     site: "SiteName | None" = None,
 ) -> Tensor:
-    """Normalise by a weighted mix of instance, layer and batch statistics.
+    """Normalize by a weighted mix of instance, layer and batch statistics.
 
     This is equation 3 of Luo et al., "Differentiable Learning-to-Normalize via Switchable Normalization", ICLR 2019.
     The arguments that `torch.nn.functional.batch_norm` has too mean the same.
@@ -114,7 +114,7 @@ def switch_norm(
         site: the name that a warning uses for the layer; None: no warnings.
 
     Returns:
-        The normalised x, with its shape, dtype and memory format. With one spatial position, `in` has no variance: its
+        The normalized x, with its shape, dtype and memory format. With one spatial position, `in` has no variance: its
         weight is added to that of `ln`, or of `bn` without `ln`. With one value per channel in training, where
         `F.batch_norm` raises, the `bn` branch uses the running statistics and does not update them.
 
@@ -126,15 +126,16 @@ def switch_norm(
             of them run with gradients.
 
     Examples:
+        >>> import torch, normswap
         >>> x, gate = torch.randn(8, 3, 16, 16), torch.ones(3)
-        >>> y = switch_norm(x, gate, gate, training=True)
+        >>> y = normswap.switch_norm(x, gate, gate, training=True)
         >>> y.shape
         torch.Size([8, 3, 16, 16])
 
         With all weight on `bn` the function is batch normalization:
 
         >>> bn = torch.tensor([0.0, 0.0, 1.0])
-        >>> y = switch_norm(x, bn, bn, training=True, gate="simplex")
+        >>> y = normswap.switch_norm(x, bn, bn, training=True, gate="simplex")
         >>> torch.allclose(y, torch.nn.functional.batch_norm(x, None, None, training=True), atol=1e-5)
         True
     """
@@ -176,7 +177,7 @@ switch_norm.__module__ = "normswap"  # pickles and graphs refer to it by the pub
 
 
 def _normalise(inputs: Inputs, on_batch_moments: Callable[[Moments], None] | None) -> Tensor:
-    """Normalise by the fused backend, by its operator in compiled graphs, or by the plain formula."""
+    """Normalize by the fused backend, by its operator in compiled graphs, or by the plain formula."""
     x, mixing, update = inputs.x, inputs.mixing, inputs.running_stats_update
     if is_eager(x) and (backend := fused_backend(x)) and (update is None or backend.supports_running_stats_update):
         if inputs.constants is not None and _is_fixed_batch_norm(inputs):
@@ -224,7 +225,7 @@ def _count_empty_batch(count: Tensor | None) -> None:
 
 
 # Constants and update of the running statistics, as in `Inputs`, and a function that gets the moments (1, C) of the
-# batch to update the running statistics. A plain tuple, because small layers feel the time of a named one.
+# batch to update the running statistics. A plain tuple: a named one is noticeably slower for small layers.
 _BnSource = tuple[Moments | None, RunningStatsUpdate | None, Callable[[Moments], None] | None]
 _NO_BN_SOURCE: _BnSource = (None, None, None)
 
@@ -264,7 +265,7 @@ _graph_break_functions: list[Callable[..., Tensor]] = []
 
 
 def _synchronized_implementation() -> Callable[..., Tensor]:
-    """Return the function that normalises a synchronized batch; while compiling, one that breaks the graph."""
+    """Return the function that normalizes a synchronized batch; while compiling, one that breaks the graph."""
     if not torch.compiler.is_compiling() or torch.compiler.is_exporting():
         return _normalise_synchronized
     if not _graph_break_functions:  # created at first use, because `disable` imports the compiler
@@ -274,7 +275,7 @@ def _synchronized_implementation() -> Callable[..., Tensor]:
 
 
 def _normalise_synchronized(inputs: Inputs, group: "ProcessGroup | None", bn_moments: BnMomentsFunction) -> Tensor:
-    """Normalise x, the local part of a batch, if its values are real."""
+    """Normalize x, the local part of a batch, if its values are real."""
     x = inputs.x
     if (
         isinstance(x, FakeTensor)

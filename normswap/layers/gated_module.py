@@ -236,7 +236,7 @@ class FunctionalSwitchNorm(GatedModule):
         momentum: float = 0.1,
         eps: float = 1e-5,
     ) -> Tensor:
-        """Normalise x (N, C, *spatial); the arguments are those of `F.batch_norm`."""
+        """Normalize x (N, C, *spatial); the arguments are those of `F.batch_norm`."""
         statistics = {"running_mean": running_mean, "running_var": running_var}
         return apply_site(self, x, training, weight=weight, bias=bias, momentum=momentum, eps=eps, **statistics)
 

@@ -1,8 +1,7 @@
 """Conversion of a norm module to a Switchable Normalization layer in place, and back.
 
 The module object stays: its class changes and its `__dict__` gets a few entries, so that aliases, lists, closures,
-    hooks,
-flags, buffers and `Parameter` objects stay valid. The caller chooses the module, the class and the branches.
+hooks, flags, buffers and `Parameter` objects stay valid. The caller chooses the module, the class and the branches.
 """
 
 import sys
@@ -92,7 +91,7 @@ def check_replaceable(
         raise LayerError(f"expected {expected} module, got {kind}")
     if any(isinstance(tensor, torch.Tensor) and is_lazy(tensor) for tensor in tensors.values()):
         raise LayerError(
-            f"expected a module with initialised tensors, got an uninitialised {kind}: run one batch through it first"
+            f"expected a module with initialized tensors, got an uninitialized {kind}: run one batch through it first"
         )
     if children != {*module._modules}:
         then = tuple(module._modules)

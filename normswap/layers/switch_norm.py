@@ -126,8 +126,9 @@ class SwitchNorm(GatedModule):
             LayerError: this class does not compute the function of `bn`, or `branches` lacks `bn`.
 
         Examples:
+            >>> import torch, normswap
             >>> bn, x = torch.nn.BatchNorm2d(3), torch.randn(8, 3, 16, 16)
-            >>> layer = SwitchNorm2d.from_batch_norm(bn)
+            >>> layer = normswap.SwitchNorm2d.from_batch_norm(bn)
             >>> torch.allclose(layer(x), bn(x), atol=1e-5)
             True
         """
@@ -207,7 +208,7 @@ class SwitchNorm(GatedModule):
                     getattr(self, name).fill_(value)
 
     def forward(self, x: Tensor | None = None, *, input: Tensor | None = None) -> Tensor:  # noqa: A002 - torch's name
-        """Normalise x (N, C, *spatial); see `switch_norm`. `input` is torch's name of this argument."""
+        """Normalize x (N, C, *spatial); see `switch_norm`. `input` is torch's name of this argument."""
         return apply_layer(self, _resolve_input(self, x, input))
 
     def extra_repr(self) -> str:
@@ -303,9 +304,10 @@ class SwitchNorm1d(SwitchNorm):
         num_features: number of channels C; the other arguments are those of `SwitchNorm2d`.
 
     Examples:
-        >>> SwitchNorm1d(6)(torch.randn(4, 6, 10)).shape
+        >>> import torch, normswap
+        >>> normswap.SwitchNorm1d(6)(torch.randn(4, 6, 10)).shape
         torch.Size([4, 6, 10])
-        >>> SwitchNorm1d(6, branches=("ln", "bn"))(torch.randn(4, 6)).shape
+        >>> normswap.SwitchNorm1d(6, branches=("ln", "bn"))(torch.randn(4, 6)).shape
         torch.Size([4, 6])
     """
 
@@ -346,7 +348,8 @@ class SwitchNorm2d(SwitchNorm):
         LayerError: unknown gate, branch or `bn_statistics`.
 
     Examples:
-        >>> layer = SwitchNorm2d(6)
+        >>> import torch, normswap
+        >>> layer = normswap.SwitchNorm2d(6)
         >>> layer(torch.randn(4, 6, 8, 8)).shape
         torch.Size([4, 6, 8, 8])
         >>> mean, var = layer.importance_weights()  # of in, ln and bn
@@ -365,7 +368,8 @@ class SwitchNorm3d(SwitchNorm):
         num_features: number of channels C; the other arguments are those of `SwitchNorm2d`.
 
     Examples:
-        >>> SwitchNorm3d(6)(torch.randn(2, 6, 4, 8, 8)).shape
+        >>> import torch, normswap
+        >>> normswap.SwitchNorm3d(6)(torch.randn(2, 6, 4, 8, 8)).shape
         torch.Size([2, 6, 4, 8, 8])
     """
 
@@ -386,7 +390,8 @@ class SwitchNormAct(SwitchNorm):
         args, options: the other arguments of `SwitchNorm2d`.
 
     Examples:
-        >>> layer = SwitchNormAct(8, act=torch.nn.ReLU())
+        >>> import torch, normswap
+        >>> layer = normswap.SwitchNormAct(8, act=torch.nn.ReLU())
         >>> bool((layer(torch.randn(2, 8, 4, 4, 4)) >= 0).all())
         True
     """
@@ -404,7 +409,7 @@ class SwitchNormAct(SwitchNorm):
         self.act = nn.Identity() if act is None else act
 
     def forward(self, x: Tensor | None = None, *, input: Tensor | None = None) -> Tensor:  # noqa: A002 - torch's name
-        """Normalise x (N, C, *spatial), then run the modules in `then`. `input` is torch's name of this argument."""
+        """Normalize x (N, C, *spatial), then run the modules in `then`. `input` is torch's name of this argument."""
         y = apply_layer(self, _resolve_input(self, x, input))
         for name in self.then:
             y = getattr(self, name)(y)

@@ -5,7 +5,7 @@ One exchange in the forward pass pools the moments, one in the backward pass sum
 
     dmu / M + 2 dvar (x - mu_bn) / M.
 
-The fused version saves what a fused layer saves without processes, x and tables. The plain version takes the joint
+The fused version saves x and tables, as a fused layer of one process does. The plain version takes the joint
 moments as a differentiable function of the local ones. Gradients of weight, bias and gates are those of the local part;
 the trainer sums or averages them, as DDP does.
 """
@@ -183,7 +183,7 @@ BnMomentsFunction = Callable[[Moments, int], BnMoments]
 def switch_norm_synchronized(
     inputs: Inputs, group: "ProcessGroup | None", bn_moments: BnMomentsFunction, *, fused: bool
 ) -> Tensor:
-    """Normalise the local part x of a batch; every process of `group` calls this.
+    """Normalize the local part x of a batch; every process of `group` calls this.
 
     Args:
         inputs: without constants; x may be empty.
@@ -343,7 +343,7 @@ def _add_synchronized_terms(
 def _plain_formula(
     inputs: Inputs, group: "ProcessGroup | None", bn_moments: BnMomentsFunction, *, builds_graph: bool
 ) -> Tensor:
-    """Normalise by the plain formula, with `bn` moments that are differentiable through all processes."""
+    """Normalize by the plain formula, with `bn` moments that are differentiable through all processes."""
     x, mixing = inputs.x, inputs.mixing
     table = reference.instance_moments(x) if x.numel() else _empty_moments(x)
     joint = exchange_moments(

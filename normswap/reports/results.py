@@ -1,4 +1,4 @@
-"""What the results of the library print as, the same tables as on the command line; and the plot of a training run.
+"""The tables that results print, the same as on the command line, and the plot of a training run.
 
 Each result class names its function here (`printable_as`), which takes the result and returns a rich renderable.
 """

@@ -76,7 +76,7 @@ def verification_table(verification: Verification) -> RenderableType:
         table.add_row(Text(check.name), _format_number(check.error), limit, _VERDICTS[check.passed], *response)
     if verification.fp32_error is not None:
         table.add_row(
-            Text("outputs in float32", "dim"), _format_number(verification.fp32_error), "", Text("noted", "dim")
+            Text("outputs in float32", "dim"), _format_number(verification.fp32_error), "", Text("no limit", "dim")
         )
     lines: list[RenderableType] = [table]
     notes = dict.fromkeys((*(check.note for check in verification.checks if check.note), *verification.notes))

@@ -57,7 +57,7 @@ def describe_inputs(inputs: Any) -> str:
 
 
 def describe_invalid_batches(batches: object) -> str | None:
-    """Return why `batches` is no iterable of inputs and what to pass instead, or None if it can be one."""
+    """Return why `batches` is not an iterable of inputs and what to pass instead, or None if it can be one."""
     kind = f"expected a list of inputs, got one {type(batches).__name__}"
     if isinstance(batches, Tensor | dict):
         return f"{kind}: pass [x]"

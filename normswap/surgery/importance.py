@@ -59,11 +59,13 @@ def trainable_gates(model: nn.Module) -> dict[str, nn.Parameter]:
     Returns:
         A dict in the order of `named_parameters()` of the model inside its wrappers.
 
+    Raises:
+        ArgumentError: `model` is not a module.
+
     Examples:
         >>> import torch, normswap
-        >>> from normswap.surgery.importance import trainable_gates
         >>> model = normswap.convert(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))).model
-        >>> [*trainable_gates(model)]
+        >>> [*normswap.trainable_gates(model)]
         ['1.mean_weight', '1.var_weight']
     """
     gates = set(gate_parameters(model).values())

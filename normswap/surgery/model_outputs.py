@@ -1,9 +1,9 @@
 """Outputs of a model as named leaves, and distances between leaves.
 
-Leaves are dense tensors, numbers, and values that are equal or not. They are read from mappings, sequences, sets,
-iterators, dataclasses, plain objects and closures, without `__eq__` of any class. Values that may contain numbers and
-cannot be read are listed with the reason, so that nothing is left out silently. Tensors and numbers are compared by
-their relative L2.
+Leaves are dense tensors, numbers, and other plain values, which must be equal. They are read from mappings, sequences,
+sets, iterators, dataclasses, plain objects and closures, without a call of `__eq__` of any class. Values that may
+contain numbers and cannot be read are listed with the reason, so that nothing is left out silently. Tensors and numbers
+are compared by their relative L2.
 """
 
 import functools
@@ -260,7 +260,7 @@ def _attributes(value: Any, path: str) -> dict[str, Any]:
     names = [name for slots in declared for name in ((slots,) if isinstance(slots, str) else slots)]
     slots = [name for name in names if name not in ("__dict__", "__weakref__") and hasattr(value, name)]
     if not hasattr(value, "__dict__") and not slots and type(value) is not object:
-        raise ValueError(f"is a {type(value).__module__}.{type(value).__qualname__}, which shows no attributes")
+        raise ValueError(f"is a {type(value).__module__}.{type(value).__qualname__}, whose attributes cannot be read")
     attributes = {**vars(value)} if hasattr(value, "__dict__") else {}
     return {
         f"{path}.{name}": item for name, item in (attributes | {name: getattr(value, name) for name in slots}).items()
@@ -268,7 +268,7 @@ def _attributes(value: Any, path: str) -> dict[str, Any]:
 
 
 class _NumpyValue(type):
-    """Metaclass whose instance check recognises numpy's values without importing numpy."""
+    """Metaclass whose instance check recognizes numpy's values without importing numpy."""
 
     def __instancecheck__(cls, value: Any) -> bool:
         return type(value).__module__ == "numpy" and hasattr(value, "dtype") and hasattr(value, "tolist")
@@ -321,7 +321,7 @@ _WIDE_DTYPES = {float: torch.float64, complex: torch.complex128}
 
 
 def relative_l2(reference: Any, value: Any) -> float:
-    """Return the relative L2 between floating tensors or numbers; other values are 0 (equal) or inf apart.
+    """Return the relative L2 of floating tensors or numbers; for other values 0 if they are equal, else inf.
 
     It is inf if shapes or dtypes differ, or if the values differ at a position at which the reference is inf or NaN.
     """

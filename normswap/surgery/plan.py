@@ -179,7 +179,7 @@ class _PlanDocument(TypedDict):
 
 
 def require_plan(plan: object) -> None:
-    """Refuse what is no `SwapPlan`.
+    """Refuse a value that is not a `SwapPlan`.
 
     Raises:
         ArgumentError: it is something else.
@@ -214,7 +214,7 @@ NEVER_FILLED = "since the old norm has no running statistics and new ones (mean 
 
 
 def swap_notes(swaps: Sequence[Swap]) -> list[str]:
-    """Return notes on what these swaps change beside the norm itself."""
+    """Return notes on further changes by these swaps."""
     notes = []
     without_statistics = [swap.fqn for swap in swaps if swap.creates_running_stats]
     if without_statistics:

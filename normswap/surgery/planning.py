@@ -39,7 +39,7 @@ from normswap.text import pluralize
 
 _logger = logging.getLogger(__name__)
 
-# At one position, LN over fewer values than this erases the signal (two values normalise to +1 and -1).
+# At one position, LN over fewer values than this erases the signal (two values normalize to +1 and -1).
 _MIN_LN_VALUES = 8
 
 
@@ -160,7 +160,7 @@ def _skip_reason(
     kind = base_kind(site.kind)
     if kind not in options.kinds:
         wanted = tuple(word for word in KINDS if word == kind or word in options.kinds)
-        why = "is left out by kinds=" if kind == "bn" else NO_BATCH_STATISTICS
+        why = "kinds= does not include" if kind == "bn" else NO_BATCH_STATISTICS
         return f"is {KINDS[kind][1]}, which {why}; pass kinds={wanted} to swap it"
     return None
 
@@ -379,7 +379,7 @@ def complete_plan(model: nn.Module, plan: SwapPlan, *, prefix: str = "") -> Swap
         prefix: the names in the plan start with it, those of the model do not.
 
     Raises:
-        PlanError: a planned site is not in the model, or is no norm that can be swapped.
+        PlanError: a planned site is not in the model, or is not a norm that can be swapped.
     """
     incomplete = [swap for swap in plan.swaps if swap.class_name == ANY_CLASS]
     if not incomplete:
@@ -395,7 +395,7 @@ def complete_plan(model: nn.Module, plan: SwapPlan, *, prefix: str = "") -> Swap
     missing = [name for name in names if id(by_name.get(name)) not in swapped]
     if missing:
         reason = next(
-            (skip.reason for skip in completed.skips if skip.fqn == missing[0]), "it is no norm of a known class"
+            (skip.reason for skip in completed.skips if skip.fqn == missing[0]), "it is not a norm of a known class"
         )
         count = pluralize(len(missing), "site")
         raise PlanError(f"{count} of the plan cannot be swapped in this model, such as {missing[0]}: {reason}")

@@ -160,7 +160,7 @@ def choose_options(options: SwapOptions | None, keywords: Mapping[str, Any]) -> 
 
     Raises:
         PlanError: `options` is given together with keywords, or a keyword has a wrong value.
-        ArgumentError: `options` is no `SwapOptions`.
+        ArgumentError: `options` is not a `SwapOptions`.
     """
     given = {name: value for name, value in keywords.items() if value is not None}
     if options is None:
@@ -209,7 +209,7 @@ def check_starting_branch(branches: Sequence[str], kind: str) -> tuple[Branch, .
     """Return `branches` in canonical order if the branch at which a site of `kind` starts is among them.
 
     Raises:
-        PlanError: that branch is missing, or `branches` is no subset of the branches.
+        PlanError: that branch is missing, or `branches` is not a subset of the branches.
     """
     try:
         chosen = check_branches(branches)
@@ -240,7 +240,7 @@ def matched(
         modules: the module of each site by fqn, which functions need.
 
     Raises:
-        PlanError: the filter matches no site, the pattern is no regular expression, or a function has no modules.
+        PlanError: the filter matches no site, the pattern is not a regular expression, or a function has no modules.
     """
     if isinstance(site_filter, str):
         matching = [names[0] for names in sites if any(_matches(site_filter, name) for name in names)]

@@ -201,8 +201,8 @@ def watch_importance(
             `importance/var/in` and so on: averages over all sites, in which a missing branch counts 0.
         every: the number of steps between two calls of `write`. The first call is at step 0, before training.
         per_site: also write `importance/FQN/mean/bn` and so on for every site.
-        bn_statistics: the statistics that `bn` branches use in training from each number of steps on, such as
-            `{0: "batch", 1000: "running"}`; see `normswap.set_bn_statistics`.
+        bn_statistics: the statistics of `bn` branches in training, by the number of steps after which they start,
+            such as `{0: "batch", 1000: "running"}`; see `normswap.set_bn_statistics`.
         step: the number of steps that a resumed run has taken before. The mode of that step is set at once.
 
     Returns:

@@ -40,8 +40,8 @@ class ImportanceCallback(Callback):
     Args:
         every: the number of optimizer steps between two logs; default: the Trainer's `log_every_n_steps`.
         per_site: also log the weights of every site; otherwise averages over all sites.
-        bn_statistics: the statistics that `bn` branches use in training from each step or epoch on.
-        unit: what the keys of `bn_statistics` count: `"step"` (of the optimizer) or `"epoch"`.
+        bn_statistics: the statistics of `bn` branches in training, by the step or epoch at which they start.
+        unit: the unit of the keys of `bn_statistics`: `"step"` (of the optimizer) or `"epoch"`.
 
     Raises:
         WatchError: `unit` is unknown; at the start of training, as `normswap.watch_importance`.

@@ -180,8 +180,8 @@ def param_groups(
     Without `like` the groups are those of timm: first 1-D parameters, biases and those that `model.no_weight_decay()`
     names, without weight decay, then the rest; a single group if `weight_decay` is 0. Frozen parameters are left out.
 
-    With `like` the old groups keep their order and options, but lose their gates; a group of gates only is dropped. An
-    existing optimizer then needs `add_param_group(groups[-1])` only; a new one takes over its state with
+    With `like` the old groups keep their order and options, but lose their gates; a group that contains only gates is
+    dropped. An existing optimizer then needs `add_param_group(groups[-1])` only; a new one takes over its state with
     `load_state_dict`.
 
     Args:

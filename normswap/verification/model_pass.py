@@ -109,7 +109,7 @@ def _zeros_like(tensor: Tensor) -> Tensor:
 class GradientStore:
     """The gradients of one pass by the names of their parameters, beyond `MAX_BYTES_IN_MEMORY` in a temporary file.
 
-    Gradients on other devices than the CPU stay in memory, as do those that the disk has no space for.
+    Gradients on other devices than the CPU stay in memory, as do all if the disk has no space.
     """
 
     def __init__(self) -> None:

@@ -253,7 +253,7 @@ def test_what_is_no_place_for_a_file_is_refused(
 
 
 def test_an_existing_folder_is_not_replaced(tmp_path: Path) -> None:
-    message = "model: exists already and a folder replaces nothing: choose another name"
+    message = "model: exists already, and normswap replaces no folder: choose another name"
     (tmp_path / "model").mkdir()
     with pytest.raises(CheckpointError, match=message):
         write(tmp_path, "atomic_write_folder", "model")

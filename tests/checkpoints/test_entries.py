@@ -1,4 +1,4 @@
-"""The entries of a checkpoint's content, recognised by their structure."""
+"""The entries of a checkpoint's content, recognized by their structure."""
 
 import argparse
 from collections import OrderedDict

@@ -63,10 +63,10 @@ def test_a_converted_folder_has_an_index_of_all_its_tensors(shards: Path) -> Non
     assert (out / "optimizer.pt").read_bytes() == b"not ours"
     assert "optimizer.pt: copied unchanged (" in " ".join(result.output.split())
     again = CliRunner().invoke(main, ["convert", str(shards), "--input", "2x3x64x64", "--force"])
-    assert "exists already and a folder replaces nothing: choose another name" in again.stderr
+    assert "exists already, and normswap replaces no folder: choose another name" in again.stderr
 
 
-def test_what_a_trainer_keeps_is_carried(tmp_path: Path) -> None:
+def test_other_entries_of_a_trainer_are_copied(tmp_path: Path) -> None:
     """As transformers' Trainer lays it out: training goes on from the converted folder with the old momentum."""
     from click.testing import CliRunner
 

@@ -154,7 +154,7 @@ SMALL = "timm:mobilenetv3_small_050"
 
 
 @pytest.mark.parametrize("change", TOLERATED, ids=lambda change: change.__name__)
-def test_what_files_lack_or_hold_beyond_a_network_is_tolerated_and_counted(change: Callable[[Shapes], Shapes]) -> None:
+def test_missing_and_additional_tensors_are_tolerated_and_counted(change: Callable[[Shapes], Shapes]) -> None:
     keyword, missing, unexpected = TOLERATED[change]
     changed = change(shapes_of(f"{SMALL},num_classes=7"))
     (candidate,) = (c for c in identify(changed).candidates if c.architecture == f"{SMALL},{keyword}")

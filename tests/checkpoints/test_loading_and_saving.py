@@ -448,7 +448,7 @@ def test_save_refuses(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_safetensors_hold_no_module(tmp_path: Path) -> None:
+def test_safetensors_store_no_module(tmp_path: Path) -> None:
     with pytest.raises(
         CheckpointError,
         match="safetensors stores tensors only, no pickled module, extra state or training checkpoint: use a name",
@@ -457,7 +457,7 @@ def test_safetensors_hold_no_module(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_safetensors_hold_no_extra_state(tmp_path: Path) -> None:
+def test_safetensors_store_no_extra_state(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no pickled module, extra state or training"):
         normswap.save(_with_extra_state(), tmp_path / "model.safetensors")
     normswap.save(_with_extra_state(), tmp_path / "model.pt")

@@ -347,7 +347,7 @@ def test_only_the_configuration_that_was_checked_is_used(marker: Path, state: di
     assert not marker.exists()
 
 
-def test_the_configuration_beside_is_found_wherever_the_folder_is(marker: Path, state: dict[str, Any]) -> None:
+def test_the_configuration_in_the_folder_is_found_at_any_path(marker: Path, state: dict[str, Any]) -> None:
     """A record in a file names no folder: `hf:.` is not the current one."""
     _folder(Path("m"), state, "hf:.,num_classes=1000")
     Path("m/config.json").write_text(json.dumps({"architecture": "test_resnet", "num_classes": 5}))

@@ -294,7 +294,7 @@ CALLS: dict[str, tuple[Callable[[], Any], str]] = {
         ),
         "reaches beyond its storage",
     ),
-    "a quantised view beyond its storage": (
+    "a quantized view beyond its storage": (
         lambda: _tensor("_rebuild_qtensor", STORAGE._typed_storage(), 0, (4096,), (1,), (None, 1.0, 0), False, None),
         "reaches beyond its storage",
     ),
@@ -328,7 +328,7 @@ def test_no_pickle_reads_memory_that_is_not_the_files(
     assert message in str(caught.value)
 
 
-def test_what_state_dicts_hold_is_read(tmp_path: Path) -> None:
+def test_the_contents_of_state_dicts_are_read(tmp_path: Path) -> None:
     shared = torch.randn(3, 4)
     whole = {
         "a": shared,

@@ -392,9 +392,9 @@ def test_a_damaged_program_is_one_line_where_it_is_trusted(path: Path) -> None:
 
 def test_weights_and_programs_are_not_named_alike(path: Path) -> None:
     refused = run("convert", path, "--arch", "none", "--no-verify", "-o", path.with_name("a.pt2"))
-    assert "the weights alone are no exported program: choose -o NAME.pt, or convert the program" in refused.stderr
+    assert "only weights are written: choose -o NAME.pt, or convert the program" in refused.stderr
     refused = run("convert", path, "--trust", "-o", path.with_name("a.pt"))
-    assert "is written as an exported program: choose -o NAME.pt2, or convert its weights alone" in refused.stderr
+    assert "for an exported program: choose -o NAME.pt2, or convert only its weights" in refused.stderr
 
 
 @pytest.fixture(scope="module")

@@ -341,7 +341,7 @@ UNKNOWN: dict[str, tuple[Callable[[list[Tensor], list[str]], dict[str, Any]], st
                 "single_partition_of_fp32_groups": [torch.cat([p.flatten() for p in ps])],
             }
         },
-        "base_optimizer_state: left as it is, single_partition_of_fp32_groups beside it contains copies of",
+        "base_optimizer_state: left as it is, single_partition_of_fp32_groups next to it contains copies of",
     ),
     "apex": (
         lambda ps, _: {
@@ -354,7 +354,7 @@ UNKNOWN: dict[str, tuple[Callable[[list[Tensor], list[str]], dict[str, Any]], st
                 "fp32_from_fp16": [[p.clone() for p in ps]],
             }
         },
-        "optimizer.optimizer_state_dict: left as it is, fp32_from_fp16 beside it contains copies of the parameters",
+        "optimizer.optimizer_state_dict: left as it is, fp32_from_fp16 next to it contains copies of the parameters",
     ),
     "an average in another order": (
         lambda ps, _: {"ema": {"shadow_params": [p.clone() for p in ps[::-1]]}},
@@ -400,7 +400,7 @@ SILENT: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("extra", SILENT.values(), ids=SILENT)
-def test_what_holds_nothing_per_parameter_is_not_named(nets: dict[str, nn.Module], extra: dict[str, Any]) -> None:
+def test_entries_without_a_value_per_parameter_are_not_named(nets: dict[str, nn.Module], extra: dict[str, Any]) -> None:
     torch.save({"model": nets["g"].state_dict(), **extra}, "last.pt")
     assert json.loads(run("convert", "last.pt", *G, *INPUT, "--json").output)["carried"] == []
 

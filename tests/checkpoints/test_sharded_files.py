@@ -197,7 +197,7 @@ def test_no_tensor_is_read_from_memory_that_no_file_filled(
 
 
 def test_a_chunk_is_an_archive_that_is_checked(step: Path) -> None:
-    """A view beyond its storage: torch would extend the storage by uninitialised memory."""
+    """A view beyond its storage: torch would extend the storage by uninitialized memory."""
     good = io.BytesIO()
     torch.save(torch.zeros(SIZE), good)
     info = pickle.loads((step / ".metadata").read_bytes()).storage_data[MetadataIndex("w", torch.Size([0, 0]))]
@@ -234,7 +234,7 @@ MAPS: dict[str, tuple[Callable[[dict[str, str]], Any], str]] = {
 
 @pytest.mark.parametrize("kind", ["safetensors", "torch"])
 @pytest.mark.parametrize(("change", "message"), MAPS.values(), ids=MAPS)
-def test_an_index_of_shards_names_what_they_hold(
+def test_an_index_of_shards_lists_their_tensors(
     step: Path, content: dict[str, Any], change: Callable[[dict[str, str]], Any], message: str, kind: str
 ) -> None:
     folder = step.parent / "shards"

@@ -91,7 +91,7 @@ CHANGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "grown": (_append, "bytes and has"),
     "shrunk": (_shrink, "bytes and has"),
     "emptied": (_empty, "bytes and has"),
-    "replaced": (_replace, "another file took its place"),
+    "replaced": (_replace, "another file replaced it"),
     "written to": (_flip, "it was written to"),
     "written to, with its time put back": (_flip_unnoticed, "it was written to"),
     "removed": (_remove, "it was removed"),
@@ -308,7 +308,7 @@ def test_a_loaded_model_does_not_change_with_its_file(container: str, tmp_path: 
     assert all(torch.equal(before[key], value) for key, value in loaded.model.state_dict().items())
 
 
-def test_what_a_file_holds_beside_the_weights_does_not_change_with_it(tmp_path: Path) -> None:
+def test_other_entries_do_not_change_with_their_file(tmp_path: Path) -> None:
     path, ema = tmp_path / "train.pt", state()
     torch.save({"state_dict": state(), "state_dict_ema": ema, "epoch": 3}, path)
     loaded = normswap.load(path, architecture=files.ARCH)
@@ -399,9 +399,11 @@ def test_systems_without_files_without_names_copy_too(
         assert not any(folder.exists() for folder in folders)
 
 
-@pytest.mark.parametrize(("full", "is_beside"), [("nothing", False), ("temporary files", True), ("both", False)])
-def test_a_copy_with_a_name_is_put_beside_the_output_only_if_there_is_room_nowhere_else(
-    full: str, is_beside: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("full", "is_next_to_output"), [("nothing", False), ("temporary files", True), ("both", False)]
+)
+def test_a_named_copy_is_in_the_folder_of_the_output_only_if_no_other_has_space(
+    full: str, is_next_to_output: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from normswap.checkpoints import source_copy
 
@@ -413,7 +415,7 @@ def test_a_copy_with_a_name_is_put_beside_the_output_only_if_there_is_room_nowhe
     monkeypatch.delattr(source_copy.os, "memfd_create", raising=False)
     monkeypatch.setattr(source_copy.shutil, "disk_usage", disk_usage)
     origin = source_copy.open_source(path, folder=tmp_path)
-    assert (origin.copy.parent.parent == tmp_path) == is_beside
+    assert (origin.copy.parent.parent == tmp_path) == is_next_to_output
     assert origin.copy.read_bytes() == path.read_bytes()
     folders = [*origin.files.folders]
     origin.close()

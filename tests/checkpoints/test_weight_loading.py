@@ -132,7 +132,7 @@ def test_a_head_beyond_is_carried_untouched(build: Callable[[State], tuple[Path,
 def test_a_head_that_is_missing_is_not_written(build: Callable[[State], tuple[Path, str]]) -> None:
     given = {key: value for key, value in files.small_model().state_dict().items() if not key.startswith("fc.")}
     path, output = build(given)
-    assert "note fc.weight, fc.bias: missing from the file; verified with randomly initialised values" in output
+    assert "note fc.weight, fc.bias: missing from the file; verified with randomly initialized values" in output
     assert not {"fc.weight", "fc.bias"} & torch.load(path).keys()
     with pytest.warns(UserWarning, match=r"contains no fc\.weight, fc\.bias: this part of the model keeps its random"):
         assert normswap.load(path).model.fc.weight.shape == (7, 96)

@@ -104,8 +104,8 @@ def test_a_file_of_bn_keeps_its_names_and_is_reported_by_inspect(folder: Path) -
     files.small_model().load_state_dict(new)
     shown = CliRunner().invoke(main, ["inspect", "new.pt"]).output
     assert "folder:images, train, 3 batches of 3" in " ".join(shown.split())
-    told = json.loads(CliRunner().invoke(main, ["inspect", "new.pt", "--json"]).output)
-    assert [step["action"] for step in told["history"]] == ["calibrated"]
+    document = json.loads(CliRunner().invoke(main, ["inspect", "new.pt", "--json"]).output)
+    assert [step["action"] for step in document["history"]] == ["calibrated"]
     converted = CliRunner().invoke(main, ["convert", "new.pt", "--input", "2x3x32x32"])
     assert converted.exit_code == 0, converted.output
     record = read_record(Path("new.normswap.pt"))
@@ -113,7 +113,7 @@ def test_a_file_of_bn_keeps_its_names_and_is_reported_by_inspect(folder: Path) -
     assert [step.action for step in record.history] == ["calibrated", "converted"]
 
 
-def test_what_else_a_file_holds_is_carried(folder: Path) -> None:
+def test_other_entries_of_a_file_are_copied(folder: Path) -> None:
     model = files.small_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     content = {
@@ -163,11 +163,16 @@ def test_a_folder_is_calibrated_with_all_its_images(folder: Path) -> None:
 
 
 def test_one_document_for_machines(folder: Path) -> None:
-    told = json.loads(ok("sn.pt", *DIGITS, "--json").output)
-    assert (told["file"], told["output"], told["architecture"]) == ("sn.pt", "sn.calibrated.pt", files.ARCH)
-    assert (told["batches"], told["passes"], len(told["layers"]), told["skipped"]) == (3, 1, files.SITES, [])
-    assert told["largest_shift"] == max(layer["shift"] for layer in told["layers"])
-    assert told["bytes"] == os.path.getsize("sn.calibrated.pt")
+    document = json.loads(ok("sn.pt", *DIGITS, "--json").output)
+    assert (document["file"], document["output"], document["architecture"]) == ("sn.pt", "sn.calibrated.pt", files.ARCH)
+    assert (document["batches"], document["passes"], len(document["layers"]), document["skipped"]) == (
+        3,
+        1,
+        files.SITES,
+        [],
+    )
+    assert document["largest_shift"] == max(layer["shift"] for layer in document["layers"])
+    assert document["bytes"] == os.path.getsize("sn.calibrated.pt")
 
 
 def test_grey_models_get_grey_images(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""The command line as a program: help costs nothing, exit statuses, interrupts, progress."""
+"""The command line as a program: help costs nothing, exit codees, interrupts, progress."""
 
 import json
 import os

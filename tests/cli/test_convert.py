@@ -54,7 +54,7 @@ def test_convert_reports_sites_decisions_and_verification(folder: Path) -> None:
     assert "The example input (64x64)" not in text  # no site has another map for it
     for check in ("outputs in evaluation", "outputs in training", "gradients", "running statistics"):
         assert re.search(rf"{check} +\d\S* +1\.0e-09 +same", text)
-    assert re.search(r"outputs in float32 +\d\S* +noted", text)
+    assert re.search(r"outputs in float32 +\d\S* +no limit", text)
     assert f"relative L2 in float64 on {SIZES}" in text
     assert f"wrote bn.normswap.pt ({(folder / 'bn.normswap.pt').stat().st_size / 1e6:.1f} MB)" in text
 

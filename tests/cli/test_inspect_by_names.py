@@ -218,7 +218,7 @@ def test_an_inspected_file_without_an_architecture_that_changes_is_refused(
     monkeypatch.setattr(room, "survey", changed)
     result = run("inspect", path)
     assert result.exit_code == 2
-    assert "changed while normswap read it (another file took its place)" in " ".join(result.stderr.split())
+    assert "changed while normswap read it (another file replaced it)" in " ".join(result.stderr.split())
 
 
 def test_errors_about_the_file_stay_errors(tmp_path: Path) -> None:

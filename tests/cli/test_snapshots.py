@@ -11,7 +11,7 @@ from tests.helpers.command_line import ARCH, INPUT, run
 SNAPSHOTS = Path(__file__).with_name("snapshots")
 WIDTH = 100
 DATA = ["--data", "digits", "--input-size", "32", "--batch-size", "20", "--batches", "2", "--device", "cpu"]
-# (exit status, command)
+# (exit code, command)
 COMMANDS: dict[str, tuple[int, list[str]]] = {
     "inspect": (0, ["inspect", "bn.pt", *ARCH, *INPUT]),
     "inspect_converted": (0, ["inspect", "sn.pt"]),

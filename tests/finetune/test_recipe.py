@@ -170,7 +170,7 @@ def test_the_warning_names_the_line_that_uses_the_old_name() -> None:
         assert [Path(warning.filename).name for warning in caught] == ["test_recipe.py"]
 
 
-def test_a_renamed_key_beside_its_new_name_is_refused() -> None:
+def test_a_renamed_key_together_with_its_new_name_is_refused() -> None:
     both = {**OLD_PRICE, "train": {**OLD_PRICE["train"], "batch_penalty": 0.1}}
     text = "train.batch_price was renamed to train.batch_penalty, and both are set: remove train.batch_price"
     with pytest.raises(RecipeError, match=re.escape(text)):

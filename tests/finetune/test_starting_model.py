@@ -242,7 +242,7 @@ def test_a_part_that_the_file_lacks_is_reported(here: Path) -> None:
     state = timm.create_model("test_resnet", num_classes=10).state_dict()
     torch.save({key: value for key, value in state.items() if not key.startswith("fc.")}, "headless.pt")
     found = prepare(recipe(model={"checkpoint": "headless.pt", "architecture": TEN}))
-    assert "headless.pt has no fc.weight, fc.bias: these weights are initialised at random" in found.notes
+    assert "headless.pt has no fc.weight, fc.bias: these weights are initialized at random" in found.notes
 
 
 def test_classes_in_the_architecture_that_contradict_the_data_are_refused() -> None:

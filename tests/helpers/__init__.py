@@ -1,1 +1,1 @@
-"""Shared by tests: models, files, oracles, laws, and scripts that tests run as processes."""
+"""Shared by tests: models, files, oracles, guarantees, and scripts that tests run as processes."""

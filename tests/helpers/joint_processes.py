@@ -42,7 +42,7 @@ POINTS = {
 
 @dataclass(frozen=True)
 class Case:
-    """One layer: which batch, how many of its samples are the first process's, and how it is normalised."""
+    """One layer: which batch, how many of its samples are the first process's, and how it is normalized."""
 
     cut: int
     gate: str = "softmax"
@@ -134,7 +134,7 @@ def normalise(case: Case, rank: int) -> dict[str, Tensor | None]:
 
 @contextmanager
 def by_backend(name: str) -> Iterator[None]:
-    """Normalise on CPU as on some device."""
+    """Normalize on CPU as on some device."""
     with use_backend("reference" if name == "reference" else "native"):
         before = sync.passes_for, moment_algebra._as_array
         if name == "plain":
@@ -151,7 +151,7 @@ UNEVEN = Case(1, "simplex")
 
 
 def checkpointed(rank: int) -> list[dict[str, Tensor | None]]:
-    """By both ways of running a segment again; in the second process everything, in the first nothing is normalised."""
+    """By both ways of running a segment again; in the second process everything, in the first nothing is normalized."""
     found = []
     for reentrant in (False, True):
         layer, x = layer_of(EMPTY), part(EMPTY, rank).requires_grad_()
@@ -232,8 +232,8 @@ def groups(rank: int) -> dict[str, Any]:
     layers["local"].synchronize = False
     sync = nn.Sequential(nn.SyncBatchNorm(3, process_group=both))
     taken = convert(sync).model[0]
-    held = {"copied": layers["copied"].process_group is alone, "taken over": taken.process_group is both}
-    return {name: layer(part(UNEVEN, rank)).detach() for name, layer in layers.items()} | {"held": held}
+    groups = {"copied": layers["copied"].process_group is alone, "taken over": taken.process_group is both}
+    return {name: layer(part(UNEVEN, rank)).detach() for name, layer in layers.items()} | {"groups": groups}
 
 
 def refused(rank: int) -> str:
@@ -285,7 +285,7 @@ def train(model: nn.Module, parts: list[Tensor], weight: float) -> dict[str, Ten
 
 
 def trained(rank: int) -> list[dict[str, Tensor]]:
-    """Told by `convert`, told later, and what replaced SyncBatchNorm, each in DDP, which averages gradients."""
+    """Layers synchronized by `convert`, later, and in place of SyncBatchNorm, each in DDP, which averages gradients."""
     converted = [
         convert(network(), torch.zeros(2, 3, 6, 6).double(), synchronize=True).model,
         convert(network(), torch.zeros(2, 3, 6, 6).double()).model,

@@ -27,7 +27,7 @@ LAYER_CASES = pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
 
 
 def trained(layer: nn.Module) -> nn.Module:
-    """Give every tensor of a norm layer a value that no initialisation has; gates stay where they are."""
+    """Give every tensor of a norm layer a value that no initialization has; gates stay where they are."""
     with torch.no_grad():
         for name in ("weight", "running_var"):
             if isinstance(getattr(layer, name, None), Tensor):

@@ -41,12 +41,12 @@ def net() -> Any:
 def calibrated(batches: list[Tensor], **options: Any) -> tuple[dict[str, Tensor], list[Any]]:
     model = net()
     result = calibrate(model, batches, **options)
-    told = [[layer.fqn, layer.values, layer.calls] for layer in result.layers]
-    return {name: value.clone() for name, value in model.named_buffers()}, [told, result.batches, result.passes]
+    layers = [[layer.fqn, layer.values, layer.calls] for layer in result.layers]
+    return {name: value.clone() for name, value in model.named_buffers()}, [layers, result.batches, result.passes]
 
 
 def run(rank: int, folder: str) -> None:
-    results: dict[str, Any] = {"told": {}}
+    results: dict[str, Any] = {"layers": {}}
     # Pooled over processes or not: in one pass each batch is normalized by itself, so it is the same.
     results["alone"] = {
         f"{name}{' layer by layer' if slow else ''}": calibrated(BATCHES, layer_by_layer=slow)[0]
@@ -56,7 +56,7 @@ def run(rank: int, folder: str) -> None:
     distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     for case in results["alone"]:
         share = SHARES[case.removesuffix(" layer by layer")][rank]
-        results[case], results["told"][case] = calibrated(share, layer_by_layer=case.endswith("layer by layer"))
+        results[case], results["layers"][case] = calibrated(share, layer_by_layer=case.endswith("layer by layer"))
     try:
         calibrate(net(), [BATCHES[1] / (0.0 if rank else 1.0)])
     except NormswapError as error:

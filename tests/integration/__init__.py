@@ -1,1 +1,1 @@
-"""Tests of whole flows: model zoo, laws of a conversion, documentation, packaging, imports, wording, benchmarks."""
+"""Tests of whole flows: model zoo, guarantees, documentation, packaging, imports, wording, benchmarks."""

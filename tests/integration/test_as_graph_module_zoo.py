@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from normswap import convert, verify
 from normswap.errors import SwapError
 from normswap.surgery.graphs.module_trace import trace_module_forward
-from tests.helpers import laws, zoo
+from tests.helpers import guarantees, zoo
 
 CONTROL_FLOW = "TraceError: symbolically traced variables cannot be used as inputs to control flow"
 CONTEXT = "it switches gradients or autocast in a part of its code"
@@ -52,9 +52,9 @@ def test_a_graph_is_the_same_function_and_so_are_its_copies(trap: zoo.Trap) -> N
     graph = convert(original, inputs, as_graph=True, **trap.options).model
     assert isinstance(graph, fx.GraphModule)
     assert graph.training == original.training
-    laws.same_function(original, graph, inputs, ("evaluation", "training"))
+    guarantees.same_function(original, graph, inputs, ("evaluation", "training"))
     if trap.name not in UNPICKLED:
-        laws.same_function(original, pickle.loads(pickle.dumps(graph)), inputs, ("training",))
+        guarantees.same_function(original, pickle.loads(pickle.dumps(graph)), inputs, ("training",))
 
 
 @pytest.mark.parametrize(("name", "reason"), REFUSED.items())
@@ -63,12 +63,12 @@ def test_what_is_not_one_graph_says_why_and_prints_nothing(
 ) -> None:
     trap = zoo.BY_NAME[name]
     model, inputs = trap.model(), trap.inputs()
-    before = laws.Record.of(model)
+    before = guarantees.Record.of(model)
     with pytest.raises(
         SwapError, match=f"cannot be made one graph {re.escape(f'({reason}')}.*: convert without as_graph"
     ):
         convert(model, inputs, as_graph=True, inplace=True)
-    laws.nothing_else_changed(before, model, laws.NO_SWAPS, same_objects=True)
+    guarantees.nothing_else_changed(before, model, guarantees.NO_SWAPS, same_objects=True)
     assert capfd.readouterr() == ("", "")
 
 
@@ -90,7 +90,7 @@ class Switch(nn.Module):
 def test_optional_arguments_that_decide_are_resolved_at_their_defaults(make: type[nn.Module], inputs: Any) -> None:
     model = make()
     graph = convert(model, inputs, as_graph=True).model
-    laws.same_function(model, graph, zoo.IMAGE(), ("evaluation", "training"))
+    guarantees.same_function(model, graph, zoo.IMAGE(), ("evaluation", "training"))
     with pytest.raises(AssertionError, match=r"has been specialized to have value (False|None) but got another value"):
         graph.forward(zoo.IMAGE(), True)
 
@@ -162,7 +162,7 @@ def test_a_fork_is_refused_at_the_root_and_kept_whole_in_a_child(make: Callable[
         convert(AtRoot(make()), zoo.IMAGE(), as_graph=True)
     model = nn.Sequential(zoo.bn(3), make())
     graph = convert(model, zoo.IMAGE(), as_graph=True).model
-    laws.same_function(model, graph, zoo.IMAGE(), ("evaluation", "training"))
+    guarantees.same_function(model, graph, zoo.IMAGE(), ("evaluation", "training"))
 
 
 def test_a_constant_of_both_modes_goes_with_the_graph() -> None:
@@ -194,7 +194,7 @@ def test_hooks_that_change_values_are_part_of_the_function() -> None:
     model = nn.Sequential(zoo.BY_NAME["hooks"].model())
     model[0].register_forward_hook(zoo.double_output)
     graph = convert(model, zoo.IMAGE(), as_graph=True).model
-    laws.same_function(model, graph, zoo.IMAGE(), ("evaluation", "training"))
+    guarantees.same_function(model, graph, zoo.IMAGE(), ("evaluation", "training"))
 
 
 def half_frozen_dropout() -> nn.Module:
@@ -210,12 +210,12 @@ def half_frozen_dropout() -> nn.Module:
 def test_flags_that_were_set_one_by_one_are_kept(make: Callable[[], nn.Module]) -> None:
     model = make()
     graph = convert(model, zoo.IMAGE(), as_graph=True).model
-    laws.same_function(model, graph, zoo.IMAGE())
+    guarantees.same_function(model, graph, zoo.IMAGE())
     flags = {name: module.training for name, module in model.named_modules()}
     ours = {name: module.training for name, module in graph.named_modules() if name in flags}
     assert ours == {name: flags[name] for name in ours}
     assert set(ours.values()) == {True, False}
-    before = laws.Record.of(model)
+    before = guarantees.Record.of(model)
     convert(model, zoo.IMAGE(), as_graph=True, inplace=True)
     assert {name: module.training for name, module in model.named_modules() if name in flags} == before.flags
 
@@ -225,7 +225,7 @@ def test_a_part_of_a_graph_can_be_put_in_evaluation() -> None:
     graph = convert(model, zoo.IMAGE(), as_graph=True).model
     for part in (model, graph):
         part.get_submodule("0").eval()
-    laws.same_function(model, graph, zoo.IMAGE(), ("as it is",))
+    guarantees.same_function(model, graph, zoo.IMAGE(), ("as it is",))
 
 
 def test_a_graph_can_be_saved_by_torch_and_goes_on_learning() -> None:

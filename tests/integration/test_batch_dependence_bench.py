@@ -67,7 +67,7 @@ def test_the_penalty_is_no_part_of_the_losses_that_are_returned() -> None:
     assert losses[0] == losses[1]
 
 
-def test_an_interrupted_study_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_study_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Cell] = []
 
     def run_cell(cell: Cell) -> Run:
@@ -89,7 +89,7 @@ def test_an_interrupted_study_goes_on_where_it_was(tmp_path: Path, monkeypatch: 
     assert "runs are complete" not in (tmp_path / "batch-dependence.md").read_text()
 
 
-def test_the_page_holds_what_the_records_say(tmp_path: Path) -> None:
+def test_the_page_contains_the_values_of_the_records(tmp_path: Path) -> None:
     runs = [run_of(cell, 50 + 100 * cell.penalty + cell.seed) for cell in cells([0, 1]) if cell.batch_size != 16]
     record = Study("Measured here.", runs)
     write_study(record, tmp_path / "a.json")

@@ -33,7 +33,7 @@ WIDTH = 100
 # Phrases that the pages must not contain: words that the project used before it used those of the field.
 OLD_WORDS = (
     "anew|law 1|parity|proof|proves?|proved|told|tells|said|held|lies|is fed|are fed|the ground|alike|as ever|at hand"
-    "|way out|kin|likelier|hangs? on|in place of|takes? the place|priced?|batch[ _]price|begun"
+    "|way out|kin|likelier|hangs? on|in place of|takes? the place|priced?|batch[ _]price|begun|beside|stands? for"
 )
 
 
@@ -72,7 +72,7 @@ def steps(text: str) -> list[Step]:
 def run(command: str) -> None:
     """Run a command in this process; tests/cli/test_command_line.py covers its start."""
     done = CliRunner().invoke(main, shlex.split(command)[1:])
-    assert done.exit_code == 0, f"{command}: exit status {done.exit_code}\n{done.output}"
+    assert done.exit_code == 0, f"{command}: exit code {done.exit_code}\n{done.output}"
     print(done.stdout, end="")
 
 

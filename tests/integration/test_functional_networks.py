@@ -1,4 +1,4 @@
-"""Networks that normalize by function: all laws on each, and what is particular to some."""
+"""Networks that normalize by function: all guarantees on each, and what is particular to some."""
 
 import copy
 import pickle
@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 import normswap
 from normswap.layers.switch_norm import FunctionalSwitchNorm
 from tests.helpers import functional_networks as networks
-from tests.helpers import laws
+from tests.helpers import guarantees
 from tests.helpers.zoo import Trap
 
 BY_NAME = {trap.name: trap for trap in networks.NETWORKS}
@@ -39,18 +39,18 @@ def test_without_an_input_nothing_is_lost_either(trap: Trap) -> None:
 
 
 @EACH
-def test_every_law_holds(trap: Trap) -> None:
-    held = laws.hold(trap.model, trap.inputs())
-    assert tuple(mode for mode, error in held.errors.items() if error is None) == trap.raises_in
-    assert held.gates == 2 * len(trap.swaps)
+def test_every_guarantee_holds(trap: Trap) -> None:
+    checked = guarantees.check_all(trap.model, trap.inputs())
+    assert tuple(mode for mode, error in checked.errors.items() if error is None) == trap.raises_in
+    assert checked.gates == 2 * len(trap.swaps)
 
 
 # --- the learner ------------------------------------------------------------------------------------------------------
 
 
 def learner_pair() -> tuple[networks.Learner, Any]:
-    learner = laws.in_float64(BY_NAME["a learner on its own weights"].model())
-    return learner, normswap.convert(learner, laws.to_float64(networks.TASKS())).model  # type: ignore[return-value]
+    learner = guarantees.in_float64(BY_NAME["a learner on its own weights"].model())
+    return learner, normswap.convert(learner, guarantees.to_float64(networks.TASKS())).model  # type: ignore[return-value]
 
 
 def statistics(learner: Any) -> Tensor:
@@ -134,7 +134,7 @@ def test_a_program_is_the_same_function_without_gradients(training: bool, decomp
     torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-9, atol=1e-9)
     for name, buffer in program.named_buffers():
         torch.testing.assert_close(converted.get_buffer(name), buffer, rtol=1e-9, atol=1e-9)
-    assert laws.norm_calls(converted, networks.PHOTOS().double(), "as it is") == 0
+    assert guarantees.norm_calls(converted, networks.PHOTOS().double(), "as it is") == 0
 
 
 @pytest.mark.parametrize("decompose", [False, True], ids=["exported", "decomposed"])

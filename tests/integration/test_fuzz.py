@@ -146,7 +146,7 @@ DEFECTS: dict[str, tuple[Callable[[Sequence[str], Path], None], str]] = {
     "a temporary": (_leaves_a_temporary, ".partial"),
     "code that ran": (_runs_code, "planted code ran"),
     "too much memory": (_asks_for_memory, "requested more memory than allowed"),
-    "another exit status": (_ends_otherwise, "inspect: exit status 3"),
+    "another exit code": (_ends_otherwise, "inspect: exit code 3"),
 }
 
 

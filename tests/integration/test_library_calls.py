@@ -25,7 +25,7 @@ from torchvision.models.feature_extraction import create_feature_extractor, get_
 
 from normswap import convert, freeze_statistics, unfreeze_statistics, update_statistics
 from normswap.layers.switch_norm import SwitchNorm
-from tests.helpers import laws, zoo
+from tests.helpers import guarantees, zoo
 
 X = zoo.image(3, 3, 48, 48)().double()
 TIMM = ["test_resnet", "mobilenetv3_small_050", "regnetx_002"]
@@ -57,12 +57,12 @@ every_network = pytest.mark.parametrize("name", NETWORKS)
 every_timm_model = pytest.mark.parametrize("name", TIMM)
 
 
-def close(first: Any, second: Any, limit: float = laws.LIMIT) -> None:
+def close(first: Any, second: Any, limit: float = guarantees.LIMIT) -> None:
     """Two outputs of any structure."""
     pairs = list(zip(tree_leaves(first), tree_leaves(second), strict=True))
     assert pairs
     for a, b in pairs:
-        assert laws.distance(a, b) <= limit if isinstance(a, Tensor) else a == b
+        assert guarantees.distance(a, b) <= limit if isinstance(a, Tensor) else a == b
 
 
 def output(model: nn.Module, x: Tensor = X) -> Any:
@@ -73,22 +73,22 @@ def output(model: nn.Module, x: Tensor = X) -> Any:
 def shared(model: nn.Module, state: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
     """A state dict without gates."""
     state = model.state_dict() if state is None else state
-    return {name: value.clone() for name, value in state.items() if not name.endswith(laws.GATES)}
+    return {name: value.clone() for name, value in state.items() if not name.endswith(guarantees.GATES)}
 
 
-def same_state(original: nn.Module, converted: nn.Module, limit: float = laws.LIMIT) -> None:
+def same_state(original: nn.Module, converted: nn.Module, limit: float = guarantees.LIMIT) -> None:
     """All tensors but gates, those of a module as one vector: a running mean may be zero in truth."""
     first, second = shared(original), shared(converted)
     assert list(first) == list(second)
     for owner in {name.rpartition(".")[0] for name in first}:
         names = [name for name in first if name.rpartition(".")[0] == owner]
         vectors = [torch.cat([state[name].double().flatten() for name in names]) for state in (first, second)]
-        assert laws.distance(*vectors) <= limit, owner
+        assert guarantees.distance(*vectors) <= limit, owner
 
 
 def gradients(model: nn.Module) -> Tensor:
     """Those of all parameters but gates, as one vector."""
-    own = {name: p for name, p in model.named_parameters() if not name.endswith(laws.GATES)}
+    own = {name: p for name, p in model.named_parameters() if not name.endswith(guarantees.GATES)}
     return torch.cat([torch.zeros(p.numel()).double() if p.grad is None else p.grad.flatten() for p in own.values()])
 
 
@@ -109,7 +109,7 @@ def alike(original: nn.Module, converted: nn.Module) -> None:
 
 
 def gates(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: p for name, p in model.named_parameters() if name.endswith(laws.GATES)}
+    return {name: p for name, p in model.named_parameters() if name.endswith(guarantees.GATES)}
 
 
 @pytest.fixture
@@ -266,7 +266,7 @@ def test_freezing_a_part() -> None:
     for y in results:
         y.square().sum().backward()
     trained = [
-        {n: p.grad for n, p in model.named_parameters() if p.grad is not None and not n.endswith(laws.GATES)}
+        {n: p.grad for n, p in model.named_parameters() if p.grad is not None and not n.endswith(guarantees.GATES)}
         for model in (original, converted)
     ]
     assert trained[0].keys() == trained[1].keys()
@@ -314,7 +314,9 @@ def test_an_average_of_the_weights_follows_the_gates() -> None:
     original, converted = pair("mobilenetv3_small_050")
     averages = [timm.utils.ModelEmaV3(model, decay=0.75) for model in (original, converted)]
     for model, average in zip((original, converted), averages, strict=True):
-        optimizer = torch.optim.SGD([p for n, p in model.named_parameters() if not n.endswith(laws.GATES)], lr=0.01)
+        optimizer = torch.optim.SGD(
+            [p for n, p in model.named_parameters() if not n.endswith(guarantees.GATES)], lr=0.01
+        )
         output(model).square().mean().backward()
         optimizer.step()
         with torch.no_grad():
@@ -333,7 +335,7 @@ def test_averaged_models_get_their_statistics_back() -> None:
     averages = [AveragedModel(model) for model in (original, converted)]
     for model, average in zip((original, converted), averages, strict=True):
         output(model).square().mean().backward()
-        torch.optim.SGD([p for n, p in model.named_parameters() if not n.endswith(laws.GATES)], lr=0.01).step()
+        torch.optim.SGD([p for n, p in model.named_parameters() if not n.endswith(guarantees.GATES)], lr=0.01).step()
         average.update_parameters(model)
         average.update_parameters(model)
     loader = [X, X[:2] * 2]
@@ -452,7 +454,7 @@ def errors_of(models: tuple[nn.Module, nn.Module], exact: Tensor, call: Callable
     """In low precision each is as far from the exact output as the other, to a factor, and of the same dtype."""
     first, second = map(call, models)
     assert first.dtype == second.dtype
-    errors = [laws.distance(exact, y.double()) for y in (first, second)]
+    errors = [guarantees.distance(exact, y.double()) for y in (first, second)]
     assert errors[0] > 1e-6
     assert errors[1] < 2 * errors[0]
 

@@ -60,7 +60,7 @@ def test_an_old_module_path_gives_its_names(survey: dict[str, Any], module: str)
     assert not found["silent"], "these moved, and the old path gives them without a DeprecationWarning"
 
 
-def test_what_docs_showed_and_pickles_hold_is_not_left_behind(survey: dict[str, Any]) -> None:
+def test_names_in_docs_and_pickles_of_earlier_versions_still_work(survey: dict[str, Any]) -> None:
     assert not survey["undocumented"]
     assert not survey["unpickled"]
 
@@ -125,30 +125,30 @@ def converted() -> nn.Module:
 
 
 def test_hang_on_counts_the_steps_of_an_optimizer() -> None:
-    model, told = converted(), []
+    model, written = converted(), []
     optimizers = [torch.optim.SGD(normswap.param_groups(model, lr=0.1)) for _ in range(2)]
     watch = normswap.watch_importance(
-        model, optimizers[0], write=lambda values, step: told.append((step, values)), every=1
+        model, optimizers[0], write=lambda values, step: written.append((step, values)), every=1
     )
     with old_names_allowed():
         assert watch.hang_on(optimizers[1]) is watch
     optimizers[1].step()
     assert watch.step == 1
-    assert [step for step, _ in told] == [0, 1]
+    assert [step for step, _ in written] == [0, 1]
 
 
 def test_reach_does_what_is_due() -> None:
-    model, told = converted(), []
+    model, written = converted(), []
     with old_names_allowed():
         from normswap.finetune.watching import ImportanceLog, StatisticsSwitch
 
-        log = ImportanceLog(model, lambda _, step: told.append(step), every=2, per_site=False)
+        log = ImportanceLog(model, lambda _, step: written.append(step), every=2, per_site=False)
         switch = StatisticsSwitch(model, {1: "running"})
         for step in range(4):
             log.reach(step)
             assert model[1].bn_statistics == ("batch" if step <= 1 else "running")
             switch.reach(step)
-    assert told == [0, 2]
+    assert written == [0, 2]
     assert model[1].bn_statistics == "running"
 
 

@@ -116,7 +116,7 @@ def test_the_page_says_that_the_machine_was_busy() -> None:
     assert "Quick mode" in document(busy)
 
 
-def test_the_page_of_a_gpu_holds_bandwidths() -> None:
+def test_the_page_of_a_gpu_contains_bandwidths() -> None:
     measurements = _measurements()
     page = document(replace(measurements, conditions=replace(measurements.conditions, clock="cuda")))
     # 8 activations over 1.25 units of time, against 2 over 0.2

@@ -46,7 +46,7 @@ def converted(make: Callable[[], nn.Module], *, moved: bool, **options: Any) -> 
 @pytest.mark.parametrize("moved", [False, True])
 @pytest.mark.parametrize("make", [modules, functional])
 @pytest.mark.parametrize("gate", ["simplex", "softmax"])
-def test_a_trace_passes_the_check_of_torch_and_serves_other_sizes(
+def test_a_trace_passes_the_check_of_torch_and_works_for_other_sizes(
     make: Callable[[], nn.Module], gate: str, moved: bool, backend: str
 ) -> None:
     model = converted(make, moved=moved, gate=gate).eval()

@@ -127,9 +127,9 @@ def test_an_argument_is_shown_as_the_option_that_means_it(message: str, shown: s
 
 def test_one_failure_is_reported_as_an_argument_in_python_and_as_an_option_on_the_command_line(folder: Path) -> None:
     torch.save(Net(), "module.pt")
-    with pytest.raises(CheckpointError, match="pass trust=True if you trust") as told:
+    with pytest.raises(CheckpointError, match="pass trust=True if you trust") as caught:
         normswap.load("module.pt")
-    assert "--" not in str(told.value)
+    assert "--" not in str(caught.value)
     shown = run("convert", "module.pt").stderr
     assert "pass --trust if you trust" in shown
     assert "trust=True" not in shown
@@ -320,19 +320,19 @@ def test_a_wrong_architecture_is_reported_with_the_one_that_fits(folder: Path) -
         normswap.load("bn.pt", architecture=files.TiedNet)
     refused = run("convert", "bn.pt", "--arch", "timm:test_vit")
     assert (refused.exit_code, "the tensors fit --arch timm:test_resnet,num_classes=7" in refused.stderr) == (2, True)
-    with pytest.raises(ArchitectureError) as told:
+    with pytest.raises(ArchitectureError) as caught:
         normswap.load("own.pt", architecture="timm:test_resnet")
-    assert "the tensors fit" not in str(told.value)
+    assert "the tensors fit" not in str(caught.value)
 
 
 def test_an_own_model_is_informed_of_own_code_and_of_names(folder: Path) -> None:
     with pytest.raises(ArchitectureError, match=r"architecture='path/file\.py:function' for your own model"):
         normswap.load("own.pt")
-    told = {command: run(command, "own.pt").stderr for command in ("convert", "identify", "calibrate")}
-    del told["calibrate"]  # wants --data first
-    for message in told.values():
+    messages = {command: run(command, "own.pt").stderr for command in ("convert", "identify", "calibrate")}
+    del messages["calibrate"]  # wants --data first
+    for message in messages.values():
         assert "--arch path/file.py:function for your own model" in message
-    assert told["convert"].endswith("or convert the tensors by their names: --arch none, --no-verify\n")
+    assert messages["convert"].endswith("or convert the tensors by their names: --arch none, --no-verify\n")
     assert "--arch path/file.py:function" in run("inspect", "own.pt").stdout
     beyond = files.small_model().state_dict() | {"more.running_mean": torch.ones(2), "more.running_var": torch.ones(2)}
     torch.save(beyond, "beyond.pt")
@@ -387,7 +387,7 @@ CONTENTS = {
 
 
 @pytest.mark.parametrize(("make", "message"), CONTENTS.values(), ids=CONTENTS)
-def test_what_holds_no_state_dict_is_reported_with_how_to_save_one(
+def test_a_file_without_a_state_dict_is_reported_with_how_to_save_one(
     folder: Path, make: Callable[[], Any], message: str
 ) -> None:
     torch.save(make(), "odd.pt")
@@ -397,7 +397,7 @@ def test_what_holds_no_state_dict_is_reported_with_how_to_save_one(
         assert ": save the model's own weights with torch.save(model.state_dict(), path)" in shown
 
 
-def test_the_weights_that_are_meant_are_named_where_a_file_holds_several(folder: Path) -> None:
+def test_the_selected_weights_are_named_if_a_file_contains_several(folder: Path) -> None:
     state = files.small_model().state_dict()
     torch.save({"state_dict": state, "state_dict_ema": state}, "two.pt")
     options = ("--arch", files.ARCH, "--input", "2x3x64x64")
@@ -419,7 +419,7 @@ def test_a_dry_run_is_refused_for_what_refuses_the_real_one(folder: Path) -> Non
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8"])
-def test_any_encoding_of_the_terminal_serves(folder: Path, encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_encoding_of_a_terminal_works(folder: Path, encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("own.pt").rename("öwn☃.pt")
     monkeypatch.setenv("COLUMNS", "24")  # so narrow that rich shortens words with a letter that is not in ASCII
     written = io.BytesIO()
@@ -484,6 +484,6 @@ def test_no_torch_file_is_written_under_the_name_of_another_format(folder: Path)
 def test_another_width_is_not_taken_for_another_number_of_classes(folder: Path) -> None:
     wider = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
     torch.save(Net().state_dict(), "net.pt")
-    with pytest.raises(ArchitectureError, match="with another shape") as told:
+    with pytest.raises(ArchitectureError, match="with another shape") as caught:
         normswap.load("net.pt", architecture=wider)
-    assert "num_classes" not in str(told.value)
+    assert "num_classes" not in str(caught.value)

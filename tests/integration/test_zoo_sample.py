@@ -28,7 +28,7 @@ def test_every_family_is_converted_and_keeps_the_laws(entry: Entry) -> None:
 
 
 @pytest.mark.skipif(timm.__version__ != timm_models.SAMPLED_FROM, reason="the sample was made from another timm")
-def test_families_that_are_not_in_the_sample_hold_no_batch_norms() -> None:
+def test_families_outside_the_sample_have_no_batch_norms() -> None:
     """Of each its first model."""
     chosen = {entry.family for entry in SAMPLE if entry.zoo == "timm"}
     others = {entry.family: entry for entry in reversed(list(entries("timm"))) if entry.family not in chosen}

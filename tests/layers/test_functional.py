@@ -322,7 +322,7 @@ STABILITY = {
 
 @pytest.mark.parametrize("gates", [VERTEX, torch.tensor([1 / 3] * 3)], ids=["bn vertex", "uniform"])
 @pytest.mark.parametrize(("dtype", "ratio", "tolerance"), STABILITY.values(), ids=STABILITY)
-def test_a_large_mean_beside_the_deviation_does_no_harm(
+def test_a_mean_much_larger_than_the_deviation_costs_no_digits(
     dtype: torch.dtype, ratio: float, tolerance: float, gates: Tensor
 ) -> None:
     x = (torch.randn(2, 3, 8, 8) + ratio).to(dtype).requires_grad_()
@@ -428,7 +428,7 @@ def test_one_value_per_channel_without_running_statistics_is_refused(training: b
         r"track_running_stats=True, or without `bn` in branches",
     ):
         switch_norm(torch.randn(1, 3, 1, 1), VERTEX, VERTEX, training=training, gate="simplex")
-    # BatchNorm without running statistics normalises by the batch in evaluation too, and fails alike.
+    # BatchNorm without running statistics normalizes by the batch in evaluation too, and fails alike.
     with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
         F.batch_norm(torch.randn(1, 3, 1, 1), None, None, training=True)
 

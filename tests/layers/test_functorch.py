@@ -16,8 +16,8 @@ UNMAPPED = (
     r'normswap.set_bn_statistics\(model, "running"\) or model.eval\(\) first'
 )
 NOT_GIVEN = (
-    "training updates running statistics in place, and they are no argument of the function that torch.func "
-    r'differentiates: pass the buffers as an argument, or call normswap.set_bn_statistics\(model, "running"\) '
+    "training updates running statistics in place, and the function that torch.func differentiates does not take "
+    r'them as an argument: pass the buffers as an argument, or call normswap.set_bn_statistics\(model, "running"\) '
     r"or model.eval\(\) first"
 )
 

@@ -262,7 +262,7 @@ def test_a_simplex_start_without_bn_is_refused_before_anything_is_written() -> N
         (lambda: SwitchNorm2d(4), "expected a BatchNorm module, got SwitchNorm2d, which already is a SwitchNorm layer"),
         (
             lambda: nn.LazyBatchNorm1d(),
-            "expected a module with initialised tensors, got an uninitialised LazyBatchNorm1d: run one batch",
+            "expected a module with initialized tensors, got an uninitialized LazyBatchNorm1d: run one batch",
         ),
         (
             lambda: BatchNormAct2d(4),

@@ -293,7 +293,7 @@ REFUSED_ORIGINALS: dict[str, tuple[type[SwitchNorm], Callable[[], nn.Module], di
         SwitchNorm2d,
         nn.LazyBatchNorm2d,
         {},
-        "expected a module with initialised tensors, got an uninitialised LazyBatchNorm2d: run one batch",
+        "expected a module with initialized tensors, got an uninitialized LazyBatchNorm2d: run one batch",
     ),
     "a fused activation": (
         SwitchNorm2d,

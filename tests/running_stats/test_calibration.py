@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from normswap import calibrate, convert, freeze_statistics
 from normswap.errors import DataError, ModelError, NothingToDo
-from tests.helpers import laws, zoo
+from tests.helpers import guarantees, zoo
 
 BATCHES = [zoo.image(n, 3, 9, 9)().double() * n + n for n in (4, 2, 3)]
 EVERYTHING = torch.cat(BATCHES)
@@ -62,7 +62,7 @@ def normalized(x: Tensor, bn: Any, mean: Tensor, var: Tensor) -> Tensor:
 
 def assert_statistics(layer: Any, expected: tuple[Tensor, Tensor], limit: float = LIMIT) -> None:
     for name, value in zip(STATISTICS, expected, strict=True):
-        assert laws.distance(value, getattr(layer, name).double()) <= limit, name
+        assert guarantees.distance(value, getattr(layer, name).double()) <= limit, name
 
 
 # --- what is stored ---------------------------------------------------------------------------------------------------
@@ -84,7 +84,7 @@ def test_in_one_pass_each_layer_gets_the_statistics_of_batch_normalized_inputs(m
 
 @every_make
 @torch.no_grad()
-def test_layer_by_layer_each_layer_gets_the_statistics_of_what_it_is_fed_in_evaluation(make: Callable[[], Any]) -> None:
+def test_layer_by_layer_each_layer_gets_the_statistics_of_its_inputs_in_evaluation(make: Callable[[], Any]) -> None:
     model, original = make(), chain()
     result = calibrate(model, BATCHES, layer_by_layer=True, include_frozen=True)
     x = original[0](EVERYTHING)
@@ -245,8 +245,8 @@ def test_rows_of_a_table_of_statistics_are_distinguished() -> None:
     second = [F.batch_norm(x, None, None, training=True).exp() for x in BATCHES]
     assert [layer.fqn for layer in result.layers] == ["batch_norm", "batch_norm_1"]
     for row, (mean, var) in enumerate((moments(BATCHES), moments(second))):
-        assert laws.distance(mean, model.means[row]) <= LIMIT
-        assert laws.distance(var, model.variances[row]) <= LIMIT
+        assert guarantees.distance(mean, model.means[row]) <= LIMIT
+        assert guarantees.distance(var, model.variances[row]) <= LIMIT
 
 
 def test_statistics_computed_at_each_call_are_left() -> None:
@@ -314,12 +314,12 @@ def test_only_statistics_change(make: Callable[[], Any], layer_by_layer: bool) -
     model = make()
     model[2].train(False)
     model.register_buffer("other", torch.ones(3))
-    record = laws.Record.of(model)
+    record = guarantees.Record.of(model)
     seen: list[Tensor] = []
     handle = model.register_forward_hook(lambda *args: seen.append(args[2]))
     calibrate(model, BATCHES, layer_by_layer=layer_by_layer, include_frozen=True)
     handle.remove()
-    after = laws.Record.of(model)
+    after = guarantees.Record.of(model)
     assert (after.modules, after.classes, after.flags) == (record.modules, record.classes, record.flags)
     assert after.hooks == record.hooks
     assert {p: {n: id(v) for n, v in a.items()} for p, a in after.attributes.items()} == {
@@ -417,10 +417,10 @@ def test_a_failure_leaves_everything_as_it_was(make: Callable[[], Any], case: An
     batches, options, error, message = case
     model = make()
     model[1].eval()
-    record = laws.Record.of(model)
+    record = guarantees.Record.of(model)
     with pytest.raises(error, match=message):
         calibrate(model, batches(), **options)
-    after = laws.Record.of(model)
+    after = guarantees.Record.of(model)
     assert (after.flags, after.hooks) == (record.flags, record.hooks)
     assert all(value.equal(record.values[name]) for name, value in after.values.items())
 
@@ -495,8 +495,8 @@ def test_two_processes_pool_what_they_gathered(tmp_path: Path) -> None:
     for case, alone in first["alone"].items():
         for results in (first, second):
             for name, value in alone.items():
-                assert laws.distance(value, results[case][name]) <= LIMIT, (case, name)
-        assert first["told"][case] == second["told"][case]
+                assert guarantees.distance(value, results[case][name]) <= LIMIT, (case, name)
+        assert first["layers"][case] == second["layers"][case]
     assert first["refused"] == "process 1 failed, no process changed its model: batch 0 (counted from 0): layer " + (
         "'0' got NaN or infinite values (2x3x5x5): check the images of this batch"
     )

@@ -22,7 +22,7 @@ from normswap import (
 )
 from normswap.errors import LayerError, ModelError, PlanError
 from normswap.surgery.importance import gated_modules
-from tests.helpers import laws, zoo
+from tests.helpers import guarantees, zoo
 
 X = zoo.image(4, 3, 9, 9)().double()
 BATCHES = [zoo.image(n, 3, 9, 9)().double() * n for n in (4, 2, 3)]
@@ -61,7 +61,7 @@ def statistics(model: nn.Module) -> dict[str, Tensor]:
 def assert_same(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
     assert first.keys() == second.keys()
     for name, value in first.items():
-        assert laws.distance(value, second[name]) <= laws.LIMIT, name
+        assert guarantees.distance(value, second[name]) <= guarantees.LIMIT, name
 
 
 # --- freezing ---------------------------------------------------------------------------------------------------------
@@ -76,7 +76,7 @@ def test_frozen_statistics_are_used_in_training_and_stay(make: Callable[[], Any]
     before = statistics(model)
     model.train()  # which undoes what `eval()` does to a layer
     y = model(X)
-    assert laws.distance(reference(X), y) <= laws.LIMIT
+    assert guarantees.distance(reference(X), y) <= guarantees.LIMIT
     assert_same(before, statistics(model))
     y.square().sum().backward()
     assert model.bn.weight.grad.abs().sum() > 0
@@ -89,12 +89,12 @@ def test_frozen_statistics_are_used_in_training_and_stay(make: Callable[[], Any]
 @every_make
 def test_unfrozen_statistics_are_as_they_were(make: Callable[[], Any]) -> None:
     reference, model = make(), make()
-    record = laws.Record.of(model)
+    record = guarantees.Record.of(model)
     freeze_statistics(model)
     assert unfreeze_statistics(model) == ["bn", "last"]
-    after = laws.Record.of(model)
+    after = guarantees.Record.of(model)
     assert (after.attributes.keys(), after.hooks) == (record.attributes.keys(), record.hooks)
-    assert laws.distance(reference(X), model(X)) <= laws.LIMIT
+    assert guarantees.distance(reference(X), model(X)) <= guarantees.LIMIT
     assert_same(statistics(reference), statistics(model))
     assert unfreeze_statistics(model) == []
 
@@ -104,9 +104,9 @@ def test_a_copy_of_a_frozen_model_is_frozen(make: Callable[[], Any]) -> None:
     model = make()
     freeze_statistics(model)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert laws.distance(model(X), twin(X)) <= laws.LIMIT
+        assert guarantees.distance(model(X), twin(X)) <= guarantees.LIMIT
         assert unfreeze_statistics(twin) == ["bn", "last"]
-        assert laws.distance(make()(X), twin(X)) <= laws.LIMIT
+        assert guarantees.distance(make()(X), twin(X)) <= guarantees.LIMIT
 
 
 def test_a_part_can_be_frozen_and_other_hooks_stay() -> None:
@@ -136,7 +136,7 @@ def test_functional_sites_are_frozen_with_the_rest() -> None:
     model = convert(model, X).model
     before = statistics(model)
     assert freeze_statistics(model) == ["batch_norm"]
-    assert laws.distance(reference(X), model.train()(X)) <= laws.LIMIT
+    assert guarantees.distance(reference(X), model.train()(X)) <= guarantees.LIMIT
     assert_same(before, statistics(model))
     assert unfreeze_statistics(model) == ["batch_norm"]
 
@@ -145,16 +145,16 @@ def test_sites_planned_with_running_statistics_are_unfrozen_on_request() -> None
     model = convert(original(), X, bn_statistics="running").model
     assert freeze_statistics(model) == []
     assert unfreeze_statistics(model) == ["bn", "last", "untracked"]
-    assert laws.distance(original()(X), model(X)) <= laws.LIMIT
+    assert guarantees.distance(original()(X), model(X)) <= guarantees.LIMIT
 
 
 def test_a_frozen_model_converts_to_the_same_function_and_back() -> None:
     model = original()
     freeze_statistics(model)
     result = convert(model, X).model
-    laws.same_function(model, result, X)
+    guarantees.same_function(model, result, X)
     assert unfreeze_statistics(result) == ["bn", "last"]
-    laws.same_function(original(), result, X)
+    guarantees.same_function(original(), result, X)
     freeze_statistics(result)
     assert type(revert(result).bn) is nn.BatchNorm2d
 

@@ -17,13 +17,13 @@ from normswap.errors import PlanError, SwapError
 from normswap.layers.switch_norm import FunctionalSwitchNorm
 from normswap.surgery import conversion
 from normswap.surgery.plan import SwapPlan
-from tests.helpers import laws, zoo
+from tests.helpers import guarantees, zoo
 
 NOTHING = SwapPlan((), (), "")
 
 
-def unchanged(record: laws.Record, model: nn.Module) -> None:
-    laws.nothing_else_changed(record, model, NOTHING, same_objects=True)
+def unchanged(record: guarantees.Record, model: nn.Module) -> None:
+    guarantees.nothing_else_changed(record, model, NOTHING, same_objects=True)
 
 
 # --- what comes back --------------------------------------------------------------------------------------------------
@@ -38,7 +38,7 @@ def test_the_new_layers_come_by_name() -> None:
 
 def test_a_copy_by_default_and_the_model_itself_on_request() -> None:
     model = zoo.BY_NAME["functional"].model()
-    record = laws.Record.of(model)
+    record = guarantees.Record.of(model)
     assert convert(model).model is not model
     unchanged(record, model)
     assert convert(model, inplace=True).model is model
@@ -158,7 +158,7 @@ def test_a_plan_for_another_model_is_refused(
     make: Callable[[], nn.Module], edit: Callable[[SwapPlan], SwapPlan], message: str
 ) -> None:
     model = make()
-    record, plan = laws.Record.of(model), edit(plan_swaps(model))
+    record, plan = guarantees.Record.of(model), edit(plan_swaps(model))
     with pytest.raises(
         PlanError, match=rf"the plan was made for another model \([\w.]*\.zoo\.[\w.]+\): {message}; make a plan"
     ):
@@ -176,7 +176,7 @@ def test_a_plan_is_refused_where_the_owner_calls_something_else() -> None:
     plan = plan_swaps(nn.Sequential(zoo.TwiceBlock()))
     model = nn.Sequential(zoo.FunctionalBlock())
     model[0].first = zoo.FunctionalBlock()
-    record = laws.Record.of(model)
+    record = guarantees.Record.of(model)
     message = (
         "0: the plan names the batch_norm calls ['0.batch_norm', '0.batch_norm_1'], and its forward has ['batch_norm']"
     )
@@ -240,25 +240,25 @@ REFUSAL = rf"4: Python cannot change a {__name__}.Slotted into a SwitchNorm .*la
 
 def test_a_failure_in_the_middle_leaves_the_model_as_it_was() -> None:
     model = stubborn()
-    record = laws.Record.of(model)
+    record = guarantees.Record.of(model)
     with pytest.raises(SwapError, match=REFUSAL):
         convert(model, zoo.IMAGE(), inplace=True, norms=STUBBORN)
     unchanged(record, model)
     held = convert(model, zoo.IMAGE(), inplace=True, norms=STUBBORN, exclude=["4"])
     assert len(held.plan.swaps) == 4
-    laws.nothing_else_changed(record, model, held.plan, same_objects=True)
+    guarantees.nothing_else_changed(record, model, held.plan, same_objects=True)
 
 
 def test_an_earlier_conversion_survives_the_failure_of_a_later_one() -> None:
     model = stubborn()
     original = copy.deepcopy(model)
     first = convert(model, zoo.IMAGE(), inplace=True, include=["0.batch_norm", "2"])
-    record = laws.Record.of(model)
+    record = guarantees.Record.of(model)
     with pytest.raises(SwapError, match=REFUSAL):
         convert(model, zoo.IMAGE(), inplace=True, norms=STUBBORN)
     unchanged(record, model)
     assert [s.fqn for s in first.plan.swaps] == ["0.batch_norm", "2"]
-    laws.same_function(original, model, zoo.IMAGE())
+    guarantees.same_function(original, model, zoo.IMAGE())
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
@@ -267,7 +267,7 @@ def test_any_failure_is_undone(monkeypatch: pytest.MonkeyPatch, error: type[Base
         raise error
 
     model = stubborn()
-    record, plan = laws.Record.of(model), plan_swaps(model)
+    record, plan = guarantees.Record.of(model), plan_swaps(model)
     monkeypatch.setattr(conversion, "convert_module", fail)
     with pytest.raises(error):
         apply_plan(model, plan)
@@ -282,10 +282,10 @@ def test_sites_of_one_owner_can_be_converted_one_after_the_other() -> None:
         result = convert(model, zoo.IMAGE(), inplace=True, include=names)
         assert [s.fqn for s in result.plan.swaps] == names
     assert type(model).__mro__[2] is zoo.TwiceBlock  # rewritten once, not on top of itself
-    assert laws.norm_calls(model, zoo.IMAGE(), "training") == 0
-    laws.same_function(original, model, zoo.IMAGE())
+    assert guarantees.norm_calls(model, zoo.IMAGE(), "training") == 0
+    guarantees.same_function(original, model, zoo.IMAGE())
     again = copy.deepcopy(model)
-    laws.same_function(original, again, zoo.IMAGE())
+    guarantees.same_function(original, again, zoo.IMAGE())
     assert type(revert(model)) is zoo.TwiceBlock
     assert model.state_dict().keys() == original.state_dict().keys()
 
@@ -319,17 +319,17 @@ def test_revert_undoes_a_conversion_that_was_trained_elsewhere(name: str) -> Non
     original, converted = trap.model(), convert(trap.model(), trap.inputs()).model
     with torch.no_grad():
         for model in (original, converted):
-            for tensor in dict(laws.own_tensors(original)):
-                dict(laws.own_tensors(model))[tensor].add_(1)
+            for tensor in dict(guarantees.own_tensors(original)):
+                dict(guarantees.own_tensors(model))[tensor].add_(1)
     assert revert(converted) is converted
-    laws.nothing_else_changed(laws.Record.of(original), converted, NOTHING, same_objects=False)
+    guarantees.nothing_else_changed(guarantees.Record.of(original), converted, NOTHING, same_objects=False)
 
 
 def test_reverting_learned_importance_is_refused_unless_it_is_to_be_discarded() -> None:
     model = convert(nn.Sequential(*(zoo.BY_NAME["two calls"].model(), zoo.conv(12), zoo.bn(), zoo.bn()))).model
     names = ["0.first.batch_norm", "0.batch_norm", "2", "3"]
     moved(model, *names[:2])
-    record = laws.Record.of(model)
+    record = guarantees.Record.of(model)
     message = "the importance weights of 2 sites differ from the old norm (0.first.batch_norm, 0.batch_norm): "
     with pytest.raises(SwapError, match=re.escape(message)):
         revert(model)
@@ -352,7 +352,7 @@ def test_a_layer_that_replaced_nothing_cannot_be_put_back() -> None:
     model = convert(nn.Sequential(zoo.BY_NAME["two calls"].model(), zoo.bn())).model
     model.append(SwitchNorm2d(8, gate="simplex"))
     moved(model, "2")
-    record = laws.Record.of(model)
+    record = guarantees.Record.of(model)
     with pytest.raises(SwapError, match=r"expected a layer made by normswap\.convert, got a SwitchNorm2d that"):
         revert(model, discard=True)
     unchanged(record, model)
@@ -364,7 +364,7 @@ def test_a_class_that_is_gone_is_to_be_imported_first(monkeypatch: pytest.Monkey
     monkeypatch.setitem(sys.modules, "foreign_norms", foreign)
     model = nn.Sequential(zoo.bn(), zoo.FunctionalBlock(8), foreign.Norm(8))
     convert(model, inplace=True, norms=KNOWN_NORMS | {foreign.Norm: read_batch_norm})
-    record = laws.Record.of(model)
+    record = guarantees.Record.of(model)
     monkeypatch.delitem(sys.modules, "foreign_norms")
     with pytest.raises(
         SwapError, match=r"cannot put back foreign_norms\.Norm, whose module is not imported: import it"
@@ -377,6 +377,6 @@ def test_a_class_that_is_gone_is_to_be_imported_first(monkeypatch: pytest.Monkey
 
 def test_reverting_a_model_that_was_never_converted_does_nothing() -> None:
     model = zoo.BY_NAME["half-frozen"].model()
-    record = laws.Record.of(model)
+    record = guarantees.Record.of(model)
     assert revert(model) is model
     unchanged(record, model)

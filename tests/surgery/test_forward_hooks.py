@@ -14,7 +14,7 @@ from normswap.errors import ModelError
 from normswap.surgery.arguments import describe_shapes
 from normswap.surgery.discovery.whole_model import Observation, observe_forward
 from normswap.surgery.module_tree import walk_modules
-from tests.helpers import laws, zoo
+from tests.helpers import guarantees, zoo
 
 
 def observe(model: nn.Module, inputs: Any) -> Observation:
@@ -80,7 +80,7 @@ def test_an_empty_batch_is_an_activation() -> None:
     assert observe(zoo.HiddenHelper(), torch.empty(0, 8, 9, 9)).functional == {"": [(0, 8, 9, 9)]}
 
 
-def test_producers_are_modules_and_functions_whose_very_output_is_fed() -> None:
+def test_producers_are_modules_and_functions_whose_output_is_the_input() -> None:
     assert observe(zoo.ListBeside(), zoo.IMAGE()).producers == {"bn1": "relu", "bn2": "relu"}
     assert observe(zoo.SharedBlock(zoo.bn()), zoo.IMAGE()).producers == {"left": "stem"}
     assert observe(zoo.bn(3), zoo.IMAGE()).producers == {}
@@ -128,9 +128,9 @@ def test_a_child_that_failed_and_was_caught_is_not_the_end() -> None:
 def test_the_model_and_the_random_numbers_are_left_alone(name: str) -> None:
     trap = zoo.BY_NAME[name]
     model, inputs = trap.model(), trap.inputs()
-    before, states = laws.Record.of(model), (torch.get_rng_state(), random.getstate())
+    before, states = guarantees.Record.of(model), (torch.get_rng_state(), random.getstate())
     observe(model, inputs)
-    laws.nothing_else_changed(before, model, laws.NO_SWAPS, same_objects=True)
+    guarantees.nothing_else_changed(before, model, guarantees.NO_SWAPS, same_objects=True)
     assert torch.equal(states[0], torch.get_rng_state())
     assert states[1] == random.getstate()
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -164,11 +164,11 @@ FAILURES = {
 @pytest.mark.parametrize(("make", "message"), FAILURES.values(), ids=FAILURES)
 def test_the_models_error_comes_with_its_place(make: type[nn.Module], message: str) -> None:
     model = make()
-    before = laws.Record.of(model)
+    before = guarantees.Record.of(model)
     with pytest.raises(ModelError, match=message) as caught:
         observe(model, zoo.IMAGE())
     assert caught.value.__cause__ is not None
-    laws.nothing_else_changed(before, model, laws.NO_SWAPS, same_objects=True)
+    guarantees.nothing_else_changed(before, model, guarantees.NO_SWAPS, same_objects=True)
 
 
 def test_before_any_module_runs_the_model_itself_is_named() -> None:

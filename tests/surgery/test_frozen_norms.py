@@ -1,4 +1,4 @@
-"""Frozen BN is recognised by what it holds and computes, under any class name - and nothing else is."""
+"""Frozen BN is recognized by what it holds and computes, under any class name - and nothing else is."""
 
 from collections.abc import Callable
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import normswap
 from normswap.surgery.norms.classes import frozen_eps, has_frozen_structure
-from tests.helpers import laws
+from tests.helpers import guarantees
 
 
 class ConstantEps(nn.Module):
@@ -119,6 +119,6 @@ def test_they_are_swapped_and_stay_frozen() -> None:
     assert normswap.verify(model, conversion.model, [x]).passed
 
 
-def test_the_laws_hold() -> None:
-    held = laws.hold(network, torch.randn(2, 3, 9, 9))
-    assert len(held.conversion.plan.swaps) == 2
+def test_the_guarantees_hold() -> None:
+    checked = guarantees.check_all(network, torch.randn(2, 3, 9, 9))
+    assert len(checked.conversion.plan.swaps) == 2

@@ -99,7 +99,7 @@ WRAPPED: dict[str, tuple[Callable[[Tensor], Any], str]] = {
 
 @pytest.mark.parametrize(("wrap", "path"), WRAPPED.values(), ids=WRAPPED)
 @pytest.mark.filterwarnings("ignore:Sparse CSR")
-def test_what_a_value_holds_is_found_under_its_path(wrap: Callable[[Tensor], Any], path: str) -> None:
+def test_the_parts_of_a_value_are_found_under_their_paths(wrap: Callable[[Tensor], Any], path: str) -> None:
     leaves = read_leaves(wrap(torch.tensor([1.0, 2.5])))
     assert leaves.opaque == {}
     assert path in leaves.values
@@ -121,7 +121,7 @@ class Failing:
 OPAQUE: dict[str, tuple[Callable[[], Any], str]] = {
     "an endless iterator": (endless, "is an iterator of more than 100,000 items"),
     "a meta tensor": (lambda: torch.ones(1, device="meta"), "is on the meta device, where tensors have no values"),
-    "an object of C": (lambda: memoryview(b"abc"), "is a builtins.memoryview, which shows no attributes"),
+    "an object of C": (lambda: memoryview(b"abc"), "is a builtins.memoryview, whose attributes cannot be read"),
     "an open file": (partial(open, os.devnull), "is an open file"),
     "an object that raises": (Failing, "no attributes today"),
     "too deep": (lambda: functools.reduce(lambda inner, _: [inner], range(60), 1), "is nested deeper than 50 levels"),

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from normswap import find_norm_sites
 from normswap.surgery.graphs.module_trace import mentioned_norm_kinds, trace_module_forward
 from normswap.surgery.norms.functions import batch_norm_nodes
-from tests.helpers import laws, zoo
+from tests.helpers import guarantees, zoo
 
 # (module, calls of batch_norm on an activation)
 TRACED = {
@@ -138,9 +138,9 @@ def test_a_forward_that_a_graph_cannot_stand_for_is_refused_in_words(make: type[
 def test_the_module_is_left_as_it_is() -> None:
     for name in ("functional", "list filled in forward", "attribute written in forward", "half-frozen", "two calls"):
         model = zoo.BY_NAME[name].model()
-        before = laws.Record.of(model)
+        before = guarantees.Record.of(model)
         trace_module_forward(model)
-        laws.nothing_else_changed(before, model, laws.NO_SWAPS, same_objects=True)
+        guarantees.nothing_else_changed(before, model, guarantees.NO_SWAPS, same_objects=True)
 
 
 class Nested(nn.Module):

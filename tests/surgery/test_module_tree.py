@@ -59,7 +59,7 @@ def test_hidden_modules_are_found_inside_hidden_modules_and_cycles_end() -> None
     ]  # four containers deep is not looked for
 
 
-def test_hooks_hold_no_modules_of_the_model() -> None:
+def test_hooks_keep_no_modules_of_the_model() -> None:
     model = nn.ReLU()
     model.register_forward_hook(nn.Identity())
     assert names(model) == [(("",), True)]

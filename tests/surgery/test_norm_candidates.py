@@ -55,7 +55,7 @@ def test_statistics_under_own_names_are_found_and_not_denied(names: str) -> None
     assert [(skip.fqn, skip.class_name) for skip in plan.skips] == [("1", f"their.lib.{type(norm).__name__}")]
     reason = plan.skips[0].reason
     assert re.search(
-        rf"^their.lib.{type(norm).__name__} has batch statistics with names of its own .*\b{names}\)", reason
+        rf"^their.lib.{type(norm).__name__} has running statistics under other names .*\b{names}\)", reason
     ), reason
     assert "rename them to running_mean and running_var and pass norms=KNOWN_NORMS |" in reason
     assert "no batch statistics to lose" not in reason

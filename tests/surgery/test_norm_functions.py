@@ -19,7 +19,7 @@ from normswap.surgery.norms.functions import (
     norm_nodes,
     unsupported_use,
 )
-from tests.helpers import laws, zoo
+from tests.helpers import guarantees, zoo
 
 aten = torch.ops.aten
 BATCH_NORMS = [function for function, call in NORM_CALLS.items() if call.kind == "bn"]
@@ -67,11 +67,11 @@ def listed(module: fx.GraphModule) -> list[tuple[Any, ...]]:
 
 @EACH
 def test_every_form_is_a_site_and_the_same_function(function: Any) -> None:
-    held = laws.hold(lambda: program(function), zoo.IMAGE())
-    assert [swap.class_name for swap in held.conversion.plan.swaps] == [call_name(function)]
-    raised = all(error is None for error in held.errors.values())
+    checked = guarantees.check_all(lambda: program(function), zoo.IMAGE())
+    assert [swap.class_name for swap in checked.conversion.plan.swaps] == [call_name(function)]
+    raised = all(error is None for error in checked.errors.values())
     assert raised == (function in WITHOUT_BACKWARD)
-    assert held.gates == 2
+    assert checked.gates == 2
 
 
 @EACH
@@ -142,7 +142,7 @@ def old_read_later(graph: fx.Graph, node: fx.Node, arguments: dict[str, Any]) ->
 
 
 FUNCTIONAL = aten._native_batch_norm_legit_functional.default
-BOTH = "has uses of its updated running_mean and running_var beside writing them back"
+BOTH = "uses its updated running_mean and running_var for more than the update itself"
 UNSERVED = {
     "a saved mean": (aten.native_batch_norm.default, saved_mean, "more than its first result is used"),
     "not written back": (FUNCTIONAL, not_written_back, BOTH),
@@ -150,7 +150,7 @@ UNSERVED = {
     "the old statistic read": (
         FUNCTIONAL,
         old_read_later,
-        "has uses of its updated running_mean beside writing them back",
+        "uses its updated running_mean for more than the update itself",
     ),
 }
 

@@ -24,7 +24,7 @@ from normswap.surgery.importance import sites_with_changed_weights
 from normswap.surgery.norms.classes import NormSpec, read_norm
 from normswap.surgery.plan import SwapPlan
 from normswap.surgery.selection import KINDS, base_kind, branch_of_kind
-from tests.helpers import laws, oracles, zoo
+from tests.helpers import guarantees, oracles, zoo
 
 ALL = {"kinds": ("bn", "in", "gn1")}
 WITH_NEW = {**ALL, "settings": {"re:instance|group": {"branches": ("in", "ln", "bn")}}}
@@ -72,7 +72,7 @@ def test_other_kinds_are_refused(kinds: Any) -> None:
         plan_swaps(stylised(), kinds=kinds)
 
 
-def test_branches_must_hold_where_each_kind_starts() -> None:
+def test_branches_must_include_the_starting_branch_of_each_kind() -> None:
     plan = plan_swaps(stylised(), zoo.IMAGE(), kinds=("in",), branches=("in", "ln"))
     assert [(swap.fqn, swap.branches) for swap in plan.swaps] == [("instance", ("in", "ln"))]
     plan = plan_swaps(stylised(), zoo.IMAGE(), kinds=("bn", "gn1"), branches=("ln", "bn"))
@@ -83,12 +83,12 @@ def test_branches_must_hold_where_each_kind_starts() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:input's size at dim=1 does not match num_features:UserWarning")
-def test_only_the_channels_that_were_fed_count() -> None:
+def test_only_the_channels_of_the_inputs_count() -> None:
     """An InstanceNorm without weight takes any number of channels, whatever it was made for, and only warns."""
     model = zoo.Chain(nn.InstanceNorm2d(1))
     plan = plan_swaps(model, zoo.IMAGE(), **ALL)
     with_new = plan_swaps(model, zoo.IMAGE(), **ALL, settings={"1": {"branches": ("in", "bn")}})
-    laws.same_function(model, convert(model, plan=plan).model, zoo.IMAGE())
+    guarantees.same_function(model, convert(model, plan=plan).model, zoo.IMAGE())
     assert plan.swaps[0].branches == ("in", "ln")
     assert with_new.skips[0].reason == (
         "has 1 channels, but its inputs have [8]: correct num_features, or leave `bn` out of its branches"
@@ -173,7 +173,7 @@ def test_a_site_that_left_its_vertex_has_moved(options: dict[str, Any], site: st
     with pytest.raises(SwapError, match=rf"the importance weights of 1 site differ from the old norm \({site}\)"):
         revert(model)
     revert(model, discard=True)
-    laws.same_function(stylised(), model, zoo.IMAGE())
+    guarantees.same_function(stylised(), model, zoo.IMAGE())
     assert [type(m) for m in model.modules()] == [type(m) for m in stylised().modules()]
 
 
@@ -194,9 +194,9 @@ def test_eps_is_reported_where_nothing_can_be_folded_wrongly() -> None:
 def test_copies_and_pickles_are_the_same_and_revert(options: dict[str, Any]) -> None:
     model = converted(**options).model
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        laws.same_function(model, twin, zoo.IMAGE())
+        guarantees.same_function(model, twin, zoo.IMAGE())
         assert twin.instance.vertex == "in"
-        laws.same_function(stylised(), revert(twin), zoo.IMAGE())
+        guarantees.same_function(stylised(), revert(twin), zoo.IMAGE())
 
 
 @pytest.mark.parametrize("options", [ALL, WITH_NEW], ids=["plain", "with_new"])
@@ -282,8 +282,8 @@ def test_other_norms_are_read(module: nn.Module, spec: NormSpec) -> None:
 def test_a_caller_adds_their_classes() -> None:
     norms = KNOWN_NORMS | {zoo.TheirInstanceNorm: read_instance_norm, zoo.TheirGroupNorm: read_group_norm}
     trap = zoo.Trap("theirs", lambda: zoo.Chain(zoo.TheirGroupNorm(1, 8), zoo.TheirInstanceNorm(8)), zoo.IMAGE)
-    held = laws.hold(trap.model, trap.inputs(), norms=norms, **ALL)
-    assert [swap.kind for swap in held.conversion.plan.swaps] == ["gn1", "in"]
+    checked = guarantees.check_all(trap.model, trap.inputs(), norms=norms, **ALL)
+    assert [swap.kind for swap in checked.conversion.plan.swaps] == ["gn1", "in"]
 
 
 def stopped_tracking() -> nn.Module:

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from normswap import convert, plan_swaps, update_statistics, verify
 from normswap.surgery.module_tree import model_mode, model_training_flags
-from tests.helpers import laws
+from tests.helpers import guarantees
 
 X = torch.randn(4, 3, 9, 9, generator=torch.Generator().manual_seed(0))
 
@@ -107,9 +107,9 @@ KEEPS: dict[str, tuple[Callable[[], Any], set[str]]] = {
 @pytest.mark.parametrize(("make", "kept"), KEEPS.values(), ids=KEEPS)
 def test_norms_that_train_leaves_in_evaluation_keep_their_statistics(make: Callable[[], Any], kept: set[str]) -> None:
     model = make()
-    before = laws.Record.of(model)
+    before = guarantees.Record.of(model)
     conversion = convert(model, X, bn_statistics="batch")
-    laws.nothing_else_changed(before, model, laws.NO_SWAPS, same_objects=True)
+    guarantees.nothing_else_changed(before, model, guarantees.NO_SWAPS, same_objects=True)
     assert {swap.fqn for swap in conversion.plan.swaps if swap.bn_statistics == "running"} == kept
     notes = [
         note for note in conversion.plan.notes if "The model's own train() leaves these norms in evaluation" in note
@@ -117,7 +117,7 @@ def test_norms_that_train_leaves_in_evaluation_keep_their_statistics(make: Calla
     assert len(notes) == bool(kept)
     assert all(name in notes[0] for name in kept)
     found = verify(model, conversion.model, [X])
-    laws.nothing_else_changed(before, model, laws.NO_SWAPS, same_objects=True)
+    guarantees.nothing_else_changed(before, model, guarantees.NO_SWAPS, same_objects=True)
     assert found.passed
     assert [check.passed for check in found.checks] == [True] * 4
     assert all(site.training is not None for site in found.sites)
@@ -204,10 +204,10 @@ class Merging(Net):
 
 def test_what_train_and_eval_change_is_put_back_to_the_bit() -> None:
     model = Merging()
-    before = laws.Record.of(model)
+    before = guarantees.Record.of(model)
     converted = convert(model, X).model
     found = verify(model, converted, [X])
-    laws.nothing_else_changed(before, model, laws.NO_SWAPS, same_objects=True)
+    guarantees.nothing_else_changed(before, model, guarantees.NO_SWAPS, same_objects=True)
     assert found.passed
     assert [check.passed for check in found.checks] == [True] * 4
 

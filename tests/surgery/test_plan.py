@@ -202,7 +202,7 @@ def test_softmax_gates_are_noted_as_another_function(net: Net) -> None:
     assert "Softmax gates start at the uniform mix" in plan_swaps(net, X, gate="softmax").notes[-1]
 
 
-def test_a_plan_is_immutable_and_holds_no_tensor(plan: SwapPlan) -> None:
+def test_a_plan_is_immutable_and_contains_no_tensor(plan: SwapPlan) -> None:
     with pytest.raises(FrozenInstanceError):
         plan.inputs = "1x3x1x1"  # type: ignore[misc]
     json.dumps(plan.to_dict())

@@ -11,7 +11,7 @@ import normswap
 from normswap.errors import LayerError
 from normswap.layers.switch_norm import FunctionalSwitchNorm
 from normswap.surgery.graphs.rewriting import run_original_forward
-from tests.helpers import laws, zoo
+from tests.helpers import guarantees, zoo
 
 
 class Switched(zoo.FunctionalBlock):
@@ -38,7 +38,7 @@ class Switched(zoo.FunctionalBlock):
 
 def pair() -> tuple[Any, Any]:
     torch.manual_seed(7)
-    block = laws.in_float64(zoo.randomise(Switched()))
+    block = guarantees.in_float64(zoo.randomise(Switched()))
     return block, normswap.convert(block, zoo.IMAGE().double()).model
 
 
@@ -67,7 +67,7 @@ def test_kernels_and_other_modules_keep_their_calls() -> None:
         converted.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: called.append(name))
     converted(zoo.IMAGE().double(), flip=True)
     assert called == ["inner.batch_norm", "batch_norm", "batch_norm_1"]
-    assert laws.norm_calls(converted, zoo.IMAGE().double(), "training") == 1
+    assert guarantees.norm_calls(converted, zoo.IMAGE().double(), "training") == 1
 
 
 def test_a_site_that_was_left_stays_torchs_own() -> None:
@@ -131,8 +131,8 @@ def test_a_learner_is_found_inside_another_module() -> None:
         torch.manual_seed(7)
         return zoo.randomise(Outer())
 
-    held = laws.hold(make, zoo.IMAGE())
-    assert {swap.fqn for swap in held.conversion.plan.swaps} == {
+    checked = guarantees.check_all(make, zoo.IMAGE())
+    assert {swap.fqn for swap in checked.conversion.plan.swaps} == {
         "block.batch_norm",
         "block.batch_norm_1",
         "block.inner.batch_norm",

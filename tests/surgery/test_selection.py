@@ -14,7 +14,7 @@ from normswap import SwapOptions, convert, plan_swaps
 from normswap.errors import ArgumentError, PlanError
 from normswap.surgery.plan import SwapPlan
 from normswap.surgery.selection import first_matching_patterns, matched, resolve_settings
-from tests.helpers import laws, zoo
+from tests.helpers import guarantees, zoo
 
 
 class Net(nn.Module):
@@ -199,7 +199,7 @@ def test_settings_override_the_arguments(settings: Any, key: str, expected: tupl
     assert chosen(planned(settings), key) == dict(zip(SITES, expected, strict=True))
 
 
-def test_the_arguments_hold_where_no_setting_speaks() -> None:
+def test_the_arguments_apply_without_a_matching_setting() -> None:
     plan = planned(
         {"second": {"branches": ("in", "bn")}}, branches=("ln", "bn"), bn_statistics="running", gate="softmax"
     )
@@ -214,12 +214,14 @@ def test_the_plan_has_them_resolved_and_conversion_carries_them_out() -> None:
     layer = conversion.model.second
     assert (layer.branches, layer.bn_statistics, layer.mean_weight.requires_grad) == (("ln", "bn"), "running", False)
     assert "settings" not in conversion.plan.to_dict()
-    laws.plan_survives_json(conversion.plan)
+    guarantees.plan_survives_json(conversion.plan)
 
 
-def test_the_laws_hold_with_settings() -> None:
+def test_the_guarantees_hold_with_settings() -> None:
     trap = zoo.Trap("settings", Net, zoo.IMAGE)
-    laws.hold(trap.model, trap.inputs(), settings={"*": {"branches": ("ln", "bn")}, "frozen": {"train_gates": True}})
+    guarantees.check_all(
+        trap.model, trap.inputs(), settings={"*": {"branches": ("ln", "bn")}, "frozen": {"train_gates": True}}
+    )
 
 
 def test_what_the_user_should_know_is_noted() -> None:
@@ -233,9 +235,9 @@ def test_what_the_user_should_know_is_noted() -> None:
 
 def test_batch_statistics_at_a_frozen_site_are_another_function_in_training_only() -> None:
     model = convert(Net(), zoo.IMAGE(), settings={"frozen": {"bn_statistics": "batch"}}).model
-    laws.same_function(Net_like(model), model, zoo.IMAGE(), ("evaluation",))
-    with pytest.raises(AssertionError, match="law 1, training"):
-        laws.same_function(Net_like(model), model, zoo.IMAGE(), ("training",))
+    guarantees.same_function(Net_like(model), model, zoo.IMAGE(), ("evaluation",))
+    with pytest.raises(AssertionError, match="guarantee 1, training"):
+        guarantees.same_function(Net_like(model), model, zoo.IMAGE(), ("training",))
 
 
 def Net_like(model: nn.Module) -> nn.Module:  # noqa: N802

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from normswap import KNOWN_NORMS, NormSite, find_norm_sites, read_batch_norm
 from normswap.errors import ModelError
-from tests.helpers import laws, zoo
+from tests.helpers import guarantees, zoo
 
 
 def site(model: nn.Module, inputs: Any = None) -> NormSite:
@@ -204,9 +204,9 @@ def test_a_site_is_a_frozen_record() -> None:
 @pytest.mark.parametrize("blind", [False, True], ids=["seen", "blind"])
 def test_finding_changes_nothing(trap: zoo.Trap, blind: bool) -> None:
     model, inputs = trap.model(), None if blind else trap.inputs()
-    before, states = laws.Record.of(model), (torch.get_rng_state(), random.getstate())
+    before, states = guarantees.Record.of(model), (torch.get_rng_state(), random.getstate())
     find_norm_sites(model, inputs)
-    laws.nothing_else_changed(before, model, laws.NO_SWAPS, same_objects=True)
+    guarantees.nothing_else_changed(before, model, guarantees.NO_SWAPS, same_objects=True)
     assert torch.equal(states[0], torch.get_rng_state())
     assert states[1] == random.getstate()
 

@@ -13,7 +13,7 @@ from normswap.surgery.graphs.tracing import GraphFacts, copy_for_tracing, read_g
 from normswap.surgery.norms.classes import is_norm_layer
 from normswap.surgery.norms.functions import batch_norm_nodes, is_batch_norm_call, norm_arguments
 from normswap.text import first_line
-from tests.helpers import laws, zoo
+from tests.helpers import guarantees, zoo
 
 
 def read(model: nn.Module, *, training: bool = False) -> GraphFacts:
@@ -62,7 +62,7 @@ def test_a_graph_is_of_the_mode_asked_for_whatever_the_flags(training: bool) -> 
 
 
 def test_kernels_are_no_activations() -> None:
-    for name in ("StdConv2d", "ScaledStdConv2d", "kernel standardised by hand"):
+    for name in ("StdConv2d", "ScaledStdConv2d", "kernel standardized by hand"):
         trace = trace_model(zoo.BY_NAME[name].model(), training=False)
         assert trace.graph is not None
         assert any(map(is_batch_norm_call, trace.graph.nodes)), name
@@ -116,7 +116,7 @@ def test_a_failed_trace_is_a_value_with_the_first_reason() -> None:
     assert trace.reason == "TraceError: symbolically traced variables cannot be used as inputs to control flow"
 
 
-def test_timms_leaves_are_kept_only_where_they_hold_no_norm() -> None:
+def test_timms_leaves_are_kept_only_if_they_contain_no_norm() -> None:
     model = create_model("efficientnet_b0")
     assert len(read(model).order) == 49
 
@@ -157,9 +157,9 @@ def test_the_context_of_the_caller_is_no_omission(context: Any) -> None:
 def test_tracing_leaves_model_and_random_numbers_alone() -> None:
     for name in ("number drawn in forward", "list filled in forward", "hooks", "called several times", "lazy BN"):
         model = zoo.BY_NAME[name].model()
-        before, states = laws.Record.of(model), (torch.get_rng_state(), random.getstate())
+        before, states = guarantees.Record.of(model), (torch.get_rng_state(), random.getstate())
         trace_model(model, training=True)
-        laws.nothing_else_changed(before, model, laws.NO_SWAPS, same_objects=True)
+        guarantees.nothing_else_changed(before, model, guarantees.NO_SWAPS, same_objects=True)
         assert torch.equal(states[0], torch.get_rng_state())
         assert states[1] == random.getstate()
 
@@ -195,7 +195,9 @@ def test_a_twin_of_odd_modules_is_a_copy_as_well() -> None:
         model = trap.model()
         twin = copy_for_tracing(model)
         set_eval = [module.eval() for module in (model, twin)]
-        torch.testing.assert_close(laws.call(set_eval[1], trap.inputs()), laws.call(set_eval[0], trap.inputs()))
+        torch.testing.assert_close(
+            guarantees.call(set_eval[1], trap.inputs()), guarantees.call(set_eval[0], trap.inputs())
+        )
         assert len(list(twin.named_modules(remove_duplicate=False))) == len(
             list(model.named_modules(remove_duplicate=False))
         )

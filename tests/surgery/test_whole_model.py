@@ -20,7 +20,7 @@ from normswap.surgery.graphs.exported_program import export_facts
 from normswap.surgery.graphs.tracing import GraphFacts, trace_model
 from normswap.surgery.norms.classes import is_norm_layer
 from tests.helpers import functional_networks as networks
-from tests.helpers import laws, zoo
+from tests.helpers import guarantees, zoo
 
 CONTROL_FLOW = "TraceError: symbolically traced variables cannot be used as inputs to control flow"
 
@@ -107,7 +107,7 @@ def graphs_are_asked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("graphs_are_asked")
 @pytest.mark.parametrize(("make", "inputs", "path", "reason"), PATHS.values(), ids=PATHS)
-def test_the_first_path_that_can_be_accepted_serves(
+def test_the_first_acceptable_path_is_used(
     make: Callable[[], nn.Module], inputs: Callable[[], Any], path: str, reason: str
 ) -> None:
     torch.manual_seed(0)
@@ -209,7 +209,7 @@ def test_producers_are_layers_functions_and_inputs() -> None:
 )
 def test_an_export_leaves_no_trace(name: str, capfd: pytest.CaptureFixture[str]) -> None:
     model, inputs = zoo.BY_NAME[name].model(), zoo.BY_NAME[name].inputs()
-    before, states = laws.Record.of(model), (torch.get_rng_state(), random.getstate())
+    before, states = guarantees.Record.of(model), (torch.get_rng_state(), random.getstate())
     heard: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: heard.append(record.name)  # type: ignore[method-assign]
@@ -220,7 +220,7 @@ def test_an_export_leaves_no_trace(name: str, capfd: pytest.CaptureFixture[str])
     finally:
         logging.getLogger().removeHandler(handler)
     assert (capfd.readouterr(), warned, heard, logging.root.manager.disable) == (("", ""), [], [], 0)
-    laws.nothing_else_changed(before, model, laws.NO_SWAPS, same_objects=True)
+    guarantees.nothing_else_changed(before, model, guarantees.NO_SWAPS, same_objects=True)
     assert torch.equal(states[0], torch.get_rng_state())
     assert states[1] == random.getstate()
 

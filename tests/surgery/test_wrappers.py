@@ -31,7 +31,7 @@ from normswap import (
 )
 from normswap.errors import SwapError
 from normswap.surgery.wrappers import check_wrapping, rewrap, unwrap
-from tests.helpers import laws, zoo
+from tests.helpers import guarantees, zoo
 
 NOTHING = SwapPlan((), (), "")
 X = zoo.image(4, 3, 9, 9)().double()
@@ -111,18 +111,18 @@ def step(model: nn.Module, x: Tensor, *, training: bool) -> Pass:
 
 
 def same(first: Pass, second: Pass) -> None:
-    """All that the first holds, to the law's tolerance; the gradients as one vector, since some are zero in truth."""
+    """Compare two passes by the limit of guarantee 1; gradients as one vector, since some are exactly 0."""
     for kind, tensors in first.items():
         for names in [[*tensors]] if kind == "gradients" else [[name] for name in tensors]:
             vectors = [torch.cat([found[kind][name].flatten() for name in names]) for found in (first, second) if names]
-            assert not vectors or laws.distance(*vectors) <= laws.LIMIT, names
+            assert not vectors or guarantees.distance(*vectors) <= guarantees.LIMIT, names
 
 
 def moved(model: nn.Module) -> nn.Module:
     """Away from BN at every site."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith(laws.GATES):
+            if name.endswith(guarantees.GATES):
                 parameter.copy_(torch.tensor([0.25, 0.25, 0.5]))
     return model
 
@@ -137,13 +137,13 @@ def test_a_wrapped_model_is_converted_inside_its_wrappers(wrap: Callable[[nn.Mod
     bare = convert(net(), X)
     model = wrap(net())
     step(model, X, training=True)  # what was compiled, bucketed or hooked until now must not be seen
-    record = laws.Record.of(model)
-    inside = laws.Record.of(unwrap(model))
+    record = guarantees.Record.of(model)
+    inside = guarantees.Record.of(unwrap(model))
     result = convert(model, X)
-    laws.nothing_else_changed(record, model, NOTHING, same_objects=True)
+    guarantees.nothing_else_changed(record, model, NOTHING, same_objects=True)
     assert chain(result.model) == chain(model) != []
     assert (result.plan, list(result.replaced)) == (bare.plan, list(bare.replaced))
-    laws.nothing_else_changed(inside, unwrap(result.model), result.plan, same_objects=False)
+    guarantees.nothing_else_changed(inside, unwrap(result.model), result.plan, same_objects=False)
     for training in (False, True):
         same(step(model, X, training=training), step(result.model, X, training=training))
     assert unwrap(moved(result.model)).bn.mean_weight.grad is not None
@@ -165,7 +165,7 @@ def test_everything_speaks_of_the_model_inside(wrap: Callable[[nn.Module], Any],
     assert importance_weights(converted) == importance_weights(unwrap(converted))
     assert sorted(importance_weights(converted)) == ["block.batch_norm", "bn"]
     save(converted, tmp_path / "model.pt", plan=plan, payload="module")
-    laws.same_function(original, load(tmp_path / "model.pt", trust=True).model, X)
+    guarantees.same_function(original, load(tmp_path / "model.pt", trust=True).model, X)
 
 
 def test_the_mode_of_a_wrapper_stays() -> None:
@@ -261,11 +261,11 @@ def test_in_place_the_wrapper_stays_and_sees_the_change(wrap: Callable[[nn.Modul
     model, original = wrap(net()), net()
     model.register_forward_hook(lambda *_: None)
     before = step(model, X, training=True)
-    inside, record = unwrap(model), laws.Record.of(unwrap(model))
+    inside, record = unwrap(model), guarantees.Record.of(unwrap(model))
     hooks = model._forward_hooks.copy()
     result = convert(model, X, inplace=True)
     assert (result.model, unwrap(model), model._forward_hooks) == (model, inside, hooks)
-    laws.nothing_else_changed(record, inside, result.plan, same_objects=True)
+    guarantees.nothing_else_changed(record, inside, result.plan, same_objects=True)
     same(before, step(original, X, training=True))
     same(step(original, X, training=True), step(model, X, training=True))
     eager = copy.deepcopy(moved(inside))
@@ -443,10 +443,10 @@ NOT_AGAIN: dict[str, tuple[Callable[[], nn.Module], str]] = {
 @pytest.mark.parametrize(("make", "message"), NOT_AGAIN.values(), ids=NOT_AGAIN)
 def test_a_wrapper_that_cannot_be_built_again_is_refused(make: Callable[[], nn.Module], message: str) -> None:
     model = make()
-    record = laws.Record.of(model)
+    record = guarantees.Record.of(model)
     with pytest.raises(SwapError, match=f"^{message}"):
         convert(model)
-    laws.nothing_else_changed(record, model, NOTHING, same_objects=True)
+    guarantees.nothing_else_changed(record, model, NOTHING, same_objects=True)
 
 
 @pytest.mark.usefixtures("one_process")
@@ -454,7 +454,7 @@ def test_a_wrapper_that_cannot_be_built_again_is_refused(make: Callable[[], nn.M
 def test_ddp_is_refused_in_place(wrap: Callable[[nn.Module], Any]) -> None:
     model = wrap(net())
     converted = wrap(convert(net()).model)
-    record = laws.Record.of(model)
+    record = guarantees.Record.of(model)
     message = r"DistributedDataParallel whose reducer refers to the old parameters: {} model\S*\.module, then"
     with pytest.raises(SwapError, match=message.format("convert")):
         convert(model, inplace=True)
@@ -462,7 +462,7 @@ def test_ddp_is_refused_in_place(wrap: Callable[[nn.Module], Any]) -> None:
         apply_plan(model, plan_swaps(model))
     with pytest.raises(SwapError, match=message.format("revert")):
         revert(converted)
-    laws.nothing_else_changed(record, model, NOTHING, same_objects=True)
+    guarantees.nothing_else_changed(record, model, NOTHING, same_objects=True)
 
 
 def test_code_that_would_go_stale_is_refused_in_place() -> None:
@@ -507,9 +507,11 @@ def test_two_processes_train_the_conversion_as_they_trained_the_original(tmp_pat
     for name in ("synced", "local"):
         for original, converted, _ in (first[name], second[name]):
             for key, value in original.items():
-                assert laws.distance(value, converted[key]) <= laws.LIMIT, key
+                assert guarantees.distance(value, converted[key]) <= guarantees.LIMIT, key
         for key, value in first[name][1].items():
-            assert not key.endswith(".grad") or laws.distance(value, second[name][1][key]) <= laws.LIMIT, key
+            assert not key.endswith(".grad") or guarantees.distance(value, second[name][1][key]) <= guarantees.LIMIT, (
+                key
+            )
         torch.testing.assert_close(second[name][2]["kept"], first[name][2]["kept"] + 1)
     means = [results["local"][1]["1.running_mean"] for results in (first, second)]
     assert (means[1] - means[0]).abs().min() > 0.1  # neither broadcast when built again nor later

@@ -80,7 +80,7 @@ def test_weights_are_logged_and_statistics_switched_by_steps() -> None:
     assert logged[0][1] == 1 > logged[1][1]
 
 
-def test_a_run_goes_on_where_it_was(tmp_path: Path) -> None:
+def test_a_run_resumes_at_its_last_step(tmp_path: Path) -> None:
     modes = {0: "batch", 2: "renorm", 5: "running"}
     trainer, _, _ = fit(ImportanceCallback(every=2, bn_statistics=modes), 3)  # type: ignore[arg-type]
     trainer.save_checkpoint(tmp_path / "last.ckpt")

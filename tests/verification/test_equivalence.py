@@ -17,7 +17,7 @@ from normswap.layers.gating import BnStatistics
 from normswap.surgery.model_outputs import VectorDistance, match_names, max_abs_difference, max_distance, relative_l2
 from normswap.verification.equivalence import DEFAULT_TOLERANCE, Check
 from normswap.verification.site_watch import SiteError
-from tests.helpers import laws, zoo
+from tests.helpers import guarantees, zoo
 
 EVALUATION, TRAINING, GRADIENTS, STATISTICS = (
     "outputs in evaluation",
@@ -276,13 +276,13 @@ def test_both_models_are_left_as_they_were() -> None:
     converted = convert(original, x).model
     for model in (original, converted):
         model(x).sum().backward()
-    before = [laws.Record.of(model) for model in (original, converted)]
+    before = [guarantees.Record.of(model) for model in (original, converted)]
     gradients = [[p.grad.clone() for p in m.parameters() if p.grad is not None] for m in (original, converted)]
     states = torch.get_rng_state(), random.getstate(), numpy.random.get_state()[1].tolist()
     verify(original, converted, [x])
     verify(original, converted, [zoo.image(1, 3, 1, 1)()])
     for model, record, kept in zip((original, converted), before, gradients, strict=True):
-        laws.nothing_else_changed(record, model, laws.NO_SWAPS, same_objects=True)
+        guarantees.nothing_else_changed(record, model, guarantees.NO_SWAPS, same_objects=True)
         now = [p.grad for p in model.parameters() if p.grad is not None]
         assert len(now) == len(kept)
         assert all(map(torch.equal, now, kept))
@@ -294,9 +294,9 @@ def test_both_models_are_left_as_they_were() -> None:
 def test_a_forward_that_keeps_things_keeps_nothing_of_the_verification() -> None:
     for name in ("attribute written in forward", "list filled in forward"):
         model = zoo.BY_NAME[name].model()
-        before = laws.Record.of(model)
+        before = guarantees.Record.of(model)
         assert verify(model, model, [zoo.IMAGE()]).passed
-        laws.nothing_else_changed(before, model, laws.NO_SWAPS, same_objects=True)
+        guarantees.nothing_else_changed(before, model, guarantees.NO_SWAPS, same_objects=True)
     assert model.seen == []
 
 

@@ -111,7 +111,7 @@ def test_a_functional_site_may_return_anything(name: str) -> None:
 def test_a_leaf_that_cannot_be_compared_is_named_and_does_not_pass() -> None:
     found = verified(Net(lambda y: {"y": y, "view": memoryview(b"a")}))
     assert not found.passed
-    note = "output['view'] cannot be compared: is a builtins.memoryview, which shows no attributes"
+    note = "output['view'] cannot be compared: is a builtins.memoryview, whose attributes cannot be read"
     assert check(found, "outputs in evaluation").note == note
 
 
@@ -293,7 +293,7 @@ CARRIERS: dict[str, Callable[[Tensor], Any]] = {
 
 
 @pytest.mark.parametrize("carry", CARRIERS.values(), ids=CARRIERS)
-def test_a_carrier_beside_an_output_hides_no_difference(carry: Callable[[Tensor], Any]) -> None:
+def test_another_value_in_an_output_hides_no_difference(carry: Callable[[Tensor], Any]) -> None:
     def model(broken: bool) -> nn.Module:
         net = Net(lambda y: y, broken=broken)
         net.wrap = lambda y: (net.conv.weight.sum(), carry(y), net)

@@ -1,4 +1,4 @@
-"""The shipped index of architectures: the tensors of each, the dimensions that arguments set, which ones are equal.
+"""The shipped index of architectures: the tensors of each, the dimensions that arguments set, and which are equal.
 
 The file has every tensor name and every shape once, and for each architecture a range of pairs of their numbers. So a
 few array operations compare a state dict with all architectures, and no zoo is imported. `python -m

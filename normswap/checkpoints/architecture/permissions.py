@@ -212,7 +212,7 @@ def _is_plain_value(value: Any, *, words: bool, depth: int = 0) -> bool:
 
 # --- memory
 
-# Room for dtypes wider than in the file, buffers that no file has, and temporaries of the initialisation.
+# Room for dtypes wider than in the file, buffers that no file has, and temporaries of the initialization.
 _MEMORY_FACTOR, _MIN_BYTES = 16, 2**30
 _CALLS_PER_TENSOR, _MIN_CALLS = 16, 1_000
 

@@ -1,7 +1,7 @@
 """Models from architecture names: `timm:NAME`, `torchvision:NAME`, `hf:FOLDER`, `path/file.py:function`.
 
 A name may have keywords: `timm:resnet50,num_classes=10`. Only this module imports model zoos. It downloads nothing and
-initialises weights at random, unless the caller passes `pretrained=True`. `check_untrusted_name` checks names that come
+initializes weights at random, unless the caller passes `pretrained=True`. `check_untrusted_name` checks names that come
 from a file, and `permissions` the configuration of a folder, so that neither can run code, download or open anything.
 """
 
@@ -397,7 +397,7 @@ def _build_torchvision(name: str, **keywords: Any) -> nn.Module:
 
     builder = models.get_model_builder(name)
     accepted = inspect.signature(builder).parameters
-    # Detectors download weights for their backbone by default; two old classifiers warn about slow initialisation.
+    # Detectors download weights for their backbone by default; two old classifiers warn about slow initialization.
     off = {key: None for key in ("weights", "weights_backbone") if key in accepted}
     slow = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
     model: nn.Module = builder(**off, **slow | keywords)

@@ -1,1 +1,1 @@
-"""What a checkpoint contains: state dicts, optimizer states, key prefixes, and how weights load into a model."""
+"""The contents of a checkpoint: state dicts, optimizer states, key prefixes, and how weights load into a model."""

@@ -1,6 +1,6 @@
 """The entries of a checkpoint's content: weights, copies of them (EMA), optimizer and scheduler states, the rest.
 
-Every trainer has its own layout, so entries are recognised by structure: a state dict maps names to tensors, an
+Every trainer has its own layout, so entries are recognized by structure: a state dict maps names to tensors, an
 optimizer state has `state` and `param_groups`. Names only decide between several candidates. States of a training run
 in an unknown form (averages as lists of tensors, wrapped optimizers) get a note. Nothing here reads a file or changes
 its argument: `replace_entries` returns a new content that shares all other values.
@@ -167,7 +167,7 @@ def check_has_values(weights: Any) -> None:
     """Refuse a state dict with tensors that have no floating-point values; other objects pass.
 
     Raises:
-        CheckpointError: a tensor is on the meta device, quantised, or from a model prepared for quantization.
+        CheckpointError: a tensor is on the meta device, quantized, or from a model prepared for quantization.
     """
     if not is_state_dict(weights):
         return
@@ -184,7 +184,7 @@ def check_has_values(weights: Any) -> None:
             )
         if isinstance(value, Tensor) and value.is_quantized:
             raise CheckpointError(
-                f"the tensor {key!r} is quantised and its norms are fused into other layers: convert the model before "
+                f"the tensor {key!r} is quantized and its norms are fused into other layers: convert the model before "
                 "its quantization"
             )
 

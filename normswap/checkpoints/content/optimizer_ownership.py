@@ -1,4 +1,4 @@
-"""The network in a file that an optimizer state belongs to, and the gates that the optimizer must train.
+"""The network of an optimizer state in a file, and the gates that the optimizer must train.
 
 The state dict of an optimizer numbers its parameters and does not name them. So the number of parameters and the shapes
 in their state are compared with every network in the file, with several networks together and with submodules of one.

@@ -91,7 +91,7 @@ def with_gates(
 
     Args:
         optimizer_state: the state dict of the optimizer of the model before its conversion; it is not changed.
-        gates: the names of the trainable gates, in the order of `trainable_gates(converted)`; if empty, no
+        gates: the names of the trainable gates, in the order of `normswap.trainable_gates(converted)`; if empty, no
             group is added.
         importance_lr: the learning rate of the gates before any schedule, default that of the last group.
 
@@ -104,11 +104,10 @@ def with_gates(
 
     Examples:
         >>> import torch, normswap
-        >>> from normswap.surgery.importance import trainable_gates
         >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
         >>> stored = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9).state_dict()
         >>> converted = normswap.convert(model).model
-        >>> extended = normswap.with_gates(stored, gates=list(trainable_gates(converted)))
+        >>> extended = normswap.with_gates(stored, gates=list(normswap.trainable_gates(converted)))
         >>> [len(group["params"]) for group in extended["param_groups"]]
         [4, 2]
         >>> groups = normswap.param_groups(converted, like=stored)
@@ -299,11 +298,10 @@ def scheduler_with_gates(scheduler_state: StateDict, *, optimizer_state: StateDi
 
     Examples:
         >>> import torch, normswap
-        >>> from normswap.surgery.importance import trainable_gates
         >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         >>> scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=10)
-        >>> gates = list(trainable_gates(normswap.convert(model).model))
+        >>> gates = list(normswap.trainable_gates(normswap.convert(model).model))
         >>> extended = normswap.with_gates(optimizer.state_dict(), gates=gates, importance_lr=0.01)
         >>> normswap.scheduler_with_gates(scheduler.state_dict(), optimizer_state=extended)["base_lrs"]
         [0.1, 0.01]

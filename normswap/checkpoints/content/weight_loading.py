@@ -123,7 +123,7 @@ class LoadReport:
         """Return notes on the effects in a file that is written from the tensors; `name` is that of the model."""
         descriptions = {
             f"not part of {name}, copied unchanged": self.unexpected,
-            "missing from the file; verified with randomly initialised values, not written to the output": self.heads,
+            "missing from the file; verified with randomly initialized values, not written to the output": self.heads,
             "missing from the file; counts from 0, not written to the output": self.counters,
         }
         return tuple(f"{_format_names(keys)}: {what}" for what, keys in descriptions.items() if keys)

@@ -301,7 +301,7 @@ def check_legacy_pickle(path: Path) -> PickleSummary:
 def check_calls(path: Path, summary: PickleSummary, allowed: Container[str]) -> None:
     """Refuse a pickle that calls functions of torch which no state dict needs, or hides the arguments of its calls.
 
-    The names that torch allows in a pickle include constructors that leave memory uninitialised (`torch.FloatTensor`)
+    The names that torch allows in a pickle include constructors that leave memory uninitialized (`torch.FloatTensor`)
     and functions that do not check the numbers in the file (`_rebuild_nested_tensor`).
 
     Args:

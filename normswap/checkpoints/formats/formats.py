@@ -379,7 +379,7 @@ _OTHER_MAGIC_BYTES = {
     b"\x93NUMPY": "a numpy array: torch.save a state dict of tensors",
     b"\x1f\x8b": "a gzip archive: unpack it first",
     b"7z\xbc\xaf": "a 7z archive: unpack it first",
-    b"GGUF": "a GGUF file, which holds quantised tensors: convert the model before its quantization",
+    b"GGUF": "a GGUF file, which contains quantized tensors: convert the model before its quantization",
     b"\x7fELF": "a program",
     b"%PDF": "a PDF document",
 }

@@ -52,7 +52,7 @@ class PickleSummary(NamedTuple):
 
     Attributes:
         names: the names of code in it.
-        called_names: those that it calls; `UNRESOLVED` among them stands for a call of something computed, or for a
+        called_names: those that it calls; `UNRESOLVED` among them means a call of a computed object, or a
             tensor with computed parts.
         storages, tensors: as the pickle declares them.
         max_tuple_entries: the number of entries of its largest tuple, with nested tuples expanded.

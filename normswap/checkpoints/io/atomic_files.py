@@ -335,7 +335,7 @@ def _resolve_target(path: Path) -> Path:
 
 def _refuse_existing(path: Path) -> None:
     if os.path.lexists(path):
-        raise CheckpointError(f"{path}: exists already and a folder replaces nothing: choose another name")
+        raise CheckpointError(f"{path}: exists already, and normswap replaces no folder: choose another name")
 
 
 @contextmanager

@@ -48,7 +48,7 @@ class Data:
 
     Attributes:
         settings: the settings of the data, with every None replaced.
-        loader: what reads the batches.
+        loader: reads the batches.
         images: the number of images; None if the data is streamed.
         classes, class_names: the number and the names of the classes; None if the data set does not know them.
         checked_classes: the number of classes that every label is checked against; None: no check.
@@ -369,7 +369,7 @@ def _set_offline(constants: Any, value: bool) -> None:
 
 
 def _resolve_address(url: str) -> tuple[str, int]:
-    """The host and port that a request for `url` connects to: those of a proxy, if one is configured."""
+    """The host and port of a request for `url`: those of a proxy, if one is configured."""
     parts = urlsplit(url)
     proxies = getproxies()
     proxy = proxies.get(parts.scheme) or proxies.get("all")

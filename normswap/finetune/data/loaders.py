@@ -71,6 +71,7 @@ class DataSettings:
         root: the folder of a timm data set, and the target if `download` is set.
         image_size: height and width in pixels.
         channels: 1 (grey) or 3.
+        interpolation: the method that resizes images, by its name in timm, such as `bicubic`.
         mean, std: per channel, of pixels from 0 to 1.
         crop_pct: the fraction of the resized image that the centre crop keeps.
         batch_size: images per batch and process.

@@ -38,7 +38,7 @@ _TAGS = (torch.Tag.flexible_layout,)
 
 
 def switch_norm_operator(inputs: Inputs, on_batch_moments: Callable[[Moments], None] | None = None) -> Tensor:
-    """Normalise as one node of a graph; arguments as in `interface.switch_norm_fused`."""
+    """Normalize as one node of a graph; arguments as in `interface.switch_norm_fused`."""
     mixing, constants = inputs.mixing, inputs.constants
     options = mixing.gate, " ".join(mixing.branches), mixing.eps
     if constants is not None and not needs_backward(inputs):
@@ -221,7 +221,7 @@ def update_running(running: RunningStats, values: int, batch: Moments) -> None:
 def update_and_read_running(running: RunningStats, values: int, batch: Moments) -> Moments:
     """Update as `update_running`, unless this is a recomputation, and return the running statistics, (1, C) each.
 
-    A channel whose running statistics cannot normalise (NaN, an infinite mean, a negative variance) gets the moments of
+    A channel whose running statistics cannot normalize (NaN, an infinite mean, a negative variance) gets the moments of
     the batch, as BatchNorm does in training: an output that is not finite would spread to every gate.
 
     In a compiled graph this is one opaque node, which checks at each run whether it is a recomputation.

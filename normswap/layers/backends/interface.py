@@ -24,7 +24,7 @@ PerChannel = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
 def check_tensors(x: Tensor, gates: tuple[Tensor, Tensor], branches: int, per_channel: PerChannel) -> None:
-    """Check length, dtype and device of all tensors that normalise x (N, C, *spatial).
+    """Check length, dtype and device of all tensors that normalize x (N, C, *spatial).
 
     Args:
         gates: gate parameters of means and of variances; both need the shape (`branches`,).
@@ -162,9 +162,9 @@ def _check_transforms(x: Tensor, running: tuple[Tensor, Tensor]) -> None:
         )
     if any(is_captured(tensor) for tensor in running):
         raise LayerError(
-            "training updates running statistics in place, and they are no argument of the function that torch.func "
-            'differentiates: pass the buffers as an argument, or call normswap.set_bn_statistics(model, "running") or '
-            "model.eval() first"
+            "training updates running statistics in place, and the function that torch.func differentiates does not "
+            "take them as an argument: pass the buffers as an argument, or call "
+            'normswap.set_bn_statistics(model, "running") or model.eval() first'
         )
 
 
@@ -229,7 +229,7 @@ class Normalised(NamedTuple):
     """Results of a forward pass.
 
     Attributes:
-        y: normalised x, with its shape, dtype and layout.
+        y: normalized x, with its shape, dtype and layout.
         batch: moments (1, C) of the batch; None if the `bn` branch does not use them.
         saved: moments (N, C) of x over its positions, which the backward pass needs.
         updated_stats: the result of `Inputs.running_stats_update`.
@@ -273,7 +273,7 @@ class Backend(NamedTuple):
 def switch_norm_fused(
     backend: Backend, inputs: Inputs, on_batch_moments: Callable[[Moments], None] | None = None
 ) -> Tensor:
-    """Normalise by `backend`, with a backward pass if a gradient is needed.
+    """Normalize by `backend`, with a backward pass if a gradient is needed.
 
     Args:
         on_batch_moments: gets the moments (1, C) of the batch.

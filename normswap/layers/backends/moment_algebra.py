@@ -1,8 +1,8 @@
 """Algebra on tables of moments (N, C), between the passes over an activation; importance weights are Python numbers.
 
-Tables are tensors in float32 or wider outside. Inside, they are NumPy arrays in float64 on CPU, where an operator of
-NumPy takes a quarter of the time of one of torch, and tensors on other devices; the code is valid for both. The C
-extension computes the same in one call.
+Callers pass and receive tables as tensors in float32 or wider. On CPU they are converted to NumPy arrays in float64,
+since an operator of NumPy takes a quarter of the time of one of torch; on other devices they stay tensors. The code is
+valid for both. The C extension computes the same in one call.
 
 Backward: with p = dmu / M and q = 2 dvar / M per (n, c), where M is the number of positions (Luo et al., ICLR 2019,
 appendix),

@@ -110,7 +110,7 @@ def is_batch_norm(gates: tuple[Tensor, Tensor], mixing: Mixing) -> bool:
 
 
 def batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, constants: Moments, eps: float) -> Tensor:
-    """Normalise x (N, C, *spatial) by constant moments (1, C), as BatchNorm in evaluation."""
+    """Normalize x (N, C, *spatial) by constant moments (1, C), as BatchNorm in evaluation."""
     mean, var = (moment.squeeze(0) for moment in constants)
     weight, bias = (None if p is None else p.to(mean.dtype) for p in (weight, bias))
     return torch.native_batch_norm(x, weight, bias, mean, var, False, 0.0, eps)[0]
@@ -131,7 +131,7 @@ def switch_norm_reference(
     eps: float,
     on_batch_moments: Callable[[Moments], Moments | None] | None = None,
 ) -> Tensor:
-    """Normalise x (N, C, *spatial) with the given importance weights (K,), one per branch.
+    """Normalize x (N, C, *spatial) with the given importance weights (K,), one per branch.
 
     Args:
         constants: moments (1, C) for the `bn` branch; None: those of the batch.
@@ -164,7 +164,7 @@ def switch_norm_reference(
 
 
 def replace_value(moment: Tensor, value: Tensor) -> Tensor:
-    """Return `value` with the gradient of `moment`, or without gradient where `moment` is not finite."""
+    """Return `value` with the gradient of `moment`, or without gradient if `moment` is not finite."""
     # The difference is 0 and has the gradient; the difference of two infinities would be NaN.
     return value + torch.where(moment.isfinite(), moment - moment.detach(), 0.0)
 
@@ -173,8 +173,8 @@ class _Mixed(NamedTuple):
     """A mixed statistic in two versions.
 
     Attributes:
-        value: its gradient reaches only statistics with a weight above 0. Used where the mixed statistic is inf or NaN:
-            other gradients would be so too, and 0 times them would be NaN.
+        value: its gradient reaches only statistics with a weight above 0. Used if the mixed statistic is inf or NaN:
+            other gradients would be inf or NaN too, and 0 times them would be NaN.
         differentiable: has all gradients, and leaves out terms that are not finite.
     """
 

@@ -72,9 +72,10 @@ def use_backend(name: str) -> Iterator[None]:
             not on a CUDA device.
 
     Examples:
-        >>> layer, x = SwitchNorm2d(3), torch.randn(8, 3, 16, 16)
+        >>> import torch, normswap
+        >>> layer, x = normswap.SwitchNorm2d(3), torch.randn(8, 3, 16, 16)
         >>> y = layer(x)
-        >>> with use_backend("reference"):
+        >>> with normswap.use_backend("reference"):
         ...     torch.testing.assert_close(layer(x), y)
     """
     global _forced
@@ -98,7 +99,7 @@ def fused_backend(x: Tensor) -> Backend | None:
     """Return the fused backend for x; None for the plain formula. `is_eager(x)` must be true.
 
     Raises:
-        LayerError: NORMSWAP_BACKEND is no name of a backend, or the selected backend cannot run.
+        LayerError: NORMSWAP_BACKEND is not the name of a backend, or the selected backend cannot run.
     """
     forced = _forced_name()
     name = forced or _DEFAULT_BACKENDS.get(x.device.type, "reference")

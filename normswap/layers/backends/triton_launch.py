@@ -1,10 +1,8 @@
 """The backend `triton` for CUDA: three kernel launches in the forward pass, three in the backward pass.
 
 Forward: moments of every (n, c); moments of LN and BN, pooled from them (omitted if not needed); mixing and affine
-    pass.
-Backward: sums over positions; terms of the gradients; dx and the gradients of the gates. The host reads nothing, so it
-    never
-waits for the device. x and the moments (N, C) are saved in between.
+pass. Backward: sums over positions; terms of the gradients; dx and the gradients of the gates. x and the moments (N, C)
+are saved in between. The host reads nothing, so it never waits for the device.
 
 The tiling is a pure function of shape and layout: no search, and every call adds in the same order.
 """

@@ -211,7 +211,7 @@ def _problem_of_owner(
 def _kind_and_problem(
     kind: str, node: fx.Node | None, owner: str, shapes: list[Shape], observation: Observation | None
 ) -> tuple[str, str | None]:
-    """The kind of a call, and why it is not swapped whatever the forward of its owner is."""
+    """The kind of a call, and the reason against a swap that holds for any forward of its owner, or None."""
     if kind == "in":
         observed = observation is not None and owner in observation.tracked
         tracked = norm_arguments(node).get("running_mean") is not None if node else observed

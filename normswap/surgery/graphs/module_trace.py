@@ -1,6 +1,6 @@
 """The own forward of one module: whether its code names a function that normalizes, and its trace in both modes.
 
-Code is searched without running it, which is a cheap "no" before anything is traced. The search follows the methods of
+Code is searched without running it, so that most modules need no trace. The search follows the methods of
 the class, functions and objects in attributes of the instance, and the functions and classes that their code names. It
 does not enter other modules, which are searched themselves, nor the code of torch. Names that are computed at run time
 are missed; the forward pass and the trace find those calls. A trace has the children as leaves, so that its graph can

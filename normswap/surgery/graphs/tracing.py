@@ -1,7 +1,8 @@
 """FX tracing: graphs of models and modules, the facts in them, and a comparison of a graph with the real forward.
 
 A trace is made of a copy that shares the parameters, since tracing can leave a `Proxy` in the state of a module. A
-trace that fails is a value with a reason, not an exception; one that succeeds names what its graph leaves out.
+trace that fails is a value with a reason, not an exception; one that succeeds lists the effects that its graph leaves
+out.
 """
 
 import itertools

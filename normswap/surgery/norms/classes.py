@@ -2,7 +2,7 @@
 
 A reader turns a module into a `NormSpec`. Users add a class with one entry, such as `norms=KNOWN_NORMS | {TheirNorm:
 read_batch_norm}`; classes of other libraries are named by strings and not imported. A class that is not in the table
-but looks like a norm is not converted, and its spec names a remedy; only frozen BN is recognised under any class name.
+but looks like a norm is not converted, and its spec names a remedy; only frozen BN is recognized under any class name.
 """
 
 import copy
@@ -42,7 +42,7 @@ NO_BATCH_STATISTICS = "has no batch statistics, so small batches do not harm it:
 
 @dataclass(frozen=True)
 class NormSpec:
-    """What a norm module is, and what it becomes.
+    """The kind and the values of a norm module, and the class that replaces its own.
 
     Attributes:
         kind: such as `bn`, `frozen bn`, `in` or `gn1`; a norm with a target is BN if its kind is not `in` or `gn1`.
@@ -241,7 +241,7 @@ KNOWN_NORMS = KnownNorms(
 
 
 def read_norm(module: nn.Module, norms: NormTable = KNOWN_NORMS) -> NormSpec | None:
-    """Return the spec of a norm module, or None if `module` is no norm; it has a target or a `problem`."""
+    """Return the spec of a norm module, or None if `module` is not a norm; it has a target or a `problem`."""
     cls = type(module)
     if isinstance(module, GatedModule):
         return NormSpec("sn", problem="is Switchable Normalization already: nothing to do")
@@ -387,8 +387,8 @@ def _unknown_class_problem(module: nn.Module, what: str, reader: str) -> str:
 def _custom_statistics_problem(module: nn.Module, statistics: Sequence[str]) -> str:
     name = qualified_name(type(module))
     return (
-        f"{name} has batch statistics with names of its own ({', '.join(statistics)}), which cannot be read: left as "
-        "it is; if its forward is that of BatchNorm, rename them to running_mean and running_var and pass "
+        f"{name} has running statistics under other names ({', '.join(statistics)}), which cannot be read: left as it "
+        "is; if its forward is that of BatchNorm, rename them to running_mean and running_var and pass "
         f'norms=KNOWN_NORMS | {{"{name}": read_batch_norm}}'
     )
 
@@ -437,7 +437,7 @@ def frozen_eps(module: nn.Module) -> float | None:
         w, b, mean, var = (getattr(probe, name).reshape(1, -1, 1, 1) for name in _STATE)
         expected = (x - mean) * (var + eps).rsqrt() * w + b
     except Exception as error:  # noqa: BLE001 - the probe runs foreign code: if it raises, this is no frozen BN
-        _logger.debug("%s is no frozen BN: %s", qualified_name(type(module)), error)
+        _logger.debug("%s is not a frozen BN: %s", qualified_name(type(module)), error)
         return None
     is_batch_norm = isinstance(y, Tensor) and y.shape == x.shape and torch.allclose(y, expected, rtol=1e-9, atol=1e-9)
     return eps if is_batch_norm and eps >= 0 else None

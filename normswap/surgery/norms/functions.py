@@ -164,7 +164,7 @@ def unsupported_use(node: fx.Node) -> str | None:
         return "more than its first result is used"
     not_written_back = [name for index, name in call.updated.items() if not _is_written_back(node, index, name)]
     return (
-        f"has uses of its updated {' and '.join(not_written_back)} beside writing them back"
+        f"uses its updated {' and '.join(not_written_back)} for more than the update itself"
         if not_written_back
         else None
     )
@@ -204,7 +204,7 @@ def is_folded(node: fx.Node) -> bool:
 
 
 def reads_activation(value: Any, sources: frozenset[str] | None = None) -> bool:
-    """Whether a value depends on the inputs of the model; a standardised kernel does not.
+    """Whether a value depends on the inputs of the model; a standardized kernel does not.
 
     Args:
         sources: the names of the placeholders that are inputs of the model; default: all.

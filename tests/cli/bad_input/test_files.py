@@ -1,4 +1,4 @@
-"""Bad files: one clear line, exit status 2 (1 where the answer is "no"), nothing written, no traceback, no code run."""
+"""Bad files: one clear line, exit code 2 (1 where the answer is "no"), nothing written, no traceback, no code run."""
 
 import contextlib
 import re
@@ -57,7 +57,7 @@ def _protocol_4(path: Path) -> None:
 
 def _quantised(path: Path) -> None:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch deprecates its own quantised tensors
+        warnings.simplefilter("ignore")  # torch deprecates its own quantized tensors
         weight = torch.quantize_per_tensor(torch.ones(2), 1.0, 0, torch.qint8)
         torch.save({"a": weight, "b": torch.ones(1)}, path)
 
@@ -99,9 +99,9 @@ FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda path: torch.save(files.TiedNet().to("meta").state_dict(), path),
         "bad.pt: the tensor 'stem.weight' is on the meta device and has no values: load the weights",
     ),
-    "quantised weights": (
+    "quantized weights": (
         _quantised,
-        "bad.pt: the tensor 'a' is quantised and its norms are fused into other layers: convert the",
+        "bad.pt: the tensor 'a' is quantized and its norms are fused into other layers: convert the",
     ),
     "numbers among tensors": (
         lambda path: torch.save({"a": torch.ones(1), "step": 3}, path),

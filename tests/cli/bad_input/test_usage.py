@@ -1,4 +1,4 @@
-"""Bad options, architectures, tensors, outputs and plans: one clear line, exit status 2 or 1, nothing written."""
+"""Bad options, architectures, tensors, outputs and plans: one clear line, exit code 2 or 1, nothing written."""
 
 import dataclasses
 import json

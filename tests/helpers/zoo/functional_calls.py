@@ -405,7 +405,7 @@ class ForwardCalled(nn.Module):
 
 
 class Standardised(nn.Module):
-    """A kernel that is standardised by hand, and stored in a new tensor: a norm of a weight is no site."""
+    """A kernel that is standardized by hand, and stored in a new tensor: a norm of a weight is no site."""
 
     def __init__(self) -> None:
         super().__init__()

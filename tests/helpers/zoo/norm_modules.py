@@ -151,7 +151,7 @@ class HalfFrozen(nn.Module):
 
 
 def untracked_later() -> nn.Module:
-    """The trick of test-time adaptation: a trained BN that is told to stop tracking."""
+    """The trick of test-time adaptation: a trained BN that stops tracking."""
     model = Chain(bn())
     model[1].track_running_stats = False
     return model

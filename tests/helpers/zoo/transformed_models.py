@@ -54,7 +54,7 @@ def exported(*, training: bool) -> nn.Module:
 
 
 def own_parameter_kernel() -> nn.Module:
-    """A weight-standardised convolution whose kernel is parametrized besides."""
+    """A weight-standardized convolution whose kernel is parametrized besides."""
     model = nn.Sequential(StdConv2d(3, 8, 3), bn())
     parametrize.register_parametrization(model[0], "weight", Scale())
     return model

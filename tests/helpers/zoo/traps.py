@@ -172,7 +172,7 @@ TRAPS: tuple[Trap, ...] = (
     # weights, which are no activations
     _trap("StdConv2d", lambda: nn.Sequential(StdConv2d(3, 8, 3), bn()), IMAGE, "1", kernels=True),
     _trap("ScaledStdConv2d", lambda: nn.Sequential(ScaledStdConv2d(3, 8, 3), bn()), IMAGE, "1", kernels=True),
-    _trap("kernel standardised by hand", Standardised, IMAGE, "bn", kernels=True),
+    _trap("kernel standardized by hand", Standardised, IMAGE, "bn", kernels=True),
     _trap("parametrized kernel", own_parameter_kernel, IMAGE, "1", kernels=True),
     # names and places
     _trap("two names", TwoNames, IMAGE, "bn"),
@@ -287,7 +287,7 @@ TRAPS: tuple[Trap, ...] = (
         IMAGE,
         "instance",
         skips={
-            "bn": r"is Batch Normalization, which is left out by kinds=; pass kinds=\('bn', 'in'\) to swap it",
+            "bn": r"is Batch Normalization, which kinds= does not include; pass kinds=\('bn', 'in'\) to swap it",
             "group": r"is GroupNorm of one group, which has no batch .*; pass kinds=\('in', 'gn1'\) to swap it",
         },
         options={"kinds": ("in",)},

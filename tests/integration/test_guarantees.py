@@ -1,4 +1,4 @@
-"""The laws are proved on planted violations: each breaks its law, and no other test would be worth much otherwise."""
+"""The checks of the guarantees find planted violations; without that, the other tests would show little."""
 
 import copy
 import re
@@ -12,7 +12,7 @@ from torch import nn
 
 import normswap
 from normswap import SwapPlan, convert
-from tests.helpers import laws, zoo
+from tests.helpers import guarantees, zoo
 
 
 def plain() -> nn.Module:
@@ -26,7 +26,7 @@ def converted(fault: Callable[[Any], Any] = lambda model: None) -> nn.Module:
     return model
 
 
-# (what goes wrong in the converted model, what law 1 says)
+# (what goes wrong in the converted model, what guarantee 1 says)
 OTHER_FUNCTIONS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "a gate": (lambda m: m.body[1].var_weight.copy_(torch.tensor([1e-6, 0, 1 - 1e-6])), "evaluation: output 0 is"),
     "eps": (lambda m: setattr(m.body[1], "eps", 1.1e-5), "evaluation: output 0 is"),
@@ -46,19 +46,19 @@ OTHER_FUNCTIONS: dict[str, tuple[Callable[[Any], Any], str]] = {
 
 
 @pytest.mark.parametrize(("fault", "message"), OTHER_FUNCTIONS.values(), ids=OTHER_FUNCTIONS)
-def test_law_1_finds_another_function(fault: Callable[[Any], Any], message: str) -> None:
-    with pytest.raises(AssertionError, match=f"^law 1, {re.escape(message)}"):
-        laws.same_function(plain(), converted(fault), zoo.IMAGE())
+def test_guarantee_1_finds_another_function(fault: Callable[[Any], Any], message: str) -> None:
+    with pytest.raises(AssertionError, match=f"^guarantee 1, {re.escape(message)}"):
+        guarantees.same_function(plain(), converted(fault), zoo.IMAGE())
 
 
-def test_law_1_lets_no_error_of_the_converted_model_pass() -> None:
+def test_guarantee_1_lets_no_error_of_the_converted_model_pass() -> None:
     with pytest.raises(ZeroDivisionError):
-        laws.same_function(plain(), converted(lambda m: m.register_forward_hook(lambda *_: 1 / 0)), zoo.IMAGE())
+        guarantees.same_function(plain(), converted(lambda m: m.register_forward_hook(lambda *_: 1 / 0)), zoo.IMAGE())
 
 
-def test_law_1_is_silent_where_the_original_raises() -> None:
+def test_guarantee_1_skips_the_mode_in_which_the_original_raises() -> None:
     model = zoo.BY_NAME["one position"].model()
-    errors = laws.same_function(model, convert(model, zoo.IMAGE()).model, zoo.image(1, 3, 9, 9)())
+    errors = guarantees.same_function(model, convert(model, zoo.IMAGE()).model, zoo.image(1, 3, 9, 9)())
     assert [mode for mode, error in errors.items() if error is None] == ["training", "as it is"]
 
 
@@ -87,43 +87,43 @@ CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
 
 
 @pytest.mark.parametrize(("fault", "message"), CHANGES.values(), ids=CHANGES)
-def test_law_2_finds_any_other_change(fault: Callable[[Any], Any], message: str) -> None:
+def test_guarantee_2_finds_any_other_change(fault: Callable[[Any], Any], message: str) -> None:
     original, plan = plain(), convert(plain(), zoo.IMAGE()).plan
-    laws.nothing_else_changed(laws.Record.of(original), converted(), plan, same_objects=False)
-    with pytest.raises(AssertionError, match=f"^law 2: {re.escape(message)}"):
-        laws.nothing_else_changed(laws.Record.of(original), converted(fault), plan, same_objects=False)
+    guarantees.nothing_else_changed(guarantees.Record.of(original), converted(), plan, same_objects=False)
+    with pytest.raises(AssertionError, match=f"^guarantee 2: {re.escape(message)}"):
+        guarantees.nothing_else_changed(guarantees.Record.of(original), converted(fault), plan, same_objects=False)
 
 
-def test_law_2_finds_lost_aliases_and_other_objects() -> None:
+def test_guarantee_2_finds_lost_aliases_and_other_objects() -> None:
     model = zoo.BY_NAME["two names"].model()
-    record, plan = laws.Record.of(model), convert(model).plan
+    record, plan = guarantees.Record.of(model), convert(model).plan
     twin = convert(model).model
-    with pytest.raises(AssertionError, match=r"law 2: .* is another object"):
-        laws.nothing_else_changed(record, twin, plan, same_objects=True)
+    with pytest.raises(AssertionError, match=r"guarantee 2: .* is another object"):
+        guarantees.nothing_else_changed(record, twin, plan, same_objects=True)
     twin.alias = copy.deepcopy(twin.bn)
-    with pytest.raises(AssertionError, match="law 2: aliases"):
-        laws.nothing_else_changed(record, twin, plan, same_objects=False)
+    with pytest.raises(AssertionError, match="guarantee 2: aliases"):
+        guarantees.nothing_else_changed(record, twin, plan, same_objects=False)
 
 
-def test_law_2_finds_a_swap_that_was_not_planned_and_one_that_was_not_made() -> None:
+def test_guarantee_2_finds_a_swap_that_was_not_planned_and_one_that_was_not_made() -> None:
     plan = convert(plain(), zoo.IMAGE()).plan
-    with pytest.raises(AssertionError, match=r"law 2: \{'stem.1."):
-        laws.nothing_else_changed(
-            laws.Record.of(plain()), converted(), replace(plan, swaps=plan.swaps[1:]), same_objects=False
+    with pytest.raises(AssertionError, match=r"guarantee 2: \{'stem.1."):
+        guarantees.nothing_else_changed(
+            guarantees.Record.of(plain()), converted(), replace(plan, swaps=plan.swaps[1:]), same_objects=False
         )
-    with pytest.raises(AssertionError, match=r"law 2: \{"):
-        laws.nothing_else_changed(laws.Record.of(plain()), plain(), plan, same_objects=False)
+    with pytest.raises(AssertionError, match=r"guarantee 2: \{"):
+        guarantees.nothing_else_changed(guarantees.Record.of(plain()), plain(), plan, same_objects=False)
 
 
-def test_law_3_finds_a_wrong_and_a_missing_gradient() -> None:
-    assert laws.alive(converted(), ["stem.1", "body.1"], zoo.IMAGE()) == 2
-    model = laws.in_float64(converted())
-    with pytest.raises(AssertionError, match=r"law 3: body.1.mean_weight is .* off the oracle's"):
-        laws.alive(_with_gradients(model, lambda gradient: gradient * 1.001), ["body.1"], zoo.IMAGE())
-    with pytest.raises(AssertionError, match=r"law 3: body.1.mean_weight is .* off the oracle's"):
-        laws.alive(_with_gradients(model, torch.zeros_like), ["body.1"], zoo.IMAGE())
-    with pytest.raises(AssertionError, match=r"law 3: body.1.mean_weight has the gradient \[nan"):
-        laws.alive(_with_gradients(model, lambda gradient: gradient * float("nan")), ["body.1"], zoo.IMAGE())
+def test_guarantee_3_finds_a_wrong_and_a_missing_gradient() -> None:
+    assert guarantees.alive(converted(), ["stem.1", "body.1"], zoo.IMAGE()) == 2
+    model = guarantees.in_float64(converted())
+    with pytest.raises(AssertionError, match=r"guarantee 3: body.1.mean_weight is .* off the oracle's"):
+        guarantees.alive(_with_gradients(model, lambda gradient: gradient * 1.001), ["body.1"], zoo.IMAGE())
+    with pytest.raises(AssertionError, match=r"guarantee 3: body.1.mean_weight is .* off the oracle's"):
+        guarantees.alive(_with_gradients(model, torch.zeros_like), ["body.1"], zoo.IMAGE())
+    with pytest.raises(AssertionError, match=r"guarantee 3: body.1.mean_weight has the gradient \[nan"):
+        guarantees.alive(_with_gradients(model, lambda gradient: gradient * float("nan")), ["body.1"], zoo.IMAGE())
 
 
 class _Tampered(torch.autograd.Function):
@@ -157,21 +157,21 @@ def _with_gradients(model: nn.Module, change: Callable[[torch.Tensor], torch.Ten
     return model
 
 
-def test_law_4_finds_what_is_nowhere_twice_or_without_a_reason() -> None:
+def test_guarantee_4_finds_what_is_nowhere_twice_or_without_a_reason() -> None:
     model = zoo.BY_NAME["unknown subclass"].model()
     plan = convert(model, zoo.IMAGE()).plan
-    laws.accounted_for(model, plan, zoo.IMAGE())
+    guarantees.accounted_for(model, plan, zoo.IMAGE())
     cases = {
-        "law 4: Counter()": replace(plan, skips=()),
-        "law 4: Counter({'1': 2})": replace(plan, skips=plan.skips * 2),
-        "law 4: the reason of 1 is 'no'": replace(plan, skips=(replace(plan.skips[0], reason="no"),)),
+        "guarantee 4: Counter()": replace(plan, skips=()),
+        "guarantee 4: Counter({'1': 2})": replace(plan, skips=plan.skips * 2),
+        "guarantee 4: the reason of 1 is 'no'": replace(plan, skips=(replace(plan.skips[0], reason="no"),)),
     }
     for message, other in cases.items():
         with pytest.raises(AssertionError, match=re.escape(message)):
-            laws.accounted_for(model, other, zoo.IMAGE())
+            guarantees.accounted_for(model, other, zoo.IMAGE())
 
 
-def test_law_5_finds_what_a_revert_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_guarantee_5_finds_what_a_revert_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
     def leave(fault: Callable[[Any], Any]) -> Callable[[nn.Module], nn.Module]:
         revert = normswap.revert
 
@@ -193,20 +193,20 @@ def test_law_5_finds_what_a_revert_leaves(monkeypatch: pytest.MonkeyPatch) -> No
     for message, fault in faults.items():
         monkeypatch.setattr(normswap, "revert", original, raising=False)
         monkeypatch.setattr(normswap, "revert", leave(fault), raising=False)
-        with pytest.raises(AssertionError, match=f"law 5: {re.escape(message)}"):
-            laws.reverts(plain(), zoo.IMAGE())
+        with pytest.raises(AssertionError, match=f"guarantee 5: {re.escape(message)}"):
+            guarantees.reverts(plain(), zoo.IMAGE())
 
 
-def test_law_5_finds_a_plan_that_changes_and_a_second_conversion_that_does_something(
+def test_guarantee_5_finds_a_plan_that_changes_and_a_second_conversion_that_does_something(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     plan = convert(plain(), zoo.IMAGE()).plan
-    assert laws.plan_survives_json(plan) == plan
+    assert guarantees.plan_survives_json(plan) == plan
     monkeypatch.setattr(SwapPlan, "from_json", classmethod(lambda cls, text: replace(plan, notes=("more",))))
-    with pytest.raises(AssertionError, match="law 5: the plan changed on its way through JSON"):
-        laws.plan_survives_json(plan)
-    with pytest.raises(AssertionError, match="law 5: swapped again"):
-        laws.converting_twice_changes_nothing(plain(), plan, zoo.IMAGE())
+    with pytest.raises(AssertionError, match="guarantee 5: the plan changed on its way through JSON"):
+        guarantees.plan_survives_json(plan)
+    with pytest.raises(AssertionError, match="guarantee 5: swapped again"):
+        guarantees.converting_twice_changes_nothing(plain(), plan, zoo.IMAGE())
 
 
 class Counting:
@@ -219,13 +219,13 @@ class Counting:
 def test_hooks_that_are_objects_are_copied_with_the_model_and_kept_in_place() -> None:
     model = zoo.BY_NAME["two calls"].model()
     model.register_forward_hook(Counting())
-    before, plan = laws.Record.of(model), SwapPlan((), (), "")
+    before, plan = guarantees.Record.of(model), SwapPlan((), (), "")
     twin = copy.deepcopy(model)
-    laws.nothing_else_changed(before, twin, plan, same_objects=False)
+    guarantees.nothing_else_changed(before, twin, plan, same_objects=False)
     twin._forward_hooks.clear()
-    with pytest.raises(AssertionError, match="law 2: hooks of  changed"):
-        laws.nothing_else_changed(before, twin, plan, same_objects=False)
+    with pytest.raises(AssertionError, match="guarantee 2: hooks of  changed"):
+        guarantees.nothing_else_changed(before, twin, plan, same_objects=False)
     model._forward_hooks.clear()
     model.register_forward_hook(Counting())
-    with pytest.raises(AssertionError, match="law 2: hooks of  changed"):
-        laws.nothing_else_changed(before, model, plan, same_objects=True)
+    with pytest.raises(AssertionError, match="guarantee 2: hooks of  changed"):
+        guarantees.nothing_else_changed(before, model, plan, same_objects=True)

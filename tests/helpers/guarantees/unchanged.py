@@ -1,4 +1,4 @@
-"""Law 2: a conversion changes nothing but the sites of its plan."""
+"""Guarantee 2: a conversion changes nothing but the sites of its plan."""
 
 from dataclasses import dataclass
 from types import FunctionType
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from normswap.surgery.plan import SwapPlan
-from tests.helpers.laws.walking import GATES, STATISTICS, own_tensors, paths
+from tests.helpers.guarantees.walking import GATES, STATISTICS, own_tensors, paths
 
 
 @dataclass
@@ -82,29 +82,31 @@ def planned_names(plan: SwapPlan, record: Record) -> set[str]:
 
 
 def nothing_else_changed(before: Record, converted: nn.Module, plan: SwapPlan, *, same_objects: bool) -> None:
-    """Law 2. With `same_objects` the model was converted in place, and every object must still be that object."""
+    """Guarantee 2. With `same_objects` the model was converted in place, and every object must still be that object."""
     after = Record.of(converted, lasting=False)
     new = planned_names(plan, before)
-    assert set(after.tensors) == set(before.tensors) | new, f"law 2: {set(after.tensors) ^ set(before.tensors) ^ new}"
+    assert set(after.tensors) == set(before.tensors) | new, (
+        f"guarantee 2: {set(after.tensors) ^ set(before.tensors) ^ new}"
+    )
     added = set(after.state) - set(before.state)
-    assert set(before.state) <= set(after.state), f"law 2: lost keys {set(before.state) - set(after.state)}"
-    assert added <= new, f"law 2: unplanned keys {added - new}"
+    assert set(before.state) <= set(after.state), f"guarantee 2: lost keys {set(before.state) - set(after.state)}"
+    assert added <= new, f"guarantee 2: unplanned keys {added - new}"
     for name, value in before.values.items():
-        assert identical(value, after.values[name]), f"law 2: {name} is not bit-identical"
+        assert identical(value, after.values[name]), f"guarantee 2: {name} is not bit-identical"
         scripted = name.rpartition(".")[0] not in before.attributes  # a copy of TorchScript has no Parameters
         same_class = type(before.tensors[name]) is type(after.tensors[name])
-        assert scripted or same_class, f"law 2: {name} changed its class"
-        assert before.gradients[name] == after.gradients[name], f"law 2: {name}.requires_grad changed"
+        assert scripted or same_class, f"guarantee 2: {name} changed its class"
+        assert before.gradients[name] == after.gradients[name], f"guarantee 2: {name}.requires_grad changed"
     for name, value in before.state.items():
-        assert identical(value, after.state[name]), f"law 2: {name} of the state dict is not bit-identical"
+        assert identical(value, after.state[name]), f"guarantee 2: {name} of the state dict is not bit-identical"
     functional = {swap.fqn for swap in plan.swaps if swap.owner is not None}
     _same_modules(before, after, {s.fqn for s in plan.swaps} - functional, {s.owner for s in plan.swaps} - {None})
     old_names = {*before.modules, *before.tensors}
     grouped = {group & old_names for group in after.aliases()} - {frozenset()}
-    assert grouped == before.aliases(), f"law 2: aliases {grouped ^ before.aliases()}"
+    assert grouped == before.aliases(), f"guarantee 2: aliases {grouped ^ before.aliases()}"
     if same_objects:
         for name, thing in (*before.modules.items(), *before.tensors.items()):
-            assert (after.modules | after.tensors)[name] is thing, f"law 2: {name} is another object"
+            assert (after.modules | after.tensors)[name] is thing, f"guarantee 2: {name} is another object"
 
 
 def _same_modules(before: Record, after: Record, swapped: set[str], owners: set[Any]) -> None:
@@ -114,20 +116,24 @@ def _same_modules(before: Record, after: Record, swapped: set[str], owners: set[
     for path, module in before.modules.items():
         cls, now = before.classes[path], after.classes[path]
         if id(module) in changed:
-            assert now.__name__.startswith("SwitchNorm"), f"law 2: {path} is a {now.__name__}"
-            assert not issubclass(now, nn.modules.batchnorm._NormBase), f"law 2: {path} would be taken for a BatchNorm"
+            assert now.__name__.startswith("SwitchNorm"), f"guarantee 2: {path} is a {now.__name__}"
+            assert not issubclass(now, nn.modules.batchnorm._NormBase), (
+                f"guarantee 2: {path} would be taken for a BatchNorm"
+            )
         elif id(module) in rewritten:
             # Every GraphModule has a class of its own, also a copy of one.
             kept = fx.GraphModule if issubclass(cls, fx.GraphModule) else cls
-            assert issubclass(now, kept), f"law 2: {path} is no {cls.__name__} any more"
+            assert issubclass(now, kept), f"guarantee 2: {path} is no {cls.__name__} any more"
             assert (now.__name__, now.__qualname__, now.__module__) == (cls.__name__, cls.__qualname__, cls.__module__)
         elif module is after.modules[path] or not isinstance(module, fx.GraphModule | torch.jit.ScriptModule):
-            assert now is cls, f"law 2: {path} became a {now.__name__}"
-        assert before.flags[path] == after.flags[path], f"law 2: {path}.training changed"
+            assert now is cls, f"guarantee 2: {path} became a {now.__name__}"
+        assert before.flags[path] == after.flags[path], f"guarantee 2: {path}.training changed"
         copied = module is not after.modules[path]
-        assert _same_hooks(before.hooks.get(path), after.hooks.get(path), copied), f"law 2: hooks of {path} changed"
+        assert _same_hooks(before.hooks.get(path), after.hooks.get(path), copied), (
+            f"guarantee 2: hooks of {path} changed"
+        )
         lost = set(before.attributes.get(path, ())) - set(after.attributes.get(path, ()))
-        assert not lost, f"law 2: {path} lost {lost}"
+        assert not lost, f"guarantee 2: {path} lost {lost}"
 
 
 def _same_hooks(before: Any, after: Any, copied: bool) -> bool:

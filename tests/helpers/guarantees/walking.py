@@ -1,4 +1,4 @@
-"""Walks over models, copies in float64, modes and calls: what several laws share."""
+"""Walks over models, copies in float64, modes and calls: shared by several guarantees."""
 
 import copy
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Law 1: original and converted model compute the same function."""
+"""Guarantee 1: original and converted model compute the same function."""
 
 import random
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from tests.helpers.laws.walking import (
+from tests.helpers.guarantees.walking import (
     LIMIT,
     MODES,
     call,
@@ -106,7 +106,7 @@ def distances(a: Run, b: Run) -> dict[str, float]:
 def same_function(
     original: nn.Module, converted: nn.Module, inputs: Any, modes: tuple[str, ...] = MODES
 ) -> dict[str, float | None]:
-    """Law 1. Returns the worst error in each mode, None where the original raises and the law is silent."""
+    """Guarantee 1. Returns the worst error in each mode, None if the original raises and the law is silent."""
     first, second, inputs = in_float64(original), in_float64(converted), to_float64(inputs)
     worst: dict[str, float | None] = {}
     for mode in modes:
@@ -121,6 +121,6 @@ def same_function(
             own = distances(reference, run(first, nudged, mode))
             for name, error in far.items():
                 limit = max(LIMIT, OWN_RESPONSES * own.get(name, 0.0))
-                assert error <= limit, f"law 1, {mode}: {name} is {error:.1e} off, limit {limit:.1e}"
+                assert error <= limit, f"guarantee 1, {mode}: {name} is {error:.1e} off, limit {limit:.1e}"
         worst[mode] = max(far.values())
     return worst

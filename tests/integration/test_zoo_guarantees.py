@@ -1,4 +1,4 @@
-"""All laws on every trap of the zoo, and on whole networks of timm and torchvision."""
+"""All guarantees on every trap of the zoo, and on whole networks of timm and torchvision."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -13,7 +13,7 @@ import torchvision.models.video.resnet as video
 from torch import Tensor, nn
 
 from normswap import KNOWN_NORMS, SwapPlan, convert, plan_swaps, read_batch_norm
-from tests.helpers import laws, oracles, zoo
+from tests.helpers import guarantees, oracles, zoo
 
 COPYABLE = [trap for trap in zoo.TRAPS if trap.copyable]
 pytestmark = pytest.mark.slow
@@ -48,20 +48,20 @@ def test_without_an_input_nothing_is_lost_either(trap: zoo.Trap) -> None:
 
 
 @pytest.mark.parametrize("trap", COPYABLE, ids=named)
-def test_every_law_holds_on_a_trap(trap: zoo.Trap) -> None:
+def test_every_guarantee_holds_on_a_trap(trap: zoo.Trap) -> None:
     inputs = trap.inputs()
-    held = laws.hold(trap.model, inputs, **options_of(trap))
-    assert [mode for mode, error in held.errors.items() if error is None] == list(trap.raises_in)
-    trainable = [swap for swap in held.conversion.plan.swaps if swap.train_gates and swap.fqn not in trap.idle]
-    assert held.gates == 2 * len(trainable)
+    checked = guarantees.check_all(trap.model, inputs, **options_of(trap))
+    assert [mode for mode, error in checked.errors.items() if error is None] == list(trap.raises_in)
+    trainable = [swap for swap in checked.conversion.plan.swaps if swap.train_gates and swap.fqn not in trap.idle]
+    assert checked.gates == 2 * len(trainable)
 
 
 @pytest.mark.parametrize("trap", [trap for trap in zoo.TRAPS if not trap.copyable], ids=named)
 def test_a_model_that_torch_cannot_copy_is_planned_and_left_alone(trap: zoo.Trap) -> None:
     model = trap.model()
-    before = laws.Record.of(model)
+    before = guarantees.Record.of(model)
     conversion = convert(model, trap.inputs(), inplace=True)
-    laws.nothing_else_changed(before, model, conversion.plan, same_objects=True)
+    guarantees.nothing_else_changed(before, model, conversion.plan, same_objects=True)
     assert conversion.plan.swaps == ()
 
 
@@ -74,14 +74,14 @@ def test_no_norm_of_torch_runs_any_more(trap: zoo.Trap) -> None:
     converted = convert(original, inputs, **options_of(trap)).model
     frozen = any("Frozen" in type(module).__name__ for module in zoo.everything_in(original))
     for mode in ("evaluation", "training"):
-        assert frozen or laws.norm_calls(original, inputs, mode) > 0
-        assert laws.norm_calls(converted, inputs, mode) == 0
+        assert frozen or guarantees.norm_calls(original, inputs, mode) > 0
+        assert guarantees.norm_calls(converted, inputs, mode) == 0
 
 
 @pytest.mark.parametrize("branches", [("in", "bn"), ("ln", "bn"), ("in", "ln", "bn")])
-def test_laws_hold_on_any_branches(branches: tuple[str, ...]) -> None:
+def test_the_guarantees_hold_on_any_branches(branches: tuple[str, ...]) -> None:
     trap = zoo.BY_NAME["two calls"]
-    conversion = laws.hold(trap.model, trap.inputs(), branches=branches).conversion
+    conversion = guarantees.check_all(trap.model, trap.inputs(), branches=branches).conversion
     assert {swap.branches for swap in conversion.plan.swaps} == {branches}
 
 
@@ -89,10 +89,12 @@ def test_laws_hold_on_any_branches(branches: tuple[str, ...]) -> None:
 @pytest.mark.parametrize("name", ["functional", "called several times", "BatchNormAct2d"])
 def test_running_statistics_keep_the_function_in_evaluation(name: str, statistics: str) -> None:
     trap = zoo.BY_NAME[name]
-    conversion = laws.hold(trap.model, trap.inputs(), modes=("evaluation",), bn_statistics=statistics).conversion
+    conversion = guarantees.check_all(
+        trap.model, trap.inputs(), modes=("evaluation",), bn_statistics=statistics
+    ).conversion
     assert {swap.bn_statistics for swap in conversion.plan.swaps} == {statistics}
-    with pytest.raises(AssertionError, match="law 1, training"):
-        laws.same_function(trap.model(), conversion.model, trap.inputs(), ("training",))
+    with pytest.raises(AssertionError, match="guarantee 1, training"):
+        guarantees.same_function(trap.model(), conversion.model, trap.inputs(), ("training",))
 
 
 def test_gates_of_frozen_sites_are_trained_on_request_only() -> None:
@@ -101,8 +103,8 @@ def test_gates_of_frozen_sites_are_trained_on_request_only() -> None:
     assert [swap.train_gates for swap in frozen.plan.swaps] == [False, True]
     assert not frozen.model.stem[1].mean_weight.requires_grad
     assert [swap.train_gates for swap in asked.plan.swaps] == [True, True]
-    assert laws.alive(frozen.model, list(frozen.replaced), trap.inputs(), "as it is") == 2
-    assert laws.alive(asked.model, list(asked.replaced), trap.inputs(), "as it is") == 4
+    assert guarantees.alive(frozen.model, list(frozen.replaced), trap.inputs(), "as it is") == 2
+    assert guarantees.alive(asked.model, list(asked.replaced), trap.inputs(), "as it is") == 4
 
 
 # --- whole networks ---------------------------------------------------------------------------------------------------
@@ -155,16 +157,16 @@ NETWORKS = {
 
 
 @pytest.mark.parametrize("network", NETWORKS.values(), ids=NETWORKS)
-def test_every_law_holds_on_a_network(network: Network) -> None:
+def test_every_guarantee_holds_on_a_network(network: Network) -> None:
     inputs = network.inputs()
-    held = laws.hold(network.model, inputs, modes=("evaluation", "training"), **network.options)
-    assert held.conversion.plan.skips == ()
-    assert len(held.conversion.plan.swaps) == network.sites
-    assert None not in held.errors.values()
-    assert held.gates == 2 * network.sites
+    checked = guarantees.check_all(network.model, inputs, modes=("evaluation", "training"), **network.options)
+    assert checked.conversion.plan.skips == ()
+    assert len(checked.conversion.plan.swaps) == network.sites
+    assert None not in checked.errors.values()
+    assert checked.gates == 2 * network.sites
 
 
-# --- the laws themselves ----------------------------------------------------------------------------------------------
+# --- the checks themselves --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 4, 5), (3, 8), (2, 5, 7), (2, 4, 3, 2, 2)], ids=str)
@@ -175,8 +177,8 @@ def test_the_closed_form_of_the_laws_is_the_oracle(shape: tuple[int, ...], runni
     shares, var_shares = (torch.rand(len(branches)).double() for _ in range(2))
     weight = torch.rand(shape[1]).double()
     constants = oracles.Constants(torch.randn(shape[1]).double(), torch.rand(shape[1]).double()) if running else None
-    visit = laws.Visit(x, weight, constants, 1e-3, dy)
+    visit = guarantees.Visit(x, weight, constants, 1e-3, dy)
     expected = oracles.backward(dy, x, shares, var_shares, weight, branches, constants, 1e-3)
-    mean, var, *_ = laws.share_gradients(visit, shares, var_shares, branches)
+    mean, var, *_ = guarantees.share_gradients(visit, shares, var_shares, branches)
     torch.testing.assert_close(mean, expected.mean_weight, rtol=1e-12, atol=1e-13)
     torch.testing.assert_close(var, expected.var_weight, rtol=1e-12, atol=1e-13)

@@ -1,4 +1,4 @@
-"""One conversion put through all laws."""
+"""Checks of all guarantees on one conversion."""
 
 import itertools
 from collections.abc import Callable
@@ -9,25 +9,25 @@ import torch
 from torch import nn
 
 import normswap
-from tests.helpers.laws.accounting import accounted_for
-from tests.helpers.laws.equivalence import same_function
-from tests.helpers.laws.gate_gradients import alive
-from tests.helpers.laws.round_trips import converting_twice_changes_nothing, plan_survives_json, reverts
-from tests.helpers.laws.unchanged import Record, identical, nothing_else_changed
-from tests.helpers.laws.walking import MODES, NO_SWAPS, own_tensors
+from tests.helpers.guarantees.accounting import accounted_for
+from tests.helpers.guarantees.equivalence import same_function
+from tests.helpers.guarantees.gate_gradients import alive
+from tests.helpers.guarantees.round_trips import converting_twice_changes_nothing, plan_survives_json, reverts
+from tests.helpers.guarantees.unchanged import Record, identical, nothing_else_changed
+from tests.helpers.guarantees.walking import MODES, NO_SWAPS, own_tensors
 
 
 @dataclass(frozen=True)
-class Held:
-    """A conversion that kept all laws, its errors by mode, and how many gates were held against the oracle."""
+class Checked:
+    """A conversion that passed all checks, its errors by mode, and the number of gates compared with the oracle."""
 
     conversion: normswap.Conversion
     errors: dict[str, float | None]
     gates: int
 
 
-def hold(make: Callable[[], nn.Module], inputs: Any, *, modes: tuple[str, ...] = MODES, **options: Any) -> Held:
-    """Put one conversion through all laws, on a copy and in place, in the modes given."""
+def check_all(make: Callable[[], nn.Module], inputs: Any, *, modes: tuple[str, ...] = MODES, **options: Any) -> Checked:
+    """Check all guarantees on one conversion, on a copy and in place, in these modes."""
     original = make()
     before = Record.of(original)
     conversion = normswap.convert(original, inputs, **options)
@@ -44,7 +44,9 @@ def hold(make: Callable[[], nn.Module], inputs: Any, *, modes: tuple[str, ...] =
     second = normswap.convert(inplace, inputs, inplace=True, plan=plan_survives_json(plan), **norms)
     assert second.model is inplace, "another model came back"
     nothing_else_changed(record, inplace, plan, same_objects=True)
-    assert {id(p) for p in optimizer_owns} <= {id(p) for p in inplace.parameters()}, "law 2: the optimizer is stale"
+    assert {id(p) for p in optimizer_owns} <= {id(p) for p in inplace.parameters()}, (
+        "guarantee 2: the optimizer is stale"
+    )
     for (name, a), (other, b) in itertools.zip_longest(own_tensors(model), own_tensors(inplace)):
         assert name == other, f"{name} is {other} in place"
         assert identical(a, b), f"{name} differs between copy and in place"
@@ -54,7 +56,7 @@ def hold(make: Callable[[], nn.Module], inputs: Any, *, modes: tuple[str, ...] =
     accounted_for(original, plan, inputs, options.get("norms"))
     reverts(make(), inputs, plan=plan, **norms)
     converting_twice_changes_nothing(model, plan, inputs, **_only(options, "norms", "kinds"))
-    return Held(conversion, errors, gates)
+    return Checked(conversion, errors, gates)
 
 
 def _only(options: dict[str, Any], *names: str) -> dict[str, Any]:

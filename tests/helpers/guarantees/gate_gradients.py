@@ -1,4 +1,4 @@
-"""Law 3: the gates receive the gradients of the float64 oracle."""
+"""Guarantee 3: the gates receive the gradients of the float64 oracle."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from tests.helpers import oracles
-from tests.helpers.laws.walking import GATES, LIMIT, call, in_float64, is_floating, paths, set_mode, to_float64
+from tests.helpers.guarantees.walking import GATES, LIMIT, call, in_float64, is_floating, paths, set_mode, to_float64
 
 
 @dataclass
@@ -41,20 +41,22 @@ def _watch(layer: Any) -> Site:
 
     def enter(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         names = ("running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
-        told = (
+        arguments = (
             dict(zip(names, args[1:], strict=False)) | kwargs
             if functional
             else {n: vars(layer).get(n) if n == "eps" else getattr(layer, n) for n in names if n != "momentum"}
         )
-        batch = layer.bn_statistics == "batch" and told.get("training", False)
-        untracked = not functional and told["training"] and not layer.track_running_stats
+        batch = layer.bn_statistics == "batch" and arguments.get("training", False)
+        untracked = not functional and arguments["training"] and not layer.track_running_stats
         constants = None
-        if told["running_mean"] is not None and not batch and not untracked:
-            constants = oracles.Constants(*(told[n].detach().double().clone() for n in ("running_mean", "running_var")))
-            if layer.bn_statistics == "renorm" and told.get("training", False):
-                constants = oracles.updated_running(constants, args[0].detach(), _momentum(layer, told))
-        weight = told.get("weight")
-        site.visits.append(Visit(args[0].detach().double().clone(), weight, constants, told.get("eps", 1e-5)))
+        if arguments["running_mean"] is not None and not batch and not untracked:
+            constants = oracles.Constants(
+                *(arguments[n].detach().double().clone() for n in ("running_mean", "running_var"))
+            )
+            if layer.bn_statistics == "renorm" and arguments.get("training", False):
+                constants = oracles.updated_running(constants, args[0].detach(), _momentum(layer, arguments))
+        weight = arguments.get("weight")
+        site.visits.append(Visit(args[0].detach().double().clone(), weight, constants, arguments.get("eps", 1e-5)))
 
     def left(visit: Visit, y: Tensor) -> None:
         if y.requires_grad:
@@ -70,9 +72,9 @@ def _watch(layer: Any) -> Site:
     return site
 
 
-def _momentum(layer: Any, told: dict[str, Any]) -> float:
+def _momentum(layer: Any, arguments: dict[str, Any]) -> float:
     """The share that the next batch will have in the running statistics."""
-    momentum = told.get("momentum", 0.1) if not hasattr(layer, "momentum") else layer.momentum
+    momentum = arguments.get("momentum", 0.1) if not hasattr(layer, "momentum") else layer.momentum
     return 1 / (float(layer.num_batches_tracked) + 1) if momentum is None else float(momentum)
 
 
@@ -125,9 +127,9 @@ def _expected(site: Site) -> list[tuple[Tensor, float]]:
         *found, mean_size, var_size = share_gradients(visit, *shares, layer.branches)
         if visit.x.shape[0] * visit.x.shape[1] <= 32:  # where its loops are fast enough, the oracle itself decides
             weight, zero = _channels(visit.weight, visit.x, 1.0), _channels(None, visit.x, 0.0)
-            told = oracles.backward(visit.dy, visit.x, *shares, weight, layer.branches, visit.constants, visit.eps)
-            assert zero.numel() == told.bias.numel()
-            found = [told.mean_weight, told.var_weight]
+            expected = oracles.backward(visit.dy, visit.x, *shares, weight, layer.branches, visit.constants, visit.eps)
+            assert zero.numel() == expected.bias.numel()
+            found = [expected.mean_weight, expected.var_weight]
         totals = [total + part for total, part in zip(totals, found, strict=True)]
         sizes = [sizes[0] + mean_size.max().item(), sizes[1] + var_size.max().item()]
     gates = [getattr(layer, gate).detach() for gate in GATES]
@@ -138,7 +140,7 @@ def _expected(site: Site) -> list[tuple[Tensor, float]]:
 
 
 def alive(converted: nn.Module, fqns: list[str], inputs: Any, mode: str = "training") -> int:
-    """Law 3 for the layers named; returns how many gates were held against the oracle, 0 where the model raises."""
+    """Guarantee 3 for these layers; return how many gates were compared with the oracle, 0 if the model raises."""
     model, inputs = in_float64(converted), to_float64(inputs)
     set_mode(model, mode)
     layers = paths(model)
@@ -146,7 +148,7 @@ def alive(converted: nn.Module, fqns: list[str], inputs: Any, mode: str = "train
     torch.manual_seed(1)
     try:
         outputs = [leaf for leaf in tree_leaves(call(model, inputs)) if is_floating(leaf) and leaf.requires_grad]
-    except Exception:  # noqa: BLE001 - as the original does, or law 1 is broken
+    except Exception:  # noqa: BLE001 - as the original does, or guarantee 1 is broken
         return 0
     generator = torch.Generator().manual_seed(2)
     if not outputs:
@@ -164,8 +166,8 @@ def alive(converted: nn.Module, fqns: list[str], inputs: Any, mode: str = "train
                 continue
             gradient = gradients[id(parameter)]
             actual = torch.zeros_like(expected) if gradient is None else gradient
-            assert actual.isfinite().all(), f"law 3: {fqn}.{gate} has the gradient {actual.tolist()}"
+            assert actual.isfinite().all(), f"guarantee 3: {fqn}.{gate} has the gradient {actual.tolist()}"
             off = (actual - expected).abs().max().item()
-            assert off <= LIMIT * size, f"law 3: {fqn}.{gate} is {off:.1e} off the oracle's {expected.tolist()}"
+            assert off <= LIMIT * size, f"guarantee 3: {fqn}.{gate} is {off:.1e} off the oracle's {expected.tolist()}"
             compared += 1
     return compared
