@@ -4,6 +4,7 @@ Names are imported when they are first used: `import normswap` imports neither t
 """
 
 import importlib
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from normswap import renamed
@@ -139,9 +140,11 @@ _NAMES_BY_MODULE = {
     "verification.equivalence": ("Verification", "verify"),
 }
 _MODULES = {name: f"normswap.{module}" for module, names in _NAMES_BY_MODULE.items() for name in names}
+# Names that need one of these packages. Without it `from normswap import *` and `dir(normswap)` leave the name out.
+_OPTIONAL = {"ImportanceCallback": ("lightning", "pytorch_lightning")}
 
 __version__ = "0.1.0"
-__all__ = sorted(_MODULES)
+__all__ = sorted(name for name in _MODULES if any(map(find_spec, _OPTIONAL.get(name, ("normswap",)))))
 
 renamed.install()
 
@@ -154,4 +157,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_MODULES})
+    return sorted({*globals(), *__all__})
