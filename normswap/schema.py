@@ -221,8 +221,8 @@ def _check_ranges(result: Any, constraints: list[Any], value: Any, name: str) ->
         if isinstance(constraint, Range) and not all(
             number is None or constraint.accepts(number) for number in numbers
         ):
-            is_finite = all(isinstance(number, int | None) or math.isfinite(number) for number in numbers)
-            raise SchemaError(f"{name}: expected {constraint if is_finite else 'a finite number'}, got {show(value)}")
+            is_open = math.isinf(constraint.maximum) and any(number in (math.inf, -math.inf) for number in numbers)
+            raise SchemaError(f"{name}: expected {'a finite number' if is_open else constraint}, got {show(value)}")
 
 
 def _to_float(value: float, name: str) -> float:

@@ -349,6 +349,11 @@ class _Run:
     def _refuse_converted(self, network: NetworkOptions, record: Record | None) -> None:
         if record is None or record.plan is None or not record.plan.swaps:
             return
+        if self.result.networks:
+            same = f"entry={self.result.networks[0].entry!r}"
+            raise ArgumentError(
+                f"entry={network.entry!r} has the names and shapes of {same} and is converted with it: leave it out"
+            )
         found = NetworkConversion(network.entry, "", record.architecture, record.plan, already_converted=True)
         self._update_network(found)
         others = "" if network.entry is not None or record.entry is None else ", or name another network with entry="

@@ -24,10 +24,7 @@ else:
         installed = [name for name in names if find_spec(name.partition(".")[0]) is not None]
         for name in (*imported, *installed):
             return importlib.import_module(name).Callback
-        raise ImportError(
-            "normswap.ImportanceCallback needs lightning or pytorch_lightning, and neither is installed: "
-            "pip install lightning"
-        )
+        raise ImportError("neither lightning nor pytorch_lightning is installed: pip install lightning")
 
     Callback = _callback_class()
 

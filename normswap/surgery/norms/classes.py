@@ -250,8 +250,7 @@ def read_norm(module: nn.Module, norms: NormTable = KNOWN_NORMS) -> NormSpec | N
         return _unknown_norm_spec(module) if looks_like_norm(module) else None
     spec = NormSpec("bn")
     try:
-        spec = reader(module)
-        if not hasattr(spec, "target"):
+        if not isinstance(spec := reader(module), NormSpec):
             raise ArgumentError(f"norms[{cls.__name__}]: expected a NormSpec from the reader, got {spec!r:.60}")
         if spec.target is None:
             return spec
@@ -263,8 +262,8 @@ def read_norm(module: nn.Module, norms: NormTable = KNOWN_NORMS) -> NormSpec | N
     except (LayerError, AttributeError) as error:
         is_builtin = reader in (KNOWN_NORMS.get(cls), KNOWN_NORMS.get(qualified_name(cls)))
         failed = "is left as it is, since the reader registered for its class in norms= failed"
-        expected = f"is not a plain {cls.__name__}" if is_builtin else failed
-        return replace(spec, target=None, problem=f"{expected}: {error}")
+        problem = f"is not a plain {cls.__name__}: {error}" if is_builtin else f"{failed}: {error}"
+        return replace(spec, target=None, problem=problem)
     return spec
 
 
