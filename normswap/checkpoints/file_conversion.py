@@ -89,6 +89,15 @@ class FileConversion:
         read_back_error: how far an exported program that was read back differs from the original (relative L2).
         load_arguments: what `load` needs for the new file, as Python code.
         several: whether several entries were named.
+
+    Examples:
+        >>> import torch, normswap
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))
+        >>> torch.save(model.state_dict(), "bn.pt")
+        >>> x = torch.randn(2, 3, 16, 16)
+        >>> result = normswap.convert_file("bn.pt", architecture=model, example_inputs=x)
+        >>> result.output.name, result.written, len(result.plan.swaps)
+        ('bn.normswap.pt', True, 1)
     """
 
     __module__ = "normswap"

@@ -65,6 +65,13 @@ class Loaded(NamedTuple):
         plan: the plan of its conversion, None if the model was not converted.
         history: what was done to the model before, a `Step` each.
         rest: the other entries of the file, such as `rest["optimizer"]`.
+
+    Examples:
+        >>> import torch, normswap
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))
+        >>> torch.save({"model": model.state_dict(), "epoch": 3}, "trained.pt")
+        >>> normswap.load("trained.pt", architecture=model)
+        Loaded(Sequential, not converted, rest: epoch)
     """
 
     model: nn.Module

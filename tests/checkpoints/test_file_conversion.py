@@ -198,7 +198,9 @@ def test_convert_file_writes_nothing_unverified_unless_asked(source: Path) -> No
         normswap.convert_file("own.pt", architecture=files.TiedNet)
     with pytest.raises(ArchitectureError, match=r"architecture='none' there is no model to run.*or verify=False"):
         normswap.convert_file("own.pt", architecture="none")
-    with pytest.raises(NothingToDo, match=r"another function: use gate='simplex', or verify=False to write it anyway"):
+    with pytest.raises(
+        NothingToDo, match=r"another function: use gate='simplex', or pass verify=False to write it anyway"
+    ):
         normswap.convert_file("last.pt", gate="softmax", **ARGUMENTS)
     with pytest.raises(NothingToDo, match="excluded by"):
         normswap.convert_file("last.pt", exclude="*", **ARGUMENTS)

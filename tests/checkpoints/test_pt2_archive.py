@@ -452,6 +452,7 @@ def test_inputs_by_position_and_by_name_are_those_of_the_program_alone() -> None
     assert check_equivalent(program, reexport(program, converted)) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_program_without_inputs_is_exported_on_those_that_are_given() -> None:
     program = torch.export.export(net(), (x(),))
     program.example_inputs = None

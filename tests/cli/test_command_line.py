@@ -108,6 +108,7 @@ def _raising(error: BaseException) -> Callable[..., None]:
     return fail
 
 
+@pytest.mark.slow
 def test_an_interrupt_says_in_one_line_what_was_written(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stopped = _raising(KeyboardInterrupt())
     for owner, name in (
@@ -140,6 +141,7 @@ def test_what_nobody_expected_keeps_its_traceback(
     assert run("convert", "bn.pt").exception is error
 
 
+@pytest.mark.slow
 def test_progress_is_shown_on_a_terminal_only(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert ok("convert", "bn.pt", *ARCH, *INPUT).stderr == ""
     monkeypatch.setenv("FORCE_COLOR", "1")  # what rich takes for a terminal

@@ -59,6 +59,7 @@ def test_convert_reports_sites_decisions_and_verification(folder: Path) -> None:
     assert f"wrote bn.normswap.pt ({(folder / 'bn.normswap.pt').stat().st_size / 1e6:.1f} MB)" in text
 
 
+@pytest.mark.slow
 def test_what_is_printed_fits_80_columns(folder: Path) -> None:
     for arguments in (["convert", "bn.pt", *ARCH, *INPUT], ["inspect", "bn.pt", *ARCH], ["inspect", "sn.pt"]):
         assert max(map(len, ok(*arguments).stdout.splitlines())) <= 80

@@ -80,5 +80,5 @@ def test_a_model_of_bytes_is_verified_in_float32_and_the_report_says_so(folder: 
     options = ["bytes.pt", "--arch", "net.py:from_bytes", "--input", f"4x3x9x9:{dtype}", "--force"]
     text = " ".join(run("convert", *options).output.split())
     assert "relative L2 in float32 on 4x3x9x9" in text
-    assert "the original does not run in float64" in text
+    assert "the original model does not run in float64" in text
     assert "judged by the whole model" in text

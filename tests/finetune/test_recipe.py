@@ -241,7 +241,7 @@ def test_recipes_can_be_listed_shown_and_copied(tmp_path: Path) -> None:
     assert "exists already" in run("cp", "digits_source", str(tmp_path))[1]
     assert run("cp", "digits_source", str(tmp_path), "--force")[0] == 0
     status, output = run("cp", "digits_source", str(tmp_path / "a.txt"))
-    assert (status, "expected a folder or a name in .toml" in output) == (2, True)
+    assert (status, "expected a folder or a name that ends in .toml" in output) == (2, True)
     status, output = run("show", "digits")
     assert (status, "no recipe 'digits'; did you mean digits_source?" in output) == (2, True)
 

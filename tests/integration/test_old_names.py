@@ -20,6 +20,8 @@ import normswap
 from tests.helpers.golden_files import GOLDEN, load_networks, old_names_allowed, unpack
 
 NAMES: dict[str, Any] = json.loads((GOLDEN / "old_names.json").read_text())
+pytestmark = pytest.mark.multiprocess
+
 SURVEY = Path(__file__).with_name("names_survey.py")
 
 SHOWN = {(entry["module"], entry["name"]) for entry in NAMES["documented"]} | {*map(tuple, NAMES["pickled"])}

@@ -188,6 +188,7 @@ def test_updated_statistics_are_finite_in_training_if_those_of_batch_norm_are(
     assert all(gradient.isfinite().all() for gradient in gradients)
 
 
+@pytest.mark.slow
 def test_a_compiled_layer_has_finite_gradients_beside_an_infinite_variance() -> None:
     torch.compiler.reset()
     layer = SwitchNorm2d.from_batch_norm(torch.nn.BatchNorm2d(4), bn_statistics="running")

@@ -348,6 +348,7 @@ def test_a_file_that_is_converted_already(folder: Path) -> None:
     assert_refused(folder, ["convert", "module-sn.pt", "--trust"], 1, "is Switchable Normalization already: nothing")
 
 
+@pytest.mark.slow
 def test_a_verification_that_fails(folder: Path) -> None:
     message = "nothing written: softmax gates start at the uniform mix, which is another function: use --gate simplex"
     assert_refused(folder, [*CONVERT, "--gate", "softmax", "--save-plan", "new.json"], 1, message)
