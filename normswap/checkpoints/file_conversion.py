@@ -4,7 +4,6 @@ Plan, convert, verify, convert the other entries of the file (EMA copies, optimi
 compare. A conversion that cannot be verified, or that changes the function, is not written unless `verify=False`.
 """
 
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -38,7 +37,7 @@ from normswap.checkpoints.saving import originals, sha256_in_background
 from normswap.errors import ArchitectureError, ArgumentError, CheckpointError, NothingToDo
 from normswap.layers.gating import Gate
 from normswap.schema import suggest
-from normswap.surgery.arguments import require_type
+from normswap.surgery.arguments import read_path, require_type
 from normswap.surgery.conversion import Conversion, convert
 from normswap.surgery.graphs.exported_program import program_module
 from normswap.surgery.module_tree import copy_sharing_parameters
@@ -241,8 +240,8 @@ def convert_file(
         raise ArgumentError(f"progress: expected a function of the name of a stage, got {progress!r:.80}")
     keywords = {"include": include, "exclude": exclude, "kinds": kinds, "gate": gate, "synchronize": synchronize}
     arguments = ConvertOptions(
-        Path(_read_path(path, "path", "the name of a file or a folder")),
-        None if output is None else _read_path(output, "output", "the name of a file"),
+        Path(read_path(path, "path", "the name of a file or a folder")),
+        None if output is None else read_path(output, "output", "the name of a file"),
         _read_networks(entry, architecture, example_inputs),
         swap=choose_options(options, keywords),
         plan=plan,
@@ -250,14 +249,6 @@ def convert_file(
         **flags,
     )
     return run_conversion(arguments, progress=lambda stage: (progress and progress(stage)) or nullcontext())
-
-
-def _read_path(value: Any, argument: str, expected: str) -> str:
-    require_type(value, str | os.PathLike, argument, expected)
-    name = os.fspath(value)
-    if not isinstance(name, str) or not name or "\0" in name:
-        raise ArgumentError(f"{argument}: expected {expected}, got {name!r}")
-    return name
 
 
 def _read_networks(entry: Any, architecture: Any, example_inputs: Any) -> tuple[NetworkOptions, ...]:

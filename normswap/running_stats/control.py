@@ -194,8 +194,9 @@ def set_bn_statistics(
 def _select_layers(entries: Sequence[ModuleEntry], include: Sequence[str], exclude: Sequence[str]) -> dict[str, Any]:
     names = [entry.names for entry in entries]
     what = "layers with a `bn` branch and running statistics"
-    included = first_matching_patterns(include, names, what)
-    excluded = first_matching_patterns(exclude, names, what)
+    modules = {entry.names[0]: entry.module for entry in entries}
+    included = first_matching_patterns(include, names, what, modules=modules)
+    excluded = first_matching_patterns(exclude, names, what, modules=modules, argument="exclude")
     return {
         entry.names[0]: entry.module
         for entry in entries

@@ -1,5 +1,6 @@
 """Checks of arguments: models and inputs, with messages for common mistakes that say what to pass instead."""
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import PurePath
 from types import UnionType
@@ -42,6 +43,19 @@ def require_type(value: object, kinds: type | UnionType | tuple[type, ...], argu
     """
     if not isinstance(value, kinds):
         raise ArgumentError(f"{argument}: expected {expected}, got {_type_with_article(value)}")
+
+
+def read_path(value: object, argument: str, expected: str) -> str:
+    """Return a path as a string.
+
+    Raises:
+        ArgumentError: it is no path, is empty, or contains a zero byte, which no system allows.
+    """
+    require_type(value, str | os.PathLike, argument, expected)
+    path = os.fspath(value)  # type: ignore[call-overload]
+    if not isinstance(path, str) or not path or "\0" in path:
+        raise ArgumentError(f"{argument}: expected {expected}, got {path!r}")
+    return path
 
 
 def check_norm_table(norms: object) -> None:

@@ -303,18 +303,20 @@ def first_matching_patterns(
     what: str = "norm sites",
     *,
     modules: Mapping[str, nn.Module] | None = None,
+    argument: str = "include",
 ) -> dict[str, SiteFilter]:
     """Return by fqn the first filter of `patterns` that matches a site; sites that none matches are left out.
 
     Args:
         patterns: filters, or one alone.
         what, modules: as in `matched`.
+        argument: the name of the argument with the filters, for an error.
 
     Raises:
         PlanError: as `matched`.
     """
     found: dict[str, SiteFilter] = {}
-    for site_filter in _read_filters("include, exclude", patterns):
+    for site_filter in _read_filters(argument, patterns):
         for fqn in matched(site_filter, sites, what, modules=modules):
             found.setdefault(fqn, site_filter)
     return found
