@@ -4,6 +4,8 @@ Names are imported when they are first used: `import normswap` imports neither t
 """
 
 import importlib
+import sys
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from normswap import renamed
@@ -139,9 +141,30 @@ _NAMES_BY_MODULE = {
     "verification.equivalence": ("Verification", "verify"),
 }
 _MODULES = {name: f"normswap.{module}" for module, names in _NAMES_BY_MODULE.items() for name in names}
+# What the names need that plain normswap does not install: one of the packages, and how to install it. Without it
+# `from normswap import *` and `dir(normswap)` leave the name out.
+_NEEDS = {
+    "ImportanceCallback": (("lightning", "pytorch_lightning"), "lightning"),
+    "Outcome": (("accelerate",), "'normswap[finetune]'"),
+    "run_recipe": (("accelerate",), "'normswap[finetune]'"),
+}
+
+
+def _is_available(name: str) -> bool:
+    """Whether what a public name needs is installed."""
+    packages, _ = _NEEDS.get(name, ((), ""))
+    return not packages or any(map(_is_installed, packages))
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return find_spec(package) is not None
+    except (ImportError, ValueError):  # blocked by a finder, or a stub without a spec
+        return package in sys.modules
+
 
 __version__ = "0.1.0"
-__all__ = sorted(_MODULES)
+__all__ = sorted(filter(_is_available, _MODULES))
 
 renamed.install()
 
@@ -150,8 +173,13 @@ def __getattr__(name: str) -> Any:
     module = _MODULES.get(name)
     if module is None:
         raise AttributeError(f"module 'normswap' has no attribute {name!r}")
+    if not _is_available(name):
+        packages, to_install = _NEEDS[name]
+        raise ImportError(
+            f"normswap.{name} needs {' or '.join(packages)}, which is not installed: pip install {to_install}"
+        )
     return getattr(importlib.import_module(module), name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_MODULES})
+    return sorted({*globals(), *__all__})

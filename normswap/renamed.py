@@ -181,6 +181,8 @@ def old_names(module: str) -> Callable[[str], Any]:
     def fetch(name: str) -> Any:
         """Return the object of an old name, and warn."""
         old, home = f"{module}.{name}", MODULES.get(module)
+        if name == "__all__" and home is not None:  # what `from module import *` asks for
+            return public_names(home)
         target = NAMES.get(old, home and f"{home}.{name}")
         if name.startswith("__") or target is None:
             raise AttributeError(f"module {module!r} has no attribute {name!r}")
@@ -195,6 +197,12 @@ def old_names(module: str) -> Callable[[str], Any]:
         return value
 
     return fetch
+
+
+def public_names(home: str) -> list[str]:
+    """Return the names of a module that `from module import *` imports."""
+    names = vars(importlib.import_module(home))
+    return sorted(names.get("__all__", (name for name in names if not name.startswith("_"))))
 
 
 def warn_renamed(old: str, new: str) -> None:
@@ -273,3 +281,5 @@ class _OldModules(MetaPathFinder, Loader):
     def exec_module(self, module: ModuleType) -> None:
         module.__doc__ = f"The content of this module is in `{MODULES[module.__name__]}` now."
         module.__getattr__ = old_names(module.__name__)  # type: ignore[method-assign]
+        home = MODULES[module.__name__]
+        vars(module)["__dir__"] = lambda: public_names(home)

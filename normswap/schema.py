@@ -41,7 +41,11 @@ class Range:
     def __str__(self) -> str:
         if math.isinf(self.maximum):
             return "a finite number" if math.isinf(self.minimum) else f"at least {self.minimum:g}"
-        return f"{self.minimum:g} to {self.maximum:g}"
+        return f"at most {self.maximum:g}" if math.isinf(self.minimum) else f"{self.minimum:g} to {self.maximum:g}"
+
+    def accepts(self, number: float) -> bool:
+        """Return whether a number is finite and in the range; a whole number may be larger than any float."""
+        return (isinstance(number, int) or math.isfinite(number)) and self.minimum <= number <= self.maximum
 
 
 def read_value(kind: Any, value: Any, name: str) -> Any:
@@ -99,7 +103,7 @@ def read_value(kind: Any, value: Any, name: str) -> Any:
     if isinstance(kind, type) and type(value) is kind:
         return value
     near = suggest(value, get_args(kind)) if origin is Literal and isinstance(value, str) else ""
-    raise SchemaError(f"{name}: expected {describe(kind)}, got {value!r:.80}{near}")
+    raise SchemaError(f"{name}: expected {describe(kind)}, got {show(value)}{near}")
 
 
 def read_record(kind: type[T], data: Any, name: str) -> T:
@@ -113,7 +117,7 @@ def read_record(kind: type[T], data: Any, name: str) -> T:
     """
     place = f"{name}: " if name else ""
     if not isinstance(data, Mapping):
-        raise SchemaError(f"{place}expected {describe(kind)}, got {data!r:.80}")
+        raise SchemaError(f"{place}expected {describe(kind)}, got {show(data)}")
     hints = get_type_hints(kind, include_extras=True)
     names = {f.name for f in fields(kind) if f.init} if is_dataclass(kind) else {*hints}
     for key in data:
@@ -145,6 +149,16 @@ def describe(kind: Any) -> str:
             return _PLURALS.get(items[0]) or f"a list, each item {describe(items[0])}"
         return f"a list of {len(items)} values"
     return _WORDS.get(kind, "a table of named values")
+
+
+def show(value: object) -> str:
+    """Return a value for a message, in at most 80 characters; Python writes neither huge numbers nor deep nesting."""
+    try:
+        return f"{value!r:.80}"
+    except ValueError:
+        return "a whole number that is too large"
+    except RecursionError:
+        return f"a {type(value).__name__} that is nested too deeply"
 
 
 def suggest(name: object, known: Iterable[object]) -> str:
@@ -187,7 +201,7 @@ def _read_union(kinds: tuple[Any, ...], value: Any, name: str) -> Any:
             errors.append(error)
     if len(errors) == 1:
         raise errors[0]
-    raise SchemaError(f"{name}: expected {describe(Union[kinds])}, got {value!r:.80}")  # noqa: UP007
+    raise SchemaError(f"{name}: expected {describe(Union[kinds])}, got {show(value)}")  # noqa: UP007
 
 
 def _read_tuple(kind: Any, value: list[Any] | tuple[Any, ...], name: str) -> tuple[Any, ...]:
@@ -195,7 +209,7 @@ def _read_tuple(kind: Any, value: list[Any] | tuple[Any, ...], name: str) -> tup
     if items[-1] is Ellipsis:
         return tuple(read_value(items[0], item, f"{name}[{index}]") for index, item in enumerate(value))
     if len(items) != len(value):
-        raise SchemaError(f"{name}: expected {describe(kind)}, got {value!r:.80}")
+        raise SchemaError(f"{name}: expected {describe(kind)}, got {show(value)}")
     return tuple(
         read_value(each, item, f"{name}[{i}]") for i, (each, item) in enumerate(zip(items, value, strict=True))
     )
@@ -205,10 +219,10 @@ def _check_ranges(result: Any, constraints: list[Any], value: Any, name: str) ->
     for constraint in constraints:
         numbers = result if isinstance(result, tuple) else (result,)
         if isinstance(constraint, Range) and not all(
-            number is None or (math.isfinite(number) and constraint.minimum <= number <= constraint.maximum)
-            for number in numbers
+            number is None or constraint.accepts(number) for number in numbers
         ):
-            raise SchemaError(f"{name}: expected {constraint}, got {value!r:.80}")
+            is_open = math.isinf(constraint.maximum) and any(number in (math.inf, -math.inf) for number in numbers)
+            raise SchemaError(f"{name}: expected {'a finite number' if is_open else constraint}, got {show(value)}")
 
 
 def _to_float(value: float, name: str) -> float:

@@ -133,3 +133,29 @@ def test_an_annotation_is_described_in_words(kind: Any, words: str) -> None:
 def test_only_a_near_name_is_suggested() -> None:
     assert suggest("brnches", ["gate", "branches"]) == "; did you mean 'branches'?"
     assert suggest("zzz", ["gate", "branches"]) == ""
+
+
+def test_numbers_of_any_size_are_read_or_refused() -> None:
+    huge = 10**5000  # more digits than Python writes
+    assert read_value(Annotated[int, Range(0)], huge, "seed") == huge
+    for kind, value, text in (
+        (Annotated[int, Range(0, 10)], 10**400, "seed: expected 0 to 10, got 1000"),
+        (Annotated[int, Range(0, 10)], huge, "seed: expected 0 to 10, got a whole number that is too large"),
+        (str, huge, "seed: expected a string, got a whole number that is too large"),
+        (Annotated[float, Range(0)], float("inf"), "seed: expected a finite number, got inf"),
+        (Annotated[float, Range(0, 1)], float("nan"), "seed: expected 0 to 1, got nan"),
+        (Annotated[float, Range(maximum=5)], 6, "seed: expected at most 5, got 6"),
+    ):
+        with pytest.raises(SchemaError) as caught:
+            read_value(kind, value, "seed")
+        assert str(caught.value).startswith(text)
+
+
+def test_deeply_nested_data_is_refused() -> None:
+    deep: list[Any] = []
+    for _ in range(100_000):
+        deep = [deep]
+    with pytest.raises(SchemaError, match="size: expected a whole number, got a list that is nested too deeply"):
+        read_value(int, deep, "size")
+    while deep:  # Python frees deep nesting item by item only this way
+        deep = deep.pop()

@@ -6,7 +6,7 @@ fit.
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -205,6 +205,11 @@ def _convert_state(state: Any, names: StoredNames, new: AddedState) -> dict[str,
     return result
 
 
+def _count_other_norms(names: StoredNames, wanted: Collection[str]) -> int:
+    """The number of norms with running statistics in a file that a model with the tensors `wanted` does not have."""
+    return sum(name.endswith("running_var") for name in names.stored if name not in wanted)
+
+
 def _shares_tensors(state: Mapping[str, Any], names: StoredNames, other: StoredNames) -> bool:
     """Whether two copies of a model share their tensors."""
     pairs = [(state[key], state[other.stored[name]]) for name, key in names.stored.items() if name in other.stored]
@@ -235,6 +240,8 @@ def _convert_copy(
     if any(shapes.get(name) != wanted[name] for name in (required or wanted)) or any(
         shapes.get(name, shape) != shape for name, shape in wanted.items()
     ):
+        return None, "left as it is, not the same model"
+    if _count_other_norms(own, wanted) > _count_other_norms(names, wanted):
         return None, "left as it is, not the same model"
     return _convert_state(value, own, new), "converted too"
 

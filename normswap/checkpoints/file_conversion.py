@@ -4,9 +4,8 @@ Plan, convert, verify, convert the other entries of the file (EMA copies, optimi
 compare. A conversion that cannot be verified, or that changes the function, is not written unless `verify=False`.
 """
 
-import os
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,9 +34,10 @@ from normswap.checkpoints.loading import Architecture, OpenedModel, open_model
 from normswap.checkpoints.reading import Checkpoint, file_size, read_checkpoint, read_header, select_entry
 from normswap.checkpoints.record import Record
 from normswap.checkpoints.saving import originals, sha256_in_background
-from normswap.errors import ArchitectureError, CheckpointError, NothingToDo
+from normswap.errors import ArchitectureError, ArgumentError, CheckpointError, NothingToDo
 from normswap.layers.gating import Gate
-from normswap.surgery.arguments import require_type
+from normswap.schema import suggest
+from normswap.surgery.arguments import read_path, require_type
 from normswap.surgery.conversion import Conversion, convert
 from normswap.surgery.graphs.exported_program import program_module
 from normswap.surgery.module_tree import copy_sharing_parameters
@@ -45,7 +45,7 @@ from normswap.surgery.plan import SwapPlan, require_plan
 from normswap.surgery.planning import plan_swaps
 from normswap.surgery.selection import SiteFilter, SwapOptions, choose_options
 from normswap.text import pluralize, printable_as
-from normswap.verification.equivalence import Verification, verify, verify_in_place
+from normswap.verification.equivalence import Verification, check_tolerance, verify, verify_in_place
 
 # --- results ----------------------------------------------------------------------------------------------------------
 
@@ -181,7 +181,7 @@ def convert_file(
     dry_run: bool = False,
     trust: bool = False,
     overwrite: bool = False,
-    progress: Progress | None = None,
+    progress: Callable[[str], AbstractContextManager[Any] | None] | None = None,
 ) -> FileConversion:
     """Convert a checkpoint file into a new file, as the command `normswap convert` does.
 
@@ -210,7 +210,8 @@ def convert_file(
         dry_run: do everything except writing the file.
         trust: run the code that the file names: pickled objects.
         overwrite: replace an existing output file.
-        progress: called with the name of each stage; returns a context manager that is open while the stage runs.
+        progress: called with the name of each stage, such as `print`. It may return a context manager, which is then
+            open while the stage runs.
 
     Returns:
         `FileConversion`: the output path, the plan, the verification, and what happened to the other entries.
@@ -230,34 +231,51 @@ def convert_file(
         >>> normswap.convert_file("bn.pt", "sn.pt", architecture=model, example_inputs=torch.randn(2, 3, 16, 16))
         FileConversion('sn.pt', 1 swap, written)
     """
-    require_type(path, str | os.PathLike, "path", "the name of a file or a folder")
-    require_type(output, str | os.PathLike | None, "output", "the name of a file")
+    flags = {"verify": verify, "weights_only": weights_only, "dry_run": dry_run, "trust": trust, "overwrite": overwrite}
+    for name, flag in flags.items():
+        require_type(flag, bool, name, "True or False")
     if plan is not None:
         require_plan(plan)
-    entries = (entry,) if entry is None or isinstance(entry, str) else tuple(entry)
+    if progress is not None and not callable(progress):
+        raise ArgumentError(f"progress: expected a function of the name of a stage, got {progress!r:.80}")
     keywords = {"include": include, "exclude": exclude, "kinds": kinds, "gate": gate, "synchronize": synchronize}
     arguments = ConvertOptions(
-        Path(path),
-        output if output is None or isinstance(output, str) else Path(output),
-        tuple(
-            NetworkOptions(name, _select(architecture, name, entries), _select(example_inputs, name, entries))
-            for name in entries
-        ),
+        Path(read_path(path, "path", "the name of a file or a folder")),
+        None if output is None else read_path(output, "output", "the name of a file"),
+        _read_networks(entry, architecture, example_inputs),
         swap=choose_options(options, keywords),
         plan=plan,
-        verify=verify,
         tolerance=tolerance,
-        weights_only=weights_only,
-        dry_run=dry_run,
-        trust=trust,
-        overwrite=overwrite,
+        **flags,
     )
-    return run_conversion(arguments, progress=progress or (lambda stage: nullcontext()))
+    return run_conversion(arguments, progress=lambda stage: (progress and progress(stage)) or nullcontext())
 
 
-def _select(value: Any, entry: str | None, entries: Sequence[str | None]) -> Any:
-    """The value for one entry, if there is one for each of several entries; else the value for all."""
-    by_entry = isinstance(value, Mapping) and len(entries) > 1 and value and {*value} <= {*entries}
+def _read_networks(entry: Any, architecture: Any, example_inputs: Any) -> tuple[NetworkOptions, ...]:
+    """The networks that `entry` names, each with its architecture and its inputs."""
+    if entry is None or isinstance(entry, str):
+        return (NetworkOptions(entry, architecture, example_inputs),)
+    expected = "the name of an entry such as 'state_dict_ema', or a list of names"
+    require_type(entry, Iterable, "entry", expected)
+    entries = tuple(entry)
+    for name in entries:
+        if not isinstance(name, str):
+            raise ArgumentError(f"entry: expected {expected}, got {entry!r:.80}")
+    unknown = [name for name in architecture if name not in entries] if isinstance(architecture, Mapping) else []
+    if unknown:
+        raise ArgumentError(
+            f"architecture: expected entries of entry={list(entries)} as keys, got {unknown[0]!r}"
+            f"{suggest(unknown[0], entries)}"
+        )
+    return tuple(
+        NetworkOptions(name, *(_select(each, name, entries) for each in (architecture, example_inputs)))
+        for name in entries
+    )
+
+
+def _select(value: Any, entry: str, entries: Sequence[str]) -> Any:
+    """The value for one of the named entries in a mapping from entries to values; else the value for all."""
+    by_entry = isinstance(value, Mapping) and value and {*value} <= {*entries}
     return value.get(entry) if by_entry else value
 
 
@@ -270,6 +288,7 @@ def run_conversion(
         progress: as for `convert_file`.
         report: called with the result so far, each time more of it is known.
     """
+    check_tolerance(options.tolerance)
     options.check()
     return _Run(options, progress, report).convert()
 
@@ -330,6 +349,11 @@ class _Run:
     def _refuse_converted(self, network: NetworkOptions, record: Record | None) -> None:
         if record is None or record.plan is None or not record.plan.swaps:
             return
+        if self.result.networks:
+            same = f"entry={self.result.networks[0].entry!r}"
+            raise ArgumentError(
+                f"entry={network.entry!r} has the names and shapes of {same} and is converted with it: leave it out"
+            )
         found = NetworkConversion(network.entry, "", record.architecture, record.plan, already_converted=True)
         self._update_network(found)
         others = "" if network.entry is not None or record.entry is None else ", or name another network with entry="

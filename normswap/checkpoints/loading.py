@@ -5,7 +5,6 @@
 
 import copy
 import logging
-import os
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -35,7 +34,7 @@ from normswap.checkpoints.io.memory import release_mapped_pages
 from normswap.checkpoints.reading import Checkpoint, prefix_errors, read_checkpoint, read_header
 from normswap.checkpoints.record import Step
 from normswap.errors import AmbiguityError, ArchitectureError, ArgumentError, CheckpointError, PlanError
-from normswap.surgery.arguments import require_type
+from normswap.surgery.arguments import read_path, require_type
 from normswap.surgery.conversion import apply_plan
 from normswap.surgery.graphs.exported_program import program_inputs
 from normswap.surgery.importance import gated_modules
@@ -122,8 +121,9 @@ def load(
         >>> normswap.load("trained.pt", architecture=model)
         Loaded(Sequential, not converted, rest: epoch)
     """
-    require_type(path, str | os.PathLike, "path", "the name of a file or a folder")
-    header = read_header(Path(path))
+    require_type(entry, str | None, "entry", "the name of an entry such as 'state_dict_ema'")
+    require_type(trust, bool, "trust", "True or False")
+    header = read_header(Path(read_path(path, "path", "the name of a file or a folder")))
     checkpoint = read_checkpoint(header, entry=entry, trust=trust and not header.loads_weights_only(architecture))
     header.origin.check_unchanged()
     header.origin.close()

@@ -3,7 +3,6 @@
 `converted_content` decides what a converted file contains.
 """
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
@@ -44,7 +43,7 @@ from normswap.checkpoints.source_copy import SourceFiles
 from normswap.errors import CheckpointError, PlanError
 from normswap.layers.in_place import GATE_PARAMETERS
 from normswap.layers.switch_norm import FunctionalSwitchNorm
-from normswap.surgery.arguments import require_module, require_type
+from normswap.surgery.arguments import read_path, require_module, require_type
 from normswap.surgery.graphs.exported_program import check_equivalent
 from normswap.surgery.importance import gated_modules
 from normswap.surgery.plan import SwapPlan, require_plan
@@ -95,12 +94,11 @@ def save(
         Loaded(Sequential, 1 swap)
     """
     model = unwrap(require_module(model))
-    require_type(path, str | os.PathLike, "path", "the name of a file")
+    target = Path(read_path(path, "path", "the name of a file"))
     if plan is not None:
         require_plan(plan)
     require_type(architecture, str | None, "architecture", "a name such as 'timm:resnet18' or 'path/file.py:function'")
     require_type(verification, Verification | None, "verification", "what verify returned")
-    target = Path(path)
     check_suffix(target)
     file_format: FileFormat = "safetensors" if target.suffix == ".safetensors" else "torch zip"
     _check_plan(model, plan)

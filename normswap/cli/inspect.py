@@ -66,6 +66,12 @@ def inspect_command(file: Path, trust: bool, as_json: bool, entry: str | None, *
     if record is not None and entry is not None:
         record = read_file(header, trust=trust, entry=entry).record
     elif record is not None and len(record.entries) > 1:
+        if options["arch"] not in (None, NO_ARCHITECTURE):
+            names = ", ".join(sorted(record.entries))
+            first = min(record.entries)
+            raise click.UsageError(
+                f"--arch: {file} contains several converted models ({names}): choose one, such as --entry {first}"
+            )
         _show_networks(file, header, record, trust=trust, as_json=as_json)
         return
     if record is not None and record.plan is not None and record.plan.swaps:

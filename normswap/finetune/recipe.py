@@ -46,7 +46,7 @@ class ConvertTable:
     bn_statistics: Literal["batch", "running", "renorm"] = "batch"
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
-    kinds: tuple[str, ...] = ("bn",)
+    kinds: tuple[Literal["bn", "in", "gn1"], ...] = ("bn",)
     synchronize: bool = False
     verify: bool = (
         True  # False also trains a converted model that computes another function, such as with softmax gates
@@ -230,10 +230,14 @@ def read_recipe(source: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         >>> recipe.train.seed, recipe.convert.exclude
         (1, ('layer1.*',))
     """
+    if not isinstance(source, str | Path):
+        raise RecipeError(f"source: expected a path that ends in .toml or the name of a recipe, got {source!r:.80}")
+    if not isinstance(overrides, Iterable) or isinstance(overrides, str | bytes | Mapping):
+        raise RecipeError(f"overrides: expected a list such as ['train.lr=0.01'], got {overrides!r:.80}")
     name, text, is_shipped = _read_text(source)
     try:
         data = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # a ValueError that is no TOMLDecodeError: a number of 4301 digits
         raise RecipeError(f"{source}: not TOML: {error}") from None
     try:
         _check_names(data)
@@ -326,6 +330,8 @@ def _suggest(name: str, known: Iterable[str]) -> str:
 
 def _parse_override(override: str) -> tuple[str, str]:
     """The present name of the key in `table.key=value`, and the text of its value."""
+    if not isinstance(override, str):
+        raise RecipeError(f"overrides: expected table.key=value such as train.lr=0.01, got {override!r:.80}")
     dotted_key, equals, text = override.partition("=")
     table, dot, key = dotted_key.strip().partition(".")
     if not equals or not dot or not key:
@@ -345,7 +351,7 @@ def _apply_override(data: dict[str, Any], dotted_key: str, text: str) -> None:
         return
     try:
         keys[key] = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):  # as in `read_recipe`
         keys[key] = text
 
 

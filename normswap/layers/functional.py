@@ -8,7 +8,7 @@ import itertools
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,10 +53,6 @@ from normswap.layers.gating import (
 )
 from normswap.layers.sync import BnMoments, BnMomentsFunction, process_count, switch_norm_synchronized
 
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
-
-
 # --- the function
 
 
@@ -77,7 +73,7 @@ def switch_norm(
     bn_statistics: BnStatistics = "batch",
     num_batches_tracked: Tensor | None = None,
     synchronize: bool = False,
-    process_group: "ProcessGroup | None" = None,
+    process_group: "torch.distributed.ProcessGroup | None" = None,
     site: "SiteName | None" = None,
 ) -> Tensor:
     """Normalize by a weighted mix of instance, layer and batch statistics.
@@ -119,6 +115,7 @@ def switch_norm(
         `F.batch_norm` raises, the `bn` branch uses the running statistics and does not update them.
 
     Raises:
+        ArgumentError: an argument that should be a tensor is something else.
         LayerError: an option is unknown; x is not floating or has no channels; a tensor has a wrong length, dtype or
             device; running statistics that training updates share memory, or a transform of `torch.func` forbids the
             update; `in` is the only branch and there is one spatial position; the `bn` branch has one value per channel
@@ -274,7 +271,9 @@ def _synchronized_implementation() -> Callable[..., Tensor]:
     return _graph_break_functions[0]
 
 
-def _normalise_synchronized(inputs: Inputs, group: "ProcessGroup | None", bn_moments: BnMomentsFunction) -> Tensor:
+def _normalise_synchronized(
+    inputs: Inputs, group: "torch.distributed.ProcessGroup | None", bn_moments: BnMomentsFunction
+) -> Tensor:
     """Normalize x, the local part of a batch, if its values are real."""
     x = inputs.x
     if (

@@ -7,7 +7,7 @@ gate in its `_metadata`, and loading refuses the other kind. Checkpoints of the 
 
 import copy
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import torch
 import torch.fx
@@ -36,10 +36,6 @@ from normswap.layers.gating import (
     is_on_simplex,
 )
 from normswap.layers.in_place import GATE_PARAMETERS
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
-
 
 # Largest accepted distance of a stored point from the simplex: rounding of three float16 numbers.
 _SIMPLEX_TOLERANCE = 1e-2
@@ -71,7 +67,7 @@ class GatedModule(nn.Module):
     site: SiteName | None = None
     vertex: Branch = "bn"
     synchronize: bool = False
-    process_group: "ProcessGroup | None" = None
+    process_group: "torch.distributed.ProcessGroup | None" = None
     mean_weight: nn.Parameter
     var_weight: nn.Parameter
 

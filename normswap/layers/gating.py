@@ -39,7 +39,11 @@ def check_branches(branches: Sequence[str]) -> tuple[Branch, ...]:
     Raises:
         LayerError: for an empty set, an unknown or a repeated branch.
     """
-    if isinstance(branches, str) or not branches or len(set(branches)) != len(branches) or set(branches) - {*BRANCHES}:
+    try:
+        is_subset = not isinstance(branches, str) and len(set(branches)) == len(branches) and {*BRANCHES} >= {*branches}
+    except TypeError:  # no collection, or items without a hash
+        is_subset = False
+    if not is_subset or not branches:
         raise LayerError(f"branches: expected a non-empty subset of {BRANCHES}, got {branches!r}")
     return tuple(branch for branch in BRANCHES if branch in branches)
 

@@ -6,13 +6,14 @@ gates.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import torch
 import torch.fx
 from torch import Tensor, nn
 
 from normswap.errors import LayerError
+from normswap.layers.backends.interface import refuse_non_tensor
 from normswap.layers.functional import new_site_name, switch_norm
 from normswap.layers.gated_module import FunctionalSwitchNorm as FunctionalSwitchNorm
 from normswap.layers.gated_module import GatedModule, get_registered
@@ -33,9 +34,6 @@ from normswap.layers.in_place import (
     has_frozen_affine,
     shallow_copy,
 )
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
 
 class SwitchNorm(GatedModule):
@@ -67,7 +65,7 @@ class SwitchNorm(GatedModule):
         branches: Sequence[Branch] = BRANCHES,
         bn_statistics: BnStatistics = "batch",
         synchronize: bool = False,
-        process_group: "ProcessGroup | None" = None,
+        process_group: "torch.distributed.ProcessGroup | None" = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -255,6 +253,8 @@ def _resolve_input(layer: nn.Module, x: Tensor | None, keyword_input: Tensor | N
 def apply_layer(layer: SwitchNorm, x: Tensor) -> Tensor:
     """Run the forward pass of a layer. A leaf for FX tracers, so that a graph reads `layer.training` at each run."""
     ranks = layer._ranks
+    if not isinstance(x, Tensor):
+        refuse_non_tensor("input", x)  # type: ignore[unreachable]
     if ranks and x.dim() not in ranks:
         raise LayerError(f"expected a {' or '.join(f'{r}-D' for r in ranks)} input, got shape {tuple(x.shape)}")
     training = layer.training

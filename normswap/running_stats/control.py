@@ -8,7 +8,7 @@ does.
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,9 +25,6 @@ from normswap.surgery.arguments import describe_invalid_batches, require_module
 from normswap.surgery.module_tree import ModuleEntry, model_training_flags, walk_modules
 from normswap.surgery.selection import first_matching_patterns
 from normswap.surgery.wrappers import unwrap
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
 
 def freeze_statistics(model: nn.Module) -> list[str]:
@@ -101,7 +98,9 @@ def unfreeze_statistics(model: nn.Module) -> list[str]:
     return list(frozen)
 
 
-def synchronize_statistics(model: nn.Module, process_group: "ProcessGroup | None" = None) -> list[str]:
+def synchronize_statistics(
+    model: nn.Module, process_group: "torch.distributed.ProcessGroup | None" = None
+) -> list[str]:
     """Synchronize SN layers: in training, their `bn` branch normalizes by the joint batch of all processes.
 
     The model is changed in place, also inside DDP. For BN layers, `torch.nn.SyncBatchNorm.convert_sync_batchnorm` does
@@ -195,8 +194,9 @@ def set_bn_statistics(
 def _select_layers(entries: Sequence[ModuleEntry], include: Sequence[str], exclude: Sequence[str]) -> dict[str, Any]:
     names = [entry.names for entry in entries]
     what = "layers with a `bn` branch and running statistics"
-    included = first_matching_patterns(include, names, what)
-    excluded = first_matching_patterns(exclude, names, what)
+    modules = {entry.names[0]: entry.module for entry in entries}
+    included = first_matching_patterns(include, names, what, modules=modules)
+    excluded = first_matching_patterns(exclude, names, what, modules=modules, argument="exclude")
     return {
         entry.names[0]: entry.module
         for entry in entries

@@ -1,5 +1,6 @@
 """Checks of arguments: models and inputs, with messages for common mistakes that say what to pass instead."""
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import PurePath
 from types import UnionType
@@ -42,6 +43,40 @@ def require_type(value: object, kinds: type | UnionType | tuple[type, ...], argu
     """
     if not isinstance(value, kinds):
         raise ArgumentError(f"{argument}: expected {expected}, got {_type_with_article(value)}")
+
+
+def read_path(value: object, argument: str, expected: str) -> str:
+    """Return a path as a string.
+
+    Raises:
+        ArgumentError: it is no path, is empty, or contains a zero byte, which no system allows.
+    """
+    require_type(value, str | os.PathLike, argument, expected)
+    path = os.fspath(value)  # type: ignore[call-overload]
+    if not isinstance(path, str) or not path or "\0" in path:
+        raise ArgumentError(f"{argument}: expected {expected}, got {path!r}")
+    return path
+
+
+def check_norm_table(norms: object) -> None:
+    """Refuse what is no table of norm classes and their readers.
+
+    Raises:
+        ArgumentError: no mapping, a key is no module class and no string, or a value is no function.
+    """
+    require_type(norms, Mapping, "norms", "a table such as KNOWN_NORMS | {TheirNorm: read_batch_norm}")
+    for key, reader in norms.items():  # type: ignore[attr-defined]
+        if isinstance(key, nn.Module):
+            name = type(key).__name__
+            raise ArgumentError(f"norms: expected classes of modules as keys, got an instance of {name}: pass {name}")
+        if not isinstance(key, str) and not (isinstance(key, type) and issubclass(key, nn.Module)):
+            raise ArgumentError(
+                f"norms: expected classes of modules or their qualified names as keys, got {key!r:.80}: pass "
+                "KNOWN_NORMS | {TheirNorm: read_batch_norm}"
+            )
+        if not callable(reader):
+            name = key if isinstance(key, str) else key.__name__
+            raise ArgumentError(f"norms[{name}]: expected a function such as read_batch_norm, got {reader!r:.80}")
 
 
 def describe_shapes(inputs: Any) -> str:

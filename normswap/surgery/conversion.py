@@ -15,6 +15,7 @@ from normswap.layers.gating import BnStatistics, Branch, Gate
 from normswap.layers.in_place import convert_module, revert_module
 from normswap.layers.switch_norm import FunctionalSwitchNorm, SwitchNorm
 from normswap.model_state import rollback_on_error
+from normswap.surgery.arguments import require_type
 from normswap.surgery.graphs.as_graph_module import to_graph_module
 from normswap.surgery.graphs.module_trace import trace_module_forward
 from normswap.surgery.graphs.rewriting import (
@@ -123,6 +124,8 @@ def convert(
         >>> normswap.convert(model, torch.randn(2, 3, 16, 16), options=without_ln).replaced["1"].branches
         ('in', 'bn')
     """
+    for name, flag in (("as_graph", as_graph), ("inplace", inplace)):
+        require_type(flag, bool, name, "True or False")
     keywords = {
         "include": include,
         "exclude": exclude,

@@ -161,11 +161,15 @@ class SwapPlan:
         """
         require_type(text, str | bytes, "text", "a plan as JSON, such as Path('plan.json').read_text()")
         try:
-            return cls.from_dict(json.loads(text))
-        except (json.JSONDecodeError, RecursionError) as error:
+            data = json.loads(text)
+        except (
+            ValueError,
+            RecursionError,
+        ) as error:  # a ValueError also for bytes that are not UTF-8, and huge numbers
             raise PlanError(
                 f"expected a plan as JSON, as SwapPlan.to_json() writes it (normswap convert --save-plan); {error}"
             ) from None
+        return cls.from_dict(data)
 
 
 class _PlanDocument(TypedDict):

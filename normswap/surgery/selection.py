@@ -7,7 +7,7 @@ that matches no site is an error. The options are defaults for all sites; `setti
 import fnmatch
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
 from types import MappingProxyType
 from typing import Any, Self, TypedDict
@@ -154,6 +154,27 @@ class SwapOptions:
         except SchemaError as error:
             raise PlanError(str(error)) from None
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the options as plain data, which `from_dict` reads.
+
+        Raises:
+            PlanError: a filter is a function, which plain data cannot express.
+
+        Examples:
+            >>> from normswap import SwapOptions
+            >>> options = SwapOptions(include="layer4.*", gate="softmax")
+            >>> SwapOptions.from_dict(options.to_dict()) == options
+            True
+        """
+        for name in ("include", "exclude"):
+            for site_filter in getattr(self, name):
+                if not isinstance(site_filter, str):
+                    raise PlanError(
+                        f"{name}: {describe_filter(site_filter)} cannot be written as plain data: use a pattern such "
+                        "as 'layer4.*'"
+                    )
+        return asdict(self)
+
 
 def choose_options(options: SwapOptions | None, keywords: Mapping[str, Any]) -> SwapOptions:
     """Return `options`, or those that the keyword form of `convert` and `plan_swaps` describes; None is a default.
@@ -183,20 +204,37 @@ def _read(kind: Any, value: Any, name: str) -> Any:
 
 def _read_filters(name: str, filters: Any) -> tuple[SiteFilter, ...]:
     if isinstance(filters, str) or callable(filters):
+        _check_filter(name, filters)
         return (filters,)
-    require_type(filters, Iterable, "include, exclude", "a list of patterns such as ['layer4.*']")
+    require_type(filters, Iterable, name, "a list of patterns such as ['layer4.*']")
+    if isinstance(filters, bytes):
+        raise PlanError(f"{name}: expected patterns (strings), got {filters!r:.80}: pass a str")
     found = tuple(filters)
-    wrong = next((each for each in found if not isinstance(each, str) and not callable(each)), None)
-    if wrong is not None:
-        raise PlanError(f"{name}: expected patterns (strings) or functions (module, fqn) -> bool, got {wrong!r:.80}")
+    for each in found:
+        _check_filter(name, each)
     return found
+
+
+def _check_filter(name: str, site_filter: Any) -> None:
+    """Refuse what is no filter, and a class or a module, which Python could call."""
+    if isinstance(site_filter, nn.Module) or (isinstance(site_filter, type) and issubclass(site_filter, nn.Module)):
+        cls = site_filter if isinstance(site_filter, type) else type(site_filter)
+        raise PlanError(
+            f"{name}: expected patterns (strings) or functions (module, fqn) -> bool, got the "
+            f"{'class' if cls is site_filter else 'module'} {cls.__name__}: pass lambda module, fqn: "
+            f"isinstance(module, {cls.__name__})"
+        )
+    if not isinstance(site_filter, str) and not callable(site_filter):
+        raise PlanError(
+            f"{name}: expected patterns (strings) or functions (module, fqn) -> bool, got {site_filter!r:.80}"
+        )
 
 
 def _read_kinds(kinds: Any) -> tuple[str, ...]:
     found = () if isinstance(kinds, str) or not isinstance(kinds, Iterable) else tuple(kinds)
     if not found or not all(isinstance(kind, str) and kind in KINDS for kind in found):
         raise PlanError(f"kinds: expected some of {tuple(KINDS)}, got {kinds!r:.80}: pass a list such as ['bn', 'in']")
-    return found
+    return tuple(kind for kind in KINDS if kind in found)
 
 
 def _read_branches(branches: Any, kinds: Sequence[str]) -> tuple[Branch, ...]:
@@ -213,7 +251,7 @@ def check_starting_branch(branches: Sequence[str], kind: str) -> tuple[Branch, .
     """
     try:
         chosen = check_branches(branches)
-    except (LayerError, TypeError):  # a TypeError: no sequence, or unhashable items
+    except LayerError:
         raise PlanError(f"branches: expected a non-empty subset of {BRANCHES}, got {branches!r}") from None
     start = branch_of_kind(kind)
     if start not in chosen:
@@ -265,18 +303,20 @@ def first_matching_patterns(
     what: str = "norm sites",
     *,
     modules: Mapping[str, nn.Module] | None = None,
+    argument: str = "include",
 ) -> dict[str, SiteFilter]:
     """Return by fqn the first filter of `patterns` that matches a site; sites that none matches are left out.
 
     Args:
         patterns: filters, or one alone.
         what, modules: as in `matched`.
+        argument: the name of the argument with the filters, for an error.
 
     Raises:
         PlanError: as `matched`.
     """
     found: dict[str, SiteFilter] = {}
-    for site_filter in _read_filters("include, exclude", patterns):
+    for site_filter in _read_filters(argument, patterns):
         for fqn in matched(site_filter, sites, what, modules=modules):
             found.setdefault(fqn, site_filter)
     return found

@@ -18,7 +18,7 @@ from typing import Any, Self, get_args, get_type_hints
 import torch
 from torch import nn
 
-from normswap.errors import ModelError
+from normswap.errors import ArgumentError, ModelError
 from normswap.layers.gated_module import GatedModule
 from normswap.model_state import preserved_training_flags
 from normswap.surgery.arguments import (
@@ -38,7 +38,7 @@ from normswap.verification.model_pass import ModelPass, leaf_distances, run_pass
 from normswap.verification.precision import Check, Precision, precisions, uses_narrower_dtype
 from normswap.verification.site_watch import SiteError, differences_outside_sites
 
-__all__ = ["DEFAULT_TOLERANCE", "Check", "Verification", "parse_floats", "verify", "verify_in_place"]
+__all__ = ["DEFAULT_TOLERANCE", "Check", "Verification", "check_tolerance", "parse_floats", "verify", "verify_in_place"]
 
 DEFAULT_TOLERANCE = 1e-9
 
@@ -182,7 +182,7 @@ def verify(
     Raises:
         ModelError: `batches` is empty, the original model raises on an input in evaluation, or its output has nothing
             that can be compared.
-        ArgumentError: a model is not a module, or `tolerance` is not a number.
+        ArgumentError: a model is not a module, or `tolerance` is no positive number.
 
     Examples:
         >>> import torch, normswap
@@ -190,7 +190,7 @@ def verify(
         >>> normswap.verify(model, normswap.convert(model, x).model, [x]).passed
         True
     """
-    require_type(tolerance, float | int | None, "tolerance", "a relative error such as 1e-9")
+    check_tolerance(tolerance)
     original = unwrap(require_module(original, "original"))
     converted = unwrap(require_module(converted, "converted"))
     modules = [entry.module for model in (original, converted) for entry in walk_modules(model)]
@@ -199,6 +199,17 @@ def verify(
     second = copy_model(converted, _same_parameters(original, converted, first))
     with preserved_training_flags(modules):  # a model's own `train()` may reach the original through its copy
         return verify_in_place(first, second, batches, tolerance=tolerance, flags=flags)
+
+
+def check_tolerance(tolerance: object) -> None:
+    """Refuse a tolerance that is no positive number; None is the default.
+
+    Raises:
+        ArgumentError: it is something else.
+    """
+    require_type(tolerance, float | int | None, "tolerance", "a relative error such as 1e-9")
+    if isinstance(tolerance, bool) or (tolerance is not None and not tolerance > 0):  # type: ignore[operator]
+        raise ArgumentError(f"tolerance: expected a number above 0 such as 1e-9, got {tolerance!r}")
 
 
 def verify_in_place(

@@ -478,3 +478,61 @@ def test_modules_in_a_dict_are_converted_alike(tmp_path: Path) -> None:
     back = read_checkpoint(tmp_path / "pair.normswap.pt", trust=True).content
     assert len(normswap.importance_weights(back["model"])) == files.SITES
     assert normswap.importance_weights(back["critic"]) == {}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"path": b"last.pt"}, "path: expected the name of a file or a folder, got a bytes"),
+        ({"path": ""}, "path: expected the name of a file or a folder, got ''"),
+        ({"output": "a\0b"}, r"output: expected the name of a file, got 'a\\x00b'"),
+        ({"verify": "no"}, "verify: expected True or False, got a str"),
+        ({"overwrite": "no"}, "overwrite: expected True or False, got a str"),
+        ({"dry_run": None}, "dry_run: expected True or False, got None"),
+        ({"tolerance": 0}, "tolerance: expected a number above 0 such as 1e-9, got 0"),
+        ({"tolerance": float("nan")}, "tolerance: expected a number above 0 such as 1e-9, got nan"),
+        ({"tolerance": True}, "tolerance: expected a number above 0 such as 1e-9, got True"),
+        ({"entry": 3}, "entry: expected the name of an entry such as 'state_dict_ema', or a list of names, got an int"),
+        ({"entry": ["state_dict", None]}, "entry: expected the name of an entry such as 'state_dict_ema', or a list"),
+        (
+            {"entry": ["state_dict", "teacher"], "architecture": {"techer": files.ARCH}},
+            "architecture: expected entries of entry=.* as keys, got 'techer'; did you mean 'teacher'",
+        ),
+        ({"progress": 3}, "progress: expected a function of the name of a stage, got 3"),
+    ],
+)
+def test_convert_file_refuses_a_wrong_argument_by_name(source: Path, arguments: dict[str, Any], text: str) -> None:
+    before = sorted(source.iterdir())
+    with pytest.raises(normswap.ArgumentError, match=text):
+        normswap.convert_file(**{"path": "last.pt", "dry_run": True, **ARGUMENTS, **arguments})
+    assert sorted(source.iterdir()) == before
+
+
+def test_convert_file_takes_values_by_entry_for_a_list_of_one(source: Path) -> None:
+    by_entry: Any = {name: {"state_dict": value} for name, value in ARGUMENTS.items()}
+    assert normswap.convert_file("last.pt", entry=["state_dict"], dry_run=True, **by_entry).plan.swaps
+
+
+def test_convert_file_reports_stages_to_a_function_that_returns_nothing(source: Path) -> None:
+    stages: list[str] = []
+    normswap.convert_file("last.pt", dry_run=True, progress=stages.append, **ARGUMENTS)
+    assert stages[:2] == ["starting", "reading last.pt"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_convert_file_leaves_no_file_if_any_stage_is_interrupted(source: Path, error: type[BaseException]) -> None:
+    before = sorted(source.iterdir())
+    stages: list[str] = []
+    normswap.convert_file("last.pt", "new.pt", progress=stages.append, **ARGUMENTS)
+    Path("new.pt").unlink()
+    for stage in stages:
+
+        @contextmanager
+        def interrupt(name: str, stage: str = stage) -> Iterator[None]:
+            if name == stage:
+                raise error
+            yield
+
+        with pytest.raises(error):
+            normswap.convert_file("last.pt", "new.pt", progress=interrupt, **ARGUMENTS)
+        assert sorted(source.iterdir()) == before

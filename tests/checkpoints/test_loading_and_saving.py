@@ -573,3 +573,24 @@ def test_an_architecture_that_is_identified_is_logged(tmp_path: Path, caplog: py
     assert [record.getMessage() for record in caplog.records] == [
         f"{tmp_path / 'model.pt'}: identified as {files.ARCH} by the names and shapes of its tensors"
     ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"path": ""}, "path: expected the name of a file or a folder, got ''"),
+        ({"path": "a\0b"}, r"path: expected the name of a file or a folder, got 'a\x00b'"),
+        ({"trust": "no"}, "trust: expected True or False, got a str"),
+        ({"entry": ["model"]}, "entry: expected the name of an entry such as 'state_dict_ema', got a list"),
+    ],
+)
+def test_load_refuses_a_wrong_argument_by_name(tmp_path: Path, arguments: dict[str, Any], text: str) -> None:
+    torch.save(nn.BatchNorm2d(3).state_dict(), tmp_path / "bn.pt")
+    with pytest.raises(normswap.ArgumentError, match=re.escape(text)):
+        normswap.load(**{"path": tmp_path / "bn.pt", "architecture": nn.BatchNorm2d(3), **arguments})
+
+
+def test_save_refuses_a_path_without_a_name() -> None:
+    for path in ("", "a\0b"):
+        with pytest.raises(normswap.ArgumentError, match="path: expected the name of a file, got"):
+            normswap.save(nn.BatchNorm2d(3), path)

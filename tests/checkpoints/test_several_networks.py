@@ -484,3 +484,50 @@ def test_a_scheduler_of_odd_rates_is_left(nets: dict[str, nn.Module]) -> None:
     content = {"model": nets["g"].state_dict(), "optimizer": optimizer.state_dict(), "sched": {"base_lrs": ["x"]}}
     torch.save(content, "last.pt")
     assert "sched: left as it is, it fits no optimizer in this file" in ok("convert", "last.pt", *G, *INPUT)
+
+
+NESTED = """
+import torch.nn as nn
+def a(): return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+def b(): return nn.Sequential(*a(), nn.Conv2d(8, 4, 3), nn.BatchNorm2d(4))
+"""
+
+
+@pytest.fixture
+def nested(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A file with a network whose first tensors have the names and shapes of the other network."""
+    monkeypatch.chdir(tmp_path)
+    Path("nested.py").write_text(NESTED)
+    names: dict[str, Any] = {}
+    exec(NESTED, names)
+    torch.save({name: names[name]().state_dict() for name in "ab"}, "ab.pt")
+    return names
+
+
+def test_a_larger_network_that_contains_the_names_of_another_is_no_copy_of_it(nested: dict[str, Any]) -> None:
+    before = read("ab.pt")["b"]
+    assert "b: left as it is, not the same model" in ok(
+        "convert", "ab.pt", "--entry", "a", "--arch", "nested.py:a", *INPUT
+    )
+    after = read("ab.normswap.pt")["b"]
+    assert after.keys() == before.keys()
+
+
+def test_one_architecture_for_several_converted_networks_is_refused(nested: dict[str, Any]) -> None:
+    entries = [option for name in "ab" for option in ("--entry", name, "--arch", f"nested.py:{name}")]
+    ok("convert", "ab.pt", *entries, *INPUT, "-o", "two.pt")
+    result = run("inspect", "two.pt", "--arch", "nested.py:b")
+    assert result.exit_code == 2
+    assert "--arch: two.pt contains several converted models (a, b): choose one, such as --entry a" in result.stderr
+    assert "entry a" in ok("inspect", "two.pt", "--arch", "none")
+    ok("inspect", "two.pt", "--arch", "nested.py:b", "--entry", "b")
+    assert run("inspect", "two.pt", "--arch", "nested.py:a", "--entry", "b").exit_code == 2
+
+
+def test_a_copy_is_converted_with_its_network_and_not_named_too(nested: dict[str, Any]) -> None:
+    torch.save({name: nested["a"]().state_dict() for name in ("net", "ema")}, "copies.pt")
+    with pytest.raises(
+        normswap.ArgumentError, match=r"entry='ema' has the names and shapes of entry='net'.*leave it out"
+    ):
+        normswap.convert_file("copies.pt", entry=["net", "ema"], architecture="nested.py:a", example_inputs=X)
+    assert not Path("copies.normswap.pt").exists()

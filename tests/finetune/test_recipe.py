@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import pytest
 from click.testing import CliRunner
@@ -70,7 +70,7 @@ REFUSED = [
         "data.crop_scale: expected 0 < smallest <= largest <= 1, got [0.9, 0.5]",
     ),
     (with_value("train.lr", -1), "train.lr: expected at least 0, got -1"),
-    (with_value("train.lr", float("inf")), "train.lr: expected at least 0, got inf"),
+    (with_value("train.lr", float("inf")), "train.lr: expected a finite number, got inf"),
     (with_value("data.flip", 2), "data.flip: expected 0 to 1, got 2"),
     (with_value("train.schedule", "step"), "train.schedule: expected 'constant' or 'linear' or 'cosine', got 'step'"),
     (with_value("convert.gate", "hard"), "convert.gate: expected 'simplex' or 'softmax', got 'hard'"),
@@ -253,3 +253,26 @@ def test_the_command_shows_that_a_key_was_renamed(tmp_path: Path) -> None:
     assert "train.lr: expected at least 0" in done.stderr
     done = CliRunner().invoke(main, ["finetune", "digits_source", *overrides[:2], "--set", "model.checkpoint=no.pt"])
     assert done.stderr.count("warning: train.batch_price of normswap was renamed to train.batch_penalty") == 1
+
+
+@pytest.mark.parametrize(
+    ("source", "overrides", "text"),
+    [
+        (b"x.toml", (), "source: expected a path that ends in .toml or the name of a recipe, got b'x.toml'"),
+        (None, (), "source: expected a path that ends in .toml or the name of a recipe, got None"),
+        ("digits_source", "train.lr=3", "overrides: expected a list such as ['train.lr=0.01'], got 'train.lr=3'"),
+        ("digits_source", {"train.lr": 3}, "overrides: expected a list such as ['train.lr=0.01'], got {"),
+        ("digits_source", None, "overrides: expected a list such as ['train.lr=0.01'], got None"),
+        ("digits_source", [3], "overrides: expected table.key=value such as train.lr=0.01, got 3"),
+        ("digits_source", ["train.seed=" + 5000 * "9"], "train.seed: expected a whole number, got '999"),
+        ("digits_source", ["convert.kinds=['bm']"], "convert.kinds[0]: expected 'bn' or 'in' or 'gn1', got 'bm'"),
+    ],
+)
+def test_wrong_arguments_of_read_recipe_are_refused(source: Any, overrides: Any, text: str) -> None:
+    with pytest.raises(RecipeError, match=re.escape(text)):
+        read_recipe(source, overrides)
+
+
+def test_a_recipe_with_a_number_of_too_many_digits_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="not TOML: Exceeds the limit"):
+        read_recipe(written(tmp_path, f"[train]\nseed = {5000 * '9'}\n"))

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+import typing
 from pathlib import Path
 
 import pytest
@@ -183,3 +184,36 @@ def test_type_checkers_see_the_public_names_in_the_same_modules() -> None:
 def test_every_error_is_public() -> None:
     errors = {name for name, value in vars(normswap.errors).items() if isinstance(value, type)}
     assert errors <= {*normswap.__all__}
+
+
+WITHOUT_EXTRAS = """
+import sys
+sys.modules.update(dict.fromkeys(("lightning", "pytorch_lightning", "accelerate", "sklearn", "matplotlib")))
+import normswap
+from normswap import *
+assert convert is normswap.convert
+assert [name for name in dir(normswap) if getattr(normswap, name, None) is None] == []
+for name in sorted({*normswap._MODULES} - {*normswap.__all__}):
+    try:
+        getattr(normswap, name)
+    except ImportError as error:
+        print(error)
+"""
+
+
+def test_without_the_extras_all_other_names_are_imported() -> None:
+    done = subprocess.run([sys.executable, "-c", WITHOUT_EXTRAS], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        "normswap.ImportanceCallback needs lightning or pytorch_lightning, which is not installed: "
+        "pip install lightning",
+        "normswap.Outcome needs accelerate, which is not installed: pip install 'normswap[finetune]'",
+        "normswap.run_recipe needs accelerate, which is not installed: pip install 'normswap[finetune]'",
+    ]
+
+
+def test_type_hints_of_public_names_can_be_read() -> None:
+    for name in normswap.__all__:
+        value = getattr(normswap, name)
+        for each in (value, value.__init__) if isinstance(value, type) else (value,) if callable(value) else ():
+            typing.get_type_hints(each)

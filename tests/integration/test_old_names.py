@@ -177,3 +177,16 @@ def test_functions_that_docs_imported_from_their_modules_work() -> None:
     assert len(extended["param_groups"]) == 2
     assert len(scheduler_with_gates(scheduler.state_dict(), optimizer_state=extended)["base_lrs"]) == 2
     assert callable(open_data)
+
+
+def test_star_import_of_an_old_module_gives_its_names() -> None:
+    with old_names_allowed():
+        for module, name in (
+            ("layers.modules", "SwitchNorm2d"),
+            ("verification", "verify"),
+            ("statistics", "freeze_statistics"),
+        ):
+            names: dict[str, Any] = {}
+            exec(f"from normswap.{module} import *", names)
+            assert names[name] is getattr(normswap, name)
+    assert "SwitchNorm2d" in dir(sys.modules["normswap.layers.modules"])

@@ -216,7 +216,7 @@ WRONG_ARGUMENTS = {
     "plan of save": (lambda: normswap.save(Net(), "a.pt", plan={}), "plan: expected a SwapPlan .*got a dict"),  # type: ignore[arg-type]
     "plan as a dict": (lambda: normswap.SwapPlan.from_json({}), "text: expected a plan as JSON, such as Path"),  # type: ignore[arg-type]
     "norms": (lambda: normswap.convert(Net(), norms=[Net]), "norms: expected a table such as KNOWN_NORMS"),  # type: ignore[arg-type]
-    "include": (lambda: normswap.convert(Net(), include=3), "include, exclude: expected a list of patterns"),  # type: ignore[arg-type]
+    "include": (lambda: normswap.convert(Net(), include=3), "include: expected a list of patterns"),  # type: ignore[arg-type]
     "tolerance": (lambda: normswap.verify(Net(), Net(), [x()], tolerance="1"), "tolerance: expected a relative error"),  # type: ignore[arg-type]
     "path": (
         lambda: normswap.load(Net().state_dict()),

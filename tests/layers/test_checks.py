@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import normswap
 from normswap import SwitchNorm2d
-from normswap.errors import LayerError
+from normswap.errors import ArgumentError, LayerError
 from normswap.layers import sync
 from normswap.layers.backends import cpu
 from normswap.layers.backends.interface import Inputs
@@ -419,3 +419,50 @@ def test_an_extension_of_another_interface_is_ignored(monkeypatch: pytest.Monkey
     finally:
         monkeypatch.undo()
         assert importlib.reload(cpu).AVAILABLE
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"x": [1.0, 2.0]}, "x: expected a tensor, got a value of type list: pass torch.tensor(x)"),
+        (
+            {"x": torch.zeros(2, 3, 4, 4).numpy()},
+            "x: expected a tensor, got a value of type ndarray: pass torch.from_numpy",
+        ),
+        ({"x": None}, "x: expected a tensor, got None"),
+        ({"mean_weight": [1.0, 1.0, 1.0]}, "mean_weight: expected a tensor, got a value of type list"),
+        ({"var_weight": [1.0, 1.0, 1.0]}, "var_weight: expected a tensor, got a value of type list"),
+        ({"running_mean": 3 * [0.0]}, "running_mean: expected a tensor, got a value of type list"),
+        ({"running_var": 3 * [0.0]}, "running_var: expected a tensor, got a value of type list"),
+        ({"weight": (1.0, 1.0, 1.0)}, "weight: expected a tensor, got a value of type tuple"),
+        ({"bias": 1.0}, "bias: expected a tensor, got a value of type float"),
+        ({"num_batches_tracked": 3}, "num_batches_tracked: expected a tensor, got a value of type int"),
+    ],
+)
+def test_an_argument_that_is_no_tensor_is_refused_by_name(arguments: dict[str, Any], text: str) -> None:
+    gate = torch.ones(3)
+    given = {
+        "x": torch.zeros(2, 3, 4, 4),
+        "mean_weight": gate,
+        "var_weight": gate,
+        "running_mean": torch.zeros(3),
+        "running_var": torch.ones(3),
+    }
+    with pytest.raises(ArgumentError, match=re.escape(text)):
+        switch_norm(**{**given, **arguments}, training=True)
+
+
+@pytest.mark.parametrize("branches", [3, None, [["bn"]], ["bn", "bn"], []])
+def test_branches_of_any_wrong_type_are_refused(branches: Any) -> None:
+    gate = torch.ones(3)
+    for build in (
+        lambda: SwitchNorm2d(3, branches=branches),
+        lambda: switch_norm(torch.zeros(2, 3, 4, 4), gate, gate, branches=branches),
+    ):
+        with pytest.raises(LayerError, match=re.escape(f"got {branches!r}")):
+            build()
+
+
+def test_a_layer_refuses_an_input_that_is_no_tensor() -> None:
+    with pytest.raises(ArgumentError, match=re.escape("input: expected a tensor, got a value of type list")):
+        SwitchNorm2d(3)([1.0])

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 from torchvision.ops.misc import Conv2dNormActivation, FrozenBatchNorm2d
 
-from normswap import KNOWN_NORMS, SwitchNorm2d, read_batch_norm
+from normswap import KNOWN_NORMS, SwitchNorm2d, convert, find_norm_sites, plan_swaps, read_batch_norm
+from normswap.errors import ArgumentError
 from normswap.layers.switch_norm import FunctionalSwitchNorm, SwitchNorm, SwitchNorm1d, SwitchNorm3d, SwitchNormAct2d
 from normswap.surgery.norms.classes import NormSpec, is_norm_layer, looks_like_norm, read_frozen_batch_norm, read_norm
 from tests.helpers import zoo
@@ -238,3 +240,28 @@ def test_what_a_caller_says_is_compared_with_the_module() -> None:
     assert spec.target is None
     assert spec.problem is not None
     assert "runs the child modules [], but ActivatedNorm has ['activation']" in spec.problem
+
+
+@pytest.mark.parametrize(
+    ("entry", "text"),
+    [
+        ({nn.BatchNorm2d: 3}, "norms[BatchNorm2d]: expected a function such as read_batch_norm, got 3"),
+        ({"lib.Norm": "read"}, "norms[lib.Norm]: expected a function such as read_batch_norm, got 'read'"),
+        ({3: read_batch_norm}, "norms: expected classes of modules or their qualified names as keys, got 3: pass"),
+        (
+            {int: read_batch_norm},
+            "norms: expected classes of modules or their qualified names as keys, got <class 'int'>",
+        ),
+        (
+            {nn.BatchNorm2d(3): read_batch_norm},
+            "norms: expected classes of modules as keys, got an instance of BatchNorm2d: pass BatchNorm2d",
+        ),
+        ({nn.BatchNorm2d: lambda _: None}, "norms[BatchNorm2d]: expected a NormSpec from the reader, got None"),
+        ({nn.BatchNorm2d: nn.Identity}, "norms[BatchNorm2d]: expected a NormSpec from the reader, got Identity()"),
+    ],
+)
+def test_a_table_with_a_wrong_key_or_reader_is_refused(entry: Any, text: str) -> None:
+    model = nn.Sequential(nn.BatchNorm2d(3))
+    for function in (find_norm_sites, plan_swaps, convert):
+        with pytest.raises(ArgumentError, match=re.escape(text)):
+            function(model, norms=KNOWN_NORMS | entry)

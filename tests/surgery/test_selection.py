@@ -150,7 +150,7 @@ def test_a_function_that_matches_nothing_is_refused(kind: str) -> None:
 def test_what_is_no_filter_is_refused() -> None:
     with pytest.raises(PlanError, match=r"exclude: expected patterns \(strings\) or functions .*, got 3"):
         plan_swaps(Net(), exclude=["second", 3])  # type: ignore[list-item]
-    with pytest.raises(ArgumentError, match="include, exclude: expected a list of patterns"):
+    with pytest.raises(ArgumentError, match="include: expected a list of patterns"):
         plan_swaps(Net(), include=3)  # type: ignore[arg-type]
     with pytest.raises(PlanError, match="the function is_frozen needs the modules of a model"):
         first_matching_patterns([is_frozen], [("a",)])
@@ -357,3 +357,40 @@ def test_resolved_values_are_checked_and_canonical() -> None:
     found = resolve_settings({"*": {"branches": ["bn", "in"]}, "a": {"train_gates": True}}, [("a",), ("b",)])
     assert found == {"a": {"branches": ("in", "bn"), "train_gates": True}, "b": {"branches": ("in", "bn")}}
     assert resolve_settings({}, [("a",)]) == {"a": {}}
+
+
+@pytest.mark.parametrize("name", ["include", "exclude"])
+def test_what_is_no_filter_is_refused_by_the_name_of_its_argument(name: str) -> None:
+    functions = f"{name}: expected patterns (strings) or functions (module, fqn) -> bool, got"
+    for value, text in (
+        (3, f"{name}: expected a list of patterns such as ['layer4.*'], got an int"),
+        (None, f"{name}: expected a list of patterns such as ['layer4.*'], got None"),
+        (b"layer4", f"{name}: expected patterns (strings), got b'layer4': pass a str"),
+        ([3], f"{functions} 3"),
+        (
+            nn.BatchNorm2d,
+            f"{functions} the class BatchNorm2d: pass lambda module, fqn: isinstance(module, BatchNorm2d)",
+        ),
+        ([nn.BatchNorm2d(3)], f"{functions} the module BatchNorm2d: pass lambda"),
+    ):
+        with pytest.raises((PlanError, ArgumentError), match=re.escape(text)):
+            SwapOptions(**{name: value})
+
+
+def test_equal_options_are_equal_in_any_order() -> None:
+    first, second = (
+        SwapOptions(kinds=kinds, branches=branches)
+        for kinds, branches in ((("in", "bn"), ["bn", "in"]), (["bn", "in", "in"], ("in", "bn")))
+    )
+    assert first == second
+    assert hash(first) == hash(second)
+
+
+def test_options_round_trip_through_json() -> None:
+    options = SwapOptions(include="layer4.*", kinds=("gn1", "bn"), settings={"*.bn1": {"branches": ["bn", "ln"]}})
+    assert SwapOptions.from_dict(json.loads(json.dumps(options.to_dict()))) == options
+    assert SwapOptions.from_dict(SwapOptions().to_dict()) == SwapOptions()
+    with pytest.raises(
+        PlanError, match=r"exclude: the function .*<lambda> cannot be written as plain data: use a pattern"
+    ):
+        SwapOptions(exclude=lambda module, fqn: True).to_dict()

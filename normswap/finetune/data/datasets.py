@@ -23,7 +23,7 @@ from torch.utils.data import IterableDataset
 from normswap.errors import DataError
 from normswap.finetune.data.digits import CLASSES, DigitImages, prepare_digits
 from normswap.finetune.data.loaders import USAGE_SPECS, DataSettings, EpochLoader, Loader, StreamLoader, Use
-from normswap.surgery.arguments import require_module
+from normswap.surgery.arguments import require_module, require_type
 from normswap.text import first_line
 
 logger = logging.getLogger(__name__)
@@ -114,7 +114,7 @@ def open_data(
         The batches: iterating yields images (N, C, H, W) and labels (N,).
 
     Raises:
-        ArgumentError: `model` is not a module.
+        ArgumentError: `model` is not a module, or `settings` no `DataSettings`.
         DataError: the source or split is unknown; a folder is missing or has no images; there is a single class to
             train on, or more classes than the model has; the image size is unknown; there are fewer images than a
             batch needs.
@@ -127,6 +127,7 @@ def open_data(
         >>> images.shape, len(data), data.classes
         (torch.Size([50, 3, 32, 32]), 4, 10)
     """
+    require_type(settings, DataSettings, "settings", "a DataSettings, such as DataSettings('digits')")
     usage = USAGE_SPECS[use]
     settings = complete_settings(settings, model if model is None else require_module(model))
     dataset, class_names = _open_source(settings)

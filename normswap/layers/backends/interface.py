@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from normswap.errors import LayerError
+from normswap.errors import ArgumentError, LayerError
 from normswap.layers.backends.reference import Moments, switch_norm_reference
 from normswap.layers.gating import Mixing, importance_weights
 
@@ -33,10 +33,14 @@ def check_tensors(x: Tensor, gates: tuple[Tensor, Tensor], branches: int, per_ch
         LayerError: x is not floating or has no channels; a tensor has a wrong length, dtype or device; only one of the
             running statistics is given.
     """
+    if not isinstance(x, Tensor):
+        refuse_non_tensor("x", x)  # type: ignore[unreachable]
     dtype, device = x.dtype, x.device
     if x.dim() < 2 or not x.is_floating_point():
         raise LayerError(f"expected a floating tensor (N, C, *spatial), got {dtype} of shape {tuple(x.shape)}")
     for gate in gates:
+        if not isinstance(gate, Tensor):
+            refuse_non_tensor("mean_weight" if gate is gates[0] else "var_weight", gate)  # type: ignore[unreachable]
         if gate.shape != (branches,):
             raise LayerError(f"expected gate parameters of shape {(branches,)}, got {tuple(gate.shape)}")
         if (gate.dtype != dtype and not gate.is_floating_point()) or gate.device != device:
@@ -48,16 +52,34 @@ def check_tensors(x: Tensor, gates: tuple[Tensor, Tensor], branches: int, per_ch
     shape = x.shape[1:2]
     for tensor in per_channel:
         if tensor is not None and (
-            tensor.shape != shape
+            not isinstance(tensor, Tensor)
+            or tensor.shape != shape
             or tensor.device != device
             or (tensor.dtype != dtype and not tensor.is_floating_point())
         ):
             raise LayerError(_describe_first_mismatch(x, per_channel))
 
 
+def refuse_non_tensor(name: str, value: object) -> None:
+    """Raise ArgumentError for an argument that is no tensor; a `Proxy` passes, whose own error explains tracing."""
+    if isinstance(value, torch.fx.Proxy):
+        return
+    kind, module = type(value).__name__, type(value).__module__
+    if module == "numpy" and hasattr(value, "shape"):
+        hint = f": pass torch.from_numpy({name})"
+    else:
+        hint = f": pass torch.tensor({name})" if isinstance(value, list | tuple | int | float) else ""
+    raise ArgumentError(
+        f"{name}: expected a tensor, got {'None' if value is None else f'a value of type {kind}'}{hint}"
+    )
+
+
 def _describe_first_mismatch(x: Tensor, per_channel: PerChannel) -> str:
     """Describe the first wrong tensor; if all tensors agree on another number of channels, name x as the wrong one."""
     given = [(name, tensor) for name, tensor in zip(_PER_CHANNEL, per_channel, strict=True) if tensor is not None]
+    for name, tensor in given:
+        if not isinstance(tensor, Tensor):
+            refuse_non_tensor(name, tensor)  # type: ignore[unreachable]
     shape = x.shape[1:2]
     found = [message for name, tensor in given if (message := _describe_mismatch(name, tensor, shape, x))]
     if all(tensor.dim() == 1 and tensor.shape == given[0][1].shape != shape for _, tensor in given):
@@ -116,6 +138,8 @@ def check_update(x: Tensor, running: RunningStats) -> None:
             the update.
     """
     running_mean, running_var, count, _ = running
+    if count is not None and not isinstance(count, Tensor):
+        refuse_non_tensor("num_batches_tracked", count)  # type: ignore[unreachable]
     if count is not None and count.numel() != 1:
         raise LayerError(f"num_batches_tracked should contain 1 element not {count.numel()}")
     if torch.compiler.is_compiling():

@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
-from normswap.surgery.arguments import require_type
+from normswap.surgery.arguments import check_norm_table
 from normswap.surgery.discovery.whole_model import (
     ModelFacts,
     Observation,
@@ -297,7 +297,7 @@ def find_norm_sites(
     """
     check_not_prepared(model)
     model = unwrap(model)
-    require_type(norms, Mapping, "norms", "a table such as KNOWN_NORMS | {TheirNorm: read_batch_norm}")
+    check_norm_table(norms)
     entries = walk_modules(model)
     by_name = {name: entry for entry in entries for name in entry.names}
     observation = None

@@ -20,7 +20,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 
-from normswap.errors import LayerError
+from normswap.errors import ArgumentError, LayerError
 from normswap.layers.gated_module import GatedModule
 from normswap.layers.in_place import check_replaceable, qualified_name, shallow_copy
 from normswap.layers.switch_norm import (
@@ -250,7 +250,8 @@ def read_norm(module: nn.Module, norms: NormTable = KNOWN_NORMS) -> NormSpec | N
         return _unknown_norm_spec(module) if looks_like_norm(module) else None
     spec = NormSpec("bn")
     try:
-        spec = reader(module)
+        if not isinstance(spec := reader(module), NormSpec):
+            raise ArgumentError(f"norms[{cls.__name__}]: expected a NormSpec from the reader, got {spec!r:.60}")
         if spec.target is None:
             return spec
         problem = _instance_problem(module)
@@ -260,9 +261,9 @@ def read_norm(module: nn.Module, norms: NormTable = KNOWN_NORMS) -> NormSpec | N
         check_replaceable(module, spec.target, children, vertex=branch_of_kind(spec.kind), eps=spec.eps)
     except (LayerError, AttributeError) as error:
         is_builtin = reader in (KNOWN_NORMS.get(cls), KNOWN_NORMS.get(qualified_name(cls)))
-        reader_failed = "is left as it is, since the reader registered for its class in norms= failed"
-        expected = f"is not a plain {cls.__name__}" if is_builtin else reader_failed
-        return replace(spec, target=None, problem=f"{expected}: {error}")
+        failed = "is left as it is, since the reader registered for its class in norms= failed"
+        problem = f"is not a plain {cls.__name__}: {error}" if is_builtin else f"{failed}: {error}"
+        return replace(spec, target=None, problem=problem)
     return spec
 
 
