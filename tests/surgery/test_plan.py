@@ -263,5 +263,5 @@ def test_an_edited_plan_is_carried_out(net: Net, plan: SwapPlan) -> None:
 
 @pytest.mark.parametrize("text", [b"\xff", "[" * 100_000, '{"swaps": ' + 5000 * "9" + "}"])
 def test_what_no_parser_reads_is_no_plan(text: str | bytes) -> None:
-    with pytest.raises(PlanError, match="expected a plan as JSON, as SwapPlan.to_json"):
+    with pytest.raises(PlanError, match=r"expected a plan as JSON, as SwapPlan\.to_json"):
         SwapPlan.from_json(text)
