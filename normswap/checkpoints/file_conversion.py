@@ -424,9 +424,9 @@ class _Run:
 
     def _convert_by_names(self, options: NetworkOptions, checkpoint: Checkpoint) -> ConvertedWeights:
         """Convert the tensors by their names, without a model."""
-        stored = checkpoint.weights
+        stored, file = checkpoint.weights, self.options.file
         if not isinstance(stored, Mapping):
-            raise CheckpointError(f"{self.options.file}: a pickled module needs no architecture='none': leave it out")
+            raise CheckpointError(f"{file}: a pickled module includes its architecture: leave architecture='none' out")
         names = names_with_prefix(stored, checkpoint.contents.prefix)
         state = {name: stored[key] for name, key in names.stored.items()}
         swap = self.options.swap or SwapOptions()
