@@ -279,6 +279,7 @@ class _OldModules(MetaPathFinder, Loader):
         return ModuleSpec(fullname, self) if fullname in MODULES else None
 
     def exec_module(self, module: ModuleType) -> None:
+        """Let a new module return the names of its current module."""
         module.__doc__ = f"The content of this module is in `{MODULES[module.__name__]}` now."
         module.__getattr__ = old_names(module.__name__)  # type: ignore[method-assign]
         home = MODULES[module.__name__]

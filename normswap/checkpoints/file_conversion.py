@@ -248,7 +248,12 @@ def convert_file(
         tolerance=tolerance,
         **flags,
     )
-    return run_conversion(arguments, progress=lambda stage: (progress and progress(stage)) or nullcontext())
+
+    def start(stage: str) -> AbstractContextManager[Any]:
+        context = None if progress is None else progress(stage)
+        return nullcontext() if context is None else context
+
+    return run_conversion(arguments, progress=start)
 
 
 def _read_networks(entry: Any, architecture: Any, example_inputs: Any) -> tuple[NetworkOptions, ...]:
@@ -258,25 +263,21 @@ def _read_networks(entry: Any, architecture: Any, example_inputs: Any) -> tuple[
     expected = "the name of an entry such as 'state_dict_ema', or a list of names"
     require_type(entry, Iterable, "entry", expected)
     entries = tuple(entry)
-    for name in entries:
-        if not isinstance(name, str):
-            raise ArgumentError(f"entry: expected {expected}, got {entry!r:.80}")
-    unknown = [name for name in architecture if name not in entries] if isinstance(architecture, Mapping) else []
-    if unknown:
-        raise ArgumentError(
-            f"architecture: expected entries of entry={list(entries)} as keys, got {unknown[0]!r}"
-            f"{suggest(unknown[0], entries)}"
-        )
+    if not all(isinstance(name, str) for name in entries):
+        raise ArgumentError(f"entry: expected {expected}, got {entry!r:.80}")
+    for key in architecture if isinstance(architecture, Mapping) else ():
+        if key not in entries:
+            near = suggest(key, entries)
+            raise ArgumentError(f"architecture: expected entries of entry={list(entries)} as keys, got {key!r}{near}")
     return tuple(
-        NetworkOptions(name, *(_select(each, name, entries) for each in (architecture, example_inputs)))
+        NetworkOptions(name, _select(architecture, name, entries), _select(example_inputs, name, entries))
         for name in entries
     )
 
 
 def _select(value: Any, entry: str, entries: Sequence[str]) -> Any:
     """The value for one of the named entries in a mapping from entries to values; else the value for all."""
-    by_entry = isinstance(value, Mapping) and value and {*value} <= {*entries}
-    return value.get(entry) if by_entry else value
+    return value.get(entry) if isinstance(value, Mapping) and value and {*value} <= {*entries} else value
 
 
 def run_conversion(
@@ -389,8 +390,8 @@ class _Run:
         new = collect_added_state(opened.model.state_dict(), conversion.model)
         replaced = originals(conversion.model, plan)
         verification = self._verify(opened, conversion, in_place=built_here)
-        unverified = None if verification else "verify=False"
-        self._update_network(replace(network, verification=verification, unverified=unverified))
+        reason = None if verification else "verify=False"
+        self._update_network(replace(network, verification=verification, unverified=reason))
         require_verified(plan, verification)
         return ConvertedWeights(
             plan,
@@ -423,10 +424,9 @@ class _Run:
 
     def _convert_by_names(self, options: NetworkOptions, checkpoint: Checkpoint) -> ConvertedWeights:
         """Convert the tensors by their names, without a model."""
-        stored = checkpoint.weights
+        stored, file = checkpoint.weights, self.options.file
         if not isinstance(stored, Mapping):
-            message = "a pickled module includes its architecture: leave architecture='none' out"
-            raise CheckpointError(f"{self.options.file}: {message}")
+            raise CheckpointError(f"{file}: a pickled module includes its architecture: leave architecture='none' out")
         names = names_with_prefix(stored, checkpoint.contents.prefix)
         state = {name: stored[key] for name, key in names.stored.items()}
         swap = self.options.swap or SwapOptions()

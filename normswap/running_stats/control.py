@@ -23,7 +23,7 @@ from normswap.model_state import call_model, training_flags
 from normswap.running_stats.accumulation import batch_inputs, move_to_device
 from normswap.surgery.arguments import describe_invalid_batches, require_module
 from normswap.surgery.module_tree import ModuleEntry, model_training_flags, walk_modules
-from normswap.surgery.selection import first_matching_patterns
+from normswap.surgery.selection import SiteFilter, first_matching_patterns
 from normswap.surgery.wrappers import unwrap
 
 
@@ -138,7 +138,11 @@ def synchronize_statistics(
 
 
 def set_bn_statistics(
-    model: nn.Module, mode: BnStatistics, *, include: Sequence[str] = (), exclude: Sequence[str] = ()
+    model: nn.Module,
+    mode: BnStatistics,
+    *,
+    include: SiteFilter | Iterable[SiteFilter] = (),
+    exclude: SiteFilter | Iterable[SiteFilter] = (),
 ) -> list[str]:
     """Set the statistics that the `bn` branches of SN layers use in training.
 
@@ -148,9 +152,10 @@ def set_bn_statistics(
     Args:
         model: a converted model, wrapped or not.
         mode: `"batch"`, `"running"` or `"renorm"`, as `bn_statistics` of `normswap.switch_norm`.
-        include: the layers to set: glob patterns on names, or regular expressions after `re:`. By default all, except
-            those that replaced a frozen BatchNorm; these are set only if a pattern matches them.
-        exclude: the layers to skip, by patterns as in `include`.
+        include: the layers to set: glob patterns on names, regular expressions after `re:`, or functions
+            `(module, fqn) -> bool`. By default all, except those that replaced a frozen BatchNorm; these are set only
+            if a filter matches them.
+        exclude: the layers to skip, by filters as in `include`.
 
     Returns:
         The names of the layers that changed.
@@ -191,7 +196,11 @@ def set_bn_statistics(
     return list(changed)
 
 
-def _select_layers(entries: Sequence[ModuleEntry], include: Sequence[str], exclude: Sequence[str]) -> dict[str, Any]:
+def _select_layers(
+    entries: Sequence[ModuleEntry],
+    include: SiteFilter | Iterable[SiteFilter],
+    exclude: SiteFilter | Iterable[SiteFilter],
+) -> dict[str, Any]:
     names = [entry.names for entry in entries]
     what = "layers with a `bn` branch and running statistics"
     modules = {entry.names[0]: entry.module for entry in entries}

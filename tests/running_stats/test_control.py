@@ -353,3 +353,11 @@ def test_a_failure_leaves_everything_as_it_was(make: Callable[[], Any]) -> None:
         assert_same(before, statistics(model))
         assert (model.bn.momentum, model.last.momentum) == (0.1, None)
         assert not any(module.training for module in model.modules())
+
+
+def test_layers_are_selected_by_functions_too() -> None:
+    model = convert(nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(5))).model
+    assert set_bn_statistics(model, "running", include=lambda module, fqn: module.num_features == 5) == ["1"]
+    assert set_bn_statistics(model, "running", exclude=[lambda module, fqn: fqn == "1"]) == ["0"]
+    with pytest.raises(PlanError, match=r"exclude: expected patterns .*, got the class BatchNorm2d: pass lambda"):
+        set_bn_statistics(model, "batch", exclude=nn.BatchNorm2d)

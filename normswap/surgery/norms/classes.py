@@ -254,8 +254,7 @@ def read_norm(module: nn.Module, norms: NormTable = KNOWN_NORMS) -> NormSpec | N
             raise ArgumentError(f"norms[{cls.__name__}]: expected a NormSpec from the reader, got {spec!r:.60}")
         if spec.target is None:
             return spec
-        problem = _instance_problem(module)
-        if problem is not None:
+        if problem := _instance_problem(module):
             return replace(spec, target=None, problem=problem)
         children = frozenset({*spec.then} & {*module._modules}) if spec.then else spec.target._expected_children
         check_replaceable(module, spec.target, children, vertex=branch_of_kind(spec.kind), eps=spec.eps)
