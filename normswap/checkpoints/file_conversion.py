@@ -350,13 +350,14 @@ class _Run:
     def _refuse_converted(self, network: NetworkOptions, record: Record | None) -> None:
         if record is None or record.plan is None or not record.plan.swaps:
             return
-        if self.result.networks:
-            same = f"entry={self.result.networks[0].entry!r}"
-            raise ArgumentError(
-                f"entry={network.entry!r} has the names and shapes of {same} and is converted with it: leave it out"
-            )
+        before = [each.entry for each in self.result.networks]
         found = NetworkConversion(network.entry, "", record.architecture, record.plan, already_converted=True)
         self._update_network(found)
+        if before:
+            raise NothingToDo(
+                f"entry={network.entry!r} has the names and shapes of entry={before[0]!r} and is converted with it: "
+                "leave it out"
+            )
         others = "" if network.entry is not None or record.entry is None else ", or name another network with entry="
         raise NothingToDo(
             f"{self.options.file}: nothing to do, {len(record.plan.swaps)} sites are converted already: to convert it "

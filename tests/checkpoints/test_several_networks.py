@@ -527,7 +527,7 @@ def test_one_architecture_for_several_converted_networks_is_refused(nested: dict
 def test_a_copy_is_converted_with_its_network_and_not_named_too(nested: dict[str, Any]) -> None:
     torch.save({name: nested["a"]().state_dict() for name in ("net", "ema")}, "copies.pt")
     with pytest.raises(
-        normswap.ArgumentError, match=r"entry='ema' has the names and shapes of entry='net'.*leave it out"
+        normswap.NothingToDo, match=r"entry='ema' has the names and shapes of entry='net'.*leave it out"
     ):
         normswap.convert_file("copies.pt", entry=["net", "ema"], architecture="nested.py:a", example_inputs=X)
     assert not Path("copies.normswap.pt").exists()

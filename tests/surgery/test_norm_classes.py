@@ -122,7 +122,11 @@ STAYING: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
         rf"^{__name__}.Sub is not in the table .* pass norms=KNOWN_NORMS \| \{{\"{__name__}.Sub\": read_batch_norm\}}$",
     ),
     "own norm": (Running, "other", f"^{__name__}.Running is not in the table"),
-    "running variance only": (OnlyVariance, "other", rf"^{__name__}.OnlyVariance has batch .*own \(running_var\)"),
+    "running variance only": (
+        OnlyVariance,
+        "other",
+        r"OnlyVariance has running statistics under other names \(running_var\)",
+    ),
     "named like a norm": (CosineNorm, "other", f"^{STAYS}$"),
     "EvoNorm": (lambda: EvoNorm2dS0(8), "other", f"^{STAYS}$"),
     "lazy": (
