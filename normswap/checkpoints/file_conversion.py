@@ -354,10 +354,7 @@ class _Run:
         found = NetworkConversion(network.entry, "", record.architecture, record.plan, already_converted=True)
         self._update_network(found)
         if before:
-            raise NothingToDo(
-                f"entry={network.entry!r} has the names and shapes of entry={before[0]!r} and is converted with it: "
-                "leave it out"
-            )
+            raise NothingToDo(f"entry={network.entry!r} has the names and shapes of entry={before[0]!r}: leave it out")
         others = "" if network.entry is not None or record.entry is None else ", or name another network with entry="
         raise NothingToDo(
             f"{self.options.file}: nothing to do, {len(record.plan.swaps)} sites are converted already: to convert it "
