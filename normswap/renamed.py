@@ -156,6 +156,8 @@ MODULES: Mapping[str, str] = {
 NAMES: Mapping[str, str] = {
     "normswap.calibration.PassedOver": "normswap.running_stats.calibration.SkippedLayer",
     "normswap.checkpoints.record.Original": "normswap.checkpoints.record.OriginalNorm",
+    "normswap.layers.modules.FunctionalSwitchNorm": "normswap.layers.gated_module.FunctionalSwitchNorm",
+    "normswap.layers.modules.apply_site": "normswap.layers.gated_module.apply_site",
     "normswap.surgery.gated.ImportanceWeights": "normswap.surgery.importance.SiteWeights",
     "normswap.surgery.norms.KINDS": "normswap.surgery.selection.KINDS",
     "normswap.surgery.norms.base_kind": "normswap.surgery.selection.base_kind",

@@ -41,8 +41,8 @@ from normswap.checkpoints.reading import Checkpoint
 from normswap.checkpoints.record import OriginalNorm, Record, Step
 from normswap.checkpoints.source_copy import SourceFiles
 from normswap.errors import CheckpointError, PlanError
+from normswap.layers.gated_module import FunctionalSwitchNorm
 from normswap.layers.in_place import GATE_PARAMETERS
-from normswap.layers.switch_norm import FunctionalSwitchNorm
 from normswap.surgery.arguments import read_path, require_module, require_type
 from normswap.surgery.graphs.exported_program import check_equivalent
 from normswap.surgery.importance import gated_modules

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from normswap.errors import LayerError
 from normswap.layers.backends.interface import refuse_non_tensor
 from normswap.layers.functional import new_site_name, switch_norm
-from normswap.layers.gated_module import FunctionalSwitchNorm as FunctionalSwitchNorm
 from normswap.layers.gated_module import GatedModule, get_registered
 from normswap.layers.gating import (
     BRANCHES,

@@ -21,8 +21,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from normswap.errors import DataError, ModelError
 from normswap.layers.backends.reference import MomentAccumulator
+from normswap.layers.gated_module import FunctionalSwitchNorm
 from normswap.layers.in_place import STATISTICS
-from normswap.layers.switch_norm import FunctionalSwitchNorm
 from normswap.model_state import call_model, preserved_random_state, preserved_state, registered_hooks, training_flags
 from normswap.surgery.arguments import describe_inputs
 from normswap.surgery.module_tree import modules_by_name, walk_modules

@@ -19,8 +19,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parameter import is_lazy
 
 from normswap.errors import DataError, ModelError, NothingToDo
-from normswap.layers.gated_module import GatedModule
-from normswap.layers.switch_norm import FunctionalSwitchNorm
+from normswap.layers.gated_module import FunctionalSwitchNorm, GatedModule
 from normswap.running_stats.accumulation import (
     NO_STATISTICS,
     CalibrationPass,

@@ -11,9 +11,10 @@ from torch import Tensor, fx, nn
 
 from normswap.errors import PlanError, SwapError
 from normswap.layers.functional import new_site_name
+from normswap.layers.gated_module import FunctionalSwitchNorm
 from normswap.layers.gating import BnStatistics, Branch, Gate
 from normswap.layers.in_place import convert_module, revert_module
-from normswap.layers.switch_norm import FunctionalSwitchNorm, SwitchNorm
+from normswap.layers.switch_norm import SwitchNorm
 from normswap.model_state import rollback_on_error
 from normswap.surgery.arguments import require_type
 from normswap.surgery.graphs.as_graph_module import to_graph_module

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import normswap
-from normswap.layers.switch_norm import FunctionalSwitchNorm
+from normswap.layers.gated_module import FunctionalSwitchNorm
 from tests.helpers import functional_networks as networks
 from tests.helpers import guarantees
 from tests.helpers.zoo import Trap

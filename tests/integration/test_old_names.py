@@ -190,3 +190,15 @@ def test_star_import_of_an_old_module_gives_its_names() -> None:
             exec(f"from normswap.{module} import *", names)
             assert names[name] is getattr(normswap, name)
     assert "SwitchNorm2d" in dir(sys.modules["normswap.layers.modules"])
+
+
+def test_the_functions_that_graphs_call_are_found_at_their_old_paths() -> None:
+    # The code of a pickled GraphModule imports what torch.fx treats as a leaf.
+    with old_names_allowed():
+        from normswap.layers.modules import apply_layer, apply_site
+        from normswap.surgery.calls import as_results
+    from normswap.layers.gated_module import apply_site as current_apply_site
+    from normswap.layers.switch_norm import apply_layer as current_apply_layer
+    from normswap.surgery.norms.functions import as_results as current_as_results
+
+    assert (apply_layer, apply_site, as_results) == (current_apply_layer, current_apply_site, current_as_results)

@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from normswap.layers.gated_module import GatedModule
+from normswap.layers.gated_module import FunctionalSwitchNorm, GatedModule
 from normswap.layers.gating import BRANCHES, GATES
 from normswap.layers.in_place import GATE_PARAMETERS
-from normswap.layers.switch_norm import FunctionalSwitchNorm, SwitchNorm1d, SwitchNorm2d, SwitchNorm3d
+from normswap.layers.switch_norm import SwitchNorm1d, SwitchNorm2d, SwitchNorm3d
 from tests.helpers import oracles
 
 OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {

@@ -14,9 +14,9 @@ from torch.nn import functional as F
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from normswap.errors import LayerError
+from normswap.layers.gated_module import FunctionalSwitchNorm
 from normswap.layers.gating import BRANCHES
 from normswap.layers.switch_norm import (
-    FunctionalSwitchNorm,
     SwitchNorm,
     SwitchNorm1d,
     SwitchNorm2d,

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import normswap
+from normswap.layers.gated_module import FunctionalSwitchNorm
 from normswap.layers.gating import BRANCHES, GATES
-from normswap.layers.switch_norm import FunctionalSwitchNorm, SwitchNorm, SwitchNorm2d, SwitchNorm3d, SwitchNormAct2d
+from normswap.layers.switch_norm import SwitchNorm, SwitchNorm2d, SwitchNorm3d, SwitchNormAct2d
 from tests.helpers.norm_layers import LAYER_CASES, LAYERS, mixed, trained
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from normswap import KNOWN_NORMS, SwitchNorm2d, apply_plan, convert, plan_swaps, read_batch_norm, revert
 from normswap.errors import PlanError, SwapError
-from normswap.layers.switch_norm import FunctionalSwitchNorm
+from normswap.layers.gated_module import FunctionalSwitchNorm
 from normswap.surgery import conversion
 from normswap.surgery.plan import SwapPlan
 from tests.helpers import guarantees, zoo

@@ -15,7 +15,8 @@ from torchvision.ops.misc import Conv2dNormActivation, FrozenBatchNorm2d
 
 from normswap import KNOWN_NORMS, SwitchNorm2d, convert, find_norm_sites, plan_swaps, read_batch_norm
 from normswap.errors import ArgumentError
-from normswap.layers.switch_norm import FunctionalSwitchNorm, SwitchNorm, SwitchNorm1d, SwitchNorm3d, SwitchNormAct2d
+from normswap.layers.gated_module import FunctionalSwitchNorm
+from normswap.layers.switch_norm import SwitchNorm, SwitchNorm1d, SwitchNorm3d, SwitchNormAct2d
 from normswap.surgery.norms.classes import NormSpec, is_norm_layer, looks_like_norm, read_frozen_batch_norm, read_norm
 from tests.helpers import zoo
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import normswap
 from normswap.errors import SwapError
-from normswap.layers.switch_norm import FunctionalSwitchNorm
+from normswap.layers.gated_module import FunctionalSwitchNorm
 from normswap.surgery.graphs.module_trace import trace_module_forward
 from normswap.surgery.graphs.rewriting import compile_rewritten_forward, is_rewritten, rewrite_forward, unused_names
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import normswap
 from normswap.errors import LayerError
-from normswap.layers.switch_norm import FunctionalSwitchNorm
+from normswap.layers.gated_module import FunctionalSwitchNorm
 from normswap.surgery.graphs.rewriting import run_original_forward
 from tests.helpers import guarantees, zoo
 

@@ -19,8 +19,8 @@ from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 
 from normswap.errors import LayerError, SwapError
+from normswap.layers.gated_module import FunctionalSwitchNorm
 from normswap.layers.in_place import shallow_copy
-from normswap.layers.switch_norm import FunctionalSwitchNorm
 from normswap.surgery.graphs.module_trace import ModuleTrace, trace_module_forward
 from normswap.surgery.graphs.tracing import compile_graph
 from normswap.surgery.norms.functions import (

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from normswap.layers.switch_norm import FunctionalSwitchNorm
+from normswap.layers.gated_module import FunctionalSwitchNorm
 from normswap.surgery.module_tree import modules_by_name
 
 _TENSORS = ("input", "running_mean", "running_var", "weight", "bias")
