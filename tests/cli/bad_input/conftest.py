@@ -1,6 +1,5 @@
-"""A folder with good files of every kind, fresh for each test."""
+"""The good files that `folder` of the outer conftest copies for each test of bad input."""
 
-import shutil
 from pathlib import Path
 
 import pytest
@@ -25,11 +24,3 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     normswap.save(conversion.model, folder / "sn.pt", plan=conversion.plan, architecture=files.ARCH)
     (folder / "plan.json").write_text(conversion.plan.to_json())
     return folder
-
-
-@pytest.fixture
-def folder(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A fresh copy of the good files, as the working directory."""
-    shutil.copytree(good, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
