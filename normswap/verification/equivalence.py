@@ -12,7 +12,7 @@ finite or exceeds 1e-3, each site is compared alone instead. If the original mod
 layers of the converted model do so too during the comparison.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from math import isfinite
 from typing import Any, Self, get_args, get_type_hints
@@ -164,7 +164,7 @@ def verify(
     batches: Iterable[Any],
     *,
     tolerance: float | None = None,
-    bn_statistics: BnStatistics | None = None,
+    bn_statistics: BnStatistics | Mapping[str, BnStatistics] | None = None,
 ) -> Verification:
     """Compare two models on data, as a whole and site by site, in evaluation and in training.
 
@@ -180,8 +180,8 @@ def verify(
             float16, 1e-1 in bfloat16. `loosened` is set if it is larger than the default.
         bn_statistics: what the sites should use in training. `"running"`: training is compared with the original
             whose norms are in evaluation (frozen), everything else in training. `"batch"`: with the original as it
-            trains. Default: what each site of `converted` uses, so the result tells that it does what it is set to do,
-            and `.training_reference` with which original it was compared.
+            trains. A mapping has values by the name of a site. Default: what each site of `converted` uses, so the
+            result tells that it does what it is set to do, and `.training_reference` tells with which original.
 
     Returns:
         A `Verification`: `.passed`, `.checks` with errors and limits, `.sites`, and the precision. Models that do not
@@ -204,8 +204,8 @@ def verify(
         False
     """
     check_tolerance(tolerance)
-    if bn_statistics is not None:
-        check_bn_statistics(bn_statistics)
+    for value in bn_statistics.values() if isinstance(bn_statistics, Mapping) else filter(None, (bn_statistics,)):
+        check_bn_statistics(value)
     original = unwrap(require_module(original, "original"))
     converted = unwrap(require_module(converted, "converted"))
     modules = [entry.module for model in (original, converted) for entry in walk_modules(model)]
@@ -233,7 +233,7 @@ def verify_in_place(
     batches: Iterable[Any],
     *,
     tolerance: float | None = None,
-    bn_statistics: BnStatistics | None = None,
+    bn_statistics: BnStatistics | Mapping[str, BnStatistics] | None = None,
     flags: tuple[ModelTrainingFlags | None, ModelTrainingFlags | None] | None = None,
 ) -> Verification:
     """Compare two models as `verify` does, without copies: both may be in float64 afterwards.

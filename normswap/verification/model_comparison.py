@@ -65,7 +65,7 @@ class ModelComparison:
         limit: the largest relative L2 error that passes.
         precision: the precision of the models.
         flags: for each model, the training flags that its own `train()` and `eval()` set, or None.
-        bn_statistics: what all sites should use in training; None: what each site uses.
+        bn_statistics: as in `training_reference`.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class ModelComparison:
         limit: float,
         precision: Precision,
         flags: tuple[ModelTrainingFlags | None, ModelTrainingFlags | None],
-        bn_statistics: BnStatistics | None = None,
+        bn_statistics: BnStatistics | Mapping[str, BnStatistics] | None = None,
     ) -> None:
         self.models = first, second
         self.inputs, self.limit, self._eps = inputs, limit, precision.eps

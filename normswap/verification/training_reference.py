@@ -9,7 +9,7 @@ of `F.batch_norm` has no flag: while the reference runs, the calls of these site
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from torch import nn
 from torch.overrides import TorchFunctionMode
@@ -22,7 +22,14 @@ from normswap.surgery.graphs.module_trace import trace_module_forward
 from normswap.surgery.graphs.rewriting import is_called_inside_submodule, unused_names
 from normswap.surgery.importance import gated_modules
 from normswap.surgery.module_tree import Flags, never_updated, walk_modules
-from normswap.surgery.norms.functions import NORM_CALLS, NormCall, all_results, batch_norm_nodes, is_batch_norm_call
+from normswap.surgery.norms.functions import (
+    NORM_CALLS,
+    NormCall,
+    all_results,
+    batch_norm_nodes,
+    call_tensors,
+    is_batch_norm_call,
+)
 from normswap.text import join_fqn, pluralize
 
 TrainingReferenceName = Literal["original", "frozen", "mixed"]
@@ -99,27 +106,34 @@ class TrainingReference:
 
 
 def training_reference(
-    first: nn.Module, second: nn.Module, bn_statistics: BnStatistics | None = None
+    first: nn.Module, second: nn.Module, bn_statistics: BnStatistics | Mapping[str, BnStatistics] | None = None
 ) -> TrainingReference:
     """Return the reference in training for a converted model.
 
     Args:
         first: the original model.
         second: the converted model.
-        bn_statistics: what all sites of the converted model should use in training; default is what each site uses.
+        bn_statistics: what the sites of the converted model should use in training: one value for all, or values by
+            the name of a site; default is what each site uses.
     """
     entries = {name: entry for entry in walk_modules(first) for name in entry.names}
+    wanted_by_name = bn_statistics if isinstance(bn_statistics, Mapping) else {}
+    default = None if isinstance(bn_statistics, Mapping) else bn_statistics
     frozen: list[str] = []
+    untrained: list[str] = []
     flags: dict[str, bool] = {}
     gates: list[GatedModule] = []
-    calls: dict[nn.Module, set[str]] = {}
+    calls: dict[str, set[str]] = {}
     training = renorm = missing = 0
-    layers = gated_modules(second)
-    for name, layer in layers.items():
-        wanted = bn_statistics or layer.bn_statistics
+    for name, layer in gated_modules(second).items():
+        wanted = wanted_by_name.get(name) or default or layer.bn_statistics
         old = entries[name].module if name in entries else None
         owner, _, child = name.rpartition(".")
-        if "bn" not in layer.branches or (isinstance(layer, SwitchNorm) and layer.frozen):
+        if "bn" not in layer.branches:
+            continue
+        if layer.bn_statistics == "running" and never_updated(*(getattr(layer, n, None) for n in _BATCH_STATISTICS)):
+            untrained.append(name)
+        if isinstance(layer, SwitchNorm) and layer.frozen:
             continue
         if wanted == "batch" or (isinstance(old, GatedModule) and old.bn_statistics == wanted):
             training += wanted == "batch"
@@ -131,26 +145,21 @@ def training_reference(
         elif old is not None:
             flags[entries[name].names[0]] = False
         elif isinstance(layer, FunctionalSwitchNorm) and owner in entries:
-            calls.setdefault(entries[owner].module, set()).add(child)
+            calls.setdefault(owner, set()).add(child)
         else:
             missing += 1
-    found = {owner: _frozen_calls(owner, names) for owner, names in calls.items()}
-    missing += sum(len(calls[owner]) for owner, call in found.items() if call is None)
+    owners: dict[nn.Module, _FrozenCalls] = {}
+    for owner, names in calls.items():
+        module = entries[owner].module
+        found = _trace_calls(module)
+        if found is None or not names <= {*found.names}:
+            missing += len(names)
+            continue
+        owners[module] = {mode: tuple(name in names for name in order) for mode, order in found.order.items()}
+        untrained += [join_fqn(owner, name) for name in found.untrained if name in names]
     return TrainingReference(
-        tuple(frozen),
-        training,
-        flags,
-        _skip_reason(renorm, missing),
-        tuple(name for name, layer in layers.items() if _is_untrained(layer)),
-        {owner: call for owner, call in found.items() if call is not None},
-        tuple(gates),
+        tuple(frozen), training, flags, _skip_reason(renorm, missing), tuple(untrained), owners, tuple(gates)
     )
-
-
-def _is_untrained(layer: GatedModule) -> bool:
-    if not isinstance(layer, SwitchNorm) or layer.bn_statistics != "running":
-        return False
-    return never_updated(layer.running_mean, layer.running_var, layer.num_batches_tracked)
 
 
 def _join_limited(names: tuple[str, ...]) -> str:
@@ -170,22 +179,33 @@ def _skip_reason(renorm: int, missing: int) -> str:
     return ""
 
 
-def _frozen_calls(owner: nn.Module, names: set[str]) -> _FrozenCalls | None:
-    """Return which batch_norm calls in the forward of `owner` are the sites of these names; None if not all are found.
+class _OwnCalls(NamedTuple):
+    """The batch_norm calls in the own forward of a module, by the names that a conversion gives to their gates.
 
-    A conversion gives the calls of a module their names in the same way.
+    Attributes:
+        names: the names of the sites, in order.
+        order: by the mode of the module, the name for each call in order, None for a call on a kernel.
+        untrained: the names of the sites whose running statistics were never updated.
     """
+
+    names: tuple[str, ...]
+    order: dict[bool, tuple[str | None, ...]]
+    untrained: tuple[str, ...]
+
+
+def _trace_calls(owner: nn.Module) -> _OwnCalls | None:
     own = trace_module_forward(owner)
     if own.training is None or own.evaluation is None:
         return None
-    order = unused_names(owner, len(batch_norm_nodes(own.evaluation)))
-    if not names <= {*order}:
-        return None
-    found: _FrozenCalls = {}
+    nodes = batch_norm_nodes(own.evaluation)
+    names = unused_names(owner, len(nodes))
+    order: dict[bool, tuple[str | None, ...]] = {}
     for training, graph in ((True, own.training), (False, own.evaluation)):
-        name_of = dict(zip(batch_norm_nodes(graph), order, strict=True))  # without calls on kernels
-        found[training] = tuple(name_of.get(node) in names for node in graph.nodes if is_batch_norm_call(node))
-    return found
+        name_of = dict(zip(batch_norm_nodes(graph), names, strict=True))
+        order[training] = tuple(name_of.get(node) for node in graph.nodes if is_batch_norm_call(node))
+    statistics = (call_tensors(owner, node, _BATCH_STATISTICS[:2]) for node in nodes)
+    untrained = tuple(name for name, found in zip(names, statistics, strict=True) if never_updated(*found))
+    return _OwnCalls(tuple(names), order, untrained)
 
 
 def constant_buffers(converted: nn.Module) -> set[str]:
