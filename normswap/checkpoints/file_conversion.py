@@ -417,8 +417,15 @@ class _Run:
         if not self.options.verify:
             return None
         compare = verify_in_place if in_place else verify
+        planned = {swap.fqn: swap.bn_statistics for swap in conversion.plan.swaps}
         with self.progress("comparing original and converted"):
-            return compare(opened.model, conversion.model, [opened.inputs], tolerance=self.options.tolerance)
+            return compare(
+                opened.model,
+                conversion.model,
+                [opened.inputs],
+                tolerance=self.options.tolerance,
+                bn_statistics=planned,
+            )
 
     def _convert_by_names(self, options: NetworkOptions, checkpoint: Checkpoint) -> ConvertedWeights:
         """Convert the tensors by their names, without a model."""
