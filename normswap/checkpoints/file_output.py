@@ -172,6 +172,7 @@ class ConvertOptions:
     networks: tuple[NetworkOptions, ...] = (NetworkOptions(),)
     swap: "SwapOptions | None" = None
     plan: "SwapPlan | None" = None
+    data: Any = None
     verify: bool = True
     tolerance: float | None = None
     weights_only: bool = False
@@ -218,7 +219,8 @@ class ConvertOptions:
 
     def needing_model(self, network: NetworkOptions) -> dict[str, Any]:
         """Return the given arguments that have no meaning without a model."""
-        given = {"example_inputs": network.inputs, "plan": self.plan, **self._changed_swap_options()}
+        given = {"example_inputs": network.inputs, "plan": self.plan, "data": self.data}
+        given |= self._changed_swap_options()
         return {name: value for name, value in given.items() if value is not None and name not in _BY_NAMES_OPTIONS}
 
     def _changed_swap_options(self) -> dict[str, Any]:

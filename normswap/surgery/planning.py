@@ -305,7 +305,8 @@ def _single_branch_reason(site: NormSite, left: Branch, allowed: tuple[Branch, .
         return f"only the branch {left} is allowed: nothing to switch to"
     single, channels = site.positions == 1, _channels(site)
     reason = (
-        f"{channels} channel{'s' * (channels != 1)}{' at one spatial position' * single} "
+        f"{pluralize(channels, 'channel')}{f' in {site.num_groups} groups' if site.num_groups > 1 else ''}"
+        f"{' at one spatial position' * single} "
         f"leave{'s' * (channels == 1)} only the branch {left}: nothing to switch to"
     )
     return reason + "; if real inputs are larger, pass example_inputs= of their size" * single

@@ -19,6 +19,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 
 from normswap.errors import ArchitectureError, UnknownNormsError
+from normswap.layers.matching import MATCHING_BUFFERS
 from normswap.text import first_line
 
 _logger = logging.getLogger(__name__)
