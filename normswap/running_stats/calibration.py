@@ -30,13 +30,9 @@ from normswap.running_stats.accumulation import (
     merge_processes,
 )
 from normswap.running_stats.control import is_frozen
-from normswap.running_stats.matching import (
-    InstanceVariance,
-    matchable_layers,
-    measure_instance_variance,
-    measured_variance,
-)
+from normswap.running_stats.matching import matchable_layers, measure, measured_variance, set_instance_variance
 from normswap.surgery.arguments import describe_invalid_batches, require_module
+from normswap.surgery.discovery.instance_variance import SiteVariance
 from normswap.surgery.module_tree import walk_modules
 from normswap.surgery.norms.classes import is_norm_layer
 from normswap.surgery.selection import SiteFilter, first_matching_patterns
@@ -45,7 +41,7 @@ from normswap.text import first_line, pluralize, printable_as
 
 _FROZEN_REASON = "frozen, its running statistics are constants: use include_frozen=True to calibrate it too"
 _NOT_RUN_REASON = "did not run"
-_NOT_SELECTED_REASON = "not selected by only"
+_NOT_SELECTED_REASON = "not selected"
 # With `keep_function`, the smallest new deviation of a channel, as a fraction of the old one. In a channel that is
 # constant on the data, weight and x_hat would otherwise be scaled by factors in the hundreds that cancel in the
 # function but not in the steps of an optimizer.
@@ -143,9 +139,11 @@ def calibrate(
     a pass of its own, with the calibrated statistics of the layers before it. This is exact at any batch size and needs
     one pass for every layer.
 
-    The `in` and `ln` branches always use the statistics of the sample. In a matched layer, their constants follow the
-    new running statistics. If `torch.distributed` is initialized, every process must call this function, with its own
-    batches or with an empty list; the statistics are pooled. `num_batches_tracked` becomes the number of calls.
+    The `in` and `ln` branches always use the statistics of the sample. Their constants in a matched layer follow the
+    new running statistics while the layer has all its weight on `bn`; afterwards they are part of what it has learned,
+    and change only with `match` or `keep_function`. If `torch.distributed` is initialized, every process must call this
+    function, with its own batches or with an empty list; the statistics are pooled. `num_batches_tracked` becomes the
+    number of calls.
 
     Args:
         model: a model with SN layers, BN layers or both; it may be wrapped.
@@ -155,8 +153,8 @@ def calibrate(
         include_frozen: also calibrate layers that replaced a frozen norm, and those that `freeze_statistics` froze.
         only: the layers to calibrate: glob patterns on names, regular expressions after `re:`, or functions
             `(module, fqn) -> bool`. All other layers normalize as in evaluation. Default: all.
-        match: afterwards, in one more pass in evaluation mode, measure the variance of single samples, and match the
-            `in` branches to the new statistics by it.
+        match: match the branches of all calibrated layers to the new statistics, `in` by the variance of single
+            samples, which is measured in one more pass in evaluation mode.
         keep_function: change weight and bias too, so that the function of each layer with all weight on `bn` stays the
             same; only its other branches then follow the data. The layers are measured in evaluation mode in a single
             pass, which is exact. A new deviation is at least a tenth of the old one. A layer without weight and bias of
@@ -197,7 +195,7 @@ def calibrate(
         unsuitable = _without_own_affine(model, layers)
         layers = {name: layer for name, layer in layers.items() if name not in unsuitable}
         skipped |= unsuitable
-    run = _CalibrationRun(model, layers, device, ResultExchange(process_group), keep_function=keep_function)
+    run = _CalibrationRun(model, layers, device, ResultExchange(process_group), keep_function, match)
     with run.rollback_on_error():
         (run.layer_by_layer if by_layer else run.single_pass)(batches)
         if match:
@@ -258,11 +256,11 @@ def _without_own_affine(model: nn.Module, layers: Mapping[str, nn.Module]) -> di
     for name, layer in layers.items():
         affine = [(layer._parameters | layer._buffers).get(key) for key in ("weight", "bias")]
         if isinstance(layer, FunctionalSwitchNorm):
-            found[name] = "a functional site, whose weight and bias keep_function cannot change"
+            found[name] = "a functional site, whose weight and bias cannot keep the function"
         elif any(tensor is None for tensor in affine):
-            found[name] = "has no weight and bias of its own, which keep_function changes"
+            found[name] = "has no weight and bias that could keep the function"
         elif any(users[id(tensor)] > 1 for tensor in affine):
-            found[name] = "shares its weight or bias with another module, so keep_function cannot change it"
+            found[name] = "shares weight or bias with another module, so they cannot keep the function"
     return found
 
 
@@ -299,14 +297,14 @@ class _CalibrationRun:
         layers: Mapping[str, nn.Module],
         device: Any,
         exchange: ResultExchange,
-        *,
-        keep_function: bool = False,
+        keep_function: bool,
+        match: bool,
     ) -> None:
         self.done: list[CalibratedLayer] = []
         self.skip_reasons: dict[str, str] = {}
         self.batches = self.passes = 0
         self._model, self._layers, self._device, self._exchange = model, layers, device, exchange
-        self._keep_function = keep_function
+        self._keep_function, self._match_all = keep_function, match or keep_function
         self._saved_values: list[tuple[Tensor, Tensor]] = []
 
     @contextmanager
@@ -361,18 +359,19 @@ class _CalibrationRun:
         done = {layer.fqn for layer in self.done}
         layers = {name: layer for name, layer in matchable_layers(self._model).items() if name in done}
         failure: Exception | None = None
-        measured: dict[str, InstanceVariance] = {}
+        variances: dict[str, SiteVariance] = {}
         try:
-            measured, _ = measure_instance_variance(self._model, layers, batches, device=self._device)
+            variances = measure(self._model, layers, batches, device=self._device) or {}
         except Exception as error:  # noqa: BLE001 - the other processes wait for the result of this one
             failure = error
-        results = self._exchange.all_gather((measured, None if failure is None else first_line(failure)))
+        problem = None if failure is None else first_line(failure)
+        results = self._exchange.all_gather(({name: _on_cpu(each) for name, each in variances.items()}, problem))
         _raise_failure(failure, [problem for _, problem in results])
         for name, layer in layers.items():
-            found = [variances[name] for variances, _ in results if name in variances]
+            found = [of_process[name] for of_process, _ in results if name in of_process]
             if found:
-                self._save(*layer._buffers.values())
-                sum(found[1:], start=found[0]).apply(layer)
+                self._save(layer.in_var_scale)
+                set_instance_variance(layer, found)
         self.passes += 1
 
     def _save(self, *tensors: Tensor | None) -> None:
@@ -391,7 +390,7 @@ class _CalibrationRun:
             if self._keep_function:
                 values = values[0], _limited(statistics, values[1])
                 new += _compensated(layer, statistics, values)
-            if getattr(layer, "matched", False):
+            if getattr(layer, "matched", False) and (self._match_all or layer.is_at("bn")):
                 matched.append((layer, statistics, measured_variance(layer, statistics.running_var, statistics.eps)))
             self.done.append(_layer_report(name, statistics, values))
             new += zip((statistics.running_mean, statistics.running_var), values, strict=True)
@@ -414,6 +413,14 @@ def _raise_failure(failure: Exception | None, problems: Iterable[str | None]) ->
     for rank, problem in enumerate(problems):
         if problem:
             raise ModelError(f"process {rank} failed, no process changed its model: {problem}")
+
+
+def _on_cpu(variance: SiteVariance) -> SiteVariance:
+    """Return a measurement that other processes can read."""
+    running_var = variance.running_var
+    return variance._replace(
+        instance_var=variance.instance_var.cpu(), running_var=None if running_var is None else running_var.cpu()
+    )
 
 
 def _limited(layer: LayerStatistics, var: Tensor) -> Tensor:
