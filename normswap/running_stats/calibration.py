@@ -6,7 +6,6 @@ the constants of matched branches, which follow them; on request also weight and
 """
 
 import math
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -30,7 +29,15 @@ from normswap.running_stats.accumulation import (
     merge_processes,
 )
 from normswap.running_stats.control import is_frozen
-from normswap.running_stats.matching import matchable_layers, measure, measured_variance, set_instance_variance
+from normswap.running_stats.matching import (
+    compensated_affine,
+    limited_variance,
+    matchable_layers,
+    measure,
+    measured_variance,
+    set_instance_variance,
+    without_own_affine,
+)
 from normswap.surgery.arguments import describe_invalid_batches, require_module
 from normswap.surgery.discovery.instance_variance import SiteVariance
 from normswap.surgery.module_tree import walk_modules
@@ -42,10 +49,6 @@ from normswap.text import first_line, pluralize, printable_as
 _FROZEN_REASON = "frozen, its running statistics are constants: use include_frozen=True to calibrate it too"
 _NOT_RUN_REASON = "did not run"
 _NOT_SELECTED_REASON = "not selected"
-# With `keep_function`, the smallest new deviation of a channel, as a fraction of the old one. In a channel that is
-# constant on the data, weight and x_hat would otherwise be scaled by factors in the hundreds that cancel in the
-# function but not in the steps of an optimizer.
-_SMALLEST_DEVIATION = 0.1
 
 
 @dataclass(frozen=True)
@@ -192,7 +195,7 @@ def calibrate(
         raise DataError(f"batches: {problem}")
     layers, skipped = _split_layers(model, include_frozen=include_frozen, only=only)
     if keep_function:
-        unsuitable = _without_own_affine(model, layers)
+        unsuitable = without_own_affine(model, layers)
         layers = {name: layer for name, layer in layers.items() if name not in unsuitable}
         skipped |= unsuitable
     run = _CalibrationRun(model, layers, device, ResultExchange(process_group), keep_function, match)
@@ -242,26 +245,6 @@ def _skip_reason(module: nn.Module, *, include_frozen: bool) -> str | None:
     else:
         return _other_skip_reason(module)
     return reason or (_FROZEN_REASON if is_frozen(module) and not include_frozen else None)
-
-
-def _without_own_affine(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, str]:
-    """Return the layers whose weight and bias cannot make up for new statistics, with reasons, by name."""
-    users = Counter(
-        id(tensor)
-        for entry in walk_modules(model)
-        for tensor in (*entry.module._parameters.values(), *entry.module._buffers.values())
-        if tensor is not None
-    )
-    found: dict[str, str] = {}
-    for name, layer in layers.items():
-        affine = [(layer._parameters | layer._buffers).get(key) for key in ("weight", "bias")]
-        if isinstance(layer, FunctionalSwitchNorm):
-            found[name] = "a functional site, whose weight and bias cannot keep the function"
-        elif any(tensor is None for tensor in affine):
-            found[name] = "has no weight and bias that could keep the function"
-        elif any(users[id(tensor)] > 1 for tensor in affine):
-            found[name] = "shares weight or bias with another module, so they cannot keep the function"
-    return found
 
 
 def _gated_skip_reason(layer: Any) -> str | None:
@@ -388,8 +371,8 @@ class _CalibrationRun:
             values = _new_statistics(name, statistics)
             layer: Any = self._layers.get(name)
             if self._keep_function:
-                values = values[0], _limited(statistics, values[1])
-                new += _compensated(layer, statistics, values)
+                values = values[0], limited_variance(statistics, values[1])
+                new += compensated_affine(layer, statistics, values)
             if getattr(layer, "matched", False) and (self._match_all or layer.is_at("bn")):
                 matched.append((layer, statistics, measured_variance(layer, statistics.running_var, statistics.eps)))
             self.done.append(_layer_report(name, statistics, values))
@@ -421,25 +404,6 @@ def _on_cpu(variance: SiteVariance) -> SiteVariance:
     return variance._replace(
         instance_var=variance.instance_var.cpu(), running_var=None if running_var is None else running_var.cpu()
     )
-
-
-def _limited(layer: LayerStatistics, var: Tensor) -> Tensor:
-    """Return new variances (C,) that are not too small for `keep_function`."""
-    old = layer.running_var.double() + layer.eps
-    return torch.maximum(var.double(), _SMALLEST_DEVIATION**2 * old - layer.eps).to(var)
-
-
-def _compensated(layer: Any, statistics: LayerStatistics, new: tuple[Tensor, Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Return weight and bias, each with the value that keeps the function of BN with new statistics (C,)."""
-    old_mean, old_var, new_mean, new_var = (
-        each.double() for each in (statistics.running_mean, statistics.running_var, *new)
-    )
-    old_deviation, new_deviation = ((var + statistics.eps).sqrt() for var in (old_var, new_var))
-    weight, bias = layer.weight.double(), layer.bias.double()
-    return [
-        (layer.weight.data, weight * new_deviation / old_deviation),
-        (layer.bias.data, bias + weight * (new_mean - old_mean) / old_deviation),
-    ]
 
 
 def _new_statistics(name: str, layer: LayerStatistics) -> tuple[Tensor, Tensor]:

@@ -41,7 +41,7 @@ class GateStepLimit:
     def __init__(self, points: list[nn.Parameter], *, max_step: float, warmup_steps: int, step: int) -> None:
         self.max_step, self.warmup_steps, self.step = max_step, warmup_steps, step
         # Points of equal size are computed together.
-        self._stacks: dict[Any, list[nn.Parameter]] = defaultdict(list)
+        self._stacks: dict[Any, list[Tensor]] = defaultdict(list)
         for point in points:
             self._stacks[point.shape, point.dtype, point.device].append(point)
         self._before: list[Tensor] = []
@@ -74,7 +74,7 @@ class GateStepLimit:
             length = move.abs().amax(-1, keepdim=True)
             # Between two points of a convex set: the result is on the simplex too.
             after = before + move * (longest / length.clamp_min(longest))
-            torch._foreach_copy_(points, list(after.unbind()))
+            torch._foreach_copy_([*points], [*after.unbind()])
         self._before = []
 
 
