@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
@@ -29,6 +29,8 @@ from normswap.surgery.module_tree import modules_by_name, walk_modules
 from normswap.surgery.norms.classes import is_norm_layer
 from normswap.surgery.norms.functions import NORM_CALLS
 from normswap.text import first_line, join_fqn
+
+T = TypeVar("T")
 
 NO_STATISTICS = "keeps no running statistics"
 _EPS = 1e-5  # torch's default, for a layer without such an attribute
@@ -69,6 +71,7 @@ class CalibrationPass:
         model: without wrappers.
         layers: BN layers, SN layers and the gates of functional sites, by name.
         only: the names of the layers to measure; all others normalize as in evaluation. Default: all.
+        keep_function: the measured layers normalize as in evaluation too, not by the batch.
 
     Attributes:
         layer_statistics: the measurements by name.
@@ -78,7 +81,12 @@ class CalibrationPass:
     """
 
     def __init__(
-        self, model: nn.Module, layers: Mapping[str, nn.Module], *, only: Collection[str] | None = None
+        self,
+        model: nn.Module,
+        layers: Mapping[str, nn.Module],
+        *,
+        only: Collection[str] | None = None,
+        keep_function: bool = False,
     ) -> None:
         self.layer_statistics = {
             name: _no_measurements(layer)
@@ -88,7 +96,7 @@ class CalibrationPass:
         self.order: dict[str, None] = {}
         self.skip_reasons: dict[str, str] = {}
         self.batches = 0
-        self._model, self._layers, self._only = model, layers, only
+        self._model, self._layers, self._only, self._keep_function = model, layers, only, keep_function
         entries = walk_modules(model)
         self._modules = [entry.module for entry in entries]
         self._owners = {
@@ -138,7 +146,7 @@ class CalibrationPass:
             _UnconvertedCalls(self),
         ):
             for name, layer in self._layers.items():
-                if not isinstance(layer, FunctionalSwitchNorm) and self._is_selected(name):
+                if not isinstance(layer, FunctionalSwitchNorm) and self._normalizes_by_batch(name):
                     for statistic in STATISTICS:
                         setattr(layer, statistic, None)
             yield
@@ -168,7 +176,8 @@ class CalibrationPass:
                 return None
             key = self._statistics_key(name, mean)
             self.layer_statistics.setdefault(key, LayerStatistics(mean, var, None, call.arguments["eps"]))
-            if not self._accumulate(key, call.arguments["x"]):
+            self._accumulate(key, call.arguments["x"])
+            if not self._normalizes_by_batch(key):
                 return None
             call.arguments |= {"running_mean": None, "running_var": None}
             return call.args[1:], call.kwargs
@@ -183,12 +192,12 @@ class CalibrationPass:
             key = f"{name}[{number}]"
         return key
 
-    def _accumulate(self, name: str, x: Tensor) -> bool:
-        """Add the input of a layer; return whether the layer must normalize by the batch."""
+    def _accumulate(self, name: str, x: Tensor) -> None:
+        """Add the input of a layer that is to be measured."""
         layer_statistics = self.layer_statistics[name]
         self.order.setdefault(name)
         if not self._is_selected(name):
-            return False
+            return
         channels, shape = len(layer_statistics.running_mean), "x".join(map(str, x.shape))
         context = f"batch {self.batches} (counted from 0): layer {name!r}"
         if x.dim() < 2 or x.shape[1] != channels:
@@ -204,10 +213,12 @@ class CalibrationPass:
         layer_statistics.calls += 1
         if not bool(layer_statistics.moments.squared_deviations.isfinite().all()):
             raise DataError(f"{context} got NaN or infinite values ({shape}): check the images of this batch")
-        return True
 
     def _is_selected(self, name: str) -> bool:
         return self._only is None or name in self._only
+
+    def _normalizes_by_batch(self, name: str) -> bool:
+        return self._is_selected(name) and not self._keep_function
 
     def record_unconverted_call(self, running_mean: Tensor) -> None:
         """Record a call of `F.batch_norm` whose running statistics belong to no layer."""
@@ -234,7 +245,9 @@ class _UnconvertedCalls(TorchFunctionMode):
 
 def _no_measurements(layer: Any) -> LayerStatistics:
     mean, var, count = (getattr(layer, statistic) for statistic in STATISTICS)
-    return LayerStatistics(mean, var, count, vars(layer).get("eps", _EPS))
+    # The property `eps` of an SN layer can raise.
+    eps = vars(layer).get("normalising_eps", vars(layer).get("eps", _EPS))
+    return LayerStatistics(mean, var, count, eps)
 
 
 def batch_inputs(batch: Any) -> Any:
@@ -261,7 +274,7 @@ class ResultExchange:
     def __init__(self, group: Any) -> None:
         self._group = group
 
-    def all_gather(self, process_result: "ProcessResult") -> list["ProcessResult"]:
+    def all_gather(self, process_result: T) -> list[T]:
         """Return the results of all processes by rank."""
         if not (distributed.is_available() and distributed.is_initialized()):
             return [process_result]

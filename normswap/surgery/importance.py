@@ -109,8 +109,8 @@ def batch_dependence(model: nn.Module) -> Tensor:
 
     Add it to a loss with a small factor as a penalty. Its gradient flows to the gate parameters only. A site counts if
     its `bn` branch depends on the batch: not with `bn_statistics="running"`, the default of a conversion, but with
-    `"batch"` and `"renorm"`. A module that is used twice counts once. Sites with the same kind of gate are computed together,
-    without synchronization of the device.
+    `"batch"` and `"renorm"`. A module that is used twice counts once. Sites with the same kind of gate are computed
+    together, without synchronization of the device.
 
     Args:
         model: a model with or without wrappers.

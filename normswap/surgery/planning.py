@@ -30,6 +30,7 @@ from normswap.surgery.plan import (
     swap_notes,
     synchronization_notes,
     unused_settings,
+    with_untrained,
 )
 from normswap.surgery.selection import (
     KINDS,
@@ -430,7 +431,7 @@ def complete_plan(model: nn.Module, plan: SwapPlan, *, prefix: str = "") -> Swap
     options = SwapOptions(
         include=tuple(site_settings), bn_statistics=incomplete[0].bn_statistics, settings=site_settings
     )
-    completed = make_plan(model, None, options)
+    completed = with_untrained(make_plan(model, None, options), [fqn.removeprefix(prefix) for fqn in plan.untrained])
     by_name = modules_by_name(unwrap(model))
     swapped = {id(by_name[swap.fqn]) for swap in completed.swaps if swap.fqn in by_name}
     names = [swap.fqn.removeprefix(prefix) for swap in incomplete]

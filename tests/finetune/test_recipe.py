@@ -43,7 +43,7 @@ def with_value(place: str, value: object) -> dict[str, dict[str, object]]:
 
 def test_a_recipe_has_the_defaults_of_what_it_leaves_out() -> None:
     recipe = parse_recipe("mine", SMALLEST)
-    assert (recipe.train.steps, recipe.train.batch_penalty, recipe.convert.enabled) == (10, 0.03, True)
+    assert (recipe.train.steps, recipe.train.batch_penalty, recipe.convert.enabled) == (10, 0.0, True)
     assert str(recipe.output) == "runs/mine"
     assert parse_recipe("mine", with_value("train.lr", 1)).train.lr == 1.0
     assert parse_recipe("mine", with_value("convert.include", ["a.*"])).convert.include == ("a.*",)

@@ -198,7 +198,7 @@ REFUSED: dict[str, Refusal] = {
     "nothing to do": (
         lambda: watch_importance(model := network(), built(model)),
         WatchError,
-        "nothing to do: pass write, such as write=print, or bn_statistics=",
+        "nothing to do: pass write, such as write=print, bn_statistics=",
     ),
     "every": (
         lambda: watch_importance(model := network(), built(model), write=print, every=0),

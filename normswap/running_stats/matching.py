@@ -1,0 +1,153 @@
+"""Match the `in` branches of SN layers to their running statistics on data, and keep the function of `bn`.
+
+The constants of the `ln` branch follow from the running statistics alone. Those of `in` need E[var_in], the expected
+variance of one sample and channel over its positions, which takes a few images without labels. Weight and bias can be
+changed with the running statistics, so that the function of `bn` stays the same while the other branches follow.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normswap.errors import DataError
+from normswap.layers.gated_module import FunctionalSwitchNorm, GatedModule
+from normswap.layers.matching import match_statistics
+from normswap.running_stats.accumulation import LayerStatistics, batch_inputs, move_to_device
+from normswap.surgery.arguments import describe_invalid_batches, require_module
+from normswap.surgery.discovery.instance_variance import SiteVariance, measure_instance_variance
+from normswap.surgery.importance import gated_modules
+from normswap.surgery.module_tree import walk_modules
+from normswap.surgery.wrappers import unwrap
+
+# With `keep_function`, the smallest new deviation of a channel, as a fraction of the old one. In a channel that is
+# constant on the data, weight and x_hat would otherwise be scaled by factors in the hundreds that cancel in the
+# function but not in the steps of an optimizer.
+_SMALLEST_DEVIATION = 0.1
+
+
+@torch.no_grad()
+def match_instance_variance(
+    model: nn.Module, batches: Iterable[Any], *, device: torch.device | str | None = None
+) -> list[str]:
+    """Match the `in` branches of a converted model to their running statistics, in place.
+
+    The model runs in evaluation mode. `in_var_scale` of each matched layer with an `in` branch is set; layers that
+    get a single position, where `in` has no variance, are left out.
+
+    Args:
+        model: a converted model, wrapped or not.
+        batches: an iterable of inputs, as in `calibrate`; a few images are enough, labels are not used.
+        device: the device to move the inputs to; default is not to move them.
+
+    Returns:
+        The names of the layers that were matched.
+
+    Raises:
+        DataError: there are no batches.
+        ModelError: the model raises on a batch.
+        ArgumentError: `model` is not a module.
+    """
+    model = unwrap(require_module(model))
+    if problem := describe_invalid_batches(batches):
+        raise DataError(f"batches: {problem}")
+    layers = matchable_layers(model)
+    variances = measure(model, layers, batches, device=device)
+    if variances is None:
+        raise DataError("batches: expected at least one batch, got none")
+    for name, variance in variances.items():
+        set_instance_variance(layers[name], [variance])
+    return [*variances]
+
+
+def matchable_layers(model: nn.Module) -> dict[str, GatedModule]:
+    """Return the layers whose `in` branch can be matched to running statistics, by name."""
+    return {
+        name: layer
+        for name, layer in gated_modules(model).items()
+        if layer.in_var_scale is not None
+        and (isinstance(layer, FunctionalSwitchNorm) or _running_var(layer) is not None)
+    }
+
+
+def measure(
+    model: nn.Module, layers: dict[str, GatedModule], batches: Iterable[Any], *, device: Any = None
+) -> dict[str, SiteVariance] | None:
+    """Return what `measure_instance_variance` finds, with batches as `calibrate` takes them; None without a batch."""
+    inputs: Iterator[Any] = (move_to_device(batch_inputs(batch), device) for batch in batches)
+    first = next(inputs, None)
+    return None if first is None else measure_instance_variance(model, layers, chain([first], inputs))
+
+
+def set_instance_variance(layer: GatedModule, variances: list[SiteVariance]) -> None:
+    """Match the `in` branch of a layer by the pooled measurements of one or more processes."""
+    samples = sum(each.samples for each in variances)
+    instance_var = torch.stack([each.instance_var.cpu() * (each.samples / samples) for each in variances]).sum(0)
+    own, first = _running_var(layer), variances[0]
+    running_var = first.running_var if own is None else own
+    eps = getattr(layer, "normalising_eps", 1e-5) if first.eps is None else first.eps
+    if running_var is None or layer.in_var_scale is None:
+        return
+    running_var = running_var.cpu()
+    found = match_statistics(torch.zeros_like(running_var), running_var, eps, instance_var=instance_var)
+    if found.in_var_scale is not None:
+        layer.in_var_scale.copy_(found.in_var_scale)
+
+
+def measured_variance(layer: GatedModule, running_var: Tensor, eps: float) -> Tensor | None:
+    """Return E[var_in] (C,) to which the layer is matched with these old statistics; None if it never was."""
+    scale = layer.in_var_scale
+    if scale is None or bool((scale == 1).all()):
+        return None
+    return (running_var.double() + eps) / scale.double() - eps
+
+
+def _running_var(layer: Any) -> Tensor | None:
+    return layer._buffers.get("running_var")  # type: ignore[no-any-return]
+
+
+# --- the function of bn is kept ---------------------------------------------------------------------------------------
+
+
+def without_own_affine(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Return the layers whose weight and bias cannot make up for new statistics, with reasons, by name."""
+    users = Counter(
+        id(tensor)
+        for entry in walk_modules(model)
+        for tensor in (*entry.module._parameters.values(), *entry.module._buffers.values())
+        if tensor is not None
+    )
+    found: dict[str, str] = {}
+    for name, layer in layers.items():
+        affine = [(layer._parameters | layer._buffers).get(key) for key in ("weight", "bias")]
+        if isinstance(layer, FunctionalSwitchNorm):
+            found[name] = "a functional site, whose weight and bias cannot keep the function"
+        elif any(tensor is None for tensor in affine):
+            found[name] = "has no weight and bias that could keep the function"
+        elif any(users[id(tensor)] > 1 for tensor in affine):
+            found[name] = "shares weight or bias with another module, so they cannot keep the function"
+    return found
+
+
+def limited_variance(statistics: LayerStatistics, var: Tensor) -> Tensor:
+    """Return new variances (C,) that are not too small for `keep_function`."""
+    old = statistics.running_var.double() + statistics.eps
+    return torch.maximum(var.double(), _SMALLEST_DEVIATION**2 * old - statistics.eps).to(var)
+
+
+def compensated_affine(
+    layer: Any, statistics: LayerStatistics, new: tuple[Tensor, Tensor]
+) -> list[tuple[Tensor, Tensor]]:
+    """Return weight and bias, each with the value that keeps the function of BN with new statistics (C,)."""
+    old_mean, old_var, new_mean, new_var = (
+        each.double() for each in (statistics.running_mean, statistics.running_var, *new)
+    )
+    old_deviation, new_deviation = ((var + statistics.eps).sqrt() for var in (old_var, new_var))
+    weight, bias = layer.weight.double(), layer.bias.double()
+    return [
+        (layer.weight.data, weight * new_deviation / old_deviation),
+        (layer.bias.data, bias + weight * (new_mean - old_mean) / old_deviation),
+    ]
