@@ -12,7 +12,7 @@ import torchvision
 import torchvision.models.video.resnet as video
 from torch import Tensor, nn
 
-from normswap import KNOWN_NORMS, SwapPlan, convert, plan_swaps, read_batch_norm
+from normswap import KNOWN_NORMS, SwapPlan, convert, plan_swaps, read_batch_norm, verify
 from tests.helpers import guarantees, oracles, zoo
 
 COPYABLE = [trap for trap in zoo.TRAPS if trap.copyable]
@@ -198,6 +198,16 @@ def test_every_guarantee_holds_on_a_network(network: Network) -> None:
     assert len(checked.conversion.plan.swaps) == network.sites
     assert None not in checked.errors.values()
     assert checked.gates == 2 * network.sites
+
+
+@pytest.mark.parametrize("statistics", ["running", "batch"])
+@pytest.mark.parametrize("name", ["timm resnet26", "timm efficientnet_b0", "timm regnety_002"])
+def test_verification_agrees_on_a_network(name: str, statistics: Any) -> None:
+    model, inputs = NETWORKS[name].model(), NETWORKS[name].inputs()
+    found = verify(model, convert(model, inputs, bn_statistics=statistics).model, [inputs])
+    assert [check.passed for check in found.checks] == [True] * 4
+    assert max(check.error or 0.0 for check in found.checks) <= guarantees.LIMIT
+    assert found.training_reference == ("frozen" if statistics == "running" else "original")
 
 
 # --- the checks themselves --------------------------------------------------------------------------------------------
