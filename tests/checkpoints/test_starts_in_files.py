@@ -240,3 +240,30 @@ def test_a_damaged_distance_is_refused(file: Path) -> None:
         text = json.dumps(record | {"distance": record["distance"] | changes})
         with pytest.raises(CheckpointError, match=r"invalid normswap record \(record\.distance"):
             Record.from_json(text)
+
+
+# --- state dicts without constants ------------------------------------------------------------------------------------
+
+
+def moved(layer: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        for point in (layer.mean_weight, layer.var_weight):
+            point.copy_(torch.tensor([0.2, 0.3, 0.5]))
+    return layer
+
+
+def test_gates_that_moved_in_a_raw_layer_keep_their_function(training: Training) -> None:
+    raw = normswap.convert(training.model, X, match=False, bn_statistics="batch").model.eval()
+    moved(raw[1])
+    matched = normswap.convert(training.model, X).model.eval()
+    matched.load_state_dict(raw.state_dict(), strict=True)
+    assert torch.equal(matched[1].ln_var_scale, torch.ones(8))  # that of 4 has not moved
+    assert not torch.equal(matched[4].ln_var_scale, torch.ones(16))
+    torch.testing.assert_close(matched(X), raw(X))
+
+
+def test_an_average_of_the_parameters_alone_gets_no_constants(tmp_path: Path, training: Training) -> None:
+    average = {name: parameter.detach() + 1 for name, parameter in training.model.named_parameters()}
+    torch.save({"model": training.model.state_dict(), "ema": average}, tmp_path / "bn.pt")
+    content = torch.load(converted(tmp_path / "bn.pt").output, weights_only=True)
+    assert content["ema"].keys() - average.keys() == {f"{n}.{w}_weight" for n in (1, 4) for w in ("mean", "var")}
