@@ -140,7 +140,7 @@ def test_gates_move_by_the_limit_of_the_recipe(tmp_path: Path) -> None:
 
 
 def test_outputs_that_died_are_reported_with_the_step(tmp_path: Path) -> None:
-    train = {"steps": 101, "lr": 1e6, "optimizer": "sgd", "momentum": 0.0, "weight_decay": 0.0, "schedule": "constant"}
+    train = {"steps": 101, "lr": 1e6, "momentum": 0.0, "weight_decay": 0.0, "schedule": "constant"}
     written: list[Any] = []
     with contextlib.suppress(TrainingError):  # the loss is not finite either
         run_recipe(recipe(tmp_path, train=train, run={"log_every": 101}), on_record=written.append)
