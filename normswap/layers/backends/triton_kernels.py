@@ -167,9 +167,10 @@ def _mix(in_, ln, bn, a, b, c):
 @triton.jit
 def _row(n, c, samples, channels, GROUPS: tl.constexpr):
     """The row of LN that sample n and channel c belong to, and whether it exists."""
-    if GROUPS == 1:
-        return n, n < samples
-    return n * GROUPS + c // (channels // GROUPS), (n < samples) & (c < channels)
+    row, mask = n, n < samples
+    if GROUPS > 1:
+        row, mask = n * GROUPS + c // (channels // GROUPS), mask & (c < channels)
+    return row, mask
 
 
 @triton.jit

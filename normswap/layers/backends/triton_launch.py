@@ -174,7 +174,11 @@ def _call_of(inputs: Inputs) -> _Call:
     parameters = _as_contiguous(
         *(constants or (None, None)), inputs.mean_gate, inputs.var_gate, inputs.weight, *matching
     )
-    options = {"SIMPLEX": mixing.gate == "simplex", "CONSTANT": constants is not None, **_branch_flags(mixing.branches)}
+    options: dict[str, Any] = {
+        "SIMPLEX": mixing.gate == "simplex",
+        "CONSTANT": constants is not None,
+        **_branch_flags(mixing.branches),
+    }
     options["GROUPS"] = num_groups
     units = tiling.positions // tiling.tile["UNIT"]
     rows = x.shape[0] * num_groups
