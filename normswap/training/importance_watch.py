@@ -244,9 +244,7 @@ def watch_importance(
     if inputs is not None:
         callbacks.append(OutputWatch(model, inputs, report))
     if not callbacks:
-        raise WatchError(
-            "nothing to do: pass write, such as write=print, or bn_statistics={1000: 'running'}, or inputs"
-        )
+        raise WatchError("nothing to do: pass write, such as write=print, bn_statistics={1000: 'running'}, or inputs")
     return ImportanceWatch(callbacks, step).attach(inner_optimizer)
 
 

@@ -29,7 +29,9 @@ class Net(nn.Module):
 
 def network() -> Any:
     torch.manual_seed(0)
-    return convert(zoo.randomise(Net()), X, settings={"second": {"branches": ("ln", "bn")}}).model.train()
+    return convert(
+        zoo.randomise(Net()), X, bn_statistics="batch", settings={"second": {"branches": ("ln", "bn")}}
+    ).model.train()
 
 
 def built(model: nn.Module) -> torch.optim.Optimizer:
