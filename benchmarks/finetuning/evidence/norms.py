@@ -60,7 +60,7 @@ def replace(model: nn.Module, build: Callable[[BatchNorm], nn.Module]) -> nn.Mod
 
 def group_norm(bn: BatchNorm, groups: int = GROUPS) -> nn.GroupNorm:
     """Return a GroupNorm with the scale and shift of a BN."""
-    norm = nn.GroupNorm(math.gcd(groups, bn.num_features), bn.num_features, eps=bn.eps)
+    norm = nn.GroupNorm(math.gcd(groups, bn.num_features), bn.num_features, eps=bn.eps, dtype=bn.weight.dtype)
     norm.load_state_dict({"weight": bn.weight, "bias": bn.bias})
     return norm
 
