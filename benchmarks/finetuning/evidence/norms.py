@@ -13,6 +13,7 @@ BatchNorm = nn.modules.batchnorm._BatchNorm
 GROUPS = 32
 # Limits of Ioffe (2017). His ramp from BN to these limits is for training from scratch: trained statistics need none.
 R_MAX, D_MAX, MOMENTUM = 3.0, 5.0, 0.01
+_STATISTICS_INPUTS, _STATISTICS_BATCH = 400, 50
 
 
 def batch_norms(model: nn.Module) -> list[BatchNorm]:
@@ -150,7 +151,9 @@ class SlowTracking:
             handle.remove()
 
 
-def chunks(inputs: Tensor, to_input: Callable[[Tensor], Tensor], *, limit: int = 400, size: int = 50) -> Iterator[Tensor]:
+def chunks(
+    inputs: Tensor, to_input: Callable[[Tensor], Tensor], *, limit: int = 400, size: int = 50
+) -> Iterator[Tensor]:
     """Yield at most `limit` inputs in batches, for statistics: no labels are read."""
     for chunk in inputs[:limit].split(size):
         yield to_input(chunk)
