@@ -29,8 +29,13 @@ if TYPE_CHECKING:
     from normswap.surgery.plan import SwapPlan
 
 _GATES = ("simplex", "softmax")
+_STATISTICS = ("running", "batch", "renorm")
+_STARTS = ("ln", "gn", "uniform")
 # The options that decide which sites are swapped and how.
-_SWAP_OPTIONS = ("include", "exclude", "kinds", "gate", "synchronize")
+_SWAP_OPTIONS = (
+    *("include", "exclude", "kinds", "gate", "bn_statistics", "synchronize"),
+    *("start", "num_groups", "untrained"),
+)
 
 
 @click.command("convert", short_help="Convert a file and write the model to a new one.")
@@ -52,6 +57,26 @@ _SWAP_OPTIONS = ("include", "exclude", "kinds", "gate", "synchronize")
     "--gate",
     type=click.Choice(_GATES),
     help="simplex (default) starts at the same function; softmax, as in the paper, at equal weights: another function.",
+)
+@click.option(
+    "--bn-statistics",
+    type=click.Choice(_STATISTICS),
+    help="Statistics of the bn branches in training: running (default), as constants, so that nothing depends on the "
+    "batch; batch, as BatchNorm itself, to go on training with large batches; renorm.",
+)
+@click.option(
+    "--start",
+    type=click.Choice(_STARTS),
+    help="Start without a bn branch: at layer norm (ln) or group norm (gn) matched to the running statistics, or at "
+    "equal weights of in and ln (uniform). The function changes; its distance is measured and recorded.",
+)
+@click.option("--groups", "num_groups", type=click.IntRange(1), help="Number of groups for --start gn. Default: 32.")
+@click.option("--no-match", is_flag=True, help="Do not match the in and ln branches to the running statistics.")
+@click.option(
+    "--untrained",
+    type=click.Choice(("keep", "uniform")),
+    help="What to do with norms whose statistics were never updated: keep (default) their function, or start them at "
+    "equal weights of in and ln.",
 )
 @click.option(
     "--synchronize",
@@ -86,10 +111,13 @@ def convert_command(
     FILE is any checkpoint: a state dict, a training checkpoint (its EMA copy and optimizer are converted too), a
     pickled module, an exported program, a folder of shards. The converted model is compared with the original and
     written only if it computes the same function; a model that cannot be compared is written only with --no-verify.
+    With --start it computes another function, and its distance from the original is printed and recorded instead.
     With --arch none the tensors are converted by their names only. Exit codes: 0 success; 1 nothing to convert or
     outputs differ; 2 error.
     """
     swap = {name: value for name in _SWAP_OPTIONS if (value := options.pop(name))}
+    if options.pop("no_match"):
+        swap["match"] = False
     networks = networks_from_options(entries, archs, inputs)
     arguments = ConvertOptions(file, output, networks, overwrite=force, **options)
     printer = _Printer(as_json=as_json)
