@@ -22,8 +22,8 @@ def batch_norms(model: nn.Module) -> list[BatchNorm]:
 
 
 def is_untrained(bn: BatchNorm) -> bool:
-    """Return whether the running statistics were never updated."""
-    return bn.num_batches_tracked is not None and int(bn.num_batches_tracked) == 0
+    """Return whether the running statistics were never updated. A count of 0 proves nothing: files may lack it."""
+    return bool((bn.running_mean == 0).all() and (bn.running_var == 1).all())
 
 
 @torch.no_grad()
