@@ -40,7 +40,7 @@ class Arm:
         freezes_statistics: BN layers use their running statistics in training and do not update them.
         trained: what is trained: "all", all but the affine parameters of BN ("no affine"), or norms and head ("norms").
         reestimates_after: BN statistics are re-estimated after training if that is better on validation inputs.
-        gate_rate: the learning rate of the gates; None: as normswap chooses it.
+        gate_rate: the learning rate of the gates, where it is not selected.
         penalty: on batch dependence.
         momentum: of running statistics that are tracked although they are constants in training.
     """
