@@ -160,6 +160,7 @@ def setting_digest(name: str) -> str:
     return code_digest(task, *setting.sources) + setting.load.__name__
 
 
+@cache
 def key_of(job: Job) -> str:
     """Return the key of a run: a digest of all that determines its result."""
     if job.rate is None:
