@@ -33,6 +33,7 @@ from normswap.errors import CheckpointError, ModelError
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
     from normswap.checkpoints.loading import OpenedModel
     from normswap.finetune.data.datasets import Data
@@ -87,7 +88,12 @@ def parse_size(_context: Any, _parameter: Any, text: str | None) -> Size | None:
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed for the order of the images.")
 @click.option("--device", default="cpu", show_default=True, help="Device that runs the model, such as cuda.")
 @click.option("--layer-by-layer", is_flag=True, help="One pass over the data per layer: exact at any batch size.")
-@click.option("--include-frozen", is_flag=True, help="Also calibrate layers that use running statistics in training.")
+@click.option("--include-frozen", is_flag=True, help="Also calibrate layers that replaced a frozen norm.")
+@click.option("--only", metavar="PATTERN", multiple=True, help="Calibrate only layers with such names. Repeatable.")
+@click.option("--match", is_flag=True, help="Match the in and ln branches to the new statistics, in one more pass.")
+@click.option(
+    "--keep-function", is_flag=True, help="Change weight and bias too, so that the function of bn stays the same."
+)
 @click.option(
     "-o",
     "--output",
@@ -146,7 +152,7 @@ def _calibrate_file(
         )
     file_format = select_format(target, checkpoint, named=named)
     opened = open_model(checkpoint, arch=arch, inputs=(), trust=options["trust"])
-    data = _open_data(source, opened, options)
+    data = open_data_set(source, opened.model, opened.architecture, options)
     console = Console(highlight=False, quiet=as_json)
     console.print(heading(file.name, checkpoint.describe(opened.architecture)))
     result = _run_calibration(opened, data, options)
@@ -195,12 +201,23 @@ class _Batches:
             return self._count
 
 
-def _open_data(source: str, opened: "OpenedModel", options: dict[str, Any]) -> "Data":
+def open_data_set(source: str, model: "nn.Module", architecture: str | None, options: dict[str, Any]) -> "Data":
+    """Open a data set for a model, and show that on the terminal.
+
+    Args:
+        source: the value of `--data`.
+        model: its configuration gives the size of the images, unless `options` do.
+        architecture: the name that builds the model, None if it is unknown.
+        options: the values of the other options of the data set.
+
+    Raises:
+        DataError: it cannot be opened, or the size of the images is unknown.
+    """
     from normswap.checkpoints.architecture.registry import default_input_shape
     from normswap.finetune.data.datasets import open_data
     from normswap.finetune.data.loaders import DataSettings
 
-    shape = default_input_shape(opened.model, opened.architecture)
+    shape = default_input_shape(model, architecture)
     size: Size | None = options["input_size"]
     if shape is not None:
         size = Size(size.height, size.width, size.channels or shape[1]) if size else Size(shape[2], shape[3], shape[1])
@@ -211,11 +228,11 @@ def _open_data(source: str, opened: "OpenedModel", options: dict[str, Any]) -> "
         image_size=None if size is None else (size.height, size.width),
         channels=None if size is None else size.channels,
         batch_size=options["batch_size"],
-        workers=options["workers"],
-        seed=options["seed"],
+        workers=options.get("workers", 0),
+        seed=options.get("seed", 0),
     )
     with stage(f"opening {source}"):
-        return open_data(settings, use="calibration", model=opened.model)
+        return open_data(settings, use="calibration", model=model)
 
 
 def _run_calibration(opened: "OpenedModel", data: "Data", options: dict[str, Any]) -> "Calibration":
@@ -234,6 +251,9 @@ def _run_calibration(opened: "OpenedModel", data: "Data", options: dict[str, Any
             _Batches(data, options["batches"], floating_dtype(model), bar),
             layer_by_layer=options["layer_by_layer"],
             include_frozen=options["include_frozen"],
+            only=options["only"],
+            match=options["match"],
+            keep_function=options["keep_function"],
             device=device,
         )
     model.to("cpu")

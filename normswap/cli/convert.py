@@ -1,7 +1,8 @@
 """`normswap convert`: the command line of `normswap.convert_file`."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ import click
 from normswap.checkpoints.file_output import ConvertOptions, NetworkOptions, check_output
 from normswap.checkpoints.io.atomic_files import check_readable, check_writable, write_text
 from normswap.checkpoints.io.memory import return_freed_memory
+from normswap.cli.calibrate import open_data_set, parse_size
 from normswap.cli.console import one_line_failures, print_json, report_interruption, stage, translate_arguments
 from normswap.cli.options import (
     InputSpec,
@@ -25,6 +27,8 @@ from normswap.cli.options import (
 from normswap.errors import NothingToDo, PlanError
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
+
     from normswap.checkpoints.file_conversion import FileConversion
     from normswap.surgery.plan import SwapPlan
 
@@ -36,6 +40,9 @@ _SWAP_OPTIONS = (
     *("include", "exclude", "kinds", "gate", "bn_statistics", "synchronize"),
     *("start", "num_groups", "untrained"),
 )
+
+
+_DATA_OPTIONS = ("source", "split", "data_root", "input_size", "batch_size", "batches")
 
 
 @click.command("convert", short_help="Convert a file and write the model to a new one.")
@@ -83,6 +90,23 @@ _SWAP_OPTIONS = (
     is_flag=True,
     help="In training, compute the BN statistics over the batches of all processes, as SyncBatchNorm does.",
 )
+@click.option(
+    "--data",
+    "source",
+    metavar="SPEC",
+    help="Match the in branches to the images of a data set, which needs no labels, and measure the distance of "
+    "--start on them: folder:PATH, digits, digits:shifted, or a timm name such as torch/NAME.",
+)
+@click.option("--split", default="train", show_default=True, help="Part of the data set.")
+@click.option("--data-root", metavar="PATH", help="Folder of the data set, if --data is a name such as torch/NAME.")
+@click.option(
+    "--input-size",
+    callback=parse_size,
+    metavar="[Cx]HxW",
+    help="Size of its images in pixels. Default: the size in timm's configuration of the model.",
+)
+@click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True, help="Images per batch.")
+@click.option("--batches", type=click.IntRange(1), default=4, show_default=True, help="Number of batches.")
 @click.option("--plan", type=click.Path(path_type=Path), help="Apply a plan written by --save-plan.")
 @click.option("--save-plan", type=click.Path(path_type=Path), help="Write the plan as JSON, also with --dry-run.")
 @click.option("--weights-only", is_flag=True, help="Write only the converted weights; drop optimizer, epoch and EMA.")
@@ -119,7 +143,8 @@ def convert_command(
     if options.pop("no_match"):
         swap["match"] = False
     networks = networks_from_options(entries, archs, inputs)
-    arguments = ConvertOptions(file, output, networks, overwrite=force, **options)
+    data = _data(archs, {name: options.pop(name) for name in _DATA_OPTIONS})
+    arguments = ConvertOptions(file, output, networks, data=data, overwrite=force, **options)
     printer = _Printer(as_json=as_json)
     with report_interruption(lambda: printer.written):
         try:
@@ -129,6 +154,22 @@ def convert_command(
             printer.print_document()
             raise
         printer.print_document()
+
+
+def _data(archs: Sequence[str], options: dict[str, Any]) -> "Callable[[nn.Module], list[Tensor]] | None":
+    """Return a function that reads batches of images for a model; None without a data set."""
+    if options["source"] is None:
+        return None
+
+    def read(model: "nn.Module") -> "list[Tensor]":
+        """Read the batches."""
+        from normswap.checkpoints.loading import floating_dtype
+
+        data = open_data_set(options["source"], model, archs[0] if archs else None, options)
+        with stage(f"reading {options['batches']} batches"):
+            return [images.to(floating_dtype(model)) for images, _ in islice(data, options["batches"])]
+
+    return read
 
 
 def _check_paths(arguments: ConvertOptions, plan: Path | None, save_plan: Path | None) -> None:
