@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.finetuning.evidence import training
 from benchmarks.finetuning.evidence.arms import ALL
-from benchmarks.finetuning.evidence.plan import SETTINGS, Job, Record, find, key_of, planned
+from benchmarks.finetuning.evidence.plan import SELECTION_SEED, SETTINGS, Job, Record, find, key_of, planned
 from benchmarks.finetuning.evidence.settings.task import Task
 from benchmarks.provenance import machine
 from benchmarks.records import append_line
@@ -165,7 +165,7 @@ def run_job(job: Job) -> Record:
         steps=job.steps,
         batch=job.batch,
         seed=job.seed,
-        tests=job.stage not in ("rates", "curves"),
+        tests=job.seed != SELECTION_SEED,
     )
     return {
         "key": key_of(job),

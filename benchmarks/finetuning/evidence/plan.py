@@ -37,7 +37,6 @@ ABLATED = ("digits_shift", "fashion_shift", "shapes")
 # Ablations whose rate is selected as that of an arm; the others take the rate of the default.
 OWN_RATE = ("price", "raw", "without_bn", "norms_only")
 CURVES, CURVE_ARMS = ("digits_shift", "fashion_shift"), ("frozen", "gn_matched", "ln_matched", "default")
-CURVE_GATE_RATE = 1e-2
 LONGER, LONGER_ARMS, LONGER_BATCH = ("digits_shift", "fashion_shift"), ("bn", "frozen", "gn_matched", "default"), 16
 LONGER_FACTOR = 10
 
@@ -289,23 +288,23 @@ def extensions(records: Records, setting: str) -> Iterator[Job]:
     """Yield the runs with more seeds of the default and its closest rivals, where they are close."""
     for batch in BATCHES:
         seeds = SEEDS
+        rivals = close_arms(scores_of(records, setting, batch, seeds))
         for more in MORE_SEEDS:
             scores = scores_of(records, setting, batch, seeds)
-            if any(len(scores[arm]) < len(seeds) for arm in close_arms(scores)):
+            if any(len(scores[arm]) < len(seeds) for arm in ("default", *rivals)):
                 break
-            close = [arm for arm in close_arms(scores) if _is_close(records, setting, batch, arm, seeds)]
-            if not close:
+            rivals = [arm for arm in rivals if _is_close(records, setting, batch, arm, seeds)]
+            if not rivals:
                 break
             seeds += more
             for seed in more:
-                for arm in ("default", *close):
+                for arm in ("default", *rivals):
                     yield final(records, setting, arm, batch, seed, "close rivals")
 
 
 def close_arms(scores: Mapping[str, Mapping[int, float]]) -> list[str]:
-    """Return the two best rivals of the default, by the seeds that all arms have."""
-    complete = {arm: mean(list(found.values())[: len(SEEDS)]) for arm, found in scores.items() if found}
-    return rivals_of(complete)[:CLOSE_RIVALS]
+    """Return the two best rivals of the default."""
+    return rivals_of({arm: mean(found.values()) for arm, found in scores.items() if found})[:CLOSE_RIVALS]
 
 
 def _is_close(records: Records, setting: str, batch: int, arm: str, seeds: tuple[int, ...]) -> bool:
@@ -336,12 +335,11 @@ def scores_of(
 
 
 def curves(setting: str) -> Iterator[Job]:
-    """Yield half-length runs at the rates of the grid, at one below and one above it; gates have their usual rate."""
+    """Yield half-length runs at rates of the grid and beyond it; normswap chooses the rate of gates."""
     steps = SETTINGS[setting].steps[ABLATION_BATCH] // 2
     for rate in curve_rates(setting):
         for arm in CURVE_ARMS:
-            gates = CURVE_GATE_RATE if has_pairs(arm) else None
-            yield Job("curves", setting, arm, ABLATION_BATCH, SELECTION_SEED, rate, gates, steps)
+            yield Job("curves", setting, arm, ABLATION_BATCH, SELECTION_SEED, rate, None, steps)
 
 
 def curve_rates(setting: str) -> tuple[float, ...]:

@@ -31,7 +31,7 @@ from benchmarks.finetuning.evidence.plan import (
     planned,
     selected_rates,
 )
-from benchmarks.finetuning.evidence.training import CLIP, GATE_FACTOR, MAX_GATE_RATE, WEIGHT_DECAY
+from benchmarks.finetuning.evidence.training import CLIP, WEIGHT_DECAY
 from benchmarks.finetuning.evidence.verdict import (
     Cell,
     Verdict,
@@ -215,7 +215,7 @@ def _dead(records: Records) -> str:
     ]
     alone = [
         f"{SETTINGS[record['setting']].title}, batch {record['batch']}, seed {record['seed']}, "
-        f"rate {record['rate']:g}, gates {record['gate_rate']:g}"
+        f"rate {_rate((record['rate'], record['gate_rate']))}"
         for record in deaths_of_default_alone(records)
     ]
     text = "; ".join(alone) if alone else "none"
@@ -339,7 +339,8 @@ order.
 **Rates.** For each arm, three rates of the network (for normswap's default three pairs of this rate and the rate of the
 gates) are compared on validation inputs after half the steps, with seed {SELECTION_SEED}, which is not reported, at
 batch sizes 2 and 16. Batch size 4 takes the rate of 2, batch size 1 the better of that rate and half of it. Gates of a
-softmax have {GATE_FACTOR:g} times the rate of the network, at most {MAX_GATE_RATE:g}.
+softmax have the rate that `normswap.param_groups` chooses. The steps of the other gates are limited by
+`normswap.limit_gate_steps`, as in recipes.
 
 **Seeds.** {_and(SEEDS)}; a seed determines the draw of the data, the new head and the order of the inputs. Where the
 default and one of its two best rivals are within two standard errors or {CLOSE_POINTS:g} point, both get 5 and then
