@@ -6,12 +6,11 @@ import torch
 from torch import nn
 
 import normswap.finetune.data.digits as data
-from benchmarks.finetuning import protocol, training
-from benchmarks.finetuning.batch_dependence.run import prepare_transfer
+from benchmarks.finetuning import training
 from benchmarks.finetuning.evidence.settings.task import Examples, Task, code_digest, trained_once
 from normswap.finetune.data.digits import Digits, Images, load_ink, prepare_digits, render_target, split_indices
 
-SOURCES: tuple[ModuleType, ...] = (data, protocol)
+SOURCES: tuple[ModuleType, ...] = (data, training)
 
 
 def shifted(seed: int) -> Task:
@@ -36,7 +35,7 @@ def shifted(seed: int) -> Task:
 
 def unseen_classes(seed: int) -> Task:
     """From clean digits 0 to 4 to clean digits 5 to 9, with a new head."""
-    digits = prepare_transfer(seed=seed)
+    digits = training.prepare_transfer(seed=seed)
     network = _source_network("unseen", digits, seed)
     torch.manual_seed(seed)
     network.reset_classifier(5)  # type: ignore[operator]
