@@ -1,9 +1,8 @@
 """Run the recipe for small batches and measure its training loop (`make recipes`) -> docs/measured/small-batch.md.
 
 The recipe, the recipe with batch statistics (an ablation), and plain BN run at three batch sizes over three seeds. The
-training loop is
-compared with a loop written by hand. An interrupted run resumes; `--rewrite` only writes the page from the records.
-`--peak engine|hand` prints the peak memory of one loop.
+training loop is compared with a loop written by hand. An interrupted run resumes; `--rewrite` only writes the page from
+the records. `--peak engine|hand` prints the peak memory of one loop.
 """
 
 import argparse

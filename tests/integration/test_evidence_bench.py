@@ -272,7 +272,7 @@ def test_the_rate_with_the_best_validation_score_is_selected_and_batch_size_1_tr
 
     assert plan.selected_rates(records, "digits_shift", "frozen", 2) is None
     assert plan.candidates(records, "digits_shift", "frozen", 1) is None
-    low, middle, high = plan.SETTINGS["digits_shift"].rates
+    low, middle, high = plan.SETTINGS["digits_shift"].lower_rates
     add(plan.candidates(records, "digits_shift", "frozen", 2), {low: 50.0, middle: 70.0, high: 70.0})
     assert plan.selected_rates(records, "digits_shift", "frozen", 2) == (middle, None)
     assert plan.selected_rates(records, "digits_shift", "frozen", 4) == (middle, None)
@@ -287,7 +287,8 @@ def test_the_rate_with_the_best_validation_score_is_selected_and_batch_size_1_tr
 def test_the_default_has_as_many_candidates_as_any_arm_and_variants_take_its_rate(made_up: list[Job]) -> None:
     records: dict[str, Record] = {}
     for setting in plan.SETTINGS.values():
-        assert len(setting.pairs) == len(setting.rates) == 3
+        assert len(setting.pairs) == len(setting.rates) == len(setting.lower_rates) == 3
+        assert setting.rates[0] in setting.lower_rates
     for job in plan.candidates(records, "digits_shift", "default", 2) or []:
         records[key_of(job)] = record_of(job)
     chosen = plan.selected_rates(records, "digits_shift", "default", 2)

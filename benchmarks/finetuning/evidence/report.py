@@ -19,6 +19,7 @@ from benchmarks.finetuning.evidence.plan import (
     LONGER_ARMS,
     LONGER_BATCH,
     LONGER_FACTOR,
+    LOWER_RATES,
     SEEDS,
     SELECTION_SEED,
     SETTINGS,
@@ -312,7 +313,8 @@ def _rate(rates: tuple[float, float | None] | None) -> str:
 def _method() -> str:
     tasks = "\n".join(
         f"- *{setting.title}*: {_described(setting.load.__doc__)} "
-        f"Rates {_and([f'{rate:g}' for rate in setting.rates])}; pairs of rates "
+        f"Rates {_and([f'{rate:g}' for rate in setting.rates])}; lower rates "
+        f"{_and([f'{rate:g}' for rate in setting.lower_rates])}; pairs of rates "
         f"{_and([f'{rate:g} / {gates:g}' for rate, gates in setting.pairs])}; "
         f"{_and([f'{count} steps at {batch}' for batch, count in setting.steps.items()])}; "
         f"near chance: at most {setting.near_chance:g} %."
@@ -338,7 +340,8 @@ order.
 
 **Rates.** For each arm, three rates of the network (for normswap's default three pairs of this rate and the rate of the
 gates) are compared on validation inputs after half the steps, with seed {SELECTION_SEED}, which is not reported, at
-batch sizes 2 and 16. Batch size 4 takes the rate of 2, batch size 1 the better of that rate and half of it. Gates of a
+batch sizes 2 and 16. The lower rates of a setting are for arms that larger ones destroy:
+{_and([title(arm) for arm in LOWER_RATES])}. Batch size 4 takes the rate of 2, batch size 1 the better of that rate and half of it. Gates of a
 softmax have the rate that `normswap.param_groups` chooses. The steps of the other gates are limited by
 `normswap.limit_gate_steps`, as in recipes.
 
