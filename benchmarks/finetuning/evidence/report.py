@@ -341,7 +341,8 @@ order.
 **Rates.** For each arm, three rates of the network (for normswap's default three pairs of this rate and the rate of the
 gates) are compared on validation inputs after half the steps, with seed {SELECTION_SEED}, which is not reported, at
 batch sizes 2 and 16. The lower rates of a setting are for arms that larger ones destroy:
-{_and([title(arm) for arm in LOWER_RATES])}. Batch size 4 takes the rate of 2, batch size 1 the better of that rate and half of it. Gates of a
+{_and([title(arm) for arm in LOWER_RATES])}. Batch size 4 takes the rate of 2, batch size 1 the better
+of that rate and half of it. Gates of a
 softmax have the rate that `normswap.param_groups` chooses. The steps of the other gates are limited by
 `normswap.limit_gate_steps`, as in recipes.
 
