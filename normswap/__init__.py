@@ -72,6 +72,8 @@ if TYPE_CHECKING:
     from normswap.surgery.plan import SwapPlan as SwapPlan
     from normswap.surgery.planning import plan_swaps as plan_swaps
     from normswap.surgery.selection import SwapOptions as SwapOptions
+    from normswap.training.gate_steps import GateStepLimit as GateStepLimit
+    from normswap.training.gate_steps import limit_gate_steps as limit_gate_steps
     from normswap.training.importance_watch import ImportanceWatch as ImportanceWatch
     from normswap.training.importance_watch import watch_importance as watch_importance
     from normswap.training.lightning_callback import ImportanceCallback as ImportanceCallback
@@ -136,6 +138,7 @@ _NAMES_BY_MODULE = {
     "surgery.plan": ("SwapPlan",),
     "surgery.planning": ("plan_swaps",),
     "surgery.selection": ("SwapOptions",),
+    "training.gate_steps": ("GateStepLimit", "limit_gate_steps"),
     "training.importance_watch": ("ImportanceWatch", "watch_importance"),
     "training.lightning_callback": ("ImportanceCallback",),
     "training.live_conversion": ("TrainingConversion", "convert_training"),

@@ -225,8 +225,7 @@ def convert_file(
         dry_run: do everything except writing the file.
         trust: run the code that the file names: pickled objects.
         overwrite: replace an existing output file.
-        progress: called with the name of each stage, such as `print`. It may return a context manager, which is then
-            open while the stage runs.
+        progress: called with the name of each stage, such as `print`; it may return a context manager for the stage.
 
     Returns:
         `FileConversion`: the output path, the plan, the verification, and what happened to the other entries.
@@ -419,7 +418,8 @@ class _Run:
         with self.progress("comparing original and converted"):
             if any(swap.start for swap in conversion.plan.swaps):
                 return None, measure_distance(*models, data or [opened.inputs])
-            return compare(*models, [opened.inputs], tolerance=self.options.tolerance), None
+            planned = {swap.fqn: swap.bn_statistics for swap in conversion.plan.swaps}
+            return compare(*models, [opened.inputs], tolerance=self.options.tolerance, bn_statistics=planned), None
 
     def _convert_by_names(self, options: NetworkOptions, checkpoint: Checkpoint) -> ConvertedWeights:
         """Convert the tensors by their names, without a model."""

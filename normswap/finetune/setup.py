@@ -417,6 +417,8 @@ def _prepare_untrained(
         what = f"their running statistics were computed on {images} training images"
     elif choice == "uniform":
         what = "they start at equal weights of in and ln, without bn"
+    if constant and len(untrained) == len(source.plan.swaps):
+        what += '; for training from scratch set convert.bn_statistics = "batch"'
     return replace(source, notes=(*source.notes, f"convert.untrained: {sites}; {what}"))
 
 

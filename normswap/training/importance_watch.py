@@ -20,6 +20,7 @@ from normswap.layers.gating import BRANCHES, BnStatistics, check_bn_statistics
 from normswap.renamed import warn_renamed
 from normswap.running_stats.control import set_bn_statistics
 from normswap.surgery.importance import SiteWeights, gated_modules, importance_weights, trainable_gates
+from normswap.training.output_watch import OutputWatch
 
 logger = logging.getLogger(__name__)
 
@@ -126,11 +127,11 @@ class ImportanceWatch:
         >>> import torch, normswap
         >>> model = normswap.convert(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))).model
         >>> optimizer = torch.optim.SGD(normswap.param_groups(model, lr=0.1))
-        >>> with normswap.watch_importance(model, optimizer, bn_statistics={2: "running"}) as watch:
+        >>> with normswap.watch_importance(model, optimizer, bn_statistics={2: "batch"}) as watch:
         ...     for _ in range(2):
         ...         optimizer.step()
         >>> watch.step, model[1].bn_statistics
-        (2, 'running')
+        (2, 'batch')
     """
 
     __module__ = "normswap"
@@ -186,9 +187,14 @@ def watch_importance(
     every: int = 100,
     per_site: bool = False,
     bn_statistics: Mapping[int, BnStatistics] | None = None,
+    inputs: Any = None,
+    report: Callable[[str], object] = logger.warning,
     step: int = 0,
 ) -> ImportanceWatch:
     """Log importance weights, and switch `bn_statistics`, after steps of an optimizer, without a change of the loop.
+
+    With `inputs` it also looks for layers whose outputs died: that no longer differ between samples, are NaN or
+    infinite.
 
     The weights are read from the device only when they are written. In several processes, pass `write` in the one that
     logs, and `bn_statistics` in all.
@@ -203,14 +209,17 @@ def watch_importance(
         per_site: also write `importance/FQN/mean/bn` and so on for every site.
         bn_statistics: the statistics of `bn` branches in training, by the number of steps after which they start,
             such as `{0: "batch", 1000: "running"}`; see `normswap.set_bn_statistics`.
+        inputs: one input of the model with a few different samples, on which the model runs in evaluation mode every
+            100 steps, to look for outputs that died.
+        report: called once, with a sentence, if outputs died; default: a warning of Python's logging.
         step: the number of steps that a resumed run has taken before. The mode of that step is set at once.
 
     Returns:
         A handle with `watch.step` and `watch.remove()`; also a context manager.
 
     Raises:
-        WatchError: both `write` and `bn_statistics` are missing; the model has no SN layers; `every` is less than 1; a
-            key of `bn_statistics` is not a number of steps.
+        WatchError: `write`, `bn_statistics` and `inputs` are all missing; the model has no SN layers; `every` is less
+            than 1; a key of `bn_statistics` is not a number of steps; `inputs` has a single sample.
         OptimizerError: `optimizer` is not an optimizer, or has none of the trainable gates.
         LayerError: a mode is unknown.
         ModelError: the layers do not support a mode; see `normswap.set_bn_statistics`.
@@ -232,8 +241,10 @@ def watch_importance(
         callbacks.append(StatisticsSwitch(model, bn_statistics))
     if write is not None:
         callbacks.append(ImportanceLog(model, write, every=every, per_site=per_site, start_step=step))
+    if inputs is not None:
+        callbacks.append(OutputWatch(model, inputs, report))
     if not callbacks:
-        raise WatchError("nothing to do: pass write, such as write=print, or bn_statistics={1000: 'running'}")
+        raise WatchError("nothing to do: pass write, such as write=print, bn_statistics={1000: 'running'}, or inputs")
     return ImportanceWatch(callbacks, step).attach(inner_optimizer)
 
 

@@ -295,7 +295,7 @@ def _without_gates(model: nn.Module, groups: list[Group]) -> tuple[list[Group], 
     for group in groups:
         keep_mask = [parameter not in gates for parameter in group["params"]]
         if keep_mask and not any(keep_mask):
-            template = group
+            template = {**group, GATE_GROUP: True}  # so that the gates keep their rate
             continue
         lists = {name: group[name] for name in ("params", "param_names") if name in group}
         kept.append(

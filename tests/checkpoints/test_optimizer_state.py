@@ -99,7 +99,7 @@ def trained(build: Callable[..., Any], *, by_model: bool) -> Trained:
 
 def resumed(start: Trained, build: Callable[..., Any], *, importance_lr: float | None) -> Trained:
     """The conversion of the model, with an optimizer that has loaded the extended state dict."""
-    model = normswap.convert(start.model, next(batches(1, 0))[0]).model
+    model = normswap.convert(start.model, next(batches(1, 0))[0], bn_statistics="batch").model
     gates = list(trainable_gates(model))
     state = through_a_file(with_gates(start.state, gates=gates, importance_lr=importance_lr))
     optimizer = build(normswap.param_groups(model, like=start.state, importance_lr=importance_lr))
@@ -198,7 +198,7 @@ def test_an_optimizer_that_lives_on_takes_the_gates_as_one_more_group() -> None:
     never = copy.deepcopy(start)
     never = Trained(never.model, build(never.model), never.state)
     never.optimizer.load_state_dict(start.state)
-    normswap.convert(start.model, inplace=True)
+    normswap.convert(start.model, bn_statistics="batch", inplace=True)
     start.optimizer.add_param_group(normswap.param_groups(start.model, like=start.optimizer, importance_lr=0.0)[-1])
     train(start.model, start.optimizer, 4, seed=2)
     train(never.model, never.optimizer, 4, seed=2)
@@ -226,7 +226,9 @@ def test_with_gates_appends_a_group_and_shares_the_rest() -> None:
     old["state"] = {0: {"momentum_buffer": torch.ones(2)}}
     before = copy.deepcopy(old["param_groups"])
     new = with_gates(old, gates=["bn.mean_weight", "bn.var_weight"])
-    assert new["param_groups"][-1] == {"params": [3, 4], "lr": 0.1, "momentum": 0.9, "weight_decay": 0.0, "gates": True}
+    assert new["param_groups"][-1] == {
+        **{"params": [3, 4], "lr": 0.03, "momentum": 0.9, "weight_decay": 0.0, "gates": True}
+    }
     assert all(a is b for a, b in zip(new["param_groups"], old["param_groups"], strict=False))
     assert new["state"] is old["state"]
     assert new["rng_state"] == (1, 2)
@@ -238,7 +240,8 @@ def test_with_gates_appends_a_group_and_shares_the_rest() -> None:
 @pytest.mark.parametrize(
     ("options", "importance_lr", "expected"),
     [
-        ({"lr": 0.05, "initial_lr": 0.2}, None, {"lr": 0.05, "initial_lr": 0.2}),
+        ({"lr": 0.05, "initial_lr": 0.2}, None, {"lr": 0.0075, "initial_lr": 0.03}),
+        ({"lr": 1e-4}, None, {"lr": 0.01}),
         ({"lr": 0.05, "initial_lr": 0.2}, 0.4, {"lr": 0.1, "initial_lr": 0.4}),
         ({"lr": 0.05, "initial_lr": 0.2}, 0.0, {"lr": 0.0, "initial_lr": 0.0}),
         ({"lr": 0.0, "initial_lr": 0.0}, 0.3, {"lr": 0.3, "initial_lr": 0.3}),
@@ -368,8 +371,8 @@ def test_the_schedule_goes_on_as_if_the_gates_had_been_there(name: str, stopped:
     whole = advance(*scheduled([0.1, 0.02, importance_lr], name), range(1, 11))
     optimizer, scheduler = scheduled([0.1, 0.02], name)
     advance(optimizer, scheduler, range(1, stopped + 1))
-    own = None if importance_lr == 0.02 else importance_lr
-    if own and name == "ReduceLROnPlateau":  # which keeps no initial rate: the present one is asked for
+    own = importance_lr
+    if name == "ReduceLROnPlateau":  # which keeps no initial rate: the present one is asked for
         own *= optimizer.param_groups[-1]["lr"] / 0.02
     optimizer_state = with_gates(through_a_file(optimizer.state_dict()), gates=["g"], importance_lr=own)
     state = scheduler_with_gates(scheduler.state_dict(), optimizer_state=optimizer_state)

@@ -232,8 +232,8 @@ def test_data_match_the_in_branches_and_measure_the_distance(folder: Path) -> No
     found = document("convert", "bn.pt", *ARCH, *INPUT, *data, "--start", "ln")
     assert (found["distance"]["predictions"], found["distance"]["inputs"]) == (8, "4x3x32x32")
     scales = [t for key, t in torch.load("bn.normswap.pt").items() if key.endswith("in_var_scale")]
-    assert scales
-    assert not any(torch.equal(scale, torch.ones_like(scale)) for scale in scales)
+    scaled = [scale for scale in scales if not torch.equal(scale, torch.ones_like(scale))]
+    assert len(scaled) > len(scales) / 2  # the others have maps of one position at this size
 
 
 def test_branches_stay_raw_on_request(folder: Path) -> None:

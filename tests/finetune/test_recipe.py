@@ -43,7 +43,7 @@ def with_value(place: str, value: object) -> dict[str, dict[str, object]]:
 
 def test_a_recipe_has_the_defaults_of_what_it_leaves_out() -> None:
     recipe = parse_recipe("mine", SMALLEST)
-    assert (recipe.train.steps, recipe.train.batch_penalty, recipe.convert.enabled) == (10, 0.03, True)
+    assert (recipe.train.steps, recipe.train.batch_penalty, recipe.convert.enabled) == (10, 0.0, True)
     assert str(recipe.output) == "runs/mine"
     assert parse_recipe("mine", with_value("train.lr", 1)).train.lr == 1.0
     assert parse_recipe("mine", with_value("convert.include", ["a.*"])).convert.include == ("a.*",)
@@ -265,7 +265,11 @@ def test_the_command_shows_that_a_key_was_renamed(tmp_path: Path) -> None:
         ("digits_source", None, "overrides: expected a list such as ['train.lr=0.01'], got None"),
         ("digits_source", [3], "overrides: expected table.key=value such as train.lr=0.01, got 3"),
         ("digits_source", ["train.seed=" + 5000 * "9"], "train.seed: expected a whole number, got '999"),
-        ("digits_source", ["convert.kinds=['bm']"], "convert.kinds[0]: expected 'bn' or 'in' or 'gn1', got 'bm'"),
+        (
+            "digits_source",
+            ["convert.kinds=['bm']"],
+            "convert.kinds[0]: expected 'bn' or 'in' or 'gn1' or 'gn', got 'bm'",
+        ),
     ],
 )
 def test_wrong_arguments_of_read_recipe_are_refused(source: Any, overrides: Any, text: str) -> None:

@@ -81,7 +81,7 @@ def test_a_run_with_bn_goes_on_from_its_converted_folder(tmp_path: Path) -> None
     """The next step is the one that BN would have taken, momentum, decay and schedule included."""
     expected = trained(transformers.Trainer, network(), tmp_path / "bn")
     folder = tmp_path / "bn" / "checkpoint-2"
-    result = CliRunner().invoke(main, ["convert", str(folder), "--input", "2x3x32x32"])
+    result = CliRunner().invoke(main, ["convert", str(folder), "--input", "2x3x32x32", "--bn-statistics", "batch"])
     assert result.exit_code == 0, result.output
     folder = folder.with_name("checkpoint-2.normswap")
     found = trained(Trainer, normswap.load(folder).model, tmp_path / "sn", folder)

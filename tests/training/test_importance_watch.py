@@ -29,7 +29,9 @@ class Net(nn.Module):
 
 def network() -> Any:
     torch.manual_seed(0)
-    return convert(zoo.randomise(Net()), X, settings={"second": {"branches": ("ln", "bn")}}).model.train()
+    return convert(
+        zoo.randomise(Net()), X, bn_statistics="batch", settings={"second": {"branches": ("ln", "bn")}}
+    ).model.train()
 
 
 def built(model: nn.Module) -> torch.optim.Optimizer:
@@ -198,7 +200,7 @@ REFUSED: dict[str, Refusal] = {
     "nothing to do": (
         lambda: watch_importance(model := network(), built(model)),
         WatchError,
-        "nothing to do: pass write, such as write=print, or bn_statistics=",
+        "nothing to do: pass write, such as write=print, bn_statistics=",
     ),
     "every": (
         lambda: watch_importance(model := network(), built(model), write=print, every=0),

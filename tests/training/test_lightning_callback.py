@@ -48,7 +48,9 @@ class Module(lightning.LightningModule):
 
     def __init__(self) -> None:
         super().__init__()
-        self.network: Any = convert(zoo.randomise(nn.Sequential(zoo.conv(), zoo.bn())), DATA[0]).model
+        self.network: Any = convert(
+            zoo.randomise(nn.Sequential(zoo.conv(), zoo.bn())), DATA[0], bn_statistics="batch"
+        ).model
         self.modes: list[str] = []
 
     def training_step(self, batch: Tensor, _index: int) -> Tensor:
