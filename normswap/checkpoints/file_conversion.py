@@ -400,7 +400,7 @@ class _Run:
             originals=replaced,
             verification=verification,
             inputs=opened.inputs,
-            notes=opened.built.fit.notes(opened.architecture or plan.model_class),
+            notes=opened.notes(opened.architecture or plan.model_class),
         )
 
     def _open_model(self, options: NetworkOptions, checkpoint: Checkpoint) -> OpenedModel:

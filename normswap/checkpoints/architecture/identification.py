@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from normswap.checkpoints.architecture import efficientnet_pytorch
 from normswap.checkpoints.architecture.index import (
     ArchitectureIndex,
     IndexedArchitecture,
@@ -62,7 +63,7 @@ class Candidate:
 
     Attributes:
         architecture: the name for `architecture=`, with keywords.
-        keywords: the arguments that the shapes show, if they differ from the defaults.
+        keywords: the arguments that the shapes and names show, if they differ from the defaults.
         missing: tensors of the architecture that are not in the file.
         unexpected: tensors in the file that are not in the architecture.
         misshaped: tensors with another shape.
@@ -71,7 +72,7 @@ class Candidate:
     """
 
     architecture: str
-    keywords: Mapping[str, int]
+    keywords: Mapping[str, float]
     missing: TensorMismatch
     unexpected: TensorMismatch
     misshaped: TensorMismatch
@@ -92,11 +93,13 @@ class Identification:
         candidates: the exact matches.
         matches: the nearest architectures, if there is no exact match.
         origin: the zoos in the index, with their versions; models of others are unknown.
+        layout: the package whose names the tensors have, if they were mapped to those of the architectures.
     """
 
     candidates: tuple[Candidate, ...]
     matches: tuple[Candidate, ...]
     origin: str
+    layout: str | None = None
 
     @property
     def functions(self) -> tuple[tuple[Candidate, ...], ...]:
@@ -126,6 +129,9 @@ def identify(shapes: Mapping[str, Shape], *, index: ArchitectureIndex | None = N
     Raises:
         ArchitectureError: the index cannot be read.
     """
+    rename = efficientnet_pytorch.names_from_shapes(shapes)
+    if rename is not None:
+        return _identify_efficientnet({rename(name): shape for name, shape in shapes.items()}, index)
     known = index or shipped_index()
     counts = _count_matches(known, shapes)
     possible = np.flatnonzero((counts.missing_required == 0) & (counts.unexpected <= _MAX_UNEXPECTED))
@@ -137,6 +143,22 @@ def identify(shapes: Mapping[str, Shape], *, index: ArchitectureIndex | None = N
     )
     matches = () if candidates else _find_nearest(known, counts, shapes)
     return Identification(candidates, matches, known.origin)
+
+
+def _identify_efficientnet(shapes: Mapping[str, Shape], index: ArchitectureIndex | None) -> Identification:
+    """The architectures that match tensors of efficientnet-pytorch under timm's names, and compute their function."""
+    found = identify(shapes, index=index)
+    candidates = tuple(
+        _with_keywords(one, efficientnet_pytorch.KEYWORDS)
+        for one in found.candidates
+        if efficientnet_pytorch.has_same_function(one.facts)
+    )
+    return replace(found, candidates=candidates, layout=efficientnet_pytorch.LAYOUT)
+
+
+def _with_keywords(candidate: Candidate, keywords: Mapping[str, float]) -> Candidate:
+    name = ",".join([candidate.architecture, *(f"{key}={value}" for key, value in keywords.items())])
+    return replace(candidate, architecture=name, keywords={**candidate.keywords, **keywords})
 
 
 def require_unique(found: Identification) -> str:
