@@ -27,6 +27,7 @@ from normswap.layers.backends.interface import (
     Inputs,
     RunningStats,
     RunningStatsUpdate,
+    check_matching,
     check_tensors,
     check_update,
     switch_norm_fused,
@@ -48,9 +49,11 @@ from normswap.layers.gating import (
     check_bn_statistics,
     check_branches,
     check_gate,
+    check_num_groups,
     importance_weights,
     read_weights,
 )
+from normswap.layers.matching import Matching, matching_for
 from normswap.layers.sync import BnMoments, BnMomentsFunction, process_count, switch_norm_synchronized
 
 # --- the function
@@ -74,6 +77,8 @@ def switch_norm(
     num_batches_tracked: Tensor | None = None,
     synchronize: bool = False,
     process_group: "torch.distributed.ProcessGroup | None" = None,
+    matching: Matching | None = None,
+    num_groups: int = 1,
     site: "SiteName | None" = None,
 ) -> Tensor:
     """Normalize by a weighted mix of instance, layer and batch statistics.
@@ -107,6 +112,11 @@ def switch_norm(
             must then call this function, also with an empty x. `in` and `ln` statistics and the gradients of parameters
             are those of the local x.
         process_group: processes that share the batch; default all.
+        matching: constants (C,) of matched branches, which bring the statistics of `ln` and `in` to those that the
+            network was trained with: `ln_mean_shift` d, `ln_var_scale` r and `in_var_scale` s, each a tensor or None.
+            The mean of `ln` becomes mean + d sqrt(var + eps); its variance plus eps is multiplied by r, that of `in`
+            by s.
+        num_groups: `ln` pools over groups of C / num_groups channels, as GroupNorm.
         site: the name that a warning uses for the layer; None: no warnings.
 
     Returns:
@@ -117,10 +127,10 @@ def switch_norm(
     Raises:
         ArgumentError: an argument that should be a tensor is something else.
         LayerError: an option is unknown; x is not floating or has no channels; a tensor has a wrong length, dtype or
-            device; running statistics that training updates share memory, or a transform of `torch.func` forbids the
-            update; `in` is the only branch and there is one spatial position; the `bn` branch has one value per channel
-            and no running statistics; several processes synchronize and x is transformed, traced or fake, or only some
-            of them run with gradients.
+            device; `num_groups` does not divide C; running statistics that training updates share memory, or a
+            transform of `torch.func` forbids the update; `in` is the only branch and there is one spatial position; the
+            `bn` branch has one value per channel and no running statistics; several processes synchronize and x is
+            transformed, traced or fake, or only some of them run with gradients.
 
     Examples:
         >>> import torch, normswap
@@ -141,6 +151,10 @@ def switch_norm(
     if branches != BRANCHES:
         check_branches(branches)
     check_tensors(x, (mean_weight, var_weight), len(branches), (running_mean, running_var, weight, bias))
+    if num_groups != 1:
+        check_num_groups(num_groups, x.shape[1])
+    if matching is not None:
+        check_matching(x, matching)
     running = None
     if running_mean is not None and running_var is not None:
         running = RunningStats(running_mean, running_var, num_batches_tracked, momentum)
@@ -158,15 +172,17 @@ def switch_norm(
             x, mean_weight, var_weight, gate, branches, site
         )
         gate = "simplex"
-    mixing = Mixing(gate, tuple(branches), eps)
+    mixing = Mixing(gate, tuple(branches), eps, num_groups)
+    if matching is not None:
+        matching = matching_for(matching, mixing.branches, accumulation_dtype(x))
     if is_synchronized:
-        inputs = Inputs(x, mean_weight, var_weight, weight, bias, None, mixing)
+        inputs = Inputs(x, mean_weight, var_weight, weight, bias, None, mixing, None, matching)
         bn_moments = partial(_synchronized_bn_moments, x, running, num_batches_tracked, bn_statistics == "renorm")
         return _synchronized_implementation()(inputs, process_group, bn_moments)
     constants, running_stats_update, on_batch_moments = (
         _choose_bn_source(x, running, values, bn_statistics, training) if "bn" in branches else _NO_BN_SOURCE
     )
-    inputs = Inputs(x, mean_weight, var_weight, weight, bias, constants, mixing, running_stats_update)
+    inputs = Inputs(x, mean_weight, var_weight, weight, bias, constants, mixing, running_stats_update, matching)
     return _normalise(inputs, on_batch_moments)
 
 
@@ -179,8 +195,9 @@ def _normalise(inputs: Inputs, on_batch_moments: Callable[[Moments], None] | Non
     if is_eager(x) and (backend := fused_backend(x)) and (update is None or backend.supports_running_stats_update):
         if inputs.constants is not None and _is_fixed_batch_norm(inputs):
             return batch_norm(x, inputs.weight, inputs.bias, inputs.constants, mixing.eps)
-        return switch_norm_fused(backend, inputs, on_batch_moments)
-    if update is None and needs_custom_op(x):
+        if not _needs_plain_formula(inputs):
+            return switch_norm_fused(backend, inputs, on_batch_moments)
+    elif update is None and needs_custom_op(x) and not _needs_plain_formula(inputs):
         return switch_norm_operator(inputs, on_batch_moments)
     means, variances = importance_weights(torch.stack((inputs.mean_gate, inputs.var_gate)), mixing.gate).unbind()
     return switch_norm_reference(
@@ -190,10 +207,14 @@ def _normalise(inputs: Inputs, on_batch_moments: Callable[[Moments], None] | Non
         inputs.weight,
         inputs.bias,
         inputs.constants,
-        branches=mixing.branches,
-        eps=mixing.eps,
+        mixing=mixing,
+        matching=inputs.matching,
         on_batch_moments=on_batch_moments if update is None else update,
     )
+
+
+def _needs_plain_formula(inputs: Inputs) -> bool:
+    return inputs.matching is not None or inputs.mixing.num_groups != 1
 
 
 def _is_fixed_batch_norm(inputs: Inputs) -> bool:
@@ -288,7 +309,12 @@ def _normalise_synchronized(
             "torch.jit.trace, forward-mode derivatives and fake tensors have none: call eval() first, or set "
             "synchronize=False"
         )
-    return switch_norm_synchronized(inputs, group, bn_moments, fused=is_eager(x) and fused_backend(x) is not None)
+    return switch_norm_synchronized(
+        inputs,
+        group,
+        bn_moments,
+        fused=is_eager(x) and fused_backend(x) is not None and not _needs_plain_formula(inputs),
+    )
 
 
 def _synchronized_bn_moments(

@@ -31,11 +31,13 @@ from normswap.layers.gating import (
     check_bn_statistics,
     check_branches,
     check_gate,
+    check_num_groups,
     importance_weights,
     initial_point,
     is_on_simplex,
 )
 from normswap.layers.in_place import GATE_PARAMETERS
+from normswap.layers.matching import MATCHING_BUFFERS, Matching, identity_matching, match_statistics
 
 # Largest accepted distance of a stored point from the simplex: rounding of three float16 numbers.
 _SIMPLEX_TOLERANCE = 1e-2
@@ -53,10 +55,12 @@ class GatedModule(nn.Module):
     """A module with the gate parameters `mean_weight` and `var_weight`, (K,) for K branches.
 
     Attributes:
-        gate, branches, bn_statistics: options, as in `switch_norm`.
+        gate, branches, bn_statistics, num_groups: options, as in `switch_norm`.
         site: name for warnings.
         vertex: the branch that computes the norm that this module replaced.
         synchronize: in training, the `bn` branch uses the batch of all processes of `process_group` (None: all).
+        ln_mean_shift, ln_var_scale, in_var_scale: the constants (C,) of a matched layer, as in `switch_norm`, for the
+            branches that it mixes; else None.
     """
 
     _version = 1
@@ -64,12 +68,16 @@ class GatedModule(nn.Module):
     gate: Gate
     branches: tuple[Branch, ...]
     bn_statistics: BnStatistics
+    num_groups: int = 1
     site: SiteName | None = None
     vertex: Branch = "bn"
     synchronize: bool = False
     process_group: "torch.distributed.ProcessGroup | None" = None
     mean_weight: nn.Parameter
     var_weight: nn.Parameter
+    ln_mean_shift: Tensor | None
+    ln_var_scale: Tensor | None
+    in_var_scale: Tensor | None
 
     def __prepare_scriptable__(self) -> Self:
         """Raise for `torch.jit.script`, which calls this before it compiles.
@@ -101,6 +109,67 @@ class GatedModule(nn.Module):
         # A process group cannot be pickled; a loaded layer uses all processes.
         state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
         return {**state, "process_group": None} if state.get("process_group") is not None else state
+
+    @property
+    def matched(self) -> bool:
+        """Whether the branches `ln` and `in` are matched to running statistics."""
+        return self.matching is not None
+
+    @property
+    def matching(self) -> Matching | None:
+        """The constants of matched branches; None if the layer is not matched."""
+        find = self._buffers.get
+        shift, in_scale = find("ln_mean_shift"), find("in_var_scale")
+        return None if shift is None and in_scale is None else Matching(shift, find("ln_var_scale"), in_scale)
+
+    def match_to(
+        self,
+        running_mean: Tensor,
+        running_var: Tensor,
+        *,
+        instance_var: Tensor | None = None,
+        eps: float | None = None,
+    ) -> None:
+        """Match the branches to running statistics (C,): write the constants in place.
+
+        Args:
+            running_mean, running_var: statistics of the `bn` branch.
+            instance_var: expected variance (C,) of one sample over its positions, measured on data; without it
+                `in_var_scale` does not change.
+            eps: default that of the layer, or 1e-5 for a functional site, where each call has its own.
+
+        Raises:
+            LayerError: the layer is not matched, or has another number of channels.
+        """
+        if self.matching is None:
+            raise LayerError(f"expected a matched layer, got a {type(self).__name__} without matching constants")
+        channels = next(each.shape[0] for each in self.matching if each is not None)
+        for name, tensor in (
+            ("running_mean", running_mean),
+            ("running_var", running_var),
+            ("instance_var", instance_var),
+        ):
+            if tensor is not None and tensor.shape != (channels,):
+                raise LayerError(f"{name} should have the shape {(channels,)} not {tuple(tensor.shape)}")
+        eps = getattr(self, "normalising_eps", 1e-5) if eps is None else eps
+        found = match_statistics(running_mean, running_var, eps, self.num_groups, instance_var=instance_var)
+        with torch.no_grad():
+            for name, value in zip(MATCHING_BUFFERS, found, strict=True):
+                own = self._buffers.get(name)
+                if own is not None and value is not None and (name != "in_var_scale" or instance_var is not None):
+                    own.copy_(value)
+
+    def _register_matching(self, like: Tensor, channels: int | None) -> None:
+        """Register the constants of the mixed branches, as the identity; for None channels register none."""
+        constants = Matching() if channels is None else identity_matching(like, channels)
+        for (name, branch), constant in zip(MATCHING_BUFFERS.items(), constants, strict=True):
+            self.register_buffer(name, constant if branch in self.branches else None)
+
+    def _reset_matching(self) -> None:
+        for name, neutral in zip(MATCHING_BUFFERS, (0, 1, 1), strict=True):
+            own = self._buffers.get(name)
+            if own is not None:
+                own.fill_(neutral)
 
     def is_at(self, branch: Branch) -> bool:
         """Return whether all weight is exactly on `branch`, so that the module computes that norm."""
@@ -163,9 +232,25 @@ class GatedModule(nn.Module):
             elif not published and (problem := self._gate_problem(value, local_metadata.get("gate"))):
                 error_msgs.append(f"{prefix}{name}: {problem}")
                 state_dict[prefix + name] = getattr(self, name)  # torch loads the other tensors, then raises
+        self._add_missing_constants(state_dict, prefix)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+
+    def _add_missing_constants(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Match the branches to the running statistics of a state dict without constants, such as one of BN."""
+        own = {name: constant for name in MATCHING_BUFFERS if (constant := self._buffers.get(name)) is not None}
+        missing = [name for name in own if prefix + name not in state_dict]
+        if not missing:
+            return
+        like = own[missing[0]]
+        mean, var = (state_dict.get(prefix + name) for name in ("running_mean", "running_var"))
+        constants = identity_matching(torch.empty(0, dtype=like.dtype), like.shape[0])
+        if isinstance(mean, Tensor) and isinstance(var, Tensor) and mean.shape == var.shape == like.shape:
+            constants = match_statistics(mean, var, getattr(self, "normalising_eps", 1e-5), self.num_groups)
+        for name, constant in zip(MATCHING_BUFFERS, constants, strict=True):
+            if name in missing:
+                state_dict[prefix + name] = constant
 
     def _gate_problem(self, value: Tensor, stored_gate: str | None) -> str | None:
         if stored_gate not in (None, self.gate):
@@ -206,20 +291,45 @@ class FunctionalSwitchNorm(GatedModule):
     # The function whose call this module replaced; set by the conversion.
     replaced_call = "torch.nn.functional.batch_norm"
 
-    def __init__(self, *, gate: Gate, branches: Sequence[Branch], bn_statistics: BnStatistics = "batch") -> None:
+    def __init__(
+        self,
+        *,
+        gate: Gate,
+        branches: Sequence[Branch],
+        bn_statistics: BnStatistics = "batch",
+        vertex: Branch = "bn",
+        num_groups: int = 1,
+        matched_channels: int | None = None,
+    ) -> None:
+        """Create the gates.
+
+        Args:
+            gate, branches, bn_statistics, num_groups: options.
+            vertex: the branch with all weight at the start; if it is not mixed, all weights are equal.
+            matched_channels: the number of channels of a matched site, whose constants start as the identity and are
+                set by `match_to`; None: the site is not matched.
+        """
         super().__init__()
         self.gate = check_gate(gate)
         self.branches = check_branches(branches)
         self.bn_statistics = check_bn_statistics(bn_statistics)
+        self.num_groups = check_num_groups(num_groups, matched_channels)
+        self.vertex = vertex
+        self._register_matching(torch.empty(0), matched_channels)
         for name in GATE_PARAMETERS:
             self.register_parameter(name, nn.Parameter(torch.empty(len(self.branches))))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Reset the gates to their initial values: all weight on `bn`, or with a softmax gate equal weights."""
+        """Reset the gates to their initial values, such as all weight on `bn`, and matching constants to the identity.
+
+        A softmax gate starts with equal weights.
+        """
+        start = self.vertex if self.vertex in self.branches else None
         with torch.no_grad():
             for name in GATE_PARAMETERS:
-                getattr(self, name).copy_(initial_point(self.gate, self.branches, vertex="bn"))
+                getattr(self, name).copy_(initial_point(self.gate, self.branches, vertex=start))
+            self._reset_matching()
 
     def forward(
         self,
@@ -240,8 +350,14 @@ class FunctionalSwitchNorm(GatedModule):
         """Return the options of the site, for `print(model)`."""
         return (
             f"gate={self.gate!r}, branches={self.branches}, bn_statistics={self.bn_statistics!r}"
-            f"{', synchronize=True' * self.synchronize}"
+            f"{describe_options(self)}"
         )
+
+
+def describe_options(module: GatedModule) -> str:
+    """Return the options that differ from their defaults, for `extra_repr`."""
+    groups = f", num_groups={module.num_groups}" if module.num_groups != 1 else ""
+    return f"{groups}{', matched=True' * module.matched}{', synchronize=True' * module.synchronize}"
 
 
 def apply_site(site: FunctionalSwitchNorm, x: Tensor, training: bool, **options: Any) -> Tensor:
@@ -250,7 +366,7 @@ def apply_site(site: FunctionalSwitchNorm, x: Tensor, training: bool, **options:
         site.project_gates()
     options |= {"gate": site.gate, "branches": site.branches, "bn_statistics": site.bn_statistics}
     options |= {"synchronize": site.synchronize and site.training, "process_group": site.process_group}
-    options["site"] = site.site
+    options |= {"matching": site.matching, "num_groups": site.num_groups, "site": site.site}
     return switch_norm(x, site.mean_weight, site.var_weight, training=training, **options)
 
 

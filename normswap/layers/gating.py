@@ -59,6 +59,18 @@ def check_bn_statistics(bn_statistics: str) -> BnStatistics:
     return bn_statistics
 
 
+def check_num_groups(num_groups: int, channels: int | None) -> int:
+    """Return `num_groups` if it divides the number of channels (None: unknown).
+
+    Raises:
+        LayerError: otherwise.
+    """
+    if not isinstance(num_groups, int) or num_groups < 1 or (channels is not None and channels % num_groups):
+        of_channels = "" if channels is None else f" that divides the number of channels, {channels}"
+        raise LayerError(f"num_groups: expected a positive integer{of_channels}, got {num_groups!r}")
+    return num_groups
+
+
 def check_gate(gate: str) -> Gate:
     """Return `gate` if it is one of `GATES`.
 
@@ -133,6 +145,7 @@ class Mixing:
     gate: Gate
     branches: tuple[Branch, ...]
     eps: float
+    num_groups: int = 1
 
 
 class ImportanceWeights(NamedTuple):

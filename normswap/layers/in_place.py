@@ -7,7 +7,7 @@ hooks, flags, buffers and `Parameter` objects stay valid. The caller chooses the
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -15,8 +15,11 @@ from torch.nn.parameter import is_lazy
 
 from normswap.errors import LayerError, SwapError
 from normswap.layers.functional import new_site_name
-from normswap.layers.gating import BnStatistics, Branch, Gate, initial_point
+from normswap.layers.gating import BnStatistics, Branch, Gate, check_num_groups, initial_point
+from normswap.layers.matching import MATCHING_BUFFERS, Matching, identity_matching, match_statistics
 
+# Where a layer starts that has no `bn` branch: all weight on `ln` of one group or of several, or equal weights.
+Start = Literal["ln", "gn", "uniform"]
 GATE_PARAMETERS = ("mean_weight", "var_weight")
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 # Attribute of a layer with frozen statistics: its previous `bn_statistics`, unless that was "batch".
@@ -32,12 +35,14 @@ class Replaced:
         added: names of the attributes that the conversion set.
         displaced: previous values of these attributes.
         created: names of the buffers that the conversion created, each with whether it was registered as None before.
+        dropped: names of the statistics that the conversion removed; a layer without them cannot be reverted.
     """
 
     class_name: str
     added: tuple[str, ...]
     displaced: dict[str, Any] = field(default_factory=dict)
     created: tuple[tuple[str, bool], ...] = ()
+    dropped: tuple[str, ...] = ()
 
 
 def has_frozen_affine(module: nn.Module) -> bool:
@@ -117,6 +122,9 @@ def convert_module(
     then: tuple[str, ...] = (),
     like: torch.Tensor | None = None,
     fqn: str = "",
+    matched: bool = False,
+    num_groups: int = 1,
+    start: Start | None = None,
 ) -> None:
     """Turn `module`, a norm, into an instance of `target`; with a simplex gate it computes the same function.
 
@@ -135,13 +143,32 @@ def convert_module(
         then: names of the modules that the forward of `module` runs after the norm, in order; (): those of `target`.
         like: gives dtype and device if `module` has no tensors.
         fqn: name of `module` in the model, for warnings.
+        matched: match the branches `ln` and `in` to the running statistics of `module`; without usable statistics the
+            constants are the identity.
+        num_groups: number of groups of the `ln` branch; a GroupNorm keeps its own.
+        start: the layer has no `bn` branch and drops the running statistics; it starts at `ln`, or with equal weights.
+            It computes another function.
+
+    Raises:
+        LayerError: `num_groups` does not divide the number of channels, or `start` leaves no branch.
     """
     own = (getattr(module, name, None) for name in ("weight", "running_mean", "bias"))
     tensors = [tensor for tensor in own if isinstance(tensor, torch.Tensor)]
     like = tensors[0] if tensors else torch.empty(0) if like is None else like
     channels: Any = tensors[0].shape[0] if tensors else getattr(module, "num_channels", None)
+    if start is not None:
+        branches = tuple(branch for branch in branches if branch != "bn")
+        vertex = vertex if start == "uniform" else "ln"
+        if not branches:
+            raise LayerError(f"branches: expected `in` or `ln` among them for start={start!r}, got ('bn',)")
+    if vertex == "ln" and start is None:
+        num_groups = module.__dict__.get("num_groups", num_groups)
+    num_groups = check_num_groups(num_groups, channels)
     gates = {
-        name: nn.Parameter(initial_point(gate, branches, vertex=vertex).to(like), requires_grad=train_gates)
+        name: nn.Parameter(
+            initial_point(gate, branches, vertex=None if start == "uniform" else vertex).to(like),
+            requires_grad=train_gates,
+        )
         for name in GATE_PARAMETERS
     }
     settings: dict[str, Any] = {
@@ -149,6 +176,7 @@ def convert_module(
         "branches": branches,
         "bn_statistics": bn_statistics,
         "vertex": vertex,
+        "num_groups": num_groups,
         "synchronize": synchronize,
         "site": new_site_name(fqn or f"a {target.__name__} of {channels} channels"),
     }
@@ -163,15 +191,29 @@ def convert_module(
     if vertex != "bn" and "bn" in branches:
         settings |= {"momentum": None, "track_running_stats": True}
         statistics = _initial_running_stats(module.__dict__.get("num_features", channels), like)
+    constants = Matching()
+    if matched:
+        constants = _matching_of(module, settings["normalising_eps"], num_groups, channels, like)
+    dropped = tuple(name for name in STATISTICS if start is not None and module._buffers.get(name) is not None)
+    if dropped:
+        settings["track_running_stats"] = False
+    buffers: dict[str, torch.Tensor | None] = {
+        **statistics,
+        **{
+            name: constant if branch in branches else None
+            for (name, branch), constant in zip(MATCHING_BUFFERS.items(), constants, strict=True)
+        },
+    }
     settings |= {name: None for name in STATISTICS if name not in module._buffers | statistics}
     displaced = {name: module.__dict__[name] for name in (*settings, "replaced") if name in module.__dict__}
-    created = tuple((name, name in module._buffers) for name in statistics)
-    settings["replaced"] = Replaced(qualified_name(type(module)), tuple(settings), displaced, created)
+    created = tuple((name, name in module._buffers) for name in buffers)
+    settings["replaced"] = Replaced(qualified_name(type(module)), tuple(settings), displaced, created, dropped)
 
     module.__class__ = target
     module.__dict__.update(settings)
     module._parameters.update(gates)
-    module._buffers.update(statistics)
+    module._buffers.update(buffers)
+    module._buffers.update(dict.fromkeys(dropped))
 
 
 def _initial_running_stats(channels: int, like: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -179,6 +221,13 @@ def _initial_running_stats(channels: int, like: torch.Tensor) -> dict[str, torch
     mean = torch.zeros(channels, dtype=like.dtype, device=like.device)
     count = torch.tensor(0, dtype=torch.long, device=like.device)
     return dict(zip(STATISTICS, (mean, torch.ones_like(mean), count), strict=True))
+
+
+def _matching_of(module: nn.Module, eps: float, num_groups: int, channels: int, like: torch.Tensor) -> Matching:
+    mean, var = (module._buffers.get(name) for name in ("running_mean", "running_var"))
+    if mean is None or var is None:
+        return identity_matching(like, module.__dict__.get("num_features", channels))
+    return match_statistics(mean, var, eps, num_groups)
 
 
 def original_class(layer: nn.Module) -> type[nn.Module]:
@@ -208,9 +257,14 @@ def revert_module(layer: nn.Module) -> None:
     """Undo `convert_module`: restore the class and the attributes, keep the current tensors and eps.
 
     Raises:
-        SwapError: as `original_class`.
+        SwapError: as `original_class`; or the layer has no `bn` branch and dropped the statistics of its old norm.
     """
     cls = original_class(layer)
+    if layer.__dict__["replaced"].dropped:
+        raise SwapError(
+            f"cannot put back {cls.__name__}: the layer started without `bn` and has no running statistics. Load the "
+            "original model instead, or bake the layers"
+        )
     eps = layer.normalising_eps
     replaced: Replaced = layer.__dict__.pop("replaced")
     for name in replaced.added:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from normswap.errors import LayerError
 from normswap.layers.backends.interface import refuse_non_tensor
 from normswap.layers.functional import new_site_name, switch_norm
-from normswap.layers.gated_module import GatedModule, get_registered
+from normswap.layers.gated_module import GatedModule, describe_options, get_registered
 from normswap.layers.gating import (
     BRANCHES,
     BnStatistics,
@@ -24,6 +24,7 @@ from normswap.layers.gating import (
     check_bn_statistics,
     check_branches,
     check_gate,
+    check_num_groups,
     initial_point,
 )
 from normswap.layers.in_place import (
@@ -63,6 +64,7 @@ class SwitchNorm(GatedModule):
         gate: Gate = "softmax",
         branches: Sequence[Branch] = BRANCHES,
         bn_statistics: BnStatistics = "batch",
+        num_groups: int = 1,
         synchronize: bool = False,
         process_group: "torch.distributed.ProcessGroup | None" = None,
         device: torch.device | str | None = None,
@@ -77,6 +79,7 @@ class SwitchNorm(GatedModule):
         self.gate = check_gate(gate)
         self.branches = check_branches(branches)
         self.bn_statistics = check_bn_statistics(bn_statistics)
+        self.num_groups = check_num_groups(num_groups, num_features)
         self.synchronize = synchronize or process_group is not None
         self.process_group = process_group
         self.site = new_site_name(f"a {type(self).__name__} of {num_features} channels")
@@ -95,6 +98,7 @@ class SwitchNorm(GatedModule):
             )
         counter = torch.tensor(0, dtype=torch.long, device=device) if uses_running_stats else None
         self.register_buffer("num_batches_tracked", counter)
+        self._register_matching(torch.empty(0), None)
         self.reset_parameters()
 
     @classmethod
@@ -104,17 +108,21 @@ class SwitchNorm(GatedModule):
         *,
         gate: Gate = "simplex",
         branches: Sequence[Branch] | None = None,
-        bn_statistics: BnStatistics | None = None,
+        bn_statistics: BnStatistics = "running",
+        matched: bool = True,
     ) -> Self:
         """Return a layer that shares the tensors of a BatchNorm and, with `gate="simplex"`, computes the same function.
 
+        In training this is the function of the BatchNorm in evaluation; with `bn_statistics="batch"`, that of training.
         The gates are trainable unless no affine parameter of `bn` requires a gradient.
 
         Args:
             bn: a BatchNorm of any rank, or a frozen BatchNorm, whose tensors (C,) are buffers with torch's names.
             gate: `"softmax"` starts with equal weights, which is *not* the same function.
             branches: default all, without `ln` if C = 1; must contain `bn`.
-            bn_statistics: default `"batch"`, or `"running"` for a frozen BatchNorm.
+            bn_statistics: as in `switch_norm`.
+            matched: match the branches `ln` and `in` to the running statistics, if there are any and the gate is
+                `"simplex"`; see `SwitchNorm2d`.
 
         Returns:
             A new layer; `bn` does not change.
@@ -126,11 +134,10 @@ class SwitchNorm(GatedModule):
             >>> import torch, normswap
             >>> bn, x = torch.nn.BatchNorm2d(3), torch.randn(8, 3, 16, 16)
             >>> layer = normswap.SwitchNorm2d.from_batch_norm(bn)
-            >>> torch.allclose(layer(x), bn(x), atol=1e-5)
+            >>> torch.allclose(layer(x), bn.eval()(x), atol=1e-5)
             True
         """
         check_replaceable(bn, cls, cls._expected_children)
-        frozen = has_frozen_affine(bn)
         channels = bn.running_mean.shape[0] if isinstance(bn.running_mean, Tensor) else bn.num_features
         chosen = check_branches(branches or (BRANCHES if channels != 1 else ("in", "bn")))
         if "bn" not in chosen:
@@ -142,7 +149,8 @@ class SwitchNorm(GatedModule):
             cls,
             gate=check_gate(gate),
             branches=chosen,
-            bn_statistics=check_bn_statistics(bn_statistics or ("running" if frozen else "batch")),
+            bn_statistics=check_bn_statistics(bn_statistics),
+            matched=matched and gate == "simplex" and isinstance(bn.running_mean, Tensor),
             train_gates=not affine or any(t.requires_grad for t in affine),
             synchronize=isinstance(bn, nn.SyncBatchNorm),
         )
@@ -193,10 +201,11 @@ class SwitchNorm(GatedModule):
         """Reset weight to 1, bias to 0, the gates to their initial values, and the running statistics.
 
         Initially a layer computes the norm that it replaced; with a softmax gate, or if it replaced none, all
-        importance weights are equal.
+        importance weights are equal. Matching constants become the identity, which matches the initial statistics.
         """
         self.reset_running_stats()
-        start = self.vertex if "replaced" in self.__dict__ else None
+        self._reset_matching()
+        start = self.vertex if "replaced" in self.__dict__ and self.vertex in self.branches else None
         with torch.no_grad():
             for name in GATE_PARAMETERS:
                 getattr(self, name).copy_(initial_point(self.gate, self.branches, vertex=start))
@@ -213,7 +222,7 @@ class SwitchNorm(GatedModule):
         return (
             f"{self.num_features}, eps={self.normalising_eps}, momentum={self.momentum}, affine={self.affine}, "
             f"track_running_stats={self.track_running_stats}, gate={self.gate!r}, branches={self.branches}, "
-            f"bn_statistics={self.bn_statistics!r}{', synchronize=True' * self.synchronize}"
+            f"bn_statistics={self.bn_statistics!r}{describe_options(self)}"
         )
 
     def _load_from_state_dict(
@@ -280,6 +289,8 @@ def apply_layer(layer: SwitchNorm, x: Tensor) -> Tensor:
         num_batches_tracked=get_registered(layer, "num_batches_tracked") if updates_running_stats else None,
         synchronize=layer.synchronize,
         process_group=layer.process_group,
+        matching=layer.matching,
+        num_groups=layer.num_groups,
         site=layer.site,
     )
 
@@ -332,6 +343,7 @@ class SwitchNorm2d(SwitchNorm):
             `ln` if C = 1.
         bn_statistics: statistics of the `bn` branch in training: `"batch"`, `"running"` or `"renorm"`; see
             `switch_norm`.
+        num_groups: `ln` pools over groups of C / num_groups channels, as GroupNorm.
         synchronize: in training, the `bn` branch uses the batch of all processes; see `switch_norm`.
         process_group: these processes, default all; a group implies `synchronize`. Copies of the layer share it,
             pickles leave it out.
@@ -342,9 +354,14 @@ class SwitchNorm2d(SwitchNorm):
         weight, bias: (C,), or None.
         running_mean, running_var: (C,), or None.
         num_batches_tracked: number of batches, or None.
+        matched: whether the branches `ln` and `in` are matched to the statistics of the BatchNorm that the layer
+            replaced: a sample whose own statistics are the running ones has the same output at any mix of `ln` and
+            `bn`.
+        ln_mean_shift, ln_var_scale, in_var_scale: the constants (C,) of a matched layer, as in `switch_norm`; else
+            None.
 
     Raises:
-        LayerError: unknown gate, branch or `bn_statistics`.
+        LayerError: unknown gate, branch or `bn_statistics`; `num_groups` does not divide C.
 
     Examples:
         >>> import torch, normswap

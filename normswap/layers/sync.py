@@ -365,7 +365,7 @@ def _plain_formula(
         return x
     means, variances = (importance_weights(point, mixing.gate) for point in (inputs.mean_gate, inputs.var_gate))
     return switch_norm_reference(
-        x, means, variances, inputs.weight, inputs.bias, used, branches=mixing.branches, eps=mixing.eps
+        x, means, variances, inputs.weight, inputs.bias, used, mixing=mixing, matching=inputs.matching
     )
 
 

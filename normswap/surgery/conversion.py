@@ -5,18 +5,21 @@ What to swap is decided in `planning`; a change that fails leaves the model as i
 
 from collections.abc import Iterable, Sequence
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor, fx, nn
 
 from normswap.errors import PlanError, SwapError
 from normswap.layers.functional import new_site_name
-from normswap.layers.gated_module import FunctionalSwitchNorm
+from normswap.layers.gated_module import FunctionalSwitchNorm, GatedModule
 from normswap.layers.gating import BnStatistics, Branch, Gate
 from normswap.layers.in_place import convert_module, revert_module
+from normswap.layers.matching import match_statistics
 from normswap.layers.switch_norm import SwitchNorm
 from normswap.model_state import rollback_on_error
 from normswap.surgery.arguments import require_type
+from normswap.surgery.discovery.instance_variance import measure_instance_variance
 from normswap.surgery.graphs.as_graph_module import to_graph_module
 from normswap.surgery.graphs.module_trace import trace_module_forward
 from normswap.surgery.graphs.rewriting import (
@@ -28,13 +31,13 @@ from normswap.surgery.graphs.rewriting import (
     rewrite_forward,
     unused_names,
 )
-from normswap.surgery.importance import sites_with_changed_weights
+from normswap.surgery.importance import gated_modules, sites_with_changed_weights
 from normswap.surgery.module_tree import class_name, copy_model, modules_by_name, walk_modules
 from normswap.surgery.norms.classes import KNOWN_NORMS, NormSpec, NormTable, read_norm
-from normswap.surgery.norms.functions import batch_norm_nodes, call_name
+from normswap.surgery.norms.functions import batch_norm_nodes, call_name, call_tensors, norm_arguments
 from normswap.surgery.plan import Swap, SwapPlan, list_names, require_plan
 from normswap.surgery.planning import make_plan
-from normswap.surgery.selection import Settings, SiteFilter, SwapOptions, choose_options
+from normswap.surgery.selection import Settings, SiteFilter, Start, SwapOptions, choose_options
 from normswap.surgery.wrappers import check_not_prepared, check_wrapping, rewrap, unwrap
 from normswap.text import join_fqn, pluralize, printable_as
 
@@ -82,12 +85,22 @@ def convert(
     bn_statistics: BnStatistics | None = None,
     train_frozen_gates: bool | None = None,
     synchronize: bool | None = None,
+    start: Start | None = None,
+    num_groups: int | None = None,
+    match: bool | None = None,
+    untrained: Literal["keep", "uniform"] | None = None,
     settings: Settings | None = None,
+    data: Iterable[Any] | None = None,
     norms: NormTable = KNOWN_NORMS,
     as_graph: bool = False,
     inplace: bool = False,
 ) -> Conversion:
     """Swap Batch Normalization, and other norms on request, for Switchable Normalization of the same function.
+
+    In training the function is that of the original with its norms in evaluation, gradients included, and nothing
+    depends on the batch; with `bn_statistics="batch"` it is that of the original in training. The other branches are
+    matched to the running statistics, so that a gate that leaves `bn` hardly changes the function. With `start` the
+    network loses its `bn` branches at once, and computes another function that is close to the original.
 
     The converted model is a deep copy. With `inplace=True` the module objects themselves are converted, so aliases,
     Python lists, hooks and optimizers that refer to modules or parameters stay valid.
@@ -100,8 +113,11 @@ def convert(
         plan: a plan of `plan_swaps` to apply; not together with `options` or the arguments from `include` to
             `settings`.
         options: a `SwapOptions`, in place of the arguments from `include` to `settings`.
-        include, exclude, kinds, gate, branches, bn_statistics, train_frozen_gates, synchronize, settings: the fields
-            of `SwapOptions`, which explains them; None (default) is the default there.
+        include, exclude, kinds, gate, branches, bn_statistics, train_frozen_gates, synchronize, start, num_groups,
+            match, untrained, settings: the fields of `SwapOptions`, which explains them; None (default) is the default
+            there.
+        data: an iterable of inputs as `example_inputs`, without labels; a few batches are enough. The matched `in`
+            branches are scaled to the variance that single samples have there.
         norms: the table of norm classes: `KNOWN_NORMS`, or `KNOWN_NORMS | {TheirNorm: read_batch_norm}`.
         as_graph: return the whole converted model as a `torch.fx.GraphModule` that obeys `train()` and `eval()`.
         inplace: convert the module objects themselves instead of a deep copy.
@@ -111,7 +127,7 @@ def convert(
 
     Raises:
         PlanError: a filter matches nothing, an option is wrong, or the plan was made for another model.
-        ModelError: the forward pass on `example_inputs` failed.
+        ModelError: the forward pass on `example_inputs` or `data` failed, or `data` is empty.
         SwapError: a wrapper of the model can neither stay nor be built again, or the model cannot be copied, rewritten
             or traced as asked.
         ArgumentError: an argument is of a wrong type, such as a state dict or a path instead of a module.
@@ -124,6 +140,8 @@ def convert(
         >>> without_ln = normswap.SwapOptions(branches=("in", "bn"))
         >>> normswap.convert(model, torch.randn(2, 3, 16, 16), options=without_ln).replaced["1"].branches
         ('in', 'bn')
+        >>> normswap.convert(model, torch.randn(2, 3, 16, 16), start="ln").replaced["1"].branches
+        ('in', 'ln')
     """
     for name, flag in (("as_graph", as_graph), ("inplace", inplace)):
         require_type(flag, bool, name, "True or False")
@@ -136,6 +154,10 @@ def convert(
         "bn_statistics": bn_statistics,
         "train_frozen_gates": train_frozen_gates,
         "synchronize": synchronize,
+        "start": start,
+        "num_groups": num_groups,
+        "match": match,
+        "untrained": untrained,
         "settings": settings,
     }
     chosen = choose_options(options, keywords)
@@ -147,11 +169,39 @@ def convert(
         raise PlanError("got plan= together with options for a plan (options, include, gate, ...): pass one of the two")
     target = inside if inplace else _copy(inside)
     with rollback_on_error(entry.module for entry in walk_modules(target)):
+        running_vars = _running_vars(target, plan) if data is not None else {}
         replaced = apply_plan(target, plan, norms=norms)
+        if data is not None:
+            _match_instance_variance(target, plan, running_vars, data)
         if as_graph:
             target = to_graph_module(target, example_inputs)
         target = rewrap(model, target)
     return Conversion(target, plan, replaced)
+
+
+def _running_vars(model: nn.Module, plan: SwapPlan) -> dict[str, Tensor]:
+    """The running variances of the matched module sites, which a start without `bn` removes."""
+    by_name = modules_by_name(model)
+    modules = {swap.fqn: by_name.get(swap.fqn) for swap in plan.swaps if swap.matched and swap.owner is None}
+    found = {fqn: getattr(module, "running_var", None) for fqn, module in modules.items()}
+    return {fqn: tensor for fqn, tensor in found.items() if isinstance(tensor, Tensor)}
+
+
+def _match_instance_variance(
+    model: nn.Module, plan: SwapPlan, running_vars: dict[str, Tensor], data: Iterable[Any]
+) -> None:
+    """Scale the matched `in` branches to the variance of single samples in `data`."""
+    layers = gated_modules(model)
+    names = [swap.fqn for swap in plan.swaps if swap.matched and "in" in swap.branches and swap.fqn in layers]
+    for name, found in measure_instance_variance(model, {name: layers[name] for name in names}, data).items():
+        layer = layers[name]
+        running_var = running_vars.get(name, found.running_var)
+        if running_var is None or layer.in_var_scale is None:
+            continue
+        eps = getattr(layer, "normalising_eps", 1e-5) if found.eps is None else found.eps
+        constants = match_statistics(torch.zeros_like(running_var), running_var, eps, instance_var=found.instance_var)
+        if constants.in_var_scale is not None:
+            layer.in_var_scale.copy_(constants.in_var_scale)
 
 
 def apply_plan(model: nn.Module, plan: SwapPlan, *, norms: NormTable = KNOWN_NORMS) -> dict[str, nn.Module]:
@@ -212,8 +262,8 @@ def revert(model: nn.Module, *, discard: bool = False) -> nn.Module:
 
     Raises:
         SwapError: importance weights differ from the old norm (unless `discard=True`), a layer was not made by
-            `convert`, the class of an old norm is not imported, or a wrapper around the model does not support changes
-            inside; the model is unchanged.
+            `convert` or started without `bn`, the class of an old norm is not imported, or a wrapper around the model
+            does not support changes inside; the model is unchanged.
 
     Examples:
         >>> import torch, normswap
@@ -223,6 +273,14 @@ def revert(model: nn.Module, *, discard: bool = False) -> nn.Module:
         'BatchNorm2d'
     """
     check_wrapping(model, inplace=True, rebuilt=False, verb="revert")
+    without_statistics = [
+        name for name, layer in gated_modules(model).items() if getattr(vars(layer).get("replaced"), "dropped", ())
+    ]
+    if without_statistics:
+        raise SwapError(
+            f"{pluralize(len(without_statistics), 'site')} ({list_names(without_statistics)}) started without `bn` and "
+            "kept no running statistics, so Batch Normalization cannot be put back: load the original model instead"
+        )
     changed = sites_with_changed_weights(model)
     if changed and not discard:
         raise SwapError(
@@ -276,6 +334,8 @@ def _check_fit(plan: SwapPlan, by_name: dict[str, nn.Module], norms: NormTable) 
             mismatches.append(f"{swap.fqn}: expected the kind {swap.kind}, got {spec.kind}")
         elif spec.target is None:
             mismatches.append(f"{swap.fqn}: {spec.problem}")
+        elif spec.kind == "gn" and spec.num_groups != swap.num_groups:
+            mismatches.append(f"{swap.fqn}: expected {swap.num_groups} groups, got {spec.num_groups}")
         elif spec.num_features != swap.num_features:
             mismatches.append(f"{swap.fqn}: expected {swap.num_features} channels, got {spec.num_features}")
         else:
@@ -316,6 +376,9 @@ def _convert_module_site(layer: nn.Module, spec: NormSpec, swap: Swap, like: Ten
             then=spec.then,
             like=like,
             fqn=swap.fqn,
+            matched=swap.matched,
+            num_groups=swap.num_groups,
+            start=swap.start,
         )
     except TypeError as error:  # Python cannot change the class of objects with another layout
         raise SwapError(
@@ -337,10 +400,7 @@ def _rewrite_owner(module: nn.Module, owner: str, swaps: list[Swap]) -> dict[str
             f"{owner or 'the model'}: the plan names the batch_norm calls {sorted(swap_by_fqn)}, and its forward has "
             f"{names}: make a plan for this model with plan_swaps"
         )
-    gates = {
-        name: _functional_gate(module, swap, call_name(nodes[names.index(name)].target))
-        for name, swap in planned.items()
-    }
+    gates = {name: _functional_gate(module, swap, nodes[names.index(name)]) for name, swap in planned.items()}
     site_names = tuple(name if name in gates else None for name in names)
     if isinstance(module, fx.GraphModule):
         edit_graph(module, gates, site_names)
@@ -349,13 +409,24 @@ def _rewrite_owner(module: nn.Module, owner: str, swaps: list[Swap]) -> dict[str
     return {join_fqn(owner, name): layer for name, layer in gates.items()}
 
 
-def _functional_gate(module: nn.Module, swap: Swap, replaced_call: str) -> FunctionalSwitchNorm:
+def _functional_gate(module: nn.Module, swap: Swap, call: fx.Node) -> FunctionalSwitchNorm:
     """The layer for one batch_norm call in the forward of `module`, in the mode, dtype and device of `module`."""
-    gate = FunctionalSwitchNorm(gate=swap.gate, branches=swap.branches, bn_statistics=swap.bn_statistics)
+    gate = FunctionalSwitchNorm(
+        gate=swap.gate,
+        branches=swap.branches,
+        bn_statistics=swap.bn_statistics,
+        vertex=swap.vertex,
+        num_groups=swap.num_groups,
+        matched_channels=swap.num_features if swap.matched else None,
+    )
     gate.requires_grad_(swap.train_gates)
-    gate.replaced_call = replaced_call
+    gate.replaced_call = call_name(call.target)
     gate.synchronize = swap.synchronize
     gate.site = new_site_name(swap.fqn)
     gate.train(module.training)
     like = next((t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()), None)
-    return gate if like is None else gate.to(like)
+    gate = gate if like is None else gate.to(like)
+    if swap.matched:
+        mean, var = call_tensors(module, call, ("running_mean", "running_var"))
+        gate.match_to(mean, var, eps=norm_arguments(call).get("eps", 1e-5))
+    return gate

@@ -15,7 +15,7 @@ from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.utils.hooks import RemovableHandle
 
 from normswap.layers.in_place import qualified_name
@@ -59,6 +59,17 @@ def walk_modules(model: nn.Module) -> tuple[ModuleEntry, ...]:
 def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
     """Return every name of every module of `model`."""
     return {name: entry.module for entry in walk_modules(model) for name in entry.names}
+
+
+def never_updated(mean: Any = None, var: Any = None, count: Any = None) -> bool:
+    """Return whether running statistics never had a batch: mean 0, variance 1, and no batch counted.
+
+    Statistics without a counter, and those of files from before torch counted batches, are judged by their values.
+    """
+    if not all(isinstance(each, Tensor) and not each.is_meta and each.numel() for each in (mean, var)):
+        return False
+    counted = isinstance(count, Tensor) and not count.is_meta and bool(count != 0)
+    return not counted and not bool(mean.any()) and bool((var == 1).all())
 
 
 def copy_model(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:

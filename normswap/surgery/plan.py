@@ -5,8 +5,9 @@ decides nothing. Swaps and skips together are all sites that were found.
 """
 
 import json
+import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NotRequired, Self, TypedDict, TypeVar
 
@@ -15,17 +16,25 @@ from normswap.layers.gating import BnStatistics, Branch, Gate
 from normswap.schema import SchemaError, read_record
 from normswap.surgery.arguments import require_type
 from normswap.surgery.selection import (
+    KINDS,
+    Names,
     Settings,
     SiteSettings,
+    Start,
+    base_kind,
     branch_of_kind,
+    check_num_groups,
+    check_start_gate,
     check_starting_branch,
+    matched,
     resolve_settings,
 )
 from normswap.text import pluralize, printable_as
 
 T = TypeVar("T")
 
-PLAN_VERSION = 1
+# Plans of version 1 have no start, groups and matched branches.
+PLAN_VERSION = 2
 # The class of a norm of which only the tensor names are known.
 ANY_CLASS = "*"
 _MAX_LISTED = 5
@@ -42,6 +51,11 @@ class Swap:
         train_gates: whether the gate parameters require a gradient.
         owner: for a functional site, the module whose forward is rewritten; None for a module site.
         synchronize: whether the `bn` branch uses the joint batch of all processes in training.
+        start: where a Batch Normalization without `bn` branch starts: at `ln`, at `ln` of groups of channels (`gn`) or
+            at equal weights (`uniform`); None if the site starts at its old norm.
+        num_groups: the number of groups of channels of the `ln` branch.
+        matched: whether the branches are matched to the running statistics of the old norm.
+        untrained: whether the running statistics of the old norm were never updated.
     """
 
     fqn: str
@@ -54,11 +68,15 @@ class Swap:
     kind: str = "bn"
     owner: str | None = None
     synchronize: bool = False
+    start: Start | None = None
+    num_groups: int = 1
+    matched: bool = False
+    untrained: bool = False
 
     @property
     def vertex(self) -> Branch:
-        """The branch that computes the function of the old norm; a simplex gate starts with weight 1 there."""
-        return branch_of_kind(self.kind)
+        """The branch where a simplex gate starts with weight 1: that of the old norm, or `ln` for such a start."""
+        return "ln" if self.start in ("ln", "gn") else branch_of_kind(self.kind)
 
     @property
     def creates_running_stats(self) -> bool:
@@ -112,6 +130,11 @@ class SwapPlan:
     notes: tuple[str, ...] = ()
 
     __module__ = "normswap"
+
+    @property
+    def untrained(self) -> tuple[str, ...]:
+        """The swapped sites whose running statistics were never updated."""
+        return tuple(swap.fqn for swap in self.swaps if swap.untrained)
 
     def __repr__(self) -> str:
         return (
@@ -202,7 +225,7 @@ def _read(kind: type[T], data: Any, name: str) -> T:
 def _check_swap(swap: Swap) -> Swap:
     """Return a swap of a file with its branches in canonical order, if it can be applied."""
     try:
-        return _check_consistent(replace(swap, branches=check_starting_branch(swap.branches, swap.kind)))
+        return _check_consistent(replace(swap, branches=check_starting_branch(swap.branches, swap.kind, swap.start)))
     except PlanError as error:
         raise PlanError(f"swap of {swap.fqn!r}: {error}") from None
 
@@ -210,6 +233,12 @@ def _check_swap(swap: Swap) -> Swap:
 def _check_consistent(swap: Swap) -> Swap:
     if swap.creates_running_stats and swap.bn_statistics == "running":
         raise PlanError(f"bn_statistics: expected 'batch' or 'renorm', {NEVER_FILLED}; got 'running'")
+    if base_kind(swap.kind) != "bn" and (swap.start is not None or swap.matched):
+        name, value, old_norm = ("start", None, swap.start) if swap.start else ("matched", False, swap.matched)
+        raise PlanError(f"{name}: expected {value} at {KINDS[swap.kind][1]}; got {old_norm!r}")
+    check_start_gate(swap.start, swap.gate)
+    if check_num_groups(swap.num_groups) > 1 and swap.num_features % swap.num_groups:
+        raise PlanError(f"num_groups: expected a divisor of {swap.num_features} channels, got {swap.num_groups}")
     return swap
 
 
@@ -232,8 +261,99 @@ def swap_notes(swaps: Sequence[Swap]) -> list[str]:
             "Frozen norms are set to use batch statistics, which changes the function in training: "
             f"{list_names(unfrozen)}."
         )
+    started = [swap.fqn for swap in swaps if swap.start is not None]
+    if started:
+        notes.append(
+            f"These sites start without `bn`, so the converted model computes another function: {list_names(started)}. "
+            "Measure the distance with normswap.measure_distance."
+        )
     if any(swap.gate == "softmax" for swap in swaps):
         notes.append("Softmax gates start at the uniform mix: the converted model computes another function.")
+    return notes
+
+
+def input_notes(inputs: Any, unregistered: Sequence[str]) -> list[str]:
+    """Return notes on missing example inputs, and on the swapped sites that are in no state dict."""
+    notes = []
+    if inputs is None:
+        notes.append(
+            "Planned without example inputs, so spatial sizes are unknown. At a 1x1 map, a layer moves the weight of "
+            "instance norm to layer norm and warns; pass example_inputs= of the real size."
+        )
+    if unregistered:
+        notes.append(
+            f"Not in the state dict, since only a Python container refers to them: {list_names(unregistered)}. Use "
+            "nn.ModuleList to have them saved."
+        )
+    return notes
+
+
+def unused_settings(settings: Settings, names: Sequence[Names], swapped: set[str]) -> list[str]:
+    """Return a note for each pattern that matches skipped sites only."""
+    unused = [pattern for pattern in settings if swapped.isdisjoint(matched(pattern, names))]
+    return [
+        f"The settings of {pattern!r} have no effect: the pattern matches only skipped sites." for pattern in unused
+    ]
+
+
+def statistics_notes(swaps: Sequence[Swap], with_statistics: Collection[str]) -> list[str]:
+    """Return notes on sites whose running statistics are missing or were never updated.
+
+    Args:
+        with_statistics: the fqns of the sites that have running statistics.
+    """
+    untrained = [swap.fqn for swap in swaps if swap.untrained and swap.bn_statistics == "running"]
+    missing = [
+        swap.fqn
+        for swap in swaps
+        if "bn" in swap.branches and swap.fqn not in with_statistics and not swap.creates_running_stats
+    ]
+    notes = []
+    if untrained:
+        notes.append(
+            "Running statistics that were never updated (mean 0, variance 1) do not normalize: "
+            f"{list_names(untrained)}. Compute them with normswap.calibrate(model, batches, only=...), or start these "
+            "sites at `in` and `ln` with untrained='uniform'."
+        )
+    if missing:
+        notes.append(f"Without running statistics, as before, these sites depend on the batch: {list_names(missing)}.")
+    return notes
+
+
+def synchronization_notes(swaps: Sequence[Swap], synchronized: Collection[str]) -> list[str]:
+    """Return a note if sites become synchronized that are not among `synchronized`."""
+    if all(swap.fqn in synchronized for swap in swaps if swap.synchronize):
+        return []
+    return [
+        "Synchronized although the old norms were not: with several processes, training uses statistics of the joint "
+        "batch, which changes the function."
+    ]
+
+
+def kept_notes(swaps: Sequence[Swap], kept_fqns: Collection[str], statistics: BnStatistics) -> list[str]:
+    """Return notes on the sites that the model's own `train()` leaves in evaluation mode.
+
+    Args:
+        kept_fqns: the fqns of these sites.
+        statistics: the statistics of all other `bn` branches.
+    """
+    running = [swap.fqn for swap in swaps if swap.fqn in kept_fqns and swap.bn_statistics == "running"]
+    others = [
+        swap.fqn
+        for swap in swaps
+        if swap.fqn in kept_fqns and "bn" in swap.branches and swap.bn_statistics != "running"
+    ]
+    notes = []
+    if running and statistics != "running":
+        notes.append(
+            "The model's own train() leaves these norms in evaluation mode, so they use running statistics in training "
+            f"too: {list_names(running)}."
+        )
+    if others:
+        notes.append(
+            "The model's own train() leaves these norms in evaluation mode, but settings make them use batch "
+            f"statistics, which changes the function in training: {list_names(others)}."
+        )
     return notes
 
 
@@ -245,11 +365,33 @@ def list_names(names: Sequence[str]) -> str:
 
 def _apply_settings(swap: Swap, site_settings: SiteSettings) -> Swap:
     try:
-        requested = check_starting_branch(site_settings.get("branches", swap.branches), swap.kind)
-        kept = tuple(b for b in requested if b in swap.branches or (b == "bn" and swap.vertex != "bn"))
-        if len(kept) == 1 and "branches" in site_settings:
+        changed = _with_start(swap, site_settings)
+        requested = check_starting_branch(site_settings.get("branches", changed.branches), swap.kind, changed.start)
+        added = "bn" if swap.vertex != "bn" and swap.start is None else None
+        kept = tuple(branch for branch in requested if branch in changed.branches or branch == added)
+        if len(kept) == 1 and "branches" in site_settings and changed.start is None:
             raise PlanError(f"branches: {requested} leave only {kept[0]!r} of {swap.branches}: nothing to switch to")
-        changes: dict[str, Any] = {**site_settings, "branches": kept}
-        return _check_consistent(replace(swap, **changes))
+        others: dict[str, Any] = {
+            name: value for name, value in site_settings.items() if name not in ("start", "match", "num_groups")
+        }
+        changed = replace(changed, **{**others, "branches": kept})
+        is_matched = site_settings.get("match", swap.matched) and changed.gate == "simplex"
+        return _check_consistent(replace(changed, matched=is_matched))
     except PlanError as error:
         raise PlanError(f"settings of {swap.fqn!r}: {error}") from None
+
+
+def _with_start(swap: Swap, site_settings: SiteSettings) -> Swap:
+    """A swap with the start and the number of groups of its settings, and the branches of this start."""
+    start: Start | None = site_settings.get("start", swap.start)
+    if "num_groups" in site_settings and (start == "ln" or base_kind(swap.kind) != "bn"):
+        raise PlanError("num_groups: expected a Batch Normalization that does not start at 'ln': leave num_groups out")
+    groups = math.gcd(site_settings.get("num_groups", 32), swap.num_features)
+    if start == swap.start:
+        return replace(swap, num_groups=groups) if "num_groups" in site_settings else swap
+    branches = tuple(branch for branch in swap.branches if branch != "bn")
+    if start is None:
+        return replace(swap, start=None, branches=(*branches, "bn"), bn_statistics="running", num_groups=1)
+    return replace(
+        swap, start=start, branches=branches, bn_statistics="batch", num_groups=groups if start == "gn" else 1
+    )

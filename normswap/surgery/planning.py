@@ -4,9 +4,10 @@ The options are defaults for all sites; their `settings` override them by patter
 """
 
 import logging
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -17,21 +18,33 @@ from normswap.surgery.arguments import describe_shapes
 from normswap.surgery.discovery.sites import NormSite, find_norm_sites
 from normswap.surgery.module_tree import class_name, modules_by_name
 from normswap.surgery.norms.classes import KNOWN_NORMS, NO_BATCH_STATISTICS, NormTable
-from normswap.surgery.plan import ANY_CLASS, NEVER_FILLED, Skip, Swap, SwapPlan, list_names, swap_notes
+from normswap.surgery.plan import (
+    ANY_CLASS,
+    NEVER_FILLED,
+    Skip,
+    Swap,
+    SwapPlan,
+    input_notes,
+    kept_notes,
+    statistics_notes,
+    swap_notes,
+    synchronization_notes,
+    unused_settings,
+)
 from normswap.surgery.selection import (
     KINDS,
-    Names,
     Settings,
     SiteFilter,
     SiteSettings,
+    Start,
     SwapOptions,
     base_kind,
     branch_of_kind,
+    check_start_gate,
     check_starting_branch,
     choose_options,
     describe_filter,
     first_matching_patterns,
-    matched,
     resolve_settings,
 )
 from normswap.surgery.wrappers import unwrap
@@ -56,6 +69,10 @@ def plan_swaps(
     bn_statistics: BnStatistics | None = None,
     train_frozen_gates: bool | None = None,
     synchronize: bool | None = None,
+    start: Start | None = None,
+    num_groups: int | None = None,
+    match: bool | None = None,
+    untrained: Literal["keep", "uniform"] | None = None,
     settings: Settings | None = None,
     norms: NormTable = KNOWN_NORMS,
 ) -> SwapPlan:
@@ -66,8 +83,9 @@ def plan_swaps(
         example_inputs: a tensor (N, C, ...), a tuple of positional or a dict of keyword arguments for one forward pass
             in evaluation mode. Without it the spatial sizes are unknown.
         options: a `SwapOptions`, in place of the arguments from `include` to `settings`.
-        include, exclude, kinds, gate, branches, bn_statistics, train_frozen_gates, synchronize, settings: the fields
-            of `SwapOptions`, which explains them; None (default) is the default there.
+        include, exclude, kinds, gate, branches, bn_statistics, train_frozen_gates, synchronize, start, num_groups,
+            match, untrained, settings: the fields of `SwapOptions`, which explains them; None (default) is the default
+            there.
         norms: the table of norm classes: `KNOWN_NORMS`, or `KNOWN_NORMS | {TheirNorm: read_batch_norm}`.
 
     Returns:
@@ -98,6 +116,10 @@ def plan_swaps(
             "bn_statistics": bn_statistics,
             "train_frozen_gates": train_frozen_gates,
             "synchronize": synchronize,
+            "start": start,
+            "num_groups": num_groups,
+            "match": match,
+            "untrained": untrained,
             "settings": settings,
         },
     )
@@ -127,11 +149,12 @@ def make_plan(model: nn.Module, example_inputs: Any, options: SwapOptions, norms
             skips.append(Skip(site.fqn, site.class_name, site.kind, decision))
     swapped = {swap.fqn for swap in swaps}
     notes = [
-        *_input_notes(example_inputs, [site for site in sites if site.fqn in swapped]),
+        *input_notes(example_inputs, [site.fqn for site in sites if site.fqn in swapped and not site.registered]),
         *_size_notes(model, example_inputs, size_dependent, norms),
-        *_synchronization_notes(swaps, sites),
-        *_kept_notes(swaps, {site.fqn for site in sites if _stays_in_evaluation(site)}),
-        *_unused_settings(options.settings, names, swapped),
+        *synchronization_notes(swaps, {site.fqn for site in sites if site.synchronize}),
+        *kept_notes(swaps, {site.fqn for site in sites if _stays_in_evaluation(site)}, options.bn_statistics),
+        *statistics_notes(swaps, {site.fqn for site in sites if site.has_running_stats}),
+        *unused_settings(options.settings, names, swapped),
         *swap_notes(swaps),
     ]
     inputs = None if example_inputs is None else describe_shapes(example_inputs)
@@ -167,53 +190,114 @@ def _skip_reason(
 
 def _decide_site(site: NormSite, options: SwapOptions, site_settings: SiteSettings) -> Swap | str:
     """The swap of a site, or the reason why it is skipped."""
+    start = _start(site, options, site_settings)
     allowed = _allowed_branches(site, options, site_settings)
-    usable = _usable_branches(site)
-    branches = tuple(branch for branch in usable if branch in allowed)
-    if len(branches) == 1:
+    branches = tuple(branch for branch in _usable_branches(site, start) if branch in allowed)
+    if len(branches) == 1 and start is None:
         return _single_branch_reason(site, branches[0], allowed)
-    default_statistics: BnStatistics = "running" if site.frozen or _stays_in_evaluation(site) else options.bn_statistics
+    if not branches:
+        return _no_branch_reason(site, start)
+    gate = site_settings.get("gate", options.gate)
+    is_matched = gate == "simplex" and site.has_running_stats and base_kind(site.kind) == "bn" and branches != ("bn",)
     swap = Swap(
         fqn=site.fqn,
         class_name=site.class_name,
         num_features=site.num_features,
-        gate=site_settings.get("gate", options.gate),
+        gate=gate,
         branches=branches,
-        bn_statistics=site_settings.get("bn_statistics", default_statistics) if "bn" in branches else "batch",
-        train_gates=site_settings.get("train_gates", site.trainable or options.train_frozen_gates),
+        bn_statistics=site_settings.get("bn_statistics", _default_statistics(site, options))
+        if "bn" in branches
+        else "batch",
+        train_gates=len(branches) > 1
+        and site_settings.get("train_gates", site.trainable or options.train_frozen_gates),
         kind=site.kind,
         owner=site.owner,
         synchronize="bn" in branches and site_settings.get("synchronize", site.synchronize or options.synchronize),
+        start=start,
+        num_groups=_num_groups(site, options, site_settings, start) if "ln" in branches else 1,
+        matched=is_matched and site_settings.get("match", options.match),
+        untrained=site.untrained,
     )
     return _new_statistics_problem(site, swap) or swap
 
 
+def _default_statistics(site: NormSite, options: SwapOptions) -> BnStatistics:
+    """The statistics of the `bn` branch without settings: the batch where there are no running statistics yet."""
+    if site.frozen or _stays_in_evaluation(site):
+        return "running"
+    return "batch" if options.bn_statistics == "running" and not site.has_running_stats else options.bn_statistics
+
+
+def _start(site: NormSite, options: SwapOptions, site_settings: SiteSettings) -> Start | None:
+    """Where a Batch Normalization without `bn` starts; None for a site that starts at its old norm."""
+    if base_kind(site.kind) != "bn":
+        for name in ("start", "num_groups"):
+            if site_settings.get(name) is not None:
+                raise PlanError(
+                    f"settings of {site.fqn!r}: {name}: expected a Batch Normalization, got {KINDS[site.kind][1]}, "
+                    f"which has no batch statistics: leave {name} out of its settings"
+                )
+        return None
+    untrained_start = "uniform" if site.untrained and options.untrained == "uniform" else options.start
+    start: Start | None = site_settings.get("start", untrained_start)
+    try:
+        check_start_gate(start, site_settings.get("gate", options.gate))
+    except PlanError as error:
+        raise PlanError(f"settings of {site.fqn!r}: {error}") from None
+    return start
+
+
+def _num_groups(site: NormSite, options: SwapOptions, site_settings: SiteSettings, start: Start | None) -> int:
+    """The groups of channels of the `ln` branch, each with enough values."""
+    if base_kind(site.kind) != "bn":
+        return site.num_groups
+    if start == "ln" and "num_groups" in site_settings:
+        raise PlanError(f"settings of {site.fqn!r}: num_groups: start='ln' has one group: pass start='gn'")
+    wanted = site_settings.get("num_groups", options.num_groups if start == "gn" else 1)
+    groups = math.gcd(wanted, site.num_features)
+    least = _MIN_LN_VALUES if site.positions == 1 else 1
+    return next(g for g in range(groups, 0, -1) if groups % g == 0 and (g == 1 or site.num_features // g >= least))
+
+
 def _allowed_branches(site: NormSite, options: SwapOptions, site_settings: SiteSettings) -> tuple[Branch, ...]:
     """The branches that the user allows; `bn` at a norm of another kind only if settings ask for it."""
-    if "branches" in site_settings:
-        try:
-            return check_starting_branch(site_settings["branches"], site.kind)
-        except PlanError as error:
-            raise PlanError(f"settings of {site.fqn!r}: {error}") from None
-    not_requested = "bn" if branch_of_kind(site.kind) != "bn" else None
-    return tuple(branch for branch in options.branches or BRANCHES if branch != not_requested)
+    start = _start(site, options, site_settings)
+    without_bn = start is not None or branch_of_kind(site.kind) != "bn"
+    general = tuple(branch for branch in options.branches or BRANCHES if not (without_bn and branch == "bn"))
+    try:
+        return check_starting_branch(site_settings.get("branches", general), site.kind, start)
+    except PlanError as error:
+        raise PlanError(f"settings of {site.fqn!r}: {error}") from None
 
 
-def _usable_branches(site: NormSite) -> tuple[Branch, ...]:
+def _usable_branches(site: NormSite, start: Start | None = None) -> tuple[Branch, ...]:
     """The branches whose variance is not trivial: IN needs two positions, LN more than a few values.
 
-    If IN and LN are the same (one channel), or the old norm has a trivial variance itself, its own branch stays.
+    If IN and LN are the same (one channel per group), or the old norm has a trivial variance itself, its own branch
+    stays.
     """
-    start, single = branch_of_kind(site.kind), site.positions == 1
-    dropped = {"in"} if single or (_channels(site) == 1 and start == "ln") else set()
-    if _channels(site) == 1 or (single and _channels(site) < _MIN_LN_VALUES):
+    first, single = "ln" if start else branch_of_kind(site.kind), site.positions == 1
+    channels = _channels(site) // site.num_groups
+    dropped = {"in"} if single or (channels == 1 and first == "ln") else set()
+    is_erased = single and channels < _MIN_LN_VALUES
+    if channels == 1 or is_erased:
         dropped.add("ln")
-    return tuple(branch for branch in BRANCHES if branch == start or branch not in dropped)
+    usable = (branch for branch in BRANCHES if branch == first or branch not in dropped)
+    return tuple(branch for branch in usable if start is None or (branch != "bn" and not is_erased))
 
 
 def _channels(site: NormSite) -> int:
     """The fewest channels of the observed inputs; an InstanceNorm without weight takes any number of them."""
     return min(shape[1] for shape in site.shapes) if site.shapes else site.num_features
+
+
+def _no_branch_reason(site: NormSite, start: Start | None) -> str:
+    channels = _channels(site)
+    return (
+        f"{pluralize(channels, 'channel')} at one spatial position have no variance without the batch, and "
+        f"start={start!r} would erase the signal: left as it is; if real inputs are larger, pass example_inputs= of "
+        "their size"
+    )
 
 
 def _single_branch_reason(site: NormSite, left: Branch, allowed: tuple[Branch, ...]) -> str:
@@ -250,22 +334,6 @@ def _stays_in_evaluation(site: NormSite) -> bool:
 
 
 # --- notes ------------------------------------------------------------------------------------------------------------
-
-
-def _input_notes(inputs: Any, swapped: Sequence[NormSite]) -> list[str]:
-    notes = []
-    if inputs is None:
-        notes.append(
-            "Planned without example inputs, so spatial sizes are unknown. At a 1x1 map, a layer moves the weight of "
-            "instance norm to layer norm and warns; pass example_inputs= of the real size."
-        )
-    unregistered = [site.fqn for site in swapped if not site.registered]
-    if unregistered:
-        notes.append(
-            f"Not in the state dict, since only a Python container refers to them: {list_names(unregistered)}. Use "
-            "nn.ModuleList to have them saved."
-        )
-    return notes
 
 
 def _size_notes(model: nn.Module, inputs: Any, sites: Sequence[NormSite], norms: NormTable) -> list[str]:
@@ -328,40 +396,6 @@ def _were(count: int) -> str:
     return "was" if count == 1 else "were"
 
 
-def _synchronization_notes(swaps: Sequence[Swap], sites: Sequence[NormSite]) -> list[str]:
-    if {swap.fqn for swap in swaps if swap.synchronize} <= {site.fqn for site in sites if site.synchronize}:
-        return []
-    return [
-        "Synchronized although the old norms were not: with several processes, training uses statistics of the joint "
-        "batch, which changes the function."
-    ]
-
-
-def _kept_notes(swaps: Sequence[Swap], kept_fqns: set[str]) -> list[str]:
-    """Notes on the sites that the model's own `train()` leaves in evaluation mode."""
-    running = [swap.fqn for swap in swaps if swap.fqn in kept_fqns and swap.bn_statistics == "running"]
-    others = [swap.fqn for swap in swaps if swap.fqn in kept_fqns and swap.bn_statistics != "running"]
-    notes = []
-    if running:
-        notes.append(
-            "The model's own train() leaves these norms in evaluation mode, so they use running statistics in training "
-            f"too: {list_names(running)}."
-        )
-    if others:
-        notes.append(
-            "The model's own train() leaves these norms in evaluation mode, but settings make them use batch "
-            f"statistics, which changes the function in training: {list_names(others)}."
-        )
-    return notes
-
-
-def _unused_settings(settings: Settings, names: Sequence[Names], swapped: set[str]) -> list[str]:
-    unused = [pattern for pattern in settings if swapped.isdisjoint(matched(pattern, names))]
-    return [
-        f"The settings of {pattern!r} have no effect: the pattern matches only skipped sites." for pattern in unused
-    ]
-
-
 def _default_size(model: nn.Module) -> tuple[int, ...] | None:
     """The input size (C, H, W) that timm's configuration gives the model, if it has one."""
     config = getattr(model, "pretrained_cfg", None)
@@ -385,10 +419,17 @@ def complete_plan(model: nn.Module, plan: SwapPlan, *, prefix: str = "") -> Swap
     if not incomplete:
         return plan
     site_settings: Mapping[str, SiteSettings] = {
-        f"re:{re.escape(swap.fqn.removeprefix(prefix))}": {"gate": swap.gate, "branches": swap.branches}
+        f"re:{re.escape(swap.fqn.removeprefix(prefix))}": {
+            "gate": swap.gate,
+            "branches": swap.branches,
+            "match": swap.matched,
+        }
         for swap in incomplete
     }
-    completed = make_plan(model, None, SwapOptions(include=tuple(site_settings), settings=site_settings))
+    options = SwapOptions(
+        include=tuple(site_settings), bn_statistics=incomplete[0].bn_statistics, settings=site_settings
+    )
+    completed = make_plan(model, None, options)
     by_name = modules_by_name(unwrap(model))
     swapped = {id(by_name[swap.fqn]) for swap in completed.swaps if swap.fqn in by_name}
     names = [swap.fqn.removeprefix(prefix) for swap in incomplete]

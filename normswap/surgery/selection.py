@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
 from types import MappingProxyType
-from typing import Any, Self, TypedDict
+from typing import Any, Literal, Self, TypedDict
 
 from torch import nn
 
@@ -30,8 +30,14 @@ KINDS: Mapping[str, tuple[Branch, str]] = MappingProxyType(
         "bn": ("bn", "Batch Normalization"),
         "in": ("in", "Instance Normalization"),
         "gn1": ("ln", "GroupNorm of one group"),
+        "gn": ("ln", "GroupNorm of several groups"),
     }
 )
+
+# Where a Batch Normalization starts that loses its `bn` branch: at `ln` (of groups of channels for `gn`), or at equal
+# weights.
+Start = Literal["ln", "gn", "uniform"]
+_DEFAULT_GROUPS = 32
 
 
 def base_kind(kind: str) -> str:
@@ -48,7 +54,7 @@ class SiteSettings(TypedDict, total=False):
     """The values that `settings` can give to single sites.
 
     `train_gates` decides if the importance weights are trained, `synchronize` if the `bn` branch uses the joint batch
-    of all processes.
+    of all processes. `num_groups` also groups the channels of the `ln` branch at a site that does not start at `gn`.
     """
 
     gate: Gate
@@ -56,6 +62,9 @@ class SiteSettings(TypedDict, total=False):
     bn_statistics: BnStatistics
     train_gates: bool
     synchronize: bool
+    start: Start | None
+    match: bool
+    num_groups: int
 
 
 Settings = Mapping[str, SiteSettings]
@@ -75,21 +84,33 @@ class SwapOptions:
             after `re:`, or functions `(module, fqn) -> bool`. Without any, all sites are included. A function gets the
             module of the site, or, for a call such as `F.batch_norm`, the module whose forward makes the call.
         exclude: filters for the sites to leave as they are; `exclude` wins over `include`.
-        kinds: the norms to swap: `"bn"` (default), `"in"` (InstanceNorm, starts at the `in` branch) and `"gn1"`
-            (GroupNorm of one group, starts at the `ln` branch).
+        kinds: the norms to swap: `"bn"` (default), `"in"` (InstanceNorm, starts at the `in` branch), `"gn1"` and
+            `"gn"` (GroupNorm of one group and of several groups, start at the `ln` branch of as many groups).
         gate: the map from gate parameters to importance weights: `"simplex"` (default) starts at exactly the original
             function, `"softmax"` (section 3.1 of the paper) at the uniform mix, which is another function.
         branches: the branches that a site may have, some of `"in"`, `"ln"`, `"bn"`; the branch at which each kind
             starts must be among them. Default: all that the shape and the kind of a site allow. Only `settings` can
-            give a `bn` branch to a site of kind `in` or `gn1`.
-        bn_statistics: the statistics of the `bn` branches in training: `"batch"` (default), `"running"` or `"renorm"`.
-            Sites that were frozen, and sites that the model's own `train()` leaves in evaluation mode, use running
-            statistics; only `settings` change that.
+            give a `bn` branch to a site of kind `in`, `gn1` or `gn`.
+        bn_statistics: the statistics of the `bn` branches in training: `"running"` (default), as constants, so that
+            nothing depends on the batch; `"batch"`, as Batch Normalization itself; or `"renorm"`. Sites that were
+            frozen, and sites that the model's own `train()` leaves in evaluation mode, use running statistics; only
+            `settings` change that. Sites without running statistics use those of the batch.
         train_frozen_gates: train the gates also at sites whose own parameters are all frozen.
         synchronize: let the `bn` branch of every site use the joint batch of all processes in training. Without it,
             only sites that were synchronized before (SyncBatchNorm) do so.
-        settings: values by pattern, some of `gate`, `branches`, `bn_statistics`, `train_gates` and `synchronize`, which
-            override the options above. If several patterns match a site, the later one wins, key by key.
+        start: None (default): each site starts at its old norm. `"ln"`, `"gn"`: each Batch Normalization starts at
+            layer norm, or at group norm of `num_groups` groups, matched to its running statistics and without a `bn`
+            branch: a network without batch statistics, whose function is close to the original. `"uniform"`: it starts
+            at equal weights of `in` and `ln`, without `bn`.
+        num_groups: the number of groups for `start="gn"`; a site has the greatest common divisor of it and its number
+            of channels.
+        match: match the `in` and `ln` branches of a Batch Normalization with a simplex gate to its running statistics,
+            so that leaving `bn` hardly changes the function.
+        untrained: what to do with a Batch Normalization whose running statistics were never updated: `"keep"` (default)
+            the function, or start it as `"uniform"`.
+        settings: values by pattern, some of `gate`, `branches`, `bn_statistics`, `train_gates`, `synchronize`, `start`,
+            `match` and `num_groups`, which override the options above. If several patterns match a site, the later one
+            wins, key by key.
 
     Raises:
         PlanError: a value is unknown or of a wrong type.
@@ -109,28 +130,50 @@ class SwapOptions:
     kinds: tuple[str, ...] = ("bn",)
     gate: Gate = "simplex"
     branches: tuple[Branch, ...] | None = None
-    bn_statistics: BnStatistics = "batch"
+    bn_statistics: BnStatistics = "running"
     train_frozen_gates: bool = False
     synchronize: bool = False
+    start: Start | None = None
+    num_groups: int = _DEFAULT_GROUPS
+    match: bool = True
+    untrained: Literal["keep", "uniform"] = "keep"
     settings: Settings = field(default_factory=dict, hash=False)
 
     __module__ = "normswap"
 
     def __post_init__(self) -> None:
         kinds = _read_kinds(self.kinds)
+        start = _read(Start | None, self.start, "start")
         values = {
             "include": _read_filters("include", self.include),
             "exclude": _read_filters("exclude", self.exclude),
             "kinds": kinds,
             "gate": _read(Gate, self.gate, "gate"),
-            "branches": self.branches if self.branches is None else _read_branches(self.branches, kinds),
+            "branches": self.branches if self.branches is None else _read_branches(self.branches, kinds, start),
             "bn_statistics": _read(BnStatistics, self.bn_statistics, "bn_statistics"),
             "train_frozen_gates": _read(bool, self.train_frozen_gates, "train_frozen_gates"),
             "synchronize": _read(bool, self.synchronize, "synchronize"),
+            "start": start,
+            "num_groups": check_num_groups(_read(int, self.num_groups, "num_groups")),
+            "match": _read(bool, self.match, "match"),
+            "untrained": _read(Literal["keep", "uniform"], self.untrained, "untrained"),
             "settings": read_settings(self.settings),
         }
         for name, value in values.items():
             object.__setattr__(self, name, value)
+        self._check_start()
+
+    def _check_start(self) -> None:
+        """Refuse a start, or a number of groups, that has no effect."""
+        if self.start is not None and "bn" not in self.kinds:
+            raise PlanError(
+                f"start: expected None without 'bn' among kinds={self.kinds}, since only Batch Normalization starts at "
+                f"another norm; got {self.start!r}"
+            )
+        check_start_gate(self.start, self.gate)
+        starts = {self.start, *(entry.get("start") for entry in self.settings.values())}
+        if self.num_groups != _DEFAULT_GROUPS and "gn" not in starts:
+            raise PlanError(f"num_groups={self.num_groups} has no effect without start='gn': pass both, or none")
 
     @classmethod
     def default(cls) -> Self:
@@ -237,27 +280,57 @@ def _read_kinds(kinds: Any) -> tuple[str, ...]:
     return tuple(kind for kind in KINDS if kind in found)
 
 
-def _read_branches(branches: Any, kinds: Sequence[str]) -> tuple[Branch, ...]:
+def _read_branches(branches: Any, kinds: Sequence[str], start: Start | None) -> tuple[Branch, ...]:
     for kind in kinds:
-        branches = check_starting_branch(branches, kind)
+        branches = check_starting_branch(branches, kind, start if kind == "bn" else None)
     return branches  # type: ignore[no-any-return]
 
 
-def check_starting_branch(branches: Sequence[str], kind: str) -> tuple[Branch, ...]:
-    """Return `branches` in canonical order if the branch at which a site of `kind` starts is among them.
+def check_num_groups(num_groups: int) -> int:
+    """Return a number of groups if it is positive.
 
     Raises:
-        PlanError: that branch is missing, or `branches` is not a subset of the branches.
+        PlanError: it is not.
+    """
+    if num_groups < 1:
+        raise PlanError(f"num_groups: expected at least 1, got {num_groups}")
+    return num_groups
+
+
+def check_start_gate(start: Start | None, gate: Gate) -> None:
+    """Refuse a softmax gate at a site that starts at one branch.
+
+    Raises:
+        PlanError: the gate cannot start there.
+    """
+    if start in ("ln", "gn") and gate == "softmax":
+        raise PlanError(
+            f"gate: expected 'simplex' with start={start!r}, since softmax gates start at equal weights: leave gate= "
+            "out, or pass start='uniform'"
+        )
+
+
+def check_starting_branch(branches: Sequence[str], kind: str, start: Start | None = None) -> tuple[Branch, ...]:
+    """Return `branches` in canonical order if the branch at which a site of `kind` starts is among them.
+
+    Args:
+        branches: names of branches.
+        kind: the kind of the site.
+        start: where a Batch Normalization starts that loses its `bn` branch.
+
+    Raises:
+        PlanError: that branch is missing, or `branches` is not a subset of the branches, or has `bn` despite `start`.
     """
     try:
         chosen = check_branches(branches)
     except LayerError:
         raise PlanError(f"branches: expected a non-empty subset of {BRANCHES}, got {branches!r}") from None
-    start = branch_of_kind(kind)
-    if start not in chosen:
-        raise PlanError(
-            f"branches: expected `{start}` among them, at which a site of kind {kind!r} starts; got {chosen}"
-        )
+    if start is not None and "bn" in chosen:
+        raise PlanError(f"branches: expected none of them `bn`, which start={start!r} leaves out; got {chosen}")
+    first = branch_of_kind(kind) if start is None else "ln" if start in ("ln", "gn") else chosen[0]
+    if first not in chosen:
+        site = f"a site of kind {kind!r}" if start is None else f"start={start!r}"
+        raise PlanError(f"branches: expected `{first}` among them, at which {site} starts; got {chosen}")
     return chosen
 
 
@@ -354,6 +427,8 @@ def read_settings(settings: Any) -> Settings:
                 entry["branches"] = check_branches(entry["branches"])
             except LayerError as error:
                 raise PlanError(f"settings[{pattern!r}].{error}") from None
+        if entry.get("num_groups", 1) < 1:
+            raise PlanError(f"settings[{pattern!r}].num_groups: expected at least 1, got {entry['num_groups']}")
     return found
 
 

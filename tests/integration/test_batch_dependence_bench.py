@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.finetuning import batch_dependence as study
+from benchmarks.finetuning.batch_dependence import run as study
 from benchmarks.finetuning.arms import convert
-from benchmarks.finetuning.batch_dependence_records import (
+from benchmarks.finetuning.batch_dependence.records import (
     PENALTIES,
     RENORM_PENALTIES,
     TASKS,
@@ -20,7 +20,7 @@ from benchmarks.finetuning.batch_dependence_records import (
     read_study,
     write_study,
 )
-from benchmarks.finetuning.batch_dependence_report import write_report
+from benchmarks.finetuning.batch_dependence.report import write_report
 from benchmarks.finetuning.protocol import FineTuning
 from benchmarks.finetuning.training import build_network, finetune
 

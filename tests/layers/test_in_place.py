@@ -23,6 +23,7 @@ from normswap.layers.in_place import (
     revert_module,
     shallow_copy,
 )
+from normswap.layers.matching import MATCHING_BUFFERS
 from normswap.layers.switch_norm import SwitchNorm, SwitchNorm1d, SwitchNorm2d, SwitchNorm3d, SwitchNormAct2d
 from tests.helpers import oracles
 
@@ -126,6 +127,8 @@ def test_conversion_adds_gates_and_changes_nothing_else(
         if name == "_parameters":
             assert {*layer._parameters} == {*value, "mean_weight", "var_weight"}
             assert all(layer._parameters[key] is item for key, item in value.items())
+        elif name == "_buffers":
+            assert layer._buffers == value | dict.fromkeys(MATCHING_BUFFERS)
         elif isinstance(value, dict):
             assert layer.__dict__[name] == value
         else:

@@ -16,6 +16,7 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 from normswap.errors import LayerError
 from normswap.layers.gated_module import FunctionalSwitchNorm
 from normswap.layers.gating import BRANCHES
+from normswap.layers.matching import MATCHING_BUFFERS
 from normswap.layers.switch_norm import (
     SwitchNorm,
     SwitchNorm1d,
@@ -76,7 +77,7 @@ def assert_same_over_steps(bn: nn.Module, sn: SwitchNorm, inputs: list[Tensor], 
         assert vectors[0].norm() > 0
         assert oracles.relative_error(vectors[1], vectors[0]) < 10 * tolerance, f"gradients of step {step}"
         theirs, ours = dict(bn.named_buffers()), dict(sn.named_buffers())
-        assert theirs.keys() == ours.keys()
+        assert theirs.keys() == ours.keys() - MATCHING_BUFFERS.keys()
         for name, buffer in theirs.items():
             assert ours[name].dtype == buffer.dtype
             assert oracles.relative_error(ours[name], buffer) < tolerance, f"{name} of step {step}"
@@ -93,7 +94,7 @@ def test_from_batch_norm_computes_the_same_function(
     training: bool,
 ) -> None:
     bn = trained(bn_class(shape[1], dtype=torch.float64, **options)).train(training)
-    sn = sn_class.from_batch_norm(copy.deepcopy(bn))
+    sn = sn_class.from_batch_norm(copy.deepcopy(bn), bn_statistics="batch")
     assert type(sn) is sn_class
     assert sn.training == training
     assert sn.gate == "simplex"
@@ -109,7 +110,7 @@ def test_from_batch_norm_computes_the_same_function(
 )
 def test_from_batch_norm_in_lower_precision(dtype: torch.dtype, tolerance: float, training: bool) -> None:
     bn = trained(nn.BatchNorm2d(4, dtype=dtype)).train(training)
-    sn = SwitchNorm2d.from_batch_norm(copy.deepcopy(bn))
+    sn = SwitchNorm2d.from_batch_norm(copy.deepcopy(bn), bn_statistics="batch")
     assert sn.mean_weight.dtype == dtype
     assert sn.mean_weight.tolist() == [0, 0, 1]
     inputs = [torch.randn(4, 4, 8, 8).to(dtype) for _ in range(3)]
@@ -118,7 +119,7 @@ def test_from_batch_norm_in_lower_precision(dtype: torch.dtype, tolerance: float
 
 def test_switching_between_training_and_evaluation_keeps_the_two_alike() -> None:
     bn = trained(nn.BatchNorm2d(4, momentum=None, dtype=torch.float64))
-    sn = SwitchNorm2d.from_batch_norm(copy.deepcopy(bn))
+    sn = SwitchNorm2d.from_batch_norm(copy.deepcopy(bn), bn_statistics="batch")
     for training in (True, False, True, True, False):
         assert_same_over_steps(
             bn.train(training), sn.train(training), [torch.randn(3, 4, 5, 2).double()], tolerance=1e-12
@@ -131,7 +132,7 @@ def test_without_tracking_kept_statistics_are_for_evaluation_only(training: bool
     """Setting `track_running_stats` to False after construction is a common way to stop updates."""
     bn = trained(nn.BatchNorm2d(4, dtype=torch.float64)).train(training)
     bn.track_running_stats = False
-    sn = SwitchNorm2d.from_batch_norm(copy.deepcopy(bn))
+    sn = SwitchNorm2d.from_batch_norm(copy.deepcopy(bn), bn_statistics="batch")
     assert_same_over_steps(bn, sn, [torch.randn(3, 4, 5, 2).double() for _ in range(2)], tolerance=1e-12)
 
 
@@ -142,7 +143,7 @@ def test_statistics_that_are_kept_but_not_tracked_can_be_constants_in_training_t
     x = torch.randn(3, 4, 5, 2).double()
     assert oracles.relative_error(constant(x).detach(), bn.eval()(x).detach()) < 1e-12
     # On the batch, one value per channel has neither moments nor tracked statistics: refused, as in BatchNorm.
-    batch = SwitchNorm2d.from_batch_norm(copy.deepcopy(bn).train())
+    batch = SwitchNorm2d.from_batch_norm(copy.deepcopy(bn).train(), bn_statistics="batch")
     for layer, message in (
         (bn.train(), "Expected more than 1 value"),
         (batch, "the `bn` branch needs more than one value per channel"),
@@ -174,7 +175,7 @@ def test_a_frozen_norm_keeps_its_function_and_its_buffers(
     frozen = trained(make()).double().train(training)
     sn = sn_class.from_batch_norm(copy.deepcopy(frozen))
     before = {name: buffer.clone() for name, buffer in sn.named_buffers()}
-    assert before.keys() == {"weight", "bias", "running_mean", "running_var"}
+    assert before.keys() == {"weight", "bias", "running_mean", "running_var", *MATCHING_BUFFERS}
     assert [name for name, _ in sn.named_parameters()] == ["mean_weight", "var_weight"]
     assert not sn.mean_weight.requires_grad
     assert sn.frozen
@@ -211,7 +212,7 @@ def test_timm_batch_norm_act_keeps_activation_drop_and_keys(training: bool) -> N
     bn = BatchNormAct2d(4, act_layer=nn.SiLU, inplace=True, drop_layer=lambda: nn.Dropout(0.3), dtype=torch.float64)
     trained(bn).train(training)
     twin = copy.deepcopy(bn)
-    sn = SwitchNormAct2d.from_batch_norm(twin)
+    sn = SwitchNormAct2d.from_batch_norm(twin, bn_statistics="batch")
     assert sn.act is twin.act
     assert sn.drop is twin.drop
     assert list(sn.state_dict()) == [
@@ -219,6 +220,7 @@ def test_timm_batch_norm_act_keeps_activation_drop_and_keys(training: bool) -> N
         "mean_weight",
         "var_weight",
         *list(bn.state_dict())[2:],
+        *MATCHING_BUFFERS,
     ]
     for _ in range(3):
         results = []
@@ -252,7 +254,9 @@ def test_from_batch_norm_shares_tensors_and_leaves_the_original_alone() -> None:
     assert sn.running_mean is bn.running_mean
     assert type(bn) is nn.BatchNorm2d
     assert (set(bn.__dict__), list(bn.state_dict())) == keys
-    assert {*sn.state_dict()} == {*bn.state_dict(), "mean_weight", "var_weight"}
+    assert {*sn.state_dict()} == {*bn.state_dict(), "mean_weight", "var_weight", *MATCHING_BUFFERS}
+    raw = SwitchNorm2d.from_batch_norm(bn, matched=False)
+    assert {*raw.state_dict()} == {*bn.state_dict(), "mean_weight", "var_weight"}
 
 
 # (what is trainable in BatchNorm, whether the gates are)
@@ -424,7 +428,7 @@ def test_evaluation_never_writes(make: Callable[[], SwitchNorm]) -> None:
 @pytest.mark.parametrize("shape", [(0, 4, 5, 5), (2, 4, 0, 5)])
 def test_an_empty_batch_is_treated_as_batch_norm_treats_it(shape: tuple[int, ...], training: bool) -> None:
     bn = trained(nn.BatchNorm2d(4)).train(training)
-    sn = SwitchNorm2d.from_batch_norm(copy.deepcopy(bn))
+    sn = SwitchNorm2d.from_batch_norm(copy.deepcopy(bn), bn_statistics="batch")
     for layer in (bn, sn):
         x = torch.empty(shape, requires_grad=True)
         y = layer(x)
@@ -439,7 +443,7 @@ def test_an_empty_batch_is_treated_as_batch_norm_treats_it(shape: tuple[int, ...
 
 
 def test_one_value_per_channel_in_training_uses_the_running_statistics() -> None:
-    sn = SwitchNorm2d.from_batch_norm(trained(nn.BatchNorm2d(4)))
+    sn = SwitchNorm2d.from_batch_norm(trained(nn.BatchNorm2d(4)), bn_statistics="batch")
     before = copy.deepcopy(sn.state_dict())
     x = torch.randn(1, 4, 1, 1)
     torch.testing.assert_close(sn(x), sn.eval()(x), rtol=0, atol=0)

@@ -54,7 +54,7 @@ def test_a_training_forward_between_an_evaluation_forward_and_its_backward(make:
 @pytest.mark.parametrize("inside", [torch.bfloat16, torch.float32])
 def test_autocast_gives_the_dtype_that_batch_norm_gives(inside: torch.dtype, training: bool) -> None:
     bn = trained(nn.BatchNorm2d(4)).train(training)
-    sn = SwitchNorm2d.from_batch_norm(copy.deepcopy(bn))
+    sn = SwitchNorm2d.from_batch_norm(copy.deepcopy(bn), bn_statistics="batch")
     conv = nn.Conv2d(3, 4, 3)
     with torch.autocast("cpu", torch.bfloat16):
         x = conv(torch.randn(2, 3, 9, 9)).to(inside).detach().requires_grad_()

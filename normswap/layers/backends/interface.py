@@ -13,6 +13,7 @@ from torch import Tensor
 from normswap.errors import ArgumentError, LayerError
 from normswap.layers.backends.reference import Moments, switch_norm_reference
 from normswap.layers.gating import Mixing, importance_weights
+from normswap.layers.matching import MATCHING_BUFFERS, Matching
 
 # --- checks
 
@@ -58,6 +59,23 @@ def check_tensors(x: Tensor, gates: tuple[Tensor, Tensor], branches: int, per_ch
             or (tensor.dtype != dtype and not tensor.is_floating_point())
         ):
             raise LayerError(_describe_first_mismatch(x, per_channel))
+
+
+def check_matching(x: Tensor, matching: Matching) -> None:
+    """Check shape, dtype and device of the constants of matched branches.
+
+    Raises:
+        LayerError: a constant does not match x, or only one of those of `ln` is given.
+    """
+    for name, tensor in zip(MATCHING_BUFFERS, matching, strict=True):
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            refuse_non_tensor(name, tensor)  # type: ignore[unreachable]
+        if found := _describe_mismatch(name, tensor, x.shape[1:2], x):
+            raise LayerError(found)
+    if (matching.ln_mean_shift is None) != (matching.ln_var_scale is None):
+        raise LayerError("ln_mean_shift and ln_var_scale must either both be None or neither be None")
 
 
 def refuse_non_tensor(name: str, value: object) -> None:
@@ -232,6 +250,7 @@ class Inputs(NamedTuple):
         mixing: how the branches are mixed.
         running_stats_update: if given, the `bn` branch uses the values that it returns, with the gradients of the
             moments of the batch. In the backward pass these values are `constants`.
+        matching: constants of matched branches, contiguous, in the dtype of moments; only those of mixed branches.
     """
 
     x: Tensor
@@ -242,6 +261,7 @@ class Inputs(NamedTuple):
     constants: Moments | None
     mixing: Mixing
     running_stats_update: RunningStatsUpdate | None = None
+    matching: Matching | None = None
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -345,7 +365,7 @@ class _Fused(torch.autograd.Function):
         return *cast_gradients(found, inputs), *_NO_GRADIENTS
 
 
-_NO_GRADIENTS = (None,) * 5
+_NO_GRADIENTS = (None,) * 6
 
 
 def cast_gradients(gradients: Iterable[Tensor | None], inputs: Inputs) -> tuple[Tensor | None, ...]:
@@ -363,7 +383,7 @@ def differentiable_gradients(
     with torch.enable_grad():
         # Views: the graph that is built here ends at them and does not continue into the caller's graph.
         views = (None if tensor is None else tensor.view_as(tensor) for tensor in inputs.tensors)
-        leaves = Inputs._make((*views, inputs.constants, inputs.mixing, None))
+        leaves = Inputs._make((*views, inputs.constants, inputs.mixing, None, inputs.matching))
         mixing = inputs.mixing
         points = torch.stack((leaves.mean_gate, leaves.var_gate))
         means, variances = importance_weights(points, mixing.gate).unbind()
@@ -374,8 +394,8 @@ def differentiable_gradients(
             leaves.weight,
             leaves.bias,
             inputs.constants if inputs.running_stats_update is None else None,
-            branches=mixing.branches,
-            eps=mixing.eps,
+            mixing=mixing,
+            matching=inputs.matching,
             on_batch_moments=None if inputs.running_stats_update is None else lambda _: inputs.constants,
         )
         grad_inputs = [

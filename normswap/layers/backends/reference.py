@@ -5,13 +5,14 @@ mean of variances + variance of means: all terms are non-negative. E[x^2] - E[x]
 the mean is much larger than the deviation. All variances are biased, as in the paper.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from normswap.layers.gating import Branch, Mixing, read_branch_weights
+from normswap.layers.gating import BRANCHES, Branch, Mixing, read_branch_weights
+from normswap.layers.matching import Matching
 
 # --- moments
 
@@ -42,6 +43,15 @@ def pool_moments(moments: Moments, dim: int) -> Moments:
     mean = moments.mean.mean(dim, keepdim=True)
     var = moments.var.mean(dim, keepdim=True) + moments.mean.var(dim, correction=0, keepdim=True)
     return Moments(mean, var)
+
+
+def pool_channels(moments: Moments, num_groups: int) -> Moments:
+    """Return the moments of each sample over its channels, (N, 1), or over groups of them, (N, C)."""
+    if num_groups == 1:
+        return pool_moments(moments, 1)
+    mean, var = (moment.reshape(moment.shape[0], num_groups, -1) for moment in moments)
+    pooled = pool_moments(Moments(mean, var), 2)
+    return Moments(*(moment.expand_as(mean).reshape_as(moments.mean) for moment in pooled))
 
 
 # Number of values converted to float64 at a time: on CPU few enough for its caches, elsewhere enough for a device.
@@ -127,13 +137,15 @@ def switch_norm_reference(
     bias: Tensor | None,
     constants: Moments | None,
     *,
-    branches: Sequence[Branch],
-    eps: float,
+    mixing: Mixing,
+    matching: Matching | None = None,
     on_batch_moments: Callable[[Moments], Moments | None] | None = None,
 ) -> Tensor:
     """Normalize x (N, C, *spatial) with the given importance weights (K,), one per branch.
 
     Args:
+        mixing: the branches, eps and the number of groups of `ln`.
+        matching: constants of matched branches, as in `interface.Inputs`.
         constants: moments (1, C) for the `bn` branch; None: those of the batch.
         on_batch_moments: gets the moments (1, C) of the batch. If it returns moments, the `bn` branch uses their
             values, with the gradients of those of the batch.
@@ -146,9 +158,12 @@ def switch_norm_reference(
     replacement = None if on_batch_moments is None else on_batch_moments(bn)
     if replacement is not None:
         bn = Moments(*(replace_value(moment, value) for value, moment in zip(replacement, bn, strict=True)))
-    moments = {"in": table, "ln": pool_moments(table, 1), "bn": bn}
-    mixed_mean = _mix(mean_weights, [moments[branch].mean for branch in branches])
-    mixed_var = _mix(var_weights, [moments[branch].var for branch in branches])
+    moments: dict[Branch, Moments] = {"in": table, "ln": pool_channels(table, mixing.num_groups), "bn": bn}
+    eps = mixing.eps
+    if matching is not None:
+        moments, eps = _match(moments, matching, eps), 0.0
+    mixed_mean = _mix(mean_weights, [moments[branch].mean for branch in mixing.branches])
+    mixed_var = _mix(var_weights, [moments[branch].var for branch in mixing.branches])
     finite = mixed_mean.value.isfinite() & mixed_var.value.isfinite()
     mean, var = (torch.where(finite, mixed.differentiable, mixed.value) for mixed in (mixed_mean, mixed_var))
 
@@ -161,6 +176,19 @@ def switch_norm_reference(
     if bias is not None:
         y = y + bias.to(dtype).reshape((1, -1) + spatial)
     return y.to(x.dtype)
+
+
+def _match(moments: dict[Branch, Moments], matching: Matching, eps: float) -> dict[Branch, Moments]:
+    """Return the moments of matched branches, with eps in every variance: the scaled sums lose no digits."""
+    in_, ln, bn = (Moments(moments[branch].mean, moments[branch].var + eps) for branch in BRANCHES)
+    shift, ln_scale, in_scale = matching
+    if in_scale is not None:
+        in_ = in_._replace(var=in_.var * in_scale)
+    if shift is not None and ln_scale is not None:
+        # A shift of 0 ignores an infinite deviation, as an unmatched branch does.
+        shifted = ln.mean + torch.where(shift != 0, shift * ln.var.sqrt(), 0.0)
+        ln = Moments(shifted, ln.var * ln_scale)
+    return {"in": in_, "ln": ln, "bn": bn}
 
 
 def replace_value(moment: Tensor, value: Tensor) -> Tensor:

@@ -36,7 +36,14 @@ from normswap.surgery.graphs.module_trace import (
 )
 from normswap.surgery.graphs.rewriting import compile_rewritten_forward, is_rewritten, unused_names
 from normswap.surgery.graphs.tracing import GraphFacts, outputs_match, run_isolated
-from normswap.surgery.module_tree import ModelTrainingFlags, ModuleEntry, class_name, model_training_flags, walk_modules
+from normswap.surgery.module_tree import (
+    ModelTrainingFlags,
+    ModuleEntry,
+    class_name,
+    model_training_flags,
+    never_updated,
+    walk_modules,
+)
 from normswap.surgery.norms.classes import KNOWN_NORMS, NO_BATCH_STATISTICS, NormSpec, NormTable, read_norm
 from normswap.surgery.norms.functions import (
     call_name,
@@ -66,6 +73,9 @@ class NormSite:
         trainable: one of its own parameters requires a gradient, or it has none.
         registered: its tensors are in the model's state dict; false if only a Python container refers to the module.
         synchronize: it uses the joint batch of all processes in training (SyncBatchNorm).
+        has_running_stats: it is a batch norm with running statistics.
+        untrained: its running statistics were never updated: mean 0, variance 1, and no batch was counted.
+        num_groups: the number of groups of a GroupNorm.
         owner: the fqn of the module whose forward makes the call; None for a module site.
         shapes: distinct input shapes (N, C, *spatial) in the observed pass, None without one.
         calls: the number of calls per forward pass in evaluation mode, None if not observed.
@@ -94,6 +104,9 @@ class NormSite:
     trainable: bool = True
     registered: bool = True
     synchronize: bool = False
+    has_running_stats: bool = False
+    untrained: bool = False
+    num_groups: int = 1
     owner: str | None = None
     shapes: tuple[Shape, ...] | None = None
     calls: int | None = None
@@ -159,6 +172,7 @@ def _functional_sites_of_kind(
         node = nodes[index] if nodes else None
         shapes = observed_shapes[index :: len(nodes)] if nodes else observed_shapes
         actual_kind, call_problem = _kind_and_problem(kind, node, owner, shapes, observation)
+        statistics = call_tensors(module, node, ("running_mean", "running_var"))
         sites.append(
             NormSite(
                 fqn=join_fqn(owner, name),
@@ -169,6 +183,8 @@ def _functional_sites_of_kind(
                 frozen=kind == "bn" and _is_frozen(own, index),
                 trainable=_affine_trainable(module, node),
                 registered=entry.registered,
+                has_running_stats=actual_kind == "bn" and len(statistics) == 2,
+                untrained=actual_kind == "bn" and never_updated(*statistics),
                 owner=owner,
                 shapes=tuple(dict.fromkeys(shapes)) if observation else None,
                 calls=len(shapes) if observation else None,
@@ -366,7 +382,8 @@ def _module_site(
 ) -> NormSite:
     name = entry.names[0]
     parameters = list(entry.module.parameters(recurse=False))
-    has_statistics = getattr(entry.module, "running_mean", None) is not None
+    statistics = [getattr(entry.module, name, None) for name in ("running_mean", "running_var", "num_batches_tracked")]
+    has_statistics, is_batch_norm = statistics[0] is not None, spec.kind in ("bn", "frozen bn")
     shapes = observation.shapes.get(name, []) if observation else None
     order, seen_by = execution_order(entry, facts, observation)
     producer_name = next((facts.producers[alias] for alias in entry.names if facts and alias in facts.producers), None)
@@ -383,6 +400,9 @@ def _module_site(
         trainable=not spec.frozen and (not parameters or any(parameter.requires_grad for parameter in parameters)),
         registered=entry.registered,
         synchronize=spec.synchronize,
+        has_running_stats=has_statistics and is_batch_norm,
+        untrained=is_batch_norm and spec.target is not None and never_updated(*statistics),
+        num_groups=spec.num_groups,
         shapes=None if shapes is None else tuple(dict.fromkeys(shapes)),
         calls=None if shapes is None else len(shapes),
         order=order,

@@ -45,13 +45,14 @@ class NormSpec:
     """The kind and the values of a norm module, and the class that replaces its own.
 
     Attributes:
-        kind: such as `bn`, `frozen bn`, `in` or `gn1`; a norm with a target is BN if its kind is not `in` or `gn1`.
+        kind: such as `bn`, `frozen bn`; a norm with a target is BN unless its kind is `in`, `gn1` or `gn`.
         num_features, eps, momentum: its values; `num_features` is the number of channels.
         target: the class that it becomes, None if there is a `problem`.
         frozen: it uses running statistics also in training, and its weight and bias are buffers.
         synchronize: it uses the joint batch of all processes.
         problem: why it is not swapped, and the remedy.
         then: the names of the modules that its forward runs after the norm, in order.
+        num_groups: of a GroupNorm.
     """
 
     kind: str
@@ -63,6 +64,7 @@ class NormSpec:
     synchronize: bool = False
     problem: str | None = None
     then: tuple[str, ...] = ()
+    num_groups: int = 1
 
 
 NormReader = Callable[[nn.Module], NormSpec]
@@ -127,16 +129,15 @@ def read_group_norm(module: nn.Module, target: type[SwitchNorm] = SwitchNorm) ->
         module, target: as in `read_batch_norm`.
 
     Returns:
-        A spec of kind `gn1` for one group; more groups have a problem, since no branch computes that norm.
+        A spec of kind `gn1` for one group, `gn` for several.
 
     Examples:
         >>> import torch, normswap
         >>> [normswap.read_group_norm(torch.nn.GroupNorm(groups, 8)).kind for groups in (1, 2)]
         ['gn1', 'gn']
     """
-    if module.num_groups != 1:
-        return NormSpec("gn", problem=NO_BATCH_STATISTICS)
-    return NormSpec("gn1", module.num_channels, module.eps, None, target)  # type: ignore[arg-type]
+    groups: int = module.num_groups  # type: ignore[assignment]
+    return NormSpec("gn" if groups > 1 else "gn1", module.num_channels, module.eps, None, target, num_groups=groups)  # type: ignore[arg-type]
 
 
 def read_norm_act(
@@ -368,7 +369,7 @@ def _unknown_problem(module: nn.Module, kind: str) -> str:
         return _custom_statistics_problem(module, statistics)
     if kind == "in":
         return f"{NO_BATCH_STATISTICS}; {_unknown_class_problem(module, 'InstanceNorm', 'read_instance_norm')}"
-    if kind == "gn" and module.num_groups == 1:
+    if kind == "gn":
         return f"{NO_BATCH_STATISTICS}; {_unknown_class_problem(module, 'GroupNorm', 'read_group_norm')}"
     return NO_BATCH_STATISTICS
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 import normswap
 from benchmarks.finetuning.arms import convert
-from benchmarks.finetuning.batch_dependence_records import RATE, STEPS, Cell, Run, Study, cells, read_study, write_study
-from benchmarks.finetuning.batch_dependence_report import write_report
+from benchmarks.finetuning.batch_dependence.records import RATE, STEPS, Cell, Run, Study, cells, read_study, write_study
+from benchmarks.finetuning.batch_dependence.report import write_report
 from benchmarks.finetuning.protocol import FINE_TUNING
 from benchmarks.finetuning.training import accuracy, finetune, train_source
 from benchmarks.paths import PAGES, RESULTS
@@ -101,6 +101,3 @@ def prepare_transfer(*, seed: int) -> Digits:
 
     return Digits(domain(source=True), domain(source=False))
 
-
-if __name__ == "__main__":
-    main()

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from statistics import mean
 
-from benchmarks.finetuning.batch_dependence_records import (
+from benchmarks.finetuning.batch_dependence.records import (
     BATCH_SIZES,
     PENALTIES,
     RENORM_BATCH_SIZE,
