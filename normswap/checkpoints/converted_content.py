@@ -32,9 +32,13 @@ from normswap.checkpoints.reading import Checkpoint
 from normswap.checkpoints.record import OriginalNorm
 from normswap.errors import CheckpointError, PlanError, SwapError
 from normswap.layers.in_place import GATE_PARAMETERS
+from normswap.layers.matching import MATCHING_BUFFERS, match_statistics
+from normswap.layers.switch_norm import SwitchNorm
 from normswap.surgery.conversion import apply_plan
-from normswap.surgery.importance import gate_parameters, trainable_gates
+from normswap.surgery.importance import gate_parameters, gated_modules, trainable_gates
 from normswap.surgery.plan import SwapPlan
+from normswap.text import join_fqn
+from normswap.verification.distance import Distance
 from normswap.verification.equivalence import Verification
 
 Shape = tuple[int, ...]
@@ -55,24 +59,28 @@ _ROLE_WORDS = (
 )
 # The attributes with the model in the classes of weight averages.
 _AVERAGE_ATTRIBUTES = ("module", "ema", "ema_model")
-_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
+_BUFFERS = ("running_mean", "running_var", "num_batches_tracked", *MATCHING_BUFFERS)
 
 
 @dataclass(frozen=True)
 class AddedState:
-    """What a conversion adds to a state dict.
+    """What a conversion adds to a state dict, and removes from it.
 
     Attributes:
         tensors: the new tensors, by the model's own names.
         metadata: torch's metadata of the new layers.
         trainable: the names of the gates that are trained.
         parameters: the shapes of all parameters of the converted model, in its order; None without a model.
+        removed: the names of the running statistics that layers without `bn` do not have.
+        matched: eps and the number of groups of each matched module site, by its fqn.
     """
 
     tensors: Mapping[str, Tensor]
     metadata: Mapping[str, Any]
     trainable: tuple[str, ...]
     parameters: Mapping[str, Shape] | None = None
+    removed: tuple[str, ...] = ()
+    matched: Mapping[str, tuple[float, int]] = field(default_factory=dict)
 
 
 class ConvertedContent(NamedTuple):
@@ -94,6 +102,7 @@ class ConvertedWeights:
         module: the converted module, if the file stores a module or a program.
         originals: the replaced norms, by site.
         verification: None if nothing was measured.
+        distance: the distance from the original, if the network starts without `bn`.
         inputs: the example inputs.
         notes: the differences between the tensors of the file and of the model.
     """
@@ -105,6 +114,7 @@ class ConvertedWeights:
     module: nn.Module | None = None
     originals: Mapping[str, OriginalNorm] = field(default_factory=dict)
     verification: Verification | None = None
+    distance: Distance | None = None
     inputs: Any = None
     notes: tuple[str, ...] = ()
 
@@ -118,12 +128,18 @@ class _OptimizerUpdate(NamedTuple):
 
 
 def collect_added_state(original: Mapping[str, Any], converted: nn.Module) -> AddedState:
-    """Return what the state dict of `converted` has in addition to the names in `original`."""
+    """Return how the state dict of `converted` differs from the names in `original`."""
     state: Any = converted.state_dict()
     tensors = {name: tensor for name, tensor in state.items() if name not in original}
     trainable = tuple(name for name in trainable_gates(converted) if name in tensors)
     shapes = {name: tuple(parameter.shape) for name, parameter in converted.named_parameters()}
-    return AddedState(tensors, state._metadata, trainable, shapes)
+    removed = tuple(name for name in original if name not in state)
+    matched = {
+        name: (layer.normalising_eps, layer.num_groups)
+        for name, layer in gated_modules(converted).items()
+        if isinstance(layer, SwitchNorm) and layer.matched
+    }
+    return AddedState(tensors, state._metadata, trainable, shapes, removed, matched)
 
 
 def convert_content(
@@ -200,9 +216,31 @@ def _convert_state(state: Any, names: StoredNames, new: AddedState) -> dict[str,
     result = copy_metadata(insert_tensors(state, names, new.tensors), state, names, new.metadata)
     for each in names.copies:
         tied = _shares_tensors(state, names, each)
-        tensors = new.tensors if tied else {name: tensor.clone() for name, tensor in new.tensors.items()}
+        tensors = new.tensors if tied else tensors_of_copy(state, each, new)
         result = copy_metadata(insert_tensors(result, each, tensors), result, each, new.metadata)
+    for each in (names, *names.copies):
+        for name in new.removed:
+            result.pop(each.stored.get(name, ""), None)
     return result
+
+
+def tensors_of_copy(state: Mapping[str, Any], names: StoredNames, new: AddedState) -> dict[str, Tensor]:
+    """Return the new tensors of a further copy of the model, whose branches are matched to its own statistics.
+
+    Args:
+        state: the tensors of the copy.
+        names: their names in `state`.
+        new: what the conversion of the model adds.
+    """
+    tensors = {name: tensor.clone() for name, tensor in new.tensors.items()}
+    for fqn, (eps, num_groups) in new.matched.items():
+        mean, var = (state.get(names.stored.get(join_fqn(fqn, name), "")) for name in _BUFFERS[:2])
+        if not (isinstance(mean, Tensor) and isinstance(var, Tensor)):
+            continue
+        found = match_statistics(mean, var, eps, num_groups)
+        own = {join_fqn(fqn, name): found[index] for index, name in enumerate(MATCHING_BUFFERS) if name[:2] == "ln"}
+        tensors |= {name: tensor for name, tensor in own.items() if name in tensors and tensor is not None}
+    return tensors
 
 
 def _count_other_norms(names: StoredNames, wanted: Collection[str]) -> int:
@@ -243,7 +281,7 @@ def _convert_copy(
         return None, "left as it is, not the same model"
     if _count_other_norms(own, wanted) > _count_other_norms(names, wanted):
         return None, "left as it is, not the same model"
-    return _convert_state(value, own, new), "converted too"
+    return _convert_state(value, own, replace(new, tensors=tensors_of_copy(value, own, new))), "converted too"
 
 
 def _convert_module(value: nn.Module, plan: SwapPlan) -> nn.Module | None:

@@ -8,8 +8,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from torch import nn
+
+from normswap.checkpoints.content.entries import read_named_entries
 from normswap.checkpoints.content.key_prefixes import names_with_prefix
 from normswap.checkpoints.content.state_dict import check_running_stats, initial_gates, plan_from_names
 from normswap.checkpoints.converted_content import (
@@ -35,16 +38,16 @@ from normswap.checkpoints.reading import Checkpoint, file_size, read_checkpoint,
 from normswap.checkpoints.record import Record
 from normswap.checkpoints.saving import originals, sha256_in_background
 from normswap.errors import ArchitectureError, ArgumentError, CheckpointError, NothingToDo
-from normswap.layers.gating import Gate
-from normswap.schema import suggest
-from normswap.surgery.arguments import read_path, require_type
+from normswap.layers.gating import BnStatistics, Gate
+from normswap.surgery.arguments import list_batches, read_path, require_type
 from normswap.surgery.conversion import Conversion, convert
 from normswap.surgery.graphs.exported_program import program_module
 from normswap.surgery.module_tree import copy_sharing_parameters
 from normswap.surgery.plan import SwapPlan, require_plan
 from normswap.surgery.planning import plan_swaps
-from normswap.surgery.selection import SiteFilter, SwapOptions, choose_options
+from normswap.surgery.selection import SiteFilter, Start, SwapOptions, choose_options
 from normswap.text import pluralize, printable_as
+from normswap.verification.distance import Distance, measure_distance
 from normswap.verification.equivalence import Verification, check_tolerance, verify, verify_in_place
 
 # --- results ----------------------------------------------------------------------------------------------------------
@@ -60,6 +63,7 @@ class NetworkConversion:
         architecture: the name that builds it, None if unknown.
         plan: the decision for every norm site.
         verification: the measured differences, None if nothing was measured.
+        distance: the distance from the original, in place of `verification` if the network starts without `bn`.
         unverified: why nothing was measured.
         already_converted: whether the plan is that of an earlier conversion, which leaves nothing to do.
     """
@@ -69,6 +73,7 @@ class NetworkConversion:
     architecture: str | None
     plan: SwapPlan
     verification: Verification | None = None
+    distance: Distance | None = None
     unverified: str | None = None
     already_converted: bool = False
 
@@ -143,6 +148,7 @@ class FileConversion:
                 "architecture": network.architecture,
                 "plan": network.plan.to_dict(),
                 "verification": network.verification and network.verification.to_dict(),
+                **({"distance": network.distance.to_dict()} if network.distance else {}),
             }
             for network in self.networks
         }
@@ -173,7 +179,13 @@ def convert_file(
     exclude: Sequence[SiteFilter] | SiteFilter | None = None,
     kinds: Sequence[str] | None = None,
     gate: Gate | None = None,
+    bn_statistics: BnStatistics | None = None,
     synchronize: bool | None = None,
+    start: Start | None = None,
+    num_groups: int | None = None,
+    match: bool | None = None,
+    untrained: Literal["keep", "uniform"] | None = None,
+    data: Iterable[Any] | Callable[[nn.Module], Iterable[Any]] | None = None,
     options: SwapOptions | None = None,
     verify: bool = True,
     tolerance: float | None = None,
@@ -187,7 +199,8 @@ def convert_file(
 
     EMA copies of the weights are converted by the same plan. The gates are added to the state of the optimizer as a
     last parameter group, and to that of the scheduler. All other entries, and the files of a Hugging Face `Trainer`,
-    are copied. The file is written only if the converted model computes the same function, and then read back.
+    are copied. The file is written only if the converted model computes the same function, and then read back. With
+    `start` it computes another function; its distance from the original is measured instead and recorded.
 
     Args:
         path: a checkpoint: a state dict, a training checkpoint, a pickled module, an exported program, a folder of
@@ -202,7 +215,9 @@ def convert_file(
             mapping from entry to inputs, or one for all. Default: the inputs of an exported program, or a random batch
             of the size in timm's configuration.
         plan: apply this plan of `plan_swaps` instead of making one.
-        include, exclude, kinds, gate, synchronize: which sites to swap and how, as for `convert`.
+        include, exclude, kinds, gate, bn_statistics, synchronize, start, num_groups, match, untrained: which sites to
+            swap and how, as for `convert`.
+        data: as for `convert`; or a function that takes the model and returns it. The distance is measured on it too.
         options: the same, and the other options of `convert`, as one object.
         verify: compare the converted model with the original, in float64, and write the file only if they agree.
         tolerance: the largest relative L2 difference that counts as the same function. Default: 1e-9.
@@ -238,46 +253,25 @@ def convert_file(
         require_plan(plan)
     if progress is not None and not callable(progress):
         raise ArgumentError(f"progress: expected a function of the name of a stage, got {progress!r:.80}")
-    keywords = {"include": include, "exclude": exclude, "kinds": kinds, "gate": gate, "synchronize": synchronize}
+    keywords: dict[str, Any] = {"include": include, "exclude": exclude, "kinds": kinds, "gate": gate}
+    keywords |= {"bn_statistics": bn_statistics, "synchronize": synchronize, "start": start, "num_groups": num_groups}
+    keywords |= {"match": match, "untrained": untrained}
     arguments = ConvertOptions(
         Path(read_path(path, "path", "the name of a file or a folder")),
         None if output is None else read_path(output, "output", "the name of a file"),
-        _read_networks(entry, architecture, example_inputs),
+        tuple(NetworkOptions(*each) for each in read_named_entries(entry, architecture, example_inputs)),
         swap=choose_options(options, keywords),
         plan=plan,
+        data=data,
         tolerance=tolerance,
         **flags,
     )
 
-    def start(stage: str) -> AbstractContextManager[Any]:
+    def begin(stage: str) -> AbstractContextManager[Any]:
         context = None if progress is None else progress(stage)
         return nullcontext() if context is None else context
 
-    return run_conversion(arguments, progress=start)
-
-
-def _read_networks(entry: Any, architecture: Any, example_inputs: Any) -> tuple[NetworkOptions, ...]:
-    """The networks that `entry` names, each with its architecture and its inputs."""
-    if entry is None or isinstance(entry, str):
-        return (NetworkOptions(entry, architecture, example_inputs),)
-    expected = "the name of an entry such as 'state_dict_ema', or a list of names"
-    require_type(entry, Iterable, "entry", expected)
-    entries = tuple(entry)
-    if not all(isinstance(name, str) for name in entries):
-        raise ArgumentError(f"entry: expected {expected}, got {entry!r:.80}")
-    for key in architecture if isinstance(architecture, Mapping) else ():
-        if key not in entries:
-            near = suggest(key, entries)
-            raise ArgumentError(f"architecture: expected entries of entry={list(entries)} as keys, got {key!r}{near}")
-    return tuple(
-        NetworkOptions(name, _select(architecture, name, entries), _select(example_inputs, name, entries))
-        for name in entries
-    )
-
-
-def _select(value: Any, entry: str, entries: Sequence[str]) -> Any:
-    """The value for one of the named entries in a mapping from entries to values; else the value for all."""
-    return value.get(entry) if isinstance(value, Mapping) and value and {*value} <= {*entries} else value
+    return run_conversion(arguments, progress=begin)
 
 
 def run_conversion(
@@ -384,12 +378,14 @@ class _Run:
                 model = program_module(checkpoint.program.program)
             elif built_here:
                 model = copy_sharing_parameters(opened.model)
-            conversion = convert(model, plan=plan, inplace=checkpoint.payload != "module")
+            data = self.options.data(model) if callable(self.options.data) else self.options.data
+            data = None if data is None else list_batches(data, "data")
+            conversion = convert(model, plan=plan, inplace=checkpoint.payload != "module", data=data)
         new = collect_added_state(opened.model.state_dict(), conversion.model)
         replaced = originals(conversion.model, plan)
-        verification = self._verify(opened, conversion, in_place=built_here)
-        reason = None if verification else "verify=False"
-        self._update_network(replace(network, verification=verification, unverified=reason))
+        verification, distance = self._compare(opened, conversion, data, in_place=built_here)
+        found: dict[str, Any] = {"verification": verification, "distance": distance}
+        self._update_network(replace(network, **found, unverified=None if any(found.values()) else "verify=False"))
         require_verified(plan, verification)
         return ConvertedWeights(
             plan,
@@ -398,9 +394,9 @@ class _Run:
             opened.architecture,
             module=None if built_here else conversion.model,
             originals=replaced,
-            verification=verification,
             inputs=opened.inputs,
             notes=opened.notes(opened.architecture or plan.model_class),
+            **found,
         )
 
     def _open_model(self, options: NetworkOptions, checkpoint: Checkpoint) -> OpenedModel:
@@ -413,12 +409,17 @@ class _Run:
                 raise type(error)(f"{error}; {hint}") from error
             raise
 
-    def _verify(self, opened: OpenedModel, conversion: Conversion, *, in_place: bool) -> Verification | None:
+    def _compare(
+        self, opened: OpenedModel, conversion: Conversion, data: Sequence[Any] | None, *, in_place: bool
+    ) -> tuple[Verification | None, Distance | None]:
+        """The verification, or the distance of a network that starts without `bn`."""
         if not self.options.verify:
-            return None
-        compare = verify_in_place if in_place else verify
+            return None, None
+        models, compare = (opened.model, conversion.model), verify_in_place if in_place else verify
         with self.progress("comparing original and converted"):
-            return compare(opened.model, conversion.model, [opened.inputs], tolerance=self.options.tolerance)
+            if any(swap.start for swap in conversion.plan.swaps):
+                return None, measure_distance(*models, data or [opened.inputs])
+            return compare(*models, [opened.inputs], tolerance=self.options.tolerance), None
 
     def _convert_by_names(self, options: NetworkOptions, checkpoint: Checkpoint) -> ConvertedWeights:
         """Convert the tensors by their names, without a model."""
@@ -428,7 +429,8 @@ class _Run:
         names = names_with_prefix(stored, checkpoint.contents.prefix)
         state = {name: stored[key] for name, key in names.stored.items()}
         swap = self.options.swap or SwapOptions()
-        plan = plan_from_names(state, include=swap.include, exclude=swap.exclude)
+        chosen: Any = {name: getattr(swap, name) for name in ("include", "exclude", "bn_statistics", "match")}
+        plan = plan_from_names(state, **chosen)
         network = self._report_plan(options, checkpoint, plan, None)
         if self.options.verify:
             remedy = "architecture='path/file.py:function' or 'timm:NAME'"

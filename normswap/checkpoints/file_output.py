@@ -36,6 +36,8 @@ Progress = Callable[[str], AbstractContextManager[Any]]
 _FILE_SUFFIXES = {".pt", ".pth", ".bin", ".ckpt", ".tar", ".safetensors", ".pt2"}
 _PROGRAM_SUFFIX = ".pt2"
 NO_ARCHITECTURE = "none"
+# The options of a swap that need no model.
+_BY_NAMES_OPTIONS = ("include", "exclude", "bn_statistics", "match")
 # `load` builds the models of these libraries from the name in the record alone.
 _KNOWN_ZOOS = ("timm:", "torchvision:")
 
@@ -170,6 +172,7 @@ class ConvertOptions:
     networks: tuple[NetworkOptions, ...] = (NetworkOptions(),)
     swap: "SwapOptions | None" = None
     plan: "SwapPlan | None" = None
+    data: Any = None
     verify: bool = True
     tolerance: float | None = None
     weights_only: bool = False
@@ -216,10 +219,9 @@ class ConvertOptions:
 
     def needing_model(self, network: NetworkOptions) -> dict[str, Any]:
         """Return the given arguments that have no meaning without a model."""
-        given = {"example_inputs": network.inputs, "plan": self.plan, **self._changed_swap_options()}
-        return {
-            name: value for name, value in given.items() if value is not None and name not in ("include", "exclude")
-        }
+        given = {"example_inputs": network.inputs, "plan": self.plan, "data": self.data}
+        given |= self._changed_swap_options()
+        return {name: value for name, value in given.items() if value is not None and name not in _BY_NAMES_OPTIONS}
 
     def _changed_swap_options(self) -> dict[str, Any]:
         """The swap options that differ from their defaults, by name."""
@@ -305,7 +307,8 @@ class OutputWriter:
         with progress(f"writing {self.options.target.name}"):
             record = self.record()
             if self.source.program is not None:
-                original = self.source.program.program
+                # A network that starts without `bn` is compared with itself, since it computes another function.
+                original = content.program if self.weights.distance else self.source.program.program
                 return write_program(
                     content, original, self.options.target, record, inputs=self.weights.inputs, source=origin
                 )
@@ -349,7 +352,7 @@ class OutputWriter:
         networks = source.record.networks if source.record and not self.options.weights_only else {}
         details = (
             *((source.contents.entry,) if (networks or self.options.several) and source.contents.entry else ()),
-            *(() if weights.verification or source.program is not None else ("not verified",)),
+            *(() if weights.verification or weights.distance or source.program is not None else ("not verified",)),
             *((f"names of {LAYOUT} mapped to timm's",) if describe_names(weights.names.rename) else ()),
         )
         step = Step.now("converted", source=self.options.file.name, sha256=digest, detail=", ".join(details) or None)
@@ -358,6 +361,7 @@ class OutputWriter:
             architecture=make_folder_relative(named, source.path) if self.file_format in FOLDERS else named,
             plan=weights.plan,
             verification=weights.verification,
+            distance=weights.distance,
             history=(*(source.record.history if source.record else ()), step),
             originals=weights.originals,
             entry=None if self.options.weights_only else source.contents.entry or None,

@@ -19,6 +19,7 @@ from normswap.errors import CheckpointError
 from normswap.renamed import old_names
 from normswap.schema import read_record, read_value
 from normswap.surgery.plan import SwapPlan
+from normswap.verification.distance import Distance
 from normswap.verification.equivalence import Check, Verification, parse_floats
 from normswap.verification.site_watch import SiteError
 
@@ -80,6 +81,7 @@ class NetworkRecord:
     verification: Verification | None = None
     originals: Mapping[str, OriginalNorm] = field(default_factory=dict)
     stored_as: Mapping[str, str] = field(default_factory=dict)
+    distance: Distance | None = None
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,7 @@ class Record:
         fingerprint: a SHA-256 of record and content; `check_fingerprint` compares it.
         normswap, torch: the versions that wrote the file.
         networks: further converted networks in the file, by entry.
+        distance: how far the model is from the original, if it starts without `bn` and so computes another function.
     """
 
     payload: Payload
@@ -116,6 +119,7 @@ class Record:
     normswap: str = _VERSION
     torch: str = str(torch.__version__)
     networks: Mapping[str, NetworkRecord] = field(default_factory=dict)
+    distance: Distance | None = None
 
     @property
     def entries(self) -> tuple[str, ...]:
@@ -152,6 +156,9 @@ class Record:
             }
         if not self.networks:
             del data["networks"]
+        for part in (data, *data.get("networks", {}).values()):
+            if part["distance"] is None:  # left out, so that older versions read the record
+                del part["distance"]
         return json.dumps(data, allow_nan=False)
 
     def sealed(self, content: str) -> Self:
@@ -240,6 +247,6 @@ def _read_verification(data: Any, name: str) -> Verification:
     return read_record(Verification, values, name)
 
 
-_NETWORK_FIELDS = ("payload", "architecture", "plan", "verification", "originals", "stored_as")
+_NETWORK_FIELDS = ("payload", "architecture", "plan", "verification", "originals", "stored_as", "distance")
 
 __getattr__ = old_names("normswap.checkpoints.record")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from normswap.errors import ArgumentError
+from normswap.errors import ArgumentError, ModelError
 
 
 def require_module(value: object, argument: str = "model") -> nn.Module:
@@ -104,6 +104,23 @@ def describe_invalid_batches(batches: object) -> str | None:
     if isinstance(batches, str | bytes | PurePath | nn.Module) or not hasattr(type(batches), "__iter__"):
         return f"{kind}: pass [x], or a DataLoader"
     return None
+
+
+def list_batches(batches: Any, argument: str) -> list[Any]:
+    """Return an iterable of inputs as a list.
+
+    Args:
+        argument: the name of the argument, for the message.
+
+    Raises:
+        ModelError: it is no iterable of inputs, or is empty.
+    """
+    if problem := describe_invalid_batches(batches):
+        raise ModelError(f"{argument}: {problem}")
+    inputs = list(batches)
+    if not inputs:
+        raise ModelError(f"{argument}: expected at least one input, got none")
+    return inputs
 
 
 # --- mistakes in models -----------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from normswap.errors import PlanError, SwapError
 from normswap.layers.functional import new_site_name
-from normswap.layers.gated_module import FunctionalSwitchNorm, GatedModule
+from normswap.layers.gated_module import FunctionalSwitchNorm
 from normswap.layers.gating import BnStatistics, Branch, Gate
 from normswap.layers.in_place import convert_module, revert_module
 from normswap.layers.matching import match_statistics

@@ -1,7 +1,9 @@
 """Verify that a converted model computes the same function as the original: `verify` and its result.
 
-Both models run on the same data, in float64 if their code allows it, otherwise in their own precision. Four
-checks must pass, each with a relative L2 error of at most 1e-9 in float64, or of at most ten times the original's own
+Both models run on the same data, in float64 if their code allows it, otherwise in their own precision. In training, the
+norms of the original at sites with `bn_statistics="running"` are in evaluation (frozen), as the converted site uses its
+running statistics as constants; everything else trains, and at other sites the original's norms do too. Four checks
+must pass, each with a relative L2 error of at most 1e-9 in float64, or of at most ten times the original's own
 response to a one-ulp change of its input: the outputs in evaluation, the outputs in training, the running statistics of
 every module after a training step, and the gradients of all original parameters as one vector. If that response is not
 finite or exceeds 1e-3, each site is compared alone instead. If the original model raises, the check is skipped.
@@ -20,6 +22,7 @@ from torch import nn
 
 from normswap.errors import ArgumentError, ModelError
 from normswap.layers.gated_module import GatedModule
+from normswap.layers.gating import BnStatistics, check_bn_statistics
 from normswap.model_state import preserved_training_flags
 from normswap.surgery.arguments import (
     describe_inputs,
@@ -33,23 +36,15 @@ from normswap.surgery.model_outputs import match_names
 from normswap.surgery.module_tree import ModelTrainingFlags, copy_model, model_training_flags, walk_modules
 from normswap.surgery.wrappers import unwrap
 from normswap.text import first_line, pluralize, printable_as
-from normswap.verification.model_comparison import ModelComparison
+from normswap.verification.model_comparison import ModelComparison, compare_sites, site_problems
 from normswap.verification.model_pass import ModelPass, leaf_distances, run_pass, shared_tensors
 from normswap.verification.precision import Check, Precision, precisions, uses_narrower_dtype
-from normswap.verification.site_watch import SiteError, differences_outside_sites
+from normswap.verification.site_watch import SiteError
+from normswap.verification.training_reference import TrainingReferenceName
 
 __all__ = ["DEFAULT_TOLERANCE", "Check", "Verification", "check_tolerance", "parse_floats", "verify", "verify_in_place"]
 
 DEFAULT_TOLERANCE = 1e-9
-
-_MAX_LISTED = 3
-_MEASURES = {
-    "evaluation": "outputs in evaluation",
-    "training": "outputs in training",
-    "gradients": "gradients",
-    "statistics": "running statistics",
-}
-
 
 # --- the result -------------------------------------------------------------------------------------------------------
 
@@ -74,7 +69,10 @@ class Verification:
         precision: the dtype of the comparison, such as `float64`.
         judged_by: `"whole model"`, or `"sites"` if the whole model could not be judged and each site was compared
             alone.
-        notes: remarks, for example why the whole model could not be judged.
+        notes: remarks, for example the original with which training is compared, sites whose statistics were never
+            updated, or why the whole model could not be judged.
+        training_reference: the original with which training is compared: `"original"`, as it trains; `"frozen"`, with
+            its norms in evaluation; or `"mixed"`, with those of some sites in evaluation.
 
     Examples:
         >>> import torch, normswap
@@ -100,6 +98,7 @@ class Verification:
     precision: str = "float64"
     judged_by: str = "whole model"
     notes: tuple[str, ...] = ()
+    training_reference: TrainingReferenceName = "original"
 
     @property
     def summary(self) -> str:
@@ -160,7 +159,12 @@ def parse_floats(record: type, data: dict[str, Any]) -> dict[str, Any]:
 
 
 def verify(
-    original: nn.Module, converted: nn.Module, batches: Iterable[Any], *, tolerance: float | None = None
+    original: nn.Module,
+    converted: nn.Module,
+    batches: Iterable[Any],
+    *,
+    tolerance: float | None = None,
+    bn_statistics: BnStatistics | Mapping[str, BnStatistics] | None = None,
 ) -> Verification:
     """Compare two models on data, as a whole and site by site, in evaluation and in training.
 
@@ -174,6 +178,10 @@ def verify(
             arguments. For one input, pass `[x]`.
         tolerance: the largest relative L2 error that passes. Default: 1e-9 in float64, 1e-5 in float32, 1e-2 in
             float16, 1e-1 in bfloat16. `loosened` is set if it is larger than the default.
+        bn_statistics: what the sites should use in training. `"running"`: training is compared with the original
+            whose norms are in evaluation (frozen), everything else in training. `"batch"`: with the original as it
+            trains. A mapping has values by the name of a site. Default: what each site of `converted` uses, so the
+            result tells that it does what it is set to do, and `.training_reference` tells with which original.
 
     Returns:
         A `Verification`: `.passed`, `.checks` with errors and limits, `.sites`, and the precision. Models that do not
@@ -183,14 +191,21 @@ def verify(
         ModelError: `batches` is empty, the original model raises on an input in evaluation, or its output has nothing
             that can be compared.
         ArgumentError: a model is not a module, or `tolerance` is no positive number.
+        LayerError: `bn_statistics` is unknown.
 
     Examples:
         >>> import torch, normswap
         >>> model, x = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8)), torch.randn(2, 3, 16, 16)
-        >>> normswap.verify(model, normswap.convert(model, x).model, [x]).passed
-        True
+        >>> converted = normswap.convert(model, x, bn_statistics="running").model
+        >>> verification = normswap.verify(model, converted, [x])
+        >>> verification.passed, verification.training_reference
+        (True, 'frozen')
+        >>> normswap.verify(model, converted, [x], bn_statistics="batch").passed
+        False
     """
     check_tolerance(tolerance)
+    for value in bn_statistics.values() if isinstance(bn_statistics, Mapping) else filter(None, (bn_statistics,)):
+        check_bn_statistics(value)
     original = unwrap(require_module(original, "original"))
     converted = unwrap(require_module(converted, "converted"))
     modules = [entry.module for model in (original, converted) for entry in walk_modules(model)]
@@ -198,7 +213,7 @@ def verify(
     first = copy_model(original)
     second = copy_model(converted, _same_parameters(original, converted, first))
     with preserved_training_flags(modules):  # a model's own `train()` may reach the original through its copy
-        return verify_in_place(first, second, batches, tolerance=tolerance, flags=flags)
+        return verify_in_place(first, second, batches, tolerance=tolerance, bn_statistics=bn_statistics, flags=flags)
 
 
 def check_tolerance(tolerance: object) -> None:
@@ -218,6 +233,7 @@ def verify_in_place(
     batches: Iterable[Any],
     *,
     tolerance: float | None = None,
+    bn_statistics: BnStatistics | Mapping[str, BnStatistics] | None = None,
     flags: tuple[ModelTrainingFlags | None, ModelTrainingFlags | None] | None = None,
 ) -> Verification:
     """Compare two models as `verify` does, without copies: both may be in float64 afterwards.
@@ -226,7 +242,7 @@ def verify_in_place(
         first: the original model; the function may change it.
         second: the converted model; the function may change it.
         batches: as in `verify`.
-        tolerance: as in `verify`.
+        tolerance, bn_statistics: as in `verify`.
         flags: the results of `model_training_flags` for the models that these are copies of; default is to call it for
             these models.
     """
@@ -242,7 +258,13 @@ def verify_in_place(
         undo = precision.apply((first, second))
         limit = precision.limit if tolerance is None else tolerance
         comparison = ModelComparison(
-            first, second, precision.cast(inputs), limit=limit, precision=precision, flags=flags
+            first,
+            second,
+            precision.cast(inputs),
+            limit=limit,
+            precision=precision,
+            flags=flags,
+            bn_statistics=bn_statistics,
         )
         comparison.compare()
         if False not in comparison.raised:
@@ -278,14 +300,14 @@ def _result(
         )
     checks, sites = comparison.checks(), comparison.site_watch.errors()
     passed = all(check.passed is not False for check in checks)
-    notes = [*notes, *comparison.training.notes]
+    notes = [*notes, *comparison.reference.notes]
     if comparison.is_judged:
-        failures, remarks = _site_problems(comparison)
+        failures, remarks = site_problems(comparison)
         passed = passed and any(check.passed for check in checks) and not failures
         notes += [*failures, *remarks]
     else:
         limit = comparison.site_limit
-        sites, problems = _compare_sites(comparison)
+        sites, problems = compare_sites(comparison)
         passed = passed and not problems
         agreed = f"{pluralize(len(sites), 'site')} agreed within {limit:.0e}"
         found = f"not all agreed: {'; '.join(problems)}" if problems else agreed
@@ -305,6 +327,7 @@ def _result(
         precision=precision.name,
         judged_by="whole model" if comparison.is_judged else "sites",
         notes=tuple(notes),
+        training_reference=comparison.reference.name,
     )
 
 
@@ -361,70 +384,3 @@ def _single_precision_error(first: nn.Module, second: nn.Module, inputs: list[An
     passes = [[run_pass(model, batch, training=False) for batch in inputs] for model in (first, second)]
     pairs = [(a, b) for a, b in zip(*passes, strict=True) if isinstance(a, ModelPass) and isinstance(b, ModelPass)]
     return max((e for a, b in pairs for e in leaf_distances(a.leaves, b.leaves).values()), default=None)
-
-
-# --- sites one by one -------------------------------------------------------------------------------------------------
-
-
-def _site_problems(comparison: ModelComparison) -> tuple[list[str], list[str]]:
-    """Return the errors at sites although the whole models agree, and remarks on sites that did not run.
-
-    The output of a site may not reach the outputs of the model: the model keeps it in an attribute, multiplies it by
-    zero, rounds it to an integer, or uses it for other inputs only.
-    """
-    watch = comparison.site_watch
-    not_run = [site.fqn for site in watch.errors() if site.evaluation is None and site.training is None]
-    compared = [
-        name
-        for name in not_run
-        if all(comparison.compare_on_random_input(watch, name, training=t) for t in comparison.modes)
-    ]
-    remarks = []
-    if matching := [name for name in compared if name not in watch.wrong]:
-        remarks.append(
-            f"{pluralize(len(matching), 'site')} did not run, but agreed alone on random input: "
-            f"{_join_limited(matching)}"
-        )
-    if others := [name for name in not_run if name not in compared]:
-        remarks.append(f"{pluralize(len(others), 'site')} did not run and cannot be compared: {_join_limited(others)}")
-    failures = [_describe_difference(name, errors, comparison.site_limit) for name, errors in watch.wrong.items()]
-    return _limit_problems(failures), remarks
-
-
-def _compare_sites(comparison: ModelComparison) -> tuple[tuple[SiteError, ...], list[str]]:
-    """Compare each site alone in all modes; return the errors, and all problems in words."""
-    first, second = comparison.models
-    watch, limit = comparison.new_watch(), comparison.site_limit
-    for batch in comparison.inputs:
-        for training in comparison.modes:
-            with comparison.watching(watch, training=training, gradients=True):
-                comparison.run(0, batch, training=training)
-    errors = watch.errors()
-    problems = [_problem(site, limit) for site in errors]
-    problems += [f"{name} cannot be compared alone" for name in watch.unpaired]
-    problems += differences_outside_sites(first, second, watch.names)
-    if not errors:
-        problems.append("the converted model has no converted site")
-    return errors, _limit_problems([problem for problem in problems if problem])
-
-
-def _limit_problems(problems: list[str]) -> list[str]:
-    more = [f"{len(problems) - _MAX_LISTED} more"] if len(problems) > _MAX_LISTED else []
-    return problems[:_MAX_LISTED] + more
-
-
-def _join_limited(names: list[str]) -> str:
-    return ", ".join(names[:_MAX_LISTED]) + (", ..." if len(names) > _MAX_LISTED else "")
-
-
-def _problem(site: SiteError, limit: float) -> str:
-    if site.evaluation is None and site.training is None:
-        return f"{site.fqn} did not run"
-    measured = {measure: getattr(site, measure) for measure in _MEASURES}
-    wrong = {measure: error for measure, error in measured.items() if error is not None and not error <= limit}
-    return _describe_difference(site.fqn, wrong, limit) if wrong else ""
-
-
-def _describe_difference(name: str, wrong: Mapping[Any, float], limit: float) -> str:
-    found = ", ".join(f"{error:.1e} in {_MEASURES[measure]}" for measure, error in wrong.items())
-    return f"{name}, compared alone, differs by {found} (limit {limit:.0e})"

@@ -5,19 +5,16 @@ unit in the last place, if that is larger. If the response is not finite or exce
 whole model, and `equivalence` compares the sites one by one.
 """
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from math import inf, isfinite
 from typing import Any
 
 from torch import nn
 
-from normswap.layers.gated_module import GatedModule
-from normswap.layers.switch_norm import SwitchNorm
-from normswap.surgery.importance import gated_modules
+from normswap.layers.gating import BnStatistics
 from normswap.surgery.model_outputs import Leaves, count_numbers, max_abs_difference, relative_l2
-from normswap.surgery.module_tree import Flags, ModelTrainingFlags, model_mode, modules_by_name, walk_modules
+from normswap.surgery.module_tree import Flags, ModelTrainingFlags, model_mode, walk_modules
 from normswap.text import first_line, pluralize
 from normswap.verification.model_pass import (
     MISSING,
@@ -26,6 +23,7 @@ from normswap.verification.model_pass import (
     GradientDistance,
     GradientStore,
     ModelPass,
+    constant_buffer_distances,
     leaf_distances,
     run_pass,
     shared_tensors,
@@ -39,13 +37,21 @@ from normswap.verification.precision import (
     Precision,
     perturbed_passes,
 )
-from normswap.verification.site_watch import SiteWatch
+from normswap.verification.site_watch import SiteError, SiteWatch, differences_outside_sites
+from normswap.verification.training_reference import constant_buffers, training_reference
 
 OUTPUTS = {False: "outputs in evaluation", True: "outputs in training"}
 GRADIENTS, STATISTICS = "gradients", "running statistics"
 CHECKS = (OUTPUTS[False], OUTPUTS[True], GRADIENTS, STATISTICS)
 _TRAINING = CHECKS[1:]
 
+_MAX_LISTED = 3
+_MEASURES = {
+    "evaluation": "outputs in evaluation",
+    "training": "outputs in training",
+    "gradients": "gradients",
+    "statistics": "running statistics",
+}
 Errors = dict[str, dict[str, float]]  # by check and by leaf
 
 
@@ -59,6 +65,7 @@ class ModelComparison:
         limit: the largest relative L2 error that passes.
         precision: the precision of the models.
         flags: for each model, the training flags that its own `train()` and `eval()` set, or None.
+        bn_statistics: as in `training_reference`.
     """
 
     def __init__(
@@ -70,6 +77,7 @@ class ModelComparison:
         limit: float,
         precision: Precision,
         flags: tuple[ModelTrainingFlags | None, ModelTrainingFlags | None],
+        bn_statistics: BnStatistics | Mapping[str, BnStatistics] | None = None,
     ) -> None:
         self.models = first, second
         self.inputs, self.limit, self._eps = inputs, limit, precision.eps
@@ -79,20 +87,18 @@ class ModelComparison:
         self.largest_difference = 0.0
         self.has_comparable_output = self._has_infinite_output = False
         self._unchecked: set[str] = set()
-        self.training = _training_setup(first, second)
+        self.reference = training_reference(first, second, bn_statistics)
+        self._constant_buffers = constant_buffers(second)
         self._flags = {
             training: (
-                {
-                    **_flags_for_mode(flags[0], training),
-                    **(dict.fromkeys(self.training.frozen, False) if training else {}),
-                },
+                {**_flags_for_mode(flags[0], training), **(self.reference.flags if training else {})},
                 _flags_for_mode(flags[1], training),
             )
             for training in (False, True)
         }
-        self.modes = (False,) if self.training.skip_reason else (False, True)
-        if self.training.skip_reason:
-            self._note(_TRAINING, self.training.skip_reason)
+        self.modes = (False,) if self.reference.skip_reason else (False, True)
+        if self.reference.skip_reason:
+            self._note(_TRAINING, self.reference.skip_reason)
         self.site_watch = self.new_watch()
 
     def new_watch(self) -> SiteWatch:
@@ -140,7 +146,9 @@ class ModelComparison:
         training: bool,
         context: AbstractContextManager[Any] | None = None,
     ) -> ModelPass | Exception:
-        """Run the first (0) or the second model (1) once."""
+        """Run the first (0) or the second model (1) once; in training, the first one is the reference."""
+        if training and index == 0:  # the reference comes last: it decides on a call before other modes see it
+            context = _both(context or nullcontext(), self.reference.applied())
         flags = self._flags[training][index]
         return run_pass(self.models[index], batch, on_gradient, training=training, flags=flags, context=context)
 
@@ -150,7 +158,8 @@ class ModelComparison:
 
     def compare_on_random_input(self, watch: SiteWatch, name: str, *, training: bool) -> bool:
         """Compare a site that did not run on random input; return whether the original site takes such an input."""
-        with model_mode(self.models[0], training=training, flags=self._flags[training][0]):
+        reference = self.reference.applied() if training else nullcontext()
+        with model_mode(self.models[0], training=training, flags=self._flags[training][0]), reference:
             return watch.compare_on_random_input(name, training=training, flags=self._second_flags(training=training))
 
     def _second_flags(self, *, training: bool) -> dict[int, bool]:
@@ -206,6 +215,7 @@ class ModelComparison:
         if training:
             errors[GRADIENTS] = self._gradient_error(a, b, gradients)
             errors[STATISTICS] = statistics_distances(a.buffers, b.buffers)
+            errors[STATISTICS] |= constant_buffer_distances(a, b, self._constant_buffers)
             if not errors[STATISTICS]:
                 self._note((STATISTICS,), "the model has no running statistics")
         return errors
@@ -308,52 +318,10 @@ class ModelComparison:
             self._note((check,), f"{path} cannot be compared: {reason}")
 
 
-@dataclass(frozen=True)
-class _TrainingSetup:
-    """How the models are compared in training.
-
-    Attributes:
-        frozen: the names of the original's norms that run in evaluation mode.
-        skip_reason: why the models are not compared in training; empty if they are.
-    """
-
-    frozen: tuple[str, ...] = ()
-    skip_reason: str = ""
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """A note on the norms in evaluation mode, if there are any."""
-        if not self.frozen:
-            return ()
-        return (
-            f"{pluralize(len(self.frozen), 'site')} with running statistics in training: compared with the original's "
-            "norms in evaluation mode",
-        )
-
-
-def _training_setup(first: nn.Module, second: nn.Module) -> _TrainingSetup:
-    """Return how to compare the models in training, given the `bn_statistics` of the converted one.
-
-    A site with running statistics in training equals the original norm in evaluation mode. Other differences in
-    `bn_statistics` have no equal in the original.
-    """
-    original_modules = modules_by_name(first)
-    frozen, others = [], []
-    for name, layer in gated_modules(second).items():
-        old = original_modules.get(name)
-        same = isinstance(old, GatedModule) and old.bn_statistics == layer.bn_statistics
-        if layer.bn_statistics == "batch" or same or (isinstance(layer, SwitchNorm) and layer.frozen):
-            continue
-        if layer.bn_statistics == "running" and isinstance(layer, SwitchNorm) and old is not None:
-            frozen.append(name)
-        else:
-            others.append(name)
-    if others:
-        sites = pluralize(len(others), "site")
-        return _TrainingSetup(
-            skip_reason=f"skipped: {sites} with running statistics in training, unlike the original model"
-        )
-    return _TrainingSetup(frozen=tuple(frozen))
+@contextmanager
+def _both(outer: AbstractContextManager[Any], inner: AbstractContextManager[Any]) -> Iterator[None]:
+    with outer, inner:
+        yield
 
 
 def _flags_for_mode(flags: ModelTrainingFlags | None, training: bool) -> Flags:
@@ -377,3 +345,70 @@ def _has_floats(leaves: Leaves) -> bool:
 
 def _has_numbers(leaves: Leaves) -> bool:
     return bool(leaves.tensors) or count_numbers(leaves) > 0
+
+
+# --- sites one by one -------------------------------------------------------------------------------------------------
+
+
+def site_problems(comparison: ModelComparison) -> tuple[list[str], list[str]]:
+    """Return the errors at sites although the whole models agree, and remarks on sites that did not run.
+
+    The output of a site may not reach the outputs of the model: the model keeps it in an attribute, multiplies it by
+    zero, rounds it to an integer, or uses it for other inputs only.
+    """
+    watch = comparison.site_watch
+    not_run = [site.fqn for site in watch.errors() if site.evaluation is None and site.training is None]
+    compared = [
+        name
+        for name in not_run
+        if all(comparison.compare_on_random_input(watch, name, training=t) for t in comparison.modes)
+    ]
+    remarks = []
+    if matching := [name for name in compared if name not in watch.wrong]:
+        remarks.append(
+            f"{pluralize(len(matching), 'site')} did not run, but agreed alone on random input: "
+            f"{_join_limited(matching)}"
+        )
+    if others := [name for name in not_run if name not in compared]:
+        remarks.append(f"{pluralize(len(others), 'site')} did not run and cannot be compared: {_join_limited(others)}")
+    failures = [_describe_difference(name, errors, comparison.site_limit) for name, errors in watch.wrong.items()]
+    return _limit_problems(failures), remarks
+
+
+def compare_sites(comparison: ModelComparison) -> tuple[tuple[SiteError, ...], list[str]]:
+    """Compare each site alone in all modes; return the errors, and all problems in words."""
+    first, second = comparison.models
+    watch, limit = comparison.new_watch(), comparison.site_limit
+    for batch in comparison.inputs:
+        for training in comparison.modes:
+            with comparison.watching(watch, training=training, gradients=True):
+                comparison.run(0, batch, training=training)
+    errors = watch.errors()
+    problems = [_problem(site, limit) for site in errors]
+    problems += [f"{name} cannot be compared alone" for name in watch.unpaired]
+    problems += differences_outside_sites(first, second, watch.names)
+    if not errors:
+        problems.append("the converted model has no converted site")
+    return errors, _limit_problems([problem for problem in problems if problem])
+
+
+def _limit_problems(problems: list[str]) -> list[str]:
+    more = [f"{len(problems) - _MAX_LISTED} more"] if len(problems) > _MAX_LISTED else []
+    return problems[:_MAX_LISTED] + more
+
+
+def _join_limited(names: list[str]) -> str:
+    return ", ".join(names[:_MAX_LISTED]) + (", ..." if len(names) > _MAX_LISTED else "")
+
+
+def _problem(site: SiteError, limit: float) -> str:
+    if site.evaluation is None and site.training is None:
+        return f"{site.fqn} did not run"
+    measured = {measure: getattr(site, measure) for measure in _MEASURES}
+    wrong = {measure: error for measure, error in measured.items() if error is not None and not error <= limit}
+    return _describe_difference(site.fqn, wrong, limit) if wrong else ""
+
+
+def _describe_difference(name: str, wrong: Mapping[Any, float], limit: float) -> str:
+    found = ", ".join(f"{error:.1e} in {_MEASURES[measure]}" for measure, error in wrong.items())
+    return f"{name}, compared alone, differs by {found} (limit {limit:.0e})"

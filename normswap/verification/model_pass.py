@@ -9,7 +9,7 @@ import logging
 import mmap
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from math import inf
@@ -228,12 +228,14 @@ class ModelPass:
     Attributes:
         leaves: the leaves of the output, detached.
         buffers: in training, the buffers after the forward pass, by all their names.
+        buffers_before: the same before it.
         has_graph: whether an output depends on tensors that require a gradient.
         backward_error: the error that the backward pass raised.
     """
 
     leaves: Leaves
     buffers: dict[TensorNames, Tensor]
+    buffers_before: dict[TensorNames, Tensor]
     has_graph: bool = False
     backward_error: Exception | None = None
 
@@ -265,11 +267,11 @@ def run_pass(
         context or nullcontext(),
     ):
         try:
+            before = _copies(shared_tensors(entries, "_buffers")) if training else {}
             with torch.set_grad_enabled(training):
                 leaves = read_leaves(call_model(model, batch), model=frozenset(map(id, modules)))
             # Before the backward pass: activation checkpointing makes BN record its batch a second time there.
-            found = shared_tensors(entries, "_buffers") if training else {}
-            buffers = {names: buffer.detach().clone() for names, buffer in found.items()}
+            buffers = _copies(shared_tensors(entries, "_buffers")) if training else {}
         except Exception as error:  # noqa: BLE001 - the model's own code may raise anything; the caller reports it
             return error
         if training and on_gradient:
@@ -278,7 +280,11 @@ def run_pass(
             except Exception as error:  # noqa: BLE001 - as above
                 backward_error = error
     has_graph = any(leaf.requires_grad for leaf in leaves.tensors)
-    return ModelPass(leaves.detached(), buffers, has_graph, backward_error)
+    return ModelPass(leaves.detached(), buffers, before, has_graph, backward_error)
+
+
+def _copies(tensors: dict[TensorNames, Tensor]) -> dict[TensorNames, Tensor]:
+    return {names: tensor.detach().clone() for names, tensor in tensors.items()}
 
 
 def shared_tensors(entries: Sequence[ModuleEntry], registry: str) -> dict[TensorNames, Tensor]:
@@ -338,6 +344,20 @@ def statistics_distances(references: dict[TensorNames, Tensor], values: dict[Ten
             continue
         vectors.setdefault(owner, VectorDistance()).add(reference, value)
     return errors | {f"{owner or 'the model'} (statistics)": vector.result() for owner, vector in vectors.items()}
+
+
+def constant_buffer_distances(reference: ModelPass, found: ModelPass, constants: Collection[str]) -> dict[str, float]:
+    """Return the relative L2 of buffers that `reference` does not have from their values before the forward pass.
+
+    Args:
+        constants: the names of the buffers of `found` that must not change.
+    """
+    compared = {partner for _, partner in match_names(reference.buffers, found.buffers)}
+    return {
+        names[0]: relative_l2(found.buffers_before[names], buffer)
+        for names, buffer in found.buffers.items()
+        if names not in compared and names in found.buffers_before and not set(names).isdisjoint(constants)
+    }
 
 
 def output_distance(reference: Leaves, value: Leaves) -> float:

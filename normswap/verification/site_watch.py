@@ -24,6 +24,7 @@ from normswap.surgery.model_outputs import Leaves, TensorNames, VectorDistance, 
 from normswap.surgery.module_tree import class_name, modules_by_name, walk_modules
 from normswap.verification.model_pass import gradient_distance, output_distance, shared_tensors, stream_gradients
 from normswap.verification.precision import MAX_RESPONSE, RESPONSE_FACTOR, perturb
+from normswap.verification.training_reference import is_reference_forward
 
 Measure = Literal["evaluation", "training", "gradients", "statistics"]
 
@@ -215,7 +216,8 @@ class SiteWatch:
 def _preserved(modules: list[nn.Module]) -> AbstractContextManager[None]:
     # Hooks are not followed: `forward` calls none, and a hook of each site may refer to the whole model. A `forward` of
     # a single object may refer to anything, for example to the object that this one is a copy of.
-    return preserved_state(modules, follow_objects=any("forward" in vars(module) for module in modules))
+    own_forward = any("forward" in vars(module) and not is_reference_forward(module) for module in modules)
+    return preserved_state(modules, follow_objects=own_forward)
 
 
 def _record_call_hook(old: nn.Module, calls: list[_Call], called: set[nn.Module]) -> Callable[[], Any]:

@@ -100,4 +100,3 @@ def prepare_transfer(*, seed: int) -> Digits:
         return Domain(**{part: Images(render_source(ink[i]), labels[i] - offset) for part, i in chosen.items()})
 
     return Digits(domain(source=True), domain(source=False))
-

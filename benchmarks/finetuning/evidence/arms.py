@@ -125,7 +125,7 @@ ARMS = {
     "uniform": Arm(
         "SN uniform",
         _uniform,
-        "`normswap.convert(model, x, gate=\"softmax\", bn_statistics=\"batch\")`: the layer as published",
+        '`normswap.convert(model, x, gate="softmax", bn_statistics="batch")`: the layer as published',
     ),
     "default": Arm("normswap", convert, "`normswap.convert(model, x)` with default arguments"),
 }
@@ -149,11 +149,12 @@ ABLATIONS = {
     "raw": Arm("branches not matched", partial(convert, match=False), "`match=False`"),
     "frozen_gates": Arm("gates frozen", _frozen_gates, "all gates stay at `bn`"),
     "without_bn": Arm("`in` and `ln` without `bn`", partial(convert, start="ln"), '`start="ln"`'),
-    "norms_only": Arm(
-        "norms only", convert, "only gates, scales, shifts and the head are trained", trained="norms"
-    ),
+    "norms_only": Arm("norms only", convert, "only gates, scales, shifts and the head are trained", trained="norms"),
     "tracked": Arm(
-        "statistics tracked slowly", convert, "the running statistics follow the inputs with momentum 0.01", momentum=0.01
+        "statistics tracked slowly",
+        convert,
+        "the running statistics follow the inputs with momentum 0.01",
+        momentum=0.01,
     ),
     "gates_3e-3": Arm("gate rate 3e-3", convert, "a rate of the gates of its own", gate_rate=3e-3),
     "gates_1e-2": Arm("gate rate 1e-2", convert, "a rate of the gates of its own", gate_rate=1e-2),

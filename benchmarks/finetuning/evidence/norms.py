@@ -8,11 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from normswap.surgery.module_tree import never_updated
+
 BatchNorm = nn.modules.batchnorm._BatchNorm
 # A group count of Wu and He (2018), or the largest divisor of the channels that it contains.
 GROUPS = 32
 # Limits of Ioffe (2017). His ramp from BN to these limits is for training from scratch: trained statistics need none.
 R_MAX, D_MAX, MOMENTUM = 3.0, 5.0, 0.01
+_STATISTICS_INPUTS, _STATISTICS_BATCH = 400, 50
 
 
 def batch_norms(model: nn.Module) -> list[BatchNorm]:
@@ -21,8 +24,8 @@ def batch_norms(model: nn.Module) -> list[BatchNorm]:
 
 
 def is_untrained(bn: BatchNorm) -> bool:
-    """Return whether the running statistics were never updated."""
-    return bn.num_batches_tracked is not None and int(bn.num_batches_tracked) == 0
+    """Return whether the running statistics were never updated; a count of 0 alone is in every file from TensorFlow."""
+    return never_updated(bn.running_mean, bn.running_var, bn.num_batches_tracked)
 
 
 @torch.no_grad()
@@ -150,7 +153,9 @@ class SlowTracking:
             handle.remove()
 
 
-def chunks(inputs: Tensor, to_input: Callable[[Tensor], Tensor], *, limit: int = 400, size: int = 50) -> Iterator[Tensor]:
+def chunks(
+    inputs: Tensor, to_input: Callable[[Tensor], Tensor], *, limit: int = 400, size: int = 50
+) -> Iterator[Tensor]:
     """Yield at most `limit` inputs in batches, for statistics: no labels are read."""
     for chunk in inputs[:limit].split(size):
         yield to_input(chunk)

@@ -7,7 +7,7 @@ import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -147,7 +147,7 @@ def _mean_of_last(losses: list[float]) -> float | None:
 # --- what an arm does, as a digest ------------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=None)
+@cache
 def fingerprint(name: str) -> str:
     """Return a digest of what an arm does in a few steps on a tiny network in float64, rounded to 6 digits.
 

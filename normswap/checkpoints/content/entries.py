@@ -8,14 +8,16 @@ its argument: `replace_entries` returns a new content that shares all other valu
 
 import re
 from argparse import Namespace
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from normswap.checkpoints.content.optimizer_state import is_optimizer_state, is_scheduler_state
-from normswap.errors import CheckpointError
+from normswap.errors import ArgumentError, CheckpointError
+from normswap.schema import suggest
+from normswap.surgery.arguments import require_type
 
 KeyPath = tuple[str | int, ...]
 
@@ -83,6 +85,33 @@ def read_contents(content: Any, *, entry: str | None = None) -> Contents:
     optimizers = find_optimizers(content)
     schedulers = tuple(_iter_key_paths(content, (), is_scheduler_state))
     return Contents(_describe_kind(content, weights), weights, others, optimizers, schedulers, prefix)
+
+
+def read_named_entries(entry: Any, architecture: Any, example_inputs: Any) -> tuple[tuple[str | None, Any, Any], ...]:
+    """Return the entries that an argument `entry` names, each with its architecture and its inputs.
+
+    Raises:
+        ArgumentError: `entry` is neither a name nor a list of names, or `architecture` has a key that is none of them.
+    """
+    if entry is None or isinstance(entry, str):
+        return ((entry, architecture, example_inputs),)
+    expected = "the name of an entry such as 'state_dict_ema', or a list of names"
+    require_type(entry, Iterable, "entry", expected)
+    entries = tuple(entry)
+    if not all(isinstance(name, str) for name in entries):
+        raise ArgumentError(f"entry: expected {expected}, got {entry!r:.80}")
+    for key in architecture if isinstance(architecture, Mapping) else ():
+        if key not in entries:
+            near = suggest(key, entries)
+            raise ArgumentError(f"architecture: expected entries of entry={list(entries)} as keys, got {key!r}{near}")
+    return tuple(
+        (name, _select(architecture, name, entries), _select(example_inputs, name, entries)) for name in entries
+    )
+
+
+def _select(value: Any, entry: str, entries: Sequence[str]) -> Any:
+    """The value for one of the named entries in a mapping from entries to values; else the value for all."""
+    return value.get(entry) if isinstance(value, Mapping) and value and {*value} <= {*entries} else value
 
 
 def find_weights(content: Any) -> dict[KeyPath, Any]:

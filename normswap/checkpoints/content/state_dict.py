@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from normswap.checkpoints.content.entries import find_optimizers, find_weights, format_key_path
 from normswap.checkpoints.content.key_prefixes import StoredNames, find_prefixes
 from normswap.errors import CheckpointError
-from normswap.layers.gating import BRANCHES, initial_point
+from normswap.layers.gating import BRANCHES, BnStatistics, initial_point
 from normswap.layers.in_place import GATE_PARAMETERS
-from normswap.surgery.plan import ANY_CLASS, Skip, Swap, SwapPlan
+from normswap.layers.matching import MATCHING_BUFFERS
+from normswap.surgery.module_tree import never_updated
+from normswap.surgery.plan import ANY_CLASS, Skip, Swap, SwapPlan, statistics_notes
 from normswap.surgery.selection import SiteFilter, first_matching_patterns
 from normswap.text import join_fqn
 
@@ -171,21 +173,27 @@ def copy_metadata(
 
 
 def plan_from_names(
-    state: Mapping[str, Tensor], *, include: Sequence[SiteFilter] = (), exclude: Sequence[SiteFilter] = ()
+    state: Mapping[str, Tensor],
+    *,
+    include: Sequence[SiteFilter] = (),
+    exclude: Sequence[SiteFilter] = (),
+    bn_statistics: BnStatistics = "running",
+    match: bool = True,
 ) -> SwapPlan:
     """Return a plan for the batch norms in `state`, found by the names of their tensors.
 
     The classes of the norms are unknown, so the swaps name none; `planning.complete_plan` adds the classes when the
-    file is loaded into a model.
+    file is loaded into a model. Their eps is unknown too, so matched branches get their constants then.
 
     Args:
         state: tensors by key.
         include, exclude: patterns as in `plan_swaps`.
+        bn_statistics, match: as in `plan_swaps`, for all norms.
 
     Raises:
         PlanError: a pattern matches no batch norm.
     """
-    swaps = _swaps_from_names(state)
+    swaps = _swaps_from_names(state, bn_statistics, match=match)
     sites = [(swap.fqn,) for swap in swaps]
     included, excluded = first_matching_patterns(include, sites), first_matching_patterns(exclude, sites)
     kept = [swap for swap in swaps if swap.fqn not in excluded and (not include or swap.fqn in included)]
@@ -195,17 +203,20 @@ def plan_from_names(
         if swap not in kept
     ]
     note = "Planned from tensor names only; each norm's class is determined when the file is loaded into a model."
-    return SwapPlan(tuple(kept), tuple(skips), ANY_CLASS, None, (note,))
+    notes = (note, *statistics_notes(kept, {swap.fqn for swap in kept}))
+    return SwapPlan(tuple(kept), tuple(skips), ANY_CLASS, None, notes)
 
 
-def _swaps_from_names(state: Mapping[str, Tensor]) -> list[Swap]:
+def _swaps_from_names(state: Mapping[str, Tensor], bn_statistics: BnStatistics, *, match: bool) -> list[Swap]:
     swaps = []
     for fqn, statistics, _ in find_norm_groups(state):
         mean, var = statistics.values()
         if mean.dim() != 1 or var.shape != mean.shape or join_fqn(fqn, GATE_PARAMETERS[0]) in state:
             continue
         branches = BRANCHES if mean.numel() > 1 else tuple(branch for branch in BRANCHES if branch != "ln")
-        swaps.append(Swap(fqn, ANY_CLASS, mean.numel(), "simplex", branches, "batch", train_gates=True))
+        untrained = never_updated(mean, var, state.get(join_fqn(fqn, "num_batches_tracked")))
+        options: Any = {"train_gates": True, "matched": match, "untrained": untrained}
+        swaps.append(Swap(fqn, ANY_CLASS, mean.numel(), "simplex", branches, bn_statistics, **options))
     return swaps
 
 
@@ -325,7 +336,7 @@ def _find_norms(tensors: Mapping[str, Tensor]) -> tuple[NormTensors, ...]:
     batch = {group.fqn for group in find_norm_groups(tensors)}
     found = []
     for fqn, own in modules.items():
-        own_names = {*own} - {*GATE_PARAMETERS}
+        own_names = {*own} - {*GATE_PARAMETERS, *MATCHING_BUFFERS}
         vectors = {tuple(own[name].shape) for name in own_names}
         affine = own_names in _AFFINE_NAMES and len(vectors) == 1 and len(next(iter(vectors))) == 1
         if fqn in batch or affine:

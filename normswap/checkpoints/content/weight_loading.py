@@ -19,6 +19,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 
 from normswap.errors import ArchitectureError, UnknownNormsError
+from normswap.layers.matching import MATCHING_BUFFERS
 from normswap.text import first_line
 
 _logger = logging.getLogger(__name__)
@@ -186,7 +187,8 @@ def _initialize_lazy(module: Any) -> None:
 def _compare_keys(own: Mapping[str, Any], state: Mapping[str, Tensor]) -> LoadReport | None:
     """The tolerated differences between a model's own tensors and `state`, or None if others exist."""
     tied = _find_tied(own, state)
-    missing = [key for key in own if key not in state and key not in tied]
+    # The layers compute missing constants of matched branches themselves.
+    missing = [key for key in own if key not in state and key not in tied and not _is_matching_constant(key)]
     unexpected = tuple(key for key in state if key not in own)
     present = [key for key in own if key in state]
     counters = tuple(filter(is_batch_counter, missing))
@@ -220,6 +222,10 @@ def _has_storage(value: Any) -> bool:
 
 def _storage_identity(tensor: Tensor) -> tuple[object, ...]:
     return tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
+
+
+def _is_matching_constant(key: str) -> bool:
+    return key.rpartition(".")[2] in MATCHING_BUFFERS
 
 
 def _is_running_stat(key: str) -> bool:

@@ -73,7 +73,7 @@ class NormSite:
         trainable: one of its own parameters requires a gradient, or it has none.
         registered: its tensors are in the model's state dict; false if only a Python container refers to the module.
         synchronize: it uses the joint batch of all processes in training (SyncBatchNorm).
-        has_running_stats: it is a batch norm with running statistics.
+        has_running_stats: it is a batch norm that uses running statistics in evaluation.
         untrained: its running statistics were never updated: mean 0, variance 1, and no batch was counted.
         num_groups: the number of groups of a GroupNorm.
         owner: the fqn of the module whose forward makes the call; None for a module site.
@@ -183,7 +183,7 @@ def _functional_sites_of_kind(
                 frozen=kind == "bn" and _is_frozen(own, index),
                 trainable=_affine_trainable(module, node),
                 registered=entry.registered,
-                has_running_stats=actual_kind == "bn" and len(statistics) == 2,
+                has_running_stats=actual_kind == "bn" and len(statistics) == 2 and not _uses_batch_in_evaluation(node),
                 untrained=actual_kind == "bn" and never_updated(*statistics),
                 owner=owner,
                 shapes=tuple(dict.fromkeys(shapes)) if observation else None,
@@ -253,6 +253,11 @@ def _is_frozen(own: ModuleTrace, index: int) -> bool:
         return False
     calls = (norm_nodes(graph, "bn")[index] for graph in (own.training, own.evaluation))
     return all(norm_arguments(node).get("training", False) is False for node in calls)
+
+
+def _uses_batch_in_evaluation(node: fx.Node | None) -> bool:
+    """Whether a call uses the batch in evaluation too, or as an argument decides, as in some few-shot learners."""
+    return node is not None and norm_arguments(node).get("training", False) is not False
 
 
 def _differs_from_eager(

@@ -12,6 +12,7 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable
+from types import CodeType
 from typing import Any
 
 import torch
@@ -49,7 +50,7 @@ class _Redirection(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         call = NORM_CALLS.get(func)
-        if call is None or call.kind != "bn" or _is_inside_submodule():
+        if call is None or call.kind != "bn" or is_called_inside_submodule(run_original_forward.__code__):
             return func(*args, **kwargs)
         self.count += 1
         gate = self.gates[self.count - 1] if self.count <= len(self.gates) else None
@@ -77,10 +78,10 @@ def run_original_forward(forward: Callable[..., Any], gates: list[nn.Module | No
     return result
 
 
-def _is_inside_submodule() -> bool:
-    """Whether a module that the forward called is running, judged by the stack frames in between."""
+def is_called_inside_submodule(forward: CodeType) -> bool:
+    """Whether a module that a forward called is running, judged by the stack frames up to that of `forward`."""
     frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_code is not run_original_forward.__code__:
+    while frame.f_back is not None and frame.f_code is not forward:
         if frame.f_code in _MODULE_CALL_CODE:
             return True
         frame = frame.f_back

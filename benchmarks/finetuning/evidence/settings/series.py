@@ -10,6 +10,7 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from benchmarks.finetuning.evidence.settings.task import Examples, Task, code_digest, fit, trained_once
 from benchmarks.finetuning.fashion import cache_folder
 
+SOURCES: tuple[ModuleType, ...] = ()
 PACKAGE = "aeon==1.6.0"
 # All classes of the source sets are told apart together.
 SOURCE_SETS, TARGET_SET = ("ACSF1", "ArrowHead", "GunPoint"), "OSULeaf"

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from benchmarks.finetuning import pretrained
 from benchmarks.finetuning.evidence.settings.task import Examples, Task, mean_iou
 
+SOURCES = (pretrained,)
 SIZE = 64
 CLASSES = 4  # background, disc, square, triangle
 SHAPES_PER_IMAGE = 3
