@@ -1,5 +1,5 @@
 # Two commands do everything on a fresh machine with Python 3.11+, git and make:
-#   make demo   train a small BN network on real digits, convert it, verify it, fine-tune it at batch size 2
+#   make demo   convert a pretrained ImageNet network, verify it, fine-tune it at batch size 2 on shifted images
 #   make test   lint, types and tests
 # While you work, `make test-fast` runs the quick tests of every package in about a minute.
 PYTHON ?= python3
@@ -22,7 +22,7 @@ $(READY): pyproject.toml setup.py $(NATIVE)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --editable '.[dev]'
 	@touch $@
 
-demo: $(READY)  ## train, convert, verify and fine-tune, with measured figures
+demo: $(READY)  ## identify, convert, verify and fine-tune a pretrained network, with measured figures (3 minutes on 2 cores)
 	@$(BIN)/python -m benchmarks.finetuning.demo
 
 test: lint  ## everything that has to hold; the types take one core for a while, which the tests fill up

@@ -141,7 +141,7 @@ def digits_after(start: str, seed: int) -> dict[str, Any]:
 
 
 def summary(found: Mapping[str, Any], start: str) -> dict[str, float]:
-    """Return the means of the seeds for one start: the agreement of all crops and of each photograph, the kept share."""
+    """Return the means of the seeds for one start: agreement of all crops and of each photograph, and of accuracy."""
     crops = [record for record in found["photographs"] if record["start"] == start]
     runs = [record for record in found["digits"] if record["start"] == start]
     same = {name: statistics.fmean(record["same"][name] for record in crops) for name in PHOTOGRAPHS}
@@ -163,51 +163,65 @@ def page(found: Mapping[str, Any]) -> str:
     """Return the page."""
     rows = {start: summary(found, start) for start in STARTS}
     ours = rows["ln"]
-    least = min(ours[name] for name in PHOTOGRAPHS)
+    titles = {start: title for start, (title, _) in STARTS.items()}
     columns = ("all", *PHOTOGRAPHS)
-    lines = [
-        "# Without BN and without a step of training",
-        "",
-        f"Written by `python -m benchmarks.finetuning.start`. {found['provenance']}",
-        "",
-        '`normswap.convert(model, x, start="ln")` replaces every BN by a layer without batch statistics whose branches are',
-        "matched to the running statistics. Nothing is trained, and no data are read.",
-        "",
-        "## Photographs",
-        "",
-        f"EfficientNet-Lite0 with ImageNet weights: the share of random crops ({SIDES[0]:.0%} to {SIDES[1]:.0%} of the short",
-        "side) of three photographs of scikit-image to which it gives the same first class of 1,000 as before, in percent,",
-        f"and the relative L2 difference of the outputs. Mean of {len(SEEDS)} seeds of {CROPS} crops per photograph.",
-        "",
-        f"| norms | {' | '.join(('all', *PHOTOGRAPHS))} | output difference |",
-        f"|---{'|---' * (len(columns) + 1)}|",
-        *(
-            f"| {title} | {' | '.join(f'{rows[start][name]:.0f}' for name in columns)} | {rows[start]['error']:.2f} |"
-            for start, (title, _) in STARTS.items()
-        ),
-        "",
-        f'Target for `start="ln"`: at least {LEAST_AGREEMENT:.0f} of all crops ({_met(ours["all"], LEAST_AGREEMENT)}) and '
-        f"{LEAST_PER_PHOTOGRAPH:.0f} of each photograph ({_met(least, LEAST_PER_PHOTOGRAPH)}).",
-        "",
-        "## Digits",
-        "",
-        "A small ResNet, trained with BN on clean digits. Accuracy in percent on clean digits and on digits with other",
-        f"colours, texture, contrast and noise, mean of {len(SEEDS)} seeds; the last column is the share of the accuracy on",
-        "clean digits that is left, with the least of the seeds.",
-        "",
-        "| norms | clean | shifted | left |",
-        "|---|---|---|---|",
-        f"| BN | {ours['before clean']:.1f} | {ours['before shifted']:.1f} | |",
-        *(
-            f"| {title} | {row['after clean']:.1f} | {row['after shifted']:.1f} | "
-            f"{row['kept']:.1f} ({row['least kept']:.1f}) |"
-            for row, (title, _) in zip(rows.values(), STARTS.values(), strict=True)
-        ),
-        "",
-        f'Target for `start="ln"`: at least {LEAST_ACCURACY:.0f} % are left ({_met(ours["least kept"], LEAST_ACCURACY)} with '
-        "every seed).",
+    photographs = [
+        f"| {titles[start]} | {' | '.join(f'{row[name]:.0f}' for name in columns)} | {row['error']:.2f} |"
+        for start, row in rows.items()
     ]
-    return "\n".join(lines) + "\n"
+    digit_rows = [
+        f"| {titles[start]} | {row['after clean']:.1f} | {row['after shifted']:.1f} | "
+        f"{row['kept']:.1f} ({row['least kept']:.1f}) |"
+        for start, row in rows.items()
+    ]
+    return _PAGE.format(
+        provenance=found["provenance"],
+        sides=f"{SIDES[0]:.0%} to {SIDES[1]:.0%}",
+        seeds=len(SEEDS),
+        crops=CROPS,
+        header=" | ".join(columns),
+        photographs="\n".join(photographs),
+        agreement=f"{LEAST_AGREEMENT:.0f} of all crops ({_met(ours['all'], LEAST_AGREEMENT)})",
+        each=f"{LEAST_PER_PHOTOGRAPH:.0f} of each photograph "
+        f"({_met(min(ours[name] for name in PHOTOGRAPHS), LEAST_PER_PHOTOGRAPH)})",
+        bn=f"| BN | {ours['before clean']:.1f} | {ours['before shifted']:.1f} | 100 |",
+        digits="\n".join(digit_rows),
+        kept=f"{LEAST_ACCURACY:.0f} with every seed ({_met(ours['least kept'], LEAST_ACCURACY)})",
+    )
+
+
+_PAGE = """# Without BN and without a step of training
+
+Written by `python -m benchmarks.finetuning.start`. {provenance}
+
+`normswap.convert(model, x, start="ln")` replaces every BN by a layer without batch statistics whose branches are
+matched to the running statistics. Nothing is trained, and no data are read.
+
+## Photographs
+
+EfficientNet-Lite0 with ImageNet weights: the share of random crops ({sides} of the short side) of three photographs of
+scikit-image to which it gives the same first class of 1,000 as before, in percent, and the relative L2 difference of
+the outputs. Mean of {seeds} seeds of {crops} crops per photograph.
+
+| norms | {header} | output difference |
+|---|---|---|---|---|---|
+{photographs}
+
+Target for `start="ln"`: at least {agreement} and {each}.
+
+## Digits
+
+A small ResNet, trained with BN on clean digits. Accuracy in percent on clean digits and on digits with other colours,
+texture, contrast and noise, mean of {seeds} seeds. The last column is the share of the accuracy on clean digits that is
+left, with the least of the seeds.
+
+| norms | clean | shifted | left |
+|---|---|---|---|
+{bn}
+{digits}
+
+Target for `start="ln"`: at least {kept}.
+"""
 
 
 def _met(value: float, target: float) -> str:
