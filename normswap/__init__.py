@@ -79,6 +79,8 @@ if TYPE_CHECKING:
     from normswap.training.live_conversion import convert_training as convert_training
     from normswap.training.param_groups import exempt_gates as exempt_gates
     from normswap.training.param_groups import param_groups as param_groups
+    from normswap.verification.distance import Distance as Distance
+    from normswap.verification.distance import measure_distance as measure_distance
     from normswap.verification.equivalence import Verification as Verification
     from normswap.verification.equivalence import verify as verify
 
@@ -138,6 +140,7 @@ _NAMES_BY_MODULE = {
     "training.lightning_callback": ("ImportanceCallback",),
     "training.live_conversion": ("TrainingConversion", "convert_training"),
     "training.param_groups": ("exempt_gates", "param_groups"),
+    "verification.distance": ("Distance", "measure_distance"),
     "verification.equivalence": ("Verification", "verify"),
 }
 _MODULES = {name: f"normswap.{module}" for module, names in _NAMES_BY_MODULE.items() for name in names}

@@ -33,6 +33,7 @@ from normswap.errors import CheckpointError, ModelError
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
     from normswap.checkpoints.loading import OpenedModel
     from normswap.finetune.data.datasets import Data
@@ -146,7 +147,7 @@ def _calibrate_file(
         )
     file_format = select_format(target, checkpoint, named=named)
     opened = open_model(checkpoint, arch=arch, inputs=(), trust=options["trust"])
-    data = _open_data(source, opened, options)
+    data = open_data_set(source, opened.model, opened.architecture, options)
     console = Console(highlight=False, quiet=as_json)
     console.print(heading(file.name, checkpoint.describe(opened.architecture)))
     result = _run_calibration(opened, data, options)
@@ -195,12 +196,23 @@ class _Batches:
             return self._count
 
 
-def _open_data(source: str, opened: "OpenedModel", options: dict[str, Any]) -> "Data":
+def open_data_set(source: str, model: "nn.Module", architecture: str | None, options: dict[str, Any]) -> "Data":
+    """Open a data set for a model, and show that on the terminal.
+
+    Args:
+        source: the value of `--data`.
+        model: its configuration gives the size of the images, unless `options` do.
+        architecture: the name that builds the model, None if it is unknown.
+        options: the values of the other options of the data set.
+
+    Raises:
+        DataError: it cannot be opened, or the size of the images is unknown.
+    """
     from normswap.checkpoints.architecture.registry import default_input_shape
     from normswap.finetune.data.datasets import open_data
     from normswap.finetune.data.loaders import DataSettings
 
-    shape = default_input_shape(opened.model, opened.architecture)
+    shape = default_input_shape(model, architecture)
     size: Size | None = options["input_size"]
     if shape is not None:
         size = Size(size.height, size.width, size.channels or shape[1]) if size else Size(shape[2], shape[3], shape[1])
@@ -211,11 +223,11 @@ def _open_data(source: str, opened: "OpenedModel", options: dict[str, Any]) -> "
         image_size=None if size is None else (size.height, size.width),
         channels=None if size is None else size.channels,
         batch_size=options["batch_size"],
-        workers=options["workers"],
-        seed=options["seed"],
+        workers=options.get("workers", 0),
+        seed=options.get("seed", 0),
     )
     with stage(f"opening {source}"):
-        return open_data(settings, use="calibration", model=opened.model)
+        return open_data(settings, use="calibration", model=model)
 
 
 def _run_calibration(opened: "OpenedModel", data: "Data", options: dict[str, Any]) -> "Calibration":

@@ -177,6 +177,8 @@ def _join_sizes(value: str) -> str:
 
 OPTIONS: Mapping[str, _Option] = {
     "architecture": _Option("--arch", _strip_quotes),
+    "bn_statistics": _Option("--bn-statistics", _strip_quotes),
+    "data": _Option("--data"),
     "dry_run": _Option("--dry-run"),
     "entry": _Option("--entry", _strip_quotes),
     "example_inputs": _Option("--input", _join_sizes),
@@ -187,14 +189,18 @@ OPTIONS: Mapping[str, _Option] = {
     "include_frozen": _Option("--include-frozen"),
     "kinds": _Option("--kinds", _join_words),
     "layer_by_layer": _Option("--layer-by-layer"),
+    "match": _Option("--no-match"),
+    "num_groups": _Option("--groups", _strip_quotes),
     "output": _Option("-o", _strip_quotes),
     "overwrite": _Option("--force"),
     "overrides": _Option("--set", _join_words),
     "plan": _Option("--plan", _strip_quotes),
     "resume": _Option("--resume"),
+    "start": _Option("--start", _strip_quotes),
     "synchronize": _Option("--synchronize"),
     "tolerance": _Option("--tolerance", _strip_quotes),
     "trust": _Option("--trust"),
+    "untrained": _Option("--untrained", _strip_quotes),
     "verify": _Option("--no-verify"),
     "weights_only": _Option("--weights-only"),
 }

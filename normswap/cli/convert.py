@@ -1,7 +1,8 @@
 """`normswap convert`: the command line of `normswap.convert_file`."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ import click
 from normswap.checkpoints.file_output import ConvertOptions, NetworkOptions, check_output
 from normswap.checkpoints.io.atomic_files import check_readable, check_writable, write_text
 from normswap.checkpoints.io.memory import return_freed_memory
+from normswap.cli.calibrate import open_data_set, parse_size
 from normswap.cli.console import one_line_failures, print_json, report_interruption, stage, translate_arguments
 from normswap.cli.options import (
     InputSpec,
@@ -25,12 +27,22 @@ from normswap.cli.options import (
 from normswap.errors import NothingToDo, PlanError
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
+
     from normswap.checkpoints.file_conversion import FileConversion
     from normswap.surgery.plan import SwapPlan
 
 _GATES = ("simplex", "softmax")
+_STATISTICS = ("running", "batch", "renorm")
+_STARTS = ("ln", "gn", "uniform")
 # The options that decide which sites are swapped and how.
-_SWAP_OPTIONS = ("include", "exclude", "kinds", "gate", "synchronize")
+_SWAP_OPTIONS = (
+    *("include", "exclude", "kinds", "gate", "bn_statistics", "synchronize"),
+    *("start", "num_groups", "untrained"),
+)
+
+
+_DATA_OPTIONS = ("source", "split", "data_root", "input_size", "batch_size", "batches")
 
 
 @click.command("convert", short_help="Convert a file and write the model to a new one.")
@@ -54,10 +66,47 @@ _SWAP_OPTIONS = ("include", "exclude", "kinds", "gate", "synchronize")
     help="simplex (default) starts at the same function; softmax, as in the paper, at equal weights: another function.",
 )
 @click.option(
+    "--bn-statistics",
+    type=click.Choice(_STATISTICS),
+    help="Statistics of the bn branches in training: running (default), as constants, so that nothing depends on the "
+    "batch; batch, as BatchNorm itself, to go on training with large batches; renorm.",
+)
+@click.option(
+    "--start",
+    type=click.Choice(_STARTS),
+    help="Start without a bn branch: at layer norm (ln) or group norm (gn) matched to the running statistics, or at "
+    "equal weights of in and ln (uniform). The function changes; its distance is measured and recorded.",
+)
+@click.option("--groups", "num_groups", type=click.IntRange(1), help="Number of groups for --start gn. Default: 32.")
+@click.option("--no-match", is_flag=True, help="Do not match the in and ln branches to the running statistics.")
+@click.option(
+    "--untrained",
+    type=click.Choice(("keep", "uniform")),
+    help="What to do with norms whose statistics were never updated: keep (default) their function, or start them at "
+    "equal weights of in and ln.",
+)
+@click.option(
     "--synchronize",
     is_flag=True,
     help="In training, compute the BN statistics over the batches of all processes, as SyncBatchNorm does.",
 )
+@click.option(
+    "--data",
+    "source",
+    metavar="SPEC",
+    help="Match the in branches to the images of a data set, which needs no labels, and measure the distance of "
+    "--start on them: folder:PATH, digits, digits:shifted, or a timm name such as torch/NAME.",
+)
+@click.option("--split", default="train", show_default=True, help="Part of the data set.")
+@click.option("--data-root", metavar="PATH", help="Folder of the data set, if --data is a name such as torch/NAME.")
+@click.option(
+    "--input-size",
+    callback=parse_size,
+    metavar="[Cx]HxW",
+    help="Size of its images in pixels. Default: the size in timm's configuration of the model.",
+)
+@click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True, help="Images per batch.")
+@click.option("--batches", type=click.IntRange(1), default=4, show_default=True, help="Number of batches.")
 @click.option("--plan", type=click.Path(path_type=Path), help="Apply a plan written by --save-plan.")
 @click.option("--save-plan", type=click.Path(path_type=Path), help="Write the plan as JSON, also with --dry-run.")
 @click.option("--weights-only", is_flag=True, help="Write only the converted weights; drop optimizer, epoch and EMA.")
@@ -86,12 +135,16 @@ def convert_command(
     FILE is any checkpoint: a state dict, a training checkpoint (its EMA copy and optimizer are converted too), a
     pickled module, an exported program, a folder of shards. The converted model is compared with the original and
     written only if it computes the same function; a model that cannot be compared is written only with --no-verify.
+    With --start it computes another function, and its distance from the original is printed and recorded instead.
     With --arch none the tensors are converted by their names only. Exit codes: 0 success; 1 nothing to convert or
     outputs differ; 2 error.
     """
     swap = {name: value for name in _SWAP_OPTIONS if (value := options.pop(name))}
+    if options.pop("no_match"):
+        swap["match"] = False
     networks = networks_from_options(entries, archs, inputs)
-    arguments = ConvertOptions(file, output, networks, overwrite=force, **options)
+    data = _data(archs, {name: options.pop(name) for name in _DATA_OPTIONS})
+    arguments = ConvertOptions(file, output, networks, data=data, overwrite=force, **options)
     printer = _Printer(as_json=as_json)
     with report_interruption(lambda: printer.written):
         try:
@@ -101,6 +154,22 @@ def convert_command(
             printer.print_document()
             raise
         printer.print_document()
+
+
+def _data(archs: Sequence[str], options: dict[str, Any]) -> "Callable[[nn.Module], list[Tensor]] | None":
+    """Return a function that reads batches of images for a model; None without a data set."""
+    if options["source"] is None:
+        return None
+
+    def read(model: "nn.Module") -> "list[Tensor]":
+        """Read the batches."""
+        from normswap.checkpoints.loading import floating_dtype
+
+        data = open_data_set(options["source"], model, archs[0] if archs else None, options)
+        with stage(f"reading {options['batches']} batches"):
+            return [images.to(floating_dtype(model)) for images, _ in islice(data, options["batches"])]
+
+    return read
 
 
 def _check_paths(arguments: ConvertOptions, plan: Path | None, save_plan: Path | None) -> None:

@@ -172,6 +172,7 @@ def _show_converted(
 
     from normswap.checkpoints.reading import describe_size
     from normswap.reports.tables import (
+        distance_table,
         heading,
         history,
         importance_table,
@@ -184,13 +185,15 @@ def _show_converted(
     if as_json:
         print_json(_converted_document(file, record, plan, weights))
         return
-    verification = record.verification
+    verification, distance = record.verification, record.distance
     facts = (f"converted {record.payload}", record.architecture, describe_size(file))
     console = Console(highlight=False)
     console.print(heading(file.name, ", ".join(fact for fact in facts if fact)))
     for part in (
         plan_summary(plan),
-        verification_table(verification)
+        distance_table(distance)
+        if distance
+        else verification_table(verification)
         if verification
         else not_measured_line("Verification", "none is recorded in this file"),
         history(record.history),
@@ -222,6 +225,7 @@ def _converted_document(
         "converted": True,
         "plan": plan.to_dict(),
         "verification": record.verification and record.verification.to_dict(),
+        **({"distance": record.distance.to_dict()} if record.distance else {}),
         "history": [asdict(step) for step in record.history],
         "importance_weights": weights and {fqn: found._asdict() for fqn, found in weights.items()},
     }

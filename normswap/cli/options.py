@@ -23,7 +23,7 @@ _DTYPES = (
     *("uint8", "int8", "int16", "int32", "int64", "bool"),
 )
 # As `normswap.surgery.selection.KINDS`, which is not imported here since it imports torch.
-_KINDS = ("bn", "in", "gn1")
+_KINDS = ("bn", "in", "gn1", "gn")
 
 
 # --- values -----------------------------------------------------------------------------------------------------------
@@ -184,7 +184,8 @@ kinds_option = click.option(
     "--kinds",
     metavar="KIND[,KIND...]",
     callback=_parse_kinds,
-    help="Which norms to swap: bn (default), in (InstanceNorm), gn1 (GroupNorm of one group); such as bn,in.",
+    help="Which norms to swap: bn (default), in (InstanceNorm), gn1 and gn (GroupNorm of one group, of several); such "
+    "as bn,in.",
 )
 trust_option = click.option(
     "--trust",

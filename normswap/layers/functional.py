@@ -195,9 +195,8 @@ def _normalise(inputs: Inputs, on_batch_moments: Callable[[Moments], None] | Non
     if is_eager(x) and (backend := fused_backend(x)) and (update is None or backend.supports_running_stats_update):
         if inputs.constants is not None and _is_fixed_batch_norm(inputs):
             return batch_norm(x, inputs.weight, inputs.bias, inputs.constants, mixing.eps)
-        if not _needs_plain_formula(inputs):
-            return switch_norm_fused(backend, inputs, on_batch_moments)
-    elif update is None and needs_custom_op(x) and not _needs_plain_formula(inputs):
+        return switch_norm_fused(backend, inputs, on_batch_moments)
+    if update is None and needs_custom_op(x):
         return switch_norm_operator(inputs, on_batch_moments)
     means, variances = importance_weights(torch.stack((inputs.mean_gate, inputs.var_gate)), mixing.gate).unbind()
     return switch_norm_reference(
@@ -211,10 +210,6 @@ def _normalise(inputs: Inputs, on_batch_moments: Callable[[Moments], None] | Non
         matching=inputs.matching,
         on_batch_moments=on_batch_moments if update is None else update,
     )
-
-
-def _needs_plain_formula(inputs: Inputs) -> bool:
-    return inputs.matching is not None or inputs.mixing.num_groups != 1
 
 
 def _is_fixed_batch_norm(inputs: Inputs) -> bool:
@@ -309,12 +304,7 @@ def _normalise_synchronized(
             "torch.jit.trace, forward-mode derivatives and fake tensors have none: call eval() first, or set "
             "synchronize=False"
         )
-    return switch_norm_synchronized(
-        inputs,
-        group,
-        bn_moments,
-        fused=is_eager(x) and fused_backend(x) is not None and not _needs_plain_formula(inputs),
-    )
+    return switch_norm_synchronized(inputs, group, bn_moments, fused=is_eager(x) and fused_backend(x) is not None)
 
 
 def _synchronized_bn_moments(

@@ -17,6 +17,7 @@ from normswap.finetune.trainer import Outcome
 from normswap.layers.gating import BRANCHES
 from normswap.reports.tables import (
     calibration_table,
+    distance_table,
     heading,
     history,
     importance_table,
@@ -32,6 +33,7 @@ from normswap.surgery.conversion import Conversion
 from normswap.surgery.importance import SiteWeights
 from normswap.surgery.plan import SwapPlan
 from normswap.training.live_conversion import TrainingConversion
+from normswap.verification.distance import Distance
 from normswap.verification.equivalence import Verification
 
 
@@ -71,6 +73,11 @@ def verification(result: Verification) -> RenderableType:
     )
 
 
+def distance(result: Distance) -> RenderableType:
+    """Return how far a network is from its original, and the sites that differ most."""
+    return distance_table(result)
+
+
 def calibration(result: Calibration) -> RenderableType:
     """Return the layers whose statistics changed most."""
     return calibration_table(result)
@@ -96,7 +103,9 @@ def _network_parts(network: NetworkConversion, file: str) -> list[RenderableType
     if network.already_converted:
         return []
     parts = [heading(file, network.description), Text(""), plan_summary(network.plan), Text("")]
-    if network.unverified:
+    if network.distance is not None:
+        parts.append(distance_table(network.distance))
+    elif network.unverified:
         parts.append(not_measured_line("Verification", f"not measured: {network.unverified}"))
     elif network.verification is not None:
         differs_by_design = any(swap.gate == "softmax" for swap in network.plan.swaps)

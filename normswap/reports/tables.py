@@ -19,6 +19,7 @@ from normswap.running_stats.calibration import Calibration
 from normswap.surgery.discovery.sites import NormSite
 from normswap.surgery.importance import SiteWeights
 from normswap.surgery.plan import Swap, SwapPlan
+from normswap.verification.distance import Distance
 from normswap.verification.equivalence import Verification
 from normswap.verification.site_watch import SiteError
 
@@ -86,6 +87,22 @@ def verification_table(verification: Verification) -> RenderableType:
     return Group(*lines)
 
 
+def distance_table(distance: Distance, limit: int = 5) -> RenderableType:
+    """Return how far a network is from its original, and the sites that differ most."""
+    table = _table("Distance from the original", "", right_aligned={1})
+    table.add_row("relative L2 error of the outputs", f"{distance.relative_error:.3g}")
+    if distance.top1_agreement is not None:
+        agreement = f"{distance.top1_agreement:.1%} of {distance.predictions:,}"
+        table.add_row("top-1 agreement of predictions", agreement)
+    lines: list[RenderableType] = [table, Text(f"  in evaluation, on {distance.inputs}", "dim")]
+    if distance.sites:
+        sites = _table("Sites alone that differ most", "outputs", right_aligned={1})
+        for site in sorted(distance.sites, key=lambda each: each.relative_error, reverse=True)[:limit]:
+            sites.add_row(Text(site.fqn or "(the model)", overflow="fold"), f"{site.relative_error:.3g}")
+        lines += [Text(""), sites]
+    return Group(*lines)
+
+
 def not_measured_line(title: str, reason: str) -> RenderableType:
     """Return a line in place of a table, such as that of a verification that was skipped."""
     return Text.assemble((title, "bold"), "  ", (reason, "yellow"))
@@ -122,7 +139,7 @@ def site_table(sites: Sequence[NormSite], plan: SwapPlan) -> RenderableType:
     table = _table("Site", "class", "C", "input", "becomes", right_aligned={2})
     for site in sites:
         swap = swaps.get(site.fqn)
-        becomes = Text("+".join(swap.branches)) if swap else Text("stays", "dim")
+        becomes = Text("+".join(swap.branches) + _describe_start(swap)) if swap else Text("stays", "dim")
         shapes = ["x".join(map(str, shape)) for shape in site.shapes or ()]
         input_shape = " ".join(shapes[:1]) + (f" +{len(shapes) - 1}" if len(shapes) > 1 else "")
         table.add_row(
@@ -155,8 +172,11 @@ def importance_table(weights: Mapping[str, SiteWeights], plan: SwapPlan | None =
         )
     if plan is None:
         return table
-    initial = {swap.fqn: swap.vertex for swap in plan.swaps}
-    unchanged = sum(all(side[initial[fqn]] == 1 for side in site_weights) for fqn, site_weights in weights.items())
+    initial = {swap.fqn: swap.vertex for swap in plan.swaps if swap.start is None}
+    unchanged = sum(
+        fqn in initial and all(side.get(initial[fqn]) == 1 for side in site_weights)
+        for fqn, site_weights in weights.items()
+    )
     return Group(
         table, Text(f"  {unchanged} of {len(weights)} sites still compute exactly the norm they replaced", "dim")
     )
@@ -250,13 +270,28 @@ def _decisions_table(plan: SwapPlan) -> RenderableType:
 
 def _describe(swap: Swap) -> str:
     statistics = f", {swap.bn_statistics} statistics" if "bn" in swap.branches else ""
-    parts = [f"{'+'.join(swap.branches)}, {swap.gate} gate{statistics}"]
-    parts += [_OMITTED_BRANCHES[branch] for branch in BRANCHES if branch not in swap.branches]
-    if not swap.train_gates:
+    groups = f", `ln` of {swap.num_groups} groups" if swap.num_groups > 1 else ""
+    parts = [f"{'+'.join(swap.branches)}, {swap.gate} gate{statistics}{groups}{', matched' * swap.matched}"]
+    omitted = [branch for branch in BRANCHES if branch not in swap.branches]
+    if swap.start is not None:
+        parts.append(f"starts at {_STARTS[swap.start]}, without `bn`: another function")
+        omitted.remove("bn")
+    parts += [_OMITTED_BRANCHES[branch] for branch in omitted]
+    if swap.untrained:
+        parts.append("its running statistics were never updated")
+    if not swap.train_gates and len(swap.branches) > 1:
         parts.append("frozen together with its importance weights")
     if swap.owner is not None:
         parts.append("a call of F.batch_norm; the forward of its module is rewritten")
     return "; ".join(parts)
+
+
+_STARTS = {"ln": "layer norm", "gn": "group norm", "uniform": "equal weights"}
+
+
+def _describe_start(swap: Swap) -> str:
+    """The start of a swap and whether its statistics were never updated, for a narrow column."""
+    return (f", at {swap.start}" if swap.start else "") + ", untrained" * swap.untrained
 
 
 def _format_examples(names: list[str]) -> str:

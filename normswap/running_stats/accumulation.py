@@ -7,11 +7,11 @@ do not synchronize. Afterwards the model is restored.
 
 import inspect
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
@@ -30,9 +30,11 @@ from normswap.surgery.norms.classes import is_norm_layer
 from normswap.surgery.norms.functions import NORM_CALLS
 from normswap.text import first_line, join_fqn
 
+T = TypeVar("T")
+
 NO_STATISTICS = "keeps no running statistics"
 _EPS = 1e-5  # torch's default, for a layer without such an attribute
-_ARGUMENTS = inspect.signature(FunctionalSwitchNorm.forward)
+SITE_ARGUMENTS = inspect.signature(FunctionalSwitchNorm.forward)
 
 
 # --- one pass ---------------------------------------------------------------------------------------------------------
@@ -69,6 +71,7 @@ class CalibrationPass:
         model: without wrappers.
         layers: BN layers, SN layers and the gates of functional sites, by name.
         only: the names of the layers to measure; all others normalize as in evaluation. Default: all.
+        keep_function: the measured layers normalize as in evaluation too, not by the batch.
 
     Attributes:
         layer_statistics: the measurements by name.
@@ -78,7 +81,12 @@ class CalibrationPass:
     """
 
     def __init__(
-        self, model: nn.Module, layers: Mapping[str, nn.Module], *, only: Collection[str] | None = None
+        self,
+        model: nn.Module,
+        layers: Mapping[str, nn.Module],
+        *,
+        only: Collection[str] | None = None,
+        keep_function: bool = False,
     ) -> None:
         self.layer_statistics = {
             name: _no_measurements(layer)
@@ -88,7 +96,7 @@ class CalibrationPass:
         self.order: dict[str, None] = {}
         self.skip_reasons: dict[str, str] = {}
         self.batches = 0
-        self._model, self._layers, self._only = model, layers, only
+        self._model, self._layers, self._only, self._keep_function = model, layers, only, keep_function
         entries = walk_modules(model)
         self._modules = [entry.module for entry in entries]
         self._owners = {
@@ -109,39 +117,13 @@ class CalibrationPass:
             ModelError: the model raises on a batch.
             DataError: the input of a layer has values that are not finite, or a wrong number of channels.
         """
-        with self._instrumented():
-            for batch in batches:
-                inputs = move_to_device(batch_inputs(batch), device)
-                try:
-                    with preserved_random_state():
-                        call_model(self._model, inputs)
-                except (DataError, ModelError):
-                    raise
-                except Exception as error:
-                    raise ModelError(
-                        f"batch {self.batches} (counted from 0): the model fails on an input of "
-                        f"{describe_inputs(inputs)}: {first_line(error)}"
-                    ) from error
-                self.batches += 1
-
-    @contextmanager
-    def _instrumented(self) -> Iterator[None]:
-        modules = self._modules
-        # A compiled model would compile the hooks too. If nothing is compiled, the compiler is not imported.
-        eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
-        with (
-            torch.no_grad(),
-            eager,
-            training_flags(modules, training=False),
-            preserved_state(modules),
-            registered_hooks(self._hook_registrations()),
-            _UnconvertedCalls(self),
-        ):
+        with evaluation_pass(self._modules, self._hook_registrations()), _UnconvertedCalls(self):
             for name, layer in self._layers.items():
-                if not isinstance(layer, FunctionalSwitchNorm) and self._is_selected(name):
+                if not isinstance(layer, FunctionalSwitchNorm) and self._normalizes_by_batch(name):
                     for statistic in STATISTICS:
                         setattr(layer, statistic, None)
-            yield
+            for number in run_batches(self._model, batches, device=device):
+                self.batches = number
 
     def _hook_registrations(self) -> Iterator[Callable[[], Any]]:
         for name, layer in self._layers.items():
@@ -150,14 +132,14 @@ class CalibrationPass:
 
     def _layer_hook(self, name: str) -> Callable[..., None]:
         def hook(_layer: nn.Module, args: Any, kwargs: Any) -> None:
-            self._accumulate(name, next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)))
+            self._accumulate(name, first_tensor((args, kwargs)))
 
         return hook
 
     def _site_hook(self, name: str) -> Callable[..., Any]:
         def hook(site: nn.Module, args: Any, kwargs: Any) -> Any:
             """Measure the input; return the arguments without running statistics, so that the batch is used."""
-            call = _ARGUMENTS.bind(site, *args, **kwargs)
+            call = SITE_ARGUMENTS.bind(site, *args, **kwargs)
             call.apply_defaults()
             mean, var = call.arguments["running_mean"], call.arguments["running_var"]
             if mean is None or var is None:
@@ -168,7 +150,8 @@ class CalibrationPass:
                 return None
             key = self._statistics_key(name, mean)
             self.layer_statistics.setdefault(key, LayerStatistics(mean, var, None, call.arguments["eps"]))
-            if not self._accumulate(key, call.arguments["x"]):
+            self._accumulate(key, call.arguments["x"])
+            if not self._normalizes_by_batch(key):
                 return None
             call.arguments |= {"running_mean": None, "running_var": None}
             return call.args[1:], call.kwargs
@@ -183,12 +166,12 @@ class CalibrationPass:
             key = f"{name}[{number}]"
         return key
 
-    def _accumulate(self, name: str, x: Tensor) -> bool:
-        """Add the input of a layer; return whether the layer must normalize by the batch."""
+    def _accumulate(self, name: str, x: Tensor) -> None:
+        """Add the input of a layer that is to be measured."""
         layer_statistics = self.layer_statistics[name]
         self.order.setdefault(name)
         if not self._is_selected(name):
-            return False
+            return
         channels, shape = len(layer_statistics.running_mean), "x".join(map(str, x.shape))
         context = f"batch {self.batches} (counted from 0): layer {name!r}"
         if x.dim() < 2 or x.shape[1] != channels:
@@ -204,10 +187,12 @@ class CalibrationPass:
         layer_statistics.calls += 1
         if not bool(layer_statistics.moments.squared_deviations.isfinite().all()):
             raise DataError(f"{context} got NaN or infinite values ({shape}): check the images of this batch")
-        return True
 
     def _is_selected(self, name: str) -> bool:
         return self._only is None or name in self._only
+
+    def _normalizes_by_batch(self, name: str) -> bool:
+        return self._is_selected(name) and not self._keep_function
 
     def record_unconverted_call(self, running_mean: Tensor) -> None:
         """Record a call of `F.batch_norm` whose running statistics belong to no layer."""
@@ -232,9 +217,52 @@ class _UnconvertedCalls(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+@contextmanager
+def evaluation_pass(modules: Collection[nn.Module], hook_registrations: Iterable[Callable[[], Any]]) -> Iterator[None]:
+    """Set modules to evaluation mode, with hooks and without gradients; restore all of their state at the end."""
+    # A compiled model would compile the hooks too. If nothing is compiled, the compiler is not imported.
+    eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+    with (
+        torch.no_grad(),
+        eager,
+        training_flags(modules, training=False),
+        preserved_state(modules),
+        registered_hooks(hook_registrations),
+    ):
+        yield
+
+
+def run_batches(model: nn.Module, batches: Any, *, device: torch.device | str | None = None) -> Iterator[int]:
+    """Run the model on each batch, and yield the number of batches so far.
+
+    Raises:
+        ModelError: the model raises on a batch.
+    """
+    for number, batch in enumerate(batches):
+        inputs = move_to_device(batch_inputs(batch), device)
+        try:
+            with preserved_random_state():
+                call_model(model, inputs)
+        except (DataError, ModelError):
+            raise
+        except Exception as error:
+            raise ModelError(
+                f"batch {number} (counted from 0): the model fails on an input of {describe_inputs(inputs)}: "
+                f"{first_line(error)}"
+            ) from error
+        yield number + 1
+
+
+def first_tensor(arguments: Any) -> Tensor:
+    """Return the first tensor in the arguments of a call, which is the input of a layer."""
+    return next(leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor))
+
+
 def _no_measurements(layer: Any) -> LayerStatistics:
     mean, var, count = (getattr(layer, statistic) for statistic in STATISTICS)
-    return LayerStatistics(mean, var, count, vars(layer).get("eps", _EPS))
+    # The property `eps` of an SN layer can raise.
+    eps = vars(layer).get("normalising_eps", vars(layer).get("eps", _EPS))
+    return LayerStatistics(mean, var, count, eps)
 
 
 def batch_inputs(batch: Any) -> Any:
@@ -261,7 +289,7 @@ class ResultExchange:
     def __init__(self, group: Any) -> None:
         self._group = group
 
-    def all_gather(self, process_result: "ProcessResult") -> list["ProcessResult"]:
+    def all_gather(self, process_result: T) -> list[T]:
         """Return the results of all processes by rank."""
         if not (distributed.is_available() and distributed.is_initialized()):
             return [process_result]

@@ -1,11 +1,12 @@
 """Calibrate a model: compute its running statistics over a data set, the "batch average" of the paper.
 
 Every value has the same weight: moments are pooled over all batches, calls and processes as mean of variances plus
-variance of means, and the variance is stored unbiased, as torch stores it. `calibrate` changes only running statistics;
-after an error it restores all of them.
+variance of means, and the variance is stored unbiased, as torch stores it. `calibrate` changes running statistics and
+the constants of matched branches, which follow them; on request also weight and bias. After an error it restores all.
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -28,15 +29,27 @@ from normswap.running_stats.accumulation import (
     ResultExchange,
     merge_processes,
 )
-from normswap.running_stats.control import is_frozen_by_hooks
+from normswap.running_stats.control import is_frozen
+from normswap.running_stats.matching import (
+    InstanceVariance,
+    matchable_layers,
+    measure_instance_variance,
+    measured_variance,
+)
 from normswap.surgery.arguments import describe_invalid_batches, require_module
 from normswap.surgery.module_tree import walk_modules
 from normswap.surgery.norms.classes import is_norm_layer
+from normswap.surgery.selection import SiteFilter, first_matching_patterns
 from normswap.surgery.wrappers import unwrap
-from normswap.text import pluralize, printable_as
+from normswap.text import first_line, pluralize, printable_as
 
 _FROZEN_REASON = "frozen, its running statistics are constants: use include_frozen=True to calibrate it too"
 _NOT_RUN_REASON = "did not run"
+_NOT_SELECTED_REASON = "not selected by only"
+# With `keep_function`, the smallest new deviation of a channel, as a fraction of the old one. In a channel that is
+# constant on the data, weight and x_hat would otherwise be scaled by factors in the hundreds that cancel in the
+# function but not in the steps of an optimizer.
+_SMALLEST_DEVIATION = 0.1
 
 
 @dataclass(frozen=True)
@@ -116,6 +129,9 @@ def calibrate(
     *,
     layer_by_layer: bool = False,
     include_frozen: bool = False,
+    only: SiteFilter | Iterable[SiteFilter] = (),
+    match: bool = False,
+    keep_function: bool = False,
     device: torch.device | str | None = None,
     process_group: Any = None,
 ) -> Calibration:
@@ -127,16 +143,24 @@ def calibrate(
     a pass of its own, with the calibrated statistics of the layers before it. This is exact at any batch size and needs
     one pass for every layer.
 
-    The `in` and `ln` branches always use the statistics of the sample. If `torch.distributed` is initialized, every
-    process must call this function, with its own batches or with an empty list; the statistics are pooled.
-    `num_batches_tracked` becomes the number of calls.
+    The `in` and `ln` branches always use the statistics of the sample. In a matched layer, their constants follow the
+    new running statistics. If `torch.distributed` is initialized, every process must call this function, with its own
+    batches or with an empty list; the statistics are pooled. `num_batches_tracked` becomes the number of calls.
 
     Args:
         model: a model with SN layers, BN layers or both; it may be wrapped.
         batches: an iterable of inputs (a tensor, a tuple of positional arguments or a dict of keyword arguments), or of
             lists or tuples whose first item is such an input. `layer_by_layer` iterates over it several times.
         layer_by_layer: calibrate one layer after another, each in a pass of its own.
-        include_frozen: also calibrate layers that use their running statistics in training.
+        include_frozen: also calibrate layers that replaced a frozen norm, and those that `freeze_statistics` froze.
+        only: the layers to calibrate: glob patterns on names, regular expressions after `re:`, or functions
+            `(module, fqn) -> bool`. All other layers normalize as in evaluation. Default: all.
+        match: afterwards, in one more pass in evaluation mode, measure the variance of single samples, and match the
+            `in` branches to the new statistics by it.
+        keep_function: change weight and bias too, so that the function of each layer with all weight on `bn` stays the
+            same; only its other branches then follow the data. The layers are measured in evaluation mode in a single
+            pass, which is exact. A new deviation is at least a tenth of the old one. A layer without weight and bias of
+            its own is skipped.
         device: the device to move the inputs to; default is not to move them.
         process_group: the processes that pool their statistics; default is all.
 
@@ -145,7 +169,9 @@ def calibrate(
 
     Raises:
         NothingToDo: no layer with running statistics ran.
-        DataError: there are no batches; or the input of a layer has NaN or infinite values, a wrong number of channels,
+        PlanError: a pattern in `only` matches no layer.
+        DataError: there are no batches; or `batches` can be iterated only once and several passes are needed; or the
+            input of a layer has NaN or infinite values, a wrong number of channels,
             or a single value per channel.
         ModelError: the model raises on a batch, or another process failed.
         ArgumentError: `model` is not a module.
@@ -156,18 +182,26 @@ def calibrate(
         >>> normswap.calibrate(model, [torch.randn(16, 3, 8, 8) for _ in range(4)])
         Calibration(1 layer, 0 skipped, 4 batches)
     """
-    if layer_by_layer and iter(batches) is iter(batches):
+    by_layer = layer_by_layer and not keep_function
+    if (by_layer or match) and iter(batches) is iter(batches):
+        option = "layer_by_layer" if by_layer else "match"
         raise DataError(
-            "batches: layer_by_layer needs an iterable for several passes, such as a list or a DataLoader; got "
-            f"{type(batches).__name__}: pass list(batches), or drop layer_by_layer"
+            f"batches: {option} needs an iterable for several passes, such as a list or a DataLoader; got "
+            f"{type(batches).__name__}: pass list(batches), or drop {option}"
         )
     model = unwrap(require_module(model))
     if problem := describe_invalid_batches(batches):
         raise DataError(f"batches: {problem}")
-    layers, skipped = _split_layers(model, include_frozen=include_frozen)
-    run = _CalibrationRun(model, layers, device, ResultExchange(process_group))
+    layers, skipped = _split_layers(model, include_frozen=include_frozen, only=only)
+    if keep_function:
+        unsuitable = _without_own_affine(model, layers)
+        layers = {name: layer for name, layer in layers.items() if name not in unsuitable}
+        skipped |= unsuitable
+    run = _CalibrationRun(model, layers, device, ResultExchange(process_group), keep_function=keep_function)
     with run.rollback_on_error():
-        (run.layer_by_layer if layer_by_layer else run.single_pass)(batches)
+        (run.layer_by_layer if by_layer else run.single_pass)(batches)
+        if match:
+            run.match(batches)
     done = {layer.fqn for layer in run.done}
     skipped |= run.skip_reasons
     skipped |= {name: _NOT_RUN_REASON for name in layers if name not in done and name not in skipped}
@@ -177,30 +211,59 @@ def calibrate(
     return Calibration(tuple(run.done), tuple(SkippedLayer(*item) for item in skipped.items()), run.batches, run.passes)
 
 
-def _split_layers(model: nn.Module, *, include_frozen: bool) -> tuple[dict[str, nn.Module], dict[str, str]]:
+def _split_layers(
+    model: nn.Module, *, include_frozen: bool, only: SiteFilter | Iterable[SiteFilter]
+) -> tuple[dict[str, nn.Module], dict[str, str]]:
     """Return the layers to calibrate, and the reasons to skip other norms, by name."""
     layers: dict[str, nn.Module] = {}
     reasons: dict[str, str] = {}
-    for entry in walk_modules(model):
-        name, module = entry.names[0], entry.module
+    entries = {entry.names[0]: entry for entry in walk_modules(model)}
+    for name, entry in entries.items():
+        module = entry.module
         reason = _skip_reason(module, include_frozen=include_frozen)
         if reason is not None:
             reasons[name] = reason
         elif isinstance(module, GatedModule | _BatchNorm):
             layers[name] = module
-    return layers, reasons
+    filters = (only,) if isinstance(only, str) or callable(only) else tuple(only)
+    if not filters:
+        return layers, reasons
+    names = [entries[name].names for name in (*layers, *reasons)]
+    modules = {name: entry.module for name, entry in entries.items()}
+    selected = first_matching_patterns(filters, names, "norms", modules=modules, argument="only")
+    chosen = {name: layer for name, layer in layers.items() if name in selected}
+    return chosen, {name: reasons.get(name, _NOT_SELECTED_REASON) for name in (*layers, *reasons) if name not in chosen}
 
 
 def _skip_reason(module: nn.Module, *, include_frozen: bool) -> str | None:
     """Return why a norm is skipped; None for a layer to calibrate and for a module that is not a norm."""
-    reason: str | None
     if isinstance(module, GatedModule):
-        reason, frozen = _gated_skip_reason(module), module.bn_statistics == "running"
+        reason = _gated_skip_reason(module)
     elif isinstance(module, _BatchNorm):
-        reason, frozen = _batch_norm_skip_reason(module), is_frozen_by_hooks(module)
+        reason = _batch_norm_skip_reason(module)
     else:
         return _other_skip_reason(module)
-    return reason or (_FROZEN_REASON if frozen and not include_frozen else None)
+    return reason or (_FROZEN_REASON if is_frozen(module) and not include_frozen else None)
+
+
+def _without_own_affine(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Return the layers whose weight and bias cannot make up for new statistics, with reasons, by name."""
+    users = Counter(
+        id(tensor)
+        for entry in walk_modules(model)
+        for tensor in (*entry.module._parameters.values(), *entry.module._buffers.values())
+        if tensor is not None
+    )
+    found: dict[str, str] = {}
+    for name, layer in layers.items():
+        affine = [(layer._parameters | layer._buffers).get(key) for key in ("weight", "bias")]
+        if isinstance(layer, FunctionalSwitchNorm):
+            found[name] = "a functional site, whose weight and bias keep_function cannot change"
+        elif any(tensor is None for tensor in affine):
+            found[name] = "has no weight and bias of its own, which keep_function changes"
+        elif any(users[id(tensor)] > 1 for tensor in affine):
+            found[name] = "shares its weight or bias with another module, so keep_function cannot change it"
+    return found
 
 
 def _gated_skip_reason(layer: Any) -> str | None:
@@ -231,12 +294,19 @@ class _CalibrationRun:
     """The passes over the data, and their results."""
 
     def __init__(
-        self, model: nn.Module, layers: Mapping[str, nn.Module], device: Any, exchange: ResultExchange
+        self,
+        model: nn.Module,
+        layers: Mapping[str, nn.Module],
+        device: Any,
+        exchange: ResultExchange,
+        *,
+        keep_function: bool = False,
     ) -> None:
         self.done: list[CalibratedLayer] = []
         self.skip_reasons: dict[str, str] = {}
         self.batches = self.passes = 0
         self._model, self._layers, self._device, self._exchange = model, layers, device, exchange
+        self._keep_function = keep_function
         self._saved_values: list[tuple[Tensor, Tensor]] = []
 
     @contextmanager
@@ -270,18 +340,14 @@ class _CalibrationRun:
         self, batches: Iterable[Any], *, only: Sequence[str] | None = None
     ) -> tuple[list[str], dict[str, LayerStatistics]]:
         """Run one pass in all processes; return the names in the order of their first call, and the measurements."""
-        calibration = CalibrationPass(self._model, self._layers, only=only)
+        calibration = CalibrationPass(self._model, self._layers, only=only, keep_function=self._keep_function)
         failure: Exception | None = None
         try:
             calibration.run(batches, device=self._device)
         except Exception as error:  # noqa: BLE001 - the other processes wait for the result of this one
             failure = error
         process_results = self._exchange.all_gather(ProcessResult.from_pass(calibration, failure, self._model))
-        if failure is not None:
-            raise failure
-        for rank, process_result in enumerate(process_results):
-            if process_result.failure:
-                raise ModelError(f"process {rank} failed, no process changed its model: {process_result.failure}")
+        _raise_failure(failure, [process_result.failure for process_result in process_results])
         self.batches, self.passes = sum(process_result.batches for process_result in process_results), self.passes + 1
         if not self.batches:
             raise DataError("batches: expected at least one batch, got none")
@@ -290,24 +356,86 @@ class _CalibrationRun:
         }
         return merge_processes(process_results, calibration, self._model)
 
+    def match(self, batches: Iterable[Any]) -> None:
+        """Match the `in` branches of the calibrated layers by the variance of samples, in one more pass."""
+        done = {layer.fqn for layer in self.done}
+        layers = {name: layer for name, layer in matchable_layers(self._model).items() if name in done}
+        failure: Exception | None = None
+        measured: dict[str, InstanceVariance] = {}
+        try:
+            measured, _ = measure_instance_variance(self._model, layers, batches, device=self._device)
+        except Exception as error:  # noqa: BLE001 - the other processes wait for the result of this one
+            failure = error
+        results = self._exchange.all_gather((measured, None if failure is None else first_line(failure)))
+        _raise_failure(failure, [problem for _, problem in results])
+        for name, layer in layers.items():
+            found = [variances[name] for variances, _ in results if name in variances]
+            if found:
+                self._save(*layer._buffers.values())
+                sum(found[1:], start=found[0]).apply(layer)
+        self.passes += 1
+
+    def _save(self, *tensors: Tensor | None) -> None:
+        self._saved_values += [(tensor, tensor.clone()) for tensor in tensors if tensor is not None]
+
     def _write(self, layer_statistics: Mapping[str, LayerStatistics]) -> None:
-        """Compute all statistics, then write them."""
+        """Compute all values, then write them."""
         new: list[tuple[Tensor, Tensor]] = []
-        for name, layer in layer_statistics.items():
-            if not layer.moments.count:
+        matched: list[tuple[GatedModule, LayerStatistics, Tensor | None]] = []
+        for name, statistics in layer_statistics.items():
+            if not statistics.moments.count:
                 self.skip_reasons[name] = "got empty batches only"
                 continue
-            statistics = _statistics(name, layer)
-            self.done.append(_layer_report(name, layer, statistics))
-            new += zip((layer.running_mean, layer.running_var), statistics, strict=True)
-            if layer.num_batches_tracked is not None:
-                new.append((layer.num_batches_tracked, torch.tensor(layer.calls)))
+            values = _new_statistics(name, statistics)
+            layer: Any = self._layers.get(name)
+            if self._keep_function:
+                values = values[0], _limited(statistics, values[1])
+                new += _compensated(layer, statistics, values)
+            if getattr(layer, "matched", False):
+                matched.append((layer, statistics, measured_variance(layer, statistics.running_var, statistics.eps)))
+            self.done.append(_layer_report(name, statistics, values))
+            new += zip((statistics.running_mean, statistics.running_var), values, strict=True)
+            if statistics.num_batches_tracked is not None:
+                new.append((statistics.num_batches_tracked, torch.tensor(statistics.calls)))
         for tensor, value in new:
-            self._saved_values.append((tensor, tensor.clone()))
+            self._save(tensor)
             tensor.copy_(value)
+        for layer, statistics, instance_var in matched:
+            self._save(*layer._buffers.values())
+            layer.match_to(
+                statistics.running_mean, statistics.running_var, instance_var=instance_var, eps=statistics.eps
+            )
 
 
-def _statistics(name: str, layer: LayerStatistics) -> tuple[Tensor, Tensor]:
+def _raise_failure(failure: Exception | None, problems: Iterable[str | None]) -> None:
+    """Raise the error of this process, or one that names the process that failed."""
+    if failure is not None:
+        raise failure
+    for rank, problem in enumerate(problems):
+        if problem:
+            raise ModelError(f"process {rank} failed, no process changed its model: {problem}")
+
+
+def _limited(layer: LayerStatistics, var: Tensor) -> Tensor:
+    """Return new variances (C,) that are not too small for `keep_function`."""
+    old = layer.running_var.double() + layer.eps
+    return torch.maximum(var.double(), _SMALLEST_DEVIATION**2 * old - layer.eps).to(var)
+
+
+def _compensated(layer: Any, statistics: LayerStatistics, new: tuple[Tensor, Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Return weight and bias, each with the value that keeps the function of BN with new statistics (C,)."""
+    old_mean, old_var, new_mean, new_var = (
+        each.double() for each in (statistics.running_mean, statistics.running_var, *new)
+    )
+    old_deviation, new_deviation = ((var + statistics.eps).sqrt() for var in (old_var, new_var))
+    weight, bias = layer.weight.double(), layer.bias.double()
+    return [
+        (layer.weight.data, weight * new_deviation / old_deviation),
+        (layer.bias.data, bias + weight * (new_mean - old_mean) / old_deviation),
+    ]
+
+
+def _new_statistics(name: str, layer: LayerStatistics) -> tuple[Tensor, Tensor]:
     """Return the mean and the unbiased variance in the dtype of the layer."""
     moments = layer.moments
     found = moments.mean, moments.squared_deviations / (moments.count - 1)

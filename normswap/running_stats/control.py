@@ -30,8 +30,10 @@ from normswap.surgery.wrappers import unwrap
 def freeze_statistics(model: nn.Module) -> list[str]:
     """Freeze SN and BN layers: they normalize by their running statistics in training too, and do not update them.
 
-    The model is changed in place, and `model.train()` does not undo it. The `in` and `ln` branches still use the
-    statistics of the sample, and parameters are still trained. To freeze a part of a model, pass that part.
+    SN layers with `bn_statistics="running"`, the default of conversion, do so already; freezing them too only means
+    that `calibrate` leaves them alone. The model is changed in place, and `model.train()` does not undo it. The `in`
+    and `ln` branches still use the statistics of the sample, and parameters are still trained. To freeze a part of a
+    model, pass that part.
 
     Args:
         model: a model, converted or not, wrapped or not.
@@ -52,13 +54,10 @@ def freeze_statistics(model: nn.Module) -> list[str]:
         >>> torch.equal(model[1].running_mean, before)
         True
     """
-    unfrozen = {
-        entry.names[0]: entry.module for entry in walk_modules(unwrap(model)) if _uses_batch_statistics(entry.module)
-    }
+    unfrozen = {entry.names[0]: entry.module for entry in walk_modules(unwrap(model)) if _can_be_frozen(entry.module)}
     for layer in unfrozen.values():
         if isinstance(layer, GatedModule):
-            if layer.bn_statistics != "batch":  # `unfreeze_statistics` sets every other layer to "batch"
-                vars(layer)[STATISTICS_BEFORE_FREEZE] = layer.bn_statistics
+            vars(layer)[STATISTICS_BEFORE_FREEZE] = layer.bn_statistics
             layer.bn_statistics = "running"
         else:
             layer.register_forward_pre_hook(_enter_evaluation)
@@ -67,10 +66,10 @@ def freeze_statistics(model: nn.Module) -> list[str]:
 
 
 def unfreeze_statistics(model: nn.Module) -> list[str]:
-    """Unfreeze SN and BN layers: they normalize by the batch in training again, and update their running statistics.
+    """Undo `freeze_statistics`: BN layers normalize by the batch in training again and update their statistics.
 
-    The model is changed in place. An SN layer that had `bn_statistics="renorm"` before gets it back. SN layers that
-    were converted with `bn_statistics="running"` are unfrozen too; those that replaced a frozen BatchNorm are not.
+    The model is changed in place. An SN layer gets back the `bn_statistics` that it had before. To let layers that were
+    converted with `"running"` normalize by the batch, use `set_bn_statistics(model, "batch")`.
 
     Args:
         model: a model, converted or not, wrapped or not.
@@ -87,10 +86,12 @@ def unfreeze_statistics(model: nn.Module) -> list[str]:
         >>> normswap.freeze_statistics(model), normswap.unfreeze_statistics(model)
         (['1'], ['1'])
     """
-    frozen = {entry.names[0]: entry.module for entry in walk_modules(unwrap(model)) if _is_frozen(entry.module)}
+    frozen = {
+        entry.names[0]: entry.module for entry in walk_modules(unwrap(model)) if _is_frozen_by_request(entry.module)
+    }
     for layer in frozen.values():
         if isinstance(layer, GatedModule):
-            layer.bn_statistics = vars(layer).pop(STATISTICS_BEFORE_FREEZE, "batch")
+            layer.bn_statistics = vars(layer).pop(STATISTICS_BEFORE_FREEZE, layer.bn_statistics)
         for hooks in (layer._forward_pre_hooks, layer._forward_hooks):
             for key in [key for key, hook in hooks.items() if hook in (_enter_evaluation, _leave_evaluation)]:
                 del hooks[key]
@@ -304,18 +305,25 @@ def _cumulative_average(layers: list[Any]) -> Iterator[None]:
             layer.momentum = momentum
 
 
-def _uses_batch_statistics(module: nn.Module) -> bool:
-    """Return whether the layer normalizes by the batch in training, and has running statistics to use instead."""
+def _can_be_frozen(module: nn.Module) -> bool:
+    """Return whether the layer has running statistics and is not frozen yet."""
     if isinstance(module, GatedModule):
-        return _can_use_running_statistics(module) and module.bn_statistics != "running"
+        return _can_use_running_statistics(module) and not is_frozen(module)
     return isinstance(module, _BatchNorm) and module.running_mean is not None and not is_frozen_by_hooks(module)
 
 
-def _is_frozen(module: nn.Module) -> bool:
-    """Return whether the layer uses running statistics in training; False if it replaced a frozen norm."""
-    if isinstance(module, GatedModule) and module.bn_statistics == "running":
-        return not _was_frozen(module)
-    return is_frozen_by_hooks(module)
+def _uses_batch_statistics(module: nn.Module) -> bool:
+    """Return whether the layer normalizes by the batch in training, and has running statistics to use instead."""
+    return _can_be_frozen(module) and getattr(module, "bn_statistics", "batch") != "running"
+
+
+def is_frozen(module: nn.Module) -> bool:
+    """Return whether the layer was frozen by `freeze_statistics`, or replaced a norm that was frozen."""
+    return (isinstance(module, GatedModule) and _was_frozen(module)) or _is_frozen_by_request(module)
+
+
+def _is_frozen_by_request(module: nn.Module) -> bool:
+    return STATISTICS_BEFORE_FREEZE in vars(module) or is_frozen_by_hooks(module)
 
 
 def is_frozen_by_hooks(module: nn.Module) -> bool:

@@ -108,9 +108,9 @@ def batch_dependence(model: nn.Module) -> Tensor:
     """Return the importance weights of `bn`, for means and variances, summed over the sites that use batch statistics.
 
     Add it to a loss with a small factor as a penalty. Its gradient flows to the gate parameters only. A site counts if
-    its `bn` branch depends on the batch: not with `bn_statistics="running"` (as at frozen sites), but with `"batch"`
-    and `"renorm"`. A module that is used twice counts once. Sites with the same kind of gate are computed together,
-    without synchronization of the device.
+    its `bn` branch depends on the batch: not with `bn_statistics="running"`, the default of a conversion, but with
+    `"batch"` and `"renorm"`. A module that is used twice counts once. Sites with the same kind of gate are computed
+    together, without synchronization of the device.
 
     Args:
         model: a model with or without wrappers.
@@ -124,7 +124,8 @@ def batch_dependence(model: nn.Module) -> Tensor:
 
     Examples:
         >>> import torch, normswap
-        >>> model = normswap.convert(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))).model
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))
+        >>> model = normswap.convert(model, bn_statistics="batch").model
         >>> loss = model(torch.randn(2, 3, 8, 8)).square().mean() + 0.03 * normswap.batch_dependence(model)
         >>> normswap.batch_dependence(model).item()
         2.0

@@ -320,6 +320,15 @@ def statistics_notes(swaps: Sequence[Swap], with_statistics: Collection[str]) ->
     return notes
 
 
+def with_untrained(plan: SwapPlan, untrained: Collection[str]) -> SwapPlan:
+    """Return a plan whose untrained sites are these: a plan for a model that has no weights yet knows none."""
+    swaps = tuple(replace(swap, untrained=swap.fqn in untrained) for swap in plan.swaps)
+    fqns = {swap.fqn for swap in swaps}
+    outdated = statistics_notes(plan.swaps, fqns)
+    notes = [note for note in plan.notes if note not in outdated] + statistics_notes(swaps, fqns)
+    return replace(plan, swaps=swaps, notes=tuple(notes))
+
+
 def synchronization_notes(swaps: Sequence[Swap], synchronized: Collection[str]) -> list[str]:
     """Return a note if sites become synchronized that are not among `synchronized`."""
     if all(swap.fqn in synchronized for swap in swaps if swap.synchronize):

@@ -30,6 +30,7 @@ from normswap.surgery.plan import (
     swap_notes,
     synchronization_notes,
     unused_settings,
+    with_untrained,
 )
 from normswap.surgery.selection import (
     KINDS,
@@ -305,7 +306,8 @@ def _single_branch_reason(site: NormSite, left: Branch, allowed: tuple[Branch, .
         return f"only the branch {left} is allowed: nothing to switch to"
     single, channels = site.positions == 1, _channels(site)
     reason = (
-        f"{channels} channel{'s' * (channels != 1)}{' at one spatial position' * single} "
+        f"{pluralize(channels, 'channel')}{f' in {site.num_groups} groups' if site.num_groups > 1 else ''}"
+        f"{' at one spatial position' * single} "
         f"leave{'s' * (channels == 1)} only the branch {left}: nothing to switch to"
     )
     return reason + "; if real inputs are larger, pass example_inputs= of their size" * single
@@ -429,7 +431,7 @@ def complete_plan(model: nn.Module, plan: SwapPlan, *, prefix: str = "") -> Swap
     options = SwapOptions(
         include=tuple(site_settings), bn_statistics=incomplete[0].bn_statistics, settings=site_settings
     )
-    completed = make_plan(model, None, options)
+    completed = with_untrained(make_plan(model, None, options), [fqn.removeprefix(prefix) for fqn in plan.untrained])
     by_name = modules_by_name(unwrap(model))
     swapped = {id(by_name[swap.fqn]) for swap in completed.swaps if swap.fqn in by_name}
     names = [swap.fqn.removeprefix(prefix) for swap in incomplete]

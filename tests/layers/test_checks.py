@@ -20,6 +20,7 @@ from normswap.layers.backends.interface import Inputs
 from normswap.layers.backends.selection import BACKENDS, fused_backend
 from normswap.layers.functional import switch_norm
 from normswap.layers.gating import BRANCHES, Mixing
+from normswap.layers.matching import MATCHING_BUFFERS
 
 SHAPE = (2, 64, 3, 3)
 PER_CHANNEL = ("running_mean", "running_var", "weight", "bias")
@@ -254,6 +255,7 @@ def layer_arguments(x: Tensor, moments: Tensor, **changed: Any) -> dict[str, Any
     given |= {"branch_order": cpu._encode_branch_order(("in", "ln", "bn")), "x": x}
     given |= {"mean": moments, "var": moments.clone(), "constant_mean": None, "constant_var": None}
     given |= {"weight": torch.ones(x.shape[1]), "bias": None, "mean_weight": gate, "var_weight": gate}
+    given |= {"num_groups": 1, **dict.fromkeys(MATCHING_BUFFERS)}
     return as_buffers(given | changed)
 
 
@@ -292,6 +294,13 @@ BUFFERS: dict[str, tuple[dict[str, Any], str]] = {
     "weight": ({"weight": torch.ones(3)}, "weight should contain 4 elements not 3"),
     "bias": ({"bias": torch.ones(0)}, "bias should contain 4 elements not 0"),
     "negative": ({"bias": (0, 0, -1)}, "bias: expected a number of elements of at least 0, got -1"),
+    "shift": ({"ln_mean_shift": torch.ones(3)}, "ln_mean_shift should contain 4 elements not 3"),
+    "shift alone": ({"ln_mean_shift": torch.ones(4)}, "expected ln_mean_shift and ln_var_scale together"),
+    "scale": ({"ln_var_scale": torch.ones(4, dtype=torch.int64)}, "ln_var_scale: unexpected dtype code 4"),
+    "scale of in": ({"in_var_scale": torch.ones(5)}, "in_var_scale should contain 4 elements not 5"),
+    "groups": ({"num_groups": 3}, "num_groups: expected a divisor of the number of channels"),
+    "no groups": ({"num_groups": 0}, "num_groups: expected a divisor of the number of channels"),
+    "negative groups": ({"num_groups": -2}, "num_groups: expected a divisor of the number of channels"),
     "gate": ({"mean_weight": torch.ones(2)}, "mean_weight should contain 3 elements not 2"),
     "another gate": ({"var_weight": torch.ones(4)}, "var_weight should contain 3 elements not 4"),
     "order": ({"branch_order": 0b111101}, ORDER),
@@ -353,7 +362,7 @@ def test_the_extension_takes_arguments_by_name() -> None:
     assert again.equal(y)
     with pytest.raises(TypeError, match="missing argument 'eps'"):
         run_forward({"epsilon" if name == "eps" else name: value for name, value in first.items()}, y=y)
-    with pytest.raises(TypeError, match="expected a dict of 21 arguments"):
+    with pytest.raises(TypeError, match="expected a dict of 25 arguments"):
         run_forward({name: value for name, value in first.items() if name != "eps"}, y=y)
     with pytest.raises(TypeError, match=r"x: expected a tuple \(address, dtype, number of elements\) or None"):
         run_forward(first | {"x": x.data_ptr()}, y=y)

@@ -55,8 +55,16 @@ MODELS = {
 @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
 def test_converting_in_place_needs_less_than_a_tenth_of_the_model(make: Callable[[], nn.Module]) -> None:
     model = make()
-    assert allocated_by(lambda: convert(model, inplace=True)) < ALLOWED * size_of(model)
+    assert allocated_by(lambda: convert(model, inplace=True, match=False)) < ALLOWED * size_of(model)
     assert allocated_by(lambda: revert(model)) < ALLOWED * size_of(model)
+
+
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+def test_the_constants_of_matched_branches_are_small(make: Callable[[], nn.Module]) -> None:
+    model = make()
+    before = size_of(model)
+    convert(model, inplace=True)
+    assert before < size_of(model) < (1 + ALLOWED) * before
 
 
 def test_the_count_sees_a_copy_of_the_model() -> None:

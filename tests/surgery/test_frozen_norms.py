@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import normswap
+from normswap.layers.matching import MATCHING_BUFFERS
 from normswap.surgery.norms.classes import frozen_eps, has_frozen_structure
 from tests.helpers import guarantees
 
@@ -115,7 +116,8 @@ def test_they_are_swapped_and_stay_frozen() -> None:
     ]
     assert [skip.fqn for skip in conversion.plan.skips] == ["4"]
     layer = conversion.model[1]
-    assert (layer.eps, set(layer._buffers)) == (1e-5, {"weight", "bias", "running_mean", "running_var"})
+    assert layer.eps == 1e-5
+    assert {*layer._buffers} == {"weight", "bias", "running_mean", "running_var", *MATCHING_BUFFERS}
     assert normswap.verify(model, conversion.model, [x]).passed
 
 

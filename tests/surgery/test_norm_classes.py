@@ -145,8 +145,11 @@ STAYING: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
         "other",
         "^is parametrized",
     ),
-    "GroupNorm": (lambda: nn.GroupNorm(2, 4), "gn", f"^{STAYS}$"),
-    "timm GroupNormAct": (lambda: GroupNormAct(4, 2), "gn", f"^{STAYS}$"),
+    "their GroupNorm": (
+        lambda: TheirGroupNorm(2, 4),
+        "gn",
+        f"^{STAYS}; .* may do more than GroupNorm: .*read_group_norm",
+    ),
     "LayerNorm": (lambda: nn.LayerNorm(4), "ln", f"^{STAYS}$"),
     "timm LayerNorm2d": (lambda: LayerNorm2d(4), "ln", f"^{STAYS}$"),
     "RMSNorm": (lambda: nn.RMSNorm(4), "rms", f"^{STAYS}$"),
@@ -170,6 +173,22 @@ STAYING: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
     ),
     "a tensor less": (without_eps, "frozen bn", "^is not a plain FrozenBatchNorm2d: expected a BatchNorm module"),
 }
+
+
+class TheirGroupNorm(nn.GroupNorm):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("make", "target"),
+    [(lambda: nn.GroupNorm(2, 4), "SwitchNorm"), (lambda: GroupNormAct(4, 2), "SwitchNormAct2d")],
+    ids=["GroupNorm", "timm GroupNormAct"],
+)
+def test_group_norms_of_several_groups_are_a_kind_of_their_own(make: Callable[[], nn.Module], target: str) -> None:
+    spec = read_norm(make())
+    assert spec is not None
+    assert spec.target is not None
+    assert (spec.kind, spec.num_groups, spec.num_features, spec.target.__name__) == ("gn", 2, 4, target)
 
 
 @pytest.mark.parametrize(("make", "kind", "reason"), STAYING.values(), ids=STAYING)

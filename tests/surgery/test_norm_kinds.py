@@ -60,14 +60,14 @@ def test_a_softmax_gate_starts_at_the_uniform_mix() -> None:
 
 
 def test_the_kinds_are_words_and_everything_else_is_bn() -> None:
-    assert [base_kind(kind) for kind in (*KINDS, "frozen bn", "theirs")] == ["bn", "in", "gn1", "bn", "bn"]
-    assert [branch_of_kind(kind) for kind in ("bn", "in", "gn1", "frozen bn")] == ["bn", "in", "ln", "bn"]
+    assert [base_kind(kind) for kind in (*KINDS, "frozen bn", "theirs")] == ["bn", "in", "gn1", "gn", "bn", "bn"]
+    assert [branch_of_kind(kind) for kind in ("bn", "in", "gn1", "gn", "frozen bn")] == ["bn", "in", "ln", "ln", "bn"]
 
 
-@pytest.mark.parametrize("kinds", ["in", (), ("bn", "gn"), ("ln",)], ids=str)
+@pytest.mark.parametrize("kinds", ["in", (), ("bn", "gn2"), ("ln",)], ids=str)
 def test_other_kinds_are_refused(kinds: Any) -> None:
     with pytest.raises(
-        PlanError, match=r"kinds: expected some of \('bn', 'in', 'gn1'\), got " + re.escape(repr(kinds))
+        PlanError, match=r"kinds: expected some of \('bn', 'in', 'gn1', 'gn'\), got " + re.escape(repr(kinds))
     ):
         plan_swaps(stylised(), kinds=kinds)
 
@@ -119,12 +119,15 @@ def _feed(reference: nn.Module, args: tuple[Tensor, ...]) -> None:
 
 
 def test_new_statistics_are_noted_and_must_be_updated() -> None:
-    plan = converted(**WITH_NEW).plan
+    plan = converted(**WITH_NEW, bn_statistics="batch").plan
     assert plan.notes == (
         "The old norms have no running statistics, so the `bn` branches of instance, group start with mean 0 and "
         "variance 1: train, or call normswap.update_statistics, before evaluation.",
     )
-    never = plan_swaps(stylised(), zoo.IMAGE(), **WITH_NEW, bn_statistics="running")
+    by_default = {swap.fqn: swap.bn_statistics for swap in plan_swaps(stylised(), zoo.IMAGE(), **WITH_NEW).swaps}
+    assert by_default == {"bn": "running", "instance": "batch", "group": "batch"}
+    running = {"re:instance|group": {"branches": ("in", "ln", "bn"), "bn_statistics": "running"}}
+    never = plan_swaps(stylised(), zoo.IMAGE(), **{**WITH_NEW, "settings": running})  # type: ignore[arg-type]
     assert [swap.fqn for swap in never.swaps] == ["bn"]
     assert "its `bn` branch cannot use running statistics, since the old norm has no" in never.skips[0].reason
     text = plan.to_json().replace('"bn_statistics": "batch"', '"bn_statistics": "running"')
@@ -305,7 +308,8 @@ def pruned_group(groups: int) -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    ("groups", "problem"), [(1, "its weight is computed before each call"), (2, "has no batch statistics")]
+    ("groups", "problem"),
+    [(1, "its weight is computed before each call"), (2, "its weight is computed before each call")],
 )
 def test_a_pruned_group_norm_says_what_matters(groups: int, problem: str) -> None:
     spec = read_norm(pruned_group(groups))

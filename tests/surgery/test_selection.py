@@ -76,7 +76,7 @@ def test_options_come_from_plain_data() -> None:
         ({"gate": "hard"}, "gate: expected 'simplex' or 'softmax', got 'hard'"),
         ({"gat": "softmax"}, r"unknown name 'gat'; did you mean 'gate'\?"),
         ({"include": [3]}, r"include\[0\]: expected a string, got 3"),
-        ({"kinds": []}, r"kinds: expected some of \('bn', 'in', 'gn1'\), got \(\): pass a list such as"),
+        ({"kinds": []}, r"kinds: expected some of \('bn', 'in', 'gn1', 'gn'\), got \(\): pass a list such as"),
         ({"kinds": ["bm"]}, r"kinds: expected some of .*, got \('bm',\)"),
         (
             {"kinds": ["bn", "in"], "branches": ["ln", "bn"]},
@@ -226,7 +226,7 @@ def test_the_guarantees_hold_with_settings() -> None:
 
 def test_what_the_user_should_know_is_noted() -> None:
     settings = {"frozen": {"bn_statistics": "batch"}, "pooled": {"gate": "softmax"}, "group": {"gate": "softmax"}}
-    assert planned(settings).notes == (
+    assert planned(settings, bn_statistics="batch").notes == (
         "The settings of 'group' have no effect: the pattern matches only skipped sites.",
         "Frozen norms are set to use batch statistics, which changes the function in training: frozen.",
         "Softmax gates start at the uniform mix: the converted model computes another function.",

@@ -38,7 +38,7 @@ try:
 except ImportError:
     _C = None
 # INTERFACE of csrc/module.c. An extension that was built from other sources is ignored.
-_INTERFACE = 3
+_INTERFACE = 4
 if getattr(_C, "INTERFACE", None) != _INTERFACE:
     _C = None
 
@@ -225,6 +225,7 @@ def _layer_arguments(inputs: Inputs, moments: Moments) -> dict[str, Any]:
     x, mixing = inputs.x, inputs.mixing
     samples, channels = x.shape[:2]
     constant_mean, constant_var = inputs.constants or (None, None)
+    ln_mean_shift, ln_var_scale, in_var_scale = inputs.matching or (None, None, None)
     return {
         "dtype": _DTYPE_CODES[x.dtype],
         "samples": samples,
@@ -234,6 +235,7 @@ def _layer_arguments(inputs: Inputs, moments: Moments) -> dict[str, Any]:
         "threads": torch.get_num_threads() if _USES_TORCH_THREADS else 1,
         "softmax": mixing.gate == "softmax",
         "branch_order": _encode_branch_order(mixing.branches),
+        "num_groups": mixing.num_groups,
         "eps": mixing.eps,
         "x": _buffer(x),
         "mean": _buffer(moments.mean),
@@ -244,6 +246,9 @@ def _layer_arguments(inputs: Inputs, moments: Moments) -> dict[str, Any]:
         "bias": _buffer(inputs.bias),
         "mean_weight": _buffer(inputs.mean_gate),
         "var_weight": _buffer(inputs.var_gate),
+        "ln_mean_shift": _buffer(ln_mean_shift),
+        "ln_var_scale": _buffer(ln_var_scale),
+        "in_var_scale": _buffer(in_var_scale),
     }
 
 

@@ -7,7 +7,7 @@ only `normswap::update_running_stats` and `normswap::project_points` write to th
 """
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -22,13 +22,15 @@ from normswap.layers.backends.interface import (
     RunningStats,
     cast_gradients,
     check_gradient,
+    check_matching,
     check_tensors,
     differentiable_gradients,
     needs_backward,
 )
 from normswap.layers.backends.reference import Moments, accumulation_dtype, batch_norm, is_batch_norm
 from normswap.layers.backends.selection import fused_backend, is_eager
-from normswap.layers.gating import Branch, Gate, Mixing, project_
+from normswap.layers.gating import Branch, Gate, Mixing, check_num_groups, project_
+from normswap.layers.matching import Matching, matching_for
 
 # The operators accept both layouts, and their fake versions return the layout of the result.
 _TAGS = (torch.Tag.flexible_layout,)
@@ -37,10 +39,23 @@ _TAGS = (torch.Tag.flexible_layout,)
 # --- the layer
 
 
+class _Options(NamedTuple):
+    """The last arguments of the operators. Defaults: operators accept the calls of early versions."""
+
+    gate: str
+    branches: str
+    eps: float
+    num_groups: int = 1
+    ln_mean_shift: Tensor | None = None
+    ln_var_scale: Tensor | None = None
+    in_var_scale: Tensor | None = None
+
+
 def switch_norm_operator(inputs: Inputs, on_batch_moments: Callable[[Moments], None] | None = None) -> Tensor:
     """Normalize as one node of a graph; arguments as in `interface.switch_norm_fused`."""
     mixing, constants = inputs.mixing, inputs.constants
-    options = mixing.gate, " ".join(mixing.branches), mixing.eps
+    matching = inputs.matching or Matching()
+    options = _Options(mixing.gate, " ".join(mixing.branches), mixing.eps, mixing.num_groups, *matching)
     if constants is not None and not needs_backward(inputs):
         return cast(Tensor, _evaluate(*inputs.tensors, *constants, *options))
     y, batch_mean, batch_var, *_ = _forward(*inputs.tensors, *(constants or (None, None)), *options)
@@ -61,8 +76,12 @@ def _evaluate(
     gate: str,
     branches: str,
     eps: float,
+    num_groups: int = 1,
+    ln_mean_shift: Tensor | None = None,
+    ln_var_scale: Tensor | None = None,
+    in_var_scale: Tensor | None = None,
 ) -> Tensor:
-    inputs = _inputs((x, mean_gate, var_gate, weight, bias), (bn_mean, bn_var), (gate, branches, eps))
+    inputs = _inputs((x, mean_gate, var_gate, weight, bias), (bn_mean, bn_var), _Options(gate, branches, eps, num_groups, ln_mean_shift, ln_var_scale, in_var_scale))
     if is_batch_norm((mean_gate, var_gate), inputs.mixing):
         return batch_norm(x, weight, bias, Moments(bn_mean, bn_var), eps)
     return _backend_for(x).forward(inputs).y
@@ -85,8 +104,12 @@ def _forward(
     gate: str,
     branches: str,
     eps: float,
+    num_groups: int = 1,
+    ln_mean_shift: Tensor | None = None,
+    ln_var_scale: Tensor | None = None,
+    in_var_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    inputs = _inputs((x, mean_gate, var_gate, weight, bias), (bn_mean, bn_var), (gate, branches, eps))
+    inputs = _inputs((x, mean_gate, var_gate, weight, bias), (bn_mean, bn_var), _Options(gate, branches, eps, num_groups, ln_mean_shift, ln_var_scale, in_var_scale))
     y, batch, saved, _ = _backend_for(x).forward(inputs)
     empty = x.new_empty((1, 0), dtype=accumulation_dtype(x))
     # An operator must not return memory of its arguments; with one position the mean can be x itself.
@@ -95,7 +118,7 @@ def _forward(
 
 @_forward.register_fake
 def _(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    *_, bn_mean, _, _, branches, _ = rest
+    bn_mean, branches = rest[4], rest[7]
     bn_channels = x.shape[1] if "bn" in branches.split() and bn_mean is None else 0
     batch, table = (x.new_empty(shape, dtype=accumulation_dtype(x)) for shape in ((1, bn_channels), x.shape[:2]))
     return torch.empty_like(to_supported_layout(x)), batch, torch.empty_like(batch), table, torch.empty_like(table)
@@ -115,8 +138,12 @@ def _backward(
     gate: str,
     branches: str,
     eps: float,
+    num_groups: int = 1,
+    ln_mean_shift: Tensor | None = None,
+    ln_var_scale: Tensor | None = None,
+    in_var_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    inputs = _inputs((x, mean_gate, var_gate, weight, None), (bn_mean, bn_var), (gate, branches, eps))
+    inputs = _inputs((x, mean_gate, var_gate, weight, None), (bn_mean, bn_var), _Options(gate, branches, eps, num_groups, ln_mean_shift, ln_var_scale, in_var_scale))
     check_gradient(dy, x, mean, var)
     found = _backend_for(x).backward(dy, inputs, Moments(mean, var), (True,) * len(Gradients._fields))
     assert None not in found
@@ -125,30 +152,32 @@ def _backward(
 
 @_backward.register_fake
 def _(dy: Tensor, x: Tensor, mean_gate: Tensor, var_gate: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    *_, mean, _, _, _, _ = rest
+    mean = rest[3]
     sums = mean.new_empty(mean.shape[1])
     gates = torch.empty_like(mean_gate), torch.empty_like(var_gate)
     return torch.empty_like(to_supported_layout(x)), *gates, sums, torch.empty_like(sums)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, gate, branches, eps = inputs
+    tensors, options = inputs[:7], _Options(*inputs[7:])
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*tensors, *output[3:])
-    ctx.options = gate, branches, eps
+    # The constants too: a compiler keeps only tensors that are saved.
+    ctx.save_for_backward(*tensors, *output[3:], *options[4:])
+    ctx.options = options[:4]
 
 
 def _differentiate(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    x, mean_gate, var_gate, weight, bias, bn_mean, bn_var, mean, var = ctx.saved_tensors
-    inputs = _inputs((x, mean_gate, var_gate, weight, bias), (bn_mean, bn_var), ctx.options)
+    x, mean_gate, var_gate, weight, bias, bn_mean, bn_var, mean, var, *constants = ctx.saved_tensors
+    options = _Options(*ctx.options, *constants)
+    inputs = _inputs((x, mean_gate, var_gate, weight, bias), (bn_mean, bn_var), options)
     if torch.is_grad_enabled():
         return *differentiable_gradients(dy, inputs, ctx.needs_input_grad[:5]), *_NO_GRADIENTS
-    found = _backward(dy, x, mean_gate, var_gate, weight, bn_mean, bn_var, mean, var, *ctx.options)
+    found = _backward(dy, x, mean_gate, var_gate, weight, bn_mean, bn_var, mean, var, *options)
     present = (None if owner is None else gradient for gradient, owner in zip(found, inputs.tensors, strict=True))
     return *cast_gradients(present, inputs), *_NO_GRADIENTS
 
 
-_NO_GRADIENTS = (None, None, None, None, None)  # for constants and options
+_NO_GRADIENTS = (None,) * (2 + len(_Options._fields))  # for constants and options
 _forward.register_autograd(_differentiate, setup_context=_save)
 
 
@@ -160,22 +189,26 @@ def _backend_for(x: Tensor) -> Backend:
 def _inputs(
     tensors: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None],
     bn_moments: tuple[Tensor | None, Tensor | None],
-    options: tuple[str, str, float],
+    options: _Options,
 ) -> Inputs:
     """Check the arguments of an operator and return them as the backends take them.
 
     Args:
         tensors: those of `Inputs.tensors`.
         bn_moments: constant moments (1, C) of the `bn` branch, or None.
-        options: gate, branches separated by spaces, and eps.
+        options: with branches separated by spaces.
     """
     x, mean_gate, var_gate, weight, bias = tensors
-    gate, branches, eps = options
+    gate, branches, eps, num_groups, *constants_of_matching = options
+    names, matching = cast(tuple[Branch, ...], tuple(branches.split())), Matching(*constants_of_matching)
     mean, var = bn_moments
     flat_mean, flat_var = (None if moment is None else moment.reshape(-1) for moment in bn_moments)
-    check_tensors(x, (mean_gate, var_gate), len(branches.split()), (flat_mean, flat_var, weight, bias))
+    check_tensors(x, (mean_gate, var_gate), len(names), (flat_mean, flat_var, weight, bias))
+    check_num_groups(num_groups, x.shape[1])
+    check_matching(x, matching)
     constants = None if mean is None or var is None else Moments(mean, var)
-    return Inputs(*tensors, constants, Mixing(cast(Gate, gate), cast(tuple[Branch, ...], tuple(branches.split())), eps))
+    mixing = Mixing(cast(Gate, gate), names, eps, num_groups)
+    return Inputs(*tensors, constants, mixing, None, matching_for(matching, names, accumulation_dtype(x)))
 
 
 # --- gates

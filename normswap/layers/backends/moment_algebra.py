@@ -13,6 +13,11 @@ appendix),
 where p_k and q_k are the means of p and q over the values that branch k pools, and w and w' are the importance weights
 of means and variances. All terms are relative to mu_in: a mean much larger than the deviation cancels before it is
 multiplied.
+
+Matched branches (constants d, r and s of `matching`) mix mu_ln + d sqrt(var_ln + eps), (var_ln + eps) r and
+(var_in + eps) s. In dx, w'_in q_in and w'_ln q_ln are then replaced by
+
+    w'_in s q_in    and    w'_ln mean_c(r q) + w_ln mean_c(d p) / sqrt(var_ln + eps).
 """
 
 import math
@@ -26,6 +31,7 @@ from torch import Tensor
 from normswap.layers.backends.interface import Inputs
 from normswap.layers.backends.reference import Moments, accumulation_dtype
 from normswap.layers.gating import Branch, ImportanceWeights, Mixing, read_branch_weights
+from normswap.layers.matching import Matching
 
 # A NumPy array on CPU, a tensor on other devices.
 Array = Any
@@ -41,6 +47,7 @@ class Site(NamedTuple):
         means, variances: importance weights.
         mixing: how the branches are mixed.
         uses_updated_stats: `constants` give the values only; the moments of the batch get the gradients.
+        matching: constants (C,) of matched branches.
     """
 
     moments: Moments
@@ -51,6 +58,7 @@ class Site(NamedTuple):
     variances: ImportanceWeights
     mixing: Mixing
     uses_updated_stats: bool = False
+    matching: Matching | None = None
 
     @property
     def uses_batch_moments(self) -> bool:
@@ -71,7 +79,14 @@ def read_site(inputs: Inputs, moments: Moments) -> Site:
         read_branch_weights(inputs.var_gate, inputs.mixing),
     )
     return Site(
-        moments, inputs.constants, weight, bias, *branch_weights, inputs.mixing, inputs.running_stats_update is not None
+        moments,
+        inputs.constants,
+        weight,
+        bias,
+        *branch_weights,
+        inputs.mixing,
+        inputs.running_stats_update is not None,
+        inputs.matching,
     )
 
 
@@ -93,7 +108,7 @@ def scale_and_shift(site: Site) -> tuple[Tensor, Tensor, Moments | None]:
     with _ignore_float_errors():
         # The running statistics need the moments of the batch even if their weight is 0.
         tables = _mix_moments(site, ("bn",) if site.uses_batch_moments else ())
-        scale = _rsqrt(tables.mixed.var + site.mixing.eps)
+        scale = _rsqrt(tables.mixed.var)
         if site.weight is not None:
             scale = scale * _as_array(site.weight)
         shift = -scale * tables.mixed.mean
@@ -114,9 +129,7 @@ def mean_and_rstd(site: Site) -> tuple[Tensor, Tensor]:
     like, shape = site.moments.mean, site.moments.mean.shape
     with _ignore_float_errors():
         mixed = _mix_moments(site, ()).mixed
-        return _broadcast_tensor(mixed.mean, shape, like), _broadcast_tensor(
-            _rsqrt(mixed.var + site.mixing.eps), shape, like
-        )
+        return _broadcast_tensor(mixed.mean, shape, like), _broadcast_tensor(_rsqrt(mixed.var), shape, like)
 
 
 def backward_terms(site: Site, dy_sum: Tensor, dy_xhat_sum: Tensor, positions: int) -> InputGradientTerms:
@@ -125,11 +138,11 @@ def backward_terms(site: Site, dy_sum: Tensor, dy_xhat_sum: Tensor, positions: i
     branches = site.mixing.branches
     with _ignore_float_errors():
         tables = _mix_moments(site, branches)
-        rstd = _rsqrt(tables.mixed.var + site.mixing.eps)
+        rstd = _rsqrt(tables.mixed.var)
         scale = rstd if site.weight is None else rstd * _as_array(site.weight)
         sums = _as_array(dy_sum), _as_array(dy_xhat_sum)
-        p = _branch_averages(scale * sums[0] * (-1 / positions), branches)
-        q = _branch_averages(scale * rstd * sums[1] * (-1 / positions), branches)
+        p = _branch_averages(scale * sums[0] * (-1 / positions), site.mixing)
+        q = _branch_averages(scale * rstd * sums[1] * (-1 / positions), site.mixing)
         slope, shift = _slope_and_shift(p, q, tables, site)
         return InputGradientTerms(
             _broadcast_tensor(scale, shape, like),
@@ -178,17 +191,36 @@ class _ArrayMoments(NamedTuple):
     var: Array
 
 
+class _Constants(NamedTuple):
+    """The constants (C,) of matched branches, or None."""
+
+    ln_mean_shift: Array | None
+    ln_var_scale: Array | None
+    in_var_scale: Array | None
+
+
 class _BranchMoments(NamedTuple):
-    """Moments of the branches, (N, C), (N, 1) and (1, C), and the mixed moments, which broadcast to (N, C)."""
+    """Moments of the branches, (N, C), (N, 1) or for groups (N, C), and (1, C).
+
+    Attributes:
+        in_, ln, bn: pooled from x, or constants.
+        used_in, used_ln, used_bn: of matched branches, with eps in every variance; else the same.
+        mixed: the mixed mean, and the mixed variance plus eps; they broadcast to (N, C).
+        matching: constants, if the branches are matched.
+    """
 
     in_: _ArrayMoments
     ln: _ArrayMoments | None
     bn: _ArrayMoments | None
+    used_in: _ArrayMoments
+    used_ln: _ArrayMoments | None
+    used_bn: _ArrayMoments | None
     mixed: _ArrayMoments
+    matching: _Constants | None
 
 
 class _BranchTerms(NamedTuple):
-    """p or q of the mixed branches: (N, C), (N, 1) and (1, C)."""
+    """p or q of the mixed branches: (N, C), (N, 1) or for groups (N, C), and (1, C)."""
 
     in_: Array
     ln: Array | None
@@ -199,13 +231,63 @@ def _mix_moments(site: Site, needed: Sequence[Branch]) -> _BranchMoments:
     """Pool the moments of the branches that have a weight above 0 or are `needed`, and mix them."""
     means, variances = site.means, site.variances
     in_ = _ArrayMoments(*map(_as_array, site.moments))
-    ln = _pool(in_, 1) if means.ln or variances.ln or "ln" in needed else None
+    ln = _pool_channels(in_, site.mixing.num_groups) if means.ln or variances.ln or "ln" in needed else None
     bn = None if site.constants is None else _ArrayMoments(*map(_as_array, site.constants))
     if bn is None and (means.bn or variances.bn or "bn" in needed):
         bn = _pool(in_, 0)
-    mean = _mix(means, in_.mean, ln and ln.mean, bn and bn.mean)
-    var = _mix(variances, in_.var, ln and ln.var, bn and bn.var)
-    return _BranchMoments(in_, ln, bn, _ArrayMoments(mean, var))
+    used, matching = (in_, ln, bn), None
+    if site.matching is not None:
+        matching = _Constants(*(None if each is None else _as_array(each) for each in site.matching))
+        used = _match(in_, ln, bn, matching, site.mixing.eps)
+    mean = _mix(means, *(each and each.mean for each in used))
+    var: Array = _mix(variances, *(each and each.var for each in used))
+    var = var + site.mixing.eps if matching is None else var
+    return _BranchMoments(in_, ln, bn, *used, _ArrayMoments(mean, var), matching)
+
+
+def _match(
+    in_: _ArrayMoments, ln: _ArrayMoments | None, bn: _ArrayMoments | None, matching: _Constants, eps: float
+) -> tuple[_ArrayMoments, _ArrayMoments | None, _ArrayMoments | None]:
+    """Return the moments of matched branches, with eps in every variance."""
+    shift, ln_scale, in_scale = matching
+    in_ = _ArrayMoments(in_.mean, in_.var + eps if in_scale is None else (in_.var + eps) * in_scale)
+    if ln is not None:
+        var = ln.var + eps
+        # A shift of 0 ignores an infinite deviation.
+        mean = ln.mean if shift is None else ln.mean + _keep_zeros(shift, shift * var**0.5)
+        ln = _ArrayMoments(mean, var if ln_scale is None else var * ln_scale)
+    return in_, ln, bn and _ArrayMoments(bn.mean, bn.var + eps)
+
+
+def _keep_zeros(factor: Array, products: Array) -> Array:
+    """Return products (or quotients), and 0 where their factor is 0, also if the other one is infinite."""
+    if isinstance(products, Tensor):
+        return torch.where(factor != 0, products, 0.0)
+    return np.where(factor != 0, products, 0.0)
+
+
+def _pool_channels(in_: _ArrayMoments, num_groups: int) -> _ArrayMoments:
+    """Return the moments of samples over their channels (N, 1), or over groups of them (N, C)."""
+    if num_groups == 1:
+        return _pool(in_, 1)
+    by_group = _ArrayMoments(*(moment.reshape(len(moment) * num_groups, -1) for moment in in_))
+    pooled = _pool(by_group, 1)
+    return _ArrayMoments(*(_repeat(moment, in_.mean.shape) for moment in pooled))
+
+
+def _average_channels(terms: Array, num_groups: int) -> Array:
+    """Return the means over channels (N, 1), or over groups of them (N, C)."""
+    if num_groups == 1:
+        return terms.sum(1, keepdims=True) * (1 / terms.shape[1])
+    by_group = terms.reshape(len(terms) * num_groups, -1)
+    return _repeat(by_group.sum(1, keepdims=True) * (1 / by_group.shape[1]), terms.shape)
+
+
+def _repeat(by_group: Array, shape: tuple[int, int]) -> Array:
+    """Return values of groups (N G, 1) as a table (N, C)."""
+    size = shape[0] * shape[1] // len(by_group)
+    expanded = by_group.expand(-1, size) if isinstance(by_group, Tensor) else np.repeat(by_group, size, axis=1)
+    return expanded.reshape(shape)
 
 
 def _pool(in_: _ArrayMoments, axis: int) -> _ArrayMoments:
@@ -226,13 +308,12 @@ def _pool(in_: _ArrayMoments, axis: int) -> _ArrayMoments:
     return _ArrayMoments(first + centre, var)
 
 
-def _branch_averages(terms: Array, branches: Sequence[Branch]) -> _BranchTerms:
+def _branch_averages(terms: Array, mixing: Mixing) -> _BranchTerms:
     """Return p or q (N, C), and its means over the values that the other branches pool."""
-    samples, channels = terms.shape
     return _BranchTerms(
         terms,
-        terms.sum(1, keepdims=True) * (1 / channels) if "ln" in branches else None,
-        terms.sum(0, keepdims=True) * (1 / samples) if "bn" in branches else None,
+        _average_channels(terms, mixing.num_groups) if "ln" in mixing.branches else None,
+        terms.sum(0, keepdims=True) * (1 / len(terms)) if "bn" in mixing.branches else None,
     )
 
 
@@ -243,8 +324,10 @@ def _slope_and_shift(p: _BranchTerms, q: _BranchTerms, tables: _BranchMoments, s
         bn = _pool(tables.in_, 0)
     elif site.constants is not None:  # constants do not depend on x
         p, q = p._replace(bn=None), q._replace(bn=None)
-    variances = site.variances
-    slope, shift = _mix(variances, *q), _mix(site.means, *p)
+    variances, shift = site.variances, _mix(site.means, *p)
+    if tables.matching is not None:
+        q, variances = _matched_slopes(p, q, tables, site)
+    slope = _mix(variances, *q)
     for branch_weight, gradient_term, branch in ((variances.ln, q.ln, tables.ln), (variances.bn, q.bn, bn)):
         if branch_weight != 0 and gradient_term is not None and branch is not None:
             term = (tables.in_.mean - branch.mean) * (branch_weight * gradient_term)
@@ -253,17 +336,42 @@ def _slope_and_shift(p: _BranchTerms, q: _BranchTerms, tables: _BranchMoments, s
     return zero if slope is None else slope, zero if shift is None else shift
 
 
+def _matched_slopes(
+    p: _BranchTerms, q: _BranchTerms, tables: _BranchMoments, site: Site
+) -> tuple[_BranchTerms, ImportanceWeights]:
+    """Return q and the weights of variances so that their products are the terms of matched branches in dx."""
+    shift, ln_scale, in_scale = tables.matching or _Constants(None, None, None)
+    means, variances, num_groups, q_in = site.means, site.variances, site.mixing.num_groups, q.in_
+    if in_scale is not None:
+        q = q._replace(in_=q_in * in_scale)
+    if shift is None or ln_scale is None or tables.ln is None:
+        return q, variances
+    slope = None
+    if variances.ln != 0:
+        slope = variances.ln * _average_channels(q_in * ln_scale, num_groups)
+    if means.ln != 0:
+        by_mean = means.ln * _average_channels(p.in_ * shift, num_groups)
+        by_mean = _keep_zeros(by_mean, by_mean / (tables.ln.var + site.mixing.eps) ** 0.5)
+        slope = by_mean if slope is None else slope + by_mean
+    return q._replace(ln=slope), variances._replace(ln=0.0 if slope is None else 1.0)
+
+
 def _mean_weights_gradient(p: _BranchTerms, tables: _BranchMoments, positions: int) -> ImportanceWeights:
     """Return the gradient of the weights of the means, relative to that of `in`."""
     ln, bn = (
         0.0 if branch is None else -positions * _dot(p.in_, tables.in_.mean - branch.mean)
-        for branch in (tables.ln, tables.bn)
+        for branch in (tables.used_ln, tables.used_bn)
     )
     return ImportanceWeights(0.0, ln, bn)
 
 
 def _var_weights_gradient(q: _BranchTerms, tables: _BranchMoments, positions: int) -> ImportanceWeights:
     """Return the gradient of the weights of the variances."""
+    if tables.matching is not None:
+        used = (tables.used_in, tables.used_ln, tables.used_bn)
+        return ImportanceWeights(
+            *(0.0 if pair is None else positions / 2 * _dot(q.in_, _expand(pair.var, q.in_)) for pair in used)
+        )
     size = q.in_.shape[0] * q.in_.shape[1] * positions / 2
     branches = ((q.in_, tables.in_), (q.ln, tables.ln), (q.bn, tables.bn))
     return ImportanceWeights(
@@ -274,6 +382,10 @@ def _var_weights_gradient(q: _BranchTerms, tables: _BranchMoments, positions: in
             for gradient_term, pair in branches
         )
     )
+
+
+def _expand(statistic: Array, like: Array) -> Array:
+    return statistic.expand_as(like) if isinstance(statistic, Tensor) else np.broadcast_to(statistic, like.shape)
 
 
 def _dot(gradient_term: Array, statistic: Array) -> float:

@@ -5,7 +5,7 @@
  * are adjacent in memory.
  */
 enum { OPTIONAL = 1, WRITTEN = 2 };
-enum { ANY_FLOAT = -1, MAX_BUFFERS = 16, MAX_ARGUMENTS = 32 };
+enum { ANY_FLOAT = -1, MAX_BUFFERS = 24, MAX_ARGUMENTS = 32 };
 
 /* --- reading ------------------------------------------------------------------------------------------------- */
 

@@ -250,13 +250,16 @@ static double *allocate(Job *j, int with_terms) {
     Terms *p = &j->terms;
     const size_t n = (size_t)s->samples, c = (size_t)s->channels, threads = (size_t)j->threads;
     const size_t partial = j->channels_last && j->segments > 1 ? n * (size_t)j->segments * 2 * c : 0;
-    const size_t zeroed = 5 * c, terms = with_terms ? 2 * n * c + 2 * n : 0;
-    double *block = malloc((zeroed + 2 * n + 2 * c + terms + partial + threads * SCRATCH * c) * sizeof(double));
+    const size_t rows = n * (size_t)s->groups, constants = s->extended ? c : 0;
+    const size_t zeroed = 5 * c, terms = with_terms ? 2 * n * c + 2 * rows : 0;
+    double *block = malloc((zeroed + 2 * rows + 2 * c + 3 * constants + terms + partial + threads * SCRATCH * c) *
+                           sizeof(double));
     if (block == NULL)
         return NULL;
     memset(block, 0, zeroed * sizeof(double));
-    double **tables[] = {&s->zeros,   &p->p_bn,   &p->q_bn, &p->weight, &p->bias, &s->bn_mean, &s->bn_var,
-                         &s->ln_mean, &s->ln_var, &p->p_ln, &p->q_ln,   &p->p,    &p->q};
+    double **tables[] = {&s->zeros,   &p->p_bn,   &p->q_bn,  &p->weight, &p->bias, &s->bn_mean,
+                         &s->bn_var,  &s->shift,  &s->scale, &s->in_scales, &s->ln_mean, &s->ln_var,
+                         &p->p_ln,    &p->slope_ln, &p->p,   &p->q};
     const size_t sizes[] = {c,
                             c,
                             c,
@@ -264,10 +267,13 @@ static double *allocate(Job *j, int with_terms) {
                             c,
                             c,
                             c,
-                            n,
-                            n,
-                            with_terms ? n : 0,
-                            with_terms ? n : 0,
+                            constants,
+                            constants,
+                            constants,
+                            rows,
+                            rows,
+                            with_terms ? rows : 0,
+                            with_terms ? rows : 0,
                             with_terms ? n * c : 0,
                             with_terms ? n * c : 0};
     double *next = block;

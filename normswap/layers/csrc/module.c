@@ -84,16 +84,17 @@ static const Passes *widest(int dtype) { return PASSES[dtype]; }
 #include "arguments.h"
 
 /* Version of the functions below. backends/cpu.py ignores an extension with another version. */
-enum { INTERFACE = 3 };
+enum { INTERFACE = 4 };
 
 /* --- arguments of the passes --------------------------------------------------------------------------------- */
 
 /* Arguments of both passes, then those of the forward pass, then those of the backward pass. Shapes: x, y, dy, dx
  * (N, C, *spatial); mean, var (N, C); mean_weight, var_weight and their gradients (K,); all others (C,). */
 typedef struct {
-    Py_ssize_t dtype, samples, channels, positions, channels_last, threads, softmax, branch_order;
+    Py_ssize_t dtype, samples, channels, positions, channels_last, threads, softmax, branch_order, num_groups;
     double eps;
     Buffer x, mean, var, constant_mean, constant_var, weight, bias, mean_weight, var_weight;
+    Buffer ln_mean_shift, ln_var_scale, in_var_scale;
     Buffer y, batch_mean, batch_var;
     Buffer dy, dx, mean_weight_gradient, var_weight_gradient, weight_gradient, bias_gradient;
 } LayerArguments;
@@ -102,6 +103,8 @@ typedef struct {
 #define LAYER_FIELDS                                                                                                   \
     FIELD(INTEGER, dtype), FIELD(INTEGER, samples), FIELD(INTEGER, channels), FIELD(INTEGER, positions),               \
         FIELD(INTEGER, channels_last), FIELD(INTEGER, threads), FIELD(INTEGER, softmax), FIELD(INTEGER, branch_order), \
+        FIELD(INTEGER, num_groups), FIELD(BUFFER, ln_mean_shift), FIELD(BUFFER, ln_var_scale),                         \
+        FIELD(BUFFER, in_var_scale),                                                                                   \
         FIELD(REAL, eps), FIELD(BUFFER, x), FIELD(BUFFER, mean), FIELD(BUFFER, var), FIELD(BUFFER, constant_mean),     \
         FIELD(BUFFER, constant_var), FIELD(BUFFER, weight), FIELD(BUFFER, bias), FIELD(BUFFER, mean_weight),           \
         FIELD(BUFFER, var_weight)
@@ -144,11 +147,16 @@ static int read_order(Py_ssize_t order, Gates *gates) {
 }
 
 static int check_shape(const LayerArguments *a) {
-    if (a->dtype >= 0 && a->dtype < FLOAT_DTYPES && a->samples > 0 && a->channels > 0 && a->positions > 0 &&
-        product(product(a->samples, a->channels), a->positions) > 0)
-        return 0;
-    PyErr_SetString(PyExc_ValueError, "expected a floating dtype and a shape without zeros");
-    return -1;
+    if (a->dtype < 0 || a->dtype >= FLOAT_DTYPES || a->samples <= 0 || a->channels <= 0 || a->positions <= 0 ||
+        product(product(a->samples, a->channels), a->positions) <= 0) {
+        PyErr_SetString(PyExc_ValueError, "expected a floating dtype and a shape without zeros");
+        return -1;
+    }
+    if (a->num_groups <= 0 || a->channels % a->num_groups != 0) {
+        PyErr_SetString(PyExc_ValueError, "num_groups: expected a divisor of the number of channels");
+        return -1;
+    }
+    return 0;
 }
 
 /* Check the buffers of both passes. `moments` is WRITTEN in the forward pass, which writes mean and var, else 0. */
@@ -162,11 +170,18 @@ static int check_layer(const LayerArguments *a, const Gates *gates, CheckedBuffe
         check_buffer(checked, "constant_var", &a->constant_var, table, channels, OPTIONAL) < 0 ||
         check_buffer(checked, "weight", &a->weight, ANY_FLOAT, channels, OPTIONAL) < 0 ||
         check_buffer(checked, "bias", &a->bias, ANY_FLOAT, channels, OPTIONAL) < 0 ||
+        check_buffer(checked, "ln_mean_shift", &a->ln_mean_shift, ANY_FLOAT, channels, OPTIONAL) < 0 ||
+        check_buffer(checked, "ln_var_scale", &a->ln_var_scale, ANY_FLOAT, channels, OPTIONAL) < 0 ||
+        check_buffer(checked, "in_var_scale", &a->in_var_scale, ANY_FLOAT, channels, OPTIONAL) < 0 ||
         check_buffer(checked, "mean_weight", &a->mean_weight, ANY_FLOAT, gates->count, 0) < 0 ||
         check_buffer(checked, "var_weight", &a->var_weight, ANY_FLOAT, gates->count, 0) < 0)
         return -1;
     if ((a->constant_mean.count < 0) != (a->constant_var.count < 0)) {
         PyErr_SetString(PyExc_ValueError, "expected constant_mean and constant_var together");
+        return -1;
+    }
+    if ((a->ln_mean_shift.count < 0) != (a->ln_var_scale.count < 0)) {
+        PyErr_SetString(PyExc_ValueError, "expected ln_mean_shift and ln_var_scale together");
         return -1;
     }
     return 0;
@@ -216,6 +231,11 @@ static int read_job(const LayerArguments *a, Job *j, CheckedBuffers *checked, in
     s->constant_var = a->constant_var.table;
     s->weight = a->weight.table;
     s->bias = a->bias.table;
+    s->ln_shift = a->ln_mean_shift.table;
+    s->ln_scale = a->ln_var_scale.table;
+    s->in_scale = a->in_var_scale.table;
+    s->groups = a->num_groups;
+    s->extended = s->groups > 1 || s->ln_shift.values != NULL || s->in_scale.values != NULL;
     j->gates.softmax = a->softmax != 0;
     j->gates.mean = a->mean_weight.table;
     j->gates.var = a->var_weight.table;
@@ -233,6 +253,14 @@ static Py_ssize_t minimum(Py_ssize_t a, Py_ssize_t b) { return a < b ? a : b; }
 
 static Py_ssize_t maximum(Py_ssize_t a, Py_ssize_t b) { return a > b ? a : b; }
 
+/* Load constants, or the identity for a branch that is not matched. */
+static void load_constants(const Site *s, double *out, Table constants, double identity) {
+    if (constants.values != NULL)
+        load(out, constants, 0, s->channels);
+    for (Py_ssize_t c = 0; constants.values == NULL && c < s->channels; c++)
+        out[c] = identity;
+}
+
 /* Read the gates, divide the work and allocate memory. */
 static double *prepare_job(Job *j, int with_terms) {
     Site *s = &j->site;
@@ -245,6 +273,11 @@ static double *prepare_job(Job *j, int with_terms) {
     if (block != NULL && s->constant_mean.values != NULL) {
         load(s->bn_mean, s->constant_mean, 0, s->channels);
         load(s->bn_var, s->constant_var, 0, s->channels);
+    }
+    if (block != NULL && s->extended) {
+        load_constants(s, s->shift, s->ln_shift, 0);
+        load_constants(s, s->scale, s->ln_scale, 1);
+        load_constants(s, s->in_scales, s->in_scale, 1);
     }
     return block;
 }

@@ -1,11 +1,13 @@
 """Guarantee 1: original and converted model compute the same function."""
 
 import random
-from dataclasses import dataclass
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from tests.helpers.guarantees.walking import (
@@ -15,6 +17,7 @@ from tests.helpers.guarantees.walking import (
     in_float64,
     is_floating,
     own_tensors,
+    paths,
     set_mode,
     to_float64,
     twin_of,
@@ -33,16 +36,67 @@ class Run:
     buffers: dict[frozenset[str], Tensor]
 
 
-def run(model: nn.Module, inputs: Any, mode: str) -> Run:
-    """One pass of a copy of `model`, seeded, and the gradients of a fixed random projection of its outputs."""
-    model = twin_of(model)
+class _FrozenCalls(TorchFunctionMode):
+    """Calls of batch_norm with one of these running means use running statistics, as in evaluation."""
+
+    def __init__(self, running_means: set[int]) -> None:
+        super().__init__()
+        self.running_means = running_means
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.nn.functional.batch_norm and {*map(id, (*args, *kwargs.values()))} & self.running_means:
+            names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+            args, kwargs = (), {**dict(zip(names, args, strict=False)), **kwargs, "training": False}
+        return func(*args, **kwargs)
+
+
+@dataclass
+class Frozen:
+    """The sites with running statistics in training: paths of modules, and names of running means that calls use."""
+
+    modules: set[str] = field(default_factory=set)
+    running_means: set[str] = field(default_factory=set)
+
+
+def frozen_sites(converted: nn.Module, inputs: Any) -> Frozen:
+    """The sites of a converted model that use running statistics in training."""
+    model, found = twin_of(converted), Frozen()
+    used: set[int] = set()
+    set_mode(model, "evaluation")
+    for path, module in paths(model).items():
+        if getattr(module, "bn_statistics", None) == "running" and "bn" in module.branches:  # type: ignore[operator]
+            if hasattr(module, "running_mean"):
+                found.modules.add(path)
+            else:
+                module.register_forward_pre_hook(lambda _module, args: used.add(id(args[1])) if args[1:] else None)
+                module.register_forward_pre_hook(
+                    lambda _module, _args, kwargs: used.add(id(kwargs.get("running_mean"))), with_kwargs=True
+                )
+    with torch.no_grad(), suppress(Exception):
+        call(model, inputs)
+    found.running_means = {name for name, tensor in own_tensors(model) if id(tensor) in used}
+    return found
+
+
+def run(model: nn.Module, inputs: Any, mode: str, frozen: Frozen | None = None) -> Run:
+    """One pass of a copy of `model`, seeded, and the gradients of a fixed random projection of its outputs.
+
+    In training the sites in `frozen` are in evaluation.
+    """
+    model, frozen = twin_of(model), frozen or Frozen()
     set_mode(model, mode)
+    for path, module in paths(model).items():
+        if path in frozen.modules:
+            module.training = False
+    running_means = {id(tensor) for name, tensor in own_tensors(model) if name in frozen.running_means}
     leaves = [leaf.clone().requires_grad_() for leaf in tree_leaves(inputs) if is_floating(leaf)]
     remaining = iter(leaves)
     fed = tree_map(lambda leaf: next(remaining) * 1 if is_floating(leaf) else leaf, inputs)
     torch.manual_seed(1)
     random.seed(1)
-    outputs = tree_leaves(call(model, fed))
+    with _FrozenCalls(running_means) if running_means else nullcontext():
+        outputs = tree_leaves(call(model, fed))
     generator = torch.Generator().manual_seed(2)
     heads = [leaf for leaf in outputs if is_floating(leaf)]
     loss = sum((head * torch.randn(head.shape, generator=generator, dtype=head.dtype)).sum() for head in heads)
@@ -106,19 +160,23 @@ def distances(a: Run, b: Run) -> dict[str, float]:
 def same_function(
     original: nn.Module, converted: nn.Module, inputs: Any, modes: tuple[str, ...] = MODES
 ) -> dict[str, float | None]:
-    """Guarantee 1. Returns the worst error in each mode, None if the original raises and the law is silent."""
+    """Guarantee 1. Returns the worst error in each mode, None if the original raises and the law is silent.
+
+    Where the converted model uses running statistics in training, the original has its norms in evaluation.
+    """
     first, second, inputs = in_float64(original), in_float64(converted), to_float64(inputs)
+    frozen = frozen_sites(second, inputs)
     worst: dict[str, float | None] = {}
     for mode in modes:
         try:
-            reference = run(first, inputs, mode)
+            reference = run(first, inputs, mode, frozen)
         except Exception:  # noqa: BLE001 - whatever it is, the converted model owes nothing then
             worst[mode] = None
             continue
         far = distances(reference, run(second, inputs, mode))
         if max(far.values()) > LIMIT:
             nudged = tree_map(lambda leaf: leaf * (1 + 2**-52) if is_floating(leaf) else leaf, inputs)
-            own = distances(reference, run(first, nudged, mode))
+            own = distances(reference, run(first, nudged, mode, frozen))
             for name, error in far.items():
                 limit = max(LIMIT, OWN_RESPONSES * own.get(name, 0.0))
                 assert error <= limit, f"guarantee 1, {mode}: {name} is {error:.1e} off, limit {limit:.1e}"

@@ -8,7 +8,17 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from tests.helpers import oracles
-from tests.helpers.guarantees.walking import GATES, LIMIT, call, in_float64, is_floating, paths, set_mode, to_float64
+from tests.helpers.guarantees.walking import (
+    CONSTANTS,
+    GATES,
+    LIMIT,
+    call,
+    in_float64,
+    is_floating,
+    paths,
+    set_mode,
+    to_float64,
+)
 
 
 @dataclass
@@ -20,6 +30,8 @@ class Visit:
     constants: oracles.Constants | None
     eps: float
     dy: Tensor | None = None
+    matching: dict[str, Tensor] = field(default_factory=dict)
+    num_groups: int = 1
 
 
 @dataclass
@@ -57,6 +69,9 @@ def _watch(layer: Any) -> Site:
                 constants = oracles.updated_running(constants, args[0].detach(), _momentum(layer, arguments))
         weight = arguments.get("weight")
         site.visits.append(Visit(args[0].detach().double().clone(), weight, constants, arguments.get("eps", 1e-5)))
+        own = {name: layer._buffers.get(name) for name in CONSTANTS}
+        site.visits[-1].matching = {name: each.double().clone() for name, each in own.items() if each is not None}
+        site.visits[-1].num_groups = layer.num_groups
 
     def left(visit: Visit, y: Tensor) -> None:
         if y.requires_grad:
@@ -76,6 +91,18 @@ def _momentum(layer: Any, arguments: dict[str, Any]) -> float:
     """The share that the next batch will have in the running statistics."""
     momentum = arguments.get("momentum", 0.1) if not hasattr(layer, "momentum") else layer.momentum
     return 1 / (float(layer.num_batches_tracked) + 1) if momentum is None else float(momentum)
+
+
+def matched_table_of(visit: Visit, branch: str) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance (N, C) of one branch of a layer with groups or matched branches."""
+    x, groups = visit.x, visit.num_groups if branch == "ln" else 1
+    grouped = x.reshape(-1, x.shape[1] // groups, *x.shape[2:])
+    mean, var = table_of(grouped, branch, visit.constants if branch == "bn" else None)
+    mean, var = (t.reshape(x.shape[0], x.shape[1]) for t in (mean, var))
+    if branch == "ln" and "ln_mean_shift" in visit.matching:
+        mean = mean + visit.matching["ln_mean_shift"] * (var + visit.eps).sqrt()
+    scale = visit.matching.get(f"{branch}_var_scale")
+    return mean, var if scale is None else (var + visit.eps) * scale - visit.eps
 
 
 def table_of(x: Tensor, branch: str, constants: oracles.Constants | None) -> tuple[Tensor, Tensor]:
@@ -98,7 +125,7 @@ def share_gradients(
     """dL/dw_k and dL/dw'_k by the closed form on (N, C) tables, and the sizes of the terms that they sum."""
     assert visit.dy is not None
     x, dy = visit.x, visit.dy.double()
-    tables = [table_of(x, branch, visit.constants) for branch in branches]
+    tables = [matched_table_of(visit, branch) for branch in branches]
     mean = sum(w * t[0] for w, t in zip(shares, tables, strict=True) if w != 0)
     var = sum(w * t[1] for w, t in zip(var_shares, tables, strict=True) if w != 0)
     s = (var + visit.eps).sqrt()
@@ -125,7 +152,8 @@ def _expected(site: Site) -> list[tuple[Tensor, float]]:
         if visit.dy is None:
             continue
         *found, mean_size, var_size = share_gradients(visit, *shares, layer.branches)
-        if visit.x.shape[0] * visit.x.shape[1] <= 32:  # where its loops are fast enough, the oracle itself decides
+        small = visit.x.shape[0] * visit.x.shape[1] <= 32
+        if small and not visit.matching and visit.num_groups == 1:  # its loops are fast enough: the oracle itself
             weight, zero = _channels(visit.weight, visit.x, 1.0), _channels(None, visit.x, 0.0)
             expected = oracles.backward(visit.dy, visit.x, *shares, weight, layer.branches, visit.constants, visit.eps)
             assert zero.numel() == expected.bias.numel()

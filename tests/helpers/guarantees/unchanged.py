@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from normswap.surgery.plan import SwapPlan
-from tests.helpers.guarantees.walking import GATES, STATISTICS, own_tensors, paths
+from tests.helpers.guarantees.walking import CONSTANTS, GATES, STATISTICS, own_tensors, paths
 
 
 @dataclass
@@ -69,15 +69,17 @@ def identical(a: Tensor, b: Tensor) -> bool:
 
 
 def planned_names(plan: SwapPlan, record: Record) -> set[str]:
-    """The names of the gates that a plan brings, and of the statistics that it begins, under every path of a site."""
+    """The names of the gates, statistics and matching constants that a plan brings, under every path of a site."""
     names = set()
     for swap in plan.swaps:
         site = swap.fqn if swap.owner is None else swap.owner
         suffix = "" if swap.owner is None else swap.fqn.removeprefix(swap.owner).removeprefix(".")
         for path, module in record.modules.items():
             if module is record.modules[site]:
-                begun = STATISTICS if swap.kind in ("in", "gn1") and "bn" in swap.branches else ()
-                names |= {".".join(part for part in (path, suffix, name) if part) for name in (*GATES, *begun)}
+                begun = STATISTICS if swap.kind in ("in", "gn1", "gn") and "bn" in swap.branches else ()
+                matching = [name for name, branch in CONSTANTS.items() if swap.matched and branch in swap.branches]
+                added = (*GATES, *begun, *matching)
+                names |= {".".join(part for part in (path, suffix, name) if part) for name in added}
     return names
 
 

@@ -15,6 +15,8 @@ NO_SWAPS = SwapPlan((), (), "")
 MODES = ("evaluation", "training", "as it is")
 GATES = ("mean_weight", "var_weight")
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+# The constants of matched branches, each with its branch.
+CONSTANTS = {"ln_mean_shift": "ln", "ln_var_scale": "ln", "in_var_scale": "in"}
 HOLDERS = (nn.Module, list, tuple, dict)
 
 
