@@ -21,6 +21,7 @@ from normswap.checkpoints.loading import random_tensor
 from normswap.checkpoints.reading import read_checkpoint, read_record
 from normswap.cli import main
 from normswap.errors import ArchitectureError, CheckpointError, NothingToDo
+from normswap.layers.matching import MATCHING_BUFFERS
 from tests.helpers import checkpoint_makers, files
 
 OPTIONS = ("--arch", files.ARCH, "--input", "2x3x64x64")
@@ -156,7 +157,9 @@ def test_convert_file_carries_average_optimizer_and_scheduler(source: Path) -> N
     assert len(found["optimizer"]["param_groups"][-1]["params"]) == gates
     assert len(found["scheduler"]["base_lrs"]) == len(found["optimizer"]["param_groups"])
     assert found["state_dict_ema"].keys() == found["state_dict"].keys()
-    assert len(found["state_dict"]) - len(torch.load("last.pt", weights_only=True)["state_dict"]) == gates
+    added = found["state_dict"].keys() - torch.load("last.pt", weights_only=True)["state_dict"].keys()
+    assert sum(key.endswith(("mean_weight", "var_weight")) for key in added) == gates
+    assert sum(key.endswith(tuple(MATCHING_BUFFERS)) for key in added) == len(added) - gates > 0
     assert found["epoch"] == 3
     loaded = normswap.load(result.output)
     assert loaded.plan == result.plan

@@ -49,7 +49,7 @@ def test_convert_reports_sites_decisions_and_verification(folder: Path) -> None:
     excluded = sum(skip.fqn.startswith("layer1") for skip in read_record(folder / "bn.normswap.pt").plan.skips)
     text = result.stdout
     assert re.search(rf"BatchNorm2d  torch +{files.SITES} +{files.SITES - excluded} +{excluded}\b", text)
-    assert re.search(rf"{files.SITES - excluded} +swap +in\+ln\+bn, simplex gate, batch statistics", text)
+    assert re.search(rf"{files.SITES - excluded} +swap +in\+ln\+bn, simplex gate, running statistics, matched", text)
     assert re.search(rf"{excluded} +skip +excluded by the pattern 'layer1\.\*'", text)
     assert "The example input (64x64)" not in text  # no site has another map for it
     for check in ("outputs in evaluation", "outputs in training", "gradients", "running statistics"):
@@ -197,3 +197,74 @@ def _print_command() -> None:
     from normswap.cli.console import print_json
 
     print_json({"a": (float("nan"), {"b": float("inf")}, 1.5)})
+
+
+# --- statistics, starts and matched branches --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("statistics", ["running", "batch", "renorm"])
+def test_the_statistics_in_training_are_chosen(folder: Path, statistics: str) -> None:
+    found = document("convert", "bn.pt", *ARCH, *INPUT, "--bn-statistics", statistics, "--dry-run")
+    assert {swap["bn_statistics"] for swap in found["plan"]["swaps"]} == {statistics}
+    assert found["verification"]["passed"]
+
+
+def test_a_start_without_bn_prints_and_records_its_distance(folder: Path) -> None:
+    text = ok("convert", "bn.pt", *ARCH, *INPUT, "--start", "gn", "--groups", "8").stdout
+    assert re.search(r"\d+ +swap +in\+ln, simplex gate, `ln` of 8 groups, matched; starts at group norm", text)
+    assert re.search(r"relative L2 error of the outputs +\d", text)
+    assert re.search(r"top-1 agreement of predictions +[\d.]+% of 2", text)
+    assert "Verification" not in text
+    record = read_record(folder / "bn.normswap.pt")
+    assert record is not None
+    assert record.distance is not None
+    shown = ok("inspect", "bn.normswap.pt").stdout
+    assert "Distance from the original" in shown
+    assert "starts at group norm" in shown
+    found = document("inspect", "bn.normswap.pt")
+    assert found["distance"]["relative_error"] == record.distance.relative_error
+    assert len(found["distance"]["sites"]) == files.SITES
+    assert {swap["start"] for swap in found["plan"]["swaps"]} == {"gn"}
+
+
+def test_data_match_the_in_branches_and_measure_the_distance(folder: Path) -> None:
+    data = ["--data", "digits", "--input-size", "3x32x32", "--batch-size", "4", "--batches", "2"]
+    found = document("convert", "bn.pt", *ARCH, *INPUT, *data, "--start", "ln")
+    assert (found["distance"]["predictions"], found["distance"]["inputs"]) == (8, "4x3x32x32")
+    scales = [t for key, t in torch.load("bn.normswap.pt").items() if key.endswith("in_var_scale")]
+    scaled = [scale for scale in scales if not torch.equal(scale, torch.ones_like(scale))]
+    assert len(scaled) > len(scales) / 2  # the others have maps of one position at this size
+
+
+def test_branches_stay_raw_on_request(folder: Path) -> None:
+    ok("convert", "bn.pt", *ARCH, *INPUT, "--no-match")
+    assert not any(key.endswith("in_var_scale") for key in torch.load("bn.normswap.pt"))
+
+
+def test_norms_that_were_never_trained_are_shown_and_start_uniform_on_request(folder: Path) -> None:
+    net = files.small_model()
+    new = next(module for module in net.modules() if isinstance(module, torch.nn.BatchNorm2d))
+    new.reset_running_stats()
+    torch.save(net, "new.pth")
+    assert re.search(r"in\+ln\+bn, untrained *$", ok("inspect", "new.pth", "--trust", *INPUT).stdout, re.M)
+    text = " ".join(ok("convert", "new.pth", "--trust", *INPUT).stdout.split())
+    assert "its running statistics were never updated" in text
+    assert "Running statistics that were never updated (mean 0, variance 1) do not normalize" in text
+    found = document("convert", "new.pth", "--trust", *INPUT, "--untrained", "uniform", "--force")
+    assert [swap["start"] for swap in found["plan"]["swaps"] if swap["untrained"]] == ["uniform"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--start", "ln", "--gate", "softmax"], "--gate: expected 'simplex' with --start ln"),
+        (["--groups", "8"], "--groups 8 has no effect without --start gn"),
+        (["--arch", "none", "--no-verify", "--start", "ln"], "leave --start out"),
+        (["--arch", "none", "--no-verify", "--data", "digits"], "leave --data out"),
+    ],
+)
+def test_options_without_a_meaning_name_the_options(folder: Path, arguments: list[str], message: str) -> None:
+    result = run("convert", "bn.pt", *(ARCH if "--arch" not in arguments else []), *arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert not (folder / "bn.normswap.pt").exists()

@@ -34,7 +34,7 @@ def test_inspect_shows_every_site_and_its_decision(folder: Path, arguments: list
 def test_inspect_shows_what_stays(folder: Path) -> None:
     torch.save(nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.GroupNorm(2, 8)), "mixed.pt")
     result = ok("inspect", "mixed.pt", "--trust")
-    assert re.search(r"^2 +GroupNorm +stays", result.stdout, re.M)
+    assert re.search(r"^2 +GroupNorm +8 +stays", result.stdout, re.M)
     assert re.search(r"^all +2 +1 +1", result.stdout, re.M)
     assert "note Planned without example inputs" in result.stdout
 
@@ -59,7 +59,7 @@ def test_inspect_shows_frozen_gates_and_left_out_branches(folder: Path) -> None:
     net = nn.Sequential(nn.Conv2d(3, 16, 8), nn.BatchNorm2d(16).requires_grad_(False), nn.BatchNorm2d(16))
     torch.save(net, "net.pt")
     text = " ".join(ok("inspect", "net.pt", "--trust", "--input", "2x3x8x8").stdout.split())
-    assert "ln+bn, simplex gate, batch statistics; no `in`: a 1x1 map has no variance" in text
+    assert "ln+bn, simplex gate, running statistics, matched; no `in`: a 1x1 map has no variance" in text
     assert "frozen together with its importance weights" in text
 
 

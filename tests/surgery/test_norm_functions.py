@@ -77,7 +77,7 @@ def test_every_form_is_a_site_and_the_same_function(function: Any) -> None:
 @EACH
 def test_every_form_writes_what_it_did_and_goes_back(function: Any) -> None:
     module = program(function).double()
-    converted = normswap.convert(module, zoo.IMAGE().double()).model
+    converted = normswap.convert(module, zoo.IMAGE().double(), bn_statistics="batch").model
     before = listed(module)
     with torch.no_grad():
         outputs = [model(zoo.IMAGE().double()) for model in (module, converted)]
@@ -90,7 +90,7 @@ def test_every_form_writes_what_it_did_and_goes_back(function: Any) -> None:
 
 def test_a_form_that_returns_a_tuple_goes_back_after_a_pickle_as_well() -> None:
     module = program(aten._native_batch_norm_legit_functional.default)
-    converted = pickle.loads(pickle.dumps(normswap.convert(module, zoo.IMAGE()).model))
+    converted = pickle.loads(pickle.dumps(normswap.convert(module, zoo.IMAGE(), bn_statistics="batch").model))
     with torch.no_grad():
         expected = module(zoo.IMAGE())
         torch.testing.assert_close(normswap.revert(converted)(zoo.IMAGE()), expected)
@@ -103,7 +103,7 @@ def test_arguments_that_were_not_given_are_not_given_when_it_goes_back() -> None
     node.args, node.kwargs = node.args[:3], {"training": True, "eps": 1e-3}
     module.recompile()
     before = listed(module)
-    converted = normswap.convert(module, zoo.IMAGE()).model
+    converted = normswap.convert(module, zoo.IMAGE(), bn_statistics="batch").model
     torch.testing.assert_close(normswap.revert(converted)(zoo.IMAGE()), module(zoo.IMAGE()))
     assert [node for node in listed(converted) if node[0] == "call_function"] == [
         node for node in before if node[0] == "call_function"
@@ -179,7 +179,7 @@ def chained(graph: fx.Graph, node: fx.Node, arguments: dict[str, Any]) -> fx.Nod
 @pytest.mark.parametrize("excluded", [(), ("batch_norm",), ("batch_norm_1",)], ids=str)
 def test_a_norm_that_is_called_twice_hands_its_statistics_on(excluded: tuple[str, ...]) -> None:
     module = program(FUNCTIONAL, chained)
-    conversion = normswap.convert(module, zoo.IMAGE(), exclude=excluded)
+    conversion = normswap.convert(module, zoo.IMAGE(), exclude=excluded, bn_statistics="batch")
     assert len(conversion.plan.swaps) == 2 - len(excluded)
     with torch.no_grad():
         outputs = [model(zoo.IMAGE()) for model in (module, conversion.model)]

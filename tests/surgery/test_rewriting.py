@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import normswap
 from normswap.errors import SwapError
 from normswap.layers.gated_module import FunctionalSwitchNorm
+from normswap.layers.matching import MATCHING_BUFFERS
 from normswap.surgery.graphs.module_trace import trace_module_forward
 from normswap.surgery.graphs.rewriting import compile_rewritten_forward, is_rewritten, rewrite_forward, unused_names
 
@@ -54,7 +55,7 @@ def block() -> Block:
 
 @pytest.fixture
 def converted(block: Block) -> nn.Module:
-    return normswap.convert(block, X).model
+    return normswap.convert(block, X, bn_statistics="batch").model
 
 
 def test_both_calls_become_sites_with_gates_of_their_own(block: Block, converted: nn.Module) -> None:
@@ -66,7 +67,9 @@ def test_both_calls_become_sites_with_gates_of_their_own(block: Block, converted
     ]
     new = converted.state_dict().keys() - block.state_dict().keys()
     assert new == {
-        f"{site}.{gate}" for site in ("batch_norm", "batch_norm_1") for gate in ("mean_weight", "var_weight")
+        f"{site}.{name}"
+        for site in ("batch_norm", "batch_norm_1")
+        for name in ("mean_weight", "var_weight", *MATCHING_BUFFERS)
     }
 
 
@@ -118,7 +121,7 @@ def test_torch_save_and_load_give_the_same_bits(converted: nn.Module) -> None:
 
 
 def test_strict_state_dicts(converted: nn.Module) -> None:
-    other = normswap.convert(Block(), X).model
+    other = normswap.convert(Block(), X, bn_statistics="batch").model
     other.load_state_dict(converted.state_dict(), strict=True)
     assert torch.equal(run(other, training=False), run(converted, training=False))
 
@@ -133,7 +136,7 @@ def test_restoring_gives_the_very_class_forward_and_keys(block: Block, converted
 
 
 def test_one_of_two_calls_can_be_left(block: Block) -> None:
-    conversion = normswap.convert(block, X, include=["batch_norm_1"])
+    conversion = normswap.convert(block, X, include=["batch_norm_1"], bn_statistics="batch")
     assert [swap.fqn for swap in conversion.plan.swaps] == ["batch_norm_1"]
     assert "batch_norm.mean_weight" not in conversion.model.state_dict()
     torch.testing.assert_close(run(conversion.model, training=True), run(block, training=True))

@@ -39,7 +39,7 @@ class Switched(zoo.FunctionalBlock):
 def pair() -> tuple[Any, Any]:
     torch.manual_seed(7)
     block = guarantees.in_float64(zoo.randomise(Switched()))
-    return block, normswap.convert(block, zoo.IMAGE().double()).model
+    return block, normswap.convert(block, zoo.IMAGE().double(), bn_statistics="batch").model
 
 
 @pytest.mark.slow
@@ -72,7 +72,7 @@ def test_kernels_and_other_modules_keep_their_calls() -> None:
 
 def test_a_site_that_was_left_stays_torchs_own() -> None:
     block, _ = pair()
-    converted = normswap.convert(block, zoo.IMAGE().double(), exclude=["batch_norm"]).model
+    converted = normswap.convert(block, zoo.IMAGE().double(), exclude=["batch_norm"], bn_statistics="batch").model
     called: list[int] = []
     converted.batch_norm_1.register_forward_pre_hook(lambda *_: called.append(1))
     torch.testing.assert_close(converted(zoo.IMAGE().double(), flip=True), block(zoo.IMAGE().double(), flip=True))
@@ -113,7 +113,7 @@ class Bypassed(zoo.FunctionalBlock):
 
 def test_a_call_without_any_norm_has_nothing_to_mistake() -> None:
     block = Bypassed()
-    converted = normswap.convert(block, zoo.IMAGE()).model
+    converted = normswap.convert(block, zoo.IMAGE(), bn_statistics="batch").model
     assert torch.equal(converted(zoo.IMAGE(), normalize=False), block(zoo.IMAGE(), normalize=False))
 
 

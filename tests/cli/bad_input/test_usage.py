@@ -140,6 +140,8 @@ def test_importance_weights_without_a_plan_are_reported(folder: Path) -> None:
 
 def test_a_gate_of_another_kind_is_reported_in_the_words_of_the_layer(folder: Path) -> None:
     twin = normswap.convert(files.small_model(), gate="softmax").model
+    raw = normswap.convert(files.small_model(), torch.randn(files.SHAPE), match=False)
+    normswap.save(raw.model, "sn.pt", plan=raw.plan)
     with pytest.raises(ArchitectureError, match=r"do not fit ResNet: .*expected a softmax gate, got a"):
         normswap.load("sn.pt", architecture=twin)
 
@@ -249,14 +251,14 @@ PLANS = {
     ),
     "not text": (b"\xff\xfe\x00", "bad.json: 'utf-8' codec can't decode"),
     "another document": (b'{"a": 1}', "bad.json: the plan: unknown name 'a'; expected one of inputs, model_class"),
-    "of the future": (None, "bad.json: the plan has version 2, and this normswap reads 1: update normswap"),
+    "of the future": (None, "bad.json: the plan has version 3, and this normswap reads 2: update normswap"),
 }
 
 
 @pytest.mark.parametrize(("data", "message"), PLANS.values(), ids=PLANS)
 def test_a_bad_plan_is_reported(folder: Path, data: bytes | None, message: str) -> None:
-    if "version 2" in message:
-        data = json.dumps(json.loads((folder / "plan.json").read_text()) | {"version": 2}).encode()
+    if "version 3" in message:
+        data = json.dumps(json.loads((folder / "plan.json").read_text()) | {"version": 3}).encode()
     if data is not None:
         (folder / "bad.json").write_bytes(data)
     assert_refused(folder, [*CONVERT, "--plan", "bad.json"], 2, message)
@@ -283,8 +285,8 @@ USAGE = {
         ["--plan", "plan.json", "--synchronize"],
         "--plan already decides which sites are swapped and how: leave --synchronize out",
     ),
-    "unknown kind": (["--kinds", "bn,gn"], "expected some of bn, in, gn1 with commas between, got 'bn,gn'"),
-    "no kind": (["--kinds", ""], "expected some of bn, in, gn1 with commas between, got ''"),
+    "unknown kind": (["--kinds", "bn,ln"], "expected some of bn, in, gn1, gn with commas between, got 'bn,ln'"),
+    "no kind": (["--kinds", ""], "expected some of bn, in, gn1, gn with commas between, got ''"),
     "tolerance unused": (
         ["--no-verify", "--tolerance", "1e-3"],
         "--tolerance has no effect with --no-verify: leave one of them out",
