@@ -3,6 +3,7 @@
 #   make test   lint, types and tests
 # While you work, `make test-fast` runs the quick tests of every package in about a minute.
 PYTHON ?= python3
+BUDGET ?= 150m
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.normswap-ready
@@ -52,9 +53,8 @@ unit: $(READY)
 	@echo "== tests (pytest, one worker per core)"
 	@$(BIN)/python -m pytest -n auto --dist worksteal
 
-evidence: $(EVIDENCE_READY)  ## fine-tuning at batch size 2, 3 seeds -> docs/measured/evidence.md (about an hour on 2 cores)
-	@$(BIN)/python -m benchmarks.finetuning.evidence
-	@$(BIN)/python -m benchmarks.finetuning.picture
+evidence: $(EVIDENCE_READY)  ## nine ways to fine-tune on six tasks -> docs/measured/evidence.md (10 core-hours; resumes; BUDGET=150m, STATUS=1)
+	@$(BIN)/python -m benchmarks.finetuning.evidence --budget $(BUDGET) $(if $(STATUS),--status)
 
 batch-dependence: $(READY)  ## effect of a penalty on batch dependence, by batch size -> docs/measured/batch-dependence.md (half an hour; resumes)
 	@$(BIN)/python -m benchmarks.finetuning.batch_dependence

@@ -88,7 +88,12 @@ def parse_size(_context: Any, _parameter: Any, text: str | None) -> Size | None:
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed for the order of the images.")
 @click.option("--device", default="cpu", show_default=True, help="Device that runs the model, such as cuda.")
 @click.option("--layer-by-layer", is_flag=True, help="One pass over the data per layer: exact at any batch size.")
-@click.option("--include-frozen", is_flag=True, help="Also calibrate layers that use running statistics in training.")
+@click.option("--include-frozen", is_flag=True, help="Also calibrate layers that replaced a frozen norm.")
+@click.option("--only", metavar="PATTERN", multiple=True, help="Calibrate only layers with such names. Repeatable.")
+@click.option("--match", is_flag=True, help="Match the in and ln branches to the new statistics, in one more pass.")
+@click.option(
+    "--keep-function", is_flag=True, help="Change weight and bias too, so that the function of bn stays the same."
+)
 @click.option(
     "-o",
     "--output",
@@ -246,6 +251,9 @@ def _run_calibration(opened: "OpenedModel", data: "Data", options: dict[str, Any
             _Batches(data, options["batches"], floating_dtype(model), bar),
             layer_by_layer=options["layer_by_layer"],
             include_frozen=options["include_frozen"],
+            only=options["only"],
+            match=options["match"],
+            keep_function=options["keep_function"],
             device=device,
         )
     model.to("cpu")

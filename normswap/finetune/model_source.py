@@ -225,6 +225,13 @@ def _check_conversion(recipe: Recipe, source: StartingModel) -> None:
                 path,
                 f"a conversion with {' and '.join(sorted(map(_format_toml, found)))}",
             )
+    swaps = source.plan.swaps if source.plan else ()
+    starts = {swap.start for swap in swaps if not swap.untrained}
+    if swaps and recipe.is_set_by_user("convert.start") and wanted.start not in starts:
+        found_starts = " and ".join(sorted(_format_toml(start) for start in starts if start)) or "at the old norms"
+        _raise_contradiction(
+            "convert.start", _format_toml(wanted.start), path, f"a conversion that starts {found_starts}"
+        )
     kinds = {swap.kind for swap in source.plan.swaps} if source.plan else set()
     if recipe.is_set_by_user("convert.kinds") and not kinds <= {*wanted.kinds}:
         _raise_contradiction(

@@ -43,11 +43,17 @@ class ConvertTable:
 
     enabled: bool = True  # False trains the model without conversion, for a comparison
     gate: Literal["simplex", "softmax"] | None = None  # None: the default of `normswap.convert`
-    bn_statistics: Literal["batch", "running", "renorm"] = "batch"
+    bn_statistics: Literal["batch", "running", "renorm"] = "running"
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
-    kinds: tuple[Literal["bn", "in", "gn1"], ...] = ("bn",)
+    kinds: tuple[Literal["bn", "in", "gn1", "gn"], ...] = ("bn",)
     synchronize: bool = False
+    start: Literal["ln", "gn", "uniform"] | None = None  # None: each site starts at its old norm
+    num_groups: PositiveInt = 32  # with `start = "gn"`
+    match: bool = True  # match `in` and `ln` to the running statistics
+    # Sites whose running statistics were never updated: compute these on images of the training split before training,
+    # start the sites at `in` and `ln`, or keep them.
+    untrained: Literal["calibrate", "uniform", "keep"] = "calibrate"
     verify: bool = (
         True  # False also trains a converted model that computes another function, such as with softmax gates
     )
@@ -87,7 +93,9 @@ class TrainTable:
     lr: NonNegative = 0.01
     momentum: Probability = 0.9
     weight_decay: NonNegative = 1e-4  # of all parameters but gates, norms and biases
-    importance_lr: NonNegative | None = None  # learning rate of the gates; None: `lr`
+    importance_lr: NonNegative | None = None  # learning rate of the gates; None: 100 times `lr`, at most 0.03
+    gate_max_step: Annotated[float, Range(0, 1)] = 0.02  # largest change of an importance weight per step; 0: no limit
+    gate_warmup_steps: NonNegativeInt = 50  # steps in which this limit rises from 0
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     min_lr: NonNegative = 0.0  # `lr` at the end; all other rates decay by the same factor
     warmup_steps: NonNegativeInt = 0  # steps in which the rates rise from 0; fewer than the run has
@@ -98,7 +106,7 @@ class TrainTable:
     # Of a moving average of the weights, which is then evaluated and saved; 0: off. The decay rises to this value over
     # the steps, so that the average follows short runs too.
     ema_decay: Annotated[float, Range(0, 0.99999999)] = 0.0
-    batch_penalty: NonNegative = 0.03  # factor of `normswap.batch_dependence(model)` in the loss
+    batch_penalty: NonNegative = 0.0  # factor of `normswap.batch_dependence(model)` in the loss
     channels_last: bool = False  # memory format of images and weights
     seed: Annotated[int, Range(0, 2**32 - 1)] = 0  # of the image order, the augmentation and all other randomness
 

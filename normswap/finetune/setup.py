@@ -7,6 +7,7 @@ recipe asks for that. Optimizers, moving average, mixup and cutmix are timm's.
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,14 @@ from normswap.finetune.data.loaders import DataSettings
 from normswap.finetune.model_source import StartingModel, load_from_recipe, load_from_state
 from normswap.finetune.recipe import ConvertTable, DataTable, Recipe, RunTable, TrainTable, check_warmup
 from normswap.model_state import training_flags
+from normswap.running_stats.calibration import calibrate
 from normswap.surgery.conversion import convert
 from normswap.surgery.importance import gated_modules
+from normswap.surgery.plan import SwapPlan, list_names
 from normswap.surgery.selection import SwapOptions
+from normswap.text import pluralize
 from normswap.training.param_groups import param_groups
+from normswap.verification.distance import measure_distance
 from normswap.verification.equivalence import verify
 
 # --- from the keys of a recipe to objects of timm ---------------------------------------------------------------------
@@ -273,6 +278,7 @@ def prepare(
     if state is None:
         source = with_head(source, recipe, classes, _make_example_input(training))
         source = _convert_model(recipe, source, _make_example_input(training))
+        source = _prepare_untrained(recipe, source, settings(recipe.data.train_split), shard)
         rare = describe_rare_events(recipe.run, steps)
         source = replace(source, notes=(*source.notes, rare)) if rare else source
     outputs = count_outputs(source.model, _make_example_input(training))
@@ -343,6 +349,8 @@ def swap_options(table: ConvertTable) -> SwapOptions:
         RecipeError: a value is unknown.
     """
     values = {f.name: getattr(table, f.name) for f in fields(table) if f.name not in ("enabled", "verify")}
+    if table.untrained == "calibrate":
+        values["untrained"] = "keep"
     try:
         return SwapOptions(**{name: value for name, value in values.items() if value is not None})
     except PlanError as error:
@@ -360,12 +368,62 @@ def _convert_model(recipe: Recipe, source: StartingModel, example: Tensor) -> St
     model, plan, _ = convert(source.model, example, options=swap_options(wanted))
     if not plan.swaps:
         raise NothingToDo("the model has no norm to convert: set convert.enabled = false to train it unchanged")
-    if wanted.verify:
-        verification = verify(source.model, model, [example])
-        if not verification.passed:
-            difference = describe_difference(
-                plan, verification, simplex='convert.gate = "simplex"', exclude="convert.exclude"
-            )
-            raise NothingToDo(f"nothing trained: {difference}, or set convert.verify = false to train it anyway")
+    notes: tuple[str, ...] = ()
+    if any(swap.start for swap in plan.swaps if not swap.untrained):
+        notes = (_describe_distance(source.model, model, example),)
+    elif wanted.verify:
+        _verify_conversion(source.model, model, plan, example)
     history = (*source.history, Step.now("converted", detail=None if wanted.verify else "not verified"))
-    return replace(source, model=model, plan=plan, history=history)
+    return replace(source, model=model, plan=plan, history=history, notes=(*source.notes, *notes))
+
+
+def _verify_conversion(original: nn.Module, model: nn.Module, plan: SwapPlan, example: Tensor) -> None:
+    verification = verify(original, model, [example])
+    if not verification.passed:
+        difference = describe_difference(
+            plan, verification, simplex='convert.gate = "simplex"', exclude="convert.exclude"
+        )
+        raise NothingToDo(f"nothing trained: {difference}, or set convert.verify = false to train it anyway")
+
+
+def _describe_distance(original: nn.Module, model: nn.Module, example: Tensor) -> str:
+    distance = measure_distance(original, model, [example])
+    return (
+        "convert.start: the network starts without batch statistics; relative error of its outputs on random inputs: "
+        f"{distance.relative_error:.2g}"
+    )
+
+
+# --- sites that were never trained ------------------------------------------------------------------------------------
+
+_CALIBRATION_BATCH, _CALIBRATION_BATCHES = 32, 8
+
+
+def _prepare_untrained(
+    recipe: Recipe, source: StartingModel, settings: DataSettings, shard: tuple[int, int]
+) -> StartingModel:
+    """The converted model, with running statistics at the sites that were never trained, and a note on these sites."""
+    untrained = source.plan.untrained if source.plan is not None and recipe.convert.enabled else ()
+    if not untrained or source.plan is None:
+        return source
+    layers, choice = gated_modules(source.model), recipe.convert.untrained
+    constant = [name for name in untrained if "bn" in layers[name].branches and layers[name].bn_statistics == "running"]
+    sites = (
+        f"{len(untrained)} of {pluralize(len(source.plan.swaps), 'site')} were never trained ({list_names(untrained)})"
+    )
+    what = "they are kept as they are"
+    if choice == "calibrate" and constant:
+        images = _calibrate_sites(source.model, constant, settings, shard)
+        what = f"their running statistics were computed on {images} training images"
+    elif choice == "uniform":
+        what = "they start at equal weights of in and ln, without bn"
+    return replace(source, notes=(*source.notes, f"convert.untrained: {sites}; {what}"))
+
+
+def _calibrate_sites(model: nn.Module, names: list[str], settings: DataSettings, shard: tuple[int, int]) -> int:
+    """Calibrate sites on some training images without augmentation; return the number of images."""
+    data = open_data(replace(settings, batch_size=_CALIBRATION_BATCH), use="calibration", model=model, shard=shard)
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    batches = [images.to(dtype) for images, _ in islice(data, _CALIBRATION_BATCHES)]
+    calibrate(model, batches, only=lambda _, fqn: fqn in names, match=True)
+    return sum(map(len, batches)) * shard[1]

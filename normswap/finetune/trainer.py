@@ -38,6 +38,11 @@ from normswap.finetune.run_files import (
 from normswap.finetune.setup import RunSetup, batch_mixer, build_average, build_optimizer, make_lr_lambda, prepare
 from normswap.model_state import training_flags
 from normswap.surgery.importance import SiteWeights, batch_dependence, gate_parameters, importance_weights
+from normswap.training.gate_steps import limit_gate_steps
+from normswap.training.output_watch import OutputWatch
+
+# The watch for outputs that died runs the model on so many images every so many steps.
+_WATCHED_IMAGES, _WATCH_EVERY = 8, 100
 
 # --- evaluation -------------------------------------------------------------------------------------------------------
 
@@ -131,6 +136,7 @@ class _Run:
     saved: int | None = None
     before: Evaluation | None = None
     losses: list[Tensor] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
     @property
     def model(self) -> nn.Module:
@@ -237,6 +243,10 @@ def _set_up_run(recipe: Recipe, accelerator: Accelerator, state: RunState | None
     run = _Run(recipe, accelerator, prepared, network, prepared_optimizer, schedule, average, prepared.steps)
     if state is not None:
         _restore(run, state)
+    if train.gate_max_step:
+        limit_gate_steps(
+            model, optimizer, max_step=train.gate_max_step, warmup_steps=train.gate_warmup_steps, step=run.step
+        )
     return run
 
 
@@ -270,7 +280,7 @@ def _execute(
     if run.accelerator.is_main_process:
         model = write_model(run.recipe.output, run.recipe, run.prepared.source, run.kept)
     run.accelerator.wait_for_everyone()
-    importance, notes = importance_weights(run.kept), run.prepared.notes
+    importance, notes = importance_weights(run.kept), (*run.prepared.notes, *run.warnings)
     return Outcome(run.recipe.output, model, run.steps, run.seconds, run.before, after, importance, notes)
 
 
@@ -281,6 +291,7 @@ def _train(run: _Run, request: StopRequest, write_record: WriteRecord, on_step: 
     mix = batch_mixer(run.recipe.data, classes=run.prepared.classes)
     gates = set(gate_parameters(run.model).values())
     network = [parameter for parameter in run.model.parameters() if parameter not in gates]
+    watch = _make_watch(run, write_record)
     run.network.train()
     while run.step < run.steps:
         start_time = time.monotonic()
@@ -288,12 +299,29 @@ def _train(run: _Run, request: StopRequest, write_record: WriteRecord, on_step: 
         run.step += 1
         run.seconds += time.monotonic() - start_time
         on_step(run.step, run.steps)
+        if watch is not None:
+            watch.on_step(run.step)
         _log_if_due(run, request, write_record)
         if run.step < run.steps:
             if run_table.evaluate_every and run.step % run_table.evaluate_every == 0:
                 _evaluate_and_log(run, write_record)
             if run_table.save_every and run.step % run_table.save_every == 0:
                 _save(run, write_record)
+
+
+def _make_watch(run: _Run, write_record: WriteRecord) -> OutputWatch | None:
+    """The watch for outputs that died, in the first process, which has measured the model before the next step."""
+
+    def report(warning: str) -> None:
+        run.warnings.append(warning)
+        write_record({"step": run.step, "notes": [warning]})
+
+    images, _ = next(iter(run.prepared.evaluation))
+    if not run.accelerator.is_main_process or len(images) < 2:
+        return None
+    watch = OutputWatch(run.model, images[:_WATCHED_IMAGES].to(run.accelerator.device), report, every=_WATCH_EVERY)
+    watch.on_step(run.step)
+    return watch
 
 
 def _log_if_due(run: _Run, request: StopRequest, write_record: WriteRecord) -> None:

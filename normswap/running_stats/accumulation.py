@@ -7,7 +7,7 @@ do not synchronize. Afterwards the model is restored.
 
 import inspect
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -34,7 +34,7 @@ T = TypeVar("T")
 
 NO_STATISTICS = "keeps no running statistics"
 _EPS = 1e-5  # torch's default, for a layer without such an attribute
-SITE_ARGUMENTS = inspect.signature(FunctionalSwitchNorm.forward)
+_ARGUMENTS = inspect.signature(FunctionalSwitchNorm.forward)
 
 
 # --- one pass ---------------------------------------------------------------------------------------------------------
@@ -117,13 +117,39 @@ class CalibrationPass:
             ModelError: the model raises on a batch.
             DataError: the input of a layer has values that are not finite, or a wrong number of channels.
         """
-        with evaluation_pass(self._modules, self._hook_registrations()), _UnconvertedCalls(self):
+        with self._instrumented():
+            for batch in batches:
+                inputs = move_to_device(batch_inputs(batch), device)
+                try:
+                    with preserved_random_state():
+                        call_model(self._model, inputs)
+                except (DataError, ModelError):
+                    raise
+                except Exception as error:
+                    raise ModelError(
+                        f"batch {self.batches} (counted from 0): the model fails on an input of "
+                        f"{describe_inputs(inputs)}: {first_line(error)}"
+                    ) from error
+                self.batches += 1
+
+    @contextmanager
+    def _instrumented(self) -> Iterator[None]:
+        modules = self._modules
+        # A compiled model would compile the hooks too. If nothing is compiled, the compiler is not imported.
+        eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+        with (
+            torch.no_grad(),
+            eager,
+            training_flags(modules, training=False),
+            preserved_state(modules),
+            registered_hooks(self._hook_registrations()),
+            _UnconvertedCalls(self),
+        ):
             for name, layer in self._layers.items():
                 if not isinstance(layer, FunctionalSwitchNorm) and self._normalizes_by_batch(name):
                     for statistic in STATISTICS:
                         setattr(layer, statistic, None)
-            for number in run_batches(self._model, batches, device=device):
-                self.batches = number
+            yield
 
     def _hook_registrations(self) -> Iterator[Callable[[], Any]]:
         for name, layer in self._layers.items():
@@ -132,14 +158,14 @@ class CalibrationPass:
 
     def _layer_hook(self, name: str) -> Callable[..., None]:
         def hook(_layer: nn.Module, args: Any, kwargs: Any) -> None:
-            self._accumulate(name, first_tensor((args, kwargs)))
+            self._accumulate(name, next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)))
 
         return hook
 
     def _site_hook(self, name: str) -> Callable[..., Any]:
         def hook(site: nn.Module, args: Any, kwargs: Any) -> Any:
             """Measure the input; return the arguments without running statistics, so that the batch is used."""
-            call = SITE_ARGUMENTS.bind(site, *args, **kwargs)
+            call = _ARGUMENTS.bind(site, *args, **kwargs)
             call.apply_defaults()
             mean, var = call.arguments["running_mean"], call.arguments["running_var"]
             if mean is None or var is None:
@@ -215,47 +241,6 @@ class _UnconvertedCalls(TorchFunctionMode):
             if mean is not None:
                 self._calibration.record_unconverted_call(mean)
         return func(*args, **kwargs)
-
-
-@contextmanager
-def evaluation_pass(modules: Collection[nn.Module], hook_registrations: Iterable[Callable[[], Any]]) -> Iterator[None]:
-    """Set modules to evaluation mode, with hooks and without gradients; restore all of their state at the end."""
-    # A compiled model would compile the hooks too. If nothing is compiled, the compiler is not imported.
-    eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
-    with (
-        torch.no_grad(),
-        eager,
-        training_flags(modules, training=False),
-        preserved_state(modules),
-        registered_hooks(hook_registrations),
-    ):
-        yield
-
-
-def run_batches(model: nn.Module, batches: Any, *, device: torch.device | str | None = None) -> Iterator[int]:
-    """Run the model on each batch, and yield the number of batches so far.
-
-    Raises:
-        ModelError: the model raises on a batch.
-    """
-    for number, batch in enumerate(batches):
-        inputs = move_to_device(batch_inputs(batch), device)
-        try:
-            with preserved_random_state():
-                call_model(model, inputs)
-        except (DataError, ModelError):
-            raise
-        except Exception as error:
-            raise ModelError(
-                f"batch {number} (counted from 0): the model fails on an input of {describe_inputs(inputs)}: "
-                f"{first_line(error)}"
-            ) from error
-        yield number + 1
-
-
-def first_tensor(arguments: Any) -> Tensor:
-    """Return the first tensor in the arguments of a call, which is the input of a layer."""
-    return next(leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor))
 
 
 def _no_measurements(layer: Any) -> LayerStatistics:

@@ -6,7 +6,6 @@ the constants of matched branches, which follow them; on request also weight and
 """
 
 import math
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -31,12 +30,16 @@ from normswap.running_stats.accumulation import (
 )
 from normswap.running_stats.control import is_frozen
 from normswap.running_stats.matching import (
-    InstanceVariance,
+    compensated_affine,
+    limited_variance,
     matchable_layers,
-    measure_instance_variance,
+    measure,
     measured_variance,
+    set_instance_variance,
+    without_own_affine,
 )
 from normswap.surgery.arguments import describe_invalid_batches, require_module
+from normswap.surgery.discovery.instance_variance import SiteVariance
 from normswap.surgery.module_tree import walk_modules
 from normswap.surgery.norms.classes import is_norm_layer
 from normswap.surgery.selection import SiteFilter, first_matching_patterns
@@ -45,11 +48,7 @@ from normswap.text import first_line, pluralize, printable_as
 
 _FROZEN_REASON = "frozen, its running statistics are constants: use include_frozen=True to calibrate it too"
 _NOT_RUN_REASON = "did not run"
-_NOT_SELECTED_REASON = "not selected by only"
-# With `keep_function`, the smallest new deviation of a channel, as a fraction of the old one. In a channel that is
-# constant on the data, weight and x_hat would otherwise be scaled by factors in the hundreds that cancel in the
-# function but not in the steps of an optimizer.
-_SMALLEST_DEVIATION = 0.1
+_NOT_SELECTED_REASON = "not selected"
 
 
 @dataclass(frozen=True)
@@ -143,9 +142,11 @@ def calibrate(
     a pass of its own, with the calibrated statistics of the layers before it. This is exact at any batch size and needs
     one pass for every layer.
 
-    The `in` and `ln` branches always use the statistics of the sample. In a matched layer, their constants follow the
-    new running statistics. If `torch.distributed` is initialized, every process must call this function, with its own
-    batches or with an empty list; the statistics are pooled. `num_batches_tracked` becomes the number of calls.
+    The `in` and `ln` branches always use the statistics of the sample. Their constants in a matched layer follow the
+    new running statistics while the layer has all its weight on `bn`; afterwards they are part of what it has learned,
+    and change only with `match` or `keep_function`. If `torch.distributed` is initialized, every process must call this
+    function, with its own batches or with an empty list; the statistics are pooled. `num_batches_tracked` becomes the
+    number of calls.
 
     Args:
         model: a model with SN layers, BN layers or both; it may be wrapped.
@@ -155,8 +156,8 @@ def calibrate(
         include_frozen: also calibrate layers that replaced a frozen norm, and those that `freeze_statistics` froze.
         only: the layers to calibrate: glob patterns on names, regular expressions after `re:`, or functions
             `(module, fqn) -> bool`. All other layers normalize as in evaluation. Default: all.
-        match: afterwards, in one more pass in evaluation mode, measure the variance of single samples, and match the
-            `in` branches to the new statistics by it.
+        match: match the branches of all calibrated layers to the new statistics, `in` by the variance of single
+            samples, which is measured in one more pass in evaluation mode.
         keep_function: change weight and bias too, so that the function of each layer with all weight on `bn` stays the
             same; only its other branches then follow the data. The layers are measured in evaluation mode in a single
             pass, which is exact. A new deviation is at least a tenth of the old one. A layer without weight and bias of
@@ -194,10 +195,10 @@ def calibrate(
         raise DataError(f"batches: {problem}")
     layers, skipped = _split_layers(model, include_frozen=include_frozen, only=only)
     if keep_function:
-        unsuitable = _without_own_affine(model, layers)
+        unsuitable = without_own_affine(model, layers)
         layers = {name: layer for name, layer in layers.items() if name not in unsuitable}
         skipped |= unsuitable
-    run = _CalibrationRun(model, layers, device, ResultExchange(process_group), keep_function=keep_function)
+    run = _CalibrationRun(model, layers, device, ResultExchange(process_group), keep_function, match)
     with run.rollback_on_error():
         (run.layer_by_layer if by_layer else run.single_pass)(batches)
         if match:
@@ -246,26 +247,6 @@ def _skip_reason(module: nn.Module, *, include_frozen: bool) -> str | None:
     return reason or (_FROZEN_REASON if is_frozen(module) and not include_frozen else None)
 
 
-def _without_own_affine(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, str]:
-    """Return the layers whose weight and bias cannot make up for new statistics, with reasons, by name."""
-    users = Counter(
-        id(tensor)
-        for entry in walk_modules(model)
-        for tensor in (*entry.module._parameters.values(), *entry.module._buffers.values())
-        if tensor is not None
-    )
-    found: dict[str, str] = {}
-    for name, layer in layers.items():
-        affine = [(layer._parameters | layer._buffers).get(key) for key in ("weight", "bias")]
-        if isinstance(layer, FunctionalSwitchNorm):
-            found[name] = "a functional site, whose weight and bias keep_function cannot change"
-        elif any(tensor is None for tensor in affine):
-            found[name] = "has no weight and bias of its own, which keep_function changes"
-        elif any(users[id(tensor)] > 1 for tensor in affine):
-            found[name] = "shares its weight or bias with another module, so keep_function cannot change it"
-    return found
-
-
 def _gated_skip_reason(layer: Any) -> str | None:
     if "bn" not in layer.branches:
         return "has no `bn` branch"
@@ -299,14 +280,14 @@ class _CalibrationRun:
         layers: Mapping[str, nn.Module],
         device: Any,
         exchange: ResultExchange,
-        *,
-        keep_function: bool = False,
+        keep_function: bool,
+        match: bool,
     ) -> None:
         self.done: list[CalibratedLayer] = []
         self.skip_reasons: dict[str, str] = {}
         self.batches = self.passes = 0
         self._model, self._layers, self._device, self._exchange = model, layers, device, exchange
-        self._keep_function = keep_function
+        self._keep_function, self._match_all = keep_function, match or keep_function
         self._saved_values: list[tuple[Tensor, Tensor]] = []
 
     @contextmanager
@@ -361,18 +342,19 @@ class _CalibrationRun:
         done = {layer.fqn for layer in self.done}
         layers = {name: layer for name, layer in matchable_layers(self._model).items() if name in done}
         failure: Exception | None = None
-        measured: dict[str, InstanceVariance] = {}
+        variances: dict[str, SiteVariance] = {}
         try:
-            measured, _ = measure_instance_variance(self._model, layers, batches, device=self._device)
+            variances = measure(self._model, layers, batches, device=self._device) or {}
         except Exception as error:  # noqa: BLE001 - the other processes wait for the result of this one
             failure = error
-        results = self._exchange.all_gather((measured, None if failure is None else first_line(failure)))
+        problem = None if failure is None else first_line(failure)
+        results = self._exchange.all_gather(({name: _on_cpu(each) for name, each in variances.items()}, problem))
         _raise_failure(failure, [problem for _, problem in results])
         for name, layer in layers.items():
-            found = [variances[name] for variances, _ in results if name in variances]
+            found = [of_process[name] for of_process, _ in results if name in of_process]
             if found:
-                self._save(*layer._buffers.values())
-                sum(found[1:], start=found[0]).apply(layer)
+                self._save(layer.in_var_scale)
+                set_instance_variance(layer, found)
         self.passes += 1
 
     def _save(self, *tensors: Tensor | None) -> None:
@@ -389,9 +371,9 @@ class _CalibrationRun:
             values = _new_statistics(name, statistics)
             layer: Any = self._layers.get(name)
             if self._keep_function:
-                values = values[0], _limited(statistics, values[1])
-                new += _compensated(layer, statistics, values)
-            if getattr(layer, "matched", False):
+                values = values[0], limited_variance(statistics, values[1])
+                new += compensated_affine(layer, statistics, values)
+            if getattr(layer, "matched", False) and (self._match_all or layer.is_at("bn")):
                 matched.append((layer, statistics, measured_variance(layer, statistics.running_var, statistics.eps)))
             self.done.append(_layer_report(name, statistics, values))
             new += zip((statistics.running_mean, statistics.running_var), values, strict=True)
@@ -416,23 +398,12 @@ def _raise_failure(failure: Exception | None, problems: Iterable[str | None]) ->
             raise ModelError(f"process {rank} failed, no process changed its model: {problem}")
 
 
-def _limited(layer: LayerStatistics, var: Tensor) -> Tensor:
-    """Return new variances (C,) that are not too small for `keep_function`."""
-    old = layer.running_var.double() + layer.eps
-    return torch.maximum(var.double(), _SMALLEST_DEVIATION**2 * old - layer.eps).to(var)
-
-
-def _compensated(layer: Any, statistics: LayerStatistics, new: tuple[Tensor, Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Return weight and bias, each with the value that keeps the function of BN with new statistics (C,)."""
-    old_mean, old_var, new_mean, new_var = (
-        each.double() for each in (statistics.running_mean, statistics.running_var, *new)
+def _on_cpu(variance: SiteVariance) -> SiteVariance:
+    """Return a measurement that other processes can read."""
+    running_var = variance.running_var
+    return variance._replace(
+        instance_var=variance.instance_var.cpu(), running_var=None if running_var is None else running_var.cpu()
     )
-    old_deviation, new_deviation = ((var + statistics.eps).sqrt() for var in (old_var, new_var))
-    weight, bias = layer.weight.double(), layer.bias.double()
-    return [
-        (layer.weight.data, weight * new_deviation / old_deviation),
-        (layer.bias.data, bias + weight * (new_mean - old_mean) / old_deviation),
-    ]
 
 
 def _new_statistics(name: str, layer: LayerStatistics) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ calls it owns its running statistics, and `update_statistics` leaves them to the
 does.
 """
 
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -236,7 +237,9 @@ def update_statistics(model: nn.Module, loader: Iterable[Any], *, device: torch.
     """Set the running statistics of SN and BN layers to their average over batches, as `update_bn` does for BN.
 
     The model runs one pass in training mode, so dropout is active; every batch has the same weight, also a smaller one.
-    For the statistics of the data itself, use `calibrate`. Frozen statistics do not change. Synchronized layers average
+    For the statistics of the data itself, use `calibrate`. Statistics that are constants in training do not change:
+    those of frozen layers, and those of SN layers with `bn_statistics="running"`, the default of conversion; if there
+    are no others, a warning says so. Synchronized layers average
     over all processes; each process must call this function with the same number of batches. Momenta and training
     flags are restored; after an error, the statistics are restored too.
 
@@ -266,6 +269,13 @@ def update_statistics(model: nn.Module, loader: Iterable[Any], *, device: torch.
         module for module in modules if isinstance(module, SwitchNorm | _BatchNorm) and _uses_batch_statistics(module)
     ]
     layers = [module for module in unfrozen if module not in in_evaluation]
+    constant = [module for module in modules if isinstance(module, SwitchNorm) and _can_be_frozen(module)]
+    if constant and not layers:
+        warnings.warn(
+            f"no layer was updated: all {len(constant)} with running statistics use them as constants in training; to "
+            "compute them from data nevertheless, call normswap.calibrate(model, loader)",
+            stacklevel=2,
+        )
     with (
         training_flags(modules, training=True),
         training_flags(in_evaluation, training=False),

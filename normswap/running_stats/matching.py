@@ -1,52 +1,32 @@
-"""Match the `in` branches of SN layers to their running statistics, by the variance of samples on data.
+"""Match the `in` branches of SN layers to their running statistics on data, and keep the function of `bn`.
 
 The constants of the `ln` branch follow from the running statistics alone. Those of `in` need E[var_in], the expected
-variance of one sample and channel over its positions, which takes a few images without labels.
+variance of one sample and channel over its positions, which takes a few images without labels. Weight and bias can be
+changed with the running statistics, so that the function of `bn` stays the same while the other branches follow.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import partial
-from typing import Any, Self
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from normswap.errors import DataError
 from normswap.layers.gated_module import FunctionalSwitchNorm, GatedModule
-from normswap.running_stats.accumulation import SITE_ARGUMENTS, evaluation_pass, first_tensor, run_batches
+from normswap.layers.matching import match_statistics
+from normswap.running_stats.accumulation import LayerStatistics, batch_inputs, move_to_device
 from normswap.surgery.arguments import describe_invalid_batches, require_module
+from normswap.surgery.discovery.instance_variance import SiteVariance, measure_instance_variance
 from normswap.surgery.importance import gated_modules
 from normswap.surgery.module_tree import walk_modules
 from normswap.surgery.wrappers import unwrap
 
-
-@dataclass
-class InstanceVariance:
-    """The variances of samples at one layer, and the running statistics with which it ran.
-
-    Attributes:
-        running_mean, running_var: (C,), on the CPU.
-        eps: the epsilon of the layer.
-        total: the sum of the variances of samples, (C,), in float64 on the CPU.
-        samples: the number of samples.
-    """
-
-    running_mean: Tensor
-    running_var: Tensor
-    eps: float
-    total: Tensor
-    samples: int
-
-    def __add__(self, other: Self) -> Self:
-        """Return the sum over the samples of both, at the same layer."""
-        return type(self)(
-            self.running_mean, self.running_var, self.eps, self.total + other.total, self.samples + other.samples
-        )
-
-    def apply(self, layer: GatedModule) -> None:
-        """Match the branches of the layer."""
-        layer.match_to(self.running_mean, self.running_var, instance_var=self.total / self.samples, eps=self.eps)
+# With `keep_function`, the smallest new deviation of a channel, as a fraction of the old one. In a channel that is
+# constant on the data, weight and x_hat would otherwise be scaled by factors in the hundreds that cancel in the
+# function but not in the steps of an optimizer.
+_SMALLEST_DEVIATION = 0.1
 
 
 @torch.no_grad()
@@ -75,12 +55,12 @@ def match_instance_variance(
     if problem := describe_invalid_batches(batches):
         raise DataError(f"batches: {problem}")
     layers = matchable_layers(model)
-    measured, count = measure_instance_variance(model, layers, batches, device=device)
-    if not count:
+    variances = measure(model, layers, batches, device=device)
+    if variances is None:
         raise DataError("batches: expected at least one batch, got none")
-    for name, variance in measured.items():
-        variance.apply(layers[name])
-    return [*measured]
+    for name, variance in variances.items():
+        set_instance_variance(layers[name], [variance])
+    return [*variances]
 
 
 def matchable_layers(model: nn.Module) -> dict[str, GatedModule]:
@@ -88,65 +68,86 @@ def matchable_layers(model: nn.Module) -> dict[str, GatedModule]:
     return {
         name: layer
         for name, layer in gated_modules(model).items()
-        if layer._buffers.get("in_var_scale") is not None and _has_statistics(layer)
+        if layer.in_var_scale is not None
+        and (isinstance(layer, FunctionalSwitchNorm) or _running_var(layer) is not None)
     }
 
 
-def _has_statistics(layer: Any) -> bool:
-    return isinstance(layer, FunctionalSwitchNorm) or layer.running_mean is not None
+def measure(
+    model: nn.Module, layers: dict[str, GatedModule], batches: Iterable[Any], *, device: Any = None
+) -> dict[str, SiteVariance] | None:
+    """Return what `measure_instance_variance` finds, with batches as `calibrate` takes them; None without a batch."""
+    inputs: Iterator[Any] = (move_to_device(batch_inputs(batch), device) for batch in batches)
+    first = next(inputs, None)
+    return None if first is None else measure_instance_variance(model, layers, chain([first], inputs))
+
+
+def set_instance_variance(layer: GatedModule, variances: list[SiteVariance]) -> None:
+    """Match the `in` branch of a layer by the pooled measurements of one or more processes."""
+    samples = sum(each.samples for each in variances)
+    instance_var = torch.stack([each.instance_var.cpu() * (each.samples / samples) for each in variances]).sum(0)
+    own, first = _running_var(layer), variances[0]
+    running_var = first.running_var if own is None else own
+    eps = getattr(layer, "normalising_eps", 1e-5) if first.eps is None else first.eps
+    if running_var is None or layer.in_var_scale is None:
+        return
+    running_var = running_var.cpu()
+    found = match_statistics(torch.zeros_like(running_var), running_var, eps, instance_var=instance_var)
+    if found.in_var_scale is not None:
+        layer.in_var_scale.copy_(found.in_var_scale)
 
 
 def measured_variance(layer: GatedModule, running_var: Tensor, eps: float) -> Tensor | None:
     """Return E[var_in] (C,) to which the layer is matched with these old statistics; None if it never was."""
-    scale = layer._buffers.get("in_var_scale")
+    scale = layer.in_var_scale
     if scale is None or bool((scale == 1).all()):
         return None
     return (running_var.double() + eps) / scale.double() - eps
 
 
-def measure_instance_variance(
-    model: nn.Module,
-    layers: Mapping[str, nn.Module],
-    batches: Iterable[Any],
-    *,
-    device: torch.device | str | None = None,
-) -> tuple[dict[str, InstanceVariance], int]:
-    """Return the variances of samples at SN layers of a model by name, in evaluation mode, and the number of batches.
-
-    Raises:
-        ModelError: the model raises on a batch.
-    """
-    measured: dict[str, InstanceVariance] = {}
-    number = 0
-    modules = [entry.module for entry in walk_modules(model)]
-    with evaluation_pass(modules, _hook_registrations(layers, measured)):
-        for number in run_batches(model, batches, device=device):  # noqa: B007 - the number of batches
-            pass
-    return measured, number
+def _running_var(layer: Any) -> Tensor | None:
+    return layer._buffers.get("running_var")  # type: ignore[no-any-return]
 
 
-def _hook_registrations(
-    layers: Mapping[str, nn.Module], measured: dict[str, InstanceVariance]
-) -> Iterator[Callable[[], Any]]:
-    def measure(layer: Any, args: Any, kwargs: Any, *, name: str) -> None:
-        x = first_tensor((args, kwargs))
-        statistics = _statistics_of_call(layer, args, kwargs)
-        if statistics is None or x.dim() < 3 or not len(x) or x[0, 0].numel() < 2:
-            return
-        mean, var, eps = statistics
-        variance = x.flatten(2).to(torch.promote_types(x.dtype, torch.float32)).var(2, correction=0)
-        added = InstanceVariance(mean.cpu(), var.cpu(), eps, variance.sum(0).cpu().double(), len(x))
-        measured[name] = measured[name] + added if name in measured else added
+# --- the function of bn is kept ---------------------------------------------------------------------------------------
 
+
+def without_own_affine(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Return the layers whose weight and bias cannot make up for new statistics, with reasons, by name."""
+    users = Counter(
+        id(tensor)
+        for entry in walk_modules(model)
+        for tensor in (*entry.module._parameters.values(), *entry.module._buffers.values())
+        if tensor is not None
+    )
+    found: dict[str, str] = {}
     for name, layer in layers.items():
-        yield partial(layer.register_forward_pre_hook, partial(measure, name=name), with_kwargs=True)
+        affine = [(layer._parameters | layer._buffers).get(key) for key in ("weight", "bias")]
+        if isinstance(layer, FunctionalSwitchNorm):
+            found[name] = "a functional site, whose weight and bias cannot keep the function"
+        elif any(tensor is None for tensor in affine):
+            found[name] = "has no weight and bias that could keep the function"
+        elif any(users[id(tensor)] > 1 for tensor in affine):
+            found[name] = "shares weight or bias with another module, so they cannot keep the function"
+    return found
 
 
-def _statistics_of_call(layer: Any, args: Any, kwargs: Any) -> tuple[Tensor, Tensor, float] | None:
-    """Return running mean, running variance and eps; None if a functional site is called without statistics."""
-    if not isinstance(layer, FunctionalSwitchNorm):
-        return layer.running_mean, layer.running_var, layer.normalising_eps
-    call = SITE_ARGUMENTS.bind(layer, *args, **kwargs)
-    call.apply_defaults()
-    mean, var, eps = (call.arguments[name] for name in ("running_mean", "running_var", "eps"))
-    return None if mean is None or var is None else (mean, var, eps)
+def limited_variance(statistics: LayerStatistics, var: Tensor) -> Tensor:
+    """Return new variances (C,) that are not too small for `keep_function`."""
+    old = statistics.running_var.double() + statistics.eps
+    return torch.maximum(var.double(), _SMALLEST_DEVIATION**2 * old - statistics.eps).to(var)
+
+
+def compensated_affine(
+    layer: Any, statistics: LayerStatistics, new: tuple[Tensor, Tensor]
+) -> list[tuple[Tensor, Tensor]]:
+    """Return weight and bias, each with the value that keeps the function of BN with new statistics (C,)."""
+    old_mean, old_var, new_mean, new_var = (
+        each.double() for each in (statistics.running_mean, statistics.running_var, *new)
+    )
+    old_deviation, new_deviation = ((var + statistics.eps).sqrt() for var in (old_var, new_var))
+    weight, bias = layer.weight.double(), layer.bias.double()
+    return [
+        (layer.weight.data, weight * new_deviation / old_deviation),
+        (layer.bias.data, bias + weight * (new_mean - old_mean) / old_deviation),
+    ]

@@ -193,7 +193,8 @@ def convert_training(
         ema: a moving average of the model, or a list of several: torch's `AveragedModel`, timm's `ModelEma`, a copy of
             the model, or an object with the tensors in a list `shadow_params`.
         example_inputs: a tensor, a tuple or a dict for one forward pass in evaluation mode, as in `normswap.convert`.
-        importance_lr: the learning rate of the gates before any schedule; default: that of the last group.
+        importance_lr: the learning rate of the gates before any schedule; default: 100 times that of the last group, at
+            most 0.03.
         norms: the table of norm classes, as in `normswap.convert`.
         choices: the other arguments of `normswap.convert`, such as `plan`, `include`, `settings`, `bn_statistics`.
 

@@ -70,10 +70,23 @@ def test_a_converted_file_gets_the_statistics_of_the_data(folder: Path) -> None:
     batches = [images for images, _ in open_data(settings, use="calibration", model=expected)][:3]
     calibration = normswap.calibrate(expected, batches)
     assert differing(expected.state_dict(), state("sn.calibrated.pt")) == set()
-    assert differing(state("sn.pt"), state("sn.calibrated.pt")) == {*STATISTICS}
+    assert differing(state("sn.pt"), state("sn.calibrated.pt")) == {*STATISTICS, "ln_mean_shift", "ln_var_scale"}
     most = max(calibration.layers, key=lambda layer: layer.shift)
     assert result.output.index(most.fqn) < result.output.index(f"{most.shift:.3g}") < result.output.index("5 more, at ")
     assert "15 layers calibrated on 3 batches of 20 of digits\nwrote sn.calibrated.pt (" in result.output
+
+
+def test_single_layers_are_matched_and_keep_their_function(folder: Path) -> None:
+    document = json.loads(ok("sn.pt", *DIGITS, "--only", "re:conv1.*", "--match", "--keep-function", "--json").output)
+    assert [layer["fqn"] for layer in document["layers"]] == ["conv1.1", "conv1.4"]
+    assert {layer["reason"] for layer in document["skipped"]} == {"not selected"}
+    old, new = state("sn.pt"), state("sn.calibrated.pt")
+    constants = {"ln_mean_shift", "ln_var_scale", "in_var_scale"}
+    assert differing(old, new) == {*STATISTICS, *constants, "weight", "bias"}
+    assert {name.rpartition(".")[0] for name in old if not old[name].equal(new[name])} == {"conv1.1", "conv1.4"}
+    x = torch.randn(files.SHAPE)
+    before, after = (normswap.load(name).model.eval()(x) for name in ("sn.pt", "sn.calibrated.pt"))
+    assert torch.allclose(before, after, atol=1e-4)
 
 
 def test_history_goes_on_and_the_verification_does_not(folder: Path) -> None:

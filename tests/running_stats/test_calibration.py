@@ -44,7 +44,8 @@ MAKES: dict[str, Callable[[], Any]] = {
     "SN": lambda: convert(chain(), BATCHES[0]).model,
     "SN, mixed": lambda: mixed(chain()),
     "SN and BN": lambda: convert(chain(), BATCHES[0], exclude=["3"]).model,
-    "SN of running statistics": lambda: convert(chain(), BATCHES[0], bn_statistics="running").model,
+    "SN of batch statistics": lambda: convert(chain(), BATCHES[0], bn_statistics="batch").model,
+    "SN, raw": lambda: convert(chain(), BATCHES[0], match=False).model,
 }
 every_make = pytest.mark.parametrize("make", MAKES.values(), ids=MAKES)
 
@@ -72,7 +73,7 @@ def assert_statistics(layer: Any, expected: tuple[Tensor, Tensor], limit: float 
 @torch.no_grad()
 def test_in_one_pass_each_layer_gets_the_statistics_of_batch_normalized_inputs(make: Callable[[], Any]) -> None:
     model, original = make(), chain()
-    result = calibrate(model, BATCHES, include_frozen=True)
+    result = calibrate(model, BATCHES)
     first = [original[0](x) for x in BATCHES]
     second = [normalized(x, original[1], x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0)).relu() for x in first]
     assert_statistics(model[1], moments(first))
@@ -86,7 +87,7 @@ def test_in_one_pass_each_layer_gets_the_statistics_of_batch_normalized_inputs(m
 @torch.no_grad()
 def test_layer_by_layer_each_layer_gets_the_statistics_of_its_inputs_in_evaluation(make: Callable[[], Any]) -> None:
     model, original = make(), chain()
-    result = calibrate(model, BATCHES, layer_by_layer=True, include_frozen=True)
+    result = calibrate(model, BATCHES, layer_by_layer=True)
     x = original[0](EVERYTHING)
     first = moments([x])
     assert_statistics(model[1], first)
@@ -310,14 +311,14 @@ def test_what_has_no_bn_branch_is_left() -> None:
 
 @every_make
 @pytest.mark.parametrize("layer_by_layer", [False, True])
-def test_only_statistics_change(make: Callable[[], Any], layer_by_layer: bool) -> None:
+def test_only_statistics_and_what_follows_from_them_change(make: Callable[[], Any], layer_by_layer: bool) -> None:
     model = make()
     model[2].train(False)
     model.register_buffer("other", torch.ones(3))
     record = guarantees.Record.of(model)
     seen: list[Tensor] = []
     handle = model.register_forward_hook(lambda *args: seen.append(args[2]))
-    calibrate(model, BATCHES, layer_by_layer=layer_by_layer, include_frozen=True)
+    calibrate(model, BATCHES, layer_by_layer=layer_by_layer)
     handle.remove()
     after = guarantees.Record.of(model)
     assert (after.modules, after.classes, after.flags) == (record.modules, record.classes, record.flags)
@@ -329,7 +330,9 @@ def test_only_statistics_change(make: Callable[[], Any], layer_by_layer: bool) -
         name: id(tensor) for name, tensor in record.tensors.items()
     }
     changed = {name for name, value in after.values.items() if not value.equal(record.values[name])}
-    assert changed == {f"{i}.{name}" for i in (1, 3) for name in (*STATISTICS, "num_batches_tracked")}
+    at_bn = [f"{i}." for i in (1, 3) if getattr(model[i], "matched", False) and model[i].is_at("bn")]
+    matched = {f"{prefix}{name}" for prefix in at_bn for name in ("ln_mean_shift", "ln_var_scale")}
+    assert changed == {f"{i}.{name}" for i in (1, 3) for name in (*STATISTICS, "num_batches_tracked")} | matched
     assert not any(y.requires_grad for y in seen)
 
 

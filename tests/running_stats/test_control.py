@@ -48,8 +48,8 @@ def original() -> Any:
 
 MAKES: dict[str, Callable[[], Any]] = {
     "BN": original,
-    "SN": lambda: convert(original(), X).model,
-    "SN and BN": lambda: convert(original(), X, exclude=["last"]).model,
+    "SN": lambda: convert(original(), X, bn_statistics="batch", match=False).model,
+    "SN and BN": lambda: convert(original(), X, exclude=["last"], bn_statistics="batch", match=False).model,
 }
 every_make = pytest.mark.parametrize("make", MAKES.values(), ids=MAKES)
 
@@ -141,11 +141,11 @@ def test_functional_sites_are_frozen_with_the_rest() -> None:
     assert unfreeze_statistics(model) == ["batch_norm"]
 
 
-def test_sites_planned_with_running_statistics_are_unfrozen_on_request() -> None:
-    model = convert(original(), X, bn_statistics="running").model
-    assert freeze_statistics(model) == []
-    assert unfreeze_statistics(model) == ["bn", "last", "untracked"]
-    assert guarantees.distance(original()(X), model(X)) <= guarantees.LIMIT
+def test_sites_with_running_statistics_keep_them_when_unfrozen() -> None:
+    model = convert(original(), X).model
+    assert unfreeze_statistics(model) == []
+    assert freeze_statistics(model) == unfreeze_statistics(model) == ["bn", "last"]
+    assert (model.bn.bn_statistics, model.last.bn_statistics) == ("running", "running")
 
 
 def test_a_frozen_model_converts_to_the_same_function_and_back() -> None:
@@ -203,7 +203,7 @@ def test_bn_statistics_are_set_by_pattern(options: dict[str, Any], changed: list
 
 
 def test_a_set_layer_computes_what_a_planned_one_does() -> None:
-    planned, plan, _ = convert(original(), X, bn_statistics="renorm")
+    planned, plan, _ = convert(original(), X, bn_statistics="renorm", match=False)
     assert SwapPlan.from_json(plan.to_json()) == plan
     model = MAKES["SN"]()
     assert set_bn_statistics(model, "renorm") == ["bn", "last"]
@@ -335,6 +335,18 @@ def test_frozen_statistics_are_left_alone(frozen: str) -> None:
     assert changed == {"bn", "last"} - {frozen}
 
 
+def test_running_statistics_are_constants_and_left_alone() -> None:
+    model = convert(original(), X, exclude=["last"]).model
+    before = statistics(model)
+    update_statistics(model, BATCHES)
+    assert {name.split(".")[0] for name, buffer in statistics(model).items() if not buffer.equal(before[name])} == {
+        "last"
+    }
+    model = convert(original(), X).model
+    with pytest.warns(UserWarning, match="no layer was updated: all 2 with running statistics use them as constants"):
+        update_statistics(model, BATCHES)
+
+
 def failing() -> Iterator[Tensor]:
     yield BATCHES[0]
     raise RuntimeError("the disk is full")
@@ -356,7 +368,7 @@ def test_a_failure_leaves_everything_as_it_was(make: Callable[[], Any]) -> None:
 
 
 def test_layers_are_selected_by_functions_too() -> None:
-    model = convert(nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(5))).model
+    model = convert(nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(5)), bn_statistics="batch").model
     assert set_bn_statistics(model, "running", include=lambda module, fqn: module.num_features == 5) == ["1"]
     assert set_bn_statistics(model, "running", exclude=[lambda module, fqn: fqn == "1"]) == ["0"]
     with pytest.raises(PlanError, match=r"exclude: expected patterns .*, got the class BatchNorm2d: pass lambda"):

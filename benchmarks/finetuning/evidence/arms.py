@@ -40,7 +40,7 @@ class Arm:
         freezes_statistics: BN layers use their running statistics in training and do not update them.
         trained: what is trained: "all", all but the affine parameters of BN ("no affine"), or norms and head ("norms").
         reestimates_after: BN statistics are re-estimated after training if that is better on validation inputs.
-        gate_rate: the learning rate of the gates; None: as normswap chooses it.
+        gate_rate: the learning rate of the gates, where it is not selected.
         penalty: on batch dependence.
         momentum: of running statistics that are tracked although they are constants in training.
     """
@@ -69,9 +69,15 @@ def calibrated(network: nn.Module, task: Task, *, everywhere: bool = False) -> n
 
 
 def convert(network: nn.Module, task: Task, **options: Any) -> nn.Module:
-    """Return the network converted by normswap, as its recipes do it."""
-    network = calibrated(network, task)
-    return normswap.convert(network, task.example().to(next(network.parameters()).dtype), **options).model
+    """Return the network converted by normswap, as its recipes do it: sites that were never trained are calibrated."""
+    example = task.example().to(next(network.parameters()).dtype)
+    model, plan, _ = normswap.convert(network, example, **options)
+    layers = gated_modules(model)
+    constant = {name for name in plan.untrained if layers[name].bn_statistics == "running"}
+    if constant and not options.get("start"):
+        batches = [*chunks(task.train.inputs, task.to_input)]
+        normswap.calibrate(model, batches, only=lambda _, name: name in constant, match=True)
+    return model
 
 
 def _uniform(network: nn.Module, task: Task) -> nn.Module:

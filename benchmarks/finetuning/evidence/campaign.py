@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.finetuning.evidence import training
 from benchmarks.finetuning.evidence.arms import ALL
-from benchmarks.finetuning.evidence.plan import SETTINGS, Job, Record, find, key_of, planned
+from benchmarks.finetuning.evidence.plan import SELECTION_SEED, SETTINGS, Job, Record, find, key_of, planned
 from benchmarks.finetuning.evidence.settings.task import Task
 from benchmarks.provenance import machine
 from benchmarks.records import append_line
@@ -97,7 +97,8 @@ def _line(job: Job, record: Record) -> str:
     test = "" if record["test"] is None else f", test {record['test']:.1f}"
     return (
         f"{job.stage}: {SETTINGS[job.setting].title}, batch {job.batch}, {ALL[job.arm].title}, seed {job.seed}, "
-        f"rate {job.rate:g}: validation {record['validation']:.1f}{test} ({record['seconds']:.0f} s)"
+        f"rate {job.rate:g}{'' if job.gate_rate is None else f', gates {job.gate_rate:g}'}: "
+        f"validation {record['validation']:.1f}{test} ({record['seconds']:.0f} s)"
     )
 
 
@@ -160,16 +161,16 @@ def run_job(job: Job) -> Record:
         ALL[job.arm],
         task,
         rate=job.rate,
+        gate_rate=job.gate_rate,
         steps=job.steps,
         batch=job.batch,
         seed=job.seed,
-        tests=job.stage not in ("rates", "curves"),
+        tests=job.seed != SELECTION_SEED,
     )
     return {
         "key": key_of(job),
         **{name: value for name, value in job._asdict().items() if name != "stage"},
         **_rounded(asdict(outcome)),
-        "gate_rate": training.gate_rate(ALL[job.arm], job.rate) if outcome.bn_share is not None else None,
         "seconds": round(time.process_time() - cpu, 1),
         "elapsed": round(time.monotonic() - start, 1),
         "date": datetime.now(UTC).date().isoformat(),

@@ -19,10 +19,11 @@ from benchmarks.finetuning.evidence.arms import ABLATIONS, ALL, ARMS, REPORTED
 from benchmarks.finetuning.evidence.comparison import paired, rivals_of
 from benchmarks.finetuning.evidence.settings import digits, fashion_mnist, series, shapes, task
 from benchmarks.finetuning.evidence.settings.task import Task, code_digest
-from benchmarks.finetuning.evidence.training import WEIGHT_DECAY, fingerprint, gate_rate
+from benchmarks.finetuning.evidence.training import WEIGHT_DECAY, fingerprint
 
 Record = dict[str, Any]
 Records = Mapping[str, Record]
+Rates = tuple[float, float | None]  # of the network, and of the gates
 
 BATCHES = (1, 2, 4, 16)
 SEEDS, SELECTION_SEED = (0, 1, 2), 100
@@ -49,6 +50,7 @@ class Setting:
         load: seed -> the task.
         sources: modules whose code determines the task.
         rates: the grid of AdamW's rates, in ascending order.
+        pairs: for arms with gates of normswap, the grid of the network's rate and the gates' rate.
         steps: by batch size.
         near_chance: a score in percent that a network reaches without having learned anything.
         seconds: of a run of a plain network on one core, by batch size, for estimates.
@@ -59,12 +61,17 @@ class Setting:
     load: Callable[[int], Task]
     sources: tuple[ModuleType, ...]
     rates: tuple[float, float, float]
+    pairs: tuple[tuple[float, float], ...]
     steps: Mapping[int, int]
     near_chance: float
     seconds: Mapping[int, float]
     score: str = "accuracy"
 
 
+_SMALL_RATES, _SMALL_PAIRS = (3e-4, 1e-3, 3e-3), ((3e-4, 1e-2), (3e-4, 3e-2), (1e-3, 3e-2))
+_SMALL_STEPS = {1: 400, 2: 400, 4: 400, 16: 200}
+_SMALL_SECONDS = {1: 4.0, 2: 4.0, 4: 5.0, 16: 5.0}
+_LITE0_RATES, _LITE0_PAIRS = (1e-4, 3e-4, 1e-3), ((3e-4, 1e-2), (3e-4, 3e-2), (1e-3, 1e-2))
 _LITE0_STEPS = {1: 400, 2: 400, 4: 240, 16: 120}
 _LITE0_SECONDS = {1: 16.0, 2: 22.0, 4: 22.0, 16: 25.0}
 SETTINGS = {
@@ -72,16 +79,18 @@ SETTINGS = {
         "digits under shift",
         digits.shifted,
         (digits, *digits.SOURCES),
-        (3e-4, 1e-3, 3e-3),
-        {1: 400, 2: 400, 4: 400, 16: 200},
+        _SMALL_RATES,
+        _SMALL_PAIRS,
+        _SMALL_STEPS,
         20.0,
-        {1: 4.0, 2: 4.0, 4: 5.0, 16: 5.0},
+        _SMALL_SECONDS,
     ),
     "fashion_shift": Setting(
         "Fashion-MNIST under shift",
         fashion_mnist.shifted,
         (fashion_mnist, *fashion_mnist.SOURCES),
-        (1e-4, 3e-4, 1e-3),
+        _LITE0_RATES,
+        _LITE0_PAIRS,
         _LITE0_STEPS,
         20.0,
         _LITE0_SECONDS,
@@ -90,7 +99,8 @@ SETTINGS = {
         "Fashion-MNIST",
         fashion_mnist.plain,
         (fashion_mnist, *fashion_mnist.SOURCES),
-        (1e-4, 3e-4, 1e-3),
+        _LITE0_RATES,
+        _LITE0_PAIRS,
         _LITE0_STEPS,
         20.0,
         _LITE0_SECONDS,
@@ -99,7 +109,8 @@ SETTINGS = {
         "segmentation of shapes",
         shapes.segmented,
         (shapes, *shapes.SOURCES),
-        (3e-4, 1e-3, 3e-3),
+        _SMALL_RATES,
+        _SMALL_PAIRS,
         _LITE0_STEPS,
         30.0,
         _LITE0_SECONDS,
@@ -109,25 +120,27 @@ SETTINGS = {
         "digits, unseen classes",
         digits.unseen_classes,
         (digits, *digits.SOURCES),
-        (3e-4, 1e-3, 3e-3),
-        {1: 400, 2: 400, 4: 400, 16: 200},
+        _SMALL_RATES,
+        _SMALL_PAIRS,
+        _SMALL_STEPS,
         30.0,
-        {1: 4.0, 2: 4.0, 4: 5.0, 16: 5.0},
+        _SMALL_SECONDS,
     ),
     "series": Setting(
         "time series",
         series.moved,
         (series, *series.SOURCES),
-        (3e-4, 1e-3, 3e-3),
-        {1: 400, 2: 400, 4: 400, 16: 200},
+        _SMALL_RATES,
+        _SMALL_PAIRS,
+        _SMALL_STEPS,
         30.0,
-        {1: 4.0, 2: 4.0, 4: 5.0, 16: 5.0},
+        _SMALL_SECONDS,
     ),
 }
 
 
 class Job(NamedTuple):
-    """One run. `rate` is None until it is selected."""
+    """One run. `rate` is None until it is selected; `gate_rate` is None for arms that have no pairs of rates."""
 
     stage: str
     setting: str
@@ -135,6 +148,7 @@ class Job(NamedTuple):
     batch: int
     seed: int
     rate: float | None
+    gate_rate: float | None
     steps: int
 
 
@@ -145,6 +159,7 @@ def setting_digest(name: str) -> str:
     return code_digest(task, *setting.sources) + setting.load.__name__
 
 
+@cache
 def key_of(job: Job) -> str:
     """Return the key of a run: a digest of all that determines its result."""
     if job.rate is None:
@@ -156,7 +171,7 @@ def key_of(job: Job) -> str:
         job.batch,
         job.seed,
         f"{job.rate:.6g}",
-        f"{gate_rate(ALL[job.arm], job.rate):.6g}",
+        job.gate_rate and f"{job.gate_rate:.6g}",
         job.steps,
         WEIGHT_DECAY,
     ]
@@ -175,24 +190,37 @@ def candidates(records: Records, setting: str, arm: str, batch: int) -> list[Job
     """Return the runs from which the rate of an arm at a batch size is selected; None if these are not known yet."""
     if batch == 4:
         return candidates(records, setting, arm, 2)
-    rates: tuple[float, ...] = SETTINGS[setting].rates
+    rates = grid(setting, arm)
     if batch == 1:
-        chosen = selected_rate(records, setting, arm, 2)
+        chosen = selected_rates(records, setting, arm, 2)
         if chosen is None:
             return None
-        rates = (chosen / 2, chosen)
+        rates = [(chosen[0] / 2, chosen[1]), chosen]
     steps = SETTINGS[setting].steps[batch] // 2
-    return [Job("rates", setting, arm, batch, SELECTION_SEED, rate, steps) for rate in rates]
+    return [Job("rates", setting, arm, batch, SELECTION_SEED, rate, gates, steps) for rate, gates in rates]
 
 
-def selected_rate(records: Records, setting: str, arm: str, batch: int) -> float | None:
-    """Return the rate with the best validation score; the lowest of equals. None if a run is missing."""
+def grid(setting: str, arm: str) -> list[Rates]:
+    """Return the rates of the network and of the gates from which those of an arm are selected."""
+    if has_pairs(arm):
+        return [*SETTINGS[setting].pairs]
+    return [(rate, None) for rate in SETTINGS[setting].rates]
+
+
+def has_pairs(arm: str) -> bool:
+    """Return whether the rate of the gates is selected too: in the arms that normswap converts to a simplex gate."""
+    return arm == "default" or arm in OWN_RATE
+
+
+def selected_rates(records: Records, setting: str, arm: str, batch: int) -> Rates | None:
+    """Return the rates with the best validation score; the first of equals. None if a run is missing."""
     runs = candidates(records, setting, arm, batch)
     found = [find(records, job) for job in runs] if runs else [None]
     complete = [record for record in found if record is not None]
     if len(complete) < len(found):
         return None
-    return float(min(complete, key=lambda record: (-record["validation"], record["rate"]))["rate"])
+    best = max(complete, key=lambda record: record["validation"])
+    return best["rate"], best["gate_rate"]
 
 
 # --- the runs in their order ------------------------------------------------------------------------------------------
@@ -226,7 +254,7 @@ def selections(records: Records, setting: str, arms: tuple[str, ...]) -> Iterato
     for batch in (2, 16, 1):
         for arm in arms:
             steps = SETTINGS[setting].steps[batch] // 2
-            unknown = [Job("rates", setting, arm, batch, SELECTION_SEED, None, steps)] * 2
+            unknown = [Job("rates", setting, arm, batch, SELECTION_SEED, None, None, steps)] * 2
             yield from candidates(records, setting, arm, batch) or unknown
 
 
@@ -241,8 +269,9 @@ def finals(records: Records, setting: str, arms: tuple[str, ...], seeds: tuple[i
 def final(records: Records, setting: str, arm: str, batch: int, seed: int, stage: str = "more seeds") -> Job:
     """Return the full-length run of an arm at its selected rate."""
     chooser = "default" if arm in ABLATIONS and arm not in OWN_RATE else arm
-    rate = selected_rate(records, setting, chooser, batch)
-    return Job(stage, setting, arm, batch, seed, rate, SETTINGS[setting].steps[batch])
+    rate, gates = selected_rates(records, setting, chooser, batch) or (None, None)
+    fixed = ALL[arm].gate_rate
+    return Job(stage, setting, arm, batch, seed, rate, fixed or gates, SETTINGS[setting].steps[batch])
 
 
 def ablations(records: Records, setting: str) -> Iterator[Job]:
@@ -259,23 +288,23 @@ def extensions(records: Records, setting: str) -> Iterator[Job]:
     """Yield the runs with more seeds of the default and its closest rivals, where they are close."""
     for batch in BATCHES:
         seeds = SEEDS
+        rivals = close_arms(scores_of(records, setting, batch, seeds))
         for more in MORE_SEEDS:
             scores = scores_of(records, setting, batch, seeds)
-            if any(len(scores[arm]) < len(seeds) for arm in close_arms(scores)):
+            if any(len(scores[arm]) < len(seeds) for arm in ("default", *rivals)):
                 break
-            close = [arm for arm in close_arms(scores) if _is_close(records, setting, batch, arm, seeds)]
-            if not close:
+            rivals = [arm for arm in rivals if _is_close(records, setting, batch, arm, seeds)]
+            if not rivals:
                 break
             seeds += more
             for seed in more:
-                for arm in ("default", *close):
+                for arm in ("default", *rivals):
                     yield final(records, setting, arm, batch, seed, "close rivals")
 
 
 def close_arms(scores: Mapping[str, Mapping[int, float]]) -> list[str]:
-    """Return the two best rivals of the default, by the seeds that all arms have."""
-    complete = {arm: mean(list(found.values())[: len(SEEDS)]) for arm, found in scores.items() if found}
-    return rivals_of(complete)[:CLOSE_RIVALS]
+    """Return the two best rivals of the default."""
+    return rivals_of({arm: mean(found.values()) for arm, found in scores.items() if found})[:CLOSE_RIVALS]
 
 
 def _is_close(records: Records, setting: str, batch: int, arm: str, seeds: tuple[int, ...]) -> bool:
@@ -288,11 +317,16 @@ def _is_close(records: Records, setting: str, batch: int, arm: str, seeds: tuple
 
 
 def scores_of(
-    records: Records, setting: str, batch: int, seeds: tuple[int, ...] = tuple(chain(SEEDS, *MORE_SEEDS))
+    records: Records,
+    setting: str,
+    batch: int,
+    seeds: tuple[int, ...] = tuple(chain(SEEDS, *MORE_SEEDS)),
+    *,
+    arms: tuple[str, ...] = tuple(ARMS),
 ) -> dict[str, dict[int, float]]:
-    """Return the test scores of the nine arms by seed, at one batch size."""
-    found: dict[str, dict[int, float]] = {arm: {} for arm in ARMS}
-    for arm in ARMS:
+    """Return the test scores of arms by seed, at one batch size."""
+    found: dict[str, dict[int, float]] = {arm: {} for arm in arms}
+    for arm in arms:
         for seed in seeds:
             record = find(records, final(records, setting, arm, batch, seed))
             if record is not None:
@@ -301,12 +335,17 @@ def scores_of(
 
 
 def curves(setting: str) -> Iterator[Job]:
-    """Yield half-length runs at one rate below and one above the grid."""
-    rates = SETTINGS[setting].rates
+    """Yield half-length runs at rates of the grid and beyond it; normswap chooses the rate of gates."""
     steps = SETTINGS[setting].steps[ABLATION_BATCH] // 2
-    for rate in (rates[0] / 3, rates[-1] * 3):
+    for rate in curve_rates(setting):
         for arm in CURVE_ARMS:
-            yield Job("curves", setting, arm, ABLATION_BATCH, SELECTION_SEED, rate, steps)
+            yield Job("curves", setting, arm, ABLATION_BATCH, SELECTION_SEED, rate, None, steps)
+
+
+def curve_rates(setting: str) -> tuple[float, ...]:
+    """Return the rates of a curve."""
+    rates = SETTINGS[setting].rates
+    return (rates[0] / 3, *rates, rates[-1] * 3)
 
 
 def longer(records: Records, setting: str) -> Iterator[Job]:

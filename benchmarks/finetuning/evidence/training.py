@@ -8,7 +8,6 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,10 +19,9 @@ from benchmarks.finetuning.evidence.norms import SlowTracking, batch_norms, chun
 from benchmarks.finetuning.evidence.settings.task import Examples, Task
 from benchmarks.finetuning.training import batch_order
 from normswap.surgery.importance import gate_parameters, gated_modules
+from normswap.training.gate_steps import limit_gate_steps
 
 WEIGHT_DECAY, CLIP = 1e-4, 1.0
-# The gates' rate if normswap does not choose one: 100 times the network's, at most 1e-2.
-GATE_FACTOR, MAX_GATE_RATE = 100.0, 1e-2
 _LAST_LOSSES = 20
 
 
@@ -46,11 +44,21 @@ class Outcome:
     bn_share: float | None
 
 
-def run(arm: Arm, task: Task, *, rate: float, steps: int, batch: int, seed: int, tests: bool = True) -> Outcome:
-    """Prepare, fine-tune and measure one arm."""
+def run(
+    arm: Arm,
+    task: Task,
+    *,
+    rate: float,
+    gate_rate: float | None = None,
+    steps: int,
+    batch: int,
+    seed: int,
+    tests: bool = True,
+) -> Outcome:
+    """Prepare, fine-tune and measure one arm; None: gates have the rate that normswap chooses."""
     torch.manual_seed(seed)
     model = arm.prepare(task.network, task)
-    losses = finetune(arm, model, task.train, task, rate=rate, steps=steps, batch=batch, seed=seed)
+    losses = finetune(arm, model, task, rate=rate, gate_rate=gate_rate, steps=steps, batch=batch, seed=seed)
     validation, form = task.evaluate(model, task.validation), ""
     if arm.reestimates_after:
         own = {name: value.clone() for name, value in model.state_dict().items()}
@@ -70,17 +78,26 @@ def run(arm: Arm, task: Task, *, rate: float, steps: int, batch: int, seed: int,
 
 
 def finetune(
-    arm: Arm, model: nn.Module, examples: Examples, task: Task, *, rate: float, steps: int, batch: int, seed: int
+    arm: Arm,
+    model: nn.Module,
+    task: Task,
+    *,
+    rate: float,
+    gate_rate: float | None = None,
+    steps: int,
+    batch: int,
+    seed: int,
 ) -> list[float]:
     """Fine-tune `model` in place; return the loss of every step, without the penalty."""
     set_training_mode(arm, model)
-    optimizer, network = build_optimizer(arm, model, rate=rate)
+    optimizer, network = build_optimizer(model, rate=rate, gate_rate=gate_rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     tracking = SlowTracking(gated_modules(model).values(), arm.momentum) if arm.momentum else None
     losses = []
-    for index in batch_order(len(examples.targets), steps=steps, batch_size=batch, seed=seed):
+    inputs, targets = task.train
+    for index in batch_order(len(inputs), steps=steps, batch_size=batch, seed=seed):
         optimizer.zero_grad()
-        loss = F.cross_entropy(model(task.to_input(examples.inputs[index])), examples.targets[index])
+        loss = F.cross_entropy(model(task.to_input(inputs[index])), targets[index])
         (loss + arm.penalty * normswap.batch_dependence(model) if arm.penalty else loss).backward()
         nn.utils.clip_grad_norm_(network, CLIP)
         optimizer.step()
@@ -110,25 +127,20 @@ def _is_norm(module: nn.Module) -> bool:
     return module in set(norm_layers(module))
 
 
-def build_optimizer(arm: Arm, model: nn.Module, *, rate: float) -> tuple[torch.optim.Optimizer, list[nn.Parameter]]:
+def build_optimizer(
+    model: nn.Module, *, rate: float, gate_rate: float | None
+) -> tuple[torch.optim.Optimizer, list[nn.Parameter]]:
     """Return AdamW, and the parameters other than gates, whose gradients are clipped.
 
-    Parameters with one dimension, and gates, have no weight decay.
+    Parameters with one dimension, and gates, have no weight decay. The steps of simplex gates are limited, as in the
+    recipes of normswap.
     """
+    groups = normswap.param_groups(model, lr=rate, weight_decay=WEIGHT_DECAY, importance_lr=gate_rate)
+    optimizer = torch.optim.AdamW(groups, rate)
     gates = set(gate_parameters(model).values())
-    network = [p for p in model.parameters() if p.requires_grad and p not in gates]
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in network if (p.dim() > 1) == decays], "weight_decay": WEIGHT_DECAY if decays else 0.0}
-        for decays in (False, True)
-    ]
-    if trained := [gate for gate in gate_parameters(model).values() if gate.requires_grad]:
-        groups.append({"params": trained, "weight_decay": 0.0, "lr": gate_rate(arm, rate)})
-    return torch.optim.AdamW([group for group in groups if group["params"]], rate), network
-
-
-def gate_rate(arm: Arm, rate: float) -> float:
-    """Return the learning rate of an arm's gates."""
-    return arm.gate_rate if arm.gate_rate is not None else min(GATE_FACTOR * rate, MAX_GATE_RATE)
+    if gates:
+        limit_gate_steps(model, optimizer)
+    return optimizer, [p for p in model.parameters() if p.requires_grad and p not in gates]
 
 
 def bn_share(model: nn.Module) -> float | None:
@@ -173,7 +185,7 @@ def _trial(arm: Arm) -> Iterator[Tensor]:
     torch.manual_seed(0)
     model = arm.prepare(task.network, task)
     yield model(task.example(8)).detach()
-    finetune(arm, model, task.train, task, rate=1e-3, steps=4, batch=2, seed=0)
+    finetune(arm, model, task, rate=1e-3, gate_rate=arm.gate_rate, steps=8, batch=2, seed=0)
     if arm.reestimates_after:
         reestimate(model, batch_norms(model), chunks(task.train.inputs, task.to_input))
     yield model.eval()(task.example(8)).detach()

@@ -29,6 +29,11 @@ PARAM_SHAPED_KEYS = {
 # correction would be missing in their first steps.
 _STEP_KEYS = ("step",)
 
+# The default learning rate of gates: a multiple of the network's rate, up to a limit. Gates need a scale of their own,
+# since a simplex has a diameter of about 1 whatever the network; with Adam the rate is the length of a step.
+GATE_LR_FACTOR = 100.0
+GATE_LR_LIMIT = 0.03
+
 StateDict = Mapping[str, Any]
 Shape = tuple[int, ...]
 
@@ -93,7 +98,8 @@ def with_gates(
         optimizer_state: the state dict of the optimizer of the model before its conversion; it is not changed.
         gates: the names of the trainable gates, in the order of `normswap.trainable_gates(converted)`; if empty, no
             group is added.
-        importance_lr: the learning rate of the gates before any schedule, default that of the last group.
+        importance_lr: the learning rate of the gates before any schedule; default: 100 times that of the last group, at
+            most 0.03.
 
     Returns:
         A new state dict, which shares the state, the old groups and all other entries with `optimizer_state`.
@@ -171,13 +177,24 @@ def insert_gates(
     )
 
 
+def default_gate_lr(lr: Any) -> float:
+    """Return the default learning rate of gates for the learning rate of the network.
+
+    Examples:
+        >>> default_gate_lr(1e-4), default_gate_lr(0.1)
+        (0.01, 0.03)
+    """
+    return min(GATE_LR_FACTOR * float(lr), GATE_LR_LIMIT)
+
+
 def gate_options(template: Mapping[str, Any], *, importance_lr: float | None = None) -> dict[str, Any]:
     """Return the options of a group of gates: those of `template` without weight decay, with their own learning rate.
 
     Args:
         template: a parameter group; its parameters are ignored.
-        importance_lr: the learning rate before any schedule (the maximum of OneCycleLR), default that of `template`.
-            If a scheduler has set `initial_lr`, the current rate has the same ratio to it as in `template`.
+        importance_lr: the learning rate before any schedule (the maximum of OneCycleLR). Default: that of `template` if
+            it is a group of gates, else `default_gate_lr` of it. If a scheduler has set `initial_lr`, the current rate
+            has the same ratio to it as in `template`.
 
     Raises:
         OptimizerError: `importance_lr` is negative or not finite.
@@ -186,8 +203,10 @@ def gate_options(template: Mapping[str, Any], *, importance_lr: float | None = N
     excluded = ("params", "param_names", *_STEP_KEYS)
     options = {name: copy.deepcopy(value) for name, value in template.items() if name not in excluded}
     options |= {"weight_decay": 0.0, GATE_GROUP: True}
+    base = base_lr(template)
+    if importance_lr is None and base is not None and template.get(GATE_GROUP) is not True:
+        importance_lr = default_gate_lr(base)
     if importance_lr is not None:
-        base = base_lr(template)
         present = {name: options[name] for name in _LR_KEYS if options.get(name) is not None} or {"lr": base}
         options |= {name: rescale(rate, old=base, new=importance_lr) for name, rate in present.items()}
     return options

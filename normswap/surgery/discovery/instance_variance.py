@@ -24,11 +24,13 @@ class SiteVariance(NamedTuple):
         instance_var: the variance (C,) of one sample over its positions, averaged over all samples.
         running_var: the running variance (C,) of the call that a functional site replaced; None for a module.
         eps: that of this call; None for a module.
+        samples: the number of samples.
     """
 
     instance_var: Tensor
     running_var: Tensor | None = None
     eps: float | None = None
+    samples: int = 1
 
 
 def measure_instance_variance(
@@ -82,7 +84,7 @@ class _Meter:
         """Return the average, None if the layer received no input with several positions."""
         if self._sum is None:
             return None
-        return SiteVariance(self._sum / self._samples, self._running_var, self._eps)
+        return SiteVariance(self._sum / self._samples, self._running_var, self._eps, self._samples)
 
     def _hook(self) -> Callable[..., None]:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
