@@ -419,7 +419,9 @@ class _Run:
         with self.progress("comparing original and converted"):
             if any(swap.start for swap in conversion.plan.swaps):
                 return None, measure_distance(*models, data or [opened.inputs])
-            return compare(*models, [opened.inputs], tolerance=self.options.tolerance), None
+            planned = {swap.fqn: swap.bn_statistics for swap in conversion.plan.swaps}
+            inputs, tolerance = [opened.inputs], self.options.tolerance
+            return compare(*models, inputs, tolerance=tolerance, bn_statistics=planned), None
 
     def _convert_by_names(self, options: NetworkOptions, checkpoint: Checkpoint) -> ConvertedWeights:
         """Convert the tensors by their names, without a model."""

@@ -61,7 +61,16 @@ def stream_gradients(
     cotangents = [torch.randn(h.shape, dtype=h.dtype, generator=generator).to(h.device) for h in heads]
     hooks = [_stream_hook(names, parameter, on_gradient) for names, parameter in trainable.items()]
     with _cleared_grad([*trainable.values(), *_graph_leaves(heads)]), registered_hooks(hooks):
-        torch.autograd.backward(heads, cotangents)
+        _run_backward(heads, cotangents)
+
+
+def _run_backward(heads: list[Tensor], cotangents: list[Tensor]) -> None:
+    """Do what `torch.autograd.backward` does, inside the torch function modes of the pass.
+
+    The function itself leaves them, as any function of torch does, and a checkpoint then runs its code without them.
+    """
+    engine: Any = torch.autograd.Variable._execution_engine
+    engine.run_backward(tuple(heads), tuple(cotangents), False, False, (), allow_unreachable=True, accumulate_grad=True)
 
 
 def _stream_hook(names: TensorNames, parameter: Tensor, on_gradient: GradientCallback) -> Callable[[], RemovableHandle]:

@@ -19,8 +19,8 @@ def plain() -> nn.Module:
     return zoo.BY_NAME["half-frozen"].model()
 
 
-def converted(fault: Callable[[Any], Any] = lambda model: None) -> nn.Module:
-    model = convert(plain(), zoo.IMAGE()).model
+def converted(fault: Callable[[Any], Any] = lambda model: None, **options: Any) -> nn.Module:
+    model = convert(plain(), zoo.IMAGE(), **options).model
     with torch.no_grad():
         fault(model)
     return model
@@ -30,7 +30,6 @@ def converted(fault: Callable[[Any], Any] = lambda model: None) -> nn.Module:
 OTHER_FUNCTIONS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "a gate": (lambda m: m.body[1].var_weight.copy_(torch.tensor([1e-6, 0, 1 - 1e-6])), "evaluation: output 0 is"),
     "eps": (lambda m: setattr(m.body[1], "eps", 1.1e-5), "evaluation: output 0 is"),
-    "momentum": (lambda m: setattr(m.body[1], "momentum", 0.11), "training: buffer body.1.running_mean is"),
     "a count": (lambda m: m.body[1].num_batches_tracked.add_(1), "evaluation: buffer body.1.num_batches_tracked is"),
     "a running mean": (lambda m: m.body[1].running_mean.mul_(1.001), "evaluation: output 0 is"),
     "a gradient": (lambda m: m.body[0].requires_grad_(False), "evaluation: gradients of parameters is"),
@@ -51,15 +50,83 @@ def test_guarantee_1_finds_another_function(fault: Callable[[Any], Any], message
         guarantees.same_function(plain(), converted(fault), zoo.IMAGE())
 
 
+def in_training(change: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Register a hook that changes a layer after it ran in training."""
+    return lambda m: m.body[1].register_forward_hook(
+        lambda layer, _args, y: setattr(layer, *change(layer)) if layer.training else None
+    )
+
+
+# What goes wrong in training only.
+OTHER_TRAINING: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "a running mean": (
+        in_training(lambda n: ("running_mean", n.running_mean + 1e-6)),
+        "training: body.1.running_mean changed",
+    ),
+    "a count": (
+        in_training(lambda n: ("num_batches_tracked", n.num_batches_tracked + 1)),
+        "training: body.1.num_batches_tracked changed",
+    ),
+    "a constant of matched branches": (
+        in_training(lambda n: ("ln_mean_shift", n.ln_mean_shift + 1)),
+        "training: body.1.ln_mean_shift changed",
+    ),
+    "an output": (
+        lambda m: m.body[1].register_forward_hook(lambda n, _a, y: y * (1 + 1e-6) if n.training else None),
+        "training: output 0 is",
+    ),
+}
+
+
+@pytest.mark.parametrize(("fault", "message"), OTHER_TRAINING.values(), ids=OTHER_TRAINING)
+def test_guarantee_1_finds_what_is_wrong_in_training_only(fault: Callable[[Any], Any], message: str) -> None:
+    with pytest.raises(AssertionError, match=f"^guarantee 1, {re.escape(message)}"):
+        guarantees.same_function(plain(), converted(fault), zoo.IMAGE())
+
+
+@pytest.mark.parametrize("name", ["half-frozen", "functional", "torch.batch_norm", "dropout beside it"])
+def test_guarantee_1_tells_running_statistics_from_those_of_the_batch(name: str) -> None:
+    model, x = zoo.BY_NAME[name].model(), zoo.IMAGE()
+    for statistics, other in (("running", "batch"), ("batch", "running")):
+        layers = convert(model, x, bn_statistics=statistics).model  # type: ignore[arg-type]
+        guarantees.same_function(model, layers, x)
+        for layer in layers.modules():
+            if hasattr(layer, "bn_statistics"):  # which now says what the layer does not do
+                layer.__class__ = says(type(layer), other, layer.bn_statistics)
+        with pytest.raises(AssertionError, match=r"^guarantee 1, training: "):
+            guarantees.same_function(model, layers, x, ("training",))
+
+
+def says(cls: Any, statistics: str, does: str) -> Any:
+    """A class whose layers say that they use other statistics than they do."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        self.running = True
+        try:
+            return cls.forward(self, *args, **kwargs)
+        finally:
+            self.running = False
+
+    tells = property(lambda self: does if vars(self).get("running") else statistics, lambda self, value: None)
+    return type(cls.__name__, (cls,), {"bn_statistics": tells, "forward": forward})
+
+
+def test_guarantee_1_finds_another_momentum_with_batch_statistics() -> None:
+    wrong = converted(lambda m: setattr(m.body[1], "momentum", 0.11), bn_statistics="batch")
+    with pytest.raises(AssertionError, match=r"^guarantee 1, training: buffer body.1.running_mean is"):
+        guarantees.same_function(plain(), wrong, zoo.IMAGE())
+
+
 def test_guarantee_1_lets_no_error_of_the_converted_model_pass() -> None:
     with pytest.raises(ZeroDivisionError):
         guarantees.same_function(plain(), converted(lambda m: m.register_forward_hook(lambda *_: 1 / 0)), zoo.IMAGE())
 
 
 def test_guarantee_1_skips_the_mode_in_which_the_original_raises() -> None:
-    model = zoo.BY_NAME["one position"].model()
-    errors = guarantees.same_function(model, convert(model, zoo.IMAGE()).model, zoo.image(1, 3, 9, 9)())
+    model, one = zoo.BY_NAME["one position"].model(), zoo.image(1, 3, 9, 9)()
+    errors = guarantees.same_function(model, convert(model, zoo.IMAGE(), bn_statistics="batch").model, one)
     assert [mode for mode, error in errors.items() if error is None] == ["training", "as it is"]
+    assert None not in guarantees.same_function(model, convert(model, zoo.IMAGE()).model, one).values()
 
 
 CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {

@@ -85,16 +85,50 @@ def test_the_guarantees_hold_on_any_branches(branches: tuple[str, ...]) -> None:
     assert {swap.branches for swap in conversion.plan.swaps} == {branches}
 
 
-@pytest.mark.parametrize("statistics", ["running", "renorm"])
+BATCH_SAMPLE = (
+    "functional",
+    "keyword arguments",
+    "two calls",
+    "dropout beside it",
+    "control flow around modules",
+    "a GraphModule with a functional call",
+    "shared block",
+    "called several times",
+    "one position",
+    "momentum=None",
+    "tracking stopped later",
+    "half-frozen",
+    "SyncBatchNorm",
+    "BatchNormAct2d",
+)
+
+
+@pytest.mark.parametrize("name", BATCH_SAMPLE)
+def test_every_guarantee_holds_with_batch_statistics(name: str) -> None:
+    trap = zoo.BY_NAME[name]
+    checked = guarantees.check_all(trap.model, trap.inputs(), **options_of(trap), bn_statistics="batch")
+    assert None not in checked.errors.values()
+    assert {swap.bn_statistics for swap in checked.conversion.plan.swaps} == {"batch"}
+
+
 @pytest.mark.parametrize("name", ["functional", "called several times", "BatchNormAct2d"])
-def test_running_statistics_keep_the_function_in_evaluation(name: str, statistics: str) -> None:
+def test_renorm_keeps_the_function_in_evaluation(name: str) -> None:
     trap = zoo.BY_NAME[name]
     conversion = guarantees.check_all(
-        trap.model, trap.inputs(), modes=("evaluation",), bn_statistics=statistics
+        trap.model, trap.inputs(), modes=("evaluation",), bn_statistics="renorm"
     ).conversion
-    assert {swap.bn_statistics for swap in conversion.plan.swaps} == {statistics}
+    assert {swap.bn_statistics for swap in conversion.plan.swaps} == {"renorm"}
     with pytest.raises(AssertionError, match="guarantee 1, training"):
         guarantees.same_function(trap.model(), conversion.model, trap.inputs(), ("training",))
+
+
+@pytest.mark.parametrize("running", ["first.batch_norm", "batch_norm"])
+def test_every_guarantee_holds_with_sites_of_both_kinds(running: str) -> None:
+    trap = zoo.BY_NAME["two calls"]
+    settings = {running: {"bn_statistics": "running"}}
+    checked = guarantees.check_all(trap.model, trap.inputs(), bn_statistics="batch", settings=settings)
+    assert {s.fqn for s in checked.conversion.plan.swaps if s.bn_statistics == "running"} == {running}
+    assert None not in checked.errors.values()
 
 
 def test_gates_of_frozen_sites_are_trained_on_request_only() -> None:

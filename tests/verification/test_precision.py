@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from normswap import Verification, convert, verify
 from normswap.errors import ModelError
+from normswap.layers.gating import BnStatistics
 from normswap.verification.precision import Precision, precisions, uses_narrower_dtype
 
 
@@ -101,12 +102,14 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Any, str]] = {
 }
 
 
-def verified(name: str, fault: Callable[[nn.Module], Any] = lambda model: None) -> Verification:
+def verified(
+    name: str, fault: Callable[[nn.Module], Any] = lambda model: None, statistics: BnStatistics = "batch"
+) -> Verification:
     make, x, _ = MODELS[name]
     model = seeded(make)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     kept = vars(model).get("mix")
-    converted = convert(model, x).model
+    converted = convert(model, x, bn_statistics=statistics).model
     fault(next(module for module in converted.modules() if hasattr(module, "mean_weight")))
     found = verify(model, converted, [x])
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
@@ -114,23 +117,26 @@ def verified(name: str, fault: Callable[[nn.Module], Any] = lambda model: None) 
     return found
 
 
+@pytest.mark.parametrize("statistics", ["batch", "running"])
 @pytest.mark.parametrize("name", MODELS)
-def test_a_model_is_verified_in_the_widest_precision_that_runs(name: str) -> None:
-    found = verified(name)
+def test_a_model_is_verified_in_the_widest_precision_that_runs(name: str, statistics: BnStatistics) -> None:
+    found = verified(name, statistics=statistics)
     precision = MODELS[name][2]
     assert found.passed
     assert [check.passed for check in found.checks] == [True] * 4
     assert found.precision == precision
     assert found.tolerance == {"float64": 1e-9, "float32": 1e-5, "float16": 1e-2, "bfloat16": 1e-1}[precision]
     assert not found.loosened
-    assert bool(found.notes) == (precision != "float64")
-    assert all("the original model does not run in float" in note for note in found.notes)
+    notes = found.notes if statistics == "batch" else found.notes[:-2]  # on the frozen original, and its statistics
+    assert bool(notes) == (precision != "float64")
+    assert all("the original model does not run in float" in note for note in notes)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in MODELS if not name.startswith("bfloat16")])
 def test_a_fault_is_found_in_every_precision(name: str) -> None:
     assert not verified(name, lambda layer: setattr(layer, "eps", 0.5)).passed
+    assert not verified(name, lambda layer: setattr(layer, "eps", 0.5), "running").passed
     assert not verified(name, lambda layer: setattr(layer, "momentum", 0.9)).passed
 
 
@@ -153,7 +159,7 @@ def test_a_model_fails_only_if_it_fails_as_it_is_run() -> None:
 
 def test_what_raises_in_training_is_what_the_user_sees() -> None:
     model = seeded(MODELS["casts its input"][0])
-    found = verify(model, convert(model).model, [torch.randn(1, 8)])
+    found = verify(model, convert(model, bn_statistics="batch").model, [torch.randn(1, 8)])
     assert found.passed
     note = "skipped: the original model raises in training: Expected more than 1 value per channel"
     assert all(check.note.startswith(note) for check in found.checks[1:])

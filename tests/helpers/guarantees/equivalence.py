@@ -11,8 +11,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from tests.helpers.guarantees.walking import (
+    CONSTANTS,
     LIMIT,
     MODES,
+    STATISTICS,
     call,
     in_float64,
     is_floating,
@@ -28,12 +30,21 @@ OWN_RESPONSES = 10
 
 @dataclass
 class Run:
-    """What one pass gave: outputs, and with gradients those of parameters and of the input, and the buffers left."""
+    """What one pass gave: outputs, gradients of parameters and of the input, buffers and constants after it."""
 
     outputs: list[Any]
     gradients: dict[frozenset[str], Tensor]
     input_gradients: list[Tensor]
     buffers: dict[frozenset[str], Tensor]
+    constants: dict[str, Tensor]
+
+
+_TENSORS = ("running_mean", "running_var", "weight", "bias")
+# The functions of torch that the zoo calls, with their parameters in order.
+_CALLS: dict[Any, tuple[str, ...]] = {
+    torch.nn.functional.batch_norm: ("input", *_TENSORS, "training", "momentum", "eps"),
+    torch.batch_norm: ("input", *_TENSORS[2:], *_TENSORS[:2], "training", "momentum", "eps", "cudnn_enabled"),
+}
 
 
 class _FrozenCalls(TorchFunctionMode):
@@ -44,11 +55,10 @@ class _FrozenCalls(TorchFunctionMode):
         self.running_means = running_means
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if func is torch.nn.functional.batch_norm and {*map(id, (*args, *kwargs.values()))} & self.running_means:
-            names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
-            args, kwargs = (), {**dict(zip(names, args, strict=False)), **kwargs, "training": False}
-        return func(*args, **kwargs)
+        given = dict(zip(_CALLS.get(func, ()), args, strict=False)) | (kwargs or {})
+        if func not in _CALLS or id(given.get("running_mean")) not in self.running_means:
+            return func(*args, **(kwargs or {}))
+        return func(**{**given, "training": False})
 
 
 @dataclass
@@ -63,7 +73,6 @@ def frozen_sites(converted: nn.Module, inputs: Any) -> Frozen:
     """The sites of a converted model that use running statistics in training."""
     model, found = twin_of(converted), Frozen()
     used: set[int] = set()
-    set_mode(model, "evaluation")
     for path, module in paths(model).items():
         if getattr(module, "bn_statistics", None) == "running" and "bn" in module.branches:  # type: ignore[operator]
             if hasattr(module, "running_mean"):
@@ -73,8 +82,10 @@ def frozen_sites(converted: nn.Module, inputs: Any) -> Frozen:
                 module.register_forward_pre_hook(
                     lambda _module, _args, kwargs: used.add(id(kwargs.get("running_mean"))), with_kwargs=True
                 )
-    with torch.no_grad(), suppress(Exception):
-        call(model, inputs)
+    for mode in ("evaluation", "training"):  # a part may run in one of them only
+        set_mode(model, mode)
+        with torch.no_grad(), suppress(Exception):
+            call(model, inputs)
     found.running_means = {name for name, tensor in own_tensors(model) if id(tensor) in used}
     return found
 
@@ -108,7 +119,20 @@ def run(model: nn.Module, inputs: Any, mode: str, frozen: Frozen | None = None) 
         gradients={names: p.grad for names, p in named.items() if isinstance(p, nn.Parameter) and p.grad is not None},
         input_gradients=[leaf.grad for leaf in leaves if leaf.grad is not None],
         buffers={names: b for names, b in named.items() if not isinstance(b, nn.Parameter)},
+        constants=constants_of(model),
     )
+
+
+def constants_of(model: nn.Module) -> dict[str, Tensor]:
+    """What no pass may change: the constants of matched branches, and running statistics that are used as constants."""
+    found = {}
+    for path, module in paths(model).items():
+        running = getattr(module, "bn_statistics", None) == "running"
+        constants = (*CONSTANTS, *(STATISTICS if running else ()))
+        for name, tensor in module._buffers.items():
+            if name in constants and tensor is not None:
+                found[f"{path}.{name}"] = tensor.clone()
+    return found
 
 
 def grouped(model: nn.Module) -> dict[frozenset[str], Tensor]:
@@ -173,7 +197,10 @@ def same_function(
         except Exception:  # noqa: BLE001 - whatever it is, the converted model owes nothing then
             worst[mode] = None
             continue
-        far = distances(reference, run(second, inputs, mode))
+        result = run(second, inputs, mode)
+        for name, value in constants_of(second).items():
+            assert torch.equal(result.constants[name], value), f"guarantee 1, {mode}: {name} changed"
+        far = distances(reference, result)
         if max(far.values()) > LIMIT:
             nudged = tree_map(lambda leaf: leaf * (1 + 2**-52) if is_floating(leaf) else leaf, inputs)
             own = distances(reference, run(first, nudged, mode, frozen))

@@ -60,6 +60,7 @@ def _watch(layer: Any) -> Site:
         )
         batch = layer.bn_statistics == "batch" and arguments.get("training", False)
         untracked = not functional and arguments["training"] and not layer.track_running_stats
+        untracked = untracked and layer.bn_statistics != "running"
         constants = None
         if arguments["running_mean"] is not None and not batch and not untracked:
             constants = oracles.Constants(
