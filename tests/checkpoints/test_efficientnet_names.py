@@ -274,6 +274,17 @@ def test_a_file_is_converted_under_its_own_names_and_loads_without_more(file: Pa
 
 
 @pytest.mark.slow
+def test_the_tensors_of_a_converted_network_are_identified_as_those_of_the_original(lite0: Package, file: Path) -> None:
+    result = normswap.convert_file(file, example_inputs=torch.rand(2, 3, 64, 64))
+    converted = torch.load(result.output, weights_only=True)
+    assert "_bn0.ln_mean_shift" in converted
+    assert require_unique(identify_state_dict(dict(converted))) == LITE0
+    in_timm = normswap.load(result.output).model.state_dict()
+    names = [one.architecture for one in identify_state_dict(in_timm).candidates]
+    assert "timm:tf_efficientnet_lite0" in names
+
+
+@pytest.mark.slow
 def test_copies_and_optimizer_of_a_training_checkpoint_are_converted_too(lite0: Package, tmp_path: Path) -> None:
     lite0.train()
     optimizer = torch.optim.SGD(lite0.parameters(), lr=0.1, momentum=0.9)

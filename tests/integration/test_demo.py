@@ -23,7 +23,9 @@ needs_the_pretrained_file = pytest.mark.skipif(
 def test_the_arms_and_rates_of_the_demo_are_those_of_the_evidence() -> None:
     setting = SETTINGS["fashion_shift"]
     assert demo.RATES.keys() <= ARMS.keys()
-    assert {*demo.RATES.values()} <= {*setting.rates}
+    others = {arm: rate for arm, (rate, _) in demo.RATES.items() if arm != "default"}
+    assert demo.RATES["default"] in setting.pairs
+    assert {*others.values()} <= {*setting.rates}
     assert setting.steps[demo.BATCH] == demo.STEPS
 
 

@@ -32,6 +32,7 @@ from normswap.checkpoints.content.key_prefixes import find_leading_parts, find_p
 from normswap.checkpoints.content.weight_loading import is_batch_counter, is_ignorable, top_level_modules
 from normswap.errors import AmbiguityError, CheckpointError
 from normswap.layers.in_place import GATE_PARAMETERS
+from normswap.layers.matching import MATCHING_BUFFERS
 
 _logger = logging.getLogger(__name__)
 
@@ -41,6 +42,7 @@ _MAX_LISTED = 4
 # Architectures that share less than this fraction of the tensors are not reported as nearest.
 _MIN_SIMILARITY = 0.2
 _MAX_UNEXPECTED = 10_000
+_ADDED_TENSORS = frozenset((*GATE_PARAMETERS, *MATCHING_BUFFERS))
 _IMAGE_SIZE_KEYWORDS = ("img_size", "image_size")
 _CLASSES_KEYWORD = "num_classes"
 _ARCHITECTURE_HINT = "pass architecture='timm:NAME', or architecture='path/file.py:function' for your own model"
@@ -389,8 +391,8 @@ def _shapes_with_prefix(weights: Mapping[str, Any], prefix: str) -> dict[str, tu
     return {
         name: tuple(weights[key].shape)
         for name, key in stored.items()
-        # Without the importance weights that a conversion adds, since the index has the original architectures.
-        if isinstance(weights[key], Tensor) and name.rpartition(".")[2] not in GATE_PARAMETERS
+        # Without what a conversion adds, since the index has the original architectures.
+        if isinstance(weights[key], Tensor) and name.rpartition(".")[2] not in _ADDED_TENSORS
     }
 
 
