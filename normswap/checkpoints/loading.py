@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from normswap.checkpoints.architecture.efficientnet_pytorch import describe_names
 from normswap.checkpoints.architecture.identification import get_state_dict, identify_state_dict, require_unique
 from normswap.checkpoints.architecture.permissions import limit_allocation
 from normswap.checkpoints.architecture.registry import (
@@ -38,7 +39,7 @@ from normswap.surgery.arguments import read_path, require_type
 from normswap.surgery.conversion import apply_plan
 from normswap.surgery.graphs.exported_program import program_inputs
 from normswap.surgery.importance import gated_modules
-from normswap.surgery.plan import ANY_CLASS, SwapPlan
+from normswap.surgery.plan import ANY_CLASS, Swap, SwapPlan
 from normswap.surgery.planning import complete_plan
 from normswap.text import join_fqn, pluralize, printable_as
 
@@ -177,6 +178,11 @@ class OpenedModel:
         """The name that builds the model, None if it was not built from a name."""
         return self.built.architecture
 
+    def notes(self, name: str) -> tuple[str, ...]:
+        """Return notes on tensors that only the file or only the model has, and on other names; `name` is the model."""
+        names = describe_names(self.built.names.rename)
+        return (*self.built.fit.notes(name), *((names,) if names else ()))
+
 
 def open_model(
     checkpoint: Checkpoint, architecture: Architecture | None = None, *, inputs: Inputs = None, trust: bool = False
@@ -254,7 +260,7 @@ def build_model(checkpoint: Checkpoint, architecture: Architecture | None = None
     names = _match_model_names(checkpoint, weights, model)
     if plan is not None:
         try:
-            plan = complete_plan(model, _drop_copy_sites(plan, names), prefix=names.prefix)
+            plan = complete_plan(model, _select_own_sites(plan, names), prefix=names.prefix)
             if not gated_modules(model):
                 apply_plan(model, plan)
                 names = _match_model_names(checkpoint, weights, model)
@@ -278,11 +284,23 @@ def _match_model_names(checkpoint: Checkpoint, weights: Mapping[str, Tensor], mo
         )
 
 
-def _drop_copy_sites(plan: SwapPlan, names: StoredNames) -> SwapPlan:
-    """A plan made from tensor names without the sites of further copies of the model; other plans have none."""
+def _select_own_sites(plan: SwapPlan, names: StoredNames) -> SwapPlan:
+    """A plan made from tensor names without the sites of further copies of the model, and with the model's names.
+
+    Other plans have neither.
+    """
     prefixes = tuple(copy.prefix for copy in names.copies)
     kept = tuple(s for s in plan.swaps if s.class_name != ANY_CLASS or not prefixes or not s.fqn.startswith(prefixes))
-    return replace(plan, swaps=kept)
+    return replace(
+        plan, swaps=tuple(_rename_site(swap, names) if swap.class_name == ANY_CLASS else swap for swap in kept)
+    )
+
+
+def _rename_site(swap: Swap, names: StoredNames) -> Swap:
+    if names.rename is None:
+        return swap
+    tensor = names.rename(join_fqn(swap.fqn.removeprefix(names.prefix), "weight"))
+    return replace(swap, fqn=f"{names.prefix}{tensor.rpartition('.')[0]}")
 
 
 def _plan_misfit(checkpoint: Checkpoint, architecture_tried: Architecture, error: PlanError) -> PlanError:

