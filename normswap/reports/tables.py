@@ -332,7 +332,8 @@ _MAX_ALIASES = 4
 def identification(found: Identification) -> RenderableType:
     """Return the architectures that fit, one row per function with its differences, or the nearest ones."""
     parts = _functions_table(found) if found.candidates else _matches_table(found)
-    return Group(*parts, Text(f"  searched: the models of {found.origin}", "dim"))
+    names = [Text(f"  tensor names: those of {found.layout}", "dim")] if found.layout else []
+    return Group(*parts, *names, Text(f"  searched: the models of {found.origin}", "dim"))
 
 
 def _functions_table(found: Identification) -> list[RenderableType]:

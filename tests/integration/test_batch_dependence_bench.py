@@ -5,11 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
-from benchmarks.finetuning import batch_dependence as study
-from benchmarks.finetuning.arms import convert
-from benchmarks.finetuning.batch_dependence_records import (
+from benchmarks.finetuning.batch_dependence import run as study
+from benchmarks.finetuning.batch_dependence.records import (
     PENALTIES,
     RENORM_PENALTIES,
     TASKS,
@@ -20,9 +18,9 @@ from benchmarks.finetuning.batch_dependence_records import (
     read_study,
     write_study,
 )
-from benchmarks.finetuning.batch_dependence_report import write_report
-from benchmarks.finetuning.protocol import FineTuning
-from benchmarks.finetuning.training import build_network, finetune
+from benchmarks.finetuning.batch_dependence.report import write_report
+from benchmarks.finetuning.batch_dependence.training import FineTuning, build_optimizer, finetune
+from benchmarks.finetuning.training import build_network
 
 
 def run_of(cell: Cell, accuracy: float = 90.0) -> Run:
@@ -62,9 +60,15 @@ def test_the_penalty_is_no_part_of_the_losses_that_are_returned() -> None:
     images = study.prepare_transfer(seed=0).target.train
     losses = []
     for penalty in (0.0, 0.5):
-        model: nn.Module = convert(build_network(seed=0))
+        model = study.convert(build_network(seed=0), "batch")
         losses.append(finetune(model, images, rate=0.01, settings=FineTuning(steps=1), seed=0, penalty=penalty))
     assert losses[0] == losses[1]
+
+
+def test_the_gates_have_a_rate_of_their_own_and_no_weight_decay() -> None:
+    model = study.convert(build_network(seed=0), "batch")
+    groups = build_optimizer(model, rate=0.1, settings=FineTuning(gate_rate=5.0)).param_groups
+    assert [(group["lr"], group["weight_decay"]) for group in groups] == [(0.1, 1e-4), (0.5, 0.0)]
 
 
 def test_an_interrupted_study_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,4 +106,4 @@ def test_the_page_contains_the_values_of_the_records(tmp_path: Path) -> None:
     assert "| 16 | to shifted digits | - | - | - |" in text
     assert "| 4 | batch | 50.5 (50.0, 51.0), BN 0.25 | 51.5 (51.0, 52.0), BN 0.25 |" in text
     assert "| 1 | renorm | 50.5 (50.0, 51.0), BN 0.25 |  | 53.5 (53.0, 54.0), BN 0.25 |  |" in text
-    assert "Each run has 4 steps. The learning rate of the network is\n0.03, the rate" in text
+    assert "Each run has 4 steps. The\nlearning rate of the network is 0.03, the best" in text

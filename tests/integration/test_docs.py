@@ -229,7 +229,8 @@ def test_the_readme_is_short_and_starts_with_code_and_a_picture() -> None:
 def test_the_picture_shows_the_records() -> None:
     from benchmarks.finetuning import picture  # matplotlib takes a while
 
-    assert picture.read_values() == picture.shown_values()
+    shown = picture.shown_values()
+    assert {name: value for name, value in picture.read_values().items() if name in shown} == shown
 
 
 def test_the_numbers_of_the_readme_are_those_of_the_measured_pages() -> None:
@@ -246,7 +247,6 @@ def test_the_numbers_of_the_readme_are_those_of_the_measured_pages() -> None:
     (single,) = [row for row in table_rows(small) if row[0] == "1"]
     recipe, _, bn = (cell.split()[0] for cell in single[1:])
     assert f"At batch size 1 the recipe reaches {recipe} %, BN in training mode {bn} %" in readme
-    assert f"BN falls to {bn} % at batch size 1, SN stays at {recipe} %" in readme
     coverage = (DOCS / "measured" / "coverage.md").read_text(encoding="utf-8")
     (total,) = [row for row in table_rows(coverage) if row[0] == "all"]
     (within,) = re.findall(r"(\d+) of the (\d+) models fit in 24 GB", readme)

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from normswap.checkpoints.architecture import efficientnet_pytorch
 from normswap.checkpoints.architecture.index import (
     ArchitectureIndex,
     IndexedArchitecture,
@@ -31,6 +32,7 @@ from normswap.checkpoints.content.key_prefixes import find_leading_parts, find_p
 from normswap.checkpoints.content.weight_loading import is_batch_counter, is_ignorable, top_level_modules
 from normswap.errors import AmbiguityError, CheckpointError
 from normswap.layers.in_place import GATE_PARAMETERS
+from normswap.layers.matching import MATCHING_BUFFERS
 
 _logger = logging.getLogger(__name__)
 
@@ -40,6 +42,7 @@ _MAX_LISTED = 4
 # Architectures that share less than this fraction of the tensors are not reported as nearest.
 _MIN_SIMILARITY = 0.2
 _MAX_UNEXPECTED = 10_000
+_ADDED_TENSORS = frozenset((*GATE_PARAMETERS, *MATCHING_BUFFERS))
 _IMAGE_SIZE_KEYWORDS = ("img_size", "image_size")
 _CLASSES_KEYWORD = "num_classes"
 _ARCHITECTURE_HINT = "pass architecture='timm:NAME', or architecture='path/file.py:function' for your own model"
@@ -62,7 +65,7 @@ class Candidate:
 
     Attributes:
         architecture: the name for `architecture=`, with keywords.
-        keywords: the arguments that the shapes show, if they differ from the defaults.
+        keywords: the arguments that the shapes and names show, if they differ from the defaults.
         missing: tensors of the architecture that are not in the file.
         unexpected: tensors in the file that are not in the architecture.
         misshaped: tensors with another shape.
@@ -71,7 +74,7 @@ class Candidate:
     """
 
     architecture: str
-    keywords: Mapping[str, int]
+    keywords: Mapping[str, float]
     missing: TensorMismatch
     unexpected: TensorMismatch
     misshaped: TensorMismatch
@@ -92,11 +95,13 @@ class Identification:
         candidates: the exact matches.
         matches: the nearest architectures, if there is no exact match.
         origin: the zoos in the index, with their versions; models of others are unknown.
+        layout: the package whose names the tensors have, if they were mapped to those of the architectures.
     """
 
     candidates: tuple[Candidate, ...]
     matches: tuple[Candidate, ...]
     origin: str
+    layout: str | None = None
 
     @property
     def functions(self) -> tuple[tuple[Candidate, ...], ...]:
@@ -126,6 +131,9 @@ def identify(shapes: Mapping[str, Shape], *, index: ArchitectureIndex | None = N
     Raises:
         ArchitectureError: the index cannot be read.
     """
+    rename = efficientnet_pytorch.names_from_shapes(shapes)
+    if rename is not None:
+        return _identify_efficientnet({rename(name): shape for name, shape in shapes.items()}, index)
     known = index or shipped_index()
     counts = _count_matches(known, shapes)
     possible = np.flatnonzero((counts.missing_required == 0) & (counts.unexpected <= _MAX_UNEXPECTED))
@@ -137,6 +145,22 @@ def identify(shapes: Mapping[str, Shape], *, index: ArchitectureIndex | None = N
     )
     matches = () if candidates else _find_nearest(known, counts, shapes)
     return Identification(candidates, matches, known.origin)
+
+
+def _identify_efficientnet(shapes: Mapping[str, Shape], index: ArchitectureIndex | None) -> Identification:
+    """The architectures that match tensors of efficientnet-pytorch under timm's names, and compute their function."""
+    found = identify(shapes, index=index)
+    candidates = tuple(
+        _with_keywords(one, efficientnet_pytorch.KEYWORDS)
+        for one in found.candidates
+        if efficientnet_pytorch.has_same_function(one.facts)
+    )
+    return replace(found, candidates=candidates, layout=efficientnet_pytorch.LAYOUT)
+
+
+def _with_keywords(candidate: Candidate, keywords: Mapping[str, float]) -> Candidate:
+    name = ",".join([candidate.architecture, *(f"{key}={value}" for key, value in keywords.items())])
+    return replace(candidate, architecture=name, keywords={**candidate.keywords, **keywords})
 
 
 def require_unique(found: Identification) -> str:
@@ -367,8 +391,8 @@ def _shapes_with_prefix(weights: Mapping[str, Any], prefix: str) -> dict[str, tu
     return {
         name: tuple(weights[key].shape)
         for name, key in stored.items()
-        # Without the importance weights that a conversion adds, since the index has the original architectures.
-        if isinstance(weights[key], Tensor) and name.rpartition(".")[2] not in GATE_PARAMETERS
+        # Without what a conversion adds, since the index has the original architectures.
+        if isinstance(weights[key], Tensor) and name.rpartition(".")[2] not in _ADDED_TENSORS
     }
 
 

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from normswap.checkpoints.architecture import efficientnet_pytorch
 from normswap.checkpoints.architecture.permissions import check_folder_configuration, check_keywords
 from normswap.errors import ArchitectureError
 from normswap.text import first_line
@@ -187,11 +188,15 @@ def build_architecture(text: str, *, pretrained: bool = False, trust: bool = Fal
 
 
 def get_key_renaming(model: nn.Module) -> Callable[[str], str] | None:
-    """Return the function from the key of a tensor in a file of transformers to its name in `model`.
+    """Return the function from the key of a tensor in a file of a library to its name in `model`.
 
-    transformers saves models with the names of their first version and renames tensors on loading. Conversions other
-    than a renaming, such as one matrix split into three, are not applied. None for models of other libraries.
+    efficientnet-pytorch has other names than timm for the same networks. transformers saves models with the names of
+    their first version and renames tensors on loading; conversions other than a renaming, such as one matrix split
+    into three, are not applied. None for models of other libraries.
     """
+    in_timm = efficientnet_pytorch.names_for_model(model)
+    if in_timm is not None:
+        return in_timm
     library = sys.modules.get("transformers")
     if library is None or not isinstance(model, library.PreTrainedModel):
         return None

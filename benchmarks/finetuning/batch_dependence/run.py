@@ -7,26 +7,22 @@ scanned digits. An interrupted run resumes; `--rewrite` only writes the page fro
 import argparse
 import math
 import time
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import normswap
-from benchmarks.finetuning.arms import convert
-from benchmarks.finetuning.batch_dependence_records import RATE, STEPS, Cell, Run, Study, cells, read_study, write_study
-from benchmarks.finetuning.batch_dependence_report import write_report
-from benchmarks.finetuning.protocol import FINE_TUNING
-from benchmarks.finetuning.training import accuracy, finetune, train_source
+from benchmarks.finetuning.batch_dependence.records import RATE, STEPS, Cell, Run, Study, cells, read_study, write_study
+from benchmarks.finetuning.batch_dependence.report import write_report
+from benchmarks.finetuning.batch_dependence.training import FineTuning, finetune
+from benchmarks.finetuning.training import accuracy, prepare_transfer, train_source
 from benchmarks.paths import PAGES, RESULTS
 from benchmarks.provenance import provenance
-from normswap.finetune.data.digits import Digits, Domain, Images, load_ink, prepare_digits, render_source, split_indices
+from normswap.finetune.data.digits import IMAGE_SIZE, Digits, prepare_digits
 
 PAGE = "batch-dependence"
-# In the transfer task the source has the first 5 classes, the target the others.
-_SOURCE_CLASSES = 5
 
 
 def main() -> None:
@@ -53,9 +49,8 @@ def run_cell(cell: Cell) -> Run:
     """Fine-tune one converted network and measure it."""
     start = time.monotonic()
     network, digits = trained_network(cell.task, cell.seed)
-    model = convert(network)
-    normswap.set_bn_statistics(model, cell.statistics)  # type: ignore[arg-type]
-    settings = replace(FINE_TUNING, steps=STEPS, batch_size=cell.batch_size)
+    model = convert(network, cell.statistics)
+    settings = FineTuning(steps=STEPS, batch_size=cell.batch_size)
     losses = finetune(model, digits.target.train, rate=RATE, settings=settings, seed=cell.seed, penalty=cell.penalty)
     return Run(
         **cell._asdict(),
@@ -67,6 +62,12 @@ def run_cell(cell: Cell) -> Run:
         rate=RATE,
         gate_rate=settings.gate_rate,
     )
+
+
+def convert(network: nn.Module, statistics: str) -> nn.Module:
+    """Return the network converted by normswap with branches that are not matched, as these records were measured."""
+    example = torch.zeros(2, 3, IMAGE_SIZE, IMAGE_SIZE)
+    return normswap.convert(network, example, bn_statistics=statistics, match=False).model  # type: ignore[arg-type]
 
 
 def bn_share(model: nn.Module) -> float:
@@ -84,23 +85,3 @@ def trained_network(task: str, seed: int) -> tuple[nn.Module, Digits]:
         torch.manual_seed(seed)
         network.reset_classifier(int(digits.target.train.labels.max()) + 1)  # type: ignore[operator]
     return network, digits
-
-
-def prepare_transfer(*, seed: int) -> Digits:
-    """Return clean digits: 0 to 4 as the source, and 5 to 9 with labels from 0 as the target."""
-    ink, labels = load_ink()
-    parts: dict[str, list[Tensor]] = {}
-    for (_, part), index in split_indices(len(labels), seed=seed).items():
-        parts.setdefault(part, []).append(index)
-    sets = {part: torch.cat(indices) for part, indices in parts.items()}
-
-    def domain(*, source: bool) -> Domain:
-        chosen = {part: index[(labels[index] < _SOURCE_CLASSES) == source] for part, index in sets.items()}
-        offset = 0 if source else _SOURCE_CLASSES
-        return Domain(**{part: Images(render_source(ink[i]), labels[i] - offset) for part, i in chosen.items()})
-
-    return Digits(domain(source=True), domain(source=False))
-
-
-if __name__ == "__main__":
-    main()

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.finetuning.protocol import FineTuning
+from benchmarks.finetuning.batch_dependence.training import FineTuning
 from benchmarks.records import read_document, write_document
 
 TASKS = {"shift": "to shifted digits", "transfer": "to digits 5 to 9, without a shift"}
@@ -18,7 +18,7 @@ BATCH_SIZES = (1, 2, 4, 16)
 RENORM_PENALTIES = (0.0, 0.03)
 RENORM_BATCH_SIZE = 1
 STEPS = FineTuning().steps
-RATE = 0.03  # the rate selected most often for the converted network in the evidence
+RATE = 0.03  # the rate selected most often in a comparison of rates for the converted network
 
 
 class Cell(NamedTuple):

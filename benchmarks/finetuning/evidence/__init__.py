@@ -1,0 +1,1 @@
+"""The evidence: nine ways to fine-tune a BN network, on six tasks, at four batch sizes (`make evidence`)."""

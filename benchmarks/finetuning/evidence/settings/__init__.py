@@ -1,0 +1,1 @@
+"""The six settings: what is fine-tuned on what."""
