@@ -225,14 +225,9 @@ def _convert_state(state: Any, names: StoredNames, new: AddedState) -> dict[str,
 
 
 def tensors_of_copy(state: Mapping[str, Any], names: StoredNames, new: AddedState) -> dict[str, Tensor]:
-    """Return the new tensors of a further copy of the model, whose branches are matched to its own statistics.
-
-    Args:
-        state: the tensors of the copy.
-        names: their names in `state`.
-        new: what the conversion of the model adds.
-    """
-    tensors = {name: tensor.clone() for name, tensor in new.tensors.items()}
+    """Return the new tensors of a copy of the model in `state`, whose branches are matched to its own statistics."""
+    has_buffers = any(_is_buffer(name) for name in names.stored)  # an average of the parameters alone gets none
+    tensors = {name: tensor.clone() for name, tensor in new.tensors.items() if has_buffers or not _is_buffer(name)}
     for fqn, (eps, num_groups) in new.matched.items():
         mean, var = (state.get(names.stored.get(join_fqn(fqn, name), "")) for name in _BUFFERS[:2])
         if not (isinstance(mean, Tensor) and isinstance(var, Tensor)):
@@ -252,6 +247,10 @@ def _shares_tensors(state: Mapping[str, Any], names: StoredNames, other: StoredN
     """Whether two copies of a model share their tensors."""
     pairs = [(state[key], state[other.stored[name]]) for name, key in names.stored.items() if name in other.stored]
     return all(a.data_ptr() == b.data_ptr() for a, b in pairs if isinstance(a, Tensor) and isinstance(b, Tensor))
+
+
+def _is_buffer(name: str) -> bool:
+    return name.rpartition(".")[2] in _BUFFERS
 
 
 def _convert_copy(

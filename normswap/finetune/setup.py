@@ -274,14 +274,14 @@ def prepare(
     classes = training.classes
     if classes is None:
         raise DataError(f"{recipe.data.source}: number of classes unknown: use a folder per class")
-    steps = run_length(recipe.train, len(training))
+    steps, example = run_length(recipe.train, len(training)), _make_example_input(training)
     if state is None:
-        source = with_head(source, recipe, classes, _make_example_input(training))
-        source = _convert_model(recipe, source, _make_example_input(training))
-        source = _prepare_untrained(recipe, source, settings(recipe.data.train_split), shard)
+        source, is_new = with_head(source, recipe, classes, example), not gated_modules(source.model)
+        source = _convert_model(recipe, source, example)
+        source = _prepare_untrained(recipe, source, settings(recipe.data.train_split), shard, is_new=is_new)
         rare = describe_rare_events(recipe.run, steps)
         source = replace(source, notes=(*source.notes, rare)) if rare else source
-    outputs = count_outputs(source.model, _make_example_input(training))
+    outputs = count_outputs(source.model, example)
     if outputs < classes:
         raise DataError(
             f"{recipe.data.source}: has {classes} classes, but the model has {outputs}: set model.new_head = true, or "
@@ -369,7 +369,7 @@ def _convert_model(recipe: Recipe, source: StartingModel, example: Tensor) -> St
     if not plan.swaps:
         raise NothingToDo("the model has no norm to convert: set convert.enabled = false to train it unchanged")
     notes: tuple[str, ...] = ()
-    if any(swap.start for swap in plan.swaps if not swap.untrained):
+    if any(swap.start for swap in plan.swaps):
         notes = (_describe_distance(source.model, model, example),)
     elif wanted.verify:
         _verify_conversion(source.model, model, plan, example)
@@ -389,8 +389,8 @@ def _verify_conversion(original: nn.Module, model: nn.Module, plan: SwapPlan, ex
 def _describe_distance(original: nn.Module, model: nn.Module, example: Tensor) -> str:
     distance = measure_distance(original, model, [example])
     return (
-        "convert.start: the network starts without batch statistics; relative error of its outputs on random inputs: "
-        f"{distance.relative_error:.2g}"
+        "sites that start without bn compute another function than the original; relative error of the outputs on "
+        f"random inputs: {distance.relative_error:.2g}"
     )
 
 
@@ -400,26 +400,36 @@ _CALIBRATION_BATCH, _CALIBRATION_BATCHES = 32, 8
 
 
 def _prepare_untrained(
-    recipe: Recipe, source: StartingModel, settings: DataSettings, shard: tuple[int, int]
+    recipe: Recipe, source: StartingModel, settings: DataSettings, shard: tuple[int, int], *, is_new: bool
 ) -> StartingModel:
-    """The converted model, with running statistics at the sites that were never trained, and a note on these sites."""
-    untrained = source.plan.untrained if source.plan is not None and recipe.convert.enabled else ()
-    if not untrained or source.plan is None:
-        return source
-    layers, choice = gated_modules(source.model), recipe.convert.untrained
+    """The converted model, with running statistics at the sites that were never trained, and a note on these sites.
+
+    Args:
+        is_new: the model was converted just now; otherwise sites may have been trained since their conversion.
+    """
+    plan, layers, choice = source.plan, gated_modules(source.model), recipe.convert.untrained
+    untrained = [] if plan is None else [name for name in plan.untrained if is_new or not _has_seen_data(layers[name])]
     constant = [name for name in untrained if "bn" in layers[name].branches and layers[name].bn_statistics == "running"]
-    sites = (
-        f"{len(untrained)} of {pluralize(len(source.plan.swaps), 'site')} were never trained ({list_names(untrained)})"
-    )
-    what = "they are kept as they are"
-    if choice == "calibrate" and constant:
+    if constant and choice == "calibrate":
         images = _calibrate_sites(source.model, constant, settings, shard)
         what = f"their running statistics were computed on {images} training images"
-    elif choice == "uniform":
+    elif untrained and choice == "uniform" and is_new:
         what = "they start at equal weights of in and ln, without bn"
-    if constant and len(untrained) == len(source.plan.swaps):
+    elif constant:
+        what = "they are kept as they are"
+    else:
+        return source
+    if plan is not None and len(constant) == len(plan.swaps):
         what += '; for training from scratch set convert.bn_statistics = "batch"'
+    sites = f"{pluralize(len(untrained), 'site')} never trained ({list_names(untrained)})"
     return replace(source, notes=(*source.notes, f"convert.untrained: {sites}; {what}"))
+
+
+def _has_seen_data(layer: nn.Module) -> bool:
+    count, mean, var = (layer._buffers.get(name) for name in ("num_batches_tracked", "running_mean", "running_var"))
+    if count is not None:
+        return int(count) > 0
+    return mean is None or var is None or bool((mean != 0).any() or (var != 1).any())
 
 
 def _calibrate_sites(model: nn.Module, names: list[str], settings: DataSettings, shard: tuple[int, int]) -> int:

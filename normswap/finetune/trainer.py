@@ -316,8 +316,10 @@ def _make_watch(run: _Run, write_record: WriteRecord) -> OutputWatch | None:
         run.warnings.append(warning)
         write_record({"step": run.step, "notes": [warning]})
 
+    if not run.accelerator.is_main_process:
+        return None
     images, _ = next(iter(run.prepared.evaluation))
-    if not run.accelerator.is_main_process or len(images) < 2:
+    if len(images) < 2:
         return None
     watch = OutputWatch(run.model, images[:_WATCHED_IMAGES].to(run.accelerator.device), report, every=_WATCH_EVERY)
     watch.on_step(run.step)

@@ -238,7 +238,10 @@ class GatedModule(nn.Module):
         )
 
     def _add_missing_constants(self, state_dict: dict[str, Any], prefix: str) -> None:
-        """Match the branches to the running statistics of a state dict without constants, such as one of BN."""
+        """Match the branches to the running statistics of a state dict without constants, such as one of BN.
+
+        A state dict whose gates left the old norm is that of a layer that was not matched, and stays so.
+        """
         own = {name: constant for name in MATCHING_BUFFERS if (constant := self._buffers.get(name)) is not None}
         missing = [name for name in own if prefix + name not in state_dict]
         if not missing:
@@ -246,11 +249,24 @@ class GatedModule(nn.Module):
         like = own[missing[0]]
         mean, var = (state_dict.get(prefix + name) for name in ("running_mean", "running_var"))
         constants = identity_matching(torch.empty(0, dtype=like.dtype), like.shape[0])
-        if isinstance(mean, Tensor) and isinstance(var, Tensor) and mean.shape == var.shape == like.shape:
+        has_statistics = isinstance(mean, Tensor) and isinstance(var, Tensor) and mean.shape == var.shape == like.shape
+        if has_statistics and not self._left_vertex(state_dict, prefix):
+            assert isinstance(mean, Tensor)
+            assert isinstance(var, Tensor)
             constants = match_statistics(mean, var, getattr(self, "normalising_eps", 1e-5), self.num_groups)
         for name, constant in zip(MATCHING_BUFFERS, constants, strict=True):
             if name in missing:
                 state_dict[prefix + name] = constant
+
+    def _left_vertex(self, state_dict: dict[str, Any], prefix: str) -> bool:
+        """Whether a state dict has gates with weight on other branches than that of the old norm."""
+        gates = [state_dict.get(prefix + name) for name in GATE_PARAMETERS]
+        points = [gate.detach() for gate in gates if isinstance(gate, Tensor) and not gate.is_meta]
+        if self.vertex not in self.branches:
+            return bool(points)
+        index = self.branches.index(self.vertex)
+        shaped = (point for point in points if point.shape == (len(self.branches),))
+        return any(float(importance_weights(point, self.gate)[index]) != 1 for point in shaped)
 
     def _gate_problem(self, value: Tensor, stored_gate: str | None) -> str | None:
         if stored_gate not in (None, self.gate):

@@ -113,9 +113,9 @@ def convert(
         plan: a plan of `plan_swaps` to apply; not together with `options` or the arguments from `include` to
             `settings`.
         options: a `SwapOptions`, in place of the arguments from `include` to `settings`.
-        include, exclude, kinds, gate, branches, bn_statistics, train_frozen_gates, synchronize, start, num_groups,
-            match, untrained, settings: the fields of `SwapOptions`, which explains them; None (default) is the default
-            there.
+        include, exclude, kinds, gate, branches, bn_statistics, train_frozen_gates, synchronize: fields of
+            `SwapOptions`, which explains them; None (default) is the default there.
+        start, num_groups, match, untrained, settings: the other fields of `SwapOptions`.
         data: an iterable of inputs as `example_inputs`, without labels; a few batches are enough. The matched `in`
             branches are scaled to the variance that single samples have there.
         norms: the table of norm classes: `KNOWN_NORMS`, or `KNOWN_NORMS | {TheirNorm: read_batch_norm}`.

@@ -35,6 +35,7 @@ T = TypeVar("T")
 
 # Plans of version 1 have no start, groups and matched branches.
 PLAN_VERSION = 2
+_ADDED_FIELDS: Mapping[str, Any] = {"start": None, "num_groups": 1, "matched": False, "untrained": False}
 # The class of a norm of which only the tensor names are known.
 ANY_CLASS = "*"
 _MAX_LISTED = 5
@@ -142,8 +143,14 @@ class SwapPlan:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the plan as plain lists, dicts, strings and numbers."""
-        return {"version": PLAN_VERSION, **asdict(self)}
+        """Return the plan as plain lists, dicts, strings and numbers; of version 1 if older versions can apply it."""
+        data = asdict(self)
+        if all(getattr(swap, name) == default for swap in self.swaps for name, default in _ADDED_FIELDS.items()):
+            for swap in data["swaps"]:
+                for name in _ADDED_FIELDS:
+                    del swap[name]
+            return {"version": 1, **data}
+        return {"version": PLAN_VERSION, **data}
 
     def to_json(self) -> str:
         """Return the plan as indented JSON."""

@@ -84,9 +84,9 @@ def plan_swaps(
         example_inputs: a tensor (N, C, ...), a tuple of positional or a dict of keyword arguments for one forward pass
             in evaluation mode. Without it the spatial sizes are unknown.
         options: a `SwapOptions`, in place of the arguments from `include` to `settings`.
-        include, exclude, kinds, gate, branches, bn_statistics, train_frozen_gates, synchronize, start, num_groups,
-            match, untrained, settings: the fields of `SwapOptions`, which explains them; None (default) is the default
-            there.
+        include, exclude, kinds, gate, branches, bn_statistics, train_frozen_gates, synchronize: fields of
+            `SwapOptions`, which explains them; None (default) is the default there.
+        start, num_groups, match, untrained, settings: the other fields of `SwapOptions`.
         norms: the table of norm classes: `KNOWN_NORMS`, or `KNOWN_NORMS | {TheirNorm: read_batch_norm}`.
 
     Returns:

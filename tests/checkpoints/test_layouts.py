@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import normswap
 from normswap.checkpoints.reading import read_checkpoint
 from normswap.cli import main
+from normswap.layers.matching import MATCHING_BUFFERS
 from tests.helpers import checkpoint_makers, files
 from tests.helpers.checkpoint_makers import LAYOUTS, Layout, Trained
 
@@ -66,7 +67,7 @@ def test_everything_is_carried(layout: Layout, trained: Trained, tmp_path: Path)
     assert (before.contents.kind, before.file_format) == (layout.kind, layout.container)
     assert (after.contents.kind, after.file_format) == (layout.kind, layout.written or layout.container)
 
-    # All that was there is there, bit for bit, and what came are gates and their group.
+    # All that was there is there, bit for bit, and what came are gates, their group, and constants of matched branches.
     old, new = flat(before.content), flat(after.content)
     changed = [place for place in old if not same(old[place], new.get(place))]
     assert all("scheduler" in place for place in changed), changed
@@ -74,7 +75,9 @@ def test_everything_is_carried(layout: Layout, trained: Trained, tmp_path: Path)
     copies = 1 + (layout.ema is not None)
     gates = {place for place in added if place.endswith(("mean_weight", "var_weight"))}
     assert len(gates) == 2 * files.SITES * copies
-    assert all("param_groups" in place or "scheduler" in place for place in added - gates)
+    constants = {place for place in added if place.endswith(tuple(MATCHING_BUFFERS))}
+    assert len(constants) == 3 * files.SITES * copies
+    assert all("param_groups" in place or "scheduler" in place for place in added - gates - constants)
     assert any("param_groups" in place for place in added) == (layout.optimizer is not None)
 
     _loads(layout, trained, target)

@@ -17,6 +17,7 @@ from normswap.checkpoints.content.weight_loading import retie_tensors, untie_ten
 from normswap.checkpoints.reading import read_record
 from normswap.cli import main
 from normswap.errors import ArchitectureError
+from normswap.layers.matching import MATCHING_BUFFERS
 from tests.helpers import files
 
 transformers = pytest.importorskip("transformers", minversion="5")
@@ -295,13 +296,14 @@ def test_the_library_finds_all_its_tensors_in_a_converted_folder(make: Callable[
     files.scrambled(make()).save_pretrained(source)
     convert(source, "-o", target, "--no-verify", "--input", "2x3x64x64")
     old, new = (safetensors.torch.load_file(folder / "model.safetensors") for folder in (source, target))
-    gates = {key for key in new if key.endswith(("mean_weight", "var_weight"))}
+    gates = {key for key in new if key.endswith(("mean_weight", "var_weight", *MATCHING_BUFFERS))}
     assert {*new} - gates == {*old}
     assert all(torch.equal(new[key], tensor) for key, tensor in old.items())
     assert all(key.rpartition(".")[0] + ".running_mean" in old for key in gates)
     _, report = _reopened(type(make()), target)
     assert [*report["missing_keys"]] == []
-    assert all(key.endswith(("mean_weight", "var_weight")) for key in report["unexpected_keys"])
+    ours = ("mean_weight", "var_weight", *MATCHING_BUFFERS)
+    assert all(key.endswith(ours) for key in report["unexpected_keys"])
 
 
 def test_importance_weights_are_shown_under_the_names_of_the_model(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ import normswap
 from normswap.checkpoints.reading import read_record
 from normswap.cli import main
 from normswap.errors import CheckpointError
+from normswap.layers.matching import MATCHING_BUFFERS
 
 CODE = """
 import torch.nn as nn
@@ -34,6 +35,9 @@ class Two(nn.Module):
 G, D = ("--arch", "nets.py:g"), ("--arch", "nets.py:d")
 INPUT = ("--input", "2x3x12x12")
 X = torch.linspace(-2, 2, 2 * 3 * 12 * 12).view(2, 3, 12, 12)
+
+# What a conversion adds to a network whose norm is its module 1.
+ADDED = ("1.mean_weight", "1.var_weight", *(f"1.{name}" for name in MATCHING_BUFFERS))
 
 
 def run(*arguments: str) -> Result:
@@ -116,7 +120,7 @@ def test_networks_are_converted_one_after_the_other_or_at_once(gan: dict[str, An
     two, once = read("two.pt"), read("once.pt")
     assert two.keys() == once.keys()
     for name in ("g", "d"):
-        assert two[name].keys() == once[name].keys() == read("gan.pt")[name].keys() | {"1.mean_weight", "1.var_weight"}
+        assert two[name].keys() == once[name].keys() == read("gan.pt")[name].keys() | {*ADDED}
         assert len(two[f"{name}_optim"]["param_groups"]) == len(once[f"{name}_optim"]["param_groups"]) == 2
         model, optimizer = built_again("two.pt", name, two)
         model.train()(X).square().mean().backward()
@@ -230,7 +234,7 @@ def test_copies_of_the_same_tensors_are_converted_alike(
     output = ok("convert", f"copies.{container}", *G, *INPUT, "-o", f"out.{container}")
     assert output.count("*: converted too") == len(prefixes) - 1
     found = read("out.pt") if container == "pt" else safetensors.torch.load_file("out.safetensors")
-    assert {p + key for p in prefixes for key in ("1.mean_weight", "1.var_weight")} == found.keys() - state.keys()
+    assert {p + key for p in prefixes for key in ADDED} == found.keys() - state.keys()
     assert all(torch.equal(found[key], value) for key, value in state.items())
     # Each loads where the converted model is wrapped so.
     for prefix, twin in zip(prefixes, twins, strict=True):
@@ -278,7 +282,7 @@ def test_copies_that_differ_are_a_question(
     name = first.rstrip(".")
     ok("convert", "two.pt", *G, *INPUT, "--entry", name)
     found = read("two.normswap.pt")
-    assert found.keys() - both.keys() == {f"{first}1.mean_weight", f"{first}1.var_weight"}
+    assert found.keys() - both.keys() == {first + key for key in ADDED}
     assert normswap.load("two.normswap.pt", trust=True).plan is not None
     assert normswap.load("two.normswap.pt", entry=name, trust=True).plan is not None
 
@@ -293,9 +297,7 @@ def test_networks_inside_one_state_dict_are_converted_one_after_the_other(nets: 
     output = ok("convert", "gan.ckpt", *options, *INPUT, "-o", "out.ckpt")
     assert output.count("2 gates appended as a last group") == 2
     found = read("out.ckpt")
-    assert {f"{o}.1.{w}_weight" for o in ("gen", "dis") for w in ("mean", "var")} == found[
-        "state_dict"
-    ].keys() - state.keys()
+    assert {f"{outer}.{key}" for outer in ("gen", "dis") for key in ADDED} == found["state_dict"].keys() - state.keys()
     for name, part in (("gen", "g"), ("dis", "d")):
         loaded = normswap.load("out.ckpt", entry=f"state_dict.{name}", trust=True).model
         with torch.no_grad():

@@ -139,10 +139,8 @@ def test_a_file_of_a_plan_of_version_1_loads_as_raw_layers(tmp_path: Path, train
     conversion = normswap.convert(training.model, X, bn_statistics="batch", match=False)
     normswap.save(conversion.model, tmp_path / "sn.pt", plan=conversion.plan)
     record = json.loads(read_record(tmp_path / "sn.pt").to_json())  # type: ignore[union-attr]
-    record["plan"]["version"] = 1
-    for swap in record["plan"]["swaps"]:
-        for name in ("start", "num_groups", "matched", "untrained"):
-            del swap[name]
+    assert record["plan"]["version"] == 1  # which versions without matched branches read
+    assert not {"start", "num_groups", "matched", "untrained"} & {*record["plan"]["swaps"][0]}
     assert Record.from_json(json.dumps(record)).plan == conversion.plan
     assert "distance" not in record
 
@@ -240,3 +238,30 @@ def test_a_damaged_distance_is_refused(file: Path) -> None:
         text = json.dumps(record | {"distance": record["distance"] | changes})
         with pytest.raises(CheckpointError, match=r"invalid normswap record \(record\.distance"):
             Record.from_json(text)
+
+
+# --- state dicts without constants ------------------------------------------------------------------------------------
+
+
+def moved(layer: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        for point in (layer.mean_weight, layer.var_weight):
+            point.copy_(torch.tensor([0.2, 0.3, 0.5]))
+    return layer
+
+
+def test_gates_that_moved_in_a_raw_layer_keep_their_function(training: Training) -> None:
+    raw = normswap.convert(training.model, X, match=False, bn_statistics="batch").model.eval()
+    moved(raw[1])
+    matched = normswap.convert(training.model, X).model.eval()
+    matched.load_state_dict(raw.state_dict(), strict=True)
+    assert torch.equal(matched[1].ln_var_scale, torch.ones(8))  # that of 4 has not moved
+    assert not torch.equal(matched[4].ln_var_scale, torch.ones(16))
+    torch.testing.assert_close(matched(X), raw(X))
+
+
+def test_an_average_of_the_parameters_alone_gets_no_constants(tmp_path: Path, training: Training) -> None:
+    average = {name: parameter.detach() + 1 for name, parameter in training.model.named_parameters()}
+    torch.save({"model": training.model.state_dict(), "ema": average}, tmp_path / "bn.pt")
+    content = torch.load(converted(tmp_path / "bn.pt").output, weights_only=True)
+    assert content["ema"].keys() - average.keys() == {f"{n}.{w}_weight" for n in (1, 4) for w in ("mean", "var")}

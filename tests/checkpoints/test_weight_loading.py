@@ -12,6 +12,7 @@ import normswap
 from normswap.checkpoints.content.weight_loading import LoadReport, load_weights
 from normswap.cli import main
 from normswap.errors import ArchitectureError
+from normswap.layers.matching import MATCHING_BUFFERS
 from tests.helpers import files
 
 State = dict[str, Tensor]
@@ -124,7 +125,9 @@ def test_a_head_beyond_is_carried_untouched(build: Callable[[State], tuple[Path,
     path, output = build(given)
     assert f"note module_head.weight: not part of {files.ARCH}, copied unchanged" in output
     written = torch.load(path)
-    assert written.keys() - given.keys() == {key for key in written if key.endswith(("mean_weight", "var_weight"))}
+    assert written.keys() - given.keys() == {
+        key for key in written if key.endswith(("mean_weight", "var_weight", *MATCHING_BUFFERS))
+    }
     assert all(torch.equal(written[key].nan_to_num(), value.nan_to_num()) for key, value in given.items())
     assert "module_head" not in dict(normswap.load(path).model.named_children())
 

@@ -264,6 +264,63 @@ def test_keys_of_convert_become_swap_options() -> None:
     assert swap_options(table) == normswap.SwapOptions(include=("layer1.*",), bn_statistics="running")
 
 
+def test_new_keys_of_convert_become_swap_options() -> None:
+    keys = {"start": "gn", "num_groups": 4, "match": False, "untrained": "uniform"}
+    table = recipe(model={"architecture": TEN}, convert=keys).convert
+    assert swap_options(table) == normswap.SwapOptions(start="gn", num_groups=4, match=False, untrained="uniform")
+    assert swap_options(recipe(model={"architecture": TEN}).convert) == normswap.SwapOptions()
+
+
+def mark_as_trained(model: nn.Module, *, but: str) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.BatchNorm2d) and name != but:
+            module.num_batches_tracked += 1  # type: ignore[operator]
+
+
+def partly_trained_file(untrained: str) -> None:
+    """Write `bn.pt`, in which one norm was never trained."""
+    model = timm.create_model("test_resnet", num_classes=10)
+    mark_as_trained(model, but=untrained)
+    torch.save(model.state_dict(), "bn.pt")
+
+
+def test_sites_that_were_never_trained_are_calibrated_and_no_others(here: Path) -> None:
+    partly_trained_file("layer2.0.bn1")
+    found = prepare(recipe(model={"checkpoint": "bn.pt", "architecture": TEN}))
+    (note,) = found.notes
+    assert "convert.untrained: 1 site never trained (layer2.0.bn1); their running statistics" in note
+    counts = {name: int(v) for name, v in found.model.state_dict().items() if name.endswith("num_batches_tracked")}
+    assert {name: count for name, count in counts.items() if count != 1} == {"layer2.0.bn1.num_batches_tracked": 8}
+    site: Any = found.model.get_submodule("layer2.0.bn1")
+    assert not bool((site.running_var == 1).any() or (site.in_var_scale == 1).any())
+    normswap.save(found.model, "sn.pt", plan=found.source.plan, architecture=TEN)
+    again = prepare(recipe(model={"checkpoint": "sn.pt"}))
+    assert "convert.untrained" not in "".join(again.notes)
+    assert all(value.equal(found.model.state_dict()[name]) for name, value in again.model.state_dict().items())
+
+
+def test_sites_that_were_never_trained_start_without_bn_or_stay_on_request(here: Path) -> None:
+    partly_trained_file("layer2.0.bn1")
+    start = {"checkpoint": "bn.pt", "architecture": TEN}
+    uniform = prepare(recipe(model=start, convert={"untrained": "uniform"}))
+    assert normswap.importance_weights(uniform.model)["layer2.0.bn1"].mean == {"in": 0.5, "ln": 0.5}
+    assert uniform.notes[-1].endswith("they start at equal weights of in and ln, without bn")
+    kept = prepare(recipe(model=start, convert={"untrained": "keep"}))
+    assert bool((kept.model.get_submodule("layer2.0.bn1").running_var == 1).all())
+    assert kept.notes[-1].endswith("they are kept as they are")
+
+
+def test_a_network_can_start_without_batch_statistics(here: Path) -> None:
+    partly_trained_file("")
+    found = prepare(recipe(model={"checkpoint": "bn.pt", "architecture": TEN}, convert={"start": "ln"}))
+    assert {swap.start for swap in found.source.plan.swaps} == {"ln"}  # type: ignore[union-attr]
+    (note,) = found.notes
+    assert note.startswith("sites that start without bn compute another function than the original; relative error of")
+    normswap.save(found.model, "ln.pt", plan=found.source.plan, architecture=TEN)
+    with pytest.raises(RecipeError, match=r'convert.start: "gn" contradicts .* a conversion that starts "ln"'):
+        prepare(recipe(model={"checkpoint": "ln.pt"}, convert={"start": "gn"}))
+
+
 def test_a_model_without_an_image_size_needs_the_key() -> None:
     data = {"source": "digits", "batch_size": 2}
     bare = parse_recipe(

@@ -1,5 +1,6 @@
 """`run_recipe`: the files of a run, resumed runs, and errors."""
 
+import contextlib
 import copy
 import json
 import math
@@ -117,7 +118,8 @@ def test_the_log_reports_losses_evaluations_and_importance_weights(finished: tup
 
 
 def test_the_loss_is_that_of_the_images_and_the_penalty_pulls_at_the_gates(tmp_path: Path) -> None:
-    run = recipe(tmp_path, train={"steps": 1, "lr": 0.0, "importance_lr": 0.1, "batch_penalty": 50.0, "clip": 0.0})
+    train = {"steps": 1, "lr": 0.0, "importance_lr": 0.1, "gate_max_step": 0.0, "batch_penalty": 50.0, "clip": 0.0}
+    run = recipe(tmp_path, train=train, convert={"bn_statistics": "batch"})
     prepared = prepare(run)
     images, labels = next(iter(prepared.training))
     prepared.model.train()
@@ -128,6 +130,24 @@ def test_the_loss_is_that_of_the_images_and_the_penalty_pulls_at_the_gates(tmp_p
     assert loss == pytest.approx(float(expected.detach()), rel=1e-5)
     shares = [share for site in outcome.importance.values() for share in (site.mean["bn"], site.var["bn"])]
     assert max(shares) < 0.01  # whatever the images ask for, at this penalty
+
+
+def test_gates_move_by_the_limit_of_the_recipe(tmp_path: Path) -> None:
+    train = {"steps": 2, "importance_lr": 50.0, "optimizer": "adam", "gate_warmup_steps": 2}
+    outcome = run_recipe(recipe(tmp_path, train=train))
+    shares = [share for site in outcome.importance.values() for share in (site.mean["bn"], site.var["bn"])]
+    assert min(shares) == pytest.approx(0.97, abs=1e-5)  # 0.01, then 0.02
+
+
+def test_outputs_that_died_are_reported_with_the_step(tmp_path: Path) -> None:
+    train = {"steps": 101, "lr": 1e6, "momentum": 0.0, "weight_decay": 0.0, "schedule": "constant"}
+    written: list[Any] = []
+    with contextlib.suppress(TrainingError):  # the loss is not finite either
+        run_recipe(recipe(tmp_path, train=train, run={"log_every": 101}), on_record=written.append)
+    (warning,) = [note for record in written[1:] for note in record.get("notes", ())]
+    assert re.match(
+        r"step 100: the outputs of \S+ \(and \d+ more\) (are the same for all samples|are NaN or inf)", warning
+    )
 
 
 def test_the_learning_rate_follows_its_schedule() -> None:

@@ -29,6 +29,7 @@ from normswap.errors import LayerError
 from normswap.layers import sync
 from normswap.layers.backends import moment_algebra
 from normswap.layers.backends.aten_passes import PLAIN_PASSES
+from normswap.layers.matching import MATCHING_BUFFERS, Matching
 from normswap.layers.switch_norm import SwitchNorm
 
 ALL = ("in", "ln", "bn")
@@ -54,6 +55,8 @@ class Case:
     wanted: tuple[bool, bool] = (True, True)
     offset: float = 0.7
     statistics: str = "batch"
+    num_groups: int = 1
+    matched: bool = False
 
 
 CASES = [
@@ -70,6 +73,10 @@ CASES = [
     *(Case(2, wanted=wanted, backend=name) for wanted in ((True, False), (False, False)) for name in BACKENDS),
     # Values of the joint running statistics just updated, gradients through the joint batch.
     *(Case(cut, statistics="renorm", backend=name) for cut in (1, 0) for name in BACKENDS),
+    # Matched branches; groups of channels.
+    *(Case(1, "simplex", shape=(4, 4, 2, 3), num_groups=2, matched=True, backend=name) for name in BACKENDS),
+    *(Case(3, shape=(4, 4, 2, 3), matched=True, backend=name) for name in BACKENDS),
+    *(Case(2, shape=(4, 4, 2, 3), num_groups=2, backend=name) for name in BACKENDS),
     # A mean of three thousand deviations.
     *(Case(1, "simplex", offset=3e3, dtype=torch.float32, backend=name) for name in BACKENDS),
 ]
@@ -92,6 +99,15 @@ def problem(case: Case) -> dict[str, Tensor]:
     return {name: tensor.to(case.dtype) for name, tensor in found.items()}
 
 
+def matching_of(case: Case) -> Matching:
+    """The constants of the matched branches of a case."""
+    if not case.matched:
+        return Matching()
+    generator = torch.Generator().manual_seed(4)
+    shift, *scales = (torch.rand(case.shape[1], generator=generator).double() for _ in range(3))
+    return Matching(shift - 0.5, *(scale + 0.5 for scale in scales))
+
+
 def layer_of(case: Case, **options: Any) -> SwitchNorm:
     given = problem(case)
     layer = SwitchNorm(
@@ -105,7 +121,11 @@ def layer_of(case: Case, **options: Any) -> SwitchNorm:
         bn_statistics=case.statistics,
         **options,
     )
+    layer.num_groups = case.num_groups
+    for name, constant in zip(MATCHING_BUFFERS, matching_of(case), strict=True):
+        layer.register_buffer(name, constant)
     state = {name: tensor for name, tensor in given.items() if name not in ("x", "dy")}
+    state |= {name: tensor for name, tensor in layer.named_buffers() if name in MATCHING_BUFFERS}
     layer.load_state_dict({**state, "num_batches_tracked": torch.tensor(0)})
     return layer
 

@@ -24,6 +24,35 @@ class Constants:
 
 
 @dataclass(frozen=True)
+class Layer:
+    """What else a layer is: eps, the groups of channels that `ln` pools, and the constants (C,) of matched branches.
+
+    mean_ln' = mean_ln + shift sqrt(var_ln + eps), var_ln' + eps = ln_scale (var_ln + eps), and likewise `in`.
+    """
+
+    eps: float = 1e-5
+    num_groups: int = 1
+    shift: Tensor | None = None
+    ln_scale: Tensor | None = None
+    in_scale: Tensor | None = None
+
+    def constants_of(self, c: int) -> tuple[float, float, float]:
+        """Return shift, scale of `ln` and scale of `in` of a channel."""
+        none = 0.0, 1.0, 1.0
+        given = self.shift, self.ln_scale, self.in_scale
+        shift, ln_scale, in_scale = (d if t is None else float(t[c]) for t, d in zip(given, none, strict=True))
+        return shift, ln_scale, in_scale
+
+    def group_of(self, c: int, channels: int) -> list[int]:
+        """Return the channels of the group of channel c."""
+        size = channels // self.num_groups
+        return list(range(c // size * size, (c // size + 1) * size))
+
+
+PLAIN = Layer()
+
+
+@dataclass(frozen=True)
 class Tables:
     """What one branch says of every (n, c): mean and biased variance, each (N, C)."""
 
@@ -48,8 +77,8 @@ def moments_of(values: list[Tensor]) -> tuple[Tensor, Tensor]:
     return everything.mean(), everything.var(correction=0)
 
 
-def statistics(x: Tensor, branch: str, constants: Constants | None = None) -> Tables:
-    """The (N, C) tables of one branch, by gathering the values that it pools."""
+def statistics(x: Tensor, branch: str, constants: Constants | None = None, layer: Layer = PLAIN) -> Tables:
+    """The (N, C) tables of one branch, by gathering the values that it pools, before they are matched."""
     samples, channels = x.shape[:2]
     mean, var = torch.empty(samples, channels).double(), torch.empty(samples, channels).double()
     for n, c in itertools.product(range(samples), range(channels)):
@@ -58,20 +87,41 @@ def statistics(x: Tensor, branch: str, constants: Constants | None = None) -> Ta
             continue
         pooled = {
             "in": [x[n, c]],
-            "ln": [x[n, k] for k in range(channels)],
+            "ln": [x[n, k] for k in layer.group_of(c, channels)],
             "bn": [x[k, c] for k in range(samples)],
         }
         mean[n, c], var[n, c] = moments_of(pooled[branch])
     return Tables(mean, var)
 
 
+def matched_statistics(x: Tensor, branch: str, constants: Constants | None, layer: Layer) -> Tables:
+    """The tables of one branch as they are mixed."""
+    tables = statistics(x, branch, constants, layer)
+    mean, var = tables.mean.clone(), tables.var.clone()
+    for n, c in itertools.product(range(x.shape[0]), range(x.shape[1])):
+        shift, ln_scale, in_scale = layer.constants_of(c)
+        widened = tables.var[n, c] + layer.eps
+        if branch == "ln" and shift != 0:
+            mean[n, c] += shift * widened**0.5
+        if branch == "ln" and ln_scale != 1:
+            var[n, c] = widened * ln_scale - layer.eps
+        if branch == "in" and in_scale != 1:
+            var[n, c] = widened * in_scale - layer.eps
+    return Tables(mean, var)
+
+
 def mix(
-    x: Tensor, shares: Tensor, var_shares: Tensor, branches: tuple[str, ...], constants: Constants | None
+    x: Tensor,
+    shares: Tensor,
+    var_shares: Tensor,
+    branches: tuple[str, ...],
+    constants: Constants | None,
+    layer: Layer = PLAIN,
 ) -> tuple[Tensor, Tensor]:
     """The mixed mean and variance of every (n, c); a branch without any share has no say, whatever its value."""
     mean, var = torch.zeros(x.shape[:2]).double(), torch.zeros(x.shape[:2]).double()
     for share, var_share, branch in zip(shares, var_shares, branches, strict=True):
-        tables = statistics(x, branch, constants)
+        tables = matched_statistics(x, branch, constants, layer)
         mean += share * tables.mean if share != 0 else 0
         var += var_share * tables.var if var_share != 0 else 0
     return mean, var
@@ -86,13 +136,16 @@ def forward(
     branches: tuple[str, ...] = ALL_BRANCHES,
     constants: Constants | None = None,
     eps: float = 1e-5,
+    *,
+    layer: Layer | None = None,
 ) -> Tensor:
-    """y = weight (x - mu) / sqrt(var + eps) + bias, one (n, c) at a time."""
+    """y = weight (x - mu) / sqrt(var + eps) + bias, one (n, c) at a time. `layer` replaces `eps`."""
+    layer = layer or Layer(eps)
     x = x.double()
-    mean, var = mix(x, shares, var_shares, branches, constants)
+    mean, var = mix(x, shares, var_shares, branches, constants, layer)
     y = torch.empty_like(x)
     for n, c in itertools.product(range(x.shape[0]), range(x.shape[1])):
-        y[n, c] = weight[c] * (x[n, c] - mean[n, c]) / (var[n, c] + eps) ** 0.5 + bias[c]
+        y[n, c] = weight[c] * (x[n, c] - mean[n, c]) / (var[n, c] + layer.eps) ** 0.5 + bias[c]
     return y
 
 
@@ -107,16 +160,19 @@ def backward(
     eps: float = 1e-5,
     *,
     follows_batch: bool = False,
+    layer: Layer | None = None,
 ) -> Gradients:
     """The closed form. `mean_weight` and `var_weight` of the result are dL/dw_k, before the gate.
 
-    With `follows_batch` the constants are values only: x moves them as it moves the moments of the batch.
+    With `follows_batch` the constants are values only: x moves them as it moves the moments of the batch. `layer`
+    replaces `eps`.
     """
+    layer = layer or Layer(eps)
     x, dy = x.double(), dy.double()
     samples, channels = x.shape[:2]
     positions = x[0, 0].numel()
-    mean, var = mix(x, shares, var_shares, branches, constants)
-    s = (var + eps) ** 0.5
+    mean, var = mix(x, shares, var_shares, branches, constants, layer)
+    s = (var + layer.eps) ** 0.5
     dmean, dvar = torch.empty_like(mean), torch.empty_like(var)
     dweight, dbias = torch.zeros(channels).double(), torch.zeros(channels).double()
     for n, c in itertools.product(range(samples), range(channels)):
@@ -126,21 +182,30 @@ def backward(
         dweight[c] += (dy[n, c] * normalised).sum()
         dbias[c] += dy[n, c].sum()
 
-    tables = {branch: statistics(x, branch, constants) for branch in branches}
-    own_means = {branch: statistics(x, branch).mean for branch in branches}
+    tables = {branch: matched_statistics(x, branch, constants, layer) for branch in branches}
+    own = {branch: statistics(x, branch, None, layer) for branch in branches}
     dx = torch.empty_like(x)
     for n, c in itertools.product(range(samples), range(channels)):
         dx[n, c] = dy[n, c] * weight[c] / s[n, c]
         for share, var_share, branch in zip(shares, var_shares, branches, strict=True):
             if branch == "bn" and constants is not None and not follows_batch:
                 continue
-            # How many values this branch pools, and the sums over the (n, c) that share the statistic.
-            size, dm, dv = {
-                "in": (positions, dmean[n, c], dvar[n, c]),
-                "ln": (positions * channels, dmean[n].sum(), dvar[n].sum()),
-                "bn": (positions * samples, dmean[:, c].sum(), dvar[:, c].sum()),
-            }[branch]
-            dx[n, c] += share / size * dm + var_share * 2 * (x[n, c] - own_means[branch][n, c]) / size * dv
+            # How many values this branch pools, and the gradients of its mean and variance: sums over the (n, c) that
+            # share the statistic.
+            if branch == "in":
+                size, dm, dv = positions, share * dmean[n, c], var_share * layer.constants_of(c)[2] * dvar[n, c]
+            elif branch == "bn":
+                size, dm, dv = positions * samples, share * dmean[:, c].sum(), var_share * dvar[:, c].sum()
+            else:
+                group = layer.group_of(c, channels)
+                size, dm = positions * len(group), share * dmean[n, group].sum()
+                deviation = (own["ln"].var[n, c] + layer.eps) ** 0.5
+                dv = sum(
+                    var_share * layer.constants_of(k)[1] * dvar[n, k]
+                    + share * layer.constants_of(k)[0] * dmean[n, k] / (2 * deviation)
+                    for k in group
+                )
+            dx[n, c] += dm / size + 2 * (x[n, c] - own[branch].mean[n, c]) / size * dv
     dshares = torch.stack([(dmean * tables[branch].mean).sum() for branch in branches])
     dvar_shares = torch.stack([(dvar * tables[branch].var).sum() for branch in branches])
     return Gradients(dx, dweight, dbias, dshares, dvar_shares)
@@ -214,11 +279,13 @@ def switch_norm(
     constants: Constants | None = None,
     eps: float = 1e-5,
     follows_batch: bool = False,
+    layer: Layer | None = None,
 ) -> tuple[Tensor, Gradients]:
     """The whole layer: y, and the gradients of sum(dy * y) with respect to x and every parameter."""
+    layer = layer or Layer(eps)
     shares, var_shares = shares_of(mean_weight, gate), shares_of(var_weight, gate)
-    y = forward(x, shares, var_shares, weight, bias, branches, constants, eps)
-    raw = backward(dy, x, shares, var_shares, weight, branches, constants, eps, follows_batch=follows_batch)
+    y = forward(x, shares, var_shares, weight, bias, branches, constants, layer=layer)
+    raw = backward(dy, x, shares, var_shares, weight, branches, constants, follows_batch=follows_batch, layer=layer)
     gates = [
         gate_gradient(parameter, gate, dshares)
         for parameter, dshares in ((mean_weight, raw.mean_weight), (var_weight, raw.var_weight))

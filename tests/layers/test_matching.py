@@ -2,20 +2,24 @@
 
 import copy
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 
 import normswap
+from normswap import switch_norm
 from normswap.errors import LayerError, SwapError
+from normswap.layers.backends import cpu
 from normswap.layers.gated_module import FunctionalSwitchNorm
 from normswap.layers.gating import BRANCHES
 from normswap.layers.in_place import convert_module, revert_module
-from normswap.layers.matching import MATCHING_BUFFERS, match_statistics
+from normswap.layers.matching import MATCHING_BUFFERS, Matching, match_statistics
 from normswap.layers.switch_norm import SwitchNorm, SwitchNorm1d, SwitchNorm2d, SwitchNorm3d
 from tests.helpers import oracles
 from tests.helpers.norm_layers import trained
@@ -58,19 +62,16 @@ MIXES = [([0.0, 1.0, 0.0], [0.0, 1.0, 0.0]), ([0.0, 0.3, 0.7], [0.0, 0.9, 0.1]),
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("backend", ["reference", "native"])
 @pytest.mark.parametrize("num_groups", [1, 3])
 def test_a_sample_with_the_running_moments_gets_the_output_of_bn(num_groups: int, backend: str, training: bool) -> None:
     bn = trained_norm()
     layer = matched_layer(bn, num_groups=num_groups).train(training)
     x = like_running_statistics(bn, (3, 6, 5, 4), num_groups)
-    with normswap.use_backend(backend):
-        for mean, var in MIXES:
-            assert oracles.relative_error(set_gates(layer, mean, var)(x).detach(), bn(x).detach()) < 1e-12
+    for mean, var in MIXES:
+        assert oracles.relative_error(set_gates(layer, mean, var)(x).detach(), bn(x).detach()) < 1e-12
 
 
 @pytest.mark.parametrize("num_groups", [1, 2, 6])
-@pytest.mark.parametrize("backend", ["reference", "native"])
 def test_pure_ln_is_a_group_norm_with_another_weight_and_bias(backend: str, num_groups: int) -> None:
     bn = trained_norm()
     layer = set_gates(matched_layer(bn, num_groups=num_groups), [0, 1, 0], [0, 1, 0])
@@ -80,8 +81,7 @@ def test_pure_ln_is_a_group_norm_with_another_weight_and_bias(backend: str, num_
     weight = bn.weight * ((pooled + EPS) / (var + EPS)).sqrt().flatten()
     bias = bn.bias - bn.weight * ((mean - centre) / (var + EPS).sqrt()).flatten()
     x = torch.randn(4, 6, 5, 5).double() * 3 + 1
-    with normswap.use_backend(backend):
-        y = layer(x).detach()
+    y = layer(x).detach()
     assert oracles.relative_error(y, F.group_norm(x, num_groups, weight, bias, EPS).detach()) < 1e-13
     # The output does not depend on gain and offset of a sample (with a tiny eps).
     layer.eps = 1e-20
@@ -116,7 +116,6 @@ def test_unusable_statistics_give_the_identity(mean: Tensor, var: Tensor, eps: f
     assert (shift, scale, in_scale) == ([0] * 4, [1] * 4, [1] * 4)
 
 
-@pytest.mark.parametrize("backend", ["reference", "native"])
 @pytest.mark.parametrize("training", [True, False])
 def test_identity_constants_are_the_raw_layer(backend: str, training: bool) -> None:
     bn = nn.BatchNorm2d(6, dtype=torch.float64)
@@ -126,8 +125,212 @@ def test_identity_constants_are_the_raw_layer(backend: str, training: bool) -> N
     matched = set_gates(SwitchNorm2d.from_batch_norm(bn), *mix).train(training)
     assert matched.matched
     assert not raw.matched
-    with normswap.use_backend(backend):
-        assert oracles.relative_error(matched(x).detach(), raw(x).detach()) < 1e-15
+    assert oracles.relative_error(matched(x).detach(), raw(x).detach()) < 1e-15
+
+
+# --- values and gradients of every backend
+
+
+def constants(channels: int, which: str) -> Matching:
+    shift, scale, in_scale = torch.randn(channels) * 0.3, torch.rand(channels) + 0.3, torch.rand(channels) + 0.3
+    shift[0] = 0
+    ln = (shift.double(), scale.double()) if "ln" in which else (None, None)
+    return Matching(*ln, in_scale.double() if "in" in which else None)
+
+
+# (branches, importance weights of means and variances, number of groups, which branches are matched, `bn` uses)
+CASES: list[tuple[tuple[Any, ...], list[float], list[float], int, str, Any]] = [
+    (BRANCHES, [0.2, 0.5, 0.3], [0.6, 0.1, 0.3], 1, "ln in", "running"),
+    (BRANCHES, [0.2, 0.5, 0.3], [0.6, 0.1, 0.3], 2, "ln in", "batch"),
+    (BRANCHES, [0.2, 0.5, 0.3], [0.6, 0.1, 0.3], 2, "", "renorm"),
+    (BRANCHES, [0.0, 1.0, 0.0], [0.0, 0.0, 1.0], 4, "ln", "running"),
+    (BRANCHES, [0.0, 0.0, 1.0], [0.0, 1.0, 0.0], 1, "ln in", "batch"),
+    (("in", "ln"), [0.3, 0.7], [0.6, 0.4], 2, "ln in", "running"),
+    (("ln", "bn"), [0.3, 0.7], [0.6, 0.4], 1, "ln", "running"),
+    (("in", "bn"), [0.3, 0.7], [0.6, 0.4], 1, "in", "batch"),
+]
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda x: x,
+    "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "3-D": lambda x: x.flatten(2),
+}
+
+
+@pytest.fixture
+def without_extension(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "AVAILABLE", False)
+
+
+@pytest.fixture(params=["reference", "native", "without extension"])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    if request.param == "without extension":
+        request.getfixturevalue("without_extension")
+    elif request.param == "native" and not cpu.AVAILABLE:
+        pytest.skip("needs the C extension")
+    name = "native" if request.param == "without extension" else request.param
+    with normswap.use_backend(name):
+        yield name
+
+
+@dataclass
+class Problem:
+    """The inputs of a layer, in float64, and what the oracle finds."""
+
+    leaves: dict[str, Tensor]
+    running: tuple[Tensor, Tensor]
+    dy: Tensor
+    options: dict[str, Any]
+    expected_y: Tensor
+    expected: oracles.Gradients
+
+
+def problem(case: Any, of: Callable[[Tensor], Tensor], gate: Any = "simplex") -> Problem:
+    branches, mean, var, num_groups, which, mode = case
+    x = of(torch.randn(3, 4, 3, 2).double() * 1.5 + 0.7)
+    leaves = {"x": x, "weight": torch.rand(4).double() + 0.5, "bias": torch.randn(4).double()}
+    leaves |= {"mean_weight": torch.tensor(mean).double(), "var_weight": torch.tensor(var).double()}
+    leaves |= {name: leaves[name] / leaves[name].sum() for name in ("mean_weight", "var_weight")}
+    dy, matching = torch.randn(x.shape).double(), constants(4, which)
+    statistics = oracles.Constants(torch.randn(4).double(), torch.rand(4).double() + 0.5)
+    used = {"running": statistics, "batch": None, "renorm": oracles.updated_running(statistics, x, 0.3)}[mode]
+    expected_y, expected = oracles.switch_norm(
+        dy=dy,
+        **leaves,
+        gate=gate,
+        branches=branches,
+        constants=used,
+        follows_batch=mode == "renorm",
+        layer=oracles.Layer(EPS, num_groups, *matching),
+    )
+    options = {"branches": branches, "bn_statistics": mode, "matching": matching, "num_groups": num_groups}
+    options |= {"gate": gate, "training": True, "momentum": 0.3, "eps": EPS}
+    for leaf in leaves.values():
+        leaf.requires_grad_()
+    return Problem(leaves, (statistics.mean, statistics.var), dy, options, expected_y, expected)
+
+
+@pytest.mark.parametrize("of", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("case", CASES, ids=map(str, range(len(CASES))))
+def test_values_and_all_gradients_equal_the_oracle(backend: str, case: Any, of: Callable[[Tensor], Tensor]) -> None:
+    given = problem(case, of)
+    y = switch_norm(**given.leaves, running_mean=given.running[0], running_var=given.running[1], **given.options)
+    assert oracles.relative_error(y.detach(), given.expected_y) < 1e-12
+    y.backward(given.dy)
+    for name, leaf in given.leaves.items():
+        assert leaf.grad is not None
+        torch.testing.assert_close(leaf.grad, getattr(given.expected, name), rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("case", CASES[:2], ids=["one group", "two groups"])
+def test_float32_and_half_precision_round_once(backend: str, case: Any) -> None:
+    for dtype, tolerance in ((torch.float32, 2e-6), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)):
+        given = problem(case, lambda x: x, "softmax")
+        leaves = {name: leaf.detach().to(dtype).requires_grad_() for name, leaf in given.leaves.items()}
+        running = (tensor.to(dtype) for tensor in given.running)
+        y = switch_norm(
+            leaves.pop("x"),
+            **leaves,
+            **dict(zip(("running_mean", "running_var"), running, strict=True)),
+            **given.options,
+        )
+        assert y.dtype == dtype
+        assert oracles.relative_error(y.detach(), given.expected_y) < tolerance
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[5]], ids=["three branches", "groups"])
+def test_second_derivatives(backend: str, case: Any) -> None:
+    given = problem(case, lambda x: x[:2, :, :2], "softmax")
+    leaves = [leaf.detach().requires_grad_() for leaf in given.leaves.values()]
+
+    def of(*tensors: Tensor) -> Tensor:
+        named = dict(zip(given.leaves, tensors, strict=True))
+        return switch_norm(**named, running_mean=given.running[0], running_var=given.running[1], **given.options)
+
+    assert torch.autograd.gradcheck(of, leaves)
+    assert torch.autograd.gradgradcheck(of, leaves)
+
+
+def test_a_weight_of_zero_ignores_what_is_infinite(backend: str) -> None:
+    x = torch.randn(2, 4, 3, 3).double()
+    x[0] = 1e200  # variance of pooled values overflows
+    x[0, 0] = -1e200
+    leaf, layer = x.requires_grad_(), matched_layer(trained_norm(4))
+    y = layer(leaf)
+    assert bool(y.isfinite().all())
+    y[1].sum().backward()
+    assert leaf.grad is not None
+    assert bool(leaf.grad[1].isfinite().all())
+    assert bool(layer.weight.grad.isfinite().all())  # type: ignore[union-attr]
+
+
+def test_a_constant_input_is_finite(backend: str) -> None:
+    layer = set_gates(matched_layer(trained_norm(4), num_groups=2), [0.2, 0.5, 0.3], [0.5, 0.5, 0.0])
+    leaf = torch.full((2, 4, 3, 3), 2.0).double().requires_grad_()
+    y = layer(leaf)
+    y.square().sum().backward()
+    assert bool(y.isfinite().all())
+    assert bool(leaf.grad.isfinite().all())  # type: ignore[union-attr]
+
+
+def test_all_weight_on_bn_with_frozen_gates_is_the_kernel_of_bn(backend: str) -> None:
+    bn, x = trained_norm(), torch.randn(2, 6, 4, 4).double()
+    layer = matched_layer(bn).requires_grad_(False)
+    assert layer(x).equal(bn.requires_grad_(False)(x)) or backend == "reference"
+
+
+# --- torch.func, compilers, exporters
+
+
+def trained_layer(num_groups: int) -> SwitchNorm2d:
+    layer = set_gates(matched_layer(trained_norm(), num_groups=num_groups), [0.2, 0.5, 0.3], [0.6, 0.1, 0.3])
+    layer.in_var_scale.fill_(1.5)
+    return layer.train()  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("num_groups", [1, 3])
+def test_gradients_per_sample_equal_those_of_one_sample_at_a_time(num_groups: int) -> None:
+    layer, x = trained_layer(num_groups), torch.randn(4, 6, 3, 3).double()
+    parameters, buffers = dict(layer.named_parameters()), dict(layer.named_buffers())
+
+    def loss(parameters: Any, sample: Tensor) -> Tensor:
+        y: Tensor = functional_call(layer, (parameters, buffers), (sample[None],))
+        return y.pow(3).sum()
+
+    each = vmap(grad(loss), in_dims=(None, 0))(parameters, x)
+    for n, sample in enumerate(x):
+        expected = torch.autograd.grad(layer(sample[None]).pow(3).sum(), [*parameters.values()])
+        for name, gradient in zip(parameters, expected, strict=True):
+            torch.testing.assert_close(each[name][n], gradient, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_groups", [1, 3])
+def test_compiled_graphs_and_exports_compute_the_same(num_groups: int) -> None:
+    layer, x = trained_layer(num_groups), torch.randn(4, 6, 3, 3).double()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    results = []
+    for module in (layer, compiled):
+        leaf = x.clone().requires_grad_()
+        y = module(leaf)
+        layer.zero_grad()
+        y.pow(3).sum().backward()
+        results.append((y.detach(), leaf.grad, *(p.grad for p in layer.parameters())))
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
+    exported = torch.export.export(layer.eval(), (x,))
+    torch.testing.assert_close(exported.module()(x), layer(x), rtol=1e-12, atol=1e-12)
+
+
+# opcheck itself reads gradients of tensors that are no leaves.
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.parametrize("constant", [False, True])
+def test_operators_with_constants_pass_opcheck(constant: bool) -> None:
+    tensors = [torch.randn(3, 4, 2, 3), torch.rand(3), torch.rand(3), torch.rand(4), torch.rand(4)]
+    inputs = [tensor.double().requires_grad_() for tensor in tensors]
+    moments = (torch.zeros(1, 4).double(), torch.ones(1, 4).double()) if constant else (None, None)
+    arguments = (*inputs, *moments, "softmax", "in ln bn", 1e-5, 2, *constants(4, "ln in"))
+    torch.library.opcheck(torch.ops.normswap.switch_norm.default, arguments)
 
 
 # --- construction, state dicts, copies
@@ -147,7 +350,7 @@ def test_num_groups_must_divide_the_channels() -> None:
 
 
 @pytest.mark.parametrize(
-    ("constants", "message"),
+    ("given", "message"),
     [
         ((torch.ones(5), torch.ones(5), None), "ln_mean_shift should contain 6 elements not 5"),
         ((torch.ones(6), None, None), "ln_mean_shift and ln_var_scale must either both be None"),
@@ -155,12 +358,10 @@ def test_num_groups_must_divide_the_channels() -> None:
         ((None, None, [1.0] * 6), "in_var_scale: expected a tensor, got a value of type list"),
     ],
 )
-def test_wrong_constants_are_refused(constants: Any, message: str) -> None:
-    from normswap.layers.matching import Matching
-
+def test_wrong_constants_are_refused(given: Any, message: str) -> None:
     x, gate = torch.randn(2, 6, 4, 4), torch.ones(3)
     with pytest.raises((LayerError, normswap.ArgumentError), match=message):
-        normswap.switch_norm(x, gate, gate, training=True, matching=Matching(*constants))
+        normswap.switch_norm(x, gate, gate, training=True, matching=Matching(*given))
 
 
 def test_only_mixed_branches_have_constants() -> None:

@@ -50,7 +50,8 @@ def truth(case: Case) -> dict[str, Tensor]:
     after = running if single else oracles.updated_running(running, given["x"], 0.3)
     renews = case.statistics == "renorm"
     constants = after if single or renews else None
-    options: dict[str, Any] = {"gate": case.gate, "branches": case.branches, "eps": 1e-3, "follows_batch": renews}
+    options: dict[str, Any] = {"gate": case.gate, "branches": case.branches, "follows_batch": renews}
+    options["layer"] = oracles.Layer(1e-3, case.num_groups, *joint_processes.matching_of(case))
     y, gradients = oracles.switch_norm(**given, constants=constants, **options)
     return {"y": y, **vars(gradients), "running_mean": after.mean, "running_var": after.var}
 

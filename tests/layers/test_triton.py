@@ -29,6 +29,7 @@ from normswap.layers.backends.selection import fused_backend, use_backend
 from normswap.layers.functional import switch_norm
 from normswap.layers.gating import BRANCHES, GATES, Mixing
 from normswap.layers.in_place import GATE_PARAMETERS
+from normswap.layers.matching import Matching
 from normswap.layers.switch_norm import SwitchNorm2d
 from tests.helpers import oracles
 
@@ -174,6 +175,41 @@ def test_value_and_all_gradients_equal_the_oracle(
     leaves = problem(shape, gate, branches, last=last)
     running = running_statistics(shape[1]) if constant else None
     assert_equal_to_the_oracle(leaves, running, gate=gate, branches=branches)
+
+
+# (branches, the `bn` branch has constants, number of groups, which constants of matched branches are given)
+MATCHED: list[tuple[tuple[str, ...], bool, int, tuple[bool, bool]]] = [
+    (BRANCHES, True, 1, (True, True)),
+    (BRANCHES, False, 2, (True, True)),
+    (BRANCHES, True, 2, (False, False)),
+    (("in", "ln"), False, 2, (True, False)),
+    (("in", "bn"), True, 1, (False, True)),
+]
+
+
+@pytest.mark.parametrize(("branches", "constant", "num_groups", "given"), MATCHED)
+def test_matched_branches_and_groups_equal_the_oracle(
+    branches: tuple[str, ...],
+    constant: bool,
+    num_groups: int,
+    given: tuple[bool, bool],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cut_small(monkeypatch, 8, 8, 8)
+    leaves = problem((2, 4, 3, 3), "softmax", branches)
+    running = running_statistics(4) if constant else None
+    shift, scale, in_scale = (torch.randn(4) * 0.3, torch.rand(4) + 0.5, torch.rand(4) + 0.5)
+    ln = (shift, scale) if given[0] else (None, None)
+    matching = Matching(*ln, in_scale if given[1] else None)
+    dy = torch.randn(leaves["x"].shape)
+    on_device = Matching(*(None if each is None else each.to(DEVICE) for each in matching))
+    options: dict[str, Any] = {"gate": "softmax", "branches": branches}
+    y = normalised(leaves, dy, running, matching=on_device, num_groups=num_groups, **options)
+    layer = oracles.Layer(1e-5, num_groups, *matching)
+    expected_y, expected = expected_of(leaves, dy, constants=running, layer=layer, **options)
+    torch.testing.assert_close(y.cpu().double(), expected_y, rtol=3e-6, atol=3e-6)
+    for name, leaf in leaves.items():
+        torch.testing.assert_close(gradient(leaf), getattr(expected, name), rtol=1e-5, atol=2e-5)
 
 
 # (shape, channels_last, positions and table entries that a program holds, programs wanted): what must be met.
@@ -477,7 +513,7 @@ def test_a_gate_that_is_not_a_number_is_not_hidden(gate: str) -> None:
 def test_a_fixed_one_hot_gate_trains_as_batch_norm() -> None:
     bn = nn.BatchNorm2d(3, device=DEVICE)
     twin = nn.BatchNorm2d(3, device=DEVICE)
-    layer = SwitchNorm2d.from_batch_norm(bn)
+    layer = SwitchNorm2d.from_batch_norm(bn, bn_statistics="batch")
     for _ in range(2):
         x = torch.randn(2, 3, 2, 2, device=DEVICE)
         with use_backend("triton"):
@@ -559,6 +595,7 @@ JITFunction.run = compile_only
 from normswap.layers.backends import triton_launch
 from normswap.layers.backends.interface import Inputs
 from normswap.layers.gating import Mixing
+from normswap.layers.matching import Matching
 triton_launch._TILE = triton_launch._TABLE_TILE = 128
 x, point, weight = torch.empty(1, 2, 20, 20, dtype=torch.bfloat16), torch.empty(3), torch.empty(2)
 mixing = Mixing("simplex", ("in", "ln", "bn"), 1e-5)
@@ -566,6 +603,10 @@ inputs = Inputs(x, point, point, weight, weight, None, mixing)
 y, _, saved, _ = triton_launch.forward(inputs)
 triton_launch.backward(y, inputs, saved, (True,) * 5)
 triton_launch.project_points([point, point], mixing.branches)
+x, weight = torch.empty(1, 4, 20, 20), torch.empty(4)
+mixing = Mixing("simplex", ("in", "ln", "bn"), 1e-5, 2)
+inputs = Inputs(x, point, point, weight, weight, None, mixing, None, Matching(weight, weight, weight))
+triton_launch.backward(y.new_empty(x.shape, dtype=x.dtype), inputs, triton_launch.forward(inputs).saved, (True,) * 5)
 """
 
 
@@ -573,5 +614,6 @@ triton_launch.project_points([point, point], mixing.branches)
 def test_the_compiler_takes_every_kernel(tmp_path: Any) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, check=False, env=environment)
-    names = ("moments", "pool", "affine", "sums", "terms", "gradient", "project")
+    passes = ("moments", "pool", "affine", "sums", "terms", "gradient")
+    names = (*passes, "project", *passes)  # then of matched branches
     assert done.stdout.split() == [f"{name}_kernel" for name in names], done.stderr[-2000:]

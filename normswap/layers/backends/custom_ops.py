@@ -81,7 +81,11 @@ def _evaluate(
     ln_var_scale: Tensor | None = None,
     in_var_scale: Tensor | None = None,
 ) -> Tensor:
-    inputs = _inputs((x, mean_gate, var_gate, weight, bias), (bn_mean, bn_var), _Options(gate, branches, eps, num_groups, ln_mean_shift, ln_var_scale, in_var_scale))
+    inputs = _inputs(
+        (x, mean_gate, var_gate, weight, bias),
+        (bn_mean, bn_var),
+        _Options(gate, branches, eps, num_groups, ln_mean_shift, ln_var_scale, in_var_scale),
+    )
     if is_batch_norm((mean_gate, var_gate), inputs.mixing):
         return batch_norm(x, weight, bias, Moments(bn_mean, bn_var), eps)
     return _backend_for(x).forward(inputs).y
@@ -109,7 +113,11 @@ def _forward(
     ln_var_scale: Tensor | None = None,
     in_var_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    inputs = _inputs((x, mean_gate, var_gate, weight, bias), (bn_mean, bn_var), _Options(gate, branches, eps, num_groups, ln_mean_shift, ln_var_scale, in_var_scale))
+    inputs = _inputs(
+        (x, mean_gate, var_gate, weight, bias),
+        (bn_mean, bn_var),
+        _Options(gate, branches, eps, num_groups, ln_mean_shift, ln_var_scale, in_var_scale),
+    )
     y, batch, saved, _ = _backend_for(x).forward(inputs)
     empty = x.new_empty((1, 0), dtype=accumulation_dtype(x))
     # An operator must not return memory of its arguments; with one position the mean can be x itself.
@@ -143,7 +151,11 @@ def _backward(
     ln_var_scale: Tensor | None = None,
     in_var_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    inputs = _inputs((x, mean_gate, var_gate, weight, None), (bn_mean, bn_var), _Options(gate, branches, eps, num_groups, ln_mean_shift, ln_var_scale, in_var_scale))
+    inputs = _inputs(
+        (x, mean_gate, var_gate, weight, None),
+        (bn_mean, bn_var),
+        _Options(gate, branches, eps, num_groups, ln_mean_shift, ln_var_scale, in_var_scale),
+    )
     check_gradient(dy, x, mean, var)
     found = _backend_for(x).backward(dy, inputs, Moments(mean, var), (True,) * len(Gradients._fields))
     assert None not in found

@@ -358,7 +358,9 @@ class _Fused(torch.autograd.Function):
         """Return the gradients of `Inputs`."""
         x, mean_gate, var_gate, weight, bias, mean, var, *rest = ctx.saved_tensors
         constants = Moments(*rest) if rest else None
-        inputs = Inputs(x, mean_gate, var_gate, weight, bias, constants, ctx.mixing, ctx.running_stats_update, ctx.matching)
+        inputs = Inputs(
+            x, mean_gate, var_gate, weight, bias, constants, ctx.mixing, ctx.running_stats_update, ctx.matching
+        )
         needs_input_grad = ctx.needs_input_grad[:5]
         if torch.is_grad_enabled():
             return *differentiable_gradients(dy, inputs, needs_input_grad), *_NO_GRADIENTS

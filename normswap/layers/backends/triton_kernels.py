@@ -10,12 +10,13 @@ merges their results. Arithmetic is in float32, and results are rounded once.
 Tables are in float32; variances are biased:
 
     in_mean, in_var   moments of every (n, c), (N, C), which the backward pass needs
-    workspace         moments of LN (N, N) and BN (C, C). In the backward pass also: p and q of LN (N, N) and
-                      BN (C, C), p and q of every (n, c), sums of dy and of dy (x - centre) of every part, and
+    workspace         moments of LN (R, R) and BN (C, C). In the backward pass also: p and the slope of LN (R, R), p and
+                      q of BN (C, C), p and q of every (n, c), sums of dy and of dy (x - centre) of every part, and
                       gradients of the importance weights from every program that pools
 
-with p = dmu / M and q = 2 dvar / M as in `moment_algebra`; M, N and C are `positions`, `samples` and `channels`. Dtypes
-are those of the pointers.
+with p = dmu / M and q = 2 dvar / M as in `moment_algebra`; M, N and C are `positions`, `samples` and `channels`, and
+R = N * GROUPS is the number of groups of channels that LN pools, each a row of C / GROUPS adjacent entries. `ln_shift`,
+`ln_scale` and `in_scale` (C) are the constants of matched branches, or None. Dtypes are those of the pointers.
 
 Every kernel computes the importance weights from the gate parameters, so that the host reads nothing. A weight of
 exactly 0 ignores its statistic.
@@ -164,25 +165,55 @@ def _mix(in_, ln, bn, a, b, c):
 
 
 @triton.jit
+def _row(n, c, samples, channels, GROUPS: tl.constexpr):
+    """The row of LN that sample n and channel c belong to, and whether it exists."""
+    row, mask = n, n < samples
+    if GROUPS > 1:
+        row, mask = n * GROUPS + c // (channels // GROUPS), mask & (c < channels)
+    return row, mask
+
+
+@triton.jit
+def _match(c, channels, eps, var, ln_mean, ln_var, bn_var, ln_shift, ln_scale, in_scale):
+    """The statistics of matched branches, with eps in every variance, and what is left of eps: 0.
+
+    Without constants nothing changes.
+    """
+    if ln_shift is not None or in_scale is not None:
+        var, ln_var, bn_var = var + eps, ln_var + eps, bn_var + eps
+        if ln_shift is not None:
+            shift = tl.load(ln_shift + c, mask=c < channels, other=0.0)
+            # A shift of 0 ignores an infinite deviation.
+            ln_mean += tl.where(shift == 0, 0.0, shift * tl.sqrt_rn(ln_var))
+            ln_var *= tl.load(ln_scale + c, mask=c < channels, other=1.0)
+        if in_scale is not None:
+            var *= tl.load(in_scale + c, mask=c < channels, other=1.0)
+        eps *= 0.0
+    return var, ln_mean, ln_var, bn_var, eps
+
+
+@triton.jit
 def _branches(
     n, c, mask, in_mean, in_var, workspace, constant_mean, constant_var, samples, channels,
-    LN: tl.constexpr, BN: tl.constexpr, CONSTANT: tl.constexpr,
+    LN: tl.constexpr, BN: tl.constexpr, CONSTANT: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     """Mean and variance of `in`, `ln` and `bn` for samples n and channels c, which broadcast against each other."""
+    rows = samples * GROUPS
     entry_index = n.to(tl.int64) * channels + c
     mean = tl.load(in_mean + entry_index, mask=mask, other=0.0)
     var = tl.load(in_var + entry_index, mask=mask, other=0.0)
     ln_mean, ln_var, bn_mean, bn_var = 0.0, 0.0, 0.0, 0.0
     if LN:
-        ln_mean = tl.load(workspace + n, mask=n < samples, other=0.0)
-        ln_var = tl.load(workspace + samples + n, mask=n < samples, other=0.0)
+        row, row_mask = _row(n, c, samples, channels, GROUPS)
+        ln_mean = tl.load(workspace + row, mask=row_mask, other=0.0)
+        ln_var = tl.load(workspace + rows + row, mask=row_mask, other=0.0)
     if BN:
         if CONSTANT:
             bn_mean = tl.load(constant_mean + c, mask=c < channels, other=0.0)
             bn_var = tl.load(constant_var + c, mask=c < channels, other=0.0)
         else:
-            bn_mean = tl.load(workspace + 2 * samples + c, mask=c < channels, other=0.0)
-            bn_var = tl.load(workspace + 2 * samples + channels + c, mask=c < channels, other=0.0)
+            bn_mean = tl.load(workspace + 2 * rows + c, mask=c < channels, other=0.0)
+            bn_var = tl.load(workspace + 2 * rows + channels + c, mask=c < channels, other=0.0)
     return mean, var, ln_mean, ln_var, bn_mean, bn_var
 
 
@@ -285,17 +316,18 @@ def _pool(
 @triton.jit
 def _pool_table(
     pid, mean, var, in_mean, in_var, workspace, samples, channels, table, span, positions, by_sample,
-    STORE: tl.constexpr, SPLITS: tl.constexpr,
+    STORE: tl.constexpr, SPLITS: tl.constexpr, GROUPS: tl.constexpr,
     LN_ROWS: tl.constexpr, LN_LANES: tl.constexpr, BN_ROWS: tl.constexpr, BN_LANES: tl.constexpr,
 ):  # fmt: skip
     """The first `by_sample` programs pool the moments of LN, the others those of BN."""
+    rows = samples * GROUPS
     if pid < by_sample:
         _pool(
-            pid, mean, var, workspace, workspace + samples, samples, channels, channels, 1,
+            pid, mean, var, workspace, workspace + rows, rows, channels // GROUPS, channels // GROUPS, 1,
             in_mean, in_var, table, span, positions, STORE, SPLITS, LN_ROWS, LN_LANES,
         )  # fmt: skip
     else:
-        out = workspace + 2 * samples
+        out = workspace + 2 * rows
         _pool(
             pid - by_sample, mean, var, out, out + channels, channels, samples, 1, channels,
             in_mean, in_var, table, span, positions, False, SPLITS, BN_ROWS, BN_LANES,
@@ -305,22 +337,22 @@ def _pool_table(
 @triton.jit(do_not_specialize=["samples", "table", "by_sample"])
 def pool_kernel(
     mean, var, in_mean, in_var, workspace, samples, channels, table, span, positions, by_sample,
-    STORE: tl.constexpr, SPLITS: tl.constexpr,
+    STORE: tl.constexpr, SPLITS: tl.constexpr, GROUPS: tl.constexpr,
     LN_ROWS: tl.constexpr, LN_LANES: tl.constexpr, BN_ROWS: tl.constexpr, BN_LANES: tl.constexpr,
 ):  # fmt: skip
     """Pool the moments of every (n, c) to those of LN and BN; if rows are split, merge and write the former too."""
     _pool_table(
         tl.program_id(0), mean, var, in_mean, in_var, workspace, samples, channels, table, span, positions, by_sample,
-        STORE, SPLITS, LN_ROWS, LN_LANES, BN_ROWS, BN_LANES,
+        STORE, SPLITS, GROUPS, LN_ROWS, LN_LANES, BN_ROWS, BN_LANES,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["samples"])
 def affine_kernel(
-    x, y, in_mean, in_var, workspace, constant_mean, constant_var, mean_gate, var_gate, weight, bias,
-    samples, channels, units, span, splits, eps,
+    x, y, in_mean, in_var, workspace, constant_mean, constant_var, mean_gate, var_gate, weight,
+    ln_shift, ln_scale, in_scale, bias, samples, channels, units, span, splits, eps,
     SIMPLEX: tl.constexpr, IN: tl.constexpr, LN: tl.constexpr, BN: tl.constexpr, CONSTANT: tl.constexpr,
-    UNIT: tl.constexpr, LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+    GROUPS: tl.constexpr, UNIT: tl.constexpr, LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """Mix the moments, and write y = weight (x - mean) / sqrt(var + eps) + bias."""
     positions = units * UNIT
@@ -329,7 +361,11 @@ def affine_kernel(
     )
     channel_mask, lanes = c < channels, tl.arange(0, BLOCK_P)
     mean, var, ln_mean, ln_var, bn_mean, bn_var = _branches(
-        n, c, channel_mask, in_mean, in_var, workspace, constant_mean, constant_var, samples, channels, LN, BN, CONSTANT
+        n, c, channel_mask, in_mean, in_var, workspace, constant_mean, constant_var, samples, channels,
+        LN, BN, CONSTANT, GROUPS,
+    )  # fmt: skip
+    var, ln_mean, ln_var, bn_var, eps = _match(
+        c, channels, eps, var, ln_mean, ln_var, bn_var, ln_shift, ln_scale, in_scale
     )
     centre = _centre(mean)
     in_, ln, bn = _branch_weights(mean_gate, SIMPLEX, IN, LN, BN)
@@ -355,7 +391,7 @@ def affine_kernel(
 @triton.jit(do_not_specialize=["samples", "table", "by_sample", "pools"])
 def sums_kernel(
     dy, x, in_mean, in_var, workspace, samples, channels, units, span, splits, table, by_sample, pools,
-    UNIT: tl.constexpr, LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+    GROUPS: tl.constexpr, UNIT: tl.constexpr, LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
     LN_ROWS: tl.constexpr, LN_LANES: tl.constexpr, BN_ROWS: tl.constexpr, BN_LANES: tl.constexpr,
 ):  # fmt: skip
     """Sums of dy and of dy (x - centre) over the positions of each part; the first `pools` programs pool moments."""
@@ -364,7 +400,7 @@ def sums_kernel(
     if pid < pools:
         _pool_table(
             pid, in_mean, in_var, in_mean, in_var, workspace, samples, channels, table, span, positions, by_sample,
-            False, 1, LN_ROWS, LN_LANES, BN_ROWS, BN_LANES,
+            False, 1, GROUPS, LN_ROWS, LN_LANES, BN_ROWS, BN_LANES,
         )  # fmt: skip
     else:
         n, c, part, begin, end, base, offsets = _tile(
@@ -383,7 +419,7 @@ def sums_kernel(
             dy_xhat_sum += gradient * (values - centre[:, None])
             base += BLOCK_P * (channels if LAST else 1)
         wide = tl.cast(table, tl.int64)
-        sums = workspace + 4 * (samples + channels) + 2 * wide + part * (2 * wide) + entry_index
+        sums = workspace + 4 * (samples * GROUPS + channels) + 2 * wide + part * (2 * wide) + entry_index
         tl.store(sums, tl.sum(dy_sum, axis=1), mask=channel_mask)
         tl.store(sums + wide, tl.sum(dy_xhat_sum, axis=1), mask=channel_mask)
 
@@ -391,13 +427,19 @@ def sums_kernel(
 @triton.jit
 def _branch_terms(
     n, c, mask, in_mean, in_var, workspace, constant_mean, constant_var, mean_gate, var_gate, weight,
-    samples, channels, table, splits, positions, eps,
+    ln_shift, ln_scale, in_scale, samples, channels, table, splits, positions, eps,
     SIMPLEX: tl.constexpr, IN: tl.constexpr, LN: tl.constexpr, BN: tl.constexpr, CONSTANT: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SPLITS: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """For samples n and channels c: p, q, sums of dy and of dy xhat, centre, variance of `in`, moments of ln and bn."""
+    """For samples n and channels c: p, q, sums of dy and of dy xhat, centre, variance of `in`, moments of ln and bn.
+
+    The statistics are those of matched branches.
+    """
     mean, var, ln_mean, ln_var, bn_mean, bn_var = _branches(
-        n, c, mask, in_mean, in_var, workspace, constant_mean, constant_var, samples, channels, LN, BN, CONSTANT
+        n, c, mask, in_mean, in_var, workspace, constant_mean, constant_var, samples, channels, LN, BN, CONSTANT, GROUPS
+    )
+    var, ln_mean, ln_var, bn_var, eps = _match(
+        c, channels, eps, var, ln_mean, ln_var, bn_var, ln_shift, ln_scale, in_scale
     )
     centre = _centre(mean)
     in_, ln, bn = _branch_weights(mean_gate, SIMPLEX, IN, LN, BN)
@@ -405,7 +447,7 @@ def _branch_terms(
     in_, ln, bn = _branch_weights(var_gate, SIMPLEX, IN, LN, BN)
     rstd = tl.div_rn(1.0, tl.sqrt_rn(_mix(in_, ln, bn, var, ln_var, bn_var) + eps))
     wide = tl.cast(table, tl.int64)
-    sums = workspace + 4 * (samples + channels) + 2 * wide
+    sums = workspace + 4 * (samples * GROUPS + channels) + 2 * wide
     entry_index = n.to(tl.int64) * channels + c
     dy_sum = _total(sums, entry_index, mask, table, splits, SPLITS)
     dy_xhat_sum = (_total(sums + wide, entry_index, mask, table, splits, SPLITS) - deviation * dy_sum) * rstd
@@ -426,35 +468,59 @@ def _product(pooled_terms, statistic):
 def _terms_along_channels(
     pid, pooled_terms, terms, parts,
     in_mean, in_var, workspace, constant_mean, constant_var, mean_gate, var_gate, weight,
-    samples, channels, table, splits, positions, eps,
+    ln_shift, ln_scale, in_scale, samples, channels, table, splits, positions, eps,
     SIMPLEX: tl.constexpr, IN: tl.constexpr, LN: tl.constexpr, BN: tl.constexpr, CONSTANT: tl.constexpr,
-    SPLITS: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
+    SPLITS: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Write p and q of every (n, c) and of LN, and the part of these samples in the gradients of the weights."""
+    """Write p and q of every (n, c), p and the slope of LN, and the part of these rows in the gradients of the weights."""
     rows, lanes = pid * ROWS + tl.arange(0, ROWS), tl.arange(0, LANES)
     p_sum = tl.full((ROWS, LANES), 0.0, tl.float32)
     q_sum = tl.full((ROWS, LANES), 0.0, tl.float32)
     by_mean_ln = tl.full((ROWS, LANES), 0.0, tl.float32)
     by_var_in = tl.full((ROWS, LANES), 0.0, tl.float32)
     by_var_ln = tl.full((ROWS, LANES), 0.0, tl.float32)
-    n = rows[:, None]
-    for start in range(0, channels, LANES):
+    shifted_sum = tl.full((ROWS, LANES), 0.0, tl.float32)
+    count, width = samples * GROUPS, channels // GROUPS
+    n = (rows // GROUPS)[:, None]
+    for start in range(0, width, LANES):
         c = (start + lanes)[None, :]
-        mask = (n < samples) & (c < channels)
+        mask = (n < samples) & (c < width)
+        if GROUPS > 1:
+            c = tl.where(c < width, (rows % GROUPS)[:, None] * width + c, channels)
         p, q, _, _, centre, var, ln_mean, ln_var, _, _ = _branch_terms(
             n, c, mask, in_mean, in_var, workspace, constant_mean, constant_var, mean_gate, var_gate, weight,
-            samples, channels, table, splits, positions, eps, SIMPLEX, IN, LN, BN, CONSTANT, SPLITS,
+            ln_shift, ln_scale, in_scale, samples, channels, table, splits, positions, eps,
+            SIMPLEX, IN, LN, BN, CONSTANT, SPLITS, GROUPS,
         )  # fmt: skip
         entry_index = n.to(tl.int64) * channels + c
         tl.store(terms + entry_index, p, mask=mask)
-        tl.store(terms + tl.cast(table, tl.int64) + entry_index, q, mask=mask)
         p_sum += p
-        q_sum += q
+        if ln_shift is not None:
+            shifted_sum += p * tl.load(ln_shift + c, mask=c < channels, other=0.0)
+            q_sum += q * tl.load(ln_scale + c, mask=c < channels, other=1.0)
+        else:
+            q_sum += q
+        if in_scale is not None:
+            tl.store(
+                terms + tl.cast(table, tl.int64) + entry_index,
+                q * tl.load(in_scale + c, mask=c < channels, other=1.0),
+                mask=mask,
+            )
+        else:
+            tl.store(terms + tl.cast(table, tl.int64) + entry_index, q, mask=mask)
         by_mean_ln += _product(p, centre - ln_mean)
         by_var_in += _product(q, var)
         by_var_ln += _product(q, ln_var)
-    tl.store(pooled_terms + rows, tl.sum(p_sum, axis=1) / channels, mask=rows < samples)
-    tl.store(pooled_terms + samples + rows, tl.sum(q_sum, axis=1) / channels, mask=rows < samples)
+    _, mean_ln, _ = _branch_weights(mean_gate, SIMPLEX, IN, LN, BN)
+    _, var_ln, _ = _branch_weights(var_gate, SIMPLEX, IN, LN, BN)
+    slope = tl.where(var_ln == 0, 0.0, var_ln * (tl.sum(q_sum, axis=1) / width))
+    if ln_shift is not None:
+        ln_var = tl.load(workspace + count + rows, mask=rows < count, other=0.0)
+        shifted = tl.sum(shifted_sum, axis=1) / width
+        shifted = tl.where(shifted == 0, 0.0, tl.div_rn(shifted, tl.sqrt_rn(ln_var + eps)))
+        slope += tl.where(mean_ln == 0, 0.0, mean_ln * shifted)
+    tl.store(pooled_terms + rows, tl.sum(p_sum, axis=1) / width, mask=rows < count)
+    tl.store(pooled_terms + count + rows, slope, mask=rows < count)
     tl.store(parts + 3 * pid, tl.sum(by_mean_ln))
     tl.store(parts + 3 * pid + 1, tl.sum(by_var_in))
     tl.store(parts + 3 * pid + 2, tl.sum(by_var_ln))
@@ -464,9 +530,9 @@ def _terms_along_channels(
 def _terms_along_samples(
     pid, pooled_terms, parts, weight_gradient, bias_gradient,
     in_mean, in_var, workspace, constant_mean, constant_var, mean_gate, var_gate, weight,
-    samples, channels, table, splits, positions, eps,
+    ln_shift, ln_scale, in_scale, samples, channels, table, splits, positions, eps,
     SIMPLEX: tl.constexpr, IN: tl.constexpr, LN: tl.constexpr, BN: tl.constexpr, CONSTANT: tl.constexpr,
-    SPLITS: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
+    SPLITS: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Write p and q of BN, the gradients of weight and bias, and the part of these channels in those of the weights."""
     rows, lanes = pid * ROWS + tl.arange(0, ROWS), tl.arange(0, LANES)
@@ -482,7 +548,8 @@ def _terms_along_samples(
         mask = (n < samples) & (c < channels)
         p, q, dy_sum, dy_xhat_sum, centre, _, _, _, bn_mean, bn_var = _branch_terms(
             n, c, mask, in_mean, in_var, workspace, constant_mean, constant_var, mean_gate, var_gate, weight,
-            samples, channels, table, splits, positions, eps, SIMPLEX, IN, LN, BN, CONSTANT, SPLITS,
+            ln_shift, ln_scale, in_scale, samples, channels, table, splits, positions, eps,
+            SIMPLEX, IN, LN, BN, CONSTANT, SPLITS, GROUPS,
         )  # fmt: skip
         p_sum += p
         q_sum += q
@@ -506,30 +573,31 @@ def _terms_along_samples(
 @triton.jit(do_not_specialize=["samples", "table", "by_sample"])
 def terms_kernel(
     in_mean, in_var, workspace, constant_mean, constant_var, mean_gate, var_gate, weight,
-    weight_gradient, bias_gradient, samples, channels, positions, splits, table, by_sample, eps,
+    ln_shift, ln_scale, in_scale, weight_gradient, bias_gradient, samples, channels, positions, splits, table, by_sample, eps,
     SIMPLEX: tl.constexpr, IN: tl.constexpr, LN: tl.constexpr, BN: tl.constexpr, CONSTANT: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SPLITS: tl.constexpr, GROUPS: tl.constexpr,
     LN_ROWS: tl.constexpr, LN_LANES: tl.constexpr, BN_ROWS: tl.constexpr, BN_LANES: tl.constexpr,
 ):  # fmt: skip
     """The algebra of the backward pass: the first `by_sample` programs sum over channels, the others over samples."""
     pid = tl.program_id(0)
     wide = tl.cast(table, tl.int64)
-    pooled_terms = workspace + 2 * (samples + channels)
-    terms = pooled_terms + 2 * (samples + channels)
+    rows = samples * GROUPS
+    pooled_terms = workspace + 2 * (rows + channels)
+    terms = pooled_terms + 2 * (rows + channels)
     parts = terms + 2 * wide + 2 * wide * splits
     if pid < by_sample:
         _terms_along_channels(
             pid, pooled_terms, terms, parts,
             in_mean, in_var, workspace, constant_mean, constant_var, mean_gate, var_gate, weight,
-            samples, channels, table, splits, positions, eps,
-            SIMPLEX, IN, LN, BN, CONSTANT, SPLITS, LN_ROWS, LN_LANES,
+            ln_shift, ln_scale, in_scale, samples, channels, table, splits, positions, eps,
+            SIMPLEX, IN, LN, BN, CONSTANT, SPLITS, GROUPS, LN_ROWS, LN_LANES,
         )  # fmt: skip
     else:
         _terms_along_samples(
-            pid - by_sample, pooled_terms + 2 * samples, parts + 3 * by_sample, weight_gradient, bias_gradient,
+            pid - by_sample, pooled_terms + 2 * rows, parts + 3 * by_sample, weight_gradient, bias_gradient,
             in_mean, in_var, workspace, constant_mean, constant_var, mean_gate, var_gate, weight,
-            samples, channels, table, splits, positions, eps,
-            SIMPLEX, IN, LN, BN, CONSTANT, SPLITS, BN_ROWS, BN_LANES,
+            ln_shift, ln_scale, in_scale, samples, channels, table, splits, positions, eps,
+            SIMPLEX, IN, LN, BN, CONSTANT, SPLITS, GROUPS, BN_ROWS, BN_LANES,
         )  # fmt: skip
 
 
@@ -565,37 +633,50 @@ def _write_gate_gradients(
 @triton.jit
 def _input_gradient_coefficients(
     n, c, in_mean, in_var, workspace, constant_mean, constant_var, mean_gate, var_gate, weight,
-    samples, channels, table, eps,
+    ln_shift, ln_scale, in_scale, samples, channels, table, eps,
     SIMPLEX: tl.constexpr, IN: tl.constexpr, LN: tl.constexpr, BN: tl.constexpr, CONSTANT: tl.constexpr,
+    GROUPS: tl.constexpr,
 ):  # fmt: skip
     """Scale, slope, shift and centre of dx for sample n and channels c, and whether dx depends on x."""
     channel_mask, wide = c < channels, tl.cast(table, tl.int64)
-    pooled_terms = workspace + 2 * (samples + channels)
-    terms = pooled_terms + 2 * (samples + channels)
+    rows = samples * GROUPS
+    pooled_terms = workspace + 2 * (rows + channels)
+    terms = pooled_terms + 2 * (rows + channels)
     mean, var, ln_mean, ln_var, bn_mean, bn_var = _branches(
-        n, c, channel_mask, in_mean, in_var, workspace, constant_mean, constant_var, samples, channels, LN, BN, CONSTANT
+        n, c, channel_mask, in_mean, in_var, workspace, constant_mean, constant_var, samples, channels,
+        LN, BN, CONSTANT, GROUPS,
+    )  # fmt: skip
+    used_var, _, used_ln_var, used_bn_var, used_eps = _match(
+        c, channels, eps, var, ln_mean, ln_var, bn_var, ln_shift, ln_scale, in_scale
     )
     centre = _centre(mean)
     mean_in, mean_ln, mean_bn = _branch_weights(mean_gate, SIMPLEX, IN, LN, BN)
     var_in, var_ln, var_bn = _branch_weights(var_gate, SIMPLEX, IN, LN, BN)
-    scale = tl.div_rn(1.0, tl.sqrt_rn(_mix(var_in, var_ln, var_bn, var, ln_var, bn_var) + eps))
+    mixed_var = _mix(var_in, var_ln, var_bn, used_var, used_ln_var, used_bn_var) + used_eps
+    scale = tl.div_rn(1.0, tl.sqrt_rn(mixed_var))
     if weight is not None:
         scale *= tl.load(weight + c, mask=channel_mask, other=0.0).to(tl.float32)
     entry_index = n.to(tl.int64) * channels + c
     p = tl.load(terms + entry_index, mask=channel_mask, other=0.0)
     q = tl.load(terms + wide + entry_index, mask=channel_mask, other=0.0)
-    p_ln, q_ln, p_bn, q_bn = 0.0, 0.0, 0.0, 0.0
+    p_ln, slope_ln, p_bn, q_bn = 0.0, 0.0, 0.0, 0.0
     if LN:
-        p_ln, q_ln = tl.load(pooled_terms + n), tl.load(pooled_terms + samples + n)
+        row, row_mask = _row(n, c, samples, channels, GROUPS)
+        p_ln = tl.load(pooled_terms + row, mask=row_mask, other=0.0)
+        slope_ln = tl.load(pooled_terms + rows + row, mask=row_mask, other=0.0)
     if CONSTANT:
         mean_bn, var_bn = mean_bn * 0.0, var_bn * 0.0  # constants do not depend on x
     elif BN:
-        out = pooled_terms + 2 * samples + c
+        out = pooled_terms + 2 * rows + c
         p_bn = tl.load(out, mask=channel_mask, other=0.0)
         q_bn = tl.load(out + channels, mask=channel_mask, other=0.0)
-    slope = _mix(var_in, var_ln, var_bn, q, q_ln, q_bn)
+    # The slope of LN contains its weights; if they are 0, it is 0.
+    has_slope = tl.where(var_ln == 0, 0.0, 1.0)
+    if ln_shift is not None:
+        has_slope = tl.where((var_ln == 0) & (mean_ln == 0), 0.0, 1.0)
+    slope = _mix(var_in, has_slope, var_bn, q, slope_ln, q_bn)
     shift = _mix(mean_in, mean_ln, mean_bn, p, p_ln, p_bn)
-    shift += _mix(var_in, var_ln, var_bn, 0.0, q_ln * (centre - ln_mean), q_bn * (centre - bn_mean))
+    shift += _mix(var_in, has_slope, var_bn, 0.0, slope_ln * (centre - ln_mean), q_bn * (centre - bn_mean))
     depends_on_x = (mean_in + mean_ln + mean_bn + var_in + var_ln + var_bn) != 0
     return scale, slope, shift, centre, depends_on_x
 
@@ -603,16 +684,16 @@ def _input_gradient_coefficients(
 @triton.jit(do_not_specialize=["samples", "table", "by_sample", "by_channel"])
 def gradient_kernel(
     dy, x, dx, in_mean, in_var, workspace, constant_mean, constant_var, mean_gate, var_gate, weight,
-    mean_gradient, var_gradient, samples, channels, units, span, splits, table, by_sample, by_channel, eps,
+    ln_shift, ln_scale, in_scale, mean_gradient, var_gradient, samples, channels, units, span, splits, table, by_sample, by_channel, eps,
     SIMPLEX: tl.constexpr, IN: tl.constexpr, LN: tl.constexpr, BN: tl.constexpr, CONSTANT: tl.constexpr,
-    GATES: tl.constexpr, UNIT: tl.constexpr, LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+    GROUPS: tl.constexpr, GATES: tl.constexpr, UNIT: tl.constexpr, LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """dx = scale dy + slope (x - centre) + shift. If GATES, the first program writes the gradients of the gates."""
     positions = units * UNIT
     pid = tl.program_id(0)
     if GATES and pid == 0:
         wide = tl.cast(table, tl.int64)
-        parts = workspace + 4 * (samples + channels) + 2 * wide + 2 * wide * splits
+        parts = workspace + 4 * (samples * GROUPS + channels) + 2 * wide + 2 * wide * splits
         _write_gate_gradients(
             parts, mean_gradient, var_gradient, mean_gate, var_gate, positions, by_sample, by_channel,
             SIMPLEX, IN, LN, BN,
@@ -624,7 +705,7 @@ def gradient_kernel(
         channel_mask, lanes = c < channels, tl.arange(0, BLOCK_P)
         scale, slope, shift, centre, depends_on_x = _input_gradient_coefficients(
             n, c, in_mean, in_var, workspace, constant_mean, constant_var, mean_gate, var_gate, weight,
-            samples, channels, table, eps, SIMPLEX, IN, LN, BN, CONSTANT,
+            ln_shift, ln_scale, in_scale, samples, channels, table, eps, SIMPLEX, IN, LN, BN, CONSTANT, GROUPS,
         )  # fmt: skip
         # If no statistic with a weight depends on x, it is not read.
         read_end = tl.where(depends_on_x, end, begin)

@@ -64,6 +64,7 @@ def _compute_tiling(
     positions: int,
     *,
     channels_last: bool,
+    num_groups: int,
     tile: int,
     table_tile: int,
     programs: int,
@@ -83,7 +84,7 @@ def _compute_tiling(
     splits = math.ceil(positions / span)
     # If entries come in parts, a tile has fewer entries. Few different sizes, because each compiles a kernel.
     entries = max(table_tile // _next_power(splits), 1)
-    ln_lanes = min(_next_power(channels, 8), entries)
+    ln_lanes = min(_next_power(channels // num_groups, 8), entries)
     bn_lanes = min(_next_power(samples, 8), max(entries // 8, 1))
     ln_rows, bn_rows = entries // ln_lanes, entries // bn_lanes
     return Tiling(
@@ -91,7 +92,7 @@ def _compute_tiling(
         splits,
         span,
         rows * splits,
-        math.ceil(samples / ln_rows),
+        math.ceil(samples * num_groups / ln_rows),
         math.ceil(channels / bn_rows),
         {"UNIT": math.gcd(positions, 16), "LAST": channels_last, "BLOCK_C": block_c, "BLOCK_P": block_p},
         {"LN_ROWS": ln_rows, "LN_LANES": ln_lanes, "BN_ROWS": bn_rows, "BN_LANES": bn_lanes},
@@ -105,7 +106,7 @@ def _next_power(count: int, base: int = 2) -> int:
     return 1 << math.ceil((count - 1).bit_length() / step) * step
 
 
-def _tiling_of(x: Tensor) -> Tiling:
+def _tiling_of(x: Tensor, num_groups: int = 1) -> Tiling:
     samples, channels = x.shape[:2]
     positions = x.numel() // (samples * channels)
     return _compute_tiling(
@@ -113,6 +114,7 @@ def _tiling_of(x: Tensor) -> Tiling:
         channels,
         positions,
         channels_last=is_channels_last(x),
+        num_groups=num_groups,
         tile=_TILE,
         table_tile=_TABLE_TILE,
         programs=_PROGRAMS,
@@ -142,13 +144,16 @@ class _Call(NamedTuple):
     Attributes:
         x: contiguous or channels_last.
         units: number of positions divided by the constant UNIT.
-        parameters: constant mean and variance, gate parameters and weight, contiguous or None.
+        rows: number of rows (n, group) that LN pools.
+        parameters: constant mean and variance, gate parameters, weight and constants of matched branches, contiguous or
+            None.
         options: compile-time constants.
     """
 
     x: Tensor
     samples: int
     channels: int
+    rows: int
     units: int
     tiling: Tiling
     parameters: list[Tensor | None]
@@ -163,11 +168,21 @@ class _Call(NamedTuple):
 
 def _call_of(inputs: Inputs) -> _Call:
     x, mixing = to_supported_layout(inputs.x), inputs.mixing
-    tiling, constants = _tiling_of(x), inputs.constants
-    parameters = _as_contiguous(*(constants or (None, None)), inputs.mean_gate, inputs.var_gate, inputs.weight)
-    options = {"SIMPLEX": mixing.gate == "simplex", "CONSTANT": constants is not None, **_branch_flags(mixing.branches)}
+    num_groups = mixing.num_groups if "ln" in mixing.branches else 1
+    tiling, constants = _tiling_of(x, num_groups), inputs.constants
+    matching = inputs.matching or (None, None, None)
+    parameters = _as_contiguous(
+        *(constants or (None, None)), inputs.mean_gate, inputs.var_gate, inputs.weight, *matching
+    )
+    options: dict[str, Any] = {
+        "SIMPLEX": mixing.gate == "simplex",
+        "CONSTANT": constants is not None,
+        **_branch_flags(mixing.branches),
+    }
+    options["GROUPS"] = num_groups
     units = tiling.positions // tiling.tile["UNIT"]
-    return _Call(x, x.shape[0], x.shape[1], units, tiling, parameters, options, mixing.eps)
+    rows = x.shape[0] * num_groups
+    return _Call(x, x.shape[0], x.shape[1], rows, units, tiling, parameters, options, mixing.eps)
 
 
 # --- forward
@@ -176,8 +191,8 @@ def _call_of(inputs: Inputs) -> _Call:
 def forward(inputs: Inputs) -> Normalised:
     """Run the forward pass; see `interface.Forward`."""
     call = _call_of(inputs)
-    x, samples, channels, _, tiling, *_ = call
-    pooled, split = 2 * (samples + channels), tiling.splits > 1
+    x, samples, channels, rows, _, tiling, *_ = call
+    pooled, split = 2 * (rows + channels), tiling.splits > 1
     y = torch.empty_like(x)
     mean, var = torch.empty((2, samples, channels), dtype=torch.float32, device=x.device).unbind()
     workspace = mean.new_empty(pooled)
@@ -201,7 +216,7 @@ def forward(inputs: Inputs) -> Normalised:
         _launch_affine(call, y, Moments(mean, var), workspace, *_as_contiguous(inputs.bias))
     batch = None
     if by_channel:
-        batch = Moments(*workspace[2 * samples : pooled].view(2, 1, channels).unbind())
+        batch = Moments(*workspace[2 * rows : pooled].view(2, 1, channels).unbind())
     return Normalised(y, batch, Moments(mean, var))
 
 
@@ -220,6 +235,7 @@ def _launch_pool(
         tiling.positions,
         by_sample,
         STORE=tiling.splits > 1,
+        GROUPS=call.options["GROUPS"],
         SPLITS=_next_power(tiling.splits),
         **tiling.tables,
     )
@@ -256,7 +272,7 @@ def backward(dy: Tensor, inputs: Inputs, saved: Moments, needs_input_grad: tuple
     gradients = _allocate_gradients(call, inputs, saved, needs_input_grad)
     tiling = call.tiling
     workspace = saved.mean.new_empty(
-        4 * (call.samples + call.channels)
+        4 * (call.rows + call.channels)
         + 2 * call.table * (1 + tiling.splits)
         + 3 * tiling.sample_programs
         + 2 * tiling.channel_programs
@@ -298,6 +314,7 @@ def _launch_sums(call: _Call, dy: Tensor, saved: Moments, workspace: Tensor) -> 
         call.table,
         by_sample,
         pool_programs,
+        GROUPS=options["GROUPS"],
         **tiling.tile,
         **tiling.tables,
         num_warps=tiling.warps,
