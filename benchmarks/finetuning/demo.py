@@ -47,7 +47,7 @@ RATES: dict[str, tuple[float, float | None]] = {
     "default": (1e-4, 1e-2),
     "gn_matched": (3e-4, None),
     "frozen": (1e-4, None),
-    "bn": (3e-4, None),
+    "bn": (1e-3, None),
 }
 WORKERS, SAMPLES = 2, 10
 

@@ -48,6 +48,7 @@ Architecture = str | nn.Module | Callable[[], nn.Module]
 Inputs = Any
 _log = logging.getLogger(__name__)
 _MAX_SUGGESTIONS = 2
+_VAR = "running_var"
 # Random integers are below this: token ids that every vocabulary has, the values of an image, both booleans.
 _INTEGER_LIMITS = {torch.uint8: 256, torch.bool: 2}
 _INTEGER_LIMIT = 10
@@ -180,8 +181,21 @@ class OpenedModel:
 
     def notes(self, name: str) -> tuple[str, ...]:
         """Return notes on tensors that only the file or only the model has, and on other names; `name` is the model."""
-        names = describe_names(self.built.names.rename)
-        return (*self.built.fit.notes(name), *((names,) if names else ()))
+        return (*self.built.fit.notes(name), *self.name_notes)
+
+    @property
+    def name_notes(self) -> tuple[str, ...]:
+        """Notes on other names in the file, and on norms in the file that the model does not have."""
+        names = self.built.names
+        renamed = describe_names(names.rename)
+        norms = [key.rpartition(".")[0] for key in names.foreign if key.endswith(f".{_VAR}")]
+        outside = (
+            f"{norms[0]}: {pluralize(len(norms), 'norm')} outside this model, left unchanged; to convert the whole "
+            "network, pass its architecture"
+            if norms
+            else None
+        )
+        return tuple(note for note in (renamed, outside) if note)
 
 
 def open_model(

@@ -9,7 +9,7 @@ import click
 
 from normswap.checkpoints.file_output import NO_ARCHITECTURE
 from normswap.checkpoints.io.atomic_files import check_readable
-from normswap.cli.console import one_line_failures, print_json, stage
+from normswap.cli.console import one_line_failures, print_json, stage, translate_arguments
 from normswap.cli.options import (
     InputSpec,
     arch_option,
@@ -97,7 +97,6 @@ def _show_sites(
 ) -> None:
     from rich.console import Console
 
-    from normswap.checkpoints.architecture.efficientnet_pytorch import describe_names
     from normswap.reports.tables import bullets, heading, history, plan_summary, site_table
     from normswap.surgery.discovery.sites import find_norm_sites
     from normswap.surgery.planning import plan_swaps
@@ -118,8 +117,8 @@ def _show_sites(
         return
     console = Console(highlight=False)
     console.print(heading(file.name, opened.checkpoint.describe(opened.architecture)))
-    names = describe_names(opened.built.names.rename)
-    more = [*([bullets([names])] if names else []), *([history(steps)] if steps else [])]
+    notes = opened.name_notes
+    more = [*([bullets(map(translate_arguments, notes))] if notes else []), *([history(steps)] if steps else [])]
     for part in (site_table(sites, plan), plan_summary(plan), *more):
         console.print()
         console.print(part)

@@ -312,6 +312,19 @@ def test_a_file_converted_by_names_loads_into_the_identified_network(file: Path)
     assert normswap.verify(normswap.load(file).model, loaded.model, [images]).passed
 
 
+@pytest.mark.slow
+def test_norms_outside_an_identified_encoder_are_named(tmp_path: Path) -> None:
+    encoder = {f"encoder.{name}": tensor for name, tensor in trained("lite0", classes=None).state_dict().items()}
+    decoder = {f"decoder.norm.{name}": torch.ones(8) for name in ("weight", "bias", "running_mean", "running_var")}
+    torch.save(encoder | decoder, tmp_path / "unet.pth")
+    result = normswap.convert_file(tmp_path / "unet.pth", example_inputs=torch.rand(2, 3, 64, 64), dry_run=True)
+    assert result.architecture == "timm:tf_efficientnet_lite0,num_classes=0,bn_momentum=0.01"
+    assert (
+        "decoder.norm: 1 norm outside this model, left unchanged; to convert the whole network, pass its architecture"
+        in result.notes
+    )
+
+
 # --- commands
 
 

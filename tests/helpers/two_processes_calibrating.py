@@ -18,6 +18,7 @@ from normswap.errors import NormswapError
 BATCHES = [torch.randn(n, 3, 5, 5, generator=torch.Generator().manual_seed(n)).double() * n for n in (4, 2, 3)]
 # What each of the two processes brings.
 SHARES = {"unequal": (BATCHES[:2], BATCHES[2:]), "one empty": (BATCHES, [])}
+WAYS: dict[str, dict[str, bool]] = {"": {}, " layer by layer": {"layer_by_layer": True}, " matched": {"match": True}}
 
 
 class Block(nn.Module):
@@ -49,14 +50,12 @@ def run(rank: int, folder: str) -> None:
     results: dict[str, Any] = {"layers": {}}
     # Pooled over processes or not: in one pass each batch is normalized by itself, so it is the same.
     results["alone"] = {
-        f"{name}{' layer by layer' if slow else ''}": calibrated(BATCHES, layer_by_layer=slow)[0]
-        for name in SHARES
-        for slow in (False, True)
+        f"{name}{way}": calibrated(BATCHES, **options)[0] for name in SHARES for way, options in WAYS.items()
     }
     distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    for case in results["alone"]:
-        share = SHARES[case.removesuffix(" layer by layer")][rank]
-        results[case], results["layers"][case] = calibrated(share, layer_by_layer=case.endswith("layer by layer"))
+    for name, shares in SHARES.items():
+        for way, options in WAYS.items():
+            results[f"{name}{way}"], results["layers"][f"{name}{way}"] = calibrated(shares[rank], **options)
     try:
         calibrate(net(), [BATCHES[1] / (0.0 if rank else 1.0)])
     except NormswapError as error:

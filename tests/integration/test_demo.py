@@ -10,8 +10,8 @@ import torch
 
 import normswap
 from benchmarks.finetuning import demo, fashion, picture, start
+from benchmarks.finetuning.evidence import plan
 from benchmarks.finetuning.evidence.arms import ARMS
-from benchmarks.finetuning.evidence.plan import grid
 from benchmarks.finetuning.training import SourceTraining, train_source
 from benchmarks.records import read_document
 from normswap.finetune.data.digits import prepare_digits
@@ -24,7 +24,7 @@ needs_the_pretrained_file = pytest.mark.skipif(
 
 def test_the_arms_and_rates_of_the_demo_are_those_of_the_evidence() -> None:
     assert demo.RATES.keys() <= ARMS.keys()
-    assert all(rates in grid("fashion_shift", arm) for arm, rates in demo.RATES.items())
+    assert all(rates in plan.grid("fashion_shift", arm) for arm, rates in demo.RATES.items())
 
 
 def values() -> dict[str, Any]:
@@ -40,6 +40,19 @@ def test_a_picture_contains_the_values_that_it_shows(tmp_path: Path) -> None:
     )
     picture.draw(values(), photograph, samples, tmp_path / "demo.png")
     assert picture.read_values(tmp_path / "demo.png") == json.loads(json.dumps(values()))
+
+
+def test_the_picture_of_the_readme_shows_the_seeds_that_all_its_arms_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = {arm: {0: 50.0 + i, 1: 60.0 + i} for i, arm in enumerate(demo.RATES)}
+    monkeypatch.setattr(plan, "scores_of", lambda records, setting, batch: scores)
+    scores["bn"] = {1: 20.0}
+    shown = picture.shown_values()["arms"]
+    assert {arm: values["scores"] for arm, values in shown.items()} == {
+        arm: [20.0] if arm == "bn" else [60.0 + i] for i, arm in enumerate(demo.RATES)
+    }
+    scores["bn"] = {}
+    with pytest.raises(SystemExit, match="the evidence has no results of fashion_shift at batch size 2 yet"):
+        picture.shown_values()
 
 
 @pytest.mark.slow

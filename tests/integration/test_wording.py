@@ -186,6 +186,7 @@ def entry_points() -> dict[str, Callable[[Any], Any]]:
         "unfreeze_statistics": normswap.unfreeze_statistics,
         "update_statistics": lambda m: normswap.update_statistics(m, [x()]),
         "verify": lambda m: normswap.verify(m, Net(), [x()]),
+        "limit_gate_steps": lambda m: normswap.limit_gate_steps(m, optimizer),
         "watch_importance": lambda m: normswap.watch_importance(m, optimizer, write=print),
     }
 
