@@ -202,7 +202,10 @@ class Inline(Executor):
 
     def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
         future: Future[Any] = Future()
-        future.set_result(fn(*args, **kwargs))
+        try:
+            future.set_result(fn(*args, **kwargs))
+        except RuntimeError as error:
+            future.set_exception(error)
         return future
 
 
@@ -315,6 +318,33 @@ def test_an_interrupted_campaign_resumes(made_up: list[Job], tmp_path: Path, mon
     left = Campaign(path, dict(before), SETTING).left()
     assert not {key_of(job) for job in left if job.rate is not None} & set(before)
     assert left[0] not in made_up
+
+
+def test_a_run_that_fails_does_not_end_the_campaign(
+    made_up: list[Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails_once(job: Job) -> Record:
+        made_up.append(job)
+        if len(made_up) == 2:
+            raise RuntimeError("no memory")
+        return record_of(job)
+
+    monkeypatch.setattr(campaign_module, "run_job", fails_once)
+    campaign = Campaign(tmp_path / "a.jsonl", {}, SETTING)
+    count = campaign.run(budget=1e9, executor=Inline(), workers=1)
+    assert campaign.failed == [made_up[1]]
+    assert count == len(made_up) - 1 > 100
+    assert "FAILED: Job(" in capsys.readouterr().out
+    # What depends on the failed run waits for it.
+    assert {job.arm for job in campaign.left()} == {made_up[1].arm}
+
+
+def test_training_ends_at_a_loss_that_is_not_finite() -> None:
+    task = training._tiny_task()
+    task.train.inputs[:] = float("nan")
+    outcome = training.run(ARMS["gn_matched"], task, rate=1e-3, steps=5, batch=2, seed=0)
+    assert outcome.loss is None
+    assert campaign_module._rounded({"a": float("nan"), "b": 1.23456, "c": "x"}) == {"a": None, "b": 1.2346, "c": "x"}
 
 
 def test_no_run_starts_that_would_end_after_the_budget(made_up: list[Job], tmp_path: Path) -> None:

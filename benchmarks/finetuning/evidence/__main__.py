@@ -17,14 +17,14 @@ from benchmarks.records import read_lines
 _UNITS = {"s": 1, "m": 60, "h": 3600}
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Run the command."""
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; return the exit code: 1 if a run failed."""
     options = _options(arguments)
     records = (RESULTS if options.output == PAGES else options.output) / "evidence.jsonl"
     campaign = Campaign(records, read_lines(records, key="key"), tuple(options.settings))
     if options.status:
         print(status(campaign))
-        return
+        return 0
     if not options.rewrite:
         with pool(options.workers) as executor:
             done = campaign.run(budget=options.budget, executor=executor, workers=options.workers)
@@ -33,6 +33,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     write_report(campaign.records, options.output)
     print(f"wrote {options.output / 'evidence.md'}")
+    return 1 if campaign.failed else 0
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:

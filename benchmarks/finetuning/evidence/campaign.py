@@ -1,5 +1,6 @@
 """Run what is missing, in worker processes with one thread each, until nothing is left or the budget is spent."""
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -41,6 +42,7 @@ class Campaign:
         self.path = path
         self.records = records
         self.settings = settings
+        self.failed: list[Job] = []
 
     def left(self) -> list[Job]:
         """Return the runs that are not recorded, in order. Those without a rate wait for others."""
@@ -51,6 +53,8 @@ class Campaign:
     ) -> int:
         """Run jobs until nothing is left or the next would end after the budget; return the number of runs.
 
+        A run that fails is reported and left out; `failed` lists these.
+
         Args:
             budget: seconds.
             executor: what runs the jobs.
@@ -59,7 +63,7 @@ class Campaign:
         """
         end, done, running = clock() + budget, 0, dict[Future[Record], Job]()
         while True:
-            active = set(running.values())
+            active = {*running.values(), *self.failed}
             ready = [job for job in self.left() if job.rate is not None and job not in active]
             for job in ready[: workers - len(running)]:
                 if clock() + self.estimate(job) <= end:
@@ -68,7 +72,12 @@ class Campaign:
                 return done
             finished, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in finished:
-                job, record = running.pop(future), future.result()
+                job = running.pop(future)
+                if error := future.exception():
+                    self.failed.append(job)
+                    print(f"FAILED: {job}: {type(error).__name__}: {error}", flush=True)
+                    continue
+                record = future.result()
                 append_line(self.path, record)
                 self.records[record["key"]] = record
                 done += 1
@@ -180,4 +189,8 @@ def run_job(job: Job) -> Record:
 
 
 def _rounded(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: round(value, 4) if isinstance(value, float) else value for name, value in values.items()}
+    return {name: _rounded_value(value) if isinstance(value, float) else value for name, value in values.items()}
+
+
+def _rounded_value(value: float) -> float | None:
+    return round(value, 4) if math.isfinite(value) else None

@@ -88,7 +88,7 @@ def finetune(
     batch: int,
     seed: int,
 ) -> list[float]:
-    """Fine-tune `model` in place; return the loss of every step, without the penalty."""
+    """Fine-tune `model` in place; return the loss of every step, without the penalty. It ends if that is not finite."""
     set_training_mode(arm, model)
     optimizer, network = build_optimizer(model, rate=rate, gate_rate=gate_rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
@@ -105,6 +105,8 @@ def finetune(
         if tracking is not None:
             tracking.step()
         losses.append(loss.item())
+        if not math.isfinite(losses[-1]):
+            break
     return losses
 
 

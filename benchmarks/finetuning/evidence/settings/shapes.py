@@ -16,7 +16,7 @@ from benchmarks.finetuning.evidence.settings.task import Examples, Task, mean_io
 SOURCES = (pretrained,)
 SIZE = 64
 CLASSES = 4  # background, disc, square, triangle
-SHAPES_PER_IMAGE = 3
+SHAPES_PER_IMAGE = 2
 TRAIN, VALIDATION, TEST = 3200, 200, 1000
 _STAGES = (0, 1, 2, 3)  # of the encoder: at 1/2, 1/4, 1/8 and 1/16 of the resolution
 _WIDTHS = (24, 32, 48, 64)  # of the decoder at the same resolutions
@@ -69,13 +69,13 @@ def draw(count: int, *, seed: int) -> Examples:
 
     coarse = torch.randn(count, 3, 8, 8, generator=generator)
     texture = F.interpolate(coarse, size=(SIZE, SIZE), mode="bicubic", align_corners=False)
-    image = uniform(0.0, 1.0, 3) + 0.12 * texture
+    image = uniform(0.0, 0.5, 3) + 0.08 * texture
     mask = torch.zeros(count, SIZE, SIZE, dtype=torch.long)
     rows, columns = torch.meshgrid(torch.arange(SIZE), torch.arange(SIZE), indexing="ij")
     for _ in range(SHAPES_PER_IMAGE):
         kind = torch.randint(1, CLASSES, (count, 1, 1), generator=generator)
-        radius, angle = uniform(7, 13), uniform(0, 2 * math.pi)
-        down, right = rows - uniform(8, SIZE - 8), columns - uniform(8, SIZE - 8)
+        radius, angle = uniform(10, 16), uniform(0, 2 * math.pi)
+        down, right = rows - uniform(12, SIZE - 12), columns - uniform(12, SIZE - 12)
         u, v = (
             down * angle.cos() + right * angle.sin(),
             right * angle.cos() - down * angle.sin(),
@@ -90,8 +90,8 @@ def draw(count: int, *, seed: int) -> Examples:
             ),
         )
         mask = torch.where(inside, kind, mask)
-        image = torch.where(inside[:, None], uniform(0.0, 1.0, 3) + 0.06 * texture, image)
-    image = image + 0.05 * torch.randn(image.shape, generator=generator)
+        image = torch.where(inside[:, None], uniform(0.4, 1.0, 3) + 0.04 * texture, image)
+    image = image + 0.03 * torch.randn(image.shape, generator=generator)
     contrast = uniform(math.log(0.3), 0.0, 1).exp()
     image = 0.5 + contrast * (image - 0.5) + uniform(-0.2, 0.2, 1)
     return Examples((image.clamp(0, 1) * 255).round().to(torch.uint8), mask)
