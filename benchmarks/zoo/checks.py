@@ -1,6 +1,7 @@
 """Build one model, give its batch norms random values, convert it and check the conversion.
 
-`normswap.verify` compares the functions; the other checks are those of the tests (tests/helpers/guarantees), which do
+`normswap.verify` compares the functions of the default conversion: in training with the original whose norms are in
+evaluation, as the record says. The other checks are those of the tests (tests/helpers/guarantees), which do
 not use the package. Errors of the original model, when it is built or run, are recorded separately from failures of
 normswap.
 """
@@ -10,7 +11,7 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from math import inf
 from typing import Any
 
@@ -36,7 +37,9 @@ from normswap.errors import ModelError
 from normswap.model_state import call_model, preserved_state, seeded, training_flags
 from normswap.surgery.arguments import describe_shapes
 from normswap.surgery.discovery.whole_model import tracing_path
+from normswap.surgery.module_tree import model_mode
 from normswap.surgery.plan import SwapPlan
+from normswap.verification.training_reference import training_reference
 from tests.helpers import guarantees
 
 # The checks are shared with the tests, which import their helpers by name.
@@ -127,6 +130,7 @@ def _check(entry: Entry, record: Record, save: Save, float64_parameters: int, qu
     with _stage(record, "swap", save):
         converted = normswap.convert(model, plan=plan).model
     _account(model, plan, record)
+    record.bn_statistics = "+".join(sorted({swap.bn_statistics for swap in plan.swaps}))
     with _stage(record, "check unchanged parts", save), _recorded(record):
         guarantees.nothing_else_changed(before, converted, plan, same_objects=False)
         guarantees.nothing_else_changed(before, model, SwapPlan((), (), ""), same_objects=True)
@@ -313,6 +317,9 @@ def _same_function(
 
 
 def _record_verification(whole: normswap.Verification, judged: normswap.Verification, record: Record) -> None:
+    record.training_reference = judged.training_reference
+    if record.bn_statistics == "running" and judged.training_reference == "mixed":
+        record.failures.append(f"verification: training was compared with the {judged.training_reference} model")
     record.checks += [[c.name, c.error, c.limit, c.own_response, c.passed, c.note] for c in judged.checks]
     record.fp32_error = judged.fp32_error if record.fp32_error is None else record.fp32_error
     for mode in ("evaluation", "training"):
@@ -337,11 +344,25 @@ def _record_verification(whole: normswap.Verification, judged: normswap.Verifica
 
 
 def _compare_in_float32(model: nn.Module, converted: nn.Module, inputs: Any, record: Record) -> None:
-    """Compare outputs in both modes in float32; the limit depends on how the original amplifies rounding errors."""
+    """Compare outputs in both modes in float32; the limit depends on how the original amplifies rounding errors.
+
+    In training the original is the reference of `normswap.verify`: its norms are in evaluation where the converted
+    model uses running statistics.
+    """
+    reference = training_reference(model, converted)
+    record.training_reference = reference.name
 
     def outputs(of: nn.Module, fed: Any, training: bool) -> list[Any]:
         modules = list(of.modules())
-        with torch.no_grad(), seeded(0), preserved_state(modules), training_flags(modules, training=training):
+        is_reference = training and of is model
+        flags = reference.flags if is_reference else {}
+        with (
+            torch.no_grad(),
+            seeded(0),
+            preserved_state(modules),
+            model_mode(of, training=training, flags=flags),
+            reference.applied() if is_reference else nullcontext(),
+        ):
             return tree_leaves(call_model(of, fed))
 
     nudged = tree_map_only(Tensor, lambda t: t * (1 + torch.finfo(t.dtype).eps) if t.is_floating_point() else t, inputs)

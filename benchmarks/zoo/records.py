@@ -46,6 +46,9 @@ class Record:
         failures: descriptions of failed checks; empty if all passed.
         checks: those of the verification: name, error, limit, own response, passed, note.
         site_errors: largest error of all sites in evaluation and in training.
+        bn_statistics: what the converted sites use in training, joined by "+"; records of before the default was
+            `"running"` have none and used `"batch"`.
+        training_reference: the original with which training was compared, as in `normswap.Verification`.
         stage: the current stage, or the last one if the process ended early.
         commit: version of the code.
     """
@@ -67,6 +70,8 @@ class Record:
     path: str = ""
     path_reason: str = ""
     precision: str = ""
+    bn_statistics: str = "batch"
+    training_reference: str = "original"
     checks: list[list[Any]] = field(default_factory=list)
     site_errors: list[float | None] = field(default_factory=list)
     fp32_error: float | None = None

@@ -63,6 +63,7 @@ def _document(found: Sequence[Record], with_norms: Sequence[Record]) -> str:
         f"Code: {', '.join(f'{c} ({n} models)' for c, n in Counter(r.commit for r in with_norms).most_common(4))}.",
         "",
         *_METHOD,
+        _reference_line(with_norms),
         "",
         *_table("By zoo", _zoo_rows(found)),
         *_table("By tracing path", _path_rows(with_norms)),
@@ -234,6 +235,13 @@ def _precision_line(record: Record) -> str:
 def _skipped_lines(records: Sequence[Record]) -> list[str]:
     skipped = [(record, check) for record in records for check in record.checks if check[4] is None]
     return list(dict.fromkeys(f"`{record.key}`: {_short(str(check[5]), 160)}" for record, check in skipped))
+
+
+def _reference_line(records: Sequence[Record]) -> str:
+    counts = Counter(record.training_reference for record in records if record.is_verified)
+    names = {"frozen": "whose norms are in evaluation (frozen)", "mixed": "with some norms in evaluation"}
+    found = ", ".join(f"{names.get(name, 'as it trains')} ({n} models)" for name, n in counts.most_common())
+    return f"In training, converted models are compared with the original {found}."
 
 
 def _machine_readable(found: Sequence[Record], with_norms: Sequence[Record]) -> str:

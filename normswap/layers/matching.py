@@ -106,8 +106,8 @@ def matching_for(matching: Matching | None, branches: tuple[Branch, ...], dtype:
 
 
 def _in_dtype(constant: Tensor | None, dtype: torch.dtype, *, is_scale: bool = False) -> Tensor | None:
-    if constant is None:
-        return None
+    if constant is None or (constant.dtype == dtype and not constant.requires_grad and constant.is_contiguous()):
+        return constant  # no copy: it would take as long as a pass over a small table
     constant = constant.detach()
     if is_scale and constant.dtype == torch.float16:
         # A small scale, that of a channel without variance, is 0 in float16; the scaled variance must not be 0.

@@ -338,8 +338,11 @@ def with_untrained(plan: SwapPlan, untrained: Collection[str]) -> SwapPlan:
 
 def synchronization_notes(swaps: Sequence[Swap], synchronized: Collection[str]) -> list[str]:
     """Return a note if sites become synchronized that are not among `synchronized`."""
-    if all(swap.fqn in synchronized for swap in swaps if swap.synchronize):
+    new = [swap for swap in swaps if swap.synchronize and swap.fqn not in synchronized]
+    if not new:
         return []
+    if all(swap.bn_statistics == "running" for swap in new):
+        return ["Running statistics are not synchronized: to use the joint batch, pass bn_statistics='batch' too."]
     return [
         "Synchronized although the old norms were not: with several processes, training uses statistics of the joint "
         "batch, which changes the function."

@@ -300,7 +300,7 @@ def _result(
         )
     checks, sites = comparison.checks(), comparison.site_watch.errors()
     passed = all(check.passed is not False for check in checks)
-    notes = [*notes, *comparison.reference.notes]
+    notes = [*notes, *comparison.reference_notes]
     if comparison.is_judged:
         failures, remarks = site_problems(comparison)
         passed = passed and any(check.passed for check in checks) and not failures

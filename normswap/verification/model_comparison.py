@@ -88,11 +88,13 @@ class ModelComparison:
         self.has_comparable_output = self._has_infinite_output = False
         self._unchecked: set[str] = set()
         self.reference = training_reference(first, second, bn_statistics)
+        # The original may be the converted model, and this one its norms again, as after `revert` or `bake`.
+        self._mirror = training_reference(second, first, plain_only=True)
         self._constant_buffers = constant_buffers(second)
         self._flags = {
             training: (
                 {**_flags_for_mode(flags[0], training), **(self.reference.flags if training else {})},
-                _flags_for_mode(flags[1], training),
+                {**_flags_for_mode(flags[1], training), **(self._mirror.flags if training else {})},
             )
             for training in (False, True)
         }
@@ -112,6 +114,17 @@ class ModelComparison:
                 self._compare_pass(batch, training=training)
                 if False in self.raised:
                     return
+
+    @property
+    def reference_notes(self) -> tuple[str, ...]:
+        """Notes on the norms of both models that are in evaluation in training."""
+        if not self._mirror.sites:
+            return self.reference.notes
+        count = pluralize(len(self._mirror.sites), "site")
+        return (
+            *self.reference.notes,
+            f"training is compared with the norms of the second model in evaluation (frozen) at {count}",
+        )
 
     @property
     def is_judged(self) -> bool:
@@ -147,8 +160,8 @@ class ModelComparison:
         context: AbstractContextManager[Any] | None = None,
     ) -> ModelPass | Exception:
         """Run the first (0) or the second model (1) once; in training, the first one is the reference."""
-        if training and index == 0:  # the reference comes last: it decides on a call before other modes see it
-            context = _both(context or nullcontext(), self.reference.applied())
+        if training:  # the reference comes last: it decides on a call before other modes see it
+            context = _both(context or nullcontext(), (self.reference, self._mirror)[index].applied())
         flags = self._flags[training][index]
         return run_pass(self.models[index], batch, on_gradient, training=training, flags=flags, context=context)
 

@@ -106,7 +106,11 @@ class TrainingReference:
 
 
 def training_reference(
-    first: nn.Module, second: nn.Module, bn_statistics: BnStatistics | Mapping[str, BnStatistics] | None = None
+    first: nn.Module,
+    second: nn.Module,
+    bn_statistics: BnStatistics | Mapping[str, BnStatistics] | None = None,
+    *,
+    plain_only: bool = False,
 ) -> TrainingReference:
     """Return the reference in training for a converted model.
 
@@ -115,6 +119,7 @@ def training_reference(
         second: the converted model.
         bn_statistics: what the sites of the converted model should use in training: one value for all, or values by
             the name of a site; default is what each site uses.
+        plain_only: leave out the sites that are converted in `first` too.
     """
     entries = {name: entry for entry in walk_modules(first) for name in entry.names}
     wanted_by_name = bn_statistics if isinstance(bn_statistics, Mapping) else {}
@@ -129,7 +134,7 @@ def training_reference(
         wanted = wanted_by_name.get(name) or default or layer.bn_statistics
         old = entries[name].module if name in entries else None
         owner, _, child = name.rpartition(".")
-        if "bn" not in layer.branches:
+        if "bn" not in layer.branches or (plain_only and isinstance(old, GatedModule)):
             continue
         if layer.bn_statistics == "running" and never_updated(*(getattr(layer, n, None) for n in _BATCH_STATISTICS)):
             untrained.append(name)

@@ -51,4 +51,4 @@ def test_what_is_not_judged_is_reported(folder: Path) -> None:
     (folder / "plan.json").write_text(class_plan.to_json())
     text = ok("convert", "bn.pt", *ARCH, *INPUT, "--plan", "plan.json").stdout
     assert re.search(r"outputs in training +not judged", text)
-    assert f"skipped: {files.SITES} sites with running statistics in training" in text
+    assert f"skipped: {files.SITES} sites with bn_statistics=" in text

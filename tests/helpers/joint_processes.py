@@ -33,6 +33,8 @@ from normswap.layers.matching import MATCHING_BUFFERS, Matching
 from normswap.layers.switch_norm import SwitchNorm
 
 ALL = ("in", "ln", "bn")
+# Without batch statistics nothing is synchronized.
+BATCH: Any = {"bn_statistics": "batch"}
 # The node on CPU, the node as on other devices, the plain formula.
 BACKENDS = ("native", "plain", "reference")
 POINTS = {
@@ -251,7 +253,7 @@ def groups(rank: int) -> dict[str, Any]:
     layers["local"] = layer_of(UNEVEN)
     layers["local"].synchronize = False
     sync = nn.Sequential(nn.SyncBatchNorm(3, process_group=both))
-    taken = convert(sync).model[0]
+    taken = convert(sync, bn_statistics="batch").model[0]
     groups = {"copied": layers["copied"].process_group is alone, "taken over": taken.process_group is both}
     return {name: layer(part(UNEVEN, rank)).detach() for name, layer in layers.items()} | {"groups": groups}
 
@@ -307,9 +309,9 @@ def train(model: nn.Module, parts: list[Tensor], weight: float) -> dict[str, Ten
 def trained(rank: int) -> list[dict[str, Tensor]]:
     """Layers synchronized by `convert`, later, and in place of SyncBatchNorm, each in DDP, which averages gradients."""
     converted = [
-        convert(network(), torch.zeros(2, 3, 6, 6).double(), synchronize=True).model,
-        convert(network(), torch.zeros(2, 3, 6, 6).double()).model,
-        convert(network(nn.SyncBatchNorm), torch.zeros(2, 3, 6, 6).double()).model,
+        convert(network(), torch.zeros(2, 3, 6, 6).double(), synchronize=True, **BATCH).model,
+        convert(network(), torch.zeros(2, 3, 6, 6).double(), **BATCH).model,
+        convert(network(nn.SyncBatchNorm), torch.zeros(2, 3, 6, 6).double(), **BATCH).model,
     ]
     assert synchronize_statistics(converted[1]) == ["1", "4"]
     parts = [x.split([2, SAMPLES - 2])[rank] for x in batches()]
@@ -318,7 +320,7 @@ def trained(rank: int) -> list[dict[str, Tensor]]:
 
 def sharded(rank: int) -> dict[str, Tensor]:
     """By fully_shard, which leaves the gates alone: their gradients are averaged beside it."""
-    model = convert(network(), torch.zeros(2, 3, 6, 6).double(), synchronize=True).model
+    model = convert(network(), torch.zeros(2, 3, 6, 6).double(), synchronize=True, **BATCH).model
     gates = param_groups(model)[-1]["params"]
     for gate in gates:
         gate.register_post_accumulate_grad_hook(average)

@@ -37,7 +37,7 @@ def train(rank: int, x: Tensor, **options: Any) -> list[dict[str, Tensor]]:
     """What original and conversion give in the second step, after each process had statistics of its own."""
     model = DistributedDataParallel(net(), **options)
     model.module[1].running_mean += rank
-    converted = convert(model, x).model
+    converted = convert(model, x, bn_statistics="batch").model
     kept = {"kept": converted.module[1].running_mean.clone()}
     return [[step(m, x) for _ in range(2)][1] for m in (model, converted)] + [kept]
 

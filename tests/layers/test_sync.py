@@ -160,9 +160,9 @@ def test_without_gradients_the_batch_is_joint_and_evaluation_exchanges_nothing(r
 
 @pytest.mark.multiprocess
 def test_a_network_in_ddp_or_sharded_trains_as_one_process_on_the_whole_batch(results: Results) -> None:
-    model = convert(joint_processes.network(), torch.zeros(2, 3, 6, 6).double()).model
+    model = convert(joint_processes.network(), torch.zeros(2, 3, 6, 6).double(), bn_statistics="batch").model
     expected = joint_processes.train(model, joint_processes.batches(), 1 / joint_processes.SAMPLES)
-    start = dict(convert(joint_processes.network()).model.named_parameters())
+    start = dict(convert(joint_processes.network(), bn_statistics="batch").model.named_parameters())
     assert oracles.relative_error(expected["1.mean_weight"], start["1.mean_weight"].detach()) > 1e-3
     for found in results:
         for state in (*found["trained"], found["sharded"]):
@@ -220,7 +220,7 @@ def test_a_graph_is_tried_alone() -> None:
 @pytest.mark.usefixtures("several")
 def test_verification_exchanges_only_if_the_original_does() -> None:
     model, x = joint_processes.network(), torch.randn(4, 3, 6, 6).double()
-    converted, plan, _ = convert(model, x, synchronize=True)
+    converted, plan, _ = convert(model, x, synchronize=True, bn_statistics="batch")
     assert verify(model, converted, [x]).passed
     assert converted[1].synchronize
     assert any(note.startswith("Synchronized although the old norms were not") for note in plan.notes)

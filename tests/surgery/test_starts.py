@@ -403,3 +403,18 @@ def test_a_plan_for_other_groups_is_refused() -> None:
 def test_the_groups_of_a_group_norm_are_its_own() -> None:
     with pytest.raises(PlanError, match="num_groups: expected a Batch Normalization, got GroupNorm of several"):
         plan_swaps(Grouped(), X, kinds=("gn",), settings={"norm": {"num_groups": 2}})
+
+
+# --- several processes ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "note"),
+    [
+        ({}, "Running statistics are not synchronized: to use the joint batch, pass bn_statistics='batch' too."),
+        ({"bn_statistics": "batch"}, "Synchronized although the old norms were not"),
+    ],
+)
+def test_running_statistics_are_not_synchronized(options: dict[str, Any], note: str) -> None:
+    (found,) = plan_swaps(trained(), X, synchronize=True, **options).notes
+    assert found.startswith(note)

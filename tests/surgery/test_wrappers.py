@@ -16,11 +16,11 @@ from torch import Tensor, distributed, fx, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
+import normswap
 from normswap import (
     SwapPlan,
     SwitchNorm2d,
     apply_plan,
-    convert,
     find_norm_sites,
     importance_weights,
     load,
@@ -32,6 +32,12 @@ from normswap import (
 from normswap.errors import SwapError
 from normswap.surgery.wrappers import check_wrapping, rewrap, unwrap
 from tests.helpers import guarantees, zoo
+
+
+def convert(model: Any, *inputs: Any, **options: Any) -> normswap.Conversion:
+    """Convert with the batch statistics of the original, so that training can be compared with it."""
+    return normswap.convert(model, *inputs, **({} if "plan" in options else {"bn_statistics": "batch"}), **options)
+
 
 NOTHING = SwapPlan((), (), "")
 X = zoo.image(4, 3, 9, 9)().double()
@@ -157,8 +163,8 @@ def test_a_wrapped_model_is_converted_inside_its_wrappers(wrap: Callable[[nn.Mod
 def test_everything_speaks_of_the_model_inside(wrap: Callable[[nn.Module], Any], tmp_path: Path) -> None:
     original, model = net(), wrap(net())
     assert find_norm_sites(model, X) == find_norm_sites(original, X)
-    plan = plan_swaps(original, X)
-    assert plan_swaps(model, X) == plan
+    plan = plan_swaps(original, X, bn_statistics="batch")
+    assert plan_swaps(model, X, bn_statistics="batch") == plan
     converted = convert(model, plan=plan).model
     assert verify(model, converted, [X]).passed
     assert verify(model, converted, [X]) == verify(original, unwrap(converted), [X])

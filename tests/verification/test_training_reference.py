@@ -442,3 +442,18 @@ def test_sites_compared_alone_are_compared_with_the_frozen_original(name: str | 
         assert not verify(model, layers, [X], bn_statistics=BATCH).passed
         mixed = converted(model, settings={"block.batch_norm": {"bn_statistics": BATCH}})
         assert verify(model, mixed, [X]).passed
+
+
+def test_a_converted_model_is_compared_with_its_norms_put_back() -> None:
+    model = net()
+    layers = converted(model)
+    back = normswap.revert(converted(model))
+    for second in (model, back):
+        found = verify(layers, second, [X])
+        assert [check.passed for check in found.checks] == [True] * 4
+        assert found.notes == (
+            "training is compared with the norms of the second model in evaluation (frozen) at 3 sites",
+        )
+    back.drop.p = 0.0  # type: ignore[union-attr]
+    assert OUTPUTS in failed(verify(layers, back, [X]))
+    assert verify(converted(model, bn_statistics=BATCH), back, [X], bn_statistics=BATCH).notes == ()

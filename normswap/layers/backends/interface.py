@@ -67,8 +67,11 @@ def check_matching(x: Tensor, matching: Matching) -> None:
     Raises:
         LayerError: a constant does not match x, or only one of those of `ln` is given.
     """
+    shape, dtype, device = x.shape[1:2], x.dtype, x.device
     for name, tensor in zip(MATCHING_BUFFERS, matching, strict=True):
         if tensor is None:
+            continue
+        if isinstance(tensor, Tensor) and tensor.dtype == dtype and tensor.shape == shape and tensor.device == device:
             continue
         if not isinstance(tensor, Tensor):
             refuse_non_tensor(name, tensor)  # type: ignore[unreachable]

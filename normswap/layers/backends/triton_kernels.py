@@ -472,7 +472,7 @@ def _terms_along_channels(
     SIMPLEX: tl.constexpr, IN: tl.constexpr, LN: tl.constexpr, BN: tl.constexpr, CONSTANT: tl.constexpr,
     SPLITS: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Write p and q of every (n, c), p and the slope of LN, and the part of these rows in the gradients of the weights."""
+    """Write p and q of every (n, c), p and the slope of LN, and the part of these rows in the weights' gradients."""
     rows, lanes = pid * ROWS + tl.arange(0, ROWS), tl.arange(0, LANES)
     p_sum = tl.full((ROWS, LANES), 0.0, tl.float32)
     q_sum = tl.full((ROWS, LANES), 0.0, tl.float32)
@@ -573,7 +573,8 @@ def _terms_along_samples(
 @triton.jit(do_not_specialize=["samples", "table", "by_sample"])
 def terms_kernel(
     in_mean, in_var, workspace, constant_mean, constant_var, mean_gate, var_gate, weight,
-    ln_shift, ln_scale, in_scale, weight_gradient, bias_gradient, samples, channels, positions, splits, table, by_sample, eps,
+    ln_shift, ln_scale, in_scale, weight_gradient, bias_gradient,
+    samples, channels, positions, splits, table, by_sample, eps,
     SIMPLEX: tl.constexpr, IN: tl.constexpr, LN: tl.constexpr, BN: tl.constexpr, CONSTANT: tl.constexpr,
     SPLITS: tl.constexpr, GROUPS: tl.constexpr,
     LN_ROWS: tl.constexpr, LN_LANES: tl.constexpr, BN_ROWS: tl.constexpr, BN_LANES: tl.constexpr,
@@ -684,9 +685,11 @@ def _input_gradient_coefficients(
 @triton.jit(do_not_specialize=["samples", "table", "by_sample", "by_channel"])
 def gradient_kernel(
     dy, x, dx, in_mean, in_var, workspace, constant_mean, constant_var, mean_gate, var_gate, weight,
-    ln_shift, ln_scale, in_scale, mean_gradient, var_gradient, samples, channels, units, span, splits, table, by_sample, by_channel, eps,
+    ln_shift, ln_scale, in_scale, mean_gradient, var_gradient,
+    samples, channels, units, span, splits, table, by_sample, by_channel, eps,
     SIMPLEX: tl.constexpr, IN: tl.constexpr, LN: tl.constexpr, BN: tl.constexpr, CONSTANT: tl.constexpr,
-    GROUPS: tl.constexpr, GATES: tl.constexpr, UNIT: tl.constexpr, LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+    GROUPS: tl.constexpr, GATES: tl.constexpr,
+    UNIT: tl.constexpr, LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """dx = scale dy + slope (x - centre) + shift. If GATES, the first program writes the gradients of the gates."""
     positions = units * UNIT
