@@ -139,7 +139,7 @@ def test_hang_on_counts_the_steps_of_an_optimizer() -> None:
 
 def test_reach_does_what_is_due() -> None:
     model, written = converted(), []
-    normswap.set_bn_statistics(model, "batch")
+    model[1].bn_statistics = "batch"
     with old_names_allowed():
         from normswap.finetune.watching import ImportanceLog, StatisticsSwitch
 
