@@ -124,7 +124,7 @@ SETTINGS = {
         _SMALL_LOWER_RATES,
         _GATE_PAIRS,
         _LITE0_STEPS,
-        30.0,
+        35.0,
         _LITE0_SECONDS,
         "mean intersection over union",
     ),
