@@ -207,7 +207,7 @@ def test_the_functions_that_graphs_call_are_found_at_their_old_paths() -> None:
 
 def test_a_submodule_is_no_old_name_of_the_module_that_its_package_was() -> None:
     # In a fresh process, where nothing has imported the submodule yet.
-    code = "import normswap.checkpoints.architecture.identification as found; print(found.efficientnet_pytorch.__name__)"
+    code = "import normswap.checkpoints.architecture.identification as own; print(own.efficientnet_pytorch.__name__)"
     done = subprocess.run(
         [sys.executable, "-W", "error::DeprecationWarning", "-c", code],
         capture_output=True,
