@@ -193,6 +193,8 @@ def old_names(module: str) -> Callable[[str], Any]:
             value = getattr(importlib.import_module(home), new_name)
         except AttributeError:
             raise AttributeError(f"module {module!r} has no attribute {name!r}") from None
+        if getattr(value, "__name__", None) == old:  # a submodule: after this error Python imports it
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
         warnings.warn(
             f"{module}.{name} is {home}.{new_name} now: import it from there", DeprecationWarning, stacklevel=2
         )

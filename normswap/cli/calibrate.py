@@ -92,9 +92,6 @@ def parse_size(_context: Any, _parameter: Any, text: str | None) -> Size | None:
 @click.option("--only", metavar="PATTERN", multiple=True, help="Calibrate only layers with such names. Repeatable.")
 @click.option("--match", is_flag=True, help="Match the in and ln branches to the new statistics, in one more pass.")
 @click.option(
-    "--keep-function", is_flag=True, help="Change weight and bias too, so that the function of bn stays the same."
-)
-@click.option(
     "-o",
     "--output",
     type=click.Path(),
@@ -253,7 +250,6 @@ def _run_calibration(opened: "OpenedModel", data: "Data", options: dict[str, Any
             include_frozen=options["include_frozen"],
             only=options["only"],
             match=options["match"],
-            keep_function=options["keep_function"],
             device=device,
         )
     model.to("cpu")

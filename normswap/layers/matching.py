@@ -94,20 +94,25 @@ def matching_for(matching: Matching | None, branches: tuple[Branch, ...], dtype:
     """Return contiguous constants of the mixed branches in a dtype, float32 or wider; None if there are none."""
     if matching is None:
         return None
-    uses_ln, uses_in = "ln" in branches, "in" in branches and matching.in_var_scale is not None
-    if not (uses_in or (uses_ln and matching.ln_mean_shift is not None)):
-        return None
     shift, ln_scale, in_scale = matching
-    return Matching(
-        _in_dtype(shift, dtype) if uses_ln else None,
-        _in_dtype(ln_scale, dtype, is_scale=True) if uses_ln else None,
-        _in_dtype(in_scale, dtype, is_scale=True) if uses_in else None,
-    )
+    if "ln" not in branches:
+        shift = ln_scale = None
+    if "in" not in branches:
+        in_scale = None
+    if shift is None and in_scale is None:
+        return None
+    for constant in matching:
+        # Usually no constant changes. A copy would take as long as a pass over a small table.
+        if constant is not None and (constant.dtype != dtype or constant.requires_grad or not constant.is_contiguous()):
+            shift = _in_dtype(shift, dtype)
+            ln_scale, in_scale = (_in_dtype(scale, dtype, is_scale=True) for scale in (ln_scale, in_scale))
+            break
+    return Matching(shift, ln_scale, in_scale)
 
 
 def _in_dtype(constant: Tensor | None, dtype: torch.dtype, *, is_scale: bool = False) -> Tensor | None:
-    if constant is None or (constant.dtype == dtype and not constant.requires_grad and constant.is_contiguous()):
-        return constant  # no copy: it would take as long as a pass over a small table
+    if constant is None:
+        return None
     constant = constant.detach()
     if is_scale and constant.dtype == torch.float16:
         # A small scale, that of a channel without variance, is 0 in float16; the scaled variance must not be 0.

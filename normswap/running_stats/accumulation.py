@@ -71,7 +71,6 @@ class CalibrationPass:
         model: without wrappers.
         layers: BN layers, SN layers and the gates of functional sites, by name.
         only: the names of the layers to measure; all others normalize as in evaluation. Default: all.
-        keep_function: the measured layers normalize as in evaluation too, not by the batch.
 
     Attributes:
         layer_statistics: the measurements by name.
@@ -86,7 +85,6 @@ class CalibrationPass:
         layers: Mapping[str, nn.Module],
         *,
         only: Collection[str] | None = None,
-        keep_function: bool = False,
     ) -> None:
         self.layer_statistics = {
             name: _no_measurements(layer)
@@ -96,7 +94,7 @@ class CalibrationPass:
         self.order: dict[str, None] = {}
         self.skip_reasons: dict[str, str] = {}
         self.batches = 0
-        self._model, self._layers, self._only, self._keep_function = model, layers, only, keep_function
+        self._model, self._layers, self._only = model, layers, only
         entries = walk_modules(model)
         self._modules = [entry.module for entry in entries]
         self._owners = {
@@ -146,7 +144,7 @@ class CalibrationPass:
             _UnconvertedCalls(self),
         ):
             for name, layer in self._layers.items():
-                if not isinstance(layer, FunctionalSwitchNorm) and self._normalizes_by_batch(name):
+                if not isinstance(layer, FunctionalSwitchNorm) and self._is_selected(name):
                     for statistic in STATISTICS:
                         setattr(layer, statistic, None)
             yield
@@ -177,7 +175,7 @@ class CalibrationPass:
             key = self._statistics_key(name, mean)
             self.layer_statistics.setdefault(key, LayerStatistics(mean, var, None, call.arguments["eps"]))
             self._accumulate(key, call.arguments["x"])
-            if not self._normalizes_by_batch(key):
+            if not self._is_selected(key):
                 return None
             call.arguments |= {"running_mean": None, "running_var": None}
             return call.args[1:], call.kwargs
@@ -216,9 +214,6 @@ class CalibrationPass:
 
     def _is_selected(self, name: str) -> bool:
         return self._only is None or name in self._only
-
-    def _normalizes_by_batch(self, name: str) -> bool:
-        return self._is_selected(name) and not self._keep_function
 
     def record_unconverted_call(self, running_mean: Tensor) -> None:
         """Record a call of `F.batch_norm` whose running statistics belong to no layer."""

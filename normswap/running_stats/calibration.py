@@ -2,7 +2,7 @@
 
 Every value has the same weight: moments are pooled over all batches, calls and processes as mean of variances plus
 variance of means, and the variance is stored unbiased, as torch stores it. `calibrate` changes running statistics and
-the constants of matched branches, which follow them; on request also weight and bias. After an error it restores all.
+the constants of matched branches, which follow them. After an error it restores all.
 """
 
 import math
@@ -30,13 +30,10 @@ from normswap.running_stats.accumulation import (
 )
 from normswap.running_stats.control import is_frozen
 from normswap.running_stats.matching import (
-    compensated_affine,
-    limited_variance,
     matchable_layers,
     measure,
     measured_variance,
     set_instance_variance,
-    without_own_affine,
 )
 from normswap.surgery.arguments import describe_invalid_batches, require_module
 from normswap.surgery.discovery.instance_variance import SiteVariance
@@ -130,7 +127,6 @@ def calibrate(
     include_frozen: bool = False,
     only: SiteFilter | Iterable[SiteFilter] = (),
     match: bool = False,
-    keep_function: bool = False,
     device: torch.device | str | None = None,
     process_group: Any = None,
 ) -> Calibration:
@@ -144,7 +140,7 @@ def calibrate(
 
     The `in` and `ln` branches always use the statistics of the sample. Their constants in a matched layer follow the
     new running statistics while the layer has all its weight on `bn`; afterwards they are part of what it has learned,
-    and change only with `match` or `keep_function`. If `torch.distributed` is initialized, every process must call this
+    and change only with `match`. If `torch.distributed` is initialized, every process must call this
     function, with its own batches or with an empty list; the statistics are pooled. `num_batches_tracked` becomes the
     number of calls.
 
@@ -158,10 +154,6 @@ def calibrate(
             `(module, fqn) -> bool`. All other layers normalize as in evaluation. Default: all.
         match: match the branches of all calibrated layers to the new statistics, `in` by the variance of single
             samples, which is measured in one more pass in evaluation mode.
-        keep_function: change weight and bias too, so that the function of each layer with all weight on `bn` stays the
-            same; only its other branches then follow the data. The layers are measured in evaluation mode in a single
-            pass, which is exact. A new deviation is at least a tenth of the old one. A layer without weight and bias of
-            its own is skipped.
         device: the device to move the inputs to; default is not to move them.
         process_group: the processes that pool their statistics; default is all.
 
@@ -183,9 +175,8 @@ def calibrate(
         >>> normswap.calibrate(model, [torch.randn(16, 3, 8, 8) for _ in range(4)])
         Calibration(1 layer, 0 skipped, 4 batches)
     """
-    by_layer = layer_by_layer and not keep_function
-    if (by_layer or match) and iter(batches) is iter(batches):
-        option = "layer_by_layer" if by_layer else "match"
+    if (layer_by_layer or match) and iter(batches) is iter(batches):
+        option = "layer_by_layer" if layer_by_layer else "match"
         raise DataError(
             f"batches: {option} needs an iterable for several passes, such as a list or a DataLoader; got "
             f"{type(batches).__name__}: pass list(batches), or drop {option}"
@@ -194,13 +185,9 @@ def calibrate(
     if problem := describe_invalid_batches(batches):
         raise DataError(f"batches: {problem}")
     layers, skipped = _split_layers(model, include_frozen=include_frozen, only=only)
-    if keep_function:
-        unsuitable = without_own_affine(model, layers)
-        layers = {name: layer for name, layer in layers.items() if name not in unsuitable}
-        skipped |= unsuitable
-    run = _CalibrationRun(model, layers, device, ResultExchange(process_group), keep_function, match)
+    run = _CalibrationRun(model, layers, device, ResultExchange(process_group), match)
     with run.rollback_on_error():
-        (run.layer_by_layer if by_layer else run.single_pass)(batches)
+        (run.layer_by_layer if layer_by_layer else run.single_pass)(batches)
         if match:
             run.match(batches)
     done = {layer.fqn for layer in run.done}
@@ -280,14 +267,13 @@ class _CalibrationRun:
         layers: Mapping[str, nn.Module],
         device: Any,
         exchange: ResultExchange,
-        keep_function: bool,
         match: bool,
     ) -> None:
         self.done: list[CalibratedLayer] = []
         self.skip_reasons: dict[str, str] = {}
         self.batches = self.passes = 0
         self._model, self._layers, self._device, self._exchange = model, layers, device, exchange
-        self._keep_function, self._match_all = keep_function, match or keep_function
+        self._match_all = match
         self._saved_values: list[tuple[Tensor, Tensor]] = []
 
     @contextmanager
@@ -321,7 +307,7 @@ class _CalibrationRun:
         self, batches: Iterable[Any], *, only: Sequence[str] | None = None
     ) -> tuple[list[str], dict[str, LayerStatistics]]:
         """Run one pass in all processes; return the names in the order of their first call, and the measurements."""
-        calibration = CalibrationPass(self._model, self._layers, only=only, keep_function=self._keep_function)
+        calibration = CalibrationPass(self._model, self._layers, only=only)
         failure: Exception | None = None
         try:
             calibration.run(batches, device=self._device)
@@ -370,9 +356,6 @@ class _CalibrationRun:
                 continue
             values = _new_statistics(name, statistics)
             layer: Any = self._layers.get(name)
-            if self._keep_function:
-                values = values[0], limited_variance(statistics, values[1])
-                new += compensated_affine(layer, statistics, values)
             if getattr(layer, "matched", False) and (self._match_all or layer.is_at("bn")):
                 matched.append((layer, statistics, measured_variance(layer, statistics.running_var, statistics.eps)))
             self.done.append(_layer_report(name, statistics, values))

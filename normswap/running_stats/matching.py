@@ -1,12 +1,10 @@
-"""Match the `in` branches of SN layers to their running statistics on data, and keep the function of `bn`.
+"""Match the `in` branches of SN layers to their running statistics on data.
 
 The constants of the `ln` branch follow from the running statistics alone. Those of `in` need E[var_in], the expected
-variance of one sample and channel over its positions, which takes a few images without labels. Weight and bias can be
-changed with the running statistics, so that the function of `bn` stays the same while the other branches follow.
+variance of one sample and channel over its positions, which takes a few images without labels.
 """
 
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import Any
 
@@ -16,17 +14,11 @@ from torch import Tensor, nn
 from normswap.errors import DataError
 from normswap.layers.gated_module import FunctionalSwitchNorm, GatedModule
 from normswap.layers.matching import match_statistics
-from normswap.running_stats.accumulation import LayerStatistics, batch_inputs, move_to_device
+from normswap.running_stats.accumulation import batch_inputs, move_to_device
 from normswap.surgery.arguments import describe_invalid_batches, require_module
 from normswap.surgery.discovery.instance_variance import SiteVariance, measure_instance_variance
 from normswap.surgery.importance import gated_modules
-from normswap.surgery.module_tree import walk_modules
 from normswap.surgery.wrappers import unwrap
-
-# With `keep_function`, the smallest new deviation of a channel, as a fraction of the old one. In a channel that is
-# constant on the data, weight and x_hat would otherwise be scaled by factors in the hundreds that cancel in the
-# function but not in the steps of an optimizer.
-_SMALLEST_DEVIATION = 0.1
 
 
 @torch.no_grad()
@@ -107,47 +99,3 @@ def measured_variance(layer: GatedModule, running_var: Tensor, eps: float) -> Te
 
 def _running_var(layer: Any) -> Tensor | None:
     return layer._buffers.get("running_var")  # type: ignore[no-any-return]
-
-
-# --- the function of bn is kept ---------------------------------------------------------------------------------------
-
-
-def without_own_affine(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, str]:
-    """Return the layers whose weight and bias cannot make up for new statistics, with reasons, by name."""
-    users = Counter(
-        id(tensor)
-        for entry in walk_modules(model)
-        for tensor in (*entry.module._parameters.values(), *entry.module._buffers.values())
-        if tensor is not None
-    )
-    found: dict[str, str] = {}
-    for name, layer in layers.items():
-        affine = [(layer._parameters | layer._buffers).get(key) for key in ("weight", "bias")]
-        if isinstance(layer, FunctionalSwitchNorm):
-            found[name] = "a functional site, whose weight and bias cannot keep the function"
-        elif any(tensor is None for tensor in affine):
-            found[name] = "has no weight and bias that could keep the function"
-        elif any(users[id(tensor)] > 1 for tensor in affine):
-            found[name] = "shares weight or bias with another module, so they cannot keep the function"
-    return found
-
-
-def limited_variance(statistics: LayerStatistics, var: Tensor) -> Tensor:
-    """Return new variances (C,) that are not too small for `keep_function`."""
-    old = statistics.running_var.double() + statistics.eps
-    return torch.maximum(var.double(), _SMALLEST_DEVIATION**2 * old - statistics.eps).to(var)
-
-
-def compensated_affine(
-    layer: Any, statistics: LayerStatistics, new: tuple[Tensor, Tensor]
-) -> list[tuple[Tensor, Tensor]]:
-    """Return weight and bias, each with the value that keeps the function of BN with new statistics (C,)."""
-    old_mean, old_var, new_mean, new_var = (
-        each.double() for each in (statistics.running_mean, statistics.running_var, *new)
-    )
-    old_deviation, new_deviation = ((var + statistics.eps).sqrt() for var in (old_var, new_var))
-    weight, bias = layer.weight.double(), layer.bias.double()
-    return [
-        (layer.weight.data, weight * new_deviation / old_deviation),
-        (layer.bias.data, bias + weight * (new_mean - old_mean) / old_deviation),
-    ]

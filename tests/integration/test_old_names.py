@@ -203,3 +203,16 @@ def test_the_functions_that_graphs_call_are_found_at_their_old_paths() -> None:
     from normswap.surgery.norms.functions import as_results as current_as_results
 
     assert (apply_layer, apply_site, as_results) == (current_apply_layer, current_apply_site, current_as_results)
+
+
+def test_a_submodule_is_no_old_name_of_the_module_that_its_package_was() -> None:
+    # In a fresh process, where nothing has imported the submodule yet.
+    code = "import normswap.checkpoints.architecture.identification as own; print(own.efficientnet_pytorch.__name__)"
+    done = subprocess.run(
+        [sys.executable, "-W", "error::DeprecationWarning", "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, sys.path))},
+        check=False,
+    )
+    assert done.stdout.strip() == "normswap.checkpoints.architecture.efficientnet_pytorch", done.stderr[-2000:]

@@ -38,7 +38,7 @@ class Functional(nn.Module):
 def model(request: pytest.FixtureRequest) -> nn.Module:
     norm = nn.BatchNorm2d(4) if request.param == "module" else Functional()
     net = nn.Sequential(nn.Conv2d(3, 4, 3), norm, nn.ReLU(), nn.Flatten(), nn.Linear(64, 2)).eval()
-    return normswap.convert(net, torch.randn(2, 3, 6, 6)).model.train()
+    return normswap.convert(net, torch.randn(2, 3, 6, 6), bn_statistics="batch").model.train()
 
 
 X = torch.randn(5, 3, 6, 6, generator=torch.Generator().manual_seed(0))

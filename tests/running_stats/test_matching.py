@@ -1,4 +1,4 @@
-"""Calibration of single layers, with the function of `bn` kept, and with `in` branches matched on data."""
+"""Calibration of single layers, and of the `in` branches by data."""
 
 import copy
 from typing import Any
@@ -152,65 +152,6 @@ def test_a_frozen_layer_is_not_chosen_by_name_alone() -> None:
     assert len(calibrate(model, BATCHES, only="1", include_frozen=True).layers) == 1
 
 
-# --- the function of bn is kept ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("make", [chain, converted], ids=["BN", "SN"])
-@torch.no_grad()
-def test_weight_and_bias_make_up_for_new_statistics(make: Any) -> None:
-    model, reference = make(), make()
-    result = calibrate(model, BATCHES, keep_function=True)
-    assert result.largest_shift > 0.1
-    assert guarantees.distance(reference(EVERYTHING), model(EVERYTHING)) <= LIMIT
-    for number, eps in ((1, 1e-5), (3, 1e-3)):
-        layer, x = model[number], reference[:number](EVERYTHING)
-        smallest = 0.01 * (reference[number].running_var + eps) - eps
-        assert guarantees.distance(x.mean((0, 2, 3)), layer.running_mean) <= LIMIT
-        var = x.transpose(0, 1).flatten(1).var(1)
-        assert guarantees.distance(torch.maximum(var, smallest), layer.running_var) <= LIMIT
-
-
-@torch.no_grad()
-def test_the_other_branches_follow_the_data() -> None:
-    model = converted()
-    calibrate(model, BATCHES, keep_function=True, match=True)
-    assert_matched(model[1], model[0](EVERYTHING))
-    # A sample whose own moments are the new running ones gets the same output from `ln` as from `bn`.
-    x = torch.randn(8, 8, 9, 9).double()
-    x = (x - x.mean((0, 2, 3), keepdim=True)) / x.var((0, 2, 3), correction=0, keepdim=True).sqrt()
-    x = x * model[1].running_var.sqrt()[:, None, None] + model[1].running_mean[:, None, None]
-    sample = x.transpose(0, 1).reshape(1, 8, 8 * 9, 9)
-    expected = model[1](sample)
-    assert guarantees.distance(expected, moved_to(model, "ln")[1](sample)) <= 1e-9
-
-
-@torch.no_grad()
-def test_a_channel_without_variance_keeps_a_weight_of_its_size() -> None:
-    model = converted()
-    reference = copy.deepcopy(model)
-    model[0].weight[2] = 0
-    reference[0].weight[2] = 0
-    old = model[1].weight.clone(), (model[1].running_var + model[1].normalising_eps).clone()
-    calibrate(model, BATCHES, keep_function=True)
-    assert guarantees.distance(reference(EVERYTHING), model(EVERYTHING)) <= LIMIT
-    assert float(model[1].weight[2] / old[0][2]) == pytest.approx(0.1)
-    assert float((model[1].running_var[2] + model[1].normalising_eps) / old[1][2]) == pytest.approx(0.01)
-
-
-def test_layers_that_cannot_make_up_for_it_are_left() -> None:
-    shared, model = nn.BatchNorm2d(3), nn.Sequential(*(nn.BatchNorm2d(3, affine=i > 0) for i in range(3)))
-    shared.weight = model[2].weight
-    model.append(shared)
-    result = calibrate(model.double().eval(), BATCHES, keep_function=True)
-    assert {left.fqn: left.reason for left in result.skipped} == {
-        "0": "has no weight and bias that could keep the function",
-        "2": "shares weight or bias with another module, so they cannot keep the function",
-        "3": "shares weight or bias with another module, so they cannot keep the function",
-    }
-    with pytest.raises(NothingToDo, match="a functional site, whose weight and bias cannot keep the function"):
-        calibrate(convert(zoo.FunctionalBlock().double(), BATCHES[0]).model, BATCHES, keep_function=True)
-
-
 def test_everything_is_restored_after_an_error() -> None:
     model = converted()
     before = copy.deepcopy(model.state_dict())
@@ -227,5 +168,5 @@ def test_everything_is_restored_after_an_error() -> None:
     batches = Failing(BATCHES)
     batches.passes -= 1  # the check of the argument reads it once
     with pytest.raises(OSError, match="the disk is full"):
-        calibrate(model, batches, keep_function=True, match=True)
+        calibrate(model, batches, match=True)
     assert all(value.equal(before[name]) for name, value in model.state_dict().items())

@@ -282,13 +282,17 @@ def update_and_read_running(running: RunningStats, values: int, batch: Moments) 
 
 def read_running(running_mean: Tensor, running_var: Tensor, dtype: torch.dtype, *, copy: bool) -> Moments:
     """Return running statistics (C,) as moments (1, C) of a dtype; with `copy` in memory of their own."""
-    mean, var = (
-        s.unsqueeze(0)
-        if not copy and s.dtype == dtype and s.is_contiguous()
-        else s.detach().to(dtype, copy=copy).contiguous().unsqueeze(0)
-        for s in (running_mean, running_var)
-    )
-    return Moments(mean, var)
+    return Moments(_as_moment(running_mean, dtype, copy), _as_moment(running_var, dtype, copy))
+
+
+def _as_moment(statistic: Tensor, dtype: torch.dtype, copy: bool) -> Tensor:
+    # An operator takes longer than all checks of a small layer: call only those that change something.
+    if copy and statistic.requires_grad:
+        statistic = statistic.detach()
+    if statistic.dtype == dtype and statistic.is_contiguous():
+        moment = statistic.unsqueeze(0)
+        return moment.clone() if copy else moment
+    return statistic.detach().to(dtype, copy=copy).contiguous().unsqueeze(0)
 
 
 @torch.library.custom_op("normswap::update_running_stats", mutates_args=("running_mean", "running_var", "count"))

@@ -68,17 +68,24 @@ def check_matching(x: Tensor, matching: Matching) -> None:
         LayerError: a constant does not match x, or only one of those of `ln` is given.
     """
     shape, dtype, device = x.shape[1:2], x.dtype, x.device
+    for tensor in matching:
+        if tensor is not None and (
+            not isinstance(tensor, Tensor) or tensor.dtype != dtype or tensor.shape != shape or tensor.device != device
+        ):
+            _check_each_constant(x, matching)
+            break
+    if (matching[0] is None) != (matching[1] is None):
+        raise LayerError("ln_mean_shift and ln_var_scale must either both be None or neither be None")
+
+
+def _check_each_constant(x: Tensor, matching: Matching) -> None:
     for name, tensor in zip(MATCHING_BUFFERS, matching, strict=True):
         if tensor is None:
-            continue
-        if isinstance(tensor, Tensor) and tensor.dtype == dtype and tensor.shape == shape and tensor.device == device:
             continue
         if not isinstance(tensor, Tensor):
             refuse_non_tensor(name, tensor)  # type: ignore[unreachable]
         if found := _describe_mismatch(name, tensor, x.shape[1:2], x):
             raise LayerError(found)
-    if (matching.ln_mean_shift is None) != (matching.ln_var_scale is None):
-        raise LayerError("ln_mean_shift and ln_var_scale must either both be None or neither be None")
 
 
 def refuse_non_tensor(name: str, value: object) -> None:
