@@ -68,7 +68,7 @@ def main() -> None:
 def _measure(found: dict[str, Any], folder: Path) -> Iterator[None]:
     """Add the missing results to the records, one after the other."""
     known = {(run["arm"], run["batch"], run["seed"]) for run in found["runs"]}
-    for seed, arm, batch in product(SEEDS, ARMS, BATCHES):
+    for arm, seed, batch in product(ARMS, SEEDS, BATCHES):
         if (arm, batch, seed) not in known:
             found["runs"].append(_run(arm, batch, seed, folder))
             print(found["runs"][-1], flush=True)

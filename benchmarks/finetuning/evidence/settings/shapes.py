@@ -15,7 +15,7 @@ from benchmarks.finetuning.evidence.settings.task import Examples, Task, mean_io
 
 SOURCES = (pretrained,)
 SIZE = 64
-CLASSES = 4  # background, disc, square, triangle
+CLASSES = 3  # background, disc, triangle
 SHAPES_PER_IMAGE = 2
 TRAIN, VALIDATION, TEST = 3200, 200, 1000
 _STAGES = (0, 1, 2, 3)  # of the encoder: at 1/2, 1/4, 1/8 and 1/16 of the resolution
@@ -80,18 +80,12 @@ def draw(count: int, *, seed: int) -> Examples:
             down * angle.cos() + right * angle.sin(),
             right * angle.cos() - down * angle.sin(),
         )
-        inside = torch.where(
-            kind == 1,
-            u**2 + v**2 < radius**2,
-            torch.where(
-                kind == 2,
-                torch.maximum(u.abs(), v.abs()) < 0.85 * radius,
-                (u > -radius / 2) & (u + math.sqrt(3) * v.abs() < radius),
-            ),
-        )
+        disc = u**2 + v**2 < radius**2
+        triangle = (u > -radius / 2) & (u + math.sqrt(3) * v.abs() < radius)
+        inside = torch.where(kind == 1, disc, triangle)
         mask = torch.where(inside, kind, mask)
         image = torch.where(inside[:, None], uniform(0.4, 1.0, 3) + 0.04 * texture, image)
     image = image + 0.03 * torch.randn(image.shape, generator=generator)
-    contrast = uniform(math.log(0.3), 0.0, 1).exp()
+    contrast = uniform(math.log(0.4), 0.0, 1).exp()
     image = 0.5 + contrast * (image - 0.5) + uniform(-0.2, 0.2, 1)
     return Examples((image.clamp(0, 1) * 255).round().to(torch.uint8), mask)
