@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from normswap.finetune.trainer import run_recipe as run_recipe
     from normswap.layers.backends.selection import use_backend as use_backend
     from normswap.layers.functional import switch_norm as switch_norm
+    from normswap.layers.matching import Matching as Matching
     from normswap.layers.switch_norm import SwitchNorm1d as SwitchNorm1d
     from normswap.layers.switch_norm import SwitchNorm2d as SwitchNorm2d
     from normswap.layers.switch_norm import SwitchNorm3d as SwitchNorm3d
@@ -116,6 +117,7 @@ _NAMES_BY_MODULE = {
     "finetune.trainer": ("Outcome", "run_recipe"),
     "layers.backends.selection": ("use_backend",),
     "layers.functional": ("switch_norm",),
+    "layers.matching": ("Matching",),
     "layers.switch_norm": ("SwitchNorm1d", "SwitchNorm2d", "SwitchNorm3d", "SwitchNormAct"),
     "running_stats.calibration": ("Calibration", "calibrate"),
     "running_stats.control": (

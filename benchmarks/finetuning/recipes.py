@@ -222,7 +222,7 @@ def _page(found: dict[str, Any]) -> str:
         "",
         *_verdicts(after),
         "",
-        "Before training: " + _mean_and_seeds(sorted({run["before"] for run in found["runs"]})) + ".",
+        "Before training, the recipe: " + _mean_and_seeds(_of(found, "recipe", 1, "before")) + ".",
         "",
         *_cost_lines(found.get("cost")),
     ]

@@ -23,6 +23,7 @@ from normswap.errors import ArchitectureError, NothingToDo
 
 if TYPE_CHECKING:
     from normswap.checkpoints.loading import OpenedModel
+    from normswap.layers.gating import BnStatistics
 
 
 @click.command("verify", short_help="Measure whether two files compute the same function.")
@@ -31,6 +32,12 @@ if TYPE_CHECKING:
 @arch_option
 @entry_option
 @input_option
+@click.option(
+    "--bn-statistics",
+    type=click.Choice(("running", "batch")),
+    help="Compare all sites in training with what was asked for: running, with the original whose norms are in "
+    "evaluation (frozen); batch, with the original as it trains. Default: each site with what it is set to.",
+)
 @tolerance_option
 @trust_option
 @json_option
@@ -42,6 +49,7 @@ def verify_command(
     arch: str | None,
     entry: str | None,
     inputs: tuple[InputSpec, ...],
+    bn_statistics: "BnStatistics | None",
     tolerance: float | None,
     trust: bool,
     as_json: bool,
@@ -67,10 +75,12 @@ def verify_command(
     if first.inputs is None:
         raise ArchitectureError("the input size is unknown: pass --input 2x3x224x224")
     if first.checkpoint.program is not None and second.checkpoint.program is not None:
+        if bn_statistics is not None:
+            raise click.UsageError("--bn-statistics: the mode of exported programs is fixed: leave it out")
         _compare_programs(first, second, as_json=as_json)
         return
     with stage("comparing the two"):
-        result = verify(first.model, second.model, [first.inputs], tolerance=tolerance)
+        result = verify(first.model, second.model, [first.inputs], tolerance=tolerance, bn_statistics=bn_statistics)
     _check_unchanged(first, second)
     if as_json:
         print_json({"original": str(original), "converted": str(converted), **result.to_dict()})

@@ -12,7 +12,7 @@ import signal
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -230,8 +230,19 @@ def write_model(folder: Path, recipe: Recipe, source: StartingModel, model: nn.M
     return folder / MODEL
 
 
-def read_state(folder: Path, recipe: Recipe) -> RunState:
-    """Return the saved state of the run in a folder.
+# Up to 0.1.0, gates had the learning rate of the network (None) and no limit, and untrained sites were kept.
+_OLD_DEFAULTS: Mapping[str, Any] = {
+    "convert.bn_statistics": "batch",
+    "convert.untrained": "keep",
+    "train.batch_penalty": 0.03,
+    "train.gate_max_step": 0.0,
+}
+
+
+def read_state(folder: Path, recipe: Recipe) -> tuple[Recipe, RunState]:
+    """Return the recipe to resume with and the saved state of the run in a folder.
+
+    If an older version saved the state, keys that the user did not set have the values that they had there.
 
     Raises:
         CheckpointError: there is none, or it is damaged or not the state of a run.
@@ -252,7 +263,10 @@ def read_state(folder: Path, recipe: Recipe) -> RunState:
             content["lr_scheduler"],
             content.get("scaler"),
         )
-        others = [key for key in differing_keys(recipe, content["recipe"]) if key not in _FREE_KEYS]
+        saved = rename_keys(content["recipe"])
+        if "gate_max_step" not in saved["train"]:
+            recipe = _with_old_defaults(recipe, saved)
+        others = [key for key in differing_keys(recipe, saved) if key not in _FREE_KEYS]
     except (KeyError, AttributeError, TypeError):
         raise CheckpointError(f"{path}: not the state of a run: name the folder of a run with run.output") from None
     if others:
@@ -260,7 +274,23 @@ def read_state(folder: Path, recipe: Recipe) -> RunState:
             f"{path}: its recipe has other values of {', '.join(others[:5])}: use those values, or start a run in "
             "another run.output"
         )
-    return found
+    return recipe, found
+
+
+def _with_old_defaults(recipe: Recipe, saved: dict[str, Any]) -> Recipe:
+    """The recipe of a run that an older version saved; keys that are missing in `saved` are added there."""
+    for dotted_key, value in _OLD_DEFAULTS.items():
+        table, _, key = dotted_key.partition(".")
+        saved[table].setdefault(key, value)
+    rate = saved["train"]["importance_lr"]
+    saved["train"]["importance_lr"] = saved["train"]["lr"] if rate is None else rate
+    tables = {}
+    for table, keys in saved.items():
+        dotted = {key: f"{table}.{key}" for key in keys}
+        unset = [key for key in keys if dotted[key] not in _FREE_KEYS and not recipe.is_set_by_user(dotted[key])]
+        values = {key: tuple(keys[key]) if isinstance(keys[key], list) else keys[key] for key in unset}
+        tables[table] = replace(getattr(recipe, table), **values)
+    return replace(recipe, **tables)
 
 
 def differing_keys(recipe: Recipe, other: Mapping[str, Any]) -> list[str]:

@@ -187,7 +187,7 @@ def run_recipe(
         >>> model = normswap.load(outcome.model).model
     """
     output = recipe.output
-    state = _load_state(recipe, output, resume=resume, overwrite=overwrite)
+    recipe, state = _load_state(recipe, output, resume=resume, overwrite=overwrite)
     accelerator = _make_accelerator(recipe)
     run = _set_up_run(recipe, accelerator, state, trust=trust)
     if accelerator.is_main_process:
@@ -206,14 +206,14 @@ def is_first_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def _load_state(recipe: Recipe, output: Path, *, resume: bool, overwrite: bool) -> RunState | None:
+def _load_state(recipe: Recipe, output: Path, *, resume: bool, overwrite: bool) -> tuple[Recipe, RunState | None]:
     if resume:
         return read_state(output, recipe)
     if (output / STATE).exists() and not overwrite:
         raise TrainingError(
             f"{output}: contains a run already: continue it with resume=True, or replace it with overwrite=True"
         )
-    return None
+    return recipe, None
 
 
 def _make_accelerator(recipe: Recipe) -> Accelerator:

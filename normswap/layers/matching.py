@@ -26,15 +26,33 @@ MATCHING_BUFFERS: dict[str, Branch] = {"ln_mean_shift": "ln", "ln_var_scale": "l
 class Matching(NamedTuple):
     """The constants (C,) of matched branches; None for a branch that is not matched.
 
+    `layer.matching` returns those of a layer, `normswap.switch_norm(matching=)` uses them.
+
     Attributes:
         ln_mean_shift: d, the shift of the mean of `ln` in units of its deviation.
         ln_var_scale: r, the factor of the variance of `ln` plus eps.
         in_var_scale: s, the factor of the variance of `in` plus eps.
+
+    Examples:
+        >>> import torch, normswap
+        >>> bn = torch.nn.BatchNorm2d(2).eval()
+        >>> bn.running_mean.copy_(torch.tensor([1.0, 3.0]))
+        tensor([1., 3.])
+        >>> normswap.SwitchNorm2d.from_batch_norm(bn).matching.ln_mean_shift
+        tensor([-0.7071,  0.7071])
+        >>> identity = normswap.Matching(torch.zeros(3), torch.ones(3), torch.ones(3))
+        >>> x, gate = torch.randn(8, 3, 16, 16), torch.ones(3)
+        >>> matched = normswap.switch_norm(x, gate, gate, training=True, matching=identity)
+        >>> torch.allclose(matched, normswap.switch_norm(x, gate, gate, training=True))
+        True
     """
 
     ln_mean_shift: Tensor | None = None
     ln_var_scale: Tensor | None = None
     in_var_scale: Tensor | None = None
+
+
+Matching.__module__ = "normswap"  # not in the body, which a NamedTuple keeps for its fields
 
 
 def identity_matching(like: Tensor, channels: int) -> Matching:

@@ -264,6 +264,9 @@ def test_two_programs_are_compared_in_their_own_precision(converted: tuple[Path,
     assert found["error"] < found["limit"] == 1e-4
     other = tmp_path / "other.pt2"
     other.write_bytes(archive("evaluation"))
+    refused = run("verify", path, target, "--trust", "--bn-statistics", "batch")
+    assert refused.exit_code == 2
+    assert "--bn-statistics: the mode of exported programs is fixed" in refused.stderr
     result = run("verify", other, path, "--trust")
     assert (result.exit_code, result.stdout.startswith("outputs and buffers differ by inf")) == (1, True)
     assert "does not compute the same function" in result.stderr

@@ -46,6 +46,18 @@ def test_verify_loosened(folder: Path) -> None:
     assert "limit loosened on request" in result.stdout
 
 
+@pytest.mark.slow
+def test_verify_compares_with_what_was_asked_for(folder: Path) -> None:
+    assert document("verify", "bn.pt", "sn.pt", *INPUT)["training_reference"] == "frozen"
+    running = document("verify", "bn.pt", "sn.pt", *INPUT, "--bn-statistics", "running")
+    assert (running["passed"], running["training_reference"]) == (True, "frozen")
+    batch = document("verify", "bn.pt", "sn.pt", *INPUT, "--bn-statistics", "batch", status=1)
+    assert (batch["passed"], batch["training_reference"]) == (False, "original")
+    ok("convert", "bn.pt", *ARCH, *INPUT, "--bn-statistics", "batch", "-o", "batch.pt")
+    assert document("verify", "bn.pt", "batch.pt", *INPUT, "--bn-statistics", "batch")["passed"]
+    assert not document("verify", "bn.pt", "batch.pt", *INPUT, "--bn-statistics", "running", status=1)["passed"]
+
+
 def test_what_is_not_judged_is_reported(folder: Path) -> None:
     class_plan = normswap.plan_swaps(files.small_model(), torch.randn(files.SHAPE), bn_statistics="renorm")
     (folder / "plan.json").write_text(class_plan.to_json())

@@ -16,7 +16,7 @@ from normswap.cli import main
 from normswap.errors import ArchitectureError, CheckpointError, NormswapError, RecipeError
 from normswap.finetune.data import datasets
 from normswap.finetune.recipe import Recipe, parse_recipe, read_recipe
-from normswap.finetune.run_files import differing_keys, read_journal
+from normswap.finetune.run_files import differing_keys, read_journal, read_state
 from normswap.finetune.setup import build_average, make_lr_lambda, prepare, run_length, swap_options
 from normswap.finetune.trainer import run_recipe
 from tests.finetune.test_datasets import image_folder
@@ -415,6 +415,42 @@ def test_a_state_of_an_older_version_goes_on() -> None:
     older = mine.to_dict()
     del older["train"]["warmup_share"]
     assert differing_keys(mine, older) == []
+
+
+def test_a_run_of_an_older_version_resumes_with_the_values_that_it_had(here: Path) -> None:
+    chosen = recipe(model={"architecture": TEN}, train={"lr": 0.02, "steps": 4})
+    saved = chosen.to_dict()
+    saved["convert"] |= {"bn_statistics": "batch"}
+    saved["train"] |= {"batch_penalty": 0.03, "clip": 5.0}
+    for table, keys in {"convert": ["start", "match", "untrained"], "train": ["gate_max_step"]}.items():
+        for key in keys:
+            del saved[table][key]
+    saved["run"]["output"] = "elsewhere"
+    write_run_state(here, saved)
+    resumed, _ = read_state(here, chosen)
+    assert (resumed.convert.bn_statistics, resumed.convert.untrained) == ("batch", "keep")
+    assert (resumed.train.batch_penalty, resumed.train.clip, resumed.train.gate_max_step) == (0.03, 5.0, 0.0)
+    assert resumed.train.importance_lr == resumed.train.lr == 0.02  # not 100 times the rate
+    assert resumed.output == chosen.output
+    with pytest.raises(RecipeError, match=r"has other values of train\.lr:"):
+        read_state(here, recipe(model={"architecture": TEN}, train={"lr": 0.03, "steps": 4}))
+
+
+def test_a_run_of_this_version_resumes_with_the_values_of_its_recipe_only(here: Path) -> None:
+    chosen = recipe(model={"architecture": TEN}, train={"steps": 4})
+    saved = chosen.to_dict()
+    write_run_state(here, saved)
+    assert read_state(here, chosen)[0] == chosen
+    saved["convert"]["bn_statistics"] = "batch"
+    write_run_state(here, saved)
+    with pytest.raises(RecipeError, match=r"has other values of convert\.bn_statistics:"):
+        read_state(here, chosen)
+
+
+def write_run_state(folder: Path, recipe_values: dict[str, Any]) -> None:
+    progress = {"step": 2, "epoch": 0, "seconds": 1.0, "before": {}, "optimizer": {}, "lr_scheduler": {}}
+    weights = timm.create_model("test_resnet", num_classes=10).state_dict()
+    torch.save({**progress, "state_dict": weights, "recipe": recipe_values}, folder / "state.pt")
 
 
 # --- files and networks that are not there ----------------------------------------------------------------------------

@@ -175,6 +175,7 @@ def entry_points() -> dict[str, Callable[[Any], Any]]:
         "find_norm_sites": normswap.find_norm_sites,
         "freeze_statistics": normswap.freeze_statistics,
         "importance_weights": normswap.importance_weights,
+        "measure_distance": lambda m: normswap.measure_distance(m, Net(), [x()]),
         "open_data": lambda m: normswap.open_data(DataSettings("digits"), model=m),
         "param_groups": normswap.param_groups,
         "plan_swaps": normswap.plan_swaps,
