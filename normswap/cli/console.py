@@ -13,6 +13,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, ParamSpec, TextIO
@@ -24,6 +25,8 @@ from normswap.text import jsonable
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
+
+    from normswap.surgery.plan import SwapPlan
 
 P = ParamSpec("P")
 
@@ -210,9 +213,24 @@ _VALUE = r"""('[^']*'|"[^"]*"|torch\.randn\([^)]*\)|\([^)]*\)|\[[^\]]*\]|[\w.\-]
 _ARGUMENT = re.compile(rf"(?<![\w.\-])(?<!\w\()({'|'.join(OPTIONS)})(?:={_VALUE}|(?=: expected))")
 
 
+# Calls that notes recommend, as commands; empty where the commands do it anyway.
+_CALLS: Mapping[str, str] = {
+    " Measure the distance with normswap.measure_distance.": "",
+    "normswap.calibrate(model, batches, only=...)": "normswap calibrate --data ... --only ...",
+}
+
+
 def translate_arguments(message: str) -> str:
     """Return a message of the library with the options of the command line instead of Python's arguments."""
+    for call, command in _CALLS.items():
+        message = message.replace(call, command)
     return _ARGUMENT.sub(_to_option, message)
+
+
+def translate_plan(plan: "SwapPlan") -> "SwapPlan":
+    """Return a plan whose notes and reasons name options of the command line instead of Python's arguments."""
+    skips = tuple(replace(skip, reason=translate_arguments(skip.reason)) for skip in plan.skips)
+    return replace(plan, skips=skips, notes=tuple(map(translate_arguments, plan.notes)))
 
 
 def _to_option(match: re.Match[str]) -> str:
