@@ -262,6 +262,7 @@ def convert_file(
         swap=choose_options(options, keywords),
         plan=plan,
         data=data,
+        data_name="data",
         tolerance=tolerance,
         **flags,
     )
@@ -371,8 +372,7 @@ class _Run:
             raise unverifiable("the input size is unknown", "example_inputs=torch.randn(2, 3, 224, 224)")
         with self.progress("converting"):
             # A model that is built here is not used otherwise: both models share its parameters.
-            built_here = checkpoint.payload == "state dict"
-            model = opened.model
+            built_here, model = checkpoint.payload == "state dict", opened.model
             if checkpoint.program is not None:  # a copy of its graph would turn constants into buffers
                 model = program_module(checkpoint.program.program)
             elif built_here:

@@ -173,6 +173,7 @@ class ConvertOptions:
     swap: "SwapOptions | None" = None
     plan: "SwapPlan | None" = None
     data: Any = None
+    data_name: str = "data"
     verify: bool = True
     tolerance: float | None = None
     weights_only: bool = False
@@ -203,6 +204,8 @@ class ConvertOptions:
         swap = self._changed_swap_options()
         if self.plan is not None and swap:
             raise PlanError(f"plan= already decides which sites are swapped and how: leave {_list_arguments(swap)} out")
+        if self.data is not None and swap.get("match") is False and not swap.keys() & {"start", "settings"}:
+            raise ArgumentError("data= has no effect with match=False and without start=: leave one of them out")
         if not self.verify and self.tolerance is not None:
             raise ArgumentError("tolerance= has no effect with verify=False: leave one of them out")
         for network in self.networks:
@@ -338,6 +341,10 @@ class OutputWriter:
         found = trainer_state(origin.copy, networks)
         return found._replace(notes=tuple(map(origin.replace_copy_path, found.notes)))
 
+    def _uses_data(self) -> bool:
+        """Whether branches were matched to data."""
+        return self.options.data is not None and any(swap.matched for swap in self.weights.plan.swaps)
+
     def record(self) -> "Record":
         """Return the record of the output: this network, and the networks that were converted before."""
         from normswap.checkpoints.architecture.efficientnet_pytorch import LAYOUT, describe_names
@@ -353,6 +360,7 @@ class OutputWriter:
         details = (
             *((source.contents.entry,) if (networks or self.options.several) and source.contents.entry else ()),
             *(() if weights.verification or weights.distance or source.program is not None else ("not verified",)),
+            *((f"matched to {self.options.data_name}",) if self._uses_data() else ()),
             *((f"names of {LAYOUT} mapped to timm's",) if describe_names(weights.names.rename) else ()),
         )
         step = Step.now("converted", source=self.options.file.name, sha256=digest, detail=", ".join(details) or None)

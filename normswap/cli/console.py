@@ -11,10 +11,13 @@ import json
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from hashlib import sha256
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, ParamSpec, TextIO
 
 import click
@@ -24,6 +27,8 @@ from normswap.text import jsonable
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
+
+    from normswap.surgery.plan import SwapPlan
 
 P = ParamSpec("P")
 
@@ -109,7 +114,7 @@ _INTERRUPTED = 130  # the exit code that shells use for SIGINT
 
 
 def one_line_failures(command: Callable[P, None]) -> Callable[P, None]:
-    """Wrap a command so that expected errors become one line on stderr and an exit code.
+    """Wrap a command so that expected errors become one line on stderr and an exit code, and own warnings one line.
 
     Other errors are defects and keep their traceback.
     """
@@ -118,7 +123,8 @@ def one_line_failures(command: Callable[P, None]) -> Callable[P, None]:
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
         """Replaced by the text of the command."""
         try:
-            command(*args, **kwargs)
+            with _one_line_warnings():
+                command(*args, **kwargs)
         except NormswapError as error:
             _exit(translate_arguments(str(error)), error.exit_code)
         except OSError as error:
@@ -130,6 +136,26 @@ def one_line_failures(command: Callable[P, None]) -> Callable[P, None]:
             sys.exit(_INTERRUPTED)
 
     return run
+
+
+@contextmanager
+def _one_line_warnings() -> Iterator[None]:
+    """Show warnings of this package without their place in its code while the block runs."""
+    format_others, package = warnings.formatwarning, str(Path(__file__).parents[1])
+
+    def format_warning(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+    ) -> str:
+        """Return the text of a warning."""
+        if filename.startswith(package):
+            return f"warning: {translate_arguments(str(message))}\n"
+        return format_others(message, category, filename, lineno, line)
+
+    warnings.formatwarning = format_warning
+    try:
+        yield
+    finally:
+        warnings.formatwarning = format_others
 
 
 def _exit(message: str, status: int) -> NoReturn:
@@ -210,9 +236,24 @@ _VALUE = r"""('[^']*'|"[^"]*"|torch\.randn\([^)]*\)|\([^)]*\)|\[[^\]]*\]|[\w.\-]
 _ARGUMENT = re.compile(rf"(?<![\w.\-])(?<!\w\()({'|'.join(OPTIONS)})(?:={_VALUE}|(?=: expected))")
 
 
+# Calls that notes recommend, as commands; empty where the commands do it anyway.
+_CALLS: Mapping[str, str] = {
+    " Measure the distance with normswap.measure_distance.": "",
+    "normswap.calibrate(model, batches, only=...)": "normswap calibrate --data ... --only ...",
+}
+
+
 def translate_arguments(message: str) -> str:
     """Return a message of the library with the options of the command line instead of Python's arguments."""
+    for call, command in _CALLS.items():
+        message = message.replace(call, command)
     return _ARGUMENT.sub(_to_option, message)
+
+
+def translate_plan(plan: "SwapPlan") -> "SwapPlan":
+    """Return a plan whose notes and reasons name options of the command line instead of Python's arguments."""
+    skips = tuple(replace(skip, reason=translate_arguments(skip.reason)) for skip in plan.skips)
+    return replace(plan, skips=skips, notes=tuple(map(translate_arguments, plan.notes)))
 
 
 def _to_option(match: re.Match[str]) -> str:

@@ -7,12 +7,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from normswap.checkpoints.file_output import ConvertOptions, NetworkOptions, check_output
 from normswap.checkpoints.io.atomic_files import check_readable, check_writable, write_text
 from normswap.checkpoints.io.memory import return_freed_memory
 from normswap.cli.calibrate import open_data_set, parse_size
-from normswap.cli.console import one_line_failures, print_json, report_interruption, stage, translate_arguments
+from normswap.cli.console import (
+    one_line_failures,
+    print_json,
+    report_interruption,
+    stage,
+    translate_arguments,
+    translate_plan,
+)
 from normswap.cli.options import (
     InputSpec,
     archs_option,
@@ -143,8 +151,9 @@ def convert_command(
     if options.pop("no_match"):
         swap["match"] = False
     networks = networks_from_options(entries, archs, inputs)
-    data = _data(archs, {name: options.pop(name) for name in _DATA_OPTIONS})
-    arguments = ConvertOptions(file, output, networks, data=data, overwrite=force, **options)
+    data_options = {name: options.pop(name) for name in _DATA_OPTIONS}
+    data, data_name = _data(archs, data_options), _describe_data(data_options)
+    arguments = ConvertOptions(file, output, networks, data=data, data_name=data_name, overwrite=force, **options)
     printer = _Printer(as_json=as_json)
     with report_interruption(lambda: printer.written):
         try:
@@ -154,6 +163,22 @@ def convert_command(
             printer.print_document()
             raise
         printer.print_document()
+
+
+def _describe_data(options: dict[str, Any]) -> str:
+    """The images that the branches are matched to, for the history.
+
+    Raises:
+        click.UsageError: options of a data set are given without one.
+    """
+    if options["source"] is not None:
+        return "{source}, {split}, at most {batches} batches of {batch_size}".format(**options)
+    context = click.get_current_context()
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        if name in _DATA_OPTIONS and context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"{parameter.opts[0]} has no effect without --data: pass both, or none")
+    return ""
 
 
 def _data(archs: Sequence[str], options: dict[str, Any]) -> "Callable[[nn.Module], list[Tensor]] | None":
@@ -208,7 +233,7 @@ def _convert(
     result = run_conversion(arguments, progress=stage, report=printer.show)
     if save_plan is not None:
         write_text(save_plan, result.plan.to_json())
-    printer.print_closing_lines(save_plan)
+    printer.print_closing_lines(save_plan, arguments.data_name)
 
 
 class _Printer:
@@ -236,7 +261,7 @@ class _Printer:
             console.print(part)
         self._num_printed = len(parts)
 
-    def print_closing_lines(self, saved_plan: Path | None) -> None:
+    def print_closing_lines(self, saved_plan: Path | None, data_name: str) -> None:
         """Print what was written, and what to type next."""
         from rich.console import Console
 
@@ -244,6 +269,10 @@ class _Printer:
             return
         console = Console(highlight=False, quiet=self._as_json)
         console.print()
+        if data_name and any(swap.matched for network in self.result.networks for swap in network.plan.swaps):
+            console.print(f"`in` branches matched to {data_name}", markup=False, soft_wrap=True)
+        elif any(network.distance for network in self.result.networks):
+            console.print("distance measured on the example input: pass --data to measure it on images", soft_wrap=True)
         if saved_plan is not None:
             console.print(f"plan written to {saved_plan}", markup=False)
         for line in self.result.closing_lines():
@@ -260,7 +289,11 @@ class _Printer:
 def _translate(result: "FileConversion") -> "FileConversion":
     """A result whose texts name options of the command line instead of Python's arguments."""
     networks = (
-        replace(network, unverified=network.unverified and translate_arguments(network.unverified))
+        replace(
+            network,
+            plan=translate_plan(network.plan),
+            unverified=network.unverified and translate_arguments(network.unverified),
+        )
         for network in result.networks
     )
     return replace(result, networks=tuple(networks), notes=tuple(map(translate_arguments, result.notes)))

@@ -9,7 +9,7 @@ import click
 
 from normswap.checkpoints.file_output import NO_ARCHITECTURE
 from normswap.checkpoints.io.atomic_files import check_readable
-from normswap.cli.console import one_line_failures, print_json, stage, translate_arguments
+from normswap.cli.console import one_line_failures, print_json, stage, translate_arguments, translate_plan
 from normswap.cli.options import (
     InputSpec,
     arch_option,
@@ -107,7 +107,7 @@ def _show_sites(
         return
     with stage("finding norm sites"):
         sites = find_norm_sites(opened.model, opened.inputs)
-        plan = plan_swaps(opened.model, opened.inputs, kinds=kinds or ("bn",))
+        plan = translate_plan(plan_swaps(opened.model, opened.inputs, kinds=kinds or ("bn",)))
     header.origin.check_unchanged()
     steps = header.record.history if header.record else ()
     if as_json:
@@ -180,7 +180,7 @@ def _show_converted(
         verification_table,
     )
 
-    weights = _weights(header, record, trust=trust)
+    weights, plan = _weights(header, record, trust=trust), translate_plan(plan)
     if as_json:
         print_json(_converted_document(file, record, plan, weights))
         return

@@ -20,6 +20,7 @@ from normswap.cli.options import (
     trust_option,
 )
 from normswap.errors import ArchitectureError, NothingToDo
+from normswap.text import pluralize
 
 if TYPE_CHECKING:
     from normswap.checkpoints.loading import OpenedModel
@@ -94,7 +95,17 @@ def verify_command(
             console.print()
             console.print(worst_sites(result))
     if not result.passed:
-        raise NothingToDo(f"{converted} does not compute the same function as {original}")
+        raise NothingToDo(f"{converted} does not compute the same function as {original}{_explain(second)}")
+
+
+def _explain(converted: "OpenedModel") -> str:
+    """Why a converted model computes another function, as far as its record says it."""
+    record = converted.checkpoint.record
+    started = [swap for swap in record.plan.swaps if swap.start] if record and record.plan else []
+    if record is None or not started:
+        return ""
+    distance = f"; its recorded distance: normswap inspect {converted.checkpoint.path}" if record.distance else ""
+    return f", since {pluralize(len(started), 'site')} started without `bn`{distance}"
 
 
 def _compare_programs(first: "OpenedModel", second: "OpenedModel", *, as_json: bool) -> None:

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 from rich.console import Group, RenderableType
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -81,7 +82,7 @@ def verification_table(verification: Verification) -> RenderableType:
         )
     lines: list[RenderableType] = [table]
     notes = dict.fromkeys((*(check.note for check in verification.checks if check.note), *verification.notes))
-    lines += [Text(f"  {note}", "dim") for note in notes]
+    lines += [Padding(Text(note, "dim"), (0, 0, 0, 2), expand=False) for note in notes]
     lines.append(Text(f"  relative L2 in {verification.precision} on {verification.inputs}{loosened}", "dim"))
     lines.append(Text(f"  judged by {rule}", "dim"))
     return Group(*lines)

@@ -167,8 +167,8 @@ class SwapOptions:
         """Refuse a start, or a number of groups, that has no effect."""
         if self.start is not None and "bn" not in self.kinds:
             raise PlanError(
-                f"start: expected None without 'bn' among kinds={self.kinds}, since only Batch Normalization starts at "
-                f"another norm; got {self.start!r}"
+                f"start={self.start!r} has no effect with kinds={self.kinds}, since only Batch Normalization starts at "
+                "another norm: add 'bn' to them, or leave start= out"
             )
         check_start_gate(self.start, self.gate)
         starts = {self.start, *(entry.get("start") for entry in self.settings.values())}

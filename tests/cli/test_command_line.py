@@ -5,6 +5,7 @@ import os
 import runpy
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ import pytest
 import normswap
 from normswap.checkpoints import file_conversion
 from normswap.checkpoints.record import Step
+from normswap.cli import console
 from normswap.cli import convert as convert_module
+from normswap.cli.console import one_line_failures
 from tests.helpers import files
 from tests.helpers.command_line import ARCH, INPUT, names, ok, run
 
@@ -161,3 +164,20 @@ def test_markup_in_a_record_is_shown_as_it_is(folder: Path) -> None:
     steps = (Step("[/bold]", "[/x]", "[red]"),)
     normswap.save(loaded.model, "marked.pt", plan=loaded.plan, architecture=files.ARCH, history=steps)
     assert "[/bold]" in ok("inspect", "marked.pt").stdout
+
+
+def test_own_warnings_are_one_line_with_options_and_others_keep_their_place() -> None:
+    shown: dict[str, str] = {}
+
+    @one_line_failures
+    def command() -> None:
+        for file in (str(console.__file__), "elsewhere.py"):
+            shown[file] = warnings.formatwarning("pass trust=True", UserWarning, file, 7, "code")
+
+    before = warnings.formatwarning
+    command()
+    assert warnings.formatwarning is before
+    assert shown == {
+        str(console.__file__): "warning: pass --trust\n",
+        "elsewhere.py": "elsewhere.py:7: UserWarning: pass trust=True\n  code\n",
+    }

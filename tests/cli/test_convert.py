@@ -215,6 +215,8 @@ def test_a_start_without_bn_prints_and_records_its_distance(folder: Path) -> Non
     assert re.search(r"relative L2 error of the outputs +\d", text)
     assert re.search(r"top-1 agreement of predictions +[\d.]+% of 2", text)
     assert "Verification" not in text
+    assert "measure_distance" not in text
+    assert "distance measured on the example input: pass --data to measure it on images" in text
     record = read_record(folder / "bn.normswap.pt")
     assert record is not None
     assert record.distance is not None
@@ -225,6 +227,10 @@ def test_a_start_without_bn_prints_and_records_its_distance(folder: Path) -> Non
     assert found["distance"]["relative_error"] == record.distance.relative_error
     assert len(found["distance"]["sites"]) == files.SITES
     assert {swap["start"] for swap in found["plan"]["swaps"]} == {"gn"}
+    result = run("verify", "bn.pt", "bn.normswap.pt", *INPUT)
+    assert result.exit_code == 1
+    reason = f"since {files.SITES} sites started without `bn`; its recorded distance: normswap inspect bn.normswap.pt"
+    assert reason in result.stderr
 
 
 def test_data_match_the_in_branches_and_measure_the_distance(folder: Path) -> None:
@@ -234,6 +240,32 @@ def test_data_match_the_in_branches_and_measure_the_distance(folder: Path) -> No
     scales = [t for key, t in torch.load("bn.normswap.pt").items() if key.endswith("in_var_scale")]
     scaled = [scale for scale in scales if not torch.equal(scale, torch.ones_like(scale))]
     assert len(scaled) > len(scales) / 2  # the others have maps of one position at this size
+    name = "digits, train, at most 2 batches of 4"
+    record = read_record(folder / "bn.normswap.pt")
+    assert record is not None
+    assert record.history[-1].detail == f"matched to {name}"
+    assert f"`in` branches matched to {name}" in ok("convert", "bn.pt", *ARCH, *INPUT, *data, "--force").stdout
+
+
+def test_notes_and_reasons_name_options(folder: Path) -> None:
+    net = files.small_model()
+    for module in net.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.reset_running_stats()
+    torch.save(net, "new.pth")
+    for command in ("inspect", "convert"):
+        text = " ".join(ok(command, "new.pth", "--trust", *INPUT).stdout.split())
+        assert "or start these sites at `in` and `ln` with --untrained uniform." in text or command == "inspect"
+        assert "Compute them with normswap calibrate --data ... --only ..." in text
+        skipped = run(command, "new.pth", "--trust", *INPUT, "--kinds", "in", *(["--force"] * (command == "convert")))
+        text = " ".join(skipped.stdout.split())
+        assert "is Batch Normalization, which --kinds does not include; pass --kinds bn,in to swap it" in text
+    text = " ".join(ok("convert", "bn.pt", *ARCH, *INPUT, "--synchronize", "--dry-run").stdout.split())
+    assert "to use the joint batch, pass --bn-statistics batch too." in text
+    plan = document("convert", "bn.pt", *ARCH, *INPUT, "--synchronize", "--dry-run", "--save-plan", "plan.json")["plan"]
+    assert "--bn-statistics batch" in plan["notes"][0]
+    saved = normswap.SwapPlan.from_json(Path("plan.json").read_text())
+    assert "bn_statistics='batch'" in saved.notes[0]  # Python reads it
 
 
 def test_branches_stay_raw_on_request(folder: Path) -> None:
@@ -259,6 +291,9 @@ def test_norms_that_were_never_trained_are_shown_and_start_uniform_on_request(fo
     [
         (["--start", "ln", "--gate", "softmax"], "--gate: expected 'simplex' with --start ln"),
         (["--groups", "8"], "--groups 8 has no effect without --start gn"),
+        (["--start", "ln", "--kinds", "in"], "--start ln has no effect with --kinds in, since only Batch"),
+        (["--split", "test"], "--split has no effect without --data: pass both, or none"),
+        (["--data", "digits", "--no-match"], "--data has no effect with --no-match"),
         (["--arch", "none", "--no-verify", "--start", "ln"], "leave --start out"),
         (["--arch", "none", "--no-verify", "--data", "digits"], "leave --data out"),
     ],

@@ -118,6 +118,9 @@ def test_every_argument_that_becomes_an_option_is_one_and_the_option_is_there() 
         ("pass example_inputs=torch.randn(2, 3, 8, 8).", "pass --input 2x3x8x8."),
         ("give image_size=(224, 320)", "give --input-size 224x320"),
         ("kinds: expected some of", "--kinds: expected some of"),
+        ("which kinds= does not include", "which --kinds does not include"),
+        ("another function. Measure the distance with normswap.measure_distance.", "another function."),
+        ("with normswap.calibrate(model, batches, only=...), or", "with normswap calibrate --data ... --only ..., or"),
         ("model.architecture=x, my_trust=True", "model.architecture=x, my_trust=True"),
     ],
 )

@@ -170,7 +170,7 @@ def test_too_few_values_at_one_position_stay_as_they_are() -> None:
         ({"start": "ln", "gate": "softmax"}, "gate: expected 'simplex' with start='ln', since softmax gates start at"),
         ({"start": "ln", "branches": ("in", "bn")}, "branches: expected none of them `bn`, which start='ln' leaves"),
         ({"start": "ln", "branches": ("in",)}, r"branches: expected `ln` among them, at which start='ln' starts"),
-        ({"start": "ln", "kinds": ("in",)}, r"start: expected None without 'bn' among kinds=\('in',\)"),
+        ({"start": "ln", "kinds": ("in",)}, r"start='ln' has no effect with kinds=\('in',\)"),
         ({"num_groups": 8}, "num_groups=8 has no effect without start='gn': pass both, or none"),
         ({"num_groups": 0, "start": "gn"}, "num_groups: expected at least 1, got 0"),
         ({"match": 1}, "match: expected true or false, got 1"),
