@@ -160,7 +160,8 @@ def _calibrate_file(
         console.print(notes_table(notes))
     images = f"{result.batches} batches of {data.settings.batch_size}"
     with stage(f"writing {target.name}"):
-        detail = f"{source}, {data.settings.split}, {images}"
+        scope = [f"only {', '.join(options['only'])}"] if options["only"] else []
+        detail = ", ".join([source, data.settings.split, images, *scope, *["matched"] * options["match"]])
         write_calibrated(checkpoint, opened.built, target, file_format, detail=detail)
     closing = f"\n{len(result.layers)} layers calibrated on {images} of {source}"
     written_line = click.style(f"wrote {target} ({describe_size(target)})", bold=True)

@@ -86,6 +86,13 @@ def test_single_layers_are_matched(folder: Path) -> None:
     assert {name.rpartition(".")[0] for name in old if not old[name].equal(new[name])} == {"conv1.1", "conv1.4"}
 
 
+def test_the_history_names_the_layers_and_the_matching(folder: Path) -> None:
+    ok("sn.pt", *DIGITS, "--only", "conv1.1", "--only", "layer1.*", "--match")
+    record = read_record(folder / "sn.calibrated.pt")
+    assert record is not None
+    assert record.history[-1].detail == "digits, train, 3 batches of 20, only conv1.1, layer1.*, matched"
+
+
 def test_history_goes_on_and_the_verification_does_not(folder: Path) -> None:
     result = ok("sn.pt", *DIGITS, "--layer-by-layer")
     assert "verification of the conversion: left out" in " ".join(result.output.split())
