@@ -243,7 +243,7 @@ def _set_up_run(recipe: Recipe, accelerator: Accelerator, state: RunState | None
     run = _Run(recipe, accelerator, prepared, network, prepared_optimizer, schedule, average, prepared.steps)
     if state is not None:
         _restore(run, state)
-    if train.gate_max_step:
+    if train.gate_max_step != 0:
         limit_gate_steps(
             model, optimizer, max_step=train.gate_max_step, warmup_steps=train.gate_warmup_steps, step=run.step
         )

@@ -50,7 +50,7 @@ def conversion(result: Conversion) -> RenderableType:
 def training(result: TrainingConversion) -> RenderableType:
     """Return the plan that was applied, and which parts of the training were converted with the model."""
     gates = (
-        "in no optimizer" if result.group is None else f"learning rate {float(result.group['lr']):g}, no weight decay"
+        "in no optimizer" if result.group is None else f"learning rate {float(result.group['lr']):.3g}, no weight decay"
     )
     parts = {"Gates": gates, "Schedulers": ", ".join(result.schedulers), "Averages": ", ".join(result.averages)}
     lines = [Text.assemble((name, "bold"), f"  {description or 'none'}") for name, description in parts.items()]

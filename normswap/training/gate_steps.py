@@ -12,11 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from normswap.checkpoints.content.optimizer_state import default_gate_step
 from normswap.errors import OptimizerError
 from normswap.layers.gating import project_to_simplex
 from normswap.layers.in_place import GATE_PARAMETERS
 from normswap.surgery.importance import gated_modules
 from normswap.training.importance_watch import unwrap_optimizer
+
+# The default number of first steps in which the limit rises from 0.
+WARMUP_STEPS = 20
 
 
 class GateStepLimit:
@@ -32,7 +36,7 @@ class GateStepLimit:
         >>> optimizer = torch.optim.Adam(normswap.param_groups(model, lr=0.1))
         >>> limit = normswap.limit_gate_steps(model, optimizer)
         >>> limit.max_step, limit.step
-        (0.02, 0)
+        (0.1, 0)
         >>> limit.remove()
     """
 
@@ -79,7 +83,7 @@ class GateStepLimit:
 
 
 def limit_gate_steps(
-    model: nn.Module, optimizer: Any, *, max_step: float = 0.02, warmup_steps: int = 50, step: int = 0
+    model: nn.Module, optimizer: Any, *, max_step: float | None = None, warmup_steps: int = WARMUP_STEPS, step: int = 0
 ) -> GateStepLimit:
     """Limit how far the gates of a model move in a step of an optimizer, by hooks on the optimizer.
 
@@ -89,7 +93,8 @@ def limit_gate_steps(
     Args:
         model: a converted model, wrapped or not.
         optimizer: the optimizer of the gates, also if accelerate, Lightning or timm's Lookahead wrap it.
-        max_step: the largest change of an importance weight in a step.
+        max_step: the largest change of an importance weight in a step; default: 1 divided by the number of sites whose
+            gates train, at most 0.1, since changes of the function add up over the layers.
         warmup_steps: the number of first steps in which the limit rises linearly from 0 to `max_step`, so that a new
             classifier learns something before the gates leave the function that the network was trained with.
         step: the number of steps that a resumed run has taken before.
@@ -107,10 +112,10 @@ def limit_gate_steps(
         >>> limit = normswap.limit_gate_steps(model, optimizer, warmup_steps=0)
         >>> model(torch.randn(2, 3, 8, 8)).square().mean().backward()
         >>> optimizer.step()
-        >>> 0.98 <= normswap.importance_weights(model)["1"].mean["bn"] <= 1
+        >>> 0.9 <= normswap.importance_weights(model)["1"].mean["bn"] <= 1
         True
     """
-    if not max_step > 0:
+    if max_step is not None and not max_step > 0:
         raise OptimizerError(f"max_step: expected a number > 0, got {max_step!r}")
     for name, value in (("warmup_steps", warmup_steps), ("step", step)):
         if not isinstance(value, int) or value < 0:
@@ -119,4 +124,5 @@ def limit_gate_steps(
     layers = [layer for layer in gated_modules(model).values() if layer.gate == "simplex"]
     found = [layer._parameters.get(name) for layer in layers for name in GATE_PARAMETERS]
     points = [point for point in found if point is not None and point.requires_grad]
-    return GateStepLimit(points, max_step=max_step, warmup_steps=warmup_steps, step=step).attach(inner)
+    longest = default_gate_step(len(points)) if max_step is None else max_step
+    return GateStepLimit(points, max_step=longest, warmup_steps=warmup_steps, step=step).attach(inner)

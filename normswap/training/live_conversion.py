@@ -194,7 +194,7 @@ def convert_training(
             the model, or an object with the tensors in a list `shadow_params`.
         example_inputs: a tensor, a tuple or a dict for one forward pass in evaluation mode, as in `normswap.convert`.
         importance_lr: the learning rate of the gates before any schedule; default: 100 times that of the last group, at
-            most 0.03.
+            most 1 / sites and 0.1.
         norms: the table of norm classes, as in `normswap.convert`.
         choices: the other arguments of `normswap.convert`, such as `plan`, `include`, `settings`, `bn_statistics`.
 
@@ -274,7 +274,7 @@ def _add_gates(
     optimizer = _find_owner(optimizers, model, gates)
     check_schedulers(all_schedulers, optimizer)
     old = [*optimizer.param_groups]
-    added = {**gate_options(old[-1], importance_lr=rate), "params": [*gates.values()]}
+    added = {**gate_options(old[-1], gates=len(gates), importance_lr=rate), "params": [*gates.values()]}
     added["lr"] = current_gate_lr(stepped_schedulers, old[-1], added)
     if "param_names" in old[-1]:
         added["params"] = [*gates.items()]

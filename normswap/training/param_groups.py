@@ -192,8 +192,9 @@ def param_groups(
         lr: the learning rate of all groups; default: the optimizer's own. Not with `like`.
         weight_decay: the weight decay of the groups that have it. Not with `like`.
         importance_lr: the learning rate of the gates before any schedule. Default: the rate that they have in `like`,
-            else 100 times that of the last other group, at most 0.03; without any rate, the optimizer's own. If a
-            scheduler has set `initial_lr`, the present rate of the gates is scaled like that of the last old group.
+            else 100 times that of the last other group, at most 1 / sites and 0.1; without any rate, the optimizer's
+            own. If a scheduler has set `initial_lr`, the present rate of the gates is scaled like that of the last old
+            group.
 
     Returns:
         The groups, each with `params` and its options; the group of the gates has the option `gates=True`.
@@ -223,7 +224,7 @@ def param_groups(
     gates = _collect_gates(model, groups)
     if not gates:
         return kept
-    added = {**gate_options(template, importance_lr=importance_lr), "params": list(gates.values())}
+    added = {**gate_options(template, gates=len(gates), importance_lr=importance_lr), "params": list(gates.values())}
     if "param_names" in template:
         names = match_parameter_names(model, [name for group in groups for name in group["param_names"]])
         added["param_names"] = [names.stored_key(name) for name in gates]
@@ -242,7 +243,9 @@ def _new_groups(model: nn.Module, lr: float | None, weight_decay: float, importa
         if part.parameters
     ]
     if gates := trainable_gates(model):
-        groups.append({"params": list(gates.values()), **gate_options(rate, importance_lr=importance_lr)})
+        groups.append(
+            {"params": list(gates.values()), **gate_options(rate, gates=len(gates), importance_lr=importance_lr)}
+        )
     return groups
 
 

@@ -227,7 +227,7 @@ def test_with_gates_appends_a_group_and_shares_the_rest() -> None:
     before = copy.deepcopy(old["param_groups"])
     new = with_gates(old, gates=["bn.mean_weight", "bn.var_weight"])
     assert new["param_groups"][-1] == {
-        **{"params": [3, 4], "lr": 0.03, "momentum": 0.9, "weight_decay": 0.0, "gates": True}
+        **{"params": [3, 4], "lr": 0.1, "momentum": 0.9, "weight_decay": 0.0, "gates": True}
     }
     assert all(a is b for a, b in zip(new["param_groups"], old["param_groups"], strict=False))
     assert new["state"] is old["state"]
@@ -240,7 +240,7 @@ def test_with_gates_appends_a_group_and_shares_the_rest() -> None:
 @pytest.mark.parametrize(
     ("options", "importance_lr", "expected"),
     [
-        ({"lr": 0.05, "initial_lr": 0.2}, None, {"lr": 0.0075, "initial_lr": 0.03}),
+        ({"lr": 0.05, "initial_lr": 0.2}, None, {"lr": 0.025, "initial_lr": 0.1}),
         ({"lr": 1e-4}, None, {"lr": 0.01}),
         ({"lr": 0.05, "initial_lr": 0.2}, 0.4, {"lr": 0.1, "initial_lr": 0.4}),
         ({"lr": 0.05, "initial_lr": 0.2}, 0.0, {"lr": 0.0, "initial_lr": 0.0}),

@@ -80,6 +80,15 @@ def test_the_limit_rises_in_the_first_steps_and_goes_on_after_a_resume() -> None
     assert train(model, optimizer, 1) == pytest.approx([0.03], abs=ROUNDING)
 
 
+@pytest.mark.parametrize(("sites", "expected"), [(1, 0.1), (10, 0.1), (20, 0.05), (50, 0.02)])
+def test_all_gates_together_move_by_one_diameter(sites: int, expected: float) -> None:
+    model = convert(nn.Sequential(*(nn.BatchNorm2d(4) for _ in range(sites))), torch.randn(2, 4, 3, 3)).model
+    groups = param_groups(model, lr=0.01)
+    assert float(groups[-1]["lr"]) == pytest.approx(expected)
+    assert float(param_groups(model, lr=1e-5)[-1]["lr"]) == pytest.approx(1e-3)
+    assert limit_gate_steps(model, torch.optim.Adam(groups)).max_step == pytest.approx(expected)
+
+
 def test_steps_within_the_limit_and_all_other_parameters_are_unchanged() -> None:
     model, free = network(), network()
     optimizers = [torch.optim.SGD(param_groups(each, lr=1e-3, importance_lr=1e-3)) for each in (model, free)]
@@ -190,7 +199,7 @@ def test_a_single_sample_is_refused() -> None:
 
 def test_the_default_rate_of_gates_is_a_multiple_of_the_networks_up_to_a_limit() -> None:
     model = network()
-    for lr, expected in ((1e-4, 1e-2), (1e-3, 3e-2), (0.1, 3e-2), (0.0, 0.0)):
+    for lr, expected in ((1e-4, 1e-2), (1e-3, 0.1), (0.1, 0.1), (0.0, 0.0)):
         assert normswap.param_groups(model, lr=lr)[-1]["lr"] == pytest.approx(expected)
     optimizer = torch.optim.SGD(param_groups(model, lr=1e-4, importance_lr=0.5))
     assert param_groups(model, like=optimizer)[-1]["lr"] == 0.5

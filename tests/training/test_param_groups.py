@@ -126,7 +126,7 @@ def test_like_keeps_groups_and_options_and_takes_gates_out_of_them() -> None:
     groups = normswap.param_groups(model, like=optimizer)
     assert names(model, groups) == [DECAYED, [*PLAIN, "token"], GATES]
     for group, of_old in zip(
-        groups, [*before, before[-1] | {"lr": 0.03, "weight_decay": 0.0, "gates": True}], strict=True
+        groups, [*before, before[-1] | {"lr": 0.1, "weight_decay": 0.0, "gates": True}], strict=True
     ):
         assert options(group) == options(of_old)
     assert optimizer.param_groups == before
@@ -169,7 +169,7 @@ def test_in_the_middle_of_a_schedule_gates_are_where_the_last_group_is(importanc
         optimizer.step()
         scheduler.step()
     gates = normswap.param_groups(model, like=optimizer, importance_lr=importance_lr)[-1]
-    initial = 0.03 if importance_lr is None else importance_lr
+    initial = 0.1 if importance_lr is None else importance_lr
     assert (gates["initial_lr"], gates["lr"]) == pytest.approx((initial, initial / 4))
 
 
@@ -180,7 +180,7 @@ def test_a_rate_that_is_a_tensor_is_no_alias() -> None:
     assert [float(group["lr"]) for group in groups] == pytest.approx([0.2, 0.1])
     groups[-1]["lr"].fill_(9)
     assert float(optimizer.param_groups[0]["lr"]) == pytest.approx(0.2)
-    assert float(normswap.param_groups(model, like=optimizer)[-1]["lr"]) == pytest.approx(0.03)
+    assert float(normswap.param_groups(model, like=optimizer)[-1]["lr"]) == pytest.approx(0.1)
 
 
 def test_a_rate_of_zero_or_none_is_no_obstacle() -> None:

@@ -73,7 +73,7 @@ class Setting:
 
 
 _SMALL_RATES, _SMALL_LOWER_RATES = (3e-4, 1e-3, 3e-3), (1e-4, 3e-4, 1e-3)
-_SMALL_PAIRS = ((3e-4, 1e-2), (3e-4, 3e-2), (1e-3, 3e-2))
+_SMALL_PAIRS = ((3e-4, 3e-2), (1e-3, 3e-2), (1e-3, 1e-1))
 _GATE_PAIRS = ((1e-3, 3e-3), (1e-3, 1e-2), (1e-3, 3e-2))
 _SMALL_STEPS = {1: 400, 2: 400, 4: 400, 16: 200}
 _SMALL_SECONDS = {1: 4.0, 2: 4.0, 4: 5.0, 16: 5.0}

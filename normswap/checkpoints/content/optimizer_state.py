@@ -29,10 +29,12 @@ PARAM_SHAPED_KEYS = {
 # correction would be missing in their first steps.
 _STEP_KEYS = ("step",)
 
-# The default learning rate of gates: a multiple of the network's rate, up to a limit. Gates need a scale of their own,
-# since a simplex has a diameter of about 1 whatever the network; with Adam the rate is the length of a step.
-GATE_LR_FACTOR = 100.0
-GATE_LR_LIMIT = 0.03
+# The default learning rate of gates is a multiple of the network's rate, up to a limit, since a simplex has a diameter
+# of about 1 whatever the network. Changes of the function add up over the layers, so all gates together may move by one
+# diameter in a step.
+_GATE_LR_FACTOR = 100.0
+_MAX_GATE_STEP = 0.1
+_GATES_PER_SITE = 2
 
 StateDict = Mapping[str, Any]
 Shape = tuple[int, ...]
@@ -99,7 +101,7 @@ def with_gates(
         gates: the names of the trainable gates, in the order of `normswap.trainable_gates(converted)`; if empty, no
             group is added.
         importance_lr: the learning rate of the gates before any schedule; default: 100 times that of the last group, at
-            most 0.03.
+            most 1 / sites and 0.1.
 
     Returns:
         A new state dict, which shares the state, the old groups and all other entries with `optimizer_state`.
@@ -125,7 +127,7 @@ def with_gates(
     if not gates:
         return dict(optimizer_state)
     used_keys = [key for group in groups for key in group["params"]]
-    added = gate_options(groups[-1], importance_lr=importance_lr)
+    added = gate_options(groups[-1], gates=len(gates), importance_lr=importance_lr)
     if "param_names" in groups[-1]:
         added["param_names"] = list(gates)
     added["params"] = _new_keys(used_keys, optimizer_state["state"], gates)
@@ -177,21 +179,32 @@ def insert_gates(
     )
 
 
-def default_gate_lr(lr: Any) -> float:
-    """Return the default learning rate of gates for the learning rate of the network.
+def default_gate_step(gates: int) -> float:
+    """Return how far a gate may move in a step, by the number of gates of the model: 1 / sites, at most 0.1.
 
     Examples:
-        >>> default_gate_lr(1e-4), default_gate_lr(0.1)
-        (0.01, 0.03)
+        >>> default_gate_step(8), default_gate_step(100)
+        (0.1, 0.02)
     """
-    return min(GATE_LR_FACTOR * float(lr), GATE_LR_LIMIT)
+    return min(_MAX_GATE_STEP, _GATES_PER_SITE / max(gates, 1))
 
 
-def gate_options(template: Mapping[str, Any], *, importance_lr: float | None = None) -> dict[str, Any]:
+def default_gate_lr(lr: Any, gates: int) -> float:
+    """Return the default learning rate of gates by the learning rate of the network and the number of gates.
+
+    Examples:
+        >>> default_gate_lr(1e-4, gates=100), default_gate_lr(0.1, gates=100)
+        (0.01, 0.02)
+    """
+    return min(_GATE_LR_FACTOR * float(lr), default_gate_step(gates))
+
+
+def gate_options(template: Mapping[str, Any], *, gates: int, importance_lr: float | None = None) -> dict[str, Any]:
     """Return the options of a group of gates: those of `template` without weight decay, with their own learning rate.
 
     Args:
         template: a parameter group; its parameters are ignored.
+        gates: the number of gates.
         importance_lr: the learning rate before any schedule (the maximum of OneCycleLR). Default: that of `template` if
             it is a group of gates, else `default_gate_lr` of it. If a scheduler has set `initial_lr`, the current rate
             has the same ratio to it as in `template`.
@@ -205,7 +218,7 @@ def gate_options(template: Mapping[str, Any], *, importance_lr: float | None = N
     options |= {"weight_decay": 0.0, GATE_GROUP: True}
     base = base_lr(template)
     if importance_lr is None and base is not None and template.get(GATE_GROUP) is not True:
-        importance_lr = default_gate_lr(base)
+        importance_lr = default_gate_lr(base, gates)
     if importance_lr is not None:
         present = {name: options[name] for name in _LR_KEYS if options.get(name) is not None} or {"lr": base}
         options |= {name: rescale(rate, old=base, new=importance_lr) for name, rate in present.items()}
