@@ -112,7 +112,7 @@ def limit_gate_steps(
         >>> limit = normswap.limit_gate_steps(model, optimizer, warmup_steps=0)
         >>> model(torch.randn(2, 3, 8, 8)).square().mean().backward()
         >>> optimizer.step()
-        >>> 0.9 <= normswap.importance_weights(model)["1"].mean["bn"] <= 1
+        >>> 0.89 <= normswap.importance_weights(model)["1"].mean["bn"] <= 1
         True
     """
     if max_step is not None and not max_step > 0:
