@@ -1,8 +1,6 @@
 """`normswap calibrate`: recomputes running statistics over a data set and writes a new file."""
 
-import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,8 +20,10 @@ from normswap.cli.console import (
 )
 from normswap.cli.options import (
     arch_option,
+    data_set_options,
     entry_option,
     json_option,
+    open_data_set,
     open_model,
     read_file,
     read_header,
@@ -33,34 +33,10 @@ from normswap.errors import CheckpointError, ModelError
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
 
     from normswap.checkpoints.loading import OpenedModel
     from normswap.finetune.data.datasets import Data
     from normswap.running_stats.calibration import Calibration
-
-
-@dataclass(frozen=True)
-class Size:
-    """The size of images given by `--input-size`; `channels` is None for the model's own."""
-
-    height: int
-    width: int
-    channels: int | None = None
-
-
-def parse_size(_context: Any, _parameter: Any, text: str | None) -> Size | None:
-    """Return the size that `224`, `224x320` or `1x28x28` describes.
-
-    Raises:
-        click.BadParameter: another form.
-    """
-    if text is None:
-        return None
-    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){0,2}", text):
-        raise click.BadParameter(f"expected a size in pixels such as 224, 224x320 or 1x28x28, got {text!r}")
-    *channels, height, width = [int(part) for part in text.split("x")] if "x" in text else [int(text)] * 2
-    return Size(height, width, channels[0] if channels else None)
 
 
 @click.command("calibrate", short_help="Recompute running statistics over a data set.")
@@ -72,14 +48,7 @@ def parse_size(_context: Any, _parameter: Any, text: str | None) -> Size | None:
     metavar="SPEC",
     help="Data set: folder:PATH, digits, digits:shifted, or a timm name such as torch/NAME.",
 )
-@click.option("--split", default="train", show_default=True, help="Part of the data set.")
-@click.option("--data-root", metavar="PATH", help="Folder of the data set, if --data is a name such as torch/NAME.")
-@click.option(
-    "--input-size",
-    callback=parse_size,
-    metavar="[Cx]HxW",
-    help="Size of the images in pixels. Default: the size in timm's configuration of the model.",
-)
+@data_set_options
 @click.option("--batch-size", type=click.IntRange(1), default=64, show_default=True, help="Images per batch.")
 @click.option("--batches", type=click.IntRange(1), help="Number of batches of randomly drawn images. Default: all.")
 @click.option(
@@ -197,40 +166,6 @@ class _Batches:
             return min(len(self._data), self._count or len(self._data))
         except TypeError:  # a streamed data set may have no length
             return self._count
-
-
-def open_data_set(source: str, model: "nn.Module", architecture: str | None, options: dict[str, Any]) -> "Data":
-    """Open a data set for a model, and show that on the terminal.
-
-    Args:
-        source: the value of `--data`.
-        model: its configuration gives the size of the images, unless `options` do.
-        architecture: the name that builds the model, None if it is unknown.
-        options: the values of the other options of the data set.
-
-    Raises:
-        DataError: it cannot be opened, or the size of the images is unknown.
-    """
-    from normswap.checkpoints.architecture.registry import default_input_shape
-    from normswap.finetune.data.datasets import open_data
-    from normswap.finetune.data.loaders import DataSettings
-
-    shape = default_input_shape(model, architecture)
-    size: Size | None = options["input_size"]
-    if shape is not None:
-        size = Size(size.height, size.width, size.channels or shape[1]) if size else Size(shape[2], shape[3], shape[1])
-    settings = DataSettings(
-        source,
-        split=options["split"],
-        root=options["data_root"],
-        image_size=None if size is None else (size.height, size.width),
-        channels=None if size is None else size.channels,
-        batch_size=options["batch_size"],
-        workers=options.get("workers", 0),
-        seed=options.get("seed", 0),
-    )
-    with stage(f"opening {source}"):
-        return open_data(settings, use="calibration", model=model)
 
 
 def _run_calibration(opened: "OpenedModel", data: "Data", options: dict[str, Any]) -> "Calibration":

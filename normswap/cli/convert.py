@@ -12,7 +12,6 @@ from click.core import ParameterSource
 from normswap.checkpoints.file_output import ConvertOptions, NetworkOptions, check_output
 from normswap.checkpoints.io.atomic_files import check_readable, check_writable, write_text
 from normswap.checkpoints.io.memory import return_freed_memory
-from normswap.cli.calibrate import open_data_set, parse_size
 from normswap.cli.console import (
     one_line_failures,
     print_json,
@@ -24,11 +23,13 @@ from normswap.cli.console import (
 from normswap.cli.options import (
     InputSpec,
     archs_option,
+    data_set_options,
     entries_option,
     example_inputs,
     json_option,
     kinds_option,
     named_inputs_option,
+    open_data_set,
     tolerance_option,
     trust_option,
 )
@@ -105,14 +106,7 @@ _DATA_OPTIONS = ("source", "split", "data_root", "input_size", "batch_size", "ba
     help="Match the in branches to the images of a data set, which needs no labels, and measure the distance of "
     "--start on them: folder:PATH, digits, digits:shifted, or a timm name such as torch/NAME.",
 )
-@click.option("--split", default="train", show_default=True, help="Part of the data set.")
-@click.option("--data-root", metavar="PATH", help="Folder of the data set, if --data is a name such as torch/NAME.")
-@click.option(
-    "--input-size",
-    callback=parse_size,
-    metavar="[Cx]HxW",
-    help="Size of its images in pixels. Default: the size in timm's configuration of the model.",
-)
+@data_set_options
 @click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True, help="Images per batch.")
 @click.option("--batches", type=click.IntRange(1), default=4, show_default=True, help="Number of batches.")
 @click.option("--plan", type=click.Path(path_type=Path), help="Apply a plan written by --save-plan.")

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from normswap.checkpoints.loading import OpenedModel
     from normswap.checkpoints.reading import Checkpoint, CheckpointHeader
+    from normswap.finetune.data.datasets import Data
 
 _DTYPES = (
     *("float16", "bfloat16", "float32", "float64", "complex64", "complex128"),
@@ -128,6 +129,84 @@ def open_model(
         from normswap.checkpoints import loading
 
         return loading.open_model(checkpoint, arch, inputs=example_inputs(inputs), trust=trust)
+
+
+# --- data sets --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Size:
+    """The size of images given by `--input-size`; `channels` is None for the model's own."""
+
+    height: int
+    width: int
+    channels: int | None = None
+
+
+def parse_size(_context: Any, _parameter: Any, text: str | None) -> Size | None:
+    """Return the size that `224`, `224x320` or `1x28x28` describes.
+
+    Raises:
+        click.BadParameter: another form.
+    """
+    if text is None:
+        return None
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){0,2}", text):
+        raise click.BadParameter(f"expected a size in pixels such as 224, 224x320 or 1x28x28, got {text!r}")
+    *channels, height, width = [int(part) for part in text.split("x")] if "x" in text else [int(text)] * 2
+    return Size(height, width, channels[0] if channels else None)
+
+
+def data_set_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options of a data set that `open_data_set` reads, except `--data` and `--batch-size`."""
+    for option in (
+        click.option(
+            "--input-size",
+            callback=parse_size,
+            metavar="[Cx]HxW",
+            help="Size of the images in pixels. Default: the size in timm's configuration of the model.",
+        ),
+        click.option(
+            "--data-root", metavar="PATH", help="Folder of the data set, if --data is a name such as torch/NAME."
+        ),
+        click.option("--split", default="train", show_default=True, help="Part of the data set."),
+    ):  # the last one is shown first
+        command = option(command)
+    return command
+
+
+def open_data_set(source: str, model: "nn.Module", architecture: str | None, options: dict[str, Any]) -> "Data":
+    """Open a data set for a model, and show that on the terminal.
+
+    Args:
+        source: the value of `--data`.
+        model: its configuration gives the size of the images, unless `options` do.
+        architecture: the name that builds the model, None if it is unknown.
+        options: the values of the other options of the data set.
+
+    Raises:
+        DataError: it cannot be opened, or the size of the images is unknown.
+    """
+    from normswap.checkpoints.architecture.registry import default_input_shape
+    from normswap.finetune.data.datasets import open_data
+    from normswap.finetune.data.loaders import DataSettings
+
+    shape = default_input_shape(model, architecture)
+    size: Size | None = options["input_size"]
+    if shape is not None:
+        size = Size(size.height, size.width, size.channels or shape[1]) if size else Size(shape[2], shape[3], shape[1])
+    settings = DataSettings(
+        source,
+        split=options["split"],
+        root=options["data_root"],
+        image_size=None if size is None else (size.height, size.width),
+        channels=None if size is None else size.channels,
+        batch_size=options["batch_size"],
+        workers=options.get("workers", 0),
+        seed=options.get("seed", 0),
+    )
+    with stage(f"opening {source}"):
+        return open_data(settings, use="calibration", model=model)
 
 
 # --- options ----------------------------------------------------------------------------------------------------------

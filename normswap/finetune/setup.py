@@ -22,10 +22,12 @@ from normswap.finetune.data.datasets import Data, open_data
 from normswap.finetune.data.loaders import DataSettings
 from normswap.finetune.model_source import StartingModel, load_from_recipe, load_from_state
 from normswap.finetune.recipe import ConvertTable, DataTable, Recipe, RunTable, TrainTable, check_warmup
+from normswap.layers.in_place import STATISTICS
 from normswap.model_state import training_flags
 from normswap.running_stats.calibration import calibrate
 from normswap.surgery.conversion import convert
 from normswap.surgery.importance import gated_modules
+from normswap.surgery.module_tree import never_updated
 from normswap.surgery.plan import SwapPlan, list_names
 from normswap.surgery.selection import SwapOptions
 from normswap.text import pluralize
@@ -408,7 +410,7 @@ def _prepare_untrained(
         is_new: the model was converted just now; otherwise sites may have been trained since their conversion.
     """
     plan, layers, choice = source.plan, gated_modules(source.model), recipe.convert.untrained
-    untrained = [] if plan is None else [name for name in plan.untrained if is_new or not _has_seen_data(layers[name])]
+    untrained = [] if plan is None else [name for name in plan.untrained if is_new or _is_untrained(layers[name])]
     constant = [name for name in untrained if "bn" in layers[name].branches and layers[name].bn_statistics == "running"]
     if constant and choice == "calibrate":
         images = _calibrate_sites(source.model, constant, settings, shard)
@@ -425,11 +427,8 @@ def _prepare_untrained(
     return replace(source, notes=(*source.notes, f"convert.untrained: {sites}; {what}"))
 
 
-def _has_seen_data(layer: nn.Module) -> bool:
-    count, mean, var = (layer._buffers.get(name) for name in ("num_batches_tracked", "running_mean", "running_var"))
-    if count is not None:
-        return int(count) > 0
-    return mean is None or var is None or bool((mean != 0).any() or (var != 1).any())
+def _is_untrained(layer: nn.Module) -> bool:
+    return never_updated(*(layer._buffers.get(name) for name in STATISTICS))
 
 
 def _calibrate_sites(model: nn.Module, names: list[str], settings: DataSettings, shard: tuple[int, int]) -> int:

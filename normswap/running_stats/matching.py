@@ -13,10 +13,9 @@ from torch import Tensor, nn
 
 from normswap.errors import DataError
 from normswap.layers.gated_module import FunctionalSwitchNorm, GatedModule
-from normswap.layers.matching import match_statistics
 from normswap.running_stats.accumulation import batch_inputs, move_to_device
 from normswap.surgery.arguments import describe_invalid_batches, require_module
-from normswap.surgery.discovery.instance_variance import SiteVariance, measure_instance_variance
+from normswap.surgery.discovery.instance_variance import SiteVariance, match_in_branch, measure_instance_variance
 from normswap.surgery.importance import gated_modules
 from normswap.surgery.wrappers import unwrap
 
@@ -80,13 +79,8 @@ def set_instance_variance(layer: GatedModule, variances: list[SiteVariance]) -> 
     instance_var = torch.stack([each.instance_var.cpu() * (each.samples / samples) for each in variances]).sum(0)
     own, first = _running_var(layer), variances[0]
     running_var = first.running_var if own is None else own
-    eps = getattr(layer, "normalising_eps", 1e-5) if first.eps is None else first.eps
-    if running_var is None or layer.in_var_scale is None:
-        return
-    running_var = running_var.cpu()
-    found = match_statistics(torch.zeros_like(running_var), running_var, eps, instance_var=instance_var)
-    if found.in_var_scale is not None:
-        layer.in_var_scale.copy_(found.in_var_scale)
+    pooled = first._replace(instance_var=instance_var, samples=samples)
+    match_in_branch(layer, pooled, None if running_var is None else running_var.cpu())
 
 
 def measured_variance(layer: GatedModule, running_var: Tensor, eps: float) -> Tensor | None:

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from itertools import chain
 from typing import Any, Literal, NamedTuple
 
-import torch
 from torch import Tensor, fx, nn
 
 from normswap.errors import PlanError, SwapError
@@ -15,11 +14,10 @@ from normswap.layers.functional import new_site_name
 from normswap.layers.gated_module import FunctionalSwitchNorm
 from normswap.layers.gating import BnStatistics, Branch, Gate
 from normswap.layers.in_place import convert_module, revert_module
-from normswap.layers.matching import match_statistics
 from normswap.layers.switch_norm import SwitchNorm
 from normswap.model_state import rollback_on_error
 from normswap.surgery.arguments import require_type
-from normswap.surgery.discovery.instance_variance import measure_instance_variance
+from normswap.surgery.discovery.instance_variance import match_in_branch, measure_instance_variance
 from normswap.surgery.graphs.as_graph_module import to_graph_module
 from normswap.surgery.graphs.module_trace import trace_module_forward
 from normswap.surgery.graphs.rewriting import (
@@ -194,14 +192,7 @@ def _match_instance_variance(
     layers = gated_modules(model)
     names = [swap.fqn for swap in plan.swaps if swap.matched and "in" in swap.branches and swap.fqn in layers]
     for name, found in measure_instance_variance(model, {name: layers[name] for name in names}, data).items():
-        layer = layers[name]
-        running_var = running_vars.get(name, found.running_var)
-        if running_var is None or layer.in_var_scale is None:
-            continue
-        eps = getattr(layer, "normalising_eps", 1e-5) if found.eps is None else found.eps
-        constants = match_statistics(torch.zeros_like(running_var), running_var, eps, instance_var=found.instance_var)
-        if constants.in_var_scale is not None:
-            layer.in_var_scale.copy_(constants.in_var_scale)
+        match_in_branch(layers[name], found, running_vars.get(name))
 
 
 def apply_plan(model: nn.Module, plan: SwapPlan, *, norms: NormTable = KNOWN_NORMS) -> dict[str, nn.Module]:

@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from normswap.layers.backends.custom_ops import is_recomputation
 from normswap.layers.gated_module import FunctionalSwitchNorm, GatedModule
 from normswap.layers.gating import BnStatistics
+from normswap.layers.in_place import STATISTICS
 from normswap.layers.switch_norm import SwitchNorm
 from normswap.surgery.graphs.module_trace import trace_module_forward
 from normswap.surgery.graphs.rewriting import is_called_inside_submodule, unused_names
@@ -35,7 +36,6 @@ from normswap.text import join_fqn, pluralize
 TrainingReferenceName = Literal["original", "frozen", "mixed"]
 
 _MAX_LISTED = 3
-_BATCH_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 # For each batch_norm call in the own forward of a module, in order, whether it is frozen; by the mode of the module.
 _FrozenCalls = dict[bool, tuple[bool, ...]]
@@ -136,7 +136,7 @@ def training_reference(
         owner, _, child = name.rpartition(".")
         if "bn" not in layer.branches or (plain_only and isinstance(old, GatedModule)):
             continue
-        if layer.bn_statistics == "running" and never_updated(*(getattr(layer, n, None) for n in _BATCH_STATISTICS)):
+        if layer.bn_statistics == "running" and never_updated(*(getattr(layer, n, None) for n in STATISTICS)):
             untrained.append(name)
         if isinstance(layer, SwitchNorm) and layer.frozen:
             continue
@@ -208,7 +208,7 @@ def _trace_calls(owner: nn.Module) -> _OwnCalls | None:
     for training, graph in ((True, own.training), (False, own.evaluation)):
         name_of = dict(zip(batch_norm_nodes(graph), names, strict=True))
         order[training] = tuple(name_of.get(node) for node in graph.nodes if is_batch_norm_call(node))
-    statistics = (call_tensors(owner, node, _BATCH_STATISTICS[:2]) for node in nodes)
+    statistics = (call_tensors(owner, node, STATISTICS[:2]) for node in nodes)
     untrained = tuple(name for name, found in zip(names, statistics, strict=True) if never_updated(*found))
     return _OwnCalls(tuple(names), order, untrained)
 
@@ -219,7 +219,7 @@ def constant_buffers(converted: nn.Module) -> set[str]:
         join_fqn(name, buffer)
         for name, layer in gated_modules(converted).items()
         for buffer in layer._buffers
-        if layer.bn_statistics == "running" or buffer not in _BATCH_STATISTICS
+        if layer.bn_statistics == "running" or buffer not in STATISTICS
     }
 
 

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from normswap.surgery.module_tree import never_updated
+
 BatchNorm = nn.modules.batchnorm._BatchNorm
 # A group count of Wu and He (2018), or the largest divisor of the channels that it contains.
 GROUPS = 32
@@ -23,7 +25,7 @@ def batch_norms(model: nn.Module) -> list[BatchNorm]:
 
 def is_untrained(bn: BatchNorm) -> bool:
     """Return whether the running statistics were never updated. A count of 0 proves nothing: files may lack it."""
-    return bool((bn.running_mean == 0).all() and (bn.running_var == 1).all())
+    return never_updated(bn.running_mean, bn.running_var)
 
 
 @torch.no_grad()

@@ -117,21 +117,24 @@ def render_target(ink: Tensor, *, seed: int, shift: Shift = SHIFT, size: int = I
 
     Contrast and brightness differ between images; strokes stay lighter than the background.
     """
+    return _to_signed(shift_ink(_enlarge(ink, size, mode="bilinear"), shift, seed=seed).clamp(0, 1))
+
+
+def shift_ink(ink: Tensor, shift: Shift, *, seed: int) -> Tensor:
+    """Return ink (N, 1, size, size) from 0 to 1 as shifted images (N, 3, size, size), not clamped to 0 to 1."""
     generator = torch.Generator().manual_seed(seed)
-    count = len(ink)
+    count, size = len(ink), ink.shape[-1]
 
     def uniform(low: float, high: float, channels: int) -> Tensor:
         return low + (high - low) * torch.rand(count, channels, 1, 1, generator=generator)
 
-    ink = _enlarge(ink, size, mode="bilinear")
     stroke, background = uniform(*shift.stroke, 3), uniform(*shift.background, 3)
     coarse = torch.randn(count, 3, shift.texture_cells, shift.texture_cells, generator=generator)
     texture = shift.texture * _enlarge(coarse, size, mode="bicubic")
     image = stroke * ink + (background + texture) * (1 - ink)
     image = image + shift.noise * torch.randn(image.shape, generator=generator)
     contrast = uniform(math.log(shift.contrast[0]), math.log(shift.contrast[1]), 1).exp()
-    image = 0.5 + contrast * (image - 0.5) + uniform(-shift.brightness, shift.brightness, 1)
-    return _to_signed(image.clamp(0, 1))
+    return 0.5 + contrast * (image - 0.5) + uniform(-shift.brightness, shift.brightness, 1)
 
 
 def _enlarge(image: Tensor, size: int, *, mode: str) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from normswap.errors import ModelError
 from normswap.layers.gated_module import FunctionalSwitchNorm, GatedModule
+from normswap.layers.matching import match_statistics
 from normswap.model_state import call_model, preserved_state, registered_hooks, training_flags
 from normswap.surgery.arguments import describe_inputs, describe_invalid_batches
 from normswap.surgery.module_tree import walk_modules
@@ -64,6 +65,17 @@ def measure_instance_variance(
     if not count:
         raise ModelError("data: expected at least one input, got none: pass a list, such as [x]")
     return {name: found for name, meter in meters.items() if (found := meter.result()) is not None}
+
+
+def match_in_branch(layer: GatedModule, found: SiteVariance, running_var: Tensor | None) -> None:
+    """Match the `in` branch of a layer to a running variance (C,), or else to that of the call in `found`."""
+    running_var = found.running_var if running_var is None else running_var
+    if running_var is None or layer.in_var_scale is None:
+        return
+    eps = getattr(layer, "normalising_eps", 1e-5) if found.eps is None else found.eps
+    constants = match_statistics(torch.zeros_like(running_var), running_var, eps, instance_var=found.instance_var)
+    if constants.in_var_scale is not None:
+        layer.in_var_scale.copy_(constants.in_var_scale)
 
 
 class _Meter:

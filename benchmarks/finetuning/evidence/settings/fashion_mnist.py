@@ -2,11 +2,12 @@
 
 import torch
 
+import normswap.finetune.data.digits as digits
 from benchmarks.finetuning import fashion, pretrained, shift
 from benchmarks.finetuning.evidence.settings.task import Examples, Task
-from benchmarks.finetuning.shift import STRONG, Shift, render
+from benchmarks.finetuning.shift import STRONG, render
 
-SOURCES = (fashion, pretrained, shift)
+SOURCES = (fashion, pretrained, shift, digits)
 # Images of each set, drawn by the seed: the first two from the package's training images.
 TRAIN, VALIDATION, TEST = 6400, 500, 2000
 
@@ -21,7 +22,7 @@ def shifted(seed: int) -> Task:
     return _task(seed, STRONG)
 
 
-def _task(seed: int, strength: Shift | None) -> Task:
+def _task(seed: int, strength: digits.Shift | None) -> Task:
     generator = torch.Generator().manual_seed(seed)
     images, labels = fashion.load("train")
     order = torch.randperm(len(labels), generator=generator)
