@@ -138,7 +138,7 @@ def build_optimizer(
     recipes of normswap.
     """
     groups = normswap.param_groups(model, lr=rate, weight_decay=WEIGHT_DECAY, importance_lr=gate_rate)
-    optimizer = torch.optim.AdamW(groups, rate)
+    optimizer = torch.optim.AdamW(groups, rate, fused=True)  # a third of a step at batch size 1 otherwise
     gates = set(gate_parameters(model).values())
     if gates:
         limit_gate_steps(model, optimizer)
