@@ -7,13 +7,13 @@ runs, so that `--help` is fast.
 import click
 
 from normswap import __version__
-from normswap.cli.calibrate import calibrate_command
+from normswap.cli.commands.calibrate import calibrate_command
+from normswap.cli.commands.convert import convert_command
+from normswap.cli.commands.finetune import finetune_command, recipes_command
+from normswap.cli.commands.identify import identify_command
+from normswap.cli.commands.inspect import inspect_command
+from normswap.cli.commands.verify import verify_command
 from normswap.cli.console import LauncherAwareGroup, make_output_printable
-from normswap.cli.convert import convert_command
-from normswap.cli.finetune import finetune_command, recipes_command
-from normswap.cli.identify import identify_command
-from normswap.cli.inspect import inspect_command
-from normswap.cli.verify import verify_command
 
 
 @click.group(cls=LauncherAwareGroup, context_settings={"help_option_names": ["-h", "--help"]})

@@ -16,7 +16,7 @@ import normswap
 from normswap.checkpoints import file_conversion
 from normswap.checkpoints.record import Step
 from normswap.cli import console
-from normswap.cli import convert as convert_module
+from normswap.cli.commands import convert as convert_module
 from normswap.cli.console import one_line_failures
 from tests.helpers import files
 from tests.helpers.command_line import ARCH, INPUT, names, ok, run

@@ -489,7 +489,7 @@ def test_the_command_reports_what_is_wrong_in_one_line(tmp_path: Path, monkeypat
     status, out, err = invoke("digits_source", "--set", "train.lr=-1")
     assert (status, out, err) == (2, "", "error: digits_source: train.lr: expected at least 0, got -1\n")
     with monkeypatch.context() as patch:
-        patch.setattr("normswap.cli.finetune.find_spec", lambda _: None)
+        patch.setattr("normswap.cli.commands.finetune.find_spec", lambda _: None)
         status, _, err = invoke("digits_source")
         assert (status, err) == (
             2,

@@ -1,0 +1,1 @@
+"""Plain layers in place of SN layers whose gates are decided."""
