@@ -93,10 +93,10 @@ class TrainTable:
     lr: NonNegative = 0.01
     momentum: Probability = 0.9
     weight_decay: NonNegative = 1e-4  # of all parameters but gates, norms and biases
-    importance_lr: NonNegative | None = None  # learning rate of the gates; None: 100 times `lr`, at most 1 / sites
-    # Largest change of an importance weight per step; None: 1 / sites, at most 0.1; 0: no limit.
+    importance_lr: NonNegative | None = None  # learning rate of the gates; None: 100 times `lr`, at most 1.5 / sites
+    # Largest change of an importance weight per step; None: 0.5 / sites, at most 0.1; 0: no limit.
     gate_max_step: Annotated[float, Range(0, 1)] | None = None
-    gate_warmup_steps: NonNegativeInt = 20  # steps in which this limit rises from 0
+    gate_warmup_steps: NonNegativeInt = 100  # steps in which this limit rises from 0
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     min_lr: NonNegative = 0.0  # `lr` at the end; all other rates decay by the same factor
     warmup_steps: NonNegativeInt = 0  # steps in which the rates rise from 0; fewer than the run has

@@ -20,7 +20,7 @@ from normswap.surgery.importance import gated_modules
 from normswap.training.importance_watch import unwrap_optimizer
 
 # The default number of first steps in which the limit rises from 0.
-WARMUP_STEPS = 20
+WARMUP_STEPS = 100
 
 
 class GateStepLimit:
@@ -93,8 +93,8 @@ def limit_gate_steps(
     Args:
         model: a converted model, wrapped or not.
         optimizer: the optimizer of the gates, also if accelerate, Lightning or timm's Lookahead wrap it.
-        max_step: the largest change of an importance weight in a step; default: 1 divided by the number of sites whose
-            gates train, at most 0.1, since changes of the function add up over the layers.
+        max_step: the largest change of an importance weight in a step; default: 0.5 divided by the number of sites
+            whose gates train, at most 0.1, since changes of the function add up over the layers.
         warmup_steps: the number of first steps in which the limit rises linearly from 0 to `max_step`, so that a new
             classifier learns something before the gates leave the function that the network was trained with.
         step: the number of steps that a resumed run has taken before.

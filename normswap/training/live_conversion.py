@@ -194,7 +194,7 @@ def convert_training(
             the model, or an object with the tensors in a list `shadow_params`.
         example_inputs: a tensor, a tuple or a dict for one forward pass in evaluation mode, as in `normswap.convert`.
         importance_lr: the learning rate of the gates before any schedule; default: 100 times that of the last group, at
-            most 1 / sites and 0.1.
+            most 1.5 / sites and 0.1.
         norms: the table of norm classes, as in `normswap.convert`.
         choices: the other arguments of `normswap.convert`, such as `plan`, `include`, `settings`, `bn_statistics`.
 

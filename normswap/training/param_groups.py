@@ -192,7 +192,7 @@ def param_groups(
         lr: the learning rate of all groups; default: the optimizer's own. Not with `like`.
         weight_decay: the weight decay of the groups that have it. Not with `like`.
         importance_lr: the learning rate of the gates before any schedule. Default: the rate that they have in `like`,
-            else 100 times that of the last other group, at most 1 / sites and 0.1; without any rate, the optimizer's
+            else 100 times that of the last other group, at most 1.5 / sites and 0.1; without any rate, the optimizer's
             own. If a scheduler has set `initial_lr`, the present rate of the gates is scaled like that of the last old
             group.
 

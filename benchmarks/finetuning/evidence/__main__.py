@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.finetuning.evidence.campaign import Campaign, pool, status
-from benchmarks.finetuning.evidence.plan import HELD_BACK, SETTINGS
+from benchmarks.finetuning.evidence.plan import SETTINGS
 from benchmarks.paths import PAGES, RESULTS
 from benchmarks.records import read_lines
 
@@ -48,9 +48,8 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
         nargs="+",
         choices=SETTINGS,
         metavar="NAME",
-        default=[name for name in SETTINGS if name not in HELD_BACK],
-        help=f"settings to run, of {', '.join(SETTINGS)} (default: all"
-        + (f" but {', '.join(HELD_BACK)}, which wait for the rule of the default)" if HELD_BACK else ")"),
+        default=[*SETTINGS],
+        help=f"settings to run, of {', '.join(SETTINGS)} (default: all)",
     )
     options = parser.parse_args(arguments)
     if options.workers < 1:
