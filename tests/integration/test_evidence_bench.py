@@ -376,7 +376,7 @@ def test_more_seeds_are_for_the_default_and_close_rivals_only(made_up: list[Job]
     assert {job.seed for job in added} == {3, 4, 5, 6, 7}
 
 
-def test_all_settings_are_run_unless_some_are_named() -> None:
+def test_all_settings_are_run_unless_some_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert set(plan.HELD_BACK) < set(plan.SETTINGS)
     assert command._options([]).settings == [*plan.SETTINGS]
     assert command._options(["--settings", "series"]).settings == ["series"]
