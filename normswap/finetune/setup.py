@@ -289,6 +289,12 @@ def prepare(
             f"{recipe.data.source}: has {classes} classes, but the model has {outputs}: set model.new_head = true, or "
             f"build it with num_classes={classes}"
         )
+    if outputs > classes and state is None:
+        unused = (
+            f"the model has {outputs} outputs for {classes} classes, and the others stay: set model.new_head = true for "
+            f"a new classifier of {classes}"
+        )
+        source = replace(source, notes=(*source.notes, unused))
     evaluation = open_data(
         settings(recipe.data.evaluation_split, class_names=training.class_names),
         use="evaluation",

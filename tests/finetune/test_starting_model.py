@@ -249,7 +249,9 @@ def test_classes_in_the_architecture_that_contradict_the_data_are_refused() -> N
     model = {"architecture": "timm:test_resnet,num_classes=12", "new_head": True}
     with pytest.raises(RecipeError, match=r"num_classes=12 contradicts the 10 classes of digits: remove num_classes"):
         prepare(recipe(model=model))
-    assert prepare(recipe(model={**model, "new_head": False})).classes == 12
+    found = prepare(recipe(model={**model, "new_head": False}))
+    assert found.classes == 12
+    assert any("the model has 12 outputs for 10 classes" in note for note in found.notes)
     with pytest.raises(RecipeError, match=r"model\.new_head: expected true or false or 'always', got 'maybe'"):
         recipe(model={"architecture": TEN, "new_head": "maybe"})
 
