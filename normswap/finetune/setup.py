@@ -291,7 +291,7 @@ def prepare(
         )
     if outputs > classes and state is None:
         unused = (
-            f"the model has {outputs} outputs for {classes} classes, and the others stay: set model.new_head = true for "
+            f"the model has {outputs} outputs for {classes} classes: set model.new_head = true for "
             f"a new classifier of {classes}"
         )
         source = replace(source, notes=(*source.notes, unused))
