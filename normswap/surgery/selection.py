@@ -166,10 +166,11 @@ class SwapOptions:
     def _check_start(self) -> None:
         """Refuse a start, or a number of groups, that has no effect."""
         if self.start is not None and "bn" not in self.kinds:
-            raise PlanError(
-                f"start={self.start!r} has no effect with kinds={self.kinds}, since only Batch Normalization starts at "
-                "another norm: add 'bn' to them, or leave start= out"
-            )
+            kinds = f"kinds={self.kinds}, since only Batch Normalization starts at another norm"
+            raise PlanError(f"start={self.start!r} has no effect with {kinds}: add 'bn' to them, or leave start= out")
+        if self.start is not None and self.bn_statistics != "running" and self.kinds == ("bn",) and not self.settings:
+            value = f"bn_statistics={self.bn_statistics!r}"
+            raise PlanError(f"{value} has no effect with start={self.start!r}, without `bn`: pass one of the two")
         check_start_gate(self.start, self.gate)
         starts = {self.start, *(entry.get("start") for entry in self.settings.values())}
         if self.num_groups != _DEFAULT_GROUPS and "gn" not in starts:

@@ -172,6 +172,10 @@ def test_too_few_values_at_one_position_stay_as_they_are() -> None:
         ({"start": "ln", "branches": ("in",)}, r"branches: expected `ln` among them, at which start='ln' starts"),
         ({"start": "ln", "kinds": ("in",)}, r"start='ln' has no effect with kinds=\('in',\)"),
         ({"num_groups": 8}, "num_groups=8 has no effect without start='gn': pass both, or none"),
+        (
+            {"start": "ln", "bn_statistics": "batch"},
+            "bn_statistics='batch' has no effect with start='ln', without `bn`: pass one of the two",
+        ),
         ({"num_groups": 0, "start": "gn"}, "num_groups: expected at least 1, got 0"),
         ({"match": 1}, "match: expected true or false, got 1"),
         ({"untrained": "calibrate"}, "untrained: expected 'keep' or 'uniform', got 'calibrate'"),
