@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from normswap.finetune.trainer import Outcome as Outcome
     from normswap.finetune.trainer import run_recipe as run_recipe
     from normswap.layers.backends.selection import use_backend as use_backend
+    from normswap.layers.channel_pruning import channel_pruners as channel_pruners
     from normswap.layers.functional import switch_norm as switch_norm
     from normswap.layers.matching import Matching as Matching
     from normswap.layers.switch_norm import SwitchNorm1d as SwitchNorm1d
@@ -116,6 +117,7 @@ _NAMES_BY_MODULE = {
     "finetune.recipe": ("Recipe", "read_recipe"),
     "finetune.trainer": ("Outcome", "run_recipe"),
     "layers.backends.selection": ("use_backend",),
+    "layers.channel_pruning": ("channel_pruners",),
     "layers.functional": ("switch_norm",),
     "layers.matching": ("Matching",),
     "layers.switch_norm": ("SwitchNorm1d", "SwitchNorm2d", "SwitchNorm3d", "SwitchNormAct"),

@@ -34,7 +34,10 @@ def instance_moments(x: Tensor) -> Moments:
     x = x.to(accumulation_dtype(x))
     if x.dim() == 2:
         return Moments(x, torch.zeros_like(x))
-    var, mean = torch.var_mean(x, dim=list(range(2, x.dim())), correction=0)
+    dims = list(range(2, x.dim()))
+    if torch.compiler.is_exporting():
+        return Moments(x.mean(dims), x.var(dims, correction=0))  # `var_mean` is not in Core ATen: ExecuTorch refuses it
+    var, mean = torch.var_mean(x, dim=dims, correction=0)
     return Moments(mean, var)
 
 
