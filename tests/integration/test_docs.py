@@ -106,6 +106,7 @@ def with_outputs(text: str, found: list[Step], outputs: list[str | None]) -> str
 @pytest.mark.filterwarnings(
     "ignore:.*LeafSpec:FutureWarning",  # pytorch-lightning 2.6 with torch 2.14
     "ignore::UserWarning:pytorch_lightning",  # its advice on workers and on the folder of logs
+    "ignore:.torch.jit:FutureWarning",  # fvcore 0.1.5 and torch-pruning 1.6 with torch 2.14
 )
 @pytest.mark.parametrize(
     "page", [p for p in PAGES if steps(p.read_text(encoding="utf-8"))], ids=lambda p: p.relative_to(ROOT).as_posix()
