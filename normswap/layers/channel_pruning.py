@@ -94,8 +94,8 @@ def _kept_channels(layer: SwitchNorm, removed: Sequence[int]) -> list[int]:
     sizes = [sum(channel * groups // channels == group for channel in keep) for group in range(groups)]
     if len(set(sizes)) > 1:
         raise LayerError(
-            f"num_groups={groups}: expected the same number of channels to remove from each group, but the groups would "
-            f"have {sizes} channels; remove as many from each, as Torch-Pruning's pruners do"
+            f"num_groups={groups}: expected the same number of channels to remove from each group, but the groups "
+            f"would have {sizes} channels; remove as many from each, as Torch-Pruning's pruners do"
         )
     return keep
 

@@ -1,4 +1,4 @@
-"""ExecuTorch on converted networks: lowered for XNNPACK, run by its runtime. docs/how-to/use-with.md says how to run it."""
+"""ExecuTorch on converted networks: lowered for XNNPACK, run by its runtime. See docs/how-to/use-with.md."""
 
 import copy
 from collections import Counter

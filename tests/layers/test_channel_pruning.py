@@ -142,8 +142,10 @@ def test_a_pruned_layer_reverts_to_the_pruned_norm(norm: nn.Module) -> None:
     reverted = normswap.revert(converted)[0]
     assert type(reverted) is type(norm)
     for name, tensor in norm.state_dict().items():
-        assert torch.equal(reverted.get_parameter(name) if name in reverted._parameters else reverted.get_buffer(name),
-                           tensor if tensor.dim() == 0 else tensor[KEPT])
+        assert torch.equal(
+            reverted.get_parameter(name) if name in reverted._parameters else reverted.get_buffer(name),
+            tensor if tensor.dim() == 0 else tensor[KEPT],
+        )
     assert reverted(x[:, KEPT]).shape == (3, 4, 5, 7)
 
 
