@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import normswap
 from normswap.layers.gated_module import GatedModule
+from tests.helpers.compact_networks import compacted
 from tests.helpers.files import scrambled
 
 MIX = [0.2, 0.3, 0.5]
@@ -76,6 +77,15 @@ def test_fvcore_counts_four_operations_a_value_with_a_handle(fvcore: Any, values
     assert 4 <= counted / POSITIONS < 4.1
 
 
+def test_fvcore_counts_compact_layers_with_the_same_handles(fvcore: Any) -> None:
+    from fvcore.nn.jit_handles import elementwise_flop_counter
+
+    handles = {f"aten::{name}": elementwise_flop_counter(1, 0) for name in (*FORMULA, "square")}
+    model = compacted(converted(plain(), X, MIX))
+    count = fvcore.FlopCountAnalysis(model, X).unsupported_ops_warnings(False).set_op_handle(**handles)
+    assert 6 <= count.by_module()["1"] / POSITIONS < 6.1  # mean, deviation, square, mean, scale, shift
+
+
 def test_torch_counts_the_same_operations_before_and_after() -> None:
     counts = []
     for model in (plain(), converted(plain(), X, MIX)):
@@ -115,6 +125,12 @@ def test_fuse_leaves_a_converted_network_as_it_is(values: list[float] | None, op
     fused = fuse(model)
     assert sites(fused) == 1
     assert torch.equal(fused(X), model(X))
+
+
+@pytest.mark.parametrize("values", [MIX, AT_LN, [0.0, 0.0, 1.0]])
+def test_fuse_leaves_compact_layers_as_they_are(values: list[float]) -> None:
+    model = compacted(converted(plain(), X, values))
+    assert torch.equal(fuse(model)(X), model(X))
 
 
 # --- PT2E quantization ------------------------------------------------------------------------------------------------
@@ -161,13 +177,15 @@ def quantized(model: nn.Module, images: Tensor) -> nn.Module:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("network", ["reverted", "at bn", "mixed"])
+@pytest.mark.parametrize("network", ["reverted", "at bn", "mixed", "compact"])
 def test_an_int8_network_is_nearly_as_accurate(trained: nn.Module, network: str) -> None:
     pytest.importorskip("torchao", reason="needs torchao")
     images, labels = digits()
-    model = converted(copy.deepcopy(trained), images[:8], MIX if network == "mixed" else None)
+    model = converted(copy.deepcopy(trained), images[:8], MIX if network in ("mixed", "compact") else None)
     if network == "reverted":
         model = normswap.revert(model)
+    if network == "compact":
+        model = compacted(model)
     small = quantized(model, images)
     with torch.no_grad():
         right = [float((m(images[1200:]).argmax(1) == labels[1200:]).float().mean()) for m in (model, small)]
@@ -189,6 +207,7 @@ NORMS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dimensions", NORMS)
 @pytest.mark.parametrize(
     "options", [{}, {"match": False}, {"gate": "softmax"}, {"start": "gn", "num_groups": 4}], ids=str
@@ -197,9 +216,10 @@ def test_an_exported_program_has_operators_of_core_aten_only(dimensions: int, op
     """Others are refused by ExecuTorch, which is not installed here."""
     conv, norm, shape = NORMS[dimensions]
     x = torch.randn(shape)
-    model = converted(nn.Sequential(conv(3, 8, 3), norm(8)).eval(), x, **options)
-    program = torch.export.export(model, (x,)).run_decompositions()
-    operators = {node.target for node in program.graph.nodes if node.op == "call_function"}
-    others = {str(each) for each in operators if torch.Tag.core not in each.tags}
-    assert others <= {"aten._assert_tensor_metadata.default"}  # a check of the trace, which ExecuTorch removes
-    torch.testing.assert_close(program.module()(x), model(x), rtol=1e-5, atol=1e-5)
+    network = converted(nn.Sequential(conv(3, 8, 3), norm(8)).eval(), x, **options)
+    for model in (network, compacted(network)):
+        program = torch.export.export(model, (x,)).run_decompositions()
+        operators = {node.target for node in program.graph.nodes if isinstance(node.target, torch._ops.OpOverload)}
+        others = {str(each) for each in operators if torch.Tag.core not in each.tags}
+        assert others <= {"aten._assert_tensor_metadata.default"}  # a check of the trace, which ExecuTorch removes
+        torch.testing.assert_close(program.module()(x), model(x), rtol=1e-5, atol=1e-5)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import normswap
+from tests.helpers.compact_networks import compacted
 from tests.helpers.files import scrambled
 
 exir = pytest.importorskip("executorch.exir", reason="needs executorch, best in an environment of its own")
@@ -16,7 +17,6 @@ partitioner = pytest.importorskip("executorch.backends.xnnpack.partition.xnnpack
 runtime = pytest.importorskip("executorch.runtime")
 
 X = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-MIX = torch.tensor([0.2, 0.3, 0.5])
 
 
 def plain() -> nn.Module:
@@ -25,10 +25,11 @@ def plain() -> nn.Module:
     return scrambled(nn.Sequential(*convolutions, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))).eval()
 
 
-def mixed(**options: Any) -> nn.Module:
+def mixed(weights: tuple[float, ...] = (0.2, 0.3, 0.5), **options: Any) -> nn.Module:
     model = normswap.convert(plain(), X, **options).model.eval()
     for gate in normswap.trainable_gates(model).values():
-        gate.data.copy_(MIX[-len(gate) :] / MIX[-len(gate) :].sum())
+        point = torch.tensor(weights[-len(gate) :])
+        gate.data.copy_(point / point.sum())
     return model
 
 
@@ -59,4 +60,18 @@ def test_a_converted_network_runs_with_operators_that_are_not_delegated(options:
     model = mixed(**options)
     left, output = lowered(copy.deepcopy(model))
     assert left["aten::var.correction"] == 4  # two of each site: over positions, and over channels
+    torch.testing.assert_close(output, model(X), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("weights", "averages"), [((0.5, 0.0, 0.5), 0), ((0.0, 0.0, 1.0), 0), ((0.2, 0.3, 0.5), 2), ((0.0, 1.0, 0.0), 2)]
+)
+def test_of_compact_layers_only_averages_over_channels_are_not_delegated(
+    weights: tuple[float, ...], averages: int
+) -> None:
+    model = compacted(mixed(weights))
+    left, output = lowered(copy.deepcopy(model))
+    del left["executorch_call_delegate"]
+    assert left == ({"aten::mean.dim": 2 * averages} if averages else {})
     torch.testing.assert_close(output, model(X), rtol=1e-5, atol=1e-5)

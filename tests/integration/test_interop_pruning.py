@@ -13,6 +13,7 @@ from torch.nn import functional as F
 import normswap
 from normswap.errors import LayerError
 from normswap.layers.switch_norm import SwitchNorm
+from tests.helpers.compact_networks import compacted
 from tests.helpers.files import scrambled
 
 tp = pytest.importorskip("torch_pruning", reason="needs torch-pruning")
@@ -179,6 +180,19 @@ def test_without_the_pruner_the_pruned_network_raises() -> None:
     graph.get_pruning_group(model.get_submodule(conv), tp.prune_conv_out_channels, idxs=[1, 5]).prune()
     with pytest.raises(LayerError, match=r"expected gate parameters of shape \(3,\), got \(2,\)"):
         model(torch.randn(shape))
+
+
+@pytest.mark.filterwarnings("ignore:Unwrapped parameters detected")
+@pytest.mark.parametrize("weights", [(0.2, 0.3, 0.5), (0.0, 1.0, 0.0), (1.0, 0.0, 0.0), (0.0, 0.0, 1.0)])
+def test_a_pruned_compact_layer_raises(weights: tuple[float, ...]) -> None:
+    """Prune before you bake: Torch-Pruning does not know the constants of a compact layer."""
+    make, shape, conv = NETWORKS["2-D"]
+    model = converted(make().eval(), shape)
+    for gate in normswap.trainable_gates(model).values():
+        gate.data.copy_(torch.tensor(weights))
+    pruned = prune(compacted(model), shape, conv, [1, 5])
+    with pytest.raises(RuntimeError, match=r"must match|should contain"):
+        pruned(torch.randn(shape))
 
 
 class Functional(nn.Module):
