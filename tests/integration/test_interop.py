@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-import torchinfo
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
@@ -88,19 +87,22 @@ def test_fvcore_counts_compact_layers_with_the_same_handles(fvcore: Any) -> None
 
 def test_torch_counts_the_same_operations_before_and_after() -> None:
     counts = []
-    for model in (plain(), converted(plain(), X, MIX)):
+    for model in (plain(), converted(plain(), X, MIX), compacted(converted(plain(), X, MIX))):
         with FlopCounterMode(display=False) as counter:
             model(X)
         counts.append(counter.get_total_flops())
-    assert counts[0] == counts[1] > 0
+    assert counts[0] == counts[1] == counts[2] > 0
 
 
 def test_torchinfo_lists_sites_with_their_parameters() -> None:
-    old, new = (torchinfo.summary(m, input_data=X, verbose=0) for m in (plain(), converted(plain(), X, MIX)))
+    torchinfo = pytest.importorskip("torchinfo", reason="needs torchinfo")
+    networks = (plain(), converted(plain(), X, MIX), compacted(converted(plain(), X, MIX)))
+    old, new, compact = (torchinfo.summary(model, input_data=X, verbose=0) for model in networks)
     (layer,) = [each for each in new.summary_list if each.class_name == "SwitchNorm2d"]
     assert layer.output_size == [2, 16, 32, 32]
     assert layer.num_params == 2 * 16 + 6  # and three weights of each gate
     assert new.total_params - old.total_params == 6
+    assert compact.total_params == old.total_params
     assert new.total_output_bytes == old.total_output_bytes
 
 
