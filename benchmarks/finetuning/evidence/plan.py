@@ -74,8 +74,9 @@ class Setting:
     score: str = "accuracy"
 
 
+# On small networks the rivals' own rates, at the largest rate of gates that normswap chooses by default.
 _SMALL_RATES, _SMALL_LOWER_RATES = (3e-4, 1e-3, 3e-3), (1e-4, 3e-4, 1e-3)
-_SMALL_PAIRS = ((3e-4, 1e-1), (1e-3, 3e-2), (1e-3, 1e-1))
+_SMALL_PAIRS = tuple((rate, 1e-1) for rate in _SMALL_RATES)
 _GATE_PAIRS = ((3e-4, 1e-2), (1e-3, 1e-2), (1e-3, 3e-2))
 _SMALL_STEPS = {1: 400, 2: 400, 4: 400, 16: 200}
 _SMALL_SECONDS = {1: 4.0, 2: 4.0, 4: 5.0, 16: 5.0}
@@ -146,7 +147,7 @@ SETTINGS = {
         (series, *series.SOURCES),
         _SMALL_RATES,
         _SMALL_LOWER_RATES,
-        _GATE_PAIRS,
+        _SMALL_PAIRS,
         _SMALL_STEPS,
         30.0,
         _SMALL_SECONDS,
