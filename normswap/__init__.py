@@ -12,6 +12,9 @@ from normswap import renamed
 
 # The public names twice: here for type checkers and editors, below for Python. A test compares the two.
 if TYPE_CHECKING:
+    from normswap.baking.bake_plan import BakePlan as BakePlan
+    from normswap.baking.network_baking import Baked as Baked
+    from normswap.baking.network_baking import bake as bake
     from normswap.checkpoints.content.optimizer_state import scheduler_with_gates as scheduler_with_gates
     from normswap.checkpoints.content.optimizer_state import with_gates as with_gates
     from normswap.checkpoints.file_conversion import FileConversion as FileConversion
@@ -89,6 +92,8 @@ if TYPE_CHECKING:
     from normswap.verification.equivalence import verify as verify
 
 _NAMES_BY_MODULE = {
+    "baking.bake_plan": ("BakePlan",),
+    "baking.network_baking": ("Baked", "bake"),
     "checkpoints.content.optimizer_state": ("scheduler_with_gates", "with_gates"),
     "checkpoints.file_conversion": ("FileConversion", "convert_file"),
     "checkpoints.loading": ("Loaded", "load"),

@@ -44,6 +44,8 @@ class CompactNorm(nn.Module):
         then: names of the modules that run after the norm.
     """
 
+    weight: Tensor | None
+    bias: Tensor | None
     ln_shift: Tensor | None
     mean_offset: Tensor | None
     in_factor: Tensor | None

@@ -1,0 +1,1 @@
+"""Rules of baking, one a file: a pattern, a check, and a replacement."""
