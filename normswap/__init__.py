@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from normswap.baking.network_baking import bake as bake
     from normswap.checkpoints.content.optimizer_state import scheduler_with_gates as scheduler_with_gates
     from normswap.checkpoints.content.optimizer_state import with_gates as with_gates
+    from normswap.checkpoints.derived.baked_file import BakedFile as BakedFile
+    from normswap.checkpoints.derived.baked_file import bake_file as bake_file
+    from normswap.checkpoints.derived.reverted_file import RevertedFile as RevertedFile
+    from normswap.checkpoints.derived.reverted_file import revert_file as revert_file
     from normswap.checkpoints.file_conversion import FileConversion as FileConversion
     from normswap.checkpoints.file_conversion import convert_file as convert_file
     from normswap.checkpoints.loading import Loaded as Loaded
@@ -95,6 +99,8 @@ _NAMES_BY_MODULE = {
     "baking.bake_plan": ("BakePlan",),
     "baking.network_baking": ("Baked", "bake"),
     "checkpoints.content.optimizer_state": ("scheduler_with_gates", "with_gates"),
+    "checkpoints.derived.baked_file": ("BakedFile", "bake_file"),
+    "checkpoints.derived.reverted_file": ("RevertedFile", "revert_file"),
     "checkpoints.file_conversion": ("FileConversion", "convert_file"),
     "checkpoints.loading": ("Loaded", "load"),
     "checkpoints.saving": ("save",),

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from normswap.baking.network_baking import apply_bake_plan
 from normswap.checkpoints.architecture.efficientnet_pytorch import describe_names
 from normswap.checkpoints.architecture.identification import get_state_dict, identify_state_dict, require_unique
 from normswap.checkpoints.architecture.permissions import limit_allocation
@@ -277,6 +278,8 @@ def build_model(checkpoint: Checkpoint, architecture: Architecture | None = None
             plan = complete_plan(model, _select_own_sites(plan, names), prefix=names.prefix)
             if not gated_modules(model):
                 apply_plan(model, plan)
+                if record is not None and record.baked is not None:
+                    apply_bake_plan(model, record.baked)
                 names = _match_model_names(checkpoint, weights, model)
         except PlanError as error:
             raise _plan_misfit(checkpoint, source, error) from error

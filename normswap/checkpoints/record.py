@@ -15,6 +15,7 @@ from typing import Any, Literal, Self, TypeVar
 
 import torch
 
+from normswap.baking.bake_plan import BakePlan
 from normswap.errors import CheckpointError
 from normswap.renamed import old_names
 from normswap.schema import read_record, read_value
@@ -25,8 +26,9 @@ from normswap.verification.site_watch import SiteError
 
 _VERSION = version("normswap")
 
-# A record of one network is written as version 1, which older versions of normswap read.
-RECORD_VERSION = 2
+# A record of one network is written as version 1, which older versions of normswap read; one of several networks as
+# version 2, and one of a baked network as version 3.
+RECORD_VERSION = 3
 
 Payload = Literal["state dict", "module", "program"]
 _AnyRecord = TypeVar("_AnyRecord", bound="Record | NetworkRecord")
@@ -103,6 +105,7 @@ class Record:
         normswap, torch: the versions that wrote the file.
         networks: further converted networks in the file, by entry.
         distance: how far the model is from the original, if it starts without `bn` and so computes another function.
+        baked: what each site became after the conversion, if the network was baked.
     """
 
     payload: Payload
@@ -120,6 +123,7 @@ class Record:
     torch: str = str(torch.__version__)
     networks: Mapping[str, NetworkRecord] = field(default_factory=dict)
     distance: Distance | None = None
+    baked: BakePlan | None = None
 
     @property
     def entries(self) -> tuple[str, ...]:
@@ -144,7 +148,7 @@ class Record:
         plan = None if self.plan is None else self.plan.to_dict()
         verification = None if self.verification is None else self.verification.to_dict()
         data = {
-            "version": RECORD_VERSION if self.networks else 1,
+            "version": RECORD_VERSION if self.baked else 2 if self.networks else 1,
             **asdict(self),
             "plan": plan,
             "verification": verification,
@@ -156,6 +160,8 @@ class Record:
             }
         if not self.networks:
             del data["networks"]
+        if self.baked is None:
+            del data["baked"]
         for part in (data, *data.get("networks", {}).values()):
             if part["distance"] is None:  # left out, so that older versions read the record
                 del part["distance"]

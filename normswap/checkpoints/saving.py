@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+from normswap.baking.bake_plan import BakePlan
 from normswap.checkpoints.architecture.registry import check_architecture, make_folder_relative
 from normswap.checkpoints.content.entries import check_has_values, format_key_path, is_state_dict, replace_entries
 from normswap.checkpoints.content.hf_trainer import trainer_files, write_sidecar_files
@@ -61,6 +62,7 @@ def save(
     verification: Verification | None = None,
     payload: Literal["state dict", "module"] = "state dict",
     history: Sequence[Step] = (),
+    baked: BakePlan | None = None,
 ) -> None:
     """Save a model so that `load` gives the same outputs, bit for bit, in a fresh process.
 
@@ -77,6 +79,7 @@ def save(
         verification: the result of `verify`, to be recorded in the file.
         payload: `"module"` pickles the whole object, which needs `load(..., trust=True)`.
         history: the earlier steps, `Loaded.history`; this step is added.
+        baked: the bake plan of a model that was baked after the conversion: `Baked.plan`.
 
     Raises:
         CheckpointError: the folder is missing or not writable, the model cannot be pickled, or the file does not read
@@ -99,9 +102,10 @@ def save(
         require_plan(plan)
     require_type(architecture, str | None, "architecture", "a name such as 'timm:resnet18' or 'path/file.py:function'")
     require_type(verification, Verification | None, "verification", "what verify returned")
+    require_type(baked, BakePlan | None, "baked", "the plan that bake returned")
     check_suffix(target)
     file_format: FileFormat = "safetensors" if target.suffix == ".safetensors" else "torch zip"
-    _check_plan(model, plan)
+    _check_plan(model, plan, baked)
     if architecture is not None:
         check_architecture(architecture)
     record = Record(
@@ -111,6 +115,7 @@ def save(
         verification=verification,
         history=(*history, Step.now("saved")),
         originals=originals(model, plan),
+        baked=baked,
     )
     write_content(model if payload == "module" else model.state_dict(), target, file_format, record)
 
@@ -371,7 +376,7 @@ def _reads_back_equal(path: Path, file_format: FileFormat, content: Any, record:
     return contents_equal(content, reloaded, release_pages=mmap)
 
 
-def _check_plan(model: nn.Module, plan: SwapPlan | None) -> None:
+def _check_plan(model: nn.Module, plan: SwapPlan | None, baked: BakePlan | None) -> None:
     """Refuse to write a model that cannot be built again from its plan."""
     actual = {
         name: (layer.gate, layer.branches)
@@ -380,7 +385,10 @@ def _check_plan(model: nn.Module, plan: SwapPlan | None) -> None:
     }
     if plan is None and actual:
         raise PlanError(f"the model has {len(actual)} converted sites and no plan: pass plan=conversion.plan")
-    planned = {swap.fqn: (swap.gate, swap.branches) for swap in plan.swaps} if plan else {}
+    if baked is not None and plan is None:
+        raise PlanError("the model was baked after a conversion, whose plan is missing: pass plan=conversion.plan")
+    replaced = {site.fqn for site in baked.sites if site.result != "kept"} if baked else set()
+    planned = {s.fqn: (s.gate, s.branches) for s in plan.swaps if s.fqn not in replaced} if plan else {}
     differing = sorted(name for name in actual.keys() | planned.keys() if actual.get(name) != planned.get(name))
     if differing:
         raise PlanError(

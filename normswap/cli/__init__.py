@@ -7,11 +7,13 @@ runs, so that `--help` is fast.
 import click
 
 from normswap import __version__
+from normswap.cli.commands.bake import bake_command
 from normswap.cli.commands.calibrate import calibrate_command
 from normswap.cli.commands.convert import convert_command
 from normswap.cli.commands.finetune import finetune_command, recipes_command
 from normswap.cli.commands.identify import identify_command
 from normswap.cli.commands.inspect import inspect_command
+from normswap.cli.commands.revert import revert_command
 from normswap.cli.commands.verify import verify_command
 from normswap.cli.console import LauncherAwareGroup, make_output_printable
 
@@ -30,3 +32,5 @@ main.add_command(verify_command)
 main.add_command(finetune_command)
 main.add_command(recipes_command)
 main.add_command(calibrate_command)
+main.add_command(bake_command)
+main.add_command(revert_command)

@@ -205,6 +205,7 @@ OPTIONS: Mapping[str, _Option] = {
     "architecture": _Option("--arch", _strip_quotes),
     "bn_statistics": _Option("--bn-statistics", _strip_quotes),
     "data": _Option("--data"),
+    "discard": _Option("--discard"),
     "dry_run": _Option("--dry-run"),
     "entry": _Option("--entry", _strip_quotes),
     "example_inputs": _Option("--input", _join_sizes),

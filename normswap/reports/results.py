@@ -11,10 +11,15 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from normswap.baking.bake_plan import BakePlan
+from normswap.baking.network_baking import Baked
+from normswap.checkpoints.derived.baked_file import BakedFile
+from normswap.checkpoints.derived.reverted_file import RevertedFile
 from normswap.checkpoints.file_conversion import FileConversion, NetworkConversion
 from normswap.checkpoints.loading import Loaded
 from normswap.finetune.trainer import Outcome
 from normswap.layers.gating import BRANCHES
+from normswap.reports.baking_tables import bake_table
 from normswap.reports.tables import (
     calibration_table,
     distance_table,
@@ -32,6 +37,7 @@ from normswap.running_stats.calibration import Calibration
 from normswap.surgery.conversion import Conversion
 from normswap.surgery.importance import SiteWeights
 from normswap.surgery.plan import SwapPlan
+from normswap.text import pluralize
 from normswap.training.live_conversion import TrainingConversion
 from normswap.verification.distance import Distance
 from normswap.verification.equivalence import Verification
@@ -76,6 +82,32 @@ def verification(result: Verification) -> RenderableType:
 def distance(result: Distance) -> RenderableType:
     """Return how far a network is from its original, and the sites that differ most."""
     return distance_table(result)
+
+
+def bake_plan(result: BakePlan) -> RenderableType:
+    """Return what the sites became, and the measured time and error."""
+    return bake_table(result)
+
+
+def baked(result: Baked) -> RenderableType:
+    """Return the class of the baked model, and what its sites became."""
+    return Group(heading(type(result.model).__name__, "baked"), Text(""), bake_table(result.plan))
+
+
+def baked_file(result: BakedFile) -> RenderableType:
+    """Return what the sites of a baked file became, and what happened to its other entries."""
+    parts = [heading(result.file.name, result.architecture or ""), Text(""), bake_table(result.plan)]
+    return Group(*parts, *([notes_table(result.notes)] if result.notes else []))
+
+
+def reverted_file(result: RevertedFile) -> RenderableType:
+    """Return how many sites have their old norm again, and what happened to the other entries of the file."""
+    unmeasured = "unknown: the network or the size of its input is unknown"
+    error = unmeasured if result.relative_error is None else f"{result.relative_error:.1e} (relative L2)"
+    kept = "the tensors are those of the network before the conversion, or as trained since"
+    change = f"{len(result.changed)} with moved gates, output error {error}" if result.changed else kept
+    parts: list[RenderableType] = [Text(f"{pluralize(result.sites, 'site')} reverted: {change}")]
+    return Group(*parts, *([notes_table(result.notes)] if result.notes else []))
 
 
 def calibration(result: Calibration) -> RenderableType:

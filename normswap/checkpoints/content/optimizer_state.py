@@ -297,7 +297,7 @@ def matches_groups(scheduler_state: StateDict, groups: Sequence[StateDict]) -> b
     inner = scheduler_state.get("_schedulers")
     if isinstance(inner, list):
         return all(matches_groups(each, groups) for each in inner)
-    lists = [values for name in _GROUP_LISTS if isinstance(values := scheduler_state.get(name), list)]
+    lists = [values for name in GROUP_LISTS if isinstance(values := scheduler_state.get(name), list)]
     if any(len(values) != len(groups) for values in lists):
         return False
     rates = scheduler_state.get("base_lrs", scheduler_state.get("base_values"))
@@ -370,7 +370,7 @@ def extend_group_lists(state: StateDict, groups: int, old: Any, new: Any) -> dic
         return rescale(rate, old=old, new=new) if is_lr and new is not None else copy.deepcopy(rate)
 
     extended = {}
-    for name, entry in _GROUP_LISTS.items():
+    for name, entry in GROUP_LISTS.items():
         values = state.get(name)
         if not isinstance(values, list):
             continue
@@ -403,7 +403,7 @@ def _warmup_step(state: StateDict, last: Any, scale_rate: Callable[[Any], Any]) 
 
 # Name of a list -> function for the entry of the gates, of the state, the entry of the last old group, and a function
 # that scales a rate of that group to the gates.
-_GROUP_LISTS: Mapping[str, EntryFunction] = {
+GROUP_LISTS: Mapping[str, EntryFunction] = {
     **dict.fromkeys(
         ("base_lrs", "_last_lr", "min_lrs", "max_lrs", "base_values", "_last_value"),
         lambda _, last, scale_rate: scale_rate(last),

@@ -1,0 +1,1 @@
+"""Files that are made from converted files: baked, and reverted."""
