@@ -15,7 +15,7 @@ from normswap.baking.compact_norm import CompactNorm, read_site_weights
 from normswap.baking.measurement import measure_bake
 from normswap.baking.rules.batch_norm import become_batch_norm, matches_batch_norm
 from normswap.baking.rules.compact import become_compact, matches_compact
-from normswap.baking.rules.folding import find_foldable, fold_norm, prepare_fold
+from normswap.baking.rules.folding import can_prepare_fold, find_foldable, fold_norm, prepare_fold
 from normswap.baking.rules.group_norm import become_group_norm, matches_group_norm
 from normswap.baking.rules.instance_norm import become_instance_norm, matches_instance_norm
 from normswap.errors import ArgumentError, PlanError
@@ -164,7 +164,7 @@ def apply_bake_plan(model: nn.Module, plan: BakePlan) -> None:
                 raise PlanError(f"the bake plan does not fit the model: {site.fqn} cannot become a {site.result}")
             rule.become(layer, weights)
         if into is not None:
-            if read_norm(layer) is None or not hasattr(into, "bias"):
+            if not can_prepare_fold(into, layer):
                 raise PlanError(f"the bake plan does not fit the model: {site.fqn} cannot be folded")
             prepare_fold(into, layer)
 

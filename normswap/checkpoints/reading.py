@@ -94,6 +94,15 @@ class Checkpoint:
             return "program"
         return "module" if isinstance(self.weights, nn.Module) else "state dict"
 
+    def refuse_baked(self, verb: str) -> None:
+        """Refuse the file of a baked network, whose constants no longer follow the statistics.
+
+        Raises:
+            CheckpointError: the network was baked.
+        """
+        if self.record is not None and self.record.baked is not None:
+            raise CheckpointError(f"{self.path}: it was baked: {verb} the converted file, then bake that")
+
     @property
     def other_entries(self) -> list[str]:
         """The names of all entries except the weights."""

@@ -131,6 +131,7 @@ def _is_same_architecture(own: str, recorded: str) -> bool:
 
 
 def _build_starting_model(checkpoint: Checkpoint, architecture: str | None, *, trust: bool) -> StartingModel:
+    checkpoint.refuse_baked("fine-tune")
     built = build_model(checkpoint, architecture, trust=trust)
     record, heads = checkpoint.record, built.fit.heads
     notes = []

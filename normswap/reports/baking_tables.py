@@ -18,7 +18,7 @@ _NAMES = {
 
 
 def bake_table(plan: BakePlan) -> RenderableType:
-    """Return the number of sites by what they became, the reasons, and the measured time and error."""
+    """Return the number of sites by what they became, and the reasons."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("Baked sites", header_style="bold not dim")
     table.add_column("sites", justify="right")
@@ -33,11 +33,11 @@ def bake_table(plan: BakePlan) -> RenderableType:
                 site.fqn
             )
     lines += [Text(f"  {len(fqns)} {reason}: {list_names(fqns)}", "dim") for reason, fqns in reasons.items()]
-    lines += [Text(""), _measured(plan.measurement)]
     return Group(*lines)
 
 
-def _measured(measurement: BakeMeasurement | None) -> RenderableType:
+def bake_measurement_table(measurement: BakeMeasurement | None) -> RenderableType:
+    """Return the measured output error and the time before and after."""
     if measurement is None:
         return Text.assemble(("Measured", "bold"), "  ", ("nothing: no example inputs", "yellow"))
     before, after = measurement.seconds_before * 1e3, measurement.seconds_after * 1e3

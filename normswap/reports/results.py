@@ -19,7 +19,7 @@ from normswap.checkpoints.file_conversion import FileConversion, NetworkConversi
 from normswap.checkpoints.loading import Loaded
 from normswap.finetune.trainer import Outcome
 from normswap.layers.gating import BRANCHES
-from normswap.reports.baking_tables import bake_table
+from normswap.reports.baking_tables import bake_measurement_table, bake_table
 from normswap.reports.tables import (
     calibration_table,
     distance_table,
@@ -86,17 +86,17 @@ def distance(result: Distance) -> RenderableType:
 
 def bake_plan(result: BakePlan) -> RenderableType:
     """Return what the sites became, and the measured time and error."""
-    return bake_table(result)
+    return Group(bake_table(result), Text(""), bake_measurement_table(result.measurement))
 
 
 def baked(result: Baked) -> RenderableType:
     """Return the class of the baked model, and what its sites became."""
-    return Group(heading(type(result.model).__name__, "baked"), Text(""), bake_table(result.plan))
+    return Group(heading(type(result.model).__name__, "baked"), Text(""), bake_plan(result.plan))
 
 
 def baked_file(result: BakedFile) -> RenderableType:
     """Return what the sites of a baked file became, and what happened to its other entries."""
-    parts = [heading(result.file.name, result.architecture or ""), Text(""), bake_table(result.plan)]
+    parts = [heading(result.file.name, result.architecture or ""), Text(""), bake_plan(result.plan)]
     return Group(*parts, *([notes_table(result.notes)] if result.notes else []))
 
 

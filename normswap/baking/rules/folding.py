@@ -73,6 +73,13 @@ def fold_norm(layer: nn.Module, norm: nn.Module) -> None:
     _leave_identity(norm, _modules_after(spec))
 
 
+def can_prepare_fold(layer: nn.Module, norm: nn.Module) -> bool:
+    """Return whether a plan that folds `norm` into `layer` fits their classes."""
+    spec = read_norm(norm)
+    is_foldable = spec is not None and spec.kind in ("bn", "frozen bn") and isinstance(norm.running_mean, Tensor)
+    return is_foldable and isinstance(layer, (*_CONVOLUTIONS, *_TRANSPOSED, nn.Linear))
+
+
 def prepare_fold(layer: nn.Module, norm: nn.Module) -> None:
     """Give two modules the structure that `fold_norm` leaves, without values."""
     spec = read_norm(norm)

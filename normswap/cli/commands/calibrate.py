@@ -116,6 +116,7 @@ def _calibrate_file(
         raise CheckpointError(
             f"{file}: only the weights of an exported program can be calibrated: leave --trust out, or pass --arch"
         )
+    checkpoint.refuse_baked("calibrate")
     file_format = select_format(target, checkpoint, named=named)
     opened = open_model(checkpoint, arch=arch, inputs=(), trust=options["trust"])
     data = open_data_set(source, opened.model, opened.architecture, options)

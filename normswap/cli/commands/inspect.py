@@ -170,6 +170,7 @@ def _show_converted(
     from rich.console import Console
 
     from normswap.checkpoints.reading import describe_size
+    from normswap.reports.baking_tables import bake_table
     from normswap.reports.tables import (
         distance_table,
         heading,
@@ -196,7 +197,9 @@ def _show_converted(
         if verification
         else not_measured_line("Verification", "none is recorded in this file"),
         history(record.history),
-        importance_table(weights, plan)
+        bake_table(record.baked)
+        if record.baked is not None
+        else importance_table(weights, plan)
         if weights is not None
         else not_measured_line("Importance weights", "pickled: add --trust"),
     ):

@@ -101,6 +101,8 @@ def verify_command(
 def _explain(converted: "OpenedModel") -> str:
     """Why a converted model computes another function, as far as its record says it."""
     record = converted.checkpoint.record
+    if record is not None and record.baked is not None:
+        return ", since it was baked: normswap bake printed its error; folded weights are rounded to their precision"
     started = [swap for swap in record.plan.swaps if swap.start] if record and record.plan else []
     if record is None or not started:
         return ""

@@ -1,0 +1,1 @@
+"""Tests of `normswap.checkpoints.derived`."""
