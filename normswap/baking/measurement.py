@@ -31,7 +31,8 @@ def measure_bake(before: nn.Module, after: nn.Module, example_inputs: Any) -> Ba
             for _ in range(_ROUNDS):
                 for model, own in zip((before, after), seconds, strict=True):
                     own.append(_time_pass(model, example_inputs))
-    return BakeMeasurement(distance.relative_error, *map(median, seconds), distance.inputs)
+    first, second = map(median, seconds)
+    return BakeMeasurement(distance.relative_error, first, second, distance.inputs)
 
 
 def _time_pass(model: nn.Module, example_inputs: Any) -> float:

@@ -202,8 +202,8 @@ def _fixed_weights(layer: SwitchNorm, tolerance: float, shapes: tuple[Shape, ...
             weights = SiteWeights(*(_move_instance_weight(found, recipient) for found in weights))
     for branch in layer.branches:
         if all(found.get(branch, 0.0) >= 1 - tolerance for found in weights):
-            one_hot = {each: float(each == branch) for each in layer.branches}
-            return SiteWeights(one_hot, dict(one_hot))
+            mean, var = ({str(each): float(each == branch) for each in layer.branches} for _ in weights)
+            return SiteWeights(mean, var)
     return weights
 
 
@@ -226,15 +226,14 @@ def _fold_sites(model: nn.Module, sites: list[BakedSite], shapes: dict[str, tupl
         and (spec := read_norm(entry.module)) is not None
         and spec.kind in ("bn", "frozen bn")
     }
-    trace = trace_model(model, training=False) if not isinstance(model, fx.GraphModule) else None
-    graph, problem = (model.graph, None) if trace is None else (trace.graph, trace.omission or trace.reason)  # type: ignore[union-attr]
+    graph, problem = _evaluation_graph(model)
     modules = modules_by_name(model)
     result = []
     for name in dict.fromkeys((*by_name, *norms)):
         site = by_name.get(name) or BakedSite(name, "batch norm", class_name(norms[name]), {}, {})
         if name in norms:
             into, reason = None, f"the network cannot be traced: {problem}"
-            if graph is not None and problem is None:
+            if graph is not None:
                 ranks = {len(shape) for shape in shapes.get(name, ())}
                 into, reason = find_foldable(graph, modules, name, input_rank=ranks.pop() if len(ranks) == 1 else None)
             if into is not None:
@@ -244,3 +243,12 @@ def _fold_sites(model: nn.Module, sites: list[BakedSite], shapes: dict[str, tupl
             )
         result.append(site)
     return result
+
+
+def _evaluation_graph(model: nn.Module) -> tuple[fx.Graph | None, str | None]:
+    """The graph of a network in evaluation mode with norms as leaves, or None and the reason."""
+    if isinstance(model, fx.GraphModule):
+        return model.graph, None
+    trace = trace_model(model, training=False)
+    problem = trace.reason or trace.omission
+    return (None, problem) if problem else (trace.graph, None)

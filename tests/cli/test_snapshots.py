@@ -24,6 +24,8 @@ COMMANDS: dict[str, tuple[int, list[str]]] = {
     "verify": (0, ["verify", "bn.pt", "sn.pt", *ARCH, *INPUT]),
     "identify": (0, ["identify", "bn.pt"]),
     "calibrate": (0, ["calibrate", "sn.pt", *DATA, "-o", "out.pt"]),
+    "bake": (0, ["bake", "sn.pt", "--fold", *INPUT, "-o", "out.pt"]),
+    "revert": (0, ["revert", "sn.pt", "-o", "out.pt"]),
     "recipes_ls": (0, ["recipes", "ls"]),
     "an_error": (2, ["convert", "nowhere.pt"]),
 }
@@ -31,13 +33,14 @@ COMMANDS: dict[str, tuple[int, list[str]]] = {
 VARYING = {
     r"^((?:outputs|gradients|running statistics)[a-z0-9 ]*?) {2,}(?:0|\d\S*e-\d+)(?= )": r"\1  <error>",
     r"^([\w.]+ +[\d,]+)(?: +\d+(?:\.\d+)?){3}$": r"\1  <shifts>",
+    r"\b\d+\.\d ms -> \d+\.\d ms, \d+% (?:less|more)": "<time>",
     r"^(\d+ more, at most +)\S+$": r"\1<shift>",
     r"\b\d+(?:\.\d+)?e[-+]\d+\b": "<error>",
     r"\b\d+(?:\.\d+)? ?(?:[kKMG]i?B|bytes)\b": "<size>",
     r"\b\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\b": "<time>",
     r"\b\d+\.\d+\.\d+(?:\+\w+)?(?![\w.])": "<version>",
 }
-SPACED_BY_WHAT_VARIES = ("Verification", "History", "saved", "Statistics that changed")
+SPACED_BY_WHAT_VARIES = ("Verification", "History", "saved", "Statistics that changed", "Measured")
 
 
 def normalised(text: str) -> str:

@@ -52,7 +52,7 @@ def find_foldable(
     return (None, problem) if problem else (name, "")
 
 
-def fold_norm(layer: nn.Module, norm: nn.Module) -> None:
+def fold_norm(layer: Any, norm: Any) -> None:
     """Fold a BN into the layer before it; the norm becomes an identity, or the modules that it runs after the norm."""
     spec = read_norm(norm)
     assert spec is not None
@@ -80,7 +80,7 @@ def can_prepare_fold(layer: nn.Module, norm: nn.Module) -> bool:
     return is_foldable and isinstance(layer, (*_CONVOLUTIONS, *_TRANSPOSED, nn.Linear))
 
 
-def prepare_fold(layer: nn.Module, norm: nn.Module) -> None:
+def prepare_fold(layer: Any, norm: Any) -> None:
     """Give two modules the structure that `fold_norm` leaves, without values."""
     spec = read_norm(norm)
     assert spec is not None

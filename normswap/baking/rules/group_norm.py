@@ -47,7 +47,7 @@ def register_affine(norm: nn.Module, layer: SwitchNorm, shift: Tensor | None, sc
         offset = offset if shift is None else offset - factor * shift.double()
         weight, bias = (nn.Parameter(each.to(like.dtype), requires_grad=trains) for each in (factor, offset))
     for name, value in (("weight", weight), ("bias", bias)):
-        is_parameter = value is None or isinstance(value, nn.Parameter)
-        kept = value if is_parameter else nn.Parameter(value, requires_grad=False)
-        norm.register_parameter(name, kept)  # type: ignore[arg-type]
-    norm.affine = weight is not None
+        if value is not None and not isinstance(value, nn.Parameter):  # a buffer of a frozen layer
+            value = nn.Parameter(value, requires_grad=False)
+        norm.register_parameter(name, value)
+    vars(norm)["affine"] = weight is not None

@@ -24,4 +24,4 @@ def turn_into(layer: nn.Module, other: nn.Module) -> None:
     kept["training"] = layer.training
     own.clear()
     own.update({**vars(other), **kept})
-    layer.__class__ = type(other)  # type: ignore[assignment]
+    layer.__class__ = type(other)

@@ -50,7 +50,9 @@ def remove_gates_from_state(state: Mapping[str, Tensor], find: Callable[[str], S
     own = getattr(state, "_metadata", None)
     if isinstance(own, Mapping):
         result._metadata = OrderedDict(  # type: ignore[attr-defined]
-            (module, _plain_metadata(note, find(module)) if "gate" in note else note) for module, note in own.items()
+            (module, _plain_metadata(note, find(module)) if "gate" in note else note)
+            for module, note in own.items()
+            if "gate" not in note or not _is_functional(find(module))
         )
     return result
 
@@ -121,8 +123,13 @@ def _is_added(key: str, find: Callable[[str], Swap | None]) -> bool:
     return swap is not None and (name in _ADDED or swap.creates_running_stats)
 
 
+def _is_functional(swap: Swap | None) -> bool:
+    """Whether a module was added for a call of a function, and is removed as a whole."""
+    return swap is not None and swap.owner is not None
+
+
 def _plain_metadata(note: Mapping[str, Any], swap: Swap | None) -> dict[str, Any]:
     without = {name: value for name, value in note.items() if name != "gate"}
-    if swap is None or swap.owner is not None:
+    if swap is None:
         return without
     return without | {"version": _BN_VERSION if swap.kind in ("bn", "in") else _VERSION}

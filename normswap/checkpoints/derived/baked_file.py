@@ -103,6 +103,7 @@ def bake_file(
     target = output_path(file, None if output is None else read_path(output, "output", "the name of a file"), "baked")
     check_readable(file)
     check_output(file, target, overwrite=overwrite)
+    refuse_program_name(target)
     with progress(f"reading {file.name}"):
         header = read_header(file, folder=copy_folder(target))
         checkpoint = read_checkpoint(header, entry=entry, trust=trust and header.file_format != "exported program")
@@ -128,6 +129,18 @@ def bake_file(
         )
     notes = tuple(f"{name}: left out, only the baked weights are written" for name in checkpoint.other_entries)
     return BakedFile(file, target, opened.architecture, baked.plan, notes, file_size(target))
+
+
+def refuse_program_name(target: Path) -> None:
+    """Refuse an output whose name is that of an exported program.
+
+    Raises:
+        CheckpointError: the name ends in .pt2.
+    """
+    if target.suffix == ".pt2":
+        raise CheckpointError(
+            f"{target}: .pt2 is for exported programs, but only weights are written: choose output='NAME.pt'"
+        )
 
 
 def _check_converted(checkpoint: Checkpoint) -> None:

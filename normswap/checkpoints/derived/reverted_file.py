@@ -24,7 +24,7 @@ from normswap.checkpoints.content.gate_removal import (
     schedules_groups,
 )
 from normswap.checkpoints.content.hf_trainer import trainer_files
-from normswap.checkpoints.derived.baked_file import Progress
+from normswap.checkpoints.derived.baked_file import Progress, refuse_program_name
 from normswap.checkpoints.file_output import check_output, copy_folder, output_path, select_format
 from normswap.checkpoints.formats.formats import FOLDERS
 from normswap.checkpoints.io.atomic_files import check_readable
@@ -120,6 +120,7 @@ def revert_file(
     target = output_path(file, named, "reverted")
     check_readable(file)
     check_output(file, target, overwrite=overwrite)
+    refuse_program_name(target)
     with progress(f"reading {file.name}"):
         header = read_header(file, folder=copy_folder(target))
         swaps = _swaps_of(header.path, header.record)
@@ -174,8 +175,8 @@ def _swaps_of(path: Path, record: Record | None) -> tuple[Swap, ...]:
 
 
 def _stored_names(record: Record | None) -> dict[str, str]:
-    parts = [] if record is None else [record, *record.networks.values()]
-    return {fqn: name for part in parts for fqn, name in part.stored_as.items()}
+    parts = [] if record is None else [record.stored_as, *(each.stored_as for each in record.networks.values())]
+    return {fqn: name for part in parts for fqn, name in part.items()}
 
 
 def _changed_sites(checkpoint: Checkpoint, finder: SwapFinder) -> list[str]:
