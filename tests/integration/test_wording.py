@@ -170,6 +170,7 @@ def entry_points() -> dict[str, Callable[[Any], Any]]:
     optimizer = torch.optim.SGD(Net().parameters(), lr=0.1)
     return {
         "apply_plan": lambda m: normswap.apply_plan(m, plan),
+        "bake": normswap.bake,
         "batch_dependence": normswap.batch_dependence,
         "calibrate": lambda m: normswap.calibrate(m, [x()]),
         "convert": normswap.convert,

@@ -37,6 +37,14 @@ class BakedFile:
         plan: what each site became.
         notes: what happened to the other entries of the file, a line each.
         bytes: the size of the output.
+
+    Examples:
+        >>> import torch, normswap
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))
+        >>> conversion = normswap.convert(model)
+        >>> normswap.save(conversion.model, "sn.pt", plan=conversion.plan)
+        >>> normswap.bake_file("sn.pt", architecture=model, fold=True).plan
+        BakePlan(1 site: 1 folded)
     """
 
     file: Path

@@ -56,6 +56,15 @@ class RevertedFile:
             None if it could not be measured.
         notes: what happened to the other entries of the file, a line each.
         bytes: the size of the output.
+
+    Examples:
+        >>> import torch, normswap
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))
+        >>> conversion = normswap.convert(model)
+        >>> normswap.save(conversion.model, "sn.pt", plan=conversion.plan)
+        >>> result = normswap.revert_file("sn.pt")
+        >>> result.sites, result.changed, result.relative_error
+        (1, (), 0.0)
     """
 
     file: Path
