@@ -43,7 +43,7 @@ class BakedFile:
         >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))
         >>> conversion = normswap.convert(model)
         >>> normswap.save(conversion.model, "sn.pt", plan=conversion.plan)
-        >>> normswap.bake_file("sn.pt", architecture=model, fold=True).plan
+        >>> normswap.bake_file("sn.pt", "folded.pt", architecture=model, fold=True).plan
         BakePlan(1 site: 1 folded)
     """
 

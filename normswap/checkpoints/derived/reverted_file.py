@@ -62,7 +62,7 @@ class RevertedFile:
         >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))
         >>> conversion = normswap.convert(model)
         >>> normswap.save(conversion.model, "sn.pt", plan=conversion.plan)
-        >>> result = normswap.revert_file("sn.pt")
+        >>> result = normswap.revert_file("sn.pt", "bn.pt")
         >>> result.sites, result.changed, result.relative_error
         (1, (), 0.0)
     """
