@@ -492,7 +492,7 @@ def _verification_with(**changes: Any) -> str:
 
 
 BAD_RECORDS = {
-    "of the future": (_edited(version=3), "its normswap record has version 3, expected at most 2: update normswap"),
+    "of the future": (_edited(version=4), "its normswap record has version 4, expected at most 3: update normswap"),
     "no JSON": ("{", "invalid normswap record (Expecting property name"),
     "a list": ("[]", "invalid normswap record (record: expected a table of named values, got [])"),
     "no version": ("{}", "invalid normswap record (record.version: expected a whole number, got None)"),
