@@ -12,6 +12,8 @@ from normswap import renamed
 
 # The public names twice: here for type checkers and editors, below for Python. A test compares the two.
 if TYPE_CHECKING:
+    from normswap.analysis.network import Analysis as Analysis
+    from normswap.analysis.network import analyze as analyze
     from normswap.checkpoints.content.optimizer_state import scheduler_with_gates as scheduler_with_gates
     from normswap.checkpoints.content.optimizer_state import with_gates as with_gates
     from normswap.checkpoints.file_conversion import FileConversion as FileConversion
@@ -64,7 +66,9 @@ if TYPE_CHECKING:
     from normswap.surgery.discovery.sites import NormSite as NormSite
     from normswap.surgery.discovery.sites import find_norm_sites as find_norm_sites
     from normswap.surgery.importance import batch_dependence as batch_dependence
+    from normswap.surgery.importance import gate_impurity as gate_impurity
     from normswap.surgery.importance import importance_weights as importance_weights
+    from normswap.surgery.importance import set_importance as set_importance
     from normswap.surgery.importance import trainable_gates as trainable_gates
     from normswap.surgery.norms.classes import KNOWN_NORMS as KNOWN_NORMS
     from normswap.surgery.norms.classes import read_batch_norm as read_batch_norm
@@ -89,6 +93,7 @@ if TYPE_CHECKING:
     from normswap.verification.equivalence import verify as verify
 
 _NAMES_BY_MODULE = {
+    "analysis.network": ("Analysis", "analyze"),
     "checkpoints.content.optimizer_state": ("scheduler_with_gates", "with_gates"),
     "checkpoints.file_conversion": ("FileConversion", "convert_file"),
     "checkpoints.loading": ("Loaded", "load"),
@@ -131,7 +136,13 @@ _NAMES_BY_MODULE = {
     ),
     "surgery.conversion": ("Conversion", "apply_plan", "convert", "revert"),
     "surgery.discovery.sites": ("NormSite", "find_norm_sites"),
-    "surgery.importance": ("batch_dependence", "importance_weights", "trainable_gates"),
+    "surgery.importance": (
+        "batch_dependence",
+        "gate_impurity",
+        "importance_weights",
+        "set_importance",
+        "trainable_gates",
+    ),
     "surgery.norms.classes": (
         "KNOWN_NORMS",
         "read_batch_norm",

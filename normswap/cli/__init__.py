@@ -7,6 +7,7 @@ runs, so that `--help` is fast.
 import click
 
 from normswap import __version__
+from normswap.cli.commands.analyze import analyze_command
 from normswap.cli.commands.calibrate import calibrate_command
 from normswap.cli.commands.convert import convert_command
 from normswap.cli.commands.finetune import finetune_command, recipes_command
@@ -30,3 +31,4 @@ main.add_command(verify_command)
 main.add_command(finetune_command)
 main.add_command(recipes_command)
 main.add_command(calibrate_command)
+main.add_command(analyze_command)

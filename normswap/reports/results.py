@@ -11,10 +11,12 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from normswap.analysis.network import Analysis
 from normswap.checkpoints.file_conversion import FileConversion, NetworkConversion
 from normswap.checkpoints.loading import Loaded
 from normswap.finetune.trainer import Outcome
 from normswap.layers.gating import BRANCHES
+from normswap.reports.analysis_tables import analysis_table
 from normswap.reports.tables import (
     calibration_table,
     distance_table,
@@ -81,6 +83,11 @@ def distance(result: Distance) -> RenderableType:
 def calibration(result: Calibration) -> RenderableType:
     """Return the layers whose statistics changed most."""
     return calibration_table(result)
+
+
+def analysis(result: Analysis) -> RenderableType:
+    """Return the sites of an analysis, advice and plan."""
+    return analysis_table(result)
 
 
 def file_conversion(result: FileConversion) -> RenderableType:
