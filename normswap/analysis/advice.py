@@ -14,7 +14,7 @@ Advice = Literal["leave", "freeze", "convert", "calibrate"]
 
 # Median over sites of `noise` at which batches are too small for BN, and of `shift` at which the statistics do not fit
 # the data.
-NOISE_LIMIT = 0.2
+NOISE_LIMIT = 0.17
 SHIFT_LIMIT = 0.3
 
 
@@ -22,10 +22,11 @@ def advise_site(site: BatchNormSite) -> Advice:
     """Return what to do with one site."""
     if site.untrained:
         return "calibrate"
-    return _advise(site.noise, site.shift, frozen=site.frozen)
+    return choose_advice(site.noise, site.shift, frozen=site.frozen)
 
 
-def _advise(noise: float, shift: float, *, frozen: bool) -> Advice:
+def choose_advice(noise: float, shift: float, *, frozen: bool = False) -> Advice:
+    """Return what to do with trained norms from their distances, as in `BatchNormSite`."""
     noisy, shifted = noise >= NOISE_LIMIT, shift >= SHIFT_LIMIT
     if frozen:
         return "convert" if shifted else "leave"
@@ -58,7 +59,7 @@ def _advise_trained(noise: float, shift: float, batch_size: int, *, frozen: bool
     fit = f"the running statistics {'do not fit' if shift >= SHIFT_LIMIT else 'fit'} this data"
     size = f"batches of {batch_size} are {'too small' if noise >= NOISE_LIMIT else 'large enough'} for batch statistics"
     reason = f"its norms are frozen, and {fit}" if frozen else f"{size}, and {fit}"
-    match _advise(noise, shift, frozen=frozen):
+    match choose_advice(noise, shift, frozen=frozen):
         case "convert":
             return f"Convert it: {reason}: normswap.convert(model, x)."
         case "freeze":

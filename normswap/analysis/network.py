@@ -18,11 +18,9 @@ from normswap.analysis.single_branches import (
     rank_sites,
 )
 from normswap.errors import ArgumentError, DataError, NothingToDo
-from normswap.layers.gating import Branch
 from normswap.running_stats.accumulation import batch_inputs, move_to_device
 from normswap.surgery.arguments import describe_invalid_batches, describe_shapes, require_module
 from normswap.surgery.importance import gated_modules
-from normswap.surgery.selection import SiteSettings
 from normswap.surgery.wrappers import unwrap
 from normswap.text import pluralize, printable_as
 from normswap.verification.distance import OutputDistance, evaluation_mode, run_model
@@ -71,20 +69,9 @@ class Analysis:
         """What to do with each Batch Normalization: `leave`, `freeze`, `convert` or `calibrate`."""
         return {site.fqn: advise_site(site) for site in self.batch_norms}
 
-    @property
-    def settings(self) -> dict[str, SiteSettings]:
-        """The plan as `settings` of `convert`, which give the original network these sites with one branch each."""
-        return {} if self.plan is None else {name: _settings(branch) for name, branch in self.plan.branches.items()}
-
     def to_dict(self) -> dict[str, Any]:
         """Return plain dicts, lists, strings and numbers."""
-        return {**asdict(self), "site_advice": self.site_advice, "settings": self.settings}
-
-
-def _settings(branch: Branch) -> SiteSettings:
-    if branch == "bn":
-        return {"branches": ["bn"]}
-    return {"branches": [branch], "start": "ln" if branch == "ln" else "uniform"}
+        return {**asdict(self), "site_advice": self.site_advice}
 
 
 def analyze(
@@ -132,7 +119,7 @@ def analyze(
         >>> analysis = normswap.analyze(converted, [torch.randn(8, 3, 8, 8)], budget=0.1)
         >>> analysis.plan.branches, analysis.plan.relative_error < 0.1
         ({'1': 'bn'}, True)
-        >>> analysis.settings
+        >>> analysis.plan.settings
         {'1': {'branches': ['bn']}}
     """
     model = unwrap(require_module(model))

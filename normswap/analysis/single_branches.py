@@ -3,18 +3,18 @@
 Nothing is trained and no labels are used. The reference is the network as it is.
 """
 
-import heapq
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from normswap.layers.gated_module import GatedModule
-from normswap.layers.gating import Branch
+from normswap.layers.gated_module import FunctionalSwitchNorm, GatedModule
+from normswap.layers.gating import BRANCHES, Branch
 from normswap.surgery.importance import gate_parameters, gated_modules, set_importance
 from normswap.surgery.model_outputs import Leaves
+from normswap.surgery.selection import SiteSettings
 from normswap.verification.distance import OutputDistance, run_model
 
 
@@ -62,6 +62,8 @@ class SingleBranchPlan:
         relative_error: the relative L2 error of the outputs with all these sites forced.
         top1_agreement: the share, from 0 to 1, of predictions that stay; None if the outputs are no predictions.
         budget: the largest error that was allowed; None: all sites are forced.
+        settings: the plan as `settings` of `convert`, which give the original network these sites with one branch each.
+            A site that was an InstanceNorm or a GroupNorm and is at another branch is left out: it cannot start there.
         measurements: the number of times that the network was measured on all data.
     """
 
@@ -69,6 +71,7 @@ class SingleBranchPlan:
     relative_error: float
     top1_agreement: float | None
     budget: float | None
+    settings: Mapping[str, SiteSettings]
     measurements: int
 
 
@@ -110,9 +113,14 @@ def rank_sites(meter: BranchMeter, on_site: Callable[[int, int], None]) -> tuple
         on_site(number, len(meter.layers))
         single = next((branch for branch in layer.branches if layer.is_at(branch)), None)
         errors = [_measure_branch(meter, name, branch, single) for branch in layer.branches]
-        sites.append(ConvertedSite(name, single, tuple(sorted(errors, key=lambda error: error.relative_error))))
+        sites.append(ConvertedSite(name, single, tuple(sorted(errors, key=_cost))))
     on_site(len(meter.layers), len(meter.layers))
     return tuple(sorted(sites, key=lambda site: site.best.relative_error))
+
+
+def _cost(error: BranchError) -> tuple[float, int]:
+    """The error; of equal ones `bn` is first, which can be folded into the layer before it, and `in` last."""
+    return error.relative_error, len(BRANCHES) - 1 - BRANCHES.index(error.branch)
 
 
 def _measure_branch(meter: BranchMeter, name: str, branch: Branch, single: Branch | None) -> BranchError:
@@ -123,36 +131,48 @@ def _measure_branch(meter: BranchMeter, name: str, branch: Branch, single: Branc
 def choose_branches(meter: BranchMeter, sites: Sequence[ConvertedSite], budget: float | None) -> SingleBranchPlan:
     """Return as many sites as fit into a budget together, each at one branch; without a budget all, at their best.
 
-    Greedy: the site that adds least is taken next. Errors of several sites are not sums, so each candidate is measured
-    again together with the sites that were taken before it counts, and it is taken if it is still the best.
+    Greedy: sites are taken in the order of their errors. Errors of several sites are not sums, so the network is measured
+    with all that were taken. As long as that succeeds, twice as many are tried at once, otherwise half as many, down to
+    one, which is then left out or tried at its next branch.
     """
     if budget is None:
-        chosen = {site.fqn: site.best.branch for site in sites}
-        return _plan(meter, chosen, budget)
+        return _plan(meter, {site.fqn: site.best.branch for site in sites}, budget)
     chosen = {site.fqn: site.single for site in sites if site.single is not None}
-    queue = [(error, name, branch, 0) for error, name, branch in _candidates(sites) if name not in chosen]
-    heapq.heapify(queue)
-    taken = 0
-    while queue:
-        error, name, branch, measured_with = heapq.heappop(queue)
-        if name in chosen or error > budget:
-            continue
-        if measured_with < taken:
-            error = meter.measure({**chosen, name: branch}).relative_error
-            if error > budget:
-                continue
-            if queue and error > queue[0][0]:
-                heapq.heappush(queue, (error, name, branch, taken))
-                continue
-        chosen[name] = branch
-        taken += 1
+    candidates = [(*_cost(error), site.fqn, error.branch) for site in sites for error in site.branches]
+    queue = [(name, branch) for error, _, name, branch in sorted(candidates) if error <= budget]
+    count = 1
+    while queue := [(name, branch) for name, branch in queue if name not in chosen]:
+        trial = chosen | dict(reversed(queue[:count]))  # of two branches of a site the first
+        if meter.measure(trial).relative_error <= budget:
+            chosen, count = trial, 2 * count
+        elif count > 1:
+            count //= 2
+        else:
+            queue = queue[1:]
     return _plan(meter, chosen, budget)
 
 
-def _candidates(sites: Sequence[ConvertedSite]) -> Iterator[tuple[float, str, Branch]]:
-    return ((error.relative_error, site.fqn, error.branch) for site in sites for error in site.branches)
-
-
-def _plan(meter: BranchMeter, chosen: dict[str, Branch], budget: float | None) -> SingleBranchPlan:
+def _plan(meter: BranchMeter, chosen: Mapping[str, Branch], budget: float | None) -> SingleBranchPlan:
     found = meter.measure(chosen)
-    return SingleBranchPlan(chosen, found.relative_error, found.top1_agreement, budget, meter.measurements)
+    branches = {name: chosen[name] for name in meter.layers if name in chosen}
+    settings = {name: _site_settings(meter.layers[name], branch) for name, branch in branches.items()}
+    known = {name: values for name, values in settings.items() if values is not None}
+    return SingleBranchPlan(branches, found.relative_error, found.top1_agreement, budget, known, meter.measurements)
+
+
+def _site_settings(layer: GatedModule, branch: Branch) -> SiteSettings | None:
+    """The settings with which a conversion starts a site at one branch; None if it cannot start there."""
+    if branch == "bn" or (not _was_batch_norm(layer) and branch == layer.vertex):
+        return {"branches": [branch]}
+    if not _was_batch_norm(layer):
+        return None
+    groups: SiteSettings = {"num_groups": layer.num_groups} if layer.num_groups > 1 else {}
+    return {"branches": [branch], "start": "ln" if branch == "ln" else "uniform", **groups}
+
+
+def _was_batch_norm(layer: GatedModule) -> bool:
+    """Whether a layer replaced a Batch Normalization, also if it started without `bn`."""
+    replaced = getattr(layer, "replaced", None)
+    if isinstance(layer, FunctionalSwitchNorm) or replaced is None:
+        return layer.vertex == "bn" or "batch_norm" in getattr(layer, "replaced_call", "")
+    return layer.vertex == "bn" or bool(replaced.dropped)

@@ -38,12 +38,10 @@ def analysis_table(
     return Group(*parts)
 
 
-def settings_text(analysis: Analysis) -> str:
-    """Return the settings of a plan for Python and for a recipe."""
-    lines = ["# Python: normswap.convert(model, x, settings=...)", "settings = {"]
-    lines += [f"    {json.dumps(name)}: {json.dumps(values)}," for name, values in analysis.settings.items()]
-    lines += ["}", "", "# recipe", "[convert.settings]"]
-    for name, values in analysis.settings.items():
+def settings_text(plan: SingleBranchPlan) -> str:
+    """Return the settings of a plan as a part of a recipe."""
+    lines = ["[convert.settings]"]
+    for name, values in plan.settings.items():
         items = ", ".join(f"{key} = {json.dumps(value)}" for key, value in values.items())
         lines.append(f"{json.dumps(name)} = {{{items}}}")
     return "\n".join(lines)
@@ -58,9 +56,7 @@ def _table(first: str, *others: str, left_aligned: tuple[str, ...] = ()) -> Tabl
 
 
 def _batch_norm_table(analysis: Analysis, limit: int | None) -> RenderableType:
-    table = _table(
-        "Batch Normalization", "gap", "noise", "shift", "mean by", "std x", "advice", "", left_aligned=("advice", "")
-    )
+    table = _table("BN site", "gap", "noise", "shift", "mean by", "std x", "advice", "", left_aligned=("advice", ""))
     ranked = sorted(analysis.batch_norms, key=lambda site: max(site.gap, site.shift), reverse=True)
     for site in ranked[:limit]:
         numbers = (site.gap, site.noise, site.shift, site.mean_distance, site.deviation_ratio)
@@ -79,7 +75,7 @@ def _batch_norm_table(analysis: Analysis, limit: int | None) -> RenderableType:
         Text(
             f"  gap: outputs in training with batches of {analysis.batch_size} against evaluation, relative L2;", "dim"
         ),
-        Text("  noise: due to small batches; shift: due to other data than that of the running statistics", "dim"),
+        Text("  noise: due to small batches; shift: statistics of the data against running ones", "dim"),
     ]
     agreement = (
         "" if analysis.training_agreement is None else f", {analysis.training_agreement:.0%} of predictions agree"

@@ -97,8 +97,8 @@ def analyze_command(
     console.print(heading(file.name, checkpoint.describe(opened.architecture)))
     console.print()
     console.print(analysis_table(result, translate=lambda advice: _as_commands(advice, file, source)))
-    if result.plan is not None and result.plan.branches:
-        click.echo(f"\n{settings_text(result)}")
+    if result.plan is not None and result.plan.settings:
+        click.echo(f"\nTo start at these branches, add to a recipe:\n{settings_text(result.plan)}")
 
 
 def _run_analysis(opened: "OpenedModel", data: "Data", count: int, options: dict[str, Any]) -> "Analysis":
