@@ -188,7 +188,8 @@ def page(found: Mapping[str, Any]) -> str:
 
 def _limit_row(record: Mapping[str, Any]) -> str:
     numbers = f"{record['noise']:.2f} | {record['shift']:.2f} | {100 * record['agreement']:.0f}"
-    return f"| {record['network']} | {record['batch_size']} | {numbers} | {choose_advice(record['noise'], record['shift'])} |"
+    advice = choose_advice(record["noise"], record["shift"])
+    return f"| {record['network']} | {record['batch_size']} | {numbers} | {advice} |"
 
 
 def _budget_row(record: Mapping[str, Any]) -> str:
@@ -221,11 +222,11 @@ Every analysis reads {images} images without labels.
 ## Limits of the advice
 
 Median over the sites of `noise` and `shift` in trained BN networks, the share of predictions in percent that are the
-same with the statistics of batches of that size as in evaluation, and the advice. The own images of a network fit its
-running statistics: `shift` is small, and the limit of {shift} is between them and the shifted images. The limit of
-{noise} for `noise` is between the batch sizes at which [BN in training](evidence.md#digits-under-shift) is
-near the best arm (16) and those at which it loses many points (4 and fewer) on shifted digits, and between 4 and 2 on own images, where a
-tenth or a third of the predictions differs.
+same with the statistics of batches of that size as in evaluation, and the advice. The running statistics of a network
+fit its own images: `shift` is small, and the limit of {shift} is between these and the shifted images. The limit of
+{noise} for `noise` is between the batch sizes at which [BN in training](evidence.md#digits-under-shift) is near the
+best arm on shifted digits (16) and those at which it loses many points (4 and fewer); on own images it is between 4
+and 2.
 
 | network and images | batch size | noise | shift | same predictions, % | advice |
 |---|---|---|---|---|---|

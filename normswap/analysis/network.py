@@ -120,7 +120,7 @@ def analyze(
         >>> analysis.plan.branches, analysis.plan.relative_error < 0.1
         ({'1': 'bn'}, True)
         >>> analysis.plan.settings
-        {'1': {'branches': ['bn']}}
+        {'1': {'train_gates': False}}
     """
     model = unwrap(require_module(model))
     _check_numbers(batch_size, budget)

@@ -131,9 +131,9 @@ def _measure_branch(meter: BranchMeter, name: str, branch: Branch, single: Branc
 def choose_branches(meter: BranchMeter, sites: Sequence[ConvertedSite], budget: float | None) -> SingleBranchPlan:
     """Return as many sites as fit into a budget together, each at one branch; without a budget all, at their best.
 
-    Greedy: sites are taken in the order of their errors. Errors of several sites are not sums, so the network is measured
-    with all that were taken. As long as that succeeds, twice as many are tried at once, otherwise half as many, down to
-    one, which is then left out or tried at its next branch.
+    Greedy: sites are taken in the order of their errors. Errors of several sites do not add up, so the network is
+    measured with all that were taken. As long as that succeeds, twice as many are tried at once, otherwise half as
+    many, down to one, which is then left out or tried at its next branch.
     """
     if budget is None:
         return _plan(meter, {site.fqn: site.best.branch for site in sites}, budget)
@@ -163,11 +163,14 @@ def _plan(meter: BranchMeter, chosen: Mapping[str, Branch], budget: float | None
 def _site_settings(layer: GatedModule, branch: Branch) -> SiteSettings | None:
     """The settings with which a conversion starts a site at one branch; None if it cannot start there."""
     if branch == "bn" or (not _was_batch_norm(layer) and branch == layer.vertex):
-        return {"branches": [branch]}
+        return {"train_gates": False}  # a Batch Normalization with one branch would not be converted
     if not _was_batch_norm(layer):
         return None
-    groups: SiteSettings = {"num_groups": layer.num_groups} if layer.num_groups > 1 else {}
-    return {"branches": [branch], "start": "ln" if branch == "ln" else "uniform", **groups}
+    if branch == "in":
+        return {"branches": ["in"], "start": "uniform"}
+    if layer.num_groups > 1:
+        return {"branches": ["ln"], "start": "gn", "num_groups": layer.num_groups}
+    return {"branches": ["ln"], "start": "ln"}
 
 
 def _was_batch_norm(layer: GatedModule) -> bool:
