@@ -38,7 +38,7 @@ from normswap.errors import (
 from normswap.finetune import run_files, setup, trainer
 from normswap.finetune.data.datasets import open_data
 from normswap.finetune.penalties import gate_penalty
-from normswap.finetune.recipe import TrainTable, Recipe, parse_recipe
+from normswap.finetune.recipe import Recipe, TrainTable, parse_recipe
 from normswap.finetune.run_files import Journal, read_journal
 from normswap.finetune.setup import prepare
 from normswap.finetune.trainer import run_recipe
