@@ -1,6 +1,6 @@
 """Advice for a site and for a network, from what was measured on data.
 
-`docs/measured/analysis.md` shows the measurements from which the limits were chosen.
+The limits were chosen on two small networks, see `docs/measured/analysis.md`: a rough guide for others.
 """
 
 from collections.abc import Sequence

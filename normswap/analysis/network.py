@@ -112,7 +112,7 @@ def analyze(
 
     Examples:
         >>> import torch, normswap
-        >>> torch.manual_seed(0)
+        >>> _ = torch.manual_seed(0)
         >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU())
         >>> converted = normswap.convert(net).model
         >>> normswap.set_importance(converted, {"1": {"ln": 0.02, "bn": 0.98}})
