@@ -229,8 +229,8 @@ Both limits were chosen after these numbers were seen, and on the digits network
 them. The limit of {shift} for `shift` is between their own and their shifted images. The limit of {noise} for `noise`
 is between the batch sizes at which [BN in training](evidence.md#digits-under-shift) is near the best arm on shifted
 digits (16) and those at which it loses many points (4 and fewer); on own images it is between 4 and 2. The photographs
-are three, no sample of ImageNet, and their crops are not shuffled, so a small batch has crops of one photograph: both can
-raise `noise` and `shift`.
+are three, no sample of ImageNet, and their crops are not shuffled, so a small batch has crops of one photograph: both
+can raise `noise` and `shift`.
 
 | network and images | batch size | noise | shift | same predictions, % | advice |
 |---|---|---|---|---|---|
