@@ -12,6 +12,8 @@ from normswap import renamed
 
 # The public names twice: here for type checkers and editors, below for Python. A test compares the two.
 if TYPE_CHECKING:
+    from normswap.analysis.network import Analysis as Analysis
+    from normswap.analysis.network import analyze as analyze
     from normswap.baking.bake_plan import BakePlan as BakePlan
     from normswap.baking.network_baking import Baked as Baked
     from normswap.baking.network_baking import bake as bake
@@ -71,7 +73,9 @@ if TYPE_CHECKING:
     from normswap.surgery.discovery.sites import NormSite as NormSite
     from normswap.surgery.discovery.sites import find_norm_sites as find_norm_sites
     from normswap.surgery.importance import batch_dependence as batch_dependence
+    from normswap.surgery.importance import gate_impurity as gate_impurity
     from normswap.surgery.importance import importance_weights as importance_weights
+    from normswap.surgery.importance import set_importance as set_importance
     from normswap.surgery.importance import trainable_gates as trainable_gates
     from normswap.surgery.norms.classes import KNOWN_NORMS as KNOWN_NORMS
     from normswap.surgery.norms.classes import read_batch_norm as read_batch_norm
@@ -98,6 +102,7 @@ if TYPE_CHECKING:
 _NAMES_BY_MODULE = {
     "baking.bake_plan": ("BakePlan",),
     "baking.network_baking": ("Baked", "bake"),
+    "analysis.network": ("Analysis", "analyze"),
     "checkpoints.content.optimizer_state": ("scheduler_with_gates", "with_gates"),
     "checkpoints.derived.baked_file": ("BakedFile", "bake_file"),
     "checkpoints.derived.reverted_file": ("RevertedFile", "revert_file"),
@@ -142,7 +147,13 @@ _NAMES_BY_MODULE = {
     ),
     "surgery.conversion": ("Conversion", "apply_plan", "convert", "revert"),
     "surgery.discovery.sites": ("NormSite", "find_norm_sites"),
-    "surgery.importance": ("batch_dependence", "importance_weights", "trainable_gates"),
+    "surgery.importance": (
+        "batch_dependence",
+        "gate_impurity",
+        "importance_weights",
+        "set_importance",
+        "trainable_gates",
+    ),
     "surgery.norms.classes": (
         "KNOWN_NORMS",
         "read_batch_norm",

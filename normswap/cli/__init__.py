@@ -7,6 +7,7 @@ runs, so that `--help` is fast.
 import click
 
 from normswap import __version__
+from normswap.cli.commands.analyze import analyze_command
 from normswap.cli.commands.bake import bake_command
 from normswap.cli.commands.calibrate import calibrate_command
 from normswap.cli.commands.convert import convert_command
@@ -34,3 +35,4 @@ main.add_command(recipes_command)
 main.add_command(calibrate_command)
 main.add_command(bake_command)
 main.add_command(revert_command)
+main.add_command(analyze_command)

@@ -203,7 +203,9 @@ def _join_sizes(value: str) -> str:
 
 OPTIONS: Mapping[str, _Option] = {
     "architecture": _Option("--arch", _strip_quotes),
+    "batch_size": _Option("--batch-size", _strip_quotes),
     "bn_statistics": _Option("--bn-statistics", _strip_quotes),
+    "budget": _Option("--budget", _strip_quotes),
     "data": _Option("--data"),
     "discard": _Option("--discard"),
     "dry_run": _Option("--dry-run"),

@@ -11,6 +11,7 @@ import click
 
 from normswap.checkpoints.file_output import copy_folder
 from normswap.cli.console import stage
+from normswap.errors import ModelError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -129,6 +130,20 @@ def open_model(
         from normswap.checkpoints import loading
 
         return loading.open_model(checkpoint, arch, inputs=example_inputs(inputs), trust=trust)
+
+
+def move_model(model: "nn.Module", device: str) -> "nn.Module":
+    """Move a model to the value of `--device`, in place, and return it.
+
+    Raises:
+        ModelError: the model cannot be moved there.
+    """
+    from normswap.text import first_line
+
+    try:
+        return model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(f"--device {device}: the model cannot be moved there: {first_line(error)}") from error
 
 
 # --- data sets --------------------------------------------------------------------------------------------------------

@@ -54,6 +54,8 @@ class ConvertTable:
     # Sites whose running statistics were never updated: compute these on images of the training split before training,
     # start the sites at `in` and `ln`, or keep them.
     untrained: Literal["calibrate", "uniform", "keep"] = "calibrate"
+    # Values by pattern, as `settings` of `normswap.convert`; `normswap analyze` prints some.
+    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, hash=False)
     verify: bool = (
         True  # False also trains a converted model that computes another function, such as with softmax gates
     )
@@ -108,6 +110,8 @@ class TrainTable:
     # the steps, so that the average follows short runs too.
     ema_decay: Annotated[float, Range(0, 0.99999999)] = 0.0
     batch_penalty: NonNegative = 0.0  # factor of `normswap.batch_dependence(model)` in the loss
+    # Factor of `normswap.gate_impurity(model)` in the loss, in the second half of the run: gates go to one branch.
+    one_hot_penalty: NonNegative = 0.0
     channels_last: bool = False  # memory format of images and weights
     seed: Annotated[int, Range(0, 2**32 - 1)] = 0  # of the image order, the augmentation and all other randomness
 

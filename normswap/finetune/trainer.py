@@ -24,6 +24,7 @@ from normswap.errors import RecipeError, RunInterrupted, TrainingError
 from normswap.finetune.data.datasets import Data
 from normswap.finetune.data.loaders import derive_seed, seed_generators
 from normswap.finetune.model_source import MODEL, STATE
+from normswap.finetune.penalties import gate_penalty
 from normswap.finetune.recipe import Recipe
 from normswap.finetune.run_files import NAME as LOG
 from normswap.finetune.run_files import (
@@ -37,7 +38,7 @@ from normswap.finetune.run_files import (
 )
 from normswap.finetune.setup import RunSetup, batch_mixer, build_average, build_optimizer, make_lr_lambda, prepare
 from normswap.model_state import training_flags
-from normswap.surgery.importance import SiteWeights, batch_dependence, gate_parameters, importance_weights
+from normswap.surgery.importance import SiteWeights, gate_parameters, importance_weights
 from normswap.training.gate_steps import limit_gate_steps
 from normswap.training.output_watch import OutputWatch
 
@@ -370,8 +371,8 @@ def _step(
             loss = F.cross_entropy(run.network(images), targets, label_smoothing=run.recipe.data.label_smoothing)
             run.losses.append(loss.detach())
             loss = loss / train.accumulation
-            if is_last and train.batch_penalty:
-                loss = loss + train.batch_penalty * batch_dependence(run.model)
+            if is_last:
+                loss = loss + gate_penalty(run.model, train, run.step / run.steps)
             accelerator.backward(loss)
     if train.clip:
         accelerator.clip_grad_norm_(network, train.clip)

@@ -11,6 +11,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from normswap.analysis.network import Analysis
 from normswap.baking.bake_plan import BakePlan
 from normswap.baking.network_baking import Baked
 from normswap.checkpoints.derived.baked_file import BakedFile
@@ -19,6 +20,7 @@ from normswap.checkpoints.file_conversion import FileConversion, NetworkConversi
 from normswap.checkpoints.loading import Loaded
 from normswap.finetune.trainer import Outcome
 from normswap.layers.gating import BRANCHES
+from normswap.reports.analysis_tables import analysis_table
 from normswap.reports.baking_tables import bake_measurement_table, bake_table
 from normswap.reports.tables import (
     calibration_table,
@@ -113,6 +115,11 @@ def reverted_file(result: RevertedFile) -> RenderableType:
 def calibration(result: Calibration) -> RenderableType:
     """Return the layers whose statistics changed most."""
     return calibration_table(result)
+
+
+def analysis(result: Analysis) -> RenderableType:
+    """Return the sites of an analysis, advice and plan."""
+    return analysis_table(result)
 
 
 def file_conversion(result: FileConversion) -> RenderableType:

@@ -95,14 +95,8 @@ class CalibrationPass:
         self.skip_reasons: dict[str, str] = {}
         self.batches = 0
         self._model, self._layers, self._only = model, layers, only
-        entries = walk_modules(model)
-        self._modules = [entry.module for entry in entries]
-        self._owners = {
-            tensor.untyped_storage()._cdata: (entry.names[0], entry.module)
-            for entry in reversed(entries)
-            for tensor in (*entry.module._buffers.values(), *entry.module._parameters.values())
-            if tensor is not None and not is_lazy(tensor)
-        }
+        self._modules = [entry.module for entry in walk_modules(model)]
+        self._owners = tensor_owners(model)
 
     def run(self, batches: Any, *, device: torch.device | str | None = None) -> None:
         """Run the model on batches.
@@ -220,6 +214,16 @@ class CalibrationPass:
         name, owner = self._owners.get(running_mean.untyped_storage()._cdata, ("", self._model))
         if not is_norm_layer(owner):
             self.skip_reasons[name] = "calls F.batch_norm itself: convert the model first, then calibrate it"
+
+
+def tensor_owners(model: nn.Module) -> dict[int, tuple[str, nn.Module]]:
+    """Return the module of each buffer and parameter, with its first name, by the identity of the tensor's storage."""
+    return {
+        tensor.untyped_storage()._cdata: (entry.names[0], entry.module)
+        for entry in reversed(walk_modules(model))
+        for tensor in (*entry.module._buffers.values(), *entry.module._parameters.values())
+        if tensor is not None and not is_lazy(tensor)
+    }
 
 
 class _UnconvertedCalls(TorchFunctionMode):

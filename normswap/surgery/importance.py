@@ -4,19 +4,27 @@ Batch dependence, the sum of the importance weights of `bn`, can be added to a l
 """
 
 from collections import defaultdict
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from normswap.errors import PlanError
 from normswap.layers.gated_module import GatedModule
+from normswap.layers.gating import Gate
 from normswap.layers.gating import importance_weights as weights_of_points
 from normswap.layers.in_place import GATE_PARAMETERS
 from normswap.layers.switch_norm import SwitchNorm
+from normswap.schema import nearest
+from normswap.surgery.arguments import require_type
 from normswap.surgery.module_tree import walk_modules
 from normswap.surgery.wrappers import unwrap
 from normswap.text import join_fqn, pluralize, printable_as
+
+# The logit of a branch with a weight of 0: its exponential is 0 in every dtype, and float16 can store it.
+_EXCLUDED_LOGIT = -1e4
+_SUM_TOLERANCE = 1e-3
 
 
 class SiteWeights(NamedTuple):
@@ -99,6 +107,73 @@ def importance_weights(model: nn.Module) -> SiteImportance:
     return result
 
 
+def set_importance(model: nn.Module, weights: Mapping[str, Any]) -> None:
+    """Set the importance weights of some sites, in place; nothing is changed if one value is wrong.
+
+    With one branch per site, those sites compute that norm alone, as `analyze` measures it. A softmax gate gets the
+    logarithm of the weights, and a large negative logit for a weight of 0, so that it is exact.
+
+    Args:
+        model: a converted model, with or without wrappers.
+        weights: by fqn a branch, such as `"ln"`, which gets all weight; or weights by branch, non-negative with sum 1,
+            for means and variances alike; or a pair of these, as `importance_weights` returns.
+
+    Raises:
+        PlanError: a name is not that of a site, or a value does not fit its branches.
+        ArgumentError: `model` is not a module.
+
+    Examples:
+        >>> import torch, normswap
+        >>> model = normswap.convert(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))).model
+        >>> normswap.set_importance(model, {"1": {"ln": 0.25, "bn": 0.75}})
+        >>> normswap.importance_weights(model)["1"].var
+        {'in': 0.0, 'ln': 0.25, 'bn': 0.75}
+        >>> normswap.set_importance(model, {"1": "bn"})
+        >>> normswap.importance_weights(model)["1"].mean
+        {'in': 0.0, 'ln': 0.0, 'bn': 1.0}
+    """
+    require_type(weights, Mapping, "weights", "a dict such as {'layer1.0.bn1': 'ln'}")
+    layers = gated_modules(model)
+    for name in weights:
+        if name not in layers:
+            near = nearest(name, layers)
+            hint = (
+                f"did you mean {near!r}?" if near else f"the first of {pluralize(len(layers), 'site')}: {[*layers][:3]}"
+            )
+            raise PlanError(f"weights: {name!r} is not a site of the model; {hint}")
+    points = {name: _read_points(name, layers[name], value) for name, value in weights.items()}
+    with torch.no_grad():
+        for name, pair in points.items():
+            for gate, point in zip(GATE_PARAMETERS, pair, strict=True):
+                parameter: Tensor = getattr(layers[name], gate)
+                parameter.copy_(gate_point(point, layers[name].gate))
+
+
+def gate_point(weights: Tensor, gate: Gate) -> Tensor:
+    """Return the gate parameter (K,) of importance weights (K,)."""
+    return weights.log().clamp_min(_EXCLUDED_LOGIT) if gate == "softmax" else weights
+
+
+def _read_points(name: str, layer: GatedModule, value: Any) -> tuple[Tensor, Tensor]:
+    """The importance weights of means and variances that a value of `set_importance` describes."""
+    mean, var = value if isinstance(value, tuple) and len(value) == 2 else (value, value)
+    return _read_weights(name, layer, mean), _read_weights(name, layer, var)
+
+
+def _read_weights(name: str, layer: GatedModule, value: Any) -> Tensor:
+    by_branch = {value: 1.0} if isinstance(value, str) else value
+    is_valid = isinstance(by_branch, Mapping) and by_branch.keys() <= {*layer.branches}
+    if is_valid:
+        numbers = [by_branch.get(branch, 0.0) for branch in layer.branches]
+        is_valid = all(isinstance(number, int | float) and number >= 0 for number in numbers)
+        is_valid = is_valid and abs(sum(numbers) - 1) <= _SUM_TOLERANCE
+    if not is_valid:
+        raise PlanError(
+            f"weights[{name!r}]: expected one of {layer.branches}, or weights of these with sum 1, got {value!r:.80}"
+        )
+    return torch.tensor(numbers)
+
+
 def sites_with_changed_weights(model: nn.Module) -> list[str]:
     """Return the sites whose importance weights differ from weight 1 at the branch of the old norm."""
     return [name for name, layer in gated_modules(model).items() if not layer.is_at(layer.vertex)]
@@ -131,7 +206,44 @@ def batch_dependence(model: nn.Module) -> Tensor:
         2.0
     """
     sites = [site for site in gated_modules(model).values() if "bn" in site.branches and _uses_batch_statistics(site)]
-    totals = [_sum_bn_importance(group) for group in _group_sites(sites)]
+    return _sum_totals(model, [_sum_bn_importance(group) for group in _group_sites(sites)])
+
+
+def gate_impurity(model: nn.Module) -> Tensor:
+    """Return the Gini impurity of the importance weights, 1 - sum of squares, summed over sites, means and variances.
+
+    Add it to a loss with a small factor, such as 0.1, in the second half of a run: gates then move to a single branch.
+    From the first step it would keep all gates where they start. Only gates that are trained count.
+
+    Args:
+        model: a converted model, with or without wrappers; for any other model the result is 0.
+
+    Returns:
+        A scalar in float32 or wider, 0 if every site has all weight on one branch. Its gradient flows to the gate
+        parameters only.
+
+    Raises:
+        ArgumentError: `model` is not a module.
+
+    Examples:
+        >>> import torch, normswap
+        >>> model = normswap.convert(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))).model
+        >>> normswap.gate_impurity(model).item()
+        0.0
+        >>> normswap.set_importance(model, {"1": {"ln": 0.5, "bn": 0.5}})
+        >>> normswap.gate_impurity(model).item()
+        1.0
+    """
+    sites = [site for site in gated_modules(model).values() if all(gate.requires_grad for gate in _gates(site))]
+    totals = [2 * len(group) - _weights_of_group(group).square().sum() for group in _group_sites(sites)]
+    return _sum_totals(model, totals)
+
+
+def _gates(site: GatedModule) -> list[Tensor]:
+    return [getattr(site, name) for name in GATE_PARAMETERS]
+
+
+def _sum_totals(model: nn.Module, totals: list[Tensor]) -> Tensor:
     if not totals:
         return torch.zeros((), device=next((p.device for p in unwrap(model).parameters()), None))
     return sum((total.to(totals[0].device) for total in totals[1:]), start=totals[0])
@@ -151,6 +263,11 @@ def _group_sites(sites: Iterable[GatedModule]) -> list[list[GatedModule]]:
     return list(groups.values())
 
 
+def _weights_of_group(sites: list[GatedModule]) -> Tensor:
+    """The importance weights (2 len(sites), K) of the sites of one group, for means and variances."""
+    points = torch.stack([gate for site in sites for gate in _gates(site)])
+    return weights_of_points(points, sites[0].gate)
+
+
 def _sum_bn_importance(sites: list[GatedModule]) -> Tensor:
-    points = torch.stack([getattr(site, name) for site in sites for name in GATE_PARAMETERS])
-    return weights_of_points(points, sites[0].gate)[:, sites[0].branches.index("bn")].sum()
+    return _weights_of_group(sites)[:, sites[0].branches.index("bn")].sum()

@@ -114,54 +114,33 @@ def measure_distance(original: nn.Module, converted: nn.Module, batches: Iterabl
     return meter.result("; ".join(dict.fromkeys(inputs)))
 
 
-class _Meter:
-    """Runs both models batch by batch and accumulates their differences."""
+class OutputDistance:
+    """The distance between the outputs of two models, or of one model in two states, batch by batch.
 
-    def __init__(self, original: nn.Module, converted: nn.Module) -> None:
-        self._models = {"original": original, "converted": converted}
+    Attributes:
+        predictions: the number of predictions that were compared.
+    """
+
+    def __init__(self) -> None:
         self._outputs = VectorDistance()
-        self._equal = self._predictions = 0
-        modules, layers = modules_by_name(original), gated_modules(converted)
-        self._sites = {name: (modules[name], layer) for name, layer in layers.items() if name in modules}
-        self._site_outputs = {name: VectorDistance() for name in self._sites}
+        self._equal = self.predictions = 0
 
-    def add(self, batch: Any) -> Any:
-        """Run both models on a batch and return it."""
-        original, converted = self._models.values()
-        with _evaluation(converted), registered_hooks(self._registrations()):
-            reference = self._run("original", original, batch)
-        value = self._run("converted", converted, batch)
-        self._compare(reference, value, batch)
-        return batch
+    @property
+    def relative_error(self) -> float:
+        """The relative L2 error of all outputs as one vector."""
+        return self._outputs.result()
 
-    def result(self, inputs: str) -> Distance:
-        """Return the distance over all batches."""
-        sites = tuple(SiteDistance(name, found.result()) for name, found in self._site_outputs.items())
-        agreement = self._equal / self._predictions if self._predictions else None
-        return Distance(self._outputs.result(), agreement, self._predictions, inputs, sites)
+    @property
+    def top1_agreement(self) -> float | None:
+        """The share, from 0 to 1, of equal predictions; None if the outputs are no predictions."""
+        return self._equal / self.predictions if self.predictions else None
 
-    def _registrations(self) -> Iterator[Callable[[], Any]]:
-        for name, (old, new) in self._sites.items():
-            yield self._registration(old, new, self._site_outputs[name])
+    def add(self, reference: Leaves, value: Leaves, batch: Any) -> None:
+        """Add the outputs of a batch.
 
-    def _registration(self, old: nn.Module, new: nn.Module, found: VectorDistance) -> Callable[[], Any]:
-        def hook(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            if isinstance(output, Tensor):
-                found.add(output, new(*args, **kwargs))
-
-        return lambda: old.register_forward_hook(hook, with_kwargs=True)
-
-    def _run(self, name: str, model: nn.Module, batch: Any) -> Leaves:
-        modules = frozenset(id(entry.module) for entry in walk_modules(model))
-        with _evaluation(model):
-            try:
-                return read_leaves(call_model(model, batch), model=modules).detached()
-            except Exception as error:
-                raise ModelError(
-                    f"the {name} model fails on an input of {describe_inputs(batch)}: {first_line(error)}"
-                ) from error
-
-    def _compare(self, reference: Leaves, value: Leaves, batch: Any) -> None:
+        Raises:
+            ModelError: the outputs cannot be compared.
+        """
         pairs = [
             (leaf, value.values.get(path))
             for path, leaf in reference.values.items()
@@ -178,11 +157,69 @@ class _Meter:
         classified = next(((a, b) for a, b in pairs if a.dim() > 1 and a.shape[1] > 1), None)
         if classified is not None:
             same = classified[0].argmax(1) == classified[1].argmax(1)  # type: ignore[union-attr]
-            self._equal, self._predictions = self._equal + int(same.sum()), self._predictions + same.numel()
+            self._equal, self.predictions = self._equal + int(same.sum()), self.predictions + same.numel()
+
+
+def run_model(model: nn.Module, batch: Any, name: str = "") -> Leaves:
+    """Return the outputs of a model on a batch.
+
+    Args:
+        name: how an error calls the model, such as `original`.
+
+    Raises:
+        ModelError: the model raises.
+    """
+    modules = frozenset(id(entry.module) for entry in walk_modules(model))
+    try:
+        return read_leaves(call_model(model, batch), model=modules).detached()
+    except Exception as error:
+        subject = f"the {name} model" if name else "the model"
+        raise ModelError(f"{subject} fails on an input of {describe_inputs(batch)}: {first_line(error)}") from error
+
+
+class _Meter:
+    """Runs both models batch by batch and accumulates their differences."""
+
+    def __init__(self, original: nn.Module, converted: nn.Module) -> None:
+        self._models = {"original": original, "converted": converted}
+        self._outputs = OutputDistance()
+        modules, layers = modules_by_name(original), gated_modules(converted)
+        self._sites = {name: (modules[name], layer) for name, layer in layers.items() if name in modules}
+        self._site_outputs = {name: VectorDistance() for name in self._sites}
+
+    def add(self, batch: Any) -> Any:
+        """Run both models on a batch and return it."""
+        original, converted = self._models.values()
+        with evaluation_mode(converted), registered_hooks(self._registrations()):
+            reference = self._run("original", original, batch)
+        value = self._run("converted", converted, batch)
+        self._outputs.add(reference, value, batch)
+        return batch
+
+    def result(self, inputs: str) -> Distance:
+        """Return the distance over all batches."""
+        sites = tuple(SiteDistance(name, found.result()) for name, found in self._site_outputs.items())
+        outputs = self._outputs
+        return Distance(outputs.relative_error, outputs.top1_agreement, outputs.predictions, inputs, sites)
+
+    def _registrations(self) -> Iterator[Callable[[], Any]]:
+        for name, (old, new) in self._sites.items():
+            yield self._registration(old, new, self._site_outputs[name])
+
+    def _registration(self, old: nn.Module, new: nn.Module, found: VectorDistance) -> Callable[[], Any]:
+        def hook(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            if isinstance(output, Tensor):
+                found.add(output, new(*args, **kwargs))
+
+        return lambda: old.register_forward_hook(hook, with_kwargs=True)
+
+    def _run(self, name: str, model: nn.Module, batch: Any) -> Leaves:
+        with evaluation_mode(model):
+            return run_model(model, batch, name)
 
 
 @contextmanager
-def _evaluation(model: nn.Module) -> Iterator[None]:
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients and with a fixed seed; the state of the model is restored at the end."""
     modules = [entry.module for entry in walk_modules(model)]
     with preserved_state(modules), model_mode(model, training=False), seeded(0), torch.no_grad():

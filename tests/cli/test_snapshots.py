@@ -6,11 +6,14 @@ from pathlib import Path
 
 import pytest
 
+import normswap
+from tests.helpers import files
 from tests.helpers.command_line import ARCH, INPUT, run
 
 SNAPSHOTS = Path(__file__).with_name("snapshots")
 WIDTH = 100
 DATA = ["--data", "digits", "--input-size", "32", "--batch-size", "20", "--batches", "2", "--device", "cpu"]
+IMAGES = ["--data", "digits", "--input-size", "3x64x64", "--images", "8"]
 # (exit code, command)
 COMMANDS: dict[str, tuple[int, list[str]]] = {
     "inspect": (0, ["inspect", "bn.pt", *ARCH, *INPUT]),
@@ -23,6 +26,8 @@ COMMANDS: dict[str, tuple[int, list[str]]] = {
     ),
     "verify": (0, ["verify", "bn.pt", "sn.pt", *ARCH, *INPUT]),
     "identify": (0, ["identify", "bn.pt"]),
+    "analyze": (0, ["analyze", "bn.pt", *ARCH, *IMAGES]),
+    "analyze_converted": (0, ["analyze", "moved.pt", *IMAGES, "--budget", "0.5"]),
     "calibrate": (0, ["calibrate", "sn.pt", *DATA, "-o", "out.pt"]),
     "bake": (0, ["bake", "sn.pt", "--fold", *INPUT, "-o", "out.pt"]),
     "revert": (0, ["revert", "sn.pt", "-o", "out.pt"]),
@@ -34,6 +39,10 @@ VARYING = {
     r"^((?:outputs|gradients|running statistics)[a-z0-9 ]*?) {2,}(?:0|\d\S*e-\d+)(?= )": r"\1  <error>",
     r"^([\w.]+ +[\d,]+)(?: +\d+(?:\.\d+)?){3}$": r"\1  <shifts>",
     r"\b\d+\.\d ms -> \d+\.\d ms, \d+% (?:less|more)": "<time>",
+    r"^([\w.]+)(?: +\d+(?:\.\d+)?){5}(?= +(?:leave|freeze|convert|calibrate))": r"\1  <distances>",
+    r"^([\w.]+)(?: +\d+(?:\.\d+)?){3}(?= +\d+% +(?:in|ln|bn)\b)": r"\1  <errors>",
+    r"(?<=differ by )\d+(?:\.\d+)?": "<error>",
+    r"^( +\d+ more, at their best branch at most )\S+$": r"\1<error>",
     r"^(\d+ more, at most +)\S+$": r"\1<shift>",
     r"\b\d+(?:\.\d+)?e[-+]\d+\b": "<error>",
     r"\b\d+(?:\.\d+)? ?(?:[kKMG]i?B|bytes)\b": "<size>",
@@ -55,11 +64,20 @@ def normalised(text: str) -> str:
     return "".join(f"{line}\n" for line in lines)
 
 
+def save_moved(path: str) -> None:
+    """Write the network of the folder with gates that left `bn`, each by another share."""
+    model, plan, *_ = normswap.load("sn.pt")
+    for number, name in enumerate(normswap.importance_weights(model)):
+        normswap.set_importance(model, {name: {"ln": 0.01 * number, "bn": 1 - 0.01 * number}})
+    normswap.save(model, path, plan=plan, architecture=files.ARCH)
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_command_prints_what_it_printed(
     name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     monkeypatch.setenv("COLUMNS", str(WIDTH))
+    save_moved("moved.pt")
     status, command = COMMANDS[name]
     result = run(*command)
     assert result.exit_code == status, result.output

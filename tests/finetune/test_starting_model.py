@@ -261,6 +261,15 @@ def test_a_wrong_choice_of_sites_is_refused_by_its_key_before_files_are_read() -
         recipe(model={"checkpoint": "absent.pt"}, convert={"kinds": ["bm"]})
 
 
+def test_settings_of_convert_become_those_of_swap_options() -> None:
+    settings = {"layer1.*": {"branches": ["ln"], "start": "ln"}, "bn1": {"train_gates": False}}
+    table = recipe(model={"architecture": TEN}, convert={"settings": settings}).convert
+    assert swap_options(table) == normswap.SwapOptions(settings=settings)  # type: ignore[arg-type]
+    wrong = recipe(model={"architecture": TEN}, convert={"settings": {"bn1": {"gates": 1}}}).convert
+    with pytest.raises(RecipeError, match=r"convert\.settings.*gates"):
+        swap_options(wrong)
+
+
 def test_keys_of_convert_become_swap_options() -> None:
     table = recipe(model={"architecture": TEN}, convert={"include": ["layer1.*"], "bn_statistics": "running"}).convert
     assert swap_options(table) == normswap.SwapOptions(include=("layer1.*",), bn_statistics="running")

@@ -37,7 +37,8 @@ from normswap.errors import (
 )
 from normswap.finetune import run_files, setup, trainer
 from normswap.finetune.data.datasets import open_data
-from normswap.finetune.recipe import Recipe, parse_recipe
+from normswap.finetune.penalties import gate_penalty
+from normswap.finetune.recipe import Recipe, TrainTable, parse_recipe
 from normswap.finetune.run_files import Journal, read_journal
 from normswap.finetune.setup import prepare
 from normswap.finetune.trainer import run_recipe
@@ -130,6 +131,16 @@ def test_the_loss_is_that_of_the_images_and_the_penalty_pulls_at_the_gates(tmp_p
     assert loss == pytest.approx(float(expected.detach()), rel=1e-5)
     shares = [share for site in outcome.importance.values() for share in (site.mean["bn"], site.var["bn"])]
     assert max(shares) < 0.01  # whatever the images ask for, at this penalty
+
+
+def test_the_one_hot_penalty_begins_in_the_middle_of_the_run() -> None:
+    model = normswap.convert(torch.nn.Sequential(torch.nn.BatchNorm2d(4))).model
+    normswap.set_importance(model, {"0": {"ln": 0.5, "bn": 0.5}})
+    table = TrainTable(one_hot_penalty=0.1)
+    assert gate_penalty(model, table, 0.49) == 0
+    penalty = gate_penalty(model, table, 0.5)
+    assert isinstance(penalty, Tensor)
+    assert penalty.item() == pytest.approx(0.1)
 
 
 def test_gates_move_by_the_limit_of_the_recipe(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ All arms of a setting get the same inputs in the same order, the same number of 
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 
@@ -87,18 +87,23 @@ def finetune(
     steps: int,
     batch: int,
     seed: int,
+    extra_loss: Callable[[nn.Module, float], Tensor | float] = lambda model, share: 0.0,
 ) -> list[float]:
-    """Fine-tune `model` in place; return the loss of every step, without the penalty. It ends if that is not finite."""
+    """Fine-tune `model` in place; return the loss of every step, without penalties. It ends if that is not finite.
+
+    `extra_loss` gets the model and the share of the run that is done, and returns another penalty.
+    """
     set_training_mode(arm, model)
     optimizer, network = build_optimizer(model, rate=rate, gate_rate=gate_rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     tracking = SlowTracking(gated_modules(model).values(), arm.momentum) if arm.momentum else None
     losses = []
     inputs, targets = task.train
-    for index in batch_order(len(inputs), steps=steps, batch_size=batch, seed=seed):
+    for step, index in enumerate(batch_order(len(inputs), steps=steps, batch_size=batch, seed=seed)):
         optimizer.zero_grad()
         loss = F.cross_entropy(model(task.to_input(inputs[index])), targets[index])
-        (loss + arm.penalty * normswap.batch_dependence(model) if arm.penalty else loss).backward()
+        penalty = arm.penalty * normswap.batch_dependence(model) if arm.penalty else 0.0
+        (loss + penalty + extra_loss(model, step / steps)).backward()
         nn.utils.clip_grad_norm_(network, CLIP)
         optimizer.step()
         schedule.step()

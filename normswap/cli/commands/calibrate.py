@@ -23,13 +23,14 @@ from normswap.cli.options import (
     data_set_options,
     entry_option,
     json_option,
+    move_model,
     open_data_set,
     open_model,
     read_file,
     read_header,
     trust_option,
 )
-from normswap.errors import CheckpointError, ModelError
+from normswap.errors import CheckpointError
 
 if TYPE_CHECKING:
     import torch
@@ -172,13 +173,9 @@ class _Batches:
 def _run_calibration(opened: "OpenedModel", data: "Data", options: dict[str, Any]) -> "Calibration":
     from normswap.checkpoints.loading import floating_dtype
     from normswap.running_stats.calibration import calibrate
-    from normswap.text import first_line
 
-    model, device = opened.model, options["device"]
-    try:
-        model.to(device)
-    except (RuntimeError, AssertionError) as error:
-        raise ModelError(f"--device {device}: the model cannot be moved there: {first_line(error)}") from error
+    device = options["device"]
+    model = move_model(opened.model, device)
     with progress_bar("calibrating") as bar:
         result = calibrate(
             model,

@@ -152,6 +152,23 @@ def test_a_plan_in_a_file_that_does_not_fit_its_architecture(folder: Path) -> No
         normswap.load("sn.pt", architecture="timm:test_efficientnet")
 
 
+# Analysis.
+ANALYZE = ["analyze", "bn.pt", "--arch", files.ARCH, "--data", "digits"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--images", "2", "--batch-size", "4"], "expected at least --batch-size 4 images, got 2"),
+        (["--batch-size", "0"], "0 is not in the range x>=1"),
+        (["--budget", "-0.1"], "-0.1 is not in the range x>=0"),
+        (["--input-size", "3x32x32", "--images", "2", "--device", "nowhere"], "--device nowhere: the model cannot be"),
+    ],
+)
+def test_an_analysis_with_impossible_numbers_is_refused(folder: Path, options: list[str], message: str) -> None:
+    assert_refused(folder, [*ANALYZE, *options], 2, message)
+
+
 # Outputs.
 CONVERT = ["convert", "bn.pt", "--arch", files.ARCH, "--input", SIZES]
 
