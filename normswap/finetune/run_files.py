@@ -91,7 +91,7 @@ class Journal:
 def read_journal(folder: Path) -> list[dict[str, Any]]:
     """Return the records of a run; an incomplete last line, left by a killed process, is dropped."""
     try:
-        lines = (folder / NAME).read_text(encoding="utf-8").splitlines()
+        lines = (folder / NAME).read_text(encoding="utf-8", errors="replace").splitlines()
     except FileNotFoundError:
         return []
     records = []

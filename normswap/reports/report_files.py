@@ -1,0 +1,112 @@
+"""`write_report`: a report of a converted file as an HTML page, a picture, and node data for Model Explorer."""
+
+import json
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+from normswap.checkpoints.io.atomic_files import atomic_write, check_writable, write_text
+from normswap.errors import ArgumentError, CheckpointError
+from normswap.reports.file_report import TOLERANCE, Report, check_tolerance, read_report
+from normswap.reports.html_page import render_page
+from normswap.reports.node_data import node_data
+from normswap.reports.plots import write_importance_png
+
+
+def write_report(
+    file: str | Path,
+    output: str | Path | None = None,
+    *,
+    png: str | Path | None = None,
+    node_data_file: str | Path | None = None,
+    graph: str | Path | None = None,
+    against: str | Path | None = None,
+    entry: str | None = None,
+    trust: bool = False,
+    tolerance: float = TOLERANCE,
+    overwrite: bool = False,
+) -> Report:
+    """Write a report of a converted file, as `normswap report` does; the same files give the same bytes.
+
+    Args:
+        file: a converted file, or a folder of shards.
+        output: the HTML page to write, which contains everything it needs; None for none.
+        png: a picture of the importance weights to write; needs matplotlib (`pip install 'normswap[report]'`).
+        node_data_file: a JSON file to write, with the importance of `bn` by node of `graph`, for Model Explorer.
+        graph: an exported program (.pt2) of the converted model; the default is `file` if that is one.
+        against: a file to compare with, such as the one before fine-tuning.
+        entry: which of several converted networks in the files.
+        trust: unpickle objects that run code.
+        tolerance: how far from 1 an importance weight may be, from 0 to 0.5, for its site to count as decided.
+        overwrite: replace existing output files.
+
+    Returns:
+        The `Report` of `file`; `print` shows it as tables.
+
+    Raises:
+        ArgumentError: `tolerance` is not a number from 0 to 0.5, or `graph` is given without `node_data_file`.
+        CheckpointError: a file cannot be read or written, or is the same as another one; nothing is written then.
+        NothingToDo: a file has no converted sites.
+
+    Examples:
+        >>> import torch, normswap
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))
+        >>> result = normswap.convert(model, torch.randn(2, 3, 16, 16))
+        >>> normswap.save(result.model, "sn.pt", plan=result.plan)
+        >>> normswap.write_report("sn.pt", "report.html", overwrite=True)
+        Report('sn.pt', 1 site)
+    """
+    check_tolerance(tolerance)
+    sources = [Path(path) for path in (file, against, graph) if path is not None]
+    _check_outputs(
+        sources, {"output": output, "png": png, "node_data_file": node_data_file}, overwrite=overwrite
+    )
+    if png is not None and find_spec("matplotlib") is None:
+        raise ArgumentError("png= needs matplotlib, which is not installed: pip install 'normswap[report]'")
+    if graph is not None and node_data_file is None:
+        raise ArgumentError("graph= has no effect without node_data_file=: leave it out, or pass both")
+    report = read_report(file, entry=entry, trust=trust, tolerance=tolerance)
+    other = None if against is None else read_report(against, entry=entry, trust=trust, tolerance=tolerance)
+    writes: list[Callable[[], None]] = []
+    if output is not None:
+        page, page_path = render_page(report, other), Path(output)
+        writes.append(lambda: write_text(page_path, page))
+    if node_data_file is not None:
+        nodes = json.dumps(node_data(report.weights, _graph(file, graph)), indent=1) + "\n"
+        nodes_path = Path(node_data_file)
+        writes.append(lambda: write_text(nodes_path, nodes))
+    if png is not None:
+        png_path = Path(png)
+        writes.append(lambda: _write_png(report, png_path))
+    for write in writes:
+        write()
+    return report
+
+
+def _write_png(report: Report, path: Path) -> None:
+    with atomic_write(path) as temporary:
+        write_importance_png(report.weights, temporary)
+
+
+def _graph(file: str | Path, graph: str | Path | None) -> Path:
+    if graph is None and Path(file).suffix != ".pt2":
+        raise ArgumentError(
+            "node_data_file= needs graph=, an exported program (.pt2) of the converted model, whose nodes it names"
+        )
+    return Path(file if graph is None else graph)
+
+
+def _check_outputs(sources: list[Path], outputs: dict[str, str | Path | None], *, overwrite: bool) -> None:
+    """Refuse outputs that cannot be written, that are one of the sources, or that are given twice."""
+    seen: dict[Path, str] = {}
+    for name, value in outputs.items():
+        if value is None:
+            continue
+        path = Path(value)
+        resolved = path.resolve()
+        if any(resolved == source.resolve() for source in sources):
+            raise CheckpointError(f"{path}: is read and cannot be written too: choose another name for {name}=")
+        if resolved in seen:
+            raise CheckpointError(f"{path}: given as {seen[resolved]}= and {name}=: choose another name for one of them")
+        seen[resolved] = name
+        check_writable(path, replace=overwrite)
