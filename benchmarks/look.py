@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import nn
 
 import normswap
@@ -117,6 +118,8 @@ def take_screenshot(browser: str, page: Path, width: str, scheme: str) -> Path:
             f"--screenshot={target}",
         ]
         subprocess.run([browser, *options, frame.as_uri()], check=True, capture_output=True, timeout=120)
+    with Image.open(target) as image:
+        image.crop((0, 0, WIDTHS[width], HEIGHTS[width])).save(target)
     return target
 
 

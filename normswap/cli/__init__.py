@@ -12,6 +12,7 @@ from normswap.cli.commands.convert import convert_command
 from normswap.cli.commands.finetune import finetune_command, recipes_command
 from normswap.cli.commands.identify import identify_command
 from normswap.cli.commands.inspect import inspect_command
+from normswap.cli.commands.report import report_command
 from normswap.cli.commands.verify import verify_command
 from normswap.cli.console import LauncherAwareGroup, make_output_printable
 
@@ -30,3 +31,4 @@ main.add_command(verify_command)
 main.add_command(finetune_command)
 main.add_command(recipes_command)
 main.add_command(calibrate_command)
+main.add_command(report_command)

@@ -1,4 +1,4 @@
-"""What a report of a converted file shows: importance weights by site, plan, verification, history, log, predicted bake.
+"""What a report of a converted file shows: importance weights, plan, verification, history, log, predicted bake.
 
 Everything is read from the file and, if a recipe has written it, from the log in its folder. No model is built.
 """
@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from normswap.checkpoints.file_output import copy_folder
 from normswap.checkpoints.io.atomic_files import check_readable
 from normswap.checkpoints.reading import Checkpoint, read_checkpoint, read_header, stored_importance_weights
 from normswap.checkpoints.record import Step
@@ -76,7 +77,7 @@ class SiteReport(NamedTuple):
             f"{swap.bn_statistics} statistics": "bn" in swap.branches and swap.bn_statistics != "running",
             "raw branches": swap.kind == "bn" and swap.start is None and not swap.matched,
             "frozen gate": not swap.train_gates and len(swap.branches) > 1,
-            "untrained statistics": swap.untrained,
+            "untrained": swap.untrained,
             "functional call": swap.owner is not None,
         }
         return tuple(text for text, applies in facts.items() if applies)
@@ -169,9 +170,7 @@ class Report:
                 for site in self.sites
             ],
             "skips": [asdict(skip) for skip in self.skips],
-            "predicted_bake": [
-                {"tolerance": tolerance, **counts} for tolerance, counts in self.predicted_bake.items()
-            ],
+            "predicted_bake": [{"tolerance": tolerance, **counts} for tolerance, counts in self.predicted_bake.items()],
             "verification": self.verification and self.verification.to_dict(),
             "distance": self.distance and self.distance.to_dict(),
             "history": [asdict(step) for step in self.history],
@@ -222,13 +221,16 @@ def read_report(
     check_tolerance(tolerance)
     path = Path(file)
     check_readable(path)
-    header = read_header(path)
+    header = read_header(path, folder=copy_folder(None))
     checkpoint = read_checkpoint(header, entry=entry, trust=trust, mmap=True)
     weights = stored_importance_weights(checkpoint)
     header.origin.check_unchanged()
     record = checkpoint.record
     if not weights and not (record and record.plan and record.plan.swaps):
-        raise NothingToDo(f"{path}: no converted sites, so there is nothing to report: run normswap convert first")
+        raise NothingToDo(
+            f"{path}: contains no importance weights with a plan, so there is nothing to report: convert it with "
+            "normswap convert, or save a converted model with normswap.save(plan=...)"
+        )
     return Report(
         str(file),
         checkpoint.describe(record.architecture if record else None),

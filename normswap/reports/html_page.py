@@ -98,9 +98,7 @@ def _importance(report: Report, against: Report | None) -> str:
 def _importance_figure(report: Report, kind: str) -> str:
     sites = report.sites
     sides = [getattr(site.weights, kind) if site.weights else None for site in sites]
-    titles = [
-        f"{site.fqn or '(the model)'}: {_describe_side(side)}" for site, side in zip(sites, sides, strict=True)
-    ]
+    titles = [f"{site.fqn or '(the model)'}: {_describe_side(side)}" for site, side in zip(sites, sides, strict=True)]
     chart = importance_svg(sides, titles, f"importance weights of {_KINDS[kind]}, {pluralize(len(sites), 'site')}")
     first, last = _name(sites[0]), _name(sites[-1])
     ends = f"<span>{first}</span>" + (f"<span>{last}</span>" if len(sites) > 1 else "")
@@ -117,16 +115,18 @@ def _bake(report: Report) -> str:
         return ""
     rows = [
         (
-            f"{tolerance:g}{' (this page)' if tolerance == report.tolerance else ''}",
-            *(str(counts[name]) for name in ("bn", "ln", "in", "mix")),
+            *(
+                f"<b>{text}</b>" if tolerance == report.tolerance else text
+                for text in (f"{tolerance:g}", *(str(counts[name]) for name in ("bn", "ln", "in", "mix")))
+            ),
         )
         for tolerance, counts in report.predicted_bake.items()
     ]
     heads = ("tolerance", "BatchNorm", "GroupNorm", "InstanceNorm", "mix")
     return (
         "<section>\n<h2>Predicted bake</h2>\n<p>A site becomes a plain norm if the importance of one branch is at "
-        "least 1 - tolerance, for means and for variances. Every other site stays a mix.</p>\n"
-        f"{_table(heads, rows, numeric={1, 2, 3, 4})}</section>"
+        "least 1 - tolerance, for means and for variances. Every other site stays a mix. The table of sites below uses "
+        f"a tolerance of {report.tolerance:g}.</p>\n{_table(heads, rows, numeric={1, 2, 3, 4}, escaped=True)}</section>"
     )
 
 
@@ -134,9 +134,21 @@ def _sites(report: Report, against: Report | None) -> str:
     """The table of all sites, which can be sorted and filtered."""
     before = {site.fqn: site for site in against.sites} if against is not None else {}
     sites = [*report.sites, *(site._replace(weights=None) for fqn, site in before.items() if fqn not in _fqns(report))]
-    heads = ["#", "site", "old norm", "C", "means", *BRANCHES, "variances", *BRANCHES, "moved", "becomes", "notes"]
-    if against is not None:
-        heads.insert(-2, "change")
+    change = ["change"] if against is not None else []
+    heads = [
+        "#",
+        "site",
+        "means",
+        *BRANCHES,
+        "variances",
+        *BRANCHES,
+        "moved",
+        *change,
+        "becomes",
+        "old norm",
+        "C",
+        "notes",
+    ]
     numeric = {"#", "C", *BRANCHES, "moved", "change"}
     head = "".join(
         f'<th scope="col"{_number_class(name in numeric)}><button type="button">{name}</button></th>' for name in heads
@@ -162,10 +174,6 @@ def _site_row(number: int, site: SiteReport, before: SiteReport | None, *, compa
     cells = [
         _number_cell(str(number)),
         f'<td class="fqn">{_name(site)}</td>',
-        f'<td title="{_escaped(swap.class_name)}">{_escaped(swap.class_name.rpartition(".")[2])}</td>'
-        if swap
-        else "<td></td>",
-        _number_cell(str(swap.num_features) if swap else ""),
     ]
     for kind in _KINDS:
         side = getattr(site.weights, kind) if site.weights else None
@@ -175,7 +183,13 @@ def _site_row(number: int, site: SiteReport, before: SiteReport | None, *, compa
     cells.append(_weight_cell(site.moved))
     if compared:
         cells.append(_weight_cell(_largest_change(old, site.weights)))
-    cells += [f"<td>{_escaped(site.becomes)}</td>", f"<td>{_escaped(', '.join(site.notes))}</td>"]
+    old_norm = swap.class_name if swap else ""
+    cells += [
+        f"<td>{_escaped(site.becomes)}</td>",
+        f'<td title="{_escaped(old_norm)}">{_escaped(old_norm.rpartition(".")[2])}</td>',
+        _number_cell(str(swap.num_features) if swap else ""),
+        f"<td>{_escaped(', '.join(site.notes))}</td>",
+    ]
     return f"<tr>{''.join(cells)}</tr>"
 
 
@@ -247,7 +261,9 @@ def _course(report: Report) -> str:
     for title, fqns in course.depths().items():
         for kind, name in _KINDS.items():
             text = f"{title}, {name}"
-            charts.append(_chart(_escaped(text), course_svg(course, kind, fqns, f"importance weights over steps: {text}")))
+            charts.append(
+                _chart(_escaped(text), course_svg(course, kind, fqns, f"importance weights over steps: {text}"))
+            )
     return _section("Training", f'<div class="charts">{"".join(charts)}</div>')
 
 
@@ -306,7 +322,8 @@ def _table(
         styles = (' class="fqn"' if fqn and i == 0 else _number_class(i in numbers) for i in range(len(row)))
         lines.append("".join(f"<td{style}>{cell}</td>" for style, cell in zip(styles, cells, strict=True)))
     body = "\n".join(f"<tr>{line}</tr>" for line in lines)
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table></div>'
+    table = f'<table class="plain"><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table>'
+    return f'<div class="scroll">{table}</div>'
 
 
 def _number_class(is_number: bool) -> str:

@@ -1,4 +1,4 @@
-"""Importance weights as node data of Model Explorer (google-ai-edge/model-explorer), which colours the nodes of a graph.
+"""Importance weights as node data of Model Explorer (google-ai-edge/model-explorer), which colours nodes of a graph.
 
 The node ids are those of its adapter for PyTorch, which are the names of the nodes of an exported program. They are
 read from the JSON text of the graph inside the archive, which runs no code.
@@ -65,7 +65,9 @@ def _read_nodes(path: Path) -> dict[str, list[str]]:
                 if "as_tensor" in output
             }
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise CheckpointError(f"{path}: its graph cannot be read ({type(error).__name__}): export it again") from error
+            raise CheckpointError(
+                f"{path}: its graph cannot be read ({type(error).__name__}): export it again"
+            ) from error
 
 
 def _read_modules(stack: str) -> list[str]:

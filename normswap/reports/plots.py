@@ -3,7 +3,7 @@
 matplotlib is imported when a plot is drawn. Names of modules are drawn as they are, never as formulas.
 """
 
-import importlib
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,9 @@ from normswap.layers.gating import BRANCHES
 from normswap.reports.training_course import Course, Points, read_course
 from normswap.surgery.importance import SiteWeights, importance_weights
 
-# Okabe and Ito's palette, which people with any colour vision can tell apart. The stack has `bn` at the bottom.
-COLORS: Mapping[str, str] = {"in": "#009E73", "ln": "#E69F00", "bn": "#0072B2"}
+# Green, orange and blue as in the palette of Okabe and Ito, further apart in lightness: any two differ by at least 31
+# in CIELAB for each kind of colour blindness (model of Machado, 2009). The stack has `bn` at the bottom.
+COLORS: Mapping[str, str] = {"in": "#2BB58A", "ln": "#F0B429", "bn": "#00609C"}
 KINDS: Mapping[str, str] = {"mean": "means", "var": "variances"}
 _TEXT, _MUTED = "#24292f", "#6a7079"
 _MAX_NAMED = 100
@@ -45,7 +46,8 @@ def plot_importance(model: nn.Module | Mapping[str, SiteWeights], *, axes: Any =
     """
     weights = model if isinstance(model, Mapping) else importance_weights(model)
     if axes is None:
-        pyplot: Any = importlib.import_module("matplotlib.pyplot")
+        from matplotlib import pyplot
+
         _, axes = pyplot.subplots(2, 1, sharex=True, sharey=True, figsize=(11, 4.8), layout="constrained")
     draw_importance(axes, weights)
     return axes
@@ -70,7 +72,8 @@ def draw_importance(axes: Sequence[Any], weights: Mapping[str, SiteWeights]) -> 
 
 def _draw_stacked_bars(axis: Any, sides: Sequence[Mapping[str, float]]) -> None:
     """Draw one bar per site as polygons, one collection per branch, which stays fast for many sites."""
-    collections: Any = importlib.import_module("matplotlib.collections")
+    from matplotlib.collections import PolyCollection
+
     half = 0.42 if len(sides) <= _MAX_NAMED else 0.5
     bottoms = [0.0] * len(sides)
     for branch in reversed(BRANCHES):
@@ -80,15 +83,14 @@ def _draw_stacked_bars(axis: Any, sides: Sequence[Mapping[str, float]]) -> None:
             left, right = index - half, index + half
             boxes.append([(left, low), (left, high), (right, high), (right, low)])
             bottoms[index] = high
-        axis.add_collection(
-            collections.PolyCollection(boxes, facecolors=COLORS[branch], edgecolors="none", label=branch)
-        )
+        axis.add_collection(PolyCollection(boxes, facecolors=COLORS[branch], edgecolors="none", label=branch))
 
 
 def _add_legend(axis: Any) -> None:
     """A legend beside the axis, whose entries are in the order of the stack from top to bottom."""
-    patches: Any = importlib.import_module("matplotlib.patches")
-    handles = [patches.Patch(color=COLORS[branch], label=branch) for branch in BRANCHES]
+    from matplotlib.patches import Patch
+
+    handles = [Patch(color=COLORS[branch], label=branch) for branch in BRANCHES]
     axis.legend(handles=handles, loc="upper left", bbox_to_anchor=(1, 1.02), frameon=False, fontsize=9)
 
 
@@ -106,11 +108,11 @@ def _plain(text: str) -> str:
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-def write_importance_png(weights: Mapping[str, SiteWeights], path: Path) -> None:
-    """Draw importance weights into a PNG file; the same weights give the same bytes."""
+def importance_png(weights: Mapping[str, SiteWeights]) -> bytes:
+    """Return a picture of importance weights as the content of a PNG file; the same weights give the same bytes."""
     figure, axes = _new_figure(2, 1, figsize=(11, 4.8), sharex=True, sharey=True)
     draw_importance(axes, weights)
-    _save(figure, path)
+    return _to_png(figure)
 
 
 def plot_run(records: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -137,7 +139,7 @@ def plot_run(records: Sequence[Mapping[str, Any]], path: Path) -> None:
         _style(axis)
     for axis in axes[-1]:
         axis.set_xlabel("step", fontsize=9, color=_TEXT)
-    _save(figure, path)
+    path.write_bytes(_to_png(figure))
 
 
 def _draw_series(axis: Any, points: Points, label: str, color: str) -> None:
@@ -166,12 +168,15 @@ def _draw_stack(axis: Any, course: Course, kind: str, fqns: Sequence[str]) -> No
 
 def _new_figure(rows: int, columns: int, *, figsize: tuple[float, float], **options: Any) -> tuple[Any, Any]:
     """A figure without pyplot, which would look for a display and keep the figure in memory."""
-    figures: Any = importlib.import_module("matplotlib.figure")
-    agg: Any = importlib.import_module("matplotlib.backends.backend_agg")
-    figure = figures.Figure(figsize=figsize, layout="constrained", facecolor="white")
-    agg.FigureCanvasAgg(figure)
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=figsize, layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
     return figure, figure.subplots(rows, columns, **options)
 
 
-def _save(figure: Any, path: Path) -> None:
-    figure.savefig(path, dpi=120, format="png", metadata={"Software": "normswap"})
+def _to_png(figure: Any) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=120, format="png", metadata={"Software": "normswap"})
+    return buffer.getvalue()

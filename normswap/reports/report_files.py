@@ -1,16 +1,15 @@
 """`write_report`: a report of a converted file as an HTML page, a picture, and node data for Model Explorer."""
 
 import json
-from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
-from normswap.checkpoints.io.atomic_files import atomic_write, check_writable, write_text
+from normswap.checkpoints.io.atomic_files import atomic_write, check_writable
 from normswap.errors import ArgumentError, CheckpointError
 from normswap.reports.file_report import TOLERANCE, Report, check_tolerance, read_report
 from normswap.reports.html_page import render_page
 from normswap.reports.node_data import node_data
-from normswap.reports.plots import write_importance_png
+from normswap.reports.plots import importance_png
 
 
 def write_report(
@@ -58,34 +57,25 @@ def write_report(
     """
     check_tolerance(tolerance)
     sources = [Path(path) for path in (file, against, graph) if path is not None]
-    _check_outputs(
-        sources, {"output": output, "png": png, "node_data_file": node_data_file}, overwrite=overwrite
-    )
+    _check_outputs(sources, {"output": output, "png": png, "node_data_file": node_data_file}, overwrite=overwrite)
     if png is not None and find_spec("matplotlib") is None:
         raise ArgumentError("png= needs matplotlib, which is not installed: pip install 'normswap[report]'")
     if graph is not None and node_data_file is None:
         raise ArgumentError("graph= has no effect without node_data_file=: leave it out, or pass both")
     report = read_report(file, entry=entry, trust=trust, tolerance=tolerance)
     other = None if against is None else read_report(against, entry=entry, trust=trust, tolerance=tolerance)
-    writes: list[Callable[[], None]] = []
+    contents: dict[str | Path, bytes] = {}
     if output is not None:
-        page, page_path = render_page(report, other), Path(output)
-        writes.append(lambda: write_text(page_path, page))
+        contents[output] = render_page(report, other).encode()
     if node_data_file is not None:
-        nodes = json.dumps(node_data(report.weights, _graph(file, graph)), indent=1) + "\n"
-        nodes_path = Path(node_data_file)
-        writes.append(lambda: write_text(nodes_path, nodes))
+        nodes = node_data(report.weights, _graph(file, graph))
+        contents[node_data_file] = (json.dumps(nodes, indent=1) + "\n").encode()
     if png is not None:
-        png_path = Path(png)
-        writes.append(lambda: _write_png(report, png_path))
-    for write in writes:
-        write()
+        contents[png] = importance_png(report.weights)
+    for path, content in contents.items():
+        with atomic_write(Path(path)) as temporary:
+            temporary.write_bytes(content)
     return report
-
-
-def _write_png(report: Report, path: Path) -> None:
-    with atomic_write(path) as temporary:
-        write_importance_png(report.weights, temporary)
 
 
 def _graph(file: str | Path, graph: str | Path | None) -> Path:
@@ -107,6 +97,8 @@ def _check_outputs(sources: list[Path], outputs: dict[str, str | Path | None], *
         if any(resolved == source.resolve() for source in sources):
             raise CheckpointError(f"{path}: is read and cannot be written too: choose another name for {name}=")
         if resolved in seen:
-            raise CheckpointError(f"{path}: given as {seen[resolved]}= and {name}=: choose another name for one of them")
+            raise CheckpointError(
+                f"{path}: given as {seen[resolved]}= and {name}=: choose another name for one of them"
+            )
         seen[resolved] = name
         check_writable(path, replace=overwrite)

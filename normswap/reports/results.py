@@ -3,7 +3,7 @@
 Each result class names its function here (`printable_as`), which takes the result and returns a rich renderable.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 

@@ -30,9 +30,8 @@ def importance_svg(sides: Sequence[Mapping[str, float] | None], titles: Sequence
             height = 100 * (side or {}).get(branch, 0.0)
             if height:
                 top = 100 - bottoms[index] - height
-                boxes.append(
-                    f"M{_short(index + gap)} {_short(top)}h{_short(1 - 2 * gap)}v{_short(height)}h{_short(2 * gap - 1)}z"
-                )
+                width, start = 1 - 2 * gap, f"M{_short(index + gap)} {_short(top)}"
+                boxes.append(f"{start}h{_short(width)}v{_short(height)}h{_short(-width)}z")
             bottoms[index] += height
         paths.append(f'<path class="{branch}" d="{"".join(boxes)}"/>')
     hover = "".join(

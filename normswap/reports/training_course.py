@@ -6,6 +6,7 @@ A log may have been written by another version or edited by hand: records withou
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from normswap.layers.gating import BRANCHES
@@ -48,7 +49,7 @@ class Course:
         count = min(len(_DEPTHS), len(fqns))
         names = {1: ("all",), 2: (_DEPTHS[0], _DEPTHS[-1])}.get(count, _DEPTHS)
         bounds = [round(index * len(fqns) / count) for index in range(count + 1)] if count else []
-        groups = (fqns[start:end] for start, end in zip(bounds, bounds[1:], strict=False))
+        groups = (fqns[start:end] for start, end in pairwise(bounds))
         return {
             f"{name} {len(group)} sites" if len(group) > 1 else f"{name} site: {group[0] or '(the model)'}": group
             for name, group in zip(names, groups, strict=False)
