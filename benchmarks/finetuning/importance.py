@@ -62,9 +62,9 @@ def write_finetuned(path: Path) -> None:
 
 def draw(weights: Mapping[str, SiteWeights], caption: str, path: Path) -> None:
     """Draw the importance weights of all sites as stacked bars into a PNG file that contains them."""
-    figure = Figure(figsize=(11.6, 3.4), dpi=150, facecolor="white", layout="constrained")
+    figure = Figure(figsize=(11.6, 5), dpi=150, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
-    draw_importance(figure.subplots(1, 2, sharey=True), weights)
+    draw_importance(figure.subplots(2, 1, sharex=True, sharey=True), weights)
     figure.suptitle(f"EfficientNet-Lite0 fine-tuned on shifted {caption}", fontsize=11)
     values = {fqn: site._asdict() for fqn, site in weights.items()}
     figure.savefig(path, metadata={"Description": json.dumps(values), "Software": "benchmarks.finetuning.importance"})

@@ -98,7 +98,7 @@ def read_journal(folder: Path) -> list[dict[str, Any]]:
     for line in lines:
         try:
             records.append(json.loads(line))
-        except ValueError:
+        except (ValueError, RecursionError):
             logger.info("%s: dropped line %d, which is incomplete", folder / NAME, len(records) + 1)
             break
     return records

@@ -24,7 +24,7 @@ from normswap.text import pluralize, printable_as
 from normswap.verification.distance import Distance
 from normswap.verification.equivalence import Verification
 
-TOLERANCE = 0.05
+TOLERANCE = 0.0
 # For which the predicted bake is counted, besides that of the report.
 _TOLERANCES = (0.0, 0.01, 0.05, 0.1, 0.2)
 
@@ -67,10 +67,10 @@ class SiteReport(NamedTuple):
     def notes(self) -> tuple[str, ...]:
         """What is unusual about the site, in a few words each."""
         swap = self.swap
+        missing = ("not in the file",) if self.weights is None else ()
         if swap is None:
-            return ()
+            return missing
         facts = {
-            "not in the file": self.weights is None,
             "softmax gate": swap.gate == "softmax",
             f"started at {swap.start}": swap.start is not None,
             f"ln of {swap.num_groups} groups": swap.num_groups > 1,
@@ -80,7 +80,7 @@ class SiteReport(NamedTuple):
             "untrained": swap.untrained,
             "functional call": swap.owner is not None,
         }
-        return tuple(text for text, applies in facts.items() if applies)
+        return (*missing, *(text for text, applies in facts.items() if applies))
 
 
 @printable_as("report")
@@ -181,12 +181,7 @@ class Report:
 def decided_branch(weights: SiteWeights, tolerance: float) -> str | None:
     """Return the branch whose importance is at least 1 - tolerance for means and for variances; None for a mix."""
     return next(
-        (
-            branch
-            for branch in BRANCHES
-            # A float32 weight of 0.95 is a little less than 0.95.
-            if all(side.get(branch, 0.0) >= 1 - tolerance - 1e-6 for side in weights)
-        ),
+        (branch for branch in BRANCHES if all(side.get(branch, 0.0) >= 1 - tolerance for side in weights)),
         None,
     )
 

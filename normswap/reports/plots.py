@@ -19,7 +19,8 @@ from normswap.surgery.importance import SiteWeights, importance_weights
 COLORS: Mapping[str, str] = {"in": "#2BB58A", "ln": "#F0B429", "bn": "#00609C"}
 KINDS: Mapping[str, str] = {"mean": "means", "var": "variances"}
 _TEXT, _MUTED = "#24292f", "#6a7079"
-_MAX_NAMED = 100
+_MAX_NAMED = 100  # sites that get their names
+_MAX_NAME = 44  # letters of a name
 
 
 def plot_importance(model: nn.Module | Mapping[str, SiteWeights], *, axes: Any = None) -> Any:
@@ -101,8 +102,9 @@ def _style(axis: Any) -> None:
 
 
 def _plain(text: str) -> str:
-    """The text in ASCII, since a font may lack other letters."""
-    return text.encode("ascii", "backslashreplace").decode()
+    """The end of a text in ASCII, since a font may lack other letters and a picture the room."""
+    plain = text.encode("ascii", "backslashreplace").decode()
+    return plain if len(plain) <= _MAX_NAME else f"...{plain[3 - _MAX_NAME :]}"
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -124,7 +126,8 @@ def plot_run(records: Sequence[Mapping[str, Any]], path: Path) -> None:
     _draw_series(axes[0][0], course.evaluation_losses, "evaluation", COLORS["ln"])
     axes[0][0].set_title("loss", loc="left", fontsize=10, color=_TEXT)
     axes[0][0].set_ylim(bottom=0)
-    axes[0][0].legend(frameon=False, fontsize=8)
+    if course.losses or course.evaluation_losses:
+        axes[0][0].legend(frameon=False, fontsize=8)
     _draw_series(axes[1][0], course.accuracies, "", COLORS["bn"])
     axes[1][0].set_title("accuracy, %", loc="left", fontsize=10, color=_TEXT)
     axes[1][0].set_ylim(0, 102)

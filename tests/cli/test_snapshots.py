@@ -24,6 +24,7 @@ COMMANDS: dict[str, tuple[int, list[str]]] = {
     "verify": (0, ["verify", "bn.pt", "sn.pt", *ARCH, *INPUT]),
     "identify": (0, ["identify", "bn.pt"]),
     "calibrate": (0, ["calibrate", "sn.pt", *DATA, "-o", "out.pt"]),
+    "report": (0, ["report", "sn.pt", "-o", "report.html"]),
     "recipes_ls": (0, ["recipes", "ls"]),
     "an_error": (2, ["convert", "nowhere.pt"]),
 }

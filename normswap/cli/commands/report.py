@@ -31,7 +31,7 @@ _PATH = click.Path(path_type=Path)
 @click.option(
     "--tolerance",
     type=click.FloatRange(0, 0.5, max_open=True),
-    default=0.05,
+    default=0.0,
     show_default=True,
     help="How far from 1 an importance weight may be for its site to count as decided.",
 )
