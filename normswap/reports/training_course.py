@@ -113,8 +113,9 @@ def _read_sites(value: Any) -> dict[str, SiteWeights]:
 
 
 def _read_site(value: Any) -> SiteWeights | None:
-    sides = [value.get(kind) for kind in SiteWeights._fields] if isinstance(value, Mapping) else []
-    if not sides or not all(isinstance(side, Mapping) for side in sides):
+    found = [value.get(kind) for kind in SiteWeights._fields] if isinstance(value, Mapping) else []
+    sides = [side for side in found if isinstance(side, Mapping)]
+    if len(sides) < len(SiteWeights._fields):
         return None
     if not all(branch in BRANCHES and _is_number(weight) for side in sides for branch, weight in side.items()):
         return None
