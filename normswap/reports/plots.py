@@ -37,7 +37,7 @@ def plot_importance(model: nn.Module | Mapping[str, SiteWeights], *, axes: Any =
         The two axes as an array; `axes[0].figure` is the figure. For a model without sites they are empty.
 
     Raises:
-        ArgumentError: `model` is neither a module nor a mapping.
+        ArgumentError: `model` is neither a module nor what `importance_weights` returned.
 
     Examples:
         >>> import torch, normswap
@@ -45,7 +45,9 @@ def plot_importance(model: nn.Module | Mapping[str, SiteWeights], *, axes: Any =
         >>> axes = normswap.plot_importance(model)
         >>> axes[0].figure.savefig("importance.png")
     """
-    weights = model if isinstance(model, Mapping) else importance_weights(model)
+    # A state dict is a mapping too, and refused as anything else that is no model.
+    is_weights = isinstance(model, Mapping) and all(isinstance(site, SiteWeights) for site in model.values())
+    weights: Any = model if is_weights else importance_weights(model)  # type: ignore[arg-type]
     if axes is None:
         from matplotlib import pyplot
 

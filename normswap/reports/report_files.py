@@ -32,7 +32,7 @@ def write_report(
         output: the HTML page to write, which contains everything it needs; None for none.
         png: a picture of the importance weights to write; needs matplotlib (`pip install 'normswap[report]'`).
         node_data_file: a JSON file to write, with the importance of `bn` by node of `graph`, for Model Explorer.
-        graph: an exported program (.pt2) of the converted model; the default is `file` if that is one.
+        graph: an exported program (.pt2) of the converted model, as `torch.export.export` makes it.
         against: a file to compare with, such as the one before fine-tuning.
         entry: which of several converted networks in the files.
         trust: unpickle objects that run code.
@@ -43,7 +43,8 @@ def write_report(
         The `Report` of `file`; `print` shows it as tables.
 
     Raises:
-        ArgumentError: `tolerance` is not a number from 0 to 0.5, or `graph` is given without `node_data_file`.
+        ArgumentError: `tolerance` is not a number from 0 to 0.5, or only one of `graph` and
+            `node_data_file` is given.
         CheckpointError: a file cannot be read or written, or is the same as another one; nothing is written then.
         NothingToDo: a file has no converted sites.
 
@@ -62,13 +63,17 @@ def write_report(
         raise ArgumentError("png= needs matplotlib, which is not installed: pip install 'normswap[report]'")
     if graph is not None and node_data_file is None:
         raise ArgumentError("graph= has no effect without node_data_file=: leave it out, or pass both")
+    if node_data_file is not None and graph is None:
+        raise ArgumentError(
+            "node_data_file= needs graph=, an exported program (.pt2) of the converted model, whose nodes it names"
+        )
     report = read_report(file, entry=entry, trust=trust, tolerance=tolerance)
     other = None if against is None else read_report(against, entry=entry, trust=trust, tolerance=tolerance)
     contents: dict[str | Path, bytes] = {}
     if output is not None:
         contents[output] = render_page(report, other).encode()
-    if node_data_file is not None:
-        nodes = node_data(report.weights, _graph(file, graph))
+    if node_data_file is not None and graph is not None:
+        nodes = node_data(report.weights, Path(graph))
         contents[node_data_file] = (json.dumps(nodes, indent=1) + "\n").encode()
     if png is not None:
         contents[png] = importance_png(report.weights)
@@ -76,14 +81,6 @@ def write_report(
         with atomic_write(Path(path)) as temporary:
             temporary.write_bytes(content)
     return report
-
-
-def _graph(file: str | Path, graph: str | Path | None) -> Path:
-    if graph is None and Path(file).suffix != ".pt2":
-        raise ArgumentError(
-            "node_data_file= needs graph=, an exported program (.pt2) of the converted model, whose nodes it names"
-        )
-    return Path(file if graph is None else graph)
 
 
 def _check_outputs(sources: list[Path], outputs: dict[str, str | Path | None], *, overwrite: bool) -> None:

@@ -26,7 +26,7 @@ _PATH = click.Path(path_type=Path)
 @click.option(
     "--graph",
     type=_PATH,
-    help="The exported program (.pt2) of the converted model whose nodes --node-data names. Default: FILE.",
+    help="The exported program (.pt2) of the converted model whose nodes --node-data names.",
 )
 @click.option(
     "--tolerance",
