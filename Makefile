@@ -12,7 +12,7 @@ EVIDENCE_READY := $(VENV)/.normswap-evidence-ready
 # Libraries are installed without bytecode, since most of it is never imported; what is, each process would compile anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-fast lint types unit evidence batch-dependence bench fuzz sanitize zoo index identify recipes docs clean
+.PHONY: demo test test-fast lint types unit evidence batch-dependence bench fuzz sanitize zoo index identify recipes docs look clean
 
 # What the C extension is built from: a change of it builds the extension again.
 NATIVE := $(wildcard normswap/layers/*.[ch] normswap/layers/csrc/*.[ch])
@@ -89,6 +89,9 @@ identify: $(READY)  ## every model of timm and torchvision identified -> docs/me
 docs: $(READY)  ## the site in site/, with the Python API; a broken link or name fails (10 seconds)
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "== wrote site/index.html"
+
+look: $(READY)  ## the report in a headless browser: screenshots in demo-output/look/ (a minute; needs a Chromium)
+	@$(BIN)/python -m benchmarks.look
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info demo-output site

@@ -59,6 +59,10 @@ if TYPE_CHECKING:
     from normswap.layers.switch_norm import SwitchNorm2d as SwitchNorm2d
     from normswap.layers.switch_norm import SwitchNorm3d as SwitchNorm3d
     from normswap.layers.switch_norm import SwitchNormAct as SwitchNormAct
+    from normswap.reports.file_report import Report as Report
+    from normswap.reports.file_report import read_report as read_report
+    from normswap.reports.plots import plot_importance as plot_importance
+    from normswap.reports.report_files import write_report as write_report
     from normswap.running_stats.calibration import Calibration as Calibration
     from normswap.running_stats.calibration import calibrate as calibrate
     from normswap.running_stats.control import freeze_statistics as freeze_statistics
@@ -137,6 +141,9 @@ _NAMES_BY_MODULE = {
     "layers.functional": ("switch_norm",),
     "layers.matching": ("Matching",),
     "layers.switch_norm": ("SwitchNorm1d", "SwitchNorm2d", "SwitchNorm3d", "SwitchNormAct"),
+    "reports.file_report": ("Report", "read_report"),
+    "reports.plots": ("plot_importance",),
+    "reports.report_files": ("write_report",),
     "running_stats.calibration": ("Calibration", "calibrate"),
     "running_stats.control": (
         "freeze_statistics",
@@ -178,6 +185,7 @@ _MODULES = {name: f"normswap.{module}" for module, names in _NAMES_BY_MODULE.ite
 _NEEDS = {
     "ImportanceCallback": (("lightning", "pytorch_lightning"), "lightning"),
     "Outcome": (("accelerate",), "'normswap[finetune]'"),
+    "plot_importance": (("matplotlib",), "'normswap[report]'"),
     "run_recipe": (("accelerate",), "'normswap[finetune]'"),
 }
 

@@ -135,12 +135,12 @@ def finetune_arm(name: str, *, steps: int = STEPS) -> Outcome:
     torch.set_num_threads(1)
     arm = ARMS[name]
     if name == "default":
-        arm = replace(arm, prepare=_load_converted)
+        arm = replace(arm, prepare=load_converted)
     rate, gate_rate = RATES[name]
     return run(arm, load_task(), rate=rate, gate_rate=gate_rate, steps=steps, batch=BATCH, seed=SEED)
 
 
-def _load_converted(network: nn.Module, _: Task) -> nn.Module:
+def load_converted(network: nn.Module, _: Task) -> nn.Module:
     """Return the network in the converted file with the new head of `network`."""
     model: Any = normswap.load(ROOT / CONVERTED).model
     head: Any = network.get_submodule("classifier")

@@ -27,7 +27,7 @@ from normswap.surgery.arguments import require_module, require_type
 from normswap.surgery.discovery.sites import find_norm_sites
 from normswap.surgery.discovery.whole_model import Shape
 from normswap.surgery.graphs.tracing import trace_model
-from normswap.surgery.importance import SiteWeights, gated_modules
+from normswap.surgery.importance import SiteWeights, decided_branch, gated_modules
 from normswap.surgery.module_tree import class_name, copy_model, modules_by_name, walk_modules
 from normswap.surgery.norms.classes import read_norm
 from normswap.surgery.wrappers import check_wrapping, rewrap, unwrap
@@ -200,11 +200,11 @@ def _fixed_weights(layer: SwitchNorm, tolerance: float, shapes: tuple[Shape, ...
         if has_one_position == {True}:
             recipient = "ln" if "ln" in layer.branches else "bn"
             weights = SiteWeights(*(_move_instance_weight(found, recipient) for found in weights))
-    for branch in layer.branches:
-        if all(found.get(branch, 0.0) >= 1 - tolerance for found in weights):
-            mean, var = ({str(each): float(each == branch) for each in layer.branches} for _ in weights)
-            return SiteWeights(mean, var)
-    return weights
+    decided = decided_branch(weights, tolerance)
+    if decided is None:
+        return weights
+    mean, var = ({str(each): float(each == decided) for each in layer.branches} for _ in weights)
+    return SiteWeights(mean, var)
 
 
 def _move_instance_weight(weights: dict[str, float], recipient: str) -> dict[str, float]:

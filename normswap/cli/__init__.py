@@ -14,6 +14,7 @@ from normswap.cli.commands.convert import convert_command
 from normswap.cli.commands.finetune import finetune_command, recipes_command
 from normswap.cli.commands.identify import identify_command
 from normswap.cli.commands.inspect import inspect_command
+from normswap.cli.commands.report import report_command
 from normswap.cli.commands.revert import revert_command
 from normswap.cli.commands.verify import verify_command
 from normswap.cli.console import LauncherAwareGroup, make_output_printable
@@ -36,3 +37,4 @@ main.add_command(calibrate_command)
 main.add_command(bake_command)
 main.add_command(revert_command)
 main.add_command(analyze_command)
+main.add_command(report_command)

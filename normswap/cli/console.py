@@ -202,6 +202,7 @@ def _join_sizes(value: str) -> str:
 
 
 OPTIONS: Mapping[str, _Option] = {
+    "against": _Option("--against", _strip_quotes),
     "architecture": _Option("--arch", _strip_quotes),
     "batch_size": _Option("--batch-size", _strip_quotes),
     "bn_statistics": _Option("--bn-statistics", _strip_quotes),
@@ -213,17 +214,20 @@ OPTIONS: Mapping[str, _Option] = {
     "example_inputs": _Option("--input", _join_sizes),
     "exclude": _Option("--exclude", _join_words),
     "gate": _Option("--gate", _strip_quotes),
+    "graph": _Option("--graph", _strip_quotes),
     "image_size": _Option("--input-size", _join_sizes),
     "include": _Option("--include", _join_words),
     "include_frozen": _Option("--include-frozen"),
     "kinds": _Option("--kinds", _join_words),
     "layer_by_layer": _Option("--layer-by-layer"),
     "match": _Option("--no-match"),
+    "node_data_file": _Option("--node-data", _strip_quotes),
     "num_groups": _Option("--groups", _strip_quotes),
     "output": _Option("-o", _strip_quotes),
     "overwrite": _Option("--force"),
     "overrides": _Option("--set", _join_words),
     "plan": _Option("--plan", _strip_quotes),
+    "png": _Option("--png", _strip_quotes),
     "resume": _Option("--resume"),
     "start": _Option("--start", _strip_quotes),
     "synchronize": _Option("--synchronize"),

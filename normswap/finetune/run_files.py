@@ -91,14 +91,14 @@ class Journal:
 def read_journal(folder: Path) -> list[dict[str, Any]]:
     """Return the records of a run; an incomplete last line, left by a killed process, is dropped."""
     try:
-        lines = (folder / NAME).read_text(encoding="utf-8").splitlines()
+        lines = (folder / NAME).read_text(encoding="utf-8", errors="replace").splitlines()
     except FileNotFoundError:
         return []
     records = []
     for line in lines:
         try:
             records.append(json.loads(line))
-        except ValueError:
+        except (ValueError, RecursionError):
             logger.info("%s: dropped line %d, which is incomplete", folder / NAME, len(records) + 1)
             break
     return records

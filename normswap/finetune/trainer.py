@@ -272,7 +272,8 @@ def _execute(
 ) -> Outcome:
     if run.before is None:
         facts = {"recipe": run.recipe.to_dict(), "processes": run.accelerator.num_processes}
-        write_record({"step": 0, **facts, "notes": run.prepared.notes})
+        importance = _plain_importance(run.model)
+        write_record({"step": 0, **facts, "notes": run.prepared.notes, "importance": importance})
         run.before = _evaluate_and_log(run, write_record)
     _train(run, request, write_record, on_step)
     after = _evaluate_and_log(run, write_record)
@@ -413,8 +414,12 @@ def _make_record(run: _Run) -> Record:
         "lr": groups[0]["lr"],
         "importance_lr": groups[-1]["lr"],
         "seconds": run.seconds,
-        "importance": {fqn: weights._asdict() for fqn, weights in importance_weights(run.model).items()},
+        "importance": _plain_importance(run.model),
     }
+
+
+def _plain_importance(model: nn.Module) -> dict[str, Any]:
+    return {fqn: weights._asdict() for fqn, weights in importance_weights(model).items()}
 
 
 def _evaluate_and_log(run: _Run, write_record: WriteRecord) -> Evaluation:

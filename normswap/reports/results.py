@@ -1,9 +1,9 @@
-"""The tables that results print, the same as on the command line, and the plot of a training run.
+"""The tables that results print, the same as on the command line.
 
 Each result class names its function here (`printable_as`), which takes the result and returns a rich renderable.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -22,6 +22,8 @@ from normswap.finetune.trainer import Outcome
 from normswap.layers.gating import BRANCHES
 from normswap.reports.analysis_tables import analysis_table
 from normswap.reports.baking_tables import bake_measurement_table, bake_table
+from normswap.reports.file_report import Report
+from normswap.reports.plots import KINDS
 from normswap.reports.tables import (
     calibration_table,
     distance_table,
@@ -31,10 +33,12 @@ from normswap.reports.tables import (
     not_measured_line,
     notes_table,
     plan_summary,
+    predicted_bake_table,
     read_back_line,
     verification_table,
     worst_sites,
 )
+from normswap.reports.training_course import mean_weight
 from normswap.running_stats.calibration import Calibration
 from normswap.surgery.conversion import Conversion
 from normswap.surgery.importance import SiteWeights
@@ -169,7 +173,17 @@ def importance(result: Mapping[str, SiteWeights]) -> RenderableType:
     return importance_table(result)
 
 
-_KINDS = {"mean": "means", "var": "variances"}
+def report(result: Report) -> RenderableType:
+    """Return the importance weights of every site, what a bake would make of them, and the recorded facts."""
+    parts: list[RenderableType] = [heading(Path(result.file).name, result.facts), Text("")]
+    parts += [importance_table(result.weights, result.plan), Text(""), predicted_bake_table(result.predicted_bake)]
+    if result.distance is not None:
+        parts += [Text(""), distance_table(result.distance)]
+    elif result.verification is not None:
+        parts += [Text(""), verification_table(result.verification)]
+    if result.skips:
+        parts += [Text(""), Text(f"{pluralize(len(result.skips), 'site')} not converted; normswap inspect shows why")]
+    return Group(*parts, Text(""), history(result.history)) if result.history else Group(*parts)
 
 
 def outcome_table(outcome: Outcome, picture: Path) -> RenderableType:
@@ -194,8 +208,8 @@ def describe_losses(record: Mapping[str, Any]) -> str:
     if "loss" not in record:
         return ""
     sites = record["importance"].values()
-    weights = [site[kind] for site in sites for kind in _KINDS]
-    branch_texts = [f"{branch} {_mean_importance(weights, branch):.2f}" for branch in BRANCHES] if weights else []
+    weights = [site[kind] for site in sites for kind in KINDS]
+    branch_texts = [f"{branch} {mean_weight(weights, branch):.2f}" for branch in BRANCHES] if weights else []
     return " ".join([f"loss {record['loss']:.3f}", f"lr {record['lr']:.2g}", *branch_texts])
 
 
@@ -205,41 +219,7 @@ def average_importance(importance: Mapping[str, SiteWeights]) -> Table:
     table.add_column(Text(f"importance weights, mean of {len(importance)} sites", "bold"))
     for branch in BRANCHES:
         table.add_column(branch, justify="right")
-    for kind, title in _KINDS.items():
+    for kind, title in KINDS.items():
         weights = [getattr(site, kind) for site in importance.values()]
-        table.add_row(title, *(f"{_mean_importance(weights, branch):.2f}" for branch in BRANCHES))
+        table.add_row(title, *(f"{mean_weight(weights, branch):.2f}" for branch in BRANCHES))
     return table
-
-
-def plot_run(records: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draw loss, accuracy and mean importance weights over the steps of a run into a PNG file."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3), layout="constrained")
-    FigureCanvasAgg(figure)
-    losses = [record for record in records if "loss" in record]
-    gated = [record for record in losses if record.get("importance")]
-    evaluations = [record for record in records if "evaluation" in record]
-    panels: Any = figure.subplots(1, 4 if gated else 2)
-    panels[0].plot([r["step"] for r in losses], [r["loss"] for r in losses])
-    panels[0].set(title="training loss", xlabel="step", ylim=(0, None))
-    accuracies = [r["evaluation"]["accuracy"] for r in evaluations]
-    panels[1].plot([r["step"] for r in evaluations], accuracies, marker="o")
-    panels[1].set(title="accuracy, %", xlabel="step", ylim=(0, 102))
-    for panel, (kind, title) in zip(panels[2:], _KINDS.items(), strict=False):
-        steps = [record["step"] for record in gated]
-        weights = [
-            [_mean_importance([site[kind] for site in r["importance"].values()], branch) for r in gated]
-            for branch in BRANCHES
-        ]
-        panel.stackplot(steps, weights, labels=BRANCHES)
-        panel.set(title=f"importance, {title}", xlabel="step", ylim=(0, 1))
-        panel.margins(x=0)
-        panel.legend(loc="lower left", fontsize="small")
-    figure.savefig(path, dpi=120)
-
-
-def _mean_importance(weights: Sequence[Mapping[str, float]], branch: str) -> float:
-    """The mean importance weight of a branch; 0 at sites without it."""
-    return sum(each.get(branch, 0.0) for each in weights) / len(weights)

@@ -183,6 +183,15 @@ def importance_table(weights: Mapping[str, SiteWeights], plan: SwapPlan | None =
     )
 
 
+def predicted_bake_table(counts: Mapping[float, Mapping[str, int]]) -> RenderableType:
+    """Return how many sites a bake would make plain norms, by the tolerance within which an importance counts as 1."""
+    columns = ("BatchNorm", "GroupNorm", "InstanceNorm", "mix")
+    table = _table("Predicted bake, tolerance", *columns, right_aligned={1, 2, 3, 4})
+    for tolerance, found in counts.items():
+        table.add_row(f"{tolerance:g}", *(str(found[name]) for name in ("bn", "ln", "in", "mix")))
+    return table
+
+
 def history(steps: Iterable[Step]) -> RenderableType:
     """Return the history of a model, one row per step."""
     table = _table("History", "when (UTC)", "by", "from")

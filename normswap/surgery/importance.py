@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from normswap.errors import PlanError
 from normswap.layers.gated_module import GatedModule
-from normswap.layers.gating import Gate
+from normswap.layers.gating import BRANCHES, Gate
 from normswap.layers.gating import importance_weights as weights_of_points
 from normswap.layers.in_place import GATE_PARAMETERS
 from normswap.layers.switch_norm import SwitchNorm
@@ -32,6 +32,13 @@ class SiteWeights(NamedTuple):
 
     mean: dict[str, float]
     var: dict[str, float]
+
+
+def decided_branch(weights: SiteWeights, tolerance: float) -> str | None:
+    """Return the branch whose importance is at least 1 - tolerance for means and for variances; None for a mix."""
+    return next(
+        (branch for branch in BRANCHES if all(side.get(branch, 0.0) >= 1 - tolerance for side in weights)), None
+    )
 
 
 @printable_as("importance")

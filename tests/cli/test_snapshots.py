@@ -31,6 +31,7 @@ COMMANDS: dict[str, tuple[int, list[str]]] = {
     "calibrate": (0, ["calibrate", "sn.pt", *DATA, "-o", "out.pt"]),
     "bake": (0, ["bake", "sn.pt", "--fold", *INPUT, "-o", "out.pt"]),
     "revert": (0, ["revert", "sn.pt", "-o", "out.pt"]),
+    "report": (0, ["report", "sn.pt", "-o", "report.html"]),
     "recipes_ls": (0, ["recipes", "ls"]),
     "an_error": (2, ["convert", "nowhere.pt"]),
 }

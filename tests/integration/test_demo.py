@@ -88,7 +88,7 @@ def test_the_converted_file_starts_as_the_arm_of_the_evidence(tmp_path: Path, mo
     assert not demo.are_same(before, {name: share + 0.01 for name, share in after.items()})
     monkeypatch.setattr(demo, "CONVERTED", tmp_path / "converted.pth")
     task = demo.shifted_digits()
-    loaded, prepared = demo._load_converted(task.network, task), ARMS["default"].prepare(task.network, task)
+    loaded, prepared = demo.load_converted(task.network, task), ARMS["default"].prepare(task.network, task)
     assert loaded.state_dict().keys() == prepared.state_dict().keys()
     assert all(torch.equal(tensor, prepared.state_dict()[name]) for name, tensor in loaded.state_dict().items())
 

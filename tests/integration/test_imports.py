@@ -208,6 +208,7 @@ def test_without_the_extras_all_other_names_are_imported() -> None:
         "normswap.ImportanceCallback needs lightning or pytorch_lightning, which is not installed: "
         "pip install lightning",
         "normswap.Outcome needs accelerate, which is not installed: pip install 'normswap[finetune]'",
+        "normswap.plot_importance needs matplotlib, which is not installed: pip install 'normswap[report]'",
         "normswap.run_recipe needs accelerate, which is not installed: pip install 'normswap[finetune]'",
     ]
 

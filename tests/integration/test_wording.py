@@ -185,6 +185,7 @@ def entry_points() -> dict[str, Callable[[Any], Any]]:
         "open_data": lambda m: normswap.open_data(DataSettings("digits"), model=m),
         "param_groups": normswap.param_groups,
         "plan_swaps": normswap.plan_swaps,
+        "plot_importance": normswap.plot_importance,
         "revert": normswap.revert,
         "save": lambda m: normswap.save(m, "never.pt"),
         "set_importance": lambda m: normswap.set_importance(m, {}),

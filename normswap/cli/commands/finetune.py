@@ -102,7 +102,7 @@ def _run(recipe_to_run: "Recipe", **options: bool) -> "Outcome":
 
 def _plot_outcome(outcome: "Outcome") -> Path:
     from normswap.finetune.run_files import read_journal
-    from normswap.reports.results import plot_run
+    from normswap.reports.plots import plot_run
 
     path = outcome.output / "course.png"
     plot_run(read_journal(outcome.output), path)
