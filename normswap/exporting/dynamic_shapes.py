@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -16,7 +17,7 @@ from normswap.model_state import call_model, registered_hooks
 from normswap.surgery.arguments import describe_shapes
 
 _SPATIAL_NAMES = {3: ("length",), 4: ("height", "width"), 5: ("depth", "height", "width")}
-_BATCH = "batch"
+BATCH = "batch"
 _BATCH_SIZES = (1, 2, 5)
 
 
@@ -30,7 +31,7 @@ class FreeSize:
 
 def name_dimensions(tensor: Tensor) -> dict[int, str]:
     """Return the dimensions that can stay free by index: the batch, and of a floating tensor the spatial ones."""
-    names = {0: _BATCH} if tensor.dim() else {}
+    names = {0: BATCH} if tensor.dim() else {}
     if tensor.is_floating_point():
         spatial = _SPATIAL_NAMES.get(tensor.dim(), ())
         names |= {index: name for index, name in enumerate(spatial, 2) if tensor.shape[index] > 1}
@@ -59,7 +60,7 @@ def smallest_size(network: nn.Module, inputs: Any) -> int:
         for leaf in tree_leaves(inputs)
         if isinstance(leaf, Tensor)
         for index, name in name_dimensions(leaf).items()
-        if name != _BATCH
+        if name != BATCH
     ]
     if not sites or not sizes:
         return 1
@@ -95,9 +96,13 @@ def _first_small_site(network: nn.Module, inputs: Any, sites: Mapping[str, nn.Mo
         return lambda: site.register_forward_pre_hook(check)
 
     def shrink(tensor: Tensor) -> Tensor:
-        index = tuple(
-            slice(size) if axis in names and names[axis] != _BATCH else slice(None) for axis in range(tensor.dim())
-        ) if (names := name_dimensions(tensor)) else ()
+        index = (
+            tuple(
+                slice(size) if axis in names and names[axis] != BATCH else slice(None) for axis in range(tensor.dim())
+            )
+            if (names := name_dimensions(tensor))
+            else ()
+        )
         return tensor[index]
 
     smaller = tree_map_only(Tensor, shrink, inputs)
@@ -118,24 +123,26 @@ def sample_cases(inputs: Any, free: Mapping[str, FreeSize]) -> list[Any]:
 
     The values are drawn from those of `inputs`.
     """
-    batches: tuple[int | None, ...] = _BATCH_SIZES if _BATCH in free else (None,)
-    spatial = [name for name in free if name != _BATCH]
+    batches: tuple[int | None, ...] = _BATCH_SIZES if BATCH in free else (None,)
+    spatial = [name for name in free if name != BATCH]
     generator = torch.Generator().manual_seed(0)
-    cases = [inputs]
-    for smaller in (False, True) if spatial else (False,):
+    cases = {describe_shapes(inputs): inputs}
+    for changed in (False, True) if spatial else (False,):
         for batch in batches:
-            cases.append(tree_map_only(Tensor, lambda t, b=batch, s=smaller: _resample(t, free, b, s, generator), inputs))
-    return cases
+            resample = partial(_resample, free=free, batch=batch, changed=changed, generator=generator)
+            case = tree_map_only(Tensor, resample, inputs)
+            cases.setdefault(describe_shapes(case), case)
+    return list(cases.values())
 
 
 def _resample(
-    tensor: Tensor, free: Mapping[str, FreeSize], batch: int | None, smaller: bool, generator: torch.Generator
+    tensor: Tensor, *, free: Mapping[str, FreeSize], batch: int | None, changed: bool, generator: torch.Generator
 ) -> Tensor:
     shape = list(tensor.shape)
     for order, (index, name) in enumerate(name_dimensions(tensor).items()):
-        if name == _BATCH:
+        if name == BATCH:
             shape[index] = batch or shape[index]
-        elif name in free and smaller:
+        elif name in free and changed:
             shape[index] = _other_size(shape[index], free[name].at_least, order)
     if not tensor.numel():
         return tensor

@@ -60,18 +60,23 @@ class IsolatedCheck:
     def __init__(self, network: nn.Module, cases: Sequence[Any], dtype: torch.dtype) -> None:
         self._network, self._cases, self._dtype = network, cases, dtype
 
-    def run(self, file: Path, kind: Kind, *, module: nn.Module | None = None) -> tuple[ExportCase, ...]:
+    def run(
+        self, file: Path, kind: Kind, *, module: nn.Module | None = None, as_safetensors: bool = False
+    ) -> tuple[ExportCase, ...]:
         """Run the file on all cases in another process.
 
         Args:
             module: for weights alone, a module that they are loaded into.
+            as_safetensors: whether the weights are in that format.
 
         Raises:
             ModelError: the file fails, or an output differs by more than the limit.
         """
         with TemporaryDirectory(prefix="normswap-") as folder:
-            found = self._run_process(file, kind, Path(folder), module)
-        compared = tuple(map(self._compare, self._cases, found))
+            request = {"kind": kind, "file": str(file.absolute()), "safetensors": as_safetensors}
+            found = self._run_process(request, Path(folder), module)
+        pairs = zip(self._cases, found, strict=True)
+        compared = tuple(compare_case(self._network, case, outputs, self._dtype) for case, outputs in pairs)
         worst = max(compared, key=lambda case: case.relative_error / case.limit)
         if worst.relative_error > worst.limit:
             raise ModelError(
@@ -80,38 +85,37 @@ class IsolatedCheck:
             )
         return compared
 
-    def _run_process(self, file: Path, kind: Kind, folder: Path, module: nn.Module | None) -> list[list[Tensor]]:
-        write = _write_arrays if kind == "onnx" else _write_tensors
+    def _run_process(self, request: dict[str, Any], folder: Path, module: nn.Module | None) -> list[list[Tensor]]:
+        as_arrays = request["kind"] == "onnx"
+        write = _write_arrays if as_arrays else _write_tensors
         inputs = [write(folder / f"inputs{index}", case) for index, case in enumerate(self._cases)]
-        request = {"kind": kind, "file": str(file.absolute()), "inputs": inputs, "outputs": str(folder / "outputs.npz")}
+        request |= {"inputs": inputs, "outputs": str(folder / "outputs.npz"), "module": str(folder / "module")}
         if module is not None:
             torch.save(module, folder / "module")
-            request |= {"module": str(folder / "module"), "safetensors": file.suffix == ".safetensors"}
         (folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
         command = [sys.executable, "-P", "-W", "ignore", str(_SCRIPT), str(folder / "request.json")]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             reason = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
             raise ModelError(f"the exported file fails in a process without normswap: {reason}")
-        return (_read_arrays if kind == "onnx" else torch.load)(folder / "outputs.npz")
+        found: list[list[Tensor]] = (_read_arrays if as_arrays else torch.load)(folder / "outputs.npz")
+        return found
 
-    def _compare(self, case: Any, found: list[Tensor]) -> ExportCase:
-        own = tree_map_only(Tensor, self._to_own_dtype, case)
-        reference = run_network(self._network, own)
-        limit = _LIMITS[self._dtype]
-        error = _largest_error(reference, found)
-        if error > limit:
-            rounded = tree_map_only(Tensor, self._round, own)
-            response = _largest_error(reference, run_network(self._network, rounded))
-            limit = max(limit, _RESPONSE_FACTOR * response)
-        return ExportCase(describe_shapes(case), error, limit)
 
-    def _to_own_dtype(self, tensor: Tensor) -> Tensor:
-        own = next((p.dtype for p in self._network.parameters() if p.is_floating_point()), torch.float32)
-        return tensor.to(own) if tensor.is_floating_point() else tensor
+def compare_case(network: nn.Module, case: Any, found: Sequence[Tensor], dtype: torch.dtype) -> ExportCase:
+    """Compare outputs of a file of precision `dtype` with those of a network, which runs in its own precision."""
 
-    def _round(self, tensor: Tensor) -> Tensor:
-        return tensor * (1 + torch.finfo(self._dtype).eps) if tensor.is_floating_point() else tensor
+    def round_values(tensor: Tensor) -> Tensor:
+        return tensor * (1 + torch.finfo(dtype).eps) if tensor.is_floating_point() else tensor
+
+    own = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
+    inputs = tree_map_only(Tensor, lambda t: t.to(own) if t.is_floating_point() else t, case)
+    reference = run_network(network, inputs)
+    error, limit = _largest_error(reference, found), _LIMITS[dtype]
+    if error > limit:
+        response = _largest_error(reference, run_network(network, tree_map_only(Tensor, round_values, inputs)))
+        limit = max(limit, _RESPONSE_FACTOR * response)
+    return ExportCase(describe_shapes(case), error, limit)
 
 
 def run_network(network: nn.Module, inputs: Any) -> list[Tensor]:

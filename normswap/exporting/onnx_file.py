@@ -17,7 +17,7 @@ from normswap.errors import ModelError
 from normswap.surgery.graphs.exported_program import suppress_output
 from normswap.text import first_line
 
-FIRST_OPSET, LAST_OPSET = 18, 23
+_TRANSLATED_OPSET = 18
 _LARGEST = 2**31 - 1  # bytes of one protobuf
 # torch emits such nodes for any network, and these rules remove them.
 _CLEANING = (
@@ -47,6 +47,7 @@ def build_onnx(
     opset: int,
     fold: bool,
     symbols: Mapping[str, str],
+    sizes: Mapping[str, int],
 ) -> onnx.ModelProto:
     """Return the ONNX model of a traced program.
 
@@ -56,6 +57,7 @@ def build_onnx(
         opset: the version of the operators.
         fold: fold BatchNorm into the convolution or linear layer before it; else weights keep their names.
         symbols: names for symbolic dimensions, by the program's own.
+        sizes: lower bounds of free dimensions by name, which become metadata of the model.
 
     Raises:
         ModelError: torch cannot translate the program, or the result is no valid ONNX model of this opset.
@@ -66,7 +68,7 @@ def build_onnx(
                 program,
                 dynamo=True,
                 optimize=False,
-                opset_version=FIRST_OPSET,
+                opset_version=_TRANSLATED_OPSET,
                 verbose=False,
                 custom_translation_table=dict(translations),
             )
@@ -74,8 +76,10 @@ def build_onnx(
             _simplify(model, fold=fold)
             _compute_norms_in_float32(model)
             _rename_dimensions(model, symbols)
-            if opset != FIRST_OPSET:
+            if opset != _TRANSLATED_OPSET:
                 version_converter.convert_version(model, opset)
+            model.producer_name = "normswap"
+            model.metadata_props.update({f"smallest_{name}": str(bound) for name, bound in sizes.items()})
             proto: onnx.ModelProto = ir.to_proto(model)
     except Exception as error:
         raise ModelError(f"torch cannot export the network to ONNX: {_reason(error)}") from error
