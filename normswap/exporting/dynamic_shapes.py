@@ -164,5 +164,6 @@ def symbolic_dimensions(program: torch.export.ExportedProgram, inputs: Any) -> I
     tensors = [value for value in values if isinstance(value, Tensor)]
     for leaf, traced in zip(leaves, tensors, strict=True):
         for index, name in name_dimensions(leaf).items():
-            if isinstance(traced.shape[index], torch.SymInt):
-                yield name, traced.shape[index].node.expr
+            size: Any = traced.shape[index]
+            if isinstance(size, torch.SymInt):
+                yield name, size.node.expr

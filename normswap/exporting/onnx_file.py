@@ -104,19 +104,20 @@ def _simplify(model: ir.Model, *, fold: bool) -> None:
         uses_weight = any(value is not None and value.name in weights for value in node.inputs)
         return False if uses_weight and node.op_type != "Shape" else None
 
-    ir.passes.common.InlinePass()(model)
+    passes: Any = ir.passes.common
+    passes.InlinePass()(model)
     optimizer.fold_constants(model, should_fold=should_fold)
     rewriter.RewritePass(chosen)(model)
     optimizer.fold_constants(model, should_fold=should_fold)
     for each in (
-        ir.passes.common.RemoveUnusedNodesPass(),
-        ir.passes.common.RemoveUnusedFunctionsPass(),
-        ir.passes.common.RemoveUnusedOpsetsPass(),
-        ir.passes.common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
-        ir.passes.common.DeduplicateInitializersPass(),
-        ir.passes.common.CommonSubexpressionEliminationPass(),
-        ir.passes.common.OutputFixPass(),
-        ir.passes.common.NameFixPass(),
+        passes.RemoveUnusedNodesPass(),
+        passes.RemoveUnusedFunctionsPass(),
+        passes.RemoveUnusedOpsetsPass(),
+        passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        passes.DeduplicateInitializersPass(),
+        passes.CommonSubexpressionEliminationPass(),
+        passes.OutputFixPass(),
+        passes.NameFixPass(),
     ):
         each(model)
 

@@ -20,9 +20,11 @@ from normswap.baking.compact_norm import CompactNorm
 torch.library.define("normswap::compact_norm", "(Tensor x, Tensor? weight, Tensor? bias, int site) -> Tensor")
 
 
-@torch.library.register_fake("normswap::compact_norm")
 def _infer_shape(x: Tensor, weight: Tensor | None, bias: Tensor | None, site: int) -> Tensor:
     return torch.empty_like(x)
+
+
+torch.library.register_fake("normswap::compact_norm", _infer_shape)
 
 
 class NormTranslation:
@@ -64,17 +66,16 @@ class NormTranslation:
         spatial = _integers(*range(2, rank))
         table = _Tables(layer, rank, number_type)
         mean, var = table.moments(wide, spatial)
+        if is_cast:
+            weight, bias = (None if t is None else op.Cast(t, to=onnx.TensorProto.FLOAT) for t in (weight, bias))
         deviation = op.Sqrt(var)
         scale = op.Reciprocal(deviation) if weight is None else op.Div(weight, deviation)
-        shift = bias
-        if mean is not None:
-            product = op.Mul(mean, scale)
-            shift = op.Neg(product) if bias is None else op.Sub(bias, product)
+        product = op.Mul(mean, scale)
+        shift = op.Neg(product) if bias is None else op.Sub(bias, product)
         if is_cast:
-            scale, shift = (None if each is None else op.Cast(each, to=int(x.dtype)) for each in (scale, shift))
-        shift_varies = mean is not None and (table.mean_varies or table.var_varies)
-        y = op.Mul(x, _unsqueeze(scale, rank, varies=table.var_varies))
-        return y if shift is None else op.Add(y, _unsqueeze(shift, rank, varies=shift_varies))
+            scale, shift = (op.Cast(each, to=int(x.dtype)) for each in (scale, shift))
+        scaled = op.Mul(x, _unsqueeze(scale, rank, varies=table.var_varies))
+        return op.Add(scaled, _unsqueeze(shift, rank, varies=table.mean_varies or table.var_varies))
 
 
 class _Tables:
@@ -94,7 +95,7 @@ class _Tables:
         return self._layer.in_factor is not None or self._layer.ln_factor is not None
 
     def moments(self, x: Any, spatial: Any) -> tuple[Any, Any]:
-        """Emit mixed mean (None for 0) and mixed variance plus eps of x (N, C, *spatial)."""
+        """Emit mixed mean and mixed variance plus eps of x (N, C, *spatial)."""
         layer = self._layer
         mean, var = self._optional(layer.mean_offset), self._optional(layer.var_offset)
         if not (layer.needs_positions or self._uses_ln):

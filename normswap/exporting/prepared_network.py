@@ -1,4 +1,4 @@
-"""A copy of a network that is ready to be traced: plain or compact layers for SN layers, in the precision of the file."""
+"""A copy of a network for the trace: plain or compact layers for SN layers, in the precision of the file."""
 
 import torch
 from torch import nn
@@ -16,14 +16,14 @@ def prepare_network(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
 
     Args:
         model: a converted network, or any other; it is not changed.
-        dtype: the precision of the copy, None for that of the model. Constants of compact layers keep theirs.
+        dtype: the precision of the copy, None for that of the model. The constants of compact layers stay in float32.
     """
     network = copy_model(unwrap(require_module(model)))
     layers = [entry.module for entry in walk_modules(network) if isinstance(entry.module, SwitchNorm)]
     for layer in layers:
         _simplify(layer)
     if dtype is not None:
-        _cast(network, dtype)
+        network.to(dtype)
     return network
 
 
@@ -46,17 +46,3 @@ def _uses_batch(layer: SwitchNorm) -> bool:
         return False
     index = layer.branches.index("bn")
     return any(bool(weights[index]) for weights in layer.importance_weights())
-
-
-def _cast(network: nn.Module, dtype: torch.dtype) -> None:
-    """Cast a network, except the constants and parameters of compact layers, which compute in float32."""
-    compact = [module for module in network.modules() if isinstance(module, CompactNorm)]
-    own = [{**module._parameters, **module._buffers} for module in compact]
-    values = [{name: t.detach().clone() for name, t in each.items() if t is not None} for each in own]
-    network.to(dtype)
-    for module, kept in zip(compact, values, strict=True):
-        for name, value in kept.items():
-            if name in module._buffers:
-                module._buffers[name] = value
-            else:
-                getattr(module, name).data = value

@@ -1,6 +1,6 @@
 """Weights in the layout of the checkpoints that the authors of Switchable Normalization published.
 
-Per layer: `weight` and `bias` (1, C, 1, 1), `running_mean` and `running_var` (1, C, 1), and the logits of the importance
+Per layer: `weight` and `bias` (1, C, 1, 1), `running_mean` and `running_var` (1, C, 1), and logits of the importance
 weights in `mean_weight` and `var_weight`, (3,) for `in`, `ln` and `bn` or (2,) without `bn`. Layers over (N, C) have
 tensors (1, C) and logits (2,) for `ln` and `bn`. The file is a dict with the entry `state_dict`.
 
@@ -79,7 +79,7 @@ def _unsupported(layer: nn.Module) -> str | None:
     weights = [dict(zip(layer.branches, each.tolist(), strict=True)) for each in layer.importance_weights()]
     for name, neutral in _IDENTITY.items():
         constant, branch = getattr(layer, name, None), "in" if name.startswith("in") else "ln"
-        uses = any(each.get(branch, 0) for each in weights)  # type: ignore[call-overload]
+        uses = any(each.get(branch, 0) for each in weights)
         if uses and constant is not None and bool((constant != neutral).any()):
             return f"matching constants, and `{branch}` is matched here (convert with match=False)"
     if _rank(layer) == 2 and any(each.get("in", 0) for each in weights):
@@ -122,8 +122,8 @@ def _notes(layers: Mapping[str, nn.Module], loss: float, num_zeros: int) -> tupl
     notes = [f"Importance weights change by at most {loss:.1e}, since the layout stores the logits of a softmax."]
     if num_zeros:
         notes.append(
-            f"{pluralize(num_zeros, 'importance weight')} of 0 became the logit {ZERO_LOGIT:g}: the softmax is 0 again, "
-            "and its gradient too, so further training cannot move them."
+            f"{pluralize(num_zeros, 'importance weight')} of 0 became the logit {ZERO_LOGIT:g}: the softmax is 0 "
+            "again, and its gradient too, so further training cannot move them."
         )
     notes.append(
         "The published code divides the variance of one sample by its number of positions minus 1: on small maps its "

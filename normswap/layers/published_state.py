@@ -2,8 +2,8 @@
 
 Their layers have weights (1, C, 1, 1), running statistics (1, C, 1) and logits of the branches in the order `in`, `ln`,
 `bn`; without `bn` only two, and over (N, C), with weights (1, C), those of `ln` and `bn`. The sparse version (SSN) adds
-`mean_fixed`, `var_fixed` and `radius`, each one number. Its importance weights are the sparsestmax of the logits, or, once
-fixed, the stored one-hot weights.
+`mean_fixed`, `var_fixed` and `radius`, each one number. Its importance weights are the sparsestmax of the logits, or,
+once fixed, the stored one-hot weights.
 
 Sources: Luo et al., "Differentiable Learning-to-Normalize via Switchable Normalization", ICLR 2019; Shao et al., "SSN:
 Learning Sparse Switchable Normalization via SparsestMax", CVPR 2019, algorithm 1.
@@ -45,7 +45,8 @@ def read_published_state(
         The importance weights (K,) of each gate by name, in the order of `branches`; without a gate that does not fit.
         None if the layer is not in the published layout.
     """
-    shapes = {name: value.dim() for name in _TENSORS if _is_row(value := state_dict.get(prefix + name))}
+    stored = {name: state_dict.get(prefix + name) for name in _TENSORS}
+    shapes = {name: value.dim() for name, value in stored.items() if isinstance(value, Tensor) and _is_row(value)}
     if not shapes:
         return None
     for name in shapes:
@@ -64,8 +65,8 @@ def read_published_state(
     return found
 
 
-def _is_row(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.dim() > 1 and value.numel() == value.shape[1]
+def _is_row(value: Tensor) -> bool:
+    return value.dim() > 1 and value.numel() == value.shape[1]
 
 
 def _weights(value: Tensor, radius: Any, fixed: Any) -> Tensor:
