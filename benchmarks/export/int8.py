@@ -1,4 +1,4 @@
-"""int8 of a partly baked network against BN's: the digits of scikit-learn, quantized by onnxruntime (QDQ, calibrated)."""
+"""int8 of a partly baked network against BN's, on the digits of scikit-learn: QDQ of onnxruntime, calibrated."""
 
 import tempfile
 from collections.abc import Iterator

@@ -25,9 +25,9 @@ NETWORKS = {
     "timm resnet18": Network(lambda: timm.create_model("resnet18"), (2, 3, 64, 64)),
     "timm resnet50": Network(lambda: timm.create_model("resnet50"), (2, 3, 64, 64)),
     "timm efficientnet_b0": Network(lambda: timm.create_model("efficientnet_b0"), (2, 3, 64, 64)),
-    "timm densenet121": Network(lambda: timm.create_model("densenet121"), (2, 3, 64, 64)),
     "timm regnety_002": Network(lambda: timm.create_model("regnety_002"), (2, 3, 64, 64)),
     "torchvision r3d_18": Network(lambda: torchvision.models.get_model("r3d_18"), (2, 3, 8, 48, 48)),
+    "timm densenet121": Network(lambda: timm.create_model("densenet121"), (2, 3, 64, 64)),
 }
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from benchmarks.export.int8 import measure_int8
 from benchmarks.export.networks import NETWORKS
 from benchmarks.export.outputs import measure_outputs, measure_sites
 from benchmarks.export.speed import ROUNDS, THREADS, measure_speed
@@ -35,9 +34,6 @@ def main() -> None:
             print(f"{part} of {name}", flush=True)
             found[part][name] = measure(NETWORKS[name])
             write_document(path, found)
-    if "int8" not in found:
-        found["int8"] = measure_int8()
-        write_document(path, found)
     text = page(found)
     (PAGES / "export.md").write_text(text, encoding="utf-8")
     print(text)

@@ -32,6 +32,13 @@ _RESPONSE_FACTOR = 10.0
 _SCRIPT = Path(__file__).with_name("isolated_process.py")
 
 
+_BLOCKED = "normswap is blocked in this process"
+
+
+class CodeNeedsNormswap(ModelError):  # noqa: N818 - a reason, not a mistake
+    """The code of a network imports normswap, so its weights cannot be run in a process without it."""
+
+
 @dataclass(frozen=True)
 class ExportCase:
     """One comparison of an exported file with the network.
@@ -96,6 +103,8 @@ class IsolatedCheck:
         command = [sys.executable, "-P", "-W", "ignore", str(_SCRIPT), str(folder / "request.json")]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
+            if module is not None and _BLOCKED in done.stderr:
+                raise CodeNeedsNormswap("the network's own code imports normswap")
             reason = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
             raise ModelError(f"the exported file fails in a process without normswap: {reason}")
         found: list[list[Tensor]] = (_read_arrays if as_arrays else torch.load)(folder / "outputs.npz")

@@ -2,6 +2,7 @@
 
 import pickle
 import time
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -38,7 +39,7 @@ from normswap.exporting.export_options import (
     Target,
     target_of,
 )
-from normswap.exporting.isolated_check import IsolatedCheck, compare_case, run_network
+from normswap.exporting.isolated_check import CodeNeedsNormswap, IsolatedCheck, compare_case, run_network
 from normswap.exporting.plain_weights import original_network
 from normswap.exporting.prepared_network import prepare_network
 from normswap.exporting.published_layout import published_weights
@@ -137,7 +138,8 @@ def run_export(
 
 
 def _export_program(network: nn.Module, options: ExportOptions, inputs: Any, progress: Progress) -> Exported:
-    run_network(network, inputs)  # for its own error message
+    with warnings.catch_warnings(action="ignore"):  # a site with one position is refused below
+        run_network(network, inputs)  # a network that fails says so in its own words
     own_dtype = floating_dtype(network)
     dtype = own_dtype if options.dtype is None else getattr(torch, options.dtype)
     cast_inputs = tree_map_only(Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, inputs)
@@ -276,6 +278,8 @@ def _check_weights(
             tensor.zero_()
     try:
         cases = check.run(file, "state-dict", module=blank, as_safetensors=options.path.suffix == ".safetensors")
+    except CodeNeedsNormswap as error:
+        return replace(result, notes=(f"not verified: {error}",))
     except _PICKLING_ERRORS as error:
         return replace(result, notes=(f"not verified: the network cannot be pickled ({first_line(error)})",))
     return replace(result, cases=cases)

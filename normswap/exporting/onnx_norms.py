@@ -62,86 +62,71 @@ class NormTranslation:
         layer, rank = self._layers[site], len(x.shape)
         is_cast = x.dtype not in (ir.DataType.FLOAT, ir.DataType.DOUBLE)
         wide = op.Cast(x, to=onnx.TensorProto.FLOAT) if is_cast else x
-        number_type = numpy.float64 if x.dtype == ir.DataType.DOUBLE else numpy.float32
-        spatial = _integers(*range(2, rank))
-        table = _Tables(layer, rank, number_type)
-        mean, var = table.moments(wide, spatial)
         if is_cast:
             weight, bias = (None if t is None else op.Cast(t, to=onnx.TensorProto.FLOAT) for t in (weight, bias))
+        if rank > 2:  # (C, 1, ...), of which a constant is made if weights need not keep their names
+            axes = _integers(*range(1, rank - 1))
+            weight, bias = (None if t is None else op.Unsqueeze(t, axes) for t in (weight, bias))
+        mean, var = _Tables(layer, rank, numpy.float64 if x.dtype == ir.DataType.DOUBLE else numpy.float32).moments(
+            wide
+        )
         deviation = op.Sqrt(var)
         scale = op.Reciprocal(deviation) if weight is None else op.Div(weight, deviation)
         product = op.Mul(mean, scale)
         shift = op.Neg(product) if bias is None else op.Sub(bias, product)
         if is_cast:
             scale, shift = (op.Cast(each, to=int(x.dtype)) for each in (scale, shift))
-        scaled = op.Mul(x, _unsqueeze(scale, rank, varies=table.var_varies))
-        return op.Add(scaled, _unsqueeze(shift, rank, varies=table.mean_varies or table.var_varies))
+        return op.Add(op.Mul(x, scale), shift)
 
 
 class _Tables:
-    """Emits the moments of a layer as tables: (N, C) if they vary with the sample, else (C,)."""
+    """Emits the moments of a layer as tables that broadcast with x: (N, C, 1, ...), (N, 1, 1, ...) or (C, 1, ...)."""
 
     def __init__(self, layer: CompactNorm, rank: int, number_type: Any) -> None:
         self._layer, self._rank, self._type = layer, rank, number_type
+        self._uses_ln = bool(layer.mean_weights["ln"]) or layer.ln_factor is not None
 
-    @property
-    def mean_varies(self) -> bool:
-        """Whether the mixed mean depends on the sample."""
-        return any(self._layer.mean_weights.values())
-
-    @property
-    def var_varies(self) -> bool:
-        """Whether the mixed variance depends on the sample."""
-        return self._layer.in_factor is not None or self._layer.ln_factor is not None
-
-    def moments(self, x: Any, spatial: Any) -> tuple[Any, Any]:
+    def moments(self, x: Any) -> tuple[Any, Any]:
         """Emit mixed mean and mixed variance plus eps of x (N, C, *spatial)."""
         layer = self._layer
         mean, var = self._optional(layer.mean_offset), self._optional(layer.var_offset)
         if not (layer.needs_positions or self._uses_ln):
             return mean, var
-        instance_mean, instance_var = self._instance_moments(x, spatial)
-        mean = _add(self._scaled(instance_mean, layer.mean_weights["in"]), mean)
-        if layer.in_factor is not None and instance_var is not None:
-            var = _add(op.Mul(instance_var, self._constant(layer.in_factor)), var)
-        if self._uses_ln:
-            ln_mean, ln_var = self._layer_moments(instance_mean, instance_var)
-            mean = _add(mean, self._scaled(ln_mean, layer.mean_weights["ln"]))
-            if layer.ln_shift is not None:
-                mean = _add(mean, op.Mul(op.Sqrt(ln_var), self._constant(layer.ln_shift)))
-            if layer.ln_factor is not None:
-                var = _add(var, op.Mul(ln_var, self._constant(layer.ln_factor)))
+        if not layer.needs_positions and layer.num_groups == 1:  # one pass for `ln` alone
+            ln_mean, ln_var = _two_passes(x, range(1, self._rank), with_var=True)
+        else:
+            with_var = layer.in_factor is not None or self._uses_ln
+            in_mean, in_var = _two_passes(x, range(2, self._rank), with_var=with_var)
+            mean = _add(self._scaled(in_mean, layer.mean_weights["in"]), mean)
+            if layer.in_factor is not None:
+                var = _add(op.Mul(in_var, self._constant(layer.in_factor)), var)
+            if not self._uses_ln:
+                return mean, var
+            ln_mean, ln_var = self._pool_channels(in_mean, in_var)
+        ln_var = op.Add(ln_var, self._constant(layer.eps))
+        mean = _add(mean, self._scaled(ln_mean, layer.mean_weights["ln"]))
+        if layer.ln_shift is not None:
+            mean = _add(mean, op.Mul(op.Sqrt(ln_var), self._constant(layer.ln_shift)))
+        if layer.ln_factor is not None:
+            var = _add(var, op.Mul(ln_var, self._constant(layer.ln_factor)))
         return mean, var
 
-    @property
-    def _uses_ln(self) -> bool:
-        return bool(self._layer.mean_weights["ln"]) or self._layer.ln_factor is not None
-
-    def _instance_moments(self, x: Any, spatial: Any) -> tuple[Any, Any]:
-        """Emit mean and variance of each sample and channel; the variance is None if there is one position."""
-        if self._rank == 2:
-            return x, None
-        mean = op.ReduceMean(x, spatial, keepdims=1)
-        if self._layer.in_factor is None and not self._uses_ln:
-            return op.Squeeze(mean, spatial), None
-        centred = op.Sub(x, mean)
-        return op.Squeeze(mean, spatial), op.ReduceMean(op.Mul(centred, centred), spatial, keepdims=0)
-
-    def _layer_moments(self, mean: Any, var: Any) -> tuple[Any, Any]:
-        """Emit mean and variance plus eps over the channels, or over groups of them, of each sample."""
+    def _pool_channels(self, mean: Any, var: Any) -> tuple[Any, Any]:
+        """Emit mean and variance over the channels, or over groups of them, from the tables (N, C, 1, ...)."""
         layer, axis = self._layer, _integers(1)
-        if layer.num_groups != 1:
-            grouped, axis = _integers(0, layer.num_groups, -1), _integers(2)
-            mean, var = op.Reshape(mean, grouped), None if var is None else op.Reshape(var, grouped)
+        grouped = layer.num_groups != 1
+        if grouped:
+            shape, axis = _integers(0, layer.num_groups, -1), _integers(2)
+            mean, var = op.Reshape(mean, shape), None if var is None else op.Reshape(var, shape)
         pooled_mean = op.ReduceMean(mean, axis, keepdims=1)
         centred = op.Sub(mean, pooled_mean)
-        pooled = op.ReduceMean(_add(var, op.Mul(centred, centred)), axis, keepdims=1)
-        pooled_var = op.Add(pooled, self._constant(layer.eps))
-        if layer.num_groups != 1:
-            shape = op.Shape(mean)
-            flat = _integers(0, layer.num_features)
-            pooled_mean, pooled_var = (op.Reshape(op.Expand(t, shape), flat) for t in (pooled_mean, pooled_var))
-        return pooled_mean, pooled_var
+        pooled_var = op.ReduceMean(_add(var, op.Mul(centred, centred)), axis, keepdims=1)
+        if not grouped:
+            return pooled_mean, pooled_var
+        of_channels, flat = op.Shape(mean), _integers(0, layer.num_features, *(1,) * (self._rank - 2))
+        return op.Reshape(op.Expand(pooled_mean, of_channels), flat), op.Reshape(
+            op.Expand(pooled_var, of_channels), flat
+        )
 
     def _scaled(self, table: Any, weight: float) -> Any:
         return None if weight == 0 else table if weight == 1 else op.Mul(table, self._constant(weight))
@@ -150,8 +135,23 @@ class _Tables:
         return None if value is None else self._constant(value)
 
     def _constant(self, value: Tensor | float) -> Any:
+        """Emit a number, or a table (C, 1, ...) of numbers (C,)."""
         array = value.detach().cpu().numpy() if isinstance(value, Tensor) else numpy.asarray(value)
+        if array.ndim:
+            array = array.reshape(-1, *(1,) * (self._rank - 2))
         return op.Constant(value=onnx.numpy_helper.from_array(array.astype(self._type)))
+
+
+def _two_passes(x: Any, axes: range, *, with_var: bool) -> tuple[Any, Any]:
+    """Emit mean and variance over axes of x, which keep size 1; the variance is None if it is not needed or 0."""
+    if not axes:  # one position
+        return x, None
+    reduced = _integers(*axes)
+    mean = op.ReduceMean(x, reduced, keepdims=1)
+    if not with_var:
+        return mean, None
+    centred = op.Sub(x, mean)
+    return mean, op.ReduceMean(op.Mul(centred, centred), reduced, keepdims=1)
 
 
 def _operator_call(layer: CompactNorm, site: int) -> Any:
@@ -164,11 +164,6 @@ def _operator_call(layer: CompactNorm, site: int) -> Any:
 
 def _integers(*values: int) -> Any:
     return op.Constant(value=onnx.numpy_helper.from_array(numpy.array(values, dtype=numpy.int64)))
-
-
-def _unsqueeze(table: Any, rank: int, *, varies: bool) -> Any:
-    """A table, (N, C) if it varies with the sample or else (C,), that broadcasts with (N, C, *spatial)."""
-    return table if rank == 2 else op.Unsqueeze(table, _integers(*range(2 if varies else 1, rank - (not varies))))
 
 
 def _add(first: Any, second: Any) -> Any:

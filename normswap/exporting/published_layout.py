@@ -119,7 +119,9 @@ def _logits(weights: Mapping[Branch, float], rank: int) -> Tensor:
 
 
 def _notes(layers: Mapping[str, nn.Module], loss: float, num_zeros: int) -> tuple[str, ...]:
-    notes = [f"Importance weights change by at most {loss:.1e}, since the layout stores the logits of a softmax."]
+    notes = []
+    if loss:
+        notes.append(f"Importance weights change by at most {loss:.1e}, since the layout stores logits of a softmax.")
     if num_zeros:
         notes.append(
             f"{pluralize(num_zeros, 'importance weight')} of 0 became the logit {ZERO_LOGIT:g}: the softmax is 0 "
