@@ -3,11 +3,14 @@
 Delete benchmarks/results/export.json to measure everything.
 """
 
+from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 
+from benchmarks.export.int8 import measure_int8
 from benchmarks.export.networks import NETWORKS
 from benchmarks.export.outputs import measure_outputs, measure_sites
 from benchmarks.export.speed import ROUNDS, THREADS, measure_speed
@@ -25,18 +28,25 @@ def main() -> None:
     path = RESULTS / "export.json"
     found: dict[str, Any] = read_document(path) or {}
     found.setdefault("provenance", f"{provenance()} {_runtimes()}")
-    work = [("outputs", name, measure_outputs) for name in NETWORKS]
-    work += [("sites", name, measure_sites) for name in SITES_OF] + [
-        ("speed", name, measure_speed) for name in SPEED_OF
-    ]
-    for part, name, measure in work:
+    for part, name, measure in _work():
         if name not in found.setdefault(part, {}):
             print(f"{part} of {name}", flush=True)
-            found[part][name] = measure(NETWORKS[name])
+            found[part][name] = measure()
             write_document(path, found)
-    text = page(found)
-    (PAGES / "export.md").write_text(text, encoding="utf-8")
-    print(text)
+            (PAGES / "export.md").write_text(page(found), encoding="utf-8")
+    print(page(found))
+
+
+def _work() -> Iterator[tuple[str, str, Callable[[], Any]]]:
+    """Yield part, network and function of each measurement."""
+    yield "int8", "digits", measure_int8
+    for part, names, measure in (
+        ("speed", SPEED_OF, measure_speed),
+        ("sites", SITES_OF, measure_sites),
+        ("outputs", NETWORKS, measure_outputs),
+    ):
+        for name in names:
+            yield part, name, partial(measure, NETWORKS[name])
 
 
 def _runtimes() -> str:
@@ -56,12 +66,16 @@ def page(found: dict[str, Any]) -> str:
         "Written by `make export` (`python -m benchmarks.export.run`).\n" + found["provenance"],
         "Each network is converted, and its gates are moved to random points of the simplex. It is exported with "
         "`normswap.export` and run in a process that cannot import normswap. See [export](../how-to/export.md).",
-        _outputs(found["outputs"]),
-        _nodes(found["outputs"]),
-        _sites(found["sites"]),
-        _speed(found["speed"]),
-        _int8(found["int8"]),
     ]
+    for part, write in (
+        ("outputs", _outputs),
+        ("outputs", _nodes),
+        ("sites", _sites),
+        ("speed", _speed),
+        ("int8", _int8),
+    ):
+        if part in found:
+            parts.append(write(found[part]))
     return "\n\n".join(parts) + "\n"
 
 
@@ -123,6 +137,7 @@ def _speed(found: dict[str, Any]) -> str:
 
 
 def _int8(found: dict[str, Any]) -> str:
+    found = found["digits"]
     sites = found["sites"]
     rows = [f"| {name} | {found[name]['float32']:.1%} | {found[name]['int8']:.1%} |" for name in ("BN", "SN")]
     text = (

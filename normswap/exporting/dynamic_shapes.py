@@ -165,5 +165,5 @@ def symbolic_dimensions(program: torch.export.ExportedProgram, inputs: Any) -> I
     for leaf, traced in zip(leaves, tensors, strict=True):
         for index, name in name_dimensions(leaf).items():
             size: Any = traced.shape[index]
-            if isinstance(size, torch.SymInt):
+            if isinstance(size, torch.SymInt) and size.node.maybe_as_int() is None:  # else the network fixes it
                 yield name, size.node.expr

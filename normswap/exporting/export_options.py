@@ -2,11 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from normswap.checkpoints.io.atomic_files import check_writable
-from normswap.errors import ArgumentError, CheckpointError
+from normswap.errors import ArgumentError, CheckpointError, ModelError
 from normswap.exporting.dynamic_shapes import FreeSize
 from normswap.exporting.isolated_check import ExportCase
 from normswap.text import printable_as
@@ -91,6 +92,7 @@ class ExportOptions:
         Raises:
             ArgumentError: an argument has no such value, or does not apply to this kind of file.
             CheckpointError: the name of the file has another suffix, or it cannot be written.
+            ModelError: a package is not installed.
         """
         if self.to not in TARGETS:
             raise ArgumentError(f"to: expected one of {', '.join(TARGETS)}, got {self.to!r}")
@@ -111,7 +113,17 @@ class ExportOptions:
                 f"{self.path}: expected a name that ends in {expected} for to='{self.to}': choose "
                 f"output='{self.path.stem}{_SUFFIXES[self.to][0]}'"
             )
+        missing = [name for name in self._packages if find_spec(name) is None]
+        if missing:
+            raise ModelError(f"to='onnx' needs {', '.join(missing)}: pip install 'normswap[export]'")
         check_writable(self.path, replace=self.overwrite)
+
+    @property
+    def _packages(self) -> tuple[str, ...]:
+        """The packages that this kind of file needs beside torch."""
+        if self.to != "onnx":
+            return ()
+        return ("onnx", "onnxscript", "onnxruntime") if self.verify else ("onnx", "onnxscript")
 
 
 def target_of(path: Path, to: str | None) -> Any:

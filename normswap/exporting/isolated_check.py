@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
@@ -60,12 +61,20 @@ class IsolatedCheck:
 
     Args:
         network: the network, in evaluation and in its own precision.
-        cases: the inputs.
+        cases: the inputs, the example first; others that the network itself does not accept are left out.
         dtype: the precision of the file.
+
+    Raises:
+        ModelError: the network fails on the example.
     """
 
     def __init__(self, network: nn.Module, cases: Sequence[Any], dtype: torch.dtype) -> None:
-        self._network, self._cases, self._dtype = network, cases, dtype
+        self._network, self._dtype = network, dtype
+        self._cases, self._references = [cases[0]], [run_network(network, _as_network(network, cases[0]))]
+        for case in cases[1:]:
+            with suppress(ModelError):
+                self._references.append(run_network(network, _as_network(network, case)))
+                self._cases.append(case)
 
     def run(
         self, file: Path, kind: Kind, *, module: nn.Module | None = None, as_safetensors: bool = False
@@ -82,8 +91,7 @@ class IsolatedCheck:
         with TemporaryDirectory(prefix="normswap-") as folder:
             request = {"kind": kind, "file": str(file.absolute()), "safetensors": as_safetensors}
             found = self._run_process(request, Path(folder), module)
-        pairs = zip(self._cases, found, strict=True)
-        compared = tuple(compare_case(self._network, case, outputs, self._dtype) for case, outputs in pairs)
+        compared = tuple(map(self.compare, self._cases, self._references, found))
         worst = max(compared, key=lambda case: case.relative_error / case.limit)
         if worst.relative_error > worst.limit:
             raise ModelError(
@@ -110,21 +118,27 @@ class IsolatedCheck:
         found: list[list[Tensor]] = (_read_arrays if as_arrays else torch.load)(folder / "outputs.npz")
         return found
 
+    def compare(self, case: Any, reference: Sequence[Tensor], found: Sequence[Tensor]) -> ExportCase:
+        """Compare outputs of the file with those of the network, which runs in its own precision."""
+        error, limit = _largest_error(reference, found), _LIMITS[self._dtype]
+        if error > limit:
+            rounded = tree_map_only(Tensor, self._round, _as_network(self._network, case))
+            limit = max(limit, _RESPONSE_FACTOR * _largest_error(reference, run_network(self._network, rounded)))
+        return ExportCase(describe_shapes(case), error, limit)
 
-def compare_case(network: nn.Module, case: Any, found: Sequence[Tensor], dtype: torch.dtype) -> ExportCase:
-    """Compare outputs of a file of precision `dtype` with those of a network, which runs in its own precision."""
+    def compare_in_process(self, network: nn.Module) -> ExportCase:
+        """Compare another network with the network, on the example."""
+        outputs = run_network(network, _as_network(network, self._cases[0]))
+        return self.compare(self._cases[0], self._references[0], outputs)
 
-    def round_values(tensor: Tensor) -> Tensor:
-        return tensor * (1 + torch.finfo(dtype).eps) if tensor.is_floating_point() else tensor
+    def _round(self, tensor: Tensor) -> Tensor:
+        return tensor * (1 + torch.finfo(self._dtype).eps) if tensor.is_floating_point() else tensor
 
+
+def _as_network(network: nn.Module, inputs: Any) -> Any:
+    """Return inputs in the precision of a network."""
     own = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
-    inputs = tree_map_only(Tensor, lambda t: t.to(own) if t.is_floating_point() else t, case)
-    reference = run_network(network, inputs)
-    error, limit = _largest_error(reference, found), _LIMITS[dtype]
-    if error > limit:
-        response = _largest_error(reference, run_network(network, tree_map_only(Tensor, round_values, inputs)))
-        limit = max(limit, _RESPONSE_FACTOR * response)
-    return ExportCase(describe_shapes(case), error, limit)
+    return tree_map_only(Tensor, lambda t: t.to(own) if t.is_floating_point() else t, inputs)
 
 
 def run_network(network: nn.Module, inputs: Any) -> list[Tensor]:

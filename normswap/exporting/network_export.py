@@ -39,7 +39,7 @@ from normswap.exporting.export_options import (
     Target,
     target_of,
 )
-from normswap.exporting.isolated_check import CodeNeedsNormswap, IsolatedCheck, compare_case, run_network
+from normswap.exporting.isolated_check import CodeNeedsNormswap, IsolatedCheck, run_network
 from normswap.exporting.plain_weights import original_network
 from normswap.exporting.prepared_network import prepare_network
 from normswap.exporting.published_layout import published_weights
@@ -298,7 +298,7 @@ def _export_published(network: nn.Module, options: ExportOptions, inputs: Any) -
         if options.verify and inputs is not None:
             read_back = copy_model(network)
             read_back.load_state_dict(torch.load(temporary, weights_only=True)["state_dict"], strict=True)
-            case = compare_case(network, inputs, run_network(read_back, inputs), dtype)
+            case = IsolatedCheck(network, [inputs], dtype).compare_in_process(read_back)
             note = "The file was read back into SN layers in this process: no library without normswap computes them."
             result = replace(result, cases=(case,), notes=(*result.notes, note))
     return _finished(result, options, inputs)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import normswap
 from normswap.errors import ArgumentError, CheckpointError, ModelError, SwapError
-from normswap.exporting import isolated_check, onnx_file
+from normswap.exporting import export_options, isolated_check, onnx_file
 from normswap.exporting.dynamic_shapes import FreeSize
 from normswap.exporting.export_options import DTYPES, FIRST_OPSET, LAST_OPSET, TARGETS
 from tests.exporting import networks
@@ -85,6 +85,24 @@ def test_sizes_that_the_network_fixes_are_noted(tmp_path: Path) -> None:
     assert result.notes[0].startswith("height and width: fixed to the size of the example input")
 
 
+class Even(nn.Module):
+    """A network that refuses odd heights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x.unflatten(2, (4, -1)).flatten(2, 3))
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_sizes_that_the_network_refuses_are_left_out(tmp_path: Path) -> None:
+    result = normswap.export(Even(), tmp_path / "a.onnx", example_inputs=torch.randn(2, 3, 12, 12))
+    assert all(int(case.inputs.split("x")[2]) % 4 == 0 for case in result.cases)
+
+
 def test_what_torch_cannot_trace_is_one_line(tmp_path: Path) -> None:
     class Branching(nn.Sequential):
         def forward(self, x: Tensor) -> Tensor:
@@ -99,8 +117,8 @@ def test_what_torch_cannot_trace_is_one_line(tmp_path: Path) -> None:
 @pytest.mark.multiprocess
 def test_a_file_that_computes_another_function_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = isolated_check.run_network
-    monkeypatch.setattr(isolated_check, "run_network", lambda *args: [1.01 * tensor for tensor in run(*args)])
-    message = r"computes another function than the network: on \S+ outputs differ by 9.9e-03, expected at most 1.0e-04"
+    monkeypatch.setattr(isolated_check, "run_network", lambda *args: [tensor / 1.01 for tensor in run(*args)])
+    message = r"computes another function than the network: on \S+ outputs differ by 1.0e-02, expected at most 1.0e-04"
     with pytest.raises(ModelError, match=message):
         normswap.export(networks.converted(), tmp_path / "a.onnx", example_inputs=networks.example())
     monkeypatch.setattr(onnx_file, "_check", lambda proto, opset: proto.graph.ClearField("output"))
@@ -139,7 +157,11 @@ ARGUMENTS: dict[str, tuple[str, dict[str, Any], str]] = {
     "an old opset": ("a.onnx", {"opset": 11}, f"opset: expected a number from {FIRST_OPSET} to {LAST_OPSET}, got 11"),
     "opset of pt2": ("a.pt2", {"opset": 18}, "opset= applies to to='onnx' only: leave it out for to='pt2'"),
     "fold of pt2": ("a.pt2", {"fold": False}, "fold=False applies to to='onnx' only: leave it out for to='pt2'"),
-    "dtype of weights": ("a.pt", {"to": "state-dict", "dtype": "float16"}, "dtype= applies to to='onnx' and to='pt2'"),
+    "dtype of weights": (
+        "a.pt",
+        {"to": "state-dict", "dtype": "float16"},
+        "dtype= applies to to='onnx' and to='pt2' only",
+    ),
     "bfloat16 in ONNX": ("a.onnx", {"dtype": "bfloat16"}, "dtype='bfloat16' has no kernels in onnxruntime"),
     "no path": ("", {}, "path: expected the name of a file, got ''"),
     "no boolean": ("a.onnx", {"fold": 1}, "fold: expected True or False, got an int"),
@@ -154,6 +176,15 @@ def test_bad_arguments(
     with pytest.raises(ArgumentError, match=re.escape(message)):
         normswap.export(networks.converted(), name, example_inputs=networks.example(), **options)
     assert not list(tmp_path.iterdir())
+
+
+def test_packages_that_are_missing_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export_options, "find_spec", lambda name: None)
+    needed = "to='onnx' needs onnx, onnxscript, onnxruntime: pip install 'normswap[export]'"
+    with pytest.raises(ModelError, match=re.escape(needed)):
+        normswap.export(networks.converted(), tmp_path / "a.onnx", example_inputs=networks.example())
+    with pytest.raises(ModelError, match=re.escape(needed.replace(", onnxruntime", ""))):
+        normswap.export(networks.converted(), tmp_path / "a.onnx", example_inputs=networks.example(), verify=False)
 
 
 def test_bad_paths_and_inputs(tmp_path: Path) -> None:
