@@ -14,7 +14,7 @@ import onnxruntime
 import normswap
 from benchmarks.export.networks import Network, build, convert
 
-ROUNDS = 30
+ROUNDS = 100
 THREADS = 1
 
 
