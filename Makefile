@@ -12,8 +12,7 @@ EVIDENCE_READY := $(VENV)/.normswap-evidence-ready
 # Libraries are installed without bytecode, since most of it is never imported; what is, each process would compile anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-fast lint types unit evidence batch-dependence bench fuzz sanitize zoo index identify recipes docs look clean
-.PHONY: demo test test-fast lint types unit evidence batch-dependence bench export fuzz sanitize zoo index identify recipes docs clean
+.PHONY: demo test test-fast lint types unit evidence batch-dependence bench export fuzz sanitize zoo index identify recipes docs look clean
 
 # What the C extension is built from: a change of it builds the extension again.
 NATIVE := $(wildcard normswap/layers/*.[ch] normswap/layers/csrc/*.[ch])

@@ -2,6 +2,7 @@
 
 from torch import nn
 
+from normswap.baking.compact_norm import CompactNorm
 from normswap.errors import SwapError
 from normswap.surgery.conversion import revert
 from normswap.surgery.importance import sites_with_changed_weights
@@ -18,7 +19,8 @@ def original_network(model: nn.Module) -> nn.Module:
         SwapError: a site computes something else than its old norm, or its old norm cannot be restored.
     """
     network = copy_model(unwrap(model))
-    changed = sites_with_changed_weights(network)
+    compact = [name for name, module in network.named_modules() if isinstance(module, CompactNorm)]
+    changed = sites_with_changed_weights(network) + compact
     if changed:
         raise SwapError(
             f"no layer of torch computes {pluralize(len(changed), 'site')} whose importance weights differ from those "

@@ -23,9 +23,9 @@ from normswap.finetune.trainer import Outcome
 from normswap.layers.gating import BRANCHES
 from normswap.reports.analysis_tables import analysis_table
 from normswap.reports.baking_tables import bake_measurement_table, bake_table
+from normswap.reports.export_table import export_table
 from normswap.reports.file_report import Report
 from normswap.reports.plots import KINDS
-from normswap.reports.export_table import export_table
 from normswap.reports.tables import (
     calibration_table,
     distance_table,

@@ -247,4 +247,6 @@ def test_a_network_that_cannot_be_pickled_is_noted(tmp_path: Path) -> None:
 def test_plain_weights_of_sites_that_mix_norms_are_refused(tmp_path: Path) -> None:
     with pytest.raises(SwapError, match=r"no layer of torch computes 2 sites .* \(norm, last\).*: use to='onnx'"):
         normswap.export(networks.moved(), tmp_path / "a.pt", to="state-dict")
+    with pytest.raises(SwapError, match=r"no layer of torch computes 2 sites .* \(norm, last\).*: use to='onnx'"):
+        normswap.export(normswap.bake(networks.moved()).model, tmp_path / "a.pt", to="state-dict")
     assert not list(tmp_path.iterdir())
