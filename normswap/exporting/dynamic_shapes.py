@@ -49,7 +49,8 @@ def with_two_samples(inputs: Any) -> Any:
 def smallest_size(network: nn.Module, inputs: Any) -> int:
     """Return the smallest size of all spatial dimensions at which every site with an `in` branch has two positions.
 
-    It is found by halving, with tensors without values. The bound is 1 if no site needs two positions.
+    It is found by halving, with tensors without values. The bound is 1 if no site needs two positions. A dimension of
+    the example that is smaller than the bound must not become smaller.
 
     Raises:
         ModelError: such a site has one position even on `inputs`.
@@ -156,8 +157,8 @@ def _other_size(size: int, at_least: int, order: int) -> int:
     return smaller if at_least <= smaller < size else size + 8 * order
 
 
-def symbolic_dimensions(program: torch.export.ExportedProgram, inputs: Any) -> Iterator[tuple[str, Any]]:
-    """Yield name and symbol of each dimension of the inputs that is free in a program."""
+def symbolic_dimensions(program: torch.export.ExportedProgram, inputs: Any) -> Iterator[tuple[str, int, Any]]:
+    """Yield name, size in the example and symbol of each dimension of the inputs that is free in a program."""
     leaves = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
     names = set(program.graph_signature.user_inputs)
     values = [node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder" and node.name in names]
@@ -165,5 +166,13 @@ def symbolic_dimensions(program: torch.export.ExportedProgram, inputs: Any) -> I
     for leaf, traced in zip(leaves, tensors, strict=True):
         for index, name in name_dimensions(leaf).items():
             size: Any = traced.shape[index]
-            if isinstance(size, torch.SymInt) and size.node.maybe_as_int() is None:  # else the network fixes it
-                yield name, size.node.expr
+            # Else the network fixes it; torch also fixes a size that a later layer reduces to 1.
+            if isinstance(size, torch.SymInt) and not _is_fixed(program, size):
+                yield name, leaf.shape[index], size.node.expr
+
+
+def _is_fixed(program: torch.export.ExportedProgram, size: torch.SymInt) -> bool:
+    """Whether only one value of a size is allowed, or none above that of the example."""
+    node: Any = size.node
+    allowed: Any = program.range_constraints.get(node.expr)
+    return node.maybe_as_int() is not None or (allowed is not None and allowed.upper <= node.hint)

@@ -222,8 +222,8 @@ def _trace(network: nn.Module, inputs: Any) -> _Traced:
             raise ModelError(f"torch cannot trace the network: {first_line(error)}") from error
     free: dict[str, FreeSize] = {}
     symbols: dict[str, str] = {}
-    for name, symbol in symbolic_dimensions(program, inputs):
-        free.setdefault(name, FreeSize(name, 1 if name == BATCH else bound))
+    for name, size, symbol in symbolic_dimensions(program, inputs):
+        free.setdefault(name, FreeSize(name, 1 if name == BATCH else min(bound, size)))
         symbols.setdefault(str(symbol), name)
     return _Traced(program, tuple(free.values()), symbols, notes + _fixed_notes(inputs, free, notes))
 
@@ -234,7 +234,9 @@ def _export_with(network: nn.Module, inputs: Any, bound: int | None) -> Exported
     shapes: Any = ShapesCollection()  # type: ignore[no-untyped-call]
     for leaf in tree_leaves((args, kwargs)):
         if isinstance(leaf, Tensor) and bound is not None and (names := name_dimensions(leaf)):
-            shapes[leaf] = {i: Dim.AUTO if name == BATCH else Dim.AUTO(min=bound) for i, name in names.items()}
+            shapes[leaf] = {
+                i: Dim.AUTO if name == BATCH else Dim.AUTO(min=min(bound, leaf.shape[i])) for i, name in names.items()
+            }
     with suppress_output(), torch.no_grad():
         return torch.export.export(network, args, kwargs, dynamic_shapes=shapes if len(shapes) else None, strict=False)
 

@@ -68,6 +68,23 @@ def test_the_model_stays_as_it_was(tmp_path: Path) -> None:
     assert isinstance(model.norm, normswap.SwitchNorm2d)
 
 
+def test_a_short_dimension_stays_free_from_its_own_size_on(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, stride=4), nn.BatchNorm2d(8)).eval()
+    x = torch.randn(2, 3, 4, 16)  # one row of positions, so the width decides
+    converted = networks.move(normswap.convert(model, x).model, (0.2, 0.3, 0.5))
+    result = normswap.export(converted, tmp_path / "a.onnx", example_inputs=x, verify=False)
+    assert result.free == (FreeSize("batch"), FreeSize("height", 4), FreeSize("width", 7))
+
+
+def test_a_size_that_the_trace_reduces_to_one_is_fixed(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv3d(3, 8, 3, stride=4, padding=1), nn.BatchNorm3d(8)).eval()
+    x = torch.randn(2, 3, 4, 16, 16)
+    converted = networks.move(normswap.convert(model, x).model, (0.2, 0.3, 0.5))
+    result = normswap.export(converted, tmp_path / "a.pt2", example_inputs=x, verify=False)
+    assert "depth" not in [size.name for size in result.free]
+    assert result.notes[0].startswith("depth: fixed to the size of the example input")
+
+
 class Fixed(nn.Module):
     """A network for one size, as with position embeddings."""
 
