@@ -12,7 +12,7 @@ EVIDENCE_READY := $(VENV)/.normswap-evidence-ready
 # Libraries are installed without bytecode, since most of it is never imported; what is, each process would compile anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-fast lint types unit evidence batch-dependence bench fuzz sanitize zoo index identify recipes docs look clean
+.PHONY: demo test test-fast lint types unit evidence batch-dependence bench export fuzz sanitize zoo index identify recipes docs look clean
 
 # What the C extension is built from: a change of it builds the extension again.
 NATIVE := $(wildcard normswap/layers/*.[ch] normswap/layers/csrc/*.[ch])
@@ -64,6 +64,9 @@ bench: $(READY)  ## time and memory of the layer, conversion, start-up and files
 	@$(BIN)/python -m benchmarks.speed.conversion_cost
 	@$(BIN)/python -m benchmarks.speed.file_cost
 	@$(BIN)/python -m benchmarks.speed.compile_cost
+
+export: $(READY)  ## outputs, nodes, time and speed of exported networks, and int8 -> docs/measured/export.md (20 minutes)
+	@$(BIN)/python -m benchmarks.export.run
 
 fuzz: $(READY)  ## 10,000 damaged files and 100 killed runs -> docs/measured/fuzz.md (about 10 minutes on 2 cores)
 	@$(BIN)/python -m benchmarks.robustness.kills --kills 100

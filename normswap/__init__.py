@@ -45,6 +45,8 @@ if TYPE_CHECKING:
     from normswap.errors import TrainingError as TrainingError
     from normswap.errors import UnknownNormsError as UnknownNormsError
     from normswap.errors import WatchError as WatchError
+    from normswap.exporting.export_options import Exported as Exported
+    from normswap.exporting.network_export import export as export
     from normswap.finetune.data.datasets import open_data as open_data
     from normswap.finetune.data.loaders import DataSettings as DataSettings
     from normswap.finetune.recipe import Recipe as Recipe
@@ -132,6 +134,8 @@ _NAMES_BY_MODULE = {
         "UnknownNormsError",
         "WatchError",
     ),
+    "exporting.export_options": ("Exported",),
+    "exporting.network_export": ("export",),
     "finetune.data.datasets": ("open_data",),
     "finetune.data.loaders": ("DataSettings",),
     "finetune.recipe": ("Recipe", "read_recipe"),

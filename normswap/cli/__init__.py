@@ -11,6 +11,7 @@ from normswap.cli.commands.analyze import analyze_command
 from normswap.cli.commands.bake import bake_command
 from normswap.cli.commands.calibrate import calibrate_command
 from normswap.cli.commands.convert import convert_command
+from normswap.cli.commands.export import export_command
 from normswap.cli.commands.finetune import finetune_command, recipes_command
 from normswap.cli.commands.identify import identify_command
 from normswap.cli.commands.inspect import inspect_command
@@ -38,3 +39,4 @@ main.add_command(bake_command)
 main.add_command(revert_command)
 main.add_command(analyze_command)
 main.add_command(report_command)
+main.add_command(export_command)

@@ -38,6 +38,7 @@ from normswap.layers.gating import (
 )
 from normswap.layers.in_place import GATE_PARAMETERS
 from normswap.layers.matching import MATCHING_BUFFERS, Matching, identity_matching, match_statistics
+from normswap.layers.published_state import ZERO_LOGIT, read_published_state
 
 # Largest accepted distance of a stored point from the simplex: rounding of three float16 numbers.
 _SIMPLEX_TOLERANCE = 1e-2
@@ -222,20 +223,29 @@ class GatedModule(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        published = _flatten_published(state_dict, prefix)
+        published = read_published_state(state_dict, prefix, self.branches)
         for name in GATE_PARAMETERS:
             value = state_dict.get(prefix + name)
             if not isinstance(value, Tensor):
                 continue  # torch reports missing values and values that are no tensors
-            if published and self.gate == "simplex":
-                state_dict[prefix + name] = importance_weights(value.detach(), "softmax").to(value.dtype)
-            elif not published and (problem := self._gate_problem(value, local_metadata.get("gate"))):
+            if published is not None:
+                if name in published:  # torch reports a gate of other branches
+                    state_dict[prefix + name] = self._from_published(value, published[name])
+            elif problem := self._gate_problem(value, local_metadata.get("gate")):
                 error_msgs.append(f"{prefix}{name}: {problem}")
                 state_dict[prefix + name] = getattr(self, name)  # torch loads the other tensors, then raises
         self._add_missing_constants(state_dict, prefix)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+
+    def _from_published(self, value: Tensor, weights: Tensor) -> Tensor:
+        """The gate parameter with the importance weights of a published layer; its own logits if they are these."""
+        if self.gate == "simplex":
+            return weights
+        if value.shape == weights.shape and torch.equal(importance_weights(value, "softmax"), weights):
+            return value
+        return weights.log().clamp(min=ZERO_LOGIT)
 
     def _add_missing_constants(self, state_dict: dict[str, Any], prefix: str) -> None:
         """Match the branches to the running statistics of a state dict without constants, such as one of BN.
@@ -282,17 +292,6 @@ class GatedModule(nn.Module):
 def _is_near_simplex(value: Tensor) -> bool:
     value = value.detach().float()
     return bool((value >= -_SIMPLEX_TOLERANCE).all()) and abs(float(value.sum()) - 1) <= _SIMPLEX_TOLERANCE
-
-
-def _flatten_published(state_dict: dict[str, Any], prefix: str) -> bool:
-    """Flatten tensors (1, C, 1, 1) of the paper's code to (C,) in place; return whether there were any."""
-    published = False
-    for name in ("weight", "bias", "running_mean", "running_var"):
-        value = state_dict.get(prefix + name)
-        if isinstance(value, Tensor) and value.dim() > 1 and value.numel() == value.shape[1]:
-            state_dict[prefix + name] = value.flatten()
-            published = True
-    return published
 
 
 # --- functional sites

@@ -18,10 +18,12 @@ from normswap.checkpoints.derived.baked_file import BakedFile
 from normswap.checkpoints.derived.reverted_file import RevertedFile
 from normswap.checkpoints.file_conversion import FileConversion, NetworkConversion
 from normswap.checkpoints.loading import Loaded
+from normswap.exporting.export_options import Exported
 from normswap.finetune.trainer import Outcome
 from normswap.layers.gating import BRANCHES
 from normswap.reports.analysis_tables import analysis_table
 from normswap.reports.baking_tables import bake_measurement_table, bake_table
+from normswap.reports.export_table import export_table
 from normswap.reports.file_report import Report
 from normswap.reports.plots import KINDS
 from normswap.reports.tables import (
@@ -124,6 +126,11 @@ def calibration(result: Calibration) -> RenderableType:
 def analysis(result: Analysis) -> RenderableType:
     """Return the sites of an analysis, advice and plan."""
     return analysis_table(result)
+
+
+def exported(result: Exported) -> RenderableType:
+    """Return what was written, the free dimensions, and the error of each comparison."""
+    return export_table(result)
 
 
 def file_conversion(result: FileConversion) -> RenderableType:

@@ -32,6 +32,7 @@ COMMANDS: dict[str, tuple[int, list[str]]] = {
     "bake": (0, ["bake", "sn.pt", "--fold", *INPUT, "-o", "out.pt"]),
     "revert": (0, ["revert", "sn.pt", "-o", "out.pt"]),
     "report": (0, ["report", "sn.pt", "-o", "report.html"]),
+    "export": (0, ["export", "sn.pt", "--to", "published-layout", *INPUT, "-o", "out.pt"]),
     "recipes_ls": (0, ["recipes", "ls"]),
     "an_error": (2, ["convert", "nowhere.pt"]),
 }
@@ -47,6 +48,8 @@ VARYING = {
     r"^(\d+ more, at most +)\S+$": r"\1<shift>",
     r"\b\d+(?:\.\d+)?e[-+]\d+\b": "<error>",
     r"\b\d+(?:\.\d+)? ?(?:[kKMG]i?B|bytes)\b": "<size>",
+    r"^(Time +)\d+\.\d s$": r"\1<seconds>",
+    r"^(\d[\dx]*) {2,}0\.0e\+00 ": r"\1  <error> ",
     r"\b\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\b": "<time>",
     r"\b\d+\.\d+\.\d+(?:\+\w+)?(?![\w.])": "<version>",
 }

@@ -173,6 +173,7 @@ def entry_points() -> dict[str, Callable[[Any], Any]]:
         "bake": normswap.bake,
         "batch_dependence": normswap.batch_dependence,
         "calibrate": lambda m: normswap.calibrate(m, [x()]),
+        "export": lambda m: normswap.export(m, "a.onnx", example_inputs=x()),
         "analyze": lambda m: normswap.analyze(m, [x()]),
         "convert": normswap.convert,
         "convert_training": lambda m: normswap.convert_training(m, optimizer),

@@ -231,6 +231,18 @@ def add_record(path: Path, file_format: FileFormat, record: str) -> None:
         archive.writestr(f"{_archive_root(archive)}/{_ZIP_RECORD_ENTRIES[file_format]}", record)
 
 
+def write_plain_state_dict(path: Path, state: Mapping[str, torch.Tensor], *, as_safetensors: bool) -> None:
+    """Write tensors by key without a record, in a file that `torch.load` or `safetensors.torch.load_file` reads.
+
+    Every key is in the file: in safetensors, tensors that share memory are stored once for each.
+    """
+    if not as_safetensors:
+        with open(path, "wb") as file:
+            torch.save(dict(state), file)
+        return
+    _write_safetensors(path, {key: value.clone().contiguous() for key, value in state.items()}, {"format": "pt"})
+
+
 def _write_safetensors(path: Path, tensors: Any, metadata: dict[str, str]) -> None:
     mode = path.stat().st_mode if path.exists() else None
     safetensors.torch.save_file(tensors, path, metadata)

@@ -1,0 +1,1 @@
+"""Measure exported files: outputs, nodes, time, speed in onnxruntime and OpenVINO, and int8."""
