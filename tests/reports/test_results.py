@@ -64,7 +64,7 @@ TABLES = {
     "verification": ("outputs in evaluation", "gradients", "same"),
     "failed": ("DIFFERS", "Sites that differ most"),
     "calibration": ("Statistics that changed most", "5 more, at most"),
-    "training": ("ResNet  converted", "15  swap", "Gates  learning rate 0.0667, no weight decay", "Schedulers  StepLR"),
+    "training": ("ResNet  converted", "15  swap", "Gates  learning rate 0.1, no weight decay", "Schedulers  StepLR"),
     "loaded": ("ResNet  loaded", "12  swap  in+ln+bn", "History", "saved"),
     "bare": ("Plan  not converted", "Also in the file  epoch"),
     "weights": ("Importance weights", "layer1.0.bn1", "1.00"),
