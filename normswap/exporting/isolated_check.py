@@ -34,10 +34,11 @@ _SCRIPT = Path(__file__).with_name("isolated_process.py")
 
 
 _BLOCKED = "normswap is blocked in this process"
+_NO_CODE = "the code of the network cannot be imported: "
 
 
-class CodeNeedsNormswap(ModelError):  # noqa: N818 - a reason, not a mistake
-    """The code of a network imports normswap, so its weights cannot be run in a process without it."""
+class CodeUnavailable(ModelError):  # noqa: N818 - a reason, not a mistake
+    """The code of a network imports normswap, or is no module, so its weights cannot be run in another process."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,8 @@ class IsolatedCheck:
             ModelError: the file fails, or an output differs by more than the limit.
         """
         with TemporaryDirectory(prefix="normswap-") as folder:
-            request = {"kind": kind, "file": str(file.absolute()), "safetensors": as_safetensors}
+            found_in = [str(Path(entry).absolute()) for entry in sys.path]
+            request = {"kind": kind, "file": str(file.absolute()), "safetensors": as_safetensors, "path": found_in}
             found = self._run_process(request, Path(folder), module)
         compared = tuple(map(self.compare, self._cases, self._references, found))
         worst = max(compared, key=lambda case: case.relative_error / case.limit)
@@ -112,7 +114,10 @@ class IsolatedCheck:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             if module is not None and _BLOCKED in done.stderr:
-                raise CodeNeedsNormswap("the network's own code imports normswap")
+                raise CodeUnavailable("the network's own code imports normswap")
+            if module is not None and _NO_CODE in done.stderr:
+                missing = done.stderr.partition(_NO_CODE)[2].splitlines()[0]
+                raise CodeUnavailable(f"another process cannot import the network's own code ({missing})")
             reason = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
             raise ModelError(f"the exported file fails in a process without normswap: {reason}")
         found: list[list[Tensor]] = (_read_arrays if as_arrays else torch.load)(folder / "outputs.npz")

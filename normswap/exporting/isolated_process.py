@@ -76,7 +76,10 @@ def _load_program(torch: Any, request: dict[str, Any]) -> Any:
 
 def _load_weights(torch: Any, request: dict[str, Any]) -> Any:
     """Load weights into the module of the request, which has other values."""
-    model = torch.load(request["module"], weights_only=False)
+    try:
+        model = torch.load(request["module"], weights_only=False)
+    except (ImportError, AttributeError) as error:
+        sys.exit(f"the code of the network cannot be imported: {error}")
     if request["safetensors"]:
         weights = importlib.import_module("safetensors.torch").load_file(request["file"])
     else:
@@ -89,6 +92,8 @@ def main() -> None:
     """Run the request of the command line."""
     block("normswap")
     request = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    # The network's code may be beside the user's program, which is not the program of this process.
+    sys.path += [entry for entry in request["path"] if entry not in sys.path]
     (run_onnx if request["kind"] == "onnx" else run_torch)(request)
 
 

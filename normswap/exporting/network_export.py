@@ -39,7 +39,7 @@ from normswap.exporting.export_options import (
     Target,
     target_of,
 )
-from normswap.exporting.isolated_check import CodeNeedsNormswap, IsolatedCheck, run_network
+from normswap.exporting.isolated_check import CodeUnavailable, IsolatedCheck, run_network
 from normswap.exporting.plain_weights import original_network
 from normswap.exporting.prepared_network import prepare_network
 from normswap.exporting.published_layout import published_weights
@@ -280,7 +280,7 @@ def _check_weights(
             tensor.zero_()
     try:
         cases = check.run(file, "state-dict", module=blank, as_safetensors=options.path.suffix == ".safetensors")
-    except CodeNeedsNormswap as error:
+    except CodeUnavailable as error:
         return replace(result, notes=(f"not verified: {error}",))
     except _PICKLING_ERRORS as error:
         return replace(result, notes=(f"not verified: the network cannot be pickled ({first_line(error)})",))

@@ -132,7 +132,8 @@ def test_the_page_on_recipes_has_every_key_and_its_default() -> None:
         found = dict(re.findall(r"^\| `(\w+)` \| (\S.*?) \| ", part, re.M))
         assert found.keys() == {key.name for key in fields(build)}
         for key in fields(build):
-            default = list(key.default) if isinstance(key.default, tuple) else key.default
+            default = getattr(build(), key.name)
+            default = list(default) if isinstance(default, tuple) else default
             assert found[key.name] == ("-" if default is None else f"`{json.dumps(default)}`"), f"{table}.{key.name}"
 
 
