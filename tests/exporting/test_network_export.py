@@ -291,5 +291,6 @@ def test_a_network_that_a_program_defines_itself_is_noted(tmp_path: Path) -> Non
         .replace("class Net(torch.nn.Sequential):\n    pass\n", "from net import Net\n")
     )
     (tmp_path / "program.py").write_text(program)
+    (tmp_path / "w.pt").unlink()
     done = subprocess.run([sys.executable, "program.py"], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout == "()\n"
