@@ -7,8 +7,8 @@ from pathlib import Path
 from normswap.checkpoints.io.atomic_files import atomic_write, check_writable
 from normswap.errors import ArgumentError, CheckpointError
 from normswap.reports.file_report import TOLERANCE, Report, check_tolerance, read_report
-from normswap.reports.html_page import render_page
 from normswap.reports.node_data import node_data
+from normswap.reports.page.html_page import render_page
 from normswap.reports.plots import importance_png
 
 

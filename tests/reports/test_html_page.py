@@ -12,7 +12,7 @@ from torch import nn
 
 import normswap
 from normswap.reports.file_report import Report
-from normswap.reports.html_page import render_page
+from normswap.reports.page.html_page import render_page
 from normswap.reports.training_course import read_course
 from normswap.surgery.importance import SiteWeights
 from tests.helpers import files

@@ -11,7 +11,7 @@ from pathlib import PurePath
 
 from normswap.layers.gating import BRANCHES
 from normswap.reports.file_report import Report, SiteReport
-from normswap.reports.svg_charts import course_svg, importance_svg, series_svg
+from normswap.reports.page.svg_charts import course_svg, importance_svg, series_svg
 from normswap.surgery.importance import SiteWeights
 from normswap.text import pluralize
 
@@ -49,7 +49,7 @@ def render_page(report: Report, against: Report | None = None) -> str:
 
 
 def _asset(name: str) -> str:
-    return files("normswap.reports").joinpath(name).read_text(encoding="utf-8")
+    return files("normswap.reports.page").joinpath(name).read_text(encoding="utf-8")
 
 
 # --- parts of the page ------------------------------------------------------------------------------------------------
