@@ -130,6 +130,7 @@ A trained network with Batch Normalization (BN) is fine-tuned on other data, at 
 {_and(BATCHES)}. Nine ways to do that (*arms*) are compared on {len(SETTINGS)} tasks (*settings*); a setting at a batch
 size is a *cell*. `make evidence` writes this page; `benchmarks/results/evidence.jsonl` contains every run.
 {_and([SETTINGS[name].title for name in HELD_BACK])} were not run before the rule of normswap's default was committed.
+After their first runs, the rates of the default on small networks were set to those of its rivals.
 
 {where}
 """
