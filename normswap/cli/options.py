@@ -172,6 +172,25 @@ def parse_size(_context: Any, _parameter: Any, text: str | None) -> Size | None:
     return Size(height, width, channels[0] if channels else None)
 
 
+data_option = click.option(
+    "--data",
+    "source",
+    required=True,
+    metavar="SPEC",
+    help="Data set: folder:PATH, digits, digits:shifted, or a timm name such as torch/NAME.",
+)
+
+
+def output_option(suffix: str) -> Callable[..., Any]:
+    """Return the option for the output of a command whose default name has `suffix` before its ending."""
+    return click.option(
+        "-o",
+        "--output",
+        type=click.Path(),
+        help=f"The file to write. Default: model.{suffix}.pt next to model.pt, in the same format.",
+    )
+
+
 def data_set_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options of a data set that `open_data_set` reads, except `--data` and `--batch-size`."""
     for option in (
@@ -286,6 +305,7 @@ trust_option = click.option(
     is_flag=True,
     help="Run the code that a file names: pickled objects, Python files. Only if you trust its source.",
 )
+force_option = click.option("--force", is_flag=True, help="Replace an existing output file.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of tables.")
 tolerance_option = click.option(
     "--tolerance",

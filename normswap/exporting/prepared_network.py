@@ -3,7 +3,9 @@
 import torch
 from torch import nn
 
-from normswap.baking.compact_norm import CompactNorm
+from normswap.baking.compact_norm import read_site_weights
+from normswap.baking.rules.compact import become_compact, matches_compact
+from normswap.baking.rules.replacement import can_be_reverted
 from normswap.layers.in_place import revert_module
 from normswap.layers.switch_norm import SwitchNorm
 from normswap.surgery.arguments import require_module
@@ -28,21 +30,9 @@ def prepare_network(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
 
 
 def _simplify(layer: SwitchNorm) -> None:
-    """Make a layer plain or compact, in place: references to it in lists, and its hooks, stay valid."""
-    replaced = vars(layer).get("replaced")
-    if replaced is not None and not replaced.dropped and layer.is_at(layer.vertex):
+    """Make a layer plain or compact, in place."""
+    weights = read_site_weights(layer)
+    if can_be_reverted(layer, layer.vertex) and layer.is_at(layer.vertex):
         revert_module(layer)
-    elif not _uses_batch(layer):
-        compact = CompactNorm(layer)
-        hooks = {name: value for name, value in vars(layer).items() if name.endswith("_hooks")}
-        vars(layer).clear()
-        vars(layer).update({**vars(compact), **hooks, "training": False})
-        layer.__class__ = CompactNorm  # type: ignore[assignment]
-
-
-def _uses_batch(layer: SwitchNorm) -> bool:
-    """Whether the output of one sample depends on the others: the `bn` branch has weight and no running statistics."""
-    if layer.running_mean is not None or "bn" not in layer.branches:
-        return False
-    index = layer.branches.index("bn")
-    return any(bool(weights[index]) for weights in layer.importance_weights())
+    elif matches_compact(layer, weights):
+        become_compact(layer, weights)

@@ -13,6 +13,7 @@ from normswap.checkpoints.io.atomic_files import check_readable
 from normswap.cli.console import one_line_failures, print_json, progress_bar
 from normswap.cli.options import (
     arch_option,
+    data_option,
     data_set_options,
     entry_option,
     json_option,
@@ -34,13 +35,7 @@ _LOADED_TOGETHER = 32
 
 @click.command("analyze", short_help="Measure the norms in a file on data, and say what to do with them.")
 @click.argument("file", type=click.Path(path_type=Path))
-@click.option(
-    "--data",
-    "source",
-    required=True,
-    metavar="SPEC",
-    help="Data set: folder:PATH, digits, digits:shifted, or a timm name such as torch/NAME.",
-)
+@data_option
 @data_set_options
 @click.option(
     "--batch-size", type=click.IntRange(1), default=2, show_default=True, help="Images per batch in the training."

@@ -12,20 +12,17 @@ from normswap.cli.options import (
     arch_option,
     entry_option,
     example_inputs,
+    force_option,
     input_option,
     json_option,
+    output_option,
     trust_option,
 )
 
 
 @click.command("bake", short_help="Replace gates by plain and compact layers.")
 @click.argument("file", type=click.Path(path_type=Path))
-@click.option(
-    "-o",
-    "--output",
-    type=click.Path(),
-    help="The file to write. Default: model.baked.pt next to model.pt, in the same format.",
-)
+@output_option("baked")
 @click.option("--fold", is_flag=True, help="Fold Batch Normalization into the layer before it, if that is exact.")
 @click.option(
     "--tolerance",
@@ -38,7 +35,7 @@ from normswap.cli.options import (
 @arch_option
 @entry_option
 @trust_option
-@click.option("--force", is_flag=True, help="Replace an existing output file.")
+@force_option
 @json_option
 @one_line_failures
 def bake_command(

@@ -20,12 +20,15 @@ from normswap.cli.console import (
 )
 from normswap.cli.options import (
     arch_option,
+    data_option,
     data_set_options,
     entry_option,
+    force_option,
     json_option,
     move_model,
     open_data_set,
     open_model,
+    output_option,
     read_file,
     read_header,
     trust_option,
@@ -42,13 +45,7 @@ if TYPE_CHECKING:
 
 @click.command("calibrate", short_help="Recompute running statistics over a data set.")
 @click.argument("file", type=click.Path(path_type=Path))
-@click.option(
-    "--data",
-    "source",
-    required=True,
-    metavar="SPEC",
-    help="Data set: folder:PATH, digits, digits:shifted, or a timm name such as torch/NAME.",
-)
+@data_option
 @data_set_options
 @click.option("--batch-size", type=click.IntRange(1), default=64, show_default=True, help="Images per batch.")
 @click.option("--batches", type=click.IntRange(1), help="Number of batches of randomly drawn images. Default: all.")
@@ -61,16 +58,11 @@ if TYPE_CHECKING:
 @click.option("--include-frozen", is_flag=True, help="Also calibrate layers that replaced a frozen norm.")
 @click.option("--only", metavar="PATTERN", multiple=True, help="Calibrate only layers with such names. Repeatable.")
 @click.option("--match", is_flag=True, help="Match the in and ln branches to the new statistics, in one more pass.")
-@click.option(
-    "-o",
-    "--output",
-    type=click.Path(),
-    help="The file to write. Default: model.calibrated.pt next to model.pt, in the same format.",
-)
+@output_option("calibrated")
 @arch_option
 @entry_option
 @trust_option
-@click.option("--force", is_flag=True, help="Replace an existing output file.")
+@force_option
 @json_option
 @one_line_failures
 def calibrate_command(

@@ -12,6 +12,7 @@ from normswap.cli.options import (
     InputSpec,
     arch_option,
     entry_option,
+    force_option,
     input_option,
     json_option,
     open_model,
@@ -48,7 +49,7 @@ _DTYPES = ("float32", "float16", "bfloat16")
 @arch_option
 @entry_option
 @trust_option
-@click.option("--force", is_flag=True, help="Replace an existing output file.")
+@force_option
 @json_option
 @one_line_failures
 def export_command(

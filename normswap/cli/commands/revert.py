@@ -7,22 +7,26 @@ import click
 from normswap.checkpoints.file_output import check_output, output_path
 from normswap.checkpoints.io.atomic_files import check_readable
 from normswap.cli.console import one_line_failures, print_json, report_interruption, stage
-from normswap.cli.options import InputSpec, arch_option, example_inputs, input_option, json_option, trust_option
+from normswap.cli.options import (
+    InputSpec,
+    arch_option,
+    example_inputs,
+    force_option,
+    input_option,
+    json_option,
+    output_option,
+    trust_option,
+)
 
 
 @click.command("revert", short_help="Put the old norms back.")
 @click.argument("file", type=click.Path(path_type=Path))
-@click.option(
-    "-o",
-    "--output",
-    type=click.Path(),
-    help="The file to write. Default: model.reverted.pt next to model.pt, in the same format.",
-)
+@output_option("reverted")
 @click.option("--discard", is_flag=True, help="Revert also if gates have moved, which changes the function.")
 @input_option
 @arch_option
 @trust_option
-@click.option("--force", is_flag=True, help="Replace an existing output file.")
+@force_option
 @json_option
 @one_line_failures
 def revert_command(
