@@ -35,7 +35,7 @@ class BuildWithRecipes(build_py):
         found = sorted(RECIPES.glob("*.toml"))
         if not found:
             raise FileNotFoundError(f"{RECIPES.absolute()}: expected recipes (*.toml), found none")
-        return {str(recipe): str(folder / recipe.name) for recipe in found}
+        return {str(path): str(folder / path.name) for path in [*found, *sorted(RECIPES.glob("*.py"))]}
 
 
 class BuildForCompiler(build_ext):

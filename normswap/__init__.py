@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from normswap.finetune.data.loaders import DataSettings as DataSettings
     from normswap.finetune.recipe import Recipe as Recipe
     from normswap.finetune.recipe import read_recipe as read_recipe
-    from normswap.finetune.trainer import Outcome as Outcome
+    from normswap.finetune.run_files import Outcome as Outcome
     from normswap.finetune.trainer import run_recipe as run_recipe
     from normswap.layers.backends.selection import use_backend as use_backend
     from normswap.layers.channel_pruning import channel_pruners as channel_pruners
@@ -139,7 +139,8 @@ _NAMES_BY_MODULE = {
     "finetune.data.datasets": ("open_data",),
     "finetune.data.loaders": ("DataSettings",),
     "finetune.recipe": ("Recipe", "read_recipe"),
-    "finetune.trainer": ("Outcome", "run_recipe"),
+    "finetune.run_files": ("Outcome",),
+    "finetune.trainer": ("run_recipe",),
     "layers.backends.selection": ("use_backend",),
     "layers.channel_pruning": ("channel_pruners",),
     "layers.functional": ("switch_norm",),

@@ -12,6 +12,7 @@ from statistics import fmean, median
 from typing import Any
 
 import torch
+from normswap.finetune.penalties import gate_penalty
 from torch import Tensor, nn
 
 import normswap
@@ -26,8 +27,7 @@ from benchmarks.provenance import provenance
 from benchmarks.records import read_document, write_document
 from normswap.analysis.advice import NOISE_LIMIT, SHIFT_LIMIT, choose_advice
 from normswap.finetune.data.digits import prepare_digits
-from normswap.finetune.penalties import gate_penalty
-from normswap.finetune.recipe import TrainTable
+from normswap.finetune.tables import TrainTable
 from normswap.surgery.importance import gated_modules
 
 RECORDS, PAGE = RESULTS / "analysis.json", PAGES / "analysis.md"

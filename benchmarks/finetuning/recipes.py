@@ -25,8 +25,9 @@ from benchmarks.provenance import provenance
 from benchmarks.records import read_document, write_document
 from benchmarks.speed.memory import process_memory
 from normswap.finetune.data.datasets import Data
+from normswap.finetune.optimization import build_optimizer
 from normswap.finetune.recipe import Recipe, read_recipe
-from normswap.finetune.setup import build_optimizer, prepare
+from normswap.finetune.setup import prepare
 from normswap.surgery.importance import gate_parameters
 
 RECIPE, SOURCE = "digits_small_batch", "digits_source"

@@ -6,7 +6,7 @@ key that contradicts it is refused. Keys of a recipe that comes with normswap ar
 
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,9 +26,9 @@ from normswap.checkpoints.io.atomic_files import check_readable
 from normswap.checkpoints.loading import build_model, recorded_architecture
 from normswap.checkpoints.reading import Checkpoint, read_checkpoint
 from normswap.checkpoints.record import Step
-from normswap.errors import AmbiguityError, ArchitectureError, CheckpointError, PlanError, RecipeError
-from normswap.finetune.data.datasets import limit_hub_wait
-from normswap.finetune.recipe import Recipe, read_recipe, shipped_recipes
+from normswap.errors import AmbiguityError, CheckpointError, PlanError, RecipeError
+from normswap.finetune.pretrained import build_pretrained
+from normswap.finetune.recipe import Recipe, is_shipped, read_recipe, shipped_recipes
 from normswap.surgery.importance import gated_modules
 from normswap.surgery.plan import SwapPlan
 from normswap.surgery.selection import first_matching_patterns
@@ -60,12 +60,12 @@ def load_from_recipe(recipe: Recipe, *, trust: bool) -> StartingModel:
         CheckpointError: the checkpoint cannot be read; if a recipe writes that file, the error names the recipe.
         ArchitectureError: the architecture cannot be built, or does not fit the tensors.
     """
-    _check_code(recipe, trust=trust)
+    recipe = _resolve_code(recipe, trust=trust)
     wanted = recipe.model
     if wanted.checkpoint is None:
         torch.manual_seed(recipe.train.seed)
         architecture = wanted.architecture or ""
-        build = _fetch_pretrained if wanted.pretrained else build_architecture
+        build = build_pretrained if wanted.pretrained else build_architecture
         return StartingModel(build(architecture, trust=trust), architecture, None, ())
     path = Path(wanted.checkpoint)
     _check_exists(path)
@@ -75,33 +75,39 @@ def load_from_recipe(recipe: Recipe, *, trust: bool) -> StartingModel:
     return source
 
 
-def _check_code(recipe: Recipe, *, trust: bool) -> None:
-    """Refuse a recipe that names Python code: recipes are shared like any other file."""
-    own = recipe.model.architecture
-    if own is not None and runs_python_file(own) and not trust:
+def find_python_file(recipe: Recipe, key: str, path: str, *, trust: bool, shown: str | None = None) -> Path:
+    """Return where a Python file is that a recipe names.
+
+    Args:
+        key, shown: the key that names it, and its value if that is more than the path, for the error.
+
+    Raises:
+        RecipeError: the file does not come with normswap, and `trust` is false: recipes are shared like other files.
+    """
+    found = recipe.find_file(path)
+    if not trust and not is_shipped(found):
         raise RecipeError(
-            f'model.architecture: "{own}" is Python code, which a recipe does not run by default: pass trust=True if '
+            f'{key}: "{shown or path}" is Python code, which a recipe does not run by default: pass trust=True if '
             "you trust it"
         )
+    return found
 
 
-def _fetch_pretrained(architecture: str, *, trust: bool) -> nn.Module:
-    """The model of a timm architecture with its published weights."""
-    with limit_hub_wait() as network:
-        try:
-            return build_architecture(architecture, pretrained=True, trust=trust)
-        except ArchitectureError as error:
-            if network.is_reachable or not isinstance(error.__cause__, OSError):
-                raise
-            raise ArchitectureError(
-                f"{architecture}: its published weights are not in the cache, and {network.reason}; or name a file "
-                "with model.checkpoint and set model.pretrained=false"
-            ) from error
+def _resolve_code(recipe: Recipe, *, trust: bool) -> Recipe:
+    """The recipe with the place of the Python file that builds its model, which counts as a choice of the user."""
+    own = recipe.model.architecture
+    if own is None or not runs_python_file(own):
+        return recipe
+    path, colon, function = own.partition(".py:")
+    found = find_python_file(recipe, "model.architecture", f"{path}.py", trust=trust, shown=own)
+    model = replace(recipe.model, architecture=f"{found}{colon.removeprefix('.py')}{function}")
+    written = recipe.written and recipe.written | {"model.architecture"}
+    return replace(recipe, model=model, written=written)
 
 
 def load_from_state(recipe: Recipe, state: Path, *, trust: bool) -> StartingModel:
     """Return the model in the saved state of a run; raises as `load_from_recipe`."""
-    _check_code(recipe, trust=trust)
+    recipe = _resolve_code(recipe, trust=trust)
     checkpoint = read_checkpoint(state, entry="state_dict", trust=trust)
     own = _recipe_architecture(recipe)
     recorded = checkpoint.record.architecture if checkpoint.record else None

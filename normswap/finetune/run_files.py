@@ -26,6 +26,8 @@ from normswap.checkpoints.saving import originals, write_content
 from normswap.errors import CheckpointError, RecipeError, TrainingError
 from normswap.finetune.model_source import MODEL, STATE, StartingModel
 from normswap.finetune.recipe import TABLES, Recipe, rename_keys
+from normswap.finetune.tasks.interface import Evaluation
+from normswap.surgery.importance import SiteWeights
 from normswap.text import jsonable
 
 logger = logging.getLogger(__name__)
@@ -135,6 +137,47 @@ def _flatten_scalars(tag: str, value: Any) -> list[tuple[str, float]]:
         nested = [_flatten_scalars(f"{tag}/{key}" if tag else str(key), item) for key, item in value.items()]
         return [scalar for scalars in nested for scalar in scalars]
     return [(tag, float(value))] if isinstance(value, int | float) and tag != "step" else []
+
+
+# --- the result -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The result of `normswap.run_recipe`.
+
+    Attributes:
+        output, model: the folder of the run, and the file with the trained weights in it.
+        steps, seconds: the number of steps, and the time that they took, without evaluations.
+        before, after: loss, metrics and number of images, before the first and after the last step.
+        importance: the learned importance weights of every site, as `normswap.importance_weights` returns them.
+        notes: notes for the user on the model and the length of the run.
+
+    Examples:
+        >>> import normswap
+        >>> overrides = ["train.steps=2", "train.warmup_steps=0", "run.output=short_run"]
+        >>> outcome = normswap.run_recipe(normswap.read_recipe("digits_source", overrides))
+        >>> outcome.after.images, list(outcome.after.figures), outcome.after.unit
+        (200, ['accuracy'], '%')
+        >>> str(outcome.model), str(outcome.log)
+        ('short_run/model.pt', 'short_run/log.jsonl')
+    """
+
+    __module__ = "normswap"
+
+    output: Path
+    model: Path
+    steps: int
+    seconds: float
+    before: Evaluation
+    after: Evaluation
+    importance: Mapping[str, SiteWeights]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def log(self) -> Path:
+        """The log of the run, with one JSON document per line."""
+        return self.output / NAME
 
 
 # --- signals ----------------------------------------------------------------------------------------------------------
@@ -285,7 +328,8 @@ def _with_old_defaults(recipe: Recipe, saved: dict[str, Any]) -> Recipe:
     rate = saved["train"]["importance_lr"]
     saved["train"]["importance_lr"] = saved["train"]["lr"] if rate is None else rate
     tables = {}
-    for table, keys in saved.items():
+    for table in TABLES:
+        keys = saved.setdefault(table, {})
         dotted = {key: f"{table}.{key}" for key in keys}
         unset = [key for key in keys if dotted[key] not in _FREE_KEYS and not recipe.is_set_by_user(dotted[key])]
         values = {key: tuple(keys[key]) if isinstance(keys[key], list) else keys[key] for key in unset}
@@ -299,13 +343,14 @@ def differing_keys(recipe: Recipe, other: Mapping[str, Any]) -> list[str]:
     A key that the other lacks, since an older version wrote it, has its default there.
     """
     defaults = {table: asdict(build()) for table, build in TABLES.items()}
-    others = rename_keys(other)
-    return [
+    own, others = recipe.to_dict(), rename_keys(other)
+    differing = [
         f"{table}.{key}"
-        for table, keys in recipe.to_dict().items()
-        for key, value in keys.items()
+        for table in TABLES
+        for key, value in own[table].items()
         if jsonable(value) != jsonable(others.get(table, {}).get(key, defaults[table][key]))
     ]
+    return differing if own["task"] == others.get("task", "classification") else ["task", *differing]
 
 
 def _make_record(source: StartingModel, model: nn.Module, recipe: Recipe, *, entry: str | None) -> Record:

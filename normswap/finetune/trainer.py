@@ -11,24 +11,24 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import send_to_device
 from torch import Tensor, distributed, nn
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils._pytree import tree_map
 
 from normswap.errors import RecipeError, RunInterrupted, TrainingError
-from normswap.finetune.data.datasets import Data
 from normswap.finetune.data.loaders import derive_seed, seed_generators
 from normswap.finetune.model_source import MODEL, STATE
-from normswap.finetune.penalties import gate_penalty
+from normswap.finetune.optimization import build_average, build_optimizer, gate_penalty, limit_steps, make_lr_lambda
 from normswap.finetune.recipe import Recipe
-from normswap.finetune.run_files import NAME as LOG
 from normswap.finetune.run_files import (
     Journal,
+    Outcome,
     RunState,
     StopRequest,
     handle_stop_signals,
@@ -36,10 +36,10 @@ from normswap.finetune.run_files import (
     write_model,
     write_state,
 )
-from normswap.finetune.setup import RunSetup, batch_mixer, build_average, build_optimizer, make_lr_lambda, prepare
+from normswap.finetune.setup import RunSetup, prepare
+from normswap.finetune.tasks.interface import Batches, Evaluation, OwnLoop, OwnLoopRun
 from normswap.model_state import training_flags
-from normswap.surgery.importance import SiteWeights, gate_parameters, importance_weights
-from normswap.training.gate_steps import limit_gate_steps
+from normswap.surgery.importance import gate_parameters, importance_weights
 from normswap.training.output_watch import OutputWatch
 
 # The watch for outputs that died runs the model on so many images every so many steps.
@@ -48,27 +48,15 @@ _WATCHED_IMAGES, _WATCH_EVERY = 8, 100
 # --- evaluation -------------------------------------------------------------------------------------------------------
 
 
-class Evaluation(NamedTuple):
-    """Mean cross-entropy, accuracy in percent, and the number of images."""
-
-    loss: float
-    accuracy: float
-    images: int
-
-
 @torch.no_grad()
-def evaluate(model: nn.Module, data: Data, accelerator: Accelerator) -> Evaluation:
-    """Return loss and accuracy on all images of all processes; the model's training flags are restored."""
-    total = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
+def evaluate(run: "_Run") -> Evaluation:
+    """Return loss and metrics on the evaluation split of all processes; the model's training flags are restored."""
+    model, accelerator, task = run.kept, run.accelerator, run.prepared.task
+    meter = task.make_meter(model, accelerator.device)
     with training_flags(list(model.modules()), training=False), accelerator.autocast():
-        for images, labels in data:
-            labels = labels.to(accelerator.device)
-            logits = model(images.to(accelerator.device)).float()
-            loss = F.cross_entropy(logits, labels, reduction="sum")
-            right = (logits.argmax(1) == labels).sum()
-            total += torch.stack([loss.double(), right.double(), torch.tensor(float(len(labels))).to(loss).double()])
-    loss, right, images = accelerator.reduce(total, "sum").tolist()
-    return Evaluation(loss / images, 100 * right / images, int(images))
+        for batch in run.prepared.evaluation:
+            meter.update(model, send_to_device(batch, accelerator.device))
+    return meter.compute(accelerator)
 
 
 @torch.no_grad()
@@ -82,42 +70,6 @@ def share_buffers(model: nn.Module) -> None:
 
 Record = Mapping[str, Any]
 WriteRecord = Callable[[Record], None]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """The result of `normswap.run_recipe`.
-
-    Attributes:
-        output, model: the folder of the run, and the file with the trained weights in it.
-        steps, seconds: the number of steps, and the time that they took, without evaluations.
-        before, after: loss, accuracy in percent and number of images, before the first and after the last step.
-        importance: the learned importance weights of every site, as `normswap.importance_weights` returns them.
-        notes: notes for the user on the model and the length of the run.
-
-    Examples:
-        >>> import normswap
-        >>> overrides = ["train.steps=2", "train.warmup_steps=0", "run.output=short_run"]
-        >>> outcome = normswap.run_recipe(normswap.read_recipe("digits_source", overrides))
-        >>> outcome.after.images, str(outcome.model), str(outcome.log)
-        (200, 'short_run/model.pt', 'short_run/log.jsonl')
-    """
-
-    __module__ = "normswap"
-
-    output: Path
-    model: Path
-    steps: int
-    seconds: float
-    before: Evaluation
-    after: Evaluation
-    importance: Mapping[str, SiteWeights]
-    notes: tuple[str, ...] = ()
-
-    @property
-    def log(self) -> Path:
-        """The log of the run, with one JSON document per line."""
-        return self.output / LOG
 
 
 @dataclass
@@ -210,7 +162,7 @@ def is_first_process() -> bool:
 def _load_state(recipe: Recipe, output: Path, *, resume: bool, overwrite: bool) -> tuple[Recipe, RunState | None]:
     if resume:
         return read_state(output, recipe)
-    if (output / STATE).exists() and not overwrite:
+    if any((output / name).exists() for name in (STATE, MODEL)) and not overwrite:
         raise TrainingError(
             f"{output}: contains a run already: continue it with resume=True, or replace it with overwrite=True"
         )
@@ -244,10 +196,7 @@ def _set_up_run(recipe: Recipe, accelerator: Accelerator, state: RunState | None
     run = _Run(recipe, accelerator, prepared, network, prepared_optimizer, schedule, average, prepared.steps)
     if state is not None:
         _restore(run, state)
-    if train.gate_max_step != 0:
-        limit_gate_steps(
-            model, optimizer, max_step=train.gate_max_step, warmup_steps=train.gate_warmup_steps, step=run.step
-        )
+    limit_steps(model, optimizer, train, step=run.step)
     return run
 
 
@@ -260,7 +209,7 @@ def _restore(run: _Run, state: RunState) -> None:
         run.accelerator.scaler.load_state_dict(dict(state.scaler))
     run.step = run.saved = state.step
     run.seconds = state.seconds
-    run.before = Evaluation(**state.before)
+    run.before = Evaluation.from_dict(state.before)
 
 
 def _open_journal(run: _Run) -> Any:
@@ -275,9 +224,14 @@ def _execute(
         importance = _plain_importance(run.model)
         write_record({"step": 0, **facts, "notes": run.prepared.notes, "importance": importance})
         run.before = _evaluate_and_log(run, write_record)
-    _train(run, request, write_record, on_step)
+    own_loop = run.prepared.task.own_loop
+    if own_loop is None:
+        _train(run, request, write_record, on_step)
+    else:
+        _train_by_own_loop(run, own_loop, write_record)
     after = _evaluate_and_log(run, write_record)
-    _save(run, write_record)
+    if own_loop is None:
+        _save(run, write_record)
     model = run.recipe.output / MODEL
     if run.accelerator.is_main_process:
         model = write_model(run.recipe.output, run.recipe, run.prepared.source, run.kept)
@@ -290,14 +244,13 @@ def _train(run: _Run, request: StopRequest, write_record: WriteRecord, on_step: 
     """Take the remaining steps."""
     run_table = run.recipe.run
     batches = _iter_batches(run.prepared.training, first=run.step * run.recipe.train.accumulation)
-    mix = batch_mixer(run.recipe.data, classes=run.prepared.classes)
     gates = set(gate_parameters(run.model).values())
     network = [parameter for parameter in run.model.parameters() if parameter not in gates]
     watch = _make_watch(run, write_record)
     run.network.train()
     while run.step < run.steps:
         start_time = time.monotonic()
-        _step(run, batches, mix, network)
+        _step(run, batches, network)
         run.step += 1
         run.seconds += time.monotonic() - start_time
         on_step(run.step, run.steps)
@@ -320,10 +273,10 @@ def _make_watch(run: _Run, write_record: WriteRecord) -> OutputWatch | None:
 
     if not run.accelerator.is_main_process:
         return None
-    images, _ = next(iter(run.prepared.evaluation))
-    if len(images) < 2:
+    inputs = run.prepared.task.inputs(next(iter(run.prepared.evaluation)))
+    if not isinstance(inputs, Tensor) or len(inputs) < 2:
         return None
-    watch = OutputWatch(run.model, images[:_WATCHED_IMAGES].to(run.accelerator.device), report, every=_WATCH_EVERY)
+    watch = OutputWatch(run.model, inputs[:_WATCHED_IMAGES].to(run.accelerator.device), report, every=_WATCH_EVERY)
     watch.on_step(run.step)
     return watch
 
@@ -345,7 +298,7 @@ def _log_if_due(run: _Run, request: StopRequest, write_record: WriteRecord) -> N
         )
 
 
-def _iter_batches(data: Data, *, first: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _iter_batches(data: Batches, *, first: int) -> Iterator[Any]:
     """Endless batches of successive epochs, from batch number `first` on."""
     epoch, start = divmod(first, len(data))
     while True:
@@ -353,23 +306,17 @@ def _iter_batches(data: Data, *, first: int) -> Iterator[tuple[Tensor, Tensor]]:
         epoch, start = epoch + 1, 0
 
 
-def _step(
-    run: _Run,
-    batches: Iterator[tuple[Tensor, Tensor]],
-    mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
-    network: list[nn.Parameter],
-) -> None:
+def _step(run: _Run, batches: Iterator[Any], network: list[nn.Parameter]) -> None:
     """One update of all parameters, from `accumulation` batches in each process."""
     train, accelerator = run.recipe.train, run.accelerator
     for micro_batch in range(train.accumulation):
-        images, labels = (tensor.to(accelerator.device, non_blocking=True) for tensor in next(batches))
+        batch = send_to_device(next(batches), accelerator.device, non_blocking=True)
         if train.channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
+            batch = tree_map(_to_channels_last, batch)
         seed_generators(derive_seed(train.seed, accelerator.process_index, run.step * train.accumulation + micro_batch))
-        images, targets = mix(images, labels)
         is_last = micro_batch == train.accumulation - 1
         with nullcontext() if is_last else accelerator.no_sync(run.network):
-            loss = F.cross_entropy(run.network(images), targets, label_smoothing=run.recipe.data.label_smoothing)
+            loss = run.prepared.task.compute_loss(run.network, batch)
             run.losses.append(loss.detach())
             loss = loss / train.accumulation
             if is_last:
@@ -382,6 +329,39 @@ def _step(
     run.schedule.step()
     if run.average is not None:
         run.average.update(run.model, step=run.step)
+
+
+def _to_channels_last(leaf: Any) -> Any:
+    is_images = isinstance(leaf, Tensor) and leaf.dim() == 4
+    return leaf.contiguous(memory_format=torch.channels_last) if is_images else leaf
+
+
+def _train_by_own_loop(run: _Run, own_loop: OwnLoop, write_record: WriteRecord) -> None:
+    """Let the function of an own task train the model. It is not interrupted between steps, and saves no state."""
+    train = run.recipe.train
+
+    def build(model: nn.Module) -> torch.optim.Optimizer:
+        """The optimizer of the recipe for a model, whose gates move by its limit."""
+        optimizer = build_optimizer(model, train)
+        limit_steps(model, optimizer, train)
+        return optimizer
+
+    start_time = time.monotonic()
+    seed_generators(derive_seed(train.seed, run.accelerator.process_index, 0))
+    run.model.train()
+    own_loop(
+        run.model,
+        OwnLoopRun(
+            run.recipe,
+            run.prepared.training,
+            run.prepared.evaluation,
+            run.recipe.own.options,
+            run.accelerator.device,
+            write_record,
+            build,
+        ),
+    )
+    run.step, run.seconds = run.steps, time.monotonic() - start_time
 
 
 def _is_stop_requested(run: _Run, request: StopRequest) -> bool:
@@ -425,8 +405,8 @@ def _plain_importance(model: nn.Module) -> dict[str, Any]:
 def _evaluate_and_log(run: _Run, write_record: WriteRecord) -> Evaluation:
     if run.accelerator.num_processes > 1:
         share_buffers(run.kept)
-    found = evaluate(run.kept, run.prepared.evaluation, run.accelerator)
-    write_record({"step": run.step, "evaluation": found._asdict()})
+    found = evaluate(run)
+    write_record({"step": run.step, "evaluation": found.to_dict()})
     run.network.train()
     return found
 
@@ -442,7 +422,7 @@ def _save(run: _Run, write_record: WriteRecord) -> None:
             run.step,
             run.step * run.recipe.train.accumulation // len(run.prepared.training),
             run.seconds,
-            run.before._asdict(),
+            run.before.to_dict(),
             run.average.module.state_dict() if run.average is not None else None,
             run.optimizer.state_dict(),
             run.schedule.state_dict(),

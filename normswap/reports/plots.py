@@ -130,9 +130,9 @@ def plot_run(records: Sequence[Mapping[str, Any]], path: Path) -> None:
     axes[0][0].set_ylim(bottom=0)
     if course.losses or course.evaluation_losses:
         axes[0][0].legend(frameon=False, fontsize=8)
-    _draw_series(axes[1][0], course.accuracies, "", COLORS["bn"])
-    axes[1][0].set_title("accuracy, %", loc="left", fontsize=10, color=_TEXT)
-    axes[1][0].set_ylim(0, 102)
+    _draw_series(axes[1][0], course.figures, "", COLORS["bn"])
+    axes[1][0].set_title(course.figure_label, loc="left", fontsize=10, color=_TEXT)
+    axes[1][0].set_ylim(0, 102 if course.is_percent else None)
     for column, (title, fqns) in enumerate(depths.items(), start=1):
         for row, (kind, name) in enumerate(KINDS.items()):
             _draw_stack(axes[row][column], course, kind, fqns)

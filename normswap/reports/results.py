@@ -19,7 +19,8 @@ from normswap.checkpoints.derived.reverted_file import RevertedFile
 from normswap.checkpoints.file_conversion import FileConversion, NetworkConversion
 from normswap.checkpoints.loading import Loaded
 from normswap.exporting.export_options import Exported
-from normswap.finetune.trainer import Outcome
+from normswap.finetune.run_files import Outcome
+from normswap.finetune.tasks.interface import Evaluation
 from normswap.layers.gating import BRANCHES
 from normswap.reports.analysis_tables import analysis_table
 from normswap.reports.baking_tables import bake_measurement_table, bake_table
@@ -194,14 +195,16 @@ def report(result: Report) -> RenderableType:
 
 
 def outcome_table(outcome: Outcome, picture: Path) -> RenderableType:
-    """Return accuracy and loss before and after, the average importance weights, and the files that were written."""
+    """Return metrics and loss before and after, the average importance weights, and the files that were written."""
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
     table.add_column("")
     for column in ("before", "after"):
         table.add_column(column, justify="right")
     before, after = outcome.before, outcome.after
-    table.add_row("accuracy, %", f"{before.accuracy:.1f}", f"[bold]{after.accuracy:.1f}")
-    table.add_row("loss", f"{before.loss:.3f}", f"{after.loss:.3f}")
+    for name in after.figures:
+        table.add_row(after.label(name), before.format(name), f"[bold]{after.format(name)}")
+    if before.loss is not None and after.loss is not None:
+        table.add_row("loss", f"{before.loss:.3f}", f"{after.loss:.3f}")
     summary = f"{outcome.steps} steps in {outcome.seconds:.0f} s, evaluated on {after.images} images"
     parts: list[RenderableType] = [table, Text(f"  {summary}", "dim")]
     if outcome.importance:
@@ -218,6 +221,13 @@ def describe_losses(record: Mapping[str, Any]) -> str:
     weights = [site[kind] for site in sites for kind in KINDS]
     branch_texts = [f"{branch} {mean_weight(weights, branch):.2f}" for branch in BRANCHES] if weights else []
     return " ".join([f"loss {record['loss']:.3f}", f"lr {record['lr']:.2g}", *branch_texts])
+
+
+def describe_evaluation(values: Mapping[str, Any]) -> str:
+    """Return the metrics and the loss of an evaluation in a record, such as `accuracy 97.5 %, loss 0.083`."""
+    found = Evaluation.from_dict(values)
+    texts = [f"{name} {found.format(name)}{' %' if found.unit else ''}" for name in found.figures]
+    return ", ".join([*texts, *([] if found.loss is None else [f"loss {found.loss:.3f}"])])
 
 
 def average_importance(importance: Mapping[str, SiteWeights]) -> Table:

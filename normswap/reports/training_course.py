@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+from normswap.finetune.tasks.interface import NO_FIGURES
 from normswap.layers.gating import BRANCHES
 from normswap.surgery.importance import SiteWeights
 
@@ -22,14 +23,22 @@ class Course:
 
     Attributes:
         losses: mean training loss since the point before, by step.
-        evaluation_losses, accuracies: of each evaluation, by step; accuracies in percent.
+        evaluation_losses, figures: the loss and the leading metric of each evaluation, by step.
         importance: the importance weights of every site by fqn, by step.
+        figure_name, is_percent: the name of the leading metric, and whether it is in percent.
     """
 
     losses: Points = ()
     evaluation_losses: Points = ()
-    accuracies: Points = ()
+    figures: Points = ()
     importance: tuple[tuple[int, Mapping[str, SiteWeights]], ...] = ()
+    figure_name: str = "accuracy"
+    is_percent: bool = True
+
+    @property
+    def figure_label(self) -> str:
+        """The name of the leading metric with its unit."""
+        return f"{self.figure_name}, %" if self.is_percent else self.figure_name
 
     @property
     def last_step(self) -> int:
@@ -37,7 +46,7 @@ class Course:
         return max((step for series in self._series() for step, _ in series), default=0)
 
     def _series(self) -> tuple[Sequence[tuple[int, Any]], ...]:
-        return self.losses, self.evaluation_losses, self.accuracies, self.importance
+        return self.losses, self.evaluation_losses, self.figures, self.importance
 
     def __bool__(self) -> bool:
         """Whether there is anything to draw."""
@@ -84,12 +93,24 @@ def read_course(records: Iterable[Any]) -> Course:
         (record["step"], record["evaluation"]) for record in ordered if isinstance(record.get("evaluation"), Mapping)
     ]
     importance = [(record["step"], _read_sites(record.get("importance"))) for record in ordered]
+    name, unit = _leading_figure(evaluations)
     return Course(
         _points((record["step"], record.get("loss")) for record in ordered),
         _points((step, found.get("loss")) for step, found in evaluations),
-        _points((step, found.get("accuracy")) for step, found in evaluations),
+        _points((step, found.get(name)) for step, found in evaluations),
         tuple((step, sites) for step, sites in importance if sites),
+        name,
+        unit == "%",
     )
+
+
+def _leading_figure(evaluations: Iterable[tuple[int, Mapping[str, Any]]]) -> tuple[str, str]:
+    """The name and the unit of the first metric in the evaluations."""
+    for _, found in evaluations:
+        names = [name for name, value in found.items() if name not in NO_FIGURES and _is_number(value)]
+        if names:
+            return names[0], str(found.get("unit", "%"))
+    return "accuracy", "%"
 
 
 def _is_step(value: Any) -> bool:

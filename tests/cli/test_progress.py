@@ -111,7 +111,7 @@ def test_calibrate_interrupted_says_that_nothing_was_written(place: str, monkeyp
 @pytest.mark.usefixtures("here")
 def test_finetune_interrupted_at_once_says_what_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("normswap.finetune.setup.open_data", interrupt)
+        patch.setattr("normswap.finetune.tasks.classification.open_data", interrupt)
         result = run(*FINETUNE)
     assert (result.exit_code, result.stderr) == (130, "interrupted; no state was saved\n")
     assert not Path("run").exists()

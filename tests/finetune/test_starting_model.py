@@ -15,9 +15,10 @@ import normswap
 from normswap.cli import main
 from normswap.errors import ArchitectureError, CheckpointError, NormswapError, RecipeError
 from normswap.finetune.data import datasets
+from normswap.finetune.optimization import build_average, make_lr_lambda, run_length
 from normswap.finetune.recipe import Recipe, parse_recipe, read_recipe
 from normswap.finetune.run_files import differing_keys, read_journal, read_state
-from normswap.finetune.setup import build_average, make_lr_lambda, prepare, run_length, swap_options
+from normswap.finetune.setup import prepare, swap_options
 from normswap.finetune.trainer import run_recipe
 from tests.finetune.test_datasets import image_folder
 

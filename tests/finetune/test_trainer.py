@@ -37,10 +37,12 @@ from normswap.errors import (
 )
 from normswap.finetune import run_files, setup, trainer
 from normswap.finetune.data.datasets import open_data
-from normswap.finetune.penalties import gate_penalty
-from normswap.finetune.recipe import Recipe, TrainTable, parse_recipe
+from normswap.finetune.optimization import gate_penalty
+from normswap.finetune.recipe import Recipe, parse_recipe
 from normswap.finetune.run_files import Journal, read_journal
 from normswap.finetune.setup import prepare
+from normswap.finetune.tables import TrainTable
+from normswap.finetune.tasks import classification
 from normswap.finetune.trainer import run_recipe
 from normswap.surgery.importance import gated_modules
 
@@ -411,7 +413,7 @@ def test_what_cannot_be_trained_is_reported_before_anything_is_written(
 
 def test_data_that_does_not_name_its_classes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     untold = partial(replace, classes=None)
-    monkeypatch.setattr(setup, "open_data", lambda *args, **keys: untold(open_data(*args, **keys)))
+    monkeypatch.setattr(classification, "open_data", lambda *args, **keys: untold(open_data(*args, **keys)))
     with pytest.raises(DataError, match="digits:shifted: number of classes unknown: use a folder per class"):
         run_recipe(recipe(tmp_path))
 

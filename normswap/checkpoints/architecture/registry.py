@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -351,15 +352,27 @@ def _build_transformers(folder: Path, config: dict[str, Any], keywords: Mapping[
     return model
 
 
-def _build_from_file(name: ArchitectureName) -> object:
-    path, function = _split_function(name)
+def import_python_file(path: Path) -> ModuleType:
+    """Run a Python file that is not an installed package, and return its module.
+
+    Raises:
+        ArchitectureError: the file is not a Python file, or does not exist.
+    """
     spec = importlib.util.spec_from_file_location(f"normswap_architecture_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise ArchitectureError(f"{path}: expected a Python file")
+    if not path.is_file():
+        raise ArchitectureError(f"{path}: no such file: expected a Python file")
     module = importlib.util.module_from_spec(spec)
     # Before the module runs, since dataclasses and pickles of its classes look it up by name.
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
+    return module
+
+
+def _build_from_file(name: ArchitectureName) -> object:
+    path, function = _split_function(name)
+    module = import_python_file(path)
     build = getattr(module, function, None)
     if not callable(build):
         found = sorted(key for key, value in vars(module).items() if callable(value) and not key.startswith("_"))

@@ -16,7 +16,7 @@ from normswap.errors import RecipeError
 
 if TYPE_CHECKING:
     from normswap.finetune.recipe import Recipe, ShippedRecipe
-    from normswap.finetune.trainer import Outcome
+    from normswap.finetune.run_files import Outcome
 
 
 # --- normswap finetune ------------------------------------------------------------------------------------------------
@@ -118,10 +118,11 @@ def _check_installed() -> None:
 
 def _format_record(record: Mapping[str, Any]) -> list[str]:
     """The notes and the evaluation in a record of the log, as lines for the terminal."""
+    from normswap.reports.results import describe_evaluation
+
     lines = [f"note: {note}" for note in record.get("notes", ())]
     if "evaluation" in record:
-        found = record["evaluation"]
-        lines.append(f"step {record['step']}: accuracy {found['accuracy']:.1f} %, loss {found['loss']:.3f}")
+        lines.append(f"step {record['step']}: {describe_evaluation(record['evaluation'])}")
     return lines
 
 

@@ -139,11 +139,6 @@ def open_data(
     if isinstance(dataset, IterableDataset):
         return Data(settings, StreamLoader(dataset, settings, usage), None, found, class_names, checked)
     loader = EpochLoader(dataset, settings, usage, shard)
-    if not len(loader):
-        raise DataError(
-            f"{settings.source}: {len(dataset)} images ({shard[1]} processes) are fewer than one batch of "
-            f"{settings.batch_size}: choose a smaller batch size"
-        )
     return Data(settings, loader, len(dataset), found, class_names, checked)
 
 

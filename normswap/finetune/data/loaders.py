@@ -6,7 +6,7 @@ can be resumed at any batch.
 """
 
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Literal, Protocol
@@ -153,9 +153,25 @@ class _AugmentedDataset(Dataset[Any]):
 
 
 class EpochLoader:
-    """Batches of a data set with random access."""
+    """Batches of a data set with random access.
 
-    def __init__(self, dataset: Any, settings: DataSettings, usage: UsageSpec, shard: tuple[int, int]) -> None:
+    Args:
+        dataset: a map-style data set of torch.
+        collate: makes a batch of a list of samples; None: torch's own.
+
+    Raises:
+        DataError: the data set has fewer samples than one batch needs.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        settings: DataSettings,
+        usage: UsageSpec,
+        shard: tuple[int, int],
+        *,
+        collate: Callable[[list[Any]], Any] | None = None,
+    ) -> None:
         self._source = settings.source
         self._order = _EpochSampler(len(dataset), settings, usage, shard)
         self._loader: DataLoader[Any] = DataLoader(
@@ -167,12 +183,26 @@ class EpochLoader:
             pin_memory=torch.cuda.is_available(),
             persistent_workers=settings.workers > 0,
             generator=torch.Generator(),  # else each epoch would draw from the caller's generator
+            collate_fn=collate,
         )
+        if not len(self._loader):
+            raise DataError(
+                f"{settings.source}: {len(dataset)} images ({shard[1]} processes) are fewer than one batch of "
+                f"{settings.batch_size}: choose a smaller batch size"
+            )
+
+    @property
+    def num_samples(self) -> int:
+        """The number of samples of this process."""
+        return len(self._order)
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.epoch(0)
 
     def __len__(self) -> int:
         return len(self._loader)
 
-    def epoch(self, number: int, *, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    def epoch(self, number: int, *, first: int = 0) -> Iterator[Any]:
         """Yield the batches of an epoch from batch number `first` on."""
         self._order.epoch, self._order.first = number, first * (self._loader.batch_size or 1)
         try:
@@ -205,7 +235,7 @@ class StreamLoader:
         yield from islice(_report_read_errors(self._source, self._loader), first, None)
 
 
-def _report_read_errors(source: str, loader: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:
+def _report_read_errors(source: str, loader: Iterable[Any]) -> Iterator[Any]:
     """The batches; timm's error for images that it cannot read becomes a DataError."""
     try:
         yield from loader

@@ -256,7 +256,15 @@ def _course(report: Report) -> str:
     )
     charts = [
         _chart(f"loss {legend}", series_svg(losses, last, "loss over steps")),
-        _chart("accuracy, %", series_svg({"bn": course.accuracies}, last, "accuracy over steps", top=100)),
+        _chart(
+            course.figure_label,
+            series_svg(
+                {"bn": course.figures},
+                last,
+                f"{course.figure_name} over steps",
+                top=100 if course.is_percent else None,
+            ),
+        ),
     ]
     for title, fqns in course.depths().items():
         for kind, name in _KINDS.items():
