@@ -110,8 +110,8 @@ def test_the_log_reports_losses_evaluations_and_importance_weights(finished: tup
     assert [record["step"] for record in records] == [0, 0, 2, 2, 4, 4]
     assert json.loads(json.dumps(written)) == records
     assert records[0]["recipe"]["train"]["steps"] == 4
-    assert records[1]["evaluation"] == outcome.before._asdict()
-    assert records[-1]["evaluation"] == outcome.after._asdict()
+    assert records[1]["evaluation"] == outcome.before.to_dict()
+    assert records[-1]["evaluation"] == outcome.after.to_dict()
     line = records[4]
     assert line["loss"] > 0
     assert line["importance_lr"] == pytest.approx(5 * line["lr"])
