@@ -49,6 +49,8 @@ if TYPE_CHECKING:
     from normswap.exporting.network_export import export as export
     from normswap.finetune.data.datasets import open_data as open_data
     from normswap.finetune.data.loaders import DataSettings as DataSettings
+    from normswap.finetune.preview import RunPreview as RunPreview
+    from normswap.finetune.preview import preview_recipe as preview_recipe
     from normswap.finetune.recipe import Recipe as Recipe
     from normswap.finetune.recipe import read_recipe as read_recipe
     from normswap.finetune.run_files import Outcome as Outcome
@@ -138,6 +140,7 @@ _NAMES_BY_MODULE = {
     "exporting.network_export": ("export",),
     "finetune.data.datasets": ("open_data",),
     "finetune.data.loaders": ("DataSettings",),
+    "finetune.preview": ("RunPreview", "preview_recipe"),
     "finetune.recipe": ("Recipe", "read_recipe"),
     "finetune.run_files": ("Outcome",),
     "finetune.trainer": ("run_recipe",),

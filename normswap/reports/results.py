@@ -19,6 +19,7 @@ from normswap.checkpoints.derived.reverted_file import RevertedFile
 from normswap.checkpoints.file_conversion import FileConversion, NetworkConversion
 from normswap.checkpoints.loading import Loaded
 from normswap.exporting.export_options import Exported
+from normswap.finetune.preview import RunPreview
 from normswap.finetune.run_files import Outcome
 from normswap.finetune.tasks.interface import Evaluation
 from normswap.layers.gating import BRANCHES
@@ -50,6 +51,9 @@ from normswap.text import pluralize
 from normswap.training.live_conversion import TrainingConversion
 from normswap.verification.distance import Distance
 from normswap.verification.equivalence import Verification
+
+# A batch may have as many inputs as images.
+_SHOWN_INPUTS = 3
 
 
 def recording_console(file: TextIO, width: int) -> Console:
@@ -211,6 +215,45 @@ def outcome_table(outcome: Outcome, picture: Path) -> RenderableType:
         parts += [Text(""), average_importance(outcome.importance)]
     files = (f"wrote {outcome.model}", f"log {outcome.log}", f"picture {picture}")
     return Group(*parts, Text(""), *map(Text, files))
+
+
+def preview_table(preview: RunPreview) -> RenderableType:
+    """Return the sizes of a run, its learning rates over the steps, and the memory of a step."""
+    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), show_header=False)
+    inputs = ", ".join("x".join(map(str, shape)) for shape in preview.inputs[:_SHOWN_INPUTS])
+    more = len(preview.inputs) - _SHOWN_INPUTS
+    passes = f" x {preview.accumulation} passes" if preview.accumulation > 1 else ""
+    epochs = preview.steps * preview.accumulation / preview.batches
+    memory = preview.memory
+    parts = {
+        "weights": memory.weights,
+        "gradients": memory.gradients,
+        "optimizer": memory.optimizer,
+        "average": memory.average,
+        "activations": memory.activations,
+    }
+    rows = {
+        "task": preview.task,
+        "model": f"{preview.architecture or 'from the checkpoint'}: {preview.parameters:,} parameters, "
+        f"{preview.trained:,} of them trained",
+        "sites": f"{pluralize(preview.sites, 'converted norm')}",
+        "inputs": inputs + (f", +{more} more" if more > 0 else ""),
+        "step": f"{preview.batch_size} samples{passes}",
+        "length": f"{preview.steps:,} steps, {epochs:.1f} epochs of {preview.batches:,} batches",
+        "memory": f"{memory.total / 1e6:,.0f} MB: "
+        + ", ".join(f"{name} {size / 1e6:,.0f}" for name, size in parts.items() if size),
+        "loss": f"{preview.loss:.3f} (first batch)",
+        "output": preview.output,
+    }
+    for name, text in rows.items():
+        table.add_row(Text(name, "bold"), text)
+    rates = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    for column in ("step", "learning rate", "of the gates"):
+        rates.add_column(column, justify="right")
+    for rate in preview.rates:
+        gates = "-" if rate.importance_lr is None else f"{rate.importance_lr:.2g}"
+        rates.add_row(f"{rate.step:,}", f"{rate.lr:.2g}", gates)
+    return Group(table, Text(""), rates, *(Text(f"note: {note}") for note in preview.notes))
 
 
 def describe_losses(record: Mapping[str, Any]) -> str:

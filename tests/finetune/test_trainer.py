@@ -35,7 +35,7 @@ from normswap.errors import (
     RunInterrupted,
     TrainingError,
 )
-from normswap.finetune import run_files, setup, trainer
+from normswap.finetune import optimization, run_files, setup, trainer
 from normswap.finetune.data.datasets import open_data
 from normswap.finetune.optimization import gate_penalty
 from normswap.finetune.recipe import Recipe, parse_recipe
@@ -166,7 +166,7 @@ def test_outputs_that_died_are_reported_with_the_step(tmp_path: Path) -> None:
 def test_the_learning_rate_follows_its_schedule() -> None:
     def factors(**keys: Any) -> list[float]:
         train = recipe(Path(), train={"steps": 4, "lr": 0.1, **keys}).train
-        return [round(setup.make_lr_lambda(train, 4)(step), 4) for step in range(5)]
+        return [round(optimization.make_lr_lambda(train, 4)(step), 4) for step in range(5)]
 
     assert factors(schedule="linear") == [1, 0.75, 0.5, 0.25, 0]
     assert factors(schedule="constant") == [1] * 5

@@ -13,8 +13,10 @@ import click
 from normswap.cli.console import one_line_failures, print_json, progress_bar
 from normswap.cli.options import json_option, trust_option
 from normswap.errors import RecipeError
+from normswap.text import pluralize
 
 if TYPE_CHECKING:
+    from normswap.finetune.preview import RunPreview
     from normswap.finetune.recipe import Recipe, ShippedRecipe
     from normswap.finetune.run_files import Outcome
 
@@ -22,22 +24,26 @@ if TYPE_CHECKING:
 # --- normswap finetune ------------------------------------------------------------------------------------------------
 
 
-@click.command("finetune", short_help="Fine-tune a model as a recipe describes.")
-@click.argument("recipe")
-@click.option(
+overrides_option = click.option(
     "--set",
     "overrides",
     metavar="TABLE.KEY=VALUE",
     multiple=True,
     help="Override a value of the recipe, such as train.lr=0.003; none removes a key. Repeatable.",
 )
+
+
+@click.command("finetune", short_help="Fine-tune a model as a recipe describes.")
+@click.argument("recipe")
+@overrides_option
 @click.option("--resume", is_flag=True, help="Continue from the saved state of an interrupted run.")
 @click.option("--force", is_flag=True, help="Start again even if the output folder contains a run.")
+@click.option("--dry-run", is_flag=True, help="Build everything, print sizes, steps, rates and memory; write nothing.")
 @trust_option
 @json_option
 @one_line_failures
 def finetune_command(
-    recipe: str, overrides: tuple[str, ...], resume: bool, force: bool, trust: bool, as_json: bool
+    recipe: str, overrides: tuple[str, ...], resume: bool, force: bool, dry_run: bool, trust: bool, as_json: bool
 ) -> None:
     """Fine-tune a model as RECIPE describes: a .toml file, or the name of a recipe that `normswap recipes ls` lists.
 
@@ -47,6 +53,9 @@ def finetune_command(
     """
     recipe_to_run = _read_recipe(recipe, overrides)
     _check_installed()
+    if dry_run:
+        _print_preview(_preview(recipe_to_run, trust=trust), as_json=as_json)
+        return
     from rich.console import Console
 
     from normswap.finetune.trainer import is_first_process
@@ -62,6 +71,25 @@ def finetune_command(
         print_json({**asdict(outcome), **{name: str(path) for name, path in paths.items()}})
     else:
         console.print(outcome_table(outcome, picture))
+
+
+def _preview(recipe_to_run: "Recipe", *, trust: bool) -> "RunPreview":
+    from normswap.cli.console import stage
+    from normswap.finetune.preview import preview_recipe
+
+    with stage("building the run"):
+        return preview_recipe(recipe_to_run, trust=trust)
+
+
+def _print_preview(preview: "RunPreview", *, as_json: bool) -> None:
+    if as_json:
+        print_json(preview.to_dict())
+        return
+    from rich.console import Console
+
+    from normswap.reports.results import preview_table
+
+    Console(highlight=False).print(preview_table(preview))
 
 
 def _read_recipe(recipe: str, overrides: tuple[str, ...]) -> "Recipe":
@@ -150,9 +178,9 @@ def _progress() -> Iterator[tuple[Callable[[int, int], None], Callable[[Mapping[
 # --- normswap recipes -------------------------------------------------------------------------------------------------
 
 
-@click.group("recipes", short_help="List, show or copy the recipes for fine-tuning.")
+@click.group("recipes", short_help="List, show, copy or check the recipes for fine-tuning.")
 def recipes_command() -> None:
-    """List, show or copy the recipes for fine-tuning that come with normswap."""
+    """List, show or copy the recipes for fine-tuning that come with normswap, or check one."""
 
 
 @recipes_command.command("ls")
@@ -189,9 +217,35 @@ def copy_command(name: str, target: Path | None, force: bool) -> None:
         raise RecipeError(f"{place}: expected a folder or a name that ends in .toml")
     from normswap.checkpoints.io.atomic_files import check_writable, write_text
 
-    check_writable(place, replace=force)
-    write_text(place, recipe.text)
-    click.echo(f"wrote {place}; run it with: normswap finetune {place}")
+    copies = {place: recipe.text, **{place.parent / file.name: file.read_text("utf-8") for file in recipe.companions}}
+    for path in copies:
+        check_writable(path, replace=force)
+    for path, text in copies.items():
+        write_text(path, text)
+    trust = " --trust" if recipe.companions else ""
+    click.echo(f"wrote {', '.join(map(str, copies))}; run it with: normswap finetune {place}{trust}")
+
+
+@recipes_command.command("validate")
+@click.argument("recipe")
+@overrides_option
+@trust_option
+@json_option
+@one_line_failures
+def validate_command(recipe: str, overrides: tuple[str, ...], trust: bool, as_json: bool) -> None:
+    """Check that RECIPE can run: build model, data and optimizer, convert, verify and take one step that is not kept.
+
+    RECIPE is a .toml file, or the name of a recipe that `normswap recipes ls` lists. Nothing is written.
+    """
+    recipe_to_check = _read_recipe(recipe, overrides)
+    _check_installed()
+    preview = _preview(recipe_to_check, trust=trust)
+    if as_json:
+        print_json(preview.to_dict())
+        return
+    for note in preview.notes:
+        click.echo(f"note: {note}")
+    click.echo(f"{recipe}: valid ({preview.steps:,} steps, {pluralize(preview.sites, 'converted norm')})")
 
 
 def _find_recipe(name: str) -> "ShippedRecipe":
