@@ -12,7 +12,7 @@ EVIDENCE_READY := $(VENV)/.normswap-evidence-ready
 # Libraries are installed without bytecode, since most of it is never imported; what is, each process would compile anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-fast lint types unit evidence batch-dependence bench export fuzz sanitize zoo index identify recipes docs look clean
+.PHONY: demo test test-fast lint types unit evidence jobs batch-dependence bench export fuzz sanitize zoo index identify recipes docs look clean
 
 # What the C extension is built from: a change of it builds the extension again.
 NATIVE := $(wildcard normswap/layers/*.[ch] normswap/layers/csrc/*.[ch])
@@ -55,6 +55,9 @@ unit: $(READY)
 
 evidence: $(EVIDENCE_READY)  ## nine ways to fine-tune on six tasks -> docs/measured/evidence.md (5 core-hours; resumes; BUDGET=150m, STATUS=1)
 	@$(BIN)/python -m benchmarks.finetuning.evidence --budget $(BUDGET) $(if $(STATUS),--status)
+
+jobs: $(READY)  ## the recipes of all jobs against BN, frozen BN and GroupNorm -> docs/measured/jobs.md (hours; resumes; BUDGET=60m)
+	@$(BIN)/python -m benchmarks.jobs.run --budget $(BUDGET)
 
 batch-dependence: $(READY)  ## effect of a penalty on batch dependence, by batch size -> docs/measured/batch-dependence.md (half an hour; resumes)
 	@$(BIN)/python -m benchmarks.finetuning.batch_dependence

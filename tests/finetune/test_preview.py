@@ -82,8 +82,7 @@ def test_the_commands_print_the_preview_and_write_nothing(tmp_path: Path, monkey
     found = json.loads(ok("finetune", "digits_source", "--dry-run", "--json", *small).stdout)
     assert (found["steps"], found["memory"]["average"]) == (2, 0)
     valid = ok("recipes", "validate", "digits_source", *small).stdout
-    assert valid == "digits_source: valid (2 steps, 0 converted norms)
-"
+    assert valid == "digits_source: valid (2 steps, 0 converted norms)\n"
     refused = run("recipes", "validate", "digits_source", "--set", "train.optimizer=no_such")
     assert (refused.exit_code, "train.optimizer = 'no_such'" in refused.stderr) == (2, True)
     assert not list(tmp_path.iterdir())
