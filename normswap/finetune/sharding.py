@@ -6,6 +6,7 @@ of the network: processes may call it a different number of times, and a file of
 """
 
 import copy
+import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -15,6 +16,7 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import send_to_device
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -22,6 +24,9 @@ from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from normswap.errors import RecipeError
+from normswap.finetune.optimization import build_optimizer
+from normswap.finetune.setup import RunSetup
+from normswap.finetune.tables import TrainTable
 from normswap.model_state import call_model, preserved_random_state, registered_hooks, training_flags
 from normswap.surgery.importance import gate_parameters
 from normswap.text import first_line
@@ -181,7 +186,7 @@ class Shards:
 
     @contextmanager
     def whole(self, model: nn.Module) -> Iterator[nn.Module]:
-        """Gather the weights of the model, or of a copy that `shard_copy` made, in the plain network."""
+        """Gather the weights of the model, or of its average, in the plain network."""
         for own, other in zip(self.plain.modules(), model.modules(), strict=True):
             own._buffers.update(other._buffers)
         _replace_parameters(self.plain, model, lambda _, shard: _gather(shard))
@@ -212,15 +217,56 @@ class Shards:
         optimizer.load_state_dict({**state, "state": entries})
 
 
-def shard_weights(model: nn.Module, inputs: Any) -> Shards:
-    """Shard the parameters of a model over all processes, in place, block by block.
+def check_launch(accelerator: Accelerator, sharding: str) -> None:
+    """Refuse sharding by accelerate, and sharding over one process.
+
+    Raises:
+        RecipeError: one of these.
+    """
+    # Without a GPU, accelerate ignores its configuration of FSDP.
+    wants_plugin = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+    kind = "FSDP" if wants_plugin else str(accelerator.distributed_type)
+    if "FSDP" in kind or kind.endswith("DEEPSPEED"):
+        raise RecipeError(
+            f"{kind}: accelerate would shard the gates too, which the forward pass projects as a whole: set "
+            'train.sharding = "fsdp", and launch with torchrun or accelerate launch --multi_gpu'
+        )
+    if sharding == "fsdp" and accelerator.num_processes == 1:
+        raise RecipeError(
+            'train.sharding: "fsdp" needs several processes, but there is one: start them with torchrun '
+            '--nproc-per-node 2 -m normswap finetune RECIPE, or set train.sharding = "none"'
+        )
+
+
+def distribute_weights(prepared: RunSetup, train: TrainTable, average: Any, accelerator: Accelerator) -> Weights:
+    """Give every process all weights, or a shard of them if the recipe says so.
+
+    Raises:
+        RecipeError: the task or the optimizer does not support shards.
+    """
+    if train.sharding == "none":
+        return Replicas(accelerator, accelerator.prepare(prepared.model))
+    if prepared.task.own_loop is not None:
+        raise RecipeError(
+            "train.sharding: train_model of an own task calls the model as it is, without shards: set "
+            'train.sharding = "none"'
+        )
+    _check_optimizer(train, accelerator.device)
+    inputs = send_to_device(prepared.task.example_inputs(prepared.training), accelerator.device)
+    return shard_weights(prepared.model, inputs, average, accelerator)
+
+
+def shard_weights(model: nn.Module, inputs: Any, average: Any, accelerator: Accelerator) -> Shards:
+    """Shard the parameters of a model and of its moving average over all processes, in place, block by block.
 
     All processes start with the parameters and buffers of the first one. An optimizer must be built afterwards, since
-    the parameters are new objects.
+    the parameters are new objects. Autocast is that of accelerate, so gates and moments keep their precision.
 
     Args:
         model: a model on its device.
         inputs: one input of it.
+        average: the moving average of timm, or None; it cannot be called any more, only updated and gathered.
+        accelerator: the accelerator of the run.
     """
     names = [choose_blocks(model, inputs)]
     distributed.broadcast_object_list(names, 0)
@@ -235,29 +281,20 @@ def shard_weights(model: nn.Module, inputs: Any) -> Shards:
     for module in (*map(model.get_submodule, names[0]), model):
         # The root too: between two passes a process has its shards only.
         fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=replicated)
+    if average is not None:
+        _replace_parameters(average.module, model, _shard_like)
+        average.foreach = False  # it would update shards and whole tensors in one call
+    # With evaluation_mode, accelerate adds autocast only.
+    network = accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
     trainable = (parameter for parameter in model.parameters() if parameter in replicated and parameter.requires_grad)
-    return Shards(model, tuple(trainable), plain)
+    return Shards(network, tuple(trainable), plain)
 
 
-def shard_copy(copied: nn.Module, shards: Shards) -> None:
-    """Shard the parameters of a copy of the network, in place; the copy cannot be called, only updated and gathered."""
-    _replace_parameters(copied, shards.network, _shard_like)
-
-
-def check_optimizer(build: Callable[[nn.Module], torch.optim.Optimizer], name: str, device: torch.device) -> None:
-    """Take two steps with sharded parameters of a small model.
-
-    Args:
-        build: returns the optimizer for a model.
-        name: the name of the optimizer in the recipe.
-        device: the device of the run.
-
-    Raises:
-        RecipeError: the optimizer does not support them.
-    """
+def _check_optimizer(train: TrainTable, device: torch.device) -> None:
+    """Take two steps with the optimizer of a recipe and sharded parameters of a small model."""
     trial = nn.Sequential(nn.Conv2d(8, 32, 3), nn.Linear(64, 48)).to(device)
     fully_shard(trial, mesh=init_device_mesh(device.type, (distributed.get_world_size(),)))
-    optimizer = build(trial)
+    optimizer = build_optimizer(trial, train)
     try:
         for _ in range(2):
             for parameter in trial.parameters():
@@ -265,8 +302,8 @@ def check_optimizer(build: Callable[[nn.Module], torch.optim.Optimizer], name: s
             optimizer.step()
     except (RuntimeError, NotImplementedError, AssertionError) as error:
         raise RecipeError(
-            f"train.optimizer = {name!r}: does not support sharded parameters ({first_line(error)}): choose another, "
-            'such as "adamw", or train.sharding = "none"'
+            f"train.optimizer = {train.optimizer!r}: does not support sharded parameters ({first_line(error)}): choose "
+            'another, such as "adamw", or train.sharding = "none"'
         ) from error
 
 
