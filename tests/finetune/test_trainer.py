@@ -438,12 +438,6 @@ def test_softmax_gates_are_trained_only_without_verification(tmp_path: Path) -> 
     assert done.steps == 1
 
 
-def test_sharded_parameters_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer, "Accelerator", lambda **_: SimpleNamespace(distributed_type="FSDP"))
-    with pytest.raises(RecipeError, match="FSDP: not supported, since sharded parameters lose the projection of gates"):
-        run_recipe(recipe(tmp_path))
-
-
 # --- the command, on a folder of images -------------------------------------------------------------------------------
 
 
