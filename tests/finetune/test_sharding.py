@@ -151,8 +151,9 @@ def test_the_checkpoint_of_a_sharded_run_has_no_trace_of_shards_and_converts_bac
     }
     loaded = normswap.load(runs / "whole" / "model.pt")
     assert [step.action for step in loaded.history] == ["converted", "finetuned", "finetuned"]
-    assert not [name for name, _ in loaded.model.named_modules() if "FSDP" in type(loaded.model).__name__]
+    assert not [name for name, module in loaded.model.named_modules() if "FSDP" in type(module).__name__]
     reverted = normswap.revert(loaded.model, discard=True)
+    assert loaded.plan is not None
     norms = [module for module in reverted.modules() if isinstance(module, nn.BatchNorm2d)]
     assert len(norms) == len(loaded.plan.swaps) == 15
     entry = normswap.load(runs / "whole" / "state.pt", entry="state_dict").model

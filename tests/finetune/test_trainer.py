@@ -35,7 +35,7 @@ from normswap.errors import (
     RunInterrupted,
     TrainingError,
 )
-from normswap.finetune import run_files, setup, trainer
+from normswap.finetune import run_files, setup
 from normswap.finetune.data.datasets import open_data
 from normswap.finetune.optimization import gate_penalty
 from normswap.finetune.recipe import Recipe, parse_recipe

@@ -89,11 +89,11 @@ def train_small(optimizer: str, part: slice, *, sharding: str) -> dict[str, Tens
         if step == STEPS // 2:
             state = weights.optimizer_state(built)
             if sharding == "fsdp":  # the first process has the state, and all read it from a file
-                found = [state]
-                distributed.broadcast_object_list(found, 0)
-                state = found[0]
+                states = [state]
+                distributed.broadcast_object_list(states, 0)
+                state = states[0]
             weights.load_optimizer_state(built, state)
-    found = {}
+    found: dict[str, Tensor] = {}
     for name, source in (("model", model), ("average", average.module)):
         with weights.whole(source) as whole:
             found |= {f"{name}.{key}": value.clone() for key, value in whole.state_dict().items()}
