@@ -358,6 +358,11 @@ def _check_schedule(recipe: Recipe) -> None:
         )
     if train.steps is not None:
         check_warmup(train, train.steps)
+    if train.sharding == "fsdp" and train.precision == "fp16":
+        raise RecipeError(
+            'train.precision: "fp16" scales the loss in each process by itself, which sharded gradients do not allow: '
+            'use "bf16", or train.sharding = "none"'
+        )
     if train.min_lr > train.lr:
         raise RecipeError(f"train.min_lr: expected at most train.lr ({train.lr:g}), got {train.min_lr:g}")
 

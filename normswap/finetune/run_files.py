@@ -222,7 +222,14 @@ def handle_stop_signals() -> Iterator[StopRequest]:
 
 _WEIGHTS, _AVERAGE = "state_dict", "state_dict_ema"
 # Keys that may differ when a run resumes, since they do not change what it computes.
-_FREE_KEYS = {"run.output", "run.log_every", "run.save_every", "data.workers", "data.evaluation_batch_size"}
+_FREE_KEYS = {
+    "train.sharding",
+    "run.output",
+    "run.log_every",
+    "run.save_every",
+    "data.workers",
+    "data.evaluation_batch_size",
+}
 
 
 @dataclass(frozen=True)

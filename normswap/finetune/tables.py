@@ -113,7 +113,9 @@ class TrainTable:
     batch_penalty: NonNegative = 0.0  # factor of `normswap.batch_dependence(model)` in the loss
     # Factor of `normswap.gate_impurity(model)` in the loss, in the second half of the run: gates go to one branch.
     one_hot_penalty: NonNegative = 0.0
-    channels_last: bool = False  # memory format of images and weights
+    # "fsdp" distributes the parameters over the processes, for models of which several replicas need too much memory.
+    sharding: Literal["none", "fsdp"] = "none"
+    channels_last: bool = False  # memory format of images and weights; with sharding of images only
     seed: Annotated[int, Range(0, 2**32 - 1)] = 0  # of the image order, the augmentation and all other randomness
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, distributed, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils._pytree import tree_map
 
-from normswap.errors import RecipeError, RunInterrupted, TrainingError
+from normswap.errors import RunInterrupted, TrainingError
 from normswap.finetune.data.loaders import derive_seed, seed_generators
 from normswap.finetune.model_source import MODEL, STATE
 from normswap.finetune.optimization import build_average, build_optimizer, gate_penalty, limit_steps, make_lr_lambda
@@ -37,6 +37,7 @@ from normswap.finetune.run_files import (
     write_state,
 )
 from normswap.finetune.setup import RunSetup, prepare
+from normswap.finetune.sharding import Weights, check_launch, distribute_weights, share_tensors
 from normswap.finetune.tasks.interface import Batches, Evaluation, OwnLoop, OwnLoopRun
 from normswap.model_state import training_flags
 from normswap.surgery.importance import gate_parameters, importance_weights
@@ -51,19 +52,13 @@ _WATCHED_IMAGES, _WATCH_EVERY = 8, 100
 @torch.no_grad()
 def evaluate(run: "_Run") -> Evaluation:
     """Return loss and metrics on the evaluation split of all processes; the model's training flags are restored."""
-    model, accelerator, task = run.kept, run.accelerator, run.prepared.task
-    meter = task.make_meter(model, accelerator.device)
-    with training_flags(list(model.modules()), training=False), accelerator.autocast():
-        for batch in run.prepared.evaluation:
-            meter.update(model, send_to_device(batch, accelerator.device))
+    accelerator, task = run.accelerator, run.prepared.task
+    with run.weights.whole(run.kept) as model:
+        meter = task.make_meter(model, accelerator.device)
+        with training_flags(list(model.modules()), training=False), accelerator.autocast():
+            for batch in run.prepared.evaluation:
+                meter.update(model, send_to_device(batch, accelerator.device))
     return meter.compute(accelerator)
-
-
-@torch.no_grad()
-def share_buffers(model: nn.Module) -> None:
-    """Copy the running statistics of the first process to all others, since the first one saves its own."""
-    for buffer in model.buffers():
-        distributed.broadcast(buffer, 0)
 
 
 # --- a run ------------------------------------------------------------------------------------------------------------
@@ -79,7 +74,7 @@ class _Run:
     recipe: Recipe
     accelerator: Accelerator
     prepared: RunSetup
-    network: nn.Module
+    weights: Weights
     optimizer: Any
     schedule: LambdaLR
     average: Any
@@ -174,11 +169,7 @@ def _make_accelerator(recipe: Recipe) -> Accelerator:
         # Otherwise the first run in a process sets the precision of all later ones.
         AcceleratorState._reset_state()
     accelerator = Accelerator(mixed_precision=recipe.train.precision)
-    if "FSDP" in accelerator.distributed_type or accelerator.distributed_type == "DEEPSPEED":
-        raise RecipeError(
-            f"{accelerator.distributed_type}: not supported, since sharded parameters lose the projection of gates in "
-            "the forward pass: launch with data parallelism (torchrun, accelerate launch --multi_gpu)"
-        )
+    check_launch(accelerator, recipe.train.sharding)
     return accelerator
 
 
@@ -190,10 +181,13 @@ def _set_up_run(recipe: Recipe, accelerator: Accelerator, state: RunState | None
         model.to(memory_format=torch.channels_last)
     model.to(accelerator.device)
     average = build_average(model, train.ema_decay)
+    if average is not None and state is not None and state.average is not None:
+        average.module.load_state_dict(state.average)
+    weights = distribute_weights(prepared, train, average, accelerator)
     optimizer = build_optimizer(model, train)
     schedule = LambdaLR(optimizer, make_lr_lambda(train, prepared.steps))
-    network, prepared_optimizer = accelerator.prepare(model, optimizer)
-    run = _Run(recipe, accelerator, prepared, network, prepared_optimizer, schedule, average, prepared.steps)
+    prepared_optimizer = accelerator.prepare(optimizer)
+    run = _Run(recipe, accelerator, prepared, weights, prepared_optimizer, schedule, average, prepared.steps)
     if state is not None:
         _restore(run, state)
     limit_steps(model, optimizer, train, step=run.step)
@@ -201,10 +195,8 @@ def _set_up_run(recipe: Recipe, accelerator: Accelerator, state: RunState | None
 
 
 def _restore(run: _Run, state: RunState) -> None:
-    run.optimizer.load_state_dict(dict(state.optimizer))
+    run.weights.load_optimizer_state(run.optimizer, state.optimizer)
     run.schedule.load_state_dict(dict(state.schedule))
-    if run.average is not None and state.average is not None:
-        run.average.module.load_state_dict(state.average)
     if run.accelerator.scaler is not None and state.scaler is not None:
         run.accelerator.scaler.load_state_dict(dict(state.scaler))
     run.step = run.saved = state.step
@@ -233,8 +225,9 @@ def _execute(
     if own_loop is None:
         _save(run, write_record)
     model = run.recipe.output / MODEL
-    if run.accelerator.is_main_process:
-        model = write_model(run.recipe.output, run.recipe, run.prepared.source, run.kept)
+    with run.weights.whole(run.kept) as kept:
+        if run.accelerator.is_main_process:
+            write_model(run.recipe.output, run.recipe, run.prepared.source, kept)
     run.accelerator.wait_for_everyone()
     importance, notes = importance_weights(run.kept), (*run.prepared.notes, *run.warnings)
     return Outcome(run.recipe.output, model, run.steps, run.seconds, run.before, after, importance, notes)
@@ -247,15 +240,17 @@ def _train(run: _Run, request: StopRequest, write_record: WriteRecord, on_step: 
     gates = set(gate_parameters(run.model).values())
     network = [parameter for parameter in run.model.parameters() if parameter not in gates]
     watch = _make_watch(run, write_record)
-    run.network.train()
+    run.weights.network.train()
     while run.step < run.steps:
         start_time = time.monotonic()
         _step(run, batches, network)
         run.step += 1
         run.seconds += time.monotonic() - start_time
         on_step(run.step, run.steps)
-        if watch is not None:
-            watch.on_step(run.step)
+        if run.step % _WATCH_EVERY == 0:
+            with run.weights.whole(run.model), run.accelerator.autocast():
+                if watch is not None:
+                    watch.on_step(run.step)
         _log_if_due(run, request, write_record)
         if run.step < run.steps:
             if run_table.evaluate_every and run.step % run_table.evaluate_every == 0:
@@ -271,14 +266,15 @@ def _make_watch(run: _Run, write_record: WriteRecord) -> OutputWatch | None:
         run.warnings.append(warning)
         write_record({"step": run.step, "notes": [warning]})
 
-    if not run.accelerator.is_main_process:
-        return None
-    inputs = run.prepared.task.inputs(next(iter(run.prepared.evaluation)))
-    if not isinstance(inputs, Tensor) or len(inputs) < 2:
-        return None
-    watch = OutputWatch(run.model, inputs[:_WATCHED_IMAGES].to(run.accelerator.device), report, every=_WATCH_EVERY)
-    watch.on_step(run.step)
-    return watch
+    with run.weights.whole(run.model) as model, run.accelerator.autocast():
+        if not run.accelerator.is_main_process:
+            return None
+        inputs = run.prepared.task.inputs(next(iter(run.prepared.evaluation)))
+        if not isinstance(inputs, Tensor) or len(inputs) < 2:
+            return None
+        watch = OutputWatch(model, inputs[:_WATCHED_IMAGES].to(run.accelerator.device), report, every=_WATCH_EVERY)
+        watch.on_step(run.step)
+        return watch
 
 
 def _log_if_due(run: _Run, request: StopRequest, write_record: WriteRecord) -> None:
@@ -315,13 +311,14 @@ def _step(run: _Run, batches: Iterator[Any], network: list[nn.Parameter]) -> Non
             batch = tree_map(_to_channels_last, batch)
         seed_generators(derive_seed(train.seed, accelerator.process_index, run.step * train.accumulation + micro_batch))
         is_last = micro_batch == train.accumulation - 1
-        with nullcontext() if is_last else accelerator.no_sync(run.network):
-            loss = run.prepared.task.compute_loss(run.network, batch)
+        with run.weights.micro_batch(is_last=is_last):
+            loss = run.prepared.task.compute_loss(run.weights.network, batch)
             run.losses.append(loss.detach())
             loss = loss / train.accumulation
             if is_last:
                 loss = loss + gate_penalty(run.model, train, run.step / run.steps)
             accelerator.backward(loss)
+    run.weights.finish_backward()
     if train.clip:
         accelerator.clip_grad_norm_(network, train.clip)
     run.optimizer.step()
@@ -404,10 +401,10 @@ def _plain_importance(model: nn.Module) -> dict[str, Any]:
 
 def _evaluate_and_log(run: _Run, write_record: WriteRecord) -> Evaluation:
     if run.accelerator.num_processes > 1:
-        share_buffers(run.kept)
+        share_tensors(run.kept.buffers())
     found = evaluate(run)
     write_record({"step": run.step, "evaluation": found.to_dict()})
-    run.network.train()
+    run.weights.network.train()
     return found
 
 
@@ -416,18 +413,28 @@ def _save(run: _Run, write_record: WriteRecord) -> None:
     if run.losses:
         write_record(_make_record(run))
     run.accelerator.wait_for_everyone()
-    if run.accelerator.is_main_process and run.before is not None:
-        scaler = run.accelerator.scaler
-        state = RunState(
-            run.step,
-            run.step * run.recipe.train.accumulation // len(run.prepared.training),
-            run.seconds,
-            run.before.to_dict(),
-            run.average.module.state_dict() if run.average is not None else None,
-            run.optimizer.state_dict(),
-            run.schedule.state_dict(),
-            scaler.state_dict() if scaler is not None else None,
-        )
-        write_state(run.recipe.output, run.recipe, run.prepared.source, run.model, state)
+    average, optimizer = _whole_average(run), run.weights.optimizer_state(run.optimizer)
+    with run.weights.whole(run.model) as model:
+        if run.accelerator.is_main_process and run.before is not None:
+            scaler = run.accelerator.scaler
+            state = RunState(
+                run.step,
+                run.step * run.recipe.train.accumulation // len(run.prepared.training),
+                run.seconds,
+                run.before.to_dict(),
+                average,
+                optimizer,
+                run.schedule.state_dict(),
+                scaler.state_dict() if scaler is not None else None,
+            )
+            write_state(run.recipe.output, run.recipe, run.prepared.source, model, state)
     run.saved = run.step
     run.accelerator.wait_for_everyone()
+
+
+def _whole_average(run: _Run) -> Mapping[str, Any] | None:
+    """The moving average of the weights in the first process."""
+    if run.average is None:
+        return None
+    with run.weights.whole(run.average.module) as model:
+        return model.state_dict() if run.accelerator.is_main_process else None

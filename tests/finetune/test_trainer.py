@@ -35,7 +35,7 @@ from normswap.errors import (
     RunInterrupted,
     TrainingError,
 )
-from normswap.finetune import optimization, run_files, setup, trainer
+from normswap.finetune import optimization, run_files, setup
 from normswap.finetune.data.datasets import open_data
 from normswap.finetune.optimization import gate_penalty
 from normswap.finetune.recipe import Recipe, parse_recipe
@@ -436,12 +436,6 @@ def test_softmax_gates_are_trained_only_without_verification(tmp_path: Path) -> 
         run_recipe(recipe(tmp_path, train={"steps": 1}, convert={"gate": "softmax"}))
     done = run_recipe(recipe(tmp_path, train={"steps": 1}, convert={"gate": "softmax", "verify": False}))
     assert done.steps == 1
-
-
-def test_sharded_parameters_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer, "Accelerator", lambda **_: SimpleNamespace(distributed_type="FSDP"))
-    with pytest.raises(RecipeError, match="FSDP: not supported, since sharded parameters lose the projection of gates"):
-        run_recipe(recipe(tmp_path))
 
 
 # --- the command, on a folder of images -------------------------------------------------------------------------------
