@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from normswap.finetune.recipe import read_recipe as read_recipe
     from normswap.finetune.run_files import Outcome as Outcome
     from normswap.finetune.trainer import run_recipe as run_recipe
+    from normswap.layers.backends.sample_moments import SampleMoments as SampleMoments
     from normswap.layers.backends.selection import use_backend as use_backend
     from normswap.layers.channel_pruning import channel_pruners as channel_pruners
     from normswap.layers.functional import switch_norm as switch_norm
@@ -74,6 +75,8 @@ if TYPE_CHECKING:
     from normswap.running_stats.control import synchronize_statistics as synchronize_statistics
     from normswap.running_stats.control import unfreeze_statistics as unfreeze_statistics
     from normswap.running_stats.control import update_statistics as update_statistics
+    from normswap.running_stats.sample_statistics import FixedStatistics as FixedStatistics
+    from normswap.running_stats.sample_statistics import fixed_sample_statistics as fixed_sample_statistics
     from normswap.surgery.conversion import Conversion as Conversion
     from normswap.surgery.conversion import apply_plan as apply_plan
     from normswap.surgery.conversion import convert as convert
@@ -144,6 +147,7 @@ _NAMES_BY_MODULE = {
     "finetune.recipe": ("Recipe", "read_recipe"),
     "finetune.run_files": ("Outcome",),
     "finetune.trainer": ("run_recipe",),
+    "layers.backends.sample_moments": ("SampleMoments",),
     "layers.backends.selection": ("use_backend",),
     "layers.channel_pruning": ("channel_pruners",),
     "layers.functional": ("switch_norm",),
@@ -160,6 +164,7 @@ _NAMES_BY_MODULE = {
         "unfreeze_statistics",
         "update_statistics",
     ),
+    "running_stats.sample_statistics": ("FixedStatistics", "fixed_sample_statistics"),
     "surgery.conversion": ("Conversion", "apply_plan", "convert", "revert"),
     "surgery.discovery.sites": ("NormSite", "find_norm_sites"),
     "surgery.importance": (

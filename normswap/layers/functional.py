@@ -39,6 +39,7 @@ from normswap.layers.backends.reference import (
     is_batch_norm,
     switch_norm_reference,
 )
+from normswap.layers.backends.sample_moments import FixedMoments, SampleMoments, fix_moments
 from normswap.layers.backends.selection import can_read_values, fused_backend, is_eager, is_jit_tracing, needs_custom_op
 from normswap.layers.gating import (
     BRANCHES,
@@ -79,6 +80,7 @@ def switch_norm(
     process_group: "torch.distributed.ProcessGroup | None" = None,
     matching: Matching | None = None,
     num_groups: int = 1,
+    sample_moments: SampleMoments | None = None,
     site: "SiteName | None" = None,
 ) -> Tensor:
     """Normalize by a weighted mix of instance, layer and batch statistics.
@@ -117,6 +119,8 @@ def switch_norm(
             The mean of `ln` becomes mean + d sqrt(var + eps); its variance plus eps is multiplied by r, that of `in`
             by s.
         num_groups: `ln` pools over groups of C / num_groups channels, as GroupNorm.
+        sample_moments: moments that `in` and `ln` use as constants instead of those of x, which is a part of a larger
+            sample. Without running statistics, `bn` pools them too.
         site: the name that a warning uses for the layer; None: no warnings.
 
     Returns:
@@ -130,7 +134,7 @@ def switch_norm(
             device; `num_groups` does not divide C; running statistics that training updates share memory, or a
             transform of `torch.func` forbids the update; `in` is the only branch and there is one spatial position; the
             `bn` branch has one value per channel and no running statistics; several processes synchronize and x is
-            transformed, traced or fake, or only some of them run with gradients.
+            transformed, traced or fake, or only some of them run with gradients; `sample_moments` do not fit x.
 
     Examples:
         >>> import torch, normswap
@@ -167,7 +171,14 @@ def switch_norm(
             _count_empty_batch(num_batches_tracked)
         return _empty_output(x, [mean_weight, var_weight, weight, bias])
     values = x.numel() // x.shape[1]
-    if x.numel() and values == x.shape[0] and "in" in branches:
+    fixed = None if sample_moments is None else fix_moments(x, sample_moments)
+    if fixed is not None and is_synchronized:
+        raise LayerError(
+            "fixed sample statistics and a batch that several processes share cannot be combined: set "
+            "synchronize=False, or let `bn` use its running statistics with bn_statistics='running'"
+        )
+    has_one_position = values == x.shape[0] if fixed is None else fixed.has_one_position
+    if x.numel() and has_one_position and "in" in branches:
         mean_weight, var_weight, branches = redistribute_instance_weight(
             x, mean_weight, var_weight, gate, branches, site
         )
@@ -179,24 +190,32 @@ def switch_norm(
         inputs = Inputs(x, mean_weight, var_weight, weight, bias, None, mixing, None, matching)
         bn_moments = partial(_synchronized_bn_moments, x, running, num_batches_tracked, bn_statistics == "renorm")
         return _synchronized_implementation()(inputs, process_group, bn_moments)
-    constants, running_stats_update, on_batch_moments = (
-        _choose_bn_source(x, running, values, bn_statistics, training) if "bn" in branches else _NO_BN_SOURCE
-    )
+    if fixed is not None and running is None:
+        source: _BnSource = (fixed.batch, None, None)
+    else:
+        source = _choose_bn_source(x, running, values, bn_statistics, training) if "bn" in branches else _NO_BN_SOURCE
+    constants, running_stats_update, on_batch_moments = source
     inputs = Inputs(x, mean_weight, var_weight, weight, bias, constants, mixing, running_stats_update, matching)
-    return _normalise(inputs, on_batch_moments)
+    return _normalise(inputs, on_batch_moments, fixed)
 
 
 switch_norm.__module__ = "normswap"  # pickles and graphs refer to it by the public path
 
 
-def _normalise(inputs: Inputs, on_batch_moments: Callable[[Moments], None] | None) -> Tensor:
-    """Normalize by the fused backend, by its operator in compiled graphs, or by the plain formula."""
+def _normalise(
+    inputs: Inputs, on_batch_moments: Callable[[Moments], None] | None, fixed: FixedMoments | None
+) -> Tensor:
+    """Normalize by the fused backend, by its operator in compiled graphs, or by the plain formula.
+
+    Fused backends always use the moments of x for `in` and `ln`, so fixed ones are mixed by the plain formula.
+    """
     x, mixing, update = inputs.x, inputs.mixing, inputs.running_stats_update
     if is_eager(x) and (backend := fused_backend(x)) and (update is None or backend.supports_running_stats_update):
         if inputs.constants is not None and _is_fixed_batch_norm(inputs):
             return batch_norm(x, inputs.weight, inputs.bias, inputs.constants, mixing.eps)
-        return switch_norm_fused(backend, inputs, on_batch_moments)
-    if update is None and needs_custom_op(x):
+        if fixed is None:
+            return switch_norm_fused(backend, inputs, on_batch_moments)
+    if fixed is None and update is None and needs_custom_op(x):
         return switch_norm_operator(inputs, on_batch_moments)
     means, variances = importance_weights(torch.stack((inputs.mean_gate, inputs.var_gate)), mixing.gate).unbind()
     return switch_norm_reference(
@@ -209,6 +228,7 @@ def _normalise(inputs: Inputs, on_batch_moments: Callable[[Moments], None] | Non
         mixing=mixing,
         matching=inputs.matching,
         on_batch_moments=on_batch_moments if update is None else update,
+        fixed=None if fixed is None else fixed.parts,
     )
 
 

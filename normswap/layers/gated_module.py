@@ -6,7 +6,7 @@ gate in its `_metadata`, and loading refuses the other kind. Checkpoints of the 
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from normswap.errors import LayerError
 from normswap.layers.backends import custom_ops
 from normswap.layers.backends.interface import is_captured
+from normswap.layers.backends.sample_moments import SampleMoments
 from normswap.layers.backends.selection import (
     can_read_values,
     is_eager,
@@ -62,6 +63,8 @@ class GatedModule(nn.Module):
         synchronize: in training, the `bn` branch uses the batch of all processes of `process_group` (None: all).
         ln_mean_shift, ln_var_scale, in_var_scale: the constants (C,) of a matched layer, as in `switch_norm`, for the
             branches that it mixes; else None.
+        fixed_moments: returns, for each input, the moments that `in` and `ln` use as constants, or None for those of
+            the input; set inside `fixed_sample_statistics`. Copies and pickles leave it out.
     """
 
     _version = 1
@@ -74,6 +77,7 @@ class GatedModule(nn.Module):
     vertex: Branch = "bn"
     synchronize: bool = False
     process_group: "torch.distributed.ProcessGroup | None" = None
+    fixed_moments: Callable[[Tensor], SampleMoments | None] | None = None
     mean_weight: nn.Parameter
     var_weight: nn.Parameter
     ln_mean_shift: Tensor | None
@@ -103,13 +107,18 @@ class GatedModule(nn.Module):
             memo[id(self.process_group)] = self.process_group
         module_copy = self.__new__(type(self))
         memo[id(self)] = module_copy
-        module_copy.__setstate__(copy.deepcopy(super().__getstate__(), memo))  # type: ignore[no-untyped-call]
+        module_copy.__setstate__(copy.deepcopy(self._lasting_state(), memo))  # type: ignore[no-untyped-call]
         return module_copy
 
     def __getstate__(self) -> dict[str, Any]:
         # A process group cannot be pickled; a loaded layer uses all processes.
-        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
+        state = self._lasting_state()
         return {**state, "process_group": None} if state.get("process_group") is not None else state
+
+    def _lasting_state(self) -> dict[str, Any]:
+        """Return the attributes without those of a `with` block."""
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
+        return {name: value for name, value in state.items() if name != "fixed_moments"}
 
     @property
     def matched(self) -> bool:
@@ -171,6 +180,10 @@ class GatedModule(nn.Module):
             own = self._buffers.get(name)
             if own is not None:
                 own.fill_(neutral)
+
+    def sample_moments(self, x: Tensor) -> SampleMoments | None:
+        """Return the moments that `in` and `ln` use as constants for this call; None for those of x."""
+        return None if self.fixed_moments is None else self.fixed_moments(x)
 
     def is_at(self, branch: Branch) -> bool:
         """Return whether all weight is exactly on `branch`, so that the module computes that norm."""
@@ -382,6 +395,7 @@ def apply_site(site: FunctionalSwitchNorm, x: Tensor, training: bool, **options:
     options |= {"gate": site.gate, "branches": site.branches, "bn_statistics": site.bn_statistics}
     options |= {"synchronize": site.synchronize and site.training, "process_group": site.process_group}
     options |= {"matching": site.matching, "num_groups": site.num_groups, "site": site.site}
+    options |= {"sample_moments": site.sample_moments(x)}
     return switch_norm(x, site.mean_weight, site.var_weight, training=training, **options)
 
 

@@ -291,6 +291,7 @@ def apply_layer(layer: SwitchNorm, x: Tensor) -> Tensor:
         process_group=layer.process_group,
         matching=layer.matching,
         num_groups=layer.num_groups,
+        sample_moments=layer.sample_moments(x),
         site=layer.site,
     )
 

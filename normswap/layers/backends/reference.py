@@ -143,6 +143,7 @@ def switch_norm_reference(
     mixing: Mixing,
     matching: Matching | None = None,
     on_batch_moments: Callable[[Moments], Moments | None] | None = None,
+    fixed: Moments | None = None,
 ) -> Tensor:
     """Normalize x (N, C, *spatial) with the given importance weights (K,), one per branch.
 
@@ -152,12 +153,16 @@ def switch_norm_reference(
         constants: moments (1, C) for the `bn` branch; None: those of the batch.
         on_batch_moments: gets the moments (1, C) of the batch. If it returns moments, the `bn` branch uses their
             values, with the gradients of those of the batch.
+        fixed: moments (N, C) or (1, C) that `in` and `ln` use as constants instead of those of x.
 
     Returns:
         y of the shape, dtype and memory format of x.
     """
-    table = instance_moments(x)
-    bn = pool_moments(table, 0) if constants is None else constants
+    table = instance_moments(x) if fixed is None else fixed
+    if constants is not None:
+        bn = constants
+    else:
+        bn = pool_moments(instance_moments(x) if fixed is not None and "bn" in mixing.branches else table, 0)
     replacement = None if on_batch_moments is None else on_batch_moments(bn)
     if replacement is not None:
         bn = Moments(*(replace_value(moment, value) for value, moment in zip(replacement, bn, strict=True)))
