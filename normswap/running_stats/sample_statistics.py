@@ -108,7 +108,7 @@ def fixed_sample_statistics(model: nn.Module, overview: Any) -> Iterator[FixedSt
         statistics = FixedStatistics(calls)
         try:
             _attach(layers, {name: call.replay for name, call in calls.items()})
-            with registered_hooks(_pass_hooks(inside, calls)):
+            with registered_hooks(_PassHooks(calls).registrations(inside)):
                 yield statistics
         finally:
             for layer in layers.values():
@@ -219,27 +219,38 @@ class _LayerCalls:
             )
 
 
-def _pass_hooks(model: nn.Module, calls: "Mapping[str, _LayerCalls]") -> Iterator[Callable[[], Any]]:
-    """Yield functions that register hooks on the model, which count the calls of each forward pass."""
+class _PassHooks:
+    """Hooks of the model that count the calls of each forward pass. Copies and pickles of the model do nothing."""
 
-    def start(module: nn.Module, _args: Any) -> None:
-        several = [layer.name for layer in calls.values() if len(layer.recorded) > 1]
-        if several and module is not model:
+    def __init__(self, calls: "Mapping[str, _LayerCalls] | None" = None) -> None:
+        self._calls = calls or {}
+
+    def __reduce__(self) -> "tuple[type[_PassHooks], tuple[()]]":
+        return _PassHooks, ()
+
+    def registrations(self, model: nn.Module) -> Iterator[Callable[[], Any]]:
+        """Yield functions that each register a hook on the model."""
+        yield partial(model.register_forward_pre_hook, self.start)
+        yield partial(model.register_forward_hook, self.check)
+        yield partial(model.register_forward_hook, self.end, always_call=True)
+
+    def start(self, module: nn.Module, _args: Any) -> None:
+        """Count from 0."""
+        several = [layer.name for layer in self._calls.values() if len(layer.recorded) > 1]
+        if several and getattr(module, "_is_replica", False):
             raise ModelError(
                 f"layer {several[0]!r} runs several times per forward pass, and replicas of DataParallel would mix up "
                 "its calls: pass tiles to model.module"
             )
-        for layer in calls.values():
+        for layer in self._calls.values():
             layer.used = 0
 
-    def check(_module: nn.Module, _args: Any, _output: Any) -> None:
-        for layer in calls.values():
+    def check(self, _module: nn.Module, _args: Any, _output: Any) -> None:
+        """Check the counts of a pass that succeeded."""
+        for layer in self._calls.values():
             layer.check_count()
 
-    def end(_module: nn.Module, _args: Any, _output: Any) -> None:
-        for layer in calls.values():
+    def end(self, _module: nn.Module, _args: Any, _output: Any) -> None:
+        """Stop counting, also after an error."""
+        for layer in self._calls.values():
             layer.used = None
-
-    yield partial(model.register_forward_pre_hook, start)
-    yield partial(model.register_forward_hook, check)
-    yield partial(model.register_forward_hook, end, always_call=True)
