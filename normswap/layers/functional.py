@@ -171,12 +171,7 @@ def switch_norm(
             _count_empty_batch(num_batches_tracked)
         return _empty_output(x, [mean_weight, var_weight, weight, bias])
     values = x.numel() // x.shape[1]
-    fixed = None if sample_moments is None else fix_moments(x, sample_moments)
-    if fixed is not None and is_synchronized:
-        raise LayerError(
-            "fixed sample statistics and a batch that several processes share cannot be combined: set "
-            "synchronize=False, or let `bn` use its running statistics with bn_statistics='running'"
-        )
+    fixed = None if sample_moments is None else fix_moments(x, sample_moments, is_synchronized=is_synchronized)
     has_one_position = values == x.shape[0] if fixed is None else fixed.has_one_position
     if x.numel() and has_one_position and "in" in branches:
         mean_weight, var_weight, branches = redistribute_instance_weight(
@@ -190,11 +185,9 @@ def switch_norm(
         inputs = Inputs(x, mean_weight, var_weight, weight, bias, None, mixing, None, matching)
         bn_moments = partial(_synchronized_bn_moments, x, running, num_batches_tracked, bn_statistics == "renorm")
         return _synchronized_implementation()(inputs, process_group, bn_moments)
-    if fixed is not None and running is None:
-        source: _BnSource = (fixed.batch, None, None)
-    else:
-        source = _choose_bn_source(x, running, values, bn_statistics, training) if "bn" in branches else _NO_BN_SOURCE
-    constants, running_stats_update, on_batch_moments = source
+    constants, running_stats_update, on_batch_moments = (
+        _choose_bn_source(x, running, values, bn_statistics, training, fixed) if "bn" in branches else _NO_BN_SOURCE
+    )
     inputs = Inputs(x, mean_weight, var_weight, weight, bias, constants, mixing, running_stats_update, matching)
     return _normalise(inputs, on_batch_moments, fixed)
 
@@ -264,8 +257,15 @@ _NO_BN_SOURCE: _BnSource = (None, None, None)
 
 
 def _choose_bn_source(
-    x: Tensor, running: RunningStats | None, values: int, bn_statistics: BnStatistics, training: bool
+    x: Tensor,
+    running: RunningStats | None,
+    values: int,
+    bn_statistics: BnStatistics,
+    training: bool,
+    fixed: FixedMoments | None,
 ) -> _BnSource:
+    if fixed is not None and running is None:
+        return fixed.batch, None, None
     constants = _constant_moments(x, running, training and bn_statistics != "running", values)
     if constants is not None or running is None or not training:
         return constants, None, None

@@ -33,6 +33,16 @@ class FixedStatistics:
     Attributes:
         samples: number of samples of the overview.
         layers: the names of the layers whose statistics are fixed.
+
+    Examples:
+        >>> import torch, normswap
+        >>> bn_model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 1), torch.nn.BatchNorm2d(8))
+        >>> model = normswap.convert(bn_model, torch.randn(2, 3, 8, 8)).model.eval()
+        >>> with normswap.fixed_sample_statistics(model, torch.randn(2, 3, 32, 32)) as statistics:
+        ...     statistics.assign_tiles([0, 0, 1])
+        ...     y = model(torch.randn(3, 3, 8, 8))
+        >>> statistics.samples, statistics.layers
+        (2, ('1',))
     """
 
     __module__ = "normswap"

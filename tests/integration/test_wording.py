@@ -6,6 +6,7 @@ import io
 import re
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +180,7 @@ def entry_points() -> dict[str, Callable[[Any], Any]]:
         "convert_training": lambda m: normswap.convert_training(m, optimizer),
         "exempt_gates": lambda m: normswap.exempt_gates(m, optimizer),
         "find_norm_sites": normswap.find_norm_sites,
+        "fixed_sample_statistics": lambda m: ExitStack().enter_context(normswap.fixed_sample_statistics(m, x())),
         "freeze_statistics": normswap.freeze_statistics,
         "gate_impurity": normswap.gate_impurity,
         "importance_weights": normswap.importance_weights,

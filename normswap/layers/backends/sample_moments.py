@@ -52,12 +52,17 @@ class FixedMoments(NamedTuple):
     has_one_position: bool
 
 
-def fix_moments(x: Tensor, moments: SampleMoments) -> FixedMoments:
+def fix_moments(x: Tensor, moments: SampleMoments, *, is_synchronized: bool) -> FixedMoments:
     """Return the constants for x (B, C, *spatial), on its device and in the dtype of its moments.
 
     Raises:
-        LayerError: the moments do not fit the channels or the batch of x.
+        LayerError: the moments do not fit the channels or the batch of x, or several processes share this batch.
     """
+    if is_synchronized:
+        raise LayerError(
+            "fixed sample statistics and a batch that several processes share cannot be combined: set "
+            "synchronize=False, or let `bn` use its running statistics with bn_statistics='running'"
+        )
     mean, var, positions, rows = moments
     if mean.dim() != 2 or mean.shape != var.shape or mean.shape[1] != x.shape[1]:
         raise LayerError(
