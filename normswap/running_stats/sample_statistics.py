@@ -52,7 +52,7 @@ class FixedStatistics:
         self.layers = tuple(self._calls)
         self.samples = _count_samples(self._calls)
 
-    def assign_tiles(self, samples: Sequence[int]) -> None:
+    def assign_tiles(self, samples: Sequence[int] | Tensor) -> None:
         """Set the sample of each tile of a batch, until the next call; an overview of one sample does not need it.
 
         Args:
@@ -61,14 +61,13 @@ class FixedStatistics:
         Raises:
             ArgumentError: there is no such sample.
         """
-        rows = [*samples]
-        wrong = [row for row in rows if not isinstance(row, int) or not 0 <= row < self.samples]
-        if wrong or not rows:
+        rows = torch.as_tensor(samples).cpu()
+        if rows.dim() != 1 or rows.dtype != torch.long or not bool(((rows >= 0) & (rows < self.samples)).all()):
             raise ArgumentError(
-                f"samples: expected for each tile an integer from 0 to {self.samples - 1}, got {wrong or rows}"
+                f"samples: expected for each tile an integer from 0 to {self.samples - 1}, got {samples!r:.80}"
             )
         for layer in self._calls.values():
-            layer.rows = torch.tensor(rows)
+            layer.rows = rows
 
 
 @contextmanager

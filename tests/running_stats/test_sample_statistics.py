@@ -146,11 +146,12 @@ class Functional(nn.Module):
         return F.batch_norm(self.first(x), self.mean, self.var)
 
 
-def test_functional_sites_and_norms_with_an_activation() -> None:
+def test_functional_sites_norms_with_an_activation_and_graphs() -> None:
     functional_model = converted(Functional())
     assert len(importance_weights(functional_model)) == 3
     assert_no_seams(functional_model, sample())
     assert_no_seams(converted(pointwise(norm=BatchNormAct2d)), sample())
+    assert_no_seams(converted(Functional(), as_graph=True), sample())
 
 
 class UNet(nn.Module):
@@ -212,7 +213,7 @@ def test_tiles_of_several_samples_are_assigned() -> None:
                 model(halves(x))
             statistics.assign_tiles([0, 1, 2, 0, 1, 2])
             assert guarantees.distance(whole, joined(model(halves(x)))) <= LIMIT
-            statistics.assign_tiles([2, 1])
+            statistics.assign_tiles(torch.tensor([2, 1]))
             assert guarantees.distance(whole[[2, 1]], model(x[[2, 1]])) <= LIMIT
             with pytest.raises(LayerError, match=r"3 samples and 2 rows for a batch of 3: pass rows="):
                 model(x)

@@ -76,5 +76,5 @@ def fix_moments(x: Tensor, moments: SampleMoments, *, is_synchronized: bool) -> 
             "rows= with the sample of each item of the batch"
         )
     whole = Moments(*(each.to(x.device, accumulation_dtype(x)) for each in (mean, var)))
-    parts = whole if rows is None else Moments(*(each[rows] for each in whole))
+    parts = whole if rows is None else Moments(*(each[rows.to(each.device)] for each in whole))
     return FixedMoments(parts, pool_moments(whole, 0), positions == 1)
