@@ -42,7 +42,7 @@ from normswap.reports.tables import (
     verification_table,
     worst_sites,
 )
-from normswap.reports.training_course import mean_weight
+from normswap.reports.training_course import group_by_depth, mean_weight
 from normswap.running_stats.calibration import Calibration
 from normswap.surgery.conversion import Conversion
 from normswap.surgery.importance import SiteWeights
@@ -274,12 +274,16 @@ def describe_evaluation(values: Mapping[str, Any]) -> str:
 
 
 def average_importance(importance: Mapping[str, SiteWeights]) -> Table:
-    """Return the importance weight of each branch, averaged over all sites."""
+    """Return the importance weight of each branch, averaged over all sites and over groups of sites by depth."""
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
     table.add_column(Text(f"importance weights, mean of {len(importance)} sites", "bold"))
     for branch in BRANCHES:
         table.add_column(branch, justify="right")
+    groups = group_by_depth(list(importance))
     for kind, title in KINDS.items():
-        weights = [getattr(site, kind) for site in importance.values()]
-        table.add_row(title, *(f"{mean_weight(weights, branch):.2f}" for branch in BRANCHES))
+        for name, fqns in {title: list(importance), **(groups if len(groups) > 1 else {})}.items():
+            weights = [getattr(importance[fqn], kind) for fqn in fqns]
+            table.add_row(
+                name if name == title else f"  {name}", *(f"{mean_weight(weights, branch):.2f}" for branch in BRANCHES)
+            )
     return table

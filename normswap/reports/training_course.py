@@ -54,15 +54,7 @@ class Course:
 
     def depths(self) -> dict[str, tuple[str, ...]]:
         """Return the sites in up to three groups of equal size by depth: a title, and the fqns of its sites."""
-        fqns = tuple(self.importance[-1][1]) if self.importance else ()
-        count = min(len(_DEPTHS), len(fqns))
-        names = {1: ("all",), 2: (_DEPTHS[0], _DEPTHS[-1])}.get(count, _DEPTHS)
-        bounds = [round(index * len(fqns) / count) for index in range(count + 1)] if count else []
-        groups = (fqns[start:end] for start, end in pairwise(bounds))
-        return {
-            f"{name} {len(group)} sites" if len(group) > 1 else f"{name} site: {group[0] or '(the model)'}": group
-            for name, group in zip(names, groups, strict=False)
-        }
+        return group_by_depth(tuple(self.importance[-1][1]) if self.importance else ())
 
     def mean_importance(self, kind: str, fqns: Iterable[str]) -> tuple[list[int], dict[str, list[float]]]:
         """Return the steps, and for each branch its importance weight at these steps, averaged over sites.
@@ -78,6 +70,22 @@ class Course:
             branch: [mean_weight([getattr(site, kind) for site in sites], branch) for _, sites in known]
             for branch in BRANCHES
         }
+
+
+def group_by_depth(fqns: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Return sites in up to three groups of equal size by depth: a title, and the fqns of its sites.
+
+    Args:
+        fqns: the sites in the order of the model.
+    """
+    count = min(len(_DEPTHS), len(fqns))
+    names = {1: ("all",), 2: (_DEPTHS[0], _DEPTHS[-1])}.get(count, _DEPTHS)
+    bounds = [round(index * len(fqns) / count) for index in range(count + 1)] if count else []
+    groups = (tuple(fqns[start:end]) for start, end in pairwise(bounds))
+    return {
+        f"{name} {len(group)} sites" if len(group) > 1 else f"{name} site: {group[0] or '(the model)'}": group
+        for name, group in zip(names, groups, strict=False)
+    }
 
 
 def mean_weight(weights: Sequence[Mapping[str, float]], branch: str) -> float:
