@@ -1,11 +1,11 @@
 """Fine-tunes a network under differential privacy with Opacus, on shifted digits.
 
-With `norm = "switch"` the converted network is trained; with `norm = "opacus"` (and `convert.enabled = false`) its Batch
-Normalization is first replaced by Opacus' own `ModuleValidator.fix`, a GroupNorm that does not keep the function.
+With `norm = "switch"` the converted network is trained; with `norm = "opacus"` (and `convert.enabled = false`) its
+Batch Normalization is first replaced by Opacus' own `ModuleValidator.fix`, a GroupNorm that loses the function.
 """
 
 import warnings
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -47,58 +47,46 @@ def update_metrics(metrics: dict[str, Metric], model: nn.Module, batch: list[Ten
 
 
 def train_model(model: nn.Module, run: Any) -> None:
-    """Train under the budget (epsilon, delta) of `own.options`, and log what was spent."""
-    recipe, options = run.recipe, dict(run.options)
-    if recipe.convert.untrained == "calibrate":
-        raise SystemExit('convert.untrained = "calibrate" reads private images, which epsilon does not cover: "keep"')
-    if options.get("norm") == "opacus":
-        replace_norms(model)
-    data = open_data(recipe.data.train_split, options.get("images_seed", 0))
-    spent = train_privately(
-        model,
-        data,
-        run.build_optimizer,
-        batch_size=recipe.data.batch_size,
-        epochs=recipe.train.epochs,
-        device=run.device,
-        epsilon=options["epsilon"],
-        delta=options["delta"],
-        max_grad_norm=options["max_grad_norm"],
-    )
-    run.log({"step": 0, "epsilon": spent, "delta": options["delta"]})
+    """Train within the budget of `own.options`, and log what was spent."""
+    convert = run.recipe.convert
+    if convert.enabled and convert.untrained == "calibrate":
+        raise normswap.RecipeError(
+            'convert.untrained = "calibrate" reads private images, which epsilon does not cover: set it to "keep"'
+        )
+    train_within_budget(model, run, **run.options)
 
 
-def replace_norms(model: nn.Module) -> None:
-    """Replace each Batch Normalization by what Opacus makes of it."""
-    fixed = ModuleValidator.fix(model)
-    for name, module in [*model.named_modules()]:
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            model.set_submodule(name, fixed.get_submodule(name))
-
-
-def train_privately(
+def train_within_budget(
     model: nn.Module,
-    data: TensorDataset,
-    build_optimizer: Any,
+    run: Any,
     *,
-    batch_size: int,
-    epochs: int,
-    epsilon: float,
-    delta: float,
-    max_grad_norm: float,
-    device: torch.device | str = "cpu",
-) -> float:
-    """Train with batches by Poisson sampling and noise on clipped gradients; return the epsilon that was spent."""
+    epsilon: float = 8.0,
+    delta: float = 1e-3,
+    max_grad_norm: float = 1.0,
+    norm: Literal["switch", "opacus"] = "switch",
+    images_seed: int = 0,
+) -> None:
+    """Train with batches by Poisson sampling and noise on clipped gradients.
+
+    Args:
+        epsilon, delta: the budget.
+        max_grad_norm: the largest norm of the gradient of an image.
+        norm: `"opacus"`: replace Batch Normalization by what Opacus makes of it.
+        images_seed: of the images, as that of the run of digits_source.
+    """
+    if norm == "opacus":
+        replace_norms(model)
     normswap.privacy.prepare(model)
-    optimizer = build_optimizer(model)
-    engine = PrivacyEngine()
+    optimizer, epochs = run.build_optimizer(model), run.recipe.train.epochs
+    data = open_data(run.recipe.data.train_split, images_seed)
     with warnings.catch_warnings():
-        # The first layer's input needs no gradient, and random numbers of torch are enough for a measurement.
-        warnings.filterwarnings("ignore", "Full backward hook|Secure RNG")
+        # Random numbers of torch are enough for a measurement; images need no gradient; a bound in between is looser.
+        warnings.filterwarnings("ignore", "Secure RNG|Full backward hook|Optimal order is the")
+        engine = PrivacyEngine()
         private, private_optimizer, loader = engine.make_private_with_epsilon(
             module=model.train(),
             optimizer=optimizer,
-            data_loader=DataLoader(data, batch_size=batch_size),
+            data_loader=DataLoader(data, batch_size=run.recipe.data.batch_size),
             target_epsilon=epsilon,
             target_delta=delta,
             epochs=epochs,
@@ -107,8 +95,17 @@ def train_privately(
         for _ in range(epochs):
             for images, labels in loader:
                 private_optimizer.zero_grad()
-                F.cross_entropy(private(images.to(device)), labels.to(device)).backward()
+                F.cross_entropy(private(images.to(run.device)), labels.to(run.device)).backward()
                 private_optimizer.step()
+        spent = engine.get_epsilon(delta)
     private.to_standard_module()
     normswap.privacy.restore(model)
-    return float(engine.get_epsilon(delta))
+    run.log({"step": epochs * len(loader), "epsilon": float(spent)})
+
+
+def replace_norms(model: nn.Module) -> None:
+    """Replace each Batch Normalization by what Opacus makes of it."""
+    fixed = ModuleValidator.fix(model)
+    for name, module in [*model.named_modules()]:
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            model.set_submodule(name, fixed.get_submodule(name))

@@ -124,6 +124,8 @@ def test_frozen_batch_norm_keeps_its_frozen_weights() -> None:
     assert "weight" in dict(layer.named_buffers())
 
 
+@pytest.mark.slow
+@pytest.mark.multiprocess  # the exported file runs in one of its own
 @pytest.mark.parametrize("start", [None, "ln"])
 def test_bake_and_export_of_a_prepared_model(start: Any, tmp_path: Any) -> None:
     model = prepared_network(start=start).eval()
