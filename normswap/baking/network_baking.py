@@ -21,6 +21,7 @@ from normswap.baking.rules.instance_norm import become_instance_norm, matches_in
 from normswap.errors import ArgumentError, PlanError
 from normswap.layers.gated_module import GatedModule
 from normswap.layers.gating import BRANCHES
+from normswap.layers.in_place import restore_buffers
 from normswap.layers.switch_norm import SwitchNorm
 from normswap.model_state import rollback_on_error
 from normswap.surgery.arguments import require_module, require_type
@@ -178,6 +179,7 @@ def _bake_site(name: str, layer: GatedModule, tolerance: float, shapes: tuple[Sh
     """Replace one layer by the first rule that matches."""
     if not isinstance(layer, SwitchNorm):
         return BakedSite(name, "kept", class_name(layer), {}, {}, reason=_FUNCTIONAL)
+    restore_buffers(layer)
     weights, reason = _fixed_weights(layer, tolerance, shapes), None
     rule = None
     if weights is None:

@@ -6,7 +6,7 @@ gate in its `_metadata`, and loading refuses the other kind. Checkpoints of the 
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -37,7 +37,7 @@ from normswap.layers.gating import (
     initial_point,
     is_on_simplex,
 )
-from normswap.layers.in_place import GATE_PARAMETERS
+from normswap.layers.in_place import FROZEN_BUFFERS, GATE_PARAMETERS
 from normswap.layers.matching import MATCHING_BUFFERS, Matching, identity_matching, match_statistics
 from normswap.layers.published_state import ZERO_LOGIT, read_published_state
 
@@ -128,7 +128,7 @@ class GatedModule(nn.Module):
     @property
     def matching(self) -> Matching | None:
         """The constants of matched branches; None if the layer is not matched."""
-        find = self._buffers.get
+        find = self._constants.get
         shift, in_scale = find("ln_mean_shift"), find("in_var_scale")
         return None if shift is None and in_scale is None else Matching(shift, find("ln_var_scale"), in_scale)
 
@@ -165,7 +165,7 @@ class GatedModule(nn.Module):
         found = match_statistics(running_mean, running_var, eps, self.num_groups, instance_var=instance_var)
         with torch.no_grad():
             for name, value in zip(MATCHING_BUFFERS, found, strict=True):
-                own = self._buffers.get(name)
+                own = self._constants.get(name)
                 if own is not None and value is not None and (name != "in_var_scale" or instance_var is not None):
                     own.copy_(value)
 
@@ -175,9 +175,14 @@ class GatedModule(nn.Module):
         for (name, branch), constant in zip(MATCHING_BUFFERS.items(), constants, strict=True):
             self.register_buffer(name, constant if branch in self.branches else None)
 
+    @property
+    def _constants(self) -> Mapping[str, Tensor | None]:
+        """The registry that contains the matching constants: see `in_place.freeze_buffers`."""
+        return self._parameters if FROZEN_BUFFERS in self.__dict__ else self._buffers
+
     def _reset_matching(self) -> None:
         for name, neutral in zip(MATCHING_BUFFERS, (0, 1, 1), strict=True):
-            own = self._buffers.get(name)
+            own = self._constants.get(name)
             if own is not None:
                 own.fill_(neutral)
 
@@ -223,6 +228,10 @@ class GatedModule(nn.Module):
             points = [point for name in GATE_PARAMETERS if (point := self._parameters.get(name)) is not None]
             self._project([point for point in points if is_eager(point)])
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.update({prefix + name: integers for name, integers in self._integer_buffers().items()})
+        for name in vars(self).get(FROZEN_BUFFERS, ()):  # in the order of buffers
+            if prefix + name in destination:
+                destination[prefix + name] = destination.pop(prefix + name)
         if hasattr(destination, "_metadata"):
             destination._metadata[prefix[:-1]]["gate"] = self.gate
 
@@ -248,9 +257,20 @@ class GatedModule(nn.Module):
                 error_msgs.append(f"{prefix}{name}: {problem}")
                 state_dict[prefix + name] = getattr(self, name)  # torch loads the other tensors, then raises
         self._add_missing_constants(state_dict, prefix)
+        for name, integers in self._integer_buffers().items():
+            stored = state_dict.pop(prefix + name, None)
+            if isinstance(stored, Tensor):
+                integers.copy_(stored)
+            elif strict:
+                missing_keys.append(prefix + name)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+
+    def _integer_buffers(self) -> dict[str, Tensor]:
+        """The buffers that `in_place.freeze_buffers` made attributes, by name."""
+        own = vars(self)
+        return {name: own[name] for name in own.get(FROZEN_BUFFERS, ()) if name in own}
 
     def _from_published(self, value: Tensor, weights: Tensor) -> Tensor:
         """The gate parameter with the importance weights of a published layer; its own logits if they are these."""
@@ -265,7 +285,7 @@ class GatedModule(nn.Module):
 
         A state dict whose gates left the old norm is that of a layer that was not matched, and stays so.
         """
-        own = {name: constant for name in MATCHING_BUFFERS if (constant := self._buffers.get(name)) is not None}
+        own = {name: constant for name in MATCHING_BUFFERS if (constant := self._constants.get(name)) is not None}
         missing = [name for name in own if prefix + name not in state_dict]
         if not missing:
             return

@@ -24,6 +24,8 @@ GATE_PARAMETERS = ("mean_weight", "var_weight")
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 # Attribute of a layer with frozen statistics: its previous `bn_statistics`, unless that was "batch".
 STATISTICS_BEFORE_FREEZE = "unfrozen_statistics"
+# Attribute of a layer whose buffers are frozen parameters: the names of its buffers, in their order.
+FROZEN_BUFFERS = "frozen_buffers"
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Replaced:
 
 def has_frozen_affine(module: nn.Module) -> bool:
     """Return whether the weight of a norm is a buffer, as in torchvision's FrozenBatchNorm2d, and cannot be trained."""
-    return "weight" in module._buffers
+    return "weight" in module._buffers or "weight" in vars(module).get(FROZEN_BUFFERS, ())
 
 
 def qualified_name(cls: type) -> str:
@@ -260,6 +262,7 @@ def revert_module(layer: nn.Module) -> None:
         SwapError: as `original_class`; or the layer has no `bn` branch and dropped the statistics of its old norm.
     """
     cls = original_class(layer)
+    restore_buffers(layer)
     if layer.__dict__["replaced"].dropped:
         raise SwapError(
             f"cannot put back {cls.__name__}: the layer started without `bn` and has no running statistics. Load the "
@@ -281,6 +284,47 @@ def revert_module(layer: nn.Module) -> None:
         if not registered:
             del layer._buffers[name]
     layer.__class__ = cls
+
+
+def freeze_buffers(layer: nn.Module) -> bool:
+    """Turn the buffers of a layer into frozen parameters with the same names, for libraries that refuse buffers.
+
+    A buffer of integers, which `torch.func.grad` refuses among parameters, becomes an attribute; the layer stores it in
+    its state dict.
+
+    Returns:
+        Whether the layer had a buffer.
+    """
+    buffers = layer._buffers
+    names, found = (*buffers,), {name: buffer for name, buffer in buffers.items() if buffer is not None}
+    for name, buffer in found.items():
+        del buffers[name]
+        if buffer.is_floating_point():
+            layer._parameters[name] = nn.Parameter(buffer, requires_grad=False)
+        else:
+            vars(layer)[name] = buffer
+    if found:
+        vars(layer)[FROZEN_BUFFERS] = names
+    return bool(found)
+
+
+def restore_buffers(layer: nn.Module) -> bool:
+    """Undo `freeze_buffers`; return whether there was something to undo."""
+    names = vars(layer).pop(FROZEN_BUFFERS, None)
+    if names is None:
+        return False
+    parameters = {name: layer._parameters.pop(name).detach() for name in names if name in layer._parameters}  # type: ignore[union-attr]
+    device = next((each.device for each in parameters.values()), None)
+    integers = {name: vars(layer).pop(name).to(device) for name in names if name in vars(layer)}
+    found = {**layer._buffers, **parameters, **integers}
+    layer._buffers.clear()
+    layer._buffers.update({name: found[name] for name in names})
+    return True
+
+
+def has_frozen_buffers(module: nn.Module) -> bool:
+    """Return whether `freeze_buffers` changed the module."""
+    return FROZEN_BUFFERS in vars(module)
 
 
 def shallow_copy(module: nn.Module) -> nn.Module:

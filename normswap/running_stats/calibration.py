@@ -35,7 +35,7 @@ from normswap.running_stats.matching import (
     measured_variance,
     set_instance_variance,
 )
-from normswap.surgery.arguments import describe_invalid_batches, require_module
+from normswap.surgery.arguments import describe_invalid_batches, refuse_private, require_module
 from normswap.surgery.discovery.instance_variance import SiteVariance
 from normswap.surgery.module_tree import walk_modules
 from normswap.surgery.norms.classes import is_norm_layer
@@ -166,7 +166,7 @@ def calibrate(
         DataError: there are no batches; or `batches` can be iterated only once and several passes are needed; or the
             input of a layer has NaN or infinite values, a wrong number of channels,
             or a single value per channel.
-        ModelError: the model raises on a batch, or another process failed.
+        ModelError: the model raises on a batch, another process failed, or the model trains with differential privacy.
         ArgumentError: `model` is not a module.
 
     Examples:
@@ -182,6 +182,7 @@ def calibrate(
             f"{type(batches).__name__}: pass list(batches), or drop {option}"
         )
     model = unwrap(require_module(model))
+    refuse_private(model, "calibrate would store statistics of the data in the model")
     if problem := describe_invalid_batches(batches):
         raise DataError(f"batches: {problem}")
     layers, skipped = _split_layers(model, include_frozen=include_frozen, only=only)

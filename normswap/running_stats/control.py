@@ -22,7 +22,7 @@ from normswap.layers.in_place import STATISTICS, STATISTICS_BEFORE_FREEZE, has_f
 from normswap.layers.switch_norm import SwitchNorm
 from normswap.model_state import call_model, training_flags
 from normswap.running_stats.accumulation import batch_inputs, move_to_device
-from normswap.surgery.arguments import describe_invalid_batches, require_module
+from normswap.surgery.arguments import describe_invalid_batches, refuse_private, require_module
 from normswap.surgery.module_tree import ModuleEntry, model_training_flags, walk_modules
 from normswap.surgery.selection import SiteFilter, first_matching_patterns
 from normswap.surgery.wrappers import unwrap
@@ -79,6 +79,7 @@ def unfreeze_statistics(model: nn.Module) -> list[str]:
         The names of the layers that were frozen before.
 
     Raises:
+        ModelError: the model trains with differential privacy.
         ArgumentError: `model` is not a module.
 
     Examples:
@@ -90,6 +91,8 @@ def unfreeze_statistics(model: nn.Module) -> list[str]:
     frozen = {
         entry.names[0]: entry.module for entry in walk_modules(unwrap(model)) if _is_frozen_by_request(entry.module)
     }
+    if frozen:
+        refuse_private(unwrap(model), "statistics of the batch would mix its samples")
     for layer in frozen.values():
         if isinstance(layer, GatedModule):
             layer.bn_statistics = vars(layer).pop(STATISTICS_BEFORE_FREEZE, layer.bn_statistics)
@@ -166,7 +169,8 @@ def set_bn_statistics(
         LayerError: `mode` is unknown.
         PlanError: a pattern matches no layer.
         ModelError: no layer has a `bn` branch with running statistics; or `mode` is `"running"` and the running
-            statistics of a layer have not seen a batch yet.
+            statistics of a layer have not seen a batch yet; or it is another one, and the model trains with
+            differential privacy.
         ArgumentError: `model` is not a module.
 
     Examples:
@@ -192,6 +196,8 @@ def set_bn_statistics(
             f"the running statistics of {', '.join(empty)} have not seen a batch yet: train the model or call "
             "normswap.update_statistics first, or exclude these layers"
         )
+    if mode != "running":
+        refuse_private(unwrap(model), f"bn_statistics={mode!r} would mix the samples of a batch")
     for layer in changed.values():
         vars(layer).pop(STATISTICS_BEFORE_FREEZE, None)
         layer.bn_statistics = mode
@@ -250,7 +256,7 @@ def update_statistics(model: nn.Module, loader: Iterable[Any], *, device: torch.
         device: the device to move the inputs to; default is not to move them.
 
     Raises:
-        ModelError: `loader` is empty.
+        ModelError: `loader` is empty, or the model trains with differential privacy.
         DataError: `loader` is one input, not an iterable of inputs.
         ArgumentError: `model` is not a module.
 
@@ -262,6 +268,7 @@ def update_statistics(model: nn.Module, loader: Iterable[Any], *, device: torch.
         4
     """
     modules = [entry.module for entry in walk_modules(require_module(model))]
+    refuse_private(model, "update_statistics would store statistics of the data in the model")
     if problem := describe_invalid_batches(loader):
         raise DataError(f"loader: {problem}")
     in_evaluation = _kept_in_evaluation(model)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from normswap.errors import DataError
 from normswap.layers.gated_module import FunctionalSwitchNorm, GatedModule
 from normswap.running_stats.accumulation import batch_inputs, move_to_device
-from normswap.surgery.arguments import describe_invalid_batches, require_module
+from normswap.surgery.arguments import describe_invalid_batches, refuse_private, require_module
 from normswap.surgery.discovery.instance_variance import SiteVariance, match_in_branch, measure_instance_variance
 from normswap.surgery.importance import gated_modules
 from normswap.surgery.wrappers import unwrap
@@ -39,10 +39,11 @@ def match_instance_variance(
 
     Raises:
         DataError: there are no batches.
-        ModelError: the model raises on a batch.
+        ModelError: the model raises on a batch, or trains with differential privacy.
         ArgumentError: `model` is not a module.
     """
     model = unwrap(require_module(model))
+    refuse_private(model, "matching would store statistics of the data in the model")
     if problem := describe_invalid_batches(batches):
         raise DataError(f"batches: {problem}")
     layers = matchable_layers(model)

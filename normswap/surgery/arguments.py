@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from normswap.errors import ArgumentError, ModelError
+from normswap.layers.in_place import has_frozen_buffers
 
 
 def require_module(value: object, argument: str = "model") -> nn.Module:
@@ -28,6 +29,29 @@ def require_module(value: object, argument: str = "model") -> nn.Module:
         (describe(value) for matches, describe in _MODEL_MISTAKES if matches(value)), f"got {_type_with_article(value)}"
     )
     raise ArgumentError(f"{argument}: expected a torch.nn.Module, {description}")
+
+
+def refuse_private(model: nn.Module, problem: str) -> None:
+    """Refuse what samples of a batch or of a data set would share, in a model of differentially private training.
+
+    Args:
+        model: prepared by `normswap.privacy.prepare`, or with the per-sample gradients of Opacus, or neither.
+        problem: what the call would do, for the message.
+
+    Raises:
+        ModelError: the model trains with differential privacy.
+    """
+    is_private = any(map(has_frozen_buffers, model.modules())) or has_sample_gradients(model)
+    if is_private:
+        raise ModelError(
+            f"{problem}, which epsilon does not cover: the model is prepared for differential privacy. Do it on public "
+            "data before normswap.privacy.prepare; if the data is public, call normswap.privacy.restore(model) first"
+        )
+
+
+def has_sample_gradients(model: nn.Module) -> bool:
+    """Return whether Opacus records per-sample gradients of the model's parameters."""
+    return any(hasattr(parameter, "grad_sample") for parameter in model.parameters())
 
 
 def require_type(value: object, kinds: type | UnionType | tuple[type, ...], argument: str, expected: str) -> None:

@@ -16,7 +16,7 @@ from normswap.layers.gating import BnStatistics, Branch, Gate
 from normswap.layers.in_place import convert_module, revert_module
 from normswap.layers.switch_norm import SwitchNorm
 from normswap.model_state import rollback_on_error
-from normswap.surgery.arguments import require_type
+from normswap.surgery.arguments import refuse_private, require_type
 from normswap.surgery.discovery.instance_variance import match_in_branch, measure_instance_variance
 from normswap.surgery.graphs.as_graph_module import to_graph_module
 from normswap.surgery.graphs.module_trace import trace_module_forward
@@ -125,7 +125,8 @@ def convert(
 
     Raises:
         PlanError: a filter matches nothing, an option is wrong, or the plan was made for another model.
-        ModelError: the forward pass on `example_inputs` or `data` failed, or `data` is empty.
+        ModelError: the forward pass on `example_inputs` or `data` failed, `data` is empty, or is passed with a model
+            that trains with differential privacy.
         SwapError: a wrapper of the model can neither stay nor be built again, or the model cannot be copied, rewritten
             or traced as asked.
         ArgumentError: an argument is of a wrong type, such as a state dict or a path instead of a module.
@@ -161,6 +162,8 @@ def convert(
     chosen = choose_options(options, keywords)
     check_wrapping(model, inplace=inplace, rebuilt=as_graph or not inplace)
     inside = unwrap(model)
+    if data is not None:
+        refuse_private(inside, "matching would store statistics of the data in the model")
     if plan is None:
         plan = make_plan(inside, example_inputs, chosen, norms)
     elif options is not None or chosen != SwapOptions.default():

@@ -106,6 +106,9 @@ def with_outputs(text: str, found: list[Step], outputs: list[str | None]) -> str
 @pytest.mark.filterwarnings(
     "ignore:.*LeafSpec:FutureWarning",  # pytorch-lightning 2.6 with torch 2.14
     "ignore::UserWarning:pytorch_lightning",  # its advice on workers and on the folder of logs
+    "ignore:Secure RNG turned off:UserWarning",  # Opacus: torch's random numbers are enough for a page
+    "ignore:Full backward hook is firing:UserWarning",  # Opacus' hook on the first layer, whose inputs are images
+    "ignore:Optimal order is the:UserWarning",  # Opacus: its bound on epsilon could be tighter
     "ignore:.torch.jit:FutureWarning",  # fvcore 0.1.5 and torch-pruning 1.6 with torch 2.14
 )
 @pytest.mark.parametrize(
