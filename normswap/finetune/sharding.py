@@ -233,8 +233,8 @@ def check_launch(accelerator: Accelerator, sharding: str) -> None:
         )
     if sharding == "fsdp" and accelerator.num_processes == 1:
         raise RecipeError(
-            'train.sharding: "fsdp" needs several processes, but there is one: start them with torchrun '
-            '--nproc-per-node 2 -m normswap finetune RECIPE, or set train.sharding = "none"'
+            'train.sharding: "fsdp" needs several processes, but there is one: start the recipe with torchrun or '
+            'accelerate launch, or set train.sharding = "none"'
         )
 
 

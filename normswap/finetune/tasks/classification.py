@@ -2,11 +2,10 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from normswap.checkpoints.architecture.registry import parse_architecture, with_keyword
@@ -18,6 +17,9 @@ from normswap.finetune.recipe import Recipe
 from normswap.finetune.tables import DataTable
 from normswap.finetune.tasks.interface import Batches, Evaluation, TaskContext
 from normswap.model_state import training_flags
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 class ClassificationTask:
@@ -131,7 +133,7 @@ class ClassificationMeter:
         right = (logits.argmax(1) == labels).sum().double()
         self.total += torch.stack([loss, right, torch.tensor(float(len(labels))).to(loss)])
 
-    def compute(self, accelerator: Accelerator) -> Evaluation:
+    def compute(self, accelerator: "Accelerator") -> Evaluation:
         """Return mean cross-entropy and accuracy in percent on all images of all processes."""
         loss, right, images = accelerator.reduce(self.total, "sum").tolist()
         return Evaluation(loss / images, {"accuracy": 100 * right / images}, int(images))

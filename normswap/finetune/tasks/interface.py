@@ -6,15 +6,17 @@ task measures.
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from normswap.finetune.data.loaders import DataSettings
 from normswap.finetune.model_source import StartingModel
 from normswap.finetune.recipe import Recipe
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 NO_FIGURES = ("loss", "images", "unit")
 
@@ -78,7 +80,7 @@ class Meter(Protocol):
     def update(self, model: nn.Module, batch: Any) -> None:
         """Add a batch, without gradients and with the model in evaluation mode."""
 
-    def compute(self, accelerator: Accelerator) -> Evaluation:
+    def compute(self, accelerator: "Accelerator") -> Evaluation:
         """Return the result over the batches of all processes."""
 
 

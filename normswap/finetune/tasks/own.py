@@ -8,10 +8,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -20,6 +19,9 @@ from normswap.errors import RecipeError
 from normswap.finetune.data.loaders import USAGE_SPECS, EpochLoader, Use
 from normswap.finetune.model_source import StartingModel
 from normswap.finetune.tasks.interface import Batches, Evaluation, OwnLoop, TaskContext
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 _REQUIRED = ("open_data", "compute_loss", "build_metrics", "update_metrics")
 
@@ -161,7 +163,7 @@ class OwnMeter:
         """Add a batch."""
         self.file.call("update_metrics", self.metrics, model, batch)
 
-    def compute(self, accelerator: Accelerator) -> Evaluation:
+    def compute(self, accelerator: "Accelerator") -> Evaluation:
         """Return the values of the metrics, which synchronize the processes themselves."""
         samples = accelerator.reduce(torch.tensor(float(self.samples), device=accelerator.device), "sum")
         figures = {name: float(metric.compute()) for name, metric in self.metrics.items()}
