@@ -180,7 +180,9 @@ def test_an_optimizer_that_does_not_support_shards_is_refused_before_training(ru
 
 
 def test_sharding_needs_several_processes(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match='"fsdp" needs several processes, but there is one: start them with torchrun'):
+    with pytest.raises(
+        RecipeError, match='"fsdp" needs several processes, but there is one: start the recipe with torchrun'
+    ):
         run_recipe(recipe(tmp_path, "alone"))
 
 
