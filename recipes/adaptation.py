@@ -51,8 +51,8 @@ def update_metrics(metrics: Mapping[str, Metric], model: nn.Module, batch: Seque
 
 
 def train_model(model: nn.Module, run: Any) -> None:
-    """Adapt the norms to the stream, several times."""
-    options = {"passes": 10, "gates": False, "max_entropy": 0.4, **run.options}
+    """Adapt the norms to the stream, `epochs` times."""
+    options = {"gates": False, "max_entropy": 0.4, **run.options}
     margin = options["max_entropy"] * math.log(CLASSES)
     model.requires_grad_(False)
     for parameter in normswap.adaptation_parameters(model, gates=options["gates"]).parameters:
@@ -60,7 +60,7 @@ def train_model(model: nn.Module, run: Any) -> None:
     optimizer = run.build_optimizer(model)
     stream = [[tensor.to(run.device) for tensor in batch] for batch in run.evaluation]
     order = torch.randperm(len(stream), generator=torch.Generator().manual_seed(run.recipe.train.seed))
-    for number in range(options["passes"]):
+    for number in range(run.recipe.train.epochs):
         predictions = torch.cat([adapt(model, optimizer, stream[index], margin) for index in order])
         labels = torch.cat([stream[index][1] for index in order])
         accuracy = float((predictions == labels).float().mean())

@@ -88,23 +88,23 @@ def update_metrics(metrics: Mapping[str, Metric], model: nn.Module, batch: Seque
 
 
 def train_model(model: nn.Module, run: Any) -> None:
-    """Train copies of the network on the images of their clients, and average them after each round."""
-    options = {"rounds": 10, "norms": "local", "seed": 0, **run.options}
+    """Train copies of the network on the images of their clients, and average them after each of `epochs` rounds."""
+    options, rounds = {"norms": "local", "seed": 0, **run.options}, run.recipe.train.epochs
     data = client_data(open_data(run.recipe.data.train_split, options["seed"]), run.device)
     networks = [copy.deepcopy(model) for _ in data]
     optimizers = [run.build_optimizer(network) for network in networks]
     rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     weights = torch.tensor([float(len(labels)) for _, labels in data])
     weights /= weights.sum()
-    for number in range(options["rounds"]):
+    for number in range(rounds):
         losses = []
         for network, optimizer, own_rates, own_data in zip(networks, optimizers, rates, data, strict=True):
             for group, rate in zip(optimizer.param_groups, own_rates, strict=True):
-                group["lr"] = rate * (1 - number / options["rounds"])
+                group["lr"] = rate * (1 - number / rounds)
             losses.append(train_client(network.train(), optimizer, own_data, run.recipe, number))
         for network, state in zip(networks, average_clients(networks, data, weights, options["norms"]), strict=True):
             network.load_state_dict(state)
-        run.log({"step": number + 1, "loss": float(torch.tensor(losses).mean())})
+        run.log({"step": number + 1, "mean loss": float(torch.tensor(losses).mean())})
     model.load_state_dict(networks[0].state_dict())
     norm_sets = [normswap.norm_state(network) for network in networks]
     _NORM_SETS[model] = [*norm_sets]

@@ -22,11 +22,11 @@ def network(**options: Any) -> nn.Module:
     return normswap.convert(model, torch.randn(2, 3, 32, 32), **options).model.train()
 
 
-def own_run(folder: Path, **options: Any) -> Any:
+def own_run(folder: Path, epochs: int, **options: Any) -> Any:
     """What an own loop gets, with large batches."""
     return SimpleNamespace(
         recipe=SimpleNamespace(
-            train=SimpleNamespace(seed=0, clip=1.0),
+            train=SimpleNamespace(seed=0, clip=1.0, epochs=epochs),
             data=SimpleNamespace(train_split="train", batch_size=50),
             output=folder,
         ),
@@ -66,7 +66,7 @@ def test_each_client_has_its_own_images_and_classes_in_its_own_proportions(feder
 
 
 def test_local_norms_differ_and_all_other_weights_are_one_average(federated: Any, tmp_path: Path) -> None:
-    model, run = network(), own_run(tmp_path, rounds=2)
+    model, run = network(), own_run(tmp_path, 2)
     before = normswap.split_state(model)
     federated.train_model(model, run)
     norm_sets = torch.load(tmp_path / "norm_sets.pt", weights_only=True)
@@ -91,7 +91,7 @@ def test_local_norms_differ_and_all_other_weights_are_one_average(federated: Any
 
 def test_pooled_norms_are_one_set_with_the_statistics_of_all_images(federated: Any, tmp_path: Path) -> None:
     model = network(bn_statistics="batch")
-    federated.train_model(model, own_run(tmp_path, rounds=1, norms="pooled"))
+    federated.train_model(model, own_run(tmp_path, 1, norms="pooled"))
     first, *others = torch.load(tmp_path / "norm_sets.pt", weights_only=True)
     assert all(torch.equal(first[key], other[key]) for other in others for key in first)
     images = federated.open_data("train").tensors[0]
@@ -103,7 +103,7 @@ def test_adaptation_changes_the_norms_alone_and_leaves_out_uncertain_images(tmp_
     adaptation = SimpleNamespace(**runpy.run_path(str(RECIPES / "adaptation.py")))
     images, labels = adaptation.open_data("validation")[:12]
     for margin, norms_change in ((2.0, True), (0.0, False)):
-        model, run = network(start="ln"), own_run(tmp_path, passes=2, max_entropy=margin)
+        model, run = network(start="ln"), own_run(tmp_path, 2, max_entropy=margin)
         run.evaluation = [(images[i : i + 1], labels[i : i + 1]) for i in range(12)]
         run.recipe.train.seed = 3
         before = normswap.split_state(model)
