@@ -64,6 +64,13 @@ if TYPE_CHECKING:
     from normswap.layers.switch_norm import SwitchNorm2d as SwitchNorm2d
     from normswap.layers.switch_norm import SwitchNorm3d as SwitchNorm3d
     from normswap.layers.switch_norm import SwitchNormAct as SwitchNormAct
+    from normswap.norm_sets.adaptation import AdaptationParameters as AdaptationParameters
+    from normswap.norm_sets.adaptation import adaptation_parameters as adaptation_parameters
+    from normswap.norm_sets.pooling import pool_statistics as pool_statistics
+    from normswap.norm_sets.stored_state import SplitState as SplitState
+    from normswap.norm_sets.stored_state import load_norm_state as load_norm_state
+    from normswap.norm_sets.stored_state import norm_state as norm_state
+    from normswap.norm_sets.stored_state import split_state as split_state
     from normswap.reports.file_report import Report as Report
     from normswap.reports.file_report import read_report as read_report
     from normswap.reports.plots import plot_importance as plot_importance
@@ -153,6 +160,9 @@ _NAMES_BY_MODULE = {
     "layers.functional": ("switch_norm",),
     "layers.matching": ("Matching",),
     "layers.switch_norm": ("SwitchNorm1d", "SwitchNorm2d", "SwitchNorm3d", "SwitchNormAct"),
+    "norm_sets.adaptation": ("AdaptationParameters", "adaptation_parameters"),
+    "norm_sets.pooling": ("pool_statistics",),
+    "norm_sets.stored_state": ("SplitState", "load_norm_state", "norm_state", "split_state"),
     "reports.file_report": ("Report", "read_report"),
     "reports.plots": ("plot_importance",),
     "reports.report_files": ("write_report",),

@@ -253,7 +253,7 @@ class GatedModule(nn.Module):
             if published is not None:
                 if name in published:  # torch reports a gate of other branches
                     state_dict[prefix + name] = self._from_published(value, published[name])
-            elif problem := self._gate_problem(value, local_metadata.get("gate")):
+            elif problem := self.gate_problem(value, local_metadata.get("gate")):
                 error_msgs.append(f"{prefix}{name}: {problem}")
                 state_dict[prefix + name] = getattr(self, name)  # torch loads the other tensors, then raises
         self._add_missing_constants(state_dict, prefix)
@@ -311,7 +311,8 @@ class GatedModule(nn.Module):
         shaped = (point for point in points if point.shape == (len(self.branches),))
         return any(float(importance_weights(point, self.gate)[index]) != 1 for point in shaped)
 
-    def _gate_problem(self, value: Tensor, stored_gate: str | None) -> str | None:
+    def gate_problem(self, value: Tensor, stored_gate: str | None) -> str | None:
+        """Return why a stored gate parameter cannot be one of this module, or None; `stored_gate` None: unknown."""
         if stored_gate not in (None, self.gate):
             return f"expected a {self.gate} gate, got a {stored_gate} gate in the state dict"
         if stored_gate is None and self.gate == "simplex" and not value.is_meta and not _is_near_simplex(value):

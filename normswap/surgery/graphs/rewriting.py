@@ -11,12 +11,12 @@ import copy
 import functools
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import CodeType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from normswap.errors import LayerError, SwapError
@@ -28,6 +28,7 @@ from normswap.surgery.norms.functions import (
     NORM_CALLS,
     all_results,
     as_results,
+    attribute_tensor,
     batch_norm_nodes,
     call_name,
     is_batch_norm_call,
@@ -330,3 +331,47 @@ def _functional_gates(module: fx.GraphModule) -> dict[str, FunctionalSwitchNorm]
 
 def _gate_calls(graph: fx.Graph, gates: dict[str, FunctionalSwitchNorm]) -> list[fx.Node]:
     return [node for node in graph.nodes if node.op == "call_module" and str(node.target) in gates]
+
+
+# --- the tensors of the sites -----------------------------------------------------------------------------------------
+
+
+class SiteTensors(NamedTuple):
+    """The tensors of a module from which the arguments of a functional site come; None for one from elsewhere."""
+
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+def functional_site_tensors(module: nn.Module) -> dict[str, SiteTensors]:
+    """Return the tensors of each functional site of a rewritten module or of a GraphModule, by the name of its child.
+
+    Raises:
+        SwapError: the forward of a rewritten module cannot be traced any more.
+    """
+    calls = _site_arguments(module)
+    return {
+        name: SiteTensors(*(attribute_tensor(module, _source(arguments.get(each))) for each in SiteTensors._fields))
+        for name, arguments in calls.items()
+    }
+
+
+def _site_arguments(module: nn.Module) -> dict[str, Mapping[str, Any]]:
+    if isinstance(module, fx.GraphModule):
+        return {str(node.target): node.kwargs for node in gate_call_nodes(module)}
+    if not is_rewritten(module):
+        return {}
+    own = trace_module_forward(_original_copy(module))
+    if own.training is None:
+        raise SwapError(f"the forward of {type(module).__name__} cannot be traced any more: {own.reason}")
+    calls = zip(module.__dict__[_SITE_NAMES], batch_norm_nodes(own.training), strict=False)
+    return {name: norm_arguments(node) for name, node in calls if name is not None}
+
+
+def _source(node: Any) -> Any:
+    """The node from which an argument is computed, such as a table of which it is one row."""
+    while isinstance(node, fx.Node) and node.op in ("call_function", "call_method") and len(node.all_input_nodes) == 1:
+        node = node.all_input_nodes[0]
+    return node

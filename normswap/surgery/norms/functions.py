@@ -116,11 +116,12 @@ def call_tensors(module: nn.Module, node: fx.Node | None, names: Sequence[str] =
         arguments = norm_arguments(node)
     elif node is not None and isinstance(module._modules.get(str(node.target)), FunctionalSwitchNorm):
         arguments = node.kwargs
-    tensors = (_attribute_tensor(module, arguments.get(name)) for name in names)
+    tensors = (attribute_tensor(module, arguments.get(name)) for name in names)
     return [tensor for tensor in tensors if tensor is not None]
 
 
-def _attribute_tensor(module: nn.Module, node: Any) -> Tensor | None:
+def attribute_tensor(module: nn.Module, node: Any) -> Tensor | None:
+    """Return the tensor of `module` that a node of its graph reads, None if the node is something else."""
     if getattr(node, "op", None) != "get_attr":
         return None
     owner, _, name = str(node.target).rpartition(".")
