@@ -8,11 +8,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.normswap-ready
 EVIDENCE_READY := $(VENV)/.normswap-evidence-ready
+INTEGRATIONS := .venv-integrations
+INTEGRATIONS_READY := $(INTEGRATIONS)/.normswap-ready
 
 # Libraries are installed without bytecode, since most of it is never imported; what is, each process would compile anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-fast lint types unit evidence jobs batch-dependence bench export fuzz sanitize zoo index identify recipes docs look clean
+.PHONY: demo test test-fast lint types unit evidence jobs batch-dependence bench export fuzz sanitize zoo index identify recipes integrations docs look clean
 
 # What the C extension is built from: a change of it builds the extension again.
 NATIVE := $(wildcard normswap/layers/*.[ch] normswap/layers/csrc/*.[ch])
@@ -92,6 +94,16 @@ index: $(READY)  ## the index of architectures that identification reads, from m
 identify: $(READY)  ## every model of timm and torchvision identified -> docs/measured/identification.md (half an hour)
 	@$(BIN)/python -m benchmarks.architectures.identification
 
+# An environment of its own, since some of these libraries pin versions of others.
+$(INTEGRATIONS_READY): pyproject.toml
+	@echo "== setting up $(INTEGRATIONS): the libraries of docs/how-to/ways-in.md (about 5 minutes, 7 GB)"
+	@test -x $(INTEGRATIONS)/bin/python || $(PYTHON) -m venv $(INTEGRATIONS)
+	@$(INTEGRATIONS)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --editable '.[integrations]'
+	@touch $@
+
+integrations: $(INTEGRATIONS_READY)  ## SN in other libraries: the tests of each -> docs/measured/integrations.md (5 minutes)
+	@$(INTEGRATIONS)/bin/python -m benchmarks.integrations
+
 docs: $(READY)  ## the site in site/, with the Python API; a broken link or name fails (10 seconds)
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "== wrote site/index.html"
@@ -100,4 +112,4 @@ look: $(READY)  ## the report in a headless browser: screenshots in demo-output/
 	@$(BIN)/python -m benchmarks.look
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info demo-output site
+	rm -rf $(VENV) $(INTEGRATIONS) build dist *.egg-info demo-output site

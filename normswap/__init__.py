@@ -55,6 +55,9 @@ if TYPE_CHECKING:
     from normswap.finetune.recipe import read_recipe as read_recipe
     from normswap.finetune.run_files import Outcome as Outcome
     from normswap.finetune.trainer import run_recipe as run_recipe
+    from normswap.integrations.hub import push_to_hub as push_to_hub
+    from normswap.integrations.model_card import write_model_card as write_model_card
+    from normswap.integrations.timm import timm_norm_layer as timm_norm_layer
     from normswap.layers.backends.sample_moments import SampleMoments as SampleMoments
     from normswap.layers.backends.selection import use_backend as use_backend
     from normswap.layers.channel_pruning import channel_pruners as channel_pruners
@@ -154,6 +157,9 @@ _NAMES_BY_MODULE = {
     "finetune.recipe": ("Recipe", "read_recipe"),
     "finetune.run_files": ("Outcome",),
     "finetune.trainer": ("run_recipe",),
+    "integrations.hub": ("push_to_hub",),
+    "integrations.model_card": ("write_model_card",),
+    "integrations.timm": ("timm_norm_layer",),
     "layers.backends.sample_moments": ("SampleMoments",),
     "layers.backends.selection": ("use_backend",),
     "layers.channel_pruning": ("channel_pruners",),

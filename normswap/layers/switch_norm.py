@@ -44,6 +44,7 @@ class SwitchNorm(GatedModule):
 
     _ranks: tuple[int, ...] = ()
     _expected_children: frozenset[str] = frozenset()
+    _abbr_ = "bn"  # how mmcv names the layer in its parent, so that weights of a network with BN load
 
     weight: Tensor | None
     bias: Tensor | None

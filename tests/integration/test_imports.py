@@ -52,6 +52,7 @@ VIOLATIONS = {
         "from lightning.pytorch import Callback",
         "normswap.training.importance_watch -> lightning",
     ),
+    "training/output_watch.py": ("import mmengine", "normswap.training.output_watch -> mmengine"),
     "finetune/trainer.py": ("from matplotlib import pyplot", "normswap.finetune.trainer -> matplotlib"),
     "layers/backends/triton_launch.py": ("import triton", "normswap.layers.backends.triton_launch -> triton"),
     "running_stats/matching.py": ("import onnx", "normswap.running_stats.matching -> onnx"),
