@@ -260,10 +260,11 @@ def describe_losses(record: Mapping[str, Any]) -> str:
     """Return loss, learning rate and mean importance weight of each branch in a record; "" without a loss."""
     if "loss" not in record:
         return ""
-    sites = record["importance"].values()
+    sites = record.get("importance", {}).values()
     weights = [site[kind] for site in sites for kind in KINDS]
     branch_texts = [f"{branch} {mean_weight(weights, branch):.2f}" for branch in BRANCHES] if weights else []
-    return " ".join([f"loss {record['loss']:.3f}", f"lr {record['lr']:.2g}", *branch_texts])
+    rate = [f"lr {record['lr']:.2g}"] if "lr" in record else []
+    return " ".join([f"loss {record['loss']:.3f}", *rate, *branch_texts])
 
 
 def describe_evaluation(values: Mapping[str, Any]) -> str:
