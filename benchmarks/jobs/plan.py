@@ -23,6 +23,7 @@ class Job:
         rates: the learning rates to choose from.
         overrides: keys for all arms.
         arms: keys of single arms, beside or in place of those in `ARMS`.
+        notes: a sentence for the page.
         validation, test: the splits.
     """
 
@@ -32,6 +33,7 @@ class Job:
     rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
     overrides: tuple[str, ...] = ()
     arms: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    notes: str = ""
     validation: str = "validation"
     test: str = "test"
 
@@ -39,7 +41,7 @@ class Job:
 # What BN users do today, the strongest form of its replacement, and the recipe as it is.
 ARMS: Mapping[str, tuple[str, ...]] = {
     "BN in training": ("convert.enabled=false",),
-    "BN frozen": ("train.importance_lr=0",),
+    "BN frozen": ("convert.start=none", "train.importance_lr=0"),
     "GN matched": ("convert.start=gn", "train.importance_lr=0"),
     "normswap": (),
 }

@@ -104,7 +104,7 @@ def _details(job: Job, records: Sequence[Record]) -> str:
     lines = [
         f"## {job.title}",
         "",
-        f"Recipe `{job.recipe}`" + (f", from the network of `{job.source}`." if job.source else "."),
+        f"Recipe `{job.recipe}`" + (f", from the network of `{job.source}`. " if job.source else ". ") + job.notes,
         "",
         "| arm | rate | before | after, by seed | seconds |",
         "|---|---|---|---|---|",
