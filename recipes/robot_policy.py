@@ -111,41 +111,44 @@ def is_done(worlds: Tensor, tolerance: float = TOLERANCE) -> Tensor:
 
 
 def make_scene(generator: Generator, domain: str) -> Scene:
-    """Return what an episode looks like: colours of table, goal, block and pusher, light, camera, noise."""
+    """Return what an episode looks like: colours of table, goal, block and pusher, light, camera, texture of the table.
+
+    The camera is (zoom, cosine, sine, offset): the place of a point is zoom * rotated point + offset.
+    """
+    shape = (1, IMAGE_SIZE, IMAGE_SIZE)
     if domain == "source":
         colours = torch.tensor([[0.1, 0.1, 0.1], [0.1, 0.6, 0.1], [0.8, 0.2, 0.2], [0.2, 0.3, 0.9]])
-        return {"colours": colours, "light": torch.tensor([1.0, 0, 0]), "camera": torch.eye(2, 3), "noise": torch.zeros(1)}
+        light, camera = torch.tensor([1.0, 0, 0]), torch.tensor([1.0, 1, 0, 0, 0])
+        return {"colours": colours, "light": light, "camera": camera, "texture": torch.zeros(shape)}
     colours = torch.tensor([[0.5, 0.4, 0.3], [0.8, 0.8, 0.4], [0.2, 0.5, 0.6], [0.2, 0.1, 0.2]])
     colours = colours + _uniform(generator, -0.15, 0.15, 4, 3)
     strength = math.exp(_uniform(generator, math.log(0.3), math.log(2.0), 1).item())
     light = torch.cat([torch.tensor([strength]), strength * _uniform(generator, -0.4, 0.4, 2)])
-    angle, zoom = math.radians(_uniform(generator, 8, 16, 1).item()), _uniform(generator, 1.1, 1.25, 1).item()
-    turn = zoom * torch.tensor([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
-    camera = torch.cat([turn, _uniform(generator, -0.05, 0.15, 2, 1)], 1)
-    return {"colours": colours, "light": light, "camera": camera, "noise": torch.full((1,), 0.05)}
+    angle = math.radians(_uniform(generator, 8, 16, 1).item())
+    turn = torch.tensor([math.cos(angle), math.sin(angle)])
+    camera = torch.cat([_uniform(generator, 0.8, 0.9, 1), turn, _uniform(generator, -0.1, 0.05, 2)])
+    return {"colours": colours, "light": light, "camera": camera, "texture": _uniform(generator, -0.05, 0.05, *shape)}
 
 
 def _uniform(generator: Generator, low: float, high: float, *shape: int) -> Tensor:
     return torch.rand(*shape, generator=generator) * (high - low) + low
 
 
-def render(worlds: Tensor, scene: Scene) -> Tensor:
-    """Return normalized images (N, 3, IMAGE_SIZE, IMAGE_SIZE) of worlds (N, 3, 2) in the scenes of a batch."""
+def render(worlds: Tensor, scenes: Scene) -> Tensor:
+    """Return normalized images (N, 3, IMAGE_SIZE, IMAGE_SIZE) of worlds (N, 3, 2), each in its scene."""
     axis = (torch.arange(IMAGE_SIZE, device=worlds.device) + 0.5) * 2 / IMAGE_SIZE - 1
-    y, x = torch.meshgrid(axis, axis, indexing="ij")
-    points = torch.einsum("nij,jhw->nihw", scene["camera"], torch.stack([x, y, torch.ones_like(x)]))
-    colours = scene["colours"][..., None, None]
-    image = colours[:, 0].expand(-1, -1, IMAGE_SIZE, IMAGE_SIZE)
-    for layer, (place, radius) in enumerate(((2, GOAL), (1, BLOCK), (0, PUSHER)), start=1):
-        distance = (points - worlds[:, place, :, None, None]).norm(dim=1, keepdim=True)
-        cover = ((radius - distance) * IMAGE_SIZE / 2 + 0.5).clamp(0, 1)
-        image = image * (1 - cover) + colours[:, layer] * cover
-    light = scene["light"][..., None, None]
-    image = image * (light[:, :1] + light[:, 1:2] * x + light[:, 2:] * y)
-    # Noise from the places of pusher and block: the image of a world is always the same.
-    grain = ((x * 127.1 + y * 311.7 + worlds[:, :2].sum((1, 2))[:, None, None] * 74.7).sin() * 43758.5).frac()[:, None]
-    image = image + scene["noise"][..., None, None] * 2 * grain
-    return (image.clamp(0, 1) - _MEAN) / _DEVIATION
+    zoom, cosine, sine, *offset = (value[:, None] for value in scenes["camera"].unbind(1))
+    x, y = worlds.flip(1).unbind(2)  # (N, 3): goal, block, pusher, each in front of the one before
+    x, y = zoom * (cosine * x - sine * y) + offset[0], zoom * (sine * x + cosine * y) + offset[1]
+    radius = zoom * torch.tensor([GOAL, BLOCK, PUSHER], device=worlds.device)
+    to_x, to_y = (axis - x[..., None]).square(), (axis - y[..., None]).square()
+    inside = radius.square()[..., None, None] - to_y[..., None] - to_x[..., None, :]
+    goal, block, pusher = (inside * (IMAGE_SIZE / 4 / radius)[..., None, None] + 0.5).clamp(0, 1).unbind(1)
+    seen = [(1 - goal) * (1 - block) * (1 - pusher), goal * (1 - block) * (1 - pusher), block * (1 - pusher), pusher]
+    image = torch.einsum("nkhw,nkc->nchw", torch.stack(seen, 1), scenes["colours"])
+    strength, to_right, to_bottom = scenes["light"][..., None, None].unbind(1)
+    light = strength + to_right * axis + to_bottom * axis[:, None]
+    return (((image + scenes["texture"]) * light[:, None]).clamp(0, 1) - _MEAN) / _DEVIATION
 
 
 # --- data, loss, metrics ----------------------------------------------------------------------------------------------
