@@ -1,8 +1,8 @@
 """Fashion-MNIST: 70,000 photographs of clothes, 28 x 28, in 10 classes (MIT licence), from the Debian package.
 
 The package is installed nowhere: its files are unpacked into a cache folder. `benchmarks.finetuning.shift` renders the
-images for a network. `python -m benchmarks.finetuning.fashion FOLDER` writes them as torchvision stores them, for the recipe
-pretrained_small_batch without a download: `--set data.root=FOLDER`.
+images for a network. `python -m benchmarks.finetuning.fashion FOLDER` writes them as torchvision stores them: then
+`normswap finetune pretrained_small_batch --set data.root=FOLDER` needs no download.
 """
 
 import gzip

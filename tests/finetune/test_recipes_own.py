@@ -19,6 +19,8 @@ from normswap.finetune.recipe import read_recipe, shipped_folder
 from normswap.finetune.run_files import read_journal
 from normswap.finetune.trainer import Outcome, run_recipe
 
+pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # timm closes no image
+
 
 def shipped_file(name: str) -> ModuleType:
     return import_python_file(shipped_folder() / name)
@@ -35,7 +37,7 @@ def short_run(name: str, *overrides: str) -> Outcome:
 
 
 def sites_of(outcome: Outcome) -> int:
-    """How many sites of a loaded file are converted, which computes what its run evaluated."""
+    """The number of converted sites in the file of a run."""
     loaded = normswap.load(outcome.model, trust=True)
     return len(normswap.importance_weights(loaded.model))
 
@@ -77,7 +79,7 @@ def test_clips_follow_from_split_domain_and_index() -> None:
 def test_the_recipes_for_video_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     tiny = ("own.options={domain='source', count=8, evaluation_count=8, frames=2, size=16}", "data.batch_size=4")
-    source = short_run("video_source", *tiny, "train.steps=2")
+    source = short_run("video_source", *tiny)
     assert sites_of(source) == 0
     target = short_run("video", tiny[0].replace("source", "target"))
     assert sites_of(target) == 20  # a stem, eight blocks of two, three shortcuts
