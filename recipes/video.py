@@ -1,9 +1,9 @@
-"""Which way a texture moves, in generated clips of few frames: the task of the recipe `video`.
+"""How a patch moves, in generated clips of few frames: the task of the recipe `video`.
 
-A clip (3, frames, size, size) shows a patch of a random texture that moves to the right, left, top or bottom, turns to
-one of two sides, grows or shrinks. Clip and class follow from the index. In the domain "source" textures are grey and
-alike in contrast. In "target" they are finer and coloured, contrast and brightness differ from clip to clip, and every
-frame has noise.
+A clip (3, frames, size, size) shows an oval patch with a random texture that moves to the right, left, top or bottom,
+turns to one of two sides, grows or shrinks. Clip and class follow from the index. In the domain "source" patches are
+white on black. In "target" textures are finer, stronger and coloured, contrast and brightness differ from clip to clip,
+and every frame has noise.
 """
 
 import math
@@ -22,8 +22,8 @@ CLASSES = ("right", "left", "up", "down", "turns left", "turns right", "grows", 
 _FIRST_SEEDS = {"train": 0, "validation": 1_000_000, "test": 2_000_000}
 _TARGET_SEED = 10_000_000
 # Per frame: the step in halves of the clip, the angle, and the factor of growth.
-_STEP, _ANGLE, _GROWTH = 0.2, math.radians(14), 1.18
-_VIEW = 0.5  # the share of the texture that a clip shows
+_STEP, _ANGLE, _GROWTH = 0.22, math.radians(20), 1.25
+_VIEW = 0.5  # the share of the image of a patch that a clip shows
 
 
 class Clips(Dataset[Batch]):
@@ -40,23 +40,29 @@ class Clips(Dataset[Batch]):
             raise IndexError(index)
         generator = torch.Generator().manual_seed(self._first + index)
         label = index % len(CLASSES)
-        clip = show(draw_texture(generator, self._domain), label, self._frames, self._size, generator)
+        clip = show(draw_patch(generator, self._domain), label, self._frames, self._size, generator)
         return light(clip, generator, self._domain), torch.tensor(label)
 
 
-def draw_texture(generator: Generator, domain: str) -> Tensor:
-    """Return a smooth random texture (3, 64, 64) of mean 0."""
-    cells, channels = (12, 3) if domain == "target" else (9, 1)
+def draw_patch(generator: Generator, domain: str) -> Tensor:
+    """Return an image (3, 64, 64) from 0 to about 1: an oval of a smooth random texture, longer than wide, on 0."""
+    cells, channels, strength = (16, 3, 0.4) if domain == "target" else (8, 1, 0.15)
     coarse = torch.randn(1, channels, cells, cells, generator=generator)
-    return interpolate(coarse, size=(64, 64), mode="bicubic", align_corners=False)[0].expand(3, -1, -1)
+    texture = interpolate(coarse, size=(64, 64), mode="bicubic", align_corners=False)[0].expand(3, -1, -1)
+    angle, right, down = _uniform(generator, 0, math.pi), *(_uniform(generator, -0.1, 0.1) for _ in range(2))
+    axis = torch.linspace(-1, 1, 64)
+    x, y = axis - right, axis[:, None] - down
+    along, across = math.cos(angle) * x + math.sin(angle) * y, math.cos(angle) * y - math.sin(angle) * x
+    inside = (6 * (1 - (along / 0.36).square() - (across / 0.14).square())).sigmoid()
+    return inside * (0.8 + strength * texture)
 
 
-def show(texture: Tensor, label: int, frames: int, size: int, generator: Generator) -> Tensor:
-    """Return the clip (3, frames, size, size) of a texture that moves as its class says."""
+def show(patch: Tensor, label: int, frames: int, size: int, generator: Generator) -> Tensor:
+    """Return the clip (3, frames, size, size) of a patch that moves as its class says."""
     time = torch.arange(frames) - (frames - 1) / 2
     speed = 0.8 + 0.4 * torch.rand(1, generator=generator)
     still = torch.zeros(frames)
-    # A view that moves to the left shows a texture that moves to the right.
+    # A view that moves to the left shows a patch that moves to the right.
     x, y, angle, growth = (
         direction * speed * time if label in pair else still
         for pair, direction in (
@@ -70,18 +76,18 @@ def show(texture: Tensor, label: int, frames: int, size: int, generator: Generat
     row = torch.stack([scale * angle.cos(), -scale * angle.sin(), _VIEW * x], 1)
     other = torch.stack([scale * angle.sin(), scale * angle.cos(), _VIEW * y], 1)
     grid = affine_grid(torch.stack([row, other], 1), [frames, 3, size, size], align_corners=False)
-    moved = grid_sample(texture.expand(frames, -1, -1, -1), grid, padding_mode="reflection", align_corners=False)
+    moved = grid_sample(patch.expand(frames, -1, -1, -1), grid, align_corners=False)
     return moved.transpose(0, 1)
 
 
 def light(clip: Tensor, generator: Generator, domain: str) -> Tensor:
-    """Return a clip in the light of its domain."""
+    """Return a clip in the light of its domain, with pixels around 0."""
     if domain == "source":
-        return clip
+        return (clip - 0.2) / 0.3
     contrast = math.exp(_uniform(generator, math.log(0.15), math.log(1.5)))
     colours = torch.tensor([_uniform(generator, 0.4, 1.0) for _ in range(3)])[:, None, None, None]
     noise = 0.2 * torch.randn(clip.shape, generator=generator)
-    return contrast * (colours * clip + noise) + _uniform(generator, -1.5, 1.5)
+    return contrast * (colours * clip / 0.3 + noise) + _uniform(generator, -1.5, 1.5)
 
 
 def _uniform(generator: Generator, low: float, high: float) -> float:

@@ -46,10 +46,10 @@ def sites_of(outcome: Outcome) -> int:
 
 
 @pytest.mark.parametrize(("label", "axis", "sign"), [(0, -1, 1), (1, -1, -1), (2, -2, -1), (3, -2, 1)])
-def test_a_texture_moves_as_its_class_says(label: int, axis: int, sign: int) -> None:
+def test_a_patch_moves_as_its_class_says(label: int, axis: int, sign: int) -> None:
     video = shipped_file("video.py")
-    texture = video.draw_texture(torch.Generator().manual_seed(0), "source")
-    clip = video.show(texture, label, 2, 32, torch.Generator().manual_seed(1))
+    patch = video.draw_patch(torch.Generator().manual_seed(0), "source")
+    clip = video.show(patch, label, 2, 32, torch.Generator().manual_seed(1))
     errors = {
         step: (clip[:, 0].roll(step, axis) - clip[:, 1])[:, 8:24, 8:24].square().mean().item() for step in range(-6, 7)
     }
@@ -59,8 +59,8 @@ def test_a_texture_moves_as_its_class_says(label: int, axis: int, sign: int) -> 
 @pytest.mark.parametrize("label", [0, 2, 4, 6])
 def test_the_opposite_motion_is_the_same_clip_backwards(label: int) -> None:
     video = shipped_file("video.py")
-    texture = video.draw_texture(torch.Generator().manual_seed(0), "source")
-    clips = [video.show(texture, each, 4, 24, torch.Generator().manual_seed(1)) for each in (label, label + 1)]
+    patch = video.draw_patch(torch.Generator().manual_seed(0), "source")
+    clips = [video.show(patch, each, 4, 24, torch.Generator().manual_seed(1)) for each in (label, label + 1)]
     torch.testing.assert_close(clips[0].flip(1), clips[1])
     assert (clips[0] - clips[1]).abs().max() > 0.1
 
