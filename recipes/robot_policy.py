@@ -116,17 +116,16 @@ def make_scene(generator: Generator, domain: str) -> Scene:
     The camera is (zoom, cosine, sine, offset): the place of a point is zoom * rotated point + offset.
     """
     shape = (1, IMAGE_SIZE, IMAGE_SIZE)
+    colours = torch.tensor([[0.1, 0.1, 0.1], [0.1, 0.6, 0.1], [0.8, 0.2, 0.2], [0.2, 0.3, 0.9]])
     if domain == "source":
-        colours = torch.tensor([[0.1, 0.1, 0.1], [0.1, 0.6, 0.1], [0.8, 0.2, 0.2], [0.2, 0.3, 0.9]])
         light, camera = torch.tensor([1.0, 0, 0]), torch.tensor([1.0, 1, 0, 0, 0])
         return {"colours": colours, "light": light, "camera": camera, "texture": torch.zeros(shape)}
-    colours = torch.tensor([[0.5, 0.4, 0.3], [0.8, 0.8, 0.4], [0.2, 0.5, 0.6], [0.2, 0.1, 0.2]])
-    colours = colours + _uniform(generator, -0.15, 0.15, 4, 3)
+    colours = colours + 0.2 + _uniform(generator, -0.15, 0.15, 4, 3)
     strength = math.exp(_uniform(generator, math.log(0.3), math.log(2.0), 1).item())
     light = torch.cat([torch.tensor([strength]), strength * _uniform(generator, -0.4, 0.4, 2)])
-    angle = math.radians(_uniform(generator, 8, 16, 1).item())
+    angle = math.radians(_uniform(generator, 4, 10, 1).item())
     turn = torch.tensor([math.cos(angle), math.sin(angle)])
-    camera = torch.cat([_uniform(generator, 0.8, 0.9, 1), turn, _uniform(generator, -0.1, 0.05, 2)])
+    camera = torch.cat([_uniform(generator, 0.85, 0.95, 1), turn, _uniform(generator, -0.05, 0.05, 2)])
     return {"colours": colours, "light": light, "camera": camera, "texture": _uniform(generator, -0.05, 0.05, *shape)}
 
 
