@@ -203,6 +203,28 @@ def test_a_data_set_of_torchvision_is_opened_by_its_name(monkeypatch: pytest.Mon
     assert data.class_names == ("plane", "car")
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_grey_images_of_torchvision_get_the_channels_of_the_model(
+    monkeypatch: pytest.MonkeyPatch, channels: int
+) -> None:
+    class Clothes:
+        classes = ("shirt", "coat")
+        transform: Any = None
+
+        def __len__(self) -> int:
+            return 2
+
+        def __getitem__(self, index: int) -> tuple[Any, int]:
+            return self.transform(Image.fromarray(np.full((12, 12), 51 * index, np.uint8))), index
+
+    monkeypatch.setattr(timm.data, "create_dataset", lambda name, **_: Clothes())
+    plain = {"channels": channels, "mean": (0.0,) * channels, "std": (1.0,) * channels}
+    settings = DataSettings(**vars(settings_for(Path())) | {"source": "torch/fashion_mnist"} | plain)
+    images, _ = next(iter(open_data(settings)))
+    assert images.shape[1] == channels
+    torch.testing.assert_close(images[1], torch.full_like(images[1], 0.2))
+
+
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 

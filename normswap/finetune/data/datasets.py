@@ -11,6 +11,7 @@ import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from threading import Thread
 from typing import Any, NamedTuple
@@ -37,7 +38,8 @@ _FOLDER_PREFIX = "folder:"
 # The domains of `normswap.finetune.data.digits` by the source that selects them.
 _DIGITS = {"digits": "source", "digits:shifted": "target"}
 _STREAMED_PREFIXES = ("wds/", "tfds/", "hfids/")
-_TIMM_PREFIXES = ("torch/", "hfds/", *_STREAMED_PREFIXES)
+_TORCHVISION_PREFIX = "torch/"
+_TIMM_PREFIXES = (_TORCHVISION_PREFIX, "hfds/", *_STREAMED_PREFIXES)
 # Data sets of the hub, which timm downloads even without `download`.
 _HUB_PREFIXES = ("hfds/", "hfids/")
 
@@ -253,7 +255,7 @@ def _open_timm(settings: DataSettings) -> tuple[Any, tuple[str, ...] | None]:
             download=settings.download,
             batch_size=settings.batch_size,
             seed=settings.seed,
-            input_img_mode=None if settings.source.startswith("torch/") else _image_mode(settings),
+            input_img_mode=None if settings.source.lower().startswith(_TORCHVISION_PREFIX) else _image_mode(settings),
         )
     except (RuntimeError, ImportError, OSError, ValueError, AssertionError, TypeError) as error:
         raise DataError(f"data {settings.source!r}: cannot be opened: {first_line(error)}") from error
@@ -298,7 +300,7 @@ def _check_classes(
 
 def _make_transform(settings: DataSettings, *, augmented: bool) -> Any:
     try:
-        return _timm().create_transform(
+        transform = _timm().create_transform(
             (settings.channels, *(settings.image_size or ())),
             is_training=augmented,
             mean=settings.mean,
@@ -311,6 +313,13 @@ def _make_transform(settings: DataSettings, *, augmented: bool) -> Any:
         raise DataError(
             f"augmentation {dict(settings.augmentation)}: {first_line(error)}: see timm.data.create_transform"
         ) from error
+    # timm passes the images of torchvision's data sets on as they are, such as grey ones to a network for colours.
+    is_raw = settings.source.lower().startswith(_TORCHVISION_PREFIX)
+    return partial(_transform_in_mode, transform, _image_mode(settings)) if is_raw else transform
+
+
+def _transform_in_mode(transform: Any, mode: str, image: Any) -> Any:
+    return transform(image.convert(mode))
 
 
 def _timm() -> Any:
