@@ -1,4 +1,4 @@
-"""The networks of segmentation.toml: an ImageNet encoder, and a decoder of torchvision or segmentation-models-pytorch."""
+"""The networks of segmentation.toml: an ImageNet encoder, and a decoder of torchvision or of another library."""
 
 from collections import OrderedDict
 

@@ -16,6 +16,7 @@ from normswap.errors import RecipeError
 from normswap.finetune.tables import ConvertTable, DataTable, ModelTable, OwnTable, RunTable, TrainTable
 from normswap.renamed import current_names, warn_renamed
 from normswap.schema import SchemaError, nearest, read_record
+from normswap.text import pluralize
 
 _TASK = "task"
 TASK_NAMES = ("classification", "segmentation", "detection", "own")
@@ -353,13 +354,11 @@ def _check_keys_of_task(recipe: Recipe) -> None:
     unused = [key for key in _UNUSED_KEYS[recipe.task] if getattr(recipe.data, key) != getattr(default, key)]
     if unused:
         keys = ", ".join(f"data.{key}" for key in unused)
-        raise RecipeError(
-            f'{keys}: not used with task = "{recipe.task}": remove {"it" if len(unused) == 1 else "them"}'
-        )
+        raise RecipeError(f'{keys}: not used with task = "{recipe.task}": remove {pluralize(len(unused), "key")}')
     if recipe.model.new_head and recipe.task in ("segmentation", "detection"):
         raise RecipeError(
-            f'model.new_head: replaces classifiers only: with task = "{recipe.task}" build the model for the classes of '
-            "the data, such as model.architecture = 'torchvision:NAME,num_classes=5'"
+            f'model.new_head: replaces classifiers only: with task = "{recipe.task}" build the model for the classes '
+            "of the data, such as model.architecture = 'torchvision:NAME,num_classes=5'"
         )
 
 

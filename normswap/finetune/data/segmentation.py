@@ -114,8 +114,8 @@ class _FolderMasks(Dataset[Any]):
         outside = values[((values < 0) | (values >= self.classes)) & (values != self.ignore_index)]
         if len(outside):
             raise DataError(
-                f"{mask_path}: expected classes from 0 to {self.classes - 1}, or {self.ignore_index} for pixels that do "
-                f"not count, got {int(outside[0])}: set data.classes or data.ignore_index"
+                f"{mask_path}: expected classes from 0 to {self.classes - 1}, or {self.ignore_index} for pixels that "
+                f"do not count, got {int(outside[0])}: set data.classes or data.ignore_index"
             )
         return tv_tensors.Image(_to_pixels(image)), tv_tensors.Mask(values)
 

@@ -24,7 +24,7 @@ _MIN_VISIBLE = 0.3  # share of a shape; one that others hide further is no objec
 
 
 class Scene(NamedTuple):
-    """An image (3, S, S) of 8 bits, classes (S, S) with 0 for the ground, and boxes (M, 4) as x, y, x, y with labels."""
+    """An image (3, S, S) of 8 bits, classes (S, S), 0 for the ground, and boxes (M, 4) as x, y, x, y with labels."""
 
     image: Tensor
     classes: Tensor
@@ -111,7 +111,7 @@ def draw_scene(size: int, style: Style, *, seed: int) -> Scene:
 
 
 def bounding_box(mask: Tensor) -> Tensor:
-    """Return the box x, y, x, y around the pixels of a mask (H, W); its right and lower edge are those of the pixels."""
+    """Return the box x, y, x, y around the pixels of a mask (H, W), the edges of the outer pixels included."""
     rows, columns = mask.any(1).nonzero(), mask.any(0).nonzero()
     return torch.stack([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]).float()
 

@@ -61,7 +61,7 @@ class DetectionTask:
         if outputs not in (None, classes + 1):
             raise DataError(
                 f"{self._data.source}: has {classes} classes and the background, but the model has {outputs} outputs: "
-                f"build it with {classes + 1}, such as model.architecture = 'torchvision:NAME,num_classes={classes + 1}'"
+                f"build it with them, such as model.architecture = 'torchvision:NAME,num_classes={classes + 1}'"
             )
         return source
 
