@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torchmetrics.classification import MulticlassF1Score, MulticlassJaccardIndex
 from torchvision.transforms import v2
 
 from normswap.errors import DataError, RecipeError
@@ -79,6 +78,8 @@ class SegmentationTask:
 
     def make_meter(self, model: nn.Module, device: torch.device) -> "SegmentationMeter":
         """Return a meter of loss, mIoU and Dice."""
+        from torchmetrics.classification import MulticlassF1Score, MulticlassJaccardIndex
+
         options: dict[str, Any] = {"average": "macro", "ignore_index": self._data.ignore_index}
         metrics = {
             "mIoU": MulticlassJaccardIndex(self._classes, **options).to(device),
