@@ -51,7 +51,7 @@ def make_target(
     """Return a target of boxes x, y, x, y, which may be none."""
     corners = torch.as_tensor(boxes, dtype=torch.float32).reshape(-1, 4)
     return {
-        "boxes": tv_tensors.BoundingBoxes(corners, format="XYXY", canvas_size=tuple(image.shape[-2:])),  # type: ignore[call-overload]
+        "boxes": tv_tensors.BoundingBoxes(corners, format="XYXY", canvas_size=tuple(image.shape[-2:])),
         "labels": torch.as_tensor(labels, dtype=torch.int64),
         "iscrowd": torch.as_tensor(crowd, dtype=torch.int64),
     }

@@ -30,7 +30,7 @@ def build_transforms(
     """
     crop, change = None if augmentation is None else augmentation.crop_scale, augmentation or JointAugmentation()
     jitter = (change.color_jitter,) * 3
-    steps = (
+    steps: tuple[tuple[bool, Callable[[], v2.Transform]], ...] = (
         (channels == 1, lambda: v2.Grayscale(1)),
         (size is not None and crop is None, lambda: v2.Resize(size, antialias=True)),
         (size is not None and crop is not None, lambda: v2.RandomResizedCrop(size, scale=crop, antialias=True)),
