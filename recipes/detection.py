@@ -1,5 +1,7 @@
 """The detectors of detection.toml: Faster R-CNN and RetinaNet on a feature pyramid over an ImageNet network."""
 
+from typing import Any
+
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -47,7 +49,7 @@ class Pyramid(nn.Module):
         return self.fpn(dict(zip(_LEVELS, self.body(images), strict=True)))
 
 
-def _build_faster_rcnn(backbone: Pyramid, classes: int, images: dict) -> nn.Module:
+def _build_faster_rcnn(backbone: Pyramid, classes: int, images: dict[str, Any]) -> nn.Module:
     return FasterRCNN(
         backbone,
         classes,
@@ -62,7 +64,7 @@ def _build_faster_rcnn(backbone: Pyramid, classes: int, images: dict) -> nn.Modu
     )
 
 
-def _build_retinanet(backbone: Pyramid, classes: int, images: dict) -> nn.Module:
+def _build_retinanet(backbone: Pyramid, classes: int, images: dict[str, Any]) -> nn.Module:
     sizes = tuple((size, int(size * 2 ** (1 / 3)), int(size * 2 ** (2 / 3))) for (size,) in _ANCHORS)
     anchors = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes))
     return RetinaNet(backbone, classes, anchor_generator=anchors, topk_candidates=200, **images)

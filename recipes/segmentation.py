@@ -1,6 +1,7 @@
 """The networks of segmentation.toml: an ImageNet encoder, and a decoder of torchvision or of another library."""
 
 from collections import OrderedDict
+from collections.abc import Callable
 
 from torch import Tensor, nn
 from torchvision.models.segmentation.deeplabv3 import DeepLabHead, DeepLabV3
@@ -40,7 +41,7 @@ class Stages(nn.Module):
         return OrderedDict(out=features[_LAST], aux=features[_AUXILIARY])
 
 
-def _build_deeplab(build, classes: int) -> nn.Module:
+def _build_deeplab(build: Callable[[str], nn.Module], classes: int) -> nn.Module:
     encoder = build(f"{ENCODER},output_stride=16")
     channels = encoder.feature_info.channels()
     return DeepLabV3(
@@ -48,7 +49,7 @@ def _build_deeplab(build, classes: int) -> nn.Module:
     )
 
 
-def _build_unet(build, classes: int) -> nn.Module:
+def _build_unet(build: Callable[[str], nn.Module], classes: int) -> nn.Module:
     import segmentation_models_pytorch
 
     name = ENCODER.removeprefix("timm:").partition(",")[0]

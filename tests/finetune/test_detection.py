@@ -230,6 +230,7 @@ def test_a_short_form_of_the_recipe_runs(tmp_path: Path, monkeypatch: pytest.Mon
         "data.image_size=64",
         "train.steps=2",
         "train.warmup_share=0",
+        f"convert.verify={str(network == 'faster_rcnn').lower()}",
     ]
     outcome = run_recipe(read_recipe("detection", keys))
     assert (outcome.after.images, [*outcome.after.figures]) == (8, ["AP", "AP50"])

@@ -304,6 +304,7 @@ def test_a_short_form_of_the_recipe_runs(tmp_path: Path, monkeypatch: pytest.Mon
         "data.image_size=32",
         "train.steps=2",
         "train.warmup_share=0",
+        f"convert.verify={str(network == 'deeplabv3').lower()}",
     ]
     outcome = run_recipe(read_recipe("segmentation", keys))
     assert outcome.after.images == 8

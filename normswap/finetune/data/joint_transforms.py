@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
@@ -41,9 +42,18 @@ def build_transforms(
     return [build() for is_used, build in steps if is_used]
 
 
-def keep_boxes(target: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Return what belongs to the boxes of a target: of boxes that a crop removes, it is removed too."""
-    return target["labels"], target["iscrowd"]
+def find_box_values(sample: tuple[Tensor, Mapping[str, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Return what belongs to the boxes of a sample: of boxes that a crop removes, it is removed too."""
+    return sample[1]["labels"], sample[1]["iscrowd"]
+
+
+def to_plain(target: Any) -> Any:
+    """Return a mask or a dict of boxes as plain tensors."""
+    return tree_map(_to_plain_tensor, target)
+
+
+def _to_plain_tensor(leaf: Tensor) -> Tensor:
+    return leaf.as_subclass(Tensor)
 
 
 class TransformedDataset(torch.utils.data.Dataset[Any]):
@@ -55,9 +65,7 @@ class TransformedDataset(torch.utils.data.Dataset[Any]):
         finish: applied to the target at the end.
     """
 
-    def __init__(
-        self, dataset: Any, transforms: list[v2.Transform], finish: Callable[[Any], Any] = lambda target: target
-    ) -> None:
+    def __init__(self, dataset: Any, transforms: list[v2.Transform], finish: Callable[[Any], Any] = to_plain) -> None:
         self._dataset, self._transform, self._finish = dataset, v2.Compose(transforms), finish
 
     def __len__(self) -> int:

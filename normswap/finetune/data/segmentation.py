@@ -1,6 +1,6 @@
 """Images with a class per pixel: generated shapes, folders of images and masks, and VOC."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -110,7 +110,7 @@ class _FolderMasks(Dataset[Any]):
             raise DataError(f"{mask_path}: expected the index of a class per pixel, got a picture in {mask.mode}")
         if mask.size != image.size:
             raise DataError(f"{mask_path}: expected {_size(image)} pixels as {image_path.name}, got {_size(mask)}")
-        values = to_class_tensor(mask)
+        values = _to_classes(mask)
         outside = values[((values < 0) | (values >= self.classes)) & (values != self.ignore_index)]
         if len(outside):
             raise DataError(
@@ -129,7 +129,7 @@ def _read(path: Path) -> Image.Image:
     return image
 
 
-def to_class_tensor(mask: Image.Image) -> Tensor:
+def _to_classes(mask: Image.Image) -> Tensor:
     """Return the values of a grey image, or the indices of the palette of another, as (H, W) of int64."""
     return torch.from_numpy(np.array(mask, dtype=np.int64))
 
@@ -152,15 +152,14 @@ def _open_voc(settings: DataSettings) -> Dataset[Any]:
     if settings.root is None:
         raise DataError(f"data {settings.source!r}: expected data.root, the folder of VOCdevkit")
     split = _VOC_SPLITS.get(settings.split, settings.split)
-
-    def convert(image: Image.Image, mask: Image.Image) -> tuple[Any, Any]:
-        return tv_tensors.Image(_to_pixels(image.convert("RGB"))), tv_tensors.Mask(to_class_tensor(mask))
-
-    convert_pair: Callable[[Any, Any], tuple[Any, Any]] = convert
     try:
         dataset: Dataset[Any] = datasets.VOCSegmentation(
-            settings.root, image_set=split, download=settings.download, transforms=convert_pair
+            settings.root, image_set=split, download=settings.download, transforms=_to_tensors
         )
     except (RuntimeError, OSError, ValueError) as error:
         raise DataError(f"data {settings.source!r}: cannot be opened: {first_line(error)}") from error
     return dataset
+
+
+def _to_tensors(image: Image.Image, mask: Image.Image) -> tuple[Any, Any]:
+    return tv_tensors.Image(_to_pixels(image.convert("RGB"))), tv_tensors.Mask(_to_classes(mask))

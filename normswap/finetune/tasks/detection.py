@@ -16,7 +16,8 @@ from normswap.finetune.data.joint_transforms import (
     JointAugmentation,
     TransformedDataset,
     build_transforms,
-    keep_boxes,
+    find_box_values,
+    to_plain,
 )
 from normswap.finetune.data.loaders import DataSettings, EpochLoader
 from normswap.finetune.model_source import StartingModel
@@ -97,7 +98,7 @@ class DetectionTask:
     ) -> TransformedDataset:
         size = self._data.image_size
         transforms = build_transforms((size, size) if size else None, changes)
-        clean = v2.SanitizeBoundingBoxes(labels_getter=lambda sample: keep_boxes(sample[1]))
+        clean = v2.SanitizeBoundingBoxes(labels_getter=find_box_values)
         return TransformedDataset(dataset, [*transforms, clean], finish)
 
 
@@ -106,15 +107,10 @@ def collate(samples: list[tuple[Tensor, Target]]) -> Batch:
     return [image for image, _ in samples], [target for _, target in samples]
 
 
-def to_plain(target: Mapping[str, Any]) -> Target:
-    """Return a target of plain tensors."""
-    return {name: value.as_subclass(Tensor) for name, value in target.items()}
-
-
 def without_crowds(target: Mapping[str, Any]) -> Target:
     """Return the boxes and labels of single objects: a box around a crowd is none to learn."""
     single = target["iscrowd"] == 0
-    return {name: target[name].as_subclass(Tensor)[single] for name in ("boxes", "labels")}
+    return {name: to_plain(target[name])[single] for name in ("boxes", "labels")}
 
 
 # --- the detector -----------------------------------------------------------------------------------------------------

@@ -102,7 +102,7 @@ class SegmentationTask:
         changes = JointAugmentation(data.crop_scale, data.flip, data.color_jitter) if augmented else None
         transforms = build_transforms(settings.image_size, changes, channels=settings.channels or 3)
         normalize = v2.Normalize(mean=list(settings.mean or ()), std=list(settings.std or ()))
-        return TransformedDataset(found.dataset, [*transforms, normalize], lambda mask: mask.as_subclass(Tensor).long())
+        return TransformedDataset(found.dataset, [*transforms, normalize])
 
 
 class SegmentationOutputs(NamedTuple):
