@@ -3,10 +3,9 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
@@ -22,6 +21,9 @@ from normswap.finetune.data.joint_transforms import (
 from normswap.finetune.data.loaders import DataSettings, EpochLoader
 from normswap.finetune.model_source import StartingModel
 from normswap.finetune.tasks.interface import Batches, Evaluation, TaskContext
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 Target = dict[str, Tensor]
 Batch = tuple[list[Tensor], list[Target]]
@@ -170,7 +172,7 @@ class DetectionMeter:
         self.metric.update([{name: boxes[name] for name in ("boxes", "labels", "scores")} for boxes in found], targets)
         self.images += len(images)
 
-    def compute(self, accelerator: Accelerator) -> Evaluation:
+    def compute(self, accelerator: "Accelerator") -> Evaluation:
         """Return AP and AP50 in percent; the metric synchronizes the processes itself."""
         images, found = int(accelerator.reduce(self.images, "sum")), self.metric.compute()
         figures = {"AP": 100 * float(found["map"]), "AP50": 100 * float(found["map_50"])}

@@ -2,11 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
@@ -18,6 +17,9 @@ from normswap.finetune.data.segmentation import open_masked_images
 from normswap.finetune.model_source import StartingModel
 from normswap.finetune.tasks.interface import Batches, Evaluation, TaskContext
 from normswap.model_state import training_flags
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 _AUXILIARY_WEIGHT = 0.4  # of the auxiliary outputs of torchvision's networks in the loss, as in its own training
 
@@ -165,7 +167,7 @@ class SegmentationMeter:
         for metric in self.metrics.values():
             metric.update(logits.argmax(1), masks)
 
-    def compute(self, accelerator: Accelerator) -> Evaluation:
+    def compute(self, accelerator: "Accelerator") -> Evaluation:
         """Return mean cross-entropy, mIoU and Dice in percent; the metrics synchronize the processes themselves."""
         loss, pixels, images = accelerator.reduce(self.total, "sum").tolist()
         figures = {name: 100 * float(metric.compute()) for name, metric in self.metrics.items()}
