@@ -18,7 +18,7 @@ _ANCHORS = ((8,), (16,), (32,), (64,))
 
 
 def build_model(
-    network: str = "faster_rcnn", classes: int = 5, size: int = 128, width: int = 64, imagenet: bool = True
+    network: str = "faster_rcnn", classes: int = 5, size: int = 96, width: int = 64, imagenet: bool = True
 ) -> nn.Module:
     """Return a detector.
 
