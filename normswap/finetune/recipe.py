@@ -16,6 +16,7 @@ from normswap.errors import RecipeError
 from normswap.finetune.tables import ConvertTable, DataTable, ModelTable, OwnTable, RunTable, TrainTable
 from normswap.renamed import current_names, warn_renamed
 from normswap.schema import SchemaError, nearest, read_record
+from normswap.text import pluralize
 
 _TASK = "task"
 TASK_NAMES = ("classification", "segmentation", "detection", "own")
@@ -197,7 +198,7 @@ def parse_recipe(name: str, data: Mapping[str, Any]) -> Recipe:
     except SchemaError as error:
         raise RecipeError(str(error)) from None
     recipe = Recipe(name, **tables, task=data.get(_TASK, "classification"), written=frozenset(_dotted_keys(data)))
-    for check in (_check_task, _check_model, _check_schedule, _check_images):
+    for check in (_check_task, _check_keys_of_task, _check_model, _check_schedule, _check_images):
         check(recipe)
     return recipe
 
@@ -335,6 +336,30 @@ def _check_task(recipe: Recipe) -> None:
         raise RecipeError('own.file: expected the Python file of the task, such as own.file = "task.py"')
     if recipe.task != "own" and recipe.own != OwnTable():
         raise RecipeError(f'own: used only with task = "own", got task = "{recipe.task}": set task, or remove [own]')
+
+
+# Keys of [data] that a task does not use.
+_CLASSIFICATION_KEYS = ("auto_augment", "random_erase", "mixup", "cutmix")
+_SEGMENTATION_KEYS = ("classes", "ignore_index")
+_UNUSED_KEYS: Mapping[str, tuple[str, ...]] = {
+    "classification": _SEGMENTATION_KEYS,
+    "segmentation": _CLASSIFICATION_KEYS,
+    "detection": (*_CLASSIFICATION_KEYS, "label_smoothing", *_SEGMENTATION_KEYS),
+    "own": (),
+}
+
+
+def _check_keys_of_task(recipe: Recipe) -> None:
+    default = DataTable()
+    unused = [key for key in _UNUSED_KEYS[recipe.task] if getattr(recipe.data, key) != getattr(default, key)]
+    if unused:
+        keys = ", ".join(f"data.{key}" for key in unused)
+        raise RecipeError(f'{keys}: not used with task = "{recipe.task}": remove {pluralize(len(unused), "key")}')
+    if recipe.model.new_head and recipe.task in ("segmentation", "detection"):
+        raise RecipeError(
+            f'model.new_head: replaces classifiers only: with task = "{recipe.task}" build the model for the classes '
+            "of the data, such as model.architecture = 'torchvision:NAME,num_classes=5'"
+        )
 
 
 def _check_model(recipe: Recipe) -> None:

@@ -23,8 +23,10 @@ from normswap.finetune.optimization import describe_rare_events, run_length
 from normswap.finetune.recipe import Recipe
 from normswap.finetune.tables import ConvertTable
 from normswap.finetune.tasks.classification import ClassificationTask
+from normswap.finetune.tasks.detection import DetectionTask
 from normswap.finetune.tasks.interface import Batches, Task, TaskContext
 from normswap.finetune.tasks.own import OwnFile, OwnTask
+from normswap.finetune.tasks.segmentation import SegmentationTask
 from normswap.layers.in_place import STATISTICS
 from normswap.running_stats.calibration import calibrate
 from normswap.surgery.conversion import convert
@@ -106,7 +108,11 @@ def _find_task(recipe: Recipe, *, trust: bool) -> tuple[Callable[[TaskContext], 
     return partial(OwnTask, file=file), recipe
 
 
-_TASKS: Mapping[str, Callable[[TaskContext], Task]] = {"classification": ClassificationTask}
+_TASKS: Mapping[str, Callable[[TaskContext], Task]] = {
+    "classification": ClassificationTask,
+    "segmentation": SegmentationTask,
+    "detection": DetectionTask,
+}
 
 
 def _make_context(recipe: Recipe, source: StartingModel, shard: tuple[int, int]) -> TaskContext:

@@ -74,6 +74,8 @@ class DataTable:
     mixup: NonNegative = 0.0  # alpha; 0: off; needs an even `batch_size`
     cutmix: NonNegative = 0.0  # alpha; 0: off; needs an even `batch_size`
     label_smoothing: Annotated[float, Range(0, 0.99)] = 0.0  # fraction of a target that is spread over all classes
+    classes: Annotated[int, Range(2)] | None = None  # of the masks in a folder, with that of the background
+    ignore_index: int = 255  # value of the pixels of a mask that do not count
 
 
 @dataclass(frozen=True)

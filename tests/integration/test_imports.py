@@ -48,6 +48,7 @@ VIOLATIONS = {
     "checkpoints/saving.py": ("from PIL import Image", "normswap.checkpoints.saving -> PIL"),
     "finetune/recipe.py": ("import safetensors.torch", "normswap.finetune.recipe -> safetensors"),
     "training/param_groups.py": ("import accelerate", "normswap.training.param_groups -> accelerate"),
+    "finetune/setup.py": ("import torchmetrics", "normswap.finetune.setup -> torchmetrics"),
     "training/importance_watch.py": (
         "from lightning.pytorch import Callback",
         "normswap.training.importance_watch -> lightning",

@@ -29,12 +29,12 @@ from normswap.text import first_line
 
 logger = logging.getLogger(__name__)
 
-_SPLITS = {
+SPLITS = {
     "train": ("train", "training"),
     "validation": ("validation", "val", "valid", "eval", "evaluation"),
     "test": ("test", "testing"),
 }
-_FOLDER_PREFIX = "folder:"
+FOLDER_PREFIX = "folder:"
 # The domains of `normswap.finetune.data.digits` by the source that selects them.
 _DIGITS = {"digits": "source", "digits:shifted": "target"}
 _STREAMED_PREFIXES = ("wds/", "tfds/", "hfids/")
@@ -182,7 +182,7 @@ def _open_source(settings: DataSettings) -> tuple[Any, tuple[str, ...] | None]:
     """The data set, without its `transform`, and the names of its classes if it knows them."""
     if settings.source in _DIGITS:
         return _open_digits(settings)
-    if settings.source.startswith(_FOLDER_PREFIX):
+    if settings.source.startswith(FOLDER_PREFIX):
         return _open_folder(settings)
     if settings.source.lower().startswith(_TIMM_PREFIXES):
         return _open_named(settings)
@@ -193,7 +193,7 @@ def _open_source(settings: DataSettings) -> tuple[Any, tuple[str, ...] | None]:
 
 
 def _open_folder(settings: DataSettings) -> tuple[Any, tuple[str, ...]]:
-    folder = _split_folder(Path(settings.source.removeprefix(_FOLDER_PREFIX)), settings.split)
+    folder = split_folder(Path(settings.source.removeprefix(FOLDER_PREFIX)), settings.split)
     class_to_idx = None if settings.class_names is None else {name: i for i, name in enumerate(settings.class_names)}
     try:
         dataset: Any = _timm().create_dataset(
@@ -215,21 +215,34 @@ def _open_folder(settings: DataSettings) -> tuple[Any, tuple[str, ...]]:
     ), tuple(class_to_idx)
 
 
-def _split_folder(folder: Path, split: str) -> Path:
-    """The folder of a split, or the folder itself if it has no splits."""
+def split_folder(folder: Path, split: str, expected: str = "a folder of images per class") -> Path:
+    """Return the folder of a split, or the folder itself if it has no splits.
+
+    Raises:
+        DataError: there is no such folder, or it has other splits only; `expected` says what belongs into it.
+    """
     if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder: expected one with a folder of images per class")
-    for name in (split, *_split_synonyms(split)):
+        raise DataError(f"{folder}: no such folder: expected one with {expected}")
+    for name in (split, *split_synonyms(split)):
         if (folder / name).is_dir():
             return folder / name
-    others = [name for names in _SPLITS.values() for name in names if (folder / name).is_dir()]
+    others = [name for names in SPLITS.values() for name in names if (folder / name).is_dir()]
     if others:
         raise DataError(f"{folder}: has no split {split!r}: choose one of {', '.join(others)}")
     return folder
 
 
-def _split_synonyms(split: str) -> tuple[str, ...]:
-    return next((names for names in _SPLITS.values() if split in names), ())
+def split_synonyms(split: str) -> tuple[str, ...]:
+    """Return the names under which data sets have a split."""
+    return next((names for names in SPLITS.values() if split in names), ())
+
+
+def find_split(settings: DataSettings) -> str:
+    """Return which of the three splits of a data set of normswap the settings name; raises DataError if none."""
+    split = next((name for name, synonyms in SPLITS.items() if settings.split in synonyms), None)
+    if split is None:
+        raise DataError(f"data {settings.source!r}: has no split {settings.split!r}: choose one of {', '.join(SPLITS)}")
+    return split
 
 
 def _open_named(settings: DataSettings) -> tuple[Any, tuple[str, ...] | None]:
@@ -273,12 +286,7 @@ def _open_digits(settings: DataSettings) -> tuple[Any, tuple[str, ...]]:
     except ImportError:
         raise DataError("data 'digits': scikit-learn is not installed: pip install scikit-learn") from None
     domain = getattr(digits, _DIGITS[settings.source])
-    split = next((name for name, synonyms in _SPLITS.items() if settings.split in synonyms), None)
-    if split is None:
-        raise DataError(
-            f"data {settings.source!r}: has no split {settings.split!r}: choose one of {', '.join(_SPLITS)}"
-        )
-    return DigitImages(getattr(domain, split), _image_mode(settings)), tuple(map(str, range(CLASSES)))
+    return DigitImages(getattr(domain, find_split(settings)), _image_mode(settings)), tuple(map(str, range(CLASSES)))
 
 
 def _check_classes(

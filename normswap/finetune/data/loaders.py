@@ -236,9 +236,13 @@ class StreamLoader:
 
 
 def _report_read_errors(source: str, loader: Iterable[Any]) -> Iterator[Any]:
-    """The batches; timm's error for images that it cannot read becomes a DataError."""
+    """The batches; timm's error for images that it cannot read becomes a DataError, as does that of a worker."""
     try:
         yield from loader
+    except DataError as error:  # of a worker, whose message has a traceback
+        raise DataError(
+            str(error).strip().splitlines()[-1].removeprefix(f"{DataError.__module__}.DataError: ")
+        ) from None
     except RuntimeError as error:
         if "Failed to load" not in str(error):
             raise

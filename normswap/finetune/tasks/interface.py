@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 import torch
 from torch import Tensor, nn
 
-from normswap.finetune.data.loaders import DataSettings
+from normswap.finetune.data.loaders import USAGE_SPECS, DataSettings, EpochLoader, Use
 from normswap.finetune.model_source import StartingModel
 from normswap.finetune.recipe import Recipe
 
@@ -176,3 +176,27 @@ class TaskContext:
             workers=data.workers,
             seed=self.recipe.train.seed,
         )
+
+    def open_split(
+        self,
+        use: Use,
+        open_dataset: Callable[[DataSettings, bool], Any],
+        *,
+        batch_size: int | None = None,
+        collate: Callable[[list[Any]], Any] | None = None,
+    ) -> EpochLoader:
+        """Return the batches of the split that a use reads.
+
+        Args:
+            open_dataset: returns a data set of torch for the settings, augmented or not.
+            batch_size: None takes that of the recipe.
+            collate: as in `EpochLoader`.
+        """
+        data, usage = self.recipe.data, USAGE_SPECS[use]
+        split, own_size = (
+            (data.evaluation_split, data.evaluation_batch_size)
+            if use == "evaluation"
+            else (data.train_split, data.batch_size)
+        )
+        settings = self.loader_settings(split, batch_size=batch_size or own_size)
+        return EpochLoader(open_dataset(settings, usage.augmented), settings, usage, self.shard, collate=collate)
