@@ -10,7 +10,11 @@ _OPACUS = ("convert.enabled=false", "own.options={epsilon = 8.0, delta = 1e-3, n
 JOBS: Mapping[str, Job] = {
     job.recipe: job
     for job in (
+        Job("detection", "Detection, Faster R-CNN, batch 2", rates=(3e-4, 5e-4, 1e-3)),
+        Job("segmentation", "Segmentation, DeepLabV3, batch 2", rates=(3e-4, 5e-4, 1e-3)),
         Job("volume", "Volumes, batch 1", source="volume_source", rates=(1e-3, 3e-3, 1e-2)),
+        Job("video", "Videos, R3D-18, batch 2", source="video_source", rates=(3e-3, 1e-2, 3e-2)),
+        Job("robot_policy", "Robot policy, batch 4", source="robot_policy_source", rates=(3e-4, 1e-3, 3e-3)),
         Job(
             "private",
             "Differential privacy, epsilon 8",
