@@ -1,15 +1,12 @@
 """Fashion-MNIST: 70,000 photographs of clothes, 28 x 28, in 10 classes (MIT licence), from the Debian package.
 
 The package is installed nowhere: its files are unpacked into a cache folder. `benchmarks.finetuning.shift` renders the
-images for a network. `python -m benchmarks.finetuning.fashion FOLDER` writes them as torchvision stores them: then
-`normswap finetune pretrained_small_batch --set data.root=FOLDER` needs no download.
+images for a network.
 """
 
 import gzip
 import os
-import shutil
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Literal
@@ -59,15 +56,6 @@ def locate() -> Path:
     return unpacked
 
 
-def write_for_torchvision(root: Path) -> None:
-    """Write the four files where torchvision looks for them in a data folder."""
-    raw = root / "FashionMNIST" / "raw"
-    raw.mkdir(parents=True, exist_ok=True)
-    for packed in locate().glob("*-ubyte.gz"):
-        with gzip.open(packed) as source, (raw / packed.stem).open("wb") as target:
-            shutil.copyfileobj(source, target)
-
-
 def _is_complete(folder: Path) -> bool:
     names = (f"{part}-{kind}-ubyte.gz" for part in _FILES.values() for kind in ("images-idx3", "labels-idx1"))
     return all((folder / name).is_file() for name in names)
@@ -89,7 +77,3 @@ def _unpack(target: Path) -> None:
 def _read(path: Path, *, header: int) -> "np.ndarray[tuple[int], np.dtype[np.uint8]]":
     with gzip.open(path) as file:
         return np.frombuffer(file.read(), dtype=np.uint8)[header:].copy()
-
-
-if __name__ == "__main__":
-    write_for_torchvision(Path(sys.argv[1]))
