@@ -76,6 +76,12 @@ class RunPreview:
         rates: learning rates over the run.
         memory: bytes of a step.
         notes: notes for the user on the model and the length of the run.
+
+    Examples:
+        >>> import normswap
+        >>> preview = normswap.preview_recipe(normswap.read_recipe("digits_source", ["data.batch_size=8"]))
+        >>> [rate.step for rate in preview.rates][-1], preview.memory.weights
+        (1740, 1503072)
     """
 
     __module__ = "normswap"

@@ -11,8 +11,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from monai.inferers import sliding_window_inference
-from monai.networks.nets import UNet as MonaiUNet
 from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -509,6 +507,8 @@ def jumps(y: Tensor, tile: int) -> Tensor:
 
 
 def by_monai(model: nn.Module, x: Tensor, tile: int) -> Tensor:
+    from monai.inferers import sliding_window_inference  # imports a module that Windows lacks
+
     return sliding_window_inference(x, (tile, tile, tile), 4, model, overlap=0)  # type: ignore[return-value]
 
 
@@ -519,6 +519,8 @@ def test_seam_energy_beyond_that_of_bn_falls_tenfold(predict: Callable[..., Tens
     torch.manual_seed(0)
     volume = runpy.run_path(str(RECIPES / "volume.py"))["make_volume"](0, 32, "target")[0][None]
     volume += torch.linspace(-6, 6, 32)
+    from monai.networks.nets import UNet as MonaiUNet
+
     bn = MonaiUNet(3, 1, 2, (4, 8, 16), (2, 2), num_res_units=1, norm="batch")
     calibrate(bn, [volume], layer_by_layer=True)
     sn = converted(bn.eval(), volume)

@@ -68,7 +68,16 @@ def finetune_command(
     picture = _plot_outcome(outcome)
     if as_json:
         paths = {"output": outcome.output, "model": outcome.model, "log": outcome.log, "picture": picture}
-        print_json({**asdict(outcome), **{name: str(path) for name, path in paths.items()}})
+        evaluations = {"before": outcome.before, "after": outcome.after}
+        print_json(
+            {
+                **asdict(outcome),
+                # As before there were tasks; `evaluations` has the same by name.
+                **{name: (found.loss, found.leading, found.images) for name, found in evaluations.items()},
+                "evaluations": {name: found.to_dict() for name, found in evaluations.items()},
+                **{name: str(path) for name, path in paths.items()},
+            }
+        )
     else:
         console.print(outcome_table(outcome, picture))
 

@@ -42,6 +42,11 @@ class Evaluation:
         """The accuracy of a classifier in percent; NaN for other tasks."""
         return self.figures.get("accuracy", float("nan"))
 
+    @property
+    def leading(self) -> float:
+        """The value of the leading metric."""
+        return next(iter(self.figures.values()))
+
     def label(self, name: str) -> str:
         """Return the name of a metric with its unit, such as `accuracy, %`."""
         return f"{name}, {self.unit}" if self.unit else name
