@@ -113,6 +113,7 @@ def _built_weight(file: Path) -> torch.Tensor:
         ),
         ("def compute_loss(model, batch):\n    return 1.5", "compute_loss: expected a scalar tensor, got float"),
         ("def build_metrics():\n    return []", "build_metrics: expected a dict of metrics by name, got []"),
+        ("import no_such_package", "imports no_such_package, which is not installed: pip install 'normswap[recipes]'"),
         ("del build_model", "expected the function build_model, or model.checkpoint in the recipe"),
         ("def collate(samples):\n    return {'labels': []}", "a batch has no tensor: define example_inputs(batch)"),
     ],

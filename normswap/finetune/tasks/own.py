@@ -36,8 +36,14 @@ class OwnFile:
 
     @classmethod
     def load(cls, path: Path, options: Mapping[str, Any]) -> "OwnFile":
-        """Run a file; raises RecipeError if a function is missing, or if no function takes an option."""
-        module = import_python_file(path)
+        """Run a file; raises RecipeError if a package or a function is missing, or if no function takes an option."""
+        try:
+            module = import_python_file(path)
+        except ModuleNotFoundError as error:
+            raise RecipeError(
+                f"own.file: {path} imports {error.name}, which is not installed: pip install 'normswap[recipes]' if "
+                "the file comes with normswap, else install that package"
+            ) from error
         found = cls(path, module, options)
         missing = [name for name in _REQUIRED if found.find(name) is None]
         if missing:
