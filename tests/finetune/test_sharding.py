@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock  # torch needs it too
 from torch import Tensor, nn
 
 import normswap
@@ -74,8 +75,22 @@ def test_a_block_is_called_once_and_owns_its_parameters(model: nn.Module, expect
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of runs with sharded parameters in two processes, and of the same runs in one."""
-    folder = tmp_path_factory.mktemp("sharded")
+    """The folder of runs with sharded parameters in two processes, and of the same runs in one.
+
+    The workers of xdist share it, since the runs take most of the time of these tests.
+    """
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "sharded"
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "finished").exists():
+            folder.mkdir()
+            make_runs(folder)
+            (folder / "finished").touch()
+    return folder
+
+
+def make_runs(folder: Path) -> None:
+    """Run all cases into a folder."""
     keys: dict[str, Any] = {
         "model": {"architecture": "timm:test_resnet,num_classes=10"},
         "data": {"source": "digits:shifted", "image_size": 32},
@@ -90,7 +105,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert done.returncode == 0, done.stderr[-3000:]
     run_recipe(recipe(folder, "one", batch_size=4, sharding="none"))
     run_recipe(recipe(folder, "one bf16", batch_size=4, sharding="none", precision="bf16", steps=4))
-    return folder
 
 
 def distance(one: dict[str, Tensor], other: dict[str, Tensor], start: dict[str, Tensor] | None = None) -> float:
