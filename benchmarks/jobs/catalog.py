@@ -29,7 +29,7 @@ JOBS: Mapping[str, Job] = {
             "Adaptation at test time, batch 1, ten passes",
             source="digits_source",
             rates=(1e-5, 3e-5, 1e-4),
-            notes="Accuracy in evaluation after the passes; BN in training then has the running statistics of the stream.",
+            notes="In evaluation after the passes: BN in training then has the running statistics of the stream.",
         ),
     )
 }
