@@ -8,6 +8,7 @@ from benchmarks.jobs.plan import SEEDS, TRIAL_SEED, Job, arm_names
 
 Record = Mapping[str, Any]
 _OURS = "normswap"
+_TABLE = ("| arm | rate | before | after, by seed | seconds |", "|---|---|---|---|---|")
 # Level: the mean of the paired differences is at most so many standard errors, or points of 100, below.
 _ERRORS, _POINTS = 2.0, 1.0
 
@@ -104,10 +105,9 @@ def _details(job: Job, records: Sequence[Record]) -> str:
     lines = [
         f"## {job.title}",
         "",
-        f"Recipe `{job.recipe}`" + (f", from the network of `{job.source}`. " if job.source else ". ") + job.notes,
+        f"Recipe `{job.recipe}`{f', from the network of `{job.source}`' if job.source else ''}. {job.notes}".rstrip(),
         "",
-        "| arm | rate | before | after, by seed | seconds |",
-        "|---|---|---|---|---|",
+        *(("Not run yet.",) if not records else _TABLE),
     ]
     for arm in arm_names(job):
         own = [record for record in records if record["arm"] == arm and record["seed"] in SEEDS]
