@@ -130,10 +130,11 @@ def preview_recipe(recipe: Recipe, *, trust: bool = False) -> RunPreview:
     """
     setup = prepare(recipe, trust=trust)
     model = setup.model
-    loss, memory, optimizer = _try_step(recipe, setup)
+    batch = next(iter(setup.training))
+    loss, memory, optimizer = _try_step(recipe, setup, batch)
     if not math.isfinite(loss):
         raise TrainingError(f"the loss of the first batch is {loss}: check the data and the weights of the model")
-    inputs = tree_leaves(setup.task.inputs(next(iter(setup.training))))
+    inputs = tree_leaves(setup.task.inputs(batch))
     return RunPreview(
         recipe.name,
         recipe.task,
@@ -165,10 +166,9 @@ def _rates(train: TrainTable, setup: RunSetup, optimizer: torch.optim.Optimizer)
     )
 
 
-def _try_step(recipe: Recipe, setup: RunSetup) -> tuple[float, MemoryEstimate, torch.optim.Optimizer]:
+def _try_step(recipe: Recipe, setup: RunSetup, batch: Any) -> tuple[float, MemoryEstimate, torch.optim.Optimizer]:
     """The loss of a first step, its memory, and the optimizer that took it."""
     model, train = setup.model.train(), recipe.train
-    batch = next(iter(setup.training))
     if train.channels_last:
         model.to(memory_format=torch.channels_last)
     optimizer = build_optimizer(model, train)

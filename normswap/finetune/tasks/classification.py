@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from normswap.checkpoints.architecture.registry import parse_architecture, with_keyword
 from normswap.errors import ArchitectureError, DataError, RecipeError
 from normswap.finetune.data.datasets import Data, open_data
-from normswap.finetune.data.loaders import DataSettings
+from normswap.finetune.data.loaders import DataSettings, Use
 from normswap.finetune.model_source import StartingModel
 from normswap.finetune.recipe import Recipe
 from normswap.finetune.tables import DataTable
@@ -37,23 +37,19 @@ class ClassificationTask:
 
     def open_training(self) -> Data:
         """Return the batches of the training split; raises DataError if their number of classes is unknown."""
-        recipe = self._recipe
-        self._training = self._open(recipe.data.train_split, "training", recipe.data.batch_size)
+        self._training = self._open("training")
         if self._training.classes is None:
-            raise DataError(f"{recipe.data.source}: number of classes unknown: use a folder per class")
+            raise DataError(f"{self._recipe.data.source}: number of classes unknown: use a folder per class")
         return self._training
 
     def open_calibration(self, batch_size: int) -> Data:
         """Return batches of the training split without augmentation."""
-        return self._open(self._recipe.data.train_split, "calibration", batch_size)
+        return self._open("calibration", batch_size)
 
     def open_evaluation(self) -> Data:
         """Return the batches of the evaluation split, whose labels are checked against the outputs of the model."""
-        data = self._recipe.data
         names = None if self._training is None else self._training.class_names
-        return self._open(
-            data.evaluation_split, "evaluation", data.evaluation_batch_size, class_names=names, classes=self._outputs
-        )
+        return self._open("evaluation", class_names=names, classes=self._outputs)
 
     def example_inputs(self, training: Batches) -> Tensor:
         """Return two random images."""
@@ -102,15 +98,14 @@ class ClassificationTask:
 
     def _open(
         self,
-        split: str,
-        use: Any,
-        batch_size: int,
+        use: Use,
+        batch_size: int | None = None,
         *,
         class_names: tuple[str, ...] | None = None,
         classes: int | None = None,
     ) -> Data:
         settings = replace(
-            self._context.loader_settings(split, batch_size=batch_size),
+            self._context.settings(use, batch_size=batch_size),
             augmentation=augmentation(self._recipe.data),
             class_names=class_names,
         )

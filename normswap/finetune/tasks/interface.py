@@ -167,9 +167,14 @@ class TaskContext:
     image_size: tuple[int, int] | None = None
     channels: int | None = None
 
-    def loader_settings(self, split: str, *, batch_size: int) -> DataSettings:
-        """Return the settings for a loader of samples that the task itself reads."""
+    def settings(self, use: Use, *, batch_size: int | None = None) -> DataSettings:
+        """Return the settings of the split that a use reads; `batch_size` None takes that of the recipe."""
         data = self.recipe.data
+        split, own_size = (
+            (data.evaluation_split, data.evaluation_batch_size)
+            if use == "evaluation"
+            else (data.train_split, data.batch_size)
+        )
         return DataSettings(
             source=data.source,
             split=split,
@@ -177,7 +182,7 @@ class TaskContext:
             download=data.download,
             image_size=self.image_size,
             channels=self.channels,
-            batch_size=batch_size,
+            batch_size=batch_size or own_size,
             workers=data.workers,
             seed=self.recipe.train.seed,
         )
@@ -194,14 +199,8 @@ class TaskContext:
 
         Args:
             open_dataset: returns a data set of torch for the settings, augmented or not.
-            batch_size: None takes that of the recipe.
+            batch_size: as in `settings`.
             collate: as in `EpochLoader`.
         """
-        data, usage = self.recipe.data, USAGE_SPECS[use]
-        split, own_size = (
-            (data.evaluation_split, data.evaluation_batch_size)
-            if use == "evaluation"
-            else (data.train_split, data.batch_size)
-        )
-        settings = self.loader_settings(split, batch_size=batch_size or own_size)
+        usage, settings = USAGE_SPECS[use], self.settings(use, batch_size=batch_size)
         return EpochLoader(open_dataset(settings, usage.augmented), settings, usage, self.shard, collate=collate)

@@ -92,17 +92,15 @@ class OwnTask:
 
     def open_training(self) -> EpochLoader:
         """Return the shuffled batches of the training split."""
-        data = self._context.recipe.data
-        return self._open(data.train_split, "training", data.batch_size)
+        return self._open("training")
 
     def open_calibration(self, batch_size: int) -> EpochLoader:
         """Return batches of the training split without random changes by epoch."""
-        return self._open(self._context.recipe.data.train_split, "calibration", batch_size)
+        return self._open("calibration", batch_size)
 
     def open_evaluation(self) -> EpochLoader:
         """Return the batches of the evaluation split."""
-        data = self._context.recipe.data
-        loader = self._open(data.evaluation_split, "evaluation", data.evaluation_batch_size)
+        loader = self._open("evaluation")
         self._samples = loader.num_samples
         return loader
 
@@ -149,11 +147,10 @@ class OwnTask:
             )
         return OwnMeter(self._file, {name: metric.to(device) for name, metric in metrics.items()}, self._samples)
 
-    def _open(self, split: str, use: Use, batch_size: int) -> EpochLoader:
-        dataset = self._file.call("open_data", split)
-        settings = replace(
-            self._context.loader_settings(split, batch_size=batch_size), source=f"{self._file.path}, split {split}"
-        )
+    def _open(self, use: Use, batch_size: int | None = None) -> EpochLoader:
+        settings = self._context.settings(use, batch_size=batch_size)
+        dataset = self._file.call("open_data", settings.split)
+        settings = replace(settings, source=f"{self._file.path}, split {settings.split}")
         return EpochLoader(dataset, settings, USAGE_SPECS[use], self._context.shard, collate=self._file.find("collate"))
 
 
