@@ -15,8 +15,7 @@ from normswap.finetune.data.loaders import DataSettings, Use
 from normswap.finetune.model_source import StartingModel
 from normswap.finetune.recipe import Recipe
 from normswap.finetune.tables import DataTable
-from normswap.finetune.tasks.interface import Batches, Evaluation, TaskContext
-from normswap.model_state import training_flags
+from normswap.finetune.tasks.interface import Batches, Evaluation, TaskContext, call_in_evaluation
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -225,7 +224,6 @@ def _count_classes(model: nn.Module, example: Tensor) -> int:
     return 0 if getattr(model, "num_classes", None) == 0 else count_outputs(model, example)
 
 
-@torch.no_grad()
 def count_outputs(model: nn.Module, example: Tensor) -> int:
     """Return the number of logits of a classifier.
 
@@ -235,8 +233,7 @@ def count_outputs(model: nn.Module, example: Tensor) -> int:
     Raises:
         RecipeError: the model does not return logits (N, classes).
     """
-    with training_flags(list(model.modules()), training=False):
-        logits = model(example.to(next((p.dtype for p in model.parameters()), torch.float32)))
+    logits = call_in_evaluation(model, example)
     if not isinstance(logits, Tensor) or logits.dim() != 2:
         found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise RecipeError(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from normswap.finetune.data.loaders import USAGE_SPECS, DataSettings, EpochLoader, Use
 from normswap.finetune.model_source import StartingModel
 from normswap.finetune.recipe import Recipe
+from normswap.model_state import training_flags
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -147,6 +148,13 @@ class Task(Protocol):
 
     def make_meter(self, model: nn.Module, device: torch.device) -> Meter:
         """Return a meter for one evaluation of a model."""
+
+
+@torch.no_grad()
+def call_in_evaluation(model: nn.Module, example: Tensor) -> Any:
+    """Return the outputs of a model in evaluation mode for images in its precision; its flags are restored."""
+    with training_flags(list(model.modules()), training=False):
+        return model(example.to(next((p.dtype for p in model.parameters()), torch.float32)))
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,7 @@ from normswap.finetune.data.joint_transforms import JointAugmentation, Transform
 from normswap.finetune.data.loaders import DataSettings, EpochLoader
 from normswap.finetune.data.segmentation import open_masked_images
 from normswap.finetune.model_source import StartingModel
-from normswap.finetune.tasks.interface import Batches, Evaluation, TaskContext
-from normswap.model_state import training_flags
+from normswap.finetune.tasks.interface import Batches, Evaluation, TaskContext, call_in_evaluation
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -141,12 +140,9 @@ def resize_to(logits: Tensor, masks: Tensor) -> Tensor:
     return F.interpolate(logits, size=masks.shape[-2:], mode="bilinear", align_corners=False)
 
 
-@torch.no_grad()
 def count_channels(model: nn.Module, example: Tensor) -> int:
     """Return the number of logits per pixel; raises RecipeError if the model returns none."""
-    with training_flags(list(model.modules()), training=False):
-        outputs = model(example.to(next((p.dtype for p in model.parameters()), torch.float32)))
-    return read_logits(outputs).logits.shape[1]
+    return read_logits(call_in_evaluation(model, example)).logits.shape[1]
 
 
 @dataclass
