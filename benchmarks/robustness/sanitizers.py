@@ -109,9 +109,8 @@ def _build(tree: Path) -> None:
     layers = tree / "normswap" / "layers"
     out = layers / f"_compiled{sysconfig.get_config_var('EXT_SUFFIX')}"
     include = f"-I{sysconfig.get_paths()['include']}"
-    subprocess.run(
-        [_compiler(), *BUILD, *FLAGS, include, str(layers / "csrc" / "module.c"), "-lm", "-o", str(out)], check=True
-    )
+    sources = sorted(map(str, (layers / "csrc").glob("*.c")))
+    subprocess.run([_compiler(), *BUILD, *FLAGS, include, *sources, "-lm", "-o", str(out)], check=True)
 
 
 def _compiler() -> str:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from normswap.errors import LayerError
 from normswap.layers.backends.interface import refuse_non_tensor
+from normswap.layers.direct_call import normalise_directly
 from normswap.layers.functional import new_site_name, switch_norm
 from normswap.layers.gated_module import GatedModule, describe_options, get_registered
 from normswap.layers.gating import (
@@ -266,6 +267,8 @@ def apply_layer(layer: SwitchNorm, x: Tensor) -> Tensor:
         refuse_non_tensor("input", x)  # type: ignore[unreachable]
     if ranks and x.dim() not in ranks:
         raise LayerError(f"expected a {' or '.join(f'{r}-D' for r in ranks)} input, got shape {tuple(x.shape)}")
+    if (y := normalise_directly(layer, x)) is not None:
+        return y
     training = layer.training
     if training:
         layer.project_gates()

@@ -252,7 +252,10 @@ def layer_arguments(x: Tensor, moments: Tensor, **changed: Any) -> dict[str, Any
     gate = torch.tensor([0.2, 0.3, 0.5])
     given: dict[str, Any] = {"dtype": 0, "samples": x.shape[0], "channels": x.shape[1], "positions": x[0, 0].numel()}
     given |= {"channels_last": False, "threads": 1, "softmax": False, "eps": 1e-5}
-    given |= {"branch_order": cpu._encode_branch_order(("in", "ln", "bn")), "x": x}
+    given |= {
+        "branch_order": cpu._options(Mixing("simplex", ("in", "ln", "bn"), 1e-5), torch.float32)["branch_order"],
+        "x": x,
+    }
     given |= {"mean": moments, "var": moments.clone(), "constant_mean": None, "constant_var": None}
     given |= {"weight": torch.ones(x.shape[1]), "bias": None, "mean_weight": gate, "var_weight": gate}
     given |= {"num_groups": 1, **dict.fromkeys(MATCHING_BUFFERS)}
@@ -286,7 +289,7 @@ ORDER = "branch_order: expected a different index below K for each of the K bran
 BUFFERS: dict[str, tuple[dict[str, Any], str]] = {
     "mean": ({"mean": torch.ones(2, 3)}, "mean should contain 8 elements not 6"),
     "var": ({"var": torch.ones(2, 5)}, "var should contain 8 elements not 10"),
-    "no mean": ({"mean": None}, "mean: expected a buffer of 8 elements, got None"),
+    "no mean": ({"mean": None}, "mean: expected a buffer of 8 elements, got None|expected mean and var together"),
     "dtype of a table": ({"var": torch.ones(2, 4).double()}, "var: unexpected dtype code 1"),
     "int64": ({"weight": torch.ones(4, dtype=torch.int64)}, "weight: unexpected dtype code 4"),
     "constants": ({"constant_mean": torch.ones(3), "constant_var": torch.ones(4)}, "constant_mean should contain 4"),

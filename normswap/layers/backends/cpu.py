@@ -4,14 +4,19 @@ The extension runs a forward or a backward pass in one call. This saves most of 
 no fast kernels for moments and sums of half-precision activations. It is optional: `AVAILABLE` is False if no compiler
 was found at installation.
 
+It has engines for processors with vectors of several widths, and uses the widest that the processor can run. The
+environment variable NORMSWAP_CPU_VARIANT selects another one: `baseline`, `avx2` or `avx512`.
+
 The extension runs on torch's own threads, through the OpenMP runtime that torch was built with. If that runtime is
 another one, the extension has one thread, and large activations go to the ATen kernels.
 """
 
 import ctypes
+import os
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,7 +35,7 @@ from normswap.layers.backends.aten_passes import (
 from normswap.layers.backends.interface import Backend, Gradients, Inputs, Normalised
 from normswap.layers.backends.moment_algebra import pool_samples, read_site
 from normswap.layers.backends.reference import Moments, accumulation_dtype
-from normswap.layers.gating import BRANCHES, Branch, ImportanceWeights, Mixing, gate_gradient
+from normswap.layers.gating import BRANCHES, ImportanceWeights, Mixing, gate_gradient
 
 _C: Any
 try:
@@ -38,11 +43,29 @@ try:
 except ImportError:
     _C = None
 # INTERFACE of csrc/module.c. An extension that was built from other sources is ignored.
-_INTERFACE = 4
+_INTERFACE = 5
 if getattr(_C, "INTERFACE", None) != _INTERFACE:
     _C = None
 
 AVAILABLE = _C is not None
+
+_VARIANT_VARIABLE = "NORMSWAP_CPU_VARIANT"
+
+
+def _use_variant() -> str | None:
+    """Choose the engine of the extension and return its name; None without the extension."""
+    if not AVAILABLE:
+        return None
+    engines = _C.list_engines()
+    name: str = os.environ.get(_VARIANT_VARIABLE) or engines[-1]
+    if name not in engines:
+        raise LayerError(f"{_VARIANT_VARIABLE}: expected one of {engines}, which this processor can run, got {name!r}")
+    _C.use_engine(name)
+    return name
+
+
+# The engine in use; None without the extension.
+VARIANT = _use_variant()
 
 # The enum of csrc/dtypes.h. int64 is for the number of batches only.
 _DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.int64: 4}
@@ -50,6 +73,8 @@ _FLOAT_DTYPES = {*_DTYPE_CODES} - {torch.int64}
 
 # Up to this number of values divided by the number of torch's threads, one thread here is faster than all of torch's.
 _MAX_SINGLE_THREAD_NUMEL = 1 << 21
+
+_PLAIN_TENSOR_TYPES = (Tensor, torch.nn.Parameter)
 
 # A tensor for the extension: address, dtype code and number of elements; or None.
 _Buffer = tuple[int, int, int] | None
@@ -91,13 +116,16 @@ def forward(inputs: Inputs) -> Normalised:
     return Normalised(y, batch, moments, constants)
 
 
-def backward(dy: Tensor, inputs: Inputs, saved: Moments, needs_input_grad: tuple[bool, ...]) -> Gradients:
+def backward(dy: Tensor, inputs: Inputs, saved: Moments | None, needs_input_grad: tuple[bool, ...]) -> Gradients:
     """Run the backward pass; see `interface.Backward`."""
     inputs = _in_supported_layout(inputs)
     dy = match_layout(dy, inputs.x)
-    saved = Moments(*(moment.contiguous() for moment in saved))  # hooks on saved tensors may change the layout
+    if saved is not None:  # hooks on saved tensors may change the layout
+        saved = Moments(*(moment.contiguous() for moment in saved))
     if can_run_extension(inputs):
         return extension_backward(dy, inputs, saved, needs_input_grad)
+    if saved is None:
+        saved = instance_moments(inputs.x)[0]
     x, mixing, site = inputs.x, inputs.mixing, read_site(inputs, saved)
     dy_sum, dy_xhat_sum = gradient_sums(dy, x, *moment_algebra.mean_and_rstd(site))
     terms = moment_algebra.backward_terms(site, dy_sum, dy_xhat_sum, x.numel() // dy_sum.numel())
@@ -132,8 +160,9 @@ def can_run_extension(inputs: Inputs) -> bool:
     """Return whether the extension accepts these inputs and is the fastest choice for them."""
     if inputs.running_stats_update is not None or not AVAILABLE:
         return False
-    if not all(t.is_cpu and t.dtype in _FLOAT_DTYPES for t in inputs.tensors if t is not None):
-        return False
+    for tensor in inputs.tensors:
+        if tensor is not None and not (tensor.is_cpu and tensor.dtype in _FLOAT_DTYPES):
+            return False
     return (
         _USES_TORCH_THREADS
         or (threads := torch.get_num_threads()) == 1
@@ -152,19 +181,21 @@ def extension_forward(inputs: Inputs) -> Normalised:
         batch = _empty_moments(x, (1, table[1]), dtype)
     inputs = _with_contiguous_parameters(inputs)  # keeps copies alive during the call
     batch_mean, batch_var = batch or (None, None)
-    _C.forward(_layer_arguments(inputs, saved, {"y": y, "batch_mean": batch_mean, "batch_var": batch_var}))
-    return Normalised(y, batch, saved)
+    own = {"y": y, "batch_mean": batch_mean, "batch_var": batch_var}
+    has_moments = _C.forward(_layer_arguments(inputs, saved, own))
+    return Normalised(y, batch, saved if has_moments else None)
 
 
-def extension_backward(dy: Tensor, inputs: Inputs, saved: Moments, needs_input_grad: tuple[bool, ...]) -> Gradients:
+def extension_backward(
+    dy: Tensor, inputs: Inputs, saved: Moments | None, needs_input_grad: tuple[bool, ...]
+) -> Gradients:
     """Run the backward pass by the extension. dy has the layout of x."""
-    table = saved.mean
     gradients = Gradients(
         torch.empty_like(inputs.x) if needs_input_grad[0] else None,
         torch.empty_like(inputs.mean_gate) if needs_input_grad[1] else None,
         torch.empty_like(inputs.var_gate) if needs_input_grad[2] else None,
-        _empty_row(inputs.weight, table) if needs_input_grad[3] else None,
-        _empty_row(inputs.bias, table) if needs_input_grad[4] else None,
+        _empty_row(inputs.weight, inputs.x) if needs_input_grad[3] else None,
+        _empty_row(inputs.bias, inputs.x) if needs_input_grad[4] else None,
     )
     inputs = _with_contiguous_parameters(inputs)  # keeps copies alive during the call
     dx, mean_gate, var_gate, weight, bias = gradients
@@ -188,11 +219,49 @@ def _empty_moments(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Mom
     return Moments(mean, torch.empty_like(mean))
 
 
-def _empty_row(parameter: Tensor | None, table: Tensor) -> Tensor:
-    """Return an empty tensor (C,) in the dtype of a table (N, C)."""
-    if parameter is not None and parameter.dtype == table.dtype and parameter.is_contiguous():
+def _empty_row(parameter: Tensor | None, x: Tensor) -> Tensor:
+    """Return an empty tensor (C,) in the dtype of the moments of x."""
+    dtype = accumulation_dtype(x)
+    if parameter is not None and parameter.dtype == dtype and parameter.is_contiguous():
         return torch.empty_like(parameter)
-    return table.new_empty(table.shape[1])
+    return x.new_empty(x.shape[1], dtype=dtype)
+
+
+def accepts_directly(tensors: Iterable[Tensor | None]) -> bool:
+    """Return whether the extension reads these tensors as they are: plain, on CPU, floating and contiguous."""
+    if not (AVAILABLE and _USES_TORCH_THREADS):
+        return False
+    for tensor in tensors:
+        if tensor is not None and not (
+            type(tensor) in _PLAIN_TENSOR_TYPES
+            and tensor.is_cpu
+            and tensor.dtype in _FLOAT_DTYPES
+            and tensor.is_contiguous()
+        ):
+            return False
+    return True
+
+
+class GateState(NamedTuple):
+    """What the values of the gates of a layer say."""
+
+    is_batch_norm: bool
+    is_mean_on_simplex: bool
+    is_var_on_simplex: bool
+
+
+def read_gates(mean_gate: Tensor, var_gate: Tensor, mixing: Mixing) -> GateState:
+    """Read gate parameters that `accepts_directly` accepts. The rounding of points is tolerated.
+
+    Raises:
+        ValueError: a gate has a wrong number of entries.
+    """
+    options = _options(mixing, torch.float32)
+    flags = _C.read_gates(_buffer(mean_gate), _buffer(var_gate), options["softmax"], options["branch_order"])
+    return _GATE_STATES[flags]
+
+
+_GATE_STATES = tuple(GateState(bool(flags & 1), bool(flags & 2), bool(flags & 4)) for flags in range(8))
 
 
 def update_running(
@@ -237,7 +306,7 @@ def update_running(
     return True
 
 
-def _layer_arguments(inputs: Inputs, moments: Moments, own: dict[str, Tensor | None]) -> dict[str, Any]:
+def _layer_arguments(inputs: Inputs, moments: Moments | None, own: dict[str, Tensor | None]) -> dict[str, Any]:
     """Return the arguments of a pass, with the names of `LayerArguments` in csrc/module.c.
 
     Args:
@@ -245,7 +314,7 @@ def _layer_arguments(inputs: Inputs, moments: Moments, own: dict[str, Tensor | N
     """
     x, mean_gate, var_gate, weight, bias, constants, mixing, _, matching = inputs
     samples, channels = x.shape[:2]
-    mean, var = moments
+    mean, var = moments or (None, None)
     constant_mean, constant_var = constants or (None, None)
     ln_mean_shift, ln_var_scale, in_var_scale = matching or (None, None, None)
     tensors = {
@@ -264,28 +333,32 @@ def _layer_arguments(inputs: Inputs, moments: Moments, own: dict[str, Tensor | N
         **own,
     }
     # As `_buffer`, without a call for each of about 20 tensors.
-    buffers = {
+    arguments: dict[str, Any] = {
         name: None if tensor is None else (tensor.data_ptr(), _DTYPE_CODES[tensor.dtype], tensor.numel())
         for name, tensor in tensors.items()
     }
-    return buffers | {
-        "dtype": _DTYPE_CODES[x.dtype],
-        "samples": samples,
-        "channels": channels,
-        "positions": x.numel() // (samples * channels),
-        "channels_last": _is_channels_last(x),
-        "threads": torch.get_num_threads() if _USES_TORCH_THREADS else 1,
-        "softmax": mixing.gate == "softmax",
-        "branch_order": _encode_branch_order(mixing.branches),
-        "num_groups": mixing.num_groups,
-        "eps": mixing.eps,
-    }
+    arguments.update(_options(mixing, x.dtype))
+    arguments["samples"], arguments["channels"] = samples, channels
+    arguments["positions"] = x.numel() // (samples * channels)
+    arguments["channels_last"] = _is_channels_last(x)
+    arguments["threads"] = torch.get_num_threads() if _USES_TORCH_THREADS else 1
+    return arguments
 
 
 @cache
-def _encode_branch_order(branches: tuple[Branch, ...]) -> int:
-    """Return two bits for each branch of `BRANCHES`: its index in `branches` plus 1, or 0 if it is not mixed."""
-    return sum((branches.index(branch) + 1) << 2 * at for at, branch in enumerate(BRANCHES) if branch in branches)
+def _options(mixing: Mixing, dtype: torch.dtype) -> dict[str, int | float]:
+    """Return the arguments that only depend on the options of a layer; do not change the result."""
+    return {
+        "dtype": _DTYPE_CODES[dtype],
+        "softmax": mixing.gate == "softmax",
+        "branch_order": sum(  # two bits for each branch: its index plus 1, or 0 if it is not mixed
+            (mixing.branches.index(branch) + 1) << 2 * at
+            for at, branch in enumerate(BRANCHES)
+            if branch in mixing.branches
+        ),
+        "num_groups": mixing.num_groups,
+        "eps": mixing.eps,
+    }
 
 
 def _is_channels_last(x: Tensor) -> bool:

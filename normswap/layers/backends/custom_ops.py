@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from normswap.layers.backends import cpu
-from normswap.layers.backends.aten_passes import to_supported_layout
+from normswap.layers.backends.aten_passes import instance_moments, to_supported_layout
 from normswap.layers.backends.cpu import NATIVE
 from normswap.layers.backends.interface import (
     Backend,
@@ -121,7 +121,8 @@ def _forward(
     y, batch, saved, _ = _backend_for(x).forward(inputs)
     empty = x.new_empty((1, 0), dtype=accumulation_dtype(x))
     # An operator must not return memory of its arguments; with one position the mean can be x itself.
-    return y, *(batch or (empty, empty.clone())), saved.mean.clone(), saved.var
+    mean, var = saved or instance_moments(x)[0]
+    return y, *(batch or (empty, empty.clone())), mean.clone(), var
 
 
 @_forward.register_fake

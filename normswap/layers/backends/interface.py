@@ -285,13 +285,14 @@ class Normalised(NamedTuple):
     Attributes:
         y: normalized x, with its shape, dtype and layout.
         batch: moments (1, C) of the batch; None if the `bn` branch does not use them.
-        saved: moments (N, C) of x over its positions, which the backward pass needs.
+        saved: moments (N, C) of x over its positions; None if the forward pass did not need them, and the backward pass
+            computes them if it does.
         updated_stats: the result of `Inputs.running_stats_update`.
     """
 
     y: Tensor
     batch: Moments | None
-    saved: Moments
+    saved: Moments | None
     updated_stats: Moments | None = None
 
 
@@ -309,7 +310,7 @@ class Gradients(NamedTuple):
 Forward = Callable[[Inputs], Normalised]
 # The backward pass, from dy, the inputs, the saved moments, and which gradients are needed, in the order of
 # `Gradients`.
-Backward = Callable[[Tensor, Inputs, Moments, tuple[bool, ...]], Gradients]
+Backward = Callable[[Tensor, Inputs, Moments | None, tuple[bool, ...]], Gradients]
 
 
 class Backend(NamedTuple):
@@ -358,7 +359,8 @@ class _Fused(torch.autograd.Function):
         *values, backend, on_batch_moments = args
         inputs = Inputs(*values)
         normalised = _run_forward(backend, inputs, on_batch_moments)
-        ctx.save_for_backward(*inputs.tensors, *normalised.saved, *(normalised.updated_stats or inputs.constants or ()))
+        saved = normalised.saved or (None, None)
+        ctx.save_for_backward(*inputs.tensors, *saved, *(normalised.updated_stats or inputs.constants or ()))
         ctx.mixing, ctx.backend, ctx.running_stats_update = inputs.mixing, backend, inputs.running_stats_update
         ctx.matching = inputs.matching
         return normalised.y
@@ -374,7 +376,8 @@ class _Fused(torch.autograd.Function):
         needs_input_grad = ctx.needs_input_grad[:5]
         if torch.is_grad_enabled():
             return *differentiable_gradients(dy, inputs, needs_input_grad), *_NO_GRADIENTS
-        found = ctx.backend.backward(dy, inputs, Moments(mean, var), needs_input_grad)
+        saved = None if mean is None else Moments(mean, var)
+        found = ctx.backend.backward(dy, inputs, saved, needs_input_grad)
         return *cast_gradients(found, inputs), *_NO_GRADIENTS
 
 

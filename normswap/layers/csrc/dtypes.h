@@ -3,9 +3,6 @@
  * bfloat16 and half are converted by integer arithmetic without branches, which every compiler can vectorize.
  * Conversions round to nearest even and preserve infinities and NaN.
  */
-#include <stdint.h>
-#include <string.h>
-
 enum { FLOAT, DOUBLE, BFLOAT16, HALF, FLOAT_DTYPES, INT64 = FLOAT_DTYPES };
 
 INLINE uint32_t bits_of(float value) {
@@ -98,7 +95,7 @@ static inline void put(Table table, Py_ssize_t i, double value) {
 
 /* Copy `count` numbers, from index `start`, as double. Each dtype has its own loop so that the compiler vectorizes it.
  */
-CLONES static void load(double *restrict out, Table table, Py_ssize_t start, Py_ssize_t count) {
+static inline void load(double *restrict out, Table table, Py_ssize_t start, Py_ssize_t count) {
     if (table.dtype == FLOAT)
 #pragma omp simd
         for (Py_ssize_t i = 0; i < count; i++)
@@ -111,7 +108,7 @@ CLONES static void load(double *restrict out, Table table, Py_ssize_t start, Py_
             out[i] = get(table, start + i);
 }
 
-static void store(Table table, const double *values, Py_ssize_t count) {
+static inline void store_values(Table table, const double *values, Py_ssize_t count) {
     if (table.values != NULL)
 #pragma omp simd
         for (Py_ssize_t i = 0; i < count; i++)

@@ -6,85 +6,16 @@
  *
  * The extension is optional: without a compiler at installation, NumPy and torch compute the same.
  */
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
-#include <math.h>
-#include <stddef.h>
-#include <stdlib.h>
-#include <string.h>
-
-/* Compile one version for every processor and one for AVX2; the loader chooses. */
-#if defined(__GNUC__) && defined(__x86_64__) && defined(__GLIBC__)
-#define CLONES __attribute__((target_clones("arch=haswell", "default")))
-#else
-#define CLONES
-#endif
-/* Always inlined, so that each version of the caller has it. */
-#if defined(__GNUC__)
-#define INLINE static inline __attribute__((always_inline))
-#else
-#define INLINE static inline
-#endif
-
-/* Number of values summed in single precision before the result is added to a double: in a row, in a column. */
-enum { ROW_BLOCK = 512, BLOCK = 16 };
-/* Below this length the sums over a row are faster with narrow vectors, which leave a shorter remainder. */
-enum { SHORT_ROW = 196 };
-/* Largest trusted ratio of the mean square around the first value to the variance; above it, cancellation loses digits.
- */
-#define CANCELLATION_LIMIT(A) (sizeof(A) == sizeof(double) ? 1e4 : 32)
+#include "platform.h"
 
 #include "dtypes.h"
+#include "job.h"
 
-/* The functions of passes.h for one dtype; pairs are for rows and for columns. */
-typedef struct {
-    size_t size;
-    void (*row_moments)(const void *, Py_ssize_t, Py_ssize_t, Table, Table, Py_ssize_t);
-    void (*first_column)(const void *, Py_ssize_t, void *);
-    void (*column_squares)(const void *, const void *, Py_ssize_t, Py_ssize_t, double *, double *, double *);
-    void (*column_moments)(const void *, Py_ssize_t, Py_ssize_t, double *, double *, Table, Table, Py_ssize_t,
-                           double *);
-    void (*affine[2])(const void *, void *, Py_ssize_t, Py_ssize_t, const double *, const double *, const double *,
-                      double *);
-    void (*sums[2])(const void *, const void *, Py_ssize_t, Py_ssize_t, const double *, double *, double *, double *);
-    void (*input_gradient[2])(const void *, const void *, void *, Py_ssize_t, Py_ssize_t, const double *,
-                              const double *, const double *, const double *, double *);
-} Passes;
-
-#define VERSION(name) name
-#include "instantiate.h"
-
-/* A second version for 512-bit vectors, which halve the time of 16-bit activations. It is not a clone because GCC
- * limits clones for AVX-512 to 256-bit vectors. */
-#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__)
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,prefer-vector-width=512")
-#pragma push_macro("CLONES")
-#undef VERSION
-#undef CLONES
-#define VERSION(name) name##_512
-#define CLONES
-#include "instantiate.h"
-#undef CLONES
-#pragma pop_macro("CLONES")
-#pragma GCC pop_options
-
-static const Passes *widest(int dtype) {
-    const int available = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-                          __builtin_cpu_supports("fma");
-    return available ? PASSES_512[dtype] : PASSES[dtype];
-}
-#else
-static const Passes *widest(int dtype) { return PASSES[dtype]; }
-#endif
-
-#include "algebra.h"
-#include "layer.h"
 #include "arguments.h"
+#include "gates.h"
 
 /* Version of the functions below. backends/cpu.py ignores an extension with another version. */
-enum { INTERFACE = 4 };
+enum { INTERFACE = 5 };
 
 /* --- arguments of the passes --------------------------------------------------------------------------------- */
 
@@ -159,7 +90,8 @@ static int check_shape(const LayerArguments *a) {
     return 0;
 }
 
-/* Check the buffers of both passes. `moments` is WRITTEN in the forward pass, which writes mean and var, else 0. */
+/* Check the buffers of both passes. `moments` is WRITTEN in the forward pass, which writes mean and var; in the backward
+ * pass it is OPTIONAL. */
 static int check_layer(const LayerArguments *a, const Gates *gates, CheckedBuffers *checked, int moments) {
     const Py_ssize_t entries = a->samples * a->channels, channels = a->channels;
     const int table = a->dtype == DOUBLE ? DOUBLE : FLOAT;
@@ -176,6 +108,10 @@ static int check_layer(const LayerArguments *a, const Gates *gates, CheckedBuffe
         check_buffer(checked, "mean_weight", &a->mean_weight, ANY_FLOAT, gates->count, 0) < 0 ||
         check_buffer(checked, "var_weight", &a->var_weight, ANY_FLOAT, gates->count, 0) < 0)
         return -1;
+    if ((a->mean.count < 0) != (a->var.count < 0)) {
+        PyErr_SetString(PyExc_ValueError, "expected mean and var together");
+        return -1;
+    }
     if ((a->constant_mean.count < 0) != (a->constant_var.count < 0)) {
         PyErr_SetString(PyExc_ValueError, "expected constant_mean and constant_var together");
         return -1;
@@ -224,27 +160,42 @@ static int read_job(const LayerArguments *a, Job *j, CheckedBuffers *checked, in
     s->samples = a->samples;
     s->channels = a->channels;
     s->positions = a->positions;
+    s->groups = a->num_groups;
     s->eps = a->eps;
     s->mean = a->mean.table;
     s->var = a->var.table;
-    s->constant_mean = a->constant_mean.table;
-    s->constant_var = a->constant_var.table;
-    s->weight = a->weight.table;
-    s->bias = a->bias.table;
-    s->ln_shift = a->ln_mean_shift.table;
-    s->ln_scale = a->ln_var_scale.table;
-    s->in_scale = a->in_var_scale.table;
-    s->groups = a->num_groups;
-    s->extended = s->groups > 1 || s->ln_shift.values != NULL || s->in_scale.values != NULL;
+    s->constant = a->constant_mean.table.values != NULL;
     j->gates.softmax = a->softmax != 0;
     j->gates.mean = a->mean_weight.table;
     j->gates.var = a->var_weight.table;
+    j->dtype = (int)a->dtype;
     j->channels_last = a->channels_last || a->positions == 1;
     j->threads = a->threads;
-    j->passes = widest((int)a->dtype);
-    j->row_passes = a->positions < SHORT_ROW ? PASSES[a->dtype] : j->passes;
     j->x = a->x.table.values;
     return 0;
+}
+
+/* --- engines ------------------------------------------------------------------------------------------------- */
+
+Threads normswap_threads;
+
+/* From the narrowest vectors to the widest. */
+static const Engine *const ENGINES[] = {
+    &normswap_baseline,
+#if X86_ENGINES
+    &normswap_avx2,
+    &normswap_avx512,
+#endif
+};
+
+enum { ENGINE_COUNT = sizeof ENGINES / sizeof *ENGINES, NARROW = 16 };
+
+static int widest = 0;
+
+/* The engine for a job. Rows or columns of few values leave most of a wide vector unused. */
+static const Engine *engine_for(const Job *j) {
+    const Py_ssize_t length = j->channels_last ? j->site.channels : j->site.positions;
+    return ENGINES[widest == ENGINE_COUNT - 1 && widest > 0 && length < NARROW ? widest - 1 : widest];
 }
 
 /* --- the functions of the module ----------------------------------------------------------------------------- */
@@ -253,36 +204,78 @@ static Py_ssize_t minimum(Py_ssize_t a, Py_ssize_t b) { return a < b ? a : b; }
 
 static Py_ssize_t maximum(Py_ssize_t a, Py_ssize_t b) { return a > b ? a : b; }
 
-/* Load constants, or the identity for a branch that is not matched. */
-static void load_constants(const Site *s, double *out, Table constants, double identity) {
-    if (constants.values != NULL)
-        load(out, constants, 0, s->channels);
-    for (Py_ssize_t c = 0; constants.values == NULL && c < s->channels; c++)
+/* Load numbers (C,), or fill them with the identity if there are none. */
+static void load_or(const Site *s, double *out, Table numbers, double identity) {
+    if (numbers.values != NULL)
+        load(out, numbers, 0, s->channels);
+    for (Py_ssize_t c = 0; numbers.values == NULL && c < s->channels; c++)
         out[c] = identity;
 }
 
-/* Read the gates, divide the work and allocate memory. */
-static double *prepare_job(Job *j, int with_terms) {
+static int is_on_bn(const double *weights) { return weights[IN] == 0 && weights[LN] == 0 && weights[BN] == 1; }
+
+/* Allocate one block for all tables of a job; NULL if there is no memory. Tables that sums are added to start at 0. */
+static double *allocate(Job *j, int is_backward) {
+    Site *s = &j->site;
+    Terms *t = &j->terms;
+    const size_t n = (size_t)s->samples, c = (size_t)s->channels, rows = n * (size_t)s->groups;
+    const size_t partial = j->channels_last && j->segments > 1 ? n * (size_t)j->segments * 4 * c : 0;
+    const size_t mixed = s->fixed ? c : n * c, terms = is_backward ? n * c : 0, own = is_backward ? c : 0;
+    const size_t term_rows = is_backward ? rows : 0, moments = is_backward && !j->has_moments ? n * c : 0;
+    struct {
+        double **table;
+        size_t size;
+    } tables[] = {
+        {&s->zeros, c},        {&t->p_bn, own},        {&t->q_bn, own},
+        {&t->weight, own},     {&t->bias, own},        {&s->bn_mean, c},
+        {&s->bn_var, c},       {&s->weight, c},        {&s->bias, c},
+        {&s->ln_shift, c},     {&s->ln_scale, c},      {&s->in_scale, c},
+        {&s->ln_mean, rows},   {&s->ln_var, rows},     {&s->centre, mixed},
+        {&s->rstd, mixed},     {&t->p, terms},         {&t->q, terms},
+        {&t->p_ln, term_rows}, {&t->slope_ln, term_rows}, {&t->gates, 2 * BRANCHES * term_rows},
+        {(double **)&s->mean.values, moments}, {(double **)&s->var.values, moments},
+        {&j->partial, partial}, {&j->scratch, (size_t)j->threads * SCRATCH * c},
+    };
+    const size_t count = sizeof tables / sizeof *tables, zeroed = c + 4 * own;
+    size_t total = 0;
+    for (size_t i = 0; i < count; i++)
+        total += tables[i].size;
+    double *block = malloc(total * sizeof(double)), *next = block;
+    if (block == NULL)
+        return NULL;
+    for (size_t i = 0; i < count; next += tables[i].size, i++)
+        if (tables[i].size > 0)
+            *tables[i].table = next;
+    memset(block, 0, zeroed * sizeof(double));
+    return block;
+}
+
+/* Read the gates, divide the work, allocate memory and read the numbers of each channel. */
+static double *prepare_job(const LayerArguments *a, Job *j, int is_backward) {
     Site *s = &j->site;
     const Py_ssize_t sample = s->channels * s->positions;
     j->segments = maximum(1, minimum(minimum(sample / SEGMENT, SEGMENTS / s->samples), s->positions));
     j->threads = maximum(1, minimum(j->threads, s->samples * sample / GRAIN));
     read_gate(&j->gates, j->gates.mean, s->means);
     read_gate(&j->gates, j->gates.var, s->variances);
-    double *block = allocate(j, with_terms);
-    if (block != NULL && s->constant_mean.values != NULL) {
-        load(s->bn_mean, s->constant_mean, 0, s->channels);
-        load(s->bn_var, s->constant_var, 0, s->channels);
-    }
-    if (block != NULL && s->extended) {
-        load_constants(s, s->shift, s->ln_shift, 0);
-        load_constants(s, s->scale, s->ln_scale, 1);
-        load_constants(s, s->in_scales, s->in_scale, 1);
-    }
+    s->fixed = s->constant && is_on_bn(s->means) && is_on_bn(s->variances);
+    if (is_backward && !j->has_moments)
+        s->mean.dtype = s->var.dtype = a->dtype == DOUBLE ? DOUBLE : FLOAT;
+    double *block = allocate(j, is_backward);
+    if (block == NULL)
+        return NULL;
+    load_or(s, s->bn_mean, a->constant_mean.table, 0);
+    load_or(s, s->bn_var, a->constant_var.table, 1);
+    load_or(s, s->weight, a->weight.table, 1);
+    load_or(s, s->bias, a->bias.table, 0);
+    load_or(s, s->ln_shift, a->ln_mean_shift.table, 0);
+    load_or(s, s->ln_scale, a->ln_var_scale.table, 1);
+    load_or(s, s->in_scale, a->in_var_scale.table, 1);
     return block;
 }
 
-/* Run the forward pass; see LayerArguments. Writes y, mean, var and, unless None, batch_mean and batch_var. */
+/* Run the forward pass; see LayerArguments. Writes y and, unless None, batch_mean and batch_var; returns whether it wrote
+ * mean and var, which a layer with all weight on constants does not need. */
 static PyObject *forward_pass(PyObject *self, PyObject *arguments) {
     LayerArguments a = {0};
     Job job;
@@ -293,39 +286,42 @@ static PyObject *forward_pass(PyObject *self, PyObject *arguments) {
     double *block;
     Py_BEGIN_ALLOW_THREADS
     job.y = a.y.table.values;
-    block = prepare_job(&job, 0);
+    block = prepare_job(&a, &job, 0);
     if (block != NULL) {
-        forward(&job);
-        store(a.batch_mean.table, job.site.bn_mean, a.channels);
-        store(a.batch_var.table, job.site.bn_var, a.channels);
+        engine_for(&job)->forward(&job);
+        store_values(a.batch_mean.table, job.site.bn_mean, a.channels);
+        store_values(a.batch_var.table, job.site.bn_var, a.channels);
         free(block);
     }
     Py_END_ALLOW_THREADS
     if (block == NULL)
         return PyErr_NoMemory();
-    Py_RETURN_NONE;
+    return PyBool_FromLong(!job.site.fixed);
 }
 
-/* Run the backward pass; see LayerArguments. Writes every gradient that is not None. */
+/* Run the backward pass; see LayerArguments. Writes every gradient that is not None. Without mean and var, it computes
+ * those of x if it needs them. */
 static PyObject *backward_pass(PyObject *self, PyObject *arguments) {
     LayerArguments a = {0};
     Job job;
     CheckedBuffers checked;
-    if (read_arguments(&backward_signature, arguments, &a) < 0 || read_job(&a, &job, &checked, 0) < 0 ||
+    if (read_arguments(&backward_signature, arguments, &a) < 0 || read_job(&a, &job, &checked, OPTIONAL) < 0 ||
         check_backward(&a, &job.gates, &checked) < 0)
         return NULL;
     double *block;
     Py_BEGIN_ALLOW_THREADS
     job.dy = a.dy.table.values;
     job.y = a.dx.table.values;
-    block = prepare_job(&job, 1);
+    job.has_moments = a.mean.table.values != NULL;
+    job.needs_gates = a.mean_weight_gradient.table.values != NULL || a.var_weight_gradient.table.values != NULL;
+    block = prepare_job(&a, &job, 1);
     if (block != NULL) {
         const Site *s = &job.site;
-        backward(&job);
+        engine_for(&job)->backward(&job);
         write_gate(&job.gates, s->means, job.terms.means, a.mean_weight_gradient.table);
         write_gate(&job.gates, s->variances, job.terms.variances, a.var_weight_gradient.table);
-        store(a.weight_gradient.table, job.terms.weight, a.channels);
-        store(a.bias_gradient.table, job.terms.bias, a.channels);
+        store_values(a.weight_gradient.table, job.terms.weight, a.channels);
+        store_values(a.bias_gradient.table, job.terms.bias, a.channels);
         free(block);
     }
     Py_END_ALLOW_THREADS
@@ -392,10 +388,75 @@ static PyObject *use_threads(PyObject *self, PyObject *const *args, Py_ssize_t c
         entry[i] = PyLong_AsVoidPtr(args[i]);
     if (PyErr_Occurred())
         return NULL;
-    memcpy(&parallel, &entry[0], sizeof parallel);
-    memcpy(&thread_number, &entry[1], sizeof thread_number);
-    memcpy(&team_size, &entry[2], sizeof team_size);
+    memcpy(&normswap_threads.parallel, &entry[0], sizeof entry[0]);
+    memcpy(&normswap_threads.thread_number, &entry[1], sizeof entry[1]);
+    memcpy(&normswap_threads.team_size, &entry[2], sizeof entry[2]);
     Py_RETURN_NONE;
+}
+
+/* The rounding error that a point of this dtype has. */
+static double tolerance(int dtype) {
+    return dtype == DOUBLE ? 0x1p-52 : dtype == BFLOAT16 ? 0x1p-7 : dtype == HALF ? 0x1p-10 : 0x1p-23;
+}
+
+static int is_on_simplex(Table point, Py_ssize_t count) {
+    double sum = 0, minimum = 0;
+    for (Py_ssize_t k = 0; k < count; k++) {
+        sum += get(point, k);
+        minimum = fmin(minimum, get(point, k));
+    }
+    return minimum >= 0 && fabs(sum - 1) <= tolerance(point.dtype);
+}
+
+/* Return bits: 1 if all weight is on `bn`, 2 and 4 if the points of the means and of the variances are on the simplex.
+ * Arguments: the two gate parameters, whether they are logits, the order of the branches. */
+static PyObject *read_gates(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+    Gates gates = {0};
+    Buffer buffers[2];
+    double means[BRANCHES], variances[BRANCHES];
+    if (count != 4) {
+        PyErr_Format(PyExc_TypeError, "expected 4 arguments, got %zd", count);
+        return NULL;
+    }
+    read_buffer("mean_weight", args[0], &buffers[0]);
+    if (!PyErr_Occurred())
+        read_buffer("var_weight", args[1], &buffers[1]);
+    gates.softmax = PyErr_Occurred() ? 0 : PyObject_IsTrue(args[2]);
+    const Py_ssize_t order = PyErr_Occurred() ? 0 : PyLong_AsSsize_t(args[3]);
+    CheckedBuffers checked = {.count = 0};
+    if (PyErr_Occurred() || read_order(order, &gates) < 0 ||
+        check_buffer(&checked, "mean_weight", &buffers[0], ANY_FLOAT, gates.count, 0) < 0 ||
+        check_buffer(&checked, "var_weight", &buffers[1], ANY_FLOAT, gates.count, 0) < 0)
+        return NULL;
+    read_gate(&gates, buffers[0].table, means);
+    read_gate(&gates, buffers[1].table, variances);
+    return PyLong_FromLong((is_on_bn(means) && is_on_bn(variances) ? 1 : 0) |
+                           (is_on_simplex(buffers[0].table, gates.count) ? 2 : 0) |
+                           (is_on_simplex(buffers[1].table, gates.count) ? 4 : 0));
+}
+
+/* Return the names of the engines that this processor can run, from the narrowest to the widest vectors. */
+static PyObject *list_engines(PyObject *self, PyObject *unused) {
+    PyObject *names = PyList_New(0);
+    for (int i = 0; names != NULL && i < ENGINE_COUNT; i++) {
+        PyObject *name = ENGINES[i]->is_available() ? PyUnicode_FromString(ENGINES[i]->name) : NULL;
+        if (name != NULL ? PyList_Append(names, name) < 0 : PyErr_Occurred() != NULL)
+            Py_CLEAR(names);
+        Py_XDECREF(name);
+    }
+    return names;
+}
+
+/* Use the engine of this name. */
+static PyObject *use_engine(PyObject *self, PyObject *name) {
+    for (int i = 0; i < ENGINE_COUNT; i++)
+        if (PyUnicode_Check(name) && PyUnicode_CompareWithASCIIString(name, ENGINES[i]->name) == 0 &&
+            ENGINES[i]->is_available()) {
+            widest = i;
+            Py_RETURN_NONE;
+        }
+    PyErr_Format(PyExc_ValueError, "expected the name of an engine that this processor can run, got %R", name);
+    return NULL;
 }
 
 #define METHOD(name, function, flags) {name, (PyCFunction)(void (*)(void))function, flags, NULL}
@@ -405,6 +466,9 @@ static PyMethodDef methods[] = {
     METHOD("backward", backward_pass, METH_O),
     METHOD("update_running", update_running, METH_O),
     METHOD("use_threads", use_threads, METH_FASTCALL),
+    METHOD("read_gates", read_gates, METH_FASTCALL),
+    METHOD("list_engines", list_engines, METH_NOARGS),
+    METHOD("use_engine", use_engine, METH_O),
     {NULL, NULL, 0, NULL},
 };
 
