@@ -20,9 +20,9 @@ import torch
 # (work, number of calls) -> seconds of a call
 Clock = Callable[[Callable[[], Any], int], float]
 
-_SLICE = 2e-3  # seconds; works are called several times in a row, shorter ones more often
+_SLICE = 1.5e-3  # seconds; works are called several times in a row, shorter ones more often
 _CALLS = (4, 30)
-_LONG = 5e-3  # seconds; works that take longer are called twice
+_LONG, _FEW = 5e-3, 2  # seconds; works that take longer are called twice
 _ORDER = random.Random(0)
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of glibc's mallopt
 _FLUSHED = 2**28  # bytes, several times the L2 cache of any GPU
@@ -101,8 +101,8 @@ Round = dict[str, float]
 def run_block(works: Mapping[str, Work], clock: Clock, seconds: float) -> list[Round]:
     """Run works in rounds for about so many seconds, at least one round, after one call of each.
 
-    A work is called several times in a row, all works equally often. The first call is not timed, because it finds the
-    caches filled by another work.
+    A work is called several times in a row, all works equally often. The first call of a short work is not timed,
+    because it finds the caches filled by another work.
     """
     for work in works.values():
         work.run()
@@ -121,11 +121,12 @@ def run_block(works: Mapping[str, Work], clock: Clock, seconds: float) -> list[R
 def _count_calls(once: float) -> int:
     """Return how often to call each work in a row if one call takes so many seconds."""
     least, most = _CALLS
-    return 2 if once > _LONG else max(least, min(most, round(_SLICE / max(once, 1e-9))))
+    return _FEW if once > _LONG else max(least, min(most, round(_SLICE / max(once, 1e-9))))
 
 
 def _slice(run: Callable[[], Any], clock: Clock, calls: int) -> float:
-    run()
+    if calls > _FEW:
+        run()
     return clock(run, calls)
 
 

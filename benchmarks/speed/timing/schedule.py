@@ -25,13 +25,14 @@ def measure(
 ) -> dict[Key, list[Block]]:
     """Return the blocks of rounds of each comparison.
 
-    The program passes over all comparisons again and again, one block each, so each of them sees the machine at many
-    times. Comparisons whose ratios are all certain enough are left out of later passes.
+    The program passes over the comparisons again and again, one block each, so each of them sees the machine at many
+    times. After `least_blocks` passes, comparisons whose ratios are all certain enough are left out, and each pass
+    takes the less certain half of the others.
 
     Args:
-        comparisons: functions that return the works of a comparison; called for each block, because where the memory
-            of an input lies changes its times.
-        seconds: total time, exceeded by at most one pass in the first.
+        comparisons: functions that return the works of a comparison; called for each block, so that not all inputs need
+            memory at once.
+        seconds: total time; the first pass is always whole.
         block: seconds of one block.
         least_blocks: of each comparison, unless the time is over.
         precision: the uncertainty at which a ratio is certain enough.
@@ -39,20 +40,23 @@ def measure(
     """
     start = time.perf_counter()
     blocks: dict[Key, list[Block]] = {key: [] for key in comparisons}
-    is_first = True
-    open_ = [*comparisons]
-    while open_:
-        for key in open_:
-            if not is_first and time.perf_counter() - start > seconds:
+    chosen = [*comparisons]
+    while chosen:
+        for key in chosen:
+            if all(blocks.values()) and time.perf_counter() - start > seconds:
                 return blocks
             blocks[key].append(run_block(comparisons[key](), clock, block))
-        is_first = False
         on_pass(time.perf_counter() - start, blocks)
-        open_ = [key for key in open_ if not _is_settled(blocks[key], base, least_blocks, precision)]
+        if all(len(each) >= least_blocks for each in blocks.values()):
+            chosen = _less_certain_half(blocks, base, precision)
     return blocks
 
 
-def _is_settled(blocks: list[Block], base: str, least_blocks: int, precision: float) -> bool:
-    if not least_blocks <= len(blocks) < _MOST_BLOCKS:
-        return len(blocks) >= _MOST_BLOCKS
-    return all(ratio.uncertainty <= precision for ratio in estimate_ratios(blocks, base).values())
+def _less_certain_half(blocks: Mapping[Key, list[Block]], base: str, precision: float) -> list[Key]:
+    widths = {
+        key: max(ratio.uncertainty for ratio in estimate_ratios(each, base).values())
+        for key, each in blocks.items()
+        if len(each) < _MOST_BLOCKS
+    }
+    open_ = sorted((key for key in widths if widths[key] > precision), key=lambda key: -widths[key])
+    return open_[: (len(open_) + 1) // 2]
