@@ -5,7 +5,6 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
-import segmentation_models_pytorch as smp
 import timm
 import torch
 import torchvision
@@ -39,12 +38,19 @@ def _convnext() -> nn.Module:
     return model
 
 
+def _unet() -> nn.Module:
+    import segmentation_models_pytorch as smp  # here, because it takes seconds
+
+    model: nn.Module = smp.Unet("resnet18", encoder_weights=None)
+    return model
+
+
 NETWORKS = {
     "resnet50": Network(lambda: timm.create_model("resnet50"), (8, 3, 128, 128)),
     "efficientnet_b0": Network(lambda: timm.create_model("efficientnet_b0"), (8, 3, 128, 128)),
     "regnety_032": Network(lambda: timm.create_model("regnety_032"), (8, 3, 128, 128)),
     "convnext_tiny with BatchNorm": Network(_convnext, (8, 3, 128, 128)),
-    "U-Net (resnet18)": Network(lambda: smp.Unet("resnet18", encoder_weights=None), (1, 3, 128, 128)),
+    "U-Net (resnet18)": Network(_unet, (1, 3, 128, 128)),
     "r3d_18": Network(lambda: torchvision.models.video.r3d_18(), (1, 3, 8, 64, 64)),
 }
 

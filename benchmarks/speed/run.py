@@ -36,7 +36,7 @@ _SECONDS_PER_NETWORK = 10.0
 _SECONDS_PER_VARIANT = 40.0
 _BLOCK = 0.2
 _LEAST_BLOCKS = 4
-_PROCESSES = 2  # for the peak memory of a network
+_PROCESSES = 1  # for the peak memory of a network; each takes many seconds
 # The eager SN is slow, so it is measured on a large, a middle and a small map with one thread.
 _EAGER_SHAPES = ((64, 56, 56), (256, 14, 14), (512, 7, 7))
 

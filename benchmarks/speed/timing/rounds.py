@@ -21,7 +21,7 @@ import torch
 Clock = Callable[[Callable[[], Any], int], float]
 
 _SLICE = 1.5e-3  # seconds; works are called several times in a row, shorter ones more often
-_CALLS = (4, 30)
+_CALLS = (6, 30)
 _LONG, _FEW = 5e-3, 2  # seconds; works that take longer are called twice
 _ORDER = random.Random(0)
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of glibc's mallopt
