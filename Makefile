@@ -14,7 +14,7 @@ INTEGRATIONS_READY := $(INTEGRATIONS)/.normswap-ready
 # Libraries are installed without bytecode, since most of it is never imported; what is, each process would compile anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-fast lint types unit evidence jobs batch-dependence bench export fuzz sanitize zoo index identify recipes integrations docs look clean
+.PHONY: demo test test-fast lint types unit evidence jobs batch-dependence bench bench-quick export fuzz sanitize zoo index identify recipes integrations docs look clean
 
 # What the C extension is built from: a change of it builds the extension again.
 NATIVE := $(wildcard normswap/layers/*.[ch] normswap/layers/csrc/*.[ch])
@@ -64,11 +64,11 @@ jobs: $(READY)  ## the recipes of all jobs against BN, frozen BN and GroupNorm -
 batch-dependence: $(READY)  ## effect of a penalty on batch dependence, by batch size -> docs/measured/batch-dependence.md (half an hour; resumes)
 	@$(BIN)/python -m benchmarks.finetuning.batch_dependence
 
-bench: $(READY)  ## time and memory of the layer, conversion, start-up and files -> docs/measured/{speed,cost,file-cost,compile}.md (40 minutes)
-	@$(BIN)/python -m benchmarks.speed.run
-	@$(BIN)/python -m benchmarks.speed.conversion_cost
-	@$(BIN)/python -m benchmarks.speed.file_cost
-	@$(BIN)/python -m benchmarks.speed.compile_cost
+bench: $(READY)  ## time and memory of the layer, conversion, start-up and files -> docs/measured/{speed,cost,file-cost,compile}.md (30 minutes)
+	@$(BIN)/python -m benchmarks.speed.bench
+
+bench-quick: $(READY)  ## ratios of few layers to BatchNorm, also on a busy machine (3 minutes; OUTPUT=a.json, AGAINST=a.json)
+	@$(BIN)/python -m benchmarks.speed.quick $(if $(OUTPUT),--output $(OUTPUT)) $(if $(AGAINST),--against $(AGAINST))
 
 export: $(READY)  ## outputs, nodes, time and speed of exported networks, and int8 -> docs/measured/export.md (20 minutes)
 	@$(BIN)/python -m benchmarks.export.run

@@ -22,10 +22,22 @@ def machine() -> str:
     )
 
 
+def cpu_kind() -> str:
+    """Return the processor's name, with family and model if known, since a hypervisor may shorten the name."""
+    facts = _cpu_facts()
+    fields = {"family": "cpu family", "model": "model"}
+    numbers = ", ".join(f"{name} {facts[field]}" for name, field in fields.items() if field in facts)
+    return f"{_processor()} ({numbers})" if numbers else _processor()
+
+
 def _processor() -> str:
+    return _cpu_facts().get("model name") or platform.processor() or platform.machine()
+
+
+def _cpu_facts() -> dict[str, str]:
+    """Return the fields of the first processor in /proc/cpuinfo; empty without the file."""
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    if not cpuinfo.exists():
+        return {}
+    lines = cpuinfo.read_text().partition("\n\n")[0].splitlines()
+    return {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}

@@ -1,6 +1,6 @@
 """Measure the memory of a training step: bytes saved for backward, and the peak of a network in a new process.
 
-`benchmarks.speed.run` uses this module. `python -m benchmarks.speed.memory NETWORK original|converted BATCH DEVICE`
+`benchmarks.speed.run` uses this module. `python -m benchmarks.speed.memory NETWORK original|converted DEVICE`
 prints the peak in bytes.
 """
 
@@ -9,17 +9,17 @@ import re
 import statistics
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
-import timm
 import torch
 from torch import Tensor, nn
 
 import normswap
 from benchmarks.paths import ROOT
-from benchmarks.speed.records import Memory
+from benchmarks.speed.records import Peak
 
-FORMS = ("original", "converted")
+_FORMS = ("original", "converted")
 _STEPS = 2
 
 
@@ -46,29 +46,28 @@ def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def network_memory(network: str, batch: int, processes: int, device: str) -> Memory:
-    """Measure a timm network and its conversion at 224 pixels. Peaks are medians over new processes."""
-    x = torch.randn(batch, 3, 224, 224, device=device)
-    saved = [saved_bytes(_network(network, form, device), x) for form in FORMS]
-    peaks: dict[str, list[int]] = {form: [] for form in FORMS}
-    for _ in range(processes):
-        for form in FORMS:
-            command = [sys.executable, "-m", "benchmarks.speed.memory", network, form, str(batch), device]
-            done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
-            peaks[form].append(int(done.stdout))
-    original, converted = (statistics.median(found) for found in peaks.values())
-    return Memory(network, batch, processes, (saved[0], saved[1]), (original, converted))
+def measure_peaks(networks: Iterable[str], processes: int, device: str) -> list[Peak]:
+    """Measure networks and their conversions. Peaks are medians over new processes."""
+    peaks = []
+    for network in networks:
+        found: dict[str, list[int]] = {form: [] for form in _FORMS}
+        for _ in range(processes):
+            for form in _FORMS:
+                command = [sys.executable, "-m", "benchmarks.speed.memory", network, form, device]
+                done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+                found[form].append(int(done.stdout))
+        peaks.append(Peak(network, *(int(statistics.median(each)) for each in found.values())))
+    return peaks
 
 
-def _network(network: str, form: str, device: str) -> nn.Module:
-    model: nn.Module = timm.create_model(network).to(device)
-    return normswap.convert(model, inplace=True).model if form == "converted" else model
-
-
-def peak_of_step(network: str, form: str, batch: int, device: str) -> int:
+def peak_of_step(network: str, form: str, device: str) -> int:
     """Return the peak memory of training steps in this process in bytes, without the network and its input."""
-    model = _network(network, form, device)
-    x = torch.randn(batch, 3, 224, 224, device=device)
+    from benchmarks.speed.networks import NETWORKS  # here, so that other programs need no library of networks
+
+    model = NETWORKS[network].build().to(device)
+    x = torch.randn(NETWORKS[network].shape, device=device)
+    if form == "converted":
+        normswap.convert(model, inplace=True)
     before = _memory("VmRSS", device)
     for _ in range(_STEPS):
         model(x).sum().backward()
@@ -92,9 +91,8 @@ def process_memory(field: str) -> int:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("network", help="name of a timm model")
-    parser.add_argument("form", choices=FORMS)
-    parser.add_argument("batch", type=int, help="batch size")
+    parser.add_argument("network", help="name in benchmarks.speed.networks")
+    parser.add_argument("form", choices=_FORMS)
     parser.add_argument("device", choices=("cpu", "cuda"))
     options = parser.parse_args()
-    print(peak_of_step(options.network, options.form, options.batch, options.device))
+    print(peak_of_step(options.network, options.form, options.device))

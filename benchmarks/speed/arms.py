@@ -1,21 +1,32 @@
-"""The layers compared with BatchNorm: GroupNorm, our layer on each backend, and SN as in published code."""
+"""The layers that are compared with BatchNorm in training: frozen BatchNorm, GroupNorm, our layer, SN as published."""
 
-import copy
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-import normswap
-from benchmarks.speed.records import BASE, EAGER, ours
 from normswap import SwitchNorm2d, SwitchNorm3d
-from normswap.layers.backends.selection import BACKENDS
+from normswap.layers.gated_module import GatedModule
+from normswap.layers.gating import BnStatistics
 
+BASE = "BatchNorm"
+FROZEN = "frozen BatchNorm"
+EAGER = "eager SN"
+COPY = "copy"
+# Our layers: the statistics of the `bn` branch and the gates.
+RUNNING = "running"
+RUNNING_FIXED = "running, fixed gates"
+RUNNING_MOVED = "running, moved gates"
+BATCH = "batch"
+BATCH_MIX = "batch, mix"
+MOVED = (0.05, 0.05, 0.9)  # importance weights of `in`, `ln`, `bn`: gates that training moved from the vertex
+_MIX = (0.25, 0.25, 0.5)
 _GROUPS = 32
+GROUP_NORM = f"GroupNorm({_GROUPS})"
 _BATCH_NORMS = {4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 _SWITCH_NORMS = {4: SwitchNorm2d, 5: SwitchNorm3d}
+MODES = ("train", "eval")
 
 
 class EagerSwitchNorm(nn.Module):
@@ -60,64 +71,26 @@ class EagerSwitchNorm(nn.Module):
 
 
 @dataclass(frozen=True)
-class Competitor:
+class Arm:
     """A layer in the comparison.
 
     Attributes:
         build: (channels, rank of the input, dtype of the input) -> layer.
-        around: context manager for its calls.
+        modes: in which it is measured. Without gradients, arms with the same gates compute the same.
+        is_frozen: it stays in evaluation mode in training.
+        every: it runs in every so many rounds only, because it is slow.
     """
 
     name: str
     build: Callable[[int, int, torch.dtype], nn.Module]
-    around: Callable[[], AbstractContextManager[None]] = nullcontext
-
-
-def competitors(device: str) -> list[Competitor]:
-    """Return all layers for a device, BatchNorm first."""
-    return [
-        Competitor(BASE, _batch_norm),
-        Competitor(f"GroupNorm({_GROUPS})", _group_norm),
-        *(competitor for name in _backends(device) for competitor in _ours(name)),
-        Competitor(EAGER, _eager),
-    ]
-
-
-def compiled() -> list[Competitor]:
-    """Return the eager SN and our layer, compiled by `torch.compile`."""
-    builds = {EAGER: _eager, "normswap": _converted}
-    return [
-        Competitor(f"compiled {name}", lambda *size, build=build: torch.compile(build(*size)))  # type: ignore[misc]
-        for name, build in builds.items()
-    ]
-
-
-def _backends(device: str) -> list[str]:
-    return [name for name in BACKENDS if name != "triton" or device == "cuda"]
-
-
-def _ours(backend: str) -> list[Competitor]:
-    def around() -> AbstractContextManager[None]:
-        return normswap.use_backend(backend)
-
-    return [Competitor(ours(backend), _converted, around), Competitor(ours(backend, mixed=True), _mixed, around)]
+    modes: Sequence[str] = MODES
+    is_frozen: bool = False
+    every: int = 1
 
 
 def _batch_norm(channels: int, rank: int, dtype: torch.dtype) -> nn.Module:
     """Return a layer with float32 parameters for every dtype, as under autocast."""
     return _BATCH_NORMS[rank](channels)
-
-
-def _converted(channels: int, rank: int, dtype: torch.dtype) -> nn.Module:
-    return _SWITCH_NORMS[rank].from_batch_norm(_batch_norm(channels, rank, dtype))
-
-
-def _mixed(channels: int, rank: int, dtype: torch.dtype) -> nn.Module:
-    layer = copy.deepcopy(_converted(channels, rank, dtype))
-    with torch.no_grad():
-        for gate in (layer.mean_weight, layer.var_weight):
-            gate.copy_(torch.tensor([0.25, 0.25, 0.5]))
-    return layer
 
 
 def _group_norm(channels: int, rank: int, dtype: torch.dtype) -> nn.Module:
@@ -128,3 +101,46 @@ def _group_norm(channels: int, rank: int, dtype: torch.dtype) -> nn.Module:
 def _eager(channels: int, rank: int, dtype: torch.dtype) -> nn.Module:
     """Return a layer in the dtype of its input. With float32 parameters its output would be float32."""
     return EagerSwitchNorm(channels).to(dtype)
+
+
+def _ours(
+    statistics: BnStatistics, gates: tuple[float, ...] | None = None, *, trains_gates: bool = True
+) -> Callable[[int, int, torch.dtype], nn.Module]:
+    def build(channels: int, rank: int, dtype: torch.dtype) -> nn.Module:
+        layer = _SWITCH_NORMS[rank].from_batch_norm(_batch_norm(channels, rank, dtype), bn_statistics=statistics)
+        if gates is not None:
+            move_gates(layer, gates)
+        for gate in (layer.mean_weight, layer.var_weight):
+            gate.requires_grad_(trains_gates)
+        return layer
+
+    return build
+
+
+def move_gates(module: nn.Module, weights: tuple[float, ...] = MOVED) -> nn.Module:
+    """Set the importance weights of all simplex gates in a module to `weights` (`in`, `ln`, `bn`), in place.
+
+    A site without one of the branches adds its weight to that of its vertex.
+    """
+    for site in module.modules():
+        if isinstance(site, GatedModule):
+            shares = dict(zip(("in", "ln", "bn"), weights, strict=True))
+            shares = {branch: shares[branch] for branch in site.branches}
+            shares[site.vertex] += 1 - sum(shares.values())
+            for gate in (site.mean_weight, site.var_weight):
+                gate.data.copy_(torch.tensor([*shares.values()]))
+    return module
+
+
+ARMS = (
+    Arm(BASE, _batch_norm),
+    Arm(FROZEN, _batch_norm, ("train",), is_frozen=True),
+    Arm(GROUP_NORM, _group_norm),
+    Arm(RUNNING, _ours("running")),
+    Arm(RUNNING_FIXED, _ours("running", trains_gates=False), ("train",)),
+    Arm(RUNNING_MOVED, _ours("running", MOVED)),
+    Arm(BATCH, _ours("batch"), ("train",)),
+    Arm(BATCH_MIX, _ours("batch", _MIX), ("train",)),
+)
+OURS = (RUNNING, RUNNING_FIXED, RUNNING_MOVED, BATCH, BATCH_MIX)
+EAGER_ARM = Arm(EAGER, _eager, every=4)

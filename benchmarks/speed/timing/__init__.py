@@ -1,0 +1,1 @@
+"""Time works in rounds until their ratios are certain enough."""
