@@ -326,7 +326,9 @@ def preserved_random_state(*, cpu_only: bool = False) -> Iterator[None]:
     """
     numpy = sys.modules.get("numpy")
     python_state, numpy_state = random.getstate(), numpy and numpy.random.get_state()
-    with torch.random.fork_rng(devices=() if cpu_only else range(torch.cuda.device_count())):
+    # Without a GPU, counting them looks for a driver each time.
+    devices = () if cpu_only or not torch.cuda.is_available() else range(torch.cuda.device_count())
+    with torch.random.fork_rng(devices=devices):
         try:
             yield
         finally:
