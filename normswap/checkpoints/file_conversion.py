@@ -33,6 +33,7 @@ from normswap.checkpoints.file_output import (
     select_format,
     unverifiable,
 )
+from normswap.checkpoints.io.memory import keep_freed_memory
 from normswap.checkpoints.loading import Architecture, OpenedModel, open_model
 from normswap.checkpoints.reading import Checkpoint, file_size, read_checkpoint, read_header, select_entry
 from normswap.checkpoints.record import Record
@@ -49,8 +50,8 @@ from normswap.surgery.planning import plan_and_observe
 from normswap.surgery.selection import SiteFilter, Start, SwapOptions, choose_options
 from normswap.text import pluralize, printable_as
 from normswap.verification.distance import Distance, measure_distance
-from normswap.verification.equivalence import Verification, check_tolerance
-from normswap.verification.fast_comparison import verify_conversion
+from normswap.verification.equivalence import Verification, check_tolerance, verify, verify_in_place
+from normswap.verification.fast_comparison import verify_fast
 
 # --- results ----------------------------------------------------------------------------------------------------------
 
@@ -429,15 +430,15 @@ class _Run:
         if any(swap.start for swap in conversion.plan.swaps):
             with self.progress("measuring the distance from the original"):
                 return None, measure_distance(*models, data or [opened.inputs])
-        verification = verify_conversion(
-            *models,
-            opened.inputs,
-            observation=observation,
-            tolerance=self.options.tolerance,
-            bn_statistics={swap.fqn: swap.bn_statistics for swap in conversion.plan.swaps},
-            in_place=in_place,
-            progress=lambda check: self.progress(f"comparing: {check}"),
-        )
+        planned = {swap.fqn: swap.bn_statistics for swap in conversion.plan.swaps}
+        arguments: Any = {"bn_statistics": planned, "progress": lambda check: self.progress(f"comparing: {check}")}
+        verification = None
+        if self.options.tolerance is None:
+            with keep_freed_memory():
+                verification = verify_fast(*models, opened.inputs, observation=observation, **arguments)
+        if verification is None:
+            compare = verify_in_place if in_place else verify
+            verification = compare(*models, [opened.inputs], tolerance=self.options.tolerance, **arguments)
         return verification, None
 
     def _convert_by_names(self, options: NetworkOptions, checkpoint: Checkpoint) -> ConvertedWeights:

@@ -1,4 +1,4 @@
-"""Compare a converted network with its original at the cost of a few float32 passes: `verify_conversion`.
+"""Compare a converted network with its original at the cost of a few float32 passes: `verify_fast`.
 
 A float64 pass of a large network takes many times that of float32, and nearly all of that time goes to convolutions,
 which both networks share. So the two parts of the proof are separate:
@@ -10,7 +10,7 @@ which both networks share. So the two parts of the proof are separate:
   whole input, outputs, gradients and statistics in training on a crop of it. The crop is the smallest on which each
   site keeps more than one position, if it has more than one on the whole input.
 
-The limit in float32 is the rounding of one unit in the last place at each site. Whatever is above a limit is in doubt,
+The limit in float32 is a rounding by one unit in the last place at each site, in both networks, forward and backward. Whatever is above a limit is in doubt,
 not wrong: then, and if a network does not meet the conditions, `verify` compares the whole networks in float64 on the
 whole input and decides. So does it for small networks, where that takes no time.
 """
@@ -32,7 +32,7 @@ from normswap.surgery.importance import gated_modules
 from normswap.surgery.module_tree import copy_model, model_training_flags, walk_modules
 from normswap.text import pluralize
 from normswap.verification.check_progress import CheckProgress, RunningCheck
-from normswap.verification.equivalence import DEFAULT_TOLERANCE, Verification, verify, verify_in_place
+from normswap.verification.equivalence import DEFAULT_TOLERANCE, Verification
 from normswap.verification.model_comparison import OUTPUTS, SITES_ALONE, ModelComparison
 from normswap.verification.model_pass import GradientStore, ModelPass, gradient_distance, output_distance
 from normswap.verification.precision import LIMITS, Precision
@@ -51,41 +51,35 @@ from normswap.verification.site_watch import (
 MIN_ELEMENTS = 1 << 22
 # The number of positions along each dimension that a crop leaves to the smallest map.
 _POSITIONS = 2
+# One unit in the last place in each of two networks, forward and backward.
+_ROUNDINGS = 4
 _SINGLE = Precision(torch.float32, casts=False)
 _DOUBLE = Precision(torch.float64)
 
 
-def verify_conversion(
+def verify_fast(
     original: nn.Module,
     converted: nn.Module,
     inputs: Any,
     *,
     observation: Observation | None = None,
-    tolerance: float | None = None,
     bn_statistics: Mapping[str, BnStatistics] | None = None,
-    in_place: bool = False,
     progress: CheckProgress | None = None,
-) -> Verification:
-    """Return the verification of a conversion as `verify` does, faster if the networks are large.
+) -> Verification | None:
+    """Return the verification of a conversion if the networks agree beyond doubt, else None: then use `verify`.
+
+    Both models are left as they are.
 
     Args:
         observation: the forward pass of `original` on `inputs`, if it was observed before.
-        tolerance, bn_statistics, progress: as in `verify`.
-        in_place: as `verify_in_place`: both models may be in float64 afterwards.
+        bn_statistics, progress: as in `verify`.
     """
-    if tolerance is None:
-        modules = [entry.module for model in (original, converted) for entry in walk_modules(model)]
-        with preserved_training_flags(modules), RunningCheck(progress) as running:
-            found = compare_fast(original, converted, inputs, observation, bn_statistics, running)
-        if found is not None:
-            return found
-    compare = verify_in_place if in_place else verify
-    return compare(
-        original, converted, [inputs], tolerance=tolerance, bn_statistics=bn_statistics, progress=progress
-    )
+    modules = [entry.module for model in (original, converted) for entry in walk_modules(model)]
+    with preserved_training_flags(modules), RunningCheck(progress) as running:
+        return _compare(original, converted, inputs, observation, bn_statistics, running)
 
 
-def compare_fast(
+def _compare(
     original: nn.Module,
     converted: nn.Module,
     inputs: Any,
@@ -93,12 +87,6 @@ def compare_fast(
     bn_statistics: Mapping[str, BnStatistics] | None,
     running: RunningCheck,
 ) -> Verification | None:
-    """Return the verification if the networks agree beyond doubt, else None.
-
-    Args:
-        observation, bn_statistics: as in `verify_conversion`.
-        running: told which check begins.
-    """
     if not _has_only_float32(original, converted) or not _is_image_batch(inputs) or gated_modules(original):
         return None
     if observation is None:
@@ -188,8 +176,8 @@ def _can_compare_alone(sites: Sequence[SitePair], comparison: ModelComparison, o
 
 
 def _rounding_limit(num_sites: int) -> float:
-    """Return one unit in the last place for the network and for each site, at most the limit of float32."""
-    return min(LIMITS[torch.float32], (1 + num_sites) * _SINGLE.eps)
+    """Return the rounding of both networks, forward and backward, at each site; at most the limit of float32."""
+    return min(LIMITS[torch.float32], _ROUNDINGS * (1 + num_sites) * _SINGLE.eps)
 
 
 # --- the whole networks in float32 ------------------------------------------------------------------------------------
@@ -199,9 +187,7 @@ def _agree_in_evaluation(comparison: ModelComparison, inputs: Any, observation: 
     """Compare with the outputs of the observed pass; return whether they are finite and agree."""
     comparison.on_check(OUTPUTS[False])
     with GradientStore() as nothing:
-        compared = comparison.compare_second(
-            ModelPass(observation.outputs, {}, {}), inputs, nothing, training=False
-        )
+        compared = comparison.compare_second(ModelPass(observation.outputs, {}, {}), inputs, nothing, training=False)
     if compared is None:
         return False
     comparison.judge(compared[1], {})
@@ -279,26 +265,31 @@ def _compare_alone(
     largest: dict[str, float] = {}
     for call in calls:
         exact = SiteCall(_DOUBLE.cast(call.args), call.random_state, call.first, call.input_needs_no_grad)
-        copies = copy_model(site.original), copy_model(site.converted)
-        _DOUBLE.apply(copies)
-        _copy_flags(site, copies, flags[False])
+        pair = SitePair(site.name, copy_model(site.original), copy_model(site.converted))
+        _DOUBLE.apply_to_modules([*pair.original_modules, *pair.converted_modules])
+        _copy_flags(site, pair, flags[False])
         with torch.no_grad():
-            errors = {"evaluation": output_distance(*(site_outputs(copied, exact) for copied in copies))}
-        _copy_flags(site, copies, flags[True])
-        (expected, expected_gradients), (found, gradients) = (run_site(copied, exact) for copied in copies)
+            errors = {
+                "evaluation": output_distance(*(site_outputs(each, exact) for each in (pair.original, pair.converted)))
+            }
+        _copy_flags(site, pair, flags[True])
+        (expected, expected_gradients), (found, gradients) = (run_site(entries, exact) for entries in pair.entries)
         errors["training"] = output_distance(expected, found)
         errors["gradients"] = gradient_distance(expected_gradients, gradients)
-        errors["statistics"] = site_statistics_distance(*copies)
+        errors["statistics"] = site_statistics_distance(pair)
         for measure, error in errors.items():
             largest[measure] = max(largest.get(measure, 0.0), error)
     return SiteError(site.name, **largest)
 
 
-def _copy_flags(site: SitePair, copies: Sequence[nn.Module], flags: Sequence[Mapping[int, bool]]) -> None:
-    """Set the training flags of the copies of a site to those of the modules that they are copies of."""
-    for modules, copied, own in zip((site.original_modules, site.converted_modules), copies, flags, strict=True):
-        new_modules = (entry.module for entry in walk_modules(copied))
-        set_training_flags((new, own[id(old)]) for old, new in zip(modules, new_modules, strict=True) if id(old) in own)
+def _copy_flags(site: SitePair, copied: SitePair, flags: Sequence[Mapping[int, bool]]) -> None:
+    """Set the training flags of a copy of a site to those of the modules that it is a copy of."""
+    for entries, new_entries, own in zip(site.entries, copied.entries, flags, strict=True):
+        set_training_flags(
+            (new.module, own[id(old.module)])
+            for old, new in zip(entries, new_entries, strict=True)
+            if id(old.module) in own
+        )
 
 
 def _measured(site: SiteError) -> list[float]:

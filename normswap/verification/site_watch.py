@@ -5,7 +5,7 @@ error of each site is kept, and both models are left as they were. Outside the s
 plain attributes and hooks must be equal.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -21,7 +21,7 @@ from normswap.model_state import preserved_state, registered_hooks, seeded, trai
 from normswap.surgery.graphs.rewriting import is_rewritten
 from normswap.surgery.importance import gated_modules
 from normswap.surgery.model_outputs import Leaves, TensorNames, VectorDistance, match_names, read_leaves, relative_l2
-from normswap.surgery.module_tree import class_name, modules_by_name, walk_modules
+from normswap.surgery.module_tree import ModuleEntry, class_name, modules_by_name, walk_modules
 from normswap.verification.model_pass import gradient_distance, output_distance, shared_tensors, stream_gradients
 from normswap.verification.precision import MAX_RESPONSE, RESPONSE_FACTOR, perturb
 from normswap.verification.training_reference import is_reference_forward
@@ -86,12 +86,17 @@ class SitePair:
 
     # Cached: sites are called hundreds of times.
     @cached_property
+    def entries(self) -> tuple[Sequence[ModuleEntry], Sequence[ModuleEntry]]:
+        """The modules of both sites."""
+        return walk_modules(self.original), walk_modules(self.converted)
+
+    @cached_property
     def original_modules(self) -> list[nn.Module]:
-        return [entry.module for entry in walk_modules(self.original)]
+        return [entry.module for entry in self.entries[0]]
 
     @cached_property
     def converted_modules(self) -> list[nn.Module]:
-        return [entry.module for entry in walk_modules(self.converted)]
+        return [entry.module for entry in self.entries[1]]
 
     @property
     def is_module_site(self) -> bool:
@@ -191,7 +196,7 @@ class SiteWatch:
         with _preserved(converted_modules), training_flags(converted_modules, training=conditions.flags):
             errors[conditions.mode] = _site_output_distance(pair.converted, call, output)
             if call.first:
-                errors["statistics"] = site_statistics_distance(pair.original, pair.converted)
+                errors["statistics"] = site_statistics_distance(pair)
         if conditions.gradients or (call.input_needs_no_grad and pair.is_module_site):
             modules = [*pair.original_modules, *converted_modules]
             with _preserved(modules), training_flags(converted_modules, training=conditions.flags):
@@ -212,7 +217,7 @@ class SiteWatch:
         old = pair.original
         with _preserved(pair.original_modules), torch.no_grad():
             if measure == "gradients":
-                own_response = gradient_distance(_gradients(old, call), _gradients(old, perturbed))
+                own_response = gradient_distance(*(run_site(pair.entries[0], each)[1] for each in (call, perturbed)))
             else:
                 own_response = output_distance(site_outputs(old, call), site_outputs(old, perturbed))
         return own_response <= MAX_RESPONSE and not error <= RESPONSE_FACTOR * own_response
@@ -275,9 +280,9 @@ def site_outputs(module: nn.Module, call: SiteCall) -> Leaves:
         return read_leaves(module.forward(*args, **kwargs))
 
 
-def site_statistics_distance(original: nn.Module, converted: nn.Module) -> float:
+def site_statistics_distance(pair: SitePair) -> float:
     """Return the distance of a site's buffers after a call: floating ones as one vector, others must be equal."""
-    expected, found = (shared_tensors(walk_modules(m), "_buffers") for m in (original, converted))
+    expected, found = (shared_tensors(entries, "_buffers") for entries in pair.entries)
     vector, errors = VectorDistance(), [0.0]
     for names, partner in match_names(expected, found):
         reference, value = expected[names], found[partner]
@@ -291,17 +296,17 @@ def site_statistics_distance(original: nn.Module, converted: nn.Module) -> float
 def _site_gradient_distance(pair: SitePair, call: SiteCall) -> float:
     """Return the distance of the gradients of a site's input and parameters, as one vector."""
     try:
-        return gradient_distance(*(_gradients(module, call) for module in (pair.original, pair.converted)))
+        return gradient_distance(*(run_site(entries, call)[1] for entries in pair.entries))
     except Exception:  # noqa: BLE001 - as above
         return float("inf")
 
 
-def _gradients(module: nn.Module, call: SiteCall) -> dict[TensorNames, Tensor]:
-    return run_site(module, call)[1]
+def run_site(entries: Sequence[ModuleEntry], call: SiteCall) -> tuple[Leaves, dict[TensorNames, Tensor]]:
+    """Return the outputs of a site for a call, and the gradients of a fixed random projection of them by leaf.
 
-
-def run_site(module: nn.Module, call: SiteCall) -> tuple[Leaves, dict[TensorNames, Tensor]]:
-    """Return the outputs of a module for a call, and the gradients of a fixed random projection of them by leaf."""
+    Args:
+        entries: the modules of the site, as `walk_modules` returns them.
+    """
     leaves: dict[TensorNames, Tensor] = {}
 
     def as_leaf(tensor: Tensor) -> Tensor:
@@ -322,8 +327,8 @@ def run_site(module: nn.Module, call: SiteCall) -> tuple[Leaves, dict[TensorName
     with torch.inference_mode(False), torch.enable_grad(), seeded(0), own_hooks:
         torch.set_rng_state(call.random_state)
         args, kwargs = tree_map_only(Tensor, as_leaf, call.args)
-        outputs = read_leaves(module.forward(*args, **kwargs))
-        parameters = shared_tensors(walk_modules(module), "_parameters")
+        outputs = read_leaves(entries[0].module.forward(*args, **kwargs))
+        parameters = shared_tensors(entries, "_parameters")
         stream_gradients(outputs.tensors, {**leaves, **parameters}, on_gradient, seed=0)
     return outputs.detached(), gradients
 

@@ -2,9 +2,10 @@
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+# Some functions of `torch.nn.init` come as such, and others as the method that they call.
 _RANDOM = {
     nn.init.uniform_,
     nn.init.normal_,
@@ -14,12 +15,13 @@ _RANDOM = {
     nn.init.kaiming_uniform_,
     nn.init.kaiming_normal_,
     nn.init.orthogonal_,
-    nn.init.sparse_,
+    Tensor.uniform_,
+    Tensor.normal_,
 }
 
 
 class WithoutInitialization(TorchFunctionMode):
-    """Leave parameters as allocated where a function of `torch.nn.init` would fill them with random numbers.
+    """Leave parameters as allocated where a function would fill them with random numbers.
 
     Buffers and other tensors get their values, because a file may lack them.
     """
