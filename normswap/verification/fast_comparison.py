@@ -10,9 +10,9 @@ which both networks share. So the two parts of the proof are separate:
   whole input, outputs, gradients and statistics in training on a crop of it. The crop is the smallest on which each
   site keeps more than one position, if it has more than one on the whole input.
 
-The limit in float32 is a rounding by one unit in the last place at each site, in both networks, forward and backward. Whatever is above a limit is in doubt,
-not wrong: then, and if a network does not meet the conditions, `verify` compares the whole networks in float64 on the
-whole input and decides. So does it for small networks, where that takes no time.
+The limit in float32 is a rounding by one unit in the last place at each site, in both networks, forward and backward.
+Whatever is above a limit is in doubt, not wrong: then, and if a network does not meet the conditions, `verify` compares
+the whole networks in float64 on the whole input and decides. So it does for small networks, where that takes no time.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

@@ -10,10 +10,10 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from math import inf, isfinite
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from normswap.layers.gating import BnStatistics
-from normswap.surgery.model_outputs import Leaves, TensorNames, count_numbers, max_abs_difference, relative_l2
+from normswap.surgery.model_outputs import Leaves, count_numbers, max_abs_difference, relative_l2
 from normswap.surgery.module_tree import Flags, ModelTrainingFlags, model_mode, walk_modules
 from normswap.text import first_line, pluralize
 from normswap.verification.model_pass import (
@@ -163,12 +163,21 @@ class ModelComparison:
         *,
         training: bool,
         context: AbstractContextManager[Any] | None = None,
+        before_backward: Callable[[], None] = lambda: None,
     ) -> ModelPass | Exception:
         """Run the first (0) or the second model (1) once; in training, the first one is the reference."""
         if training:  # the reference comes last: it decides on a call before other modes see it
             context = _both(context or nullcontext(), (self.reference, self._mirror)[index].applied())
         flags = self._flags[training][index]
-        return run_pass(self.models[index], batch, on_gradient, training=training, flags=flags, context=context)
+        return run_pass(
+            self.models[index],
+            batch,
+            on_gradient,
+            training=training,
+            flags=flags,
+            context=context,
+            before_backward=before_backward,
+        )
 
     def watching(self, watch: SiteWatch, *, training: bool, gradients: bool = False) -> Any:
         """Return a context in which passes of the first model are compared with the second one site by site."""
@@ -217,14 +226,8 @@ class ModelComparison:
     ) -> ModelPass | Exception:
         """Run the first model once inside the context `watching`; in training, store its gradients."""
         self.on_check(OUTPUTS[training])
-
-        def store(names: TensorNames, gradient: Tensor) -> None:
-            """Store a gradient; the first one shows that the forward pass is done."""
-            self.on_check(GRADIENTS)
-            stored.store(names, gradient)
-
         with watching:
-            return self.run(0, batch, store, training=training)
+            return self.run(0, batch, stored.store, training=training, before_backward=lambda: self.on_check(GRADIENTS))
 
     def compare_second(
         self, a: ModelPass, batch: Any, stored: GradientStore, *, training: bool
