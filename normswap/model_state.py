@@ -176,7 +176,7 @@ class _CopyBeforeWrite(TorchFunctionMode):
         self._storages = storages
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if _may_write(func, kwargs or {}):
+        if func.__name__ != "__get__" and _may_write(func, kwargs or {}):  # most calls only read an attribute
             for leaf in tree_leaves((args, kwargs)):
                 storage = storage_of(leaf) if isinstance(leaf, Tensor) else None
                 if storage is not None and storage._cdata in self._storages:
@@ -191,9 +191,10 @@ _WRITING_OPTIONS = ("out", "inplace", "max_norm")
 
 def _may_write(func: Any, kwargs: Mapping[str, Any]) -> bool:
     """Return whether a torch function may write to one of its arguments."""
-    options = (kwargs.get(option) for option in _WRITING_OPTIONS)
-    if any(option is not None and option is not False for option in options):
-        return True
+    if kwargs:
+        options = (kwargs.get(option) for option in _WRITING_OPTIONS)
+        if any(option is not None and option is not False for option in options):
+            return True
     if isinstance(func, OpOverload | OpOverloadPacket):
         names = () if isinstance(func, OpOverload) else func.overloads()  # type: ignore[no-untyped-call]
         overloads = [getattr(func, name) for name in names] or [func]
@@ -326,7 +327,9 @@ def preserved_random_state(*, cpu_only: bool = False) -> Iterator[None]:
     """
     numpy = sys.modules.get("numpy")
     python_state, numpy_state = random.getstate(), numpy and numpy.random.get_state()
-    with torch.random.fork_rng(devices=() if cpu_only else range(torch.cuda.device_count())):
+    # Without a GPU, counting them looks for a driver each time.
+    devices = () if cpu_only or not torch.cuda.is_available() else range(torch.cuda.device_count())
+    with torch.random.fork_rng(devices=devices):
         try:
             yield
         finally:

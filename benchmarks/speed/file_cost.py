@@ -31,6 +31,9 @@ from benchmarks.provenance import provenance
 MODEL = "resnet50"
 ROUNDS = 2
 INPUT = "2x3x64x64"
+PASS_MODELS = ("resnet50", "efficientnet_b0", "regnety_032")
+PASS_ROUNDS = 3
+PASS_TARGET = 3  # float32 passes, forward and backward, of a verified conversion
 _FIELDS = ("VmRSS", "RssAnon")
 
 CASES = {
@@ -51,7 +54,8 @@ def main() -> None:
             write(model.state_dict(), path)
             floor = floor or _floor(path)
             rows += [(name, what, *_measured(path, options)) for what, options in CASES.items()]
-    text = _document(rows, floor)
+        passes = [_passes_row(name, Path(folder, f"{name}.pt")) for name in PASS_MODELS]
+    text = _document(rows, floor, passes)
     (PAGES / "file-cost.md").write_text(text)
     print(text)
 
@@ -70,6 +74,51 @@ def _measured(path: Path, options: list[str]) -> tuple[float, float, float]:
         resident.append(found["VmRSS"] / path.stat().st_size)
         anonymous.append(found["RssAnon"] / path.stat().st_size)
     return statistics.median(ratios), max(resident), max(anonymous)
+
+
+def _passes_row(name: str, path: Path) -> tuple[str, str, float]:
+    """Return a network, its input, and the processor time of its verified conversion in passes."""
+    model = timm.create_model(name)
+    torch.save(model.state_dict(), path)
+    command = [sys.executable, "-m", "benchmarks.speed.file_cost", "--passes", name, str(path)]
+    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    size = "x".join(map(str, (2, *model.pretrained_cfg["input_size"])))
+    return name, size, json.loads(done.stdout.splitlines()[-1])["passes"]
+
+
+def passes(name: str, path: str) -> None:
+    """Convert a file, and train its network for a step, in turn; print the ratio of their processor times."""
+    import rich.console  # noqa: F401
+
+    import normswap.checkpoints.saving
+    import normswap.reports.tables
+    import normswap.verification.equivalence  # noqa: F401
+    from normswap.cli import main as command
+
+    torch.set_num_threads(1)
+    model = timm.create_model(name).train()
+    x = torch.randn(2, *model.pretrained_cfg["input_size"])
+
+    def seconds(work: Callable[[], object]) -> float:
+        start = time.process_time()
+        work()
+        return time.process_time() - start
+
+    def train() -> None:
+        model.zero_grad()
+        model(x).sum().backward()
+
+    def convert() -> None:
+        command(["convert", path, "--arch", f"timm:{name}", "--force"], standalone_mode=False)
+
+    train()  # the first pass allocates memory and compiles kernels
+    ratios = []
+    for _ in range(PASS_ROUNDS):
+        around = [seconds(train)]
+        converting = seconds(convert)
+        around.append(seconds(train))
+        ratios.append(converting / statistics.mean(around))
+    print(json.dumps({"passes": statistics.median(ratios)}))
 
 
 def _floor(path: Path) -> str:
@@ -136,7 +185,9 @@ def _match(name: str, text: str) -> Any:
     return re.search(rf"{name}:\s+(\d+)", text)
 
 
-def _document(rows: list[tuple[str, str, float, float, float]], floor: str) -> str:
+def _document(
+    rows: list[tuple[str, str, float, float, float]], floor: str, passes: list[tuple[str, str, float]]
+) -> str:
     return "\n".join(
         [
             "# Time and memory of file conversion",
@@ -154,6 +205,20 @@ def _document(rows: list[tuple[str, str, float, float, float]], floor: str) -> s
             "",
             textwrap.fill(floor, 118),
             "",
+            "## Processor time of a verified conversion",
+            "",
+            "`normswap convert FILE` with the default input, verified, relative to one forward and backward pass of",
+            "the original in training, in float32, on the same input: processor time of one process with one thread,",
+            f"the two in turn, median of {PASS_ROUNDS}. Target: at most {PASS_TARGET}.",
+            "",
+            "| network | input | passes |",
+            "|---|---|---|",
+            *(
+                f"| {name} | {size} | "
+                + (f"{ratio:.2f} met |" if ratio <= PASS_TARGET else f"**{ratio:.2f} not met** |")
+                for name, size, ratio in passes
+            ),
+            "",
         ]
     )
 
@@ -161,6 +226,8 @@ def _document(rows: list[tuple[str, str, float, float, float]], floor: str) -> s
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
         child(sys.argv[2:])
+    elif sys.argv[1:2] == ["--passes"]:
+        passes(*sys.argv[2:])
     else:
         argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
         main()

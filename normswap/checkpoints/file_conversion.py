@@ -33,6 +33,7 @@ from normswap.checkpoints.file_output import (
     select_format,
     unverifiable,
 )
+from normswap.checkpoints.io.memory import keep_freed_memory
 from normswap.checkpoints.loading import Architecture, OpenedModel, open_model
 from normswap.checkpoints.reading import Checkpoint, file_size, read_checkpoint, read_header, select_entry
 from normswap.checkpoints.record import Record
@@ -41,14 +42,16 @@ from normswap.errors import ArchitectureError, ArgumentError, CheckpointError, N
 from normswap.layers.gating import BnStatistics, Gate
 from normswap.surgery.arguments import list_batches, read_path, require_type
 from normswap.surgery.conversion import Conversion, convert
+from normswap.surgery.discovery.whole_model import Observation
 from normswap.surgery.graphs.exported_program import program_module
 from normswap.surgery.module_tree import copy_sharing_parameters
 from normswap.surgery.plan import SwapPlan, require_plan
-from normswap.surgery.planning import plan_swaps
+from normswap.surgery.planning import plan_and_observe
 from normswap.surgery.selection import SiteFilter, Start, SwapOptions, choose_options
 from normswap.text import pluralize, printable_as
 from normswap.verification.distance import Distance, measure_distance
 from normswap.verification.equivalence import Verification, check_tolerance, verify, verify_in_place
+from normswap.verification.fast_comparison import verify_fast
 
 # --- results ----------------------------------------------------------------------------------------------------------
 
@@ -366,7 +369,10 @@ class _Run:
         """Build the model, convert it, and compare it with the original."""
         opened = self._open_model(options, checkpoint)
         with self.progress("finding norm sites"):
-            plan = self.options.plan or plan_swaps(opened.model, opened.inputs, options=self.options.swap)
+            plan, observation = self.options.plan, None
+            if plan is None:
+                swap = choose_options(self.options.swap, {})
+                plan, observation = plan_and_observe(opened.model, opened.inputs, swap)
         network = self._report_plan(options, checkpoint, plan, opened.architecture)
         if self.options.verify and opened.inputs is None:
             raise unverifiable("the input size is unknown", "example_inputs=torch.randn(2, 3, 224, 224)")
@@ -382,7 +388,7 @@ class _Run:
             conversion = convert(model, plan=plan, inplace=checkpoint.payload != "module", data=data)
         new = collect_added_state(opened.model.state_dict(), conversion.model)
         replaced = originals(conversion.model, plan)
-        verification, distance = self._compare(opened, conversion, data, in_place=built_here)
+        verification, distance = self._compare(opened, conversion, data, observation, in_place=built_here)
         found: dict[str, Any] = {"verification": verification, "distance": distance}
         self._update_network(replace(network, **found, unverified=None if any(found.values()) else "verify=False"))
         require_verified(plan, verification)
@@ -409,17 +415,31 @@ class _Run:
             raise
 
     def _compare(
-        self, opened: OpenedModel, conversion: Conversion, data: Sequence[Any] | None, *, in_place: bool
+        self,
+        opened: OpenedModel,
+        conversion: Conversion,
+        data: Sequence[Any] | None,
+        observation: Observation | None,
+        *,
+        in_place: bool,
     ) -> tuple[Verification | None, Distance | None]:
         """The verification, or the distance of a network that starts without `bn`."""
         if not self.options.verify:
             return None, None
-        models, compare = (opened.model, conversion.model), verify_in_place if in_place else verify
-        with self.progress("comparing original and converted"):
-            if any(swap.start for swap in conversion.plan.swaps):
+        models = opened.model, conversion.model
+        if any(swap.start for swap in conversion.plan.swaps):
+            with self.progress("measuring the distance from the original"):
                 return None, measure_distance(*models, data or [opened.inputs])
-            planned = {swap.fqn: swap.bn_statistics for swap in conversion.plan.swaps}
-            return compare(*models, [opened.inputs], tolerance=self.options.tolerance, bn_statistics=planned), None
+        planned = {swap.fqn: swap.bn_statistics for swap in conversion.plan.swaps}
+        arguments: Any = {"bn_statistics": planned, "progress": lambda check: self.progress(f"comparing: {check}")}
+        verification = None
+        if self.options.tolerance is None:
+            with keep_freed_memory():
+                verification = verify_fast(*models, opened.inputs, observation=observation, **arguments)
+        if verification is None:
+            compare = verify_in_place if in_place else verify
+            verification = compare(*models, [opened.inputs], tolerance=self.options.tolerance, **arguments)
+        return verification, None
 
     def _convert_by_names(self, options: NetworkOptions, checkpoint: Checkpoint) -> ConvertedWeights:
         """Convert the tensors by their names, without a model."""

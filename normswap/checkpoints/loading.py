@@ -271,8 +271,10 @@ def build_model(checkpoint: Checkpoint, architecture: Architecture | None = None
         _log.info("%s: identified as %s by the names and shapes of its tensors", path, source)
     named = isinstance(source, str) and (architecture is None or source.startswith("hf:"))
     with limit_allocation(path, len(weights)) if named and not trust else nullcontext():
-        model = _instantiate(source, trust=trust)
-    names = _match_model_names(checkpoint, weights, model)
+        model = _instantiate(source, trust=trust, initialized=False)
+        names = _match_model_names(checkpoint, weights, model)
+        if any(name not in names.stored for name, _ in model.named_parameters()):  # such as a head for other classes
+            model = _instantiate(source, trust=trust)
     if plan is not None:
         try:
             plan = complete_plan(model, _select_own_sites(plan, names), prefix=names.prefix)
@@ -415,9 +417,9 @@ def _stored_module_name(names: StoredNames, fqn: str) -> str:
     return names.stored_key(join_fqn(fqn, "_")).rpartition(".")[0]
 
 
-def _instantiate(source: Architecture, *, trust: bool) -> nn.Module:
+def _instantiate(source: Architecture, *, trust: bool, initialized: bool = True) -> nn.Module:
     if isinstance(source, str):
-        return build_architecture(source, trust=trust)
+        return build_architecture(source, trust=trust, initialized=initialized)
     if isinstance(source, nn.Module):
         return copy.deepcopy(source)
     builder: object = source

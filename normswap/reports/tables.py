@@ -22,6 +22,7 @@ from normswap.surgery.importance import SiteWeights
 from normswap.surgery.plan import Swap, SwapPlan
 from normswap.verification.distance import Distance
 from normswap.verification.equivalence import Verification
+from normswap.verification.model_comparison import FP32
 from normswap.verification.site_watch import SiteError
 
 _MAX_EXAMPLES = 3
@@ -77,9 +78,7 @@ def verification_table(verification: Verification) -> RenderableType:
         response = [_format_number(check.own_response)] if has_response else []
         table.add_row(Text(check.name), _format_number(check.error), limit, _VERDICTS[check.passed], *response)
     if verification.fp32_error is not None:
-        table.add_row(
-            Text("outputs in float32", "dim"), _format_number(verification.fp32_error), "", Text("no limit", "dim")
-        )
+        table.add_row(Text(FP32, "dim"), _format_number(verification.fp32_error), "", Text("no limit", "dim"))
     lines: list[RenderableType] = [table]
     notes = dict.fromkeys((*(check.note for check in verification.checks if check.note), *verification.notes))
     lines += [Padding(Text(note, "dim"), (0, 0, 0, 2), expand=False) for note in notes]

@@ -67,9 +67,8 @@ def read_leaves(value: Any, name: str = "output", model: frozenset[int] | None =
     return found
 
 
-def flatten_leaves(value: Any) -> list[Any]:
-    """Return paths and leaves of `value` in turn; a value that cannot be read is an object that equals no other."""
-    leaves = read_leaves(value)
+def flatten_leaves(leaves: Leaves) -> list[Any]:
+    """Return paths and leaves in turn; a value that cannot be read is an object that equals no other."""
     unknown: dict[str, Any] = {path: object() for path in leaves.opaque}
     return [part for item in (leaves.values | unknown).items() for part in item]
 

@@ -15,7 +15,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from normswap.errors import ModelError, PlanError
 from normswap.layers.gating import BRANCHES, BnStatistics, Branch, Gate
 from normswap.surgery.arguments import describe_shapes
-from normswap.surgery.discovery.sites import NormSite, find_norm_sites
+from normswap.surgery.discovery.sites import NormSite, find_norm_sites, observe_sites
+from normswap.surgery.discovery.whole_model import Observation
 from normswap.surgery.module_tree import class_name, modules_by_name
 from normswap.surgery.norms.classes import KNOWN_NORMS, NO_BATCH_STATISTICS, NormTable
 from normswap.surgery.plan import (
@@ -129,8 +130,15 @@ def plan_swaps(
 
 def make_plan(model: nn.Module, example_inputs: Any, options: SwapOptions, norms: NormTable = KNOWN_NORMS) -> SwapPlan:
     """Do what `plan_swaps` does, with options that are checked already."""
+    return plan_and_observe(model, example_inputs, options, norms)[0]
+
+
+def plan_and_observe(
+    model: nn.Module, example_inputs: Any, options: SwapOptions, norms: NormTable = KNOWN_NORMS
+) -> tuple[SwapPlan, Observation | None]:
+    """Do what `make_plan` does, and return the observed forward pass too, so that a verification need not repeat it."""
     model = unwrap(model)
-    sites = find_norm_sites(model, example_inputs, norms=norms)
+    sites, observation = observe_sites(model, example_inputs, norms=norms)
     names = [(site.fqn, *site.aliases) for site in sites]
     modules = _modules_of_sites(model, sites)
     included = first_matching_patterns(options.include, names, modules=modules)
@@ -159,7 +167,7 @@ def make_plan(model: nn.Module, example_inputs: Any, options: SwapOptions, norms
         *swap_notes(swaps),
     ]
     inputs = None if example_inputs is None else describe_shapes(example_inputs)
-    return SwapPlan(tuple(swaps), tuple(skips), class_name(model), inputs, tuple(notes))
+    return SwapPlan(tuple(swaps), tuple(skips), class_name(model), inputs, tuple(notes)), observation
 
 
 def _modules_of_sites(model: nn.Module, sites: Sequence[NormSite]) -> dict[str, nn.Module]:

@@ -36,7 +36,8 @@ from normswap.surgery.model_outputs import match_names
 from normswap.surgery.module_tree import ModelTrainingFlags, copy_model, model_training_flags, walk_modules
 from normswap.surgery.wrappers import unwrap
 from normswap.text import first_line, pluralize, printable_as
-from normswap.verification.model_comparison import ModelComparison, compare_sites, site_problems
+from normswap.verification.check_progress import CheckProgress, RunningCheck
+from normswap.verification.model_comparison import FP32, SITES_ALONE, ModelComparison, compare_sites, site_problems
 from normswap.verification.model_pass import ModelPass, leaf_distances, run_pass, shared_tensors
 from normswap.verification.precision import Check, Precision, precisions, uses_narrower_dtype
 from normswap.verification.site_watch import SiteError
@@ -165,6 +166,7 @@ def verify(
     *,
     tolerance: float | None = None,
     bn_statistics: BnStatistics | Mapping[str, BnStatistics] | None = None,
+    progress: CheckProgress | None = None,
 ) -> Verification:
     """Compare two models on data, as a whole and site by site, in evaluation and in training.
 
@@ -182,6 +184,8 @@ def verify(
             whose norms are in evaluation (frozen), everything else in training. `"batch"`: with the original as it
             trains. A mapping has values by the name of a site. Default: what each site of `converted` uses, so the
             result tells that it does what it is set to do, and `.training_reference` tells with which original.
+        progress: called with the name of each check when it begins, such as `print`; it may return a context manager
+            for the check.
 
     Returns:
         A `Verification`: `.passed`, `.checks` with errors and limits, `.sites`, and the precision. Models that do not
@@ -190,7 +194,7 @@ def verify(
     Raises:
         ModelError: `batches` is empty, the original model raises on an input in evaluation, or its output has nothing
             that can be compared.
-        ArgumentError: a model is not a module, or `tolerance` is no positive number.
+        ArgumentError: a model is not a module, `tolerance` is no positive number, or `progress` is no function.
         LayerError: `bn_statistics` is unknown.
 
     Examples:
@@ -206,6 +210,8 @@ def verify(
     check_tolerance(tolerance)
     for value in bn_statistics.values() if isinstance(bn_statistics, Mapping) else filter(None, (bn_statistics,)):
         check_bn_statistics(value)
+    if progress is not None and not callable(progress):
+        raise ArgumentError(f"progress: expected a function of the name of a check, got {progress!r:.80}")
     original = unwrap(require_module(original, "original"))
     converted = unwrap(require_module(converted, "converted"))
     modules = [entry.module for model in (original, converted) for entry in walk_modules(model)]
@@ -213,7 +219,9 @@ def verify(
     first = copy_model(original)
     second = copy_model(converted, _same_parameters(original, converted, first))
     with preserved_training_flags(modules):  # a model's own `train()` may reach the original through its copy
-        return verify_in_place(first, second, batches, tolerance=tolerance, bn_statistics=bn_statistics, flags=flags)
+        return verify_in_place(
+            first, second, batches, tolerance=tolerance, bn_statistics=bn_statistics, progress=progress, flags=flags
+        )
 
 
 def check_tolerance(tolerance: object) -> None:
@@ -234,6 +242,7 @@ def verify_in_place(
     *,
     tolerance: float | None = None,
     bn_statistics: BnStatistics | Mapping[str, BnStatistics] | None = None,
+    progress: CheckProgress | None = None,
     flags: tuple[ModelTrainingFlags | None, ModelTrainingFlags | None] | None = None,
 ) -> Verification:
     """Compare two models as `verify` does, without copies: both may be in float64 afterwards.
@@ -242,13 +251,25 @@ def verify_in_place(
         first: the original model; the function may change it.
         second: the converted model; the function may change it.
         batches: as in `verify`.
-        tolerance, bn_statistics: as in `verify`.
+        tolerance, bn_statistics, progress: as in `verify`.
         flags: the results of `model_training_flags` for the models that these are copies of; default is to call it for
             these models.
     """
-    inputs = _as_batches(batches)
+    with RunningCheck(progress) as running:
+        return _compare(first, second, _as_batches(batches), tolerance, bn_statistics, running, flags)
+
+
+def _compare(
+    first: nn.Module,
+    second: nn.Module,
+    inputs: list[Any],
+    tolerance: float | None,
+    bn_statistics: BnStatistics | Mapping[str, BnStatistics] | None,
+    running: RunningCheck,
+    flags: tuple[ModelTrainingFlags | None, ModelTrainingFlags | None] | None,
+) -> Verification:
     flags = flags or (model_training_flags(first), model_training_flags(second))
-    single_precision_error = _single_precision_error(first, second, inputs)
+    single_precision_error = _single_precision_error(first, second, inputs, running)
     _disable_synchronization(first, second)
     attempts = precisions(first)
     widest: tuple[ModelComparison, Verification] | None = None
@@ -265,9 +286,12 @@ def verify_in_place(
             precision=precision,
             flags=flags,
             bn_statistics=bn_statistics,
+            on_check=running.begin,
         )
         comparison.compare()
         if False not in comparison.raised:
+            if not comparison.is_judged:
+                running.begin(SITES_ALONE)
             result = _result(comparison, precision, notes, single_precision_error)
             is_narrower = (
                 not result.passed and not last and uses_narrower_dtype(first, comparison.inputs[0], precision.dtype)
@@ -376,11 +400,14 @@ def _disable_synchronization(first: nn.Module, second: nn.Module) -> None:
         layer.synchronize = False
 
 
-def _single_precision_error(first: nn.Module, second: nn.Module, inputs: list[Any]) -> float | None:
+def _single_precision_error(
+    first: nn.Module, second: nn.Module, inputs: list[Any], running: RunningCheck
+) -> float | None:
     """Return the largest error of the outputs in evaluation in float32, None for models of another dtype."""
     parameters = shared_tensors(walk_modules(first), "_parameters").values()
     if not parameters or any(parameter.dtype != torch.float32 for parameter in parameters):
         return None
+    running.begin(FP32)
     passes = [[run_pass(model, batch, training=False) for batch in inputs] for model in (first, second)]
     pairs = [(a, b) for a, b in zip(*passes, strict=True) if isinstance(a, ModelPass) and isinstance(b, ModelPass)]
     return max((e for a, b in pairs for e in leaf_distances(a.leaves, b.leaves).values()), default=None)

@@ -5,7 +5,7 @@ unit in the last place, if that is larger. If the response is not finite or exce
 whole model, and `equivalence` compares the sites one by one.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from math import inf, isfinite
 from typing import Any
@@ -44,6 +44,8 @@ OUTPUTS = {False: "outputs in evaluation", True: "outputs in training"}
 GRADIENTS, STATISTICS = "gradients", "running statistics"
 CHECKS = (OUTPUTS[False], OUTPUTS[True], GRADIENTS, STATISTICS)
 _TRAINING = CHECKS[1:]
+# Comparisons that are no check of a whole model, but take time too.
+FP32, SITES_ALONE = "outputs in float32", "each site alone"
 
 _MAX_LISTED = 3
 _MEASURES = {
@@ -66,6 +68,7 @@ class ModelComparison:
         precision: the precision of the models.
         flags: for each model, the training flags that its own `train()` and `eval()` set, or None.
         bn_statistics: as in `training_reference`.
+        on_check: called with the name of each check when it begins.
     """
 
     def __init__(
@@ -78,8 +81,10 @@ class ModelComparison:
         precision: Precision,
         flags: tuple[ModelTrainingFlags | None, ModelTrainingFlags | None],
         bn_statistics: BnStatistics | Mapping[str, BnStatistics] | None = None,
+        on_check: Callable[[str], None] = lambda name: None,
     ) -> None:
         self.models = first, second
+        self.on_check = on_check
         self.inputs, self.limit, self._eps = inputs, limit, precision.eps
         self.site_limit = max(limit, precision.limit)
         self.accumulators = {name: CheckAccumulator(name, limit) for name in CHECKS}
@@ -158,12 +163,21 @@ class ModelComparison:
         *,
         training: bool,
         context: AbstractContextManager[Any] | None = None,
+        before_backward: Callable[[], None] = lambda: None,
     ) -> ModelPass | Exception:
         """Run the first (0) or the second model (1) once; in training, the first one is the reference."""
         if training:  # the reference comes last: it decides on a call before other modes see it
             context = _both(context or nullcontext(), (self.reference, self._mirror)[index].applied())
         flags = self._flags[training][index]
-        return run_pass(self.models[index], batch, on_gradient, training=training, flags=flags, context=context)
+        return run_pass(
+            self.models[index],
+            batch,
+            on_gradient,
+            training=training,
+            flags=flags,
+            context=context,
+            before_backward=before_backward,
+        )
 
     def watching(self, watch: SiteWatch, *, training: bool, gradients: bool = False) -> Any:
         """Return a context in which passes of the first model are compared with the second one site by site."""
@@ -176,28 +190,28 @@ class ModelComparison:
             return watch.compare_on_random_input(name, training=training, flags=self._second_flags(training=training))
 
     def _second_flags(self, *, training: bool) -> dict[int, bool]:
-        second = self.models[1]
-        with model_mode(second, training=training, flags=self._flags[training][1]):
-            return {id(entry.module): entry.module.training for entry in walk_modules(second)}
+        return self.flags_in_mode(1, training=training)
+
+    def flags_in_mode(self, index: int, *, training: bool) -> dict[int, bool]:
+        """Return the training flags of all modules of the first (0) or the second model (1) in a mode, by their `id`.
+
+        In training, these are the flags of the reference.
+        """
+        model = self.models[index]
+        with model_mode(model, training=training, flags=self._flags[training][index]):
+            return {id(entry.module): entry.module.training for entry in walk_modules(model)}
 
     def _compare_pass(self, batch: Any, *, training: bool) -> None:
         names = _TRAINING if training else CHECKS[:1]
         with GradientStore() as stored:
-            with self.watching(self.site_watch, training=training):
-                a = self.run(0, batch, stored.store, training=training)
+            a = self.run_first(batch, stored, self.watching(self.site_watch, training=training), training=training)
             if isinstance(a, Exception):
                 self._note_raised(a, batch, names, training=training)
                 return
-            self.has_comparable_output = self.has_comparable_output or bool(a.leaves.opaque) or _has_numbers(a.leaves)
-            if not _has_finite_value(a.leaves):
-                self._has_infinite_output = True
-                self._note(names, "no output of the original model is finite")
+            compared = self.compare_second(a, batch, stored, training=training)
+            if compared is None:
                 return
-            gradients = GradientDistance(stored)
-            b = self.run(1, batch, gradients.compare_gradient, training=training)
-            if a.backward_error is not None:
-                self._note_raised(a.backward_error, batch, (GRADIENTS,), training=True)
-            errors = self._errors(a, b, gradients, training=training)
+            b, errors = compared
             responses: Errors = {}
             if isinstance(b, ModelPass) and any(
                 not error <= self.limit for parts in errors.values() for error in parts.values()
@@ -205,6 +219,47 @@ class ModelComparison:
                 responses = self._input_sensitivity(a, batch, stored, training=training)
             if training and isinstance(b, ModelPass):
                 self._recheck_gradients(a, batch, errors, responses)
+        self.judge(errors, responses)
+
+    def run_first(
+        self, batch: Any, stored: GradientStore, watching: AbstractContextManager[Any], *, training: bool
+    ) -> ModelPass | Exception:
+        """Run the first model once inside the context `watching`; in training, store its gradients."""
+        self.on_check(OUTPUTS[training])
+        with watching:
+            return self.run(0, batch, stored.store, training=training, before_backward=lambda: self.on_check(GRADIENTS))
+
+    def compare_second(
+        self, a: ModelPass, batch: Any, stored: GradientStore, *, training: bool
+    ) -> tuple[ModelPass | Exception, Errors] | None:
+        """Run the second model once; return its results, and the errors by check and by leaf.
+
+        Args:
+            a: the results of the first model in the same mode.
+            stored: its gradients.
+
+        Returns:
+            None if no output of the first model is finite.
+        """
+        self.has_comparable_output = self.has_comparable_output or bool(a.leaves.opaque) or _has_numbers(a.leaves)
+        if not _has_finite_value(a.leaves):
+            self._has_infinite_output = True
+            self._note(_TRAINING if training else CHECKS[:1], "no output of the original model is finite")
+            return None
+        gradients = GradientDistance(stored)
+        b = self.run(1, batch, gradients.compare_gradient, training=training)
+        if a.backward_error is not None:
+            self._note_raised(a.backward_error, batch, (GRADIENTS,), training=True)
+        if training:
+            self.on_check(STATISTICS)
+        return b, self._errors(a, b, gradients, training=training)
+
+    def judge(self, errors: Errors, responses: Errors) -> None:
+        """Add the errors of one pass to the checks.
+
+        Args:
+            responses: the responses of the original to a one-ulp change, by check and by leaf.
+        """
         for name, parts in errors.items():
             self.accumulators[name].update(parts, responses.get(name, {}), self.limit)
 

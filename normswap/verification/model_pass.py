@@ -257,6 +257,7 @@ def run_pass(
     training: bool,
     flags: Flags | None = None,
     context: AbstractContextManager[Any] | None = None,
+    before_backward: Callable[[], None] = lambda: None,
 ) -> ModelPass | Exception:
     """Run `model` once with a fixed seed, in training with a backward pass; return the results or the model's error.
 
@@ -265,6 +266,7 @@ def run_pass(
         flags: training flags of single modules by name; they override those that the model's own `train()` or `eval()`
             sets.
         context: a context for both passes.
+        before_backward: called between the forward and the backward pass.
     """
     entries = walk_modules(model)
     modules = [entry.module for entry in entries]
@@ -284,6 +286,7 @@ def run_pass(
         except Exception as error:  # noqa: BLE001 - the model's own code may raise anything; the caller reports it
             return error
         if training and on_gradient:
+            before_backward()
             try:
                 stream_gradients(leaves.tensors, shared_tensors(entries, "_parameters"), on_gradient, seed=_SEED)
             except Exception as error:  # noqa: BLE001 - as above

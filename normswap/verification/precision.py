@@ -68,11 +68,15 @@ class Precision:
 
     def apply(self, models: Iterable[nn.Module]) -> Callable[[], None]:
         """Cast all tensors of the models, and return a function that undoes it."""
+        # Also unregistered modules, which model.double() does not reach.
+        return self.apply_to_modules(entry.module for model in models for entry in walk_modules(model))
+
+    def apply_to_modules(self, modules: Iterable[nn.Module]) -> Callable[[], None]:
+        """Cast the tensors of the modules without their children, and return a function that undoes it."""
         undo: list[Callable[[], None]] = []
         if self.casts:
             cast = _Cast(self._cast_tensor)
-            modules = {id(entry.module): entry.module for model in models for entry in walk_modules(model)}
-            for module in modules.values():  # also unregistered modules, which model.double() does not reach
+            for module in {id(module): module for module in modules}.values():
                 undo += _cast_module(module, cast)
 
         def undo_all() -> None:

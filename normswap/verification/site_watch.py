@@ -5,7 +5,7 @@ error of each site is kept, and both models are left as they were. Outside the s
 plain attributes and hooks must be equal.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -21,7 +21,7 @@ from normswap.model_state import preserved_state, registered_hooks, seeded, trai
 from normswap.surgery.graphs.rewriting import is_rewritten
 from normswap.surgery.importance import gated_modules
 from normswap.surgery.model_outputs import Leaves, TensorNames, VectorDistance, match_names, read_leaves, relative_l2
-from normswap.surgery.module_tree import class_name, modules_by_name, walk_modules
+from normswap.surgery.module_tree import ModuleEntry, class_name, modules_by_name, walk_modules
 from normswap.verification.model_pass import gradient_distance, output_distance, shared_tensors, stream_gradients
 from normswap.verification.precision import MAX_RESPONSE, RESPONSE_FACTOR, perturb
 from normswap.verification.training_reference import is_reference_forward
@@ -50,7 +50,7 @@ class SiteError:
 
 
 @dataclass(frozen=True)
-class _Call:
+class SiteCall:
     """The input of a site, copied before the site ran.
 
     Attributes:
@@ -77,7 +77,7 @@ class _Conditions:
 
 
 @dataclass(frozen=True)
-class _SitePair:
+class SitePair:
     """A site of the original model and the converted site of the same name."""
 
     name: str
@@ -86,12 +86,17 @@ class _SitePair:
 
     # Cached: sites are called hundreds of times.
     @cached_property
+    def entries(self) -> tuple[Sequence[ModuleEntry], Sequence[ModuleEntry]]:
+        """The modules of both sites."""
+        return walk_modules(self.original), walk_modules(self.converted)
+
+    @cached_property
     def original_modules(self) -> list[nn.Module]:
-        return [entry.module for entry in walk_modules(self.original)]
+        return [entry.module for entry in self.entries[0]]
 
     @cached_property
     def converted_modules(self) -> list[nn.Module]:
-        return [entry.module for entry in walk_modules(self.converted)]
+        return [entry.module for entry in self.entries[1]]
 
     @property
     def is_module_site(self) -> bool:
@@ -112,7 +117,7 @@ class SiteWatch:
         self._limit, self._eps = limit, eps
         original_modules, converted_modules = modules_by_name(original), modules_by_name(converted)
         self._pairs = {
-            name: _SitePair(name, original_modules[name], converted_modules[name])
+            name: SitePair(name, original_modules[name], converted_modules[name])
             for name in (entry.names[0] for entry in walk_modules(converted))
             if name in original_modules
             and (isinstance(converted_modules[name], SwitchNorm) or is_rewritten(converted_modules[name]))
@@ -122,6 +127,11 @@ class SiteWatch:
         self.wrong: dict[str, dict[Measure, float]] = {}
         covered = {id(module) for pair in self._pairs.values() for module in pair.converted.modules()}
         self.unpaired = [name for name, gates in gated_modules(converted).items() if id(gates) not in covered]
+
+    @property
+    def pairs(self) -> tuple[SitePair, ...]:
+        """The sites that both models have."""
+        return tuple(self._pairs.values())
 
     def watching(self, *, training: bool, flags: Mapping[int, bool], gradients: bool = False) -> Any:
         """Return a context in which every call of a site of the original model is compared.
@@ -151,7 +161,7 @@ class SiteWatch:
         for sizes in ((3, 3), (5,), (3, 3, 3), ()):
             with seeded(0):
                 x = torch.randn(4, new.num_features, *sizes).to(tensor)
-            call = _Call(((x,), {}), torch.get_rng_state(), first=True, input_needs_no_grad=training)
+            call = SiteCall(((x,), {}), torch.get_rng_state(), first=True, input_needs_no_grad=training)
             try:
                 with _preserved(pair.original_modules), torch.no_grad():
                     errors = self._measure_errors(conditions, pair, call, pair.original.forward(x))
@@ -167,11 +177,11 @@ class SiteWatch:
 
     def _registrations(self, conditions: _Conditions) -> Iterator[Callable[[], Any]]:
         for pair in self._pairs.values():
-            calls: list[_Call] = []
-            yield _record_call_hook(pair.original, calls, set())
+            calls: list[SiteCall] = []
+            yield record_calls_hook(pair.original, calls)
             yield _compare_call_hook(pair.original, partial(self._compare, conditions, pair), calls)
 
-    def _compare(self, conditions: _Conditions, pair: _SitePair, call: _Call, output: Any) -> None:
+    def _compare(self, conditions: _Conditions, pair: SitePair, call: SiteCall, output: Any) -> None:
         errors = self._measure_errors(conditions, pair, call, output)
         for measure, error in errors.items():
             self._max_errors[measure][pair.name] = max(self._max_errors[measure].get(pair.name, 0.0), error)
@@ -179,27 +189,27 @@ class SiteWatch:
             self._judge(pair, errors, call)
 
     def _measure_errors(
-        self, conditions: _Conditions, pair: _SitePair, call: _Call, output: Any
+        self, conditions: _Conditions, pair: SitePair, call: SiteCall, output: Any
     ) -> dict[Measure, float]:
         errors: dict[Measure, float] = {}
         converted_modules = pair.converted_modules
         with _preserved(converted_modules), training_flags(converted_modules, training=conditions.flags):
             errors[conditions.mode] = _site_output_distance(pair.converted, call, output)
             if call.first:
-                errors["statistics"] = _statistics_distance(pair)
+                errors["statistics"] = site_statistics_distance(pair)
         if conditions.gradients or (call.input_needs_no_grad and pair.is_module_site):
             modules = [*pair.original_modules, *converted_modules]
             with _preserved(modules), training_flags(converted_modules, training=conditions.flags):
                 errors["gradients"] = _site_gradient_distance(pair, call)
         return errors
 
-    def _judge(self, pair: _SitePair, errors: Mapping[Measure, float], call: _Call) -> None:
+    def _judge(self, pair: SitePair, errors: Mapping[Measure, float], call: SiteCall) -> None:
         for measure, error in errors.items():
             if not error <= self._limit and self._is_wrong(measure, error, pair, call):
                 wrong = self.wrong.setdefault(pair.name, {})
                 wrong[measure] = max(wrong.get(measure, 0.0), error)
 
-    def _is_wrong(self, measure: Measure, error: float, pair: _SitePair, call: _Call) -> bool:
+    def _is_wrong(self, measure: Measure, error: float, pair: SitePair, call: SiteCall) -> bool:
         """Return whether an error above the limit is larger than the effect of rounding on the original norm."""
         if measure == "statistics":
             return True
@@ -207,9 +217,9 @@ class SiteWatch:
         old = pair.original
         with _preserved(pair.original_modules), torch.no_grad():
             if measure == "gradients":
-                own_response = gradient_distance(_gradients(old, call), _gradients(old, perturbed))
+                own_response = gradient_distance(*(run_site(pair.entries[0], each)[1] for each in (call, perturbed)))
             else:
-                own_response = output_distance(_forward(old, call), _forward(old, perturbed))
+                own_response = output_distance(site_outputs(old, call), site_outputs(old, perturbed))
         return own_response <= MAX_RESPONSE and not error <= RESPONSE_FACTOR * own_response
 
 
@@ -220,7 +230,10 @@ def _preserved(modules: list[nn.Module]) -> AbstractContextManager[None]:
     return preserved_state(modules, follow_objects=own_forward)
 
 
-def _record_call_hook(old: nn.Module, calls: list[_Call], called: set[nn.Module]) -> Callable[[], Any]:
+def record_calls_hook(old: nn.Module, calls: list[SiteCall]) -> Callable[[], Any]:
+    """Return a function that registers a hook on a site, which adds each call to `calls` before the site runs."""
+    called: set[nn.Module] = set()
+
     def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
         """Copy the input of the site."""
         copied_inputs = tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), (args, kwargs))
@@ -232,13 +245,15 @@ def _record_call_hook(old: nn.Module, calls: list[_Call], called: set[nn.Module]
             and bool(floating_inputs)
             and not any(tensor.requires_grad for tensor in floating_inputs)
         )
-        calls.append(_Call(copied_inputs, torch.get_rng_state(), module not in called, input_needs_no_grad))
+        calls.append(SiteCall(copied_inputs, torch.get_rng_state(), module not in called, input_needs_no_grad))
         called.add(module)
 
     return lambda: old.register_forward_pre_hook(hook, with_kwargs=True)
 
 
-def _compare_call_hook(old: nn.Module, compare: Callable[[_Call, Any], None], calls: list[_Call]) -> Callable[[], Any]:
+def _compare_call_hook(
+    old: nn.Module, compare: Callable[[SiteCall, Any], None], calls: list[SiteCall]
+) -> Callable[[], Any]:
     def hook(_module: nn.Module, _args: Any, output: Any) -> None:
         compare(calls.pop(), output)
 
@@ -249,24 +264,25 @@ def _compare_call_hook(old: nn.Module, compare: Callable[[_Call, Any], None], ca
 # --- distances of one call --------------------------------------------------------------------------------------------
 
 
-def _site_output_distance(new: nn.Module, call: _Call, output: Any) -> float:
+def _site_output_distance(new: nn.Module, call: SiteCall, output: Any) -> float:
     with torch.no_grad():
         try:
-            return output_distance(read_leaves(output), _forward(new, call))
+            return output_distance(read_leaves(output), site_outputs(new, call))
         except Exception:  # noqa: BLE001 - the pass of the whole model reports the error
             return float("inf")
 
 
-def _forward(module: nn.Module, call: _Call) -> Leaves:
+def site_outputs(module: nn.Module, call: SiteCall) -> Leaves:
+    """Return the outputs of a module for a call."""
     args, kwargs = call.args
     with seeded(0):
         torch.set_rng_state(call.random_state)
         return read_leaves(module.forward(*args, **kwargs))
 
 
-def _statistics_distance(pair: _SitePair) -> float:
+def site_statistics_distance(pair: SitePair) -> float:
     """Return the distance of a site's buffers after a call: floating ones as one vector, others must be equal."""
-    expected, found = (shared_tensors(walk_modules(m), "_buffers") for m in (pair.original, pair.converted))
+    expected, found = (shared_tensors(entries, "_buffers") for entries in pair.entries)
     vector, errors = VectorDistance(), [0.0]
     for names, partner in match_names(expected, found):
         reference, value = expected[names], found[partner]
@@ -277,16 +293,20 @@ def _statistics_distance(pair: _SitePair) -> float:
     return max(*errors, vector.result())
 
 
-def _site_gradient_distance(pair: _SitePair, call: _Call) -> float:
+def _site_gradient_distance(pair: SitePair, call: SiteCall) -> float:
     """Return the distance of the gradients of a site's input and parameters, as one vector."""
     try:
-        return gradient_distance(*(_gradients(module, call) for module in (pair.original, pair.converted)))
+        return gradient_distance(*(run_site(entries, call)[1] for entries in pair.entries))
     except Exception:  # noqa: BLE001 - as above
         return float("inf")
 
 
-def _gradients(module: nn.Module, call: _Call) -> dict[TensorNames, Tensor]:
-    """Return the gradients of a fixed random projection of the module's output for a call, by the names of leaves."""
+def run_site(entries: Sequence[ModuleEntry], call: SiteCall) -> tuple[Leaves, dict[TensorNames, Tensor]]:
+    """Return the outputs of a site for a call, and the gradients of a fixed random projection of them by leaf.
+
+    Args:
+        entries: the modules of the site, as `walk_modules` returns them.
+    """
     leaves: dict[TensorNames, Tensor] = {}
 
     def as_leaf(tensor: Tensor) -> Tensor:
@@ -307,10 +327,10 @@ def _gradients(module: nn.Module, call: _Call) -> dict[TensorNames, Tensor]:
     with torch.inference_mode(False), torch.enable_grad(), seeded(0), own_hooks:
         torch.set_rng_state(call.random_state)
         args, kwargs = tree_map_only(Tensor, as_leaf, call.args)
-        outputs = read_leaves(module.forward(*args, **kwargs)).tensors
-        parameters = shared_tensors(walk_modules(module), "_parameters")
-        stream_gradients(outputs, {**leaves, **parameters}, on_gradient, seed=0)
-    return gradients
+        outputs = read_leaves(entries[0].module.forward(*args, **kwargs))
+        parameters = shared_tensors(entries, "_parameters")
+        stream_gradients(outputs.tensors, {**leaves, **parameters}, on_gradient, seed=0)
+    return outputs.detached(), gradients
 
 
 def _identity(tensor: Tensor) -> Tensor:

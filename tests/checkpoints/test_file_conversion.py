@@ -234,7 +234,11 @@ def test_the_progress_of_convert_file_is_reported(source: Path) -> None:
         "building the model",
         "finding norm sites",
         "converting",
-        "comparing original and converted",
+        "comparing: outputs in float32",
+        "comparing: outputs in evaluation",
+        "comparing: outputs in training",
+        "comparing: gradients",
+        "comparing: running statistics",
         "writing last.normswap.pt",
     ]
     assert open_stages == []

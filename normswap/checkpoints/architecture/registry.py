@@ -13,6 +13,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from normswap.checkpoints.architecture import efficientnet_pytorch
+from normswap.checkpoints.architecture.initialization import WithoutInitialization
 from normswap.checkpoints.architecture.permissions import check_folder_configuration, check_keywords
 from normswap.errors import ArchitectureError
 from normswap.text import first_line
@@ -156,13 +158,17 @@ def with_keyword(text: str, key: str, value: Any) -> str:
     return _format_name(start, {**name.keywords, key: value})
 
 
-def build_architecture(text: str, *, pretrained: bool = False, trust: bool = False) -> nn.Module:
+def build_architecture(
+    text: str, *, pretrained: bool = False, trust: bool = False, initialized: bool = True
+) -> nn.Module:
     """Build the model with the name `text`, with random weights. For a Python file this runs the file.
 
     Args:
         text: the architecture name.
         pretrained: whether to download the published weights of a timm model.
         trust: whether the `config.json` of a folder may name code, which is then run.
+        initialized: whether the parameters of a model of timm or torchvision need values; without them it is built
+            faster, for a file that has all of them.
 
     Raises:
         ArchitectureError: as `check_architecture`; the configuration of a folder names code or other files; or the
@@ -177,8 +183,10 @@ def build_architecture(text: str, *, pretrained: bool = False, trust: bool = Fal
         name = replace(name, keywords={**name.keywords, "pretrained": True})
     own: dict[str, _Builder] = {"hf": partial(_build_hf, trust=trust), "file": _build_from_file}
     build = own.get(name.scheme, _build_from_zoo)
+    skips_values = build is _build_from_zoo and not initialized and not pretrained
     try:
-        model: object = build(name)
+        with WithoutInitialization() if skips_values else nullcontext():
+            model: object = build(name)
     except ArchitectureError:
         raise
     except Exception as error:

@@ -1,10 +1,11 @@
-"""Memory of large tensors: release the pages of mapped files, and return freed memory to the system.
+"""Memory of large tensors and many objects: release the pages of mapped files, and return freed memory to the system.
 
 The pages of a mapped file can be read again at any time. Only pages that the system lists as mapped from a file are
 released, so no value is lost.
 """
 
 import ctypes
+import gc
 import mmap
 import sys
 from bisect import bisect_right
@@ -49,10 +50,24 @@ def _is_inside(start: int, end: int, ranges: list[tuple[int, int]]) -> bool:
     return index >= 0 and start < ranges[index][1] and end <= ranges[index][1]
 
 
+@contextmanager
+def only_new_objects_scanned() -> Iterator[None]:
+    """Keep the garbage collector from scanning the objects that exist already, such as imported modules.
+
+    A full collection scans several hundred thousand of them, which takes as long as a pass of a network.
+    """
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
 # M_MMAP_THRESHOLD in malloc.h, and the largest value that glibc itself sets.
 _M_MMAP_THRESHOLD = -3
 _MAX_THRESHOLD = 32 << 20
 _RETURN_THRESHOLD = 128 << 10
+_returns_freed = False  # whether a block of `return_freed_memory` runs
 
 
 @contextmanager
@@ -61,12 +76,33 @@ def return_freed_memory() -> Iterator[None]:
 
     After the block, malloc keeps freed blocks of up to 32 MB, as it does by itself in a program with large blocks.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform.startswith("linux") else None
-    if mallopt is None:
-        yield
-        return
-    mallopt(_M_MMAP_THRESHOLD, _RETURN_THRESHOLD)
+    global _returns_freed
+    _set_threshold(_RETURN_THRESHOLD)
+    before, _returns_freed = _returns_freed, True
     try:
         yield
     finally:
-        mallopt(_M_MMAP_THRESHOLD, _MAX_THRESHOLD)
+        _returns_freed = before
+        _set_threshold(_RETURN_THRESHOLD if before else _MAX_THRESHOLD)
+
+
+@contextmanager
+def keep_freed_memory() -> Iterator[None]:
+    """Keep freed blocks inside `return_freed_memory`: passes of a network free and allocate thousands of them.
+
+    Every block that the system gives anew is filled with zeros page by page, which takes a third of a pass.
+    """
+    if not _returns_freed:
+        yield
+        return
+    _set_threshold(_MAX_THRESHOLD)
+    try:
+        yield
+    finally:
+        _set_threshold(_RETURN_THRESHOLD)
+
+
+def _set_threshold(size: int) -> None:
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform.startswith("linux") else None
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, size)

@@ -11,7 +11,7 @@ from click.core import ParameterSource
 
 from normswap.checkpoints.file_output import ConvertOptions, NetworkOptions, check_output
 from normswap.checkpoints.io.atomic_files import check_readable, check_writable, write_text
-from normswap.checkpoints.io.memory import return_freed_memory
+from normswap.checkpoints.io.memory import only_new_objects_scanned, return_freed_memory
 from normswap.cli.console import (
     one_line_failures,
     print_json,
@@ -224,7 +224,8 @@ def _convert(
         from normswap.surgery.selection import SwapOptions
 
     arguments = replace(arguments, swap=SwapOptions(**swap), plan=_load_plan(plan))
-    result = run_conversion(arguments, progress=stage, report=printer.show)
+    with only_new_objects_scanned():
+        result = run_conversion(arguments, progress=stage, report=printer.show)
     if save_plan is not None:
         write_text(save_plan, result.plan.to_json())
     printer.print_closing_lines(save_plan, arguments.data_name)

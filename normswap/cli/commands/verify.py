@@ -80,8 +80,14 @@ def verify_command(
             raise click.UsageError("--bn-statistics: the mode of exported programs is fixed: leave it out")
         _compare_programs(first, second, as_json=as_json)
         return
-    with stage("comparing the two"):
-        result = verify(first.model, second.model, [first.inputs], tolerance=tolerance, bn_statistics=bn_statistics)
+    result = verify(
+        first.model,
+        second.model,
+        [first.inputs],
+        tolerance=tolerance,
+        bn_statistics=bn_statistics,
+        progress=lambda check: stage(f"comparing: {check}"),
+    )
     _check_unchanged(first, second)
     if as_json:
         print_json({"original": str(original), "converted": str(converted), **result.to_dict()})

@@ -316,6 +316,13 @@ def find_norm_sites(
         >>> [(site.fqn, site.shapes) for site in normswap.find_norm_sites(model, torch.randn(2, 3, 16, 16))]
         [('1', ((2, 8, 14, 14),))]
     """
+    return observe_sites(model, example_inputs, norms=norms)[0]
+
+
+def observe_sites(
+    model: nn.Module, example_inputs: Any = None, *, norms: NormTable = KNOWN_NORMS
+) -> tuple[tuple[NormSite, ...], Observation | None]:
+    """Do what `find_norm_sites` does, and return the observed forward pass too; None without example inputs."""
     check_not_prepared(model)
     model = unwrap(model)
     check_norm_table(norms)
@@ -347,7 +354,7 @@ def find_norm_sites(
     ]
     # Sites that ran come first, in their order; the others keep the order of the module tree.
     all_sites = modules + calls
-    return tuple(sorted(all_sites, key=lambda site: (site.order is None, site.order or 0)))
+    return tuple(sorted(all_sites, key=lambda site: (site.order is None, site.order or 0))), observation
 
 
 def _owner_by_tensor(owners: Mapping[str, nn.Module], traces: ModuleTraceCache) -> dict[int, str]:

@@ -22,7 +22,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from normswap.errors import ModelError
 from normswap.layers.in_place import shallow_copy
 from normswap.layers.switch_norm import SwitchNormAct
-from normswap.model_state import call_model, preserved_state, registered_hooks, seeded, training_flags
+from normswap.model_state import call_model, preserved_on_write, registered_hooks, seeded, training_flags
 from normswap.surgery.arguments import describe_inputs, describe_shapes
 from normswap.surgery.graphs.exported_program import export_facts
 from normswap.surgery.graphs.module_trace import mentions_norm_function
@@ -35,7 +35,7 @@ from normswap.surgery.graphs.tracing import (
     run_isolated,
     trace_model,
 )
-from normswap.surgery.model_outputs import flatten_leaves
+from normswap.surgery.model_outputs import Leaves, flatten_leaves, read_leaves
 from normswap.surgery.module_tree import ModuleEntry, modules_by_name, walk_modules
 from normswap.surgery.norms.classes import KNOWN_NORMS, NormSpec, NormTable, is_norm_layer
 from normswap.surgery.norms.functions import NORM_CALLS, NormCall
@@ -59,7 +59,7 @@ class Observation:
         tracked: the owners of instance_norm calls with running statistics.
         runs: how often each module ran.
         owner_inputs: the arguments of the first run of an owner.
-        outputs: paths and leaves of the output of the model.
+        outputs: the leaves of the output of the model, by path.
     """
 
     calls: list[str] = field(default_factory=list)
@@ -71,7 +71,7 @@ class Observation:
     tracked: set[str] = field(default_factory=set)
     runs: dict[str, int] = field(default_factory=dict)
     owner_inputs: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)
-    outputs: list[Any] = field(default_factory=list)
+    outputs: Leaves = field(default_factory=Leaves)
 
     def functional_calls(self, kind: str) -> dict[str, list[Shape]]:
         """Return the input shapes of the calls of functions of `kind` (`bn` or `in`), by owner."""
@@ -163,14 +163,14 @@ def observe_forward(
     modules = [entry.module for entry in entries]
     with (
         training_flags(modules, training=False),
-        preserved_state(modules),
+        preserved_on_write(modules, "weights"),
         seeded(0),
         torch.no_grad(),
         registered_hooks(_hook_registrations(recorder, entries)),
         recorder,
     ):
         try:
-            recorder.observation.outputs = flatten_leaves(call_model(model, example_inputs))
+            recorder.observation.outputs = read_leaves(call_model(model, example_inputs))
         except Exception as error:
             raise ModelError(_error_message(recorder, example_inputs, error)) from error
     return recorder.observation
@@ -383,5 +383,6 @@ def _outputs_differ(model: nn.Module, trace: Trace, example_inputs: Any, observa
     vars(module_copy).update(trace.constants)
     forward = partial(compile_graph(trace.graph, f"trace of {type(model).__qualname__}"), module_copy)
     return not outputs_match(
-        observation.outputs, run_isolated(model, partial(call_model, forward, example_inputs), training=False)
+        flatten_leaves(observation.outputs),
+        run_isolated(model, partial(call_model, forward, example_inputs), training=False),
     )

@@ -28,7 +28,7 @@ from normswap.model_state import (
     seeded,
     training_flags,
 )
-from normswap.surgery.model_outputs import flatten_leaves
+from normswap.surgery.model_outputs import flatten_leaves, read_leaves
 from normswap.surgery.module_tree import deep_copy, walk_modules
 from normswap.surgery.norms.classes import KNOWN_NORMS, NormTable, is_norm_layer, looks_like_norm
 from normswap.surgery.norms.functions import norm_arguments, norm_call, reads_activation
@@ -285,7 +285,7 @@ def run_isolated(module: nn.Module, run: Callable[[], Any], *, training: bool) -
             if isinstance(gated, GatedModule):  # other processes may not run this comparison
                 gated.synchronize = False
         try:
-            return flatten_leaves(run())
+            return flatten_leaves(read_leaves(run()))
         except Exception as error:  # noqa: BLE001 - the user's code: two sides that fail with one class agree
             return [type(error).__name__]
 
