@@ -5,7 +5,6 @@ other call, and each one that the extension refuses, takes the way of `switch_no
 """
 
 from functools import cache
-from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -16,17 +15,16 @@ from normswap.layers.backends.custom_ops import read_running
 from normswap.layers.backends.interface import Inputs, switch_norm_fused
 from normswap.layers.backends.reference import accumulation_dtype, batch_norm
 from normswap.layers.backends.selection import fused_backend, is_eager
+from normswap.layers.gated_module import GatedModule
 from normswap.layers.gating import BRANCHES, Mixing, check_bn_statistics, check_branches, check_gate
 from normswap.layers.matching import matching_for
 
-if TYPE_CHECKING:
-    from normswap.layers.switch_norm import SwitchNorm
 
-
-def normalise_directly(layer: "SwitchNorm", x: Tensor) -> Tensor | None:
+def normalise_directly(layer: GatedModule, x: Tensor, eps: float, ranks: tuple[int, ...]) -> Tensor | None:
     """Return the normalized x, or None if the call has to take the way of `switch_norm`.
 
-    Trained points are projected in place, as by `GatedModule.project_gates`.
+    `ranks` are those that x can have; empty: any from 2. Trained points are projected in place, as by
+    `GatedModule.project_gates`.
 
     Raises:
         LayerError: an option of the layer is unknown.
@@ -45,7 +43,7 @@ def normalise_directly(layer: "SwitchNorm", x: Tensor) -> Tensor | None:
         or "bias" not in parameters
         or layer.fixed_moments is not None
         or (training and layer.bn_statistics != "running")
-        or (x.dim() not in layer._ranks if layer._ranks else x.dim() < 2)
+        or (x.dim() not in ranks if ranks else x.dim() < 2)
         or x.numel() <= x.shape[0] * x.shape[1]
     ):
         return None
@@ -57,7 +55,7 @@ def normalise_directly(layer: "SwitchNorm", x: Tensor) -> Tensor | None:
     if not cpu.accepts_directly((mean_gate, var_gate, weight, bias, running_mean, running_var, *(matching or ()))):
         return None
     try:
-        mixing = _mixing(layer.gate, tuple(layer.branches), layer.normalising_eps, layer.num_groups)
+        mixing = _mixing(layer.gate, tuple(layer.branches), eps, layer.num_groups)
         gates = cpu.read_gates(mean_gate, var_gate, mixing)
         if training and layer.gate == "simplex" and not (gates.is_mean_on_simplex and gates.is_var_on_simplex):
             layer.project_gates()
@@ -67,7 +65,7 @@ def normalise_directly(layer: "SwitchNorm", x: Tensor) -> Tensor | None:
             return batch_norm(x, weight, bias, constants, mixing.eps)
         matching = matching_for(matching, mixing.branches, accumulation_dtype(x))
         inputs = Inputs(x, mean_gate, var_gate, weight, bias, constants, mixing, None, matching)
-        return cast(Tensor, switch_norm_fused(NATIVE, inputs))
+        return switch_norm_fused(NATIVE, inputs)
     except (ValueError, RuntimeError):
         return None
 

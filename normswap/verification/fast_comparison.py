@@ -229,8 +229,10 @@ def _crops(inputs: Tensor, observation: Observation) -> Iterator[Tensor]:
     ]
     positions = _POSITIONS
     while any(positions * stride < size for stride, size in zip(strides, sizes, strict=True)):
-        corner = tuple(slice(min(size, positions * stride)) for stride, size in zip(strides, sizes, strict=True))
-        yield inputs[(..., *corner)].contiguous()
+        crop = inputs
+        for dim, (stride, size) in enumerate(zip(strides, sizes, strict=True), start=2):
+            crop = crop.narrow(dim, 0, min(size, positions * stride))
+        yield crop.contiguous()
         positions *= 2
 
 

@@ -257,11 +257,13 @@ def read_gates(mean_gate: Tensor, var_gate: Tensor, mixing: Mixing) -> GateState
         ValueError: a gate has a wrong number of entries.
     """
     options = _options(mixing, torch.float32)
-    flags = _C.read_gates(_buffer(mean_gate), _buffer(var_gate), options["softmax"], options["branch_order"])
+    flags: int = _C.read_gates(_buffer(mean_gate), _buffer(var_gate), options["softmax"], options["branch_order"])
     return _GATE_STATES[flags]
 
 
-_GATE_STATES = tuple(GateState(bool(flags & 1), bool(flags & 2), bool(flags & 4)) for flags in range(8))
+_GATE_STATES: tuple[GateState, ...] = tuple(
+    GateState(bool(flags & 1), bool(flags & 2), bool(flags & 4)) for flags in range(8)
+)
 
 
 def update_running(

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from normswap.layers.backends.aten_passes import is_channels_last, match_layout, to_supported_layout
 from normswap.layers.backends.interface import Backend, Gradients, Inputs, Normalised
-from normswap.layers.backends.reference import Moments
+from normswap.layers.backends.reference import Moments, instance_moments
 from normswap.layers.backends.triton_kernels import (
     affine_kernel,
     gradient_kernel,
@@ -265,8 +265,9 @@ def _launch_affine(call: _Call, y: Tensor, moments: Moments, workspace: Tensor, 
 # --- backward
 
 
-def backward(dy: Tensor, inputs: Inputs, saved: Moments, needs_input_grad: tuple[bool, ...]) -> Gradients:
+def backward(dy: Tensor, inputs: Inputs, saved: Moments | None, needs_input_grad: tuple[bool, ...]) -> Gradients:
     """Run the backward pass; see `interface.Backward`."""
+    saved = saved or instance_moments(inputs.x)
     call = _call_of(inputs)
     dy = match_layout(dy, call.x)
     gradients = _allocate_gradients(call, inputs, saved, needs_input_grad)
