@@ -89,7 +89,7 @@ from normswap.layers.backends import cpu
 assert cpu.AVAILABLE
 row, mean, short = torch.ones(64), torch.zeros(64), torch.ones(1)
 names = ("mean", "var", "running_mean", "running_var")
-buffers = {name: cpu._buffer(tensor) for name, tensor in zip(names, (row, row, mean, short))}
+buffers = {name: cpu.describe(tensor) for name, tensor in zip(names, (row, row, mean, short))}
 options = {"channels": 64, "momentum": 0.1, "var_factor": 1.0, "num_batches_tracked": None}
 cpu._C.update_running(options | buffers)
 """

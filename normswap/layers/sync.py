@@ -276,7 +276,7 @@ class _SynchronizedFunction(torch.autograd.Function):
         if torch.is_grad_enabled():
             return *_differentiable_gradients(dy, inputs, saved.used, ctx.values, ctx.group, needs_input_grad), *rest
         found = _gradients(dy, inputs, saved, ctx.values, ctx.group, needs_input_grad)
-        return *cast_gradients(found, inputs), *rest
+        return *cast_gradients(found, inputs.tensors), *rest
 
 
 def _gradients(

@@ -264,11 +264,13 @@ def layer_arguments(x: Tensor, moments: Tensor, **changed: Any) -> dict[str, Any
 
 def as_buffers(given: dict[str, Any]) -> dict[str, Any]:
     _kept.append(given)
-    return {name: cpu._buffer(value) if isinstance(value, Tensor) else value for name, value in given.items()}
+    return {name: cpu.describe(value) if isinstance(value, Tensor) else value for name, value in given.items()}
 
 
 def run_forward(first: dict[str, Any], **changed: Any) -> None:
-    cpu._C.forward(first | as_buffers({"y": None, "batch_mean": None, "batch_var": None} | changed))
+    cpu._C.forward(
+        first | as_buffers({"y": None, "batch_mean": None, "batch_var": None, "kept_constants": None} | changed)
+    )
 
 
 def run_backward(first: dict[str, Any], **changed: Any) -> None:
@@ -365,7 +367,7 @@ def test_the_extension_takes_arguments_by_name() -> None:
     assert again.equal(y)
     with pytest.raises(TypeError, match="missing argument 'eps'"):
         run_forward({"epsilon" if name == "eps" else name: value for name, value in first.items()}, y=y)
-    with pytest.raises(TypeError, match="expected a dict of 25 arguments"):
+    with pytest.raises(TypeError, match="expected a dict of 26 arguments"):
         run_forward({name: value for name, value in first.items() if name != "eps"}, y=y)
     with pytest.raises(TypeError, match=r"x: expected a tuple \(address, dtype, number of elements\) or None"):
         run_forward(first | {"x": x.data_ptr()}, y=y)

@@ -13,7 +13,6 @@ another one, the extension has one thread, and large activations go to the ATen 
 
 import ctypes
 import os
-from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -69,12 +68,10 @@ VARIANT = _use_variant()
 
 # The enum of csrc/dtypes.h. int64 is for the number of batches only.
 _DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.int64: 4}
-_FLOAT_DTYPES = {*_DTYPE_CODES} - {torch.int64}
+FLOAT_CODES = {dtype: code for dtype, code in _DTYPE_CODES.items() if dtype != torch.int64}
 
 # Up to this number of values divided by the number of torch's threads, one thread here is faster than all of torch's.
 _MAX_SINGLE_THREAD_NUMEL = 1 << 21
-
-_PLAIN_TENSOR_TYPES = (Tensor, torch.nn.Parameter)
 
 # A tensor for the extension: address, dtype code and number of elements; or None.
 _Buffer = tuple[int, int, int] | None
@@ -161,7 +158,7 @@ def can_run_extension(inputs: Inputs) -> bool:
     if inputs.running_stats_update is not None or not AVAILABLE:
         return False
     for tensor in inputs.tensors:
-        if tensor is not None and not (tensor.is_cpu and tensor.dtype in _FLOAT_DTYPES):
+        if tensor is not None and not (tensor.is_cpu and tensor.dtype in FLOAT_CODES):
             return False
     return (
         _USES_TORCH_THREADS
@@ -181,8 +178,8 @@ def extension_forward(inputs: Inputs) -> Normalised:
         batch = _empty_moments(x, (1, table[1]), dtype)
     inputs = _with_contiguous_parameters(inputs)  # keeps copies alive during the call
     batch_mean, batch_var = batch or (None, None)
-    own = {"y": y, "batch_mean": batch_mean, "batch_var": batch_var}
-    has_moments = _C.forward(_layer_arguments(inputs, saved, own))
+    own = {"y": y, "batch_mean": batch_mean, "batch_var": batch_var, "kept_constants": None}
+    has_moments = call_forward(_layer_arguments(inputs, saved, own))
     return Normalised(y, batch, saved if has_moments else None)
 
 
@@ -207,7 +204,7 @@ def extension_backward(
         "weight_gradient": weight,
         "bias_gradient": bias,
     }
-    _C.backward(_layer_arguments(inputs, saved, own))
+    call_backward(_layer_arguments(inputs, saved, own))
     return gradients
 
 
@@ -227,19 +224,23 @@ def _empty_row(parameter: Tensor | None, x: Tensor) -> Tensor:
     return x.new_empty(x.shape[1], dtype=dtype)
 
 
-def accepts_directly(tensors: Iterable[Tensor | None]) -> bool:
-    """Return whether the extension reads these tensors as they are: plain, on CPU, floating and contiguous."""
-    if not (AVAILABLE and _USES_TORCH_THREADS):
-        return False
-    for tensor in tensors:
-        if tensor is not None and not (
-            type(tensor) in _PLAIN_TENSOR_TYPES
-            and tensor.is_cpu
-            and tensor.dtype in _FLOAT_DTYPES
-            and tensor.is_contiguous()
-        ):
-            return False
-    return True
+def call_forward(arguments: dict[str, Any]) -> bool:
+    """Run the forward pass of the extension; return whether it wrote the moments.
+
+    Raises:
+        ValueError: the arguments do not fit together.
+    """
+    has_moments: bool = _C.forward(arguments)
+    return has_moments
+
+
+def call_backward(arguments: dict[str, Any]) -> None:
+    """Run the backward pass of the extension.
+
+    Raises:
+        ValueError: the arguments do not fit together.
+    """
+    _C.backward(arguments)
 
 
 class GateState(NamedTuple):
@@ -251,13 +252,13 @@ class GateState(NamedTuple):
 
 
 def read_gates(mean_gate: Tensor, var_gate: Tensor, mixing: Mixing) -> GateState:
-    """Read gate parameters that `accepts_directly` accepts. The rounding of points is tolerated.
+    """Read gate parameters that are contiguous, floating and on CPU. The rounding of points is tolerated.
 
     Raises:
         ValueError: a gate has a wrong number of entries.
     """
     options = _options(mixing, torch.float32)
-    flags: int = _C.read_gates(_buffer(mean_gate), _buffer(var_gate), options["softmax"], options["branch_order"])
+    flags: int = _C.read_gates(describe(mean_gate), describe(var_gate), options["softmax"], options["branch_order"])
     return _GATE_STATES[flags]
 
 
@@ -288,7 +289,7 @@ def update_running(
     changed = (running_mean, running_var) if count is None else (running_mean, running_var, count)
     if not AVAILABLE or not all(t.is_cpu and t.is_contiguous() for t in (*batch, *changed)):
         return False
-    if not all(t.dtype in _FLOAT_DTYPES for t in (*batch, running_mean, running_var)):
+    if not all(t.dtype in FLOAT_CODES for t in (*batch, running_mean, running_var)):
         return False
     if count is not None and count.dtype != torch.int64:
         return False
@@ -296,11 +297,11 @@ def update_running(
         "channels": batch.mean.numel(),
         "momentum": momentum,
         "var_factor": var_factor,
-        "mean": _buffer(batch.mean),
-        "var": _buffer(batch.var),
-        "running_mean": _buffer(running_mean),
-        "running_var": _buffer(running_var),
-        "num_batches_tracked": _buffer(count),
+        "mean": describe(batch.mean),
+        "var": describe(batch.var),
+        "running_mean": describe(running_mean),
+        "running_var": describe(running_var),
+        "num_batches_tracked": describe(count),
     }
     _C.update_running(arguments)
     if not running_mean.is_inference():
@@ -315,7 +316,6 @@ def _layer_arguments(inputs: Inputs, moments: Moments | None, own: dict[str, Ten
         own: the tensors that the other pass has not.
     """
     x, mean_gate, var_gate, weight, bias, constants, mixing, _, matching = inputs
-    samples, channels = x.shape[:2]
     mean, var = moments or (None, None)
     constant_mean, constant_var = constants or (None, None)
     ln_mean_shift, ln_var_scale, in_var_scale = matching or (None, None, None)
@@ -334,17 +334,31 @@ def _layer_arguments(inputs: Inputs, moments: Moments | None, own: dict[str, Ten
         "in_var_scale": in_var_scale,
         **own,
     }
-    # As `_buffer`, without a call for each of about 20 tensors.
+    # As `describe`, without a call for each of about 20 tensors.
     arguments: dict[str, Any] = {
         name: None if tensor is None else (tensor.data_ptr(), _DTYPE_CODES[tensor.dtype], tensor.numel())
         for name, tensor in tensors.items()
     }
-    arguments.update(_options(mixing, x.dtype))
-    arguments["samples"], arguments["channels"] = samples, channels
-    arguments["positions"] = x.numel() // (samples * channels)
-    arguments["channels_last"] = _is_channels_last(x)
-    arguments["threads"] = torch.get_num_threads() if _USES_TORCH_THREADS else 1
-    return arguments
+    shared = shared_arguments(x, mixing)
+    if shared is None:
+        raise LayerError(f"expected a contiguous or channels_last input, got strides {x.stride()}")
+    return arguments | shared
+
+
+def shared_arguments(x: Tensor, mixing: Mixing) -> dict[str, Any] | None:
+    """Return the arguments of both passes that are no tensors; None if the extension cannot read x as it is."""
+    channels_last = not x.is_contiguous()
+    if not AVAILABLE or x.dtype not in FLOAT_CODES or (channels_last and not is_channels_last(x)):
+        return None
+    samples, channels = x.shape[:2]
+    return {
+        **_options(mixing, x.dtype),
+        "samples": samples,
+        "channels": channels,
+        "positions": x.numel() // (samples * channels),
+        "channels_last": channels_last,
+        "threads": torch.get_num_threads() if _USES_TORCH_THREADS else 1,
+    }
 
 
 @cache
@@ -363,14 +377,6 @@ def _options(mixing: Mixing, dtype: torch.dtype) -> dict[str, int | float]:
     }
 
 
-def _is_channels_last(x: Tensor) -> bool:
-    if x.is_contiguous():
-        return False
-    if not is_channels_last(x):
-        raise LayerError(f"expected a contiguous or channels_last input, got strides {x.stride()}")
-    return True
-
-
 def _with_contiguous_parameters(inputs: Inputs) -> Inputs:
     """Return inputs whose gate parameters, weight and bias are contiguous."""
     _, mean_gate, var_gate, weight, bias, *_ = inputs
@@ -386,5 +392,6 @@ def _with_contiguous_parameters(inputs: Inputs) -> Inputs:
     return inputs._replace(mean_gate=mean_gate, var_gate=var_gate, weight=weight, bias=bias)
 
 
-def _buffer(tensor: Tensor | None) -> _Buffer:
+def describe(tensor: Tensor | None) -> _Buffer:
+    """Return a tensor as the extension takes it; the caller keeps it alive."""
     return None if tensor is None else (tensor.data_ptr(), _DTYPE_CODES[tensor.dtype], tensor.numel())

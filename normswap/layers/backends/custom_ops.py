@@ -187,7 +187,7 @@ def _differentiate(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...
         return *differentiable_gradients(dy, inputs, ctx.needs_input_grad[:5]), *_NO_GRADIENTS
     found = _backward(dy, x, mean_gate, var_gate, weight, bn_mean, bn_var, mean, var, *options)
     present = (None if owner is None else gradient for gradient, owner in zip(found, inputs.tensors, strict=True))
-    return *cast_gradients(present, inputs), *_NO_GRADIENTS
+    return *cast_gradients(present, inputs.tensors), *_NO_GRADIENTS
 
 
 _NO_GRADIENTS = (None,) * (2 + len(_Options._fields))  # for constants and options

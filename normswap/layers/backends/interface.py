@@ -378,17 +378,17 @@ class _Fused(torch.autograd.Function):
             return *differentiable_gradients(dy, inputs, needs_input_grad), *_NO_GRADIENTS
         saved = None if mean is None else Moments(mean, var)
         found = ctx.backend.backward(dy, inputs, saved, needs_input_grad)
-        return *cast_gradients(found, inputs), *_NO_GRADIENTS
+        return *cast_gradients(found, inputs.tensors), *_NO_GRADIENTS
 
 
 _NO_GRADIENTS = (None,) * 6
 
 
-def cast_gradients(gradients: Iterable[Tensor | None], inputs: Inputs) -> tuple[Tensor | None, ...]:
+def cast_gradients(gradients: Iterable[Tensor | None], tensors: Iterable[Tensor | None]) -> tuple[Tensor | None, ...]:
     """Return gradients in the dtypes of their inputs; None for an input that is None."""
     return tuple(
         gradient if gradient is None or owner is None or gradient.dtype == owner.dtype else gradient.to(owner.dtype)
-        for gradient, owner in zip(gradients, inputs.tensors, strict=True)
+        for gradient, owner in zip(gradients, tensors, strict=True)
     )
 
 

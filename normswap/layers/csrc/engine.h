@@ -17,7 +17,7 @@ typedef struct Passes {
     size_t size;
     void (*row_moments)(const void *, Py_ssize_t, Py_ssize_t, Table, Table, Py_ssize_t);
     void (*first_column)(const void *, Py_ssize_t, void *);
-    void (*column_squares)(const void *, const void *, Py_ssize_t, Py_ssize_t, double *, double *);
+    void (*column_squares)(const void *, const void *, Py_ssize_t, Py_ssize_t, double *sums, double *scratch);
     void (*column_moments)(const void *, Py_ssize_t, Py_ssize_t, double *, double *, Table, Table, Py_ssize_t);
     void (*affine[2])(const void *, void *, Py_ssize_t, Py_ssize_t, const double *, const double *, const double *,
                       double *);
@@ -29,6 +29,10 @@ typedef struct Passes {
     void (*column_gradients)(const void *, const void *, void *, const void *, Py_ssize_t, Py_ssize_t, const double *,
                              const double *, double *, int, double *);
 } Passes;
+
+/* Number of columns that are read together, a divisor of BLOCK: a few short ones, to use what is in registers; long ones
+ * one by one, in the order of memory. */
+static Py_ssize_t columns_at_once(Py_ssize_t channels) { return channels <= 64 ? 4 : channels <= 128 ? 2 : 1; }
 
 #include "instantiate.h"
 

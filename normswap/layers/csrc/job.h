@@ -51,7 +51,7 @@ typedef struct {
     double *scratch; /* SCRATCH * C numbers for each thread */
 } Job;
 
-enum { SCRATCH = 10, SEGMENT = 1 << 15, SEGMENTS = 64, GRAIN = 1 << 14 };
+enum { SCRATCH = 12, SEGMENT = 1 << 15, SEGMENTS = 64, GRAIN = 1 << 14 };
 
 /* The passes for one kind of processor. */
 typedef struct {

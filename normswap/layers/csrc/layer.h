@@ -95,7 +95,7 @@ static void moments_of_part(const Job *j, Py_ssize_t n, Part part, double *scrat
         double *sums = j->segments > 1 ? segment_sums(j, n, segment) : scratch;
         const Py_ssize_t start = segment_start(j, segment);
         j->passes->column_squares(sample + (size_t)(start * s->channels) * j->passes->size, origin, s->channels,
-                                  segment_start(j, segment + 1) - start, sums, sums + s->channels);
+                                  segment_start(j, segment + 1) - start, sums, scratch + 3 * s->channels);
         if (j->segments == 1)
             j->passes->column_moments(sample, s->channels, s->positions, sums, sums + s->channels, s->mean, s->var,
                                       n * s->channels);

@@ -20,13 +20,14 @@ enum { INTERFACE = 5 };
 /* --- arguments of the passes --------------------------------------------------------------------------------- */
 
 /* Arguments of both passes, then those of the forward pass, then those of the backward pass. Shapes: x, y, dy, dx
- * (N, C, *spatial); mean, var (N, C); mean_weight, var_weight and their gradients (K,); all others (C,). */
+ * (N, C, *spatial); mean, var (N, C); mean_weight, var_weight and their gradients (K,); kept_constants (2, C): a copy of
+ * those of `bn`; all others (C,). */
 typedef struct {
     Py_ssize_t dtype, samples, channels, positions, channels_last, threads, softmax, branch_order, num_groups;
     double eps;
     Buffer x, mean, var, constant_mean, constant_var, weight, bias, mean_weight, var_weight;
     Buffer ln_mean_shift, ln_var_scale, in_var_scale;
-    Buffer y, batch_mean, batch_var;
+    Buffer y, batch_mean, batch_var, kept_constants;
     Buffer dy, dx, mean_weight_gradient, var_weight_gradient, weight_gradient, bias_gradient;
 } LayerArguments;
 
@@ -45,6 +46,7 @@ static const Argument forward_arguments[] = {
     FIELD(BUFFER, y),
     FIELD(BUFFER, batch_mean),
     FIELD(BUFFER, batch_var),
+    FIELD(BUFFER, kept_constants),
 };
 
 static const Argument backward_arguments[] = {
@@ -98,8 +100,8 @@ static int check_layer(const LayerArguments *a, const Gates *gates, CheckedBuffe
     if (check_buffer(checked, "x", &a->x, (int)a->dtype, entries * a->positions, 0) < 0 ||
         check_buffer(checked, "mean", &a->mean, table, entries, moments) < 0 ||
         check_buffer(checked, "var", &a->var, table, entries, moments) < 0 ||
-        check_buffer(checked, "constant_mean", &a->constant_mean, table, channels, OPTIONAL) < 0 ||
-        check_buffer(checked, "constant_var", &a->constant_var, table, channels, OPTIONAL) < 0 ||
+        check_buffer(checked, "constant_mean", &a->constant_mean, ANY_FLOAT, channels, OPTIONAL) < 0 ||
+        check_buffer(checked, "constant_var", &a->constant_var, ANY_FLOAT, channels, OPTIONAL) < 0 ||
         check_buffer(checked, "weight", &a->weight, ANY_FLOAT, channels, OPTIONAL) < 0 ||
         check_buffer(checked, "bias", &a->bias, ANY_FLOAT, channels, OPTIONAL) < 0 ||
         check_buffer(checked, "ln_mean_shift", &a->ln_mean_shift, ANY_FLOAT, channels, OPTIONAL) < 0 ||
@@ -128,7 +130,8 @@ static int check_forward(const LayerArguments *a, CheckedBuffers *checked) {
     const int table = a->dtype == DOUBLE ? DOUBLE : FLOAT, batch = WRITTEN | OPTIONAL;
     if (check_buffer(checked, "y", &a->y, (int)a->dtype, all, WRITTEN) < 0 ||
         check_buffer(checked, "batch_mean", &a->batch_mean, table, a->channels, batch) < 0 ||
-        check_buffer(checked, "batch_var", &a->batch_var, table, a->channels, batch) < 0)
+        check_buffer(checked, "batch_var", &a->batch_var, table, a->channels, batch) < 0 ||
+        check_buffer(checked, "kept_constants", &a->kept_constants, table, 2 * a->channels, batch) < 0)
         return -1;
     return check_overlap(checked);
 }
@@ -274,6 +277,14 @@ static double *prepare_job(const LayerArguments *a, Job *j, int is_backward) {
     return block;
 }
 
+/* Write the moments of `bn`, (2, C). */
+static void keep_constants(const Site *s, Table out) {
+    for (Py_ssize_t c = 0; out.values != NULL && c < s->channels; c++) {
+        put(out, c, s->bn_mean[c]);
+        put(out, s->channels + c, s->bn_var[c]);
+    }
+}
+
 /* Run the forward pass; see LayerArguments. Writes y and, unless None, batch_mean and batch_var; returns whether it wrote
  * mean and var, which a layer with all weight on constants does not need. */
 static PyObject *forward_pass(PyObject *self, PyObject *arguments) {
@@ -291,6 +302,7 @@ static PyObject *forward_pass(PyObject *self, PyObject *arguments) {
         engine_for(&job)->forward(&job);
         store_values(a.batch_mean.table, job.site.bn_mean, a.channels);
         store_values(a.batch_var.table, job.site.bn_var, a.channels);
+        keep_constants(&job.site, a.kept_constants.table);
         free(block);
     }
     Py_END_ALLOW_THREADS

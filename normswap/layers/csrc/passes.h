@@ -259,13 +259,19 @@ static void NAME(row_gradients)(const void *gradient, const void *source, void *
         (void)c;                                                                                                       \
     } while (0)
 
-/* Add the lanes of a vector to doubles, except the first `skip`. */
-INLINE void NAME(add_lanes)(double *target, V v, Py_ssize_t skip) {
-    A lanes[LANES];
-    STORE_A(lanes, skip ? SKIP(v, skip) : v);
+/* Memory is read in its order, a few columns at a time, because processors prefetch few streams; so the sums of a block
+ * are in memory too, in the precision of the arithmetic. */
+
+/* Add a vector to sums, except the first `skip` lanes. */
+INLINE void NAME(add_to)(A *sums, V v, Py_ssize_t skip) { STORE_A(sums, LOAD_A(sums) + (skip ? SKIP(v, skip) : v)); }
+
+/* Add the sums of a block to doubles and set them to 0. */
+static void NAME(flush)(double *restrict total, A *restrict sums, Py_ssize_t count) {
 #pragma omp simd
-    for (int i = 0; i < LANES; i++)
-        target[i] += (double)lanes[i];
+    for (Py_ssize_t i = 0; i < count; i++) {
+        total[i] += (double)sums[i];
+        sums[i] = 0;
+    }
 }
 
 /* One column of the activation, converted to A. */
@@ -275,8 +281,8 @@ static void NAME(first_column)(const void *source, Py_ssize_t channels, void *ta
         ((A *)target)[c] = LOAD(((const T *)source)[c]);
 }
 
-INLINE void NAME(tile_squares)(const T *x, const A *origin, Py_ssize_t channels, Py_ssize_t count, double *sum,
-                               double *squares, const int tiles, Py_ssize_t skip) {
+INLINE void NAME(tile_squares)(const T *x, const A *origin, Py_ssize_t channels, Py_ssize_t count, A *sum,
+                               A *squares, const int tiles, Py_ssize_t skip) {
     V s[4] = {{0}}, q[4] = {{0}}, o[4];
     UNROLL for (int k = 0; k < tiles; k++) o[k] = LOAD_A(origin + k * LANES);
     for (Py_ssize_t i = 0; i < count; i++, x += channels)
@@ -286,27 +292,32 @@ INLINE void NAME(tile_squares)(const T *x, const A *origin, Py_ssize_t channels,
             q[k] += deviation * deviation;
         }
     UNROLL for (int k = 0; k < tiles; k++) {
-        NAME(add_lanes)(sum + k * LANES, s[k], skip);
-        NAME(add_lanes)(squares + k * LANES, q[k], skip);
+        NAME(add_to)(sum + k * LANES, s[k], skip);
+        NAME(add_to)(squares + k * LANES, q[k], skip);
     }
 }
 
-/* Sums over positions of x - origin and of its square, for each channel. */
+/* Sums over positions of x - origin and of its square, for each channel: (2, C). `scratch` has 2 C numbers. */
 static void NAME(column_squares)(const void *source, const void *origin, Py_ssize_t channels, Py_ssize_t positions,
-                                 double *sum, double *squares) {
+                                 double *sums, double *scratch) {
     const T *x = source;
     const A *first = origin;
-    memset(sum, 0, (size_t)channels * sizeof(double));
-    memset(squares, 0, (size_t)channels * sizeof(double));
+    const Py_ssize_t columns = columns_at_once(channels);
+    A *s = (A *)scratch, *q = s + channels;
+    double *sum = sums, *squares = sums + channels;
+    memset(sums, 0, (size_t)(2 * channels) * sizeof(double));
+    memset(s, 0, (size_t)(2 * channels) * sizeof(A));
     for (Py_ssize_t i = 0; channels < LANES && i < positions; i++, x += channels)
         for (Py_ssize_t c = 0; c < channels; c++) {
             const A deviation = LOAD(x[c]) - first[c];
             sum[c] += (double)deviation;
             squares[c] += (double)(deviation * deviation);
         }
-    for (Py_ssize_t i = 0; channels >= LANES && i < positions; i += BLOCK, x += BLOCK * channels) {
-        const Py_ssize_t count = positions - i < BLOCK ? positions - i : BLOCK;
-        FOR_TILES(4, NAME(tile_squares)(x + c, first + c, channels, count, sum + c, squares + c, K, skip));
+    for (Py_ssize_t i = 0; channels >= LANES && i < positions; i += columns, x += columns * channels) {
+        const Py_ssize_t count = positions - i < columns ? positions - i : columns;
+        FOR_TILES(4, NAME(tile_squares)(x + c, first + c, channels, count, s + c, q + c, K, skip));
+        if ((i + columns) % BLOCK == 0 || i + columns >= positions)
+            NAME(flush)(sums, s, 2 * channels);
     }
 }
 
@@ -350,6 +361,7 @@ static void NAME(affine_columns)(const void *source, void *target, Py_ssize_t ch
                                  const double *scale, const double *shift, const double *centre, double *scratch) {
     const T *x = source;
     T *y = target;
+    const Py_ssize_t columns = columns_at_once(channels);
     A *a = (A *)scratch, *b = a + channels, *m = b + channels;
 #pragma omp simd
     for (Py_ssize_t c = 0; c < channels; c++) {
@@ -360,14 +372,15 @@ static void NAME(affine_columns)(const void *source, void *target, Py_ssize_t ch
     for (Py_ssize_t i = 0; channels < LANES && i < positions; i++, x += channels, y += channels)
         for (Py_ssize_t c = 0; c < channels; c++)
             y[c] = STORE((LOAD(x[c]) - m[c]) * a[c] + b[c]);
-    for (Py_ssize_t i = 0; channels >= LANES && i < positions; i += BLOCK, x += BLOCK * channels, y += BLOCK * channels) {
-        const Py_ssize_t count = positions - i < BLOCK ? positions - i : BLOCK;
+    for (Py_ssize_t i = 0; channels >= LANES && i < positions;
+         i += columns, x += columns * channels, y += columns * channels) {
+        const Py_ssize_t count = positions - i < columns ? positions - i : columns;
         FOR_TILES(4, (void)skip; NAME(tile_affine)(x + c, y + c, channels, count, a + c, b + c, m + c, K));
     }
 }
 
-INLINE void NAME(tile_sums)(const T *dy, const T *x, Py_ssize_t channels, Py_ssize_t count, const A *centre,
-                            double *sum, double *product, const int tiles, Py_ssize_t skip) {
+INLINE void NAME(tile_sums)(const T *dy, const T *x, Py_ssize_t channels, Py_ssize_t count, const A *centre, A *sum,
+                            A *product, const int tiles, Py_ssize_t skip) {
     V s[4] = {{0}}, q[4] = {{0}}, m[4];
     UNROLL for (int k = 0; k < tiles; k++) m[k] = LOAD_A(centre + k * LANES);
     for (Py_ssize_t i = 0; i < count; i++, x += channels, dy += channels)
@@ -377,18 +390,20 @@ INLINE void NAME(tile_sums)(const T *dy, const T *x, Py_ssize_t channels, Py_ssi
             q[k] += g * (LOAD_V(x + k * LANES) - m[k]);
         }
     UNROLL for (int k = 0; k < tiles; k++) {
-        NAME(add_lanes)(sum + k * LANES, s[k], skip);
-        NAME(add_lanes)(product + k * LANES, q[k], skip);
+        NAME(add_to)(sum + k * LANES, s[k], skip);
+        NAME(add_to)(product + k * LANES, q[k], skip);
     }
 }
 
-/* As `row_sums`. `scratch` has C numbers. */
+/* As `row_sums`. `scratch` has 3 C numbers. */
 static void NAME(column_sums)(const void *gradient, const void *source, Py_ssize_t channels, Py_ssize_t positions,
                               const double *centre, double *sum, double *product, double *scratch) {
     const T *dy = gradient, *x = source;
-    A *m = (A *)scratch;
+    const Py_ssize_t columns = columns_at_once(channels);
+    A *m = (A *)scratch, *s = m + channels, *q = s + channels;
     memset(sum, 0, (size_t)channels * sizeof(double));
     memset(product, 0, (size_t)channels * sizeof(double));
+    memset(s, 0, (size_t)(2 * channels) * sizeof(A));
 #pragma omp simd
     for (Py_ssize_t c = 0; c < channels; c++)
         m[c] = (A)centre[c];
@@ -398,9 +413,13 @@ static void NAME(column_sums)(const void *gradient, const void *source, Py_ssize
             product[c] += (double)(LOAD(dy[c]) * (LOAD(x[c]) - m[c]));
         }
     for (Py_ssize_t i = 0; channels >= LANES && i < positions;
-         i += BLOCK, x += BLOCK * channels, dy += BLOCK * channels) {
-        const Py_ssize_t count = positions - i < BLOCK ? positions - i : BLOCK;
-        FOR_TILES(4, NAME(tile_sums)(dy + c, x + c, channels, count, m + c, sum + c, product + c, K, skip));
+         i += columns, x += columns * channels, dy += columns * channels) {
+        const Py_ssize_t count = positions - i < columns ? positions - i : columns;
+        FOR_TILES(4, NAME(tile_sums)(dy + c, x + c, channels, count, m + c, s + c, q + c, K, skip));
+        if ((i + columns) % BLOCK == 0 || i + columns >= positions) {
+            NAME(flush)(sum, s, channels);
+            NAME(flush)(product, q, channels);
+        }
     }
 #pragma omp simd
     for (Py_ssize_t c = 0; c < channels; c++) /* correct for the rounded centre */
@@ -428,6 +447,7 @@ static void NAME(input_gradient_columns)(const void *gradient, const void *sourc
                                          const double *shift, const double *centre, double *scratch) {
     const T *dy = gradient, *x = source;
     T *dx = target;
+    const Py_ssize_t columns = columns_at_once(channels);
     A *a = (A *)scratch, *b = a + channels, *d = b + channels, *m = d + channels;
 #pragma omp simd
     for (Py_ssize_t c = 0; c < channels; c++) {
@@ -440,8 +460,8 @@ static void NAME(input_gradient_columns)(const void *gradient, const void *sourc
         for (Py_ssize_t c = 0; c < channels; c++)
             dx[c] = STORE(a[c] * LOAD(dy[c]) + (b[c] * (LOAD(x[c]) - m[c]) + d[c]));
     for (Py_ssize_t i = 0; channels >= LANES && i < positions;
-         i += BLOCK, x += BLOCK * channels, dy += BLOCK * channels, dx += BLOCK * channels) {
-        const Py_ssize_t count = positions - i < BLOCK ? positions - i : BLOCK;
+         i += columns, x += columns * channels, dy += columns * channels, dx += columns * channels) {
+        const Py_ssize_t count = positions - i < columns ? positions - i : columns;
         FOR_TILES(2, (void)skip; NAME(tile_input_gradient)(dy + c, x + c, dx + c, channels, count, a + c, b + c, d + c,
                                                            m + c, K));
     }
@@ -449,7 +469,7 @@ static void NAME(input_gradient_columns)(const void *gradient, const void *sourc
 
 /* The sums of a tile: of dy, of dy (x - centre) and, if `moments`, of x - origin and of its square; C apart. */
 INLINE void NAME(tile_gradients)(const T *dy, const T *x, T *dx, Py_ssize_t channels, Py_ssize_t count, const A *scale,
-                                 const A *centre, const A *origin, double *sums, const int tiles, Py_ssize_t skip,
+                                 const A *centre, const A *origin, A *sums, const int tiles, Py_ssize_t skip,
                                  const int moments) {
     V s[2] = {{0}}, q[2] = {{0}}, t[2] = {{0}}, r[2] = {{0}}, a[2], m[2], o[2];
     UNROLL for (int k = 0; k < tiles; k++) {
@@ -469,23 +489,25 @@ INLINE void NAME(tile_gradients)(const T *dy, const T *x, T *dx, Py_ssize_t chan
             }
         }
     UNROLL for (int k = 0; k < tiles; k++) {
-        NAME(add_lanes)(sums + k * LANES, s[k], skip);
-        NAME(add_lanes)(sums + channels + k * LANES, q[k], skip);
+        NAME(add_to)(sums + k * LANES, s[k], skip);
+        NAME(add_to)(sums + channels + k * LANES, q[k], skip);
         if (moments) {
-            NAME(add_lanes)(sums + 2 * channels + k * LANES, t[k], skip);
-            NAME(add_lanes)(sums + 3 * channels + k * LANES, r[k], skip);
+            NAME(add_to)(sums + 2 * channels + k * LANES, t[k], skip);
+            NAME(add_to)(sums + 3 * channels + k * LANES, r[k], skip);
         }
     }
 }
 
-/* dx = scale dy and the sums of `tile_gradients`, (4, C), in one pass. `scratch` has C numbers. */
+/* dx = scale dy and the sums of `tile_gradients`, (4, C), in one pass. `scratch` has 6 C numbers. */
 static void NAME(column_gradients)(const void *gradient, const void *source, void *target, const void *origin,
                                    Py_ssize_t channels, Py_ssize_t positions, const double *scale,
                                    const double *centre, double *sums, int moments, double *scratch) {
     const T *dy = gradient, *x = source;
     T *dx = target;
     const A *first = origin;
-    A *a = (A *)scratch, *m = a + channels;
+    const Py_ssize_t columns = columns_at_once(channels);
+    A *a = (A *)scratch, *m = a + channels, *s = m + channels;
+    memset(s, 0, (size_t)(4 * channels) * sizeof(A));
     memset(sums, 0, (size_t)(4 * channels) * sizeof(double));
 #pragma omp simd
     for (Py_ssize_t c = 0; c < channels; c++) {
@@ -502,14 +524,16 @@ static void NAME(column_gradients)(const void *gradient, const void *source, voi
             sums[3 * channels + c] += (double)(deviation * deviation);
         }
     for (Py_ssize_t i = 0; channels >= LANES && i < positions;
-         i += BLOCK, x += BLOCK * channels, dy += BLOCK * channels, dx += BLOCK * channels) {
-        const Py_ssize_t count = positions - i < BLOCK ? positions - i : BLOCK;
+         i += columns, x += columns * channels, dy += columns * channels, dx += columns * channels) {
+        const Py_ssize_t count = positions - i < columns ? positions - i : columns;
         if (moments)
-            FOR_TILES(2, NAME(tile_gradients)(dy + c, x + c, dx + c, channels, count, a + c, m + c, first + c, sums + c,
-                                              K, skip, 1));
+            FOR_TILES(2, NAME(tile_gradients)(dy + c, x + c, dx + c, channels, count, a + c, m + c, first + c, s + c, K,
+                                              skip, 1));
         else
-            FOR_TILES(2, NAME(tile_gradients)(dy + c, x + c, dx + c, channels, count, a + c, m + c, first + c, sums + c,
-                                              K, skip, 0));
+            FOR_TILES(2, NAME(tile_gradients)(dy + c, x + c, dx + c, channels, count, a + c, m + c, first + c, s + c, K,
+                                              skip, 0));
+        if ((i + columns) % BLOCK == 0 || i + columns >= positions)
+            NAME(flush)(sums, s, (moments ? 4 : 2) * channels);
     }
 #pragma omp simd
     for (Py_ssize_t c = 0; c < channels; c++) /* correct for the rounded centre */
