@@ -30,8 +30,8 @@ class _LayerTensors(NamedTuple):
     var_weight: Tensor
     weight: Tensor | None
     bias: Tensor | None
-    constant_mean: Tensor
-    constant_var: Tensor
+    constant_mean: Tensor | None
+    constant_var: Tensor | None
     ln_mean_shift: Tensor | None
     ln_var_scale: Tensor | None
     in_var_scale: Tensor | None
@@ -173,11 +173,11 @@ class _Direct(torch.autograd.Function):
         """Return the gradients of the tensors."""
         x, mean_gate, var_gate, weight, bias, saved, *matching = ctx.saved_tensors
         needs_input_grad = ctx.needs_input_grad[:5]
-        tensors = _LayerTensors(x, mean_gate, var_gate, weight, bias, *_kept_constants(saved, x), *matching)
-        arguments = None if torch.is_grad_enabled() else _arguments(tensors, ctx.mixing)
+        tensors = _LayerTensors(x, mean_gate, var_gate, weight, bias, None, None, *matching)
+        arguments = None if torch.is_grad_enabled() or not _is_readable(saved) else _arguments(tensors, ctx.mixing)
         if arguments is None:  # a second derivative, or a hook changed what was saved
             return *_general_gradients(dy, tensors, saved, ctx, needs_input_grad), *_NO_GRADIENTS
-        dy, table = match_layout(dy, x), x.shape[0] * x.shape[1]
+        dy, table, channels = match_layout(dy, x), x.shape[0] * x.shape[1], x.shape[1]
         gradients = (
             torch.empty_like(x) if needs_input_grad[0] else None,
             torch.empty_like(mean_gate) if needs_input_grad[1] else None,
@@ -185,9 +185,11 @@ class _Direct(torch.autograd.Function):
             torch.empty_like(weight, dtype=saved.dtype) if needs_input_grad[3] else None,
             torch.empty_like(bias, dtype=saved.dtype) if needs_input_grad[4] else None,
         )
-        start, code = saved.data_ptr(), cpu.FLOAT_CODES[saved.dtype]
+        start, code, size = saved.data_ptr(), cpu.FLOAT_CODES[saved.dtype], saved.element_size()
         arguments["mean"] = (start, code, table) if ctx.has_moments else None
-        arguments["var"] = (start + table * saved.element_size(), code, table) if ctx.has_moments else None
+        arguments["var"] = (start + table * size, code, table) if ctx.has_moments else None
+        arguments["constant_mean"] = (start + 2 * table * size, code, channels)
+        arguments["constant_var"] = (start + (2 * table + channels) * size, code, channels)
         arguments["dy"] = (dy.data_ptr(), cpu.FLOAT_CODES[dy.dtype], dy.numel())
         for name, gradient in zip(_GRADIENTS, gradients, strict=True):
             arguments[name] = None if gradient is None else cpu.describe(gradient)
@@ -199,20 +201,16 @@ _GRADIENTS = ("dx", "mean_weight_gradient", "var_weight_gradient", "weight_gradi
 _NO_GRADIENTS = (None,) * 7
 
 
-def _kept_constants(saved: Tensor, x: Tensor) -> Moments:
-    constants = saved[2 * x.shape[0] * x.shape[1] :]
-    return Moments(*constants.chunk(2))
-
-
 def _general_gradients(
     dy: Tensor, tensors: _LayerTensors, saved: Tensor, ctx: Any, needs_input_grad: tuple[bool, ...]
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients by the backend, or by the plain formula if they need a graph."""
-    constants = Moments(*(each.unsqueeze(0) for each in tensors[5:7] if each is not None))
+    samples, channels = tensors.x.shape[:2]
+    constants = Moments(*saved[2 * samples * channels :].view(2, 1, channels))
     inputs = Inputs(*tensors[:5], constants, ctx.mixing, None, Matching(*tensors[7:]))
     if torch.is_grad_enabled():
         return differentiable_gradients(dy, inputs, needs_input_grad)
     moments = None
     if ctx.has_moments:
-        moments = Moments(*saved[: -2 * tensors.x.shape[1]].view(2, *tensors.x.shape[:2]))
+        moments = Moments(*saved[: 2 * samples * channels].view(2, samples, channels))
     return cast_gradients(NATIVE.backward(dy, inputs, moments, needs_input_grad), tensors[:5])
