@@ -101,7 +101,7 @@ def _batch_norm(
         return None
     if any(each is not None and each.shape != x.shape[1:2] for each in tensors):
         return None
-    return torch.batch_norm(x, weight, bias, running_mean, running_var, False, 0.0, eps, False)
+    return torch.native_batch_norm(x, weight, bias, running_mean, running_var, False, 0.0, eps)[0]
 
 
 def _is_readable(tensor: Tensor) -> bool:

@@ -1,7 +1,7 @@
 """Compare a converted network with its original at the cost of a few float32 passes: `verify_fast`.
 
 A float64 pass of a large network takes many times that of float32, and nearly all of that time goes to convolutions,
-which both networks share. So the two parts of the proof are separate:
+which both networks share. So the two parts of the comparison are separate:
 
 - Each site is compared alone in float64, on the inputs that it receives, in both modes, with gradients and statistics.
   Outside the sites all modules, tensors and hooks must be equal bit by bit. Together they show what a comparison of the

@@ -12,9 +12,10 @@ import pytest
 import safetensors.torch
 import torch
 from torch.distributed import checkpoint as distributed
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, ChunkStorageMetadata, MetadataIndex
 
 import normswap
+from normswap.checkpoints.formats import dcp_folder
 from normswap.checkpoints.formats.formats import decode, detect_format
 from normswap.errors import CheckpointError
 
@@ -255,3 +256,21 @@ def test_a_tensor_in_two_shards_is_refused(step: Path, content: dict[str, Any]) 
     safetensors.torch.save_file(content, folder / "model-2.safetensors")
     with pytest.raises(CheckpointError, match="is in another shard too: remove the stale shards"):
         decode(folder, detect_format(folder), trust=False)
+
+
+def _call_of_getattr(owner: str, name: str) -> bytes:
+    """Return a pickle that calls `getattr`, as Python before 3.11.4 writes a member of an enumeration."""
+    return f"cbuiltins\ngetattr\n(c{owner}\nV{name}\ntR.".encode()
+
+
+def test_members_of_enumerations_as_early_versions_of_python_write_them() -> None:
+    enumeration = "torch.distributed.checkpoint.metadata\n_MEM_FORMAT_ENCODING"
+    found = dcp_folder._IndexUnpickler(io.BytesIO(_call_of_getattr(enumeration, "TORCH_CHANNELS_LAST"))).load()
+    assert found is _MEM_FORMAT_ENCODING.TORCH_CHANNELS_LAST
+    for owner, name in (
+        (enumeration, "__class__"),
+        (enumeration, "mro"),
+        ("torch.distributed.checkpoint.metadata\nTensorProperties", "create_from_tensor"),
+    ):
+        with pytest.raises(CheckpointError, match="reads an attribute that is no member of an enumeration"):
+            dcp_folder._IndexUnpickler(io.BytesIO(_call_of_getattr(owner, name))).load()

@@ -12,6 +12,7 @@ import pickle
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from enum import Enum
 from itertools import pairwise
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple, NoReturn, cast
@@ -242,6 +243,8 @@ class _IndexUnpickler(pickle.Unpickler):
         known = _INDEX_CLASSES.get(f"{module}.{name}")
         if known is not None:
             return known
+        if (module, name) == ("builtins", "getattr"):
+            return _member
         value = getattr(torch, name, None) if module == "torch" else None
         if isinstance(value, torch.dtype):
             return value
@@ -249,6 +252,20 @@ class _IndexUnpickler(pickle.Unpickler):
             f"the index of the distributed checkpoint names {module}.{name}, expected only the classes of an index: "
             "damaged or malicious, download it again"
         )
+
+
+def _member(owner: Any, name: Any) -> Any:
+    """Return a member of a known enumeration: early versions of Python 3.11 write one as a call of `getattr`.
+
+    Raises:
+        CheckpointError: the index asks for anything else.
+    """
+    if isinstance(owner, type) and issubclass(owner, Enum) and isinstance(name, str) and name in owner.__members__:
+        return owner.__members__[name]
+    raise CheckpointError(
+        "the index of the distributed checkpoint reads an attribute that is no member of an enumeration: damaged or "
+        "malicious, download it again"
+    )
 
 
 def _load_entry(path: Path, part: io.BytesIO) -> Any:
