@@ -22,7 +22,15 @@ FLAGS = ("-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined",
 BUILD = ("-shared", "-fPIC", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math")
 TESTS = tuple(
     f"tests/layers/test_{name}.py"
-    for name in ("functional", "backends", "checks", "non_finite_values", "switch_norm", "switch_norm_in_torch")
+    for name in (
+        "functional",
+        "backends",
+        "engines",
+        "checks",
+        "non_finite_values",
+        "switch_norm",
+        "switch_norm_in_torch",
+    )
 )
 # Compilers start other processes, Triton does not use the extension, and without the usual optimization the extension
 # rounds differently (`errors_are`).

@@ -89,8 +89,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-# A relative change of the learning rate. In float32 a rounding error can move a value to the other side of a ReLU, which
-# changes a gradient by far more; a run with this change shows how far such errors move the weights.
+# A relative change of the learning rate. In float32 a rounding error can move a value to the other side of a ReLU,
+# which changes a gradient by far more; a run with this change shows how far such errors move the weights.
 _NUDGE = 1e-5
 
 
