@@ -20,18 +20,8 @@ from benchmarks.paths import ROOT
 FLAGS = ("-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 # Flags of the normal build that change what the compiler may assume.
 BUILD = ("-shared", "-fPIC", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math")
-TESTS = tuple(
-    f"tests/layers/test_{name}.py"
-    for name in (
-        "functional",
-        "backends",
-        "engines",
-        "checks",
-        "non_finite_values",
-        "switch_norm",
-        "switch_norm_in_torch",
-    )
-)
+_TESTED = ("functional", "backends", "engines", "checks", "non_finite_values", "switch_norm", "switch_norm_in_torch")
+TESTS = tuple(f"tests/layers/test_{name}.py" for name in _TESTED)
 # Compilers start other processes, Triton does not use the extension, and without the usual optimization the extension
 # rounds differently (`errors_are`).
 EXCLUDED = " and ".join(
