@@ -37,10 +37,10 @@ class _LayerTensors(NamedTuple):
     in_var_scale: Tensor | None
 
 
-def normalise_directly(layer: GatedModule, x: Tensor, eps: float, ranks: tuple[int, ...]) -> Tensor | None:
+def normalise_directly(layer: GatedModule, x: Tensor, eps: float) -> Tensor | None:
     """Return the normalized x, or None if the call has to take the way of `switch_norm`.
 
-    `ranks` are those that x can have; empty: any from 2. Trained points are projected in place, as by
+    The caller has checked the number of dimensions. Trained points are projected in place, as by
     `GatedModule.project_gates`.
 
     Raises:
@@ -60,7 +60,7 @@ def normalise_directly(layer: GatedModule, x: Tensor, eps: float, ranks: tuple[i
         or "bias" not in parameters
         or layer.fixed_moments is not None
         or (training and layer.bn_statistics != "running")
-        or (x.dim() not in ranks if ranks else x.dim() < 2)
+        or x.dim() < 2
         or x.numel() <= x.shape[0] * x.shape[1]
     ):
         return None
@@ -125,12 +125,9 @@ def _arguments(tensors: _LayerTensors, mixing: Mixing) -> dict[str, Any] | None:
     if arguments is None:
         return None
     for name, tensor in zip(_LayerTensors._fields, tensors, strict=True):
-        if tensor is None:
-            arguments[name] = None
-            continue
-        if tensor is not x and not _is_readable(tensor):
+        if tensor is not None and tensor is not x and not _is_readable(tensor):
             return None
-        arguments[name] = (tensor.data_ptr(), cpu.FLOAT_CODES[tensor.dtype], tensor.numel())
+        arguments[name] = cpu.describe(tensor)
     return arguments
 
 
@@ -148,7 +145,7 @@ def _run_forward(x: Tensor, arguments: dict[str, Any]) -> tuple[Tensor, Tensor, 
             "mean": (start, code, table),
             "var": (start + table * size, code, table),
             "kept_constants": (start + 2 * table * size, code, 2 * channels),
-            "y": (y.data_ptr(), arguments["x"][1], x.numel()),
+            "y": cpu.describe(y),
             "batch_mean": None,
             "batch_var": None,
         }
@@ -190,9 +187,9 @@ class _Direct(torch.autograd.Function):
         arguments["var"] = (start + table * size, code, table) if ctx.has_moments else None
         arguments["constant_mean"] = (start + 2 * table * size, code, channels)
         arguments["constant_var"] = (start + (2 * table + channels) * size, code, channels)
-        arguments["dy"] = (dy.data_ptr(), cpu.FLOAT_CODES[dy.dtype], dy.numel())
+        arguments["dy"] = cpu.describe(dy)
         for name, gradient in zip(_GRADIENTS, gradients, strict=True):
-            arguments[name] = None if gradient is None else cpu.describe(gradient)
+            arguments[name] = cpu.describe(gradient)
         cpu.call_backward(arguments)
         return *cast_gradients(gradients, tensors[:5]), *_NO_GRADIENTS
 

@@ -267,7 +267,7 @@ def apply_layer(layer: SwitchNorm, x: Tensor) -> Tensor:
         refuse_non_tensor("input", x)  # type: ignore[unreachable]
     if ranks and x.dim() not in ranks:
         raise LayerError(f"expected a {' or '.join(f'{r}-D' for r in ranks)} input, got shape {tuple(x.shape)}")
-    if (y := normalise_directly(layer, x, layer.normalising_eps, layer._ranks)) is not None:
+    if (y := normalise_directly(layer, x, layer.normalising_eps)) is not None:
         return y
     training = layer.training
     if training:

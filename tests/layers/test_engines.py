@@ -98,7 +98,7 @@ def test_the_environment_selects_an_engine() -> None:
 
 
 def takes_the_short_way(layer: nn.Module, x: Tensor) -> bool:
-    return direct_call.normalise_directly(layer, x, 1e-5, (4,)) is not None  # type: ignore[arg-type]
+    return direct_call.normalise_directly(layer, x, 1e-5) is not None  # type: ignore[arg-type]
 
 
 def test_the_short_way_is_taken_where_the_branch_has_constants() -> None:
