@@ -175,13 +175,7 @@ class _Direct(torch.autograd.Function):
         if arguments is None:  # a second derivative, or a hook changed what was saved
             return *_general_gradients(dy, tensors, saved, ctx, needs_input_grad), *_NO_GRADIENTS
         dy, table, channels = match_layout(dy, x), x.shape[0] * x.shape[1], x.shape[1]
-        gradients = (
-            torch.empty_like(x) if needs_input_grad[0] else None,
-            torch.empty_like(mean_gate) if needs_input_grad[1] else None,
-            torch.empty_like(var_gate) if needs_input_grad[2] else None,
-            torch.empty_like(weight, dtype=saved.dtype) if needs_input_grad[3] else None,
-            torch.empty_like(bias, dtype=saved.dtype) if needs_input_grad[4] else None,
-        )
+        gradients = cpu.empty_gradients(*tensors[:5], needs_input_grad)
         start, code, size = saved.data_ptr(), cpu.FLOAT_CODES[saved.dtype], saved.element_size()
         arguments["mean"] = (start, code, table) if ctx.has_moments else None
         arguments["var"] = (start + table * size, code, table) if ctx.has_moments else None

@@ -187,13 +187,7 @@ def extension_backward(
     dy: Tensor, inputs: Inputs, saved: Moments | None, needs_input_grad: tuple[bool, ...]
 ) -> Gradients:
     """Run the backward pass by the extension. dy has the layout of x."""
-    gradients = Gradients(
-        torch.empty_like(inputs.x) if needs_input_grad[0] else None,
-        torch.empty_like(inputs.mean_gate) if needs_input_grad[1] else None,
-        torch.empty_like(inputs.var_gate) if needs_input_grad[2] else None,
-        _empty_row(inputs.weight, inputs.x) if needs_input_grad[3] else None,
-        _empty_row(inputs.bias, inputs.x) if needs_input_grad[4] else None,
-    )
+    gradients = empty_gradients(*inputs[:5], needs_input_grad)
     inputs = _with_contiguous_parameters(inputs)  # keeps copies alive during the call
     dx, mean_gate, var_gate, weight, bias = gradients
     own = {
@@ -209,6 +203,25 @@ def extension_backward(
 
 
 # `empty_like` takes half the time of `new_empty`, which matters for small layers.
+
+
+def empty_gradients(
+    x: Tensor,
+    mean_gate: Tensor,
+    var_gate: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    needs_input_grad: tuple[bool, ...],
+) -> Gradients:
+    """Return memory for the gradients that are needed; those of weight and bias in the dtype of the moments."""
+    needs_x, needs_mean_gate, needs_var_gate, needs_weight, needs_bias = needs_input_grad
+    return Gradients(
+        torch.empty_like(x) if needs_x else None,
+        torch.empty_like(mean_gate) if needs_mean_gate else None,
+        torch.empty_like(var_gate) if needs_var_gate else None,
+        _empty_row(weight, x) if needs_weight else None,
+        _empty_row(bias, x) if needs_bias else None,
+    )
 
 
 def _empty_moments(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Moments:

@@ -98,7 +98,8 @@ static void backward_group(const Site *s, Terms *terms, Py_ssize_t n, Py_ssize_t
                            const double *restrict m, const double *restrict v) {
     const Py_ssize_t at = group * count, row = n * s->groups + group, here = n * s->channels + at;
     double *restrict p = terms->p + here, *restrict q = terms->q + here;
-    double *restrict p_bn = terms->p_bn + at, *restrict q_bn = terms->q_bn + at, *gates = terms->gates + 2 * BRANCHES * row;
+    double *restrict p_bn = terms->p_bn + at, *restrict q_bn = terms->q_bn + at;
+    double *gates = terms->gates + 2 * BRANCHES * row;
     const double *restrict rstd = s->rstd + mixed_at(s, n) + at, *restrict weight = s->weight + at;
     const double *restrict bn_mean = s->bn_mean + at, *restrict bn_var = s->bn_var + at;
     const double *restrict shift = s->ln_shift + at, *restrict ln_scale = s->ln_scale + at;

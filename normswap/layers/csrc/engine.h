@@ -30,8 +30,8 @@ typedef struct Passes {
                              const double *, double *, int, double *);
 } Passes;
 
-/* Number of columns that are read together, a divisor of BLOCK: a few short ones, to use what is in registers; long ones
- * one by one, in the order of memory. */
+/* Number of columns that are read together, a divisor of BLOCK: a few short ones, to use what is in registers; long
+ * ones one by one, in the order of memory. */
 static Py_ssize_t columns_at_once(Py_ssize_t channels) { return channels <= 64 ? 4 : channels <= 128 ? 2 : 1; }
 
 #include "instantiate.h"

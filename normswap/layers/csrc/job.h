@@ -27,7 +27,7 @@ typedef struct {
 
 /* Results of the backward pass before dx. */
 typedef struct {
-    double *p, *q;                                 /* sums over positions of dy, and of dy (x - centre) or dy xhat: (N, C) */
+    double *p, *q;                                 /* sums of dy, and of dy (x - centre) or dy xhat: (N, C) */
     double *p_ln, *slope_ln;                       /* of `ln`: p and its part of the slope (N, G) */
     double *p_bn, *q_bn;                           /* of `bn` (C) */
     double *gates;                                 /* (N, G, 2, BRANCHES): parts of the two below */
@@ -61,8 +61,8 @@ typedef struct {
     void (*backward)(Job *); /* writes dx and the gradients in `terms` */
 } Engine;
 
-/* Threads of torch: the entry points of its OpenMP runtime, a stable interface of GCC's runtime and of those of LLVM and
- * Intel. The extension links no runtime of its own. NULL: one thread. */
+/* Threads of torch: the entry points of its OpenMP runtime, a stable interface of GCC's runtime and of those of LLVM
+ * and Intel. The extension links no runtime of its own. NULL: one thread. */
 typedef struct {
     void (*parallel)(void (*function)(void *), void *data, unsigned threads, unsigned flags);
     int (*thread_number)(void), (*team_size)(void);

@@ -20,8 +20,8 @@ enum { INTERFACE = 5 };
 /* --- arguments of the passes --------------------------------------------------------------------------------- */
 
 /* Arguments of both passes, then those of the forward pass, then those of the backward pass. Shapes: x, y, dy, dx
- * (N, C, *spatial); mean, var (N, C); mean_weight, var_weight and their gradients (K,); kept_constants (2, C): a copy of
- * those of `bn`; all others (C,). */
+ * (N, C, *spatial); mean, var (N, C); mean_weight, var_weight and their gradients (K,); kept_constants (2, C): a copy
+ * of those of `bn`; all others (C,). */
 typedef struct {
     Py_ssize_t dtype, samples, channels, positions, channels_last, threads, softmax, branch_order, num_groups;
     double eps;
@@ -92,8 +92,8 @@ static int check_shape(const LayerArguments *a) {
     return 0;
 }
 
-/* Check the buffers of both passes. `moments` is WRITTEN in the forward pass, which writes mean and var; in the backward
- * pass it is OPTIONAL. */
+/* Check the buffers of both passes. `moments` is WRITTEN in the forward pass, which writes mean and var; in the
+ * backward pass it is OPTIONAL. */
 static int check_layer(const LayerArguments *a, const Gates *gates, CheckedBuffers *checked, int moments) {
     const Py_ssize_t entries = a->samples * a->channels, channels = a->channels;
     const int table = a->dtype == DOUBLE ? DOUBLE : FLOAT;
@@ -285,8 +285,8 @@ static void keep_constants(const Site *s, Table out) {
     }
 }
 
-/* Run the forward pass; see LayerArguments. Writes y and, unless None, batch_mean and batch_var; returns whether it wrote
- * mean and var, which a layer with all weight on constants does not need. */
+/* Run the forward pass; see LayerArguments. Writes y and, unless None, batch_mean and batch_var; returns whether it
+ * wrote mean and var, which a layer with all weight on constants does not need. */
 static PyObject *forward_pass(PyObject *self, PyObject *arguments) {
     LayerArguments a = {0};
     Job job;

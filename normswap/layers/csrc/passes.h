@@ -158,8 +158,8 @@ static void NAME(input_gradient_rows)(const void *gradient, const void *source, 
 }
 
 /* One row of `row_gradients`: dx = a dy, the sums of `row_sums` and, if `moments`, those of `row_squares`. */
-INLINE void NAME(row_gradient)(const T *dy, const T *x, T *dx, Py_ssize_t positions, const A a, const A m, const A origin,
-                               double *sums, const int moments) {
+INLINE void NAME(row_gradient)(const T *dy, const T *x, T *dx, Py_ssize_t positions, const A a, const A m,
+                               const A origin, double *sums, const int moments) {
     const Py_ssize_t rest = positions % LANES, whole = positions - rest;
     V s[2] = {{0}}, q[2] = {{0}}, t[2] = {{0}}, r[2] = {{0}};
     sums[0] = sums[1] = sums[2] = sums[3] = 0;
