@@ -94,13 +94,13 @@ def normalise_directly(layer: GatedModule, x: Tensor, eps: float) -> Tensor | No
 def _batch_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor, running_var: Tensor, eps: float
 ) -> Tensor | None:
-    """Return what BatchNorm in evaluation returns; None if the tensors have to be converted or copied first."""
-    dtype = accumulation_dtype(x)
-    tensors = (weight, bias, running_mean, running_var)
-    if torch.is_grad_enabled() or any(each is not None and each.dtype != dtype for each in tensors):
-        return None
-    if any(each is not None and each.shape != x.shape[1:2] for each in tensors):
-        return None
+    """Return what BatchNorm in evaluation returns; None if the tensors do not fit x or have to be converted first."""
+    dtype, shape = accumulation_dtype(x), x.shape[1:2]
+    for each in (weight, bias, running_mean, running_var):
+        if each is not None and not (_is_readable(each) and each.dtype == dtype and each.shape == shape):
+            return None
+    if torch.is_grad_enabled():  # the backward pass must see the values of now
+        running_mean, running_var = running_mean.clone(), running_var.clone()
     return torch.native_batch_norm(x, weight, bias, running_mean, running_var, False, 0.0, eps)[0]
 
 

@@ -227,6 +227,29 @@ def test_a_fixed_batch_norm_is_batch_norm_bit_for_bit(
     assert leaves[0].grad.equal(leaves[1].grad)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "3-D, channels_last"])
+def test_a_fixed_batch_norm_has_the_gradients_of_its_forward_pass(layout: str) -> None:
+    """The kernel of BatchNorm saves the running statistics, which may change before the backward pass."""
+    shape, lay_out = LAYOUTS[layout]
+    bn = (nn.BatchNorm2d if len(shape) == 4 else nn.BatchNorm3d)(shape[1]).eval()
+    bn.running_mean, bn.running_var = torch.randn(shape[1]), torch.rand(shape[1]) + 0.5
+    layer = (normswap.SwitchNorm2d if len(shape) == 4 else normswap.SwitchNorm3d).from_batch_norm(bn).train()
+    layer.mean_weight.requires_grad_(False)
+    layer.var_weight.requires_grad_(False)
+    leaves = [lay_out(torch.randn(shape)).requires_grad_()]
+    leaves.append(leaves[0].detach().clone().requires_grad_())
+    y, expected = layer(leaves[0]), bn(leaves[1])
+    assert y.equal(expected)
+    expected.pow(2).sum().backward()
+    assert layer.running_mean is not None
+    layer.running_mean.add_(1)
+    y.pow(2).sum().backward()
+    for tensor, truth in ((leaves[0], leaves[1]), (layer.weight, bn.weight), (layer.bias, bn.bias)):
+        assert tensor is not None
+        assert tensor.grad is not None
+        assert tensor.grad.equal(truth.grad)  # type: ignore[arg-type]
+
+
 def test_frozen_gates_off_the_vertex_keep_their_mix() -> None:
     layer = normswap.SwitchNorm2d(4, gate="simplex").eval().requires_grad_(False)
     x = torch.randn(3, 4, 5, 5)
