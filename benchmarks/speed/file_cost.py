@@ -39,7 +39,7 @@ _FIELDS = ("VmRSS", "RssAnon")
 CASES = {
     "from tensor names only (`--arch none --no-verify`)": ["--arch", "none", "--no-verify"],
     "with the architecture (`--no-verify`)": ["--arch", f"timm:{MODEL}", "--no-verify"],
-    f"with verification in float64 (`--input {INPUT}`)": ["--arch", f"timm:{MODEL}", "--input", INPUT],
+    f"with verification (`--input {INPUT}`)": ["--arch", f"timm:{MODEL}", "--input", INPUT],
 }
 
 
