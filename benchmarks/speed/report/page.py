@@ -146,7 +146,7 @@ def _running(found: Measurements) -> list[str]:
         means = [mean_ratio(chosen, name) for name in (RUNNING_FIXED, RUNNING, RUNNING_MOVED)]
         rows.append([dtype, str(threads), layout, f"{frozen:.2f}", *(f"{mean / frozen:.2f}" for mean in means)])
     return [
-        "### Running statistics beside frozen BatchNorm",
+        "### Running statistics compared with frozen BatchNorm",
         _filled(
             "A training step with running statistics, relative to BatchNorm in evaluation mode with gradients: means "
             "over the shapes."
