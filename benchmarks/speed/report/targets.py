@@ -11,7 +11,7 @@ from benchmarks.speed.records import Comparison, Measurements
 
 @dataclass(frozen=True)
 class Verdict:
-    """A value beside its limit; `where` names what the value belongs to, if it is one of several."""
+    """A value and its limit; `where` names what the value belongs to, if it is one of several."""
 
     value: float
     limit: float | None
