@@ -335,7 +335,7 @@ def test_the_worst_shape_of_the_readme_is_that_of_the_measurements() -> None:
     from benchmarks.paths import RESULTS
     from benchmarks.speed.records import read_records
 
-    (measured,) = read_records(RESULTS / "speed.json").values()
+    *_, measured = read_records(RESULTS / "speed.json").values()  # of the processor measured last, as on the page
     arms = ("running", "running, moved gates")
     worst = max(each.ratios[arm].value for each in measured.layers if each.mode == "train" for arm in arms)
     assert f"{worst:.2f} for the worst shape in training" in README.read_text(encoding="utf-8")
